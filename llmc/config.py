@@ -1,0 +1,219 @@
+"""What a build is asked to do: `Target` (intent), `Profile` (facts on hardware), `BuildPlan`.
+
+All are strict and frozen, and come from YAML through `llmc.catalog`. A variant is
+`target.model_copy(update=…)`.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Provider(StrEnum):
+    """ONNX Runtime execution provider an artifact is lowered for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """Element type of activations, KV cache and logits."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class Metric(StrEnum):
+    """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
+
+    PREFILL_MAX_ABS = "prefill.max_abs"
+    DECODE_MAX_ABS = "decode.max_abs"
+    RAGGED_MAX_ABS = "ragged.max_abs"
+    WINDOW_MAX_ABS = "window.max_abs"
+    DECODE_TOP1 = "decode.top1_agreement"
+    TEXT_KL_MEAN = "text.kl_mean"
+    TEXT_TOP1 = "text.top1_agreement"
+    TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
+    GENERATE_EQUAL = "generate.equal_fraction"
+    TTFT_RATIO = "latency.ttft_ratio"
+    INTER_TOKEN_RATIO = "latency.inter_token_ratio"
+
+
+class Gate(_Strict):
+    """One threshold on one metric, with the reason for its value.
+
+    Exactly one of `max` and `min` is given. Units: `max_abs` in logits, `kl_mean` in nats per
+    token, agreements and fractions in 0..1, ratios as artifact / original.
+    """
+
+    metric: Annotated[Metric, Field(strict=False)]
+    max: float | None = None
+    min: float | None = None
+    reason: Annotated[str, Field(min_length=10)]
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "Gate":
+        if (self.max is None) == (self.min is None):
+            raise ValueError("give exactly one of max and min")
+        return self
+
+
+class PassSpec(_Strict):
+    """One pass of a target, and how often it must apply.
+
+    Args:
+        name: Registered name of the pass.
+        per_layer: Exact count or [least, most] that it must apply per decoder layer; refusals whose
+            code is in `accept` count as applied. None: not asserted.
+        accept: Codes of refusals that are fine on this target; any other refusal fails the build.
+    """
+
+    name: str
+    per_layer: int | tuple[int, int] | None = None
+    accept: tuple[str, ...] = ()
+
+
+class WeightRole(StrEnum):
+    """What a matrix is for, which decides its bits."""
+
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"
+    LINEAR = "linear"
+
+
+class WeightScheme(_Strict):
+    """How one matrix is stored: integers by block along the input features.
+
+    Args:
+        bits: 4 or 8.
+        block_size: Input features that share a scale.
+        symmetric: True for a fixed zero point of 2**(bits-1), False for one per block.
+        method: `rtn` (round to nearest) or `mse` (scales searched for least squared error).
+    """
+
+    bits: Literal[4, 8]
+    block_size: Literal[16, 32, 64, 128]
+    symmetric: bool
+    method: Literal["rtn", "mse"]
+
+
+class WeightRule(_Strict):
+    """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
+
+    role: Annotated[WeightRole, Field(strict=False)] | None = None
+    match: str = "*"
+    scheme: WeightScheme | None
+
+
+class Quantization(_Strict):
+    """Weight-only quantization of a target.
+
+    Args:
+        accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
+        rules: Tried in order, per matrix.
+    """
+
+    accuracy_level: Literal[0, 1, 2, 3, 4]
+    rules: tuple[WeightRule, ...]
+
+
+class Target(_Strict):
+    """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`."""
+
+    schema_version: Literal[1]
+    name: str
+    summary: str
+    backend: Literal["onnxruntime"]
+    provider: Annotated[Provider, Field(strict=False)]
+    dtype: Annotated[Dtype, Field(strict=False)]
+    logits: Literal["last", "all"]
+    passes: tuple[PassSpec, ...]
+    quantize: Quantization | None
+    gates: tuple[Gate, ...]
+
+
+class ProfileKind(StrEnum):
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Throughput(_Strict):
+    """Dense peak rates by type in TFLOP/s (TOP/s for integers), without sparsity."""
+
+    fp32: float | None = None
+    tf32: float | None = None
+    fp16: float | None = None
+    bf16: float | None = None
+    int8: float | None = None
+    fp8: float | None = None
+    fp4: float | None = None
+
+
+class Profile(_Strict):
+    """Facts on one kind of hardware. `profiles/*.yaml`.
+
+    Args:
+        kind: CPU or GPU.
+        device: The maker's name of the device.
+        compute_capability: CUDA compute capability such as "8.9"; GPUs only.
+        isa: Instruction sets that code may use, as /proc/cpuinfo names them; CPUs only.
+        threads: Threads to run with; None takes the physical cores of the machine at hand.
+        memory_gib: Memory of the device, GiB.
+        bandwidth_gbs: Peak memory bandwidth, GB/s (10**9 bytes).
+        dense: Peak rates.
+        sources: Where each stated fact comes from, by field name.
+        notes: What a reader should know.
+    """
+
+    schema_version: Literal[1]
+    name: str
+    kind: Annotated[ProfileKind, Field(strict=False)]
+    device: str
+    compute_capability: str | None = None
+    isa: tuple[str, ...] = ()
+    threads: int | None = None
+    memory_gib: float | None = None
+    bandwidth_gbs: float | None = None
+    dense: Throughput = Throughput()
+    sources: dict[str, str] = Field(default_factory=dict)
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _sourced(self) -> "Profile":
+        stated = {
+            name
+            for name in ("compute_capability", "memory_gib", "bandwidth_gbs")
+            if getattr(self, name) is not None
+        }
+        if any(v is not None for v in self.dense.model_dump().values()):
+            stated.add("dense")
+        missing = stated - set(self.sources)
+        if missing:
+            raise ValueError(f"no source for {', '.join(sorted(missing))}")
+        return self
+
+
+class BuildPlan(_Strict):
+    """One build, fully resolved.
+
+    Args:
+        model: As the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
+        target: The intent.
+        profile: The hardware.
+        output: Directory of the artifact.
+        verify: Run the parity gate after building.
+        eval_text: Text for perplexity and KL divergence; None for the one that ships.
+    """
+
+    model: str
+    target: Target
+    profile: Profile
+    output: Path
+    verify: bool = True
+    eval_text: Path | None = None

@@ -1,0 +1,84 @@
+"""Typed errors: each states a fact with its values, may carry a hint, and owns an exit code.
+
+Exit codes are part of the command line's contract: 2 usage or configuration, 3 model or operator
+not supported on this target, 4 resources (memory, disk, missing runtime), 5 parity gate,
+6 latency gate, 130 interrupted.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What the process returns to a shell or a CI system."""
+
+    OK = 0
+    USAGE = 2
+    UNSUPPORTED = 3
+    RESOURCES = 4
+    PARITY = 5
+    LATENCY = 6
+    INTERRUPTED = 130
+
+
+class LlmcError(Exception):
+    """Base of every error llmc raises on purpose.
+
+    Args:
+        fact: What is the case, with its values, as one sentence.
+        hint: What the user can do about it.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.USAGE
+
+    def __init__(self, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.hint = hint
+
+
+class ConfigError(LlmcError):
+    """A target, a profile, an option or a path is not what it must be (exit code 2)."""
+
+
+class CheckpointError(LlmcError):
+    """A checkpoint is missing, incomplete or damaged (exit code 2)."""
+
+
+class UnsupportedError(LlmcError):
+    """The model or one of its operators cannot be compiled for this target (exit code 3)."""
+
+    exit_code = ExitCode.UNSUPPORTED
+
+
+class GraphError(UnsupportedError):
+    """A graph breaks one of its invariants, or a pass broke it (exit code 3)."""
+
+
+class ResourceError(LlmcError):
+    """Memory, disk or a runtime is missing (exit code 4)."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class ParityError(LlmcError):
+    """The artifact's numbers are not the original's (exit code 5)."""
+
+    exit_code = ExitCode.PARITY
+
+
+class LatencyError(LlmcError):
+    """The artifact misses a latency gate (exit code 6)."""
+
+    exit_code = ExitCode.LATENCY
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known words, or lists all of them."""
+    options = sorted(known)
+    near = get_close_matches(word, options, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(options)}" if options else "none is known"

@@ -1,0 +1,155 @@
+"""The canonical dialect: operators of domain `llmc`, each an ONNX function over standard operators.
+
+`CachedAttention` is the attention of one decoder layer over its KV cache
+(Vaswani et al. 2017; grouped queries: Ainslie et al. 2023; softcap: Gemma 2; sinks: GPT-OSS):
+
+    inputs   query (batch, heads, sequence, key_width)
+             key (batch, kv_heads, sequence, key_width), value (batch, kv_heads, sequence, value_width)
+             past_key (batch, kv_heads, past, key_width), past_value (… value_width)
+             attention_mask (batch, total) int64, 1 where a cached or new position is real
+             sinks (heads,), only in the variant with `has_sinks`
+    outputs  output (batch, sequence, heads, value_width)
+             present_key (batch, kv_heads, total, key_width), present_value (… value_width)
+    attributes  num_heads, kv_num_heads, scale, softcap (0: none), window (0: unlimited)
+
+Query i of this step stands at position past + i and sees the positions j <= past + i with
+attention_mask[b, j] = 1, and, with a window w, only those with j > past + i - w. Softmax is float32.
+
+The lowered operators of later passes live in other domains; nothing but a backend depends on them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+DOMAIN = "llmc"
+VERSION = 1
+CACHED_ATTENTION = "CachedAttention"
+OPSET = 21
+
+#: A score no query can reach, finite so that a row without any visible position stays finite.
+_MASKED = float(np.finfo(np.float32).min)
+
+
+class _Body:
+    """Collects the nodes of a function body."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def __call__(
+        self,
+        op: str,
+        *inputs: ir.Value | None,
+        name: str | None = None,
+        attributes: Sequence[ir.Attr] = (),
+        **attrs: int | float | list[int],
+    ) -> ir.Value:
+        made = [*attributes, *ir.convenience.convert_attributes(attrs)]
+        node = ir.Node("", op, inputs, made)
+        node.outputs[0].name = name or f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, value: int | float | list[int]) -> ir.Value:
+        dtype = np.float32 if isinstance(value, float) else np.int64
+        attr = ir.AttrTensor("value", ir.tensor(np.array(value, dtype=dtype)))
+        return self("Constant", attributes=[attr])
+
+    def attribute(self, name: str, kind: ir.AttributeType) -> ir.Value:
+        """The function's own attribute `name` as a tensor."""
+        key = {ir.AttributeType.INT: "value_int", ir.AttributeType.FLOAT: "value_float"}[kind]
+        return self("Constant", attributes=[ir.RefAttr(key, name, kind)])
+
+
+def cached_attention(*, sinks: bool) -> ir.Function:
+    """The definition of `CachedAttention`, with or without attention sinks."""
+    names = ["query", "key", "value", "past_key", "past_value", "attention_mask"]
+    if sinks:
+        names.append("sinks")
+    inputs = [ir.Value(name=n) for n in names]
+    query, key, value, past_key, past_value, mask = inputs[:6]
+    b = _Body()
+    one = b.constant([1])
+    present_key = b("Concat", past_key, key, name="present_key", axis=2)
+    present_value = b("Concat", past_value, value, name="present_value", axis=2)
+
+    # Grouped queries: (batch, kv_heads, group, sequence, width) against (batch, kv_heads, 1, total, width).
+    heads = b("Unsqueeze", b.attribute("kv_num_heads", ir.AttributeType.INT), b.constant([0]))
+    group = b(
+        "Unsqueeze",
+        b(
+            "Div",
+            b.attribute("num_heads", ir.AttributeType.INT),
+            b.attribute("kv_num_heads", ir.AttributeType.INT),
+        ),
+        b.constant([0]),
+    )
+    query_shape = b("Shape", query)
+    batch = b("Slice", query_shape, b.constant([0]), one)
+    tail = b("Slice", query_shape, b.constant([2]), b.constant([4]))
+    grouped = b("Reshape", query, b("Concat", batch, heads, group, tail, axis=0))
+    axis = b.constant([2])
+    keys = b("Transpose", b("Unsqueeze", present_key, axis), perm=[0, 1, 2, 4, 3])
+    scale = b("CastLike", b.attribute("scale", ir.AttributeType.FLOAT), query)
+    scores = b("Cast", b("MatMul", b("Mul", grouped, scale), keys), to=int(ir.DataType.FLOAT))
+
+    softcap = b.attribute("softcap", ir.AttributeType.FLOAT)
+    capped = b("Greater", softcap, b.constant(0.0))
+    divisor = b("Where", capped, softcap, b.constant(1.0))
+    scores = b("Where", capped, b("Mul", softcap, b("Tanh", b("Div", scores, divisor))), scores)
+
+    # Positions by slot: the query's are past + i.
+    past = b("Shape", past_key, start=2, end=3)
+    total = b("Shape", present_key, start=2, end=3)
+    zero = b.constant(0)
+    step = b.constant(1)
+    q_pos = b("Unsqueeze", b("Range", b("Squeeze", past), b("Squeeze", total), step), one)
+    k_pos = b("Unsqueeze", b("Range", zero, b("Squeeze", total), step), b.constant([0]))
+    distance = b("Sub", q_pos, k_pos)
+    window = b.attribute("window", ir.AttributeType.INT)
+    inside = b("Or", b("Equal", window, zero), b("Less", distance, window))
+    causal = b("And", b("GreaterOrEqual", distance, zero), inside)
+    real = b("Greater", b("Unsqueeze", mask, b.constant([1, 2, 3])), zero)
+    visible = b("And", b("Unsqueeze", causal, b.constant([0, 1, 2])), real)
+    scores = b("Where", visible, scores, b.constant(_MASKED))
+    if sinks:
+        column = b(
+            "Cast",
+            b("Reshape", inputs[6], b("Concat", one, heads, group, one, one, axis=0)),
+            to=int(ir.DataType.FLOAT),
+        )
+        lead = b("Slice", b("Shape", scores), b.constant([0]), b.constant([4]))
+        column = b("Expand", column, b("Concat", lead, one, axis=0))
+        weights = b("Softmax", b("Concat", scores, column, axis=-1), axis=-1)
+        weights = b("Slice", weights, b.constant([0]), total, b.constant([4]))
+    else:
+        weights = b("Softmax", scores, axis=-1)
+    values = b("Unsqueeze", present_value, axis)
+    mixed = b("MatMul", b("CastLike", weights, query), values)
+    width = b("Shape", present_value, start=3, end=4)
+    length = b("Shape", query, start=2, end=3)
+    all_heads = b("Unsqueeze", b.attribute("num_heads", ir.AttributeType.INT), b.constant([0]))
+    merged = b("Reshape", mixed, b("Concat", batch, all_heads, length, width, axis=0))
+    output = b("Transpose", merged, name="output", perm=[0, 2, 1, 3])
+    graph = ir.Graph(
+        inputs,
+        [output, present_key, present_value],
+        nodes=b.nodes,
+        opset_imports={"": OPSET},
+        name=CACHED_ATTENTION,
+    )
+    kinds = {
+        "num_heads": ir.AttributeType.INT,
+        "kv_num_heads": ir.AttributeType.INT,
+        "scale": ir.AttributeType.FLOAT,
+        "softcap": ir.AttributeType.FLOAT,
+        "window": ir.AttributeType.INT,
+    }
+    return ir.Function(
+        DOMAIN,
+        CACHED_ATTENTION,
+        graph=graph,
+        attributes=[ir.Attr(name, kind, None) for name, kind in kinds.items()],
+    )

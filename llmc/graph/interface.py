@@ -1,0 +1,57 @@
+"""What a model exchanges with its runtime: inputs, outputs and the KV cache between steps."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Frozen):
+    """Name, element type (`float32`, `int64`, …) and shape; a string is a named dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class CacheSlot(_Frozen):
+    """Keys and values of one decoder layer, as inputs (past) and outputs (present).
+
+    Keys are (batch, kv_heads, past or total, key_width), values likewise with value_width; `window`
+    is the number of most recent positions a query may see, None for all of them.
+    """
+
+    layer: int
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int | None
+
+
+class Interface(_Frozen):
+    """Everything a runtime needs to know to run prefill and decode.
+
+    Args:
+        inputs: All inputs in order, the cache included.
+        outputs: All outputs in order, the cache included.
+        cache: One slot per attention layer, by layer.
+        logits: Whether `logits` has every position of the step or only the last one.
+        position_ids: Whether `position_ids` is an input.
+        padding: The side on which the shorter rows of a ragged batch are padded.
+        max_length: Largest total length the model knows positions for; None if unbounded.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cache: tuple[CacheSlot, ...]
+    logits: Literal["last", "all"]
+    position_ids: bool
+    padding: Literal["left", "right", "any"]
+    max_length: int | None

@@ -1,0 +1,111 @@
+"""Linear products and embeddings of a graph: where its weights are used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from llmc.config import WeightRole
+from llmc.graph.model import Graph
+from llmc.graph.weights import LazyWeight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product of an activation with a weight matrix.
+
+    Args:
+        node: The `MatMul`.
+        activation: (…, in_features).
+        weight: The initializer, (out_features, in_features) if `transposed`, else (in_features,
+            out_features).
+        transposed: The weight stands behind a `Transpose` node, as torch stores linear layers.
+        role: Linear layer or language-model head.
+    """
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+    transposed: bool
+    role: WeightRole
+
+    @property
+    def in_features(self) -> int:
+        return int(self._dims[1 if self.transposed else 0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self._dims[0 if self.transposed else 1])
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return tuple((self.weight.shape or ir.Shape([])).numpy())
+
+    @property
+    def output(self) -> ir.Value:
+        return self.node.outputs[0]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A lookup of rows: `Gather` along axis 0 of a weight (entries, width)."""
+
+    node: ir.Node
+    weight: ir.Value
+    indices: ir.Value
+
+
+def as_linear(node: ir.Node) -> Linear | None:
+    """The linear product that `node` computes; None if it is no product with a weight matrix."""
+    if node.op_type != "MatMul" or node.domain != "" or len(node.inputs) != 2:
+        return None
+    activation, factor = node.inputs
+    if activation is None or factor is None:
+        return None
+    source = factor.producer()
+    transposed = source is not None and source.op_type == "Transpose"
+    weight = source.inputs[0] if transposed and source is not None else factor
+    if weight is None or not is_weight(weight) or len(weight.shape or ()) != 2:
+        return None
+    role = WeightRole.LM_HEAD if _feeds_logits(node) else WeightRole.LINEAR
+    return Linear(node, activation, weight, transposed, role)
+
+
+def find_linears(graph: Graph) -> Iterator[Linear]:
+    """Every linear product, in graph order."""
+    for node in graph.graph:
+        linear = as_linear(node)
+        if linear is not None:
+            yield linear
+
+
+def find_embeddings(graph: Graph) -> Iterator[Embedding]:
+    """Every lookup of a weight's rows by token ids, in graph order."""
+    ids = {v for v in graph.graph.inputs if v.name == "input_ids"}
+    for node in graph.graph:
+        if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
+            continue
+        weight, indices = node.inputs
+        if weight is not None and indices in ids and is_weight(weight):
+            yield Embedding(node, weight, indices)
+
+
+def is_weight(value: ir.Value) -> bool:
+    """Whether `value` is a parameter of the model, as opposed to a constant or an activation."""
+    return isinstance(value.const_value, LazyWeight)
+
+
+def _feeds_logits(node: ir.Node) -> bool:
+    """Whether only elementwise operators stand between `node` and the logits."""
+    value = node.outputs[0]
+    for _ in range(8):
+        if value.name == "logits":
+            return True
+        users = {user for user, _ in value.uses()}
+        if len(users) != 1:
+            return False
+        user = users.pop()
+        if user.op_type not in ("Add", "Mul", "Div", "Tanh", "Cast", "Slice"):
+            return False
+        value = user.outputs[0]
+    return False

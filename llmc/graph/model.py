@@ -1,0 +1,158 @@
+"""`Graph`: an ONNX model in memory together with its KV-cache signature."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from llmc.errors import CheckpointError, GraphError
+from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, WeightStore
+
+#: Node metadata: index of the decoder layer a node belongs to.
+LAYER = "llmc.layer"
+
+
+@dataclass
+class Graph:
+    """A decoder: prefill and decode in one ONNX graph.
+
+    Args:
+        model: The ONNX model. Weights are initializers; before `bind` they have no data.
+        cache: One slot per attention layer that owns keys and values, by layer.
+        layers: Number of decoder layers.
+        logits: Whether `logits` has every position or only the last one.
+        padding: Side on which a ragged batch may be padded.
+        max_length: Largest total length the model knows positions for; None if unbounded.
+        aliases: For a weight that several parameters share, all their names, by initializer name.
+        notes: What tracing and passes want a reader to know.
+    """
+
+    model: ir.Model
+    cache: tuple[CacheSlot, ...]
+    layers: int
+    logits: Literal["last", "all"] = "all"
+    padding: Literal["left", "right", "any"] = "any"
+    max_length: int | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    def interface(self) -> Interface:
+        """What a runtime needs to know of this graph."""
+        inputs = tuple(_spec(v) for v in self.graph.inputs)
+        return Interface(
+            inputs=inputs,
+            outputs=tuple(_spec(v) for v in self.graph.outputs),
+            cache=self.cache,
+            logits=self.logits,
+            position_ids=any(spec.name == "position_ids" for spec in inputs),
+            padding=self.padding,
+            max_length=self.max_length,
+        )
+
+    def unbound(self) -> Iterator[ir.Value]:
+        """Weights that have a name, a shape and a type, and no data yet."""
+        for value in self.graph.initializers.values():
+            if isinstance(value.const_value, Placeholder):
+                yield value
+
+    def bind(self, store: WeightStore, tied: Mapping[str, str]) -> tuple[str, ...]:
+        """Give every weight its source in `store`, cast to the graph's type where they differ.
+
+        Args:
+            store: The checkpoint's tensors.
+            tied: Parameter names absent from the store, and the stored name that stands for each.
+
+        Returns:
+            The ledger's leftovers: stored tensors that nothing in the graph reads.
+
+        Raises:
+            CheckpointError: A weight has no source, or one of another shape.
+        """
+        infos = store.infos()
+        used: set[str] = set()
+        for value in list(self.unbound()):
+            name = _name(value)
+            candidates = [name, *self.aliases.get(name, ())]
+            candidates += [tied[c] for c in candidates if c in tied]
+            stored = next((c for c in candidates if c in infos), None)
+            if stored is None:
+                raise CheckpointError(
+                    f"the model needs tensor {name}, which the checkpoint does not have",
+                    hint="the checkpoint is incomplete, or belongs to another version of the architecture",
+                )
+            info = infos[stored]
+            shape = tuple(_shape(value).numpy())
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"tensor {stored} has shape {info.shape}; the model needs {shape}",
+                    hint="config.json and the weights belong to different models",
+                )
+            rows: StoredRows | CastRows = StoredRows(store, info)
+            dtype = _dtype(value)
+            if info.dtype != dtype:
+                rows = CastRows(rows, dtype)
+            value.const_value = LazyWeight.from_rows(name, rows)
+            used.update(c for c in candidates if c in infos)
+        return tuple(sorted(set(infos) - used))
+
+    def with_logits(self, logits: Literal["last", "all"]) -> "Graph":
+        return replace(self, logits=logits)
+
+
+class Placeholder(LazyWeight):
+    """Stands where a weight's data will be; reading it is an error."""
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+        def refuse() -> Mapping[str, object]:
+            raise GraphError(f"weight {name} is read before a checkpoint was bound to the graph")
+
+        group = WeightGroup((name,), refuse)  # type: ignore[arg-type]
+        super().__init__(name=name, dtype=dtype, shape=shape, group=group, key="value")
+
+
+def layer_of(node: ir.Node) -> int | None:
+    """The decoder layer that `node` belongs to; None outside of the layers."""
+    text = node.metadata_props.get(LAYER)
+    return None if text is None else int(text)
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The data of a constant or of a small initializer; None for a weight or a computed value."""
+    if value is None:
+        return None
+    tensor = value.const_value
+    if tensor is None:
+        node = value.producer()
+        if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+            return None
+        return ir.convenience.get_const_tensor(value)
+    return None if isinstance(tensor, LazyWeight) else tensor
+
+
+def _name(value: ir.Value) -> str:
+    if not value.name:
+        raise GraphError(f"a value of the graph has no name: {value!r}")
+    return value.name
+
+
+def _shape(value: ir.Value) -> ir.Shape:
+    if value.shape is None:
+        raise GraphError(f"value {value.name} has no shape")
+    return value.shape
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise GraphError(f"value {value.name} has no element type")
+    return value.dtype
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in _shape(value))
+    return TensorSpec(name=_name(value), dtype=_dtype(value).numpy().name, shape=shape)

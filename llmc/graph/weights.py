@@ -1,0 +1,214 @@
+"""Weights that are read when they are written: lazy rows, groups of outputs, initializers.
+
+Nothing here holds a tensor: a `Rows` hands out slices along its first axis, a `WeightGroup`
+computes one or several initializers (codes, scales, zero points) from them, and a `LazyWeight`
+is the initializer that stands in the graph until a backend writes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, shape and element type of a stored tensor, without its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+
+class WeightStore(Protocol):
+    """The tensors of a checkpoint by the parameter names of the transformers model."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor there is, by name; reads no data."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows start:stop along axis 0 of tensor `name`, (stop - start, ...), in the stored type.
+
+        bfloat16 comes as `ml_dtypes.bfloat16`. A scalar (0-d) tensor is returned whole.
+        """
+        ...
+
+
+class Rows(Protocol):
+    """A tensor of known shape and type that can be read a range of rows at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> ir.DataType: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the checkpoint tensors that this is made of."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows start:stop along axis 0, in `dtype`."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A tensor as the checkpoint has it."""
+
+    store: WeightStore
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.info.dtype
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.info.name,)
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.store.read(self.info.name, start, stop)
+
+
+@dataclass(frozen=True)
+class CastRows:
+    """Rows converted to another element type."""
+
+    inner: Rows
+    dtype: ir.DataType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.inner.rows(start, stop).astype(self.dtype.numpy(), copy=False)
+
+
+@dataclass(frozen=True)
+class ConcatRows:
+    """Several tensors of equal trailing shape and type, one after the other along axis 0."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.parts[0].dtype
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(s for p in self.parts for s in p.sources)
+
+    def rows(self, start: int, stop: int) -> Array:
+        pieces = []
+        offset = 0
+        for part in self.parts:
+            low, high = max(start - offset, 0), min(stop - offset, part.shape[0])
+            if low < high:
+                pieces.append(part.rows(low, high))
+            offset += part.shape[0]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class TransposedRows:
+    """A matrix with its two axes swapped; reads the whole matrix for any range of rows."""
+
+    inner: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape[::-1]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.inner.dtype
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        return read_all(self.inner).T[start:stop]
+
+
+def read_all(rows: Rows) -> Array:
+    """All rows at once, shape `rows.shape`."""
+    return rows.rows(0, rows.shape[0] if rows.shape else 1)
+
+
+def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that hold about `chunk_bytes` as float32 each."""
+    per_row = max(1, 4 * int(np.prod(rows.shape[1:], dtype=np.int64)))
+    step = max(1, chunk_bytes // per_row)
+    for start in range(0, rows.shape[0], step):
+        yield start, min(start + step, rows.shape[0])
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Initializers that come out of one computation, such as codes, scales and zero points.
+
+    Args:
+        sources: Checkpoint tensors read by `compute`.
+        compute: Returns every member by its key; called once when the group is written.
+    """
+
+    sources: tuple[str, ...]
+    compute: Callable[[], Mapping[str, Array]]
+
+
+class LazyWeight(ir.LazyTensor):
+    """An initializer whose data is computed when it is asked for, and not kept.
+
+    `rows` is set where the initializer is a plain (possibly joined, cast or transposed) tensor of
+    the checkpoint, so that a pass can take it apart or quantize it; else it is None and the value
+    is the `key` member of `group`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        group: WeightGroup,
+        key: str,
+        rows: Rows | None = None,
+    ) -> None:
+        self.group = group
+        self.key = key
+        self.rows = rows
+        super().__init__(self._load, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    @classmethod
+    def from_rows(cls, name: str, rows: Rows) -> "LazyWeight":
+        """An initializer with the values of `rows`."""
+        group = WeightGroup(rows.sources, lambda: {"value": read_all(rows)})
+        return cls(name=name, dtype=rows.dtype, shape=rows.shape, group=group, key="value", rows=rows)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.group.sources
+
+    def _load(self) -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(self.group.compute()[self.key]), dtype=self.dtype, name=self.name)

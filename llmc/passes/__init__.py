@@ -1,0 +1,118 @@
+"""Passes: one fusion or lowering a file, each a module with one object called `PASS`.
+
+A pass mutates the graph it is given and returns a `PassReport`: how often it applied, and for each
+place where it nearly did, why not.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Protocol
+
+from llmc.config import PassSpec
+from llmc.errors import ConfigError, GraphError, LlmcError, UnsupportedError, did_you_mean
+from llmc.graph.model import Graph
+from llmc.graph.report import PassReport
+from llmc.graph.verify import verify
+
+
+class Pass(Protocol):
+    """One transformation of a graph."""
+
+    @property
+    def name(self) -> str:
+        """As targets call it, such as `group-query-attention`."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line on what it does."""
+        ...
+
+    def run(self, graph: Graph) -> PassReport:
+        """Transform `graph` in place."""
+        ...
+
+
+@cache
+def registered_passes() -> dict[str, Pass]:
+    """Every pass in this package by name; a module that fails to import is an error."""
+    found: dict[str, Pass] = {}
+    for info in pkgutil.iter_modules(__path__):
+        if info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        item: Pass = module.PASS
+        if item.name in found:
+            raise ConfigError(f"two passes are called {item.name}")
+        found[item.name] = item
+    return found
+
+
+def resolve_passes(specs: Iterable[PassSpec]) -> list[tuple[Pass, PassSpec]]:
+    """The passes that a target names, in its order.
+
+    Raises:
+        ConfigError: A name is not registered.
+    """
+    known = registered_passes()
+    resolved = []
+    for spec in specs:
+        if spec.name not in known:
+            raise ConfigError(f"there is no pass {spec.name!r}", hint=did_you_mean(spec.name, known))
+        resolved.append((known[spec.name], spec))
+    return resolved
+
+
+def run_passes(
+    graph: Graph, specs: Iterable[PassSpec], note: Callable[[PassReport], None] | None = None
+) -> list[PassReport]:
+    """Run a target's passes in order, verify the graph after each, and hold the counts it asks for.
+
+    Args:
+        graph: Changed in place.
+        specs: Passes and their expected counts.
+        note: Called with each report as it is made.
+
+    Raises:
+        GraphError: A pass left an invalid graph; the message names it and those before it.
+        UnsupportedError: A pass applied less or more often than the target asserts.
+    """
+    reports: list[PassReport] = []
+    for item, spec in resolve_passes(specs):
+        try:
+            report = item.run(graph)
+            verify(graph)
+        except GraphError as error:
+            before = ", ".join(r.name for r in reports) or "none"
+            raise GraphError(f"pass {item.name}: {error.fact} (passes before it: {before})", hint=error.hint) from error
+        except LlmcError:
+            raise
+        reports.append(report)
+        if note is not None:
+            note(report)
+        _check_counts(report, spec, graph.layers)
+    return reports
+
+
+def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
+    refused = [r for r in report.refusals if r.code not in spec.accept]
+    if refused:
+        first = refused[0]
+        raise UnsupportedError(
+            f"pass {spec.name} declined at {len(refused)} places that the target does not accept, "
+            f"first at {first.node}: {first.reason} [{first.code}]",
+            hint=f"add {first.code} to the pass's `accept` in the target if that is fine",
+        )
+    if spec.per_layer is None:
+        return
+    least, most = (spec.per_layer, spec.per_layer) if isinstance(spec.per_layer, int) else spec.per_layer
+    for layer in range(layers):
+        count = report.in_layer(layer, spec.accept)
+        if not least <= count <= most:
+            wanted = str(least) if least == most else f"{least} to {most}"
+            raise UnsupportedError(
+                f"pass {spec.name} applied {count} times in layer {layer}; the target asks for {wanted}",
+                hint="see `llmc inspect --explain " + spec.name + "` for where it declined",
+            )

@@ -1,0 +1,275 @@
+"""Hooks into transformers' public interfaces while a model's own code runs.
+
+Attention goes through `AttentionInterface`, masks through `AttentionMaskInterface`, keys and values
+through a `Cache`, and mixture-of-experts products through `ExpertsInterface`. Registering one of
+each turns every layer's attention into a single `llmc::CachedAttention` node, with nothing
+decomposed and no code per architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UnsupportedError
+from llmc.graph import dialect
+
+if TYPE_CHECKING:
+    import torch
+
+#: The name under which everything is registered with transformers.
+NAME = "llmc"
+#: transformers' name for models on torch's scaled dot product attention.
+SDPA = "sdpa"
+
+#: Keyword arguments of the attention interface that do not change its result in evaluation.
+_NEUTRAL = {
+    "position_ids", "cache_position", "use_cache", "dropout", "output_attentions", "output_hidden_states",
+    "is_causal", "layer_idx", "past_key_values", "return_dict", "output_router_logits", "num_items_in_batch",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CapturedAttention:
+    """What the attention interface was called with in one layer.
+
+    `owner` is the layer whose cache slot is used: the layer itself, or an earlier one that it
+    shares keys and values with.
+    """
+
+    layer: int
+    owner: int
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int | None
+
+
+@dataclass
+class Capture:
+    """What was seen while a model ran once."""
+
+    attentions: dict[int, CapturedAttention] = field(default_factory=dict)
+    updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    masks: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)
+    last_update: int | None = None
+
+    def layer_of_call(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[int, int]:
+        """(layer, owner of the cache slot) of an attention call."""
+        own = getattr(module, "layer_idx", None)
+        owner = next((i for i, (k, _) in self.updates.items() if k is key), None)
+        if own is None:
+            own = owner if owner is not None else self.last_update
+        if own is None:
+            raise UnsupportedError(
+                f"attention of {type(module).__name__} does not use the KV cache",
+                hint="only decoder self-attention that stores its keys and values can be compiled",
+            )
+        own = int(own)
+        if owner is None:
+            if own not in self.updates:
+                raise UnsupportedError(
+                    f"attention of layer {own} ({type(module).__name__}) neither stores its keys and values "
+                    "nor shares those of an earlier layer"
+                )
+            owner = own
+        return own, owner
+
+
+_current: ContextVar[Capture | None] = ContextVar("llmc_capture", default=None)
+
+
+@contextmanager
+def capturing() -> Iterator[Capture]:
+    """Within this context every attention of a model built with `NAME` is recorded."""
+    capture = Capture()
+    token = _current.set(capture)
+    try:
+        yield capture
+    finally:
+        _current.reset(token)
+
+
+def _active() -> Capture:
+    capture = _current.get()
+    if capture is None:
+        raise UnsupportedError("a model prepared for tracing was called outside of a trace")
+    return capture
+
+
+def register_interfaces() -> None:
+    """Make the hooks known to transformers under `NAME`; may be called repeatedly."""
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    ExpertsInterface.register(NAME, _experts)
+
+
+@contextmanager
+def intercepting_sdpa() -> Iterator[None]:
+    """For models that call torch's scaled dot product attention themselves: capture it there.
+
+    Within this context transformers' `sdpa` implementation is the capturing one, too.
+    """
+    import torch
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    tables = ((ALL_ATTENTION_FUNCTIONS, _attention), (ALL_MASK_ATTENTION_FUNCTIONS, _mask))
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    kept = [(table, table[SDPA]) for table, _ in tables]
+    for table, hook in tables:
+        table[SDPA] = hook
+    functional.scaled_dot_product_attention = _scaled_dot_product
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+        for table, hook in kept:
+            table[SDPA] = hook
+
+
+def _scaled_dot_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """In place of `torch.nn.functional.scaled_dot_product_attention`; output (batch, heads, sequence, width)."""
+    import torch
+
+    output, _ = _attention(torch.nn.Identity(), query, key, value, attn_mask, scaling=scale)
+    return output.transpose(1, 2)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one step, as one node; shapes as in `llmc.graph.dialect`."""
+    import torch
+
+    capture = _active()
+    layer, owner = capture.layer_of_call(module, key)
+    where = f"attention of layer {layer} ({type(module).__name__})"
+    if attention_mask is not None:
+        raise UnsupportedError(f"{where} builds its own mask instead of asking transformers' mask interface")
+    if rest.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedError(f"{where} is not causal", hint="only decoder-only models can be compiled")
+    strange = [k for k, v in rest.items() if k not in _NEUTRAL and isinstance(v, torch.Tensor)]
+    if strange:
+        raise UnsupportedError(f"{where} depends on {', '.join(sorted(strange))}, which was not captured")
+    if layer in capture.attentions:
+        raise UnsupportedError(f"{where} runs twice in one step; one cache slot cannot hold both")
+    batch, heads, sequence, key_width = query.shape
+    kv_heads, value_width = key.shape[1], value.shape[-1]
+    window = int(sliding_window) if sliding_window else None
+    capture.attentions[layer] = CapturedAttention(
+        layer, owner, int(heads), int(kv_heads), int(key_width), int(value_width), window
+    )
+    inputs: tuple[torch.Tensor, ...] = (query, key, value)
+    if s_aux is not None:
+        inputs = (*inputs, s_aux)
+    output = torch.onnx.ops.symbolic(
+        f"{dialect.DOMAIN}::{dialect.CACHED_ATTENTION}",
+        inputs,
+        attrs={
+            "layer": layer,
+            "owner": owner,
+            "num_heads": int(heads),
+            "kv_num_heads": int(kv_heads),
+            "scale": float(scaling if scaling is not None else key_width**-0.5),
+            "softcap": float(softcap or 0.0),
+            "window": window or 0,
+        },
+        dtype=value.dtype,
+        shape=(batch, sequence, heads, value_width),
+        version=dialect.VERSION,
+    )
+    return output, None
+
+
+def _mask(*_: Any, **kwargs: Any) -> None:
+    """Notes the mask's rule instead of building a mask: `CachedAttention` makes its own."""
+    _active().masks.append((kwargs["mask_function"], kwargs.get("local_size")))
+
+
+def _experts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Mixture of experts as dense products over all experts, weighted by the router.
+
+    Args:
+        self: The experts module: stacked weights (experts, …) and its own gate function.
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, k) chosen experts.
+        top_k_weights: (tokens, k) their weights.
+
+    Returns:
+        (tokens, hidden).
+    """
+    import torch
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(self, name)
+        if not self.is_transposed:
+            weight = weight.transpose(1, 2)
+        out = torch.matmul(x, weight)
+        if self.has_bias:
+            out = out + getattr(self, f"{name}_bias").unsqueeze(1)
+        return out
+
+    inner = project(hidden_states.unsqueeze(0), "gate_up_proj" if self.has_gate else "up_proj")
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    outer = project(inner, "down_proj")
+    if self.has_post_expert_norm:
+        outer = self.post_expert_norm(outer)
+    experts = torch.arange(outer.shape[0], device=top_k_index.device)
+    chosen = (top_k_index.unsqueeze(-1) == experts).to(top_k_weights.dtype)
+    weights = (chosen * top_k_weights.unsqueeze(-1)).sum(dim=1)
+    mixed = (outer * weights.transpose(0, 1).unsqueeze(-1)).sum(dim=0)
+    return mixed.to(hidden_states.dtype)
+
+
+def classify_mask(rule: Callable[..., Any], reach: int) -> int | None:
+    """The sliding window of a mask rule (0 for plain causal), or None if it is neither.
+
+    Args:
+        rule: transformers' mask function of (batch, head, query position, key position).
+        reach: Largest window that can occur.
+    """
+    import torch
+
+    count = reach + 2
+    keys = torch.arange(count)
+    last = torch.tensor(count - 1)
+    zero = torch.tensor(0)
+    seen = rule(zero, zero, last, keys).broadcast_to(keys.shape)
+    window = int(seen.sum())
+    probes = sorted({0, 1, count // 2, max(window - 1, 0), min(window, count - 1), count - 1})
+    for position in probes:
+        expected = (keys <= position) & (keys > position - window)
+        got = rule(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
+        if not torch.equal(got, expected):
+            return None
+    return 0 if window == count else window

@@ -1,0 +1,241 @@
+"""Markers out, layers in: from the traced representatives to every layer of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph import dialect
+from llmc.graph.interface import CacheSlot
+from llmc.graph.model import LAYER, Placeholder
+from llmc.trace.capture import Capture, CapturedAttention
+from llmc.trace.stamp import BEGIN, DOMAIN, END, STUB, LayerStack, NotStampable
+
+
+def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndarray]) -> None:
+    """Replace every marker and stub by the nodes of its layer; every node of a layer knows its index.
+
+    Args:
+        graph: Traced graph; changed in place.
+        stack: The layers and their representatives.
+        buffers: Data of every layer's buffers by qualified name.
+    """
+    begins, ends, stubs = (_by_index(graph, kind) for kind in (BEGIN, END, STUB))
+    bodies = {i: _body(begins[i], ends[i], stack.names[i] + ".") for i in begins}
+    for i, nodes in bodies.items():
+        for node in nodes:
+            node.metadata_props[LAYER] = str(stack.indices[i])
+            _prefix_outputs(node, f"layer.{stack.indices[i]}/")
+    for i, stub in stubs.items():
+        r = stack.representatives[i]
+        _stamp(graph, stub, bodies[r], begins[r], ends[r], _Renaming(graph, stack, r, i, buffers))
+    for node in [*begins.values(), *ends.values()]:
+        for output, source in zip(node.outputs, node.inputs, strict=True):
+            if source is None:
+                raise NotStampable("a layer marker has an empty input")
+            ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def attach_cache(graph: ir.Graph, stack: LayerStack, capture: Capture, dtype: ir.DataType) -> tuple[CacheSlot, ...]:
+    """Give every `CachedAttention` its mask, past and present, as graph inputs and outputs.
+
+    Returns:
+        The cache slots by layer.
+    """
+    by_index = {n: i for i, n in enumerate(stack.indices)}
+    mask = next(v for v in graph.inputs if v.name == "attention_mask")
+    slots: dict[int, CacheSlot] = {}
+    pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
+    nodes = [n for n in graph if n.domain == dialect.DOMAIN and n.op_type == dialect.CACHED_ATTENTION]
+    for node in nodes:
+        layer = node.attributes["layer"].as_int()
+        owner = node.attributes["owner"].as_int()
+        representative = stack.indices[stack.representatives[by_index[layer]]]
+        seen = capture.attentions[representative]
+        if owner == layer:
+            slots[layer] = slot = _slot(layer, seen)
+            pasts[layer] = (
+                _cache_value(slot.past_key, slot, slot.key_width, "past", dtype),
+                _cache_value(slot.past_value, slot, slot.value_width, "past", dtype),
+            )
+            graph.inputs.extend(pasts[layer])
+        slot = slots[owner]
+        present = (
+            _cache_value(slot.present_key, slot, slot.key_width, "total", dtype),
+            _cache_value(slot.present_value, slot, slot.value_width, "total", dtype),
+        )
+        if owner != layer:
+            for value in present:
+                value.name = f"{value.name}.shared.{layer}"
+        query, key, value, *sinks = node.inputs
+        attributes = [a for n, a in node.attributes.items() if n not in ("layer", "owner")]
+        output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
+        new = ir.Node(
+            dialect.DOMAIN,
+            dialect.CACHED_ATTENTION,
+            [query, key, value, *pasts[owner], mask, *sinks],
+            attributes,
+            outputs=[output, *present],
+            name=f"layer.{layer}/attention",
+            metadata_props={LAYER: str(layer)},
+        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], [node.outputs[0]], [output])
+        if owner == layer:
+            graph.outputs.extend(present)
+    return tuple(slots[i] for i in sorted(slots))
+
+
+def _slot(layer: int, seen: CapturedAttention) -> CacheSlot:
+    return CacheSlot(
+        layer=layer,
+        past_key=f"past_key_values.{layer}.key",
+        past_value=f"past_key_values.{layer}.value",
+        present_key=f"present.{layer}.key",
+        present_value=f"present.{layer}.value",
+        kv_heads=seen.kv_heads,
+        key_width=seen.key_width,
+        value_width=seen.value_width,
+        window=seen.window,
+    )
+
+
+def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.DataType) -> ir.Value:
+    shape = ir.Shape(["batch", slot.kv_heads, length, width])
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+
+
+def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
+    return {
+        n.attributes["index"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == kind
+    }
+
+
+def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
+    """Nodes between the markers that depend on the layer's input or weights, in graph order."""
+    inside: dict[ir.Node, bool] = {begin: True}
+
+    def owned(value: ir.Value | None) -> bool:
+        if value is None:
+            return False
+        node = value.producer()
+        if node is None:
+            return bool(value.name and value.name.startswith(prefix))
+        return inside[node]
+
+    stack = [v.producer() for v in end.inputs if v is not None]
+    while stack:
+        node = stack[-1]
+        if node is None or node in inside:
+            stack.pop()
+            continue
+        waiting = [
+            p for v in node.inputs if v is not None and (p := v.producer()) is not None and p not in inside
+        ]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        inside[node] = any(owned(v) for v in node.inputs)
+        stack.pop()
+    members = {n for n, is_inside in inside.items() if is_inside and n is not begin}
+    graph = begin.graph
+    if graph is None:
+        raise NotStampable("a layer marker is in no graph")
+    return [n for n in graph if n in members]
+
+
+def _prefix_outputs(node: ir.Node, prefix: str) -> None:
+    for output in node.outputs:
+        output.name = prefix + (output.name or "")
+    node.name = prefix + (node.name or "")
+
+
+class _Renaming:
+    """From a representative's names to a stamped layer's."""
+
+    def __init__(
+        self, graph: ir.Graph, stack: LayerStack, old: int, new: int, buffers: dict[str, np.ndarray]
+    ) -> None:
+        self.graph = graph
+        self.buffers = buffers
+        self.module = (stack.names[old] + ".", stack.names[new] + ".")
+        self.values = (f"layer.{stack.indices[old]}/", f"layer.{stack.indices[new]}/")
+        self.index = (stack.indices[old], stack.indices[new])
+
+    def value_name(self, name: str) -> str:
+        return self.values[1] + name.removeprefix(self.values[0])
+
+    def initializer(self, value: ir.Value) -> ir.Value:
+        """The stamped layer's own weight or buffer; a shared constant stays what it is."""
+        old, new = self.module
+        if not value.name or not value.name.startswith(old):
+            return value
+        name = new + value.name.removeprefix(old)
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = value.const_value
+        if tensor is None:
+            raise NotStampable(f"initializer {value.name} has no data")
+        data: ir.TensorProtocol
+        if isinstance(tensor, Placeholder):
+            data = Placeholder(name, tensor.dtype, tuple(tensor.shape.numpy()))
+        elif name in self.buffers:
+            data = ir.tensor(self.buffers[name], dtype=tensor.dtype, name=name)
+        else:
+            raise NotStampable(f"layer has no buffer {name}")
+        made = ir.Value(name=name, shape=value.shape, type=value.type, const_value=data)
+        self.graph.register_initializer(made)
+        return made
+
+
+def _stamp(
+    graph: ir.Graph, stub: ir.Node, body: list[ir.Node], begin: ir.Node, end: ir.Node, renaming: _Renaming
+) -> None:
+    """Put a copy of `body` in the stub's place."""
+    mapped: dict[ir.Value, ir.Value | None] = dict(zip(begin.outputs, stub.inputs, strict=True))
+
+    def resolve(value: ir.Value | None) -> ir.Value | None:
+        if value is None:
+            return None
+        if value in mapped:
+            return mapped[value]
+        return renaming.initializer(value) if value.is_initializer() else value
+
+    old_index, new_index = renaming.index
+    for node in body:
+        outputs = [
+            ir.Value(name=renaming.value_name(o.name or ""), shape=o.shape, type=o.type) for o in node.outputs
+        ]
+        attributes = list(_reindexed(node.attributes.values(), node.domain, old_index, new_index))
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            [resolve(v) for v in node.inputs],
+            attributes,
+            outputs=outputs,
+            version=node.version,
+            name=renaming.value_name(node.name or ""),
+            metadata_props={LAYER: str(new_index)},
+        )
+        graph.insert_before(stub, copy)
+        mapped.update(zip(node.outputs, outputs, strict=True))
+    for output, source in zip(stub.outputs, end.inputs, strict=True):
+        replacement = resolve(source)
+        if replacement is None:
+            raise NotStampable("a layer returns an empty value")
+        ir.convenience.replace_all_uses_with(output, replacement, replace_graph_outputs=True)
+    graph.remove(stub, safe=True)
+
+
+def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -> Iterable[ir.Attr]:
+    for attribute in attributes:
+        if domain == dialect.DOMAIN and attribute.name in ("layer", "owner"):
+            if attribute.as_int() != old:
+                raise NotStampable(f"layer {old} uses the cache of layer {attribute.as_int()}")
+            yield ir.AttrInt64(attribute.name, new)
+        else:
+            yield attribute
+
+

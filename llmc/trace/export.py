@@ -1,0 +1,244 @@
+"""A model's own code -> plain ONNX plus dialect operators and layer markers, with no weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import LlmcError, UnsupportedError
+from llmc.graph import dialect
+from llmc.trace.cache import tracing_cache_class
+from llmc.trace.capture import Capture, capturing, classify_mask, intercepting_sdpa
+from llmc.trace.skeleton import build_skeleton, parameter_aliases
+from llmc.trace.stamp import LayerStack, NotStampable, check_indices, find_layers, mark_layers
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+#: Example sizes while tracing: all different, none of them 0 or 1, which torch specialises.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+
+
+@dataclass
+class Exported:
+    """The raw result of one trace.
+
+    Args:
+        model: ONNX with weights as initializers that have no usable data.
+        weights: Names of the initializers that are parameters of the model.
+        buffers: Names of those that are buffers, whose data is real.
+        stack: Decoder layers, with the stubs still to be expanded.
+        layer_buffers: Buffers of every layer, by qualified name, as arrays.
+    """
+
+    model: ir.Model
+    weights: frozenset[str]
+    stack: LayerStack
+    capture: Capture
+    aliases: dict[str, tuple[str, ...]]
+    layer_buffers: dict[str, Any]
+
+
+def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
+    """Trace the causal LM of `config`.
+
+    Args:
+        config: A transformers configuration.
+        dtype: Type of parameters and activations.
+        stamp: Trace only one layer of each kind.
+
+    Raises:
+        UnsupportedError: The model cannot be captured; the message says what was in the way.
+        NotStampable: With `stamp`, if layers that look alike are not.
+    """
+    import torch
+
+    with _quiet():
+        model = build_skeleton(config, dtype)
+        aliases = parameter_aliases(model)
+        parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        stack = find_layers(model, config.get_text_config(), stamp=stamp)
+        if not stack.names:
+            raise UnsupportedError(
+                f"no list of decoder layers with attention was found in {type(model).__name__}",
+                hint="state-space and recurrent models are not supported yet",
+            )
+        layer_buffers = {
+            f"{name}.{key}": buffer.detach().numpy()
+            for name in stack.names
+            for key, buffer in model.get_submodule(name).named_buffers()
+            if not buffer.is_meta
+        }
+        mark_layers(model, stack)
+        with capturing() as capture, intercepting_sdpa(), torch.no_grad():
+            try:
+                program = _export(model, capture, len(stack.names))
+            except (LlmcError, NotStampable):
+                raise
+            except Exception as error:
+                cause = _root_cause(error)
+                if isinstance(cause, (LlmcError, NotStampable)):
+                    raise cause from None
+                raise UnsupportedError(
+                    f"{type(model).__name__} cannot be traced: {type(cause).__name__}: "
+                    f"{str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}",
+                    hint="run with --debug for the full traceback",
+                ) from error
+            check_indices()
+            _check_capture(capture, stack, type(model).__name__)
+            onnx = _translate(program)
+    return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers)
+
+
+def _export(model: torch.nn.Module, capture: Capture, layers: int) -> Any:
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    cache_class = tracing_cache_class()
+
+    class Step(torch.nn.Module):
+        """One step: `sequence` new tokens after total - sequence cached ones."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        ) -> torch.Tensor:
+            capture.__init__()  # type: ignore[misc]
+            past = attention_mask.shape[1] - input_ids.shape[1]
+            arguments: dict[str, Any] = {"past_key_values": cache_class(capture, past, layers), "use_cache": True}
+            if "position_ids" in accepted:
+                arguments["position_ids"] = position_ids
+            return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
+
+    total = _SEQUENCE + _PAST
+    batch, sequence, all_positions = (torch.export.Dim(n) for n in ("batch", "sequence", "total"))
+    return torch.export.export(
+        Step(),
+        (
+            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
+            torch.ones(_BATCH, total, dtype=torch.long),
+            torch.arange(_PAST, total)[None].repeat(_BATCH, 1),
+        ),
+        dynamic_shapes=({0: batch, 1: sequence}, {0: batch, 1: all_positions}, {0: batch, 1: sequence}),
+        strict=False,
+    )
+
+
+def _translate(program: Any) -> ir.Model:
+    """An exported program as ONNX, its dynamic dimensions called batch, sequence and total."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx_program = torch.onnx.export(
+            program,
+            args=(),
+            input_names=["input_ids", "attention_mask", "position_ids"],
+            output_names=["logits"],
+            optimize=False,
+            opset_version=dialect.OPSET,
+            verbose=False,
+        )
+    if onnx_program is None:
+        raise UnsupportedError("torch.onnx.export returned no model")
+    model = onnx_program.model
+    _rename_dimensions(model)
+    return model
+
+
+def _rename_dimensions(model: ir.Model) -> None:
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value, dims in zip(
+        model.graph.inputs[:2], (("batch", "sequence"), ("batch", "total")), strict=True
+    ):
+        for dim, name in zip(value.shape or (), dims, strict=True):
+            names[str(dim)] = name
+
+    pattern = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in names))
+
+    def rename(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        return ir.SymbolicDim(pattern.sub(lambda m: names[m.group()], str(dim.value)))
+
+    values = [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([rename(d) for d in value.shape])
+
+
+def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
+    """Everything that touched the cache was captured, and every mask rule is one we know."""
+    if not capture.attentions:
+        raise UnsupportedError(
+            f"{name}: no attention was captured",
+            hint="its attention does not go through transformers' attention interface",
+        )
+    missed = sorted(set(capture.updates) - set(capture.attentions))
+    if missed:
+        raise UnsupportedError(
+            f"{name}: layers {missed} store keys and values, but their attention was not captured",
+            hint="their attention does not go through transformers' attention interface",
+        )
+    silent = [
+        i
+        for i, r in enumerate(stack.representatives)
+        if r == i and i not in capture.attentions
+    ]
+    if silent:
+        raise UnsupportedError(f"{name}: no attention was captured in layers {silent}")
+    windows = {a.window for a in capture.attentions.values() if a.window}
+    reach = max(windows, default=1) + 1
+    ruled = set()
+    for rule, _ in capture.masks:
+        try:
+            window = classify_mask(rule, reach)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} depends on more than positions"
+            ) from error
+        if window is None:
+            raise UnsupportedError(
+                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} is neither causal nor a sliding window"
+            )
+        ruled.add(window)
+    if ruled - {0} - windows:
+        raise UnsupportedError(
+            f"{name}: a mask of window {sorted(ruled - {0} - windows)} reaches layers whose attention "
+            f"was called with {sorted(windows) or 'no window'}"
+        )
+    if windows - ruled:
+        raise UnsupportedError(
+            f"{name}: attention was called with window {sorted(windows - ruled)}, but no mask has it"
+        )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracers' progress and advice off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(level)

@@ -1,0 +1,148 @@
+"""Clean up what the exporter writes for dynamic shapes, without looking at any weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph.model import Placeholder, constant_of
+
+#: Constants folded while simplifying stay below this many bytes.
+_FOLD_BYTES = 64 * 1024
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold constants, make reshapes static, drop duplicates and dead nodes; in place."""
+    from onnx_ir.passes import common
+
+    weights = _hide_weights(model.graph)
+    _fold(model)
+    common.ShapeInferencePass()(model)
+    for node in list(model.graph):
+        _make_reshape_static(node)
+        _drop_neutral(node)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.DeduplicateInitializersPass(size_limit=_FOLD_BYTES)(model)
+    common.IdentityEliminationPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    _restore_weights(model.graph, weights)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop nodes and initializers that nothing reads; in place."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _hide_weights(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Make weights plain inputs, so that no optimiser asks for their data."""
+    weights = {n: v for n, v in graph.initializers.items() if isinstance(v.const_value, Placeholder)}
+    for name, value in weights.items():
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+    return weights
+
+
+def _restore_weights(graph: ir.Graph, weights: dict[str, ir.Value]) -> None:
+    for name, value in weights.items():
+        graph.inputs.remove(value)
+        if value.shape is None or value.dtype is None or not value.uses():
+            continue
+        value.const_value = Placeholder(name, value.dtype, tuple(value.shape.numpy()))
+        graph.register_initializer(value)
+
+
+def _fold(model: ir.Model) -> None:
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=_FOLD_BYTES, output_size_limit=_FOLD_BYTES
+    )
+
+
+def _make_reshape_static(node: ir.Node) -> None:
+    """Replace a computed target shape by a constant with 0 (copy) and at most one -1 (infer)."""
+    if node.op_type != "Reshape" or node.domain != "":
+        return
+    source, target = node.inputs[0], node.outputs[0]
+    if source is None or target.shape is None or constant_of(node.inputs[1]) is not None:
+        return
+    dims = static_shape(list(source.shape or ()), list(target.shape))
+    graph = node.graph
+    if dims is None or graph is None:
+        return
+    tensor = ir.tensor(np.array(dims, dtype=np.int64))
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+    constant.outputs[0].name = f"{target.name}_shape"
+    constant.outputs[0].shape = ir.Shape([len(dims)])
+    constant.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    graph.insert_before(node, constant)
+    node.replace_input_with(1, constant.outputs[0])
+    node.attributes.pop("allowzero", None)
+
+
+def static_shape(
+    source: Sequence[int | ir.SymbolicDim], target: Sequence[int | ir.SymbolicDim]
+) -> list[int] | None:
+    """`Reshape` target for a dynamic `target`: 0 where a dimension is copied from the same position.
+
+    Returns None if more than one dimension would have to be inferred.
+    """
+    dims: list[int] = []
+    for position, dim in enumerate(target):
+        if isinstance(dim, int):
+            dims.append(dim)
+        elif position < len(source) and str(source[position]) == str(dim):
+            dims.append(0)
+        else:
+            dims.append(-1)
+    return dims if dims.count(-1) <= 1 else None
+
+
+def _drop_neutral(node: ir.Node) -> None:
+    """Forward the input of casts to the same type, products with 1 and sums with 0."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or node.domain != "" or node.outputs[0].is_graph_output():
+        return
+    if node.op_type == "Cast":
+        neutral = source.dtype is not None and node.attributes["to"].as_int() == source.dtype
+    elif node.op_type in ("Mul", "Div", "Add", "Sub"):
+        tensor = constant_of(node.inputs[1])
+        neutral = (
+            tensor is not None
+            and tensor.size == 1
+            and float(tensor.numpy().reshape(())) == (1.0 if node.op_type in ("Mul", "Div") else 0.0)
+            and source.shape is not None
+            and tensor.shape.rank() <= len(source.shape)
+        )
+    elif node.op_type == "Slice":
+        neutral = _keeps_everything(node, source)
+    elif node.op_type == "Expand":
+        target = node.outputs[0].shape
+        neutral = source.shape is not None and target is not None and list(source.shape) == list(target)
+    else:
+        neutral = False
+    if neutral:
+        ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=False)
+
+
+def _keeps_everything(node: ir.Node, source: ir.Value) -> bool:
+    """Whether a slice takes every element: from 0, to the end, by steps of 1."""
+    bounds = [constant_of(v) for v in node.inputs[1:]]
+    if len(bounds) < 2 or any(b is None for b in bounds) or source.shape is None:
+        return False
+    starts, ends, *rest = ([int(x) for x in b.numpy().reshape(-1)] for b in bounds if b is not None)
+    axes = rest[0] if rest else list(range(len(starts)))
+    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        dim = source.shape[axis]
+        length = dim if isinstance(dim, int) else np.iinfo(np.int64).max
+        if start != 0 or step != 1 or end < length:
+            return False
+    return True

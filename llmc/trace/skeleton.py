@@ -1,0 +1,78 @@
+"""A model's own code with no weights: parameters are fake tensors, buffers are real."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UnsupportedError
+from llmc.trace.capture import NAME, SDPA, register_interfaces
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """The causal LM of `config` in evaluation mode, with no memory behind its parameters.
+
+    Its attention is the capturing one where the model supports exchangeable attention, else torch's
+    scaled dot product attention (see `llmc.trace.capture.intercepting_sdpa`).
+
+    Args:
+        config: A transformers configuration; not changed.
+        dtype: Type of the parameters.
+
+    Raises:
+        UnsupportedError: transformers has no causal LM for the configuration.
+    """
+    import copy
+
+    import torch
+    from accelerate import init_empty_weights
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    register_interfaces()
+    config = copy.deepcopy(config)
+    config._experts_implementation = NAME
+    refusals: list[Exception] = []
+    model = None
+    for attention in (NAME, SDPA):
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            break
+        except (KeyError, ValueError) as error:
+            refusals.append(error)
+    if model is None:
+        raise UnsupportedError(
+            f"transformers cannot build a causal LM with exchangeable attention from {type(config).__name__}: "
+            f"{_first_line(refusals[-1])}",
+            hint="its attention goes neither through transformers' attention interface nor through torch's "
+            "scaled dot product attention",
+        ) from refusals[-1]
+    model.eval()
+    model.tie_weights()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                with mode:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+    return model  # type: ignore[no-any-return]
+
+
+def parameter_aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of every parameter that has more than one, under each of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {n: tuple(group) for group in names.values() if len(group) > 1 for n in group}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

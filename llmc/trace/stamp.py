@@ -1,0 +1,278 @@
+"""One layer of each kind is traced; the others are stamped out from it.
+
+While a model is traced, the first decoder layer of each kind runs between two marker nodes
+(`LayerBegin`, `LayerEnd`), and every other layer of that kind is a single `LayerStub` node with the
+same inputs. `llmc.trace.expand` then copies the nodes between the markers into each stub with that
+layer's weights. Two layers are of one kind if their modules have the same classes, parameters,
+plain attributes and per-layer configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
+#: Domain of the markers, which never leave the trace.
+DOMAIN = "llmc.trace"
+
+
+class NotStampable(Exception):
+    """Layers that look alike do not behave alike; the model has to be traced in full."""
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The decoder layers of a model: their modules' names and the kind of each.
+
+    Args:
+        names: Qualified module name of each layer, such as `model.layers.0`.
+        indices: The index by which each layer addresses the KV cache.
+        representatives: For each layer the index of the first layer of its kind.
+    """
+
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    representatives: tuple[int, ...]
+
+
+@dataclass
+class _Call:
+    """How a representative was called and what it returned."""
+
+    arguments: tuple[Any, ...]
+    argument_spec: Any
+    result: tuple[Any, ...]
+    result_spec: Any
+    shapes: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+class LayerIndex(int):
+    """A layer index that notes when code computes with it, which makes layers unlike."""
+
+    computed: list[str] = []  # noqa: RUF012  (shared on purpose: one trace at a time)
+
+    def _note(self, operation: str) -> int:
+        LayerIndex.computed.append(operation)
+        return int(self)
+
+    def __add__(self, other: Any) -> Any:
+        return self._note("+") + other
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self._note("+")
+
+    def __sub__(self, other: Any) -> Any:
+        return self._note("-") - other
+
+    def __mul__(self, other: Any) -> Any:
+        return self._note("*") * other
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self._note("*")
+
+    def __mod__(self, other: Any) -> Any:
+        return self._note("%") % other
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._note("/") / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._note("/")
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._note("//") // other
+
+    def __lt__(self, other: Any) -> bool:
+        return self._note("<") < other
+
+    def __le__(self, other: Any) -> bool:
+        return self._note("<=") <= other
+
+    def __gt__(self, other: Any) -> bool:
+        return self._note(">") > other
+
+    def __ge__(self, other: Any) -> bool:
+        return self._note(">=") >= other
+
+    __hash__ = int.__hash__
+
+
+def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerStack:
+    """The model's list of decoder layers and which of them are alike.
+
+    A decoder layer is an element of the longest `ModuleList` whose elements each hold attention of
+    one layer index. With `stamp` False every layer is its own representative.
+    """
+    import torch
+
+    found: tuple[str, torch.nn.ModuleList, list[int]] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or not len(module):
+            continue
+        held = [_layer_indices(layer) for layer in module]
+        owned = [next(iter(i)) for i in held if len(i) == 1]
+        if len(owned) == len(module) and len(set(owned)) == len(owned):
+            if found is None or len(module) > len(found[1]):
+                found = (name, module, owned)
+    if found is None:
+        return LayerStack((), (), ())
+    name, layers, indices = found
+    first: dict[str, int] = {}
+    representatives = []
+    for i, layer in enumerate(layers):
+        kind = _kind(layer, i, len(layers), config) if stamp else str(i)
+        representatives.append(first.setdefault(kind, i))
+    names = tuple(f"{name}.{i}" for i in range(len(layers)))
+    return LayerStack(names, tuple(indices), tuple(representatives))
+
+
+def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
+    """Replace every layer's forward by its marked or stubbed form, for one trace of `model`."""
+    calls: dict[int, _Call] = {}
+    LayerIndex.computed = []
+    for i, (name, representative) in enumerate(zip(stack.names, stack.representatives, strict=True)):
+        layer = model.get_submodule(name)
+        if representative == i:
+            if stack.representatives.count(i) > 1:
+                for module in layer.modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        module.layer_idx = LayerIndex(module.layer_idx)  # type: ignore[assignment]
+            layer.forward = _marked(layer.forward, i, calls)
+        else:
+            layer.forward = _stub(i, representative, calls)
+
+
+def check_indices() -> None:
+    """Raise NotStampable if a layer's forward computed with its index."""
+    if LayerIndex.computed:
+        raise NotStampable("a layer's code computes with its layer index")
+
+
+def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) -> Callable[..., Any]:
+    from torch.utils import _pytree as pytree
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inputs = _tensors(leaves)
+        begun = _emit(BEGIN, inputs, [(t.dtype, t.shape) for t in inputs], index)
+        replaced = {id(t): new for t, new in zip(inputs, begun, strict=True)}
+        new_args, new_kwargs = pytree.tree_unflatten([replaced.get(id(x), x) for x in leaves], spec)
+        result = forward(*new_args, **new_kwargs)
+        out_leaves, out_spec = pytree.tree_flatten(result)
+        outputs = _tensors(out_leaves)
+        ended = _emit(END, outputs, [(t.dtype, t.shape) for t in outputs], index)
+        swapped = {id(t): new for t, new in zip(outputs, ended, strict=True)}
+        calls[index] = _Call(tuple(leaves), spec, tuple(out_leaves), out_spec)
+        return pytree.tree_unflatten([swapped.get(id(x), x) for x in out_leaves], out_spec)
+
+    return run
+
+
+def _stub(index: int, representative: int, calls: dict[int, _Call]) -> Callable[..., Any]:
+    from torch.utils import _pytree as pytree
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = calls.get(representative)
+        if call is None:
+            raise NotStampable(f"layer {index} runs before layer {representative}, which it resembles")
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != call.argument_spec or len(leaves) != len(call.arguments):
+            raise NotStampable(f"layers {representative} and {index} are called with different arguments")
+        for mine, theirs in zip(leaves, call.arguments, strict=True):
+            if not _alike(mine, theirs):
+                raise NotStampable(f"layers {representative} and {index} are called with different values")
+        if _aliasing(leaves) != _aliasing(call.arguments):
+            raise NotStampable(f"layers {representative} and {index} share different arguments")
+        outputs = _tensors(call.result)
+        made = _emit(STUB, _tensors(leaves), [(t.dtype, t.shape) for t in outputs], index)
+        swapped = {id(t): new for t, new in zip(outputs, made, strict=True)}
+        return pytree.tree_unflatten([swapped.get(id(x), x) for x in call.result], call.result_spec)
+
+    return run
+
+
+def _emit(kind: str, inputs: list[Any], outputs: list[tuple[Any, Any]], index: int) -> tuple[Any, ...]:
+    import torch
+
+    if not outputs:
+        raise NotStampable(f"layer {index} takes or returns no tensor")
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{kind}",
+            inputs,
+            attrs={"index": index},
+            dtypes=[dtype for dtype, _ in outputs],
+            shapes=[shape for _, shape in outputs],
+            version=1,
+        )
+    )
+
+
+def _tensors(leaves: Any) -> list[Any]:
+    """The distinct tensors among `leaves`, in order of first appearance."""
+    import torch
+
+    seen: dict[int, Any] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            seen.setdefault(id(leaf), leaf)
+    return list(seen.values())
+
+
+def _aliasing(leaves: Any) -> list[int]:
+    """For each tensor leaf the position of its first appearance."""
+    import torch
+
+    first: dict[int, int] = {}
+    return [first.setdefault(id(x), n) for n, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+
+
+def _alike(mine: Any, theirs: Any) -> bool:
+    import torch
+
+    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return mine.dtype == theirs.dtype and [str(d) for d in mine.shape] == [str(d) for d in theirs.shape]
+    if mine is theirs:
+        return True
+    if isinstance(mine, (bool, int, float, str)):
+        return type(mine) is type(theirs) and bool(mine == theirs)
+    return False
+
+
+def _layer_indices(module: torch.nn.Module) -> set[int]:
+    indices = {getattr(m, "layer_idx", None) for m in module.modules()}
+    return {int(i) for i in indices if isinstance(i, int)}
+
+
+def _kind(layer: torch.nn.Module, index: int, count: int, config: Any) -> str:
+    """A digest of everything about a layer that its trace may depend on."""
+    digest = hashlib.sha256()
+
+    def add(*parts: Any) -> None:
+        digest.update(repr(parts).encode())
+
+    for name, module in layer.named_modules():
+        add("module", name, type(module).__module__, type(module).__qualname__)
+        for key, parameter in module._parameters.items():
+            add(key, None if parameter is None else (tuple(parameter.shape), parameter.dtype))
+        for key, buffer in module._buffers.items():
+            add(key, None if buffer is None else (tuple(buffer.shape), buffer.dtype))
+        for key, value in sorted(vars(module).items()):
+            if key != "layer_idx" and _is_plain(value):
+                add(key, value)
+    for key, value in sorted(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            add("config", key, value[index])
+    return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,0 +1,134 @@
+"""`CachedAttention` as an ONNX function, in ONNX Runtime, against attention written out in PyTorch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from llmc.graph import dialect
+
+BATCH, HEADS, KV_HEADS, PAST, STEP, WIDTH, VALUE_WIDTH = 2, 4, 2, 5, 3, 8, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    hidden: tuple[int, ...] = ()
+
+
+CASES = [
+    Case(),
+    Case(window=4),
+    Case(window=1),
+    Case(softcap=2.0),
+    Case(sinks=True),
+    Case(hidden=(0, 1)),
+    Case(window=3, softcap=1.5, sinks=True, hidden=(0,)),
+]
+
+
+def _inputs(case: Case, past: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32) * 2
+
+    mask = np.ones((BATCH, past + STEP), np.int64)
+    mask[1, list(case.hidden)] = 0
+    feeds = {
+        "query": draw(BATCH, HEADS, STEP, WIDTH),
+        "key": draw(BATCH, KV_HEADS, STEP, WIDTH),
+        "value": draw(BATCH, KV_HEADS, STEP, VALUE_WIDTH),
+        "past_key": draw(BATCH, KV_HEADS, past, WIDTH),
+        "past_value": draw(BATCH, KV_HEADS, past, VALUE_WIDTH),
+        "attention_mask": mask,
+    }
+    if case.sinks:
+        feeds["sinks"] = draw(HEADS)
+    return feeds
+
+
+def _run(case: Case, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    function = dialect.cached_attention(sinks=case.sinks)
+    inputs = [
+        ir.Value(
+            name=n,
+            shape=ir.Shape([None] * a.ndim),
+            type=ir.TensorType(ir.DataType.INT64 if a.dtype == np.int64 else ir.DataType.FLOAT),
+        )
+        for n, a in feeds.items()
+    ]
+    attributes = {
+        "num_heads": HEADS,
+        "kv_num_heads": KV_HEADS,
+        "scale": 0.3,
+        "softcap": case.softcap,
+        "window": case.window,
+    }
+    node = ir.Node(
+        dialect.DOMAIN,
+        dialect.CACHED_ATTENTION,
+        inputs,
+        ir.convenience.convert_attributes(attributes),
+        num_outputs=3,
+    )
+    for output, name in zip(node.outputs, ("output", "present_key", "present_value"), strict=True):
+        output.name = name
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        output.shape = ir.Shape([None] * 4)
+    graph = ir.Graph(
+        inputs,
+        node.outputs,
+        nodes=[node],
+        name="g",
+        opset_imports={"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION},
+    )
+    model = ir.Model(graph, ir_version=10, functions=[function])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
+
+
+def _reference(case: Case, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """Row by row, head by head, position by position."""
+    past = feeds["past_key"].shape[2]
+    keys = np.concatenate([feeds["past_key"], feeds["key"]], axis=2)
+    values = np.concatenate([feeds["past_value"], feeds["value"]], axis=2)
+    out = np.zeros((BATCH, STEP, HEADS, VALUE_WIDTH))
+    for b in range(BATCH):
+        for h in range(HEADS):
+            group = h // (HEADS // KV_HEADS)
+            for i in range(STEP):
+                seen = [
+                    j
+                    for j in range(past + i + 1)
+                    if feeds["attention_mask"][b, j] and (not case.window or j > past + i - case.window)
+                ]
+                scores = 0.3 * keys[b, group, seen] @ feeds["query"][b, h, i]
+                if case.softcap:
+                    scores = case.softcap * np.tanh(scores / case.softcap)
+                weights = np.exp(scores)
+                total = weights.sum() + (np.exp(feeds["sinks"][h]) if case.sinks else 0.0)
+                out[b, i, h] = weights / total @ values[b, group, seen]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("past", [0, PAST])
+def test_equals_attention_written_out(case: Case, past: int) -> None:
+    feeds = _inputs(case, past)
+    output, present_key, present_value = _run(case, feeds)
+    rows = feeds["attention_mask"][:, past:] == 1  # a padded query sees nothing and means nothing
+    np.testing.assert_allclose(output[rows], _reference(case, feeds)[rows], atol=2e-6)
+    np.testing.assert_array_equal(present_key, np.concatenate([feeds["past_key"], feeds["key"]], axis=2))
+    np.testing.assert_array_equal(present_value, np.concatenate([feeds["past_value"], feeds["value"]], axis=2))
+
+
+def test_a_query_that_sees_nothing_stays_finite() -> None:
+    feeds = _inputs(Case(hidden=(0, 1)), 0)
+    output, *_ = _run(Case(), feeds)
+    assert np.isfinite(output).all()

@@ -1,0 +1,167 @@
+"""Canonical graphs against the PyTorch models they were traced from, in ONNX Runtime."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from llmc.config import Dtype
+from llmc.errors import UnsupportedError
+from llmc.graph import dialect
+from llmc.graph.model import Graph, Placeholder, layer_of
+from llmc.trace import trace_model
+from llmc.trace.stamp import LayerIndex, NotStampable, check_indices
+
+from ..models import build_tiny_model, tiny_config
+from ..runtime import StateStore, run_steps
+
+
+def _compare(model_type: str, **overrides: Any) -> float:
+    """Largest difference of logits at real tokens: left-padded prefill of 10, then 10 decode steps."""
+    import torch
+
+    model = build_tiny_model(model_type, **overrides)
+    model.set_attn_implementation("eager")
+    graph = trace_model(model.config, Dtype.FLOAT32)
+    assert graph.bind(StateStore(model), {}) == ()
+    random = np.random.default_rng(0)
+    ids = random.integers(3, 250, (2, 20))
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    positions = np.clip(mask.cumsum(1) - 1, 0, None)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions),
+        ).logits.numpy()
+    found = run_steps(graph, ids, mask, positions, prompt=10)
+    return float(np.abs(found - expected)[mask == 1].max())
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "gemma2", "gemma3_text", "gpt2", "falcon", "mixtral", "gpt_oss"],
+)
+def test_canonical_graph_has_the_models_numbers(model_type: str) -> None:
+    # softcap and window, two kinds of layers, learned positions, torch's own attention call, experts, sinks
+    assert _compare(model_type) <= 1e-4
+
+
+def test_keys_wider_than_values() -> None:
+    assert _compare("deepseek_v3", num_key_value_heads=4) <= 1e-4
+
+
+def _structure(graph: Graph) -> list[tuple[Any, ...]]:
+    """Nodes with constants by value and computed values by order of appearance."""
+    numbers: dict[ir.Value, int] = {}
+
+    def describe(value: ir.Value | None) -> Any:
+        if value is None:
+            return None
+        if value.producer() is not None:
+            return numbers[value]
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, Placeholder):
+            return value.name, str(value.shape)
+        return tensor.numpy().dtype.str, tensor.numpy().shape, tensor.numpy().tobytes()
+
+    nodes = []
+    for node in graph.graph:
+        inputs = tuple(describe(v) for v in node.inputs)
+        attributes = tuple(sorted((n, str(a.value)) for n, a in node.attributes.items()))
+        for output in node.outputs:
+            numbers[output] = len(numbers)
+        shapes = tuple(str(o.shape) for o in node.outputs)
+        nodes.append((node.domain, node.op_type, inputs, attributes, layer_of(node), shapes))
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {"num_hidden_layers": 6}),
+        (
+            "gemma3_text",
+            {"num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2},
+        ),
+        ("smollm3", {"num_hidden_layers": 6, "no_rope_layers": [1, 1, 0] * 2}),
+        ("qwen3_moe", {"num_hidden_layers": 4}),
+        ("gpt2", {"n_layer": 4}),
+    ],
+)
+def test_stamped_graph_equals_the_fully_traced_one(model_type: str, overrides: dict[str, Any]) -> None:
+    config = tiny_config(model_type, **overrides)
+    stamped = trace_model(config, Dtype.FLOAT32)
+    assert stamped.notes == []
+    assert _structure(stamped) == _structure(trace_model(config, Dtype.FLOAT32, stamp=False))
+
+
+def test_layers_with_attributes_of_their_own_are_of_their_own_kind() -> None:
+    config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
+    graph = trace_model(config, Dtype.FLOAT32)
+    scales = {
+        n.attributes["scale"].as_float() for n in graph.graph if n.op_type == dialect.CACHED_ATTENTION
+    }
+    assert len(scales) == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("compute", [lambda i: i + 1, lambda i: 2 * i, lambda i: i % 2, lambda i: i < 2])
+def test_computing_with_a_layers_index_is_noticed(compute: Callable[[int], object]) -> None:
+    LayerIndex.computed.clear()
+    index = LayerIndex(3)
+    assert [10, 11, 12, 13][index] == 13
+    check_indices()
+    assert compute(index) == compute(3)
+    with pytest.raises(NotStampable, match="computes with its layer index"):
+        check_indices()
+
+
+def test_every_attention_is_one_node_with_its_geometry() -> None:
+    graph = trace_model(tiny_config("gemma2", num_hidden_layers=4), Dtype.FLOAT32)
+    attention = [n for n in graph.graph if n.op_type == dialect.CACHED_ATTENTION]
+    assert [layer_of(n) for n in attention] == [0, 1, 2, 3]
+    assert [slot.window for slot in graph.cache] == [8, None, 8, None]
+    assert {n.attributes["softcap"].as_float() for n in attention} == {50.0}
+    assert not [n for n in graph.graph if n.op_type == "Softmax"]
+
+
+def test_positions_are_an_input_only_where_the_model_reads_them() -> None:
+    assert trace_model(tiny_config("llama"), Dtype.FLOAT32).interface().position_ids
+    config = tiny_config("smollm3", no_rope_layers=[0, 0, 0])
+    assert not trace_model(config, Dtype.FLOAT32).interface().position_ids
+
+
+def test_half_precision_is_traced_as_such() -> None:
+    graph = trace_model(tiny_config("llama"), Dtype.FLOAT16)
+    interface = graph.interface()
+    assert {s.dtype for s in interface.outputs} == {"float16"}
+    assert {v.dtype for v in graph.unbound()} == {ir.DataType.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bloom", "cannot be traced|attention"),
+        ("mamba", "no list of decoder layers with attention|cannot be traced"),
+        ("gptj", "exchangeable attention"),
+        ("llama4_text", "mask rule .* depends on more than positions"),
+        ("qwen3_next", "convolution or recurrent state"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused_by_name(model_type: str, message: str) -> None:
+    with warnings.catch_warnings(), pytest.raises(UnsupportedError, match=message):
+        warnings.simplefilter("ignore")
+        trace_model(tiny_config(model_type), Dtype.FLOAT32)
+
+
+def test_tracing_leaves_torch_and_transformers_as_they_were() -> None:
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = torch.nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    trace_model(tiny_config("falcon"), Dtype.FLOAT32)
+    assert (torch.nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
