@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 256
-_MOST_PARAMETERS = 4_000_000
+_MOST_PARAMETERS = 16_000_000
 BOS, EOS, PAD = 1, 2, 0
 
 # The architectures that every station is tested on.
@@ -146,7 +146,7 @@ def _tiny_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     fields = {name: value for name, value in _SIZES.items() if name in declared}
     if "is_decoder" in declared:
         fields["is_decoder"] = True
-    parts = {name: part for name, part in kind.sub_configs.items() if part.model_type}
+    parts = {name: part for name, part in kind.sub_configs.items() if getattr(part, "model_type", "")}
     return fields | {name: _tiny_fields(part) for name, part in parts.items()}
 
 
@@ -230,8 +230,8 @@ def save_tiny_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
         tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
     )
     fast.chat_template = (
-        "{% for message in messages %}{{ bos_token }}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
+        "{% for message in messages %}{{ bos_token }}{{ message['role'] }}: {{ message['content'] }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
     )
     fast.save_pretrained(folder)
     return folder

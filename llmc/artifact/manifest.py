@@ -1,0 +1,195 @@
+"""`Manifest`: what an artifact is, from what it was made, and what was found out about it.
+
+Written as manifest.json, last, so that a directory without one is not an artifact. It holds no
+timings and no measured figures: the same inputs give the same bytes.
+"""
+
+import json
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmc.artifact.interface import CheckStatus
+from llmc.config import Metric, Profile, Target, WeightRole
+from llmc.errors import ConfigError
+from llmc.graph.interface import Interface
+
+MANIFEST = "manifest.json"
+#: Measurements and their timings live here, outside of what the manifest's digests cover.
+REPORTS = "reports"
+SCHEMA_VERSION: Literal[1] = 1
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileDigest(_Strict):
+    """sha256 (hexadecimal) and size in bytes of one file."""
+
+    sha256: Digest
+    bytes: int
+
+
+class ModelFacts(_Strict):
+    """The checkpoint that was compiled.
+
+    Args:
+        ref: As the user wrote it.
+        digest: sha256 over its configuration, weights and tokenizer.
+        architecture: Class of the transformers model, such as LlamaForCausalLM.
+        model_type: transformers' name of the configuration, such as llama.
+        parameters: Number of parameters, tied ones counted once.
+    """
+
+    ref: str
+    digest: str
+    architecture: str
+    model_type: str
+    parameters: int
+
+
+class Declined(_Strict):
+    """A place where a pass nearly applied: why not, an example node, and how many alike."""
+
+    code: str
+    reason: str
+    node: str
+    count: int
+
+
+class PassRecord(_Strict):
+    """How often a pass applied, and where it declined."""
+
+    name: str
+    applied: int
+    declined: tuple[Declined, ...] = ()
+
+
+class WeightRecord(_Strict):
+    """How one matrix is stored.
+
+    Args:
+        name: Parameter name.
+        role: What the matrix is for.
+        shape: (output features, input features).
+        bits: Bits of one element; 16 or 32 for a matrix left in float.
+        block_size: Input features that share a scale; None in float.
+        symmetric: Whether the zero point is fixed; None in float.
+        bytes: Codes, scales and zero points together.
+    """
+
+    name: str
+    role: WeightRole
+    shape: tuple[int, ...]
+    bits: int
+    block_size: int | None
+    symmetric: bool | None
+    bytes: int
+
+
+class State(StrEnum):
+    """What is known of an artifact's numbers."""
+
+    VERIFIED = "verified"
+    NOT_VERIFIED = "built, not verified"
+    NOT_EXECUTED = "built, not executed"
+    FAILED = "failed"
+
+
+class CheckRecord(_Strict):
+    """The outcome of one gate, and the runtime and provider it was measured on."""
+
+    metric: Metric
+    status: CheckStatus
+    where: str
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
+        raise ValueError(f"{name!r} is not a path inside the artifact")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+
+
+class Manifest(_Strict):
+    """Everything about an artifact but its figures.
+
+    Args:
+        llmc_version: Version of the compiler.
+        tools: Versions by name, such as torch and onnxruntime.
+        files: Every file by its path inside the artifact, `reports/` and the manifest left out.
+        checks: The verdict's outcomes; empty unless the gates ran.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    llmc_version: str
+    model: ModelFacts
+    target: Target
+    profile: Profile
+    interface: Interface
+    tools: dict[str, str]
+    files: dict[FileName, FileDigest]
+    passes: tuple[PassRecord, ...]
+    weights: tuple[WeightRecord, ...]
+    state: State
+    checks: tuple[CheckRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _state_fits_checks(self) -> "Manifest":
+        failed = [check.metric.value for check in self.checks if check.status is CheckStatus.FAIL]
+        match self.state:
+            case State.VERIFIED if failed:
+                raise ValueError(f"state is verified, but {', '.join(failed)} failed")
+            case State.VERIFIED | State.FAILED if not self.checks:
+                raise ValueError(f"state is {self.state.value} without any check")
+            case State.FAILED if not failed:
+                raise ValueError("state is failed, but no check failed")
+            case State.NOT_VERIFIED | State.NOT_EXECUTED if self.checks:
+                raise ValueError(f"state is '{self.state.value}', but checks ran")
+        return self
+
+    def to_json(self) -> str:
+        """JSON with sorted keys and a newline at the end: the same manifest gives the same text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str, source: str) -> Manifest:
+    """Read a manifest's JSON.
+
+    Args:
+        source: Where `text` is from, for the messages.
+
+    Raises:
+        ConfigError: Not JSON, of a newer schema, or not what the schema says.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source} is damaged: {error.msg} at line {error.lineno}, column {error.colno}",
+            hint="build the artifact again",
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise ConfigError(f"{source} is not the manifest of an artifact: it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{source} has schema version {version}; this llmc reads up to {SCHEMA_VERSION}",
+            hint="update llmc, or build the artifact again with this one",
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        raise ConfigError(
+            f"{source} is damaged: {place}: {first['msg']}", hint="build the artifact again"
+        ) from error

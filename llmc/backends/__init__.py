@@ -1,0 +1,1 @@
+"""Runtimes: a lowered graph into files, and text out of them."""

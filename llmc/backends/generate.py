@@ -1,0 +1,155 @@
+"""Text and tokens out of an artifact, through onnxruntime-genai."""
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmc.backends.genai import GENAI_CONFIG
+from llmc.errors import ConfigError, ResourceError
+
+
+def generate_text(
+    folder: Path, prompt: str, max_tokens: int, emit: Callable[[str], None], chat: bool
+) -> None:
+    """Continue `prompt` greedily, handing on each piece of text as soon as it is there.
+
+    Args:
+        folder: An artifact.
+        max_tokens: New tokens at most; less where the model's context ends before.
+        emit: Takes each piece of the answer, in order.
+        chat: Put the prompt into the artifact's chat template as the user's message; without effect
+            where it has none.
+
+    Raises:
+        ConfigError: The folder cannot be served, no token is asked for, or the prompt is empty or
+            longer than the context.
+        ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
+    """
+    og, model = _load(folder)
+    with _runtime_errors(folder):
+        tokenizer = og.Tokenizer(model)
+        if chat and _has_chat_template(folder):
+            messages = json.dumps([{"role": "user", "content": prompt}])
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = [int(i) for i in tokenizer.encode(prompt)]
+        stream = tokenizer.create_stream()
+    for token in _generate(og, model, folder, ids, max_tokens):
+        if text := stream.decode(token):
+            emit(text)
+
+
+def generate_tokens(folder: Path, ids: Sequence[int], max_new: int) -> list[int]:
+    """Continue `ids` greedily, batch 1.
+
+    Args:
+        max_new: New tokens at most; less where the model's context ends before.
+
+    Returns:
+        The new tokens, without the one that ends the sequence.
+
+    Raises:
+        ConfigError: The folder cannot be served, no token is asked for, or `ids` are none or longer
+            than the context.
+        ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
+    """
+    og, model = _load(folder)
+    return list(_generate(og, model, folder, ids, max_new))
+
+
+def _generate(og: Any, model: Any, folder: Path, ids: Sequence[int], max_new: int) -> Iterator[int]:
+    import numpy as np
+
+    config = _genai_config(folder)["model"]
+    context, stated = config["context_length"], config["eos_token_id"]
+    ends = set(stated) if isinstance(stated, list) else {stated}
+    if max_new < 1:
+        raise ConfigError(f"{max_new} new tokens are asked for", hint="ask for 1 or more")
+    if not ids:
+        raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
+    if len(ids) >= context:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens; {folder} has a context of {context}",
+            hint="shorten the prompt",
+        )
+    with _runtime_errors(folder):
+        params = og.GeneratorParams(model)
+        params.set_search_options(
+            batch_size=1,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_length=min(len(ids) + max_new, context),
+        )
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.asarray(ids, dtype=np.int32))
+    while not generator.is_done():
+        with _runtime_errors(folder):
+            generator.generate_next_token()
+        token = int(generator.get_next_tokens()[0])
+        if token not in ends:
+            yield token
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The module onnxruntime_genai, and the artifact's model in it."""
+    config = _genai_config(folder)
+    try:
+        import onnxruntime_genai as og
+    except ImportError as error:
+        raise ResourceError(
+            f"onnxruntime-genai, which runs artifacts, cannot be imported: {error}",
+            hint="pip install onnxruntime-genai-cuda on x86-64, onnxruntime-genai elsewhere",
+        ) from error
+    providers = config["model"]["decoder"]["session_options"]["provider_options"]
+    if any("cuda" in provider for provider in providers) and not _has_nvidia_gpu():
+        raise ResourceError(
+            f"{folder} is built for CUDA and needs an NVIDIA GPU with its driver; this machine has none",
+            hint="build with a cpu target to run it here",
+        )
+    with _runtime_errors(folder):
+        return og, og.Model(str(folder))
+
+
+@contextmanager
+def _runtime_errors(folder: Path) -> Iterator[None]:
+    """onnxruntime-genai's own errors, all of them `RuntimeError`, as typed ones."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"onnxruntime-genai cannot run {folder}: {error}", hint="llmc verify tells what is wrong with it"
+        ) from error
+
+
+def _genai_config(folder: Path) -> dict[str, Any]:
+    path = folder / GENAI_CONFIG
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} cannot be served: it has no {GENAI_CONFIG}", hint="name the directory of an artifact"
+        )
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}", hint="build the artifact again") from error
+    return config
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    )
+
+
+def _has_nvidia_gpu() -> bool:
+    """Ask the driver (cuInit and cuDeviceGetCount, CUDA driver API) without a CUDA library."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

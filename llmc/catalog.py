@@ -1,0 +1,141 @@
+"""Finds targets and profiles by name.
+
+Searched in this order, the first that has the name wins:
+
+1. the folder given with `--path`,
+2. the folders of the environment variable LLMC_PATH (separated as in PATH),
+3. what ships with llmc.
+
+Each folder holds `targets/*.yaml` and `profiles/*.yaml`; the name inside a file is the file's own.
+The profile `local` is not a file: `llmc.machine` describes the machine at hand.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from llmc.config import Profile, ProfileKind, Provider, Target
+from llmc.document import load_document
+from llmc.errors import ConfigError, did_you_mean
+from llmc.machine import LOCAL, detect_profile
+
+PATH_VARIABLE = "LLMC_PATH"
+
+Document = TypeVar("Document", Target, Profile)
+_Kind = Literal["targets", "profiles"]
+
+
+@dataclass(frozen=True)
+class Listed(Generic[Document]):
+    """One target or profile and the file it came from."""
+
+    document: Document
+    file: Path
+
+
+def shipped_folder() -> Path:
+    """The folder whose `targets/` and `profiles/` ship: in a wheel the package, else the checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package, package.parent):
+        if (folder / "targets").is_dir() and (folder / "profiles").is_dir():
+            return folder
+    raise ConfigError(
+        f"the targets and profiles that ship with llmc are neither in {package} nor in {package.parent}",
+        hint="the installation is incomplete: install llmc again",
+    )
+
+
+def search_folders(path: Path | None = None) -> tuple[Path, ...]:
+    """Folders in the order they are searched; ConfigError for one that holds neither kind."""
+    named = [(path, "--path")] if path is not None else []
+    listed = os.environ.get(PATH_VARIABLE, "").split(os.pathsep)
+    named += [(Path(entry), PATH_VARIABLE) for entry in listed if entry]
+    for folder, origin in named:
+        if not ((folder / "targets").is_dir() or (folder / "profiles").is_dir()):
+            raise ConfigError(
+                f"{folder} (from {origin}) has neither a folder targets nor a folder profiles",
+                hint="name the folder above them",
+            )
+    return (*(folder for folder, _ in named), shipped_folder())
+
+
+def list_targets(path: Path | None = None) -> tuple[Listed[Target], ...]:
+    """Every target that can be named, sorted by name."""
+    files = _find("targets", search_folders(path))
+    return tuple(Listed(_load(file, Target), file) for _, file in sorted(files.items()))
+
+
+def list_profiles(path: Path | None = None) -> tuple[Listed[Profile], ...]:
+    """Every profile that can be named but `local`, sorted by name."""
+    files = _find("profiles", search_folders(path))
+    return tuple(Listed(_load(file, Profile), file) for _, file in sorted(files.items()))
+
+
+def load_target(name: str, path: Path | None = None) -> Target:
+    """The target of this name; ConfigError if there is none or its file is not valid."""
+    return _load(_file_of(name, "targets", path), Target)
+
+
+def load_profile(name: str, path: Path | None = None) -> Profile:
+    """The profile of this name; `local` is this machine's GPU, or its CPU where it has none."""
+    if name == LOCAL:
+        return detect_profile()
+    return _load(_file_of(name, "profiles", path), Profile)
+
+
+def load_profile_for(target: Target, name: str, path: Path | None = None) -> Profile:
+    """The profile of this name, of the kind of hardware that the target runs on.
+
+    `local` describes the CPU for a CPU target. For a CUDA target it describes the GPU, and where
+    there is none the CPU of the machine that builds: such an artifact is built, not executed.
+    """
+    wanted = ProfileKind.GPU if target.provider is Provider.CUDA else ProfileKind.CPU
+    if name == LOCAL:
+        return detect_profile() if wanted is ProfileKind.GPU else detect_profile(gpu=False)
+    profile = load_profile(name, path)
+    if profile.kind is not wanted:
+        raise ConfigError(
+            f"target {target.name} runs on a {wanted.value.upper()} and profile {name} describes a "
+            f"{profile.kind.value.upper()}",
+            hint="llmc profiles lists the profiles with their kind",
+        )
+    return profile
+
+
+def _file_of(name: str, kind: _Kind, path: Path | None) -> Path:
+    files = _find(kind, search_folders(path))
+    if name not in files:
+        known = [*files, LOCAL] if kind == "profiles" else list(files)
+        raise ConfigError(f"no {kind.removesuffix('s')} is named {name}", hint=did_you_mean(name, known))
+    return files[name]
+
+
+def _find(kind: _Kind, folders: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        here: dict[str, Path] = {}
+        for file in sorted((folder / kind).glob("*")):
+            if file.suffix not in (".yaml", ".yml"):
+                continue
+            if file.stem in here:
+                raise ConfigError(f"{file} and {here[file.stem].name} both define {file.stem}")
+            here[file.stem] = file
+        if kind == "profiles" and LOCAL in here:
+            raise ConfigError(
+                f"{here[LOCAL]} takes the name {LOCAL}, which stands for the machine at hand",
+                hint="give the file another name",
+            )
+        found = here | found
+    return found
+
+
+def _load(file: Path, model: type[Document]) -> Document:
+    document = load_document(file, model)
+    if document.name != file.stem:
+        raise ConfigError(
+            f"{file}: name is {document.name} and the file is named {file.stem}",
+            hint="a file carries the name that it defines",
+        )
+    return document

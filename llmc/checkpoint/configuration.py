@@ -1,0 +1,178 @@
+"""The config of a checkpoint, what can be refused from it alone, and the model it describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.gguf_outline import write_outline
+from llmc.errors import CheckpointError, UnsupportedError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The config of a Hugging Face folder or of a GGUF file, if the model can be compiled at all.
+
+    Raises:
+        CheckpointError: No config, or one that cannot be read.
+        UnsupportedError: Unknown architecture, quantized checkpoint, encoder or encoder-decoder.
+    """
+    config = _gguf_config(path) if path.is_file() else _folder_config(path)
+    config.name_or_path = ""  # where it lay is no property of the model
+    _refuse_other_than_causal(config)
+    return config
+
+
+def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """generation_config.json of the folder, or what the config says where there is none."""
+    from transformers import GenerationConfig
+
+    if path.is_dir() and (path / "generation_config.json").is_file():
+        try:
+            return GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+    return GenerationConfig.from_model_config(config)
+
+
+def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """The model as transformers loads it: float32, eval mode, CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source: dict[str, Any] = {}
+    if path.is_file():
+        source = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent if path.is_file() else path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            **source,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {error}") from error
+    reference: PreTrainedModel = model.eval()
+    return reference
+
+
+def _folder_config(folder: Path) -> PreTrainedConfig:
+    file = folder / "config.json"
+    fields = _read_json(file)
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{file} has no model_type", hint="it must be the config of a transformers model"
+        )
+    quantization = fields.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "an unnamed method")
+        raise UnsupportedError(
+            f"{folder} is quantized already ({method})",
+            hint="compile the original checkpoint in float instead",
+        )
+
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING) + "; an architecture newer than the installed"
+        raise UnsupportedError(
+            f"{file} is of model_type {model_type}, which the installed transformers does not have",
+            hint=hint + " transformers needs an upgrade of it, and code shipped with a model is not run",
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the config classes of transformers raise whatever their validators do
+        raise CheckpointError(
+            f"{file} is not a valid config of {model_type}: {_first_line(error)}"
+        ) from error
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        gguf = sorted(p.name for p in file.parent.glob("*.gguf"))
+        raise CheckpointError(
+            f"{file.parent} has no config.json",
+            hint=f"give the file: {file.parent / gguf[0]}"
+            if gguf
+            else "give the folder that holds config.json",
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
+    return fields
+
+
+def _gguf_config(file: Path) -> PreTrainedConfig:
+    header = GgufHeader.parse(file)
+
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import (
+        GGUF_SUPPORTED_ARCHITECTURES,
+        GGUF_TO_TRANSFORMERS_MAPPING,
+    )
+
+    # The other architectures are read by a fast reader, or take the vocabulary's size from the tokens.
+    keys = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(header.architecture, {})
+    outlined = header.architecture not in GGUF_CONFIG_ARCHS and "vocab_size" in keys
+    try:
+        if not outlined:
+            return _transformers_gguf_config(file)
+        with TemporaryDirectory() as folder:
+            outline = Path(folder) / "outline.gguf"
+            write_outline(file, header, outline)
+            return _transformers_gguf_config(outline)
+    except Exception as error:  # transformers raises ValueError, KeyError or a validator's own type
+        readable = {*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES}
+        if "not supported" in str(error) or header.architecture not in readable:
+            raise UnsupportedError(
+                f"{file} is a GGUF of architecture {header.architecture}, which transformers cannot read",
+                hint="compile the original Hugging Face checkpoint instead",
+            ) from error
+        raise CheckpointError(
+            f"{file} does not describe a {header.architecture} model: {_first_line(error)}"
+        ) from error
+
+
+def _transformers_gguf_config(file: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True
+    )
+    return config
+
+
+def _refuse_other_than_causal(config: PreTrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    hint = "llmc compiles decoder-only language models"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{kind} is an encoder-decoder model", hint=hint)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedError(f"{kind} has no causal language model in transformers", hint=hint)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
+        raise UnsupportedError(f"{kind} with is_decoder = false is an encoder-only model", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

@@ -1,0 +1,284 @@
+"""Tensors under the names of the model: the renamings and merges of transformers, done while reading.
+
+transformers loads old names, per-expert matrices and fused projections through one mapping per model
+(`conversion_mapping`, `core_model_loading`). The same mapping and the same operations run here, one
+target tensor at a time: on meta tensors at open, to know and check every shape, and on the rows read
+from the files when a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from llmc.checkpoint.ranges import WholeValues
+from llmc.checkpoint.ties import resolve_ties
+from llmc.errors import CheckpointError
+from llmc.graph.weights import Array, TensorInfo, WeightStore
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A store under the model's names, with what is shared and what was left over.
+
+    Args:
+        store: Every tensor of the files that the model takes.
+        tied: Absent name -> stored name of the same parameter.
+        unused: Names in the files that no parameter of the model takes.
+    """
+
+    store: WeightStore
+    tied: Mapping[str, str]
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """One application of a `WeightConverter`: the file tensors by pattern, and what comes out."""
+
+    first_target: str
+    converter: Any
+    sources: Mapping[str, tuple[str, ...]]
+    by_row: bool  # row i of the target needs only source i of each pattern
+
+
+class ConvertedStore:
+    """A `WeightStore` under the parameter names of a transformers model."""
+
+    def __init__(
+        self,
+        raw: WeightStore,
+        model: PreTrainedModel,
+        renamed: Mapping[str, str],
+        conversions: Mapping[str, _Conversion],
+        infos: Mapping[str, TensorInfo],
+    ) -> None:
+        self._raw = raw
+        self._model = model
+        self._renamed = renamed
+        self._conversions = conversions
+        self._infos = MappingProxyType(dict(sorted(infos.items())))
+        self._whole = WholeValues()
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        if name in self._renamed:
+            return self._raw.read(self._renamed[name], start, stop)
+        conversion = self._conversions[name]
+        if conversion.by_row:
+            return self._convert(name, conversion, slice(start, stop))
+        return self._whole.rows(name, lambda: self._convert(name, conversion, slice(None)), start, stop)
+
+    def without(self, names: set[str]) -> ConvertedStore:
+        """The same store with some tensors left out."""
+        infos = {name: info for name, info in self._infos.items() if name not in names}
+        return ConvertedStore(self._raw, self._model, self._renamed, self._conversions, infos)
+
+    def _convert(self, name: str, conversion: _Conversion, rows: slice) -> Array:
+        def reader(source: str) -> Callable[[], torch.Tensor]:
+            return lambda: _to_torch(self._raw.read(source))
+
+        chosen = {
+            pattern: [reader(source) for source in sources[rows]]
+            for pattern, sources in conversion.sources.items()
+        }
+        if not all(chosen.values()):
+            return np.empty((0, *self._infos[name].shape[1:]), self._infos[name].dtype.numpy())
+        return _to_numpy(_run(conversion.first_target, conversion.converter, chosen, self._model)[name])
+
+
+def model_mapping(model: PreTrainedModel) -> list[Any]:
+    """transformers' own list of renamings and converters for checkpoints of this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    return mapping
+
+
+def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) -> Converted:
+    """Put the tensors of `raw` under the names of `model`, and check them against it.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape than the config gives it.
+    """
+    expected = dict(model.state_dict())
+    renamed, conversions, infos, unused = _plan(raw, model, mapping, expected)
+    for name, info in infos.items():
+        shape = tuple(expected[name].shape)
+        if info.shape != shape:
+            made = renamed.get(name) or _sources_text(conversions[name].sources)
+            raise CheckpointError(
+                f"{name} has shape {list(info.shape)} in the files (from {made}), "
+                f"and {list(shape)} by the config",
+                hint="config and weights must be of the same model",
+            )
+    store = ConvertedStore(raw, model, renamed, conversions, infos)
+    ties = resolve_ties(model, store)
+    _check_missing(model, set(infos) | set(ties.tied))
+    return Converted(store.without(ties.duplicates), ties.tied, unused)
+
+
+def _plan(
+    raw: WeightStore, model: PreTrainedModel, mapping: list[Any], expected: dict[str, torch.Tensor]
+) -> tuple[dict[str, str], dict[str, _Conversion], dict[str, TensorInfo], tuple[str, ...]]:
+    """Which file tensors make which parameter: the loop of `convert_and_load_state_dict_in_model`."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = model.base_model_prefix
+
+    renamed: dict[str, str] = {}
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    unused: list[str] = []
+    for source in sorted(raw.infos(), key=dot_natural_key):
+        target, pattern = rename_source_key(source, renamings, converters, prefix, expected)
+        if target not in expected and source in expected:
+            target, pattern = rename_source_key(source, [], [], prefix, expected)
+        if target not in expected or target in renamed or (pattern is None and target in collected):
+            unused.append(source)
+        elif pattern is None:
+            renamed[target] = source
+        else:
+            _, found = collected.setdefault(target, (by_pattern[pattern], {}))
+            found.setdefault(pattern, []).append(source)
+
+    infos = {name: TensorInfo(name, i.shape, i.dtype) for name, i in _infos_of(raw, renamed).items()}
+    conversions: dict[str, _Conversion] = {}
+    for first, (converter, lists) in collected.items():
+        sources = {pattern: tuple(names) for pattern, names in lists.items()}
+        made = _describe(raw, model, first, converter, sources)
+        produced = {name: info for name, info in made.items() if name in expected}
+        conversion = _Conversion(first, converter, sources, _is_by_row(converter, sources, produced))
+        conversions.update(dict.fromkeys(produced, conversion))
+        infos.update(produced)
+    return renamed, conversions, infos, tuple(unused)
+
+
+def _infos_of(raw: WeightStore, renamed: Mapping[str, str]) -> dict[str, TensorInfo]:
+    stored = raw.infos()
+    return {target: stored[source] for target, source in renamed.items()}
+
+
+def _describe(
+    raw: WeightStore,
+    model: PreTrainedModel,
+    first: str,
+    converter: Any,
+    sources: Mapping[str, tuple[str, ...]],
+) -> dict[str, TensorInfo]:
+    """What a conversion gives, by running it on the meta device.
+
+    Raises:
+        CheckpointError: The sources do not fit together.
+    """
+    import torch
+
+    stored = raw.infos()
+
+    def fake(source: str) -> Callable[[], torch.Tensor]:
+        info = stored[source]
+        dtype = _to_torch(np.empty(0, info.dtype.numpy())).dtype
+        return lambda: torch.empty(info.shape, dtype=dtype, device="meta")
+
+    fakes = {pattern: [fake(source) for source in names] for pattern, names in sources.items()}
+    try:
+        made = _run(first, converter, fakes, model)
+    except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{first} cannot be made from {_sources_text(sources)}: {str(error).strip().splitlines()[0]}",
+            hint="tensors are missing, or config and weights are not of the same model",
+        ) from error
+    return {
+        name: TensorInfo(
+            name, tuple(t.shape), ir.DataType.from_numpy(_to_numpy(t.new_empty(0, device="cpu")).dtype)
+        )
+        for name, t in made.items()
+    }
+
+
+def _run(
+    first: str,
+    converter: Any,
+    readers: Mapping[str, list[Callable[[], torch.Tensor]]],
+    model: PreTrainedModel,
+) -> dict[str, torch.Tensor]:
+    """Apply a converter of transformers to tensors that are read as it comes to them."""
+    fresh = copy.deepcopy(converter)
+    for pattern, functions in readers.items():
+        for function in functions:
+            fresh.add_tensor(first, first, pattern, function)
+    made = fresh.convert(first, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _is_by_row(
+    converter: Any, sources: Mapping[str, tuple[str, ...]], produced: Mapping[str, TensorInfo]
+) -> bool:
+    """True where the target stacks its sources along axis 0, and nothing after that mixes the rows."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *rest = converter.operations
+    return (
+        len(produced) == 1
+        and type(first) is MergeModulelist
+        and first.dim == 0
+        and all(type(op) is Concatenate and op.dim > 0 for op in rest)
+        and len({len(names) for names in sources.values()}) == 1
+    )
+
+
+def _check_missing(model: PreTrainedModel, found: set[str]) -> None:
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in found and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"the files lack {', '.join(missing[:3])}{more}, which {type(model).__name__} has",
+            hint="config and weights must be of the same causal language model",
+        )
+
+
+def _sources_text(sources: Mapping[str, tuple[str, ...]]) -> str:
+    names = [name for group in sources.values() for name in group]
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}, {len(names)} tensors"
+
+
+def _to_torch(array: Array) -> torch.Tensor:
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()

@@ -1,0 +1,227 @@
+"""Tensors of a GGUF file under transformers names, dequantized a range of rows at a time.
+
+Names and the undoing of llama.cpp's transformations (the q/k permutation of rotary embeddings, norms
+stored plus one, joined experts) are transformers' own: `integrations.gguf` for the architectures it
+covers, `modeling_gguf_pytorch_utils` for the rest. All values come as float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.checkpoint import conversion
+from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
+from llmc.checkpoint.ranges import WholeValues, read_range, row_range
+from llmc.errors import CheckpointError, UnsupportedError
+from llmc.graph.weights import Array, TensorInfo, WeightStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK_ELEMENTS = 1 << 20  # dequantized at once; gguf needs several times their size as scratch
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """The tensors of a file, and the transformers mapping that takes them on to the model's names."""
+
+    store: WeightStore
+    mapping: list[Any]
+
+
+def open_gguf(file: Path, model: PreTrainedModel) -> GgufSource:
+    """The tensors of `file` for `model`, none of them read.
+
+    Raises:
+        CheckpointError: Not a GGUF file, damaged, or not of this model.
+        UnsupportedError: An architecture or a quantization that is not read.
+    """
+    from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
+
+    header = GgufHeader.parse(file)
+    blocks = BlockStore(file, header)
+    if is_gguf_arch_supported(header.architecture):
+        return GgufSource(blocks, get_gguf_conversion_mapping(header.architecture, model.config))
+    return GgufSource(
+        ProcessedStore.open(blocks, header.architecture, model), conversion.model_mapping(model)
+    )
+
+
+class BlockStore:
+    """A `WeightStore` over a GGUF file, under the names in the file, as float32."""
+
+    def __init__(self, file: Path, header: GgufHeader) -> None:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+        self.file = file
+        self._tensors = {tensor.name: tensor for tensor in header.tensors}
+        self._infos = MappingProxyType(
+            {t.name: TensorInfo(t.name, t.shape, ir.DataType.FLOAT) for t in header.tensors}
+        )
+        for tensor in header.tensors:
+            kind = GGMLQuantizationType(tensor.type_id)
+            try:
+                quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            except NotImplementedError as error:
+                raise UnsupportedError(
+                    f"{tensor.name} in {file} is stored as {kind.name}, "
+                    f"which the gguf package cannot dequantize",
+                    hint="use another quantization of the model",
+                ) from error
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        from gguf import GGMLQuantizationType, quants
+
+        tensor: GgufTensor = self._tensors[name]
+        low, high = row_range(tensor.shape, start, stop)
+        stored = (tensor.shape[0] if tensor.shape else 1, tensor.row_bytes)
+        out = np.empty((high - low, math.prod(tensor.shape[1:])), np.float32)
+        step = max(1, _CHUNK_ELEMENTS // max(1, out.shape[1]))
+        for at in range(low, high, step):
+            end = min(at + step, high)
+            raw = read_range(self.file, tensor.offset, np.dtype(np.uint8), stored, at, end)
+            out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
+        return out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A tensor under its transformers name.
+
+    `untouched` names the one file tensor with the same values; else `parts` go through the processor.
+    """
+
+    info: TensorInfo
+    parts: tuple[str, ...]
+    untouched: bool
+
+
+class ProcessedStore:
+    """A `WeightStore` over the tensors that a `TensorProcessor` of transformers makes from a file's."""
+
+    def __init__(
+        self, blocks: BlockStore, processor: Any, names: dict[str, str], targets: Mapping[str, _Target]
+    ) -> None:
+        self._blocks = blocks
+        self._processor = processor
+        self._names = names
+        self._targets = targets
+        self._infos = MappingProxyType({name: target.info for name, target in targets.items()})
+        self._whole = WholeValues()
+
+    @classmethod
+    def open(cls, blocks: BlockStore, architecture: str, model: PreTrainedModel) -> ProcessedStore:
+        """Find out what the processor does to each tensor by giving it a narrow one of the same rows."""
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        processor_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        processor = processor_of(config=model.config.to_dict())
+        try:
+            names: dict[str, str] = get_gguf_hf_weights_map(_names_of(model), processor)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"{blocks.file} is a GGUF of architecture {architecture}, "
+                f"whose tensor names the installed gguf package does not know",
+                hint="compile the original Hugging Face checkpoint instead",
+            ) from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        parts: dict[str, list[str]] = {}
+        untouched: dict[str, bool] = {}
+        for name, info in blocks.infos().items():
+            for target, same in _probe(processor, names, info).items():
+                parts.setdefault(target, []).append(name)
+                untouched[target] = same
+        targets: dict[str, _Target] = {}
+        for target, sources in parts.items():
+            stored = blocks.infos()[sources[0]].shape
+            shape = stored if untouched[target] else shapes.get(target, stored)
+            elements = sum(math.prod(blocks.infos()[source].shape) for source in sources)
+            if math.prod(shape) != elements:
+                raise CheckpointError(
+                    f"{', '.join(sources)} in {blocks.file} have {elements} elements, "
+                    f"{target} has {list(shape)}",
+                    hint="the file's metadata and tensors must be of the same model",
+                )
+            info = TensorInfo(target, shape, ir.DataType.FLOAT)
+            targets[target] = _Target(info, tuple(sources), untouched[target])
+        return cls(blocks, processor, names, targets)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        target = self._targets[name]
+        if target.untouched:
+            return self._blocks.read(target.parts[0], start, stop)
+        return self._whole.rows(name, lambda: self._process(target), start, stop)
+
+    def _process(self, target: _Target) -> Array:
+        made: dict[str, Any] = {}
+        for part in target.parts:
+            made.update(_process(self._processor, self._names, part, self._blocks.read(part), made))
+        value = made[target.info.name]
+        return np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy(), np.float32)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """As much of a model as `get_gguf_hf_weights_map` asks for: names, config and children.
+
+    It builds its name map anew for every module below; a file is written from the causal model or
+    from its base model, so these two are enough.
+    """
+
+    config: Any
+    state: Mapping[str, Any]
+    children: tuple[tuple[str, _Names], ...] = ()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.state
+
+    def named_children(self) -> list[tuple[str, _Names]]:
+        return list(self.children)
+
+
+def _names_of(model: PreTrainedModel) -> _Names:
+    base = _Names(model.config, model.base_model.state_dict())
+    return _Names(model.config, model.state_dict(), ((model.base_model_prefix, base),))
+
+
+def _process(
+    processor: Any, names: dict[str, str], name: str, values: Array, made: dict[str, Any]
+) -> dict[str, Any]:
+    """The tensors, by transformers name, that the processor makes of file tensor `name`.
+
+    `made` holds what earlier parts of the same tensors gave; the processor adds to it in place.
+    """
+    result = processor.process(
+        weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
+    )
+    if result.name in names:
+        return {names[result.name]: result.weights}
+    return made if result.name is None else {}
+
+
+def _probe(processor: Any, names: dict[str, str], info: TensorInfo) -> dict[str, bool]:
+    """Target names of a file tensor -> whether the processor leaves the values as they are."""
+    narrow = np.ones((*info.shape[:1], *((1,) * (len(info.shape) - 1))), np.float32)
+    try:
+        made = _process(processor, names, info.name, narrow, {})
+    except (ValueError, IndexError):  # it rearranges more than rows, so it is certainly no identity
+        return {names[info.name]: False} if info.name in names else {}
+    return {target: value is narrow for target, value in made.items()}

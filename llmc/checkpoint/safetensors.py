@@ -1,0 +1,162 @@
+"""Tensors of a safetensors folder, read by byte range: headers at open, rows when asked.
+
+Format: 8 bytes little-endian length, that many bytes of JSON
+{name: {dtype, shape, data_offsets: [begin, end]}}, then the tensors back to back
+(https://github.com/huggingface/safetensors#format). Files are read with `pread`, not mapped, so that
+no page of them counts as the process's memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from llmc.checkpoint.ranges import read_range
+from llmc.errors import CheckpointError, UnsupportedError
+from llmc.graph.weights import Array, TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_HEADER_LIMIT = 100_000_000  # the format's own limit
+_DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    file: Path
+    offset: int  # bytes from the start of the file
+    dtype: np.dtype
+    info: TensorInfo
+
+
+class SafetensorsStore:
+    """A `WeightStore` over one or several safetensors files, under the names in the files."""
+
+    def __init__(self, files: tuple[Path, ...], tensors: Mapping[str, _Stored]) -> None:
+        self.files = files
+        self._tensors = tensors
+        self._infos = MappingProxyType({name: t.info for name, t in tensors.items()})
+
+    @classmethod
+    def open(cls, folder: Path) -> "SafetensorsStore":
+        """Read the headers of `folder`'s weights and check files, sizes and index against each other.
+
+        Raises:
+            CheckpointError: No weights, a shard missing or truncated, an index that does not fit.
+            UnsupportedError: A tensor in a type that is not read, such as fp8.
+        """
+        if (folder / SINGLE).is_file():
+            return cls((folder / SINGLE,), _read_header(folder / SINGLE))
+        if (folder / INDEX).is_file():
+            return cls._open_sharded(folder)
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+        if pickled:
+            raise CheckpointError(
+                f"{folder} holds only pickled weights ({pickled[0]}), which are not loaded",
+                hint="load it with transformers once and `save_pretrained` it as safetensors",
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+    @classmethod
+    def _open_sharded(cls, folder: Path) -> "SafetensorsStore":
+        index = folder / INDEX
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            placed = {str(name): str(file) for name, file in weight_map.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors files") from error
+        names = sorted(set(placed.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{index} names a file outside of its folder: {outside[0]}")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing)}",
+                hint="finish the download",
+            )
+        tensors: dict[str, _Stored] = {}
+        for name in names:
+            tensors.update(_read_header(folder / name))
+        for tensor, file in placed.items():
+            if tensor not in tensors or tensors[tensor].file.name != file:
+                raise CheckpointError(f"{index} places {tensor} in {file}, which does not hold it")
+        return cls(tuple(folder / name for name in names), tensors)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        stored = self._tensors[name]
+        return read_range(stored.file, stored.offset, stored.dtype, stored.info.shape, start, stop)
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    size = os.path.getsize(file)
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise CheckpointError(
+                f"{file} is no safetensors file, or truncated within its header ({size} bytes)",
+                hint="download it again",
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        entries = [
+            (name, str(e["dtype"]), tuple(int(d) for d in e["shape"]), *map(int, e["data_offsets"]))
+            for name, e in header.items()
+            if name != "__metadata__"
+        ]
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise CheckpointError(f"{file} has a damaged header: {error}", hint="download it again") from error
+    tensors: dict[str, _Stored] = {}
+    data = 8 + length
+    for name, dtype_name, shape, begin, end in entries:
+        if dtype_name not in _DTYPES:
+            raise UnsupportedError(
+                f"{name} in {file} is stored as {dtype_name}; known: {', '.join(_DTYPES)}",
+                hint="compile the original checkpoint in float instead",
+            )
+        dtype = _DTYPES[dtype_name]
+        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{file} gives {name} {end - begin} bytes, but {dtype_name} {list(shape)} takes "
+                f"{math.prod(shape) * dtype.itemsize}"
+            )
+        info = TensorInfo(name, shape, ir.DataType.from_numpy(dtype))
+        tensors[name] = _Stored(file, data + begin, dtype, info)
+    expected = data + max((entry[-1] for entry in entries), default=0)
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise CheckpointError(
+            f"{file} is {state}: {size} bytes, its header describes {expected}", hint="download it again"
+        )
+    return tensors

@@ -1,0 +1,31 @@
+"""The model that transformers would build, without its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: names, shapes and ties, no memory.
+
+    Raises:
+        UnsupportedError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config)
+    except Exception as error:  # model code of transformers; whatever it raises, the model cannot be had
+        raise UnsupportedError(
+            f"transformers cannot build a causal language model from this {config.model_type} config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return model

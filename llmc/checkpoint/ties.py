@@ -1,0 +1,63 @@
+"""Parameters that share their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmc.errors import CheckpointError
+from llmc.graph.weights import StoredRows, WeightStore, row_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Which names stand for one parameter.
+
+    Args:
+        tied: Name that is not to be read -> stored name with its values.
+        duplicates: Names of `tied` that the files hold a second time, with equal values.
+    """
+
+    tied: Mapping[str, str]
+    duplicates: set[str]
+
+
+def resolve_ties(model: PreTrainedModel, store: WeightStore) -> Ties:
+    """Find, for each parameter that `model` has under several names, the one that is stored.
+
+    Raises:
+        CheckpointError: Two of the names are stored with different values.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    tied: dict[str, str] = {}
+    duplicates: set[str] = set()
+    for names in groups.values():
+        stored = [name for name in names if name in store.infos()]
+        if not stored:
+            continue
+        for name in names:
+            if name == stored[0]:
+                continue
+            if name in stored:
+                _check_equal(store, stored[0], name)
+                duplicates.add(name)
+            tied[name] = stored[0]
+    return Ties(tied, duplicates)
+
+
+def _check_equal(store: WeightStore, first: str, second: str) -> None:
+    info = store.infos()[first]
+    for start, stop in row_chunks(StoredRows(store, info)):
+        if not np.array_equal(store.read(first, start, stop), store.read(second, start, stop)):
+            raise CheckpointError(
+                f"{first} and {second} differ in the files, and the config ties them",
+                hint="set tie_word_embeddings to false in config.json if they are meant to differ",
+            )

@@ -1,0 +1,63 @@
+"""The command line: words, colours and exit codes; every command calls one function of llmc."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from llmc.cli.app import app
+from llmc.errors import ExitCode, LlmcError
+
+# An exception that is nobody's intention: the code that Python itself would exit with.
+_INTERNAL = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `llmc` with these arguments, by default those of the process, and exit.
+
+    The one place where errors become words on stderr and an exit code.
+    """
+    state: dict[str, object] = {}
+    try:
+        code = app(
+            args=list(arguments) if arguments is not None else None,
+            prog_name="llmc",
+            standalone_mode=False,
+            obj=state,
+        )
+        if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
+            _say("interrupted", None, code)
+    except LlmcError as error:
+        if state.get("debug"):
+            traceback.print_exc()
+        code = _say(error.fact, error.hint, error.exit_code)
+    except typer.TyperException as error:
+        code = _say(error.format_message(), "llmc --help, llmc COMMAND --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _say("interrupted", None, ExitCode.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the last place that can turn it into words
+        if state.get("debug"):
+            traceback.print_exc()
+        code = _say(
+            f"internal error: {type(error).__name__}: {error}",
+            "run again as `llmc --debug …` for the traceback, and report it",
+            _INTERNAL,
+        )
+    raise SystemExit(int(code or 0))
+
+
+def _say(fact: str, hint: str | None, code: int) -> int:
+    sys.stdout.flush()
+    red, cyan, plain = ("\033[31m", "\033[36m", "\033[0m") if _coloured() else ("", "", "")
+    print(f"{red}error:{plain} {fact}", file=sys.stderr)
+    if hint is not None:
+        print(f"{cyan}hint:{plain} {hint}", file=sys.stderr)
+    return code
+
+
+def _coloured() -> bool:
+    """By https://no-color.org, and only on a terminal."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,45 @@
+"""The typer application: one command a file."""
+
+from typing import Annotated
+
+import typer
+
+from llmc import __version__
+from llmc.cli import bench, build, doctor, inspect, profiles, run, targets, verify
+from llmc.cli.text import examples
+from llmc.errors import ExitCode
+
+app = typer.Typer(
+    name="llmc",
+    help="Compile a Hugging Face causal language model ahead of time: fused, quantized, verified.",
+    epilog=examples("llmc build demo", "llmc doctor", "llmc targets"),
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _module in (build, verify, bench, run, inspect, targets, profiles, doctor):
+    _module.register(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+    context.ensure_object(dict)["debug"] = debug
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)

@@ -1,0 +1,67 @@
+"""`llmc build`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmc.cli.options import EvalText, Json, SearchPath
+from llmc.cli.text import emit, examples, open_progress
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        short_help="Compile MODEL into a verified artifact.",
+        epilog=examples(
+            "llmc build demo",
+            "llmc build ./my-model --target cpu-int8 -o artifacts/mine",
+            "llmc build org/model@main --target cuda-int4 --profile l4 --no-verify",
+            "llmc build model.gguf --json > build.json",
+        ),
+    )(build)
+
+
+def build(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hugging Face folder, hub id (revision with @), GGUF file, or `demo`.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[str, typer.Option(metavar="NAME", help="What to build: `llmc targets`.")] = "cpu-int4",
+    profile: Annotated[
+        str, typer.Option(metavar="NAME", help="For which machine: `llmc profiles`.")
+    ] = "local",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder of the artifact.",
+            show_default="artifacts/<model>/<target>@<profile>",
+        ),
+    ] = None,
+    eval_text: EvalText = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the parity gate.")] = False,
+    path: SearchPath = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into an artifact, and hold it to the target's gates (exit 5 if it fails)."""
+    from llmc.plan import plan_build
+
+    plan = plan_build(
+        model,
+        target=target,
+        profile=profile,
+        output=output,
+        verify=not no_verify,
+        eval_text=eval_text,
+        path=path,
+    )
+    from llmc import pipeline
+
+    emit(pipeline.build(plan, open_progress()), as_json=as_json)

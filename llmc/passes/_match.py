@@ -1,0 +1,162 @@
+"""Looking at a graph: producers, single uses, constants, and reshapes and casts seen through.
+
+Matching is by structure alone. Nothing here changes a graph.
+"""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from llmc.graph.model import constant_of
+
+MICROSOFT = "com.microsoft"
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def made_by(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:
+    """The node that makes `value`, if it is an `op`."""
+    node = None if value is None else value.producer()
+    return node if node is not None and is_op(node, op, domain) else None
+
+
+def is_op(node: ir.Node, op: str, domain: str = "") -> bool:
+    """Whether `node` is operator `op` of `domain`."""
+    return node.op_type == op and node.domain == domain
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`; None if it is a graph output or read by several."""
+    users = users_of(value)
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def users_of(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read `value`, each once."""
+    return list(dict.fromkeys(node for node, _ in value.uses()))
+
+
+def operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Both orders of the inputs of a commutative operator."""
+    first, second = node.inputs
+    if first is not None and second is not None:
+        yield first, second
+        yield second, first
+
+
+def operand_beside(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The other input of a binary operator that reads `value`; `value` itself if it reads it twice."""
+    first, second = node.inputs
+    return second if first is value else first
+
+
+def input_of(node: ir.Node, index: int = 0) -> ir.Value | None:
+    """Input `index` of `node`, None if it has no such input."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def scalar_of(value: ir.Value | None) -> float | None:
+    """The value of a constant with one element."""
+    tensor = constant_of(value)
+    return float(tensor.numpy().reshape(())) if tensor is not None and tensor.size == 1 else None
+
+
+def is_scalar(value: ir.Value | None, expected: float, tolerance: float = 1e-6) -> bool:
+    """Whether `value` is a constant with one element near `expected`, relative to its size."""
+    number = scalar_of(value)
+    return number is not None and abs(number - expected) <= tolerance * max(1.0, abs(expected))
+
+
+def ints_of(value: ir.Value | None) -> list[int] | None:
+    """The elements of an integer constant."""
+    tensor = constant_of(value)
+    if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return None
+    return [int(x) for x in tensor.numpy().reshape(-1)]
+
+
+def dims_of(value: ir.Value | None) -> list[int | str]:
+    """The shape of `value`, symbolic dimensions by name; empty if unknown."""
+    if value is None or value.shape is None:
+        return []
+    return [d if isinstance(d, int) else str(d.value) for d in value.shape]
+
+
+def width_of(value: ir.Value | None) -> int | None:
+    """The last dimension of `value` if it is static."""
+    dims = dims_of(value)
+    return dims[-1] if dims and isinstance(dims[-1], int) else None
+
+
+def rank_of(value: ir.Value | None) -> int:
+    """Number of dimensions; 0 if unknown."""
+    return len(dims_of(value))
+
+
+def uncast(value: ir.Value) -> ir.Value:
+    """`value` before casts between float32 and float16."""
+    while (cast := made_by(value, "Cast")) is not None:
+        source = cast.inputs[0]
+        if source is None or source.dtype not in FLOATS or value.dtype not in FLOATS:
+            break
+        value = source
+    return value
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute of `node`."""
+    return node.attributes.get_int(name, default)
+
+
+def permutation_of(node: ir.Node) -> list[int] | None:
+    """`perm` of a Transpose that states it."""
+    attribute = node.attributes.get("perm")
+    return None if attribute is None else [int(x) for x in attribute.as_ints()]
+
+
+def slice_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int, int] | None:
+    """(source, axis, start, stop, step) of a Slice with constant bounds along one axis.
+
+    The axis and the bounds are non-negative; bounds past the end are clipped to a static dimension.
+    """
+    node = made_by(value, "Slice")
+    if node is None or node.inputs[0] is None or len(node.inputs) < 4:
+        return None
+    bounds = [ints_of(v) for v in node.inputs[1:]]
+    if any(b is None or len(b) != 1 for b in bounds):
+        return None
+    start, stop, axis = (b[0] for b in bounds[:3] if b is not None)
+    step = bounds[3][0] if len(bounds) > 3 and bounds[3] is not None else 1
+    dims = dims_of(node.inputs[0])
+    size = dims[axis] if -len(dims) <= axis < len(dims) else None
+    if not isinstance(size, int) or step < 1:
+        return None
+    start, stop = (min(max(x + size if x < 0 else x, 0), size) for x in (start, stop))
+    return node.inputs[0], axis % len(dims), start, stop, step
+
+
+def split_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int] | None:
+    """(source, axis, start, stop) of one output of a Split into static parts."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or not is_op(node, "Split") or node.inputs[0] is None:
+        return None
+    rank = rank_of(node.inputs[0])
+    if not rank:
+        return None
+    axis = int_attribute(node, "axis", 0) % rank
+    start = 0
+    for output in node.outputs:
+        dims = dims_of(output)
+        size = dims[axis] if len(dims) == rank else None
+        if not isinstance(size, int):
+            return None
+        if output is value:
+            return node.inputs[0], axis, start, start + size
+        start += size
+    return None
+
+
+def part_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int, int] | None:
+    """(source, axis, start, stop, step) where `value` is a Slice or an output of a Split."""
+    if (split := split_of(value)) is not None:
+        return (*split, 1)
+    return slice_of(value)

@@ -1,0 +1,143 @@
+"""Changing a graph: new nodes where old ones stood, constants shared by content, dead nodes gone."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import GraphError
+from llmc.graph.model import LAYER
+from llmc.graph.weights import LazyWeight, Rows
+from llmc.passes._match import MICROSOFT
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where new nodes go: before `anchor`, in its layer.
+
+    Args:
+        graph: The graph.
+        anchor: The node that they are inserted before.
+    """
+
+    graph: ir.Graph
+    anchor: ir.Node
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        domain: str = "",
+        attributes: Mapping[str, int | float | str | Sequence[int]] | None = None,
+        like: ir.Value | None = None,
+        shape: Sequence[int | str] | None = None,
+        dtype: ir.DataType | None = None,
+        outputs: int = 1,
+    ) -> ir.Node:
+        """A new node; its first output is called `name` and has the shape and type of `like`, or those given.
+
+        Further outputs have an empty name, which leaves them out, until `describe` names them.
+        """
+        made = ir.Node(
+            domain,
+            op,
+            inputs,
+            ir.convenience.convert_attributes(dict(attributes or {})),
+            num_outputs=outputs,
+            name=f"{name}/{op}",
+            metadata_props=self._metadata(),
+        )
+        for output in made.outputs[1:]:
+            output.name = ""
+        if like is not None:
+            shape = shape if shape is not None else list(like.shape or ())  # type: ignore[arg-type]
+            dtype = dtype or like.dtype
+        describe(made.outputs[0], name, shape or (), dtype)
+        self.graph.insert_before(self.anchor, made)
+        if domain:
+            require_domain(self.graph, domain)
+        return made
+
+    def _metadata(self) -> dict[str, str]:
+        layer = self.anchor.metadata_props.get(LAYER)
+        return {} if layer is None else {LAYER: layer}
+
+
+def describe(value: ir.Value, name: str, shape: Sequence[int | str], dtype: ir.DataType | None) -> None:
+    """Name a value and state its shape and type."""
+    value.name = name
+    value.shape = ir.Shape(shape)
+    if dtype is not None:
+        value.type = ir.TensorType(dtype)
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Put `new` in the place of `old`: its name, its shape and type, its users and its place as an output."""
+    name, old.name = old.name, None
+    new.name = name
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def require_domain(graph: ir.Graph, domain: str) -> None:
+    """Import version 1 of an operator domain."""
+    if domain == MICROSOFT:
+        graph.opset_imports.setdefault(domain, 1)
+
+
+def add_constant(graph: ir.Graph, array: Array, hint: str) -> ir.Value:
+    """An initializer with the data of `array`; equal data gives the same initializer.
+
+    Args:
+        hint: The beginning of its name, which ends in a digest of the data.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes())
+    digest.update(repr((array.shape, array.dtype.str)).encode())
+    name = f"{hint}_{digest.hexdigest()[:12]}"
+    known = graph.initializers.get(name)
+    return known if known is not None else _register(graph, ir.tensor(array, name=name))
+
+
+def add_weight(graph: ir.Graph, name: str, rows: Rows) -> ir.Value:
+    """An initializer with the values of `rows`; the one there is if `name` is taken by the same ones.
+
+    Raises:
+        GraphError: `name` is taken by another value.
+    """
+    known = graph.initializers.get(name)
+    if known is None:
+        return _register(graph, LazyWeight.from_rows(name, rows))
+    tensor = known.const_value
+    if not isinstance(tensor, LazyWeight) or tensor.rows != rows:
+        raise GraphError(f"two weights would be called {name}")
+    return known
+
+
+def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tuple(tensor.shape.numpy())),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def drop_dead(graph: ir.Graph) -> int:
+    """Remove nodes whose outputs nobody reads, then initializers nobody reads; how many nodes."""
+    removed = 0
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+            removed += 1
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+    return removed

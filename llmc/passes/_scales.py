@@ -1,0 +1,86 @@
+"""Vectors that a norm multiplies by: a weight, 1 + weight, either of them cast; as one initializer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph.weights import Array, CastRows, LazyWeight, Rows
+from llmc.passes._match import input_of, made_by, operands, scalar_of
+from llmc.passes._rewrite import add_constant, add_weight
+
+
+@dataclass(frozen=True)
+class ShiftedRows:
+    """Rows plus a constant, added in float32."""
+
+    inner: Rows
+    shift: float
+    dtype: ir.DataType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        total = self.inner.rows(start, stop).astype(np.float32) + np.float32(self.shift)
+        return total.astype(self.dtype.numpy(), copy=False)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A vector (width,) that stands for `weight + shift`.
+
+    Args:
+        weight: The initializer.
+        rows: Its rows.
+        shift: 0, or what the graph adds to it.
+    """
+
+    weight: ir.Value
+    rows: Rows
+    shift: float
+
+    def bind(self, graph: ir.Graph, dtype: ir.DataType) -> ir.Value:
+        """The initializer of type `dtype` that holds the scale."""
+        if self.shift == 0 and self.weight.dtype == dtype:
+            return self.weight
+        name = str(self.weight.name)
+        rows: Rows
+        if self.shift:
+            rows, name = ShiftedRows(self.rows, self.shift, dtype), f"{name}.plus_{self.shift:g}"
+        else:
+            rows = CastRows(self.rows, dtype)
+        return add_weight(graph, name if self.shift else f"{name}.{dtype.name.lower()}", rows)
+
+
+def scale_of(value: ir.Value | None, width: int | None) -> Scale | None:
+    """The scale that `value` is: an initializer (width,), possibly shifted by a constant and cast."""
+    shift = 0.0
+    while value is not None:
+        tensor = value.const_value
+        if isinstance(tensor, LazyWeight):
+            if tensor.rows is None or tensor.rows.shape != (width,):
+                return None
+            return Scale(value, tensor.rows, shift)
+        if (cast := made_by(value, "Cast")) is not None:
+            value = input_of(cast)
+        elif (add := made_by(value, "Add")) is not None and not shift:
+            value = None
+            for one, other in operands(add):
+                number = scalar_of(other)
+                if number is not None:
+                    value, shift = one, number
+                    break
+        else:
+            return None
+    return None
+
+
+def unit_scale(graph: ir.Graph, width: int, dtype: ir.DataType) -> ir.Value:
+    """Ones (width,)."""
+    return add_constant(graph, np.ones(width, dtype.numpy()), "ones")

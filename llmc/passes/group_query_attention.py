@@ -1,0 +1,214 @@
+"""`CachedAttention` as com.microsoft GroupQueryAttention (Ainslie et al. 2023).
+
+The operator keeps the tokens of a row of a batch together from slot 0: it takes the number of real
+tokens of each row, not a mask, and appends at the row's own end. Ragged batches are therefore padded on
+the right, and positions are those that the mask implies. Its sliding window, softcap and sinks mean what
+the dialect's do. Where query and key come from rotary embeddings with the same tables, it rotates them
+itself; the positions are then its own, and `position_ids` may be no input any more.
+
+What ONNX Runtime 1.31 does on a CPU: several tokens at once on a past that is not empty need a batch of
+1; widths of heads are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import GraphError
+from llmc.graph import dialect
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
+from llmc.passes._heads import HeadLayout
+from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, only_user, users_of
+from llmc.passes._rewrite import Site, add_constant, drop_dead, require_domain, take_over
+
+OPERATOR = "GroupQueryAttention"
+_WIDTH_MULTIPLE = 8
+_INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class GroupQueryAttention:
+    name: str = "group-query-attention"
+    summary: str = "attention as one GroupQueryAttention, with the rotary embedding inside where it can be"
+
+    def run(self, graph: Graph) -> PassReport:
+        applied: list[int | None] = []
+        refusals: list[Refusal] = []
+        lengths = _Lengths(graph.graph)
+        outside: dict[str, int] = {}
+        for node in list(graph.graph):
+            if not is_op(node, dialect.CACHED_ATTENTION, dialect.DOMAIN):
+                continue
+            declined = _decline(node)
+            if declined is not None:
+                refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
+                continue
+            reason = _rewrite(graph.graph, node, lengths)
+            if reason is not None:
+                outside[reason] = outside.get(reason, 0) + 1
+            applied.append(layer_of(node))
+        drop_dead(graph.graph)
+        if applied:
+            graph.padding = "right"
+            _drop_unused_dialect(graph)
+            _drop_unused_positions(graph)
+        for reason, count in outside.items():
+            graph.notes.append(f"the rotary embedding stays outside of attention in {count} layers: {reason}")
+        return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+@dataclass
+class _Lengths:
+    """Token counts in the operator's form, computed once a graph from attention_mask (batch, total)."""
+
+    graph: ir.Graph
+    _values: tuple[ir.Value, ir.Value] | None = field(default=None)
+
+    def values(self, first: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """(real tokens of each row - 1 (batch,), total length ()), both int32, made before `first`."""
+        if self._values is None:
+            mask = first.inputs[5]
+            if mask is None:
+                raise GraphError(f"attention {first.name} has no mask")
+            site = Site(self.graph, next(iter(self.graph)))
+            one = add_constant(self.graph, np.array([1], np.int64), "axis")
+            no_axis = {"keepdims": 0}
+            counts = site.emit("ReduceSum", [mask, one], "lengths/sum", attributes=no_axis, shape=["batch"], dtype=_INT64)
+            last = site.emit("Sub", [counts.outputs[0], one], "lengths/last", shape=["batch"], dtype=_INT64)
+            second = {"start": 1, "end": 2}
+            total = site.emit("Shape", [mask], "lengths/shape", attributes=second, shape=[1], dtype=_INT64)
+            scalar = site.emit("Squeeze", [total.outputs[0]], "lengths/total", shape=[], dtype=_INT64)
+            to = {"to": int(_INT32)}
+            rows = site.emit("Cast", [last.outputs[0]], "seqlens_k", attributes=to, shape=["batch"], dtype=_INT32)
+            whole = site.emit(
+                "Cast", [scalar.outputs[0]], "total_sequence_length", attributes=to, shape=[], dtype=_INT32
+            )
+            for item in (counts, last, total, scalar, rows, whole):
+                item.metadata_props.clear()
+            self._values = (rows.outputs[0], whole.outputs[0])
+        return self._values
+
+
+def _decline(node: ir.Node) -> tuple[str, str] | None:
+    """(code, reason) if the operator cannot stand for `node`."""
+    past_key, past_value = node.inputs[3], node.inputs[4]
+    if past_key is None or past_value is None:
+        raise GraphError(f"attention {node.name} has no past")
+    key_width, value_width = dims_of(past_key)[-1], dims_of(past_value)[-1]
+    if key_width != value_width:
+        return "value-width", f"keys are {key_width} wide and values {value_width}; the operator takes one width"
+    if not isinstance(key_width, int) or key_width % _WIDTH_MULTIPLE:
+        return "head-width", f"heads are {key_width} wide; the operator takes multiples of {_WIDTH_MULTIPLE}"
+    if len(users_of(past_key)) > 1 or not node.outputs[1].is_graph_output():
+        return "shared-cache", f"several layers read and extend {past_key.name} in one step"
+    return None
+
+
+@dataclass(frozen=True)
+class _Rotary:
+    """Tables (positions, rotated / 2) of a rotary embedding that the operator applies itself."""
+
+    cos: ir.Value
+    sin: ir.Value
+    interleaved: int
+
+
+def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str | None]:
+    """The rotary embedding of both, if the operator can apply it; else why not, if there is one."""
+    nodes = [made_by(v, "RotaryEmbedding", MICROSOFT) for v in (query, key)]
+    first, second = nodes
+    if first is None or second is None:
+        return None, "only one of query and key is rotated" if first or second else None
+    same = first.inputs[1:] == second.inputs[1:] and all(
+        int_attribute(first, n, 0) == int_attribute(second, n, 0) for n in ("interleaved", "rotary_embedding_dim")
+    )
+    _, positions, cos, sin = first.inputs
+    if not same or cos is None or sin is None:
+        return None, "query and key are rotated by different tables"
+    if positions is None or positions.name != "position_ids" or not positions.is_graph_input():
+        return None, "positions are not the input position_ids"
+    columns = dims_of(cos)[-1]
+    if not isinstance(columns, int) or columns % _WIDTH_MULTIPLE:
+        return None, f"its tables have {columns} columns; the operator takes multiples of {_WIDTH_MULTIPLE}"
+    return _Rotary(cos, sin, int_attribute(first, "interleaved", 0)), None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
+    """Replace `node`; returns why its rotary embedding stays outside, if it has one that does."""
+    query, key, value, past_key, past_value = node.inputs[:5]
+    if query is None or key is None or value is None:
+        raise GraphError(f"attention {node.name} has no query, key or value")
+    heads, kv_heads = (int_attribute(node, n, 0) for n in ("num_heads", "kv_num_heads"))
+    width = int(str(dims_of(past_key)[-1]))
+    rotary, outside = _shared_rotary(query, key)
+    if rotary is not None:
+        query, key = (_before_rotary(v) for v in (query, key))
+    site, stem = Site(graph, node), str(node.name)
+    layouts = [HeadLayout(site, f"{stem}/{n}", h, width) for n, h in (("query", heads), ("key", kv_heads))]
+    layouts.append(HeadLayout(site, f"{stem}/value", kv_heads, width))
+    flat = [layout.flatten(v) for layout, v in zip(layouts, (query, key, value), strict=True)]
+    attributes: dict[str, int | float] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": node.attributes["scale"].as_float(),
+        "local_window_size": int_attribute(node, "window", 0) or -1,
+    }
+    if softcap := node.attributes["softcap"].as_float():
+        attributes["softcap"] = softcap
+    inputs: list[ir.Value | None] = [*flat, past_key, past_value, *lengths.values(node)]
+    if rotary is not None:
+        attributes |= {"do_rotary": 1, "rotary_interleaved": rotary.interleaved}
+        inputs += [rotary.cos, rotary.sin]
+    if len(node.inputs) > 6:
+        inputs += [None] * (11 - len(inputs)) + [node.inputs[6]]
+    made = site.emit(
+        OPERATOR,
+        inputs,
+        f"{stem}/output",
+        domain=MICROSOFT,
+        attributes=attributes,
+        shape=[*dims_of(query)[:1], dims_of(node.outputs[0])[1], heads * width],
+        dtype=query.dtype,
+        outputs=3,
+    )
+    for old, new in zip(node.outputs[1:], made.outputs[1:], strict=True):
+        take_over(old, new)
+    _replace_output(site, node.outputs[0], made.outputs[0], heads * width)
+    return outside
+
+
+def _before_rotary(value: ir.Value) -> ir.Value:
+    source = made_by(value, "RotaryEmbedding", MICROSOFT)
+    if source is None or source.inputs[0] is None:
+        raise GraphError(f"{value.name} is not made by a rotary embedding")
+    return source.inputs[0]
+
+
+def _replace_output(site: Site, old: ir.Value, new: ir.Value, features: int) -> None:
+    """Users of `old` (batch, sequence, heads, width) take `new` (batch, sequence, features)."""
+    user = only_user(old)
+    if user is not None and is_op(user, "Reshape") and dims_of(user.outputs[0]) == dims_of(new):
+        take_over(user.outputs[0], new)
+        return
+    dims = dims_of(old)
+    target = add_constant(site.graph, np.array([0, 0, *dims[2:]], np.int64), "shape")
+    take_over(old, site.emit("Reshape", [new, target], f"{new.name}/heads", like=old).outputs[0])
+
+
+def _drop_unused_dialect(graph: Graph) -> None:
+    if not any(node.domain == dialect.DOMAIN for node in graph.graph):
+        for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN]:
+            del graph.model.functions[key]
+        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
+    require_domain(graph.graph, MICROSOFT)
+
+
+def _drop_unused_positions(graph: Graph) -> None:
+    for value in list(graph.graph.inputs):
+        if value.name == "position_ids" and not value.uses():
+            graph.graph.inputs.remove(value)
+
+
+PASS = GroupQueryAttention()

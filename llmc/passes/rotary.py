@@ -1,0 +1,274 @@
+"""Rotary position embeddings (Su et al. 2021) as com.microsoft RotaryEmbedding with tables by position.
+
+    y = x * cos(position) + rotate(x) * sin(position)
+
+`rotate` takes the halves (x1, x2) to (-x2, x1), or every pair of neighbours likewise (interleaved).
+Where only the first part of a head is rotated, the rest is passed through. The tables of cos and sin,
+(positions, rotated / 2), are computed by the graph itself, whatever the kind of embedding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
+from llmc.graph.weights import Array
+from llmc.passes._match import (
+    MICROSOFT,
+    dims_of,
+    input_of,
+    int_attribute,
+    is_op,
+    made_by,
+    only_user,
+    operands,
+    part_of,
+    rank_of,
+    uncast,
+    width_of,
+)
+from llmc.passes._positions import Declined, PositionTables
+from llmc.passes._rewrite import Site, add_constant, drop_dead, take_over
+
+OPERATOR = "RotaryEmbedding"
+#: Rows of a table where the model states no largest position, and at most.
+MOST_POSITIONS = 131072
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One matched embedding.
+
+    Args:
+        node: The last node of it.
+        source: (batch, heads, sequence, width) or (batch, sequence, heads, width).
+        output: Of the same shape.
+        cos: Broadcast against the rotated part.
+        sin: Likewise.
+        rotated: Elements of a head that are rotated, from its beginning.
+        interleaved: Neighbours make a pair, not halves.
+        halved: cos and sin have rotated / 2 elements a position, else every one twice.
+    """
+
+    node: ir.Node
+    source: ir.Value
+    output: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    rotated: int
+    interleaved: bool
+    halved: bool
+
+
+@dataclass(frozen=True)
+class Rotary:
+    name: str = "rotary"
+    summary: str = "rotary position embeddings as RotaryEmbedding with tables of cosines and sines"
+
+    def run(self, graph: Graph) -> PassReport:
+        rotations = [(r, layer_of(node)) for node in graph.graph for r in _match(node)]
+        if not rotations:
+            return PassReport(self.name, ())
+        length = min(graph.max_length or MOST_POSITIONS, MOST_POSITIONS)
+        tables = PositionTables(graph.graph, length)
+        applied: list[int | None] = []
+        refusals: list[Refusal] = []
+        for rotation, layer in rotations:
+            declined = _rewrite(graph.graph, rotation, tables)
+            if declined is None:
+                applied.append(layer)
+            else:
+                refusals.append(Refusal(declined.code, declined.reason, str(rotation.node.name), layer))
+        if applied:
+            _limit_length(graph, length)
+        drop_dead(graph.graph)
+        return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _limit_length(graph: Graph, length: int) -> None:
+    if graph.max_length != length:
+        stated = "no largest position" if graph.max_length is None else f"{graph.max_length} positions"
+        graph.notes.append(f"the model states {stated}; the tables of the rotary embedding have {length}")
+        graph.max_length = length
+
+
+def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables) -> Declined | None:
+    source, output = rotation.source, rotation.output
+    dims, dtype = dims_of(source), output.dtype
+    heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)
+    heads, width = _static(dims, heads_axis), width_of(source)
+    if heads is None or width is None or dtype is None or source.dtype != dtype:
+        return Declined("rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width")
+    halves = [_half_table(tables, rotation, value) for value in (rotation.cos, rotation.sin)]
+    caches = []
+    for table, hint in zip(halves, ("rotary_cos", "rotary_sin"), strict=True):
+        if isinstance(table, Declined):
+            return table
+        caches.append(add_constant(graph, table.astype(dtype.numpy()), hint))
+    attributes = {"interleaved": int(rotation.interleaved), "num_heads": heads}
+    if rotation.rotated != width:
+        attributes["rotary_embedding_dim"] = rotation.rotated
+    site, name = Site(graph, rotation.node), f"{output.name}/rotary"
+    positions = next(v for v in graph.inputs if v.name == "position_ids")
+    value = source
+    if heads_axis == 2:
+        flat = add_constant(graph, np.array([0, 0, heads * width], np.int64), "shape")
+        shape = [*dims[:2], heads * width]
+        value = site.emit("Reshape", [source, flat], f"{name}/flat", shape=shape, dtype=dtype).outputs[0]
+    made = site.emit(
+        OPERATOR, [value, positions, *caches], name, domain=MICROSOFT, attributes=attributes, like=value
+    ).outputs[0]
+    if heads_axis == 2:
+        split = add_constant(graph, np.array([0, 0, heads, width], np.int64), "shape")
+        made = site.emit("Reshape", [made, split], f"{name}/heads", like=source).outputs[0]
+    take_over(output, made)
+    return None
+
+
+def _static(dims: list[int | str], axis: int | None) -> int | None:
+    size = None if axis is None else dims[axis]
+    return size if isinstance(size, int) else None
+
+
+def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Array | Declined:
+    """One column per pair of rotated elements, (positions, rotated / 2) float32."""
+    pairs = rotation.rotated // 2
+    if rotation.halved:
+        return tables.table(value, pairs)
+    table = tables.table(value, rotation.rotated)
+    if isinstance(table, Declined):
+        return table
+    if rotation.interleaved:
+        first, second = table[:, 0::2], table[:, 1::2]
+    else:
+        first, second = table[:, :pairs], table[:, pairs:]
+    if not np.array_equal(first, second):
+        return Declined("rotary-halves", f"{value.name} turns the two elements of a pair by different angles")
+    return np.ascontiguousarray(first)
+
+
+def _match(node: ir.Node) -> Iterator[Rotation]:
+    """The embedding that ends in `node`, grown to the end of the head and over a cast back."""
+    found = _match_sum(node) if is_op(node, "Add") else _match_halves(node) if is_op(node, "Concat") else None
+    if found is not None:
+        yield _with_cast(_with_rest(found))
+
+
+def _match_sum(add: ir.Node) -> Rotation | None:
+    """x * cos + rotate(x) * sin."""
+    for one, other in operands(add):
+        turned, straight = made_by(one, "Mul"), made_by(other, "Mul")
+        if turned is None or straight is None:
+            continue
+        for candidate, sin in operands(turned):
+            rotation = _turned(uncast(candidate))
+            if rotation is None:
+                continue
+            x, interleaved = rotation
+            rotated = width_of(x)
+            for value, cos in operands(straight):
+                if uncast(value) is x and rotated and width_of(cos) == width_of(sin) == rotated:
+                    return Rotation(add, x, add.outputs[0], uncast(cos), uncast(sin), rotated, interleaved, False)
+    return None
+
+
+def _turned(value: ir.Value) -> tuple[ir.Value, bool] | None:
+    """(x, interleaved) where `value` is rotate(x)."""
+    joined, interleaved = made_by(value, "Concat"), False
+    if (reshape := made_by(value, "Reshape")) is not None:
+        joined, interleaved = made_by(input_of(reshape), "Concat"), True
+    if joined is None or len(joined.inputs) != 2 or not _joins_last_axis(joined):
+        return None
+    first, second = (_before_unsqueeze(v) if interleaved else v for v in joined.inputs)
+    negated = made_by(first, "Neg")
+    if negated is None:
+        return None
+    pair = _pair(second, input_of(negated), interleaved)
+    if pair is None or dims_of(pair) != dims_of(value):
+        return None
+    return uncast(pair), interleaved
+
+
+def _pair(first: ir.Value | None, second: ir.Value | None, interleaved: bool) -> ir.Value | None:
+    """x where `first` and `second` are its halves, or its even and odd elements."""
+    low, high = part_of(first), part_of(second)
+    if low is None or high is None or low[0] is not high[0]:
+        return None
+    x, width = low[0], width_of(low[0])
+    last = len(dims_of(x)) - 1
+    if width is None or width % 2:
+        return None
+    if interleaved:
+        wanted = ((last, 0, width, 2), (last, 1, width, 2))
+    else:
+        wanted = ((last, 0, width // 2, 1), (last, width // 2, width, 1))
+    return x if (low[1:], high[1:]) == wanted else None
+
+
+def _match_halves(concat: ir.Node) -> Rotation | None:
+    """(x1 * cos - x2 * sin, x2 * cos + x1 * sin) joined, where x is (x1, x2) and cos has half its width."""
+    if len(concat.inputs) != 2 or not _joins_last_axis(concat):
+        return None
+    minus, plus = made_by(concat.inputs[0], "Sub"), made_by(concat.inputs[1], "Add")
+    if minus is None or plus is None:
+        return None
+    kept, taken = made_by(minus.inputs[0], "Mul"), made_by(minus.inputs[1], "Mul")
+    if kept is None or taken is None:
+        return None
+    for first, cos in operands(kept):
+        for second, sin in operands(taken):
+            x = _pair(uncast(first), uncast(second), False)
+            if x is None or not _sums(plus, (second, cos), (first, sin)):
+                continue
+            width = width_of(x) or 0
+            if width_of(cos) == width_of(sin) == width // 2:
+                output = concat.outputs[0]
+                return Rotation(concat, uncast(x), output, uncast(cos), uncast(sin), width, False, True)
+    return None
+
+
+def _sums(add: ir.Node, one: tuple[ir.Value, ir.Value], other: tuple[ir.Value, ir.Value]) -> bool:
+    """Whether `add` sums the products of two pairs, in any order."""
+    products = [made_by(v, "Mul") for v in add.inputs]
+    factors = [frozenset(p.inputs) for p in products if p is not None]
+    return len(factors) == 2 and set(factors) == {frozenset(one), frozenset(other)}
+
+
+def _with_rest(rotation: Rotation) -> Rotation:
+    """`rotation` of a whole head where its output is joined with the part of the head that is left as it is."""
+    part, user = part_of(rotation.source), only_user(rotation.output)
+    if part is None or user is None or not is_op(user, "Concat") or not _joins_last_axis(user):
+        return rotation
+    whole, axis, start, stop, step = part
+    width = width_of(whole)
+    other = user.inputs[1] if len(user.inputs) == 2 else None
+    rest = None if other is None else part_of(uncast(other))
+    if user.inputs[0] is not rotation.output or rest is None or rest[0] is not whole:
+        return rotation
+    if (axis, start, step) != (rank_of(whole) - 1, 0, 1) or rest[1:] != (axis, stop, width, 1):
+        return rotation
+    return replace(rotation, node=user, source=whole, output=user.outputs[0])
+
+
+def _with_cast(rotation: Rotation) -> Rotation:
+    """`rotation` with the cast back to the type of its source."""
+    user = only_user(rotation.output)
+    if user is None or not is_op(user, "Cast") or user.outputs[0].dtype != rotation.source.dtype:
+        return rotation
+    return replace(rotation, node=user, output=user.outputs[0])
+
+
+def _joins_last_axis(concat: ir.Node) -> bool:
+    rank = rank_of(concat.outputs[0])
+    return rank > 0 and int_attribute(concat, "axis", 0) % rank == rank - 1
+
+
+def _before_unsqueeze(value: ir.Value | None) -> ir.Value | None:
+    node = made_by(value, "Unsqueeze")
+    return None if node is None else input_of(node)
+
+
+PASS = Rotary()

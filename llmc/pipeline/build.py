@@ -1,0 +1,147 @@
+"""`llmc build`: a model in, a verified artifact out."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc import __version__
+from llmc.config import BuildPlan, ProfileKind, Provider
+from llmc.errors import ConfigError
+from llmc.pipeline.compile import Compiled, compile_graph, pass_records
+from llmc.pipeline.gate import GateResult, measure_parity
+from llmc.pipeline.result import BuildResult
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.manifest import FileDigest, Manifest
+    from llmc.checkpoint import Checkpoint
+
+
+def build(plan: BuildPlan, progress: Progress) -> BuildResult:
+    """Compile a model for a target and a profile, verify it, and put the artifact in its place.
+
+    What stood at the output before stays until the new artifact is complete. An artifact that misses
+    a gate is kept as `<output>.failed` and the result says so.
+
+    Raises:
+        LlmcError: Any of its kinds; nothing is left behind.
+    """
+    from llmc.artifact.manifest import REPORTS
+    from llmc.artifact.store import digest_files, staging
+    from llmc.backends.genai import shares_cache, write_genai_config
+    from llmc.backends.ort import write_model
+    from llmc.checkpoint import open_checkpoint
+
+    _require_fit(plan)
+    with progress.stage("checkpoint"):
+        checkpoint = open_checkpoint(plan.model)
+        checkpoint.require_tokenizer()
+    with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
+        digest = background.submit(checkpoint.digest)
+        compiled = compile_graph(checkpoint, plan.target, progress)
+        for name in compiled.leftovers:
+            progress.note(f"the model does not use tensor {name} of the checkpoint")
+        interface = compiled.graph.interface()
+        with progress.stage("write"):
+            known = write_model(compiled.graph.model, stage.path)
+            checkpoint.save_tokenizer(stage.path)
+            write_genai_config(
+                stage.path,
+                checkpoint.config,
+                checkpoint.generation_config(),
+                interface,
+                plan.target.provider,
+                plan.profile.threads,
+                share_cache=shares_cache(compiled.graph.model, interface),
+            )
+        gate = None
+        reports = stage.path / REPORTS
+        reports.mkdir()
+        if plan.verify and plan.target.provider is Provider.CPU:
+            gate = measure_parity(
+                stage.path, interface, checkpoint, plan.target, plan.profile.threads, plan.eval_text, progress
+            )
+            pass
+        files = digest_files(stage.path, known)
+        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate)
+        _write_stages(progress, reports / "build.json")
+        failed = gate is not None and not gate.verdict.passed
+        artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
+    return BuildResult(
+        path=artifact.path,
+        manifest=manifest,
+        verdict=gate.verdict if gate else None,
+        seconds=sum(r.seconds for r in progress.records),
+        peak_rss_bytes=max((r.peak_rss_bytes or 0 for r in progress.records), default=0) or None,
+    )
+
+
+def _require_fit(plan: BuildPlan) -> None:
+    """The target's provider and the profile's kind of hardware belong together."""
+    wanted = ProfileKind.GPU if plan.target.provider is Provider.CUDA else ProfileKind.CPU
+    if plan.profile.kind is not wanted:
+        raise ConfigError(
+            f"target {plan.target.name} runs on a {wanted.value.upper()}; profile {plan.profile.name} is "
+            f"{plan.profile.device}, a {plan.profile.kind.value.upper()}",
+            hint="see llmc profiles",
+        )
+
+
+def _manifest(
+    plan: BuildPlan,
+    checkpoint: Checkpoint,
+    compiled: Compiled,
+    digest: str,
+    files: dict[str, FileDigest],
+    gate: GateResult | None,
+) -> Manifest:
+    from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts, State
+    from llmc.artifact.provenance import tool_versions
+
+    if gate is not None:
+        state = State.VERIFIED if gate.verdict.passed else State.FAILED
+        checks = tuple(
+            CheckRecord(metric=c.metric, status=c.status, where=c.where) for c in gate.verdict.checks
+        )
+    else:
+        state = State.NOT_VERIFIED if plan.target.provider is Provider.CPU else State.NOT_EXECUTED
+        checks = ()
+    infos = checkpoint.tensors.infos().values()
+    parameters = sum(_elements(info.shape) for info in infos)
+    return Manifest(
+        llmc_version=__version__,
+        model=ModelFacts(
+            ref=plan.model,
+            digest=digest,
+            architecture=checkpoint.architecture,
+            model_type=checkpoint.config.model_type,
+            parameters=parameters,
+        ),
+        target=plan.target,
+        profile=plan.profile,
+        interface=compiled.graph.interface(),
+        tools=tool_versions(),
+        files=files,
+        passes=pass_records(compiled.passes),
+        weights=compiled.weights,
+        state=state,
+        checks=checks,
+    )
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for dim in shape:
+        count *= dim
+    return count
+
+
+def _write_stages(progress: Progress, path: Path) -> None:
+    """Stage timings and peak memory, outside of what the manifest's digests cover."""
+    stages: list[dict[str, Any]] = [
+        {"name": r.name, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes} for r in progress.records
+    ]
+    path.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""What the commands give back: data for machines, text for people, and whether it amounts to a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+from llmc.artifact.interface import CheckStatus, Verdict
+from llmc.artifact.manifest import Manifest, State
+from llmc.errors import LlmcError, ParityError
+
+PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
+
+
+class BuildResult(BaseModel):
+    """One finished build.
+
+    Args:
+        path: Where the artifact is; `<output>.failed` if it missed a gate.
+        manifest: Its manifest.
+        verdict: The parity gates; None if they did not run.
+        seconds: Wall time of all stages.
+        peak_rss_bytes: Peak resident memory of the process; None where the system does not tell.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: PathText
+    manifest: Manifest
+    verdict: Verdict | None
+    seconds: float
+    peak_rss_bytes: int | None
+
+    def render(self) -> str:
+        """A few lines for a terminal."""
+        manifest = self.manifest
+        total = sum(f.bytes for f in manifest.files.values())
+        lines = [
+            f"{self.path}",
+            f"  {manifest.model.architecture} for {manifest.target.name} on {manifest.profile.device}: "
+            f"{total / 1e6:.0f} MB, {manifest.state.value}",
+        ]
+        if self.verdict is not None:
+            lines += render_checks(self.verdict)
+        memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
+        lines.append(f"  {self.seconds:.1f} s{memory}")
+        if manifest.state is State.NOT_EXECUTED:
+            lines.append("  this machine cannot run it: nothing of it was measured")
+        elif manifest.state is State.NOT_VERIFIED:
+            lines.append("  its numbers were not compared with the original: llmc verify does that")
+        return "\n".join(lines)
+
+    def failure(self) -> LlmcError | None:
+        """A parity error if a gate failed."""
+        return parity_failure(self.verdict, f"kept for inspection at {self.path}")
+
+
+def render_checks(verdict: Verdict) -> list[str]:
+    """One line per gate: metric, value, bound, outcome."""
+    lines = []
+    for check in verdict.checks:
+        value = "not measured" if check.value is None else f"{check.value:.4g}"
+        bound = "" if check.bound is None else f"  ({check.direction} {check.bound:g})"
+        if check.status is CheckStatus.NOT_APPLICABLE:
+            value, bound = check.detail, ""
+        lines.append(f"  {check.status.value:15} {check.metric.value:24} {value}{bound}")
+    return lines
+
+
+def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
+    """The error that a failed verdict amounts to."""
+    if verdict is None or verdict.passed:
+        return None
+    failed = [c.metric.value for c in verdict.checks if c.status is CheckStatus.FAIL]
+    return ParityError(f"the artifact misses {len(failed)} of its gates: {', '.join(failed)}", hint=hint)

@@ -1,0 +1,55 @@
+"""Turns what a user asked for into a fully resolved `BuildPlan`."""
+
+import re
+from pathlib import Path
+
+from llmc.catalog import load_profile_for, load_target
+from llmc.config import BuildPlan
+from llmc.errors import ConfigError
+
+
+def plan_build(
+    model: str,
+    *,
+    target: str,
+    profile: str,
+    output: Path | None = None,
+    verify: bool = True,
+    eval_text: Path | None = None,
+    path: Path | None = None,
+) -> BuildPlan:
+    """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
+
+    Args:
+        output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
+        path: Folder of the user's own targets and profiles, searched first.
+    """
+    if not model.strip():
+        raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
+    if eval_text is not None and not eval_text.is_file():
+        raise ConfigError(f"evaluation text {eval_text} is not a file")
+    resolved = load_target(target, path)
+    return BuildPlan(
+        model=model,
+        target=resolved,
+        profile=load_profile_for(resolved, profile, path),
+        output=output if output is not None else default_output(model, target, profile),
+        verify=verify,
+        eval_text=eval_text,
+    )
+
+
+def default_output(model: str, target: str, profile: str) -> Path:
+    """`artifacts/<model>/<target>@<profile>`, the model by the last part of its path or its hub id.
+
+    A hub id keeps its owner and revision: `org/name@rev` becomes `org--name@rev`.
+    """
+    local = Path(model)
+    if local.is_dir():
+        name = local.resolve().name
+    elif local.suffix.lower() == ".gguf":
+        name = local.stem
+    else:
+        name = model.replace("/", "--")
+    safe = re.sub(r"[^\w.@+-]+", "-", name).strip("-.") or "model"
+    return Path("artifacts") / safe / f"{target}@{profile}"

@@ -1,0 +1,175 @@
+"""What a build says while it works: stages with their time and peak memory, and notes.
+
+All of it goes to stderr; stdout carries data. A station takes a `Progress` and never prints.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage.
+
+    Args:
+        name: As given to `Progress.stage`.
+        seconds: Wall time.
+        peak_rss_bytes: Peak resident memory of the process so far, not of the stage alone; None
+            where the system does not tell.
+    """
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int | None
+
+
+class Progress(Protocol):
+    """Where stages and notes of a long task go."""
+
+    @property
+    def records(self) -> Sequence[StageRecord]:
+        """The stages that finished, in order of their end."""
+        ...
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time what runs inside; stages may nest."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+        ...
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak resident memory of this process in bytes, or None where the system does not tell.
+
+    Linux: VmHWM of /proc/self/status, which unlike getrusage starts anew at exec. macOS:
+    getrusage, in bytes there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return None
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def describe_record(record: StageRecord) -> str:
+    """One line for people: name, seconds, peak memory in GB (10**9 bytes)."""
+    text = f"{record.name}  {record.seconds:.1f} s"
+    if record.peak_rss_bytes is not None:
+        text += f"  peak {record.peak_rss_bytes / 1e9:.2f} GB"
+    return text
+
+
+class SilentProgress:
+    """Keeps the records and says nothing."""
+
+    def __init__(self) -> None:
+        self._records: list[StageRecord] = []
+
+    @property
+    def records(self) -> Sequence[StageRecord]:
+        return tuple(self._records)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._begin(name)
+        try:
+            yield
+        except BaseException:
+            self._fail(name, time.perf_counter() - start)
+            raise
+        record = StageRecord(name, time.perf_counter() - start, peak_rss_bytes())
+        self._records.append(record)
+        self._end(record)
+
+    def note(self, text: str) -> None:
+        """Nothing is said."""
+
+    def _begin(self, name: str) -> None:
+        """A stage starts."""
+
+    def _end(self, record: StageRecord) -> None:
+        """A stage is done."""
+
+    def _fail(self, name: str, seconds: float) -> None:
+        """A stage raised."""
+
+
+class PlainProgress(SilentProgress):
+    """One line for each finished stage and each note: for logs and CI."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__()
+        self._stream = stream if stream is not None else sys.stderr
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+    def _end(self, record: StageRecord) -> None:
+        self._write(describe_record(record))
+
+    def _fail(self, name: str, seconds: float) -> None:
+        self._write(f"{name}  stopped after {seconds:.1f} s")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class TerminalProgress(SilentProgress):
+    """A spinner with the innermost running stage, and a line for each that is done."""
+
+    def __init__(self, console: "Console | None" = None) -> None:
+        super().__init__()
+        if console is None:
+            from rich.console import Console
+
+            console = Console(stderr=True, highlight=False)
+        self._console = console
+        self._running: list[str] = []
+        self._status: Status | None = None
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _begin(self, name: str) -> None:
+        self._running.append(name)
+        self._show()
+
+    def _end(self, record: StageRecord) -> None:
+        self._running.pop()
+        self._console.print(f"✓ {describe_record(record)}", style="green", markup=False)
+        self._show()
+
+    def _fail(self, name: str, seconds: float) -> None:
+        self._running.pop()
+        self._console.print(f"✗ {name}  stopped after {seconds:.1f} s", style="red", markup=False)
+        self._show()
+
+    def _show(self) -> None:
+        if not self._running:
+            if self._status is not None:
+                self._status.stop()
+                self._status = None
+        elif self._status is None:
+            self._status = self._console.status(self._running[-1])
+            self._status.start()
+        else:
+            self._status.update(self._running[-1])

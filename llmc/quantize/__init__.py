@@ -1,0 +1,1 @@
+"""Weight-only block quantization: which tensor gets which bits, and the codes themselves."""

@@ -1,0 +1,134 @@
+"""Blocks of input features that share one scale: layout, rounding to levels, packing, dequantization.
+
+A matrix of N outputs and K inputs is cut along K into blocks of `block_size`; the last block of a row
+is padded with zeros. A weight is stored as `code` in 0..2**bits-1 and read back as
+`(code - zero_point) * scale`, as the operator schemas of com.microsoft MatMulNBits and
+GatherBlockQuantized define it; without stored zero points both take 2**(bits-1).
+
+The methods work on *columns*, float32 (block_size, n): one block a column, so that every NumPy
+operation runs along contiguous memory and a reduction over a block is an addition of rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.graph.weights import Array
+
+#: Elements that one step works on: few enough for the cache, enough for NumPy's cost per call not to show.
+STEP = 1 << 17
+
+#: Element type of stored scales.
+ScaleType = type[np.float32] | type[np.float16]
+
+#: Blocks whose range is below this are stored as zeros: the inverse of their scale leaves float32.
+SMALLEST = np.float32(2.0**-100)
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """A quantized matrix in the layout of MatMulNBits.
+
+    Args:
+        codes: uint8 (N, blocks, block_size * bits / 8); with 4 bits the even element of a pair is in
+            the low half of its byte.
+        scales: float32 or float16 (N, blocks).
+        zero_points: uint8 (N, ceil(blocks * bits / 8)), packed like the codes; None if symmetric.
+        in_features: K without the padding.
+        scheme: Bits, block size and symmetry of the codes.
+    """
+
+    codes: Array
+    scales: Array
+    zero_points: Array | None
+    in_features: int
+    scheme: WeightScheme
+
+
+class Workspace:
+    """Buffers that are used again from step to step, float32 (block_size, n)."""
+
+    def __init__(self, block_size: int, columns: int) -> None:
+        shape = (block_size, columns)
+        self.columns = np.empty(shape, np.float32)
+        self.scaled = np.empty(shape, np.float32)
+        self.levels = np.empty(shape, np.float32)
+
+    def narrow(self, columns: int) -> "Workspace":
+        """The same buffers cut to the first `columns` columns."""
+        view = object.__new__(Workspace)
+        view.columns = self.columns[:, :columns]
+        view.scaled = self.scaled[:, :columns]
+        view.levels = self.levels[:, :columns]
+        return view
+
+
+def count_blocks(in_features: int, block_size: int) -> int:
+    """Blocks of one row, the padded one included."""
+    return -(-in_features // block_size)
+
+
+def zero_level(scheme: WeightScheme) -> int:
+    """The zero point of symmetric codes."""
+    return 1 << (scheme.bits - 1)
+
+
+def round_to_levels(work: Workspace, inverse: Array, zero: Array, scheme: WeightScheme) -> None:
+    """Set `work.scaled` to columns * inverse and `work.levels` to the nearest code - zero there is.
+
+    Args:
+        inverse: 1 / scale, float32 (n,).
+        zero: Zero points, float32 (n,); not read for symmetric schemes.
+    """
+    np.multiply(work.columns, inverse, out=work.scaled)
+    np.rint(work.scaled, out=work.levels)
+    middle = zero_level(scheme)
+    if scheme.symmetric:
+        np.clip(work.levels, -middle, middle - 1, out=work.levels)
+    else:
+        np.add(work.levels, zero, out=work.levels)
+        np.clip(work.levels, 0, 2 * middle - 1, out=work.levels)
+        np.subtract(work.levels, zero, out=work.levels)
+
+
+def invert(scale: Array) -> Array:
+    """1 / scale, and 0 where the scale is 0."""
+    inverse: Array = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    return inverse
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """uint8 codes (..., n) to bytes (..., ceil(n * bits / 8)), low-order bits first, zeros at the end."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
+    packed: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed
+
+
+def unpack(packed: Array, bits: int, count: int) -> Array:
+    """The first `count` codes of packed bytes (..., m), as uint8 (..., count)."""
+    if bits == 8:
+        return packed[..., :count]
+    both = np.stack([packed & 15, packed >> 4], axis=-1)
+    return both.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def dequantize_blocks(blocks: PackedBlocks) -> Array:
+    """The weights that an operator computes with, float32 (N, K)."""
+    scheme = blocks.scheme
+    count = blocks.scales.shape[1]
+    codes = unpack(blocks.codes, scheme.bits, scheme.block_size).astype(np.float32)
+    if blocks.zero_points is None:
+        codes -= zero_level(scheme)
+    else:
+        codes -= unpack(blocks.zero_points, scheme.bits, count)[:, :, None]
+    codes *= blocks.scales.astype(np.float32)[:, :, None]
+    return codes.reshape(len(codes), -1)[:, : blocks.in_features]
+
+
+def round_scales(scale: Array, scale_type: ScaleType) -> Array:
+    """What `scale_type` holds of the scales, as float32."""
+    return scale.astype(scale_type).astype(np.float32)

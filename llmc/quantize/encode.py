@@ -1,0 +1,123 @@
+"""Weights to packed codes, cache-sized step by step."""
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.errors import CheckpointError
+from llmc.graph.weights import Array
+from llmc.quantize.blocks import (
+    STEP,
+    PackedBlocks,
+    ScaleType,
+    Workspace,
+    count_blocks,
+    invert,
+    pack,
+    round_to_levels,
+    zero_level,
+)
+from llmc.quantize.mse import fit_mse
+from llmc.quantize.rtn import fit_rtn
+
+_METHODS = {"rtn": fit_rtn, "mse": fit_mse}
+
+
+class Encoder:
+    """Fills the arrays of one quantized matrix (N, K), a part at a time; parts may run in several threads.
+
+    Args:
+        name: What errors call the matrix.
+        out_features: N.
+        in_features: K.
+        scheme: How it is stored.
+        scale_type: float32 or float16.
+    """
+
+    def __init__(
+        self, name: str, out_features: int, in_features: int, scheme: WeightScheme, scale_type: ScaleType
+    ) -> None:
+        self.name = name
+        self.scheme = scheme
+        self.in_features = in_features
+        self._scale_type = scale_type
+        blocks = count_blocks(in_features, scheme.block_size)
+        self._codes = np.empty((out_features, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
+        self._scales = np.empty((out_features, blocks), scale_type)
+        self._zeros = None if scheme.symmetric else np.empty((out_features, blocks), np.uint8)
+
+    def encode_rows(self, start: int, weights: Array) -> None:
+        """Store outputs start:start+n from weights (n, K) of any floating type."""
+        blocks = self._scales.shape[1]
+        size = self.scheme.block_size
+        padded = blocks * size
+        step = max(1, STEP // padded)
+        work = Workspace(size, min(step, len(weights)) * blocks)
+        buffer = np.zeros((min(step, len(weights)), padded), np.float32)
+        for first in range(0, len(weights), step):
+            part = weights[first : first + step]
+            rows = len(part)
+            buffer[:rows, : self.in_features] = part
+            part_work = work.narrow(rows * blocks)
+            np.copyto(part_work.columns, buffer[:rows].reshape(-1, size).T)
+            codes, scale, zero = self._encode(part_work, f"outputs {start + first}:{start + first + rows}")
+            here = slice(start + first, start + first + rows)
+            self._codes[here].reshape(rows * blocks, -1)[:] = codes.T
+            self._scales[here].reshape(-1)[:] = scale
+            if self._zeros is not None:
+                self._zeros[here].reshape(-1)[:] = zero
+
+    def encode_inputs(self, block: int, weights: Array) -> None:
+        """Store one block of every output from weights (n, N) of any floating type, n <= block_size."""
+        size = self.scheme.block_size
+        outputs = weights.shape[1]
+        step = max(1, STEP // size)
+        work = Workspace(size, min(step, outputs))
+        for first in range(0, outputs, step):
+            here = slice(first, min(first + step, outputs))
+            part_work = work.narrow(here.stop - here.start)
+            part_work.columns[: len(weights)] = weights[:, here]
+            part_work.columns[len(weights) :] = 0
+            where = f"inputs {block * size}:{block * size + len(weights)}"
+            codes, scale, zero = self._encode(part_work, where)
+            self._codes[here, block] = codes.T
+            self._scales[here, block] = scale
+            if self._zeros is not None:
+                self._zeros[here, block] = zero
+
+    def finish(self) -> PackedBlocks:
+        """The whole matrix, once every part is stored."""
+        zeros = None if self._zeros is None else pack(self._zeros, self.scheme.bits)
+        return PackedBlocks(self._codes, self._scales, zeros, self.in_features, self.scheme)
+
+    def _encode(self, work: Workspace, where: str) -> tuple[Array, Array, Array]:
+        """Packed codes uint8 (bytes, n), scales and zero points float32 (n,) of `work.columns`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale, zero = _METHODS[self.scheme.method](work, self.scheme, self._scale_type)
+            if not np.isfinite(scale).all():
+                raise CheckpointError(
+                    f"{self.name} has values in {where} that are not finite, or too large for scales of type "
+                    f"{np.dtype(self._scale_type)}",
+                    hint="the checkpoint is damaged, or needs float32 on this target",
+                )
+            round_to_levels(work, invert(scale), zero, self.scheme)
+        levels = work.levels
+        levels += np.float32(zero_level(self.scheme)) if self.scheme.symmetric else zero
+        if self.scheme.bits == 8:
+            return levels.astype(np.uint8), scale, zero
+        pairs = np.multiply(levels[1::2], np.float32(16), out=work.scaled[: len(levels) // 2])
+        pairs += levels[0::2]
+        return pairs.astype(np.uint8), scale, zero
+
+
+def quantize_blocks(
+    weights: Array, scheme: WeightScheme, scale_type: ScaleType = np.float32, name: str = "a matrix"
+) -> PackedBlocks:
+    """A matrix (N, K) that is in memory, in this thread.
+
+    Raises:
+        CheckpointError: A value is not finite, or its scale does not fit `scale_type`.
+    """
+    out_features, in_features = weights.shape
+    encoder = Encoder(name, out_features, in_features, scheme, scale_type)
+    encoder.encode_rows(0, weights)
+    return encoder.finish()

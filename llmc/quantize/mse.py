@@ -1,0 +1,88 @@
+"""Least squared error: scales searched block by block, without calibration data.
+
+For given codes q (less their zero point) the best scale is sum(w q) / sum(q q), and for a given scale the
+best codes are the nearest ones. From several scales around the one that spans the block, some clipping its
+extremes and some leaving levels idle, the one with the least error after the closed form is kept, rounded
+again and improved once more. It is the search of GGUF's k-quants (make_qx_quants and make_qkx2_quants in
+ggml-quants.c) with a zero point that is a code, and every weight counting the same. Every error is a sum over
+the residual in units of the scale, which keeps its precision at 8 bits too.
+"""
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.graph.weights import Array
+from llmc.quantize.blocks import ScaleType, Workspace, invert, round_scales, round_to_levels, zero_level
+from llmc.quantize.rtn import place_zero, span_columns
+
+#: Levels that the starts add to the ones that span the block (negative: idle, positive: clipped), lowest and
+#: highest, by block size: the 2nd to 98th percentile of the optimum on normal, Student t and trained weights.
+_EXTRA_4_BIT = {16: (-1.8, 0.6), 32: (-1.2, 0.8), 64: (-0.8, 1.4), 128: (-0.3, 2.0)}
+_EXTRA_8_BIT = (-2.0, 0.6)
+
+#: More starts gain less than 0.02 dB.
+_STARTS = 5
+
+
+def fit_mse(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+    """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each.
+
+    No block's error is larger than with `fit_rtn`.
+    """
+    span = span_columns(work, scheme)
+    inverse = invert(span.scale)
+    steps = zero_level(scheme) if scheme.symmetric else 2 * zero_level(scheme) - 1
+    lowest, highest = _EXTRA_4_BIT[scheme.block_size] if scheme.bits == 4 else _EXTRA_8_BIT
+
+    plain_zero = place_zero(span.low, inverse, 0.0, scheme)
+    zero = plain_zero.copy()
+    ratio = np.ones_like(inverse)
+    least = np.full_like(inverse, np.inf)
+    for extra in np.linspace(lowest, highest, _STARTS):
+        start = float(steps / (steps + extra))
+        tried = inverse / np.float32(start)
+        tried_zero = zero if scheme.symmetric else place_zero(span.low, tried, -extra / 2, scheme)
+        round_to_levels(work, tried, tried_zero, scheme)
+        error, gain = _improve(work)
+        error *= np.float32(start**2)
+        better = error < least
+        np.copyto(least, error, where=better)
+        np.copyto(ratio, gain * np.float32(start), where=better)
+        if not scheme.symmetric:
+            np.copyto(zero, tried_zero, where=better)
+
+    round_to_levels(work, inverse / ratio, zero, scheme)
+    ratio *= _improve(work)[1]
+
+    plain = round_scales(span.scale, scale_type)
+    searched = round_scales(span.scale * ratio, scale_type)
+    plain_error = _measure(work, plain, plain_zero, inverse, scheme)
+    keep_plain = plain_error <= _measure(work, searched, zero, inverse, scheme)
+    np.copyto(searched, plain, where=keep_plain)
+    np.copyto(zero, plain_zero, where=keep_plain)
+    return searched, zero
+
+
+def _improve(work: Workspace) -> tuple[Array, Array]:
+    """Error that is left once the best scale stands in for the one that was rounded with, and their ratio.
+
+    Both float32 (n,); the error is in squares of the scale that was rounded with. Overwrites
+    `work.scaled`.
+    """
+    residual = np.subtract(work.scaled, work.levels, out=work.scaled)
+    squared = np.einsum("ij,ij->j", residual, residual)
+    cross = np.einsum("ij,ij->j", residual, work.levels)
+    gain = cross / np.maximum(np.einsum("ij,ij->j", work.levels, work.levels), np.float32(1))
+    squared -= cross * gain
+    gain += 1
+    return squared, gain
+
+
+def _measure(work: Workspace, scale: Array, zero: Array, inverse: Array, scheme: WeightScheme) -> Array:
+    """Error with a stored scale, in squares of 1 / inverse; infinite where the scale is 0."""
+    round_to_levels(work, invert(scale), zero, scheme)
+    residual = np.subtract(work.scaled, work.levels, out=work.scaled)
+    error: Array = np.einsum("ij,ij->j", residual, residual)
+    error *= (scale * inverse) ** 2
+    error[scale == 0] = np.inf
+    return error

@@ -1,0 +1,58 @@
+"""Round to nearest: the scale that just spans a block, without a search."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.graph.weights import Array
+from llmc.quantize.blocks import SMALLEST, ScaleType, Workspace, invert, round_scales, zero_level
+
+
+class Span(NamedTuple):
+    """What a block covers, float32 (n,) each.
+
+    Args:
+        scale: Scale that spans the block, not yet rounded to its stored type; 0 for a block of zeros.
+        low: Value that code 0 is to stand for; unused if symmetric.
+    """
+
+    scale: Array
+    low: Array
+
+
+def span_columns(work: Workspace, scheme: WeightScheme) -> Span:
+    """The span of every column.
+
+    Symmetric: the element of largest magnitude is to become level -2**(bits-1) exactly, so that the scale
+    has the other sign than it (the rule of ONNX Runtime's own quantizer and of GGUF's Q4_0). All levels
+    are used, where amax / (2**(bits-1) - 1) leaves one idle. Asymmetric: the range from the lowest to the
+    highest value, widened to hold 0, is cut into 2**bits - 1 steps.
+    """
+    high = np.maximum.reduce(work.columns, axis=0)
+    low = np.minimum.reduce(work.columns, axis=0)
+    middle = zero_level(scheme)
+    if scheme.symmetric:
+        scale = low
+        np.copyto(scale, high, where=high > -low)
+        scale /= np.float32(-middle)
+    else:
+        np.minimum(low, 0, out=low)
+        scale = (np.maximum(high, 0) - low) / np.float32(2 * middle - 1)
+    scale[np.abs(scale) < SMALLEST] = 0
+    return Span(scale, low)
+
+
+def place_zero(low: Array, inverse: Array, spare: float, scheme: WeightScheme) -> Array:
+    """The code of 0 when `low` is to stand `spare` steps above code 0, float32 (n,)."""
+    middle = zero_level(scheme)
+    if scheme.symmetric:
+        return np.full_like(low, middle)
+    zero: Array = np.rint(np.float32(spare) - low * inverse)
+    return np.clip(zero, 0, 2 * middle - 1, out=zero)
+
+
+def fit_rtn(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+    """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
+    span = span_columns(work, scheme)
+    return round_scales(span.scale, scale_type), place_zero(span.low, invert(span.scale), 0.0, scheme)

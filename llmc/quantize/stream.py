@@ -1,0 +1,73 @@
+"""Quantize a matrix that is read a range of rows at a time, on every core."""
+
+import math
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.graph.weights import Array, CastRows, Rows, TransposedRows
+from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, dequantize_blocks
+from llmc.quantize.encode import Encoder, quantize_blocks
+
+#: Elements that one task reads: 4 MiB as float32.
+_TASK = 1 << 20
+
+
+def quantize_rows(
+    rows: Rows, scheme: WeightScheme, scale_type: ScaleType, *, name: str, outputs_first: bool = True
+) -> PackedBlocks:
+    """Quantize a matrix of shape (N, K), or (K, N) if not `outputs_first`, with a few MiB of it in float.
+
+    Raises:
+        CheckpointError: A value is not finite, or its scale does not fit `scale_type`.
+    """
+    while isinstance(rows, CastRows | TransposedRows):
+        outputs_first ^= isinstance(rows, TransposedRows)
+        rows = rows.inner
+    out_features, in_features = rows.shape if outputs_first else rows.shape[::-1]
+    encoder = Encoder(name, out_features, in_features, scheme, scale_type)
+
+    def encode_outputs(start: int, stop: int) -> None:
+        encoder.encode_rows(start, rows.rows(start, stop))
+
+    def encode_block(block: int) -> None:
+        start = block * scheme.block_size
+        encoder.encode_inputs(block, rows.rows(start, min(start + scheme.block_size, in_features)))
+
+    pool = _workers()
+    tasks: list[Future[None]]
+    if outputs_first:
+        step = max(1, _TASK // max(1, in_features))
+        starts = range(0, out_features, step)
+        tasks = [pool.submit(encode_outputs, start, min(start + step, out_features)) for start in starts]
+    else:
+        blocks = count_blocks(in_features, scheme.block_size)
+        tasks = [pool.submit(encode_block, block) for block in range(blocks)]
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+    return encoder.finish()
+
+
+def weight_snr(rows: Rows, scheme: WeightScheme, scale_type: ScaleType = np.float32) -> float:
+    """Signal-to-noise ratio of a quantized matrix (N, K) to the original, dB; infinite if they are equal."""
+    step = max(1, _TASK // max(1, rows.shape[1]))
+    signal = noise = 0.0
+    for start in range(0, rows.shape[0], step):
+        weights: Array = rows.rows(start, min(start + step, rows.shape[0])).astype(np.float32)
+        error = dequantize_blocks(quantize_blocks(weights, scheme, scale_type)) - weights
+        signal += float(np.square(weights, dtype=np.float64).sum())
+        noise += float(np.square(error, dtype=np.float64).sum())
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """One pool for the process: however many matrices are asked for at once, no more threads than cores."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="quantize")

@@ -1,0 +1,94 @@
+"""The report as text for a terminal."""
+
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from llmc.artifact.interface import CheckStatus, Footprint, Latency, Ratio, Timing
+from llmc.report.document import Report
+from llmc.report.figures import format_bound, format_figure, ungated
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLOURS = {CheckStatus.PASS: "green", CheckStatus.FAIL: "red", CheckStatus.NOT_APPLICABLE: "dim"}
+
+
+def render_text(report: Report, *, width: int = 110, colour: bool = False) -> str:
+    """Tables of checks, of figures without a gate, and of latency, with the verdict in the last line.
+
+    Args:
+        width: Columns of the terminal.
+        colour: Whether to use ANSI escape sequences.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    buffer = StringIO()
+    console = Console(file=buffer, width=width, force_terminal=colour, no_color=not colour, highlight=False)
+    console.print(_checks(report))
+    if report.latency is not None:
+        console.print(_latency(report.latency))
+        for line in _notes(report.latency):
+            console.print(Text(line))
+    failed = [str(c.metric) for c in report.verdict.checks if c.status is CheckStatus.FAIL]
+    outcome = "passed" if report.verdict.passed else f"FAILED: {', '.join(failed)}"
+    console.print(Text(f"{report.model} {report.target}@{report.profile}: {outcome}"))
+    return buffer.getvalue()
+
+
+def _checks(report: Report) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("metric", "value", "gate", "status", "detail")
+    for check in report.verdict.checks:
+        table.add_row(
+            str(check.metric),
+            format_figure(check.value),
+            format_bound(check),
+            Text(str(check.status), style=_COLOURS[check.status]),
+            Text(f"{check.detail}; {check.where}"),
+        )
+    for m in ungated(report.measurements, report.verdict.checks):
+        detail = Text(f"{m.detail}; {m.where}")
+        table.add_row(str(m.metric), format_figure(m.value), "none", str(m.status), detail)
+    return table
+
+
+def _latency(latency: Latency) -> "Table":
+    from rich.table import Table
+
+    table = Table("latency, ms", "artifact p50", "p95", "p99", "original p50", "ratio (range)", "n")
+    for p in latency.prefill:
+        table.add_row(f"TTFT, {p.prompt_tokens} tokens", *_row(p.artifact, p.original, p.ratio))
+    for d in latency.decode:
+        table.add_row(f"inter-token, context {d.context}", *_row(d.artifact, d.original, d.ratio))
+    return table
+
+
+def _row(artifact: Timing, original: Timing, ratio: Ratio) -> tuple[str, ...]:
+    times = (artifact.p50_ms, artifact.p95_ms, artifact.p99_ms, original.p50_ms)
+    spread = f"{ratio.value:.3f} ({ratio.low:.3f}..{ratio.high:.3f})"
+    return (*(f"{value:.2f}" for value in times), spread, str(artifact.n))
+
+
+def _notes(latency: Latency) -> list[str]:
+    lines = [f"artifact: {latency.where}; original: {latency.original}; {latency.threads} threads each"]
+    for decode, roof in zip(latency.decode, latency.roofline, strict=True):
+        bound = "bandwidth not stated by the profile"
+        if roof.bound_ms is not None:
+            bound = f"roofline {roof.bound_ms:.2f} ms at {roof.bandwidth_gbs:g} GB/s"
+        lines.append(
+            f"context {decode.context}: {decode.artifact_tokens_per_s:.1f} tokens/s"
+            f" (original {decode.original_tokens_per_s:.1f}), {roof.weight_bytes / 1e6:.1f} MB weights"
+            f" + {roof.kv_bytes / 1e6:.1f} MB KV per token, {bound}"
+        )
+    lines.append(f"artifact: {_footprint(latency.artifact_footprint)}")
+    lines.append(f"original: {_footprint(latency.original_footprint)}")
+    return lines + [f"not measured: {what}" for what in latency.dropped]
+
+
+def _footprint(footprint: Footprint) -> str:
+    peak = footprint.peak_bytes
+    memory = "not known" if peak is None else f"{peak / (1 << 20):.0f} MiB"
+    return f"load {footprint.load.p50_ms:.0f} ms, peak memory {memory}"

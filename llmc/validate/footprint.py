@@ -1,0 +1,133 @@
+"""Load time and peak memory of one side, in a process of its own.
+
+The parent runs `main` with a pickled `Job` on stdin and reads one line of JSON from stdout. A
+process per side keeps what one side holds out of the other's figure; the resident set of the parent
+is not inherited, since the peak is read from the child's own memory map.
+"""
+
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import ResourceError
+from llmc.graph.interface import Interface
+
+
+@dataclass(frozen=True)
+class ArtifactJob:
+    """An artifact under onnxruntime: arguments of `OrtModel`, prompt length and decode steps."""
+
+    folder: Path
+    interface: Interface
+    threads: int
+    share_buffer: bool
+    prompt_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class OriginalJob:
+    """The original under PyTorch: a picklable function that loads it, prompt length, decode steps."""
+
+    load: Callable[[], Any]
+    threads: int
+    prompt_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one process saw: time to load in ms, highest resident set in bytes if it is known."""
+
+    load_ms: float
+    peak_bytes: int | None
+
+
+def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
+    """Run `job` in a new process.
+
+    Raises:
+        ResourceError: The process failed or was killed; the last line of its errors is the reason.
+    """
+    import json
+    import os
+    import subprocess
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
+        input=pickle.dumps(job),
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise ResourceError(
+            f"the process that measures the memory of the {_side(job)} ended with {done.returncode}:"
+            f" {reason[0]}",
+            hint="a process that the system killed ends with -9: it ran out of memory",
+        )
+    load_ms, peak_bytes = json.loads(done.stdout.decode().splitlines()[-1])
+    return Sample(load_ms, peak_bytes)
+
+
+def peak_resident_bytes() -> int | None:
+    """Highest resident set of this process so far; None where the system does not tell."""
+    if sys.platform == "linux":
+        # VmHWM starts at zero with the process image; ru_maxrss would count the parent's.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
+
+
+def _side(job: ArtifactJob | OriginalJob) -> str:
+    return "artifact" if isinstance(job, ArtifactJob) else "original"
+
+
+def _run(job: ArtifactJob | OriginalJob) -> Sample:
+    import time
+
+    import numpy as np
+
+    prompt = np.arange(job.prompt_tokens, dtype=np.int64) % 7 + 1
+    if isinstance(job, ArtifactJob):
+        import onnxruntime  # noqa: F401  (imported before the clock starts)
+
+        from llmc.validate.session import OrtModel
+
+        start = time.perf_counter()
+        model = OrtModel(job.folder, job.interface, threads=job.threads, share_buffer=job.share_buffer)
+        load_ms = 1e3 * (time.perf_counter() - start)
+        model.prefill(prompt[None], steps=job.steps)
+        for _ in range(job.steps):
+            model.decode(prompt[None, :1])
+    else:
+        import torch
+        import transformers.modeling_utils  # noqa: F401  (imported before the clock starts)
+
+        from llmc.validate.reference import TorchModel
+
+        torch.set_num_threads(job.threads)
+        start = time.perf_counter()
+        original = TorchModel(job.load())
+        load_ms = 1e3 * (time.perf_counter() - start)
+        original.prefill(prompt)
+        for _ in range(job.steps):
+            original.decode(1)
+    return Sample(load_ms, peak_resident_bytes())
+
+
+def main() -> None:
+    """Entry of the child process."""
+    import json
+
+    sample = _run(pickle.loads(sys.stdin.buffer.read()))
+    sys.stdout.write(json.dumps([sample.load_ms, sample.peak_bytes]) + "\n")

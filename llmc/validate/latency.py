@@ -1,0 +1,257 @@
+"""Latency of artifact and original, in turn within one process, batch 1.
+
+One round times the artifact and then the original, so that whatever else the machine does weighs on
+both. Before a side's turn the process rests, for the other side's threads spin a while after work.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.artifact.interface import (
+    DecodeLatency,
+    Footprint,
+    Interface,
+    Latency,
+    Measurement,
+    MeasurementStatus,
+    PrefillLatency,
+    Ratio,
+    Timing,
+)
+from llmc.config import Metric, Profile
+from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
+from llmc.validate.measure import measured, unmeasured
+from llmc.validate.reference import TorchModel
+from llmc.validate.roofline import roofline, streamed_weight_bytes
+from llmc.validate.session import OrtModel
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is timed and how often.
+
+    Args:
+        prompts: Prompt lengths for the time to first token.
+        contexts: Lengths after which decode steps are timed; each is among `prompts`.
+        prefill_rounds: Times each prompt is run by either side.
+        decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
+        footprint_rounds: Processes of either side that are started for load time and peak memory.
+    """
+
+    prompts: tuple[int, ...] = (128, 512, 1024)
+    contexts: tuple[int, ...] = (128, 1024)
+    prefill_rounds: int = 5
+    decode_rounds: int = 4
+    decode_tokens: int = 32
+    footprint_rounds: int = 3
+
+
+#: Rest before a side's turn, seconds.
+_REST_SECONDS = 0.05
+
+
+def measure_latency(
+    folder: Path,
+    interface: Interface,
+    reference: TorchModel,
+    load_reference: Callable[[], Any],
+    *,
+    tokens: Array,
+    profile: Profile,
+    threads: int,
+    share_buffer: bool,
+    schedule: Schedule,
+) -> Latency:
+    """Time to first token, inter-token latency, load time and peak memory of both sides.
+
+    Args:
+        reference: The original, loaded.
+        load_reference: Loads the original anew in a child process; must be picklable.
+        tokens: (n,) int64, at least one, repeated where a prompt needs more.
+        threads: Intra-op threads of either side.
+
+    Raises:
+        ParityError: The artifact cannot be run.
+    """
+    limit = interface.max_length
+    prompts = [n for n in schedule.prompts if limit is None or n <= limit]
+    contexts = [n for n in schedule.contexts if limit is None or n + schedule.decode_tokens <= limit]
+    dropped = [f"prompt of {n} tokens" for n in schedule.prompts if n not in prompts]
+    dropped += [f"decode at context {n}" for n in schedule.contexts if n not in contexts]
+
+    # Before this process holds a session of its own, so that the children have the machine to themselves.
+    footprints = _footprints(
+        folder, interface, load_reference, threads, share_buffer, max(prompts, default=1), schedule
+    )
+    with _torch_threads(threads):
+        model = OrtModel(folder, interface, threads=threads, share_buffer=share_buffer)
+        prefill: list[PrefillLatency] = []
+        decode: list[DecodeLatency] = []
+        for length in prompts:
+            prompt = np.take(tokens, np.arange(length), mode="wrap")
+            prefill.append(_time_prefill(model, reference, prompt, schedule))
+            if length in contexts:
+                decode.append(_time_decode(model, reference, length, schedule))
+    weights = streamed_weight_bytes(folder)
+    return Latency(
+        where=model.where,
+        original=reference.description,
+        threads=threads,
+        prefill=tuple(prefill),
+        decode=tuple(decode),
+        roofline=tuple(roofline(weights, interface, d.context, profile, d.artifact.p50_ms) for d in decode),
+        artifact_footprint=footprints[0],
+        original_footprint=footprints[1],
+        dropped=tuple(f"{what}: the model ends at {limit} positions" for what in dropped),
+    )
+
+
+def ratios(latency: Latency) -> tuple[Measurement, ...]:
+    """TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians over all lengths measured."""
+    series = {
+        Metric.TTFT_RATIO: {f"prompt_{p.prompt_tokens}": p.ratio.value for p in latency.prefill},
+        Metric.INTER_TOKEN_RATIO: {f"context_{d.context}": d.ratio.value for d in latency.decode},
+    }
+    made = []
+    for metric, figures in series.items():
+        if figures:
+            detail = f"worst of {', '.join(figures)}; against {latency.original}, {latency.threads} threads"
+            made.append(measured(metric, max(figures.values()), detail, latency.where, figures))
+        else:
+            why = "; ".join(latency.dropped) or "no length was asked for"
+            made.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, latency.where))
+    return tuple(made)
+
+
+def timing(samples_ms: Sequence[float]) -> Timing:
+    """Percentiles and range of a series in milliseconds."""
+    p50, p95, p99 = (float(v) for v in np.percentile(samples_ms, (50, 95, 99)))
+    return Timing(
+        n=len(samples_ms), p50_ms=p50, p95_ms=p95, p99_ms=p99, min_ms=min(samples_ms), max_ms=max(samples_ms)
+    )
+
+
+def ratio(artifact: Sequence[Sequence[float]], original: Sequence[Sequence[float]]) -> Ratio:
+    """Ratio of medians of two interleaved series of rounds, and the range of the rounds' own ratios."""
+    rounds = [float(np.median(a)) / float(np.median(b)) for a, b in zip(artifact, original, strict=True)]
+    value = float(np.median(np.concatenate(artifact))) / float(np.median(np.concatenate(original)))
+    return Ratio(value=value, low=min(rounds), high=max(rounds))
+
+
+def _time_prefill(
+    model: OrtModel, reference: TorchModel, prompt: Array, schedule: Schedule
+) -> PrefillLatency:
+    steps = schedule.decode_tokens
+
+    def run_artifact() -> None:
+        model.prefill(prompt[None], steps=steps)[0, -1].argmax()
+
+    artifact: list[list[float]] = []
+    original: list[list[float]] = []
+    for counted in [False] + [True] * schedule.prefill_rounds:
+        a, b = _timed(run_artifact), _timed(lambda: reference.prefill(prompt))
+        if counted:
+            artifact.append([a])
+            original.append([b])
+    return PrefillLatency(
+        prompt_tokens=len(prompt),
+        artifact=timing([x for r in artifact for x in r]),
+        original=timing([x for r in original for x in r]),
+        ratio=ratio(artifact, original),
+    )
+
+
+def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule: Schedule) -> DecodeLatency:
+    """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
+    point, original_point = model.state(), reference.state()
+    artifact: list[list[float]] = []
+    original: list[list[float]] = []
+    for counted in [False] + [True] * schedule.decode_rounds:
+        model.restore(point)
+        a = _timed_steps(lambda token: int(model.decode(np.array([[token]]))[0, -1].argmax()), schedule)
+        reference.restore(original_point)
+        b = _timed_steps(reference.decode, schedule)
+        if counted:
+            artifact.append(a)
+            original.append(b)
+    flat_artifact = [x for r in artifact for x in r]
+    flat_original = [x for r in original for x in r]
+    return DecodeLatency(
+        context=context,
+        artifact=timing(flat_artifact),
+        original=timing(flat_original),
+        artifact_tokens_per_s=1e3 * len(flat_artifact) / sum(flat_artifact),
+        original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
+        ratio=ratio(artifact, original),
+    )
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Milliseconds of one call, after a rest."""
+    time.sleep(_REST_SECONDS)
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
+    """Milliseconds of each of `decode_tokens` steps in a row, each fed the token of the one before."""
+    time.sleep(_REST_SECONDS)
+    token, times = 1, []
+    for _ in range(schedule.decode_tokens):
+        start = time.perf_counter()
+        token = step(token)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _footprints(
+    folder: Path,
+    interface: Interface,
+    load_reference: Callable[[], Any],
+    threads: int,
+    share_buffer: bool,
+    prompt: int,
+    schedule: Schedule,
+) -> tuple[Footprint, Footprint]:
+    limit = interface.max_length
+    steps = 16 if limit is None else min(16, max(0, limit - prompt))
+    jobs = (
+        ArtifactJob(folder, interface, threads, share_buffer, prompt, steps),
+        OriginalJob(load_reference, threads, prompt, steps),
+    )
+    rounds = [tuple(take_sample(job) for job in jobs) for _ in range(schedule.footprint_rounds)]
+    artifact, original = (
+        _footprint([samples[side] for samples in rounds], prompt, steps) for side in range(len(jobs))
+    )
+    return artifact, original
+
+
+def _footprint(samples: Sequence[Sample], prompt: int, steps: int) -> Footprint:
+    peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
+    return Footprint(
+        load=timing([s.load_ms for s in samples]),
+        peak_bytes=max(peaks, default=None),
+        prompt_tokens=prompt,
+        decoded_tokens=steps,
+    )
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

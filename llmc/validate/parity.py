@@ -1,0 +1,201 @@
+"""Parity levels: the artifact's logits against the original's, in prefill, decode and ragged batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.artifact.interface import Measurement, MeasurementStatus
+from llmc.config import Metric
+from llmc.errors import ConfigError
+from llmc.validate.measure import max_abs, measure, measured, unmeasured
+from llmc.validate.ragged import Row, compare_ragged
+from llmc.validate.reference import TorchModel
+from llmc.validate.session import OrtModel
+
+Array = np.ndarray
+
+#: Prompt lengths of the prefill level, in tokens.
+PREFILL_LENGTHS = (1, 2, 17, 128, 512)
+#: Prompt lengths and teacher-forced steps of the decode level.
+DECODE_PROMPTS = (1, 16, 100)
+DECODE_STEPS = 32
+#: Row lengths and steps of the ragged batch.
+RAGGED_LENGTHS = (11, 2, 19, 5)
+RAGGED_STEPS = 8
+#: Decode steps after a prompt around or beyond a sliding window.
+WINDOW_STEPS = 6
+#: How far a prompt goes beyond a sliding window, at most.
+WINDOW_EXCESS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The two models and the token ids that prompts are cut from.
+
+    Args:
+        model: The artifact.
+        reference: The original, float32.
+        tokens: (n,) int64 token ids below the vocabulary size, repeated where a prompt needs more;
+            text makes better prompts than noise.
+
+    Raises:
+        ConfigError: There are fewer than two tokens.
+    """
+
+    model: OrtModel
+    reference: TorchModel
+    tokens: Array
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < 2:
+            raise ConfigError(
+                f"parity was given {len(self.tokens)} tokens to make prompts of", hint="use a longer text"
+            )
+
+    def measure(self) -> tuple[Measurement, ...]:
+        """All levels: prefill, decode, ragged batch, sliding window; each is NaN if the artifact breaks."""
+        where = self.model.where
+        return (
+            *measure((Metric.PREFILL_MAX_ABS,), where, self.prefill),
+            *measure((Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1), where, self.decode),
+            *measure((Metric.RAGGED_MAX_ABS,), where, self.ragged),
+            *measure((Metric.WINDOW_MAX_ABS,), where, self.window),
+        )
+
+    def prefill(self) -> tuple[Measurement, ...]:
+        """Largest difference over prompts of several lengths, each in one run from an empty cache."""
+        lengths = [n for n in PREFILL_LENGTHS if n <= self._limit()]
+        differences = {}
+        for length in lengths:
+            prompt = self._cut(length, length)
+            expected = self.reference.logits(prompt, keep=length if self._every() else 1)
+            logits = self.model.prefill(prompt[None], steps=0)[0]
+            differences[length] = max_abs(logits, expected, f"prefill of {length} tokens")
+        detail = f"prompts of {_listed(lengths)} tokens, {'every' if self._every() else 'last'} position"
+        figures = {f"length_{n}": value for n, value in differences.items()}
+        worst = max(differences.values())
+        return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def decode(self) -> tuple[Measurement, ...]:
+        """Largest difference, and share of equal argmax, over cached steps.
+
+        Each step is fed the original's greedy token whatever the artifact would have chosen, so that
+        an early difference does not hide a later one.
+        """
+        metrics = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
+        prompts = [n for n in DECODE_PROMPTS if n + DECODE_STEPS <= self._limit()]
+        if not prompts:
+            why = f"the model ends at {self._limit()} positions, {DECODE_STEPS} steps do not fit"
+            return tuple(self._not_measured(m, MeasurementStatus.NOT_MEASURED, why) for m in metrics)
+        differences, equal = {}, []
+        for length in prompts:
+            prompt = self._cut(length, length)
+            sequence = np.concatenate([prompt, self.reference.greedy(prompt, DECODE_STEPS)])
+            expected = self.reference.logits(sequence, keep=DECODE_STEPS)
+            worst = 0.0
+            self.model.prefill(prompt[None], steps=DECODE_STEPS)
+            for step, (token, wanted) in enumerate(zip(sequence[length:], expected, strict=True)):
+                logits = self.model.decode(token.reshape(1, 1))[0, -1]
+                worst = max(worst, max_abs(logits, wanted, f"decode step {step + 1} after {length} tokens"))
+                equal.append(int(logits.argmax()) == int(wanted.argmax()))
+            differences[length] = worst
+        detail = f"{DECODE_STEPS} teacher-forced steps after prompts of {_listed(prompts)} tokens"
+        figures = {f"prompt_{n}": value for n, value in differences.items()}
+        share = float(np.mean(equal))
+        return (
+            measured(metrics[0], max(differences.values()), detail, self.model.where, figures),
+            measured(metrics[1], share, f"{detail}, {len(equal)} steps", self.model.where),
+        )
+
+    def ragged(self) -> tuple[Measurement, ...]:
+        """Largest difference over the real tokens of a padded batch, in prefill and decode.
+
+        The original runs each row alone, without padding.
+        """
+        lengths = [n for n in RAGGED_LENGTHS if n + RAGGED_STEPS <= self._limit()]
+        if len(lengths) < 3:
+            why = f"the model ends at {self._limit()} positions, three rows do not fit"
+            return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
+        rows = list(self._rows(lengths, RAGGED_STEPS))
+        figures = {
+            f"{side}_padded": compare_ragged(self.model, rows, RAGGED_STEPS, side) for side in self._sides()
+        }
+        detail = (
+            f"{len(rows)} rows of {_listed(lengths)} tokens and {RAGGED_STEPS} steps,"
+            f" padded {' and '.join(self._sides())}"
+        )
+        worst = max(figures.values())
+        return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def window(self) -> tuple[Measurement, ...]:
+        """Largest difference around each sliding window.
+
+        Decode that crosses window - 1, window and window + 1; a prompt longer than the window; a
+        ragged batch with rows on both sides of it. The windows are those of the interface and of
+        the original's config, so that one that the artifact forgot is measured as well.
+        """
+        stated = {slot.window for slot in self.model.interface.cache} | {self.reference.window}
+        limit = self._limit()
+        windows = sorted(w for w in stated if w is not None and w < limit)
+        if not windows:
+            found = _listed(sorted(w for w in stated if w is not None))
+            why = f"window {found} never ends within {limit} positions" if found else "no sliding window"
+            return (self._not_measured(Metric.WINDOW_MAX_ABS, MeasurementStatus.NOT_APPLICABLE, why),)
+        longest = limit - WINDOW_STEPS
+        figures = {}
+        for window in windows:
+            crossing, beyond = max(1, window - 2), window + 1 + min(window // 2, WINDOW_EXCESS)
+            for prompt in (min(crossing, longest), min(beyond, longest)):
+                figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
+            lengths = [min(n, longest) for n in (max(2, window - 1), window + 3, max(2, window // 2))]
+            rows = list(self._rows(lengths, WINDOW_STEPS))
+            for side in self._sides():
+                worst = compare_ragged(self.model, rows, WINDOW_STEPS, side)
+                figures[f"window_{window}_{side}_padded"] = worst
+        detail = (
+            f"windows of {_listed(windows)}: decode across each, prompts beyond each,"
+            f" ragged rows padded {' and '.join(self._sides())}"
+        )
+        worst = max(figures.values())
+        return (measured(Metric.WINDOW_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def _alone(self, prompt: int, what: str) -> float:
+        """Largest difference after a prompt and over WINDOW_STEPS decode steps, batch 1."""
+        sequence = self._cut(prompt + WINDOW_STEPS, prompt)
+        expected = self.reference.logits(sequence, keep=WINDOW_STEPS + 1)
+        logits = self.model.prefill(sequence[None, :prompt], steps=WINDOW_STEPS)
+        worst = max_abs(logits[0, -1], expected[0], f"prefill of {prompt} tokens, {what}")
+        for step in range(WINDOW_STEPS):
+            logits = self.model.decode(sequence[None, prompt + step : prompt + step + 1])
+            place = f"position {prompt + step}, {what}"
+            worst = max(worst, max_abs(logits[0, -1], expected[step + 1], place))
+        return worst
+
+    def _rows(self, lengths: Sequence[int], steps: int) -> Iterator[Row]:
+        for i, length in enumerate(lengths):
+            tokens = self._cut(length + steps, 31 * i)
+            keep = length + steps if self._every() else steps + 2  # the last prompt token may be decoded
+            yield Row(tokens, self.reference.logits(tokens, keep=keep), length)
+
+    def _cut(self, length: int, offset: int) -> Array:
+        """`length` tokens from `offset` on, from the start again after the last."""
+        return np.take(self.tokens, np.arange(offset, offset + length), mode="wrap")
+
+    def _limit(self) -> int:
+        limit = self.model.interface.max_length
+        return 1 << 62 if limit is None else limit
+
+    def _sides(self) -> tuple[str, ...]:
+        side = self.model.interface.padding
+        return ("left", "right") if side == "any" else (side,)
+
+    def _every(self) -> bool:
+        return self.model.interface.logits == "all"
+
+    def _not_measured(self, metric: Metric, status: MeasurementStatus, why: str) -> Measurement:
+        return unmeasured(metric, status, why, self.model.where)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(n) for n in numbers)

@@ -1,0 +1,103 @@
+"""The original PyTorch model as the reference: logits, greedy tokens, and timed steps."""
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ParityError
+
+Array = np.ndarray
+
+
+class TorchModel:
+    """A transformers causal LM in evaluation mode, on the CPU.
+
+    Args:
+        model: The model, as `transformers.AutoModelForCausalLM` gives it, float32.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self._cache: Any = None
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def window(self) -> int | None:
+        """The config's sliding window in positions; None if it has none."""
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return window if isinstance(window, int) and window > 0 else None
+
+    @property
+    def description(self) -> str:
+        """What it runs as: torch version, element type, attention implementation."""
+        import torch
+
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        attention = self.model.config._attn_implementation
+        return f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
+
+    def logits(self, input_ids: Array, *, keep: int) -> Array:
+        """Logits of a whole sequence in one forward pass without a cache.
+
+        Args:
+            input_ids: (sequence,) int64.
+            keep: How many of the last positions to return.
+
+        Returns:
+            (keep, vocabulary) float32.
+
+        Raises:
+            ParityError: The original itself gives NaN or infinity, so nothing can be held against it.
+        """
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.from_numpy(input_ids[None].copy()), use_cache=False, **self._keep(keep)
+            )
+        values: Array = out.logits[0, -keep:].float().numpy()
+        if not np.isfinite(values).all():
+            raise ParityError(f"the original's own logits are not finite for {len(input_ids)} tokens")
+        return values
+
+    def greedy(self, input_ids: Array, steps: int) -> Array:
+        """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
+        tokens = [self.prefill(input_ids)]
+        while len(tokens) < steps:
+            tokens.append(self.decode(tokens[-1]))
+        return np.array(tokens, np.int64)
+
+    def prefill(self, input_ids: Array) -> int:
+        """Run a prompt (sequence,) from an empty cache, as `generate` does; the most likely next token."""
+        self._cache = None
+        return self._step(input_ids)
+
+    def decode(self, token: int) -> int:
+        """Run one more token over the cache; the most likely next token."""
+        return self._step(np.array([token], np.int64))
+
+    def state(self) -> Any:
+        """A copy of the cache, to `restore` later."""
+        return copy.deepcopy(self._cache)
+
+    def restore(self, state: Any) -> None:
+        """Go on from a copy of `state`."""
+        self._cache = copy.deepcopy(state)
+
+    def _step(self, input_ids: Array) -> int:
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.from_numpy(input_ids[None].copy()),
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._keep(1),
+            )
+            self._cache = out.past_key_values
+            return int(out.logits[0, -1].argmax())
+
+    def _keep(self, positions: int) -> dict[str, int]:
+        return {"logits_to_keep": positions} if self._keeps_last else {}

@@ -1,0 +1,67 @@
+"""The roofline of a decode step: bytes that must be read, over the bandwidth there is.
+
+A decode step at batch 1 does two operations per weight, so memory bounds it long before arithmetic
+does (Williams, Waterman and Patterson 2009).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from llmc.artifact.interface import Roofline
+from llmc.config import Profile
+from llmc.graph.interface import Interface
+
+_LOOKUPS = ("Gather", "GatherBlockQuantized")
+
+
+def roofline(
+    weight_bytes: int, interface: Interface, context: int, profile: Profile, measured_ms: float | None
+) -> Roofline:
+    """The bound at one context length, beside the measured median of a decode step if there is one."""
+    kv = kv_bytes(interface, context)
+    bound = None
+    if profile.bandwidth_gbs is not None:
+        bound = (weight_bytes + kv) / (profile.bandwidth_gbs * 1e9) * 1e3
+    return Roofline(
+        context=context,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv,
+        bandwidth_gbs=profile.bandwidth_gbs,
+        bound_ms=bound,
+        fraction=None if bound is None or measured_ms is None else bound / measured_ms,
+    )
+
+
+def kv_bytes(interface: Interface, context: int) -> int:
+    """Keys and values that one step reads after `context` tokens, within each layer's window."""
+    dtypes = {spec.name: np.dtype(spec.dtype) for spec in interface.inputs}
+    total = 0
+    for slot in interface.cache:
+        seen = context if slot.window is None else min(context, slot.window)
+        widths = slot.key_width * dtypes[slot.past_key].itemsize
+        widths += slot.value_width * dtypes[slot.past_value].itemsize
+        total += seen * slot.kv_heads * widths
+    return total
+
+
+def streamed_weight_bytes(folder: Path) -> int:
+    """Bytes of the initializers of model.onnx that a decode step reads whole.
+
+    A table that is only looked up gives one row per token and counts as nothing. Experts count in
+    full, so that for a mixture of experts this is an upper bound.
+    """
+    import onnx_ir as ir
+
+    graph = ir.load(folder / "model.onnx").graph
+    total = 0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        uses = value.uses()
+        looked_up = all(
+            use.node.op_type in _LOOKUPS and (use.idx == 0 or use.node.op_type == "GatherBlockQuantized")
+            for use in uses
+        )
+        if tensor is not None and uses and not looked_up:
+            total += tensor.nbytes
+    return total

@@ -1,0 +1,266 @@
+"""Checkpoints that are missing, damaged or of a kind that is not compiled."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llmc.checkpoint import open_checkpoint
+from llmc.errors import CheckpointError, ExitCode, LlmcError, UnsupportedError
+from tests.models import save_tiny_model
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("sharded"), max_shard_size=150_000)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a folder so that a test may damage it."""
+
+    def copy(folder: Path) -> Path:
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        return tmp_path
+
+    return copy
+
+
+def refused(ref: Path | str, message: str, kind: type[LlmcError] = CheckpointError) -> LlmcError:
+    with pytest.raises(LlmcError, match=message) as caught:
+        open_checkpoint(str(ref))
+    assert type(caught.value) is kind
+    expected = ExitCode.UNSUPPORTED if kind is UnsupportedError else ExitCode.USAGE
+    assert caught.value.exit_code == expected
+    return caught.value
+
+
+def edit_config(folder: Path, **fields: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(fields)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    error = refused(tmp_path / "nowhere", "nowhere does not exist")
+    assert "hub id" in str(error.hint)
+
+
+def test_no_such_gguf() -> None:
+    refused("models/nowhere.gguf", "does not exist")
+
+
+def test_file_that_is_no_gguf(llama: Path) -> None:
+    refused(llama / "config.json", "is a file and not a .gguf")
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    refused(tmp_path, "has no config.json")
+
+
+def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    error = refused(tmp_path, "has no config.json")
+    assert error.hint == f"give the file: {tmp_path / 'a.gguf'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "llama", "num_hidden_layers": "many"}', "is not a valid config of llama"),
+    ],
+)
+def test_damaged_config(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    refused(tmp_path, message)
+
+
+def test_unknown_model_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "lama", "auto_map": {"AutoConfig": "x.Y"}}')
+    error = refused(tmp_path, "model_type lama", UnsupportedError)
+    assert "llama" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "encoder-only"),
+        ({"model_type": "deberta-v2"}, "no causal language model"),
+        ({"model_type": "t5"}, "encoder-decoder"),
+    ],
+)
+def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, message, UnsupportedError)
+
+
+def test_quantized_checkpoint(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = edit_config(damaged(llama), quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(folder, r"quantized already \(gptq\)", UnsupportedError)
+
+
+def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = edit_config(damaged(llama), hidden_act="no_such_function")
+    refused(folder, "cannot build a causal language model", UnsupportedError)
+
+
+def test_no_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    (folder / "model.safetensors").unlink()
+    refused(folder, "has neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_only_pickled_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    error = refused(folder, "only pickled weights")
+    assert "safetensors" in str(error.hint)
+
+
+def test_missing_shard(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(folder, f"1 of . shards are missing in .*: {shard.name}")
+
+
+def test_index_that_is_no_index(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    (folder / INDEX).write_text('{"weight_map": []}')
+    refused(folder, "is not an index")
+
+
+def test_index_names_a_tensor_that_is_not_there(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.extra.weight"] = sorted(set(index["weight_map"].values()))[0]
+    (folder / INDEX).write_text(json.dumps(index))
+    refused(folder, "places model.extra.weight in .*, which does not hold it")
+
+
+def test_index_leads_outside(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../secret.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    refused(folder, "names a file outside of its folder")
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "no safetensors file, or truncated within its header"),
+        (500, "truncated within its header"),
+        (-1000, "is truncated: .* bytes, its header describes"),
+    ],
+)
+def test_truncated_weights(length: int, message: str, llama: Path, damaged: Callable[[Path], Path]) -> None:
+    file = damaged(llama) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    refused(file.parent, message)
+
+
+def test_damaged_header(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    file = damaged(llama) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[20:24] = b"\xff\xff\xff\xff"
+    file.write_bytes(data)
+    refused(file.parent, "damaged header")
+
+
+def write_header(file: Path, **entry: object) -> None:
+    text = json.dumps({"w": entry}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+
+
+def test_header_whose_sizes_disagree(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    write_header(folder / "model.safetensors", dtype="F32", shape=[4, 8], data_offsets=[0, 64])
+    refused(folder, r"gives w 64 bytes, but F32 \[4, 8\] takes 128")
+
+
+def test_tensor_type_that_is_not_read(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    write_header(folder / "model.safetensors", dtype="F8_E4M3", shape=[64], data_offsets=[0, 64])
+    refused(folder, "w in .* is stored as F8_E4M3", UnsupportedError)
+
+
+def test_tensor_missing(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    file = damaged(llama) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+    refused(file.parent, r"the files lack model\.layers\.1\.mlp\.up_proj\.weight, which LlamaForCausalLM has")
+
+
+def test_tensor_of_the_wrong_shape(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    refused(
+        edit_config(damaged(llama), intermediate_size=80),
+        r"mlp\.\w+\.weight has shape \[96, 64\] in the files \(from .*\), and \[80, 64\] by the config"
+        r"|mlp\.\w+\.weight has shape \[64, 96\] in the files \(from .*\), and \[64, 80\] by the config",
+    )
+
+
+def test_expert_missing(tmp_path: Path) -> None:
+    file = save_tiny_model("mixtral", tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w1.weight"]
+    save_file(tensors, file)
+    refused(tmp_path, r"model\.layers\.0\.mlp\.experts\.gate_up_proj cannot be made from .*7 tensors")
+
+
+def test_tied_tensors_that_differ(tmp_path: Path) -> None:
+    file = save_tiny_model("llama", tmp_path, tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1)
+    save_file(tensors, file)
+    refused(tmp_path, "embed_tokens.weight and lm_head.weight differ in the files")
+
+
+def test_file_that_shrinks_after_open(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    checkpoint = open_checkpoint(str(folder))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:4096])
+    with pytest.raises(CheckpointError, match="it changed since it was opened"):
+        checkpoint.tensors.read("model.norm.weight")
+
+
+def test_hub_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    error = refused(
+        "nobody/no-such-model@v1", "nobody/no-such-model is not a folder here, and the hub cannot be reached"
+    )
+    assert "HF_HUB_OFFLINE" in str(error.hint)
+
+
+def test_hub_snapshot_in_the_cache(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A repository that was downloaded before opens without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--tiny"
+    commit = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    for file in llama.iterdir():
+        (repository / "snapshots" / commit / file.name).write_bytes(file.read_bytes())
+    checkpoint = open_checkpoint("someone/tiny@v1")
+    assert checkpoint.name == "tiny"
+    assert checkpoint.path == repository / "snapshots" / commit

@@ -1,0 +1,134 @@
+"""Writes tiny random models as GGUF files."""
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+
+HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
+EXPERTS, EXPERT_INNER = 4, 768  # transformers takes the width of qwen3moe experts from no key
+TOKENS = [f"t{i}" for i in range(250)] + ["<s>", "</s>", "a", "b", "ab", "c"]
+
+_KV = HIDDEN // HEADS * KV_HEADS
+_ATTENTION = {
+    "attn_norm.weight": (HIDDEN,),
+    "ffn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HIDDEN, HIDDEN),
+    "attn_k.weight": (_KV, HIDDEN),
+    "attn_v.weight": (_KV, HIDDEN),
+    "attn_output.weight": (HIDDEN, HIDDEN),
+}
+_GATED = {
+    "ffn_gate.weight": (INNER, HIDDEN),
+    "ffn_up.weight": (INNER, HIDDEN),
+    "ffn_down.weight": (HIDDEN, INNER),
+}
+_TOP = {"token_embd.weight": (len(TOKENS), HIDDEN), "output_norm.weight": (HIDDEN,)}
+
+# Tensors of one layer by llama.cpp's names, per architecture; shapes as numpy has them.
+LAYER: dict[str, dict[str, tuple[int, ...]]] = {
+    "llama": _ATTENTION | _GATED,
+    "gemma2": _ATTENTION
+    | _GATED
+    | {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)},
+    "qwen3moe": _ATTENTION
+    | {
+        "attn_q_norm.weight": (HIDDEN // HEADS,),
+        "attn_k_norm.weight": (HIDDEN // HEADS,),
+        "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+        "ffn_gate_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+        "ffn_up_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+        "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_INNER),
+    },
+    "gpt2": {
+        "attn_norm.weight": (HIDDEN,),
+        "attn_norm.bias": (HIDDEN,),
+        "ffn_norm.weight": (HIDDEN,),
+        "ffn_norm.bias": (HIDDEN,),
+        "attn_qkv.weight": (3 * HIDDEN, HIDDEN),
+        "attn_qkv.bias": (3 * HIDDEN,),
+        "attn_output.weight": (HIDDEN, HIDDEN),
+        "attn_output.bias": (HIDDEN,),
+        "ffn_up.weight": (4 * HIDDEN, HIDDEN),
+        "ffn_up.bias": (4 * HIDDEN,),
+        "ffn_down.weight": (HIDDEN, 4 * HIDDEN),
+        "ffn_down.bias": (HIDDEN,),
+    },
+    "lfm2": _GATED
+    | {
+        "attn_norm.weight": (HIDDEN,),
+        "ffn_norm.weight": (HIDDEN,),
+        "shortconv.in_proj.weight": (3 * HIDDEN, HIDDEN),
+        "shortconv.out_proj.weight": (HIDDEN, HIDDEN),
+        "shortconv.conv.weight": (HIDDEN, 3),
+    },
+}
+TOP: dict[str, dict[str, tuple[int, ...]]] = {
+    "gpt2": _TOP | {"position_embd.weight": (1024, HIDDEN), "output_norm.bias": (HIDDEN,)},
+    "lfm2": {"token_embd.weight": (len(TOKENS), HIDDEN), "token_embd_norm.weight": (HIDDEN,)},
+}
+
+
+def write_gguf(
+    file: Path,
+    architecture: str = "llama",
+    kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
+    omit: str = "",
+    vocabulary: bool = True,
+) -> Path:
+    """A tiny model with random weights: matrices in `kind`, vectors and convolutions in F32.
+
+    An architecture that is not in `LAYER` gets the tensors of a llama.
+    """
+    writer = GGUFWriter(str(file), architecture)
+    _add_metadata(writer, architecture)
+    if vocabulary:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(TOKENS)
+        writer.add_token_types([1] * 250 + [3, 3] + [1] * 4)
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(250)
+        writer.add_eos_token_id(251)
+    layer = LAYER.get(architecture, LAYER["llama"])
+    shapes = TOP.get(architecture, _TOP) | {f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer.items()}
+    for name, shape in shapes.items():
+        if name == omit:
+            continue
+        values = tensor_values(name, shape)
+        if len(shape) == 1 or shape[-1] % 32 or kind == GGMLQuantizationType.F32:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def tensor_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What `write_gguf` stores as `name`, before quantization."""
+    return np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
+
+
+def _add_metadata(writer: GGUFWriter, architecture: str) -> None:
+    writer.add_name("tiny")
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_rope_freq_base(10000.0)
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+        return
+    writer.add_head_count_kv([0] * LAYERS if architecture == "lfm2" else KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_key_length(HIDDEN // HEADS)
+    if architecture == "lfm2":
+        writer.add_shortconv_l_cache(3)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)

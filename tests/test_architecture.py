@@ -1,0 +1,115 @@
+"""Imports go one way, heavy ones stay lazy, and the version is told once."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llmc
+
+PACKAGE = Path(llmc.__file__).parent
+ROOT = PACKAGE.parent
+
+STATIONS = ("checkpoint", "trace", "passes", "quantize", "backends", "validate", "report")
+BASE = {"errors", "config"}
+
+# What each part of the package may import besides itself; every part is listed.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "progress": set(),
+    "data": {"errors"},
+    "config": {"errors"},
+    "document": {"errors"},
+    "machine": BASE,
+    "catalog": BASE | {"document", "machine"},
+    "plan": BASE | {"catalog"},
+    "doctor": BASE | {"machine"},
+    "graph": BASE,
+    "artifact": BASE | {"graph"},
+    **{station: BASE | {"graph", "artifact", "data", "progress"} for station in STATIONS},
+    "pipeline": BASE | {"graph", "artifact", "data", "progress", "catalog", "machine", *STATIONS},
+    "cli": BASE | {"progress", "document", "machine", "catalog", "plan", "doctor", "pipeline", "__init__"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(file: Path) -> Iterator[str]:
+    """Parts of llmc that a file imports anywhere, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 0:
+            raise AssertionError(f"{file}:{node.lineno}: imports are absolute here")
+        elif isinstance(node, ast.ImportFrom) and node.module == "llmc":
+            names = [
+                f"llmc.{alias.name}" if not alias.name.startswith("__") else "llmc.__init__"
+                for alias in node.names
+            ]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module]
+        for name in names:
+            if name == "llmc":
+                yield "__init__"
+            elif name.startswith("llmc."):
+                yield name.split(".")[1]
+
+
+def violations(file: Path) -> list[str]:
+    part = part_of(file)
+    if part not in MAY_IMPORT:
+        return [f"{part} is not in the order of imports"]
+    allowed = MAY_IMPORT[part] | {part, "__init__"}
+    return [
+        f"{file.relative_to(ROOT)} imports {other}" for other in imported_parts(file) if other not in allowed
+    ]
+
+
+@pytest.mark.parametrize("part", sorted({part_of(file) for file in PACKAGE.rglob("*.py")}))
+def test_imports_go_one_way(part: str) -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if part_of(file) == part]
+    assert [text for file in files for text in violations(file)] == []
+
+
+def test_the_order_has_no_cycle() -> None:
+    order: list[str] = []
+    remaining = {part: set(needs) for part, needs in MAY_IMPORT.items()}
+    while remaining:
+        free = [part for part, needs in remaining.items() if needs <= {*order, "__init__"}]
+        assert free, f"a cycle among {sorted(remaining)}"
+        order += free
+        for part in free:
+            del remaining[part]
+    assert order.index("cli") > order.index("pipeline") > max(map(order.index, STATIONS))
+
+
+def test_the_rule_sees_a_station_that_imports_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "llmc" / "quantize"
+    folder.mkdir(parents=True)
+    (folder / "bad.py").write_text("def late():\n    from llmc import trace\n    import llmc.passes.norm\n")
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "llmc")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert violations(folder / "bad.py") == [
+        "llmc/quantize/bad.py imports trace",
+        "llmc/quantize/bad.py imports passes",
+    ]
+
+
+def test_files_stay_short() -> None:
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
+    assert {str(file.relative_to(ROOT)): count for file, count in lines.items() if count > 450} == {}
+
+
+def test_the_changelog_tells_the_version() -> None:
+    top = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert top is not None
+    assert top.group(1) == llmc.__version__

@@ -1,0 +1,161 @@
+"""What ships is valid, complete and found; a user's own files come first."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llmc.catalog import (
+    PATH_VARIABLE,
+    list_profiles,
+    list_targets,
+    load_profile,
+    load_profile_for,
+    load_target,
+    search_folders,
+    shipped_folder,
+)
+from llmc.config import Metric, ProfileKind, Provider
+from llmc.errors import ConfigError
+
+TARGETS = {"cpu-fp32", "cpu-int8", "cpu-int4", "cuda-fp16", "cuda-int4"}
+
+# From the table "CUDA GPU Compute Capability" of developer.nvidia.com/cuda-gpus.
+CAPABILITY = {
+    "t4": "7.5",
+    "a100-80g": "8.0",
+    "a10": "8.6",
+    "rtx-3090": "8.6",
+    "l4": "8.9",
+    "l40s": "8.9",
+    "rtx-4090": "8.9",
+    "h100-sxm": "9.0",
+    "h200": "9.0",
+    "b200": "10.0",
+    "rtx-5090": "12.0",
+    "rtx-pro-6000-blackwell": "12.0",
+    "dgx-spark": "12.1",
+}
+
+PROFILE = "schema_version: 1\nname: {name}\nkind: {kind}\ndevice: {device}\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_path_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PATH_VARIABLE, raising=False)
+
+
+def own(folder: Path, name: str, *, kind: str = "cpu", device: str = "mine", suffix: str = ".yaml") -> Path:
+    (folder / "profiles").mkdir(parents=True, exist_ok=True)
+    file = folder / "profiles" / f"{name}{suffix}"
+    file.write_text(PROFILE.format(name=name, kind=kind, device=device))
+    return folder
+
+
+def test_every_target_ships() -> None:
+    listed = {each.document.name: each for each in list_targets()}
+    assert set(listed) == TARGETS
+    for name, each in listed.items():
+        assert each.file == shipped_folder() / "targets" / f"{name}.yaml"
+        assert each.document.gates, f"{name} has no gate"
+        assert {gate.metric for gate in each.document.gates} >= {Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1}
+        assert (each.document.provider is Provider.CUDA) == name.startswith("cuda-")
+
+
+def test_float32_on_cpu_is_held_to_the_original() -> None:
+    bounds = {gate.metric: gate for gate in load_target("cpu-fp32").gates}
+    for metric in (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS):
+        assert bounds[metric].max == 1e-3
+    assert bounds[Metric.GENERATE_EQUAL].min == 1.0
+
+
+def test_every_profile_ships() -> None:
+    listed = {each.document.name: each.document for each in list_profiles()}
+    assert set(listed) == {*CAPABILITY, "cpu-avx2", "cpu-avx512-vnni"}
+    for name, profile in listed.items():
+        if name in CAPABILITY:
+            assert profile.compute_capability == CAPABILITY[name]
+            assert profile.kind is ProfileKind.GPU
+            assert profile.memory_gib is not None
+            assert profile.bandwidth_gbs is not None
+        else:
+            assert profile.kind is ProfileKind.CPU
+            assert profile.isa
+            assert "isa" in profile.sources
+
+
+def test_rates_are_dense_and_ordered() -> None:
+    """Halving bits never lowers a rate, and FP16 is the half of FP8 and INT8 at most."""
+    for each in list_profiles():
+        rates = each.document.dense
+        ladder = [rates.tf32, rates.fp16, rates.int8, rates.fp4]
+        known = [rate for rate in ladder if rate is not None]
+        assert known == sorted(known), each.document.name
+        for fast, slow in ((rates.fp4, rates.fp8), (rates.fp8, rates.fp16), (rates.fp16, rates.tf32)):
+            if fast is not None and slow is not None:
+                assert fast / slow == pytest.approx(2, rel=0.03) or fast / slow == pytest.approx(
+                    4, rel=0.03
+                ), f"{each.document.name}: {fast} and {slow} differ in sparsity"
+
+
+@pytest.mark.parametrize("name", ["local", "l4"])
+def test_a_profile_by_name(name: str) -> None:
+    assert load_profile(name).name == name
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="no target is named cpu-int5") as caught:
+        load_target("cpu-int5")
+    assert "cpu-int4" in (caught.value.hint or "")
+    with pytest.raises(ConfigError, match="no profile is named loca") as caught:
+        load_profile("loca")
+    assert caught.value.hint == "did you mean local?"
+
+
+def test_the_order_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, listed = own(tmp_path / "a", "l4", device="of --path"), tmp_path / "b"
+    own(listed, "l4", device="of the variable")
+    own(listed, "t4", device="of the variable")
+    monkeypatch.setenv(PATH_VARIABLE, str(listed))
+    assert search_folders(named) == (named, listed, shipped_folder())
+    assert load_profile("l4", named).device == "of --path"
+    assert load_profile("l4").device == "of the variable"
+    assert load_profile("t4", named).device == "of the variable"
+    assert load_profile("a10", named).device == "NVIDIA A10"
+    assert sum(each.document.name == "l4" for each in list_profiles(named)) == 1
+
+
+def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))} \\(from --path\\) has neither"):
+        load_target("cpu-fp32", tmp_path)
+    monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="from LLMC_PATH"):
+        list_targets()
+
+
+def test_two_files_of_one_name(tmp_path: Path) -> None:
+    own(own(tmp_path, "twice"), "twice", suffix=".yml")
+    with pytest.raises(ConfigError, match=r"twice\.yml and twice\.yaml both define twice"):
+        load_profile("l4", tmp_path)
+
+
+def test_a_file_carries_its_name(tmp_path: Path) -> None:
+    own(tmp_path, "one").joinpath("profiles", "one.yaml").rename(tmp_path / "profiles" / "two.yaml")
+    with pytest.raises(ConfigError, match="name is one and the file is named two"):
+        load_profile("two", tmp_path)
+
+
+def test_local_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes the name local"):
+        load_profile("l4", own(tmp_path, "local"))
+
+
+def test_a_profile_fits_its_target() -> None:
+    cuda, cpu = load_target("cuda-int4"), load_target("cpu-int4")
+    assert load_profile_for(cuda, "l4").kind is ProfileKind.GPU
+    assert load_profile_for(cpu, "local").kind is ProfileKind.CPU
+    with pytest.raises(ConfigError, match="target cpu-int4 runs on a CPU and profile l4 describes a GPU"):
+        load_profile_for(cpu, "l4")
+    with pytest.raises(ConfigError, match="target cuda-int4 runs on a GPU and profile cpu-avx2"):
+        load_profile_for(cuda, "cpu-avx2")
+    assert load_profile_for(cuda, "local").name == "local"

@@ -1,0 +1,51 @@
+"""From what a user typed to a resolved plan."""
+
+from pathlib import Path
+
+import pytest
+
+from llmc.errors import ConfigError
+from llmc.plan import default_output, plan_build
+
+
+def test_a_plan_is_resolved(tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("words")
+    plan = plan_build("demo", target="cuda-fp16", profile="l4", verify=False, eval_text=text)
+    assert (plan.target.name, plan.profile.name, plan.verify) == ("cuda-fp16", "l4", False)
+    assert plan.output == Path("artifacts/demo/cuda-fp16@l4")
+    assert plan.eval_text == text
+
+
+def test_the_output_is_the_users(tmp_path: Path) -> None:
+    assert plan_build("demo", target="cpu-fp32", profile="local", output=tmp_path).output == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("demo", "demo"),
+        ("org/name@rev", "org--name@rev"),
+        ("../files/Model.Q4_1.gguf", "Model.Q4_1"),
+        ("..", "model"),
+        ("a b:c", "a-b-c"),
+    ],
+)
+def test_default_output(model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "model" / "here"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    assert default_output(model, "t", "p") == Path("artifacts") / name / "t@p"
+
+
+def test_a_folder_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert default_output(".", "t", "p") == Path("artifacts/my-model/t@p")
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MODEL is empty"):
+        plan_build(" ", target="cpu-fp32", profile="local")
+    with pytest.raises(ConfigError, match=r"absent\.txt is not a file"):
+        plan_build("demo", target="cpu-fp32", profile="local", eval_text=tmp_path / "absent.txt")

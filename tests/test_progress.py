@@ -1,0 +1,94 @@
+"""What is said about stages, and where."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from llmc.progress import PlainProgress, Progress, SilentProgress, TerminalProgress, peak_rss_bytes
+
+
+def terminal() -> tuple[TerminalProgress, io.StringIO]:
+    text = io.StringIO()
+    return TerminalProgress(Console(file=text, force_terminal=True, width=100, highlight=False)), text
+
+
+def work(progress: Progress) -> None:
+    with progress.stage("build"):
+        with progress.stage("trace"):
+            progress.note("30 layers [bold] of one kind")
+        with progress.stage("write"):
+            pass
+
+
+@pytest.mark.parametrize("make", [SilentProgress, PlainProgress, lambda: terminal()[0]])
+def test_records_are_kept(make: type[Progress], capsys: pytest.CaptureFixture[str]) -> None:
+    progress = make()
+    work(progress)
+    assert [record.name for record in progress.records] == ["trace", "write", "build"]
+    build = progress.records[-1]
+    assert build.seconds >= sum(record.seconds for record in progress.records[:-1])
+    assert build.peak_rss_bytes == pytest.approx(peak_rss_bytes(), rel=0.2)
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_lines() -> None:
+    text = io.StringIO()
+    work(PlainProgress(text))
+    note, *stages = text.getvalue().splitlines()
+    assert note == "30 layers [bold] of one kind"
+    assert [line.split("  ")[0] for line in stages] == ["trace", "write", "build"]
+    assert all(re.fullmatch(r"\w+  \d+\.\d s(  peak \d+\.\d\d GB)?", line) for line in stages)
+
+
+def test_plain_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    work(PlainProgress())
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "trace" in captured.err
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    work(SilentProgress())
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_terminal_shows_what_runs_and_what_is_done() -> None:
+    progress, text = terminal()
+    work(progress)
+    assert "✓ trace" in text.getvalue()
+    assert "30 layers [bold] of one kind" in text.getvalue()
+    assert text.getvalue().count("\x1b[?25l") == text.getvalue().count("\x1b[?25h"), (
+        "the cursor is left hidden"
+    )
+
+
+@pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
+def test_a_stage_that_stops_is_no_record(interruption: type[BaseException]) -> None:
+    text = io.StringIO()
+    progress = PlainProgress(text)
+    with pytest.raises(interruption), progress.stage("trace"):
+        raise interruption
+    assert progress.records == ()
+    assert text.getvalue().startswith("trace  stopped after 0.0 s")
+
+
+def test_a_terminal_is_left_clean_after_a_stop() -> None:
+    progress, text = terminal()
+    with pytest.raises(ValueError, match="no"), progress.stage("build"), progress.stage("trace"):
+        raise ValueError("no")
+    assert "✗ trace" in text.getvalue()
+    assert text.getvalue().rstrip().endswith("\x1b[?25h") or text.getvalue().count(
+        "\x1b[?25l"
+    ) == text.getvalue().count("\x1b[?25h")
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = peak_rss_bytes()
+    if before is None:
+        pytest.fail("this system does not tell: the record says None")
+    held = bytearray(before + 50_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    assert (peak_rss_bytes() or 0) > before + 40_000_000

@@ -1,0 +1,134 @@
+"""Structure and counts of a latency run, its arithmetic, and each side's memory in its own process."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.artifact.interface import Latency, MeasurementStatus
+from llmc.config import Metric, Profile
+from llmc.errors import ResourceError
+from llmc.validate.footprint import ArtifactJob, OriginalJob, peak_resident_bytes, take_sample
+from llmc.validate.latency import Schedule, measure_latency, ratio, ratios, timing
+from llmc.validate.reference import TorchModel
+from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
+
+from .conftest import build
+from .decoder import Variant, write_decoder
+
+PROFILE = Profile(
+    schema_version=1, name="here", kind="cpu", device="a test", bandwidth_gbs=10.0,
+    sources={"bandwidth_gbs": "made up"},
+)  # fmt: skip
+SMALL = Schedule(
+    prompts=(8, 24, 150, 1024), contexts=(24, 150), prefill_rounds=2, decode_rounds=3, decode_tokens=12,
+    footprint_rounds=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def timed(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Latency, Path, Any]:
+    folder = tmp_path_factory.mktemp("artifact")
+    interface = write_decoder(llama, folder, Variant(logits="last"))
+    latency = measure_latency(
+        folder, interface, TorchModel(llama), partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]),
+        profile=PROFILE, threads=1, share_buffer=False, schedule=SMALL,
+    )  # fmt: skip
+    return latency, folder, interface
+
+
+def test_counts(timed: tuple[Latency, Path, Any]) -> None:
+    latency, _, _ = timed
+    assert [p.prompt_tokens for p in latency.prefill] == [8, 24, 150]
+    assert [d.context for d in latency.decode] == [24]
+    assert all(p.artifact.n == p.original.n == 2 for p in latency.prefill)
+    assert all(d.artifact.n == d.original.n == 36 for d in latency.decode)
+    assert latency.dropped == (
+        "prompt of 1024 tokens: the model ends at 160 positions",
+        "decode at context 150: the model ends at 160 positions",
+    )
+    assert latency.original.startswith("torch ")
+    assert latency.original.endswith("float32 sdpa, dynamic cache")
+    for entry in (*latency.prefill, *latency.decode):
+        assert entry.ratio.low <= entry.ratio.high
+        for side in (entry.artifact, entry.original):
+            assert 0 < side.min_ms <= side.p50_ms <= side.p95_ms <= side.p99_ms <= side.max_ms
+
+
+def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) -> None:
+    latency, _, _ = timed
+    artifact, original = latency.artifact_footprint, latency.original_footprint
+    assert (artifact.load.n, original.load.n) == (1, 1)
+    assert (artifact.prompt_tokens, artifact.decoded_tokens) == (150, 10)
+    # The artifact's process never imports torch, the original's does.
+    assert 20 << 20 < artifact.peak_bytes < original.peak_bytes
+
+
+def test_ratios(timed: tuple[Latency, Path, Any]) -> None:
+    latency, _, _ = timed
+    ttft, inter_token = ratios(latency)
+    assert (ttft.metric, inter_token.metric) == (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO)
+    assert ttft.figures.keys() == {"prompt_8", "prompt_24", "prompt_150"}
+    assert ttft.value == max(p.ratio.value for p in latency.prefill)
+    assert inter_token.figures == {"context_24": latency.decode[0].ratio.value}
+    nothing = latency.model_copy(update={"prefill": (), "decode": ()})
+    assert [m.status for m in ratios(nothing)] == [MeasurementStatus.NOT_MEASURED] * 2
+
+
+def test_roofline(timed: tuple[Latency, Path, Any], llama: Any) -> None:
+    latency, folder, interface = timed
+    (roof,) = latency.roofline
+    # 2 layers x (keys + values) x 24 positions x 2 heads x 16 x 4 bytes
+    assert roof.kv_bytes == 2 * 2 * 24 * 2 * 16 * 4
+    assert roof.bound_ms == pytest.approx((roof.weight_bytes + roof.kv_bytes) / 10e9 * 1e3)
+    assert roof.fraction == pytest.approx(roof.bound_ms / latency.decode[0].artifact.p50_ms)
+    matrices = sum(p.numel() * 4 for n, p in llama.named_parameters() if "embed_tokens" not in n)
+    assert matrices <= roof.weight_bytes < matrices + 2048
+    assert roof.weight_bytes == streamed_weight_bytes(folder)
+    unstated = PROFILE.model_copy(update={"bandwidth_gbs": None})
+    blind = roofline(roof.weight_bytes, interface, 24, unstated, 1.0)
+    assert (blind.bandwidth_gbs, blind.bound_ms, blind.fraction) == (None, None, None)
+
+
+def test_kv_bytes_end_at_the_window(mistral: Any, tmp_path: Path) -> None:
+    interface = write_decoder(mistral, tmp_path)
+    assert kv_bytes(interface, 5) * 8 == kv_bytes(interface, 8) * 5
+    assert kv_bytes(interface, 8) == kv_bytes(interface, 1000)
+
+
+def test_ratio_is_of_all_samples_and_ranges_over_rounds() -> None:
+    made = ratio([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]])
+    assert (made.value, made.low, made.high) == (1.0, 0.5, 1.5)
+
+
+def test_timing() -> None:
+    made = timing([float(x) for x in range(101)])
+    assert (made.n, made.p50_ms, made.p95_ms, made.p99_ms, made.min_ms, made.max_ms) == (
+        101,
+        50,
+        95,
+        99,
+        0,
+        100,
+    )
+
+
+def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
+    interface = write_decoder(llama, tmp_path / "model")
+    with pytest.raises(ResourceError, match=r"memory of the artifact ended with 1: .*has no model\.onnx"):
+        take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+    with pytest.raises(ResourceError, match="memory of the original ended with 9: no message"):
+        take_sample(OriginalJob(partial(os._exit, 9), 1, 4, 1))
+
+
+def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -> None:
+    block = np.ones(400 << 17)  # 400 MiB
+    interface = write_decoder(llama, tmp_path)
+    sample = take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+    here = peak_resident_bytes()
+    assert here is not None
+    assert here > 400 << 20 > sample.peak_bytes
+    assert block.all()

@@ -1,0 +1,143 @@
+"""A right artifact passes every level; each sabotaged one fails exactly the levels that must see it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.artifact.interface import CheckStatus, Measurement, MeasurementStatus
+from llmc.config import Gate, Metric
+from llmc.errors import ConfigError
+from llmc.validate.gates import evaluate
+from llmc.validate.parity import Parity
+from llmc.validate.quality import measure_quality
+from llmc.validate.reference import TorchModel
+from llmc.validate.session import OrtModel
+
+from .decoder import Variant, write_decoder
+
+PREFILL, DECODE, TOP1 = Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1
+RAGGED, WINDOW = Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS
+KL, TEXT_TOP1, PERPLEXITY = Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO
+EVERY = {PREFILL, DECODE, TOP1, RAGGED, WINDOW, KL, TEXT_TOP1, PERPLEXITY}
+
+WHY = "tiny random model in float32"
+GATES = (
+    *(Gate(metric=m, max=1e-4, reason=WHY) for m in (PREFILL, DECODE, RAGGED, WINDOW)),
+    Gate(metric=KL, max=1e-8, reason=WHY),
+    *(Gate(metric=m, min=1.0, reason=WHY) for m in (TOP1, TEXT_TOP1)),
+    Gate(metric=PERPLEXITY, max=1.00001, reason=WHY),
+)
+
+
+def take(
+    original: Any,
+    folder: Path,
+    tokens: np.ndarray,
+    variant: Variant,
+    *,
+    share: bool = False,
+    text: bool = False,
+) -> dict[Metric, Measurement]:
+    interface = write_decoder(original, folder, variant)
+    model = OrtModel(folder, interface, threads=1, share_buffer=share)
+    reference = TorchModel(original)
+    made = Parity(model, reference, tokens).measure()
+    if text:
+        made += measure_quality(model, reference, tokens, start=())
+    return {m.metric: m for m in made}
+
+
+def failures(found: dict[Metric, Measurement]) -> set[Metric]:
+    gates = [g for g in GATES if g.metric in found]
+    return {c.metric for c in evaluate(gates, list(found.values())).checks if c.status is CheckStatus.FAIL}
+
+
+@pytest.mark.parametrize(
+    ("variant", "share"),
+    [
+        (Variant(), False),
+        (Variant(logits="last"), False),
+        (Variant(position_ids=True, padding="left", logits="last"), False),
+        (Variant(grouped=True, padding="right"), False),
+        (Variant(grouped=True, padding="right", logits="last"), True),
+    ],
+    ids=["all", "last", "position-ids-left", "grouped", "grouped-shared-last"],
+)
+def test_a_right_artifact_passes(
+    mistral: Any, tokens: np.ndarray, tmp_path: Path, variant: Variant, share: bool
+) -> None:
+    found = take(mistral, tmp_path, tokens, variant, share=share)
+    assert failures(found) == set()
+    assert all(m.status is MeasurementStatus.MEASURED for m in found.values())
+    assert set(found) == {PREFILL, DECODE, TOP1, RAGGED, WINDOW}
+    assert "onnxruntime" in found[PREFILL].where
+
+
+SABOTAGE = {
+    "weight scaled by 1%": (Variant(scale_weight=("model.layers.1.mlp.down_proj.weight", 1.01)), None),
+    "positions off by one in decode": (Variant(shift_decode_positions=True), {DECODE, TOP1, RAGGED, WINDOW}),
+    "attention mask ignored": (Variant(ignore_mask=True, padding="left"), {RAGGED, WINDOW}),
+    "sliding window ignored": (Variant(ignore_window=True), {PREFILL, DECODE, TOP1, RAGGED, WINDOW}),
+    "NaN in one logit": (Variant(nan_logit=True), EVERY),
+    "vocabulary cut": (Variant(cut_vocabulary=3), EVERY),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_sabotage_fails_the_levels_that_must_see_it(
+    mistral: Any, tokens: np.ndarray, tmp_path: Path, name: str
+) -> None:
+    variant, expected = SABOTAGE[name]
+    found = take(mistral, tmp_path, tokens, variant, text=expected in (None, EVERY))
+    failed = failures(found)
+    if expected is None:
+        assert {PREFILL, DECODE, RAGGED, WINDOW, KL} <= failed
+        assert all(1e-4 < found[m].value < 1 for m in (PREFILL, DECODE, RAGGED, WINDOW))
+    else:
+        assert failed == expected
+    if expected == EVERY:
+        assert all(math.isnan(m.value) for m in found.values())
+
+
+def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    nan = take(mistral, tmp_path / "nan", tokens, Variant(nan_logit=True))
+    assert "NaN or infinite at prefill of 1 tokens, the first at (0, 5)" in nan[PREFILL].detail
+    cut = take(mistral, tmp_path / "cut", tokens, Variant(cut_vocabulary=3))
+    assert "(1, 253), the original's (1, 256)" in cut[PREFILL].detail
+
+
+def test_a_window_that_interface_and_graph_forgot_is_measured(
+    mistral: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    interface = write_decoder(mistral, tmp_path, Variant(ignore_window=True))
+    slots = tuple(slot.model_copy(update={"window": None}) for slot in interface.cache)
+    model = OrtModel(tmp_path, interface.model_copy(update={"cache": slots}), threads=1, share_buffer=False)
+    (found,) = Parity(model, TorchModel(mistral), tokens).window()
+    assert found.status is MeasurementStatus.MEASURED
+    assert found.value > 1e-2
+
+
+def test_no_window_is_not_applicable(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    found = take(llama, tmp_path, tokens, Variant())
+    assert found[WINDOW].status is MeasurementStatus.NOT_APPLICABLE
+    assert found[WINDOW].value is None
+    assert failures(found) == set()
+
+
+def test_a_model_too_short_for_a_level_is_not_measured_and_fails(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    found = take(llama, tmp_path, tokens, replace(Variant(), max_length=20))
+    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_17"}
+    assert found[DECODE].status is MeasurementStatus.NOT_MEASURED
+    assert failures(found) == {DECODE, TOP1}
+
+
+def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
+    with pytest.raises(ConfigError, match="given 1 tokens to make prompts of"):
+        Parity(model, TorchModel(llama), np.array([4]))

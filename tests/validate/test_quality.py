@@ -1,0 +1,85 @@
+"""KL divergence, agreement and perplexity against PyTorch's own functions on the same windows."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmc.config import Metric
+from llmc.errors import ConfigError
+from llmc.validate.quality import METRICS, cut_windows, log_softmax, measure_quality
+from llmc.validate.reference import TorchModel
+from llmc.validate.session import OrtModel
+
+from .decoder import Variant, write_decoder
+
+WORSE = Variant(logits="last", max_length=64, scale_weight=("model.layers.1.mlp.down_proj.weight", 1.5))
+
+
+def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
+    kl, top1, perplexity = measure_quality(model, TorchModel(llama), tokens, start=(1,))
+    assert [m.metric for m in (kl, top1, perplexity)] == list(METRICS)
+
+    # The artifact in one pass each, every position, from a graph that returns them all.
+    every = Variant(**{**vars(WORSE), "logits": "all"})
+    folder = tmp_path / "all"
+    artifact = OrtModel(folder, write_decoder(llama, folder, every), threads=1, share_buffer=False)
+    windows = torch.from_numpy(cut_windows(tokens, 63, (1,)))
+    assert windows.shape == (8, 64)
+    prefix = 1 + 63 // 4
+    with torch.inference_mode():
+        p = llama(windows).logits[:, prefix - 1 : -1].double().log_softmax(-1)
+    q = torch.from_numpy(artifact.prefill(windows.numpy(), steps=0))[:, prefix - 1 : -1]
+    q = q.double().log_softmax(-1)
+    targets = windows[:, prefix:, None]
+    each = (p.exp() * (p - q)).sum(-1).numpy()
+    nll = [float(-x.gather(-1, targets).mean()) for x in (p, q)]
+    assert kl.value == pytest.approx(each.mean(), rel=1e-3)
+    assert kl.figures["kl_p99"] == pytest.approx(np.percentile(each, 99), rel=1e-3)
+    assert kl.figures["kl_max"] == pytest.approx(each.max(), rel=1e-3)
+    assert kl.figures["tokens"] == 8 * (64 - prefix)
+    assert kl.value > 1e-3
+    assert top1.value == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert 0 < top1.value < 1
+    assert perplexity.value == pytest.approx(math.exp(nll[1] - nll[0]), rel=1e-4)
+    assert perplexity.figures["perplexity_original"] == pytest.approx(math.exp(nll[0]), rel=1e-4)
+    assert f"{8 * (64 - prefix)} tokens in 8 windows of 64" in kl.detail
+
+
+def test_groups_of_windows_do_not_change_the_figures(
+    llama: Any, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
+    together = measure_quality(model, TorchModel(llama), tokens, start=())
+    monkeypatch.setattr("llmc.validate.quality.LOGITS_BYTES", 4 * 48 * 256 * 3)  # three windows at a time
+    apart = measure_quality(model, TorchModel(llama), tokens, start=())
+    for a, b in zip(together, apart, strict=True):
+        assert a.value == pytest.approx(b.value, rel=1e-4)
+        assert a.detail == b.detail
+
+
+def test_text_too_short(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
+    with pytest.raises(ConfigError, match="20 tokens of text and 160 positions leave 15 tokens") as caught:
+        measure_quality(model, TorchModel(llama), tokens[:20], start=())
+    assert caught.value.hint == "use a longer evaluation text"
+
+
+def test_log_softmax_of_large_logits() -> None:
+    values = log_softmax(np.array([[1e4, 1e4 - 1, -1e4]], np.float32))
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values[0, :2], [-math.log1p(math.exp(-1)), -1 - math.log1p(math.exp(-1))])
+    assert values[0, 2] == pytest.approx(-2e4, rel=1e-4)
+
+
+def test_infinite_perplexity_is_no_pass(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    """Logits so large that the right token has no probability left: a figure, and not a good one."""
+    variant = Variant(logits="last", max_length=64, scale_weight=("lm_head.weight", 1e4))
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path, variant), threads=1, share_buffer=False)
+    made = {m.metric: m for m in measure_quality(model, TorchModel(llama), tokens, start=())}
+    assert made[Metric.TEXT_PERPLEXITY_RATIO].value == math.inf
+    assert made[Metric.TEXT_KL_MEAN].value > 100
