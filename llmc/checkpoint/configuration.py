@@ -127,7 +127,8 @@ def _gguf_config(file: Path) -> PreTrainedConfig:
     )
 
     # The other architectures are read by a fast reader, or take the vocabulary's size from the tokens.
-    keys = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(header.architecture, {})
+    known: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    keys = known.get(header.architecture, {})
     outlined = header.architecture not in GGUF_CONFIG_ARCHS and "vocab_size" in keys
     try:
         if not outlined:

@@ -1,8 +1,12 @@
 """The order of the stations: what each command does, from a model to an artifact and its verdict.
 
-Only this package knows all stations. Its functions import them when they are called, so that the
-command line stays instant.
+Only this package knows all stations. Its functions import them when they are called.
 """
 
+from llmc.pipeline.bench import bench
+from llmc.pipeline.build import build
+from llmc.pipeline.inspect import inspect
+from llmc.pipeline.run import run
+from llmc.pipeline.verify import verify
 
 __all__ = ["bench", "build", "inspect", "run", "verify"]

@@ -12,7 +12,7 @@ from llmc.config import BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.gate import GateResult, measure_parity
-from llmc.pipeline.result import BuildResult
+from llmc.pipeline.result import BuildResult, gate_report, write_report
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             gate = measure_parity(
                 stage.path, interface, checkpoint, plan.target, plan.profile.threads, plan.eval_text, progress
             )
-            pass
+            write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
         files = digest_files(stage.path, known)
         manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate)
         _write_stages(progress, reports / "build.json")

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Gate, Metric, Target
-from llmc.errors import ConfigError
+from llmc.config import Gate, Metric, Provider, Target
+from llmc.errors import ConfigError, ResourceError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.interface import Measurement, Verdict
+    from llmc.artifact.interface import Latency, Measurement, Verdict
+    from llmc.artifact.store import Artifact
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
 
@@ -25,6 +26,7 @@ class GateResult:
 
     measurements: tuple[Measurement, ...]
     verdict: Verdict
+    latency: Latency | None = None
 
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
@@ -113,3 +115,28 @@ def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
     bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
     return np.array(ids, dtype=np.int64), tuple(before)
+
+
+def open_pair(path: Path, against: str | None) -> tuple[Artifact, Checkpoint]:
+    """An artifact whose files are intact, and the original it is to be compared with.
+
+    Args:
+        against: The original; None for the one that the manifest names.
+
+    Raises:
+        ConfigError: There is no artifact, or its files are damaged.
+        CheckpointError: The original cannot be opened.
+        ResourceError: The artifact cannot run on this machine.
+    """
+    from llmc.artifact.store import check_files, open_artifact
+    from llmc.checkpoint import open_checkpoint
+
+    artifact = open_artifact(path)
+    check_files(artifact)
+    target = artifact.manifest.target
+    if target.provider is not Provider.CPU:
+        raise ResourceError(
+            f"{path} is built for {target.provider.value.upper()}; this command runs it on the CPU",
+            hint="gates on a GPU are not supported yet",
+        )
+    return artifact, open_checkpoint(against or artifact.manifest.model.ref)

@@ -7,9 +7,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
+from llmc import __version__
 from llmc.artifact.interface import CheckStatus, Verdict
 from llmc.artifact.manifest import Manifest, State
-from llmc.errors import LlmcError, ParityError
+from llmc.config import Target
+from llmc.errors import LatencyError, LlmcError, ParityError
+from llmc.pipeline.gate import LATENCY, GateResult
+from llmc.report import Report, render_text, write_json, write_junit
 
 PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
 
@@ -75,3 +79,47 @@ def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
         return None
     failed = [c.metric.value for c in verdict.checks if c.status is CheckStatus.FAIL]
     return ParityError(f"the artifact misses {len(failed)} of its gates: {', '.join(failed)}", hint=hint)
+
+
+class GateReport(BaseModel):
+    """A report as a command's result: its document as data, its tables as text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    report: Report
+
+    def model_dump_json(self, *, indent: int | None = None, **_: object) -> str:
+        """The report's own document."""
+        return self.report.model_dump_json(indent=indent)
+
+    def render(self) -> str:
+        """Tables for a terminal."""
+        return render_text(self.report).rstrip()
+
+    def failure(self) -> LlmcError | None:
+        """A parity or latency error if a gate failed."""
+        failed = [c for c in self.report.verdict.checks if c.status is CheckStatus.FAIL]
+        if not failed:
+            return None
+        names = ", ".join(c.metric.value for c in failed)
+        kind = LatencyError if all(c.metric in LATENCY for c in failed) else ParityError
+        return kind(f"the artifact misses {len(failed)} of its gates: {names}", hint="see the table for the figures")
+
+
+def gate_report(model: str, target: Target, profile: str, gate: GateResult) -> Report:
+    """The report of a gate."""
+    return Report(
+        llmc=__version__,
+        model=model,
+        target=target.name,
+        profile=profile,
+        verdict=gate.verdict,
+        measurements=gate.measurements,
+        latency=gate.latency,
+    )
+
+
+def write_report(report: Report, folder: Path, name: str) -> None:
+    """Write `<name>.json` and `<name>.xml` (JUnit) into `folder`."""
+    write_json(report, folder / f"{name}.json")
+    write_junit(report, folder / f"{name}.xml")

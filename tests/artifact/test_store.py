@@ -265,9 +265,9 @@ def test_a_write_that_the_disk_refuses_is_a_resource_error(tmp_path: Path, build
 
 def test_a_full_disk_is_a_resource_error_and_other_errors_pass() -> None:
     full = Path("/dev/full")
-    with pytest.raises(ResourceError, match="model cannot be written: No space left on device"):
-        with space_errors(Path("model")):
-            full.write_bytes(b"one")
+    fact = "model cannot be written: No space left on device"
+    with pytest.raises(ResourceError, match=fact), space_errors(Path("model")):
+        full.write_bytes(b"one")
     with pytest.raises(FileNotFoundError), space_errors(Path("model")):
         Path("nowhere").read_bytes()
 

@@ -82,6 +82,9 @@ def test_tokenizer_of_a_gguf_is_converted_to_the_same_bytes(tmp_path: Path) -> N
     second = {f.name: f.read_bytes() for f in (tmp_path / "two" / "out").iterdir()}
     assert first == second
     assert set(first) == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    # Not how it was loaded, and no path of this machine.
+    loading = {"is_local", "local_files_only", "name_or_path", "gguf_file"}
+    assert not loading & set(json.loads(first["tokenizer_config.json"]))
     assert json.loads(first["special_tokens_map.json"])["bos_token"] == "<s>"
     saved = AutoTokenizer.from_pretrained(tmp_path / "one" / "out")
     assert saved("ab c")["input_ids"] == checkpoint.tokenizer()("ab c")["input_ids"] != []

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from llmc.checkpoint import configuration, gguf, open_checkpoint
 from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.skeleton import build_skeleton
 from llmc.checkpoint.tokenizer import require_tokenizer
 from llmc.errors import CheckpointError, UnsupportedError
 from tests.checkpoint.tiny_gguf import HEADS, HIDDEN, tensor_values, write_gguf
@@ -35,9 +36,19 @@ def test_equals_from_pretrained(kind: GGMLQuantizationType, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "qwen3moe", "gpt2", "lfm2"])
-def test_equals_from_pretrained_by_architecture(architecture: str, tmp_path: Path) -> None:
+def test_equals_from_pretrained_by_architecture(
+    architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Norms stored plus one, stacked experts, transposed matrices, and a mapping of the newer kind."""
     assert_equals_reference(write_gguf(tmp_path / "tiny.gguf", architecture))
+    assert "Dequantizing the whole model, because" not in caplog.text  # it was asked for
+
+
+def test_mapping_of_the_newer_kind_is_preferred(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", "lfm2")
+    source = gguf.open_gguf(file, build_skeleton(configuration.load_config(file)))
+    assert "blk.0.shortconv.conv.weight" in source.store.infos()
+    assert source.mapping
 
 
 def test_query_rows_are_permuted_back(tmp_path: Path) -> None:

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers.core_model_loading import WeightRenaming
 
 from llmc.checkpoint import Checkpoint, open_checkpoint
+from llmc.checkpoint.configuration import load_config
+from llmc.checkpoint.conversion import convert_store
+from llmc.checkpoint.ranges import WholeValues
 from llmc.checkpoint.safetensors import SafetensorsStore
+from llmc.checkpoint.skeleton import build_skeleton
 from tests.models import MODEL_TYPES, save_tiny_model
 
 
@@ -143,6 +148,38 @@ def test_tied_tensor_stored_under_the_other_name(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.tied == {"model.embed_tokens.weight": "lm_head.weight"}
     assert_equals_reference(checkpoint)
+
+
+def test_rename_that_leads_nowhere_leaves_the_name(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path)
+    model = build_skeleton(load_config(folder))
+    mapping = [WeightRenaming(r"^model\.norm\.", "model.no_such_norm.")]
+    converted = convert_store(SafetensorsStore.open(folder), model, mapping)
+    assert converted.unused == ()
+    assert "model.norm.weight" in converted.store.infos()
+
+
+def test_parts_of_whole_values_are_kept_by_key_and_thread() -> None:
+    values = WholeValues()
+    made: list[str] = []
+
+    def part(key: str, start: int, stop: int) -> list[int]:
+        def compute() -> np.ndarray:
+            made.append(f"{key} in {threading.current_thread().name}")
+            return np.arange(4) + 10 * len(key)
+
+        return list(values.rows(key, compute, start, stop))
+
+    assert part("a", 0, 2) == [10, 11]
+    assert part("bb", 0, 2) == [20, 21]
+    assert part("bb", 2, 4) == [22, 23]
+    assert made == ["a in MainThread", "bb in MainThread"]
+    assert part("a", 0, 2) == [10, 11]
+    other = threading.Thread(target=part, args=("a", 2, 4), name="other")
+    other.start()
+    other.join()
+    assert part("a", 2, 4) == [12, 13]
+    assert made[2:] == ["a in MainThread", "a in other"]
 
 
 def test_two_threads_read_at_once(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def write_gguf(
         writer.add_bos_token_id(250)
         writer.add_eos_token_id(251)
     layer = LAYER.get(architecture, LAYER["llama"])
-    shapes = TOP.get(architecture, _TOP) | {f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer.items()}
+    shapes = TOP.get(architecture, _TOP) | {
+        f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer.items()
+    }
     for name, shape in shapes.items():
         if name == omit:
             continue

@@ -1,17 +1,20 @@
-"""Greedy text through onnxruntime-genai against PyTorch's generate, and the whole gate on a folder."""
+"""Greedy text through onnxruntime-genai against PyTorch's generate, and every metric on one folder."""
 
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmc import data
 from llmc.artifact.interface import MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.generation import measure_generation
+from llmc.validate.parity import Parity
+from llmc.validate.quality import measure_quality
 from llmc.validate.reference import TorchModel
-from llmc.validate.verification import Material, encode, measure_artifact, start_tokens
+from llmc.validate.session import OrtModel, shares_buffer
 
 from .decoder import Variant
 from .serving import tiny_tokenizer, write_artifact
@@ -56,7 +59,7 @@ def test_end_token_stops_both(llama: Any, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     reference = TorchModel(llama)
     before = llama.generation_config.eos_token_id
-    later = reference.greedy(encode(tokenizer, "Once"), 4)
+    later = reference.greedy(np.array(tokenizer("Once")["input_ids"]), 4)
     try:
         llama.generation_config.eos_token_id = int(later[2])
         (ran_on,) = measure_generation(tmp_path, reference, tokenizer, ("Once",))
@@ -78,41 +81,20 @@ def test_folder_that_is_not_served(llama: Any, tmp_path: Path) -> None:
     assert "cannot load" in found.detail
 
 
-def test_the_whole_gate(mistral: Any, tmp_path: Path) -> None:
+def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
+    """On the shipped text and in the cache mode that the folder is served in."""
     interface = write_artifact(mistral, tmp_path, SERVED, share_buffer=True)
-    text = data.eval_text()[:3000]
-    notes: list[str] = []
-    made = measure_artifact(
-        tmp_path, interface, mistral, tiny_tokenizer(), Material(text, text, PROMPTS), threads=1,
-        note=notes.append,
-    )  # fmt: skip
+    assert shares_buffer(tmp_path)
+    model = OrtModel(tmp_path, interface, threads=1, share_buffer=True)
+    reference, tokenizer = TorchModel(mistral), tiny_tokenizer()
+    tokens = np.array(tokenizer(data.eval_text()[:3000])["input_ids"])
+    made = (
+        *Parity(model, reference, tokens).measure(),
+        *measure_quality(model, reference, tokens, start=(1,)),
+        *measure_generation(tmp_path, reference, tokenizer, PROMPTS),
+    )
     assert {m.metric for m in made} == set(Metric) - {Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO}
     assert all(m.status is MeasurementStatus.MEASURED and math.isfinite(m.value) for m in made)
-    assert notes == ["logits", "text quality", "greedy generation"]
-
-
-def test_an_artifact_without_an_output_gets_nan_everywhere(llama: Any, tmp_path: Path) -> None:
-    variant = Variant(**{**vars(SERVED), "drop_output": "present.1.key"})
-    interface = write_artifact(llama, tmp_path, variant, share_buffer=False)
-    text = data.eval_text()[:3000]
-    made = measure_artifact(
-        tmp_path, interface, llama, tiny_tokenizer(), Material(text, text, PROMPTS), threads=1,
-        note=lambda _: None,
-    )  # fmt: skip
-    assert {m.metric for m in made} == set(Metric) - {Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO}
-    assert all(math.isnan(m.value) for m in made)
-    assert all("lacks the output present.1.key" in m.detail for m in made)
-
-
-def test_start_tokens() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tiny_tokenizer()
-    assert start_tokens(tokenizer) == ()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    assert start_tokens(tokenizer) == (1,)
 
 
 def test_shipped_text_and_prompts() -> None:

@@ -132,3 +132,13 @@ def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -
     assert here is not None
     assert here > 400 << 20 > sample.peak_bytes
     assert block.all()
+
+
+def test_peak_is_of_memory_that_was_touched() -> None:
+    before = peak_resident_bytes()
+    reserved = np.empty(1 << 30, np.uint8)
+    after = peak_resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert after - before < 64 << 20
+    assert reserved.nbytes == 1 << 30

@@ -14,6 +14,7 @@ from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
 from llmc.validate.parity import Parity
 from llmc.validate.quality import measure_quality
+from llmc.validate.ragged import Row, compare_ragged
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
 
@@ -101,6 +102,25 @@ def test_sabotage_fails_the_levels_that_must_see_it(
         assert failed == expected
     if expected == EVERY:
         assert all(math.isnan(m.value) for m in found.values())
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("at", [4, 5, 8], ids=["last prompt token", "first step", "last step"])
+def test_every_row_is_compared_from_its_last_prompt_token_on(
+    llama: Any, tokens: np.ndarray, tmp_path: Path, logits: str, side: str, at: int
+) -> None:
+    """A fault in one logit of the shorter row only must show."""
+    interface = write_decoder(llama, tmp_path, Variant(logits=logits))
+    model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
+    reference, steps = TorchModel(llama), 4
+    rows = [
+        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 2), len(ids) - steps)
+        for ids in (tokens[:13], tokens[20:29])
+    ]
+    assert compare_ragged(model, rows, steps, side) < 1e-4
+    rows[1].at(at)[7] += 3.0
+    assert compare_ragged(model, rows, steps, side) == pytest.approx(3.0, abs=1e-3)
 
 
 def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path) -> None:

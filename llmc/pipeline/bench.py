@@ -1,0 +1,57 @@
+"""`llmc bench`: latency beside the original."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.pipeline.gate import GateResult, latency_gates, open_pair, read_text, tokenize
+from llmc.pipeline.result import GateReport, gate_report
+from llmc.progress import Progress
+
+
+@dataclass(frozen=True)
+class OriginalLoader:
+    """Loads the original in a process of its own."""
+
+    ref: str
+
+    def __call__(self) -> Any:
+        from llmc.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.ref).load_reference("sdpa")
+
+
+def bench(path: Path, against: str | None, progress: Progress) -> GateReport:
+    """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
+
+    Args:
+        path: An artifact.
+        against: The original; None for the one that the manifest names.
+    """
+    from llmc.validate.gates import evaluate
+    from llmc.validate.latency import Schedule, measure_latency, ratios
+    from llmc.validate.reference import TorchModel
+    from llmc.validate.session import shares_buffer
+
+    with progress.stage("artifact"):
+        artifact, checkpoint = open_pair(path, against)
+    manifest = artifact.manifest
+    with progress.stage("load the original"):
+        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(None))
+        reference = TorchModel(checkpoint.load_reference("sdpa"))
+    with progress.stage("latency"):
+        latency = measure_latency(
+            path,
+            manifest.interface,
+            reference,
+            OriginalLoader(checkpoint.ref),
+            tokens=tokens,
+            profile=manifest.profile,
+            threads=manifest.profile.threads or os.cpu_count() or 1,
+            share_buffer=shares_buffer(path),
+            schedule=Schedule(),
+        )
+    measurements = ratios(latency)
+    gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
+    return GateReport(report=gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate))

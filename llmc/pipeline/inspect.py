@@ -1,0 +1,128 @@
+"""`llmc inspect`: what is in an artifact or a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+
+from llmc.artifact.manifest import MANIFEST, PassRecord, WeightRecord
+from llmc.config import Dtype
+from llmc.errors import LlmcError
+from llmc.graph.interface import Interface
+from llmc.pipeline.compile import trace
+from llmc.progress import SilentProgress
+
+
+class Inspection(BaseModel):
+    """What is in it.
+
+    Args:
+        kind: Artifact, or the canonical graph of a model.
+        operators: Nodes of the graph by operator, `domain::name` outside of the standard domain.
+        passes: What each pass did; empty for a model.
+        weights: How every matrix is stored; empty for a model.
+        files: Size of every file in bytes; empty for a model.
+        bits_per_weight: Stored bits over matrix elements; None for a model.
+        notes: What tracing wants a reader to know.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["artifact", "model"]
+    architecture: str
+    state: str | None
+    interface: Interface
+    operators: dict[str, int]
+    passes: tuple[PassRecord, ...]
+    weights: tuple[WeightRecord, ...]
+    files: dict[str, int]
+    bits_per_weight: float | None
+    notes: tuple[str, ...]
+
+    def render(self) -> str:
+        """Text for a terminal."""
+        lines = [f"{self.architecture} ({self.state or self.kind})", "", "operators"]
+        lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
+        if self.passes:
+            lines += ["", "passes"]
+        for record in self.passes:
+            lines.append(f"  {record.applied:6}  {record.name}")
+            lines += [f"          declined {d.count}: {d.reason} [{d.code}]" for d in record.declined]
+        if self.weights:
+            lines += ["", f"weights, {self.bits_per_weight:.2f} bits each with scales and zero points"]
+            lines += [
+                f"  {w.bits:2} bits  {w.bytes / 1e6:9.2f} MB  {w.role.value:9}  {w.name}" for w in self.weights
+            ]
+        if self.files:
+            lines += ["", "files", *(f"  {size / 1e6:9.2f} MB  {name}" for name, size in self.files.items())]
+        return "\n".join([*lines, *self.notes])
+
+    def failure(self) -> LlmcError | None:
+        """Looking at something never fails a gate."""
+        return None
+
+
+def inspect(reference: str) -> Inspection:
+    """Describe an artifact by its manifest and graph, or a model by its canonical graph.
+
+    Args:
+        reference: Folder of an artifact, or what `build` takes.
+    """
+    if (Path(reference) / MANIFEST).is_file():
+        return _inspect_artifact(Path(reference))
+    return _inspect_model(reference)
+
+
+def _inspect_artifact(path: Path) -> Inspection:
+    from llmc.artifact.store import open_artifact
+    from llmc.backends.ort import MODEL
+
+    manifest = open_artifact(path).manifest
+    elements = sum(_product(w.shape) for w in manifest.weights)
+    return Inspection(
+        kind="artifact",
+        architecture=manifest.model.architecture,
+        state=manifest.state.value,
+        interface=manifest.interface,
+        operators=_count(ir.load(path / MODEL)),
+        passes=manifest.passes,
+        weights=manifest.weights,
+        files={name: f.bytes for name, f in manifest.files.items()},
+        bits_per_weight=8 * sum(w.bytes for w in manifest.weights) / elements if elements else None,
+        notes=(),
+    )
+
+
+def _inspect_model(reference: str) -> Inspection:
+    from llmc.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(reference)
+    graph = trace(checkpoint, Dtype.FLOAT32, SilentProgress())
+    return Inspection(
+        kind="model",
+        architecture=checkpoint.architecture,
+        state=None,
+        interface=graph.interface(),
+        operators=_count(graph.model),
+        passes=(),
+        weights=(),
+        files={},
+        bits_per_weight=None,
+        notes=tuple(graph.notes),
+    )
+
+
+def _count(model: ir.Model) -> dict[str, int]:
+    counter = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for dim in shape:
+        count *= dim
+    return count
