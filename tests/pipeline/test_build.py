@@ -1,0 +1,158 @@
+"""From a checkpoint on disk to a verified artifact: tiny random models of every required architecture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from llmc.artifact.manifest import State
+from llmc.artifact.store import open_artifact
+from llmc.config import BuildPlan, Gate, Metric, PassSpec
+from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
+from llmc.pipeline import build, inspect
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+
+from ..models import EOS, MODEL_TYPES, save_tiny_model
+
+TOLERANCE = 1e-4
+METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+
+
+def _plan(model: Path, output: Path, *, verify: bool = True, target: str = "cpu-fp32", **changes: object) -> BuildPlan:
+    plan = plan_build(str(model), target=target, profile="local", output=output, verify=verify)
+    return plan.model_copy(update={"target": plan.target.model_copy(update=changes)})
+
+
+def _gates() -> tuple[Gate, ...]:
+    reason = "float32 arithmetic in another order"
+    return tuple(Gate(metric=m, max=TOLERANCE, reason=reason) for m in METRICS)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_fp32_artifact_equals_the_original(model_type: str, tmp_path: Path) -> None:
+    model = save_tiny_model(model_type, tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    result = build(_plan(model, tmp_path / "out", gates=_gates()), SilentProgress())
+    assert result.failure() is None
+    assert result.manifest.state is State.VERIFIED
+    applied = {record.name: record.applied for record in result.manifest.passes}
+    assert applied["group-query-attention"] == len(result.manifest.interface.cache)
+    assert applied["last-token-logits"] == 1
+
+
+def _operators(path: Path) -> dict[str, int]:
+    return inspect(str(path)).operators
+
+
+def test_int4_llama_keeps_no_float_matrix_and_few_operators(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, tie_word_embeddings=True)
+    result = build(_plan(model, tmp_path / "out", target="cpu-int4", verify=False), SilentProgress())
+    layers = 3
+    operators = _operators(result.path)
+    assert "MatMul" not in operators
+    assert operators["com.microsoft::MatMulNBits"] == 4 * layers + 1
+    assert operators["com.microsoft::GroupQueryAttention"] == layers
+    assert operators["com.microsoft::SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert operators["com.microsoft::GatherBlockQuantized"] == 1
+    names = [w.name for w in result.manifest.weights]
+    assert len(names) == len(set(names))
+    assert {w.bits for w in result.manifest.weights} == {4}
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    model = save_tiny_model("qwen3", tmp_path / "model", tokenizer=True)
+    digests = []
+    for name in ("first", "second"):
+        environment = {**os.environ, "LLMC_CACHE": str(tmp_path / name / "cache"), "PYTHONHASHSEED": str(len(digests))}
+        command = [sys.executable, "-m", "llmc", "build", str(model), "--no-verify", "-o", str(tmp_path / name / "out")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        manifest = open_artifact(tmp_path / name / "out").manifest
+        digests.append((manifest.files, (tmp_path / name / "out" / "manifest.json").read_bytes()))
+    assert digests[0] == digests[1]
+
+
+def test_a_missed_gate_keeps_the_old_artifact_and_fails(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    output = tmp_path / "out"
+    before = build(_plan(model, output, verify=False), SilentProgress())
+    strict = (Gate(metric=Metric.PREFILL_MAX_ABS, max=0.0, reason="nothing is this equal"),)
+    result = build(_plan(model, output, gates=strict), SilentProgress())
+    error = result.failure()
+    assert isinstance(error, ParityError)
+    assert "prefill.max_abs" in error.fact
+    assert result.path == tmp_path / "out.failed"
+    assert open_artifact(result.path).manifest.state is State.FAILED
+    assert open_artifact(output).manifest == before.manifest
+    report = json.loads((result.path / "reports" / "parity.json").read_text())
+    assert report["verdict"]["passed"] is False
+
+
+def test_a_damaged_checkpoint_leaves_what_was_built(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    output = tmp_path / "out"
+    before = build(_plan(model, output, verify=False), SilentProgress())
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(CheckpointError):
+        build(_plan(model, output, verify=False), SilentProgress())
+    assert open_artifact(output).manifest == before.manifest
+    assert not list(tmp_path.glob(".out.staging*"))
+
+
+def test_a_fusion_that_stopped_applying_is_an_error(tmp_path: Path) -> None:
+    model = save_tiny_model("gpt2", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    passes = (PassSpec(name="rms-norm", per_layer=2),)
+    with pytest.raises(UnsupportedError, match="pass rms-norm applied 0 times in layer 0; the target asks for 2"):
+        build(_plan(model, tmp_path / "out", verify=False, passes=passes), SilentProgress())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_pass_is_named_before_any_long_work(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    passes = (PassSpec(name="rms-nrom"),)
+    with pytest.raises(ConfigError, match="there is no pass 'rms-nrom'"):
+        build(_plan(model, tmp_path / "out", verify=False, passes=passes), SilentProgress())
+
+
+def test_cuda_artifacts_say_that_they_were_not_executed(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    plan = plan_build(str(model), target="cuda-fp16", profile="l4", output=tmp_path / "out")
+    result = build(plan, SilentProgress())
+    assert result.manifest.state is State.NOT_EXECUTED
+    assert "nothing of it was measured" in result.render()
+    assert {s.dtype for s in result.manifest.interface.outputs} == {"float16"}
+
+
+def test_a_target_and_a_profile_must_fit(tmp_path: Path) -> None:
+    plan = plan_build("demo", target="cpu-fp32", profile="cpu-avx2", output=tmp_path / "out")
+    gpu = plan_build("demo", target="cuda-fp16", profile="t4", output=tmp_path / "out").profile
+    with pytest.raises(ConfigError, match=r"target cpu-fp32 runs on a CPU; profile t4 is .*, a GPU"):
+        build(plan.model_copy(update={"profile": gpu}), SilentProgress())
+
+
+def test_inspecting_a_model_shows_its_canonical_graph(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    found = inspect(str(model))
+    assert found.kind == "model"
+    assert found.operators["llmc::CachedAttention"] == 3
+
+
+def test_weights_are_stored_once_for_embedding_and_head(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, tie_word_embeddings=True)
+    result = build(_plan(model, tmp_path / "out", verify=False), SilentProgress())
+    tables = [
+        v for v in ir.load(result.path / "model.onnx").graph.initializers.values() if 256 in list(v.shape or ()) and len(v.shape or ()) == 2 and 64 in list(v.shape or ())
+    ]
+    assert len([t for t in tables if "embed" in str(t.name) or "lm_head" in str(t.name)]) == 1
+
+
