@@ -11,7 +11,7 @@ from functools import cache
 from typing import Protocol
 
 from llmc.config import PassSpec
-from llmc.errors import ConfigError, GraphError, LlmcError, UnsupportedError, did_you_mean
+from llmc.errors import ConfigError, GraphError, UnsupportedError, did_you_mean
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.verify import verify
@@ -87,8 +87,6 @@ def run_passes(
         except GraphError as error:
             before = ", ".join(r.name for r in reports) or "none"
             raise GraphError(f"pass {item.name}: {error.fact} (passes before it: {before})", hint=error.hint) from error
-        except LlmcError:
-            raise
         reports.append(report)
         if note is not None:
             note(report)
@@ -112,7 +110,8 @@ def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
         count = report.in_layer(layer, spec.accept)
         if not least <= count <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
+            near = [f"{r.reason} [{r.code}]" for r in report.refusals if r.layer == layer]
             raise UnsupportedError(
                 f"pass {spec.name} applied {count} times in layer {layer}; the target asks for {wanted}",
-                hint="see `llmc inspect --explain " + spec.name + "` for where it declined",
+                hint=f"it declined there: {'; '.join(near)}" if near else "nothing in that layer resembles its pattern",
             )
