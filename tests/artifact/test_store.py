@@ -116,9 +116,11 @@ def test_a_failed_artifact_is_kept_beside_the_old_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.failed"]
 
 
+# A shell's background job inherits an ignored SIGINT; a build at a terminal does not.
 BUILDER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from llmc.artifact.store import staging
 with staging(Path(sys.argv[1])) as draft:
     (draft.path / "model.onnx.data").write_bytes(b"half" * 1000)
