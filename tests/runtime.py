@@ -61,7 +61,9 @@ def run_steps(graph: Graph, ids: Array, mask: Array, positions: Array, prompt: i
             "position_ids": positions[:, start:stop],
             **cache,
         }
-        out = dict(zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+        out = dict(
+            zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True)
+        )
         logits.append(out["logits"])
         for slot in graph.cache:
             cache[slot.past_key] = out[slot.present_key]

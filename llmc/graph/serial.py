@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import onnx_ir as ir
-
 from llmc.errors import GraphError
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import Graph, Placeholder

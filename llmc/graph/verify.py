@@ -26,7 +26,9 @@ def _check_values(graph: ir.Graph) -> None:
     for node in graph:
         for source in node.inputs:
             if source is not None and source not in known:
-                raise GraphError(f"node {node.name} ({node.op_type}) reads {source.name}, which nothing made before it")
+                raise GraphError(
+                    f"node {node.name} ({node.op_type}) reads {source.name}, which nothing made before it"
+                )
         for output in node.outputs:
             if output.name != "":
                 _claim(names, output)

@@ -211,4 +211,6 @@ class LazyWeight(ir.LazyTensor):
         return self.group.sources
 
     def _load(self) -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(self.group.compute()[self.key]), dtype=self.dtype, name=self.name)
+        return ir.tensor(
+            np.ascontiguousarray(self.group.compute()[self.key]), dtype=self.dtype, name=self.name
+        )

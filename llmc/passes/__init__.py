@@ -86,7 +86,9 @@ def run_passes(
             verify(graph)
         except GraphError as error:
             before = ", ".join(r.name for r in reports) or "none"
-            raise GraphError(f"pass {item.name}: {error.fact} (passes before it: {before})", hint=error.hint) from error
+            raise GraphError(
+                f"pass {item.name}: {error.fact} (passes before it: {before})", hint=error.hint
+            ) from error
         reports.append(report)
         if note is not None:
             note(report)
@@ -113,5 +115,7 @@ def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
             near = [f"{r.reason} [{r.code}]" for r in report.refusals if r.layer == layer]
             raise UnsupportedError(
                 f"pass {spec.name} applied {count} times in layer {layer}; the target asks for {wanted}",
-                hint=f"it declined there: {'; '.join(near)}" if near else "nothing in that layer resembles its pattern",
+                hint=f"it declined there: {'; '.join(near)}"
+                if near
+                else "nothing in that layer resembles its pattern",
             )

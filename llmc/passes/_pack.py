@@ -73,7 +73,9 @@ def join(graph: ir.Graph, anchor: ir.Node, projections: Sequence[Projection], su
         dtype=weight.dtype,
     ).outputs[0]
     dtype = first.output.dtype
-    product = site.emit("MatMul", [first.activation, turned], f"{stem}.{suffix}/product", shape=shape, dtype=dtype)
+    product = site.emit(
+        "MatMul", [first.activation, turned], f"{stem}.{suffix}/product", shape=shape, dtype=dtype
+    )
     biases = [p.bias for p in projections if p.bias is not None]
     if not biases:
         return product.outputs[0]

@@ -75,13 +75,17 @@ class _Lengths:
             site = Site(self.graph, next(iter(self.graph)))
             one = add_constant(self.graph, np.array([1], np.int64), "axis")
             no_axis = {"keepdims": 0}
-            counts = site.emit("ReduceSum", [mask, one], "lengths/sum", attributes=no_axis, shape=["batch"], dtype=_INT64)
+            counts = site.emit(
+                "ReduceSum", [mask, one], "lengths/sum", attributes=no_axis, shape=["batch"], dtype=_INT64
+            )
             last = site.emit("Sub", [counts.outputs[0], one], "lengths/last", shape=["batch"], dtype=_INT64)
             second = {"start": 1, "end": 2}
             total = site.emit("Shape", [mask], "lengths/shape", attributes=second, shape=[1], dtype=_INT64)
             scalar = site.emit("Squeeze", [total.outputs[0]], "lengths/total", shape=[], dtype=_INT64)
             to = {"to": int(_INT32)}
-            rows = site.emit("Cast", [last.outputs[0]], "seqlens_k", attributes=to, shape=["batch"], dtype=_INT32)
+            rows = site.emit(
+                "Cast", [last.outputs[0]], "seqlens_k", attributes=to, shape=["batch"], dtype=_INT32
+            )
             whole = site.emit(
                 "Cast", [scalar.outputs[0]], "total_sequence_length", attributes=to, shape=[], dtype=_INT32
             )
@@ -98,7 +102,10 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
         raise GraphError(f"attention {node.name} has no past")
     key_width, value_width = dims_of(past_key)[-1], dims_of(past_value)[-1]
     if key_width != value_width:
-        return "value-width", f"keys are {key_width} wide and values {value_width}; the operator takes one width"
+        return (
+            "value-width",
+            f"keys are {key_width} wide and values {value_width}; the operator takes one width",
+        )
     if not isinstance(key_width, int) or key_width % _WIDTH_MULTIPLE:
         return "head-width", f"heads are {key_width} wide; the operator takes multiples of {_WIDTH_MULTIPLE}"
     if len(users_of(past_key)) > 1 or not node.outputs[1].is_graph_output():
@@ -122,7 +129,8 @@ def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str 
     if first is None or second is None:
         return None, "only one of query and key is rotated" if first or second else None
     same = first.inputs[1:] == second.inputs[1:] and all(
-        int_attribute(first, n, 0) == int_attribute(second, n, 0) for n in ("interleaved", "rotary_embedding_dim")
+        int_attribute(first, n, 0) == int_attribute(second, n, 0)
+        for n in ("interleaved", "rotary_embedding_dim")
     )
     _, positions, cos, sin = first.inputs
     if not same or cos is None or sin is None:

@@ -35,7 +35,10 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> tuple[str, str] | None:
     found = [projection_of(v) for v in node.inputs[:3]]
     projections = [p for p in found if p is not None]
     if len(projections) < 3:
-        return "not-a-projection", "query, key or value is not a plain projection (normalised, rotated or split)"
+        return (
+            "not-a-projection",
+            "query, key or value is not a plain projection (normalised, rotated or split)",
+        )
     if any(only_user(p.output) is not node for p in projections):
         return "shared", "a projection is read by others as well"
     declined = obstacle(projections)

@@ -101,7 +101,9 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables) -> Dec
     heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)
     heads, width = _static(dims, heads_axis), width_of(source)
     if heads is None or width is None or dtype is None or source.dtype != dtype:
-        return Declined("rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width")
+        return Declined(
+            "rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width"
+        )
     halves = [_half_table(tables, rotation, value) for value in (rotation.cos, rotation.sin)]
     caches = []
     for table, hint in zip(halves, ("rotary_cos", "rotary_sin"), strict=True):
@@ -171,7 +173,9 @@ def _match_sum(add: ir.Node) -> Rotation | None:
             rotated = width_of(x)
             for value, cos in operands(straight):
                 if uncast(value) is x and rotated and width_of(cos) == width_of(sin) == rotated:
-                    return Rotation(add, x, add.outputs[0], uncast(cos), uncast(sin), rotated, interleaved, False)
+                    return Rotation(
+                        add, x, add.outputs[0], uncast(cos), uncast(sin), rotated, interleaved, False
+                    )
     return None
 
 

@@ -31,7 +31,11 @@ class SkipNorm:
             if add is None:
                 continue
             shapes = [dims_of(v) for v in add.inputs]
-            if len(shapes[0]) != 3 or shapes[0] != shapes[1] or any(v is not None and is_weight(v) for v in add.inputs):
+            if (
+                len(shapes[0]) != 3
+                or shapes[0] != shapes[1]
+                or any(v is not None and is_weight(v) for v in add.inputs)
+            ):
                 reason = f"the norm's input is a sum of shapes {shapes[0]} and {shapes[1]}"
                 refusals.append(Refusal("broadcast", reason, str(node.name), layer_of(node)))
                 continue

@@ -55,7 +55,8 @@ class Inspection(BaseModel):
         if self.weights:
             lines += ["", f"weights, {self.bits_per_weight:.2f} bits each with scales and zero points"]
             lines += [
-                f"  {w.bits:2} bits  {w.bytes / 1e6:9.2f} MB  {w.role.value:9}  {w.name}" for w in self.weights
+                f"  {w.bits:2} bits  {w.bytes / 1e6:9.2f} MB  {w.role.value:9}  {w.name}"
+                for w in self.weights
             ]
         if self.files:
             lines += ["", "files", *(f"  {size / 1e6:9.2f} MB  {name}" for name, size in self.files.items())]

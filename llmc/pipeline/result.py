@@ -103,7 +103,9 @@ class GateReport(BaseModel):
             return None
         names = ", ".join(c.metric.value for c in failed)
         kind = LatencyError if all(c.metric in LATENCY for c in failed) else ParityError
-        return kind(f"the artifact misses {len(failed)} of its gates: {names}", hint="see the table for the figures")
+        return kind(
+            f"the artifact misses {len(failed)} of its gates: {names}", hint="see the table for the figures"
+        )
 
 
 def gate_report(model: str, target: Target, profile: str, gate: GateResult) -> Report:

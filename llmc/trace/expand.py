@@ -39,7 +39,9 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
         graph.remove(node, safe=True)
 
 
-def attach_cache(graph: ir.Graph, stack: LayerStack, capture: Capture, dtype: ir.DataType) -> tuple[CacheSlot, ...]:
+def attach_cache(
+    graph: ir.Graph, stack: LayerStack, capture: Capture, dtype: ir.DataType
+) -> tuple[CacheSlot, ...]:
     """Give every `CachedAttention` its mask, past and present, as graph inputs and outputs.
 
     Returns:
@@ -108,9 +110,7 @@ def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.
 
 
 def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
-    return {
-        n.attributes["index"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == kind
-    }
+    return {n.attributes["index"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == kind}
 
 
 def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
@@ -237,5 +237,3 @@ def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -
             yield ir.AttrInt64(attribute.name, new)
         else:
             yield attribute
-
-

@@ -115,7 +115,10 @@ def _export(model: torch.nn.Module, capture: Capture, layers: int) -> Any:
         ) -> torch.Tensor:
             capture.__init__()  # type: ignore[misc]
             past = attention_mask.shape[1] - input_ids.shape[1]
-            arguments: dict[str, Any] = {"past_key_values": cache_class(capture, past, layers), "use_cache": True}
+            arguments: dict[str, Any] = {
+                "past_key_values": cache_class(capture, past, layers),
+                "use_cache": True,
+            }
             if "position_ids" in accepted:
                 arguments["position_ids"] = position_ids
             return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
@@ -160,9 +163,7 @@ def _rename_dimensions(model: ir.Model) -> None:
     import onnx_ir as ir
 
     names: dict[str, str] = {}
-    for value, dims in zip(
-        model.graph.inputs[:2], (("batch", "sequence"), ("batch", "total")), strict=True
-    ):
+    for value, dims in zip(model.graph.inputs[:2], (("batch", "sequence"), ("batch", "total")), strict=True):
         for dim, name in zip(value.shape or (), dims, strict=True):
             names[str(dim)] = name
 
@@ -192,11 +193,7 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
             f"{name}: layers {missed} store keys and values, but their attention was not captured",
             hint="their attention does not go through transformers' attention interface",
         )
-    silent = [
-        i
-        for i, r in enumerate(stack.representatives)
-        if r == i and i not in capture.attentions
-    ]
+    silent = [i for i, r in enumerate(stack.representatives) if r == i and i not in capture.attentions]
     if silent:
         raise UnsupportedError(f"{name}: no attention was captured in layers {silent}")
     windows = {a.window for a in capture.attentions.values() if a.window}

@@ -91,5 +91,7 @@ def tiny_graph() -> Graph:
         opset_imports={"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION},
     )
     model = ir.Model(graph, ir_version=10, functions=[dialect.cached_attention(sinks=False)])
-    aliases = {n: ("lm_head.weight", "model.embed_tokens.weight") for n in ("lm_head.weight", table.name or "")}
+    aliases = dict.fromkeys(
+        ("lm_head.weight", table.name or ""), ("lm_head.weight", "model.embed_tokens.weight")
+    )
     return Graph(model=model, cache=(slot,), layers=1, max_length=64, aliases=aliases)

@@ -125,7 +125,9 @@ def test_equals_attention_written_out(case: Case, past: int) -> None:
     rows = feeds["attention_mask"][:, past:] == 1  # a padded query sees nothing and means nothing
     np.testing.assert_allclose(output[rows], _reference(case, feeds)[rows], atol=2e-6)
     np.testing.assert_array_equal(present_key, np.concatenate([feeds["past_key"], feeds["key"]], axis=2))
-    np.testing.assert_array_equal(present_value, np.concatenate([feeds["past_value"], feeds["value"]], axis=2))
+    np.testing.assert_array_equal(
+        present_value, np.concatenate([feeds["past_value"], feeds["value"]], axis=2)
+    )
 
 
 def test_a_query_that_sees_nothing_stays_finite() -> None:

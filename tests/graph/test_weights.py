@@ -36,7 +36,9 @@ class Store:
 
 @pytest.fixture
 def store() -> Store:
-    return Store(a=np.arange(12, dtype=np.float32).reshape(4, 3), b=-np.arange(6, dtype=np.float32).reshape(2, 3))
+    return Store(
+        a=np.arange(12, dtype=np.float32).reshape(4, 3), b=-np.arange(6, dtype=np.float32).reshape(2, 3)
+    )
 
 
 def test_concat_reads_only_the_rows_asked_for(store: Store) -> None:

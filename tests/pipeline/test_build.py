@@ -28,7 +28,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
 
 
-def _plan(model: Path, output: Path, *, verify: bool = True, target: str = "cpu-fp32", **changes: object) -> BuildPlan:
+def _plan(
+    model: Path, output: Path, *, verify: bool = True, target: str = "cpu-fp32", **changes: object
+) -> BuildPlan:
     plan = plan_build(str(model), target=target, profile="local", output=output, verify=verify)
     return plan.model_copy(update={"target": plan.target.model_copy(update=changes)})
 
@@ -72,8 +74,21 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model", tokenizer=True)
     digests = []
     for name in ("first", "second"):
-        environment = {**os.environ, "LLMC_CACHE": str(tmp_path / name / "cache"), "PYTHONHASHSEED": str(len(digests))}
-        command = [sys.executable, "-m", "llmc", "build", str(model), "--no-verify", "-o", str(tmp_path / name / "out")]
+        environment = {
+            **os.environ,
+            "LLMC_CACHE": str(tmp_path / name / "cache"),
+            "PYTHONHASHSEED": str(len(digests)),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "llmc",
+            "build",
+            str(model),
+            "--no-verify",
+            "-o",
+            str(tmp_path / name / "out"),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         manifest = open_artifact(tmp_path / name / "out").manifest
@@ -112,7 +127,9 @@ def test_a_damaged_checkpoint_leaves_what_was_built(tmp_path: Path) -> None:
 def test_a_fusion_that_stopped_applying_is_an_error(tmp_path: Path) -> None:
     model = save_tiny_model("gpt2", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     passes = (PassSpec(name="rms-norm", per_layer=2),)
-    with pytest.raises(UnsupportedError, match="pass rms-norm applied 0 times in layer 0; the target asks for 2"):
+    with pytest.raises(
+        UnsupportedError, match="pass rms-norm applied 0 times in layer 0; the target asks for 2"
+    ):
         build(_plan(model, tmp_path / "out", verify=False, passes=passes), SilentProgress())
     assert not (tmp_path / "out").exists()
 
@@ -151,8 +168,8 @@ def test_weights_are_stored_once_for_embedding_and_head(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, tie_word_embeddings=True)
     result = build(_plan(model, tmp_path / "out", verify=False), SilentProgress())
     tables = [
-        v for v in ir.load(result.path / "model.onnx").graph.initializers.values() if 256 in list(v.shape or ()) and len(v.shape or ()) == 2 and 64 in list(v.shape or ())
+        v
+        for v in ir.load(result.path / "model.onnx").graph.initializers.values()
+        if 256 in list(v.shape or ()) and len(v.shape or ()) == 2 and 64 in list(v.shape or ())
     ]
     assert len([t for t in tables if "embed" in str(t.name) or "lm_head" in str(t.name)]) == 1
-
-

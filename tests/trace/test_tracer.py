@@ -103,9 +103,7 @@ def test_stamped_graph_equals_the_fully_traced_one(model_type: str, overrides: d
 def test_layers_with_attributes_of_their_own_are_of_their_own_kind() -> None:
     config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
     graph = trace_model(config, Dtype.FLOAT32)
-    scales = {
-        n.attributes["scale"].as_float() for n in graph.graph if n.op_type == dialect.CACHED_ATTENTION
-    }
+    scales = {n.attributes["scale"].as_float() for n in graph.graph if n.op_type == dialect.CACHED_ATTENTION}
     assert len(scales) == config.num_hidden_layers
 
 
