@@ -1,0 +1,76 @@
+"""Wall time and peak memory of a build beside onnxruntime-genai's own builder, verification off.
+
+    python benchmarks/build_cost.py [--checkpoint demo|rescaled|llama-1b] [--rounds 3]
+
+Both build int4 by block of 32 from one Hugging Face folder, in turn. Ours starts with an empty trace cache
+every time (`cold`), and once more with the trace in it (`warm`). Memory is the highest resident set of the
+process, from the operating system's account of it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from models import MAKERS, checkpoint
+from peers import genai_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=MAKERS, default="demo")
+    parser.add_argument("--target", default="cpu-int4")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    options = parser.parse_args()
+    source = checkpoint(options.checkpoint, options.cache)
+
+    figures: dict[str, list[tuple[float, float]]] = {"llmc cold": [], "llmc warm": [], "genai": []}
+    with tempfile.TemporaryDirectory(dir=options.cache) as scratch:
+        work = Path(scratch)
+        for round_ in range(options.rounds):
+            environment = {**os.environ, "LLMC_CACHE": str(work / f"cache{round_}")}
+            command = [sys.executable, "-m", "llmc", "build", str(source), "--target", options.target]
+            command += ["--no-verify", "-o", str(work / "ours")]
+            for name in ("llmc cold", "llmc warm"):
+                figures[name].append(run(command, environment))
+            shutil.rmtree(work / "genai", ignore_errors=True)
+            peer = genai_command(source, work / "genai", "int4")
+            figures["genai"].append(run(peer, dict(os.environ)))
+    print(describe())
+    print(f"{options.checkpoint}, medians of {options.rounds} rounds")
+    for name, runs in figures.items():
+        seconds, peak = (np.median([run[i] for run in runs]) for i in (0, 1))
+        print(f"{name:10} {seconds:6.1f} s  {peak / 1e9:5.2f} GB peak")
+    for name in ("llmc cold", "llmc warm"):
+        pairs = [(a[0] / b[0], a[1] / b[1]) for a, b in zip(figures[name], figures["genai"], strict=True)]
+        wall, memory = zip(*pairs, strict=True)
+        print(
+            f"{name} / genai: wall {np.median(wall):.2f} ({min(wall):.2f}-{max(wall):.2f}),"
+            f" peak {np.median(memory):.2f}"
+        )
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds and peak resident bytes of one command."""
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if os.waitstatus_to_exitcode(status):
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024.0
+
+
+if __name__ == "__main__":
+    main()

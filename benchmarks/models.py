@@ -1,0 +1,162 @@
+"""Checkpoints that the benchmarks build from, made on the spot.
+
+    python benchmarks/models.py demo FOLDER        SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16
+    python benchmarks/models.py rescaled FOLDER    the same function with weights off the 4-bit grid
+    python benchmarks/models.py llama-1b FOLDER    TinyLlama-1.1B's shape with random weights, bfloat16
+
+The demo checkpoint was dequantized from a 4-bit file, so that a 4-bit scheme with the same blocks finds its
+weights again. `rescaled` multiplies the input channels of every projection by random factors and divides
+what feeds them by the same (a norm's weight, the rows of v_proj or up_proj), which leaves the model's
+function as it was. The embedding, tied to the head, has no such partner and stays.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from llmc.checkpoint import open_checkpoint
+
+
+def make_demo(folder: Path) -> None:
+    """Write the demo model as a Hugging Face folder."""
+    _save(_demo(), folder)
+
+
+def make_rescaled(folder: Path, seed: int = 0) -> None:
+    """Write the demo model with rescaled channels, and check that its logits are the demo's."""
+    model = _demo().float()
+    ids = torch.arange(100, 164)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        rescale(model, np.random.default_rng(seed))
+        after = model(ids).logits
+    difference = float((after - before).abs().max())
+    if difference > 1e-2:
+        raise SystemExit(f"rescaling changed the logits by {difference}")
+    print(f"largest change of a logit: {difference:.1e}")
+    _save(model, folder)
+
+
+def rescale(model: Any, random: np.random.Generator) -> None:
+    """Rescale the channels of a llama-like model in place; factors from 2**-0.25 to 2**0.25, log-uniform.
+
+    Enough to leave the grid, too little to make outliers that no trained model has.
+    """
+
+    def factors(n: int) -> torch.Tensor:
+        return torch.from_numpy(np.exp2(random.uniform(-0.25, 0.25, n)).astype(np.float32))
+
+    config = model.config
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, linears in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = factors(config.hidden_size)
+            norm.weight.data /= scale
+            for linear in linears:
+                linear.weight.data *= scale
+        scale = factors(config.intermediate_size)
+        mlp.up_proj.weight.data /= scale[:, None]
+        mlp.down_proj.weight.data *= scale
+        # Query heads of a group read the same value head: one factor for each of its channels.
+        scale = factors(attention.v_proj.out_features)
+        attention.v_proj.weight.data /= scale[:, None]
+        shared = scale.view(config.num_key_value_heads, 1, attention.head_dim)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        attention.o_proj.weight.data *= shared.expand(-1, groups, -1).reshape(-1)
+
+
+def make_llama_1b(folder: Path, seed: int = 0) -> None:
+    """Write a llama of 1.1 B random parameters in two shards, with the demo's tokenizer."""
+    folder.mkdir(parents=True)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{at}.self_attn.k_proj.weight": (kv, hidden),
+            f"{at}.self_attn.v_proj.weight": (kv, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.mlp.gate_proj.weight": (inner, hidden),
+            f"{at}.mlp.up_proj.weight": (inner, hidden),
+            f"{at}.mlp.down_proj.weight": (hidden, inner),
+        }
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
+    names = list(shapes)
+    files: dict[str, str] = {}
+    for part, chosen in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{part:05d}-of-00002.safetensors"
+        tensors = {
+            n: torch.ones(shapes[n], dtype=torch.bfloat16) if len(shapes[n]) == 1 else normal(*shapes[n])
+            for n in chosen
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(chosen, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    open_checkpoint("demo").tokenizer().save_pretrained(folder)
+
+
+def _demo() -> Any:
+    return open_checkpoint("demo").load_reference()
+
+
+def _save(model: Any, folder: Path) -> None:
+    if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats by now
+        del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    open_checkpoint("demo").tokenizer().save_pretrained(folder)
+
+
+MAKERS = {"demo": make_demo, "rescaled": make_rescaled, "llama-1b": make_llama_1b}
+
+
+def checkpoint(name: str, cache: Path) -> Path:
+    """The folder of a checkpoint below `cache`, made if it is not there."""
+    folder = cache / name
+    if not (folder / "config.json").is_file():
+        MAKERS[name](folder)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=MAKERS)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    MAKERS[arguments.name](arguments.folder)
