@@ -80,10 +80,15 @@ class PassSpec(_Strict):
 
 
 class WeightRole(StrEnum):
-    """What a matrix is for, which decides its bits."""
+    """What a matrix is for, which decides its bits.
+
+    RESIDUAL is a projection whose result is added to the residual stream (of attention's output, down
+    in the MLP); LINEAR is any linear layer that is neither that nor the head.
+    """
 
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
+    RESIDUAL = "residual"
     LINEAR = "linear"
 
 

@@ -20,7 +20,7 @@ class Linear:
         weight: The initializer, (out_features, in_features) if `transposed`, else (in_features,
             out_features).
         transposed: The weight stands behind a `Transpose` node, as torch stores linear layers.
-        role: Linear layer or language-model head.
+        role: Language-model head, projection into the residual stream, or any other linear layer.
     """
 
     node: ir.Node
@@ -67,8 +67,7 @@ def as_linear(node: ir.Node) -> Linear | None:
     weight = source.inputs[0] if transposed and source is not None else factor
     if weight is None or not is_weight(weight) or len(weight.shape or ()) != 2:
         return None
-    role = WeightRole.LM_HEAD if _feeds_logits(node) else WeightRole.LINEAR
-    return Linear(node, activation, weight, transposed, role)
+    return Linear(node, activation, weight, transposed, _role(node))
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:
@@ -95,17 +94,27 @@ def is_weight(value: ir.Value) -> bool:
     return isinstance(value.const_value, LazyWeight)
 
 
-def _feeds_logits(node: ir.Node) -> bool:
-    """Whether only elementwise operators stand between `node` and the logits."""
-    value = node.outputs[0]
+#: Operators between the head and the logits, and between a projection and the sum with its residual.
+_TO_LOGITS = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Slice"})
+_NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+_SUMS = frozenset({"Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+
+
+def _role(node: ir.Node) -> WeightRole:
+    """What the product is for, from the operators that its result goes through."""
+    value, residual = node.outputs[0], True
     for _ in range(8):
         if value.name == "logits":
-            return True
+            return WeightRole.LM_HEAD
         users = {user for user, _ in value.uses()}
         if len(users) != 1:
-            return False
+            return WeightRole.LINEAR
         user = users.pop()
-        if user.op_type not in ("Add", "Mul", "Div", "Tanh", "Cast", "Slice"):
-            return False
+        others = [i for i in user.inputs if i is not None and i is not value and i.const_value is None]
+        if residual and user.op_type in _SUMS and others:
+            return WeightRole.RESIDUAL
+        residual = residual and (user.op_type in _NORMS or (user.op_type in _TO_LOGITS and not others))
+        if not residual and user.op_type not in _TO_LOGITS:
+            return WeightRole.LINEAR
         value = user.outputs[0]
-    return False
+    return WeightRole.LINEAR

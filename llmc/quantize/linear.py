@@ -85,7 +85,8 @@ class _Matrix:
     def role(self) -> WeightRole:
         """A matrix with several uses has the role that its logits are most sensitive to."""
         roles = {linear.role for linear in self.linears}
-        return next((r for r in (WeightRole.LM_HEAD, WeightRole.LINEAR) if r in roles), WeightRole.EMBEDDING)
+        order = (WeightRole.LM_HEAD, WeightRole.LINEAR, WeightRole.RESIDUAL)
+        return next((role for role in order if role in roles), WeightRole.EMBEDDING)
 
 
 def choose_scheme(quantization: Quantization, role: WeightRole, name: str) -> WeightScheme | None:
