@@ -22,7 +22,11 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
         stack: The layers and their representatives.
         buffers: Data of every layer's buffers by qualified name.
     """
+    _unfold_runs(graph)
     begins, ends, stubs = (_by_index(graph, kind) for kind in (BEGIN, END, STUB))
+    missing = set(range(len(stack.names))) - set(begins) - set(stubs)
+    if missing:
+        raise NotStampable(f"layer {min(missing)} is not in the graph")
     bodies = {i: _body(begins[i], ends[i], stack.names[i] + ".") for i in begins}
     for i, nodes in bodies.items():
         for node in nodes:
@@ -37,6 +41,40 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
                 raise NotStampable("a layer marker has an empty input")
             ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _unfold_runs(graph: ir.Graph) -> None:
+    """One `LayerStub` for each layer of a run; the results between them are those of its negations."""
+    for run in [n for n in graph if n.domain == DOMAIN and n.op_type == STUB]:
+        indices, operands, counts = (
+            list(run.attributes[key].as_ints()) for key in ("indices", "operands", "counts")
+        )
+        negations: list[ir.Node] = []
+        tensors = list(run.inputs)
+        if len(indices) > 1:
+            link = tensors.pop(0)
+            for _ in indices[1:]:
+                negation = link.producer() if link is not None else None
+                if link is None or negation is None or negation.op_type != "Neg" or len(link.uses()) != 1:
+                    raise NotStampable(f"a result of layers {indices[0]} to {indices[-1]} has another use")
+                negations.insert(0, negation)
+                link = negation.inputs[0]
+        result: ir.Value | None = None
+        for n, (index, count) in enumerate(zip(indices, counts, strict=True)):
+            inputs = [result if position < 0 else tensors[position] for position in operands[:count]]
+            del operands[:count]
+            outputs = len(run.outputs) if n == len(indices) - 1 else 1
+            attributes = [ir.AttrInt64("index", index)]
+            stub = ir.Node(DOMAIN, STUB, inputs, attributes, num_outputs=outputs, name=f"stub.{index}")
+            graph.insert_before(run, stub)
+            for output, like in zip(stub.outputs, run.outputs, strict=False):
+                output.name = f"stub.{index}/{like.name}"
+                output.shape, output.type = like.shape, like.type
+            result = stub.outputs[0]
+        ir.convenience.replace_all_uses_with(run.outputs, stub.outputs, replace_graph_outputs=True)
+        graph.remove(run, safe=True)
+        for negation in reversed(negations):
+            graph.remove(negation, safe=True)
 
 
 def attach_cache(

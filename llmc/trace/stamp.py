@@ -2,7 +2,8 @@
 
 While a model is traced, the first decoder layer of each kind runs between two marker nodes
 (`LayerBegin`, `LayerEnd`), and every other layer of that kind is a single `LayerStub` node with the
-same inputs. `llmc.trace.expand` then copies the nodes between the markers into each stub with that
+same inputs. Stubs in a row are one node, and a negation stands for the result of each but the last:
+nodes of many outputs are what tracing spends its time on. `llmc.trace.expand` then copies the nodes between the markers into each stub with that
 layer's weights. Two layers are of one kind if their modules have the same classes, parameters,
 plain attributes and per-layer configuration.
 """
@@ -50,6 +51,46 @@ class _Call:
     result: tuple[Any, ...]
     result_spec: Any
     shapes: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """Stubs in a row, as far as they have been called; the last one becomes a node for all.
+
+    Args:
+        indices: Layers called so far.
+        operands: For each of their tensors the position in `tensors`, or -1 for the layer before's result.
+        counts: How many operands each layer has.
+        tensors: What they are called with, results of the run's own layers aside.
+        results: What stands for the result of each layer: a negation, which export keeps as a node.
+    """
+
+    indices: list[int] = field(default_factory=list)
+    operands: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+    def call(self, index: int, leaves: Any) -> None:
+        """Note the call of one more layer."""
+        mine = _tensors(leaves)
+        for tensor in mine:
+            if self.results and tensor is self.results[-1]:
+                self.operands.append(-1)
+                continue
+            if any(tensor is result for result in self.results):
+                raise NotStampable(f"layer {index} takes the result of a layer that is not the one before it")
+            known = next((n for n, t in enumerate(self.tensors) if t is tensor), None)
+            if known is None:
+                known = len(self.tensors)
+                self.tensors.append(tensor)
+            self.operands.append(known)
+        self.indices.append(index)
+        self.counts.append(len(mine))
+
+    def attributes(self) -> dict[str, list[int]]:
+        """The run as attributes of its node."""
+        return {"indices": self.indices, "operands": self.operands, "counts": self.counts}
 
 
 class LayerIndex(int):
@@ -135,7 +176,9 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
 def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
     """Replace every layer's forward by its marked or stubbed form, for one trace of `model`."""
     calls: dict[int, _Call] = {}
+    run = _Run()
     LayerIndex.computed = []
+    stubbed = [r != i for i, r in enumerate(stack.representatives)]
     for i, (name, representative) in enumerate(zip(stack.names, stack.representatives, strict=True)):
         layer = model.get_submodule(name)
         if representative == i:
@@ -145,7 +188,11 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
                         module.layer_idx = LayerIndex(module.layer_idx)  # type: ignore[assignment]
             layer.forward = _marked(layer.forward, i, calls)
         else:
-            layer.forward = _stub(i, representative, calls)
+            first, last = not stubbed[i - 1], not any(stubbed[i + 1 : i + 2])
+            layer.forward = _stub(i, representative, calls, run, first=first, last=last)
+            for module in layer.modules():  # export takes time for each, used or not
+                module._parameters.clear()
+                module._buffers.clear()
 
 
 def check_indices() -> None:
@@ -174,7 +221,9 @@ def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) ->
     return run
 
 
-def _stub(index: int, representative: int, calls: dict[int, _Call]) -> Callable[..., Any]:
+def _stub(
+    index: int, representative: int, calls: dict[int, _Call], row: _Run, *, first: bool, last: bool
+) -> Callable[..., Any]:
     from torch.utils import _pytree as pytree
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -190,14 +239,31 @@ def _stub(index: int, representative: int, calls: dict[int, _Call]) -> Callable[
         if _aliasing(leaves) != _aliasing(call.arguments):
             raise NotStampable(f"layers {representative} and {index} share different arguments")
         outputs = _tensors(call.result)
-        made = _emit(STUB, _tensors(leaves), [(t.dtype, t.shape) for t in outputs], index)
+        if first:
+            row.__init__()  # type: ignore[misc]
+        row.call(index, leaves)
+        like = next((t for t in _tensors(leaves) if _alike(t, outputs[0])), None)
+        if last or len(outputs) != 1 or like is None:
+            chain = row.results[-1:]
+            sizes = [(t.dtype, t.shape) for t in outputs]
+            made = _emit(STUB, [*chain, *row.tensors], sizes, index, row.attributes())
+            row.__init__()  # type: ignore[misc]
+        else:
+            made = (-like,)
+            row.results.append(made[0])
         swapped = {id(t): new for t, new in zip(outputs, made, strict=True)}
         return pytree.tree_unflatten([swapped.get(id(x), x) for x in call.result], call.result_spec)
 
     return run
 
 
-def _emit(kind: str, inputs: list[Any], outputs: list[tuple[Any, Any]], index: int) -> tuple[Any, ...]:
+def _emit(
+    kind: str,
+    inputs: list[Any],
+    outputs: list[tuple[Any, Any]],
+    index: int,
+    run: dict[str, list[int]] | None = None,
+) -> tuple[Any, ...]:
     import torch
 
     if not outputs:
@@ -206,7 +272,7 @@ def _emit(kind: str, inputs: list[Any], outputs: list[tuple[Any, Any]], index: i
         torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{kind}",
             inputs,
-            attrs={"index": index},
+            attrs={"index": index, **(run or {})},
             dtypes=[dtype for dtype, _ in outputs],
             shapes=[shape for _, shape in outputs],
             version=1,
