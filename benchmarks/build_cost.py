@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe
-from models import MAKERS, checkpoint
 from peers import genai_command
+from sources import NAMES, checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", choices=MAKERS, default="demo")
+    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
     parser.add_argument("--target", default="cpu-int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))

@@ -144,14 +144,6 @@ def _save(model: Any, folder: Path) -> None:
 MAKERS = {"demo": make_demo, "rescaled": make_rescaled, "llama-1b": make_llama_1b}
 
 
-def checkpoint(name: str, cache: Path) -> Path:
-    """The folder of a checkpoint below `cache`, made if it is not there."""
-    folder = cache / name
-    if not (folder / "config.json").is_file():
-        MAKERS[name](folder)
-    return folder
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 from machine import describe
-from models import MAKERS, checkpoint
 from peers import SETTINGS, genai_command, genai_interface
+from sources import NAMES, checkpoint
 
 from llmc.artifact.store import open_artifact
 from llmc.checkpoint import open_checkpoint
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", choices=MAKERS, default="demo")
+    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
     parser.add_argument("--target", action="append", help="default: cpu-int4; may be given several times")
     parser.add_argument("--peer", choices=SETTINGS, default="int4", help="how the peer's model is built")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024])

@@ -1,4 +1,4 @@
-"""Running a `Graph` in ONNX Runtime with the weights of a PyTorch model, for tests of stations before a backend."""
+"""Running a `Graph` in ONNX Runtime with the weights of a PyTorch model, before a backend has written it."""
 
 from __future__ import annotations
 

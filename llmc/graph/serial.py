@@ -41,7 +41,8 @@ def dump_graph(graph: Graph) -> bytes:
         },
         sort_keys=True,
     )
-    return onnx_ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    data: bytes = onnx_ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return data
 
 
 def load_graph(data: bytes) -> Graph:

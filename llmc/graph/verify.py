@@ -52,8 +52,8 @@ def _check_interface(graph: Graph) -> None:
     for value in graph.graph.inputs:
         if not value.uses():
             raise GraphError(f"input {value.name} has no consumer")
-    inputs = {v.name for v in graph.graph.inputs}
-    outputs = {v.name for v in graph.graph.outputs}
+    inputs = {str(v.name) for v in graph.graph.inputs}
+    outputs = {str(v.name) for v in graph.graph.outputs}
     required_inputs = {"input_ids", "attention_mask"}
     required_outputs = {"logits"}
     for slot in graph.cache:

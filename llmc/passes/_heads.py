@@ -41,9 +41,9 @@ class HeadLayout:
     def flatten(self, value: ir.Value) -> ir.Value:
         """`value` (batch, heads, sequence, width) as (batch, sequence, heads * width)."""
         transpose, rotary = made_by(value, "Transpose"), made_by(value, "RotaryEmbedding", MICROSOFT)
-        if transpose is not None and permutation_of(transpose) == [0, 2, 1, 3]:
-            if (source := input_of(transpose)) is not None:
-                return self._merge(source)
+        heads_first = transpose is not None and permutation_of(transpose) == [0, 2, 1, 3]
+        if transpose is not None and heads_first and (source := input_of(transpose)) is not None:
+            return self._merge(source)
         if rotary is not None and rotary.inputs[0] is not None:
             inputs = [self.flatten(rotary.inputs[0]), *rotary.inputs[1:]]
             return self._emit("RotaryEmbedding", inputs, self._flat_dims(value), value, MICROSOFT, rotary)

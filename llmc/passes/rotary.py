@@ -242,7 +242,7 @@ def _sums(add: ir.Node, one: tuple[ir.Value, ir.Value], other: tuple[ir.Value, i
 
 
 def _with_rest(rotation: Rotation) -> Rotation:
-    """`rotation` of a whole head where its output is joined with the part of the head that is left as it is."""
+    """`rotation` of a whole head where its output is joined with the part that is left as it is."""
     part, user = part_of(rotation.source), only_user(rotation.output)
     if part is None or user is None or not is_op(user, "Concat") or not _joins_last_axis(user):
         return rotation

@@ -47,9 +47,9 @@ def tracing_cache_class() -> type:
             return -1
 
         def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-            return self._refuse_state()
+            return bool(self._refuse_state())
 
-        def _refuse_state(self, *_: Any, **__: Any) -> bool:
+        def _refuse_state(self, *_: Any, **__: Any) -> Any:
             raise UnsupportedError(
                 "the model keeps a convolution or recurrent state between steps",
                 hint="models with linear attention or state-space layers are not supported yet",

@@ -147,7 +147,7 @@ def _scaled_dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """In place of `torch.nn.functional.scaled_dot_product_attention`; output (batch, heads, sequence, width)."""
+    """In place of torch's `scaled_dot_product_attention`; output (batch, heads, sequence, width)."""
     import torch
 
     output, _ = _attention(torch.nn.Identity(), query, key, value, attn_mask, scaling=scale)

@@ -11,7 +11,7 @@ from llmc.graph import dialect
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import LAYER, Placeholder
 from llmc.trace.capture import Capture, CapturedAttention
-from llmc.trace.stamp import BEGIN, DOMAIN, END, STUB, LayerStack, NotStampable
+from llmc.trace.stamp import BEGIN, DOMAIN, END, STUB, LayerStack, NotStampableError
 
 
 def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndarray]) -> None:
@@ -26,7 +26,7 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
     begins, ends, stubs = (_by_index(graph, kind) for kind in (BEGIN, END, STUB))
     missing = set(range(len(stack.names))) - set(begins) - set(stubs)
     if missing:
-        raise NotStampable(f"layer {min(missing)} is not in the graph")
+        raise NotStampableError(f"layer {min(missing)} is not in the graph")
     bodies = {i: _body(begins[i], ends[i], stack.names[i] + ".") for i in begins}
     for i, nodes in bodies.items():
         for node in nodes:
@@ -38,7 +38,7 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
     for node in [*begins.values(), *ends.values()]:
         for output, source in zip(node.outputs, node.inputs, strict=True):
             if source is None:
-                raise NotStampable("a layer marker has an empty input")
+                raise NotStampableError("a layer marker has an empty input")
             ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
@@ -56,7 +56,9 @@ def _unfold_runs(graph: ir.Graph) -> None:
             for _ in indices[1:]:
                 negation = link.producer() if link is not None else None
                 if link is None or negation is None or negation.op_type != "Neg" or len(link.uses()) != 1:
-                    raise NotStampable(f"a result of layers {indices[0]} to {indices[-1]} has another use")
+                    raise NotStampableError(
+                        f"a result of layers {indices[0]} to {indices[-1]} has another use"
+                    )
                 negations.insert(0, negation)
                 link = negation.inputs[0]
         result: ir.Value | None = None
@@ -110,13 +112,13 @@ def attach_cache(
         if owner != layer:
             for value in present:
                 value.name = f"{value.name}.shared.{layer}"
-        query, key, value, *sinks = node.inputs
+        query, keys, values, *sinks = node.inputs
         attributes = [a for n, a in node.attributes.items() if n not in ("layer", "owner")]
         output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         new = ir.Node(
             dialect.DOMAIN,
             dialect.CACHED_ATTENTION,
-            [query, key, value, *pasts[owner], mask, *sinks],
+            [query, keys, values, *pasts[owner], mask, *sinks],
             attributes,
             outputs=[output, *present],
             name=f"layer.{layer}/attention",
@@ -180,7 +182,7 @@ def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
     members = {n for n, is_inside in inside.items() if is_inside and n is not begin}
     graph = begin.graph
     if graph is None:
-        raise NotStampable("a layer marker is in no graph")
+        raise NotStampableError("a layer marker is in no graph")
     return [n for n in graph if n in members]
 
 
@@ -215,14 +217,14 @@ class _Renaming:
             return self.graph.initializers[name]
         tensor = value.const_value
         if tensor is None:
-            raise NotStampable(f"initializer {value.name} has no data")
+            raise NotStampableError(f"initializer {value.name} has no data")
         data: ir.TensorProtocol
         if isinstance(tensor, Placeholder):
             data = Placeholder(name, tensor.dtype, tuple(tensor.shape.numpy()))
         elif name in self.buffers:
             data = ir.tensor(self.buffers[name], dtype=tensor.dtype, name=name)
         else:
-            raise NotStampable(f"layer has no buffer {name}")
+            raise NotStampableError(f"layer has no buffer {name}")
         made = ir.Value(name=name, shape=value.shape, type=value.type, const_value=data)
         self.graph.register_initializer(made)
         return made
@@ -262,7 +264,7 @@ def _stamp(
     for output, source in zip(stub.outputs, end.inputs, strict=True):
         replacement = resolve(source)
         if replacement is None:
-            raise NotStampable("a layer returns an empty value")
+            raise NotStampableError("a layer returns an empty value")
         ir.convenience.replace_all_uses_with(output, replacement, replace_graph_outputs=True)
     graph.remove(stub, safe=True)
 
@@ -271,7 +273,7 @@ def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -
     for attribute in attributes:
         if domain == dialect.DOMAIN and attribute.name in ("layer", "owner"):
             if attribute.as_int() != old:
-                raise NotStampable(f"layer {old} uses the cache of layer {attribute.as_int()}")
+                raise NotStampableError(f"layer {old} uses the cache of layer {attribute.as_int()}")
             yield ir.AttrInt64(attribute.name, new)
         else:
             yield attribute

@@ -16,7 +16,7 @@ from llmc.graph import dialect
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, classify_mask, intercepting_sdpa
 from llmc.trace.skeleton import build_skeleton, parameter_aliases
-from llmc.trace.stamp import LayerStack, NotStampable, check_indices, find_layers, mark_layers
+from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, mark_layers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +56,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
 
     Raises:
         UnsupportedError: The model cannot be captured; the message says what was in the way.
-        NotStampable: With `stamp`, if layers that look alike are not.
+        NotStampableError: With `stamp`, if layers that look alike are not.
     """
     import torch
 
@@ -80,11 +80,11 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
         with capturing() as capture, intercepting_sdpa(), torch.no_grad():
             try:
                 program = _export(model, capture, len(stack.names))
-            except (LlmcError, NotStampable):
+            except (LlmcError, NotStampableError):
                 raise
             except Exception as error:
                 cause = _root_cause(error)
-                if isinstance(cause, (LlmcError, NotStampable)):
+                if isinstance(cause, (LlmcError, NotStampableError)):
                     raise cause from None
                 raise UnsupportedError(
                     f"{type(model).__name__} cannot be traced: {type(cause).__name__}: "
@@ -208,7 +208,8 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
             ) from error
         if window is None:
             raise UnsupportedError(
-                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} is neither causal nor a sliding window"
+                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} is neither causal nor a"
+                " sliding window"
             )
         ruled.add(window)
     if ruled - {0} - windows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
@@ -35,18 +36,19 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     config = copy.deepcopy(config)
     config._experts_implementation = NAME
     refusals: list[Exception] = []
+    make: Callable[..., Any] = AutoModelForCausalLM.from_config
     model = None
     for attention in (NAME, SDPA):
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+                model = make(config, attn_implementation=attention, dtype=dtype)
             break
         except (KeyError, ValueError) as error:
             refusals.append(error)
     if model is None:
         raise UnsupportedError(
-            f"transformers cannot build a causal LM with exchangeable attention from {type(config).__name__}: "
-            f"{_first_line(refusals[-1])}",
+            "transformers cannot build a causal LM with exchangeable attention from"
+            f" {type(config).__name__}: {_first_line(refusals[-1])}",
             hint="its attention goes neither through transformers' attention interface nor through torch's "
             "scaled dot product attention",
         ) from refusals[-1]

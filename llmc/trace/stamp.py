@@ -1,11 +1,11 @@
 """One layer of each kind is traced; the others are stamped out from it.
 
 While a model is traced, the first decoder layer of each kind runs between two marker nodes
-(`LayerBegin`, `LayerEnd`), and every other layer of that kind is a single `LayerStub` node with the
-same inputs. Stubs in a row are one node, and a negation stands for the result of each but the last:
-nodes of many outputs are what tracing spends its time on. `llmc.trace.expand` then copies the nodes between the markers into each stub with that
-layer's weights. Two layers are of one kind if their modules have the same classes, parameters,
-plain attributes and per-layer configuration.
+(`LayerBegin`, `LayerEnd`), and every other layer of that kind is a `LayerStub` with the same inputs.
+Stubs in a row are one node, and a negation stands for the result of each but the last: nodes of many
+outputs are what tracing spends its time on. `llmc.trace.expand` then copies the nodes between the
+markers into each stub with that layer's weights. Two layers are of one kind if their modules have the
+same classes, parameters, plain attributes and per-layer configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
 DOMAIN = "llmc.trace"
 
 
-class NotStampable(Exception):
+class NotStampableError(Exception):
     """Layers that look alike do not behave alike; the model has to be traced in full."""
 
 
@@ -79,7 +79,9 @@ class _Run:
                 self.operands.append(-1)
                 continue
             if any(tensor is result for result in self.results):
-                raise NotStampable(f"layer {index} takes the result of a layer that is not the one before it")
+                raise NotStampableError(
+                    f"layer {index} takes the result of a layer that is not the one before it"
+                )
             known = next((n for n, t in enumerate(self.tensors) if t is tensor), None)
             if known is None:
                 known = len(self.tensors)
@@ -130,16 +132,16 @@ class LayerIndex(int):
         return self._note("//") // other
 
     def __lt__(self, other: Any) -> bool:
-        return self._note("<") < other
+        return bool(self._note("<") < other)
 
     def __le__(self, other: Any) -> bool:
-        return self._note("<=") <= other
+        return bool(self._note("<=") <= other)
 
     def __gt__(self, other: Any) -> bool:
-        return self._note(">") > other
+        return bool(self._note(">") > other)
 
     def __ge__(self, other: Any) -> bool:
-        return self._note(">=") >= other
+        return bool(self._note(">=") >= other)
 
     __hash__ = int.__hash__
 
@@ -158,9 +160,9 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
             continue
         held = [_layer_indices(layer) for layer in module]
         owned = [next(iter(i)) for i in held if len(i) == 1]
-        if len(owned) == len(module) and len(set(owned)) == len(owned):
-            if found is None or len(module) > len(found[1]):
-                found = (name, module, owned)
+        longer = found is None or len(module) > len(found[1])
+        if longer and len(owned) == len(module) and len(set(owned)) == len(owned):
+            found = (name, module, owned)
     if found is None:
         return LayerStack((), (), ())
     name, layers, indices = found
@@ -184,8 +186,9 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
         if representative == i:
             if stack.representatives.count(i) > 1:
                 for module in layer.modules():
-                    if isinstance(getattr(module, "layer_idx", None), int):
-                        module.layer_idx = LayerIndex(module.layer_idx)  # type: ignore[assignment]
+                    own = getattr(module, "layer_idx", None)
+                    if isinstance(own, int):
+                        module.layer_idx = LayerIndex(own)  # type: ignore[assignment]
             layer.forward = _marked(layer.forward, i, calls)
         else:
             first, last = not stubbed[i - 1], not any(stubbed[i + 1 : i + 2])
@@ -196,9 +199,9 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
 
 
 def check_indices() -> None:
-    """Raise NotStampable if a layer's forward computed with its index."""
+    """Raise NotStampableError if a layer's forward computed with its index."""
     if LayerIndex.computed:
-        raise NotStampable("a layer's code computes with its layer index")
+        raise NotStampableError("a layer's code computes with its layer index")
 
 
 def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) -> Callable[..., Any]:
@@ -229,15 +232,19 @@ def _stub(
     def run(*args: Any, **kwargs: Any) -> Any:
         call = calls.get(representative)
         if call is None:
-            raise NotStampable(f"layer {index} runs before layer {representative}, which it resembles")
+            raise NotStampableError(f"layer {index} runs before layer {representative}, which it resembles")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != call.argument_spec or len(leaves) != len(call.arguments):
-            raise NotStampable(f"layers {representative} and {index} are called with different arguments")
+            raise NotStampableError(
+                f"layers {representative} and {index} are called with different arguments"
+            )
         for mine, theirs in zip(leaves, call.arguments, strict=True):
             if not _alike(mine, theirs):
-                raise NotStampable(f"layers {representative} and {index} are called with different values")
+                raise NotStampableError(
+                    f"layers {representative} and {index} are called with different values"
+                )
         if _aliasing(leaves) != _aliasing(call.arguments):
-            raise NotStampable(f"layers {representative} and {index} share different arguments")
+            raise NotStampableError(f"layers {representative} and {index} share different arguments")
         outputs = _tensors(call.result)
         if first:
             row.__init__()  # type: ignore[misc]
@@ -267,7 +274,7 @@ def _emit(
     import torch
 
     if not outputs:
-        raise NotStampable(f"layer {index} takes or returns no tensor")
+        raise NotStampableError(f"layer {index} takes or returns no tensor")
     return tuple(
         torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{kind}",

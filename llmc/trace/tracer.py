@@ -14,7 +14,7 @@ from llmc.graph.verify import verify
 from llmc.trace.expand import attach_cache, expand_layers
 from llmc.trace.export import Exported, export_model
 from llmc.trace.simplify import remove_unused, simplify
-from llmc.trace.stamp import NotStampable
+from llmc.trace.stamp import NotStampableError
 
 
 def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
@@ -39,11 +39,11 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     if stamp:
         try:
             return _finish(export_model(config, torch_dtype, stamp=True), config, dtype, notes)
-        except NotStampable as reason:
+        except NotStampableError as reason:
             notes.append(f"traced layer by layer: {reason}")
     try:
         return _finish(export_model(config, torch_dtype, stamp=False), config, dtype, notes)
-    except NotStampable as reason:
+    except NotStampableError as reason:
         raise UnsupportedError(f"the model's layers cannot be told apart: {reason}") from reason
 
 
@@ -85,7 +85,7 @@ def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
             if tensor is None:
                 raise UnsupportedError(f"the exporter left parameter {name} without a type")
             value.const_value = Placeholder(name, tensor.dtype, tuple(tensor.shape.numpy()))
-            value.shape = tensor.shape if isinstance(tensor.shape, ir.Shape) else ir.Shape(tensor.shape)
+            value.shape = ir.Shape(tensor.shape.numpy())
             value.type = ir.TensorType(tensor.dtype)
         graph.initializers[name] = value
 

@@ -27,7 +27,7 @@ def constant(name: str, data: list[int]) -> ir.Value:
 
 
 def node(op: str, inputs: list[ir.Value], output: ir.Value, **attrs: object) -> ir.Node:
-    made = ir.Node(
+    return ir.Node(
         "",
         op,
         inputs,
@@ -35,11 +35,10 @@ def node(op: str, inputs: list[ir.Value], output: ir.Value, **attrs: object) -> 
         outputs=[output],
         name=f"node/{output.name}",
     )
-    return made
 
 
 def tiny_graph() -> Graph:
-    """Embedding tied to the head, one layer of attention whose queries, keys and values are the embeddings."""
+    """Embedding tied to the head, one layer of attention over the embeddings themselves."""
     slot = CacheSlot(
         layer=0,
         past_key="past_key_values.0.key",

@@ -14,9 +14,8 @@ from llmc.graph.serial import dump_graph, load_graph
 from llmc.graph.verify import verify
 from llmc.passes import registered_passes
 from llmc.trace import trace_model
-
-from ..models import build_tiny_model
-from ..runtime import StateStore, run_steps
+from tests.models import build_tiny_model
+from tests.runtime import StateStore, run_steps
 
 LAYERS = 3
 ORDER = ("rms-norm", "layer-norm", "rotary", "group-query-attention", "pack-qkv", "pack-gate-up", "skip-norm")

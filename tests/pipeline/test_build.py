@@ -16,8 +16,7 @@ from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedEr
 from llmc.pipeline import build, inspect
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-
-from ..models import EOS, MODEL_TYPES, save_tiny_model
+from tests.models import EOS, MODEL_TYPES, save_tiny_model
 
 TOLERANCE = 1e-4
 METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS)

@@ -13,10 +13,9 @@ from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.model import Graph, Placeholder, layer_of
 from llmc.trace import trace_model
-from llmc.trace.stamp import LayerIndex, NotStampable, check_indices
-
-from ..models import build_tiny_model, tiny_config
-from ..runtime import StateStore, run_steps
+from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
+from tests.models import build_tiny_model, tiny_config
+from tests.runtime import StateStore, run_steps
 
 
 def _compare(model_type: str, **overrides: Any) -> float:
@@ -114,7 +113,7 @@ def test_computing_with_a_layers_index_is_noticed(compute: Callable[[int], objec
     assert [10, 11, 12, 13][index] == 13
     check_indices()
     assert compute(index) == compute(3)
-    with pytest.raises(NotStampable, match="computes with its layer index"):
+    with pytest.raises(NotStampableError, match="computes with its layer index"):
         check_indices()
 
 
@@ -151,9 +150,11 @@ def test_half_precision_is_traced_as_such() -> None:
     ],
 )
 def test_what_cannot_be_captured_is_refused_by_name(model_type: str, message: str) -> None:
-    with warnings.catch_warnings(), pytest.raises(UnsupportedError, match=message):
+    config = tiny_config(model_type)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trace_model(tiny_config(model_type), Dtype.FLOAT32)
+        with pytest.raises(UnsupportedError, match=message):
+            trace_model(config, Dtype.FLOAT32)
 
 
 def test_tracing_leaves_torch_and_transformers_as_they_were() -> None:
