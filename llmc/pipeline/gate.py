@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.config import Gate, Metric, Provider, Target
-from llmc.errors import ConfigError, ResourceError
+from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def measure_parity(
     from llmc.data import prompts
     from llmc.validate.gates import evaluate
     from llmc.validate.generation import measure_generation
+    from llmc.validate.measure import broken
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality
     from llmc.validate.reference import TorchModel
@@ -72,7 +73,12 @@ def measure_parity(
         tokens, start = tokenize(tokenizer, read_text(eval_text))
         reference = TorchModel(checkpoint.load_reference())
     measurements: list[Measurement] = []
-    model = OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
+    try:
+        model = OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
+    except ParityError as error:
+        gates = parity_gates(target)
+        measurements += broken(tuple(gate.metric for gate in gates), error, "onnxruntime")
+        return GateResult(tuple(measurements), evaluate(gates, measurements))
     with progress.stage("parity"):
         measurements += Parity(model, reference, tokens).measure()
     with progress.stage("quality"):
