@@ -1,24 +1,38 @@
 """The passes for ONNX Runtime: how often they apply, what they leave, and that the numbers stay."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from transformers import PreTrainedModel
 
-from llmc.config import Dtype
-from llmc.graph.model import Graph
+from llmc.config import Dtype, WeightRole
+from llmc.graph.linear import find_linears
+from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
 from llmc.graph.serial import dump_graph, load_graph
 from llmc.graph.verify import verify
 from llmc.passes import registered_passes
+from llmc.passes._norms import Norm, match_norm, squared
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
 from tests.runtime import StateStore, run_steps
 
 LAYERS = 3
-ORDER = ("rms-norm", "layer-norm", "rotary", "group-query-attention", "pack-qkv", "pack-gate-up", "skip-norm")
+ORDER = (
+    "linear",
+    "rms-norm",
+    "layer-norm",
+    "rotary",
+    "group-query-attention",
+    "pack-qkv",
+    "pack-gate-up",
+    "skip-norm",
+    "activation",
+)
 
 
 @cache
@@ -51,6 +65,8 @@ def _operators(graph: Graph) -> Counter[str]:
 @pytest.mark.parametrize(
     ("name", "model_type", "per_layer", "outside", "gone"),
     [
+        ("linear", "gpt2", 4, 0, "Gemm"),
+        ("linear", "opt", 2, 0, "Gemm"),
         ("rms-norm", "llama", 2, 1, "ReduceMean"),
         ("rms-norm", "gemma2", 4, 1, "ReduceMean"),
         ("rotary", "llama", 2, 0, "Neg"),
@@ -62,6 +78,8 @@ def _operators(graph: Graph) -> Counter[str]:
         ("pack-gate-up", "gemma2", 1, 0, None),
         ("skip-norm", "llama", None, None, None),
         ("skip-norm", "gpt2", None, None, None),
+        ("activation", "llama", 1, 0, "Sigmoid"),
+        ("activation", "gpt2", 1, 0, "Tanh"),
     ],
 )
 def test_pass_applies_everywhere_and_keeps_the_numbers(
@@ -109,6 +127,100 @@ def test_packing_declines_normalised_queries() -> None:
     assert report.applied == ()
     assert {r.code for r in report.refusals} == {"not-a-projection"}
     assert [r.layer for r in report.refusals] == [0, 1, 2]
+
+
+def test_products_of_rows_lose_their_reshapes() -> None:
+    _, after, _ = _lowered("gpt2", "linear")
+    linears = [linear for linear in find_linears(after) if linear.role is not WeightRole.LM_HEAD]
+    assert len(linears) == 4 * LAYERS
+    assert all(len(linear.output.shape or ()) == 3 for linear in linears)
+
+
+def _prepared(model_type: str, before: str) -> Graph:
+    """The traced graph with the passes that come before `before`."""
+    return _lowered(model_type, before)[0]
+
+
+def _in_layer(graph: Graph, op: str, layer: int = 1) -> ir.Node:
+    return next(n for n in graph.graph if n.op_type == op and layer_of(n) == layer)
+
+
+def _copy_of(graph: Graph, value: ir.Value, before: ir.Node) -> ir.Value:
+    """The same value by another name."""
+    node = ir.Node("", "Identity", [value], num_outputs=1, name=f"{value.name}/again")
+    node.outputs[0].name = f"{value.name}/copy"
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    graph.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _scale_gemm(graph: Graph) -> None:
+    _in_layer(graph, "Gemm").attributes["alpha"] = ir.AttrFloat32("alpha", 2.0)
+
+
+def _scale_another_tensor(graph: Graph) -> None:
+    """The first norm of layer 1 scales a copy of what it takes the mean square of."""
+    mean = next(
+        n for n in graph.graph if n.op_type == "ReduceMean" and layer_of(n) == 1 and squared(n.inputs[0])
+    )
+    norm = match_norm(mean)
+    assert isinstance(norm, Norm)
+    x = squared(mean.inputs[0])
+    assert x is not None
+    for user, index in list(x.uses()):
+        if user.op_type in ("Mul", "Div") and user.inputs[0] is not user.inputs[1]:
+            user.replace_input_with(index, _copy_of(graph, x, user))
+
+
+def _turn_by_the_mask(graph: Graph) -> None:
+    inputs = {str(v.name): v for v in graph.graph.inputs}
+    ir.convenience.replace_all_uses_with(inputs["position_ids"], inputs["attention_mask"])
+
+
+def _feed_up_with_a_copy(graph: Graph) -> None:
+    gate = _in_layer(graph, "Sigmoid").inputs[0]
+    activation = gate.producer().inputs[0]  # type: ignore[union-attr]
+    up = next(n for n, _ in activation.uses() if n.op_type == "MatMul" and n is not gate.producer())  # type: ignore[union-attr]
+    up.replace_input_with(0, _copy_of(graph, activation, up))  # type: ignore[arg-type]
+
+
+def _add_a_vector(graph: Graph) -> None:
+    norm = _in_layer(graph, "SimplifiedLayerNormalization")
+    total = norm.inputs[0].producer()  # type: ignore[union-attr]
+    assert total is not None
+    assert total.op_type == "Add"
+    total.replace_input_with(1, norm.inputs[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "spoil", "code", "kept"),
+    [
+        ("linear", "gpt2", _scale_gemm, "gemm-scale", "Gemm"),
+        ("rms-norm", "llama", _scale_another_tensor, "norm-form", "ReduceMean"),
+        ("layer-norm", "cohere", _scale_another_tensor, "norm-form", "ReduceMean"),
+        ("rotary", "llama", _turn_by_the_mask, "rotary-positions", "Neg"),
+        ("pack-gate-up", "llama", _feed_up_with_a_copy, "activation", "Sigmoid"),
+        ("skip-norm", "llama", _add_a_vector, "broadcast", "SimplifiedLayerNormalization"),
+    ],
+)
+def test_pass_declines_with_a_reason(
+    name: str, model_type: str, spoil: Callable[[Graph], None], code: str, kept: str
+) -> None:
+    graph = _prepared(model_type, name)
+    spoil(graph)
+    report = registered_passes()[name].run(graph)
+    assert {(r.code, r.layer) for r in report.refusals} >= {(code, 1)}
+    assert all(r.reason and r.node for r in report.refusals)
+    assert _in_layer(graph, kept) is not None
+
+
+def test_a_sigmoid_of_something_else_is_no_silu() -> None:
+    graph = _prepared("llama", "activation")
+    sigmoid = _in_layer(graph, "Sigmoid")
+    assert sigmoid.inputs[0] is not None
+    sigmoid.replace_input_with(0, _copy_of(graph, sigmoid.inputs[0], sigmoid))
+    report = registered_passes()["activation"].run(graph)
+    assert [report.in_layer(i) for i in range(LAYERS)] == [1, 0, 1]
 
 
 def test_residual_sums_and_norms_are_one_operator() -> None:

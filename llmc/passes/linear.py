@@ -1,0 +1,83 @@
+"""A Gemm (ONNX opset 13) as MatMul and Add, which the quantizer and the other passes know.
+
+    alpha = beta = 1, no transposed activation: y = x W + b, W (in_features, out_features), or its
+    transpose as torch stores it
+
+Tracing makes a Gemm of `addmm`, which wants matrices: where reshapes to rows and back stand around it, they
+go as well.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from llmc.graph.linear import is_weight
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
+from llmc.passes._match import dims_of, int_attribute, is_op, made_by, only_user
+from llmc.passes._rewrite import Site, drop_dead, take_over
+
+
+@dataclass(frozen=True)
+class LinearPass:
+    name: str = "linear"
+    summary: str = "Gemm as MatMul and Add"
+
+    def run(self, graph: Graph) -> PassReport:
+        applied: list[int | None] = []
+        refusals: list[Refusal] = []
+        for node in list(graph.graph):
+            if not is_op(node, "Gemm"):
+                continue
+            declined = _obstacle(node)
+            if declined is not None:
+                refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
+                continue
+            _rewrite(graph.graph, node)
+            applied.append(layer_of(node))
+        drop_dead(graph.graph)
+        return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _obstacle(node: ir.Node) -> tuple[str, str] | None:
+    """Code and reason why `node` stays."""
+    for name in ("alpha", "beta"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.as_float() != 1.0:
+            return "gemm-scale", f"{name} is {attribute.as_float()}, not 1"
+    if int_attribute(node, "transA", 0):
+        return "gemm-transposed", "its activation is transposed"
+    weight = node.inputs[1]
+    if weight is None or not is_weight(weight):
+        return "computed", "its factor is no weight"
+    return None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
+    rows, weight, *rest = node.inputs
+    old = node.outputs[0]
+    width = dims_of(old)[-1]
+    to_rows, back = made_by(rows, "Reshape"), only_user(old)
+    if to_rows is not None and back is not None and is_op(back, "Reshape"):
+        source, lifted = to_rows.inputs[0], back.outputs[0]
+        if dims_of(lifted) == [*dims_of(source)[:-1], width]:
+            rows, old = source, lifted
+    site, name = Site(graph, node), str(node.outputs[0].name)
+    if int_attribute(node, "transB", 0) and weight is not None:
+        dims = dims_of(weight)
+        turned = site.emit(
+            "Transpose",
+            [weight],
+            f"{name}/weight",
+            attributes={"perm": [1, 0]},
+            shape=dims[::-1],
+            dtype=weight.dtype,
+        )
+        weight = turned.outputs[0]
+    made = site.emit("MatMul", [rows, weight], f"{name}/product", like=old)
+    if rest and rest[0] is not None:
+        made = site.emit("Add", [made.outputs[0], rest[0]], f"{name}/biased", like=old)
+    take_over(old, made.outputs[0])
+
+
+PASS = LinearPass()
