@@ -48,18 +48,20 @@ class Norm:
 def replace_norms(graph: Graph, name: str, operator: str, *, centred: bool) -> PassReport:
     """Put one `operator` in the place of every norm with or without centring; the report of pass `name`."""
     norms, refusals = find_norms(graph, centred=centred)
+    replaced: dict[ir.Value, ir.Value] = {}
     for norm, _ in norms:
         anchor, dtype = norm.output.producer(), norm.output.dtype
         if anchor is None or dtype is None:
             raise GraphError(f"norm {norm.output.name} has no element type")
         made = Site(graph.graph, anchor).emit(
             operator,
-            [norm.source, _bind_scale(graph.graph, norm, dtype)],
+            [replaced.get(norm.source, norm.source), _bind_scale(graph.graph, norm, dtype)],
             f"{norm.output.name}/norm",
             attributes={"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
             like=norm.output,
         )
         take_over(norm.output, made.outputs[0])
+        replaced[norm.output] = made.outputs[0]  # a norm of a norm
     drop_dead(graph.graph)
     return PassReport(name, tuple(layer for _, layer in norms), tuple(refusals))
 

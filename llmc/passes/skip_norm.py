@@ -39,6 +39,10 @@ class SkipNorm:
                 reason = f"the norm's input is a sum of shapes {shapes[0]} and {shapes[1]}"
                 refusals.append(Refusal("broadcast", reason, str(node.name), layer_of(node)))
                 continue
+            if any(v is not None and v.producer() is not None for v in node.inputs[1:]):
+                reason = "the norm's scale or bias is computed"
+                refusals.append(Refusal("computed", reason, str(node.name), layer_of(node)))
+                continue
             _rewrite(graph.graph, node, add)
             applied.append(layer_of(node))
         drop_dead(graph.graph)

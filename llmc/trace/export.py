@@ -143,15 +143,22 @@ def _translate(program: Any) -> ir.Model:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx_program = torch.onnx.export(
-            program,
-            args=(),
-            input_names=["input_ids", "attention_mask", "position_ids"],
-            output_names=["logits"],
-            optimize=False,
-            opset_version=dialect.OPSET,
-            verbose=False,
-        )
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                args=(),
+                input_names=["input_ids", "attention_mask", "position_ids"],
+                output_names=["logits"],
+                optimize=False,
+                opset_version=dialect.OPSET,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = str(_root_cause(error)).strip().splitlines() or ["no message"]
+            raise UnsupportedError(
+                f"the traced model has no ONNX form: {cause[0]}",
+                hint="run with --debug for the full traceback",
+            ) from error
     if onnx_program is None:
         raise UnsupportedError("torch.onnx.export returned no model")
     model = onnx_program.model
