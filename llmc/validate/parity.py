@@ -175,7 +175,7 @@ class Parity:
     def _rows(self, lengths: Sequence[int], steps: int) -> Iterator[Row]:
         for i, length in enumerate(lengths):
             tokens = self._cut(length + steps, 31 * i)
-            keep = length + steps if self._every() else steps + 2  # the last prompt token may be decoded
+            keep = length + steps if self._every() else steps + 1
             yield Row(tokens, self.reference.logits(tokens, keep=keep), length)
 
     def _cut(self, length: int, offset: int) -> Array:

@@ -115,12 +115,21 @@ def test_every_row_is_compared_from_its_last_prompt_token_on(
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
     reference, steps = TorchModel(llama), 4
     rows = [
-        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 2), len(ids) - steps)
+        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 1), len(ids) - steps)
         for ids in (tokens[:13], tokens[20:29])
     ]
     assert compare_ragged(model, rows, steps, side) < 1e-4
     rows[1].at(at)[7] += 3.0
     assert compare_ragged(model, rows, steps, side) == pytest.approx(3.0, abs=1e-3)
+
+
+def test_the_last_slot_of_a_padded_row_is_not_its_last_token(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    right = take(llama, tmp_path / "right", tokens, Variant(logits="last"), text=False)
+    assert failures(right) == set()
+    wrong = take(llama, tmp_path / "wrong", tokens, Variant(logits="last", last_slot=True), text=False)
+    assert failures(wrong) == {RAGGED}
 
 
 def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path) -> None:
