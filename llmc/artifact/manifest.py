@@ -54,12 +54,21 @@ class ModelFacts(_Strict):
 
 
 class Declined(_Strict):
-    """A place where a pass nearly applied: why not, an example node, and how many alike."""
+    """Places where a pass nearly applied, and did not for one kind of reason.
+
+    Args:
+        code: Stable identifier of the reason.
+        reason: The fact with its values, at the first place.
+        node: The first place.
+        count: Places.
+        layers: Decoder layers that they are in, each once; places outside of the layers are in none.
+    """
 
     code: str
     reason: str
     node: str
     count: int
+    layers: tuple[int, ...]
 
 
 class PassRecord(_Strict):

@@ -46,7 +46,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
         interface = compiled.graph.interface()
         with progress.stage("write"):
-            known = write_model(compiled.graph.model, stage.path)
+            known = write_model(compiled.graph.model, stage.path, progress.advance)
             checkpoint.save_tokenizer(stage.path)
             write_genai_config(
                 stage.path,

@@ -139,7 +139,13 @@ def pass_records(reports: Sequence[PassReport]) -> tuple[Any, ...]:
         for refusal in report.refusals:
             by_code.setdefault(refusal.code, []).append(refusal)
         declined = tuple(
-            Declined(code=code, reason=group[0].reason, node=group[0].node, count=len(group))
+            Declined(
+                code=code,
+                reason=group[0].reason,
+                node=group[0].node,
+                count=len(group),
+                layers=tuple(sorted({refusal.layer for refusal in group if refusal.layer is not None})),
+            )
             for code, group in sorted(by_code.items())
         )
         records.append(PassRecord(name=report.name, applied=len(report.applied), declined=declined))

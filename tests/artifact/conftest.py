@@ -59,7 +59,7 @@ def make_manifest() -> MakeManifest:
                 PassRecord(
                     name="rms_norm",
                     applied=2,
-                    declined=(Declined(code="axis", reason="axis 1", node="norm_3", count=1),),
+                    declined=(Declined(code="axis", reason="axis 1", node="norm_3", count=1, layers=(3,)),),
                 ),
             ),
             "weights": (

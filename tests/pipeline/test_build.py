@@ -15,7 +15,7 @@ from llmc.artifact.store import open_artifact
 from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric, PassSpec
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
-from llmc.pipeline import build, inspect
+from llmc.pipeline import build, explain, inspect
 from llmc.pipeline.gate import measure_parity, parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -70,6 +70,20 @@ def test_int4_llama_keeps_no_float_matrix_and_few_operators(tmp_path: Path) -> N
     names = [w.name for w in result.manifest.weights]
     assert len(names) == len(set(names))
     assert {w.bits for w in result.manifest.weights} == {4}
+
+
+def test_an_artifact_explains_where_a_pass_declined(tmp_path: Path) -> None:
+    model = save_tiny_model("gpt_neox", tmp_path / "model", tokenizer=True)
+    artifact = build(_plan(model, tmp_path / "out", verify=False), SilentProgress()).path
+    found = explain(str(artifact), "pack-qkv")
+    (declined,) = found.declined
+    assert (found.applied, declined.count, declined.layers) == (0, 3, (0, 1, 2))
+    assert f"declined at 3 places, in layers 0-2 [{declined.code}]" in found.render()
+    with pytest.raises(ConfigError, match="target cpu-fp32 has no pass 'pack-qvk'") as caught:
+        explain(str(artifact), "pack-qvk")
+    assert caught.value.hint == "did you mean pack-qkv or pack-gate-up?"
+    with pytest.raises(ConfigError, match="is no artifact: passes run when a model is built"):
+        explain(str(model), "pack-qkv")
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
