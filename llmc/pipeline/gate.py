@@ -12,8 +12,9 @@ from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.interface import Latency, Measurement, Verdict
+    from llmc.artifact.latency import Latency
     from llmc.artifact.store import Artifact
+    from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
 

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
-from llmc.artifact.interface import CheckStatus, Verdict
 from llmc.artifact.manifest import Manifest, State
+from llmc.artifact.verdict import CheckStatus, Verdict
 from llmc.config import Target
 from llmc.errors import LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult

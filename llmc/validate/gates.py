@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from llmc.artifact.interface import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
+from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Gate
 from llmc.errors import ConfigError
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement
+from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ParityError, ResourceError
 from llmc.validate.measure import measure, measured

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement, MeasurementStatus
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement, MeasurementStatus
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.validate.measure import max_abs, measure, measured, unmeasured

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement
+from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.validate.measure import measure, measured, require_comparable

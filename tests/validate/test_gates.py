@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmc.artifact.interface import CheckStatus, Measurement, MeasurementStatus
+from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate

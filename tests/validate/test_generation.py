@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmc import data
-from llmc.artifact.interface import MeasurementStatus
+from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.generation import measure_generation
 from llmc.validate.parity import Parity

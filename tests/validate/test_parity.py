@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.interface import CheckStatus, Measurement, MeasurementStatus
+from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
