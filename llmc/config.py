@@ -32,15 +32,28 @@ class Dtype(StrEnum):
 class Metric(StrEnum):
     """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
 
+    FILES = "files.mismatches"
+    INTERFACE = "interface.mismatches"
+    SERVING = "serving.mismatches"
+    TOKENIZER_EQUAL = "tokenizer.equal_fraction"
+    CHAT_EQUAL = "chat.equal_fraction"
+    WEIGHTS_SNR = "weights.snr_db"
+    WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
     PREFILL_MAX_ABS = "prefill.max_abs"
+    CHUNKS_MAX_ABS = "chunks.max_abs"
     DECODE_MAX_ABS = "decode.max_abs"
     RAGGED_MAX_ABS = "ragged.max_abs"
     WINDOW_MAX_ABS = "window.max_abs"
     DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
+    TEXT_KL_P99 = "text.kl_p99"
+    TEXT_KL_MAX = "text.kl_max"
     TEXT_TOP1 = "text.top1_agreement"
+    TEXT_TOP5 = "text.top5_agreement"
     TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
     GENERATE_EQUAL = "generate.equal_fraction"
+    GENERATE_GAP = "generate.logit_gap"
+    GENERATE_SEEDED = "generate.seeded_fraction"
     TTFT_RATIO = "latency.ttft_ratio"
     INTER_TOKEN_RATIO = "latency.inter_token_ratio"
 
@@ -48,8 +61,9 @@ class Metric(StrEnum):
 class Gate(_Strict):
     """One threshold on one metric, with the reason for its value.
 
-    Exactly one of `max` and `min` is given. Units: `max_abs` in logits, `kl_mean` in nats per
-    token, agreements and fractions in 0..1, ratios as artifact / original.
+    Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
+    decibels, `max_abs` and `gap` in logits, `kl` in nats per token, agreements and fractions in 0..1,
+    ratios as artifact / original.
     """
 
     metric: Annotated[Metric, Field(strict=False)]
@@ -213,7 +227,8 @@ class BuildPlan(_Strict):
         profile: The hardware.
         output: Directory of the artifact.
         verify: Run the parity gate after building.
-        eval_text: Text for perplexity and KL divergence; None for the one that ships.
+        eval_text: Files of text for perplexity and KL divergence, `-` for standard input; none for the
+            one that ships.
     """
 
     model: str
@@ -221,4 +236,4 @@ class BuildPlan(_Strict):
     profile: Profile
     output: Path
     verify: bool = True
-    eval_text: Path | None = None
+    eval_text: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmc.artifact.interface import CheckStatus
+from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric, Profile, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface

@@ -11,7 +11,7 @@ from llmc import __version__
 from llmc.config import BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
-from llmc.pipeline.gate import GateResult, measure_parity
+from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.result import BuildResult, gate_report, write_report
 from llmc.progress import Progress
 
@@ -61,9 +61,16 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         reports = stage.path / REPORTS
         reports.mkdir()
         if plan.verify and plan.target.provider is Provider.CPU:
-            gate = measure_parity(
-                stage.path, interface, checkpoint, plan.target, plan.profile.threads, plan.eval_text, progress
+            subject = Subject(
+                folder=stage.path,
+                interface=interface,
+                target=plan.target,
+                threads=plan.profile.threads,
+                checkpoint=checkpoint,
+                model_digest=digest.result(),
+                sources=compiled.sources,
             )
+            gate = measure_parity(subject, plan.eval_text, progress)
             write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
         files = digest_files(stage.path, known)
         manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.config import Dtype, Quantization, Target
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
+from llmc.graph.weights import LazyWeight, Rows
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,12 +32,24 @@ class Compiled:
         passes: What each pass did.
         weights: How every matrix is stored.
         leftovers: Tensors of the checkpoint that nothing in the graph reads.
+        sources: What each weight is made of, by the name of its initializer before quantization.
     """
 
     graph: Graph
     passes: tuple[PassReport, ...]
     weights: tuple[WeightRecord, ...]
     leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph after its target's passes, before quantization: what `Compiled` says, as far as it goes."""
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+    leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
 
 
 def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
@@ -83,8 +96,8 @@ def _own_code() -> str:
     return digest.hexdigest()
 
 
-def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
-    """Trace, bind, lower and quantize.
+def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Lowered:
+    """Trace, bind and lower.
 
     Raises:
         UnsupportedError: The model cannot be traced, or a pass misses what the target asserts.
@@ -92,7 +105,6 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     """
     from llmc.graph.verify import verify
     from llmc.passes import resolve_passes, run_passes
-    from llmc.quantize.linear import quantize_weights
 
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
     with progress.stage("trace"):
@@ -103,11 +115,37 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
+    return Lowered(graph, tuple(reports), leftovers, _sources(graph))
+
+
+def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
+    """Trace, bind, lower and quantize.
+
+    Raises:
+        UnsupportedError: As `lower_graph`; or a rule wants a weight quantized that is no tensor of the
+            checkpoint.
+        CheckpointError: The checkpoint lacks a tensor that the model needs.
+    """
+    from llmc.graph.verify import verify
+    from llmc.quantize.linear import quantize_weights
+
+    lowered = lower_graph(checkpoint, target, progress)
     with progress.stage("quantize"):
         rules = target.quantize or Quantization(accuracy_level=0, rules=())
-        stored = quantize_weights(graph, rules, target.dtype)
-        verify(graph)
-    return Compiled(graph, tuple(reports), weight_records(stored, target.dtype), leftovers)
+        stored = quantize_weights(lowered.graph, rules, target.dtype)
+        verify(lowered.graph)
+    records = weight_records(stored, target.dtype)
+    return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
+
+
+def _sources(graph: Graph) -> dict[str, Rows]:
+    """Rows of every weight that some node reads."""
+    found: dict[str, Rows] = {}
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, LazyWeight) and tensor.rows is not None and value.uses():
+            found[str(value.name)] = tensor.rows
+    return found
 
 
 def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightRecord, ...]:

@@ -43,6 +43,9 @@ class OrtModel:
         interface: What the graph takes and gives.
         threads: Intra-op threads; None leaves it to onnxruntime.
         share_buffer: Shared mode; only graphs of GroupQueryAttention allow it.
+        exact: Compute products with quantized weights in float32 whatever the graph asks for, so that
+            what is left of a difference is not the rounding of activations (`accuracy_level` of
+            com.microsoft MatMulNBits).
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -52,7 +55,13 @@ class OrtModel:
     """
 
     def __init__(
-        self, folder: Path, interface: Interface, *, threads: int | None, share_buffer: bool
+        self,
+        folder: Path,
+        interface: Interface,
+        *,
+        threads: int | None,
+        share_buffer: bool,
+        exact: bool = False,
     ) -> None:
         try:
             import onnxruntime as ort
@@ -69,7 +78,8 @@ class OrtModel:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+            source = _in_float32(path, options) if exact else str(path)
+            self._session = ort.InferenceSession(source, options, providers=[_PROVIDER])
         except Exception as error:
             raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
         self._ort = ort
@@ -126,25 +136,25 @@ class OrtModel:
         return self._run(input_ids)
 
     def decode(self, tokens: Array) -> Array:
-        """Run one more token of every row.
+        """Run one or more further tokens of every row.
 
         Args:
-            tokens: (batch, 1) int64.
+            tokens: (batch, sequence) int64.
 
         Returns:
-            Logits, (batch, 1, vocabulary) float32.
+            Logits, (batch, sequence or 1, vocabulary) float32.
 
         Raises:
             ParityError: As for `prefill`.
             ConfigError: Shared mode has no slot left.
         """
-        total = self._mask.shape[1] + 1
+        total = self._mask.shape[1] + tokens.shape[1]
         if self.share_buffer and total > self._capacity:
             raise ConfigError(
                 f"the KV cache has {self._capacity} slots and the step needs {total}",
                 hint="reserve more steps at prefill",
             )
-        self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
         return self._run(tokens)
 
     def state(self) -> CacheState:
@@ -192,6 +202,21 @@ class OrtModel:
         _require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
         values: Array = logits.numpy()
         return values.astype(np.float32, copy=False)
+
+
+def _in_float32(path: Path, options: Any) -> bytes:
+    """The graph with float32 arithmetic in every product with quantized weights."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def shares_buffer(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from llmc.artifact.interface import CheckStatus
 from llmc.artifact.manifest import (
     CheckRecord,
     Declined,
@@ -15,6 +14,7 @@ from llmc.artifact.manifest import (
     State,
     WeightRecord,
 )
+from llmc.artifact.verdict import CheckStatus
 from llmc.config import Dtype, Gate, Metric, PassSpec, Profile, ProfileKind, Provider, Target, WeightRole
 from llmc.graph.interface import Interface, TensorSpec
 

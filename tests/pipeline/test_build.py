@@ -1,7 +1,6 @@
 """From a checkpoint on disk to a verified artifact: tiny random models of every required architecture."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,11 +11,10 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric, PassSpec
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
-from llmc.pipeline import build, explain, inspect
-from llmc.pipeline.gate import measure_parity, parity_gates
+from llmc.pipeline import build, explain, inspect, verify
+from llmc.pipeline.gate import parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, MODEL_TYPES, save_tiny_model
@@ -133,19 +131,14 @@ def test_a_graph_that_cannot_be_loaded_misses_every_gate(tmp_path: Path) -> None
     plan = _plan(model, tmp_path / "out", verify=False)
     result = build(plan, SilentProgress())
     (result.path / "model.onnx").write_bytes(b"no graph")
-    gate = measure_parity(
-        result.path,
-        result.manifest.interface,
-        open_checkpoint(str(model)),
-        plan.target,
-        1,
-        None,
-        SilentProgress(),
-    )
-    assert not gate.verdict.passed
-    assert {m.metric for m in gate.measurements} == {g.metric for g in parity_gates(plan.target)}
-    assert all(m.value is not None and math.isnan(m.value) for m in gate.measurements)
-    assert "cannot load" in gate.measurements[0].detail
+    report = verify(result.path, None, (), SilentProgress()).report
+    assert not report.verdict.passed
+    missed = {c.metric for c in report.verdict.missed}
+    assert missed >= {Metric.FILES, Metric.INTERFACE, Metric.PREFILL_MAX_ABS, Metric.GENERATE_EQUAL}
+    assert {m.metric for m in report.measurements} >= {g.metric for g in parity_gates(plan.target)}
+    details = {m.metric: m.detail for m in report.measurements}
+    assert "cannot load" in details[Metric.INTERFACE]
+    assert details[Metric.FILES] == "model.onnx has 8 bytes instead of " + details[Metric.FILES].split()[-1]
 
 
 def test_a_damaged_checkpoint_leaves_what_was_built(tmp_path: Path) -> None:
