@@ -66,15 +66,16 @@ def trace_key(config: Any, dtype: Dtype) -> str:
         "architecture": type(config).__name__,
         "dtype": dtype.value,
         "tools": tool_versions(),
-        "code": _own_code(),
+        "code": code_digest("llmc.trace", "llmc.graph"),
     }
     return content_key("trace", facts)
 
 
 @cache
-def _own_code() -> str:
+def code_digest(*packages: str) -> str:
+    """Digest of the source of some of our packages."""
     digest = hashlib.sha256()
-    for package in ("llmc.trace", "llmc.graph"):
+    for package in packages:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob("*.py")):
@@ -92,7 +93,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     """
     from llmc.graph.verify import verify
     from llmc.passes import resolve_passes, run_passes
-    from llmc.quantize.linear import quantize_weights
+    from llmc.pipeline.calibrate import calibrate
+    from llmc.quantize.linear import plan_calibration, quantize_weights
 
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
     with progress.stage("trace"):
@@ -103,9 +105,16 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
+    rules = target.quantize or Quantization(accuracy_level=0, rules=())
+    calibration = None
+    if rules.calibration is not None:
+        with progress.stage("calibrate"):
+            wanted = plan_calibration(graph, rules)
+            calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
-        rules = target.quantize or Quantization(accuracy_level=0, rules=())
-        stored = quantize_weights(graph, rules, target.dtype)
+        stored = quantize_weights(graph, rules, target.dtype, calibration)
+        for note in stored.notes:
+            progress.note(f"quantize: {note}")
         verify(graph)
     return Compiled(graph, tuple(reports), weight_records(stored, target.dtype), leftovers)
 
