@@ -97,12 +97,15 @@ class WeightRole(StrEnum):
     """What a matrix is for, which decides its bits.
 
     RESIDUAL is a projection whose result is added to the residual stream (of attention's output, down
-    in the MLP); LINEAR is any linear layer that is neither that nor the head.
+    in the MLP); ROUTER chooses experts, EXPERTS are the stacked matrices of a layer of them; LINEAR is
+    any other linear layer.
     """
 
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
     RESIDUAL = "residual"
+    ROUTER = "router"
+    EXPERTS = "experts"
     LINEAR = "linear"
 
 
@@ -113,13 +116,14 @@ class WeightScheme(_Strict):
         bits: 4 or 8.
         block_size: Input features that share a scale.
         symmetric: True for a fixed zero point of 2**(bits-1), False for one per block.
-        method: `rtn` (round to nearest) or `mse` (scales searched for least squared error).
+        method: `rtn` (round to nearest), `mse` (scales searched for least squared error) or `gptq` (the
+            same scales, codes that make up for each other's error on calibration text).
     """
 
     bits: Literal[4, 8]
     block_size: Literal[16, 32, 64, 128]
     symmetric: bool
-    method: Literal["rtn", "mse"]
+    method: Literal["rtn", "mse", "gptq"]
 
 
 class WeightRule(_Strict):
@@ -130,16 +134,37 @@ class WeightRule(_Strict):
     scheme: WeightScheme | None
 
 
+class CalibrationText(_Strict):
+    """How much of the text that ships for calibration the model is run on.
+
+    Args:
+        window_tokens: Tokens of one window; windows do not overlap.
+        max_windows: Most windows; fewer if the text has no more.
+    """
+
+    window_tokens: Annotated[int, Field(ge=16)]
+    max_windows: Annotated[int, Field(ge=1)]
+
+
 class Quantization(_Strict):
     """Weight-only quantization of a target.
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
         rules: Tried in order, per matrix.
+        calibration: Text for methods that need it; None if no rule has such a method.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
     rules: tuple[WeightRule, ...]
+    calibration: CalibrationText | None = None
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> "Quantization":
+        wanted = any(rule.scheme is not None and rule.scheme.method == "gptq" for rule in self.rules)
+        if wanted != (self.calibration is not None):
+            raise ValueError("give calibration if and only if a rule has method gptq")
+        return self
 
 
 class Target(_Strict):

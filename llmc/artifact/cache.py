@@ -105,7 +105,7 @@ class StageCache:
                 status = path.stat()
             except FileNotFoundError:  # another process evicted it
                 continue
-            if path.is_dir():  # another cache, with a bound of its own
+            if not path.is_file():  # another cache, with a bound of its own
                 continue
             entries.append((status.st_mtime_ns, path.name, path, status.st_size))
         excess = sum(size for *_, size in entries) - self.max_bytes

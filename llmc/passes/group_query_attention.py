@@ -21,7 +21,14 @@ from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
 from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, only_user, users_of
-from llmc.passes._rewrite import Site, add_constant, drop_dead, require_domain, take_over
+from llmc.passes._rewrite import (
+    Site,
+    add_constant,
+    drop_dead,
+    drop_unused_dialect,
+    require_domain,
+    take_over,
+)
 
 OPERATOR = "GroupQueryAttention"
 _WIDTH_MULTIPLE = 8
@@ -52,7 +59,8 @@ class GroupQueryAttention:
         drop_dead(graph.graph)
         if applied:
             graph.padding = "right"
-            _drop_unused_dialect(graph)
+            drop_unused_dialect(graph)
+            require_domain(graph.graph, MICROSOFT)
             _drop_unused_positions(graph)
         for reason, count in outside.items():
             graph.notes.append(f"the rotary embedding stays outside of attention in {count} layers: {reason}")
@@ -203,14 +211,6 @@ def _replace_output(site: Site, old: ir.Value, new: ir.Value, features: int) -> 
     dims = dims_of(old)
     target = add_constant(site.graph, np.array([0, 0, *dims[2:]], np.int64), "shape")
     take_over(old, site.emit("Reshape", [new, target], f"{new.name}/heads", like=old).outputs[0])
-
-
-def _drop_unused_dialect(graph: Graph) -> None:
-    if not any(node.domain == dialect.DOMAIN for node in graph.graph):
-        for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN]:
-            del graph.model.functions[key]
-        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
-    require_domain(graph.graph, MICROSOFT)
 
 
 def _drop_unused_positions(graph: Graph) -> None:

@@ -79,15 +79,16 @@ def trace_key(config: Any, dtype: Dtype) -> str:
         "architecture": type(config).__name__,
         "dtype": dtype.value,
         "tools": tool_versions(),
-        "code": _own_code(),
+        "code": code_digest("llmc.trace", "llmc.graph"),
     }
     return content_key("trace", facts)
 
 
 @cache
-def _own_code() -> str:
+def code_digest(*packages: str) -> str:
+    """Digest of the source of some of our packages."""
     digest = hashlib.sha256()
-    for package in ("llmc.trace", "llmc.graph"):
+    for package in packages:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob("*.py")):
@@ -127,12 +128,20 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify
-    from llmc.quantize.linear import quantize_weights
+    from llmc.pipeline.calibrate import calibrate
+    from llmc.quantize.linear import plan_calibration, quantize_weights
 
     lowered = lower_graph(checkpoint, target, progress)
+    rules = target.quantize or Quantization(accuracy_level=0, rules=())
+    calibration = None
+    if rules.calibration is not None:
+        with progress.stage("calibrate"):
+            wanted = plan_calibration(lowered.graph, rules)
+            calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
-        rules = target.quantize or Quantization(accuracy_level=0, rules=())
-        stored = quantize_weights(lowered.graph, rules, target.dtype)
+        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
+        for note in stored.notes:
+            progress.note(f"quantize: {note}")
         verify(lowered.graph)
     records = weight_records(stored, target.dtype)
     return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)

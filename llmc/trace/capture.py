@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.trace.experts import trace_experts
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ class Capture:
     updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     masks: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)
     last_update: int | None = None
+    dense_experts: dict[str, int] = field(default_factory=dict)
 
     def layer_of_call(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[int, int]:
         """(layer, owner of the cache slot) of an attention call."""
@@ -217,38 +219,11 @@ def _mask(*_: Any, **kwargs: Any) -> None:
 def _experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mixture of experts as dense products over all experts, weighted by the router.
-
-    Args:
-        self: The experts module: stacked weights (experts, …) and its own gate function.
-        hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k) chosen experts.
-        top_k_weights: (tokens, k) their weights.
-
-    Returns:
-        (tokens, hidden).
-    """
-    import torch
-
-    def project(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(self, name)
-        if not self.is_transposed:
-            weight = weight.transpose(1, 2)
-        out = torch.matmul(x, weight)
-        if self.has_bias:
-            out = out + getattr(self, f"{name}_bias").unsqueeze(1)
-        return out
-
-    inner = project(hidden_states.unsqueeze(0), "gate_up_proj" if self.has_gate else "up_proj")
-    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    outer = project(inner, "down_proj")
-    if self.has_post_expert_norm:
-        outer = self.post_expert_norm(outer)
-    experts = torch.arange(outer.shape[0], device=top_k_index.device)
-    chosen = (top_k_index.unsqueeze(-1) == experts).to(top_k_weights.dtype)
-    weights = (chosen * top_k_weights.unsqueeze(-1)).sum(dim=1)
-    mixed = (outer * weights.transpose(0, 1).unsqueeze(-1)).sum(dim=0)
-    return mixed.to(hidden_states.dtype)
+    """A layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
+    output, reason = trace_experts(self, hidden_states, top_k_index, top_k_weights)
+    if reason is not None:
+        _active().dense_experts[reason] = _active().dense_experts.get(reason, 0) + 1
+    return output
 
 
 def classify_mask(rule: Callable[..., Any], reach: int) -> int | None:

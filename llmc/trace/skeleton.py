@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.trace.capture import NAME, SDPA, register_interfaces
+from llmc.trace.experts import read_gates
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
         ) from refusals[-1]
     model.eval()
     model.tie_weights()
+    read_gates(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():

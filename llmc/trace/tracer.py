@@ -61,6 +61,8 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
             graph.inputs.remove(value)
     _define_dialect(model)
     graph.name = "decoder"
+    for reason, count in exported.capture.dense_experts.items():
+        notes.append(f"experts traced as dense products in {count} layers, kept in float: {reason}")
     text_config = config.get_text_config()
     result = Graph(
         model=model,
@@ -92,12 +94,19 @@ def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
 
 def _define_dialect(model: ir.Model) -> None:
     """Attach the functions of the dialect operators that the graph uses."""
-    attention = [n for n in model.graph if n.domain == dialect.DOMAIN]
-    with_sinks = {len(n.inputs) == 7 for n in attention}
-    if len(with_sinks) != 1:
+    attention = {len(n.inputs) == 7 for n in _dialect_nodes(model, dialect.CACHED_ATTENTION)}
+    if len(attention) != 1:
         raise UnsupportedError("only some of the model's attention layers have sinks")
-    function = dialect.cached_attention(sinks=with_sinks.pop())
+    functions = [dialect.cached_attention(sinks=attention.pop())]
+    experts = {len(n.inputs) == 7 for n in _dialect_nodes(model, dialect.EXPERTS)}
+    if len(experts) > 1:
+        raise UnsupportedError("only some of the model's experts have biases")
+    functions += [dialect.experts(biases=biases) for biases in experts]
     model.functions.clear()
-    model.functions[function.identifier()] = function
+    model.functions.update({function.identifier(): function for function in functions})
     model.graph.opset_imports.clear()
     model.graph.opset_imports.update({"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION})
+
+
+def _dialect_nodes(model: ir.Model, operator: str) -> list[ir.Node]:
+    return [n for n in model.graph if n.domain == dialect.DOMAIN and n.op_type == operator]
