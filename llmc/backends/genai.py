@@ -8,6 +8,8 @@ What the runtime does, as observed with 0.18.0:
 - A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
   new token; `position_ids`, fed only if the graph has them, count from 0 in each row, 0 at padding,
   and go on from the row's own length.
+- Only a batch of one or of equal prompts is served right where the graph's padding is not on the right;
+  the interface says so, and tracing notes it.
 - Logits of the last position only are taken when their second dimension is the constant 1.
 - KV heads and head size of each layer are read from the shapes of the graph's past keys; past values
   must have the same shape.
@@ -68,8 +70,8 @@ def write_genai_config(
 
     Raises:
         UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, other inputs
-            than are fed, values of another width than keys, padding on the left or names without a
-            pattern; or there is no end-of-sequence token.
+            than are fed, values of another width than keys or names without a pattern; or there is no
+            end-of-sequence token.
     """
     if not interface.cache:
         raise UnsupportedError("onnxruntime-genai serves graphs with a KV cache; this one has none")
@@ -174,8 +176,6 @@ def _inputs(interface: Interface) -> dict[str, str]:
             f"onnxruntime-genai does not feed input {', '.join(others)}",
             hint="it feeds input_ids, attention_mask, position_ids and the KV cache",
         )
-    if interface.padding == "left":
-        raise UnsupportedError("onnxruntime-genai pads on the right; the graph needs padding on the left")
     for slot in interface.cache:
         if slot.key_width != slot.value_width:
             raise UnsupportedError(

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+Padding = Literal["left", "right", "any", "none"]
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,7 +46,8 @@ class Interface(_Frozen):
         cache: One slot per attention layer, by layer.
         logits: Whether `logits` has every position of the step or only the last one.
         position_ids: Whether `position_ids` is an input.
-        padding: The side on which the shorter rows of a ragged batch are padded.
+        padding: The side on which the shorter rows of a ragged batch are padded; "none" if rows must be
+            of equal length.
         max_length: Largest total length the model knows positions for; None if unbounded.
     """
 
@@ -53,5 +56,5 @@ class Interface(_Frozen):
     cache: tuple[CacheSlot, ...]
     logits: Literal["last", "all"]
     position_ids: bool
-    padding: Literal["left", "right", "any"]
+    padding: Padding
     max_length: int | None

@@ -10,6 +10,7 @@ What ONNX Runtime 1.31 does on a CPU: several tokens at once on a past that is n
 1; widths of heads are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,14 +58,23 @@ class GroupQueryAttention:
                 outside[reason] = outside.get(reason, 0) + 1
             applied.append(layer_of(node))
         drop_dead(graph.graph)
+        refusals += _uncaptured(graph, {r.layer for r in refusals} | set(applied))
         if applied:
-            graph.padding = "right"
+            graph.padding = "right" if graph.padding in ("any", "right") else "none"
             drop_unused_dialect(graph)
             require_domain(graph.graph, MICROSOFT)
             _drop_unused_positions(graph)
         for reason, count in outside.items():
             graph.notes.append(f"the rotary embedding stays outside of attention in {count} layers: {reason}")
         return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _uncaptured(graph: Graph, captured: set[int | None]) -> Iterator[Refusal]:
+    """Layers with a KV cache whose attention is in plain operators."""
+    for slot in graph.cache:
+        if slot.layer not in captured:
+            reason = "the layer computes attention in operators of its own"
+            yield Refusal("plain-attention", reason, slot.past_key, slot.layer)
 
 
 @dataclass

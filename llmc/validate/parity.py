@@ -152,6 +152,8 @@ class Parity:
 
         The original runs each row alone, without padding.
         """
+        if not self._sides():
+            return self._even()
         lengths = [n for n in RAGGED_LENGTHS if n + RAGGED_STEPS <= self._limit()]
         if len(lengths) < 3:
             why = f"the model ends at {self._limit()} positions, three rows do not fit"
@@ -166,6 +168,17 @@ class Parity:
         )
         worst = max(figures.values())
         return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def _even(self) -> tuple[Measurement, ...]:
+        """In place of a ragged batch where the graph takes no padding: a batch of equal rows."""
+        length = min(RAGGED_LENGTHS[0], self._limit() - RAGGED_STEPS)
+        if length < 1:
+            why = f"the model ends at {self._limit()} positions, {RAGGED_STEPS} steps do not fit"
+            return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
+        rows = list(self._rows([length] * 3, RAGGED_STEPS))
+        worst = compare_ragged(self.model, rows, RAGGED_STEPS, "left")
+        detail = f"{len(rows)} rows of {length} tokens and {RAGGED_STEPS} steps; the graph takes no padding"
+        return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where),)
 
     def window(self) -> tuple[Measurement, ...]:
         """Largest difference around each sliding window.
@@ -197,7 +210,7 @@ class Parity:
                 figures[f"window_{window}_{side}_padded"] = worst
         detail = (
             f"windows of {_listed(windows)}: decode across each, prompts beyond each,"
-            f" ragged rows padded {' and '.join(self._sides())}"
+            f" ragged rows padded {' and '.join(self._sides()) or 'nowhere'}"
         )
         worst = max(figures.values())
         return (measured(Metric.WINDOW_MAX_ABS, worst, detail, self.model.where, figures),)
@@ -234,7 +247,7 @@ class Parity:
 
     def _sides(self) -> tuple[str, ...]:
         side = self.model.interface.padding
-        return ("left", "right") if side == "any" else (side,)
+        return {"any": ("left", "right"), "none": ()}.get(side, (side,))
 
     def _every(self) -> bool:
         return self.model.interface.logits == "all"

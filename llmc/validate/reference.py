@@ -2,12 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.errors import ParityError
+from llmc.errors import ParityError, UnsupportedError
 
 Array = np.ndarray
 
@@ -80,7 +81,7 @@ class TorchModel:
         """
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _failures(len(input_ids)):
             out = self.model(
                 input_ids=torch.from_numpy(input_ids[None].copy()), use_cache=False, **self._keep(keep)
             )
@@ -156,7 +157,7 @@ class TorchModel:
     def _step(self, input_ids: Array) -> int:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _failures(len(input_ids)):
             out = self.model(
                 input_ids=torch.from_numpy(input_ids[None].copy()),
                 past_key_values=self._cache,
@@ -168,3 +169,16 @@ class TorchModel:
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}
+
+
+@contextmanager
+def _failures(tokens: int) -> Iterator[None]:
+    """What the original's own code raises, as a typed error."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UnsupportedError(
+            f"the original fails in PyTorch at a step of {tokens} tokens: {type(error).__name__}: {reason}",
+            hint="nothing can be held against it; --no-verify builds without the comparison",
+        ) from error
