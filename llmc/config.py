@@ -168,7 +168,12 @@ class Quantization(_Strict):
 
 
 class Target(_Strict):
-    """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`."""
+    """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`.
+
+    Args:
+        kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
+            Runtime what they cannot take.
+    """
 
     schema_version: Literal[1]
     name: str
@@ -177,6 +182,7 @@ class Target(_Strict):
     provider: Annotated[Provider, Field(strict=False)]
     dtype: Annotated[Dtype, Field(strict=False)]
     logits: Literal["last", "all"]
+    kernels: Literal["onnxruntime", "compiled"] = "onnxruntime"
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     gates: tuple[Gate, ...]

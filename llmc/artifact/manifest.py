@@ -101,6 +101,35 @@ class WeightRecord(_Strict):
     bytes: int
 
 
+class LeftOutside(_Strict):
+    """Operators that compiled kernels did not take, why, and how many."""
+
+    operator: str
+    reason: str
+    count: int
+
+
+class KernelRecord(_Strict):
+    """Compiled kernels.
+
+    Args:
+        library: File with the operators; ONNX Runtime loads it through RegisterCustomOps.
+        isa: Instruction set that a CPU needs for it.
+        compiler: What compiled it, as it names itself.
+        source: sha256 of the generated source.
+        regions: Operators that stand for parts of the graph.
+        nodes: Operators of ONNX Runtime that they replaced.
+    """
+
+    library: str
+    isa: str
+    compiler: str
+    source: Digest
+    regions: int
+    nodes: int
+    outside: tuple[LeftOutside, ...] = ()
+
+
 class State(StrEnum):
     """What is known of an artifact's numbers."""
 
@@ -135,6 +164,7 @@ class Manifest(_Strict):
         llmc_version: Version of the compiler.
         tools: Versions by name, such as torch and onnxruntime.
         files: Every file by its path inside the artifact, `reports/` and the manifest left out.
+        kernels: Of targets with compiled kernels.
         checks: The verdict's outcomes; empty unless the gates ran.
     """
 
@@ -148,6 +178,7 @@ class Manifest(_Strict):
     files: dict[FileName, FileDigest]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
+    kernels: KernelRecord | None = None
     state: State
     checks: tuple[CheckRecord, ...] = ()
 

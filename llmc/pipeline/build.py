@@ -12,11 +12,12 @@ from llmc.config import BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
+from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.result import BuildResult, gate_report, write_report
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import FileDigest, Manifest
+    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
     from llmc.checkpoint import Checkpoint
 
 
@@ -36,6 +37,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     from llmc.checkpoint import open_checkpoint
 
     _require_fit(plan)
+    kernels = KernelStage.prepare(plan.target, plan.profile)
     with progress.stage("checkpoint"):
         checkpoint = open_checkpoint(plan.model)
         checkpoint.require_tokenizer()
@@ -45,6 +47,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
         interface = compiled.graph.interface()
+        record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
             checkpoint.save_tokenizer(stage.path)
@@ -56,6 +59,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 plan.target.provider,
                 plan.profile.threads,
                 share_cache=shares_cache(compiled.graph.model, interface),
+                library=None if record is None else record.library,
             )
         gate = None
         reports = stage.path / REPORTS
@@ -73,7 +77,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             gate = measure_parity(subject, plan.eval_text, progress)
             write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
         files = digest_files(stage.path, known)
-        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate)
+        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate, record)
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
         artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
@@ -104,6 +108,7 @@ def _manifest(
     digest: str,
     files: dict[str, FileDigest],
     gate: GateResult | None,
+    kernels: KernelRecord | None,
 ) -> Manifest:
     from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts, State
     from llmc.artifact.provenance import tool_versions
@@ -134,6 +139,7 @@ def _manifest(
         files=files,
         passes=pass_records(compiled.passes),
         weights=compiled.weights,
+        kernels=kernels,
         state=state,
         checks=checks,
     )

@@ -77,7 +77,10 @@ class OrtModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        library = custom_operators(folder)
         try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
             source = _in_float32(path, options) if exact else str(path)
             self._session = ort.InferenceSession(source, options, providers=[_PROVIDER])
         except Exception as error:
@@ -227,12 +230,26 @@ def shares_buffer(folder: Path) -> bool:
     Raises:
         ConfigError: The file is missing or is not JSON.
     """
+    return bool(_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
+
+
+def _genai_config(folder: Path) -> Mapping[str, Any]:
     path = folder / "genai_config.json"
     try:
         config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="build the artifact again") from error
-    return bool(config.get("search", {}).get("past_present_share_buffer", False))
+    return config
+
+
+def custom_operators(folder: Path) -> Path | None:
+    """The library of custom operators that genai_config.json names, if there is one that does."""
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        return None
+    session = _genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    name = session.get("custom_ops_library")
+    return None if name is None else folder / name
 
 
 def _require_fed(interface: Interface, past: set[str]) -> None:

@@ -23,6 +23,7 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()] == [
         "cpu-fp32",
         "cpu-int4",
+        "cpu-int4-compiled",
         "cpu-int8",
         "cuda-fp16",
         "cuda-int4",
