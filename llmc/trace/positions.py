@@ -48,9 +48,10 @@ def first_position(model: torch.nn.Module) -> int:
     tokens = model.get_input_embeddings()  # type: ignore[operator]
     count = stated_positions(model.config)
     for module in model.modules():
-        table = isinstance(module, torch.nn.Embedding) and module is not tokens
-        if table and module.num_embeddings == count and module.padding_idx is not None:
-            return int(module.padding_idx) + 1
+        if not isinstance(module, torch.nn.Embedding) or module is tokens:
+            continue
+        if module.num_embeddings == count and module.padding_idx is not None:
+            return module.padding_idx + 1
     return 0
 
 
