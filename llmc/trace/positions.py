@@ -69,7 +69,7 @@ def table_positions(graph: ir.Graph) -> int | None:
         else:
             continue
         size = data.shape[axis] if data is not None and data.shape is not None else None
-        if offset is not None and isinstance(size, int):
+        if offset is not None and isinstance(size, int) and size > 1:
             rows.append(size - offset)
     return min(rows, default=None)
 

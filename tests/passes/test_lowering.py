@@ -247,8 +247,50 @@ def test_logits_of_each_rows_last_token() -> None:
 
 
 def test_keys_wider_than_values_stay_with_the_dialect() -> None:
-    model = build_tiny_model("deepseek_v3", num_key_value_heads=4, v_head_dim=8)
+    model = build_tiny_model("deepseek_v3", v_head_dim=8)
     graph = trace_model(model.config, Dtype.FLOAT32)
     report = registered_passes()["group-query-attention"].run(graph)
     assert report.applied == ()
     assert {r.code for r in report.refusals} == {"value-width"}
+
+
+def _latent(**overrides: int) -> tuple[PreTrainedModel, Graph]:
+    model = build_tiny_model("deepseek_v3", **overrides)
+    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph.bind(StateStore(model), {})
+    return model, graph
+
+
+def test_values_are_as_wide_as_keys_and_the_numbers_stay() -> None:
+    _, graph = _latent(v_head_dim=8)
+    ids = np.random.default_rng(0).integers(3, 250, (2, 9))
+    mask, positions = np.ones_like(ids), np.tile(np.arange(9), (2, 1))
+    expected = run_steps(graph, ids, mask, positions, prompt=5)
+    assert {(s.key_width, s.value_width) for s in graph.cache} == {(32, 8)}
+    report = registered_passes()["equal-widths"].run(graph)
+    verify(graph)
+    assert report.applied == (0, 1, 2)
+    assert report.refusals == ()
+    assert {(s.key_width, s.value_width) for s in graph.cache} == {(32, 32)}
+    np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=5), expected, atol=1e-5)
+    report = registered_passes()["group-query-attention"].run(graph)
+    verify(graph)
+    assert report.applied == (0, 1, 2)
+    assert not _operators(graph)["CachedAttention"]
+    np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=5), expected, atol=1e-5)
+
+
+def test_keys_narrower_than_values_are_declined() -> None:
+    _, graph = _latent(v_head_dim=40)
+    report = registered_passes()["equal-widths"].run(graph)
+    assert report.applied == ()
+    assert {(r.code, r.layer) for r in report.refusals} == {("narrow-keys", n) for n in range(LAYERS)}
+    assert {s.value_width for s in graph.cache} == {40}
+
+
+def test_attention_in_plain_operators_is_declined_layer_by_layer() -> None:
+    graph = trace_model(build_tiny_model("bloom").config, Dtype.FLOAT32)
+    report = registered_passes()["group-query-attention"].run(graph)
+    assert report.applied == ()
+    assert {(r.code, r.layer) for r in report.refusals} == {("plain-attention", n) for n in range(LAYERS)}
+    assert graph.padding == "any"

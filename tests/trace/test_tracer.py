@@ -91,7 +91,7 @@ def test_sinks_of_some_layers_are_sinks_of_all_that_draw_nothing() -> None:
 
 
 def test_keys_wider_than_values() -> None:
-    assert _compare("deepseek_v3", num_key_value_heads=4) <= 1e-4
+    assert _compare("deepseek_v3") <= 1e-4
 
 
 def _structure(graph: Graph) -> list[tuple[Any, ...]]:

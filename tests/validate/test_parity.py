@@ -143,6 +143,14 @@ def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path
     assert "(1, 253), the original's (1, 256)" in cut[PREFILL].detail
 
 
+def test_a_graph_that_takes_no_padding_is_measured_on_equal_rows(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    found = take(llama, tmp_path, tokens, Variant(padding="none"))
+    assert failures(found) == set()
+    assert "the graph takes no padding" in found[RAGGED].detail
+
+
 def test_a_window_that_interface_and_graph_forgot_is_measured(
     mistral: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:
