@@ -219,5 +219,5 @@ def _compile(source: str, isa: InstructionSet, compiler: Compiler) -> bytes:
     folder = files("llmc") / "kernels"
     sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
-    units = (Unit("glue.cpp", (f"-D{isa.define}",)), Unit("model.cpp", isa.flags))
+    units = (Unit("glue.cpp", isa.defines), Unit("model.cpp", isa.flags))
     return compile_library(compiler, {**sources, "model.cpp": source}, units, flags)
