@@ -15,7 +15,7 @@ class InstructionSet:
 
     Args:
         needs: Flags of /proc/cpuinfo that a CPU needs.
-        checks: The same as the compiler's `__builtin_cpu_supports` calls them; asked when a library is loaded.
+        checks: The same as the compiler's `__builtin_cpu_supports` calls them, asked at load.
         flags: Of the compiler.
     """
 

@@ -69,13 +69,13 @@ def difference(a: Array, b: Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_decoders_equal_onnxruntimes_operators(model_type: str, built: Build) -> None:
     """Weights and activations are rounded alike, up to float16 scales; sums are in another order."""
     compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")
     record = manifest(compiled).kernels
     assert record is not None
-    assert record.nodes >= 25
+    assert record.nodes >= 24
     assert difference(logits(compiled), logits(plain)) < 0.06
     assert difference(logits(compiled, batch=3, length=20), logits(plain, batch=3, length=20)) < 0.06
 
