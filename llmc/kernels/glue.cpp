@@ -20,18 +20,16 @@ constexpr char kDomain[] = "llmc.compiled";
 constexpr size_t kMaxThreads = 64;
 constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
 
-const char* missing_instruction_set() {
-#if defined(LLMC_ISA_AVX512)
+/// Whether this CPU has every instruction set in LLMC_NEEDS, a list of `HAS("name")`.
+bool cpu_fits() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vnni"))
-    return "AVX-512 with VNNI";
-#elif defined(LLMC_ISA_AVX2)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "AVX2 with FMA";
+#define HAS(name) &&__builtin_cpu_supports(name)
+  return true LLMC_NEEDS;
+#undef HAS
+#else
+  return true;
 #endif
-  return nullptr;
 }
 
 /// Memory of one step, kept for the next.
@@ -281,10 +279,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     return Api(base->GetApi(1)).error(kFail, text.c_str());
   }
   const Api api(table);
-  if (const char* isa = missing_instruction_set()) {
-    const std::string text = std::string("this model is compiled for CPUs with ") + isa + "; this CPU has it not";
-    return api.error(kFail, text.c_str());
-  }
+  if (!cpu_fits()) return api.error(kFail, "this model is compiled for CPUs with " LLMC_ISA "; this one has it not");
   OrtCustomOpDomain* domain = nullptr;
   if (OrtStatus* status = api.create_domain(kDomain, &domain)) return status;
   for (const Operator& op : operators())

@@ -183,7 +183,7 @@ struct Matmul {
       I zero = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
       zero = zero | (zero << 8);
       zero = zero | (zero << 16);
-      typedef int8_t Bytes __attribute__((vector_size(64)));
+      typedef uint8_t Bytes __attribute__((vector_size(64)));  // differences wrap around
       I start = I{};
       for (int j = 0; j < registers; j++) {
         I code;

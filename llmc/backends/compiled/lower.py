@@ -83,8 +83,9 @@ def compile_kernels(graph: Graph, isa: InstructionSet, compiler: Compiler) -> Co
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(outside))
         raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
     texts = [_region_text(builder, index) for index, builder in enumerate(builders)]
+    replaced_by: dict[ir.Value, ir.Value] = {}
     for index, builder in enumerate(builders):
-        _replace(graph.graph, builder, f"Region{index}")
+        _replace(graph.graph, builder, f"Region{index}", replaced_by)
     _drop_unread(graph.graph)
     graph.graph.sort()
     graph.graph.opset_imports[DOMAIN] = 1
@@ -119,8 +120,11 @@ def _levels(graph: ir.Graph) -> tuple[dict[ir.Node, int], dict[ir.Node, str]]:
     return levels, reasons
 
 
-def _replace(graph: ir.Graph, builder: RegionBuilder, name: str) -> None:
-    values = [*builder.inputs, *builder.weights]
+def _replace(
+    graph: ir.Graph, builder: RegionBuilder, name: str, replaced_by: dict[ir.Value, ir.Value]
+) -> None:
+    """One node in the place of a region; `replaced_by` leads from values of regions to what is there now."""
+    values = [replaced_by.get(value, value) for value in [*builder.inputs, *builder.weights]]
     made = ir.Node(DOMAIN, name, values, num_outputs=len(builder.outputs), name=name)
     first = builder.inside[0]
     graph.insert_before(first, made)
@@ -128,6 +132,7 @@ def _replace(graph: ir.Graph, builder: RegionBuilder, name: str) -> None:
         label, old.name = old.name, None
         new.name, new.shape, new.type = label, old.shape, old.type
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        replaced_by[old] = new
     graph.remove(list(builder.inside), safe=True)
 
 
@@ -219,5 +224,5 @@ def _compile(source: str, isa: InstructionSet, compiler: Compiler) -> bytes:
     folder = files("llmc") / "kernels"
     sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
-    units = (Unit("glue.cpp", (f"-D{isa.define}",)), Unit("model.cpp", isa.flags))
+    units = (Unit("glue.cpp", isa.defines), Unit("model.cpp", isa.flags))
     return compile_library(compiler, {**sources, "model.cpp": source}, units, flags)

@@ -14,6 +14,7 @@ from llmc.backends.compiled.operands import (
     given,
     layout_of,
     scalar_of,
+    slice_bounds,
     space_of,
     width_of,
 )
@@ -129,6 +130,16 @@ def _check_split(node: ir.Node) -> str | None:
     return None
 
 
+def _check_slice(node: ir.Node) -> str | None:
+    bounds = slice_bounds(node)
+    if bounds is None:
+        return "it does not cut features at constant places"
+    width = width_of(node.outputs[0])
+    if width == 0 or width % LANES or width != bounds[1] - bounds[0]:
+        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+    return None
+
+
 def _check_reshape(node: ir.Node) -> str | None:
     before, after = given(node.inputs[0]), node.outputs[0]
     same = (
@@ -161,6 +172,7 @@ _CHECKS: dict[tuple[str, str], Callable[[ir.Node], str | None]] = {
     (MICROSOFT, "GroupQueryAttention"): _check_attention,
     ("", "Gather"): _check_last,
     ("", "Split"): _check_split,
+    ("", "Slice"): _check_slice,
     ("", "Reshape"): _check_reshape,
     **dict.fromkeys(NORMS, _check_norm),
     **dict.fromkeys(UNARY, _check_elementwise),

@@ -43,6 +43,21 @@ def scalar_of(value: ir.Value) -> float | None:
     return float(tensor.numpy().reshape(())) if tensor is not None and tensor.size == 1 else None
 
 
+def slice_bounds(node: ir.Node) -> tuple[int, int] | None:
+    """(first, beyond the last) of a Slice of the features with constant bounds and step 1."""
+    source = node.inputs[0]
+    constants = [constant_of(v) for v in node.inputs[1:]]
+    if source is None or len(constants) < 3 or len(dims_of(source)) != 3 or width_of(source) == 0:
+        return None
+    numbers = [None if c is None or c.size != 1 else int(c.numpy().reshape(())) for c in constants]
+    start, stop, axis, step = (*numbers, 1)[:4]
+    if start is None or stop is None or axis not in (2, -1) or step != 1:
+        return None
+    width = width_of(source)
+    low, high = (min(max(x + width if x < 0 else x, 0), width) for x in (start, stop))
+    return low, high
+
+
 def given(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise ValueError("an operand that was checked is missing")

@@ -17,6 +17,7 @@ from llmc.backends.compiled.operands import (
     layout_of,
     lazy_of,
     scalar_of,
+    slice_bounds,
     space_of,
     width_of,
 )
@@ -284,6 +285,10 @@ class RegionBuilder:
             self._places[output] = source.part(start, width)
             start += width
 
+    def slice(self, node: ir.Node) -> None:
+        start, stop = slice_bounds(node) or (0, 0)
+        self._places[node.outputs[0]] = self._place(given(node.inputs[0])).part(start, stop - start)
+
     def reshape(self, node: ir.Node) -> None:
         self._places[node.outputs[0]] = self._place(given(node.inputs[0]))
 
@@ -346,6 +351,7 @@ _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
     (MICROSOFT, "GroupQueryAttention"): RegionBuilder.attention,
     ("", "Gather"): RegionBuilder.last,
     ("", "Split"): RegionBuilder.split,
+    ("", "Slice"): RegionBuilder.slice,
     ("", "Reshape"): RegionBuilder.reshape,
     **dict.fromkeys(NORMS, RegionBuilder.norm),
     **dict.fromkeys(UNARY, RegionBuilder.elementwise),

@@ -1,0 +1,123 @@
+"""Small graphs of ONNX Runtime's operators with quantized weights, and the same through compiled kernels."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet
+from llmc.backends.compiled.lower import LIBRARY, CompiledKernels, compile_kernels
+from llmc.backends.ort import MODEL, write_model
+from llmc.backends.toolchain import find_compiler
+from llmc.config import WeightScheme
+from llmc.graph.model import Graph
+from llmc.graph.weights import LazyWeight, WeightGroup
+from llmc.machine import detect_profile
+from llmc.quantize.blocks import PackedBlocks, count_blocks
+from llmc.quantize.encode import quantize_blocks
+
+Array = np.ndarray
+MICROSOFT = "com.microsoft"
+
+
+def usable_sets() -> list[InstructionSet]:
+    """The instruction sets with kernels that this CPU has."""
+    here = set(detect_profile(gpu=False).isa)
+    return [known for known in INSTRUCTION_SETS if known.needs <= here]
+
+
+def quantized(weights: Array, bits: int, block: int, symmetric: bool) -> PackedBlocks:
+    scheme = WeightScheme(bits=bits, block_size=block, symmetric=symmetric, method="rtn")  # type: ignore[arg-type]
+    return quantize_blocks(weights, scheme)
+
+
+class GraphBuilder:
+    """A graph over activations (batch, sequence, width)."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.inputs: list[ir.Value] = []
+        self.weights: list[ir.Value] = []
+
+    def value(self, name: str, dims: list[int | str], kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(kind))
+
+    def input(self, name: str, width: int) -> ir.Value:
+        self.inputs.append(self.value(name, ["batch", "sequence", width]))
+        return self.inputs[-1]
+
+    def weight(self, name: str, members: dict[str, Array]) -> list[ir.Value]:
+        group = WeightGroup((name,), lambda: members)
+        made = []
+        for key, array in members.items():
+            label, kind = f"{name}.{key}", ir.DataType.from_numpy(array.dtype)
+            value = self.value(label, list(array.shape), kind)
+            value.const_value = LazyWeight(name=label, dtype=kind, shape=array.shape, group=group, key=key)
+            made.append(value)
+        self.weights += made
+        return made
+
+    def node(
+        self, op: str, inputs: list[ir.Value], name: str, width: int, domain: str = "", **attributes: object
+    ) -> ir.Value:
+        out = self.value(name, ["batch", "sequence", width])
+        self.nodes.append(ir.node(op, inputs, attributes, domain=domain, outputs=[out], name=name))  # type: ignore[arg-type]
+        return out
+
+    def matmul(self, x: ir.Value, blocks: PackedBlocks, name: str) -> ir.Value:
+        members = {"codes": blocks.codes, "scales": blocks.scales}
+        if blocks.zero_points is not None:
+            members["zero_points"] = blocks.zero_points
+        scheme, n = blocks.scheme, len(blocks.codes)
+        return self.node(
+            "MatMulNBits",
+            [x, *self.weight(name, members)],
+            f"{name}.out",
+            n,
+            MICROSOFT,
+            K=blocks.in_features,
+            N=n,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            accuracy_level=4,
+        )
+
+    def finish(self, outputs: list[ir.Value]) -> Graph:
+        opsets = {"": 21, MICROSOFT: 1}
+        graph = ir.Graph(
+            self.inputs, outputs, nodes=self.nodes, initializers=self.weights, opset_imports=opsets, name="g"
+        )
+        return Graph(ir.Model(graph, ir_version=10), cache=(), layers=1)
+
+
+def write_compiled(graph: Graph, folder: Path, isa: InstructionSet) -> CompiledKernels:
+    """Compile `graph` and write model and library to `folder`."""
+    made = compile_kernels(graph, isa, find_compiler())
+    (folder / LIBRARY).write_bytes(made.library)
+    write_model(graph.model, folder)
+    return made
+
+
+def open_session(folder: Path, threads: int = 1):  # type: ignore[no-untyped-def]
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if (folder / LIBRARY).is_file():
+        options.register_custom_ops_library(str(folder / LIBRARY))
+    return ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+
+
+def quantize_activations(x: Array, block: int) -> Array:
+    """What a product sees of rows (…, K): int8 by block, as float64."""
+    k = x.shape[-1]
+    blocks = count_blocks(k, block)
+    padded = np.zeros((*x.shape[:-1], blocks * block), np.float32)
+    padded[..., :k] = x
+    cut = padded.reshape(*x.shape[:-1], blocks, block)
+    peak = np.abs(cut).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        codes = np.where(peak > 1e-30, np.rint(cut * (np.float32(127) / peak)), 0)
+        scales = np.where(peak > 1e-30, peak / np.float32(127), 0)
+    return (codes.astype(np.float64) * scales).reshape(padded.shape)[..., :k]

@@ -1,0 +1,133 @@
+// Kernels over buffers of exactly their size, for AddressSanitizer and UndefinedBehaviorSanitizer; four threads for
+// ThreadSanitizer. Prints the number of values that are not finite.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "crew.h"
+#include "matmul.h"
+#include "rows.h"
+
+using namespace llmc;
+
+namespace {
+
+int broken = 0;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+std::unique_ptr<T, Free> room(size_t count) {
+  return std::unique_ptr<T, Free>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+}
+
+float noise() { return static_cast<float>(std::rand() % 2001 - 1000) * 1e-3f; }
+
+/// Chunks of an operation by four threads.
+void run_chunks(const Run& run, const Op& op, size_t scratch) {
+  Crew crew;
+  const auto work = [&] {
+    auto memory = room<uint8_t>(scratch);
+    Scratch mine{memory.get(), scratch};
+    for (uint32_t phase = 0; phase < 3; phase++)
+      crew.phase(phase, op.chunks(run, op), [&](uint32_t i) { op.chunk(run, op, i, mine); }, [] {});
+  };
+  std::vector<std::thread> others;
+  for (int i = 0; i < 3; i++) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+}
+
+template <class M>
+void product(int64_t rows, int32_t outputs) {
+  const int64_t groups = (outputs + 15) / 16;
+  const int32_t stride = round_up(M::K, 16), wide = round_up(outputs, 16);
+  auto weights = room<uint8_t>(groups * M::group_bytes);
+  for (int64_t i = 0; i < groups * M::group_bytes; i++) weights.get()[i] = static_cast<uint8_t>(std::rand());
+  for (int64_t g = 0; g < groups; g++) {
+    auto* scales = reinterpret_cast<uint16_t*>(weights.get() + g * M::group_bytes + M::scales_at);
+    for (int i = 0; i < M::blocks * 16; i++) scales[i] = 0x1c00;
+  }
+  auto memory = room<float>(rows * (stride + M::Q::width + wide));
+  for (int64_t i = 0; i < rows * stride; i++) memory.get()[i] = noise();
+  auto result = room<float>(rows * outputs);
+  void* tensors[] = {weights.get(), result.get()};
+  Shape shapes[2]{};
+  const Run run{nullptr, tensors, shapes, memory.get(), nullptr, 1, rows, rows};
+  Op quantize{};
+  quantize.a = {0, stride, 0};
+  quantize.out = {stride, M::Q::width, 0};
+  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B>(run, quantize, row);
+  Op op{};
+  op.chunks = M::chunks;
+  op.chunk = M::chunk;
+  op.a = quantize.out;
+  op.out = {~1, outputs, 0};
+  op.n = outputs;
+  run_chunks(run, op, M::scratch);
+  for (int64_t i = 0; i < rows * outputs; i++) broken += !std::isfinite(result.get()[i]);
+}
+
+template <class A>
+void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_heads, int width, int32_t window) {
+  const int64_t slots = past + sequence, rows = batch * sequence;
+  const int32_t all = heads * width, few = kv_heads * width;
+  std::vector<std::unique_ptr<float, Free>> caches;
+  for (int i = 0; i < 2; i++) {
+    caches.push_back(room<float>(batch * slots * few));
+    for (int64_t k = 0; k < batch * slots * few; k++) caches.back().get()[k] = noise();
+  }
+  std::vector<int32_t> lengths(batch, static_cast<int32_t>(slots - 1));
+  std::vector<float> tables(slots * width / 2, 0.5f);
+  void* tensors[] = {caches[0].get(), caches[1].get(), lengths.data(), tables.data()};
+  const Shape shape{{batch, kv_heads, slots, width}, 4};
+  const Shape shapes[] = {shape, shape, {}, {}};
+  auto memory = room<float>(rows * (3 * all + 2 * few));
+  for (int64_t i = 0; i < rows * (3 * all + 2 * few); i++) memory.get()[i] = noise();
+  Run run{nullptr, tensors, shapes, memory.get(), nullptr, batch, sequence, slots};
+  auto shared = room<uint8_t>(A::shared(run) + 64);
+  run.shared = shared.get();
+  Op op{};
+  op.chunks = A::chunks;
+  op.chunk = A::chunk;
+  op.a = {0, all, 0};
+  op.b = {2 * all, few, 0};
+  op.c = {2 * all + few, few, 0};
+  op.x = 0.25f;
+  for (int i = 0; i < 4; i++) op.cache[i] = i % 2;
+  op.lengths = 2;
+  op.cos = op.sin = 3;
+  op.limit = slots;
+  op.window = window;
+  if (A::check(run, op) != nullptr) broken += 1000;
+  lengths[0]++;
+  if (A::check(run, op) == nullptr) broken += 1000;  // one token more than there are slots
+  lengths[0]--;
+  op.out = {all, all, 0};
+  for (int64_t row = 0; row < rows; row++) A::append(run, op, row);
+  op.a = op.out;
+  op.out = {2 * all + 2 * few, all, 0};
+  run_chunks(run, op, A::scratch);
+  for (int64_t row = 0; row < rows; row++) A::combine(run, op, row);
+  for (int64_t i = 0; i < rows * all; i++) broken += !std::isfinite(run.at(op.out, 0)[i]);
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t rows : {1, 7, 40}) {
+    product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
+    product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
+  }
+  using A = llmc::Attention<6, 2, 32, 32, false>;
+  attend<A>(1, 1, 700, 6, 2, 32, 0);
+  attend<A>(2, 70, 0, 6, 2, 32, 20);
+  attend<A>(1, 9, 130, 6, 2, 32, 0);
+  attend<A>(1, 1, 0, 6, 2, 32, 0);
+  std::printf("%d\n", broken);
+}

@@ -1,0 +1,189 @@
+"""Whole tiny decoders through compiled kernels, beside the same graph through ONNX Runtime's operators."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.artifact.manifest import Manifest
+from llmc.artifact.store import open_artifact
+from llmc.backends.compiled.isa import InstructionSet, choose_isa
+from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.generate import generate_tokens
+from llmc.backends.toolchain import find_compiler
+from llmc.errors import ExitCode, ParityError, ResourceError, UnsupportedError
+from llmc.pipeline import build
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from llmc.validate.session import OrtModel
+from tests.backends.compiled.graphs import (
+    Array,
+    GraphBuilder,
+    open_session,
+    quantized,
+    usable_sets,
+    write_compiled,
+)
+from tests.models import EOS, VOCAB_SIZE, save_tiny_model
+
+STEPS = 12
+Build = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Artifacts of tiny models by type and target, each built once."""
+    folder = tmp_path_factory.mktemp("built")
+
+    def make(model_type: str, target: str) -> Path:
+        model, output = folder / model_type, folder / f"{model_type}-{target}"
+        if not model.exists():
+            save_tiny_model(model_type, model, tokenizer=True, eos_token_id=EOS)
+        if not output.exists():
+            plan = plan_build(str(model), target=target, profile="local", output=output, verify=False)
+            build(plan, SilentProgress())
+        return output
+
+    return make
+
+
+def manifest(path: Path) -> Manifest:
+    return open_artifact(path).manifest
+
+
+def logits(path: Path, *, threads: int = 1, share: bool = True, batch: int = 1, length: int = 70) -> Array:
+    """Prefill and decode steps; with several rows each is three tokens shorter than the one before."""
+    rng = np.random.default_rng(3)
+    model = OrtModel(path, manifest(path).interface, threads=threads, share_buffer=share)
+    mask = np.ones((batch, length), np.int64)
+    for row in range(batch):
+        mask[row, length - 3 * row :] = 0
+    found = [model.prefill(rng.integers(0, VOCAB_SIZE, (batch, length)), mask, steps=STEPS)]
+    found += [model.decode(rng.integers(0, VOCAB_SIZE, (batch, 1))) for _ in range(STEPS)]
+    return np.concatenate(found[1:] if batch > 1 else found, axis=1)
+
+
+def difference(a: Array, b: Array) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_decoders_equal_onnxruntimes_operators(model_type: str, built: Build) -> None:
+    """Weights and activations are rounded alike, up to float16 scales; sums are in another order."""
+    compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")
+    record = manifest(compiled).kernels
+    assert record is not None
+    assert record.nodes >= 24
+    assert difference(logits(compiled), logits(plain)) < 0.06
+    assert difference(logits(compiled, batch=3, length=20), logits(plain, batch=3, length=20)) < 0.06
+
+
+def test_a_llama_is_one_region(built: Build) -> None:
+    record = manifest(built("llama", "cpu-int4-compiled")).kernels
+    assert record is not None
+    assert record.regions == 1
+    lengths = {"Cast", "ReduceSum", "Shape", "Squeeze", "Sub"}
+    assert {left.operator for left in record.outside} == lengths
+
+
+def test_threads_and_buffers_do_not_change_a_bit(built: Build) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    alone = logits(path)
+    np.testing.assert_array_equal(logits(path, threads=2), alone)
+    np.testing.assert_array_equal(logits(path, threads=5), alone)
+    np.testing.assert_array_equal(logits(path, share=False), alone)
+
+
+def test_onnxruntime_genai_serves_it(built: Build) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    config = json.loads((path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == "kernels.so"
+    assert config["search"]["past_present_share_buffer"] is True
+    found = generate_tokens(path, [5, 9, 33], 8)
+    model = OrtModel(path, manifest(path).interface, threads=1, share_buffer=True)
+    token, expected = int(model.prefill(np.array([[5, 9, 33]]), steps=8)[0, -1].argmax()), []
+    while len(expected) < 8 and token != EOS:
+        expected.append(token)
+        token = int(model.decode(np.array([[token]]))[0, -1].argmax())
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": np.array([[1, VOCAB_SIZE]])}, "a token id is outside of the vocabulary"),
+        ({"input_ids": np.array([[1, -1]])}, "a token id is outside of the vocabulary"),
+        (
+            {"attention_mask": np.ones((1, 3), np.int64)},
+            "seqlens_k counts more tokens than the past has slots",
+        ),
+        ({"attention_mask": np.zeros((1, 4), np.int64)}, "seqlens_k is below the number of tokens"),
+        (
+            {"attention_mask": np.ones((1, 1), np.int64)},
+            "total_sequence_length is below the number of tokens",
+        ),
+        ({"attention_mask": np.ones((1, 300), np.int64), "slots": 300}, "beyond the tables of the rotary"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_errors(changes: dict[str, object], message: str, built: Build) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    slots = int(str(changes.get("slots", 0)))
+    feeds = {"input_ids": np.array([[1, 2]]), "attention_mask": np.ones((1, 2), np.int64)}
+    for slot in manifest(path).interface.cache:
+        feeds[slot.past_key] = feeds[slot.past_value] = np.zeros(
+            (1, slot.kv_heads, slots, slot.key_width), np.float32
+        )
+    feeds |= {k: v for k, v in changes.items() if k != "slots"}  # type: ignore[misc]
+    with pytest.raises(Exception, match=message):
+        open_session(path).run(None, feeds)
+
+
+def test_a_full_shared_cache_is_an_error_not_a_write_past_its_end(built: Build) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    model = OrtModel(path, manifest(path).interface, threads=1, share_buffer=True)
+    model.prefill(np.array([[3, 4, 5]]), steps=0)
+    model._capacity += 1
+    with pytest.raises(ParityError, match="failed at batch 1, sequence 1, total 4"):
+        model.decode(np.array([[6]]))
+
+
+def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> None:
+    x = (builder := GraphBuilder()).input("x", 32)
+    out = builder.matmul(x, quantized(np.ones((16, 32), np.float32), 4, 32, True), "w")
+    isa = InstructionSet("AVX-512 ER", frozenset(), ("avx512er",), usable_sets()[-1].flags)
+    write_compiled(builder.finish([out]), tmp_path, isa)
+    with pytest.raises(Exception, match="compiled for CPUs with AVX-512 ER; this one has it not"):
+        open_session(tmp_path)
+
+
+def test_a_profile_without_kernels_is_not_supported() -> None:
+    with pytest.raises(
+        UnsupportedError, match="there are kernels for AVX-512 VNNI and AVX2; profile old has sse2"
+    ):
+        choose_isa(("sse2",), "old")
+    assert choose_isa(("avx2", "fma", "f16c"), "new").name == "AVX2"
+
+
+def test_a_graph_without_products_is_not_supported() -> None:
+    x = (builder := GraphBuilder()).input("x", 32)
+    graph = builder.finish([builder.node("Relu", [x], "y", 32)])
+    with pytest.raises(UnsupportedError, match="nothing that kernels can take") as caught:
+        compile_kernels(graph, usable_sets()[0], find_compiler())
+    assert caught.value.hint == "Relu: nothing beside it is worth a kernel"
+
+
+def test_a_build_without_a_compiler_keeps_what_was_there(
+    built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    before = manifest(path)
+    monkeypatch.setenv("LLMC_CXX", "/nowhere/c++")
+    plan = plan_build(
+        before.model.ref, target="cpu-int4-compiled", profile="local", output=path, verify=False
+    )
+    with pytest.raises(ResourceError, match="cannot be started") as caught:
+        build(plan, SilentProgress())
+    assert caught.value.exit_code is ExitCode.RESOURCES
+    assert manifest(path) == before
