@@ -1,9 +1,10 @@
 """GPTQ: codes that make up for each other's error on real activations (Frantar et al. 2023).
 
-Of a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the order of
-falling diagonal of H (activation order), and what is left of each is spread over those still to come by the
-Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before the first feature
-is rounded, on the weights as they are (static groups), so that features need not be stored in that order.
+Of a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the
+order of falling diagonal of H (activation order), and what is left of each is spread over those still to
+come by the Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before
+the first feature is rounded, on the weights as they are (static groups), so that features need not be
+stored in that order.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def factorize(hessian: Array, name: str) -> tuple[Array, Array]:
         return order, np.linalg.cholesky(lower.T @ lower).T
     except np.linalg.LinAlgError as error:
         raise ConfigError(
-            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features is singular",
+            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
+            "is singular",
             hint="use a longer calibration text",
         ) from error
 
