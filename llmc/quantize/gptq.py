@@ -43,22 +43,27 @@ def factorize(hessian: Array, name: str) -> tuple[Array, Array]:
             f"the activations that {name} is given on the calibration text are not all finite",
             hint="the checkpoint is damaged, or needs a target without calibration",
         )
+    import torch
+
     matrix = hessian.astype(np.float64)
     diagonal = np.diagonal(matrix).copy()
     idle = diagonal <= 0
     order = np.argsort(-diagonal, kind="stable")
     damping = DAMPING * float(diagonal.mean())
     matrix[np.diag_indices_from(matrix)] += damping + np.where(idle, 1.0, 0.0)
-    matrix = matrix[np.ix_(order, order)]
-    try:
-        lower = np.linalg.inv(np.linalg.cholesky(matrix))
-        return order, np.linalg.cholesky(lower.T @ lower).T
-    except np.linalg.LinAlgError as error:
+    # With H = R R' and R upper triangular, which is the Cholesky factor of H read from its far end, the
+    # inverse of H is U' U with U = R^-1.
+    backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
+    lower, failed = torch.linalg.cholesky_ex(backwards)
+    if int(failed):
         raise ConfigError(
             f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
             "is singular",
             hint="use a longer calibration text",
-        ) from error
+        )
+    one = torch.eye(len(matrix), dtype=torch.float64)
+    inverse: Array = torch.linalg.solve_triangular(lower, one, upper=False).numpy()
+    return order, inverse[::-1, ::-1]
 
 
 def quantize_gptq(
@@ -79,7 +84,7 @@ def quantize_gptq(
         zeros = np.full_like(scales, zero_level(scheme))
     else:
         zeros = unpack(start.zero_points, scheme.bits, blocks).astype(np.float32)
-    factor = upper.astype(np.float32)
+    factor = np.ascontiguousarray(upper, np.float32)
     owner = order // scheme.block_size
 
     def compensate(first: int) -> None:
