@@ -1,5 +1,7 @@
 """GPTQ against optimal brain quantization written out, one feature and one inverse at a time, in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -47,13 +49,14 @@ def test_equals_optimal_brain_quantization(bits: int, size: int, symmetric: bool
     weights, inputs = _weights(24, 192), _inputs(192)
     hessian = inputs.T @ inputs
     found = quantize_gptq(weights, hessian, kind, np.float32, "w")
-    blocks = found.scales.shape[1]
+    start = quantize_blocks(weights, scheme(bits, size, symmetric, "mse"))
+    blocks = start.scales.shape[1]
     zeros = (
-        np.full(found.scales.shape, 2 ** (bits - 1))
-        if found.zero_points is None
-        else unpack(found.zero_points, bits, blocks)
+        np.full(start.scales.shape, 2 ** (bits - 1))
+        if start.zero_points is None
+        else unpack(start.zero_points, bits, blocks)
     )
-    expected = _written_out(weights, hessian, found.scales, zeros.astype(np.float64), bits, size)
+    expected = _written_out(weights, hessian, start.scales, zeros.astype(np.float64), bits, size)
     codes = unpack(found.codes, bits, size).reshape(len(weights), -1)
     assert (codes == expected).mean() >= 0.99  # a code that is nearly halfway may go the other way
 
@@ -85,8 +88,26 @@ def test_features_that_are_always_zero_change_nothing() -> None:
     inputs[:, 5] = 0
     found = quantize_gptq(weights, inputs.T @ inputs, scheme(4, 32, False, "gptq"), np.float32, "w")
     plain = quantize_blocks(weights, scheme(4, 32, False, "mse"))
-    read = dequantize_blocks(found)
-    np.testing.assert_array_equal(read[:, 5], dequantize_blocks(plain)[:, 5])
+    first, second = (unpack(b.codes, 4, 32).reshape(16, 64)[:, 5] for b in (found, plain))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_no_other_scales_of_a_row_leave_less_error() -> None:
+    weights, inputs = _weights(8, 96), _inputs(96)
+    hessian = inputs.T @ inputs
+    found = quantize_gptq(weights, hessian, scheme(4, 32, False, "gptq"), np.float32, "w")
+    damped = hessian + DAMPING * np.diagonal(hessian).mean() * np.eye(96)
+
+    def error(scales: Array) -> Array:
+        left = dequantize_blocks(replace(found, scales=scales)) - weights
+        return np.einsum("ij,jk,ik->i", left, damped, left)
+
+    least = error(found.scales)
+    for block in range(3):
+        for factor in (0.99, 1.01):
+            moved = found.scales.copy()
+            moved[:, block] *= np.float32(factor)
+            assert (error(moved) >= least * (1 - 1e-5)).all()
 
 
 def test_activations_that_are_not_finite_are_named() -> None:
