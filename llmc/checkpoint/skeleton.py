@@ -32,7 +32,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def build_hollow(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
+    """The model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
 
     Raises:
         UnsupportedError: transformers cannot build it.
@@ -51,4 +51,6 @@ def build_hollow(config: PreTrainedConfig) -> PreTrainedModel:
         raise UnsupportedError(
             f"transformers cannot run this {config.model_type} model layer by layer: {error}"
         ) from error
-    return model.eval()
+    model.requires_grad_(False)
+    model.train(False)
+    return model

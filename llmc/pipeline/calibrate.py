@@ -56,7 +56,7 @@ def calibrate(
 
 
 def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText) -> Any:
-    """Windows that do not overlap, each after what the tokenizer puts before a text, (windows, length) int64."""
+    """Windows that do not overlap, each after the tokenizer's `start`, (windows, length) int64."""
     import numpy as np
 
     length = min(text.window_tokens - len(start), len(tokens))

@@ -1,10 +1,10 @@
 """Calibration that streams: one decoder layer in memory at a time, and every finished one on disk.
 
-The model's own modules run, with parameters on the meta device but for the layer at hand. For each layer the
-whole model is called: layers before it pass on what they are given, the stored hidden states take the place of
-what arrives, and the call ends behind it. So masks, positions and whatever else a layer is given are the model's
-own. The layer's matrices are then quantized by GPTQ from what reached them, and the hidden states go on through
-the quantized layer, so that later layers make up for the error of earlier ones.
+The model's own modules run, with parameters on the meta device but for the layer at hand. For each layer
+the whole model is called: layers before it pass on what they are given, the stored hidden states take the
+place of what arrives, and the call ends behind it. So masks, positions and whatever else a layer is given
+are the model's own. The layer's matrices are then quantized by GPTQ from what reached them, and the hidden
+states go on through the quantized layer, so that later layers make up for the error of earlier ones.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Calibrator:
         return found
 
     def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
-        """What `layer` is given for one window, and what it returns; `state` takes the place of the former."""
+        """What `layer` is given for one window, `state` if that is known, and what it returns."""
         with _replacing_input(layer, state), _stopping_behind(layer) as seen:
             self._call(row)
         return seen[0]
@@ -193,7 +193,7 @@ class Calibrator:
 
         try:
             self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
-        except _Stop:
+        except _StopError:
             return
 
     def _quantize(self, linears: Mapping[str, Any], hessians: Mapping[str, Any], stem: str) -> None:
@@ -297,7 +297,7 @@ def _at(states: list[Any] | None, index: int) -> Any:
     return None if states is None else states[index]
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Ends a call of the model once what was wanted of it is known."""
 
 
@@ -336,7 +336,7 @@ def _stopping_behind(layer: torch.nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
     def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"], result))
-        raise _Stop
+        raise _StopError
 
     handle = layer.register_forward_hook(stop, with_kwargs=True)
     try:
@@ -360,7 +360,7 @@ def _hessians(linears: Mapping[str, Any], *, keep_going: bool = True) -> Iterato
             product = x.T @ x
             sums[name] = product if name not in sums else sums[name].add_(product)
             if not keep_going:
-                raise _Stop
+                raise _StopError
 
         return add
 

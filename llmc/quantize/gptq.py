@@ -1,9 +1,11 @@
 """GPTQ: codes that make up for each other's error on real activations (Frantar et al. 2023).
 
-Of a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the order of
-falling diagonal of H (activation order), and what is left of each is spread over those still to come by the
-Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before the first feature
-is rounded, on the weights as they are (static groups), so that features need not be stored in that order.
+Of a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the
+order of falling diagonal of H (activation order), and what is left of each is spread over those still to
+come by the Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before
+the first feature is rounded, on the weights as they are (static groups), so that features need not be
+stored in that order. Once the codes stand, the scales of a row are those that leave the least error
+(w - s q) H (w - s q)' in all: a system of as many equations as the row has blocks.
 """
 
 from collections.abc import Callable
@@ -26,8 +28,8 @@ _LAZY = 128
 _OUTPUTS = 512
 
 
-def factorize(hessian: Array, name: str) -> tuple[Array, Array]:
-    """The order of input features, and the upper Cholesky factor of the inverse of H in that order.
+def factorize(hessian: Array, name: str) -> tuple[Array, Array, Array]:
+    """The order of input features, the upper Cholesky factor of the inverse of H in that order, and H damped.
 
     Args:
         hessian: sum of x x' over tokens, (K, K).
@@ -42,21 +44,27 @@ def factorize(hessian: Array, name: str) -> tuple[Array, Array]:
             f"the activations that {name} is given on the calibration text are not all finite",
             hint="the checkpoint is damaged, or needs a target without calibration",
         )
+    import torch
+
     matrix = hessian.astype(np.float64)
     diagonal = np.diagonal(matrix).copy()
     idle = diagonal <= 0
     order = np.argsort(-diagonal, kind="stable")
     damping = DAMPING * float(diagonal.mean())
     matrix[np.diag_indices_from(matrix)] += damping + np.where(idle, 1.0, 0.0)
-    matrix = matrix[np.ix_(order, order)]
-    try:
-        lower = np.linalg.inv(np.linalg.cholesky(matrix))
-        return order, np.linalg.cholesky(lower.T @ lower).T
-    except np.linalg.LinAlgError as error:
+    # With H = R R' and R upper triangular, which is the Cholesky factor of H read from its far end, the
+    # inverse of H is U' U with U = R^-1.
+    backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
+    lower, failed = torch.linalg.cholesky_ex(backwards)
+    if int(failed):
         raise ConfigError(
-            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features is singular",
+            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
+            "is singular",
             hint="use a longer calibration text",
-        ) from error
+        )
+    one = torch.eye(len(matrix), dtype=torch.float64)
+    inverse: Array = torch.linalg.solve_triangular(lower, one, upper=False).numpy()
+    return order, inverse[::-1, ::-1], matrix
 
 
 def quantize_gptq(
@@ -68,7 +76,7 @@ def quantize_gptq(
         CheckpointError: A weight, scale or activation is not finite.
         ConfigError: The Hessian cannot be factorized.
     """
-    order, upper = factorize(hessian, name)
+    order, upper, damped = factorize(hessian, name)
     start = quantize_blocks(weights, scheme.model_copy(update={"method": "mse"}), scale_type, name)
     outputs, blocks = start.scales.shape
     codes = unpack(start.codes, scheme.bits, scheme.block_size).reshape(outputs, -1).copy()
@@ -77,7 +85,9 @@ def quantize_gptq(
         zeros = np.full_like(scales, zero_level(scheme))
     else:
         zeros = unpack(start.zero_points, scheme.bits, blocks).astype(np.float32)
-    factor = upper.astype(np.float32)
+    stored = start.scales.copy()
+    damped = damped.astype(np.float32)
+    factor = np.ascontiguousarray(upper, np.float32)
     owner = order // scheme.block_size
 
     def compensate(first: int) -> None:
@@ -90,11 +100,14 @@ def quantize_gptq(
             2**scheme.bits - 1,
         )
         codes[here, order] = found.T
+        levels = codes[here].reshape(-1, blocks, scheme.block_size) - zeros[here][:, :, None]
+        refit = _refit(weights[here].astype(np.float32), levels, scales[here], damped)
+        stored[here] = refit.astype(scale_type)
 
     work: list[Callable[[], None]] = [partial(compensate, first) for first in range(0, outputs, _OUTPUTS)]
     spread(work)
     packed = pack(codes.reshape(outputs, blocks, scheme.block_size), scheme.bits)
-    return PackedBlocks(packed, start.scales, start.zero_points, start.in_features, scheme)
+    return PackedBlocks(packed, stored, start.zero_points, start.in_features, scheme)
 
 
 def _compensate(weights: Array, scales: Array, zeros: Array, upper: Array, highest: int) -> Array:
@@ -116,3 +129,24 @@ def _compensate(weights: Array, scales: Array, zeros: Array, upper: Array, highe
         if last < count:
             weights[last:] -= upper[first:last, last:].T @ left
     return codes
+
+
+def _refit(weights: Array, levels: Array, scales: Array, hessian: Array) -> Array:
+    """The scales (n, blocks) of least error, for weights (n, K) and levels (n, blocks, block_size)."""
+    outputs, blocks, size = levels.shape
+    features = weights.shape[1]
+    flat = levels.reshape(outputs, -1)
+    system = np.zeros((outputs, blocks, blocks), np.float64)
+    right = np.empty((outputs, blocks), np.float64)
+    edges = np.arange(0, features, size)
+    for block, start in enumerate(edges):
+        part = hessian[start : start + size]
+        spread_out = levels[:, block, : len(part)] @ part
+        right[:, block] = np.einsum("ij,ij->i", spread_out, weights)
+        spread_out *= flat[:, :features]
+        system[:, block] = np.add.reduceat(spread_out, edges, axis=1)
+    diagonal = np.einsum("nbb->nb", system)
+    empty = diagonal <= 0
+    diagonal += np.where(empty, 1.0, 1e-6 * diagonal)
+    found: Array = np.linalg.solve(system, right[:, :, None])[:, :, 0]
+    return np.where(empty, scales, found).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.config import BuildPlan, Gate, Metric, PassSpec
+from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
 from llmc.pipeline import build, explain, inspect, verify
 from llmc.pipeline.gate import parity_gates
@@ -202,3 +203,28 @@ def test_weights_are_stored_once_for_embedding_and_head(tmp_path: Path) -> None:
         if 256 in list(v.shape or ()) and len(v.shape or ()) == 2 and 64 in list(v.shape or ())
     ]
     assert len([t for t in tables if "embed" in str(t.name) or "lm_head" in str(t.name)]) == 1
+
+
+def test_calibrated_int4_is_closer_and_the_same_every_time(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, tie_word_embeddings=True)
+    weights = []
+    for name in ("first", "second"):
+        result = build(_plan(model, tmp_path / name, target="cpu-int4-gptq", verify=False), SilentProgress())
+        assert {w.bits for w in result.manifest.weights} == {4}
+        weights.append({k: f.sha256 for k, f in result.manifest.files.items() if k.startswith("model.onnx")})
+        shutil.rmtree(tmp_path / "cache")
+    assert weights[0] == weights[1]
+    plain = build(_plan(model, tmp_path / "plain", target="cpu-int4", verify=False), SilentProgress())
+    assert plain.manifest.files["model.onnx.data"].sha256 != weights[0]["model.onnx.data"]
+    assert plain.manifest.files["model.onnx.data"].bytes == result.manifest.files["model.onnx.data"].bytes
+
+
+def test_int8_experts_are_stored_as_integers(tmp_path: Path) -> None:
+    model = save_tiny_model("gpt_oss", tmp_path / "model", tokenizer=True)
+    result = build(_plan(model, tmp_path / "out", target="cpu-int8", verify=False), SilentProgress())
+    layers = 3
+    operators = _operators(result.path)
+    assert operators["com.microsoft::QMoE"] == layers
+    assert "com.microsoft::MoE" not in operators
+    floats = [w for w in result.manifest.weights if w.bits == 32]
+    assert [w.role for w in floats] == [WeightRole.ROUTER] * layers

@@ -1,0 +1,84 @@
+"""What a target's weights cost: NLL, KL divergence and top-1 agreement over stored bits per weight.
+
+    python benchmarks/faithfulness.py [--checkpoint rescaled|demo] [--targets cpu-int4,cpu-int4-gptq]
+
+8 windows of 512 tokens of the evaluation text: of each 32 tokens are prefilled and the rest decoded one by
+one, all windows as one batch. Differences are to PyTorch in float32; bits count every matrix with its scales
+and zero points. Build time and peak memory are the build's own account, verification off.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from sources import checkpoint
+
+from llmc.artifact.store import Artifact, open_artifact
+from llmc.checkpoint import Checkpoint, open_checkpoint
+from llmc.data import eval_text
+from llmc.pipeline import build
+from llmc.pipeline.gate import tokenize
+from llmc.plan import plan_build
+from llmc.progress import TerminalProgress
+from llmc.validate.quality import cut_windows, log_softmax
+from llmc.validate.reference import TorchModel
+from llmc.validate.session import OrtModel, shares_buffer
+
+WINDOW, PREFIX = 512, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=("demo", "rescaled"), default="rescaled")
+    parser.add_argument("--targets", default="cpu-int4,cpu-int4-gptq")
+    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    options = parser.parse_args()
+    source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
+    tokens, start = tokenize(source.tokenizer(), eval_text())
+    windows = cut_windows(tokens, WINDOW - len(start), start)
+    original = reference(source, windows, options.cache / f"{options.checkpoint}-logits.npy")
+    print(describe())
+    for name in options.targets.split(","):
+        output = options.cache / f"{options.checkpoint}-{name}"
+        plan = plan_build(str(source.path), target=name, profile="local", output=output, verify=False)
+        result = build(plan, TerminalProgress(sys.stderr))
+        figures = compare(open_artifact(output), windows, original)
+        memory = (result.peak_rss_bytes or 0) / 1e9
+        print(f"{name:16} {figures}, built in {result.seconds:.0f} s, {memory:.2f} GB", flush=True)
+
+
+def reference(source: Checkpoint, windows: np.ndarray, file: Path) -> np.ndarray:
+    """Logits of the original, (windows, WINDOW - PREFIX, vocabulary), of positions PREFIX - 1 on."""
+    if not file.is_file():
+        model = TorchModel(source.load_reference())
+        np.save(file, np.stack([model.logits(row[:-1], keep=WINDOW - PREFIX) for row in windows]))
+    logits: np.ndarray = np.load(file, mmap_mode="r")
+    return logits
+
+
+def compare(artifact: Artifact, windows: np.ndarray, original: np.ndarray) -> str:
+    """Figures of one artifact."""
+    weights = artifact.manifest.weights
+    bits = 8 * sum(w.bytes for w in weights) / sum(int(np.prod(w.shape)) for w in weights)
+    share = shares_buffer(artifact.path)
+    model = OrtModel(artifact.path, artifact.manifest.interface, threads=2, share_buffer=share)
+    rows = np.arange(len(windows))
+    nll, kl, equal = [], [], []
+    logits = model.prefill(windows[:, :PREFIX], steps=WINDOW - PREFIX)[:, -1]
+    for step in range(WINDOW - PREFIX):
+        if step:
+            logits = model.decode(windows[:, PREFIX + step - 1 : PREFIX + step])[:, -1]
+        p, q = log_softmax(np.asarray(original[:, step])), log_softmax(logits)
+        following = windows[:, PREFIX + step]
+        nll.append(p[rows, following] - q[rows, following])
+        kl.append((np.exp(p) * (p - q)).sum(-1))
+        equal.append(p.argmax(-1) == q.argmax(-1))
+    return f"{bits:.2f} bits, dNLL {np.mean(nll):+.4f}, KL {np.mean(kl):.4f}, top-1 {np.mean(equal):.3f}"
+
+
+if __name__ == "__main__":
+    main()
