@@ -106,7 +106,7 @@ def _layers(axes: Any, layers: dict[int, float]) -> None:
 def _along(axes: Any, along: dict[str, float]) -> None:
     axes.plot([int(n.split("_")[1]) for n in along], list(along.values()), color=_FIRST, marker="o")
     axes.set_xlabel("tokens decoded before")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(along.values()))
 
 
 def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
