@@ -64,9 +64,7 @@ class BisectResult(BaseModel):
         lines = [f"right  {step}" for step in self.right]
         found = self.divergence
         if found is None:
-            return "\n".join(
-                [*lines, "the numbers of the artifact are those of the original with its weights"]
-            )
+            return "\n".join([*lines, "no step changed the numbers"])
         place = "outside of the layers" if found.layer is None else f"layer {found.layer}"
         module = "" if found.module is None else f", module {found.module}"
         return "\n".join(
