@@ -29,11 +29,11 @@ LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
     threads=2,
-    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO),),
+    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO, noise=0.02),),
     decode=(
         DecodeLatency(
             context=128, artifact=TIMING, original=TIMING, artifact_tokens_per_s=100.0,
-            original_tokens_per_s=50.0, ratio=RATIO,
+            original_tokens_per_s=50.0, ratio=RATIO, noise=0.02,
         ),
     ),
     roofline=(
