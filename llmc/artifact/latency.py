@@ -27,16 +27,21 @@ class Ratio(_Strict):
 
 
 class PrefillLatency(_Strict):
-    """Time to first token for a prompt of `prompt_tokens`, batch 1."""
+    """Time to first token for a prompt of `prompt_tokens`, batch 1; `noise` as for decode."""
 
     prompt_tokens: int
     artifact: Timing
     original: Timing
     ratio: Ratio
+    noise: float
 
 
 class DecodeLatency(_Strict):
-    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s."""
+    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s.
+
+    `noise` is what the machine alone does to a ratio: by how much two series of the same artifact,
+    taken in turn with the original's, may differ from each other, as a fraction.
+    """
 
     context: int
     artifact: Timing
@@ -44,6 +49,7 @@ class DecodeLatency(_Strict):
     artifact_tokens_per_s: float
     original_tokens_per_s: float
     ratio: Ratio
+    noise: float
 
 
 class Footprint(_Strict):

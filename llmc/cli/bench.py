@@ -2,7 +2,7 @@
 
 import typer
 
-from llmc.cli.options import Against, Artifact, Force, Json
+from llmc.cli.options import Against, Artifact, Force, Json, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -17,8 +17,15 @@ def register(app: typer.Typer) -> None:
     )(bench)
 
 
-def bench(artifact: Artifact, against: Against = None, force: Force = False, as_json: Json = False) -> None:
+def bench(
+    artifact: Artifact,
+    against: Against = None,
+    force: Force = False,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
     """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
     from llmc import pipeline
 
-    emit(pipeline.bench(artifact, against, open_progress(), force=force), as_json=as_json)
+    made = pipeline.bench(artifact, against, open_progress(), force=force, folder=report)
+    emit(made, as_json=as_json)

@@ -2,7 +2,7 @@
 
 import typer
 
-from llmc.cli.options import Against, Artifact, EvalText, Force, Json
+from llmc.cli.options import Against, Artifact, EvalText, Force, Json, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -11,7 +11,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         short_help="Run the parity gate again.",
         epilog=examples(
-            "llmc verify artifacts/demo/cpu-int4@local",
+            "llmc verify artifacts/demo/cpu-int4@local --report out/",
             "llmc verify artifacts/mine --against ./my-model --eval-text domain.txt --json",
         ),
     )(verify)
@@ -22,9 +22,13 @@ def verify(
     against: Against = None,
     eval_text: EvalText = None,
     force: Force = False,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
     from llmc import pipeline
 
-    emit(pipeline.verify(artifact, against, eval_text or (), open_progress(), force=force), as_json=as_json)
+    emit(
+        pipeline.verify(artifact, against, eval_text or (), open_progress(), force=force, folder=report),
+        as_json=as_json,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmc.pipeline.gate import GateResult, latency_gates, open_pair
 from llmc.pipeline.original import read_text, tokenize
-from llmc.pipeline.result import GateReport, gate_report
+from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 
 
@@ -23,13 +23,21 @@ class OriginalLoader:
         return open_checkpoint(self.ref).load_reference("sdpa")
 
 
-def bench(path: Path, against: str | None, progress: Progress, *, force: bool = False) -> GateReport:
+def bench(
+    path: Path,
+    against: str | None,
+    progress: Progress,
+    *,
+    force: bool = False,
+    folder: Path | None = None,
+) -> GateReport:
     """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
 
     Args:
         path: An artifact.
         against: The original; None for the one that the manifest names.
         force: Take an original that the artifact was not built from.
+        folder: Where the report goes in all its forms; None for nowhere.
     """
     from llmc.artifact.store import check_files
     from llmc.validate.gates import evaluate
@@ -37,6 +45,8 @@ def bench(path: Path, against: str | None, progress: Progress, *, force: bool = 
     from llmc.validate.reference import TorchModel
     from llmc.validate.session import shares_buffer
 
+    if folder is not None:
+        require_folder(folder)
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force)
         check_files(artifact)
@@ -58,4 +68,7 @@ def bench(path: Path, against: str | None, progress: Progress, *, force: bool = 
         )
     measurements = ratios(latency)
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
-    return GateReport(report=gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate))
+    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights)
+    if folder is not None:
+        write_all(report, folder)
+    return GateReport(report=report)

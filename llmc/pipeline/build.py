@@ -75,7 +75,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 sources=compiled.sources,
             )
             gate = measure_parity(subject, plan.eval_text, progress)
-            write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
+            report = gate_report(plan.model, plan.target, plan.profile.name, gate, compiled.weights)
+            write_report(report, reports, "parity")
         files = digest_files(stage.path, known)
         manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate, record)
         _write_stages(progress, reports / "build.json")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
-from llmc.artifact.manifest import Manifest, State
+from llmc.artifact.manifest import Manifest, State, WeightRecord
 from llmc.artifact.verdict import CheckStatus, Verdict
 from llmc.config import Target
-from llmc.errors import LatencyError, LlmcError, ParityError
+from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult
-from llmc.report import Report, render_text, write_json, write_junit
+from llmc.report import Report, render_text, write_html, write_json, write_junit, write_markdown
 
 PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
 
@@ -119,8 +121,18 @@ class GateReport(BaseModel):
         return kind(_missed(verdict), hint="see the table for the figures")
 
 
-def gate_report(model: str, target: Target, profile: str, gate: GateResult) -> Report:
-    """The report of a gate."""
+def gate_report(
+    model: str, target: Target, profile: str, gate: GateResult, weights: Sequence[WeightRecord]
+) -> Report:
+    """The report of a gate.
+
+    Args:
+        weights: How every matrix is stored.
+    """
+    sizes: dict[str, int] = {}
+    for record in weights:
+        kind = f"{record.role.value}, {record.bits} bits"
+        sizes[kind] = sizes.get(kind, 0) + record.bytes
     return Report(
         llmc=__version__,
         model=model,
@@ -129,7 +141,32 @@ def gate_report(model: str, target: Target, profile: str, gate: GateResult) -> R
         verdict=gate.verdict,
         measurements=gate.measurements,
         latency=gate.latency,
+        sizes=sizes,
     )
+
+
+def require_folder(folder: Path) -> None:
+    """Make the folder that a report goes into, before work whose end it is.
+
+    Raises:
+        ConfigError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the report cannot be written to {folder}: {error.strerror}", hint="name another folder"
+        ) from error
+
+
+def write_all(report: Report, folder: Path) -> None:
+    """Write report.json, junit.xml, report.md and report.html into `folder`."""
+    write_json(report, folder / "report.json")
+    write_junit(report, folder / "junit.xml")
+    write_markdown(report, folder / "report.md")
+    write_html(report, folder / "report.html")
 
 
 def write_report(report: Report, folder: Path, name: str) -> None:

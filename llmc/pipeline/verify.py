@@ -5,12 +5,18 @@ from pathlib import Path
 
 from llmc.pipeline.compile import lower_graph
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
-from llmc.pipeline.result import GateReport, gate_report
+from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 
 
 def verify(
-    path: Path, against: str | None, eval_text: Sequence[str], progress: Progress, *, force: bool = False
+    path: Path,
+    against: str | None,
+    eval_text: Sequence[str],
+    progress: Progress,
+    *,
+    force: bool = False,
+    folder: Path | None = None,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
 
@@ -19,9 +25,12 @@ def verify(
         against: The original; None for the one that the manifest names.
         eval_text: Files with the user's text; none for the one that ships.
         force: Take an original that the artifact was not built from.
+        folder: Where the report goes in all its forms; None for nowhere.
     """
     from llmc.artifact.store import damaged_files
 
+    if folder is not None:
+        require_folder(folder)
     with progress.stage("artifact"):
         artifact, checkpoint, digest = open_pair(path, against, force=force)
         damaged = damaged_files(artifact)
@@ -38,4 +47,7 @@ def verify(
         damaged=damaged,
     )
     gate = measure_parity(subject, eval_text, progress)
-    return GateReport(report=gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate))
+    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights)
+    if folder is not None:
+        write_all(report, folder)
+    return GateReport(report=report)

@@ -1,7 +1,19 @@
-"""One report on an artifact in several forms: JSON, JUnit XML, text for a terminal."""
+"""One report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, text for a terminal."""
 
-from llmc.report.document import Report, write_json
+from llmc.report.document import Report, read_report, write_json
+from llmc.report.html import render_html, write_html
 from llmc.report.junit import write_junit
+from llmc.report.markdown import render_markdown, write_markdown
 from llmc.report.text import render_text
 
-__all__ = ["Report", "render_text", "write_json", "write_junit"]
+__all__ = [
+    "Report",
+    "read_report",
+    "render_html",
+    "render_markdown",
+    "render_text",
+    "write_html",
+    "write_json",
+    "write_junit",
+    "write_markdown",
+]

@@ -1,12 +1,16 @@
 """The report: what was built, the verdict on it, and everything that was measured."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import Measurement, Verdict
+from llmc.errors import ConfigError
+
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class Report(BaseModel):
@@ -18,11 +22,12 @@ class Report(BaseModel):
         verdict: The target's gates held against `measurements`.
         measurements: One per metric, those without a gate included.
         latency: Timings; None if latency was not measured.
+        sizes: Stored bytes by kind of weight.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     llmc: str
     model: str
     target: str
@@ -30,9 +35,39 @@ class Report(BaseModel):
     verdict: Verdict
     measurements: tuple[Measurement, ...]
     latency: Latency | None
+    sizes: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Model, target and profile."""
+        return f"{self.model} {self.target}@{self.profile}"
 
 
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON, UTF-8, with a newline at the end; `Report.model_validate_json` reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_report(path: Path) -> Report:
+    """Read what `write_json` wrote.
+
+    Raises:
+        ConfigError: It cannot be read, is no report, or is of another schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text).get("schema_version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is no report: {error}", hint="llmc verify --report writes one") from error
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path} has schema version {version}; this llmc reads {SCHEMA_VERSION}",
+            hint="write the report again with this llmc",
+        )
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path} is damaged: {place}: {first['msg']}") from error

@@ -8,6 +8,13 @@ def format_figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def format_estimate(value: float | None, low: float | None, high: float | None) -> str:
+    """A figure, with its 95 % confidence interval if it has one."""
+    if low is None or high is None:
+        return format_figure(value)
+    return f"{format_figure(value)} ({format_figure(low)} to {format_figure(high)})"
+
+
 def format_bound(check: Check) -> str:
     """The check's threshold as a comparison."""
     if check.bound is None:

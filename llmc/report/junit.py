@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmc.artifact.verdict import Check, CheckStatus, Measurement
 from llmc.report.document import Report
-from llmc.report.figures import format_bound, format_figure, ungated
+from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 
 #: What XML 1.0 cannot hold (section 2.2, Char).
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -24,7 +24,7 @@ def write_junit(report: Report, path: Path) -> None:
         "testsuite",
         name=_clean(f"{report.model} {report.target}@{report.profile}"),
         tests=str(len(checks) + len(rest)),
-        failures=str(sum(c.status is CheckStatus.FAIL for c in checks)),
+        failures=str(sum(c.status is CheckStatus.FAIL or c.status is CheckStatus.UNDECIDED for c in checks)),
         errors="0",
         skipped=str(len(rest) + sum(c.status is CheckStatus.NOT_APPLICABLE for c in checks)),
         time="0",
@@ -42,9 +42,10 @@ def write_junit(report: Report, path: Path) -> None:
 
 def _add_check(suite: ET.Element, check: Check) -> None:
     case = _case(suite, check.metric)
-    figure = f"{format_figure(check.value)}, gate {format_bound(check)}"
-    if check.status is CheckStatus.FAIL:
-        failure = ET.SubElement(case, "failure", message=_clean(figure), type="gate")
+    figure = f"{format_estimate(check.value, check.low, check.high)}, gate {format_bound(check)}"
+    if check.status in (CheckStatus.FAIL, CheckStatus.UNDECIDED):
+        kind = "gate" if check.status is CheckStatus.FAIL else "undecided"
+        failure = ET.SubElement(case, "failure", message=_clean(figure), type=kind)
         failure.text = _clean(f"{check.detail}\n{check.reason}")
     elif check.status is CheckStatus.NOT_APPLICABLE:
         ET.SubElement(case, "skipped", message=_clean(f"not applicable: {check.detail}"))

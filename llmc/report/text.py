@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 from llmc.artifact.latency import Footprint, Latency, Ratio, Timing
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
-from llmc.report.figures import format_bound, format_figure, ungated
+from llmc.report.figures import format_bound, format_estimate, ungated
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLOURS = {CheckStatus.PASS: "green", CheckStatus.FAIL: "red", CheckStatus.NOT_APPLICABLE: "dim"}
+_COLOURS = {
+    CheckStatus.PASS: "green",
+    CheckStatus.FAIL: "red",
+    CheckStatus.UNDECIDED: "red",
+    CheckStatus.NOT_APPLICABLE: "dim",
+}
 
 
 def render_text(report: Report, *, width: int = 110, colour: bool = False) -> str:
@@ -31,9 +36,9 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
         console.print(_latency(report.latency))
         for line in _notes(report.latency):
             console.print(Text(line))
-    failed = [str(c.metric) for c in report.verdict.checks if c.status is CheckStatus.FAIL]
+    failed = [str(c.metric) for c in report.verdict.missed]
     outcome = "passed" if report.verdict.passed else f"FAILED: {', '.join(failed)}"
-    console.print(Text(f"{report.model} {report.target}@{report.profile}: {outcome}"))
+    console.print(Text(f"{report.title}: {outcome}"))
     return buffer.getvalue()
 
 
@@ -45,14 +50,14 @@ def _checks(report: Report) -> "Table":
     for check in report.verdict.checks:
         table.add_row(
             str(check.metric),
-            format_figure(check.value),
+            format_estimate(check.value, check.low, check.high),
             format_bound(check),
             Text(str(check.status), style=_COLOURS[check.status]),
             Text(f"{check.detail}; {check.where}"),
         )
     for m in ungated(report.measurements, report.verdict.checks):
         detail = Text(f"{m.detail}; {m.where}")
-        table.add_row(str(m.metric), format_figure(m.value), "none", str(m.status), detail)
+        table.add_row(str(m.metric), format_estimate(m.value, m.low, m.high), "none", str(m.status), detail)
     return table
 
 

@@ -1,9 +1,11 @@
 """Latency of artifact and original, in turn within one process, batch 1.
 
-One round times the artifact and then the original, so that whatever else the machine does weighs on
-both. Before a side's turn the process rests, for the other side's threads spin a while after work.
+One round times the artifact, the original and the artifact again, so that whatever else the machine
+does weighs on all, and so that the two series of the artifact tell how much it does (an A/A run).
+Before a side's turn the process rests, for the other side's threads spin a while after work.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
 from llmc.graph.interface import Interface
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
+from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline, streamed_weight_bytes
@@ -107,16 +110,22 @@ def measure_latency(
 
 
 def ratios(latency: Latency) -> tuple[Measurement, ...]:
-    """TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians over all lengths measured."""
+    """TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians, and what noise leaves of it."""
     series = {
-        Metric.TTFT_RATIO: {f"prompt_{p.prompt_tokens}": p.ratio.value for p in latency.prefill},
-        Metric.INTER_TOKEN_RATIO: {f"context_{d.context}": d.ratio.value for d in latency.decode},
+        Metric.TTFT_RATIO: {f"prompt_{p.prompt_tokens}": (p.ratio.value, p.noise) for p in latency.prefill},
+        Metric.INTER_TOKEN_RATIO: {f"context_{d.context}": (d.ratio.value, d.noise) for d in latency.decode},
     }
     made = []
-    for metric, figures in series.items():
-        if figures:
-            detail = f"worst of {', '.join(figures)}; against {latency.original}, {latency.threads} threads"
-            made.append(measured(metric, max(figures.values()), detail, latency.where, figures))
+    for metric, entries in series.items():
+        if entries:
+            figures = {name: value for name, (value, _) in entries.items()}
+            value, unsure = max(entries.values())
+            detail = (
+                f"worst of {', '.join(figures)}; against {latency.original}, {latency.threads} threads;"
+                f" the machine's noise is {100 * unsure:.1f} %"
+            )
+            interval = (value / (1 + unsure), value * (1 + unsure))
+            made.append(measured(metric, value, detail, latency.where, figures, interval))
         else:
             why = "; ".join(latency.dropped) or "no length was asked for"
             made.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, latency.where))
@@ -138,6 +147,17 @@ def ratio(artifact: Sequence[Sequence[float]], original: Sequence[Sequence[float
     return Ratio(value=value, low=min(rounds), high=max(rounds))
 
 
+def noise(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """By how much two interleaved series of the same thing may differ, as a fraction.
+
+    The farther end of the confidence interval of the mean logarithm of the rounds' ratios; the
+    largest of them where there are fewer than three rounds.
+    """
+    logs = [math.log(float(np.median(a)) / float(np.median(b))) for a, b in zip(first, second, strict=True)]
+    ends = mean_interval(logs) if len(logs) > 2 else (min(logs), max(logs))
+    return math.exp(max(abs(end) for end in ends)) - 1
+
+
 def _time_prefill(
     model: OrtModel, reference: TorchModel, prompt: Array, schedule: Schedule
 ) -> PrefillLatency:
@@ -148,32 +168,45 @@ def _time_prefill(
 
     artifact: list[list[float]] = []
     original: list[list[float]] = []
+    again: list[list[float]] = []
     for counted in [False] + [True] * schedule.prefill_rounds:
-        a, b = _timed(run_artifact), _timed(lambda: reference.prefill(prompt))
+        a = _timed(run_artifact)
+        b = _timed(lambda: reference.prefill(prompt))
+        c = _timed(run_artifact)
         if counted:
             artifact.append([a])
             original.append([b])
+            again.append([c])
     return PrefillLatency(
         prompt_tokens=len(prompt),
         artifact=timing([x for r in artifact for x in r]),
         original=timing([x for r in original for x in r]),
         ratio=ratio(artifact, original),
+        noise=noise(artifact, again),
     )
 
 
 def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule: Schedule) -> DecodeLatency:
     """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
+
+    def step(token: int) -> int:
+        return int(model.decode(np.array([[token]]))[0, -1].argmax())
+
     point, original_point = model.state(), reference.state()
     artifact: list[list[float]] = []
     original: list[list[float]] = []
+    again: list[list[float]] = []
     for counted in [False] + [True] * schedule.decode_rounds:
         model.restore(point)
-        a = _timed_steps(lambda token: int(model.decode(np.array([[token]]))[0, -1].argmax()), schedule)
+        a = _timed_steps(step, schedule)
         reference.restore(original_point)
         b = _timed_steps(reference.decode, schedule)
+        model.restore(point)
+        c = _timed_steps(step, schedule)
         if counted:
             artifact.append(a)
             original.append(b)
+            again.append(c)
     flat_artifact = [x for r in artifact for x in r]
     flat_original = [x for r in original for x in r]
     return DecodeLatency(
@@ -183,6 +216,7 @@ def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule:
         artifact_tokens_per_s=1e3 * len(flat_artifact) / sum(flat_artifact),
         original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
         ratio=ratio(artifact, original),
+        noise=noise(artifact, again),
     )
 
 

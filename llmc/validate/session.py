@@ -209,17 +209,26 @@ class OrtModel:
 
 def _in_float32(path: Path, options: Any) -> bytes:
     """The graph with float32 arithmetic in every product with quantized weights."""
-    import onnx_ir as ir
+    import onnx
 
-    model = ir.load(path)
-    for node in model.graph.all_nodes():
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    model = onnx.load(path, load_external_data=False)
+    with_exact_products(model)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
-    data: bytes = ir.to_proto(model).SerializeToString()
+    data: bytes = model.SerializeToString()
     return data
+
+
+def with_exact_products(model: Any) -> None:
+    """Set `accuracy_level` of every MatMulNBits of an `onnx.ModelProto` to float32, in place."""
+    from onnx import helper
+
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 1)])
 
 
 def shares_buffer(folder: Path) -> bool:

@@ -24,7 +24,7 @@ Array = np.ndarray
 
 METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
 
-#: Neighbours along the input features whose error is looked at together: the smallest usual block.
+#: Neighbours along the last axis whose error is looked at together where there are no blocks.
 BLOCK = 32
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
@@ -39,10 +39,12 @@ class Stored:
     Args:
         shape: (output features, input features), or that of a tensor in float.
         read: Rows start:stop, float32.
+        block: Neighbours along the last axis that share a scale.
     """
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Array]
+    block: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
             digest.update(f"{name}\0{tensor_digest}\n".encode())
     where = "numpy, from the files"
     made = []
-    told = (f"worst of {len(ratios)} tensors", f"worst block of {BLOCK} of {len(ratios)} tensors")
+    told = (f"worst of {len(ratios)} tensors", f"worst block of {len(ratios)} tensors")
     for metric, values, what in zip(METRICS, (ratios, blocks), told, strict=True):
         worst = min(values, key=lambda n: values[n])
         detail = f"{what}, {worst}"
@@ -176,7 +178,7 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         values = (blocks - middle) * scale[start:stop, :, None].astype(np.float32)
         return values.reshape(len(levels), -1)[:, :features]
 
-    return Stored((len(packed), features), read)
+    return Stored((len(packed), features), read, block)
 
 
 def _unpack(packed: Array, bits: int) -> Array:
@@ -196,7 +198,7 @@ def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
         wanted = rows.rows(start, stop).astype(np.float32)
         actual = stored.read(start, stop)
         digest.update(actual.tobytes())
-        squares = [_block_sums(x * x) for x in (wanted, wanted - actual)]
+        squares = [_block_sums(x * x, stored.block) for x in (wanted, wanted - actual)]
         if not np.isfinite(squares[1]).all():
             return -math.inf, -math.inf, digest.hexdigest()
         signal += float(squares[0].sum(dtype=np.float64))
@@ -208,10 +210,10 @@ def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
     return _decibels(signal, noise), worst, digest.hexdigest()
 
 
-def _block_sums(squares: Array) -> Array:
+def _block_sums(squares: Array, block: int) -> Array:
     """Sums over blocks of the last axis; a vector is one row."""
     flat = squares.reshape(-1, squares.shape[-1]) if squares.ndim > 1 else squares.reshape(1, -1)
-    starts = np.arange(0, flat.shape[1], BLOCK)
+    starts = np.arange(0, flat.shape[1], block)
     return np.add.reduceat(flat, starts, axis=1)
 
 

@@ -21,7 +21,7 @@ from llmc.errors import (
     UnsupportedError,
 )
 
-COMMANDS = ("build", "verify", "bench", "run", "inspect", "targets", "profiles", "doctor")
+COMMANDS = ("build", "verify", "bench", "bisect", "run", "inspect", "targets", "profiles", "doctor")
 
 
 class Outcome:

@@ -1,7 +1,9 @@
 """One report in its three forms."""
 
+import json
 import math
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,16 @@ import pytest
 from llmc.artifact.latency import DecodeLatency, Footprint, Latency, PrefillLatency, Ratio, Roofline, Timing
 from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Metric
-from llmc.report import Report, render_text, write_json, write_junit
+from llmc.errors import ConfigError
+from llmc.report import (
+    Report,
+    read_report,
+    render_html,
+    render_text,
+    write_json,
+    write_junit,
+    write_markdown,
+)
 
 TIMING = Timing(n=5, p50_ms=10.0, p95_ms=12.0, p99_ms=12.5, min_ms=9.0, max_ms=13.0)
 RATIO = Ratio(value=0.5, low=0.45, high=0.61)
@@ -18,11 +29,11 @@ LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
     threads=2,
-    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO),),
+    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO, noise=0.02),),
     decode=(
         DecodeLatency(
             context=128, artifact=TIMING, original=TIMING, artifact_tokens_per_s=100.0,
-            original_tokens_per_s=50.0, ratio=RATIO,
+            original_tokens_per_s=50.0, ratio=RATIO, noise=0.02,
         ),
     ),
     roofline=(
@@ -85,7 +96,7 @@ def test_json_reads_back_with_nan_and_infinity(report: Report, tmp_path: Path) -
     write_json(report, path)
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")
-    assert '"schema_version": 1' in text
+    assert '"schema_version": 2' in text
     back = Report.model_validate_json(text)
     assert math.isnan(back.measurements[1].value)
     assert back.measurements[1].figures == {"length_1": math.inf}
@@ -154,3 +165,108 @@ def test_text_of_a_pass_without_latency_and_with_a_roofline(report: Report) -> N
     roof = LATENCY.roofline[0].model_copy(update={"bandwidth_gbs": 40.0, "bound_ms": 2.4, "fraction": 0.24})
     bound = report.model_copy(update={"latency": LATENCY.model_copy(update={"roofline": (roof,)})})
     assert "roofline 2.40 ms at 40 GB/s" in render_text(bound, width=200)
+
+
+def undecided(report: Report) -> Report:
+    found = check(Metric.TEXT_TOP1, 0.66, "undecided", bound=0.65).model_copy(
+        update={"low": 0.6, "high": 0.7}
+    )
+    verdict = Verdict(passed=False, checks=(*report.verdict.checks, found))
+    return report.model_copy(update={"verdict": verdict})
+
+
+def test_what_cannot_be_decided_is_a_failure_of_its_own_kind(report: Report, tmp_path: Path) -> None:
+    write_junit(undecided(report), tmp_path / "junit.xml")
+    (suite,) = ET.parse(tmp_path / "junit.xml").getroot()
+    case = next(c for c in suite if c.get("classname") == "llmc.text" and c.get("name") == "top1_agreement")
+    assert case.find("failure").attrib == {"message": "0.66 (0.6 to 0.7), gate <= 0.65", "type": "undecided"}
+    assert suite.get("failures") == "3"
+    assert render_text(undecided(report), width=160).splitlines()[-1].endswith("text.top1_agreement")
+
+
+def test_markdown(report: Report, tmp_path: Path) -> None:
+    write_markdown(undecided(report), tmp_path / "out" / "report.md")
+    lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "## demo cpu-int4@local: FAILED"
+    assert "| prefill.max_abs | 0.0002 | <= 0.001 | pass |" in lines
+    assert "| decode.max_abs | nan | <= 0.001 | **FAIL** |" in lines
+    assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
+    assert any(line.startswith("| next token at 128 | 10 / 12 / 12.5 | 10 | 0.500") for line in lines)
+
+
+class _Page(HTMLParser):
+    """Figures by metric, the embedded document, and everything that would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: dict[str, str] = {}
+        self.document = ""
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self._metric: str | None = None
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        stated = dict(attrs)
+        self.tags.append(tag)
+        self._metric, self._inside = stated.get("data-metric"), tag
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and v[0] != "#"]
+
+    def handle_data(self, data: str) -> None:
+        if self._metric is not None:
+            self.figures.setdefault(self._metric, data)
+        if self._inside == "script":
+            self.document += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._metric, self._inside = None, ""
+
+
+def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> None:
+    hostile = report.model_copy(
+        update={
+            "model": "<script>alert(1)</script>",
+            "sizes": {"lm_head, 4 bits": 15_000_000, "linear, 4 bits": 60_000_000},
+            "measurements": (
+                *report.measurements[:2],
+                measurement(Metric.TEXT_KL_MEAN, 0.2).model_copy(
+                    update={"figures": {"position_0": 0.1, "position_16": 0.3}}
+                ),
+                measurement(Metric.WEIGHTS_SNR, 20.0).model_copy(
+                    update={"figures": {"model.layers.0.q": 21.0, "model.layers.1.q": 20.0}}
+                ),
+            ),
+        }
+    )
+    text = render_html(hostile)
+    page = _Page()
+    page.feed(text)
+    assert Report.model_validate_json(page.document).model_dump_json() == hostile.model_dump_json()
+    assert page.figures["prefill.max_abs"] == "0.0002"
+    assert page.figures["weights.snr_db"] == "20"
+    assert page.loads == ["data:,"]
+    assert page.tags.count("script") == 1
+    # Layers, along the text, sizes, latency; no level has a finite figure.
+    assert page.tags.count("svg") == 4
+    assert "#0102" not in text
+    assert "var(--first)" in text
+    assert render_html(hostile) == text
+
+
+def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json(report, path)
+    assert read_report(path).model_dump_json() == report.model_dump_json()
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
+    with pytest.raises(ConfigError, match="has schema version 3; this llmc reads 2"):
+        read_report(path)
+    path.write_text('{"schema_version": 2}')
+    with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
+        read_report(path)
+    with pytest.raises(ConfigError, match=r"is no report: .*No such file"):
+        read_report(tmp_path / "absent")
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    path = Path(__file__).parents[2] / "docs" / "report.schema.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == Report.model_json_schema(mode="serialization")

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.latency import Latency
+from llmc.artifact.latency import Latency, Ratio
 from llmc.artifact.verdict import MeasurementStatus
-from llmc.config import Metric, Profile
+from llmc.config import Gate, Metric, Profile
 from llmc.errors import ResourceError
 from llmc.validate.footprint import ArtifactJob, OriginalJob, peak_resident_bytes, take_sample
-from llmc.validate.latency import Schedule, measure_latency, ratio, ratios, timing
+from llmc.validate.gates import evaluate
+from llmc.validate.latency import Schedule, measure_latency, noise, ratio, ratios, timing
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
 
@@ -103,6 +104,34 @@ def test_kv_bytes_end_at_the_window(mistral: Any, tmp_path: Path) -> None:
 def test_ratio_is_of_all_samples_and_ranges_over_rounds() -> None:
     made = ratio([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]])
     assert (made.value, made.low, made.high) == (1.0, 0.5, 1.5)
+
+
+def test_noise_is_what_two_series_of_one_thing_may_differ_by() -> None:
+    random = np.random.default_rng(0)
+
+    def series(rounds: int) -> list[list[float]]:
+        return (10 * np.exp(random.normal(0, 0.05, (rounds, 8)))).tolist()
+
+    found = [noise(series(8), series(8)) for _ in range(20)]
+    assert all(0 < value < 0.1 for value in found)
+    # More rounds know better; two rounds tell their worst.
+    assert np.mean([noise(series(64), series(64)) for _ in range(20)]) < 0.5 * np.mean(found)
+    assert noise([[1.0], [1.2]], [[1.0], [1.0]]) == pytest.approx(0.2)
+
+
+def test_a_gate_fails_only_past_the_noise(timed: tuple[Latency, Path, Any]) -> None:
+    latency, _, _ = timed
+    gate = Gate(metric=Metric.INTER_TOKEN_RATIO, max=1.0, reason="not slower than the original")
+
+    def passed(value: float, unsure: float) -> bool:
+        spread = Ratio(value=value, low=value, high=value)
+        entry = latency.decode[0].model_copy(update={"ratio": spread, "noise": unsure})
+        return evaluate([gate], ratios(latency.model_copy(update={"decode": (entry,)}))).passed
+
+    assert passed(0.99, 0.05)
+    assert passed(1.04, 0.05)
+    assert not passed(1.06, 0.05)
+    assert not passed(1.1, 0.0)
 
 
 def test_timing() -> None:

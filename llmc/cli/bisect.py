@@ -1,0 +1,24 @@
+"""`llmc bisect`."""
+
+import typer
+
+from llmc.cli.options import Against, Artifact, Force, Json
+from llmc.cli.text import emit, examples, open_progress
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        short_help="Find where the numbers part.",
+        epilog=examples(
+            "llmc bisect artifacts/demo/cpu-int4@local",
+            "llmc bisect artifacts/mine --against ./my-model --json",
+        ),
+    )(bisect)
+
+
+def bisect(artifact: Artifact, against: Against = None, force: Force = False, as_json: Json = False) -> None:
+    """Find the first layer and operator where ARTIFACT parts from the original, and the step that did it."""
+    from llmc import pipeline
+
+    emit(pipeline.bisect(artifact, against, open_progress(), force=force), as_json=as_json)

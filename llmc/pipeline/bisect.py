@@ -1,0 +1,164 @@
+"""`llmc bisect`: where an artifact's numbers part from the original's, and which step did it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from llmc.config import Quantization, Target
+from llmc.errors import LlmcError
+from llmc.pipeline.compile import trace
+from llmc.pipeline.gate import open_pair
+from llmc.pipeline.original import read_text, tokenize
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmc.checkpoint import Checkpoint
+    from llmc.graph.model import Graph
+    from llmc.validate.values import Difference, Values
+
+#: Tokens of the prompt whose values are compared: all of them are kept.
+PROMPT_TOKENS = 8
+#: Largest difference over largest value that another order of float32 sums may make.
+TOLERANCE = 1e-3
+
+
+class Divergence(BaseModel):
+    """Where the numbers part.
+
+    Args:
+        step: What was done between the last right numbers and the first wrong ones: `trace`, a pass,
+            or `artifact` for what is in the files and in no graph that the compiler makes.
+        layer: Decoder layer; None outside of the layers.
+        operator: Of the graph after the step.
+        value: Its output.
+        module: The original's module that it belongs to, where the trace knows it.
+        relative: Largest difference over the largest value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: str
+    layer: int | None
+    operator: str
+    value: str
+    module: str | None
+    relative: float
+
+
+class BisectResult(BaseModel):
+    """The first divergence, and the steps that were found right before it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    right: tuple[str, ...]
+    divergence: Divergence | None
+
+    def render(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"right  {step}" for step in self.right]
+        found = self.divergence
+        if found is None:
+            return "\n".join([*lines, "no step changed the numbers"])
+        place = "outside of the layers" if found.layer is None else f"layer {found.layer}"
+        module = "" if found.module is None else f", module {found.module}"
+        return "\n".join(
+            [
+                *lines,
+                f"WRONG  {found.step}: {place}, operator {found.operator}, value {found.value}{module},"
+                f" off by {found.relative:.3g} of its largest value",
+            ]
+        )
+
+    def failure(self) -> LlmcError | None:
+        """Finding the place is what was asked for."""
+        return None
+
+
+def bisect(path: Path, against: str | None, progress: Progress, *, force: bool = False) -> BisectResult:
+    """Compare intermediate values step by step: original, trace, each pass, files of the artifact.
+
+    Every step's graph is written to a temporary folder and run on one short prompt; only the values of
+    two steps are held at a time. Quantization is no step: what it costs is for `verify` to say.
+
+    Args:
+        path: An artifact.
+        against: The original; None for the one that the manifest names.
+        force: Take an original that the artifact was not built from.
+
+    Raises:
+        ParityError: A graph cannot be run.
+    """
+    from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
+
+    with progress.stage("artifact"):
+        artifact, checkpoint, _ = open_pair(path, against, force=force)
+        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+        prompt = tokens[:PROMPT_TOKENS]
+    with progress.stage("original"):
+        modules = module_values(checkpoint.load_reference(), prompt)
+    right: list[str] = []
+    before: Values | None = None
+    for step, graph in _steps(checkpoint, artifact.manifest.target, progress):
+        with progress.stage(step), TemporaryDirectory() as folder:
+            values = _values_of(graph, Path(folder), prompt)
+        if step == "quantize":
+            before = values
+            continue
+        found = (
+            first_module_difference(modules, values, TOLERANCE)
+            if before is None
+            else first_difference(before, values, TOLERANCE)
+        )
+        if found is not None:
+            return BisectResult(right=tuple(right), divergence=_divergence(step, found))
+        right.append(step)
+        before = values
+    with progress.stage("files"):
+        values = graph_values(path, artifact.manifest.interface, prompt)
+    found = None if before is None else first_difference(before, values, TOLERANCE)
+    if found is not None:
+        return BisectResult(right=tuple(right), divergence=_divergence("artifact", found))
+    return BisectResult(right=(*right, "artifact"), divergence=None)
+
+
+def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterator[tuple[str, Graph]]:
+    """The graph after each step, always the same object, changed in place."""
+    from llmc.passes import run_passes
+    from llmc.quantize.linear import quantize_weights
+
+    graph = trace(checkpoint, target.dtype, progress)
+    graph.bind(checkpoint.tensors, checkpoint.tied)
+    yield "trace", graph
+    for spec in target.passes:
+        run_passes(graph, [spec])
+        yield spec.name, graph
+    quantize_weights(graph, target.quantize or Quantization(accuracy_level=0, rules=()), target.dtype)
+    yield "quantize", graph
+
+
+def _values_of(graph: Graph, folder: Path, prompt: object) -> Values:
+    import numpy as np
+
+    from llmc.backends.ort import write_model
+    from llmc.validate.values import graph_values
+
+    write_model(graph.model, folder)
+    return graph_values(folder, graph.interface(), np.asarray(prompt))
+
+
+def _divergence(step: str, found: Difference) -> Divergence:
+    place = found.place
+    return Divergence(
+        step=step,
+        layer=place.layer,
+        operator=place.operator,
+        value=place.value,
+        module=place.module,
+        relative=found.relative,
+    )

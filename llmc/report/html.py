@@ -1,0 +1,35 @@
+"""The report as one HTML file: nothing is loaded from anywhere, and it follows light and dark."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from llmc.report.document import Report
+from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
+from llmc.report.pictures import draw_pictures
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the verdict, pictures and all figures; the report's own JSON is embedded as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_html(report), encoding="utf-8")
+
+
+def render_html(report: Report) -> str:
+    """The page as text; everything that comes from the report is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source = files("llmc.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    # In a script element only `</` could end it, and in JSON it may be written as `<\/`.
+    document = Markup(report.model_dump_json(indent=1).replace("</", "<\\/"))
+    pictures = {caption: Markup(svg) for caption, svg in draw_pictures(report).items()}
+    return template.render(
+        report=report,
+        document=document,
+        pictures=pictures,
+        ungated=ungated(report.measurements, report.verdict.checks),
+        bound=format_bound,
+        estimate=format_estimate,
+        figure=format_figure,
+    )

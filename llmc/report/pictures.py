@@ -1,0 +1,156 @@
+"""Pictures of a report as SVG whose colours are the page's own, so that they follow light and dark.
+
+matplotlib draws them with placeholder colours, which are then replaced by CSS variables.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from llmc.artifact.latency import Latency
+from llmc.artifact.verdict import Measurement
+from llmc.config import Metric
+from llmc.report.document import Report
+
+#: What matplotlib is told, and what the page defines.
+_COLOURS = {
+    "#010203": "var(--ink)",
+    "#010204": "var(--faint)",
+    "#010205": "var(--first)",
+    "#010206": "var(--second)",
+}
+_INK, _FAINT, _FIRST, _SECOND = _COLOURS
+_SIZE = (4.8, 2.7)
+
+
+def draw_pictures(report: Report) -> dict[str, str]:
+    """SVG by caption, of whatever the report has figures for."""
+    by_metric = {m.metric: m for m in report.measurements}
+    drawn: dict[str, str] = {}
+
+    def draw(caption: str, plot: Callable[[Any], None]) -> None:
+        drawn[caption] = _draw(plot)
+
+    snr = _figures(by_metric.get(Metric.WEIGHTS_SNR))
+    if layers := _by_layer(snr):
+        draw(
+            "What quantization left of each layer's weights, dB (worst matrix)",
+            lambda ax: _layers(ax, layers),
+        )
+    along = {
+        n: v for n, v in _figures(by_metric.get(Metric.TEXT_KL_MEAN)).items() if n.startswith("position_")
+    }
+    if along:
+        draw("KL divergence along the text, nats per token", lambda ax: _along(ax, along))
+    levels = {
+        m.metric.value.partition(".")[0]: values
+        for m in report.measurements
+        if m.metric.value.endswith("max_abs") and (values := [v for v in _figures(m).values() if v > 0])
+    }
+    if levels:
+        draw("Largest logit difference, with the artifact's own weights", lambda ax: _levels(ax, levels))
+    if report.sizes:
+        draw("Stored weights by kind, MB", lambda ax: _sizes(ax, report.sizes))
+    if report.latency is not None and report.latency.decode:
+        latency = report.latency
+        draw(
+            "Time to the next token, ms: p50 to p99, artifact and original", lambda ax: _latency(ax, latency)
+        )
+        if any(r.bound_ms is not None for r in latency.roofline):
+            draw("Next token against the memory roofline, ms", lambda ax: _roofline(ax, latency))
+    return drawn
+
+
+def _draw(plot: Callable[[Any], None]) -> str:
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "llmc",  # the same report gives the same bytes
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.edgecolor": _FAINT,
+        "axes.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "legend.frameon": False,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        plot(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    for placeholder, variable in _COLOURS.items():
+        svg = svg.replace(placeholder, variable)
+    return svg
+
+
+def _layers(axes: Any, layers: dict[int, float]) -> None:
+    axes.bar(list(layers), list(layers.values()), color=_FIRST)
+    axes.set_xlabel("layer")
+    axes.set_ylim(bottom=max(0.0, min(layers.values()) - 5))
+
+
+def _along(axes: Any, along: dict[str, float]) -> None:
+    axes.plot([int(n.split("_")[1]) for n in along], list(along.values()), color=_FIRST, marker="o")
+    axes.set_xlabel("tokens decoded before")
+    axes.set_ylim(0, 1.15 * max(along.values()))
+
+
+def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
+    for at, values in enumerate(levels.values()):
+        axes.scatter(values, [at] * len(values), color=_FIRST, s=18, alpha=0.7)
+    axes.set_yticks(range(len(levels)), list(levels))
+    axes.set_xscale("log")
+
+
+def _sizes(axes: Any, sizes: dict[str, int]) -> None:
+    names = sorted(sizes, key=lambda n: sizes[n])
+    axes.barh(names, [sizes[n] / 1e6 for n in names], color=_FIRST)
+
+
+def _latency(axes: Any, latency: Latency) -> None:
+    for side, colour, shift in (("artifact", _FIRST, -0.15), ("original", _SECOND, 0.15)):
+        timings = [getattr(d, side) for d in latency.decode]
+        at = [i + shift for i in range(len(timings))]
+        middle = [t.p50_ms for t in timings]
+        upper = [t.p99_ms - t.p50_ms for t in timings]
+        axes.bar(at, middle, width=0.28, color=colour, label=side)
+        axes.errorbar(at, middle, yerr=[[0.0] * len(upper), upper], fmt="none", ecolor=_INK, capsize=3)
+    axes.set_xticks(range(len(latency.decode)), [f"context {d.context}" for d in latency.decode])
+    axes.legend()
+
+
+def _roofline(axes: Any, latency: Latency) -> None:
+    at = range(len(latency.decode))
+    axes.bar(at, [d.artifact.p50_ms for d in latency.decode], color=_FIRST, label="measured")
+    axes.bar(at, [r.bound_ms or 0.0 for r in latency.roofline], color=_SECOND, label="bytes / bandwidth")
+    axes.set_xticks(at, [f"context {d.context}" for d in latency.decode])
+    axes.legend()
+
+
+def _figures(measurement: Measurement | None) -> dict[str, float]:
+    """The finite figures of a measurement, if there is one."""
+    return {} if measurement is None else {n: v for n, v in measurement.figures.items() if math.isfinite(v)}
+
+
+def _by_layer(snr: dict[str, float]) -> dict[int, float]:
+    """Worst ratio by the layer's number, which is the first number in a tensor's name."""
+    worst: dict[int, float] = {}
+    for name, value in snr.items():
+        if match := re.search(r"\.(\d+)\.", name):
+            layer = int(match.group(1))
+            worst[layer] = min(value, worst.get(layer, math.inf))
+    return dict(sorted(worst.items()))

@@ -1,0 +1,197 @@
+"""Intermediate values of a graph and of the original, and the first place where two of them part."""
+
+import ast
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ParityError
+from llmc.graph.interface import Interface
+from llmc.validate.session import with_exact_products
+
+Array = np.ndarray
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_LAYER = "llmc.layer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node of a graph.
+
+    Args:
+        value: Its output.
+        operator: Such as `GroupQueryAttention`.
+        layer: Decoder layer; None outside of the layers.
+        module: The original's module whose result the output is, where the trace knows it.
+    """
+
+    value: str
+    operator: str
+    layer: int | None
+    module: str | None
+
+
+@dataclass(frozen=True)
+class Values:
+    """Everything that one run computed: arrays by name, and the places in the order they ran."""
+
+    arrays: Mapping[str, Array]
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first value that differs: where, and the largest difference over the largest value."""
+
+    place: Place
+    relative: float
+
+
+def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
+    """Run a prompt from an empty cache, and keep every floating-point value of model.onnx.
+
+    Args:
+        folder: Directory with model.onnx.
+        tokens: (sequence,) int64; short, since everything is kept.
+
+    Raises:
+        ParityError: onnxruntime cannot run the graph.
+    """
+    import onnx
+    import onnxruntime as ort
+    from onnx import helper
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    with_exact_products(model)
+    known = {output.name for output in model.graph.output}
+    names = [name for node in model.graph.node for name in node.output if name]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in known)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder.resolve())
+    )
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        made = session.run(names, _feeds(interface, tokens))
+    except Exception as error:
+        raise ParityError(f"onnxruntime cannot run {folder / 'model.onnx'}: {error}") from error
+    arrays = {n: a for n, a in zip(names, made, strict=True) if np.issubdtype(a.dtype, np.floating)}
+    return Values(arrays, tuple(p for p in _places(model.graph.node) if p.value in arrays))
+
+
+def module_values(model: Any, tokens: Array) -> dict[str, Array]:
+    """What every module of the original without parts of its own gives for a prompt, by its name.
+
+    Args:
+        model: A transformers causal LM.
+        tokens: (sequence,) int64.
+    """
+    import torch
+
+    kept: dict[str, Array] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+
+            def keep(_: Any, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, torch.Tensor) and output.is_floating_point():
+                    kept[name] = output.detach().float().numpy().copy()
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.from_numpy(tokens[None].copy()), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def first_difference(before: Values, after: Values, tolerance: float) -> Difference | None:
+    """The first value of `after` that differs from the one of the same name and shape in `before`."""
+    for place in after.places:
+        wanted = before.arrays.get(place.value)
+        actual = after.arrays[place.value]
+        if wanted is not None and wanted.shape == actual.shape:
+            relative = relative_error(actual, wanted)
+            if relative > tolerance:
+                return Difference(place, relative)
+    return None
+
+
+def first_module_difference(
+    modules: Mapping[str, Array], values: Values, tolerance: float
+) -> Difference | None:
+    """The first module of the original whose result is not that of its last node in the graph."""
+    last = {place.module: place for place in values.places if place.module is not None}
+    for place in last.values():
+        wanted = modules.get(str(place.module))
+        actual = values.arrays[place.value]
+        if wanted is not None and wanted.shape == actual.shape:
+            relative = relative_error(actual, wanted)
+            if relative > tolerance:
+                return Difference(place, relative)
+    return None
+
+
+def relative_error(actual: Array, wanted: Array) -> float:
+    """Largest absolute difference over the largest absolute value; infinite for NaN or infinity."""
+    if not np.isfinite(actual).all():
+        return math.inf
+    scale = float(np.max(np.abs(wanted), initial=0.0))
+    difference = float(np.max(np.abs(actual.astype(np.float64) - wanted), initial=0.0))
+    return difference / scale if scale > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def _feeds(interface: Interface, tokens: Array) -> dict[str, Array]:
+    dtypes = {spec.name: np.dtype(spec.dtype) for spec in interface.inputs}
+    feeds = {"input_ids": tokens[None], "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    if interface.position_ids:
+        feeds["position_ids"] = np.arange(len(tokens))[None]
+    for slot in interface.cache:
+        feeds[slot.past_key] = np.zeros((1, slot.kv_heads, 0, slot.key_width))
+        feeds[slot.past_value] = np.zeros((1, slot.kv_heads, 0, slot.value_width))
+    return {name: np.ascontiguousarray(value, dtypes[name]) for name, value in feeds.items()}
+
+
+def _places(nodes: Sequence[Any]) -> list[Place]:
+    """Every output with its layer and module.
+
+    One layer of each kind is traced and stamped out for the rest: a stamped value has the name of
+    its model but for the layer's number, and so has its module.
+    """
+    scopes = {n.output[0]: _module(n) for n in nodes if n.output}
+    traced: dict[str, str] = {}
+    for value, module in scopes.items():
+        if module is not None and (match := re.match(r"layer\.(\d+)/", value)):
+            traced.setdefault(value[match.end() :], module.replace(f".{match.group(1)}.", ".{}.", 1))
+    places = []
+    for node in nodes:
+        metadata = {p.key: p.value for p in node.metadata_props}
+        layer = int(metadata[_LAYER]) if _LAYER in metadata else None
+        for name in node.output:
+            module = scopes.get(name)
+            if module is None and layer is not None and name.startswith(f"layer.{layer}/"):
+                pattern = traced.get(name.partition("/")[2])
+                module = None if pattern is None else pattern.replace("{}", str(layer))
+            places.append(Place(name, node.op_type, layer, module))
+    return places
+
+
+def _module(node: Any) -> str | None:
+    """Name of the original's module that a traced node belongs to."""
+    stated = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
+    if stated is None:
+        return None
+    scopes = [str(scope) for scope in ast.literal_eval(stated)]
+    # First the step around the model, last the node itself; the model's own name comes before its parts'.
+    inner = scopes[-2] if len(scopes) > 1 else ""
+    return inner.partition(".")[2] or None

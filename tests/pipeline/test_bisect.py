@@ -1,0 +1,102 @@
+"""Three planted faults: in the files of an artifact, in a pass, and in what was traced."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import llmc.passes
+from llmc.graph.model import Graph
+from llmc.graph.report import PassReport
+from llmc.pipeline import bisect, build
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from tests.models import save_tiny_model
+
+from .sabotage import Edit, copy_artifact, other_attention_scale, reseal
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("bisect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        model = save_tiny_model("llama", root / "model", tokenizer=True, tie_word_embeddings=True)
+        plan = plan_build(str(model), target="cpu-int4", profile="local", output=root / "out", verify=False)
+        yield build(plan, SilentProgress()).path
+
+
+def test_a_good_artifact_has_no_divergence(artifact: Path) -> None:
+    found = bisect(artifact, None, SilentProgress())
+    assert found.divergence is None
+    assert found.right[0] == "trace"
+    assert found.right[-1] == "artifact"
+    assert "group-query-attention" in found.right
+    assert found.failure() is None
+    assert "no step changed the numbers" in found.render()
+
+
+def test_a_fault_in_the_files(artifact: Path, tmp_path: Path) -> None:
+    folder = copy_artifact(artifact, tmp_path / "broken")
+    other_attention_scale(folder)
+    reseal(folder)
+    found = bisect(folder, None, SilentProgress()).divergence
+    assert found is not None
+    assert (found.step, found.layer, found.operator) == ("artifact", 1, "GroupQueryAttention")
+
+
+def test_a_weight_changed_in_the_files(artifact: Path, tmp_path: Path) -> None:
+    folder = copy_artifact(artifact, tmp_path / "broken")
+    with Edit(folder) as edit:
+        name = "model.layers.2.mlp.down_proj.weight.scales"
+        edit.replace(name, edit.array(name) * np.float32(1.1))
+    reseal(folder)
+    found = bisect(folder, None, SilentProgress()).divergence
+    assert found is not None
+    assert (found.step, found.layer, found.operator) == ("artifact", 2, "MatMulNBits")
+    assert found.relative == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_fault_in_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass for norms forgets the epsilon of layer 1."""
+    right = llmc.passes.registered_passes()["rms-norm"]
+
+    class Wrong:
+        name, summary = right.name, right.summary
+
+        def run(self, graph: Graph) -> PassReport:
+            report = right.run(graph)
+            for node in graph.graph:
+                if node.op_type == "SimplifiedLayerNormalization" and "layer.1/" in str(node.outputs[0].name):
+                    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+            return report
+
+    known = {**llmc.passes.registered_passes(), "rms-norm": Wrong()}
+    monkeypatch.setattr(llmc.passes, "registered_passes", lambda: known)
+    result = bisect(artifact, None, SilentProgress())
+    found = result.divergence
+    assert found is not None
+    assert (found.step, found.layer, found.operator) == ("rms-norm", 1, "SimplifiedLayerNormalization")
+    assert result.right == ("trace", "linear")
+    assert "WRONG  rms-norm: layer 1, operator SimplifiedLayerNormalization" in result.render()
+
+
+def test_a_fault_in_the_trace(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's up projection of layer 1 gives something that the traced graph does not."""
+    from llmc.checkpoint import Checkpoint
+
+    load = Checkpoint.load_reference
+
+    def other(self: Checkpoint, *arguments: Any) -> Any:
+        model: Any = load(self, *arguments)
+        model.model.layers[1].mlp.up_proj.weight.data *= 1.05
+        return model
+
+    monkeypatch.setattr(Checkpoint, "load_reference", other)
+    found = bisect(artifact, None, SilentProgress()).divergence
+    assert found is not None
+    assert (found.step, found.layer, found.operator) == ("trace", 1, "MatMul")
+    assert found.module == "model.layers.1.mlp.up_proj"
