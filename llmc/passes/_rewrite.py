@@ -14,6 +14,9 @@ from llmc.passes._match import MICROSOFT
 
 Array = np.ndarray
 
+#: ONNX releases pair IR version 11 with opset 23 and later (onnx/docs/Versioning.md).
+_IR_OF_OPSET_23 = 11
+
 
 @dataclass(frozen=True)
 class Site:
@@ -141,3 +144,13 @@ def drop_dead(graph: ir.Graph) -> int:
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
     return removed
+
+
+def require_opset(model: ir.Model, version: int) -> None:
+    """Raise the standard opset, and the IR version that goes with it, to what new operators need.
+
+    From opset 21, which tracing emits, to 24 the operators of a trace gain element types alone.
+    """
+    imports = model.graph.opset_imports
+    imports[""] = max(imports.get("", 0), version)
+    model.ir_version = max(model.ir_version or 0, _IR_OF_OPSET_23)
