@@ -70,12 +70,14 @@ class Rotary:
 
     def run(self, graph: Graph) -> PassReport:
         def emit(
-            site: Site, value: ir.Value, positions: ir.Value, tables: list[ir.Value], attributes: dict[str, int]
+            site: Site,
+            value: ir.Value,
+            positions: ir.Value,
+            tables: list[ir.Value],
+            attributes: dict[str, int],
         ) -> ir.Node:
             name, inputs = f"{value.name}/rotary", [value, positions, *tables]
-            return site.emit(
-                OPERATOR, inputs, name, domain=MICROSOFT, attributes=attributes, like=value
-            )
+            return site.emit(OPERATOR, inputs, name, domain=MICROSOFT, attributes=attributes, like=value)
 
         return replace_rotations(graph, self.name, emit)
 
@@ -112,9 +114,7 @@ def _limit_length(graph: Graph, length: int) -> None:
         graph.max_length = length
 
 
-def _rewrite(
-    graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: Emit
-) -> Declined | None:
+def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: Emit) -> Declined | None:
     source, output = rotation.source, rotation.output
     dims, dtype = dims_of(source), output.dtype
     heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)

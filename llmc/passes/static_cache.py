@@ -10,10 +10,11 @@ Token i of a row stands in slot, and at position, write_indices + i. It sees the
 with a window w only the last w of them. Ragged batches are therefore padded on the right: a row's pads lie
 behind its end, are seen by no real token and are overwritten by what comes next.
 
-Attention has one output and an explicit mask (batch, 1, sequence, capacity) bool. Where TensorRT has no kernel
-for it, attention is spelled out, with its softmax in float32, and the report says so by layer.
+Attention has one output and an explicit mask (batch, 1, sequence, capacity) bool. Where TensorRT has no
+kernel for it, attention is spelled out, with its softmax in float32, and the report says so by layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,7 +138,7 @@ class _Slots:
         if not window:
             return mask
         width = add_constant(self.graph, np.array(window, np.int64), "window")
-        before = self._emit("Sub", [self._last, width], "slots/before", dims[:3] + [1], unique=window)
+        before = self._emit("Sub", [self._last, width], "slots/before", [*dims[:3], 1], unique=window)
         inside = self._emit("Greater", [slots, before], "slots/inside", dims, _BOOL, unique=window)
         return self._emit("And", [mask, inside], "slots/mask", dims, _BOOL, unique=window)
 
@@ -193,9 +194,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, slots: _Slots, *, fused: bool) -> N
         ).outputs[0]
     else:
         attended = _Spelled(site, stem, node, slots.capacity).attend(query, caches, mask)
-    turned = site.emit(
-        "Transpose", [attended], f"{stem}/rows", attributes=_ROWS_OF_HEADS, like=output
-    )
+    turned = site.emit("Transpose", [attended], f"{stem}/rows", attributes=_ROWS_OF_HEADS, like=output)
     take_over(output, turned.outputs[0])
 
 
@@ -241,7 +240,9 @@ class _Spelled:
         group = heads // kv_heads
         axis = self._constant(np.array([2], np.int64))
         name = f"{cache.name}/heads"
-        wide = self._emit("Unsqueeze", [cache, axis], name, [batch, kv_heads, 1, capacity, width], cache.dtype)
+        wide = self._emit(
+            "Unsqueeze", [cache, axis], name, [batch, kv_heads, 1, capacity, width], cache.dtype
+        )
         times = self._constant(np.array([1, 1, group, 1, 1], np.int64))
         dims = [batch, kv_heads, group, capacity, width]
         wide = self._emit("Expand", [wide, times], f"{name}_repeated", dims, cache.dtype)
@@ -274,9 +275,13 @@ class _Spelled:
         thin = [*shape[:3], 1]
         peak = self._emit("ReduceMax", [scores, axis], "peak", thin, _FLOAT, {"keepdims": 1})
         peak = self._emit("Max", [peak, sink], "peak_with_sink", thin, _FLOAT)
-        grown = self._emit("Exp", [self._emit("Sub", [scores, peak], "below", shape, _FLOAT)], "exp", shape, _FLOAT)
+        grown = self._emit(
+            "Exp", [self._emit("Sub", [scores, peak], "below", shape, _FLOAT)], "exp", shape, _FLOAT
+        )
         total = self._emit("ReduceSum", [grown, axis], "sum", thin, _FLOAT, {"keepdims": 1})
-        sunk = self._emit("Exp", [self._emit("Sub", [sink, peak], "sink_below", thin, _FLOAT)], "sunk", thin, _FLOAT)
+        sunk = self._emit(
+            "Exp", [self._emit("Sub", [sink, peak], "sink_below", thin, _FLOAT)], "sunk", thin, _FLOAT
+        )
         total = self._emit("Add", [total, sunk], "sum_with_sink", thin, _FLOAT)
         return self._emit("Div", [grown, total], "softmax", shape, _FLOAT)
 
@@ -290,7 +295,7 @@ class _Spelled:
         name: str,
         shape: list[int | str],
         dtype: ir.DataType | None,
-        attributes: dict[str, int | list[int]] | None = None,
+        attributes: Mapping[str, int | list[int]] | None = None,
     ) -> ir.Value:
         name = f"{self.stem}/{name}"
         return self.site.emit(op, inputs, name, attributes=attributes, shape=shape, dtype=dtype).outputs[0]

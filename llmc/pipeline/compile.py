@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.config import Dtype, Quantization, Target
+from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.progress import Progress
@@ -100,6 +101,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         for note in graph.notes:
             progress.note(f"trace: {note}")
         leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
+        if target.engine is not None:
+            fix_length(graph, target.engine.kv_capacity)
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
@@ -108,6 +111,20 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         stored = quantize_weights(graph, rules, target.dtype)
         verify(graph)
     return Compiled(graph, tuple(reports), weight_records(stored, target.dtype), leftovers)
+
+
+def fix_length(graph: Graph, capacity: int) -> None:
+    """Give the KV cache its fixed number of slots.
+
+    Raises:
+        UnsupportedError: The model has fewer positions.
+    """
+    if graph.max_length is not None and capacity > graph.max_length:
+        raise UnsupportedError(
+            f"the target's kv_capacity is {capacity}, and the model has {graph.max_length} positions",
+            hint=f"copy the target and set kv_capacity to {graph.max_length} or less",
+        )
+    graph.max_length = capacity
 
 
 def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightRecord, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Gate, Metric, Provider, Target
+from llmc.config import Backend, Gate, Metric, Provider, Target
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.progress import Progress
 
@@ -67,14 +67,19 @@ def measure_parity(
     from llmc.validate.quality import measure_quality
     from llmc.validate.reference import TorchModel
     from llmc.validate.session import OrtModel, shares_buffer
+    from llmc.validate.static_session import StaticOrtModel
 
     with progress.stage("load the original"):
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, read_text(eval_text))
         reference = TorchModel(checkpoint.load_reference())
     measurements: list[Measurement] = []
+    model: OrtModel | StaticOrtModel
     try:
-        model = OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
+        if interface.static_cache:
+            model = StaticOrtModel(folder, interface, threads=threads)
+        else:
+            model = OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
     except ParityError as error:
         gates = parity_gates(target)
         measurements += broken(tuple(gate.metric for gate in gates), error, "onnxruntime")
@@ -83,8 +88,9 @@ def measure_parity(
         measurements += Parity(model, reference, tokens).measure()
     with progress.stage("quality"):
         measurements += measure_quality(model, reference, tokens, start=start)
-    with progress.stage("generation"):
-        measurements += measure_generation(folder, reference, tokenizer, prompts())
+    if target.backend is Backend.ONNXRUNTIME:
+        with progress.stage("generation"):
+            measurements += measure_generation(folder, reference, tokenizer, prompts())
     return GateResult(tuple(measurements), evaluate(parity_gates(target), measurements))
 
 

@@ -14,7 +14,7 @@ from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.validate.measure import measure, measured, require_comparable
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel
+from llmc.validate.session import Session
 
 Array = np.ndarray
 
@@ -48,7 +48,7 @@ class _Totals:
 
 
 def measure_quality(
-    model: OrtModel, reference: TorchModel, tokens: Array, *, start: tuple[int, ...]
+    model: Session, reference: TorchModel, tokens: Array, *, start: tuple[int, ...]
 ) -> tuple[Measurement, ...]:
     """KL divergence, top-1 agreement and perplexity ratio on a text.
 
@@ -110,7 +110,7 @@ def log_softmax(logits: Array) -> Array:
     return shifted
 
 
-def _compare(model: OrtModel, reference: TorchModel, windows: Array, prefix: int, totals: _Totals) -> None:
+def _compare(model: Session, reference: TorchModel, windows: Array, prefix: int, totals: _Totals) -> None:
     length = windows.shape[1]
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
     expected = [reference.logits(row[:-1], keep=length - prefix) for row in windows]
