@@ -246,7 +246,13 @@ def _count(layers: list[Layer], nodes: frozenset[str]) -> int:
 
 
 def _write(data: memoryview, path: Path) -> FileDigest:
-    with space_errors(path):
-        require_space(path.parent, data.nbytes)
-        path.write_bytes(data)
+    """Write all of it or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with space_errors(path):
+            require_space(path.parent, data.nbytes)
+            partial.write_bytes(data)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return FileDigest(sha256=hashlib.sha256(data).hexdigest(), bytes=data.nbytes)

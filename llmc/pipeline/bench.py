@@ -29,6 +29,7 @@ def bench(path: Path, against: str | None, progress: Progress) -> GateReport:
         path: An artifact.
         against: The original; None for the one that the manifest names.
     """
+    from llmc.pipeline.engines import require_no_engine
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
     from llmc.validate.reference import TorchModel
@@ -37,6 +38,7 @@ def bench(path: Path, against: str | None, progress: Progress) -> GateReport:
     with progress.stage("artifact"):
         artifact, checkpoint = open_pair(path, against)
     manifest = artifact.manifest
+    require_no_engine(manifest)
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(None))
         reference = TorchModel(checkpoint.load_reference("sdpa"))

@@ -13,7 +13,7 @@ from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.engines import plan_all_engines, write_engines
 from llmc.pipeline.gate import GateResult, measure_parity
-from llmc.pipeline.result import BuildResult, gate_report, write_report
+from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,13 +67,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
         artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
-    return BuildResult(
-        path=artifact.path,
-        manifest=manifest,
-        verdict=gate.verdict if gate else None,
-        seconds=sum(r.seconds for r in progress.records),
-        peak_rss_bytes=max((r.peak_rss_bytes or 0 for r in progress.records), default=0) or None,
-    )
+    return build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
 
 
 def _write_genai_config(folder: Path, plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled) -> None:

@@ -146,7 +146,7 @@ def open_pair(path: Path, against: str | None) -> tuple[Artifact, Checkpoint]:
     artifact = open_artifact(path)
     check_files(artifact)
     target = artifact.manifest.target
-    if target.provider is not Provider.CPU:
+    if target.provider is not Provider.CPU and not artifact.manifest.interface.static_cache:
         raise ResourceError(
             f"{path} is built for {target.provider.value.upper()}; this command runs it on the CPU",
             hint="gates on a GPU are not supported yet",
