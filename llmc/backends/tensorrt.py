@@ -82,7 +82,7 @@ def load_library(library: Library) -> Any:
 def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[EngineRecord, FileDigest]:
     """Build the engine of `plan` from model.onnx in `folder`, and write it beside it.
 
-    The same graph and release give the same bytes.
+    Bytes are the same for one graph and release in processes with the same addresses (`tensorrt_worker`).
 
     Returns:
         What is known of it, and its digest.
@@ -106,7 +106,7 @@ def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[Engine
     if engine_bytes is None:
         raise UnsupportedError(f"TensorRT cannot build the engine for {', '.join(plan.sms)}: {log.reason()}")
     record = _record(trt, plan, log, shapes, _outline(folder / MODEL))
-    return record, _write(memoryview(engine_bytes), folder / plan.name)
+    return record, _write(memoryview(engine_bytes), folder, plan)
 
 
 def pending(plan: EnginePlan) -> EngineRecord:
@@ -245,9 +245,9 @@ def _count(layers: list[Layer], nodes: frozenset[str]) -> int:
     return sum(bool(layer.nodes & nodes) for layer in layers)
 
 
-def _write(data: memoryview, path: Path) -> FileDigest:
+def _write(data: memoryview, folder: Path, plan: EnginePlan) -> FileDigest:
     """Write all of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
+    path, partial = folder / plan.name, folder / plan.partial
     try:
         with space_errors(path):
             require_space(path.parent, data.nbytes)

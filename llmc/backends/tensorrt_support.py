@@ -60,6 +60,11 @@ class EnginePlan:
         """Name of the engine's file."""
         return f"{'-'.join(self.sms).lower()}.engine"
 
+    @property
+    def partial(self) -> str:
+        """Name of the file while it is being written."""
+        return f".{self.name}.partial"
+
 
 def precisions_of(target: Target) -> tuple[str, ...]:
     """The types that the target's graph computes and stores in, float first."""

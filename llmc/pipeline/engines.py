@@ -44,7 +44,8 @@ def write_engines(
     Returns:
         A record of every engine, those that wait for their GPU included, and the digests of the files.
     """
-    from llmc.backends.tensorrt import build_engine, pending
+    from llmc.backends.tensorrt import pending
+    from llmc.backends.tensorrt_worker import build_apart
 
     records: list[EngineRecord] = []
     files: dict[str, FileDigest] = {}
@@ -54,7 +55,7 @@ def write_engines(
             progress.note(f"the engine for {', '.join(each.sms)} is built by {each.library.value} on its GPU")
             continue
         with progress.stage(f"engine {', '.join(each.sms)}"):
-            record, digest = build_engine(folder, each, target.engine)
+            record, digest = build_apart(folder, each, target.engine)
         records.append(record)
         files[each.name] = digest
     return tuple(records), files
