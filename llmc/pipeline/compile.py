@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Dtype, Quantization, Target
+from llmc.config import Dtype, Quantization, Target, WeightFormat
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
@@ -20,6 +20,7 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
     from llmc.checkpoint import Checkpoint
+    from llmc.quantize.engine import EngineTensor
     from llmc.quantize.linear import QuantizationReport
 
 
@@ -93,6 +94,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     """
     from llmc.graph.verify import verify
     from llmc.passes import resolve_passes, run_passes
+    from llmc.quantize.engine import quantize_for_engine
     from llmc.quantize.linear import quantize_weights
 
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
@@ -107,10 +109,13 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
     with progress.stage("quantize"):
-        rules = target.quantize or Quantization(accuracy_level=0, rules=())
-        stored = quantize_weights(graph, rules, target.dtype)
+        if target.engine is not None:
+            records = engine_records(quantize_for_engine(graph, target.engine.weights), target.dtype)
+        else:
+            rules = target.quantize or Quantization(accuracy_level=0, rules=())
+            records = weight_records(quantize_weights(graph, rules, target.dtype), target.dtype)
         verify(graph)
-    return Compiled(graph, tuple(reports), weight_records(stored, target.dtype), leftovers)
+    return Compiled(graph, tuple(reports), records, leftovers)
 
 
 def fix_length(graph: Graph, capacity: int) -> None:
@@ -143,6 +148,26 @@ def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightReco
             bytes=tensor.bytes,
         )
         for tensor in report.tensors
+    )
+
+
+def engine_records(tensors: Sequence[EngineTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
+    """How every matrix of an engine's graph is stored, as the manifest keeps it."""
+    from llmc.artifact.manifest import WeightRecord
+
+    float_bits = 32 if dtype is Dtype.FLOAT32 else 16
+    bits = {WeightFormat.INT4: 4, WeightFormat.NVFP4: 4, WeightFormat.INT8: 8, WeightFormat.FP8: 8}
+    return tuple(
+        WeightRecord(
+            name=tensor.name,
+            role=tensor.role,
+            shape=tensor.shape,
+            bits=bits[tensor.scheme.format] if tensor.scheme else float_bits,
+            block_size=tensor.scheme.block_size if tensor.scheme else None,
+            symmetric=True if tensor.scheme else None,
+            bytes=tensor.bytes,
+        )
+        for tensor in tensors
     )
 
 
