@@ -2,9 +2,9 @@
 
     w = code * scale                no zero point: TensorRT takes none
 
-int8 has a scale for each output feature, codes -127 to 127; int4 one for each block of input features, codes -8
-to 7. Scales are positive and have the type of the activations. TensorRT computes the product from the codes. A
-matrix that is embedding and language-model head at once is stored once for both.
+int8 has a scale for each output feature, codes -127 to 127; int4 one for each block of input features, codes
+-8 to 7. Scales are positive and have the type of the activations. TensorRT computes the product from the
+codes. A matrix that is embedding and language-model head at once is stored once for both.
 """
 
 from collections.abc import Mapping, Sequence

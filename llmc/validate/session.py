@@ -191,8 +191,13 @@ class OrtModel:
         return values.astype(np.float32, copy=False)
 
 
-def open_session(folder: Path, threads: int | None) -> tuple[Any, Any, str]:
+def open_session(
+    folder: Path, threads: int | None, entries: Mapping[str, str] | None = None
+) -> tuple[Any, Any, str]:
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
+
+    Args:
+        entries: Further configuration entries of the session.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -211,6 +216,8 @@ def open_session(folder: Path, threads: int | None) -> tuple[Any, Any, str]:
         raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

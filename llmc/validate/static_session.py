@@ -16,6 +16,9 @@ from llmc.validate.session import compare_signature, open_session, require_shape
 
 Array = np.ndarray
 
+#: Dequantize weights once, when the session is made, not in every step.
+_FOLD_WEIGHTS = {"session.disable_quant_qdq": "1"}
+
 
 @dataclass(frozen=True)
 class StaticState:
@@ -45,7 +48,7 @@ class StaticOrtModel:
     def __init__(self, folder: Path, interface: Interface, *, threads: int | None) -> None:
         if not interface.static_cache or interface.max_length is None:
             raise ConfigError(f"the KV cache of {folder} has no fixed length")
-        self._ort, self._session, self.where = open_session(folder, threads)
+        self._ort, self._session, self.where = open_session(folder, threads, _FOLD_WEIGHTS)
         self.interface = interface
         self.capacity = interface.max_length
         compare_signature("input", interface.inputs, self._session.get_inputs())
