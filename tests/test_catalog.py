@@ -18,7 +18,10 @@ from llmc.catalog import (
 from llmc.config import Metric, ProfileKind, Provider
 from llmc.errors import ConfigError
 
-TARGETS = {"cpu-fp32", "cpu-int8", "cpu-int4", "cuda-fp16", "cuda-int4"}
+TARGETS = {
+    *("cpu-fp32", "cpu-int8", "cpu-int4", "cuda-fp16", "cuda-int4"),
+    *("tensorrt-fp16", "tensorrt-int8", "tensorrt-int4"),
+}
 
 # From the table "CUDA GPU Compute Capability" of developer.nvidia.com/cuda-gpus.
 CAPABILITY = {
@@ -59,7 +62,7 @@ def test_every_target_ships() -> None:
         assert each.file == shipped_folder() / "targets" / f"{name}.yaml"
         assert each.document.gates, f"{name} has no gate"
         assert {gate.metric for gate in each.document.gates} >= {Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1}
-        assert (each.document.provider is Provider.CUDA) == name.startswith("cuda-")
+        assert (each.document.provider is Provider.CUDA) == name.startswith(("cuda-", "tensorrt-"))
 
 
 def test_float32_on_cpu_is_held_to_the_original() -> None:
