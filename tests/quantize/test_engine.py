@@ -46,7 +46,7 @@ def test_a_block_of_zeros_has_codes_of_zero() -> None:
     assert (scales == 1).all()
 
 
-@pytest.mark.parametrize(("rule", "least_db"), [(INT8, 30), (INT4, 10)])
+@pytest.mark.parametrize(("rule", "least_db"), [(INT8, 25), (INT4, 6)])
 def test_the_graph_computes_with_them(rule: EngineRule, least_db: float, tmp_path: Path) -> None:
     ids = np.arange(3, 20)[None]
     logits = []
