@@ -88,7 +88,12 @@ def examine(folder: Path) -> DoctorReport:
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
             check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
             check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
-            check_extra("tensorrt", versions, "no target needs it; pip install 'llmc[tensorrt]'"),
+            check_extra("tensorrt-rtx-cu13", versions, "targets tensorrt-* need it; x86-64 alone has it"),
+            check_extra(
+                "tensorrt",
+                versions,
+                "it finishes engines for H100, H200 and B200 there; pip install 'llmc[tensorrt]'",
+            ),
             check_demo(),
             check_gpu(),
             check_disk(folder),
