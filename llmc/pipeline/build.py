@@ -11,7 +11,7 @@ from llmc import __version__
 from llmc.config import Backend, BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
-from llmc.pipeline.engines import plan_all_engines, write_engines
+from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, measure_parity
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.progress import Progress
@@ -64,10 +64,12 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
         files = digest_files(stage.path, {**known, **engine_files})
         manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate)
+        forecasts = write_forecasts(plan, manifest, reports)
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
         artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
-    return build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
+    result = build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
+    return result.model_copy(update={"forecasts": forecasts})
 
 
 def _write_genai_config(folder: Path, plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
+    from llmc.artifact.forecast import Forecast
     from llmc.artifact.manifest import FileDigest, Manifest
     from llmc.backends.tensorrt_support import EnginePlan
 
@@ -59,6 +61,22 @@ def write_engines(
         records.append(record)
         files[each.name] = digest
     return tuple(records), files
+
+
+def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[Forecast, ...]:
+    """What each profile can be expected to do with the engines, also as forecast.json in `folder`."""
+    from llmc.backends.forecast import forecast
+
+    if plan.target.engine is None:
+        return ()
+    scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
+    found = tuple(
+        forecast(manifest.interface, manifest.weights, plan.target.engine, profile, scratch)
+        for profile in (plan.profile, *plan.also)
+    )
+    text = json.dumps([each.model_dump(mode="json") for each in found], indent=2)
+    (folder / "forecast.json").write_text(text + "\n", encoding="utf-8")
+    return found
 
 
 def resume(path: Path, progress: Progress) -> BuildResult:

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
+from llmc.artifact.forecast import Forecast
 from llmc.artifact.interface import CheckStatus, Verdict
 from llmc.artifact.manifest import Manifest, State
 from llmc.config import Target
@@ -28,6 +29,7 @@ class BuildResult(BaseModel):
         verdict: The parity gates; None if they did not run.
         seconds: Wall time of all stages.
         peak_rss_bytes: Peak resident memory of the process; None where the system does not tell.
+        forecasts: Bounds by profile for engines, from data sheets.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +39,7 @@ class BuildResult(BaseModel):
     verdict: Verdict | None
     seconds: float
     peak_rss_bytes: int | None
+    forecasts: tuple[Forecast, ...] = ()
 
     def render(self) -> str:
         """A few lines for a terminal."""
@@ -50,6 +53,7 @@ class BuildResult(BaseModel):
         if self.verdict is not None:
             lines += render_checks(self.verdict)
         lines += render_engines(manifest)
+        lines += [forecast.render() for forecast in self.forecasts]
         memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
         lines.append(f"  {self.seconds:.1f} s{memory}")
         if manifest.engines and self.verdict is not None:

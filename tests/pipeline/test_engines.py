@@ -1,5 +1,6 @@
 """From a checkpoint to engines and their verdict, what waits for its GPU, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "SM89 (l4, rtx-4090): " in text
     assert "SM90 (h100-sxm): pending, llmc build --resume on that GPU with tensorrt" in text
     assert "on the CPU; none was executed" in text
+    assert [f.profile for f in result.forecasts] == ["l4", "h100-sxm", "rtx-4090"]
+    assert "forecast for l4, not measured: at most " in text
+    assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
 
     before = (tmp_path / "out/manifest.json").read_bytes()
     assert verify(tmp_path / "out", None, None, SilentProgress()).failure() is None
