@@ -167,8 +167,92 @@ class Quantization(_Strict):
         return self
 
 
+class Backend(StrEnum):
+    """What an artifact is made of: an ONNX Runtime model, or TensorRT engines."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+
+
+class WeightFormat(StrEnum):
+    """Type of a quantized matrix inside of a TensorRT graph; all of them are symmetric."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
+class EngineScheme(_Strict):
+    """How one matrix of an engine is stored.
+
+    Args:
+        format: int8 and fp8 have a scale per output feature, or per tensor; int4 one per block.
+        block_size: Input features that share a scale; int4 alone, where it is required.
+    """
+
+    format: Annotated[WeightFormat, Field(strict=False)]
+    block_size: Literal[16, 32, 64, 128] | None = None
+
+    @model_validator(mode="after")
+    def _blocks(self) -> "EngineScheme":
+        if (self.format is WeightFormat.INT4) != (self.block_size is not None):
+            raise ValueError("block_size goes with int4, which needs it, and with no other format")
+        return self
+
+
+class EngineRule(_Strict):
+    """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
+
+    role: Annotated[WeightRole, Field(strict=False)] | None = None
+    match: str = "*"
+    scheme: EngineScheme | None
+
+
+class Span(_Strict):
+    """Sizes of one dynamic dimension: the least, the one to be fastest at, and the most."""
+
+    least: Annotated[int, Field(ge=1)]
+    typical: int
+    most: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Span":
+        if not self.least <= self.typical <= self.most:
+            raise ValueError(
+                f"least {self.least}, typical {self.typical} and most {self.most} must be in ascending order"
+            )
+        return self
+
+
+class Engine(_Strict):
+    """What a TensorRT engine is built for.
+
+    Args:
+        kv_capacity: Slots of the KV cache, and so the longest prompt and answer together.
+        batch: Rows of a batch, in prefill and decode.
+        prefill: New tokens of a row in one prefill step; decode always takes one.
+        weights: Which matrices are quantized, and how.
+    """
+
+    kv_capacity: Annotated[int, Field(ge=2)]
+    batch: Span
+    prefill: Span
+    weights: tuple[EngineRule, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Engine":
+        if self.prefill.most > self.kv_capacity:
+            raise ValueError(
+                f"prefill of {self.prefill.most} tokens does not fit kv_capacity {self.kv_capacity}"
+            )
+        return self
+
+
 class Target(_Strict):
     """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`.
+
+    `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
 
     Args:
         kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
@@ -178,14 +262,25 @@ class Target(_Strict):
     schema_version: Literal[1]
     name: str
     summary: str
-    backend: Literal["onnxruntime"]
+    backend: Annotated[Backend, Field(strict=False)]
     provider: Annotated[Provider, Field(strict=False)]
     dtype: Annotated[Dtype, Field(strict=False)]
     logits: Literal["last", "all"]
     kernels: Literal["onnxruntime", "compiled"] = "onnxruntime"
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
+    engine: Engine | None = None
     gates: tuple[Gate, ...]
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> "Target":
+        if (self.backend is Backend.TENSORRT) != (self.engine is not None):
+            raise ValueError("engine goes with backend tensorrt, which needs it, and with no other backend")
+        if self.backend is Backend.TENSORRT and self.quantize is not None:
+            raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
+        if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
+            raise ValueError("backend tensorrt needs provider cuda")
+        return self
 
 
 class ProfileKind(StrEnum):
@@ -256,6 +351,7 @@ class BuildPlan(_Strict):
         model: As the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
         target: The intent.
         profile: The hardware.
+        also: Further hardware that the artifact is to run on; engines alone are built for several.
         output: Directory of the artifact.
         verify: Run the parity gate after building.
         eval_text: Files of text for perplexity and KL divergence, `-` for standard input; none for the
@@ -265,6 +361,7 @@ class BuildPlan(_Strict):
     model: str
     target: Target
     profile: Profile
+    also: tuple[Profile, ...] = ()
     output: Path
     verify: bool = True
     eval_text: tuple[str, ...] = ()

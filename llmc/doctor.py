@@ -33,6 +33,8 @@ REQUIRED: dict[str, tuple[int, ...]] = {
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
+# Builds engines; it exists for x86-64 Linux and Windows.
+ENGINE_BUILDER = "tensorrt-rtx-cu13"
 
 # What building the demo model takes at most: its float32 graph on disk, and its peak memory.
 DISK_BYTES = 1_000_000_000
@@ -88,7 +90,12 @@ def examine(folder: Path) -> DoctorReport:
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
             check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
             check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
-            check_extra("tensorrt", versions, "no target needs it; pip install 'llmc[tensorrt]'"),
+            check_extra(ENGINE_BUILDER, versions, "targets tensorrt-* need it; x86-64 alone has it"),
+            check_extra(
+                "tensorrt",
+                versions,
+                "it finishes engines for H100, H200 and B200 there; pip install 'llmc[tensorrt]'",
+            ),
             check_demo(),
             check_gpu(),
             check_disk(folder),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmc.catalog import load_profile_for, load_target
-from llmc.config import BuildPlan
+from llmc.config import Backend, BuildPlan
 from llmc.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ def plan_build(
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
 
     Args:
+        profile: One name, or several with commas between them.
         output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
         path: Folder of the user's own targets and profiles, searched first.
     """
@@ -31,10 +32,20 @@ def plan_build(
         if name != "-" and not Path(name).is_file():
             raise ConfigError(f"evaluation text {name} is not a file")
     resolved = load_target(target, path)
+    names = profile.split(",")
+    if len(names) > 1 and resolved.backend is not Backend.TENSORRT:
+        raise ConfigError(
+            f"target {target} is built for one profile, and {len(names)} are named: {profile}",
+            hint="targets of backend tensorrt take several",
+        )
+    if len(set(names)) != len(names) or "" in names:
+        raise ConfigError(f"--profile {profile} names a profile twice, or none between two commas")
+    first, *also = (load_profile_for(resolved, name, path) for name in names)
     return BuildPlan(
         model=model,
         target=resolved,
-        profile=load_profile_for(resolved, profile, path),
+        profile=first,
+        also=tuple(also),
         output=output if output is not None else default_output(model, target, profile),
         verify=verify,
         eval_text=tuple(eval_text),
@@ -44,7 +55,8 @@ def plan_build(
 def default_output(model: str, target: str, profile: str) -> Path:
     """`artifacts/<model>/<target>@<profile>`, the model by the last part of its path or its hub id.
 
-    A hub id keeps its owner and revision: `org/name@rev` becomes `org--name@rev`.
+    A hub id keeps its owner and revision: `org/name@rev` becomes `org--name@rev`; several profiles
+    stand with a plus between them.
     """
     local = Path(model)
     if local.is_dir():
@@ -54,4 +66,4 @@ def default_output(model: str, target: str, profile: str) -> Path:
     else:
         name = model.replace("/", "--")
     safe = re.sub(r"[^\w.@+-]+", "-", name).strip("-.") or "model"
-    return Path("artifacts") / safe / f"{target}@{profile}"
+    return Path("artifacts") / safe / f"{target}@{profile.replace(',', '+')}"

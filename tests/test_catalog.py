@@ -59,7 +59,7 @@ def test_every_target_ships() -> None:
         assert each.file == shipped_folder() / "targets" / f"{name}.yaml"
         assert each.document.gates, f"{name} has no gate"
         assert {gate.metric for gate in each.document.gates} >= {Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1}
-        assert (each.document.provider is Provider.CUDA) == name.startswith("cuda-")
+        assert (each.document.provider is Provider.CUDA) == name.startswith(("cuda-", "tensorrt-"))
 
 
 def test_float32_on_cpu_is_held_to_the_original() -> None:

@@ -25,7 +25,7 @@ def test_it_looks_for_what_is_required() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["dependencies"]
     names = {re.split(r"[><=;\s]", line)[0] for line in declared}
-    assert names == {*doctor.REQUIRED, *doctor.RUNTIMES, *doctor.GENERATORS}
+    assert names == {*doctor.REQUIRED, *doctor.RUNTIMES, *doctor.GENERATORS, doctor.ENGINE_BUILDER}
     lowest = doctor.REQUIRED["transformers"]
     assert f"transformers>={'.'.join(map(str, lowest))}" in declared
 

@@ -49,3 +49,13 @@ def test_bad_requests(tmp_path: Path) -> None:
         plan_build(" ", target="cpu-fp32", profile="local")
     with pytest.raises(ConfigError, match=r"absent\.txt is not a file"):
         plan_build("demo", target="cpu-fp32", profile="local", eval_text=[str(tmp_path / "absent.txt")])
+
+
+def test_several_profiles_are_for_engines() -> None:
+    plan = plan_build("demo", target="tensorrt-fp16", profile="l4,rtx-4090")
+    assert [p.name for p in (plan.profile, *plan.also)] == ["l4", "rtx-4090"]
+    assert plan.output == Path("artifacts/demo/tensorrt-fp16@l4+rtx-4090")
+    with pytest.raises(ConfigError, match="target cuda-int4 is built for one profile, and 2 are named"):
+        plan_build("demo", target="cuda-int4", profile="l4,rtx-4090")
+    with pytest.raises(ConfigError, match="names a profile twice, or none between two commas"):
+        plan_build("demo", target="tensorrt-fp16", profile="l4,l4")

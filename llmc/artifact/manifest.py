@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmc.artifact.engine import EngineRecord
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric, Profile, Target, WeightRole
 from llmc.errors import ConfigError
@@ -136,6 +137,7 @@ class State(StrEnum):
     VERIFIED = "verified"
     NOT_VERIFIED = "built, not verified"
     NOT_EXECUTED = "built, not executed"
+    ENGINE_PENDING = "engine pending"
     FAILED = "failed"
 
 
@@ -164,8 +166,11 @@ class Manifest(_Strict):
         llmc_version: Version of the compiler.
         tools: Versions by name, such as torch and onnxruntime.
         files: Every file by its path inside the artifact, `reports/` and the manifest left out.
+        also: Further hardware that the artifact is for.
         kernels: Of targets with compiled kernels.
-        checks: The verdict's outcomes; empty unless the gates ran.
+        engines: TensorRT engines, built or pending.
+        checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
+            speak of the graph that the engines are parsed from, and each says where it was measured.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -173,12 +178,14 @@ class Manifest(_Strict):
     model: ModelFacts
     target: Target
     profile: Profile
+    also: tuple[Profile, ...] = ()
     interface: Interface
     tools: dict[str, str]
     files: dict[FileName, FileDigest]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
     kernels: KernelRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()
     state: State
     checks: tuple[CheckRecord, ...] = ()
 
@@ -192,8 +199,15 @@ class Manifest(_Strict):
                 raise ValueError(f"state is {self.state.value} without any check")
             case State.FAILED if not failed:
                 raise ValueError("state is failed, but no check failed")
-            case State.NOT_VERIFIED | State.NOT_EXECUTED if self.checks:
+            case State.NOT_VERIFIED if self.checks:
                 raise ValueError(f"state is '{self.state.value}', but checks ran")
+            case State.NOT_EXECUTED | State.ENGINE_PENDING if failed:
+                raise ValueError(f"state is '{self.state.value}', but {', '.join(failed)} failed")
+            case State.NOT_EXECUTED if self.checks and not self.engines:
+                raise ValueError(f"state is '{self.state.value}', but checks ran")
+        pending = [", ".join(engine.sms) for engine in self.engines if engine.file is None]
+        if self.state is not State.FAILED and bool(pending) != (self.state is State.ENGINE_PENDING):
+            raise ValueError(f"state is '{self.state.value}', and engines pending are {pending or 'none'}")
         return self
 
     def to_json(self) -> str:

@@ -16,6 +16,8 @@ _DISTRIBUTIONS = (
     "onnxruntime-gpu",
     "onnxscript",
     "safetensors",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
     "torch",
     "transformers",
 )

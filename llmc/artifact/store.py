@@ -126,6 +126,22 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, parse_manifest(text, str(manifest)))
 
 
+def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
+    """Put `manifest` in the place of the artifact's own, at once.
+
+    Raises:
+        ConfigError: Another build uses the artifact.
+        ResourceError: No space for it; the one that was there is untouched.
+    """
+    path = artifact.path.resolve()
+    new = path / f".{MANIFEST}.new"
+    with output_lock(path.with_name(f".{path.name}.lock"), path), space_errors(path):
+        _write_synced(new, manifest.to_json())
+        new.replace(path / MANIFEST)
+        _sync_directory(path)
+    return Artifact(artifact.path, manifest)
+
+
 def check_files(artifact: Artifact) -> None:
     """Compare every file with the manifest.
 

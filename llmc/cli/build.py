@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
             "llmc build demo",
             "llmc build ./my-model --target cpu-int8 -o artifacts/mine",
             "llmc build org/model@main --target cuda-int4 --profile l4 --no-verify",
+            "llmc build demo --target tensorrt-fp16 --profile rtx-4090,rtx-3090",
             "llmc build model.gguf --json > build.json",
         ),
     )(build)
@@ -33,7 +34,10 @@ def build(
     ],
     target: Annotated[str, typer.Option(metavar="NAME", help="What to build: `llmc targets`.")] = "cpu-int4",
     profile: Annotated[
-        str, typer.Option(metavar="NAME", help="For which machine: `llmc profiles`.")
+        str,
+        typer.Option(
+            metavar="NAME", help="For which machine: `llmc profiles`; engines for several, with commas."
+        ),
     ] = "local",
     output: Annotated[
         Path | None,
@@ -47,10 +51,21 @@ def build(
     ] = None,
     eval_text: EvalText = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the parity gate.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="MODEL is an artifact: build its pending engines on this machine's GPU."
+        ),
+    ] = False,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into an artifact, and hold it to the target's gates (exit 5 if it fails)."""
+    if resume:
+        from llmc import pipeline
+
+        emit(pipeline.resume(Path(model), open_progress()), as_json=as_json)
+        return
     from llmc.plan import plan_build
 
     plan = plan_build(

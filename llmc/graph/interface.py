@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 Padding = Literal["left", "right", "any", "none"]
 
+#: Input of graphs whose KV cache has a fixed length, in the place of attention_mask and position_ids:
+#: (batch,) int64, the slot of each row's first new token.
+WRITE_INDICES = "write_indices"
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,3 +62,8 @@ class Interface(_Frozen):
     position_ids: bool
     padding: Padding
     max_length: int | None
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the KV cache has `max_length` slots from the beginning and is written in place."""
+        return any(spec.name == WRITE_INDICES for spec in self.inputs)

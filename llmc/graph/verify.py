@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from llmc.errors import GraphError
+from llmc.graph.interface import WRITE_INDICES
 from llmc.graph.model import Graph
 
 
@@ -54,14 +55,15 @@ def _check_interface(graph: Graph) -> None:
             raise GraphError(f"input {value.name} has no consumer")
     inputs = {str(v.name) for v in graph.graph.inputs}
     outputs = {str(v.name) for v in graph.graph.outputs}
-    required_inputs = {"input_ids", "attention_mask"}
+    required_inputs = {"input_ids", WRITE_INDICES if WRITE_INDICES in inputs else "attention_mask"}
     required_outputs = {"logits"}
     for slot in graph.cache:
         required_inputs |= {slot.past_key, slot.past_value}
         required_outputs |= {slot.present_key, slot.present_value}
     if missing := required_inputs - inputs:
         raise GraphError(f"the graph has no input {', '.join(sorted(missing))}")
-    if strange := inputs - required_inputs - {"position_ids"}:
+    optional = set() if WRITE_INDICES in inputs else {"position_ids"}
+    if strange := inputs - required_inputs - optional:
         raise GraphError(f"the graph has unknown inputs {', '.join(sorted(strange))}")
     if required_outputs != outputs:
         wrong = sorted(required_outputs ^ outputs)

@@ -15,6 +15,9 @@ from llmc.passes._match import MICROSOFT
 
 Array = np.ndarray
 
+#: ONNX releases pair IR version 11 with opset 23 and later (onnx/docs/Versioning.md).
+_IR_OF_OPSET_23 = 11
+
 
 @dataclass(frozen=True)
 class Site:
@@ -151,3 +154,13 @@ def drop_unused_dialect(graph: Graph) -> None:
         del graph.model.functions[key]
     if not used:
         graph.graph.opset_imports.pop(dialect.DOMAIN, None)
+
+
+def require_opset(model: ir.Model, version: int) -> None:
+    """Raise the standard opset, and the IR version that goes with it, to what new operators need.
+
+    From opset 21, which tracing emits, to 24 the operators of a trace gain element types alone.
+    """
+    imports = model.graph.opset_imports
+    imports[""] = max(imports.get("", 0), version)
+    model.ir_version = max(model.ir_version or 0, _IR_OF_OPSET_23)

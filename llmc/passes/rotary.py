@@ -7,7 +7,7 @@ Where only the first part of a head is rotated, the rest is passed through. The 
 (positions, rotated / 2), are computed by the graph itself, whatever the kind of embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,23 +69,42 @@ class Rotary:
     summary: str = "rotary position embeddings as RotaryEmbedding with tables of cosines and sines"
 
     def run(self, graph: Graph) -> PassReport:
-        rotations = [(r, layer_of(node)) for node in graph.graph for r in _match(node)]
-        if not rotations:
-            return PassReport(self.name, ())
-        length = min(graph.max_length or MOST_POSITIONS, MOST_POSITIONS)
-        tables = PositionTables(graph.graph, length)
-        applied: list[int | None] = []
-        refusals: list[Refusal] = []
-        for rotation, layer in rotations:
-            declined = _rewrite(graph.graph, rotation, tables)
-            if declined is None:
-                applied.append(layer)
-            else:
-                refusals.append(Refusal(declined.code, declined.reason, str(rotation.node.name), layer))
-        if applied:
-            _limit_length(graph, length)
-        drop_dead(graph.graph)
-        return PassReport(self.name, tuple(applied), tuple(refusals))
+        def emit(
+            site: Site,
+            value: ir.Value,
+            positions: ir.Value,
+            tables: list[ir.Value],
+            attributes: dict[str, int],
+        ) -> ir.Node:
+            name, inputs = f"{value.name}/rotary", [value, positions, *tables]
+            return site.emit(OPERATOR, inputs, name, domain=MICROSOFT, attributes=attributes, like=value)
+
+        return replace_rotations(graph, self.name, emit)
+
+
+#: Makes the operator from the heads, the positions, the tables of cosines and sines, and its attributes.
+Emit = Callable[[Site, ir.Value, ir.Value, list[ir.Value], dict[str, int]], ir.Node]
+
+
+def replace_rotations(graph: Graph, name: str, emit: Emit) -> PassReport:
+    """Put one operator in the place of every rotary embedding; the report of pass `name`."""
+    rotations = [(r, layer_of(node)) for node in graph.graph for r in _match(node)]
+    if not rotations:
+        return PassReport(name, ())
+    length = min(graph.max_length or MOST_POSITIONS, MOST_POSITIONS)
+    tables = PositionTables(graph.graph, length)
+    applied: list[int | None] = []
+    refusals: list[Refusal] = []
+    for rotation, layer in rotations:
+        declined = _rewrite(graph.graph, rotation, tables, emit)
+        if declined is None:
+            applied.append(layer)
+        else:
+            refusals.append(Refusal(declined.code, declined.reason, str(rotation.node.name), layer))
+    if applied:
+        _limit_length(graph, length)
+    drop_dead(graph.graph)
+    return PassReport(name, tuple(applied), tuple(refusals))
 
 
 def _limit_length(graph: Graph, length: int) -> None:
@@ -95,7 +114,7 @@ def _limit_length(graph: Graph, length: int) -> None:
         graph.max_length = length
 
 
-def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables) -> Declined | None:
+def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: Emit) -> Declined | None:
     source, output = rotation.source, rotation.output
     dims, dtype = dims_of(source), output.dtype
     heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)
@@ -120,9 +139,7 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables) -> Dec
         flat = add_constant(graph, np.array([0, 0, heads * width], np.int64), "shape")
         shape = [*dims[:2], heads * width]
         value = site.emit("Reshape", [source, flat], f"{name}/flat", shape=shape, dtype=dtype).outputs[0]
-    made = site.emit(
-        OPERATOR, [value, positions, *caches], name, domain=MICROSOFT, attributes=attributes, like=value
-    ).outputs[0]
+    made = emit(site, value, positions, caches, attributes).outputs[0]
     if heads_axis == 2:
         split = add_constant(graph, np.array([0, 0, heads, width], np.int64), "shape")
         made = site.emit("Reshape", [made, split], f"{name}/heads", like=source).outputs[0]

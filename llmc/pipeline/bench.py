@@ -40,6 +40,7 @@ def bench(
         folder: Where the report goes in all its forms; None for nowhere.
     """
     from llmc.artifact.store import check_files
+    from llmc.pipeline.engines import require_no_engine
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
     from llmc.validate.reference import TorchModel
@@ -51,6 +52,7 @@ def bench(
         artifact, checkpoint, _ = open_pair(path, against, force=force)
         check_files(artifact)
     manifest = artifact.manifest
+    require_no_engine(manifest)
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         reference = TorchModel(checkpoint.load_reference("sdpa"))

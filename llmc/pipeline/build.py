@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
-from llmc.config import BuildPlan, ProfileKind, Provider
+from llmc.config import Backend, BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
+from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
-from llmc.pipeline.result import BuildResult, gate_report, write_report
+from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
+    from llmc.artifact.engine import EngineRecord
+    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
+    from llmc.artifact.verdict import Verdict
     from llmc.checkpoint import Checkpoint
 
 
@@ -32,12 +35,12 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     """
     from llmc.artifact.manifest import REPORTS
     from llmc.artifact.store import digest_files, staging
-    from llmc.backends.genai import shares_cache, write_genai_config
     from llmc.backends.ort import write_model
     from llmc.checkpoint import open_checkpoint
 
     _require_fit(plan)
     kernels = KernelStage.prepare(plan.target, plan.profile)
+    engine_plans = plan_all_engines(plan)
     with progress.stage("checkpoint"):
         checkpoint = open_checkpoint(plan.model)
         checkpoint.require_tokenizer()
@@ -51,20 +54,13 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
             checkpoint.save_tokenizer(stage.path)
-            write_genai_config(
-                stage.path,
-                checkpoint.config,
-                checkpoint.generation_config(),
-                interface,
-                plan.target.provider,
-                plan.profile.threads,
-                share_cache=shares_cache(compiled.graph.model, interface),
-                library=None if record is None else record.library,
-            )
+            if plan.target.backend is Backend.ONNXRUNTIME:
+                _write_genai_config(stage.path, plan, checkpoint, compiled, record)
+        engines, engine_files = write_engines(stage.path, plan.target, engine_plans, progress)
         gate = None
         reports = stage.path / REPORTS
         reports.mkdir()
-        if plan.verify and plan.target.provider is Provider.CPU:
+        if plan.verify and (plan.target.provider is Provider.CPU or engine_plans):
             subject = Subject(
                 folder=stage.path,
                 interface=interface,
@@ -77,17 +73,35 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             gate = measure_parity(subject, plan.eval_text, progress)
             report = gate_report(plan.model, plan.target, plan.profile.name, gate, compiled.weights)
             write_report(report, reports, "parity")
-        files = digest_files(stage.path, known)
-        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, gate, record)
+        files = digest_files(stage.path, {**known, **engine_files})
+        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate, record)
+        forecasts = write_forecasts(plan, manifest, reports)
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
         artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
-    return BuildResult(
-        path=artifact.path,
-        manifest=manifest,
-        verdict=gate.verdict if gate else None,
-        seconds=sum(r.seconds for r in progress.records),
-        peak_rss_bytes=max((r.peak_rss_bytes or 0 for r in progress.records), default=0) or None,
+    result = build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
+    return result.model_copy(update={"forecasts": forecasts})
+
+
+def _write_genai_config(
+    folder: Path,
+    plan: BuildPlan,
+    checkpoint: Checkpoint,
+    compiled: Compiled,
+    kernels: KernelRecord | None,
+) -> None:
+    from llmc.backends.genai import shares_cache, write_genai_config
+
+    interface = compiled.graph.interface()
+    write_genai_config(
+        folder,
+        checkpoint.config,
+        checkpoint.generation_config(),
+        interface,
+        plan.target.provider,
+        plan.profile.threads,
+        share_cache=shares_cache(compiled.graph.model, interface),
+        library=None if kernels is None else kernels.library,
     )
 
 
@@ -108,20 +122,18 @@ def _manifest(
     compiled: Compiled,
     digest: str,
     files: dict[str, FileDigest],
+    engines: tuple[EngineRecord, ...],
     gate: GateResult | None,
     kernels: KernelRecord | None,
 ) -> Manifest:
-    from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts, State
+    from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts
     from llmc.artifact.provenance import tool_versions
 
-    if gate is not None:
-        state = State.VERIFIED if gate.verdict.passed else State.FAILED
-        checks = tuple(
-            CheckRecord(metric=c.metric, status=c.status, where=c.where) for c in gate.verdict.checks
-        )
-    else:
-        state = State.NOT_VERIFIED if plan.target.provider is Provider.CPU else State.NOT_EXECUTED
-        checks = ()
+    verdict = gate.verdict if gate is not None else None
+    checks = tuple(
+        CheckRecord(metric=c.metric, status=c.status, where=c.where)
+        for c in (verdict.checks if verdict is not None else ())
+    )
     infos = checkpoint.tensors.infos().values()
     parameters = sum(_elements(info.shape) for info in infos)
     return Manifest(
@@ -135,15 +147,29 @@ def _manifest(
         ),
         target=plan.target,
         profile=plan.profile,
+        also=plan.also,
         interface=compiled.graph.interface(),
         tools=tool_versions(),
         files=files,
         passes=pass_records(compiled.passes),
         weights=compiled.weights,
         kernels=kernels,
-        state=state,
+        engines=engines,
+        state=_state(plan, engines, verdict),
         checks=checks,
     )
+
+
+def _state(plan: BuildPlan, engines: tuple[EngineRecord, ...], verdict: Verdict | None) -> State:
+    from llmc.artifact.manifest import State
+
+    if verdict is not None and not verdict.passed:
+        return State.FAILED
+    if any(engine.file is None for engine in engines):
+        return State.ENGINE_PENDING
+    if plan.target.provider is not Provider.CPU:
+        return State.NOT_EXECUTED
+    return State.NOT_VERIFIED if verdict is None else State.VERIFIED
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Dtype, Quantization, Target
+from llmc.config import Dtype, Quantization, Target, WeightFormat
+from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.weights import LazyWeight, Rows
@@ -20,6 +21,7 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
     from llmc.checkpoint import Checkpoint
+    from llmc.quantize.engine import EngineTensor
     from llmc.quantize.linear import QuantizationReport
 
 
@@ -113,6 +115,8 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
         for note in graph.notes:
             progress.note(f"trace: {note}")
         leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
+        if target.engine is not None:
+            fix_length(graph, target.engine.kv_capacity)
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
@@ -129,6 +133,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     """
     from llmc.graph.verify import verify
     from llmc.pipeline.calibrate import calibrate
+    from llmc.quantize.engine import quantize_for_engine
     from llmc.quantize.linear import plan_calibration, quantize_weights
 
     lowered = lower_graph(checkpoint, target, progress)
@@ -139,11 +144,15 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
             wanted = plan_calibration(lowered.graph, rules)
             calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
-        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
-        for note in stored.notes:
-            progress.note(f"quantize: {note}")
+        if target.engine is not None:
+            tensors = quantize_for_engine(lowered.graph, target.engine.weights)
+            records = engine_records(tensors, target.dtype)
+        else:
+            stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
+            for note in stored.notes:
+                progress.note(f"quantize: {note}")
+            records = weight_records(stored, target.dtype)
         verify(lowered.graph)
-    records = weight_records(stored, target.dtype)
     return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
 
 
@@ -155,6 +164,20 @@ def _sources(graph: Graph) -> dict[str, Rows]:
         if isinstance(tensor, LazyWeight) and tensor.rows is not None and value.uses():
             found[str(value.name)] = tensor.rows
     return found
+
+
+def fix_length(graph: Graph, capacity: int) -> None:
+    """Give the KV cache its fixed number of slots.
+
+    Raises:
+        UnsupportedError: The model has fewer positions.
+    """
+    if graph.max_length is not None and capacity > graph.max_length:
+        raise UnsupportedError(
+            f"the target's kv_capacity is {capacity}, and the model has {graph.max_length} positions",
+            hint=f"copy the target and set kv_capacity to {graph.max_length} or less",
+        )
+    graph.max_length = capacity
 
 
 def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightRecord, ...]:
@@ -173,6 +196,26 @@ def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightReco
             bytes=tensor.bytes,
         )
         for tensor in report.tensors
+    )
+
+
+def engine_records(tensors: Sequence[EngineTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
+    """How every matrix of an engine's graph is stored, as the manifest keeps it."""
+    from llmc.artifact.manifest import WeightRecord
+
+    float_bits = 32 if dtype is Dtype.FLOAT32 else 16
+    bits = {WeightFormat.INT4: 4, WeightFormat.NVFP4: 4, WeightFormat.INT8: 8, WeightFormat.FP8: 8}
+    return tuple(
+        WeightRecord(
+            name=tensor.name,
+            role=tensor.role,
+            shape=tensor.shape,
+            bits=bits[tensor.scheme.format] if tensor.scheme else float_bits,
+            block_size=tensor.scheme.block_size if tensor.scheme else None,
+            symmetric=True if tensor.scheme else None,
+            bytes=tensor.bytes,
+        )
+        for tensor in tensors
     )
 
 

@@ -112,6 +112,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     from llmc.validate.served import Served
     from llmc.validate.session import OrtModel, shares_buffer
     from llmc.validate.settings import compare_settings, describe_original
+    from llmc.validate.static_session import StaticOrtModel
     from llmc.validate.tokens import measure_tokens
 
     folder, checkpoint = subject.folder, subject.checkpoint
@@ -122,6 +123,17 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         )
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
+    heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
+    switches = rope_switches(checkpoint.config)
+    if subject.interface.static_cache:
+        graph = StaticOrtModel(folder, subject.interface, threads=subject.threads)
+        original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
+        with progress.stage("quality"):
+            made += measure_quality(graph, original, tokens, start=start)
+        with progress.stage("parity"):
+            made += Parity(graph, original, tokens, heads, switches).measure()
+        return
+    with progress.stage("settings"):
         stated = describe_original(checkpoint.config, checkpoint.generation_config(), tokenizer)
         made.append(compare_settings(folder, stated, subject.interface))
     with progress.stage("weights"):
@@ -154,9 +166,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     else:
         own = original
     with progress.stage("parity"):
-        exact = session(exact=True)
-        heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
-        made += Parity(exact, own, tokens, heads, rope_switches(checkpoint.config)).measure()
+        made += Parity(session(exact=True), own, tokens, heads, switches).measure()
     with progress.stage("generation"):
         made += measure_generation(served, texts, own, stated.stop)
 
@@ -202,7 +212,7 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    if manifest.target.provider is not Provider.CPU:
+    if manifest.target.provider is not Provider.CPU and not manifest.interface.static_cache:
         raise ResourceError(
             f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
             hint="gates on a GPU are not supported yet",

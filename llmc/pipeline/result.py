@@ -10,11 +10,13 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
+from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import Manifest, State, WeightRecord
 from llmc.artifact.verdict import CheckStatus, Verdict
 from llmc.config import Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult
+from llmc.progress import Progress
 from llmc.report import Report, render_text, write_html, write_json, write_junit, write_markdown
 
 PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
@@ -29,6 +31,7 @@ class BuildResult(BaseModel):
         verdict: The parity gates; None if they did not run.
         seconds: Wall time of all stages.
         peak_rss_bytes: Peak resident memory of the process; None where the system does not tell.
+        forecasts: Bounds by profile for engines, from data sheets.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +41,7 @@ class BuildResult(BaseModel):
     verdict: Verdict | None
     seconds: float
     peak_rss_bytes: int | None
+    forecasts: tuple[Forecast, ...] = ()
 
     def render(self) -> str:
         """A few lines for a terminal."""
@@ -50,9 +54,15 @@ class BuildResult(BaseModel):
         ]
         if self.verdict is not None:
             lines += render_checks(self.verdict)
+        lines += render_engines(manifest)
+        lines += [forecast.render() for forecast in self.forecasts]
         memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
         lines.append(f"  {self.seconds:.1f} s{memory}")
-        if manifest.state is State.NOT_EXECUTED:
+        if manifest.engines and self.verdict is not None:
+            lines.append(
+                "  measured on the graph that the engines are parsed from, on the CPU; none was executed"
+            )
+        elif manifest.state is State.NOT_EXECUTED:
             lines.append("  this machine cannot run it: nothing of it was measured")
         elif manifest.state is State.NOT_VERIFIED:
             lines.append("  its numbers were not compared with the original: llmc verify does that")
@@ -61,6 +71,36 @@ class BuildResult(BaseModel):
     def failure(self) -> LlmcError | None:
         """A parity error if a gate failed."""
         return parity_failure(self.verdict, f"kept for inspection at {self.path}")
+
+
+def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progress: Progress) -> BuildResult:
+    """The result of a build whose stages `progress` has recorded."""
+    return BuildResult(
+        path=path,
+        manifest=manifest,
+        verdict=verdict,
+        seconds=sum(r.seconds for r in progress.records),
+        peak_rss_bytes=max((r.peak_rss_bytes or 0 for r in progress.records), default=0) or None,
+    )
+
+
+def render_engines(manifest: Manifest) -> list[str]:
+    """One line per engine: what it is for, its size and kernels, or what it waits for."""
+    lines = []
+    for engine in manifest.engines:
+        sms, profiles = ", ".join(engine.sms), ", ".join(engine.profiles)
+        if engine.file is None:
+            lines.append(
+                f"  {sms} ({profiles}): pending, llmc build --resume on that GPU with {engine.library}"
+            )
+            continue
+        size = manifest.files[engine.file].bytes / 1e6
+        kernels = ", ".join(f"{p.name} {p.layers_per_decoder_layer}" for p in engine.phases)
+        lines.append(
+            f"  {sms} ({profiles}): {size:.0f} MB, {engine.library} {engine.version}, "
+            f"layers per decoder layer: {kernels}"
+        )
+    return lines
 
 
 def render_checks(verdict: Verdict) -> list[str]:

@@ -19,6 +19,8 @@ def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None]) -
     """
     from llmc.artifact.store import open_artifact
     from llmc.backends.generate import generate_text
+    from llmc.pipeline.engines import require_no_engine
 
     artifact = open_artifact(path)
+    require_no_engine(artifact.manifest)
     generate_text(artifact.path, prompt, max_tokens, emit, chat=True)

@@ -12,7 +12,7 @@ from llmc.errors import ConfigError
 from llmc.validate.measure import max_abs, measure, measured, unmeasured
 from llmc.validate.ragged import Row, compare_ragged
 from llmc.validate.reference import Reference
-from llmc.validate.session import OrtModel
+from llmc.validate.session import Session
 
 Array = np.ndarray
 
@@ -50,7 +50,7 @@ class Parity:
         ConfigError: There are fewer than two tokens.
     """
 
-    model: OrtModel
+    model: Session
     reference: Reference
     tokens: Array
     heads: int = 1

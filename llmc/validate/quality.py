@@ -18,7 +18,7 @@ from llmc.errors import ConfigError
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable
 from llmc.validate.reference import Reference
-from llmc.validate.session import OrtModel
+from llmc.validate.session import Session
 
 Array = np.ndarray
 
@@ -68,7 +68,7 @@ class _Totals:
 
 
 def measure_quality(
-    model: OrtModel, reference: Reference, tokens: Array, *, start: tuple[int, ...]
+    model: Session, reference: Reference, tokens: Array, *, start: tuple[int, ...]
 ) -> tuple[Measurement, ...]:
     """KL divergence, top-1 agreement and perplexity ratio on a text.
 
@@ -131,7 +131,7 @@ def log_softmax(logits: Array) -> Array:
     return shifted
 
 
-def _compare(model: OrtModel, reference: Reference, windows: Array, prefix: int) -> Array:
+def _compare(model: Session, reference: Reference, windows: Array, prefix: int) -> Array:
     """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original."""
     length = windows.shape[1]
     totals = _Totals()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.validate.measure import max_abs
-from llmc.validate.session import OrtModel
+from llmc.validate.session import Session
 
 Array = np.ndarray
 
@@ -33,7 +33,7 @@ class Row:
         return logits
 
 
-def compare_ragged(model: OrtModel, rows: Sequence[Row], steps: int, side: str) -> float:
+def compare_ragged(model: Session, rows: Sequence[Row], steps: int, side: str) -> float:
     """Largest absolute logit difference over the real tokens of all rows.
 
     Rows are padded on `side`; every decode step appends one token and one 1 of the attention mask to

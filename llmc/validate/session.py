@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,21 @@ class CacheState:
 
     mask: Array
     cache: tuple[Any, ...]
+
+
+class Session(Protocol):
+    """What the measurements ask of a model: prefill and decode over the KV cache of one batch."""
+
+    interface: Interface
+    where: str
+
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        """Logits of a prompt, run from an empty cache."""
+        ...
+
+    def decode(self, tokens: Array) -> Array:
+        """Logits of one more token of every row."""
+        ...
 
 
 class OrtModel:
@@ -63,35 +78,13 @@ class OrtModel:
         share_buffer: bool,
         exact: bool = False,
     ) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise ResourceError(
-                "onnxruntime is not installed",
-                hint="pip install onnxruntime-gpu (x86-64) or onnxruntime (elsewhere)",
-            ) from error
-        path = folder / "model.onnx"
-        if not path.is_file():
-            raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        library = custom_operators(folder)
-        try:
-            if library is not None:
-                options.register_custom_ops_library(str(library))
-            source = _in_float32(path, options) if exact else str(path)
-            self._session = ort.InferenceSession(source, options, providers=[_PROVIDER])
-        except Exception as error:
-            raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
+        ort, self._session, self.where = open_session(folder, threads, exact=exact)
         self._ort = ort
         self.interface = interface
         self.share_buffer = share_buffer
-        self.where = f"onnxruntime {ort.__version__} {_PROVIDER}"
         self._specs = {spec.name: spec for spec in interface.inputs}
-        _compare_signature("input", interface.inputs, self._session.get_inputs())
-        _compare_signature("output", interface.outputs, self._session.get_outputs())
+        compare_signature("input", interface.inputs, self._session.get_inputs())
+        compare_signature("output", interface.outputs, self._session.get_outputs())
         pairs = [
             pair
             for slot in interface.cache
@@ -199,12 +192,53 @@ class OrtModel:
         if not self.share_buffer:
             self._cache = tuple(outputs[:-1])
             for (_, present, heads, width), value in zip(self._slots, self._cache, strict=True):
-                _require_shape(present, value.shape(), (batch, heads, total, width))
+                require_shape(present, value.shape(), (batch, heads, total, width))
         positions_out = 1 if self.interface.logits == "last" else sequence
         shape = logits.shape()
-        _require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
+        require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
         values: Array = logits.numpy()
         return values.astype(np.float32, copy=False)
+
+
+def open_session(
+    folder: Path, threads: int | None, entries: Mapping[str, str] | None = None, *, exact: bool = False
+) -> tuple[Any, Any, str]:
+    """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
+
+    Args:
+        entries: Further configuration entries of the session.
+        exact: As for `OrtModel`.
+
+    Raises:
+        ConfigError: There is no model.onnx in `folder`.
+        ResourceError: onnxruntime is not installed.
+        ParityError: onnxruntime cannot load the graph.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ResourceError(
+            "onnxruntime is not installed",
+            hint="pip install onnxruntime-gpu (x86-64) or onnxruntime (elsewhere)",
+        ) from error
+    path = folder / "model.onnx"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    library = custom_operators(folder)
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        source = _in_float32(path, options) if exact else str(path)
+        session = ort.InferenceSession(source, options, providers=[_PROVIDER])
+    except Exception as error:
+        raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
+    return ort, session, f"onnxruntime {ort.__version__} {_PROVIDER}"
 
 
 def _in_float32(path: Path, options: Any) -> bytes:
@@ -276,7 +310,7 @@ def _require_fed(interface: Interface, past: set[str]) -> None:
         raise ParityError(f"the interface lacks the outputs {sorted(missing)}")
 
 
-def _compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> None:
+def compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> None:
     """The session's inputs or outputs must be those of the interface by name, type and static size."""
     actual = {arg.name: arg for arg in found}
     expected = {spec.name for spec in specs}
@@ -298,6 +332,6 @@ def _compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> 
                 )
 
 
-def _require_shape(name: str, shape: list[int], expected: tuple[int, ...]) -> None:
+def require_shape(name: str, shape: list[int], expected: tuple[int, ...]) -> None:
     if tuple(shape) != expected:
         raise ParityError(f"output {name} has shape {list(shape)}, it must be {list(expected)}")

@@ -1,0 +1,53 @@
+"""What is recorded of a TensorRT engine when it is built, since none can be read back without its GPU."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EnginePhase(_Strict):
+    """One optimization profile of an engine.
+
+    Args:
+        name: Prefill, or decode with one new token a row.
+        shapes: Least, typical and largest shape of every input with a dynamic dimension.
+        layers: Kernels and other steps of the engine.
+        layers_per_decoder_layer: Those that the decoder layer in the middle takes part in.
+        fused_attention: Attention layers of the model that one fused kernel computes.
+        scratch_bytes: Memory besides weights, inputs and outputs.
+    """
+
+    name: Literal["prefill", "decode"]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    layers: int
+    layers_per_decoder_layer: int
+    fused_attention: int
+    scratch_bytes: int
+
+
+class EngineRecord(_Strict):
+    """One engine of an artifact, built or to be built on its GPU.
+
+    Args:
+        file: Its file in the artifact; None while it is pending.
+        library: The Python module that builds and runs it.
+        version: Release of the library; None while it is pending. An engine runs under that release alone.
+        sms: Compute capabilities that it holds kernels for, by TensorRT's names.
+        profiles: Hardware profiles that it serves.
+        weight_bytes: Weights that it holds on the device.
+        quantized_products: Products that the engine computes from a quantized weight directly, by its type.
+        phases: Its optimization profiles, in the engine's order.
+    """
+
+    file: str | None
+    library: Literal["tensorrt_rtx", "tensorrt"]
+    version: str | None
+    sms: tuple[str, ...]
+    profiles: tuple[str, ...]
+    weight_bytes: int | None = None
+    quantized_products: dict[str, int] = {}
+    phases: tuple[EnginePhase, ...] = ()

@@ -1,0 +1,56 @@
+"""The roofline of an engine on a profile's hardware."""
+
+import numpy as np
+
+from llmc.artifact.forecast import Forecast
+from llmc.artifact.manifest import WeightRecord
+from llmc.config import Engine, Profile, WeightRole
+from llmc.graph.interface import Interface
+
+
+def forecast(
+    interface: Interface,
+    weights: tuple[WeightRecord, ...],
+    engine: Engine,
+    profile: Profile,
+    scratch_bytes: int,
+) -> Forecast:
+    """Bounds for one row at the engine's full KV cache, and what fits.
+
+    An embedding table that is only looked up is not read by a step, and counts for the memory alone. The
+    scratch memory is the engine's own for its largest batch.
+    """
+    stored = sum(w.bytes for w in weights)
+    streamed = [w for w in weights if w.role is not WeightRole.EMBEDDING]
+    weight_bytes = sum(w.bytes for w in streamed)
+    operations = 2 * sum(int(np.prod(w.shape, dtype=np.int64)) for w in streamed)
+    kv = _kv_bytes(interface)
+    batch = context = rate = first = None
+    if profile.memory_gib is not None:
+        room = max(0, int(profile.memory_gib * 1e9) - stored - scratch_bytes)  # printed in GB
+        batch, context = room // (kv * engine.kv_capacity), room // kv
+    if profile.bandwidth_gbs is not None:
+        bandwidth = profile.bandwidth_gbs * 1e9
+        rate = bandwidth / (weight_bytes + kv * engine.kv_capacity)
+        if profile.dense.fp16 is not None:
+            compute = operations * engine.prefill.typical / (profile.dense.fp16 * 1e12)
+            first = 1e3 * max(weight_bytes / bandwidth, compute)
+    return Forecast(
+        profile=profile.name,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv,
+        largest_batch=batch,
+        largest_context=context,
+        tokens_per_s=rate,
+        prompt_tokens=engine.prefill.typical,
+        ttft_ms=first,
+    )
+
+
+def _kv_bytes(interface: Interface) -> int:
+    """Keys and values of one token in all layers; a static cache keeps them whatever a layer's window."""
+    sizes = {spec.name: np.dtype(spec.dtype).itemsize for spec in interface.inputs}
+    return sum(
+        slot.kv_heads * (slot.key_width * sizes[slot.past_key] + slot.value_width * sizes[slot.past_value])
+        for slot in interface.cache
+    )

@@ -1,0 +1,162 @@
+"""Engines as a step of a build, and the ones that wait for their GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.config import Backend, BuildPlan, Target
+from llmc.errors import ConfigError, ResourceError
+from llmc.pipeline.result import BuildResult, build_result
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.engine import EngineRecord
+    from llmc.artifact.forecast import Forecast
+    from llmc.artifact.manifest import FileDigest, Manifest
+    from llmc.backends.tensorrt_support import EnginePlan
+
+
+def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
+    """The engines that a build needs, none for a target of another backend; nothing is built yet.
+
+    Raises:
+        LlmcError: A profile cannot have an engine of this target, or what builds it is missing here.
+    """
+    from llmc.backends.tensorrt import load_library
+    from llmc.backends.tensorrt_support import plan_engines
+    from llmc.catalog import list_targets
+
+    if plan.target.backend is not Backend.TENSORRT:
+        return ()
+    known = [listed.document for listed in list_targets()]
+    plans = plan_engines(plan.target, (plan.profile, *plan.also), known)
+    for each in plans:
+        if _builds_here(each):
+            load_library(each.library)
+    return plans
+
+
+def write_engines(
+    folder: Path, target: Target, plans: tuple[EnginePlan, ...], progress: Progress
+) -> tuple[tuple[EngineRecord, ...], dict[str, FileDigest]]:
+    """Build what can be built here from model.onnx in `folder`.
+
+    Returns:
+        A record of every engine, those that wait for their GPU included, and the digests of the files.
+    """
+    from llmc.backends.tensorrt import pending
+    from llmc.backends.tensorrt_worker import build_apart
+
+    records: list[EngineRecord] = []
+    files: dict[str, FileDigest] = {}
+    for each in plans:
+        if target.engine is None or not _builds_here(each):
+            records.append(pending(each))
+            progress.note(f"the engine for {', '.join(each.sms)} is built by {each.library.value} on its GPU")
+            continue
+        with progress.stage(f"engine {', '.join(each.sms)}"):
+            record, digest = build_apart(folder, each, target.engine)
+        records.append(record)
+        files[each.name] = digest
+    return tuple(records), files
+
+
+def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[Forecast, ...]:
+    """What each profile can be expected to do with the engines, also as forecast.json in `folder`."""
+    from llmc.backends.forecast import forecast
+
+    if plan.target.engine is None:
+        return ()
+    scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
+    found = tuple(
+        forecast(manifest.interface, manifest.weights, plan.target.engine, profile, scratch)
+        for profile in (plan.profile, *plan.also)
+    )
+    text = json.dumps([each.model_dump(mode="json") for each in found], indent=2)
+    (folder / "forecast.json").write_text(text + "\n", encoding="utf-8")
+    return found
+
+
+def resume(path: Path, progress: Progress) -> BuildResult:
+    """Build the engines of an artifact that wait for the GPU of this machine.
+
+    Args:
+        path: An artifact in the state "engine pending".
+
+    Raises:
+        ConfigError: There is no artifact, it is damaged, or none of its engines is pending.
+        ResourceError: This machine has not the GPU or the library that a pending engine needs; the artifact
+            is as it was.
+        UnsupportedError: TensorRT refuses the graph.
+    """
+    from llmc.artifact.manifest import State
+    from llmc.artifact.store import check_files, open_artifact, update_manifest
+
+    with progress.stage("artifact"):
+        artifact = open_artifact(path)
+        check_files(artifact)
+    manifest = artifact.manifest
+    waiting = [record for record in manifest.engines if record.file is None]
+    if not waiting:
+        raise ConfigError(f"{path} has no engine pending: it is {manifest.state.value}")
+    plans = tuple(_plan_of(record) for record in waiting)
+    for each in plans:
+        _require_host(each)
+    records, files = write_engines(path, manifest.target, plans, progress)
+    built = {record.sms: record for record in records}
+    manifest = manifest.model_copy(
+        update={
+            "engines": tuple(built.get(record.sms, record) for record in manifest.engines),
+            "files": {**manifest.files, **files},
+            "state": State.FAILED if manifest.state is State.FAILED else State.NOT_EXECUTED,
+        }
+    )
+    update_manifest(artifact, manifest)
+    return build_result(path, manifest, None, progress)
+
+
+def _plan_of(record: EngineRecord) -> EnginePlan:
+    from llmc.backends.tensorrt_support import EnginePlan, Library
+
+    return EnginePlan(Library(record.library), record.sms, record.profiles)
+
+
+def _require_host(plan: EnginePlan) -> None:
+    from llmc.backends.tensorrt import load_library
+    from llmc.machine import detect_profile
+
+    if not _builds_here(plan):
+        device = detect_profile().device
+        raise ResourceError(
+            f"the engine for {', '.join(plan.sms)} needs an NVIDIA GPU of that compute capability "
+            f"({', '.join(plan.profiles)}) and {plan.library.value}; this machine is {device}",
+            hint="copy the artifact to a machine with that GPU, and run llmc build --resume there",
+        )
+    load_library(plan.library)
+
+
+def _builds_here(plan: EnginePlan) -> bool:
+    """TensorRT-RTX builds anywhere; TensorRT on the GPU that the engine is for."""
+    from llmc.backends.tensorrt_support import Library
+    from llmc.machine import detect_profile
+
+    if plan.library is Library.RTX:
+        return True
+    capability = detect_profile().compute_capability
+    return capability is not None and f"SM{capability.replace('.', '')}" in plan.sms
+
+
+def require_no_engine(manifest: Manifest) -> None:
+    """Refuse what would have to execute an engine.
+
+    Raises:
+        ResourceError: The artifact is made of engines.
+    """
+    if manifest.engines:
+        sms = ", ".join(dict.fromkeys(sm for engine in manifest.engines for sm in engine.sms))
+        raise ResourceError(
+            f"the artifact holds TensorRT engines for {sms}, and llmc does not execute engines yet",
+            hint="llmc verify measures the graph that they are parsed from, on the CPU",
+        )

@@ -1,0 +1,58 @@
+"""Tiny models lowered to a KV cache of fixed length, as files and as what runs them."""
+
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from llmc.backends.ort import write_model
+from llmc.config import Dtype, EngineRule
+from llmc.graph.interface import Interface
+from llmc.graph.model import Graph
+from llmc.graph.report import PassReport
+from llmc.graph.serial import dump_graph, load_graph
+from llmc.graph.verify import verify
+from llmc.passes import registered_passes
+from llmc.quantize.engine import quantize_for_engine
+from llmc.trace import trace_model
+from tests.models import build_tiny_model
+from tests.runtime import StateStore
+
+CAPACITY = 64
+PASSES = ("linear", "rms-normalization", "layer-norm", "rotary-embedding", "static-cache", "pack-shared")
+
+
+@cache
+def tiny(model_type: str) -> PreTrainedModel:
+    """The model, made once."""
+    return build_tiny_model(model_type)
+
+
+@cache
+def _traced(model_type: str, dtype: Dtype) -> bytes:
+    return dump_graph(trace_model(tiny(model_type).config, dtype))
+
+
+def lower(
+    model_type: str, dtype: Dtype, last: str = "static-cache", capacity: int | None = CAPACITY
+) -> tuple[Graph, dict[str, PassReport]]:
+    """The graph after the pass `last`, and the report of each pass."""
+    graph = load_graph(_traced(model_type, dtype))
+    graph.bind(StateStore(tiny(model_type)), {})
+    graph.max_length = capacity
+    reports = {}
+    for name in PASSES[: PASSES.index(last) + 1]:
+        reports[name] = registered_passes()[name].run(graph)
+        verify(graph)
+    return graph, reports
+
+
+def write_lowered(
+    folder: Path, model_type: str, dtype: Dtype, rules: tuple[EngineRule, ...] = (), last: str = "pack-shared"
+) -> Interface:
+    """Write model.onnx of the lowered, quantized graph; its interface."""
+    graph, _ = lower(model_type, dtype, last)
+    quantize_for_engine(graph, rules)
+    verify(graph)
+    write_model(graph.model, folder)
+    return graph.interface()

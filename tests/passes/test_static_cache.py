@@ -1,0 +1,130 @@
+"""Lowering to a KV cache of fixed length: counts, what is left, the numbers of PyTorch, refusals."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from llmc.artifact.interface import MeasurementStatus
+
+from llmc.config import Dtype, Metric
+from llmc.errors import GraphError, UnsupportedError
+from llmc.graph.model import Graph
+from llmc.passes import registered_passes
+from llmc.passes._rewrite import Site
+from llmc.validate.parity import Parity
+from llmc.validate.reference import TorchModel
+from llmc.validate.static_session import StaticOrtModel
+from tests.lowering import CAPACITY, lower, tiny, write_lowered
+
+LAYERS = 3
+
+
+def _operators(graph: Graph) -> Counter[str]:
+    return Counter(node.op_type for node in graph.graph)
+
+
+def _parity(folder: Path, model_type: str, dtype: Dtype) -> dict[Metric, float | None]:
+    interface = write_lowered(folder, model_type, dtype)
+    model = StaticOrtModel(folder, interface, threads=1)
+    tokens = np.random.default_rng(0).integers(3, 250, 200)
+    measured = Parity(model, TorchModel(tiny(model_type)), tokens).measure()
+    assert all(m.status is not MeasurementStatus.NOT_MEASURED for m in measured)
+    return {m.metric: m.value for m in measured}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_the_lowered_graph_has_the_numbers_of_the_original(model_type: str, tmp_path: Path) -> None:
+    values = _parity(tmp_path, model_type, Dtype.FLOAT32)
+    limits = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS)
+    assert all((values[m] or 0.0) < 1e-4 for m in limits), values
+    window = values[Metric.WINDOW_MAX_ABS]
+    assert (window is not None) == (model_type in ("mistral", "gemma2"))
+    assert window is None or window < 1e-4
+
+
+def test_fused_attention_has_the_numbers_of_the_original(tmp_path: Path) -> None:
+    values = _parity(tmp_path, "mistral", Dtype.FLOAT16)
+    assert max(v for m, v in values.items() if v is not None and m is not Metric.DECODE_TOP1) < 0.1, values
+
+
+def test_attention_is_fused_in_half_precision() -> None:
+    graph, reports = lower("llama", Dtype.FLOAT16)
+    report = reports["static-cache"]
+    assert report.refusals == ()
+    assert report.applied == (0, 1, 2)
+    operators = _operators(graph)
+    assert operators["Attention"] == LAYERS
+    assert operators["TensorScatter"] == 2 * LAYERS
+    assert operators["RMSNormalization"] == 2 * LAYERS + 1
+    assert operators["RotaryEmbedding"] == 2 * LAYERS
+    assert not {"CachedAttention", "ReduceMean", "Neg", "Concat"} & set(operators)
+    assert graph.model.opset_imports[""] == 24
+    assert not graph.model.functions
+
+
+def test_the_interface_is_static() -> None:
+    interface = lower("mistral", Dtype.FLOAT16)[0].interface()
+    shapes = {spec.name: spec.shape for spec in interface.inputs}
+    assert list(shapes)[:2] == ["input_ids", "write_indices"]
+    assert not {"attention_mask", "position_ids"} & set(shapes)
+    assert shapes["past_key_values.0.key"] == ("batch", 2, CAPACITY, 16)
+    assert interface.static_cache
+    assert interface.padding == "right"
+
+
+def test_what_has_no_kernel_is_spelled_out_by_layer() -> None:
+    graph, reports = lower("gemma2", Dtype.FLOAT16)
+    refusals = reports["static-cache"].refusals
+    assert [(r.code, r.layer) for r in refusals] == [("softcap", i) for i in range(LAYERS)]
+    assert "scores are capped at 50; no kernel caps" in refusals[0].reason
+    assert _operators(graph)["Softmax"] == LAYERS
+    assert "Attention" not in _operators(graph)
+    _, reports = lower("llama", Dtype.FLOAT32)
+    assert {r.code for r in reports["static-cache"].refusals} == {"float32-attention"}
+
+
+def test_a_graph_without_a_largest_length_is_refused() -> None:
+    with pytest.raises(GraphError, match="needs the graph's largest length, and it has none"):
+        lower("gpt2", Dtype.FLOAT32, capacity=None)
+
+
+def test_a_mask_that_others_read_is_refused() -> None:
+    graph, _ = lower("llama", Dtype.FLOAT32, last="rotary-embedding")
+    mask = next(v for v in graph.graph.inputs if v.name == "attention_mask")
+    logits = next(v for v in graph.graph.outputs if v.name == "logits")
+    head = logits.producer()
+    assert head is not None
+    site = Site(graph.graph, head)
+    summed = site.emit(
+        "ReduceSum", [mask], "total", attributes={"keepdims": 0}, shape=[], dtype=ir.DataType.INT64
+    )
+    cast = site.emit("Cast", summed.outputs, "real", attributes={"to": 1}, shape=[], dtype=ir.DataType.FLOAT)
+    hidden = head.inputs[0]
+    scaled = site.emit("Mul", [hidden, cast.outputs[0]], "scaled", like=hidden)
+    head.replace_input_with(0, scaled.outputs[0])
+    with pytest.raises(UnsupportedError, match=r"total/ReduceSum \(ReduceSum\) reads attention_mask outside"):
+        registered_passes()["static-cache"].run(graph)
+
+
+def test_products_of_one_activation_are_packed() -> None:
+    graph, reports = lower("llama", Dtype.FLOAT16, last="pack-shared")
+    assert [reports["pack-shared"].in_layer(i) for i in range(LAYERS)] == [2] * LAYERS
+    assert _operators(graph)["MatMul"] == 4 * LAYERS + 1
+    assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight" in graph.graph.initializers
+
+
+def test_packing_declines_weights_stored_by_inputs() -> None:
+    graph, _ = lower("llama", Dtype.FLOAT32)
+    transpose = next(n for n in graph.graph if n.op_type == "Transpose" and n.inputs[0] in _weights(graph))
+    weight = transpose.inputs[0]
+    assert weight is not None
+    weight.shape = ir.Shape(list(weight.shape or ())[::-1])
+    ir.convenience.replace_all_uses_with(transpose.outputs[0], weight)
+    report = registered_passes()["pack-shared"].run(graph)
+    assert [(r.code, r.layer) for r in report.refusals] == [("layout", 0)]
+
+
+def _weights(graph: Graph) -> list[ir.Value]:
+    return list(graph.graph.initializers.values())

@@ -1,0 +1,93 @@
+"""From a checkpoint to engines and their verdict, what waits for its GPU, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmc.artifact.manifest import State
+from llmc.artifact.store import open_artifact
+from llmc.config import BuildPlan, Gate, Metric, Span
+from llmc.errors import ConfigError, ResourceError, UnsupportedError
+from llmc.pipeline import bench, build, resume, run, verify
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from tests.models import EOS, save_tiny_model
+
+REASON = "half precision of a tiny random model"
+GATES = (
+    Gate(metric=Metric.DECODE_MAX_ABS, max=0.1, reason=REASON),
+    Gate(metric=Metric.RAGGED_MAX_ABS, max=0.1, reason=REASON),
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+
+
+def _plan(model: Path, output: Path, profile: str, capacity: int = 128) -> BuildPlan:
+    plan = plan_build(str(model), target="tensorrt-fp16", profile=profile, output=output)
+    assert plan.target.engine is not None
+    sizes = {"kv_capacity": capacity, "prefill": Span(least=1, typical=16, most=64)}
+    engine = plan.target.engine.model_copy(update=sizes)
+    return plan.model_copy(
+        update={"target": plan.target.model_copy(update={"engine": engine, "gates": GATES})}
+    )
+
+
+def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    result = build(_plan(model, tmp_path / "out", "l4,h100-sxm,rtx-4090"), SilentProgress())
+    manifest = open_artifact(tmp_path / "out").manifest
+    assert result.failure() is None
+    assert manifest.state is State.ENGINE_PENDING
+    assert [p.name for p in (manifest.profile, *manifest.also)] == ["l4", "h100-sxm", "rtx-4090"]
+    built, waiting = manifest.engines
+    assert (built.sms, built.profiles, built.file) == (("SM89",), ("l4", "rtx-4090"), "sm89.engine")
+    assert (waiting.sms, waiting.library, waiting.file) == (("SM90",), "tensorrt", None)
+    assert manifest.files["sm89.engine"].bytes == (tmp_path / "out/sm89.engine").stat().st_size
+    assert {check.metric for check in manifest.checks} == {gate.metric for gate in GATES}
+    assert all(check.where.startswith("onnxruntime") for check in manifest.checks)
+    assert not (tmp_path / "out/genai_config.json").exists()
+    text = result.render()
+    assert "SM89 (l4, rtx-4090): " in text
+    assert "SM90 (h100-sxm): pending, llmc build --resume on that GPU with tensorrt" in text
+    assert "on the CPU; none was executed" in text
+    assert [f.profile for f in result.forecasts] == ["l4", "h100-sxm", "rtx-4090"]
+    assert "forecast for l4, not measured: at most " in text
+    assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
+
+    before = (tmp_path / "out/manifest.json").read_bytes()
+    assert verify(tmp_path / "out", None, None, SilentProgress()).failure() is None
+    with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
+        resume(tmp_path / "out", SilentProgress())
+    with pytest.raises(ResourceError, match="engines for SM89, SM90, and llmc does not execute engines yet"):
+        run(tmp_path / "out", "hello", 4, print)
+    with pytest.raises(ResourceError, match="llmc does not execute engines yet"):
+        bench(tmp_path / "out", None, SilentProgress())
+    assert (tmp_path / "out/manifest.json").read_bytes() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    plan = _plan(model, tmp_path / "out", "l4").model_copy(update={"verify": False})
+    assert build(plan, SilentProgress()).manifest.state is State.NOT_EXECUTED
+    with pytest.raises(ConfigError, match="has no engine pending: it is built, not executed"):
+        resume(tmp_path / "out", SilentProgress())
+
+
+def test_a_cache_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    message = "kv_capacity is 512, and the model has 256 positions"
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        build(_plan(model, tmp_path / "out", "l4", capacity=512), SilentProgress())
+    assert caught.value.hint == "copy the target and set kv_capacity to 256 or less"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_precision_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    plan = plan_build("no-such-model", target="tensorrt-int4", profile="rtx-4090,t4", output=tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="needs int4, which NVIDIA T4"):
+        build(plan, SilentProgress())
