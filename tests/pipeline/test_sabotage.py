@@ -7,9 +7,11 @@ import pytest
 
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Gate, Metric
+from llmc.errors import ConfigError
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.report import read_report
 from tests.models import save_tiny_model
 
 from .sabotage import SABOTAGES, Sabotage, copy_artifact, reseal
@@ -32,9 +34,24 @@ def _gates(gates: tuple[Gate, ...]) -> Iterator[Gate]:
             yield Gate(metric=gate.metric, reason="a random model of three layers", **{direction: bound})
 
 
+def build_good(root: Path) -> dict[str, Path]:
+    """One artifact in float32 and one in 4 bits of the same tiny model, below `root`."""
+    built = {}
+    model = save_tiny_model("mistral", root / "model", tokenizer=True, tie_word_embeddings=True)
+    for name, target in (("float", "cpu-fp32"), ("int4", "cpu-int4")):
+        plan = plan_build(str(model), target=target, profile="local", output=root / name, verify=False)
+        gates = tuple(_gates(plan.target.gates)) if name == "int4" else plan.target.gates
+        changes = {
+            "target": plan.target.model_copy(update={"gates": gates}),
+            "profile": plan.profile.model_copy(update={"threads": 1}),
+        }
+        built[name] = build(plan.model_copy(update=changes), SilentProgress()).path
+    return built
+
+
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """One artifact in float32 and one in 4 bits; PyTorch's side is computed once for all tests."""
+    """PyTorch's side is computed once for all tests."""
     import torch
 
     root = tmp_path_factory.mktemp("good")
@@ -43,16 +60,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
     (root / "text").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMC_CACHE", str(root / "cache"))
-        built = {}
-        model = save_tiny_model("mistral", root / "model", tokenizer=True, tie_word_embeddings=True)
-        for name, target in (("float", "cpu-fp32"), ("int4", "cpu-int4")):
-            plan = plan_build(str(model), target=target, profile="local", output=root / name, verify=False)
-            gates = tuple(_gates(plan.target.gates)) if name == "int4" else plan.target.gates
-            changed = plan.target.model_copy(update={"gates": gates})
-            threads_of_one = plan.profile.model_copy(update={"threads": 1})
-            plan = plan.model_copy(update={"target": changed, "profile": threads_of_one})
-            built[name] = build(plan, SilentProgress()).path
-        yield built
+        yield build_good(root)
     torch.set_num_threads(threads)
 
 
@@ -82,3 +90,29 @@ def test_a_broken_artifact_fails_the_right_check(
     expected = {m for m in sabotage.caught if m in found}
     assert expected
     assert expected <= missed
+
+
+def test_another_model_is_refused_unless_forced(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    other = save_tiny_model("mistral", tmp_path / "other", tokenizer=True, tie_word_embeddings=True, seed=1)
+    text = (str(artifacts["float"].parent / "text"),)
+    with pytest.raises(ConfigError, match=r"other is not the model that .*float was built from") as caught:
+        verify(artifacts["float"], str(other), text, SilentProgress())
+    assert "--force" in str(caught.value.hint)
+    report = verify(artifacts["float"], str(other), text, SilentProgress(), force=True).report
+    assert {Metric.WEIGHTS_SNR, Metric.TEXT_KL_MEAN} <= {c.metric for c in report.verdict.missed}
+
+
+def test_reports_in_all_forms(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    text = (str(artifacts["float"].parent / "text"),)
+    made = verify(artifacts["int4"], None, text, SilentProgress(), folder=tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "junit.xml",
+    }
+    assert read_report(tmp_path / "out" / "report.json").model_dump_json() == made.report.model_dump_json()
+    assert sum(made.report.sizes.values()) > 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"the report cannot be written to .*file"):
+        verify(artifacts["int4"], None, text, SilentProgress(), folder=tmp_path / "file")
