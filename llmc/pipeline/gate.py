@@ -165,10 +165,24 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         own = remember(checkpoint, subject.model_digest, weights.digest, lambda: _load(subject, weights))
     else:
         own = original
+    if weights.unread:
+        made += _not_comparable(weights.unread, served.where)
+        return
     with progress.stage("parity"):
         made += Parity(session(exact=True), own, tokens, heads, switches).measure()
     with progress.stage("generation"):
         made += measure_generation(served, texts, own, stated.stop)
+
+
+def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
+    """Levels that need the original with the artifact's weights, where those cannot be read."""
+    from llmc.artifact.verdict import MeasurementStatus
+    from llmc.validate.measure import unmeasured
+
+    why = f"{unread[0]} and {len(unread) - 1} others are stored in a form that is not read back"
+    areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
+    status = MeasurementStatus.NOT_APPLICABLE
+    return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
 
 
 def _compare_weights(subject: Subject) -> WeightParity:
