@@ -86,7 +86,8 @@ def test_a_llama_is_one_region(built: Build) -> None:
     assert record is not None
     assert record.regions == 1
     lengths = {"Cast", "ReduceSum", "Shape", "Squeeze", "Sub"}
-    assert {left.operator for left in record.outside} == lengths
+    last = {"ArgMax", "Neg", "Slice", "Unsqueeze"}
+    assert {left.operator for left in record.outside} == lengths | last
 
 
 def test_threads_and_buffers_do_not_change_a_bit(built: Build) -> None:
