@@ -36,7 +36,7 @@ struct Op {
   int32_t weight, bias, n, k;
   float x, y;
   int32_t cache[4];  // inputs past key and value, outputs present key and value
-  int32_t lengths, cos, sin, window;  // `lengths`: tokens of each row - 1, or the ids of an embedding
+  int32_t lengths, cos, sin, window;  // `lengths`: tokens of each row - 1, token ids, or chosen tokens
   int64_t limit;                      // entries of the embedding, or positions of the rotary tables
 };
 

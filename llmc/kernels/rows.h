@@ -45,10 +45,18 @@ void copy_row(const Run& run, const Op& op, int64_t row) {
   std::memcpy(run.at(op.out, row), run.at(op.a, row), sizeof(float) * W);
 }
 
-/// The last token's row of each sequence.
+inline const char* check_choice(const Run& run, const Op& op) {
+  const int64_t* chosen = run.tensor<const int64_t>(op.lengths);
+  for (int64_t b = 0; b < run.batch; b++)
+    if (chosen[b] < 0 || chosen[b] >= run.sequence) return "a chosen token is none of this step";
+  return nullptr;
+}
+
+/// The chosen token's row of each sequence.
 template <int W>
-void last_row(const Run& run, const Op& op, int64_t row) {
-  std::memcpy(run.at(op.out, row), run.at(op.a, (row + 1) * run.sequence - 1), sizeof(float) * W);
+void chosen_row(const Run& run, const Op& op, int64_t row) {
+  const int64_t token = run.tensor<const int64_t>(op.lengths)[row];
+  std::memcpy(run.at(op.out, row), run.at(op.a, row * run.sequence + token), sizeof(float) * W);
 }
 
 }  // namespace llmc

@@ -158,6 +158,14 @@ inline I load_nibbles(const uint8_t* p) {
   __m512i wide = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(static_cast<long long>(packed)));
   wide = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
   return (I)_mm512_and_si512(wide, _mm512_set1_epi32(15));
+#elif defined(__AVX2__)
+  union { __m256i half[2]; I whole; } u;
+  for (int i = 0; i < 2; i++) {
+    __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(static_cast<int>(packed >> (32 * i))));
+    wide = _mm256_or_si256(wide, _mm256_slli_epi64(wide, 28));
+    u.half[i] = _mm256_and_si256(wide, _mm256_set1_epi32(15));
+  }
+  return u.whole;
 #else
   I v;
   for (int i = 0; i < kLanes; i++) v[i] = static_cast<int32_t>((packed >> (4 * i)) & 15);

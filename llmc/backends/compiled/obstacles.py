@@ -20,7 +20,6 @@ from llmc.backends.compiled.operands import (
 )
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
-from llmc.graph.model import constant_of
 from llmc.graph.weights import LazyWeight
 
 
@@ -105,18 +104,13 @@ def _check_elementwise(node: ir.Node) -> str | None:
     return None if rows else "it reads no activation"
 
 
-def _check_last(node: ir.Node) -> str | None:
-    source, index = given(node.inputs[0]), constant_of(node.inputs[1])
+def _check_choice(node: ir.Node) -> str | None:
+    source, index = given(node.inputs[0]), given(node.inputs[1])
     width = width_of(source)
-    if (
-        width == 0
-        or width % LANES
-        or space_of(source) != "kTokens"
-        or node.attributes.get_int("axis", 0) != 1
-    ):
-        return "it is no choice of a token's row"
-    if index is None or index.numpy().reshape(-1).tolist() != [-1]:
-        return "it does not choose the last token"
+    if width == 0 or width % LANES or space_of(source) != "kTokens":
+        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+    if node.attributes.get_int("batch_dims", 0) != 1 or dims_of(index) != ["batch", 1, 1]:
+        return "it does not choose one token of each sequence"
     return None
 
 
@@ -170,7 +164,7 @@ _CHECKS: dict[tuple[str, str], Callable[[ir.Node], str | None]] = {
     (MICROSOFT, "MatMulNBits"): _check_matmul,
     (MICROSOFT, "GatherBlockQuantized"): _check_embedding,
     (MICROSOFT, "GroupQueryAttention"): _check_attention,
-    ("", "Gather"): _check_last,
+    ("", "GatherND"): _check_choice,
     ("", "Split"): _check_split,
     ("", "Slice"): _check_slice,
     ("", "Reshape"): _check_reshape,

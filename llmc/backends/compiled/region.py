@@ -268,13 +268,14 @@ class RegionBuilder:
         }
         self.program.operations.append(Operation("row", "kTokens", fields))
 
-    def last(self, node: ir.Node) -> None:
+    def choose(self, node: ir.Node) -> None:
         a = self._place(given(node.inputs[0]))
-        out = self.make(node.outputs[0], a.width, "kLast")
         fields: Fields = {
-            "row": f"last_row<{a.width}>",
+            "row": f"chosen_row<{a.width}>",
+            "check": "check_choice",
             "a": a,
-            "out": out,
+            "lengths": self.input(given(node.inputs[1])),
+            "out": self.make(node.outputs[0], a.width, "kLast"),
         }
         self.program.operations.append(Operation("row", "kLast", fields))
 
@@ -349,7 +350,7 @@ _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
     (MICROSOFT, "MatMulNBits"): RegionBuilder.matmul,
     (MICROSOFT, "GatherBlockQuantized"): RegionBuilder.embed,
     (MICROSOFT, "GroupQueryAttention"): RegionBuilder.attention,
-    ("", "Gather"): RegionBuilder.last,
+    ("", "GatherND"): RegionBuilder.choose,
     ("", "Split"): RegionBuilder.split,
     ("", "Slice"): RegionBuilder.slice,
     ("", "Reshape"): RegionBuilder.reshape,
