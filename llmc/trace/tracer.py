@@ -82,9 +82,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     rules = (rule.local_size for rule in exported.capture.masks)
     padding = padding_side(graph, windowed=bool(exported.capture.stored) and any(rules))
     if padding != "any":
-        why = {"left": "a window counts slots of the cache", "none": "positions are slots of the cache"}[
-            padding
-        ]
+        why = {"left": "a window counts slots", "none": "positions are slots of the cache"}[padding]
         side = {"left": "on the left only", "none": "nowhere: its rows must be of equal length"}[padding]
         notes.append(f"a batch is padded {side}, since {why}")
     _define_dialect(model)
