@@ -39,7 +39,7 @@ def calibrate(
 
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
-    from llmc.pipeline.gate import tokenize
+    from llmc.pipeline.original import tokenize
     from llmc.quantize.calibrate import Calibrator
     from llmc.trace.stamp import find_layers
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.validate.stacks import in_float32
 
 Array = np.ndarray
 
@@ -212,9 +213,11 @@ def _in_float32(path: Path, options: Any) -> bytes:
     import onnx_ir as ir
 
     model = ir.load(path)
-    for node in model.graph.all_nodes():
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        elif node.op_type == "QMoE":
+            in_float32(node)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
