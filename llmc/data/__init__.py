@@ -9,7 +9,7 @@ def eval_text() -> str:
 
 
 def calibration_text() -> str:
-    """English prose, instructions, dialogue, tables, code, and openings of old books: not the evaluation text."""
+    """English prose, instructions, dialogue, tables, code, openings of old books: not the evaluation text."""
     return files(__name__).joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
