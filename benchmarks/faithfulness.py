@@ -19,14 +19,14 @@ from llmc.artifact.store import Artifact, open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.data import eval_text
 from llmc.pipeline import build
-from llmc.pipeline.gate import tokenize
+from llmc.pipeline.original import tokenize
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
-from llmc.validate.quality import cut_windows, log_softmax
+from llmc.validate.quality import log_softmax
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel, shares_buffer
 
-WINDOW, PREFIX = 512, 32
+WINDOWS, WINDOW, PREFIX = 8, 512, 32
 
 
 def main() -> None:
@@ -39,7 +39,9 @@ def main() -> None:
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
     tokens, start = tokenize(source.tokenizer(), eval_text())
-    windows = cut_windows(tokens, WINDOW - len(start), start)
+    stride = len(tokens) // WINDOWS
+    length = WINDOW - len(start)
+    windows = np.array([[*start, *tokens[i * stride : i * stride + length]] for i in range(WINDOWS)])
     original = reference(source, windows, options.cache / f"{options.checkpoint}-logits.npy")
     print(describe())
     for name in options.targets.split(","):

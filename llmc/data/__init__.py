@@ -1,4 +1,4 @@
-"""Text that ships with the package, all of it written for llmc: for evaluation, calibration, and prompts."""
+"""Text that ships with the package, our own or in the public domain: to evaluate, to calibrate, prompts."""
 
 from importlib.resources import files
 
@@ -9,7 +9,7 @@ def eval_text() -> str:
 
 
 def calibration_text() -> str:
-    """English prose, instructions, dialogue, tables and code; no part of the evaluation text."""
+    """English prose, instructions, dialogue, tables, code, openings of old books: not the evaluation text."""
     return files(__name__).joinpath("calibration.txt").read_text(encoding="utf-8")
 
 

@@ -187,6 +187,13 @@ class ExpertRows:
             array = halves.swapaxes(1, 2).reshape(array.shape)
         return array
 
+    def undo(self, array: Array) -> Array:
+        """What `inner` would have for rows that read `array`."""
+        if self.interleave:
+            pairs = array.reshape(len(array), -1, 2, *array.shape[2:])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        return array.swapaxes(1, 2) if self.transposed else array
+
 
 def read_all(rows: Rows) -> Array:
     """All rows at once, shape `rows.shape`."""

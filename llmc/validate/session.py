@@ -10,6 +10,7 @@ import numpy as np
 
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.validate.stacks import in_float32
 
 Array = np.ndarray
 
@@ -243,26 +244,26 @@ def open_session(
 
 def _in_float32(path: Path, options: Any) -> bytes:
     """The graph with float32 arithmetic in every product with quantized weights."""
-    import onnx
+    import onnx_ir as ir
 
-    model = onnx.load(path, load_external_data=False)
+    model = ir.load(path)
     with_exact_products(model)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
-    data: bytes = model.SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
 
 def with_exact_products(model: Any) -> None:
-    """Set `accuracy_level` of every MatMulNBits of an `onnx.ModelProto` to float32, in place."""
-    from onnx import helper
+    """Make every MatMulNBits and QMoE of an `onnx_ir.Model` compute in float32, in place."""
+    import onnx_ir as ir
 
-    for node in model.graph.node:
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "MatMulNBits":
-            kept = [a for a in node.attribute if a.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, helper.make_attribute("accuracy_level", 1)])
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        elif node.op_type == "QMoE":
+            in_float32(node)
 
 
 def shares_buffer(folder: Path) -> bool:

@@ -63,12 +63,13 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
     Raises:
         ParityError: onnxruntime cannot run the graph.
     """
-    import onnx
+    import onnx_ir as ir
     import onnxruntime as ort
     from onnx import helper
 
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    with_exact_products(model)
+    exact = ir.load(folder / "model.onnx")
+    with_exact_products(exact)
+    model = ir.to_proto(exact)
     known = {output.name for output in model.graph.output}
     names = [name for node in model.graph.node for name in node.output if name]
     model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in known)

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.graph.weights import CastRows, ConcatRows, Rows, StoredRows, row_chunks
+from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, StoredRows, row_chunks
 from llmc.validate.measure import measured
+from llmc.validate.stacks import PARTS, read_experts, unpack
 
 Array = np.ndarray
 
@@ -29,7 +30,7 @@ BLOCK = 32
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
 #: Which input the codes are.
-_CODES_AT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+_CODES_AT = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5)}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
             for part in rows.parts:
                 yield from parameters(part, array[start : start + part.shape[0]])
                 start += part.shape[0]
+        case ExpertRows():
+            yield from parameters(rows.inner, rows.undo(array))
 
 
 def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]:
@@ -168,10 +171,18 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     uses = list(codes.uses())
     while uses and uses[0].node.op_type == "Reshape":
         uses = [use for output in uses[0].node.outputs for use in output.uses()] + uses[1:]
-    node = next((u.node for u in uses if u.idx == _CODES_AT.get(u.node.op_type)), None)
+    node = next((u.node for u in uses if u.idx in _CODES_AT.get(u.node.op_type, ())), None)
     scales, zeros = (graph.initializers.get(f"{stem}.{part}") for part in ("scales", "zero_points"))
     if node is None or codes.const_value is None or scales is None or scales.const_value is None:
         return None
+    if node.op_type == "QMoE":
+        parts = next(parts for parts in PARTS if node.inputs[parts[0]] is codes)
+        experts, outputs, inputs = (*codes.const_value.shape.numpy()[:2], scales.const_value.shape.numpy()[2])
+        features = int(inputs) * node.attributes["block_size"].as_int()
+        return Stored(
+            (int(experts), int(outputs), features),
+            lambda start, stop: read_experts(node, parts, start, stop),
+        )
     bits, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
     packed = codes.const_value.numpy()
     packed = packed.reshape(len(packed), -1)
@@ -180,23 +191,15 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     features = node.attributes["K"].as_int() if "K" in node.attributes else packed.shape[1] * 8 // bits
 
     def read(start: int, stop: int) -> Array:
-        levels = _unpack(packed[start:stop], bits).astype(np.float32)
+        levels = unpack(packed[start:stop], bits).astype(np.float32)
         blocks = levels.reshape(len(levels), -1, block)
         middle: Array | float = 1 << (bits - 1)
         if zero is not None:
-            middle = _unpack(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
+            middle = unpack(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
         values = (blocks - middle) * scale[start:stop, :, None].astype(np.float32)
         return values.reshape(len(levels), -1)[:, :features]
 
     return Stored((len(packed), features), read, block)
-
-
-def _unpack(packed: Array, bits: int) -> Array:
-    """Codes (n, k) of uint8 (n, k * bits / 8), the first of a byte in its low bits."""
-    if bits == 8:
-        return packed
-    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.stack(parts, axis=-1).reshape(len(packed), -1)
 
 
 def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:

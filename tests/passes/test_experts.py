@@ -118,3 +118,4 @@ def test_rows_of_experts() -> None:
     np.testing.assert_array_equal(rows[:, 0], array[1:3, :, 0])
     np.testing.assert_array_equal(rows[:, 1], array[1:3, :, 96])
     np.testing.assert_array_equal(rows[:, 2], array[1:3, :, 1])
+    np.testing.assert_array_equal(turned.undo(rows), array[1:3])

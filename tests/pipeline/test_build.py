@@ -228,3 +228,17 @@ def test_int8_experts_are_stored_as_integers(tmp_path: Path) -> None:
     assert "com.microsoft::MoE" not in operators
     floats = [w for w in result.manifest.weights if w.bits == 32]
     assert [w.role for w in floats] == [WeightRole.ROUTER] * layers
+
+
+@pytest.mark.parametrize(("model_type", "target"), [("mixtral", "cpu-int8"), ("gpt_oss", "cpu-int4")])
+def test_quantized_experts_are_held_to_their_own_weights(
+    model_type: str, target: str, tmp_path: Path
+) -> None:
+    """Gates on what the operators compute; random weights say nothing of text."""
+    model = save_tiny_model(model_type, tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    exact = {*METRICS, Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR}
+    plan = _plan(model, tmp_path / "out", target=target)
+    gates = tuple(gate for gate in plan.target.gates if gate.metric in exact)
+    assert len(gates) == len(exact)
+    result = build(_plan(model, tmp_path / "out", target=target, gates=gates), SilentProgress())
+    assert result.failure() is None

@@ -1,0 +1,82 @@
+"""Stacked experts of com.microsoft QMoE read back by its operator schema: (code - zero point) * scale."""
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import ParityError
+
+Array = np.ndarray
+
+#: Inputs of QMoE for each of its matrices: codes, scales, bias and zero points.
+PARTS = ((2, 3, 4, 11), (5, 6, 7, 12))
+
+
+def read_experts(node: ir.Node, parts: tuple[int, int, int, int], start: int, stop: int) -> Array:
+    """Experts start:stop of one stack of matrices, (experts, outputs, inputs) float32."""
+    codes, scales, zeros = (_input(node, parts[i]) for i in (0, 1, 3))
+    if codes is None or scales is None:
+        raise ParityError(f"experts {node.name} of the artifact have no codes or no scales")
+    bits, block = (node.attributes[key].as_int() for key in ("expert_weight_bits", "block_size"))
+    levels = unpack(codes[start:stop], bits).astype(np.float32)
+    blocks = levels.reshape(*levels.shape[:2], -1, block)
+    middle: Array | float = 1 << (bits - 1)
+    if zeros is not None:
+        middle = unpack(zeros[start:stop], bits)[:, :, : blocks.shape[2], None].astype(np.float32)
+    values: Array = (blocks - middle) * scales[start:stop, :, :, None].astype(np.float32)
+    return values.reshape(levels.shape)
+
+
+def in_float32(node: ir.Node) -> None:
+    """Make a QMoE compute in float32: by its attribute, or as MoE with the weights that it reads back.
+
+    With 8 bits ONNX Runtime 1.31 has no kernel for float32 activations on a CPU.
+    """
+    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    if node.attributes["expert_weight_bits"].as_int() != 8:
+        return
+    graph = node.graph
+    if graph is None:
+        raise ParityError(f"experts {node.name} are in no graph")
+    inputs = list(node.inputs[:2])
+    for parts in PARTS:
+        weights = read_experts(node, parts, 0, int(_shape(node, parts[0])[0]))
+        name = f"{node.name}.float.{parts[0]}"
+        tensor = ir.tensor(weights, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(weights.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(value)
+        inputs += [value, node.inputs[parts[2]] if parts[2] < len(node.inputs) else None]
+    kept = [
+        a
+        for n, a in node.attributes.items()
+        if n not in ("accuracy_level", "expert_weight_bits", "block_size")
+    ]
+    made = ir.Node(node.domain, "MoE", inputs, kept, name=node.name)
+    made.outputs[0].name = node.outputs[0].name
+    ir.convenience.replace_nodes_and_values(
+        graph,
+        node,
+        [node],
+        [made],
+        node.outputs,
+        made.outputs,
+    )
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """Codes (…, k) of uint8 (…, k * bits / 8), the first of a byte in its low bits."""
+    if bits == 8:
+        return packed
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _input(node: ir.Node, index: int) -> Array | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _shape(node: ir.Node, index: int) -> tuple[int, ...]:
+    value = node.inputs[index]
+    return () if value is None or value.const_value is None else tuple(value.const_value.shape.numpy())
