@@ -36,15 +36,17 @@ def main() -> None:
     figures: dict[str, list[tuple[float, float]]] = {"llmc cold": [], "llmc warm": [], "genai": []}
     with tempfile.TemporaryDirectory(dir=options.cache) as scratch:
         work = Path(scratch)
+        bytecode = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        bytecode["PYTHONPYCACHEPREFIX"] = str(options.cache.resolve() / "bytecode")  # as once installed
         for round_ in range(options.rounds):
-            environment = {**os.environ, "LLMC_CACHE": str(work / f"cache{round_}")}
+            environment = {**bytecode, "LLMC_CACHE": str(work / f"cache{round_}")}
             command = [sys.executable, "-m", "llmc", "build", str(source), "--target", options.target]
             command += ["--no-verify", "-o", str(work / "ours")]
             for name in ("llmc cold", "llmc warm"):
                 figures[name].append(run(command, environment))
             shutil.rmtree(work / "genai", ignore_errors=True)
             peer = genai_command(source, work / "genai", "int4")
-            figures["genai"].append(run(peer, dict(os.environ)))
+            figures["genai"].append(run(peer, bytecode))
     print(describe())
     print(f"{options.checkpoint}, medians of {options.rounds} rounds")
     for name, runs in figures.items():

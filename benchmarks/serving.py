@@ -25,9 +25,10 @@ from sources import NAMES, checkpoint
 
 from llmc.artifact.store import open_artifact
 from llmc.checkpoint import open_checkpoint
+from llmc.config import Metric
 from llmc.data import eval_text
 from llmc.graph.interface import Interface
-from llmc.pipeline.gate import tokenize
+from llmc.pipeline.original import tokenize
 from llmc.validate.quality import measure_quality
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
@@ -154,8 +155,10 @@ def measure(source: Path, runners: list[tuple[Runner, Interface]]) -> None:
     reference = TorchModel(origin.load_reference())
     for runner, interface in runners:
         model = OrtModel(runner.folder, interface, threads=None, share_buffer=False)
-        kl, top1, perplexity = measure_quality(model, reference, tokens, start=start)
-        runner.kl, runner.top1, runner.perplexity_ratio = kl.value, top1.value, perplexity.value
+        made = {m.metric: m for m in measure_quality(model, reference, tokens, start=start)}
+        kl, top1 = made[Metric.TEXT_KL_MEAN], made[Metric.TEXT_TOP1]
+        runner.kl, runner.top1 = kl.value, top1.value
+        runner.perplexity_ratio = made[Metric.TEXT_PERPLEXITY_RATIO].value
         print(f"{runner.name}: KL {kl.value:.4f}, top-1 {top1.value:.4f}", file=sys.stderr)
 
 

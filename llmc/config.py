@@ -32,15 +32,28 @@ class Dtype(StrEnum):
 class Metric(StrEnum):
     """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
 
+    FILES = "files.mismatches"
+    INTERFACE = "interface.mismatches"
+    SERVING = "serving.mismatches"
+    TOKENIZER_EQUAL = "tokenizer.equal_fraction"
+    CHAT_EQUAL = "chat.equal_fraction"
+    WEIGHTS_SNR = "weights.snr_db"
+    WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
     PREFILL_MAX_ABS = "prefill.max_abs"
+    CHUNKS_MAX_ABS = "chunks.max_abs"
     DECODE_MAX_ABS = "decode.max_abs"
     RAGGED_MAX_ABS = "ragged.max_abs"
     WINDOW_MAX_ABS = "window.max_abs"
     DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
+    TEXT_KL_P99 = "text.kl_p99"
+    TEXT_KL_MAX = "text.kl_max"
     TEXT_TOP1 = "text.top1_agreement"
+    TEXT_TOP5 = "text.top5_agreement"
     TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
     GENERATE_EQUAL = "generate.equal_fraction"
+    GENERATE_GAP = "generate.logit_gap"
+    GENERATE_SEEDED = "generate.seeded_fraction"
     TTFT_RATIO = "latency.ttft_ratio"
     INTER_TOKEN_RATIO = "latency.inter_token_ratio"
 
@@ -48,8 +61,9 @@ class Metric(StrEnum):
 class Gate(_Strict):
     """One threshold on one metric, with the reason for its value.
 
-    Exactly one of `max` and `min` is given. Units: `max_abs` in logits, `kl_mean` in nats per
-    token, agreements and fractions in 0..1, ratios as artifact / original.
+    Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
+    decibels, `max_abs` and `gap` in logits, `kl` in nats per token, agreements and fractions in 0..1,
+    ratios as artifact / original.
     """
 
     metric: Annotated[Metric, Field(strict=False)]
@@ -83,12 +97,15 @@ class WeightRole(StrEnum):
     """What a matrix is for, which decides its bits.
 
     RESIDUAL is a projection whose result is added to the residual stream (of attention's output, down
-    in the MLP); LINEAR is any linear layer that is neither that nor the head.
+    in the MLP); ROUTER chooses experts, EXPERTS are the stacked matrices of a layer of them; LINEAR is
+    any other linear layer.
     """
 
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
     RESIDUAL = "residual"
+    ROUTER = "router"
+    EXPERTS = "experts"
     LINEAR = "linear"
 
 
@@ -99,13 +116,14 @@ class WeightScheme(_Strict):
         bits: 4 or 8.
         block_size: Input features that share a scale.
         symmetric: True for a fixed zero point of 2**(bits-1), False for one per block.
-        method: `rtn` (round to nearest) or `mse` (scales searched for least squared error).
+        method: `rtn` (round to nearest), `mse` (scales searched for least squared error) or `gptq` (the
+            same scales, codes that make up for each other's error on calibration text).
     """
 
     bits: Literal[4, 8]
     block_size: Literal[16, 32, 64, 128]
     symmetric: bool
-    method: Literal["rtn", "mse"]
+    method: Literal["rtn", "mse", "gptq"]
 
 
 class WeightRule(_Strict):
@@ -116,16 +134,37 @@ class WeightRule(_Strict):
     scheme: WeightScheme | None
 
 
+class CalibrationText(_Strict):
+    """How much of the text that ships for calibration the model is run on.
+
+    Args:
+        window_tokens: Tokens of one window; windows do not overlap.
+        max_windows: Most windows; fewer if the text has no more.
+    """
+
+    window_tokens: Annotated[int, Field(ge=16)]
+    max_windows: Annotated[int, Field(ge=1)]
+
+
 class Quantization(_Strict):
     """Weight-only quantization of a target.
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
         rules: Tried in order, per matrix.
+        calibration: Text for methods that need it; None if no rule has such a method.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
     rules: tuple[WeightRule, ...]
+    calibration: CalibrationText | None = None
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> "Quantization":
+        wanted = any(rule.scheme is not None and rule.scheme.method == "gptq" for rule in self.rules)
+        if wanted != (self.calibration is not None):
+            raise ValueError("give calibration if and only if a rule has method gptq")
+        return self
 
 
 class Backend(StrEnum):
@@ -214,6 +253,10 @@ class Target(_Strict):
     """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`.
 
     `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
+
+    Args:
+        kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
+            Runtime what they cannot take.
     """
 
     schema_version: Literal[1]
@@ -223,6 +266,7 @@ class Target(_Strict):
     provider: Annotated[Provider, Field(strict=False)]
     dtype: Annotated[Dtype, Field(strict=False)]
     logits: Literal["last", "all"]
+    kernels: Literal["onnxruntime", "compiled"] = "onnxruntime"
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
@@ -310,7 +354,8 @@ class BuildPlan(_Strict):
         also: Further hardware that the artifact is to run on; engines alone are built for several.
         output: Directory of the artifact.
         verify: Run the parity gate after building.
-        eval_text: Text for perplexity and KL divergence; None for the one that ships.
+        eval_text: Files of text for perplexity and KL divergence, `-` for standard input; none for the
+            one that ships.
     """
 
     model: str
@@ -319,4 +364,4 @@ class BuildPlan(_Strict):
     also: tuple[Profile, ...] = ()
     output: Path
     verify: bool = True
-    eval_text: Path | None = None
+    eval_text: tuple[str, ...] = ()

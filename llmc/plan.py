@@ -1,6 +1,7 @@
 """Turns what a user asked for into a fully resolved `BuildPlan`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmc.catalog import load_profile_for, load_target
@@ -15,7 +16,7 @@ def plan_build(
     profile: str,
     output: Path | None = None,
     verify: bool = True,
-    eval_text: Path | None = None,
+    eval_text: Sequence[str] = (),
     path: Path | None = None,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
@@ -27,8 +28,9 @@ def plan_build(
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
-    if eval_text is not None and not eval_text.is_file():
-        raise ConfigError(f"evaluation text {eval_text} is not a file")
+    for name in eval_text:
+        if name != "-" and not Path(name).is_file():
+            raise ConfigError(f"evaluation text {name} is not a file")
     resolved = load_target(target, path)
     names = profile.split(",")
     if len(names) > 1 and resolved.backend is not Backend.TENSORRT:
@@ -46,7 +48,7 @@ def plan_build(
         also=tuple(also),
         output=output if output is not None else default_output(model, target, profile),
         verify=verify,
-        eval_text=eval_text,
+        eval_text=tuple(eval_text),
     )
 
 

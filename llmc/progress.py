@@ -48,6 +48,10 @@ class Progress(Protocol):
         """Say one line."""
         ...
 
+    def advance(self, done: int, total: int) -> None:
+        """How much of the innermost running stage is done, in a unit of its own."""
+        ...
+
 
 def peak_rss_bytes() -> int | None:
     """Peak resident memory of this process in bytes, or None where the system does not tell.
@@ -102,6 +106,9 @@ class SilentProgress:
     def note(self, text: str) -> None:
         """Nothing is said."""
 
+    def advance(self, done: int, total: int) -> None:
+        """Nothing is said."""
+
     def _begin(self, name: str) -> None:
         """A stage starts."""
 
@@ -148,6 +155,10 @@ class TerminalProgress(SilentProgress):
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+    def advance(self, done: int, total: int) -> None:
+        if self._status is not None and total > 0:
+            self._status.update(f"{self._running[-1]}  {100 * done // total} %")
 
     def _begin(self, name: str) -> None:
         self._running.append(name)

@@ -58,9 +58,9 @@ _SIZES: dict[str, Any] = {
     "n_positions": 256,
     "n_ctx": 256,
     "max_seq_len": 256,
-    "encoder_layers": 2,
+    "encoder_layers": 3,
     "decoder_layers": 3,
-    "num_encoder_layers": 2,
+    "num_encoder_layers": 3,
     "num_decoder_layers": 3,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
@@ -146,6 +146,8 @@ def _tiny_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     fields = {name: value for name, value in _SIZES.items() if name in declared}
     if "is_decoder" in declared:
         fields["is_decoder"] = True
+    if "kv_lora_rank" in declared:  # latent attention unpacks keys and values for every head
+        fields["num_key_value_heads"] = _SIZES["num_attention_heads"]
     parts = {name: part for name, part in kind.sub_configs.items() if getattr(part, "model_type", "")}
     return fields | {name: _tiny_fields(part) for name, part in parts.items()}
 

@@ -18,10 +18,7 @@ from llmc.catalog import (
 from llmc.config import Metric, ProfileKind, Provider
 from llmc.errors import ConfigError
 
-TARGETS = {
-    *("cpu-fp32", "cpu-int8", "cpu-int4", "cuda-fp16", "cuda-int4"),
-    *("tensorrt-fp16", "tensorrt-int8", "tensorrt-int4"),
-}
+TARGETS = {file.stem for file in (Path(__file__).parents[1] / "targets").iterdir()}
 
 # From the table "CUDA GPU Compute Capability" of developer.nvidia.com/cuda-gpus.
 CAPABILITY = {

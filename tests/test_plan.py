@@ -11,10 +11,10 @@ from llmc.plan import default_output, plan_build
 def test_a_plan_is_resolved(tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("words")
-    plan = plan_build("demo", target="cuda-fp16", profile="l4", verify=False, eval_text=text)
+    plan = plan_build("demo", target="cuda-fp16", profile="l4", verify=False, eval_text=[str(text)])
     assert (plan.target.name, plan.profile.name, plan.verify) == ("cuda-fp16", "l4", False)
     assert plan.output == Path("artifacts/demo/cuda-fp16@l4")
-    assert plan.eval_text == text
+    assert plan.eval_text == (str(text),)
 
 
 def test_the_output_is_the_users(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="MODEL is empty"):
         plan_build(" ", target="cpu-fp32", profile="local")
     with pytest.raises(ConfigError, match=r"absent\.txt is not a file"):
-        plan_build("demo", target="cpu-fp32", profile="local", eval_text=tmp_path / "absent.txt")
+        plan_build("demo", target="cpu-fp32", profile="local", eval_text=[str(tmp_path / "absent.txt")])
 
 
 def test_several_profiles_are_for_engines() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -53,6 +54,16 @@ def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     work(SilentProgress())
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_a_terminal_shows_how_far_the_innermost_stage_is() -> None:
+    progress, text = terminal()
+    with progress.stage("build"), progress.stage("write"):
+        progress.advance(30, 90)
+        time.sleep(0.3)  # the spinner draws about ten times a second
+    progress.advance(1, 2)  # nothing runs, nothing is shown
+    assert "write  33 %" in text.getvalue()
+    assert "50 %" not in text.getvalue()
 
 
 def test_a_terminal_shows_what_runs_and_what_is_done() -> None:

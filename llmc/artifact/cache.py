@@ -105,6 +105,8 @@ class StageCache:
                 status = path.stat()
             except FileNotFoundError:  # another process evicted it
                 continue
+            if not path.is_file():  # another cache, with a bound of its own
+                continue
             entries.append((status.st_mtime_ns, path.name, path, status.st_size))
         excess = sum(size for *_, size in entries) - self.max_bytes
         for _, _, path, size in sorted(entries):

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.interface import CheckStatus
+from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric, Profile, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
@@ -55,12 +55,21 @@ class ModelFacts(_Strict):
 
 
 class Declined(_Strict):
-    """A place where a pass nearly applied: why not, an example node, and how many alike."""
+    """Places where a pass nearly applied, and did not for one kind of reason.
+
+    Args:
+        code: Stable identifier of the reason.
+        reason: The fact with its values, at the first place.
+        node: The first place.
+        count: Places.
+        layers: Decoder layers that they are in, each once; places outside of the layers are in none.
+    """
 
     code: str
     reason: str
     node: str
     count: int
+    layers: tuple[int, ...]
 
 
 class PassRecord(_Strict):
@@ -91,6 +100,35 @@ class WeightRecord(_Strict):
     block_size: int | None
     symmetric: bool | None
     bytes: int
+
+
+class LeftOutside(_Strict):
+    """Operators that compiled kernels did not take, why, and how many."""
+
+    operator: str
+    reason: str
+    count: int
+
+
+class KernelRecord(_Strict):
+    """Compiled kernels.
+
+    Args:
+        library: File with the operators; ONNX Runtime loads it through RegisterCustomOps.
+        isa: Instruction set that a CPU needs for it.
+        compiler: What compiled it, as it names itself.
+        source: sha256 of the generated source.
+        regions: Operators that stand for parts of the graph.
+        nodes: Operators of ONNX Runtime that they replaced.
+    """
+
+    library: str
+    isa: str
+    compiler: str
+    source: Digest
+    regions: int
+    nodes: int
+    outside: tuple[LeftOutside, ...] = ()
 
 
 class State(StrEnum):
@@ -130,6 +168,7 @@ class Manifest(_Strict):
         files: Every file by its path inside the artifact, `reports/` and the manifest left out.
         also: Further hardware that the artifact is for.
         engines: TensorRT engines, built or pending.
+        kernels: Of targets with compiled kernels.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
             speak of the graph that the engines are parsed from, and each says where it was measured.
     """
@@ -146,6 +185,7 @@ class Manifest(_Strict):
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
     engines: tuple[EngineRecord, ...] = ()
+    kernels: KernelRecord | None = None
     state: State
     checks: tuple[CheckRecord, ...] = ()
 

@@ -148,6 +148,12 @@ def check_files(artifact: Artifact) -> None:
     Raises:
         ConfigError: Files are missing or changed; all are named.
     """
+    if wrong := damaged_files(artifact):
+        raise ConfigError(f"{artifact.path} is damaged: {'; '.join(wrong)}", hint="build the artifact again")
+
+
+def damaged_files(artifact: Artifact) -> list[str]:
+    """What is wrong with the files of an artifact by its manifest, one sentence each."""
     wrong = []
     for name, recorded in sorted(artifact.manifest.files.items()):
         path = artifact.path / name
@@ -157,8 +163,7 @@ def check_files(artifact: Artifact) -> None:
             wrong.append(f"{name} has {size} bytes instead of {recorded.bytes}")
         elif digest_file(path).sha256 != recorded.sha256:
             wrong.append(f"{name} has changed")
-    if wrong:
-        raise ConfigError(f"{artifact.path} is damaged: {'; '.join(wrong)}", hint="build the artifact again")
+    return wrong
 
 
 def digest_files(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:

@@ -8,6 +8,8 @@ What the runtime does, as observed with 0.18.0:
 - A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
   new token; `position_ids`, fed only if the graph has them, count from 0 in each row, 0 at padding,
   and go on from the row's own length.
+- Only a batch of one or of equal prompts is served right where the graph's padding is not on the right;
+  the interface says so, and tracing notes it.
 - Logits of the last position only are taken when their second dimension is the constant 1.
 - KV heads and head size of each layer are read from the shapes of the graph's past keys; past values
   must have the same shape.
@@ -22,6 +24,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from llmc.backends.compiled.isa import DOMAIN as KERNELS
 from llmc.backends.ort import MODEL
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
@@ -39,12 +42,14 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 def shares_cache(model: ir.Model, interface: Interface) -> bool:
     """Whether past and present of all layers may be one buffer of the maximum length.
 
-    True if `GroupQueryAttention` alone reads every past: it takes the valid length from
-    `seqlens_k`, where a concatenation would take it from the shape.
+    True if only `GroupQueryAttention` and compiled kernels read a past: they take the valid length
+    from `seqlens_k`, where a concatenation would take it from the shape.
     """
     past = {name for slot in interface.cache for name in (slot.past_key, slot.past_value)}
     readers = [node for value in model.graph.inputs if value.name in past for node, _ in value.uses()]
-    return bool(readers) and all(node.op_type == "GroupQueryAttention" for node in readers)
+    return bool(readers) and all(
+        node.op_type == "GroupQueryAttention" or node.domain == KERNELS for node in readers
+    )
 
 
 def write_genai_config(
@@ -56,6 +61,7 @@ def write_genai_config(
     threads: int | None,
     *,
     share_cache: bool,
+    library: str | None = None,
 ) -> None:
     """Write genai_config.json for the model.onnx and the tokenizer files in `folder`.
 
@@ -65,11 +71,12 @@ def write_genai_config(
             sampling settings become the defaults of whoever serves the artifact.
         threads: Intra-op threads; None leaves them to the runtime.
         share_cache: As `shares_cache` finds.
+        library: File in `folder` with custom operators that the graph uses.
 
     Raises:
         UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, other inputs
-            than are fed, values of another width than keys, padding on the left or names without a
-            pattern; or there is no end-of-sequence token.
+            than are fed, values of another width than keys or names without a pattern; or there is no
+            end-of-sequence token.
     """
     if not interface.cache:
         raise UnsupportedError("onnxruntime-genai serves graphs with a KV cache; this one has none")
@@ -82,6 +89,8 @@ def write_genai_config(
         options["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
     if threads is not None:
         options["intra_op_num_threads"] = threads
+    if library is not None:
+        options["custom_ops_library"] = library
     context = interface.max_length or _UNBOUNDED_CONTEXT
     model = _special_tokens(folder, config, generation_config, vocab) | {
         "type": _MODEL_TYPE,
@@ -174,8 +183,6 @@ def _inputs(interface: Interface) -> dict[str, str]:
             f"onnxruntime-genai does not feed input {', '.join(others)}",
             hint="it feeds input_ids, attention_mask, position_ids and the KV cache",
         )
-    if interface.padding == "left":
-        raise UnsupportedError("onnxruntime-genai pads on the right; the graph needs padding on the left")
     for slot in interface.cache:
         if slot.key_width != slot.value_width:
             raise UnsupportedError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -51,19 +53,35 @@ def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreT
     if path.is_file():
         source = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent if path.is_file() else path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            **source,
-        )
+        with _without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent if path.is_file() else path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                **source,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {error}") from error
     reference: PreTrainedModel = model.eval()
     return reference
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal, where llmc's own progress is."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _folder_config(folder: Path) -> PreTrainedConfig:

@@ -29,3 +29,26 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             f"{type(error).__name__}: {error}"
         ) from error
     return model
+
+
+def build_hollow(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
+
+    Raises:
+        UnsupportedError: transformers cannot build it.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"transformers cannot run this {config.model_type} model layer by layer: {error}"
+        ) from error
+    return model.eval()

@@ -2,7 +2,7 @@
 
 import typer
 
-from llmc.cli.options import Against, Artifact, Json
+from llmc.cli.options import Against, Artifact, Force, Json
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -17,8 +17,8 @@ def register(app: typer.Typer) -> None:
     )(bench)
 
 
-def bench(artifact: Artifact, against: Against = None, as_json: Json = False) -> None:
+def bench(artifact: Artifact, against: Against = None, force: Force = False, as_json: Json = False) -> None:
     """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
     from llmc import pipeline
 
-    emit(pipeline.bench(artifact, against, open_progress()), as_json=as_json)
+    emit(pipeline.bench(artifact, against, open_progress(), force=force), as_json=as_json)

@@ -74,7 +74,7 @@ def build(
         profile=profile,
         output=output,
         verify=not no_verify,
-        eval_text=eval_text,
+        eval_text=eval_text or (),
         path=path,
     )
     from llmc import pipeline

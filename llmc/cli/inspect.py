@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
         short_help="Show what is in it.",
         epilog=examples(
             "llmc inspect artifacts/demo/cpu-int4@local",
+            "llmc inspect artifacts/demo/cpu-int4@local --explain skip-norm",
             "llmc inspect ./my-model --json",
         ),
     )(inspect)
@@ -26,9 +27,14 @@ def inspect(
             metavar="ARTIFACT|MODEL", help="Folder of an artifact, or what build takes.", show_default=False
         ),
     ],
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="PASS", help="Only where this pass applied, and why it declined elsewhere."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in it: operators, passes applied and declined, bits per tensor, sizes."""
     from llmc import pipeline
 
-    emit(pipeline.inspect(reference), as_json=as_json)
+    found = pipeline.inspect(reference) if explain is None else pipeline.explain(reference, explain)
+    emit(found, as_json=as_json)

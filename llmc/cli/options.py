@@ -14,8 +14,21 @@ Against = Annotated[
     typer.Option(metavar="MODEL", help="The original, where it is not what the manifest names."),
 ]
 EvalText = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text for perplexity and KL divergence instead of the one that ships; - for standard input, "
+        "may be given several times.",
+    ),
+]
+Report = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Text for perplexity and KL divergence instead of the one that ships."),
+    typer.Option(
+        "--report", metavar="DIR", help="Write report.json, junit.xml, report.md and report.html into DIR."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
 ]
 SearchPath = Annotated[
     Path | None,

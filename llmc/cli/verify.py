@@ -2,7 +2,7 @@
 
 import typer
 
-from llmc.cli.options import Against, Artifact, EvalText, Json
+from llmc.cli.options import Against, Artifact, EvalText, Force, Json
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -21,9 +21,10 @@ def verify(
     artifact: Artifact,
     against: Against = None,
     eval_text: EvalText = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
     from llmc import pipeline
 
-    emit(pipeline.verify(artifact, against, eval_text, open_progress()), as_json=as_json)
+    emit(pipeline.verify(artifact, against, eval_text or (), open_progress(), force=force), as_json=as_json)

@@ -1,4 +1,4 @@
-"""Text that ships with the package: an evaluation text and prompts, both written for llmc."""
+"""Text that ships with the package, all of it written for llmc: for evaluation, calibration, and prompts."""
 
 from importlib.resources import files
 
@@ -6,6 +6,11 @@ from importlib.resources import files
 def eval_text() -> str:
     """English prose, dialogue, lists and a little code, for perplexity and KL divergence."""
     return files(__name__).joinpath("eval.txt").read_text(encoding="utf-8")
+
+
+def calibration_text() -> str:
+    """English prose, instructions, dialogue, tables and code; no part of the evaluation text."""
+    return files(__name__).joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
 def prompts() -> tuple[str, ...]:

@@ -15,6 +15,17 @@
 Query i of this step stands at position past + i and sees the positions j <= past + i with
 attention_mask[b, j] = 1, and, with a window w, only those with j > past + i - w. Softmax is float32.
 
+`Experts` is a layer of experts (Shazeer et al. 2017) after the router's choice, each a SwiGLU (Shazeer 2020):
+
+    inputs   hidden (tokens, hidden), indices (tokens, k) int64, weights (tokens, k)
+             gate_up (experts, 2 inner, hidden), down (experts, hidden, inner)
+             gate_up_bias (experts, 2 inner), down_bias (experts, hidden), only in the variant with `biases`
+    outputs  output (tokens, hidden)
+    attributes  alpha, beta, limit (0: none), interleaved (gate and up alternate; else the gate comes first)
+
+Expert e gives down[e] (g sigmoid(alpha g) (u + beta)) of gate g and up u, which are clipped at the limit, u
+on both sides; the output is the sum over the chosen experts by their weights.
+
 The lowered operators of later passes live in other domains; nothing but a backend depends on them.
 """
 
@@ -26,6 +37,7 @@ import onnx_ir as ir
 DOMAIN = "llmc"
 VERSION = 1
 CACHED_ATTENTION = "CachedAttention"
+EXPERTS = "Experts"
 OPSET = 21
 
 #: A score no query can reach, finite so that a row without any visible position stays finite.
@@ -140,16 +152,57 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         opset_imports={"": OPSET},
         name=CACHED_ATTENTION,
     )
-    kinds = {
-        "num_heads": ir.AttributeType.INT,
-        "kv_num_heads": ir.AttributeType.INT,
-        "scale": ir.AttributeType.FLOAT,
-        "softcap": ir.AttributeType.FLOAT,
-        "window": ir.AttributeType.INT,
-    }
-    return ir.Function(
-        DOMAIN,
-        CACHED_ATTENTION,
-        graph=graph,
-        attributes=[ir.Attr(name, kind, None) for name, kind in kinds.items()],
-    )
+    integers, floats = ("num_heads", "kv_num_heads", "window"), ("scale", "softcap")
+    return ir.Function(DOMAIN, CACHED_ATTENTION, graph=graph, attributes=_declare(integers, floats))
+
+
+def experts(*, biases: bool) -> ir.Function:
+    """The definition of `Experts`, with or without biases: dense products over all experts."""
+    names = ["hidden", "indices", "weights", "gate_up", "down"]
+    if biases:
+        names += ["gate_up_bias", "down_bias"]
+    inputs = [ir.Value(name=n) for n in names]
+    hidden, indices, weights, gate_up, down = inputs[:5]
+    b = _Body()
+    zero, one, two = (b.constant(i) for i in range(3))
+    first, second = b.constant([0]), b.constant([1])
+
+    def project(x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        product = b("MatMul", x, b("Transpose", weight, perm=[0, 2, 1]))
+        return product if bias is None else b("Add", product, b("Unsqueeze", bias, second))
+
+    both = project(b("Unsqueeze", hidden, first), gate_up, inputs[5] if biases else None)
+    inner = b("Squeeze", b("Shape", down, start=2, end=3))
+    interleaved = b("Equal", b.attribute("interleaved", ir.AttributeType.INT), one)
+    stride = b("Where", interleaved, two, one)
+    columns = b("Mul", b("Range", zero, inner, one), stride)
+    gate = b("Gather", both, columns, axis=-1)
+    up = b("Gather", both, b("Add", columns, b("Where", interleaved, one, inner)), axis=-1)
+
+    limit = b.attribute("limit", ir.AttributeType.FLOAT)
+    bound = b("Where", b("Greater", limit, b.constant(0.0)), limit, b.constant(-_MASKED))
+    bound = b("CastLike", bound, hidden)
+    gate = b("Min", gate, bound)
+    up = b("Max", b("Min", up, bound), b("Neg", bound))
+    alpha = b("CastLike", b.attribute("alpha", ir.AttributeType.FLOAT), hidden)
+    beta = b("CastLike", b.attribute("beta", ir.AttributeType.FLOAT), hidden)
+    swish = b("Mul", gate, b("Sigmoid", b("Mul", gate, alpha)))
+    each = project(b("Mul", swish, b("Add", up, beta)), down, inputs[6] if biases else None)
+
+    last = b.constant([-1])
+    every = b("Range", zero, b("Squeeze", b("Shape", down, start=0, end=1)), one)
+    chosen = b("CastLike", b("Equal", b("Unsqueeze", indices, last), every), weights)
+    shares = b("ReduceSum", b("Mul", chosen, b("Unsqueeze", weights, last)), second, keepdims=0)
+    shares = b("Unsqueeze", b("Transpose", shares, perm=[1, 0]), last)
+    mixed = b("ReduceSum", b("Mul", b("CastLike", each, weights), shares), first, keepdims=0)
+    output = b("CastLike", mixed, hidden, name="output")
+    graph = ir.Graph(inputs, [output], nodes=b.nodes, opset_imports={"": OPSET}, name=EXPERTS)
+    attributes = _declare(("interleaved",), ("alpha", "beta", "limit"))
+    return ir.Function(DOMAIN, EXPERTS, graph=graph, attributes=attributes)
+
+
+def _declare(integers: Sequence[str], floats: Sequence[str]) -> list[ir.Attr]:
+    """The attributes that a function takes, all of them required."""
+    return [ir.Attr(name, ir.AttributeType.INT, None) for name in integers] + [
+        ir.Attr(name, ir.AttributeType.FLOAT, None) for name in floats
+    ]

@@ -4,9 +4,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+Padding = Literal["left", "right", "any", "none"]
+
 #: Input of graphs whose KV cache has a fixed length, in the place of attention_mask and position_ids:
 #: (batch,) int64, the slot of each row's first new token.
 WRITE_INDICES = "write_indices"
+#: Input beside it of graphs with the logits of the last token only: (batch,) int64, the real new tokens of
+#: each row of this step; the pads behind them do not count.
+TOKEN_COUNTS = "token_counts"
 
 
 class _Frozen(BaseModel):
@@ -48,7 +53,8 @@ class Interface(_Frozen):
         cache: One slot per attention layer, by layer.
         logits: Whether `logits` has every position of the step or only the last one.
         position_ids: Whether `position_ids` is an input.
-        padding: The side on which the shorter rows of a ragged batch are padded.
+        padding: The side on which the shorter rows of a ragged batch are padded; "none" if rows must be
+            of equal length.
         max_length: Largest total length the model knows positions for; None if unbounded.
     """
 
@@ -57,7 +63,7 @@ class Interface(_Frozen):
     cache: tuple[CacheSlot, ...]
     logits: Literal["last", "all"]
     position_ids: bool
-    padding: Literal["left", "right", "any"]
+    padding: Padding
     max_length: int | None
 
     @property

@@ -98,10 +98,14 @@ def is_weight(value: ir.Value) -> bool:
 _TO_LOGITS = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Slice"})
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _SUMS = frozenset({"Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+#: Operators between a router and its choice.
+_TO_CHOICE = frozenset({"Add", "Mul", "Div", "Cast", "Reshape", "Softmax", "Sigmoid", "Sqrt", "Softplus"})
 
 
 def _role(node: ir.Node) -> WeightRole:
     """What the product is for, from the operators that its result goes through."""
+    if _reaches_choice(node.outputs[0], 8):
+        return WeightRole.ROUTER
     value, residual = node.outputs[0], True
     for _ in range(8):
         if value.name == "logits":
@@ -118,3 +122,12 @@ def _role(node: ir.Node) -> WeightRole:
             return WeightRole.LINEAR
         value = user.outputs[0]
     return WeightRole.LINEAR
+
+
+def _reaches_choice(value: ir.Value, steps: int) -> bool:
+    """Whether `value` becomes what a TopK chooses by, within so many operators."""
+    users = {user for user, _ in value.uses()}
+    return any(user.op_type == "TopK" for user in users) or (
+        steps > 0
+        and any(_reaches_choice(user.outputs[0], steps - 1) for user in users if user.op_type in _TO_CHOICE)
+    )

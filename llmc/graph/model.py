@@ -7,7 +7,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from llmc.errors import CheckpointError, GraphError
-from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.graph.interface import CacheSlot, Interface, Padding, TensorSpec
 from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, WeightStore
 
 #: Node metadata: index of the decoder layer a node belongs to.
@@ -23,7 +23,7 @@ class Graph:
         cache: One slot per attention layer that owns keys and values, by layer.
         layers: Number of decoder layers.
         logits: Whether `logits` has every position or only the last one.
-        padding: Side on which a ragged batch may be padded.
+        padding: Side on which a ragged batch may be padded; "none" if rows must be of equal length.
         max_length: Largest total length the model knows positions for; None if unbounded.
         aliases: For a weight that several parameters share, all their names, by initializer name.
         notes: What tracing and passes want a reader to know.
@@ -33,7 +33,7 @@ class Graph:
     cache: tuple[CacheSlot, ...]
     layers: int
     logits: Literal["last", "all"] = "all"
-    padding: Literal["left", "right", "any"] = "any"
+    padding: Padding = "any"
     max_length: int | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

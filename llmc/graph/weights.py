@@ -151,6 +151,43 @@ class TransposedRows:
         return read_all(self.inner).T[start:stop]
 
 
+@dataclass(frozen=True)
+class ExpertRows:
+    """Matrices or biases of stacked experts, one expert a row: (experts, outputs, …).
+
+    Args:
+        inner: (experts, outputs, inputs), (experts, inputs, outputs) or (experts, outputs).
+        transposed: Outputs and inputs are swapped.
+        interleave: The second half of the outputs is put between the first: 0, n / 2, 1, n / 2 + 1, …
+    """
+
+    inner: Rows
+    transposed: bool
+    interleave: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, *rest = self.inner.shape
+        return (experts, *(reversed(rest) if self.transposed else rest))
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.inner.dtype
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        array = self.inner.rows(start, stop)
+        if self.transposed:
+            array = array.swapaxes(1, 2)
+        if self.interleave:
+            halves = array.reshape(len(array), 2, -1, *array.shape[2:])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        return array
+
+
 def read_all(rows: Rows) -> Array:
     """All rows at once, shape `rows.shape`."""
     return rows.rows(0, rows.shape[0] if rows.shape else 1)

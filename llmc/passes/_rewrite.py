@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import GraphError
-from llmc.graph.model import LAYER
+from llmc.graph import dialect
+from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import LazyWeight, Rows
 from llmc.passes._match import MICROSOFT
 
@@ -144,6 +145,15 @@ def drop_dead(graph: ir.Graph) -> int:
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
     return removed
+
+
+def drop_unused_dialect(graph: Graph) -> None:
+    """Forget the dialect's functions that no node calls any more."""
+    used = {node.op_type for node in graph.graph if node.domain == dialect.DOMAIN}
+    for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN and k[1] not in used]:
+        del graph.model.functions[key]
+    if not used:
+        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
 
 
 def require_opset(model: ir.Model, version: int) -> None:

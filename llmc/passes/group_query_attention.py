@@ -10,6 +10,7 @@ What ONNX Runtime 1.31 does on a CPU: several tokens at once on a past that is n
 1; widths of heads are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,14 @@ from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
 from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, only_user, users_of
-from llmc.passes._rewrite import Site, add_constant, drop_dead, require_domain, take_over
+from llmc.passes._rewrite import (
+    Site,
+    add_constant,
+    drop_dead,
+    drop_unused_dialect,
+    require_domain,
+    take_over,
+)
 
 OPERATOR = "GroupQueryAttention"
 _WIDTH_MULTIPLE = 8
@@ -50,13 +58,23 @@ class GroupQueryAttention:
                 outside[reason] = outside.get(reason, 0) + 1
             applied.append(layer_of(node))
         drop_dead(graph.graph)
+        refusals += _uncaptured(graph, {r.layer for r in refusals} | set(applied))
         if applied:
-            graph.padding = "right"
-            _drop_unused_dialect(graph)
+            graph.padding = "right" if graph.padding in ("any", "right") else "none"
+            drop_unused_dialect(graph)
+            require_domain(graph.graph, MICROSOFT)
             _drop_unused_positions(graph)
         for reason, count in outside.items():
             graph.notes.append(f"the rotary embedding stays outside of attention in {count} layers: {reason}")
         return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _uncaptured(graph: Graph, captured: set[int | None]) -> Iterator[Refusal]:
+    """Layers with a KV cache whose attention is in plain operators."""
+    for slot in graph.cache:
+        if slot.layer not in captured:
+            reason = "the layer computes attention in operators of its own"
+            yield Refusal("plain-attention", reason, slot.past_key, slot.layer)
 
 
 @dataclass
@@ -203,14 +221,6 @@ def _replace_output(site: Site, old: ir.Value, new: ir.Value, features: int) -> 
     dims = dims_of(old)
     target = add_constant(site.graph, np.array([0, 0, *dims[2:]], np.int64), "shape")
     take_over(old, site.emit("Reshape", [new, target], f"{new.name}/heads", like=old).outputs[0])
-
-
-def _drop_unused_dialect(graph: Graph) -> None:
-    if not any(node.domain == dialect.DOMAIN for node in graph.graph):
-        for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN]:
-            del graph.model.functions[key]
-        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
-    require_domain(graph.graph, MICROSOFT)
 
 
 def _drop_unused_positions(graph: Graph) -> None:

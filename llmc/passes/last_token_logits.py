@@ -1,4 +1,9 @@
-"""Logits of the last position only: the language-model head runs on one row per sequence."""
+"""Logits of each row's last token only: the language-model head runs on one position per sequence.
+
+A row of a ragged batch that is padded on the right ends before the last slot of the step. Its last token
+is where the attention mask of the step's own slots, the last `sequence` of `total`, has its last 1. A graph
+with a KV cache of fixed length has no mask: it gets the input token_counts (batch,) int64 instead.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.config import WeightRole
+from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport, Refusal
@@ -16,20 +22,20 @@ from llmc.passes._rewrite import Site, add_constant
 @dataclass(frozen=True)
 class LastTokenLogits:
     name: str = "last-token-logits"
-    summary: str = "the language-model head on the last position only"
+    summary: str = "the language-model head on each row's last token only"
 
     def run(self, graph: Graph) -> PassReport:
         head = next((x for x in find_linears(graph) if x.role is WeightRole.LM_HEAD), None)
         if head is None or len(dims_of(head.activation)) != 3:
             reason = "no product with a weight of (batch, sequence, hidden) leads to the logits"
             return PassReport(self.name, (), (Refusal("no-head", reason, "logits", None),))
-        last = add_constant(graph.graph, np.array([-1], np.int64), "last")
         batch, _, width = dims_of(head.activation)
-        chosen = Site(graph.graph, head.node).emit(
-            "Gather",
-            [head.activation, last],
+        site = Site(graph.graph, head.node)
+        chosen = site.emit(
+            "GatherND",
+            [head.activation, _last_tokens(graph, site)],
             "last_hidden",
-            attributes={"axis": 1},
+            attributes={"batch_dims": 1},
             shape=[batch, 1, width],
             dtype=head.activation.dtype,
         )
@@ -42,6 +48,63 @@ class LastTokenLogits:
             value = next(iter(value.uses())).node.outputs[0]
         graph.logits = "last"
         return PassReport(self.name, (None,))
+
+
+def _last_tokens(graph: Graph, site: Site) -> ir.Value:
+    """Slot of each row's last token among those of this step, int64 (batch, 1, 1)."""
+    inputs = {value.name: value for value in graph.graph.inputs}
+    ids = inputs["input_ids"]
+    batch, sequence = dims_of(ids)
+
+    def constant(*numbers: int) -> ir.Value:
+        return add_constant(graph.graph, np.array(numbers, np.int64), "axis")
+
+    if WRITE_INDICES in inputs:
+        counts = ir.Value(name=TOKEN_COUNTS, shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT64))
+        graph.graph.inputs.insert(list(graph.graph.inputs).index(inputs[WRITE_INDICES]) + 1, counts)
+        last = site.emit("Sub", [counts, constant(1)], "last/slot", like=counts)
+        dims = [batch, 1, 1]
+        chosen = site.emit(
+            "Unsqueeze", [last.outputs[0], constant(1, 2)], "last/index", shape=dims, dtype=counts.dtype
+        )
+        return chosen.outputs[0]
+    mask = inputs["attention_mask"]
+
+    length = site.emit(
+        "Shape", [ids], "last/length", attributes={"start": 1, "end": 2}, shape=[1], dtype=ir.DataType.INT64
+    )
+    start = site.emit("Neg", [length.outputs[0]], "last/start", like=length.outputs[0])
+    own = site.emit(
+        "Slice",
+        [mask, start.outputs[0], constant(np.iinfo(np.int64).max), constant(1)],
+        "last/mask",
+        shape=[batch, sequence],
+        dtype=mask.dtype,
+    )
+    floats = site.emit(  # the one type for which every provider has ArgMax
+        "Cast",
+        [own.outputs[0]],
+        "last/floats",
+        attributes={"to": int(ir.DataType.FLOAT)},
+        shape=[batch, sequence],
+        dtype=ir.DataType.FLOAT,
+    )
+    slot = site.emit(
+        "ArgMax",
+        [floats.outputs[0]],
+        "last/slot",
+        attributes={"axis": 1, "select_last_index": 1},
+        shape=[batch, 1],
+        dtype=ir.DataType.INT64,
+    )
+    index = site.emit(
+        "Unsqueeze",
+        [slot.outputs[0], constant(2)],
+        "last/index",
+        shape=[batch, 1, 1],
+        dtype=slot.outputs[0].dtype,
+    )
+    return index.outputs[0]
 
 
 PASS = LastTokenLogits()

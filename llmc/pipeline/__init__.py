@@ -6,8 +6,9 @@ Only this package knows all stations. Its functions import them when they are ca
 from llmc.pipeline.bench import bench
 from llmc.pipeline.build import build
 from llmc.pipeline.engines import resume
+from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.run import run
 from llmc.pipeline.verify import verify
 
-__all__ = ["bench", "build", "inspect", "resume", "run", "verify"]
+__all__ = ["bench", "build", "explain", "inspect", "resume", "run", "verify"]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.pipeline.gate import GateResult, latency_gates, open_pair, read_text, tokenize
+from llmc.pipeline.gate import GateResult, latency_gates, open_pair
+from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report
 from llmc.progress import Progress
 
@@ -22,13 +23,15 @@ class OriginalLoader:
         return open_checkpoint(self.ref).load_reference("sdpa")
 
 
-def bench(path: Path, against: str | None, progress: Progress) -> GateReport:
+def bench(path: Path, against: str | None, progress: Progress, *, force: bool = False) -> GateReport:
     """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
 
     Args:
         path: An artifact.
         against: The original; None for the one that the manifest names.
+        force: Take an original that the artifact was not built from.
     """
+    from llmc.artifact.store import check_files
     from llmc.pipeline.engines import require_no_engine
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
@@ -36,11 +39,12 @@ def bench(path: Path, against: str | None, progress: Progress) -> GateReport:
     from llmc.validate.session import shares_buffer
 
     with progress.stage("artifact"):
-        artifact, checkpoint = open_pair(path, against)
+        artifact, checkpoint, _ = open_pair(path, against, force=force)
+        check_files(artifact)
     manifest = artifact.manifest
     require_no_engine(manifest)
     with progress.stage("load the original"):
-        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(None))
+        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         reference = TorchModel(checkpoint.load_reference("sdpa"))
     with progress.stage("latency"):
         latency = measure_latency(

@@ -12,14 +12,15 @@ from llmc.config import Backend, BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
-from llmc.pipeline.gate import GateResult, measure_parity
+from llmc.pipeline.gate import GateResult, Subject, measure_parity
+from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
-    from llmc.artifact.interface import Verdict
-    from llmc.artifact.manifest import FileDigest, Manifest, State
+    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
+    from llmc.artifact.verdict import Verdict
     from llmc.checkpoint import Checkpoint
 
 
@@ -39,6 +40,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
 
     _require_fit(plan)
     engine_plans = plan_all_engines(plan)
+    kernels = KernelStage.prepare(plan.target, plan.profile)
     with progress.stage("checkpoint"):
         checkpoint = open_checkpoint(plan.model)
         checkpoint.require_tokenizer()
@@ -48,22 +50,31 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
         interface = compiled.graph.interface()
+        record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
         with progress.stage("write"):
-            known = write_model(compiled.graph.model, stage.path)
+            known = write_model(compiled.graph.model, stage.path, progress.advance)
             checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
-                _write_genai_config(stage.path, plan, checkpoint, compiled)
+                library = None if record is None else record.library
+                _write_genai_config(stage.path, plan, checkpoint, compiled, library)
         engines, engine_files = write_engines(stage.path, plan.target, engine_plans, progress)
         gate = None
         reports = stage.path / REPORTS
         reports.mkdir()
         if plan.verify and (plan.target.provider is Provider.CPU or engine_plans):
-            gate = measure_parity(
-                stage.path, interface, checkpoint, plan.target, plan.profile.threads, plan.eval_text, progress
+            subject = Subject(
+                folder=stage.path,
+                interface=interface,
+                target=plan.target,
+                threads=plan.profile.threads,
+                checkpoint=checkpoint,
+                model_digest=digest.result(),
+                sources=compiled.sources,
             )
+            gate = measure_parity(subject, plan.eval_text, progress)
             write_report(gate_report(plan.model, plan.target, plan.profile.name, gate), reports, "parity")
         files = digest_files(stage.path, {**known, **engine_files})
-        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate)
+        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate, record)
         forecasts = write_forecasts(plan, manifest, reports)
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
@@ -72,7 +83,9 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     return result.model_copy(update={"forecasts": forecasts})
 
 
-def _write_genai_config(folder: Path, plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled) -> None:
+def _write_genai_config(
+    folder: Path, plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled, library: str | None
+) -> None:
     from llmc.backends.genai import shares_cache, write_genai_config
 
     interface = compiled.graph.interface()
@@ -84,6 +97,7 @@ def _write_genai_config(folder: Path, plan: BuildPlan, checkpoint: Checkpoint, c
         plan.target.provider,
         plan.profile.threads,
         share_cache=shares_cache(compiled.graph.model, interface),
+        library=library,
     )
 
 
@@ -106,6 +120,7 @@ def _manifest(
     files: dict[str, FileDigest],
     engines: tuple[EngineRecord, ...],
     gate: GateResult | None,
+    kernels: KernelRecord | None,
 ) -> Manifest:
     from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts
     from llmc.artifact.provenance import tool_versions
@@ -134,6 +149,7 @@ def _manifest(
         files=files,
         passes=pass_records(compiled.passes),
         weights=compiled.weights,
+        kernels=kernels,
         engines=engines,
         state=_state(plan, engines, verdict),
         checks=checks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from llmc.config import Dtype, Quantization, Target, WeightFormat
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
+from llmc.graph.weights import LazyWeight, Rows
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,12 +34,24 @@ class Compiled:
         passes: What each pass did.
         weights: How every matrix is stored.
         leftovers: Tensors of the checkpoint that nothing in the graph reads.
+        sources: What each weight is made of, by the name of its initializer before quantization.
     """
 
     graph: Graph
     passes: tuple[PassReport, ...]
     weights: tuple[WeightRecord, ...]
     leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph after its target's passes, before quantization: what `Compiled` says, as far as it goes."""
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+    leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
 
 
 def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
@@ -68,15 +81,16 @@ def trace_key(config: Any, dtype: Dtype) -> str:
         "architecture": type(config).__name__,
         "dtype": dtype.value,
         "tools": tool_versions(),
-        "code": _own_code(),
+        "code": code_digest("llmc.trace", "llmc.graph"),
     }
     return content_key("trace", facts)
 
 
 @cache
-def _own_code() -> str:
+def code_digest(*packages: str) -> str:
+    """Digest of the source of some of our packages."""
     digest = hashlib.sha256()
-    for package in ("llmc.trace", "llmc.graph"):
+    for package in packages:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(folder).glob("*.py")):
@@ -85,8 +99,8 @@ def _own_code() -> str:
     return digest.hexdigest()
 
 
-def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
-    """Trace, bind, lower and quantize.
+def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Lowered:
+    """Trace, bind and lower.
 
     Raises:
         UnsupportedError: The model cannot be traced, or a pass misses what the target asserts.
@@ -94,8 +108,6 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     """
     from llmc.graph.verify import verify
     from llmc.passes import resolve_passes, run_passes
-    from llmc.quantize.engine import quantize_for_engine
-    from llmc.quantize.linear import quantize_weights
 
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
     with progress.stage("trace"):
@@ -108,14 +120,51 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
+    return Lowered(graph, tuple(reports), leftovers, _sources(graph))
+
+
+def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
+    """Trace, bind, lower and quantize.
+
+    Raises:
+        UnsupportedError: As `lower_graph`; or a rule wants a weight quantized that is no tensor of the
+            checkpoint.
+        CheckpointError: The checkpoint lacks a tensor that the model needs.
+    """
+    from llmc.graph.verify import verify
+    from llmc.pipeline.calibrate import calibrate
+    from llmc.quantize.engine import quantize_for_engine
+    from llmc.quantize.linear import plan_calibration, quantize_weights
+
+    lowered = lower_graph(checkpoint, target, progress)
+    if target.engine is not None:
+        with progress.stage("quantize"):
+            records = engine_records(quantize_for_engine(lowered.graph, target.engine.weights), target.dtype)
+            verify(lowered.graph)
+        return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
+    rules = target.quantize or Quantization(accuracy_level=0, rules=())
+    calibration = None
+    if rules.calibration is not None:
+        with progress.stage("calibrate"):
+            wanted = plan_calibration(lowered.graph, rules)
+            calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
-        if target.engine is not None:
-            records = engine_records(quantize_for_engine(graph, target.engine.weights), target.dtype)
-        else:
-            rules = target.quantize or Quantization(accuracy_level=0, rules=())
-            records = weight_records(quantize_weights(graph, rules, target.dtype), target.dtype)
-        verify(graph)
-    return Compiled(graph, tuple(reports), records, leftovers)
+        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
+        for note in stored.notes:
+            progress.note(f"quantize: {note}")
+        verify(lowered.graph)
+    records = weight_records(stored, target.dtype)
+    return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
+
+
+def _sources(graph: Graph) -> dict[str, Rows]:
+    """Rows of every weight that some node reads."""
+    found: dict[str, Rows] = {}
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, LazyWeight) and tensor.rows is not None and value.uses():
+            found[str(value.name)] = tensor.rows
+    return found
 
 
 def fix_length(graph: Graph, capacity: int) -> None:
@@ -181,7 +230,13 @@ def pass_records(reports: Sequence[PassReport]) -> tuple[Any, ...]:
         for refusal in report.refusals:
             by_code.setdefault(refusal.code, []).append(refusal)
         declined = tuple(
-            Declined(code=code, reason=group[0].reason, node=group[0].node, count=len(group))
+            Declined(
+                code=code,
+                reason=group[0].reason,
+                node=group[0].node,
+                count=len(group),
+                layers=tuple(sorted({refusal.layer for refusal in group if refusal.layer is not None})),
+            )
             for code, group in sorted(by_code.items())
         )
         records.append(PassRecord(name=report.name, applied=len(report.applied), declined=declined))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmc.config import Backend, Gate, Metric, Provider, Target
+from llmc.config import Gate, Metric, Provider, Target
 from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.interface import Latency, Measurement, Verdict
+    from llmc.artifact.latency import Latency
     from llmc.artifact.store import Artifact
+    from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
+    from llmc.graph.weights import Rows
+    from llmc.validate.reference import TorchModel
+    from llmc.validate.weights import WeightParity
 
 LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO})
 
@@ -29,6 +34,31 @@ class GateResult:
     latency: Latency | None = None
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and against what.
+
+    Args:
+        folder: model.onnx, genai_config.json and the tokenizer.
+        interface: What the graph is said to take and give.
+        target: Whose gates are held.
+        threads: Intra-op threads of the artifact; None leaves them to the runtime.
+        checkpoint: The original.
+        model_digest: Its digest.
+        sources: What each weight is made of, by the name of its initializer before quantization.
+        damaged: What is wrong with the files by the manifest.
+    """
+
+    folder: Path
+    interface: Interface
+    target: Target
+    threads: int | None
+    checkpoint: Checkpoint
+    model_digest: str
+    sources: Mapping[str, Rows]
+    damaged: Sequence[str] = ()
+
+
 def parity_gates(target: Target) -> tuple[Gate, ...]:
     """The target's gates on numbers."""
     return tuple(gate for gate in target.gates if gate.metric not in LATENCY)
@@ -39,116 +69,173 @@ def latency_gates(target: Target) -> tuple[Gate, ...]:
     return tuple(gate for gate in target.gates if gate.metric in LATENCY)
 
 
-def measure_parity(
-    folder: Path,
-    interface: Interface,
-    checkpoint: Checkpoint,
-    target: Target,
-    threads: int | None,
-    eval_text: Path | None,
-    progress: Progress,
-) -> GateResult:
-    """Measure the files in `folder` against the original, and hold the target's parity gates.
+def measure_parity(subject: Subject, eval_text: Sequence[str], progress: Progress) -> GateResult:
+    """Measure an artifact against the original, and hold the target's parity gates.
+
+    Logits are compared twice. Quality is that of the artifact as it is served beside the original as
+    it is. The parity levels ask whether the graph is right whatever its weights lost: the original is
+    given the artifact's own weights, and quantized products are computed in float32 on both sides, so
+    that a tight bound holds for every target.
 
     Args:
-        folder: model.onnx, genai_config.json and the tokenizer.
-        threads: Intra-op threads of the artifact; None leaves them to the runtime.
-        eval_text: The user's text; None for the one that ships.
+        eval_text: Files with the user's text; none for the one that ships.
 
     Raises:
-        ConfigError: The text cannot be read.
+        ConfigError: The text cannot be read, or is too short.
         ResourceError: A runtime is missing.
     """
-    from llmc.data import prompts
     from llmc.validate.gates import evaluate
-    from llmc.validate.generation import measure_generation
     from llmc.validate.measure import broken
+
+    measurements: list[Measurement] = []
+    gates = parity_gates(subject.target)
+    measure = _measure_static if subject.interface.static_cache else _measure
+    try:
+        measure(subject, eval_text, progress, measurements)
+    except ParityError as error:
+        taken = {m.metric for m in measurements}
+        left = tuple(gate.metric for gate in gates if gate.metric not in taken)
+        measurements += broken(left, error, "onnxruntime")
+    return GateResult(tuple(measurements), evaluate(gates, measurements))
+
+
+def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, made: list[Measurement]) -> None:
+    """Append each measurement to `made` as it is taken.
+
+    Raises:
+        ParityError: The artifact cannot be loaded, so that nothing further can be measured.
+    """
+    from llmc.data import prompts
+    from llmc.validate.generation import measure_generation, original_texts
+    from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality
-    from llmc.validate.reference import TorchModel
+    from llmc.validate.served import Served
     from llmc.validate.session import OrtModel, shares_buffer
+    from llmc.validate.settings import compare_settings, describe_original
+    from llmc.validate.tokens import measure_tokens
+
+    folder, checkpoint = subject.folder, subject.checkpoint
+    text = read_text(eval_text)
+    with progress.stage("files"):
+        made.append(
+            mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
+        )
+        tokenizer = checkpoint.tokenizer()
+        tokens, start = tokenize(tokenizer, text)
+        stated = describe_original(checkpoint.config, checkpoint.generation_config(), tokenizer)
+        made.append(compare_settings(folder, stated, subject.interface))
+    with progress.stage("weights"):
+        weights = _compare_weights(subject)
+        made += weights.measurements
+    share = shares_buffer(folder)
+
+    def session(*, exact: bool) -> OrtModel:
+        return OrtModel(folder, subject.interface, threads=subject.threads, share_buffer=share, exact=exact)
+
+    with progress.stage("tokenizer"):
+        try:
+            model = session(exact=False)
+        except ParityError as error:
+            made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            raise
+        inputs, outputs = len(subject.interface.inputs), len(subject.interface.outputs)
+        counted = f"{inputs} inputs and {outputs} outputs as stated"
+        made.append(mismatches(Metric.INTERFACE, (), counted, model.where))
+        served = Served(folder)
+        made += measure_tokens(folder, served, tokenizer, text, prompts())
+    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
+    with progress.stage("quality"):
+        made += measure_quality(model, original, tokens, start=start)
+        texts = original_texts(original, tokenizer, prompts(), stated.stop)
+        del model
+    if weights.digest:
+        original.release()
+        own = remember(checkpoint, subject.model_digest, weights.digest, lambda: _load(subject, weights))
+    else:
+        own = original
+    with progress.stage("parity"):
+        exact = session(exact=True)
+        heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
+        made += Parity(exact, own, tokens, heads, rope_switches(checkpoint.config)).measure()
+    with progress.stage("generation"):
+        made += measure_generation(served, texts, own, stated.stop)
+
+
+def _measure_static(
+    subject: Subject, eval_text: Sequence[str], progress: Progress, made: list[Measurement]
+) -> None:
+    """`_measure` for the graph that engines are parsed from: its logits, as no runtime here serves it.
+
+    Raises:
+        ParityError: onnxruntime cannot load the graph.
+    """
+    from llmc.validate.parity import Parity
+    from llmc.validate.quality import measure_quality
     from llmc.validate.static_session import StaticOrtModel
 
-    with progress.stage("load the original"):
-        tokenizer = checkpoint.tokenizer()
-        tokens, start = tokenize(tokenizer, read_text(eval_text))
-        reference = TorchModel(checkpoint.load_reference())
-    measurements: list[Measurement] = []
-    model: OrtModel | StaticOrtModel
-    try:
-        if interface.static_cache:
-            model = StaticOrtModel(folder, interface, threads=threads)
-        else:
-            model = OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
-    except ParityError as error:
-        gates = parity_gates(target)
-        measurements += broken(tuple(gate.metric for gate in gates), error, "onnxruntime")
-        return GateResult(tuple(measurements), evaluate(gates, measurements))
+    checkpoint = subject.checkpoint
+    tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
+    model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
     with progress.stage("parity"):
-        measurements += Parity(model, reference, tokens).measure()
+        made += Parity(model, original, tokens).measure()
     with progress.stage("quality"):
-        measurements += measure_quality(model, reference, tokens, start=start)
-    if target.backend is Backend.ONNXRUNTIME:
-        with progress.stage("generation"):
-            measurements += measure_generation(folder, reference, tokenizer, prompts())
-    return GateResult(tuple(measurements), evaluate(parity_gates(target), measurements))
+        made += measure_quality(model, original, tokens, start=start)
 
 
-def read_text(path: Path | None) -> str:
-    """The evaluation text.
+def _compare_weights(subject: Subject) -> WeightParity:
+    from llmc.validate.measure import broken
+    from llmc.validate.weights import METRICS, WeightParity, compare_weights
 
-    Raises:
-        ConfigError: The file is not text in UTF-8, or cannot be read.
-    """
-    from llmc.data import eval_text
-
-    if path is None:
-        return eval_text()
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"evaluation text {path} is not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise ConfigError(f"evaluation text {path} cannot be read: {error.strerror}") from error
+        return compare_weights(subject.folder, subject.sources)
+    except ParityError as error:
+        return WeightParity(broken(METRICS, error, "numpy, from the files"), "", ())
 
 
-def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
-    """Token ids of `text`, (n,) int64, and what the tokenizer puts before any text.
+def _load(subject: Subject, weights: WeightParity | None) -> TorchModel:
+    """The original; with the artifact's own weights if there are `weights`."""
+    from llmc.validate.reference import TorchModel
+    from llmc.validate.weights import parameters, read_stored
 
-    Raises:
-        ConfigError: The text has no tokens.
-    """
-    import numpy as np
-
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:
-        raise ConfigError("the evaluation text is empty", hint="use a text of at least a few hundred words")
-    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
-    bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
-    return np.array(ids, dtype=np.int64), tuple(before)
+    model = TorchModel(subject.checkpoint.load_reference())
+    if weights is not None:
+        changed = {name: subject.sources[name] for name in weights.changed}
+        for name, stored in read_stored(subject.folder, changed).items():
+            array = stored.read(0, stored.shape[0])
+            model.set_parameters(dict(parameters(changed[name], array)))
+    return model
 
 
-def open_pair(path: Path, against: str | None) -> tuple[Artifact, Checkpoint]:
-    """An artifact whose files are intact, and the original it is to be compared with.
+def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact, Checkpoint, str]:
+    """An artifact, the original it is to be compared with, and the original's digest.
 
     Args:
         against: The original; None for the one that the manifest names.
+        force: Take an original of another digest than the manifest's.
 
     Raises:
-        ConfigError: There is no artifact, or its files are damaged.
+        ConfigError: There is no artifact, or the original is not the artifact's.
         CheckpointError: The original cannot be opened.
         ResourceError: The artifact cannot run on this machine.
     """
-    from llmc.artifact.store import check_files, open_artifact
+    from llmc.artifact.store import open_artifact
     from llmc.checkpoint import open_checkpoint
 
     artifact = open_artifact(path)
-    check_files(artifact)
-    target = artifact.manifest.target
-    if target.provider is not Provider.CPU and not artifact.manifest.interface.static_cache:
+    manifest = artifact.manifest
+    if manifest.target.provider is not Provider.CPU:
         raise ResourceError(
-            f"{path} is built for {target.provider.value.upper()}; this command runs it on the CPU",
+            f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
             hint="gates on a GPU are not supported yet",
         )
-    return artifact, open_checkpoint(against or artifact.manifest.model.ref)
+    checkpoint = open_checkpoint(against or manifest.model.ref)
+    digest = checkpoint.digest()
+    if digest != manifest.model.digest and not force:
+        raise ConfigError(
+            f"{checkpoint.ref} is not the model that {path} was built from: its digest is {digest[:12]}…,"
+            f" the manifest says {manifest.model.digest[:12]}…",
+            hint="name the original with --against, or compare them all the same with --force",
+        )
+    return artifact, checkpoint, digest

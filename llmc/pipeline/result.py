@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
 from llmc.artifact.forecast import Forecast
-from llmc.artifact.interface import CheckStatus, Verdict
 from llmc.artifact.manifest import Manifest, State
+from llmc.artifact.verdict import CheckStatus, Verdict
 from llmc.config import Target
 from llmc.errors import LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult
@@ -117,8 +117,22 @@ def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
     """The error that a failed verdict amounts to."""
     if verdict is None or verdict.passed:
         return None
-    failed = [c.metric.value for c in verdict.checks if c.status is CheckStatus.FAIL]
-    return ParityError(f"the artifact misses {len(failed)} of its gates: {', '.join(failed)}", hint=hint)
+    return ParityError(_missed(verdict), hint=hint)
+
+
+def _missed(verdict: Verdict) -> str:
+    """One sentence on the gates that were missed, and on those that cannot be decided."""
+    named = {
+        status: ", ".join(c.metric.value for c in verdict.missed if c.status is status)
+        for status in (CheckStatus.FAIL, CheckStatus.UNDECIDED)
+    }
+    parts = []
+    if named[CheckStatus.FAIL]:
+        count = sum(c.status is CheckStatus.FAIL for c in verdict.missed)
+        parts.append(f"the artifact misses {count} of its gates: {named[CheckStatus.FAIL]}")
+    if named[CheckStatus.UNDECIDED]:
+        parts.append(f"too little text to decide: {named[CheckStatus.UNDECIDED]}")
+    return "; ".join(parts)
 
 
 class GateReport(BaseModel):
@@ -138,14 +152,11 @@ class GateReport(BaseModel):
 
     def failure(self) -> LlmcError | None:
         """A parity or latency error if a gate failed."""
-        failed = [c for c in self.report.verdict.checks if c.status is CheckStatus.FAIL]
-        if not failed:
+        verdict = self.report.verdict
+        if verdict.passed:
             return None
-        names = ", ".join(c.metric.value for c in failed)
-        kind = LatencyError if all(c.metric in LATENCY for c in failed) else ParityError
-        return kind(
-            f"the artifact misses {len(failed)} of its gates: {names}", hint="see the table for the figures"
-        )
+        kind = LatencyError if all(c.metric in LATENCY for c in verdict.missed) else ParityError
+        return kind(_missed(verdict), hint="see the table for the figures")
 
 
 def gate_report(model: str, target: Target, profile: str, gate: GateResult) -> Report:

@@ -19,7 +19,8 @@ from llmc.quantize.blocks import (
 from llmc.quantize.mse import fit_mse
 from llmc.quantize.rtn import fit_rtn
 
-_METHODS = {"rtn": fit_rtn, "mse": fit_mse}
+#: What GPTQ is given nothing to compensate with (no calibration, or no linear layer) is searched alone.
+_METHODS = {"rtn": fit_rtn, "mse": fit_mse, "gptq": fit_mse}
 
 
 class Encoder:

@@ -7,7 +7,6 @@ entry in one row, so that a `Reshape`, which ONNX Runtime folds, stands between.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import cast
 
 import numpy as np
@@ -18,36 +17,23 @@ from llmc.errors import UnsupportedError
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
-from llmc.quantize.blocks import count_blocks
+from llmc.quantize.blocks import PackedBlocks, count_blocks
+from llmc.quantize.calibrate import Calibration
+from llmc.quantize.experts import quantize_experts
+from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
 from llmc.quantize.stream import quantize_rows
-
-DOMAIN = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """How one matrix is stored.
-
-    Args:
-        name: Its initializer in the graph before quantization.
-        role: Role its rule was chosen by.
-        shape: As the checkpoint has it.
-        scheme: None where it stays in float.
-        bytes: All that is stored for it: codes, scales and zero points, or the float matrix.
-    """
-
-    name: str
-    role: WeightRole
-    shape: tuple[int, ...]
-    scheme: WeightScheme | None
-    bytes: int
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Every matrix of a graph, in graph order."""
+    """Every matrix of a graph, in graph order.
+
+    Args:
+        notes: Where a rule could not be followed to the letter, and what was done.
+    """
 
     tensors: tuple[QuantizedTensor, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -85,19 +71,23 @@ class _Matrix:
     def role(self) -> WeightRole:
         """A matrix with several uses has the role that its logits are most sensitive to."""
         roles = {linear.role for linear in self.linears}
-        order = (WeightRole.LM_HEAD, WeightRole.LINEAR, WeightRole.RESIDUAL)
+        order = (WeightRole.LM_HEAD, WeightRole.ROUTER, WeightRole.LINEAR, WeightRole.RESIDUAL)
         return next((role for role in order if role in roles), WeightRole.EMBEDDING)
 
 
-def choose_scheme(quantization: Quantization, role: WeightRole, name: str) -> WeightScheme | None:
-    """The scheme of the first rule that fits; None (float) where it says so or none fits."""
-    for rule in quantization.rules:
-        if rule.role in (None, role) and fnmatchcase(name, rule.match):
-            return rule.scheme
-    return None
+def plan_calibration(graph: Graph, quantization: Quantization) -> dict[str, WeightScheme]:
+    """The checkpoint's tensors that rules want quantized on calibration text, and how."""
+    wanted: dict[str, WeightScheme] = {}
+    for matrix in _find_matrices(graph):
+        scheme = choose_scheme(quantization, matrix.role, matrix.name)
+        if scheme is not None and scheme.method == "gptq" and matrix.linears:
+            wanted.update(dict.fromkeys(matrix.tensor.sources, scheme))
+    return wanted
 
 
-def quantize_weights(graph: Graph, quantization: Quantization, dtype: Dtype) -> QuantizationReport:
+def quantize_weights(
+    graph: Graph, quantization: Quantization, dtype: Dtype, calibration: Calibration | None = None
+) -> QuantizationReport:
     """Quantize the matrices of `graph` by the target's rules; data is read when the initializers are written.
 
     A matrix that is embedding and language-model head at once is decided by the rule for the head.
@@ -106,6 +96,7 @@ def quantize_weights(graph: Graph, quantization: Quantization, dtype: Dtype) -> 
         graph: Changed in place.
         quantization: Rules and accuracy level.
         dtype: Type of the activations, and so of the scales.
+        calibration: Matrices that are quantized already.
 
     Raises:
         UnsupportedError: A rule wants a weight quantized that is no tensor of the checkpoint.
@@ -116,7 +107,7 @@ def quantize_weights(graph: Graph, quantization: Quantization, dtype: Dtype) -> 
         if scheme is None:
             size = matrix.tensor.nbytes
         else:
-            operands = _Operands(graph.graph, matrix, scheme, dtype)
+            operands = _Operands(graph.graph, matrix, scheme, dtype, calibration)
             for linear in matrix.linears:
                 _replace_linear(graph.graph, linear, operands, quantization.accuracy_level)
             for embedding in matrix.embeddings:
@@ -125,9 +116,11 @@ def quantize_weights(graph: Graph, quantization: Quantization, dtype: Dtype) -> 
                 del graph.graph.initializers[matrix.name]
             size = operands.nbytes
         report.append(QuantizedTensor(matrix.name, matrix.role, matrix.shape, scheme, size))
+    experts, notes = quantize_experts(graph, quantization, dtype)
+    report += experts
     if any(t.scheme is not None for t in report):
         graph.model.opset_imports[DOMAIN] = 1
-    return QuantizationReport(tuple(report))
+    return QuantizationReport(tuple(report), notes)
 
 
 def _find_matrices(graph: Graph) -> list[_Matrix]:
@@ -144,7 +137,14 @@ def _find_matrices(graph: Graph) -> list[_Matrix]:
 class _Operands:
     """The initializers of one quantized matrix, shared by every operator that reads it."""
 
-    def __init__(self, graph: ir.Graph, matrix: _Matrix, scheme: WeightScheme, dtype: Dtype) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        matrix: _Matrix,
+        scheme: WeightScheme,
+        dtype: Dtype,
+        calibration: Calibration | None,
+    ) -> None:
         rows = matrix.tensor.rows
         if rows is None:
             raise UnsupportedError(
@@ -162,13 +162,15 @@ class _Operands:
         only_embedded = not matrix.linears
         entry = (self.entry_bytes,) if only_embedded else (self.blocks, blob)
         codes = (self.out_features, *entry)
-        compute = _Compute(rows, scheme, self.scale_dtype, self.name, matrix.outputs_first, codes)
+        compute = _Compute(
+            rows, scheme, self.scale_dtype, self.name, matrix.outputs_first, codes, calibration
+        )
         group = WeightGroup(rows.sources, compute)
 
         def initializer(key: str, kind: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
             tensor = LazyWeight(name=f"{self.name}.{key}", dtype=kind, shape=shape, group=group, key=key)
             self.nbytes += tensor.nbytes
-            return _register(graph, tensor)
+            return register(graph, tensor)
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
@@ -200,16 +202,25 @@ class _Compute:
     name: str
     outputs_first: bool
     codes_shape: tuple[int, ...]
+    calibration: Calibration | None
 
     def __call__(self) -> Mapping[str, Array]:
-        scale_type = np.float32 if self.scale_dtype is ir.DataType.FLOAT else np.float16
-        blocks = quantize_rows(
-            self.rows, self.scheme, scale_type, name=self.name, outputs_first=self.outputs_first
-        )
+        blocks = self._calibrated()
+        if blocks is None:
+            scale_type = np.float32 if self.scale_dtype is ir.DataType.FLOAT else np.float16
+            blocks = quantize_rows(
+                self.rows, self.scheme, scale_type, name=self.name, outputs_first=self.outputs_first
+            )
         members = {"codes": blocks.codes.reshape(self.codes_shape), "scales": blocks.scales}
         if blocks.zero_points is not None:
             members["zero_points"] = blocks.zero_points
         return members
+
+    def _calibrated(self) -> PackedBlocks | None:
+        if self.calibration is None or not self.outputs_first:
+            return None
+        out_features, in_features = self.rows.shape
+        return self.calibration.join(self.rows.sources, (out_features, in_features), self.scheme)
 
 
 def _replace_linear(graph: ir.Graph, linear: Linear, operands: _Operands, accuracy_level: int) -> None:
@@ -227,7 +238,7 @@ def _replace_linear(graph: ir.Graph, linear: Linear, operands: _Operands, accura
         domain=DOMAIN,
     )
     transpose = linear.node.inputs[1]
-    _replace(graph, linear.node, [node])
+    replace(graph, linear.node, [node])
     producer = None if transpose is None else transpose.producer()
     if linear.transposed and producer is not None and not producer.outputs[0].uses():
         graph.remove(producer, safe=True)
@@ -248,7 +259,7 @@ def _replace_embedding(graph: ir.Graph, embedding: Embedding, operands: _Operand
     )
     width = operands.blocks * operands.scheme.block_size
     if width == operands.in_features:
-        _replace(graph, embedding.node, [lookup])
+        replace(graph, embedding.node, [lookup])
         return
     shape = tuple(embedding.indices.shape or ())
     padded = _type(lookup, f"{operands.name}.padded", operands.scale_dtype, (*shape, width))
@@ -257,29 +268,14 @@ def _replace_embedding(graph: ir.Graph, embedding: Embedding, operands: _Operand
         for key, value in (("first", 0), ("width", operands.in_features), ("last_axis", -1))
     )
     cut = ir.node("Slice", [padded, start, stop, axis])
-    _replace(graph, embedding.node, [lookup, cut])
-
-
-def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put `new` in the place of `old`; the last one's output takes over name, type, shape and consumers."""
-    new[-1].name = old.name
-    for node in new:
-        node.metadata_props.update(old.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)
+    replace(graph, embedding.node, [lookup, cut])
 
 
 def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
     """A small int64 initializer; made once by name."""
     if name not in graph.initializers:
-        _register(graph, ir.tensor(np.array(values, np.int64), name=name))
+        register(graph, ir.tensor(np.array(values, np.int64), name=name))
     return graph.initializers[name]
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _type(node: ir.Node, name: str, dtype: ir.DataType, shape: tuple[int | ir.SymbolicDim, ...]) -> ir.Value:

@@ -2,8 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -37,22 +38,41 @@ def quantize_rows(
         start = block * scheme.block_size
         encoder.encode_inputs(block, rows.rows(start, min(start + scheme.block_size, in_features)))
 
-    pool = _workers()
-    tasks: list[Future[None]]
     if outputs_first:
         step = max(1, _TASK // max(1, in_features))
         starts = range(0, out_features, step)
-        tasks = [pool.submit(encode_outputs, start, min(start + step, out_features)) for start in starts]
+        spread([partial(encode_outputs, start, min(start + step, out_features)) for start in starts])
     else:
-        blocks = count_blocks(in_features, scheme.block_size)
-        tasks = [pool.submit(encode_block, block) for block in range(blocks)]
+        blocks = range(count_blocks(in_features, scheme.block_size))
+        spread([partial(encode_block, block) for block in blocks])
+    return encoder.finish()
+
+
+def quantize_stack(rows: Rows, scheme: WeightScheme, scale_type: ScaleType, *, name: str) -> PackedBlocks:
+    """Quantize stacked matrices (experts, N, K) as one matrix (experts * N, K), one expert a core in float.
+
+    Raises:
+        CheckpointError: A value is not finite, or its scale does not fit `scale_type`.
+    """
+    experts, out_features, in_features = rows.shape
+    encoder = Encoder(name, experts * out_features, in_features, scheme, scale_type)
+
+    def encode_expert(index: int) -> None:
+        encoder.encode_rows(index * out_features, rows.rows(index, index + 1)[0])
+
+    spread([partial(encode_expert, index) for index in range(experts)])
+    return encoder.finish()
+
+
+def spread(work: Sequence[Callable[[], None]]) -> None:
+    """Do all of `work` on the pool; the first error ends it."""
+    tasks: list[Future[None]] = [_workers().submit(item) for item in work]
     try:
         for task in tasks:
             task.result()
     finally:
         for task in tasks:
             task.cancel()
-    return encoder.finish()
 
 
 def weight_snr(rows: Rows, scheme: WeightScheme, scale_type: ScaleType = np.float32) -> float:

@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llmc.artifact.interface import Latency, Measurement, Verdict
+from llmc.artifact.latency import Latency
+from llmc.artifact.verdict import Measurement, Verdict
 
 
 class Report(BaseModel):

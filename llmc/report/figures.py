@@ -1,6 +1,6 @@
 """How figures are written for people."""
 
-from llmc.artifact.interface import Check, Measurement
+from llmc.artifact.verdict import Check, Measurement
 
 
 def format_figure(value: float | None) -> str:

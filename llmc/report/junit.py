@@ -8,7 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from llmc.artifact.interface import Check, CheckStatus, Measurement
+from llmc.artifact.verdict import Check, CheckStatus, Measurement
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_figure, ungated
 

@@ -3,7 +3,8 @@
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from llmc.artifact.interface import CheckStatus, Footprint, Latency, Ratio, Timing
+from llmc.artifact.latency import Footprint, Latency, Ratio, Timing
+from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_figure, ungated
 

@@ -1,4 +1,9 @@
-"""A transformers `Cache` for tracing: it hands each step's keys and values straight through."""
+"""A transformers `Cache` for tracing: it hands keys and values on, and notes what it was given.
+
+Where attention is captured, each step's keys and values go straight through, since the captured
+operator extends the cache. Where a model computes attention itself, `ExtendCache` stands for past and
+new ones together, until `llmc.trace.expand` puts the graph's own inputs in its place.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
+from llmc.trace.stamp import DOMAIN
 
 if TYPE_CHECKING:
+    import torch
+
     from llmc.trace.capture import Capture
+
+EXTEND = "ExtendCache"
 
 
 @cache
@@ -17,11 +27,17 @@ def tracing_cache_class() -> type:
     from transformers.cache_utils import Cache
 
     class TracingCache(Cache):
-        """Stands for a cache of `past` positions in each of `layers` layers."""
+        """Stands for a cache of `total - sequence` positions in each of `layers` layers.
 
-        def __init__(self, capture: Capture, past: Any, layers: int) -> None:
+        With `whole`, layers get past and new keys and values together.
+        """
+
+        def __init__(self, capture: Capture, total: Any, sequence: Any, layers: int, *, whole: bool) -> None:
             self.capture = capture
-            self.past = past
+            self.total = total
+            self.sequence = sequence
+            self.past = total - sequence
+            self.whole = whole
             self.count = layers
             self.layers: list[Any] = []
 
@@ -31,6 +47,8 @@ def tracing_cache_class() -> type:
         def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
             self.capture.updates[int(layer_idx)] = (key_states, value_states)
             self.capture.last_update = int(layer_idx)
+            if self.whole:
+                return extend_cache(self, key_states, value_states, int(layer_idx))
             return key_states, value_states
 
         def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -79,3 +97,33 @@ def tracing_cache_class() -> type:
             return [False] * self.count
 
     return TracingCache
+
+
+def extend_cache(
+    past: Any, keys: torch.Tensor, values: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Past and new keys and values of one layer, as one node; (batch, kv_heads, total, width) each."""
+    import torch
+
+    from llmc.trace.capture import StoredKeys
+
+    if keys.ndim != 4 or values.ndim != 4 or str(keys.shape[2]) != str(past.sequence):
+        raise UnsupportedError(
+            f"layer {layer} stores keys of shape {tuple(keys.shape)}, not (batch, heads, sequence, width)"
+        )
+    if layer in past.capture.stored:
+        raise UnsupportedError(
+            f"layer {layer} stores keys twice in one step; one cache slot cannot hold both"
+        )
+    heads, key_width, value_width = int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3])
+    past.capture.stored[layer] = StoredKeys(heads, key_width, value_width)
+    batch = keys.shape[0]
+    whole = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{EXTEND}",
+        (keys, values),
+        attrs={"layer": layer},
+        dtypes=(keys.dtype, values.dtype),
+        shapes=((batch, heads, past.total, key_width), (batch, heads, past.total, value_width)),
+        version=1,
+    )
+    return whole[0], whole[1]

@@ -8,7 +8,7 @@ decomposed and no code per architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.trace.experts import trace_experts
+from llmc.trace.mask import MaskRule
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 NAME = "llmc"
 #: transformers' name for models on torch's scaled dot product attention.
 SDPA = "sdpa"
+#: Its name for attention in plain operators.
+EAGER = "eager"
 
 #: Keyword arguments of the attention interface that do not change its result in evaluation.
 _NEUTRAL = {
@@ -37,7 +41,7 @@ class CapturedAttention:
     """What the attention interface was called with in one layer.
 
     `owner` is the layer whose cache slot is used: the layer itself, or an earlier one that it
-    shares keys and values with.
+    shares keys and values with. `rule` decides what is visible; without one, `window` does.
     """
 
     layer: int
@@ -47,6 +51,16 @@ class CapturedAttention:
     key_width: int
     value_width: int
     window: int | None
+    rule: MaskRule | None
+
+
+@dataclass(frozen=True)
+class StoredKeys:
+    """Keys and values that one layer put into the cache, while it computes attention itself."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
 
 
 @dataclass
@@ -55,8 +69,10 @@ class Capture:
 
     attentions: dict[int, CapturedAttention] = field(default_factory=dict)
     updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    masks: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)
+    stored: dict[int, StoredKeys] = field(default_factory=dict)
+    masks: list[MaskRule] = field(default_factory=list)
     last_update: int | None = None
+    dense_experts: dict[str, int] = field(default_factory=dict)
 
     def layer_of_call(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[int, int]:
         """(layer, owner of the cache slot) of an attention call."""
@@ -172,7 +188,7 @@ def _attention(
     capture = _active()
     layer, owner = capture.layer_of_call(module, key)
     where = f"attention of layer {layer} ({type(module).__name__})"
-    if attention_mask is not None:
+    if attention_mask is not None and not isinstance(attention_mask, MaskRule):
         raise UnsupportedError(f"{where} builds its own mask instead of asking transformers' mask interface")
     if rest.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedError(f"{where} is not causal", hint="only decoder-only models can be compiled")
@@ -185,7 +201,7 @@ def _attention(
     kv_heads, value_width = key.shape[1], value.shape[-1]
     window = int(sliding_window) if sliding_window else None
     capture.attentions[layer] = CapturedAttention(
-        layer, owner, int(heads), int(kv_heads), int(key_width), int(value_width), window
+        layer, owner, int(heads), int(kv_heads), int(key_width), int(value_width), window, attention_mask
     )
     inputs: tuple[torch.Tensor, ...] = (query, key, value)
     if s_aux is not None:
@@ -200,7 +216,6 @@ def _attention(
             "kv_num_heads": int(kv_heads),
             "scale": float(scaling if scaling is not None else key_width**-0.5),
             "softcap": float(softcap or 0.0),
-            "window": window or 0,
         },
         dtype=value.dtype,
         shape=(batch, sequence, heads, value_width),
@@ -209,67 +224,18 @@ def _attention(
     return output, None
 
 
-def _mask(*_: Any, **kwargs: Any) -> None:
-    """Notes the mask's rule instead of building a mask: `CachedAttention` makes its own."""
-    _active().masks.append((kwargs["mask_function"], kwargs.get("local_size")))
+def _mask(*_: Any, **kwargs: Any) -> MaskRule:
+    """The mask's rule instead of a mask: `CachedAttention` makes its own."""
+    rule = MaskRule(kwargs["mask_function"], int(kwargs.get("local_size") or 0))
+    _active().masks.append(rule)
+    return rule
 
 
 def _experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mixture of experts as dense products over all experts, weighted by the router.
-
-    Args:
-        self: The experts module: stacked weights (experts, …) and its own gate function.
-        hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k) chosen experts.
-        top_k_weights: (tokens, k) their weights.
-
-    Returns:
-        (tokens, hidden).
-    """
-    import torch
-
-    def project(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(self, name)
-        if not self.is_transposed:
-            weight = weight.transpose(1, 2)
-        out = torch.matmul(x, weight)
-        if self.has_bias:
-            out = out + getattr(self, f"{name}_bias").unsqueeze(1)
-        return out
-
-    inner = project(hidden_states.unsqueeze(0), "gate_up_proj" if self.has_gate else "up_proj")
-    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    outer = project(inner, "down_proj")
-    if self.has_post_expert_norm:
-        outer = self.post_expert_norm(outer)
-    experts = torch.arange(outer.shape[0], device=top_k_index.device)
-    chosen = (top_k_index.unsqueeze(-1) == experts).to(top_k_weights.dtype)
-    weights = (chosen * top_k_weights.unsqueeze(-1)).sum(dim=1)
-    mixed = (outer * weights.transpose(0, 1).unsqueeze(-1)).sum(dim=0)
-    return mixed.to(hidden_states.dtype)
-
-
-def classify_mask(rule: Callable[..., Any], reach: int) -> int | None:
-    """The sliding window of a mask rule (0 for plain causal), or None if it is neither.
-
-    Args:
-        rule: transformers' mask function of (batch, head, query position, key position).
-        reach: Largest window that can occur.
-    """
-    import torch
-
-    count = reach + 2
-    keys = torch.arange(count)
-    last = torch.tensor(count - 1)
-    zero = torch.tensor(0)
-    seen = rule(zero, zero, last, keys).broadcast_to(keys.shape)
-    window = int(seen.sum())
-    probes = sorted({0, 1, count // 2, max(window - 1, 0), min(window, count - 1), count - 1})
-    for position in probes:
-        expected = (keys <= position) & (keys > position - window)
-        got = rule(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
-        if not torch.equal(got, expected):
-            return None
-    return 0 if window == count else window
+    """A layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
+    output, reason = trace_experts(self, hidden_states, top_k_index, top_k_weights)
+    if reason is not None:
+        _active().dense_experts[reason] = _active().dense_experts.get(reason, 0) + 1
+    return output

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from llmc.graph import dialect
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import LAYER, Placeholder
-from llmc.trace.capture import Capture, CapturedAttention
+from llmc.trace.cache import EXTEND
+from llmc.trace.capture import Capture, CapturedAttention, StoredKeys
 from llmc.trace.stamp import BEGIN, DOMAIN, END, STUB, LayerStack, NotStampableError
 
 
@@ -84,21 +85,25 @@ def attach_cache(
 ) -> tuple[CacheSlot, ...]:
     """Give every `CachedAttention` its mask, past and present, as graph inputs and outputs.
 
+    Every `ExtendCache` becomes concatenations of its layer's past with what it was given.
+
     Returns:
         The cache slots by layer.
     """
-    by_index = {n: i for i, n in enumerate(stack.indices)}
     mask = next(v for v in graph.inputs if v.name == "attention_mask")
     slots: dict[int, CacheSlot] = {}
     pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == EXTEND]:
+        layer = node.attributes["layer"].as_int()
+        seen = capture.stored[_traced_index(stack, layer)]
+        slots[layer] = _concatenate(graph, node, _slot(layer, seen, None), dtype)
     nodes = [n for n in graph if n.domain == dialect.DOMAIN and n.op_type == dialect.CACHED_ATTENTION]
     for node in nodes:
         layer = node.attributes["layer"].as_int()
         owner = node.attributes["owner"].as_int()
-        representative = stack.indices[stack.representatives[by_index[layer]]]
-        seen = capture.attentions[representative]
+        attention = capture.attentions[_traced_index(stack, layer)]
         if owner == layer:
-            slots[layer] = slot = _slot(layer, seen)
+            slots[layer] = slot = _slot(layer, attention, attention.window)
             pasts[layer] = (
                 _cache_value(slot.past_key, slot, slot.key_width, "past", dtype),
                 _cache_value(slot.past_value, slot, slot.value_width, "past", dtype),
@@ -114,6 +119,7 @@ def attach_cache(
                 value.name = f"{value.name}.shared.{layer}"
         query, keys, values, *sinks = node.inputs
         attributes = [a for n, a in node.attributes.items() if n not in ("layer", "owner")]
+        attributes.append(ir.AttrInt64("window", attention.window or 0))
         output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         new = ir.Node(
             dialect.DOMAIN,
@@ -130,7 +136,38 @@ def attach_cache(
     return tuple(slots[i] for i in sorted(slots))
 
 
-def _slot(layer: int, seen: CapturedAttention) -> CacheSlot:
+def _traced_index(stack: LayerStack, layer: int) -> int:
+    """The index of the layer that was traced for `layer`."""
+    if layer not in stack.indices:
+        return layer
+    return stack.indices[stack.representatives[stack.indices.index(layer)]]
+
+
+def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.DataType) -> CacheSlot:
+    names = ((slot.past_key, slot.present_key), (slot.past_value, slot.present_value))
+    for (past_name, present_name), width, new, whole in zip(
+        names, (slot.key_width, slot.value_width), node.inputs, node.outputs, strict=True
+    ):
+        past = _cache_value(past_name, slot, width, "past", dtype)
+        present = _cache_value(present_name, slot, width, "total", dtype)
+        made = ir.Node(
+            "",
+            "Concat",
+            [past, new],
+            [ir.AttrInt64("axis", 2)],
+            outputs=[present],
+            name=f"layer.{slot.layer}/{present_name}",
+            metadata_props={LAYER: str(slot.layer)},
+        )
+        graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(whole, present)
+        graph.inputs.append(past)
+        graph.outputs.append(present)
+    graph.remove(node, safe=True)
+    return slot
+
+
+def _slot(layer: int, seen: CapturedAttention | StoredKeys, window: int | None) -> CacheSlot:
     return CacheSlot(
         layer=layer,
         past_key=f"past_key_values.{layer}.key",
@@ -140,7 +177,7 @@ def _slot(layer: int, seen: CapturedAttention) -> CacheSlot:
         kv_heads=seen.kv_heads,
         key_width=seen.key_width,
         value_width=seen.value_width,
-        window=seen.window,
+        window=window,
     )
 
 
@@ -271,7 +308,7 @@ def _stamp(
 
 def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -> Iterable[ir.Attr]:
     for attribute in attributes:
-        if domain == dialect.DOMAIN and attribute.name in ("layer", "owner"):
+        if domain in (dialect.DOMAIN, DOMAIN) and attribute.name in ("layer", "owner"):
             if attribute.as_int() != old:
                 raise NotStampableError(f"layer {old} uses the cache of layer {attribute.as_int()}")
             yield ir.AttrInt64(attribute.name, new)

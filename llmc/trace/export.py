@@ -7,14 +7,15 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.graph import dialect
 from llmc.trace.cache import tracing_cache_class
-from llmc.trace.capture import Capture, capturing, classify_mask, intercepting_sdpa
+from llmc.trace.capture import Capture, capturing, intercepting_sdpa
+from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.skeleton import build_skeleton, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, mark_layers
 
@@ -46,13 +47,14 @@ class Exported:
     layer_buffers: dict[str, Any]
 
 
-def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
+def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool) -> Exported:
     """Trace the causal LM of `config`.
 
     Args:
         config: A transformers configuration.
         dtype: Type of parameters and activations.
         stamp: Trace only one layer of each kind.
+        captured: Attention is one operator a layer; else it is traced as the model computes it.
 
     Raises:
         UnsupportedError: The model cannot be captured; the message says what was in the way.
@@ -61,11 +63,11 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
     import torch
 
     with _quiet():
-        model = build_skeleton(config, dtype)
+        model = build_skeleton(config, dtype, captured=captured)
         aliases = parameter_aliases(model)
         parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         stack = find_layers(model, config.get_text_config(), stamp=stamp)
-        if not stack.names:
+        if not stack.names and captured:
             raise UnsupportedError(
                 f"no list of decoder layers with attention was found in {type(model).__name__}",
                 hint="state-space and recurrent models are not supported yet",
@@ -77,9 +79,10 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
             if not buffer.is_meta
         }
         mark_layers(model, stack)
-        with capturing() as capture, intercepting_sdpa(), torch.no_grad():
+        hooks = intercepting_sdpa() if captured else nullcontext()
+        with capturing() as capture, hooks, torch.no_grad():
             try:
-                program = _export(model, capture, len(stack.names))
+                program = _export(model, config, capture, len(stack.names), captured=captured)
             except (LlmcError, NotStampableError):
                 raise
             except Exception as error:
@@ -92,16 +95,18 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool) -> Exported:
                     hint="run with --debug for the full traceback",
                 ) from error
             check_indices()
-            _check_capture(capture, stack, type(model).__name__)
+            check = _check_capture if captured else _check_stored
+            check(capture, stack, type(model).__name__)
             onnx = _translate(program)
     return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers)
 
 
-def _export(model: torch.nn.Module, capture: Capture, layers: int) -> Any:
+def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, *, captured: bool) -> Any:
     import torch
 
     accepted = inspect.signature(model.forward).parameters
     cache_class = tracing_cache_class()
+    first = first_position(model)
 
     class Step(torch.nn.Module):
         """One step: `sequence` new tokens after total - sequence cached ones."""
@@ -114,17 +119,23 @@ def _export(model: torch.nn.Module, capture: Capture, layers: int) -> Any:
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
         ) -> torch.Tensor:
             capture.__init__()  # type: ignore[misc]
-            past = attention_mask.shape[1] - input_ids.shape[1]
+            sizes = attention_mask.shape[1], input_ids.shape[1]
             arguments: dict[str, Any] = {
-                "past_key_values": cache_class(capture, past, layers),
+                "past_key_values": cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,
             }
+            if not captured:
+                arguments["attention_mask"] = attention_mask
             if "position_ids" in accepted:
-                arguments["position_ids"] = position_ids
+                arguments["position_ids"] = position_ids + first if first else position_ids
             return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
 
     total = _SEQUENCE + _PAST
-    batch, sequence, all_positions = (torch.export.Dim(n) for n in ("batch", "sequence", "total"))
+    limit = stated_positions(config)
+    # Code that cuts a table of `limit` rows is another at exactly that length, so the trace ends before it.
+    bound = limit - 1 if limit is not None and limit > 2 * total else None
+    batch = torch.export.Dim("batch")
+    sequence, all_positions = (torch.export.Dim(n, max=bound) for n in ("sequence", "total"))
     return torch.export.export(
         Step(),
         (
@@ -188,7 +199,7 @@ def _rename_dimensions(model: ir.Model) -> None:
 
 
 def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
-    """Everything that touched the cache was captured, and every mask rule is one we know."""
+    """Everything that touched the cache was captured; every mask rule is one we know, and sets the window."""
     if not capture.attentions:
         raise UnsupportedError(
             f"{name}: no attention was captured",
@@ -203,31 +214,31 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
     silent = [i for i, r in enumerate(stack.representatives) if r == i and i not in capture.attentions]
     if silent:
         raise UnsupportedError(f"{name}: no attention was captured in layers {silent}")
-    windows = {a.window for a in capture.attentions.values() if a.window}
-    reach = max(windows, default=1) + 1
-    ruled = set()
-    for rule, _ in capture.masks:
-        try:
-            window = classify_mask(rule, reach)
-        except Exception as error:
+    for layer, attention in capture.attentions.items():
+        if attention.rule is not None:
+            window = attention.rule.window(attention.window or 0) or None
+            capture.attentions[layer] = replace(attention, window=window)
+    unruled = [a for a in capture.attentions.values() if a.rule is None]
+    ruled = {rule.window() for rule in capture.masks} if unruled else set()
+    for attention in unruled:
+        if ruled and (attention.window or 0) not in ruled:
             raise UnsupportedError(
-                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} depends on more than positions"
-            ) from error
-        if window is None:
-            raise UnsupportedError(
-                f"{name}: mask rule {getattr(rule, '__qualname__', rule)!s} is neither causal nor a"
-                " sliding window"
+                f"{name}: attention of layer {attention.layer} was called with "
+                f"{f'window {attention.window}' if attention.window else 'no window'} and no mask; "
+                f"the masks asked for have windows {sorted(ruled)}"
             )
-        ruled.add(window)
-    if ruled - {0} - windows:
+
+
+def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
+    """Every layer that was traced put its keys and values into the cache."""
+    if not capture.stored:
         raise UnsupportedError(
-            f"{name}: a mask of window {sorted(ruled - {0} - windows)} reaches layers whose attention "
-            f"was called with {sorted(windows) or 'no window'}"
+            f"{name} stores no keys and values in the cache",
+            hint="only models with a KV cache can be compiled",
         )
-    if windows - ruled:
-        raise UnsupportedError(
-            f"{name}: attention was called with window {sorted(windows - ruled)}, but no mask has it"
-        )
+    traced = {n for i, n in enumerate(stack.indices) if stack.representatives[i] == i}
+    if silent := sorted(traced - set(capture.stored)):
+        raise UnsupportedError(f"{name}: layers {silent} store no keys and values in the cache")
 
 
 def _root_cause(error: BaseException) -> BaseException:

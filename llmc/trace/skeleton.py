@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
-from llmc.trace.capture import NAME, SDPA, register_interfaces
+from llmc.trace.capture import EAGER, NAME, SDPA, register_interfaces
+from llmc.trace.experts import read_gates
 
 if TYPE_CHECKING:
     import torch
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
+def build_skeleton(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.nn.Module:
     """The causal LM of `config` in evaluation mode, with no memory behind its parameters.
 
     Its attention is the capturing one where the model supports exchangeable attention, else torch's
@@ -21,6 +22,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     Args:
         config: A transformers configuration; not changed.
         dtype: Type of the parameters.
+        captured: Capture attention; else it is the model's own, in plain operators.
 
     Raises:
         UnsupportedError: transformers has no causal LM for the configuration.
@@ -38,7 +40,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     refusals: list[Exception] = []
     make: Callable[..., Any] = AutoModelForCausalLM.from_config
     model = None
-    for attention in (NAME, SDPA):
+    for attention in (NAME, SDPA) if captured else (EAGER,):
         try:
             with init_empty_weights(include_buffers=False):
                 model = make(config, attn_implementation=attention, dtype=dtype)
@@ -54,6 +56,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
         ) from refusals[-1]
     model.eval()
     model.tie_weights()
+    read_gates(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -77,4 +80,4 @@ def parameter_aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].split(". ")[0]

@@ -275,15 +275,17 @@ def _emit(
 
     if not outputs:
         raise NotStampableError(f"layer {index} takes or returns no tensor")
+    made = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{kind}",
+        [torch.view_as_real(t) if t.is_complex() else t for t in inputs],
+        attrs={"index": index, **(run or {})},
+        dtypes=[dtype.to_real() for dtype, _ in outputs],
+        shapes=[(*shape, 2) if dtype.is_complex else shape for dtype, shape in outputs],
+        version=1,
+    )
     return tuple(
-        torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{kind}",
-            inputs,
-            attrs={"index": index, **(run or {})},
-            dtypes=[dtype for dtype, _ in outputs],
-            shapes=[shape for _, shape in outputs],
-            version=1,
-        )
+        torch.view_as_complex(t) if dtype.is_complex else t
+        for t, (dtype, _) in zip(made, outputs, strict=True)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from llmc.config import Dtype
@@ -13,6 +14,7 @@ from llmc.graph.model import Graph, Placeholder
 from llmc.graph.verify import verify
 from llmc.trace.expand import attach_cache, expand_layers
 from llmc.trace.export import Exported, export_model
+from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
 from llmc.trace.stamp import NotStampableError
 
@@ -32,19 +34,37 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     Raises:
         UnsupportedError: The model has no attention with a KV cache that can be captured.
     """
+    try:
+        return _trace(config, dtype, [], stamp=stamp, captured=True)
+    except UnsupportedError as error:
+        reason = error
+    notes = [f"attention is traced as the model computes it: {reason.fact}"]
+    try:
+        return _trace(config, dtype, notes, stamp=stamp, captured=False)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{error.fact}; its attention is not captured either: {reason.fact}", hint=error.hint
+        ) from error
+
+
+def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured: bool) -> Graph:
     import torch
 
     torch_dtype = {Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16}[dtype]
-    notes: list[str] = []
+
+    def export(*, stamp: bool) -> Graph:
+        exported = export_model(config, torch_dtype, stamp=stamp, captured=captured)
+        return _finish(exported, config, dtype, notes)
+
     if stamp:
         try:
-            return _finish(export_model(config, torch_dtype, stamp=True), config, dtype, notes)
-        except NotStampableError as reason:
-            notes.append(f"traced layer by layer: {reason}")
+            return export(stamp=True)
+        except NotStampableError as error:
+            notes.append(f"traced layer by layer: {error}")
     try:
-        return _finish(export_model(config, torch_dtype, stamp=False), config, dtype, notes)
-    except NotStampableError as reason:
-        raise UnsupportedError(f"the model's layers cannot be told apart: {reason}") from reason
+        return export(stamp=False)
+    except NotStampableError as error:
+        raise UnsupportedError(f"the model's layers cannot be told apart: {error}") from error
 
 
 def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> Graph:
@@ -59,14 +79,19 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():
             graph.inputs.remove(value)
+    rules = (rule.local_size for rule in exported.capture.masks)
+    padding = padding_side(graph, windowed=bool(exported.capture.stored) and any(rules))
     _define_dialect(model)
     graph.name = "decoder"
-    text_config = config.get_text_config()
+    for reason, count in exported.capture.dense_experts.items():
+        notes.append(f"experts traced as dense products in {count} layers, kept in float: {reason}")
+    limits = [n for n in (stated_positions(config), table_positions(graph)) if n is not None]
     result = Graph(
         model=model,
         cache=cache,
-        layers=len(exported.stack.names),
-        max_length=getattr(text_config, "max_position_embeddings", None),
+        layers=len(exported.stack.names) or len(cache),
+        padding=padding,
+        max_length=min(limits, default=None),
         aliases=exported.aliases,
         notes=notes,
     )
@@ -92,12 +117,42 @@ def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
 
 def _define_dialect(model: ir.Model) -> None:
     """Attach the functions of the dialect operators that the graph uses."""
-    attention = [n for n in model.graph if n.domain == dialect.DOMAIN]
-    with_sinks = {len(n.inputs) == 7 for n in attention}
-    if len(with_sinks) != 1:
-        raise UnsupportedError("only some of the model's attention layers have sinks")
-    function = dialect.cached_attention(sinks=with_sinks.pop())
+    functions = []
+    attention = _dialect_nodes(model, dialect.CACHED_ATTENTION)
+    if attention:
+        sinks = any(len(n.inputs) == 7 for n in attention)
+        if sinks:
+            _give_sinks(model.graph, [n for n in attention if len(n.inputs) == 6])
+        functions.append(dialect.cached_attention(sinks=sinks))
+    experts = {len(n.inputs) == 7 for n in _dialect_nodes(model, dialect.EXPERTS)}
+    if len(experts) > 1:
+        raise UnsupportedError("only some of the model's experts have biases")
+    functions += [dialect.experts(biases=biases) for biases in experts]
     model.functions.clear()
-    model.functions[function.identifier()] = function
+    model.functions.update({function.identifier(): function for function in functions})
     model.graph.opset_imports.clear()
-    model.graph.opset_imports.update({"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION})
+    model.graph.opset_imports[""] = dialect.OPSET
+    if functions:
+        model.graph.opset_imports[dialect.DOMAIN] = dialect.VERSION
+
+
+def _dialect_nodes(model: ir.Model, operator: str) -> list[ir.Node]:
+    return [n for n in model.graph if n.domain == dialect.DOMAIN and n.op_type == operator]
+
+
+def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:
+    """Sinks that draw nothing, for layers that have none in a model where others do."""
+    for node in attention:
+        heads = node.attributes["num_heads"].as_int()
+        dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
+        kind = (dtype or ir.DataType.FLOAT).numpy()
+        name = f"no_sinks_{heads}"
+        value = graph.initializers.get(name)
+        if value is None:
+            data = ir.tensor(np.full(heads, np.finfo(kind).min, kind), name=name)
+            value = ir.Value(
+                name=name, shape=ir.Shape([heads]), type=ir.TensorType(data.dtype), const_value=data
+            )
+            graph.register_initializer(value)
+        node.resize_inputs(7)
+        node.replace_input_with(6, value)

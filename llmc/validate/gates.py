@@ -3,17 +3,21 @@
 import math
 from collections.abc import Sequence
 
-from llmc.artifact.interface import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
-from llmc.config import Gate
+from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
+from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
+
+_DECIBELS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
 
 
 def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verdict:
     """Hold every gate against the measurement of its metric.
 
     A gate fails if its metric exceeds the bound, is NaN or infinite, or was not measured; only a
-    metric that does not apply to the model (no sliding window) is let through. A measurement that is
-    NaN or infinite fails even where no gate asks for it.
+    metric that does not apply to the model (no sliding window) is let through. An estimate passes if
+    its whole confidence interval keeps the bound, fails if none of it does, and is undecided in
+    between, which is not a pass. A measurement that is NaN or infinite fails even where no gate asks
+    for it.
 
     Raises:
         ConfigError: A metric was measured twice.
@@ -27,9 +31,10 @@ def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verd
     checks += [
         _failed_without_gate(m)
         for m in measurements
-        if m.metric not in gated and m.value is not None and not math.isfinite(m.value)
+        if m.metric not in gated and m.value is not None and not _usable(m.metric, m.value)
     ]
-    return Verdict(passed=all(c.status is not CheckStatus.FAIL for c in checks), checks=tuple(checks))
+    fine = (CheckStatus.PASS, CheckStatus.NOT_APPLICABLE)
+    return Verdict(passed=all(c.status in fine for c in checks), checks=tuple(checks))
 
 
 def _check(gate: Gate, measurement: Measurement | None) -> Check:
@@ -37,11 +42,13 @@ def _check(gate: Gate, measurement: Measurement | None) -> Check:
     if measurement is not None:
         if measurement.status is MeasurementStatus.NOT_APPLICABLE:
             status = CheckStatus.NOT_APPLICABLE
-        elif _within(gate, measurement.value):
-            status = CheckStatus.PASS
+        elif measurement.value is not None and _usable(measurement.metric, measurement.value):
+            status = _judge(gate, measurement)
     return Check(
         metric=gate.metric,
         value=None if measurement is None else measurement.value,
+        low=None if measurement is None else measurement.low,
+        high=None if measurement is None else measurement.high,
         bound=gate.min if gate.max is None else gate.max,
         direction="min" if gate.max is None else "max",
         reason=gate.reason,
@@ -51,12 +58,22 @@ def _check(gate: Gate, measurement: Measurement | None) -> Check:
     )
 
 
-def _within(gate: Gate, value: float | None) -> bool:
-    if value is None or not math.isfinite(value):
-        return False
-    if gate.max is not None:
-        return value <= gate.max
-    return gate.min is not None and value >= gate.min
+def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
+    """Pass, fail or undecided for a figure, or for both ends of its interval."""
+    ends = [measurement.value] if measurement.low is None else [measurement.low, measurement.high]
+    within = {_within(gate, end) for end in ends if end is not None}
+    if len(within) == 2:
+        return CheckStatus.UNDECIDED
+    return CheckStatus.PASS if within == {True} else CheckStatus.FAIL
+
+
+def _within(gate: Gate, value: float) -> bool:
+    return value <= gate.max if gate.max is not None else gate.min is not None and value >= gate.min
+
+
+def _usable(metric: Metric, value: float) -> bool:
+    """Finite; or the infinite ratio of a signal to no noise at all."""
+    return math.isfinite(value) or (metric in _DECIBELS and value == math.inf)
 
 
 def _failed_without_gate(measurement: Measurement) -> Check:

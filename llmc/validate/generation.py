@@ -1,132 +1,138 @@
-"""Greedy text: what onnxruntime-genai generates from an artifact against PyTorch's `generate`."""
+"""Text that onnxruntime-genai generates from an artifact, against the original."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement
+from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
-from llmc.errors import ParityError, ResourceError
 from llmc.validate.measure import measure, measured
-from llmc.validate.reference import TorchModel
+from llmc.validate.reference import Reference
+from llmc.validate.served import Served
+
+METRICS = (Metric.GENERATE_EQUAL, Metric.GENERATE_GAP, Metric.GENERATE_SEEDED)
 
 #: New tokens for each prompt.
 NEW_TOKENS = 32
+#: Prompts that are sampled, and how: two runs of one seed, each token out of the `TOP_K` likeliest.
+SAMPLED_PROMPTS = 4
+TOP_K = 8
+SEED = 7
+
+
+@dataclass(frozen=True)
+class OriginalText:
+    """A prompt, its tokens, and the original's greedy continuation."""
+
+    prompt: str
+    ids: list[int]
+    continuation: list[int]
+
+
+def original_texts(
+    original: Reference, tokenizer: Any, prompts: Sequence[str], stop: Sequence[int]
+) -> tuple[OriginalText, ...]:
+    """What the original makes of each prompt with its own tokenizer and end tokens `stop`."""
+    made = []
+    for prompt in prompts:
+        ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
+        continuation = original.generate(np.array(ids, np.int64), NEW_TOKENS, stop).tolist()
+        made.append(OriginalText(prompt, ids, continuation))
+    return tuple(made)
 
 
 def measure_generation(
-    folder: Path, reference: TorchModel, tokenizer: Any, prompts: Sequence[str]
+    served: Served, texts: Sequence[OriginalText], own_weights: Reference, stop: Sequence[int]
 ) -> tuple[Measurement, ...]:
-    """Share of prompts whose greedy continuation is identical, token by token.
+    """Greedy and sampled text, token by token.
 
-    Each side encodes the prompt with its own tokenizer, onnxruntime-genai's from the artifact's
-    tokenizer files; a prompt that they encode differently counts as unequal. Penalties and sampling
-    of the generation config are off on both sides.
+    Each side encodes the prompt with its own tokenizer; a prompt that they encode differently counts
+    as unequal. Penalties and sampling of the generation config are off on both sides.
+
+    GENERATE_EQUAL is the share of prompts whose greedy text is that of PyTorch. GENERATE_GAP judges
+    greedy text that quantization may have led elsewhere: the original with the artifact's weights is
+    fed the generated text, and the gap is the most by which it prefers another next token, in logits.
+    GENERATE_SEEDED is the share of prompts whose text, sampled with a fixed seed, is the same in two
+    runs and keeps to the 2 * TOP_K likeliest tokens of the original with the artifact's weights.
 
     Args:
-        folder: The artifact, with genai_config.json and tokenizer files.
-        tokenizer: The original's transformers tokenizer.
-        prompts: At least one.
+        texts: What the original makes of each prompt; at least one.
+        own_weights: The original with the artifact's weights.
+        stop: The original's end tokens.
 
     Returns:
-        One measurement of GENERATE_EQUAL; its detail names the first prompt that differs and where.
-
-    Raises:
-        ResourceError: onnxruntime-genai is not installed.
+        One measurement for each of METRICS.
     """
-    try:
-        import onnxruntime_genai as og
-    except ImportError as error:
-        raise ResourceError(
-            "onnxruntime-genai is not installed, greedy text cannot be compared",
-            hint="pip install onnxruntime-genai-cuda (x86-64) or onnxruntime-genai (elsewhere)",
-        ) from error
-    where = f"onnxruntime-genai {og.__version__} CPUExecutionProvider"
 
     def take() -> tuple[Measurement, ...]:
-        model, encoder = _load(og, folder)
-        differences = []
-        for prompt in prompts:
-            ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
-            theirs = [int(t) for t in encoder.encode(prompt)]
-            if theirs != ids:
-                differences.append(f"{prompt!r} is encoded as {theirs}, the original's tokens are {ids}")
-                continue
-            stop = _end_tokens(reference)
-            expected = _without_end(_original(reference, ids, stop), stop)
-            actual = _artifact(og, model, folder, ids)
-            if expected != actual:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b),
-                    min(len(expected), len(actual)),
+        unequal, strayed, gaps = [], [], {}
+        for number, text in enumerate(texts):
+            theirs = served.encode(text.prompt)
+            made = served.generate(text.ids, NEW_TOKENS)
+            if theirs != text.ids:
+                unequal.append(
+                    f"{text.prompt!r} is encoded as {theirs}, the original's tokens are {text.ids}"
                 )
-                differences.append(f"{prompt!r} differs from new token {at + 1} on")
-        share = 1 - len(differences) / len(prompts)
-        detail = f"{len(prompts)} prompts, {NEW_TOKENS} new tokens each"
-        if differences:
-            detail += f"; {differences[0]}"
-        return (measured(Metric.GENERATE_EQUAL, share, detail, where),)
-
-    return measure((Metric.GENERATE_EQUAL,), where, take)
-
-
-def _load(og: Any, folder: Path) -> tuple[Any, Any]:
-    try:
-        model = og.Model(str(folder))
-        return model, og.Tokenizer(model)
-    except Exception as error:
-        raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
-
-
-def _artifact(og: Any, model: Any, folder: Path, ids: list[int]) -> list[int]:
-    """New tokens of the artifact; onnxruntime-genai leaves the end token out."""
-    try:
-        params = og.GeneratorParams(model)
-        params.set_search_options(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            min_length=0,
-            max_length=len(ids) + NEW_TOKENS,
+            elif (at := _first_difference(made, text.continuation)) is not None:
+                unequal.append(f"{text.prompt!r} differs from new token {at + 1} on")
+            gaps[f"prompt_{number + 1}"] = _gap(own_weights, text.ids, made, stop)
+        for text in texts[:SAMPLED_PROMPTS]:
+            if reason := _stray(served, own_weights, text.ids):
+                strayed.append(f"{text.prompt!r} {reason}")
+        sampled = len(texts[:SAMPLED_PROMPTS])
+        told = f"{len(texts)} prompts, {NEW_TOKENS} new tokens each"
+        return (
+            _share(METRICS[0], unequal, len(texts), told, served.where),
+            measured(METRICS[1], max(gaps.values()), told, served.where, gaps),
+            _share(
+                METRICS[2],
+                strayed,
+                sampled,
+                f"{sampled} prompts, {NEW_TOKENS} new tokens each, seed {SEED}, top {TOP_K}",
+                served.where,
+            ),
         )
-        generator = og.Generator(model, params)
-        generator.append_tokens(np.array([ids], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        sequence = [int(t) for t in generator.get_sequence(0)]
-    except Exception as error:
-        raise ParityError(f"onnxruntime-genai cannot generate from {folder}: {error}") from error
-    return sequence[len(ids) :]
+
+    return measure(METRICS, served.where, take)
 
 
-def _end_tokens(reference: TorchModel) -> list[int]:
-    stop = reference.model.generation_config.eos_token_id
-    return stop if isinstance(stop, list) else [] if stop is None else [stop]
+def _share(metric: Metric, found: Sequence[str], count: int, detail: str, where: str) -> Measurement:
+    told = f"{detail}; {found[0]}" if found else detail
+    return measured(metric, 1 - len(found) / count, told, where)
 
 
-def _without_end(tokens: list[int], stop: list[int]) -> list[int]:
-    return tokens[:-1] if tokens and tokens[-1] in stop else tokens
+def _first_difference(made: Sequence[int], expected: Sequence[int]) -> int | None:
+    if list(made) == list(expected):
+        return None
+    pairs = zip(made, expected, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(made), len(expected)))
 
 
-def _original(reference: TorchModel, ids: list[int], stop: list[int]) -> list[int]:
-    """New tokens of PyTorch's `generate`, greedy, with the model's own end tokens."""
-    import torch
-    from transformers import GenerationConfig
+def _gap(own_weights: Reference, ids: list[int], made: list[int], stop: Sequence[int]) -> float:
+    """The most by which another next token is preferred to the one that was generated."""
+    sequence = np.array([*ids, *made], np.int64)
+    logits = own_weights.logits(sequence, keep=len(made) + 1)
+    chosen = [float(row[token]) for row, token in zip(logits, made, strict=False)]
+    if len(made) < NEW_TOKENS:  # it ended there: one of the end tokens was the choice
+        chosen.append(max((float(logits[-1][token]) for token in stop), default=-np.inf))
+    return max(float(row.max()) - value for row, value in zip(logits, chosen, strict=False))
 
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        min_length=0,
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=stop or None,
-        pad_token_id=stop[0] if stop else 0,
+
+def _stray(served: Served, own_weights: Reference, ids: list[int]) -> str | None:
+    """What is wrong with text sampled from a prompt; None if nothing is."""
+    first, second = (
+        served.generate(ids, NEW_TOKENS, do_sample=True, top_k=TOP_K, temperature=1.0, random_seed=SEED)
+        for _ in range(2)
     )
-    prompt = torch.tensor([ids])
-    with torch.inference_mode():
-        out = reference.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-        )
-    return [int(t) for t in out[0, len(ids) :]]
+    if (at := _first_difference(first, second)) is not None:
+        return f"differs between two runs of one seed from new token {at + 1} on"
+    if not first:
+        return None
+    logits = own_weights.logits(np.array([*ids, *first], np.int64), keep=len(first) + 1)
+    for step, token in enumerate(first):
+        rank = int((logits[step] > logits[step][token]).sum())
+        if rank >= 2 * TOP_K:
+            return f"draws at new token {step + 1} what is the original's choice number {rank + 1}"
+    return None

@@ -13,18 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.interface import (
-    DecodeLatency,
-    Footprint,
-    Interface,
-    Latency,
-    Measurement,
-    MeasurementStatus,
-    PrefillLatency,
-    Ratio,
-    Timing,
-)
+from llmc.artifact.latency import DecodeLatency, Footprint, Latency, PrefillLatency, Ratio, Timing
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
+from llmc.graph.interface import Interface
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import TorchModel

@@ -1,11 +1,11 @@
 """What all measurements share: comparing logits, and turning a broken artifact into a failed figure."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement, MeasurementStatus
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 
@@ -13,9 +13,14 @@ Array = np.ndarray
 
 
 def measured(
-    metric: Metric, value: float, detail: str, where: str, figures: dict[str, float] | None = None
+    metric: Metric,
+    value: float,
+    detail: str,
+    where: str,
+    figures: dict[str, float] | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Measurement:
-    """A figure that was taken."""
+    """A figure that was taken, with its confidence interval if it is an estimate."""
     return Measurement(
         metric=metric,
         value=value,
@@ -23,6 +28,8 @@ def measured(
         detail=detail,
         where=where,
         figures=figures or {},
+        low=None if interval is None else interval[0],
+        high=None if interval is None else interval[1],
     )
 
 
@@ -44,6 +51,11 @@ def measure(
         return take()
     except ParityError as error:
         return broken(metrics, error, where)
+
+
+def mismatches(metric: Metric, found: Sequence[str], fine: str, where: str) -> Measurement:
+    """The number of places that differ, all of them named; `fine` is said where there is none."""
+    return measured(metric, float(len(found)), "; ".join(found) or fine, where)
 
 
 def require_comparable(actual: Array, expected: Array, place: str) -> None:

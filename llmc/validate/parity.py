@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement, MeasurementStatus
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.validate.measure import max_abs, measure, measured, unmeasured
 from llmc.validate.ragged import Row, compare_ragged
-from llmc.validate.reference import TorchModel
+from llmc.validate.reference import Reference
 from llmc.validate.session import Session
 
 Array = np.ndarray
@@ -19,7 +20,11 @@ Array = np.ndarray
 PREFILL_LENGTHS = (1, 2, 17, 128, 512)
 #: Prompt lengths and teacher-forced steps of the decode level.
 DECODE_PROMPTS = (1, 16, 100)
-DECODE_STEPS = 32
+DECODE_STEPS = 64
+#: Sizes of the pieces that a prompt is prefilled in, one after the other over the same cache.
+CHUNKS = (7, 1, 16, 2, 40)
+#: Most bytes of float32 attention scores that the original's eager attention may make in one layer.
+SCORE_BYTES = 64 << 20
 #: Row lengths and steps of the ragged batch.
 RAGGED_LENGTHS = (11, 2, 19, 5)
 RAGGED_STEPS = 8
@@ -38,14 +43,18 @@ class Parity:
         reference: The original, float32.
         tokens: (n,) int64 token ids below the vocabulary size, repeated where a prompt needs more;
             text makes better prompts than noise.
+        heads: Attention heads of the original, which bound the longest prompt by memory.
+        switches: Total lengths at which the rotary embedding of the original changes.
 
     Raises:
         ConfigError: There are fewer than two tokens.
     """
 
     model: Session
-    reference: TorchModel
+    reference: Reference
     tokens: Array
+    heads: int = 1
+    switches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2:
@@ -54,18 +63,25 @@ class Parity:
             )
 
     def measure(self) -> tuple[Measurement, ...]:
-        """All levels: prefill, decode, ragged batch, sliding window; each is NaN if the artifact breaks."""
+        """All levels, each on its own; a level is NaN if the artifact breaks in it."""
         where = self.model.where
         return (
             *measure((Metric.PREFILL_MAX_ABS,), where, self.prefill),
+            *measure((Metric.CHUNKS_MAX_ABS,), where, self.chunks),
             *measure((Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1), where, self.decode),
             *measure((Metric.RAGGED_MAX_ABS,), where, self.ragged),
             *measure((Metric.WINDOW_MAX_ABS,), where, self.window),
         )
 
     def prefill(self) -> tuple[Measurement, ...]:
-        """Largest difference over prompts of several lengths, each in one run from an empty cache."""
-        lengths = [n for n in PREFILL_LENGTHS if n <= self._limit()]
+        """Largest difference over prompts of several lengths, each in one run from an empty cache.
+
+        Among them are the longest that there is room for, and those around a switch of the rotary
+        embedding.
+        """
+        around = {at + step for at in self.switches for step in (-1, 0, 1)}
+        longest = self._longest()
+        lengths = sorted(n for n in {*PREFILL_LENGTHS, *around, longest} if n <= longest)
         differences = {}
         for length in lengths:
             prompt = self._cut(length, length)
@@ -76,6 +92,29 @@ class Parity:
         figures = {f"length_{n}": value for n, value in differences.items()}
         worst = max(differences.values())
         return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def chunks(self) -> tuple[Measurement, ...]:
+        """Largest difference at the end of each piece of a prompt that is prefilled in pieces."""
+        pieces: tuple[int, ...] = CHUNKS
+        while sum(pieces) > self._limit():
+            pieces = pieces[:-1]
+        if len(pieces) < 2:
+            why = f"the model ends at {self._limit()} positions, two pieces do not fit"
+            return (self._not_measured(Metric.CHUNKS_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
+        ends = np.cumsum(pieces)
+        prompt = self._cut(int(ends[-1]), 3)
+        expected = self.reference.logits(prompt, keep=len(prompt))
+        self.model.prefill(prompt[None, : pieces[0]], steps=len(prompt) - pieces[0])
+        figures = {}
+        for start, end in pairwise(int(e) for e in ends):
+            logits = self.model.decode(prompt[None, start:end])[0]
+            wanted = expected[end - len(logits) : end]
+            figures[f"tokens_{start}_to_{end}"] = max_abs(
+                logits, wanted, f"the piece of tokens {start} to {end}"
+            )
+        detail = f"{len(prompt)} tokens in pieces of {_listed(pieces)}"
+        worst = max(figures.values())
+        return (measured(Metric.CHUNKS_MAX_ABS, worst, detail, self.model.where, figures),)
 
     def decode(self) -> tuple[Measurement, ...]:
         """Largest difference, and share of equal argmax, over cached steps.
@@ -113,6 +152,8 @@ class Parity:
 
         The original runs each row alone, without padding.
         """
+        if not self._sides():
+            return self._even()
         lengths = [n for n in RAGGED_LENGTHS if n + RAGGED_STEPS <= self._limit()]
         if len(lengths) < 3:
             why = f"the model ends at {self._limit()} positions, three rows do not fit"
@@ -128,10 +169,21 @@ class Parity:
         worst = max(figures.values())
         return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where, figures),)
 
+    def _even(self) -> tuple[Measurement, ...]:
+        """In place of a ragged batch where the graph takes no padding: a batch of equal rows."""
+        length = min(RAGGED_LENGTHS[0], self._limit() - RAGGED_STEPS)
+        if length < 1:
+            why = f"the model ends at {self._limit()} positions, {RAGGED_STEPS} steps do not fit"
+            return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
+        rows = list(self._rows([length] * 3, RAGGED_STEPS))
+        worst = compare_ragged(self.model, rows, RAGGED_STEPS, "left")
+        detail = f"{len(rows)} rows of {length} tokens and {RAGGED_STEPS} steps; the graph takes no padding"
+        return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where),)
+
     def window(self) -> tuple[Measurement, ...]:
         """Largest difference around each sliding window.
 
-        Decode that crosses window - 1, window and window + 1; a prompt longer than the window; a
+        Prompts of window - 1, window and window + 1 tokens and beyond; decode that crosses them; a
         ragged batch with rows on both sides of it. The windows are those of the interface and of
         the original's config, so that one that the artifact forgot is measured as well.
         """
@@ -145,6 +197,9 @@ class Parity:
         longest = limit - WINDOW_STEPS
         figures = {}
         for window in windows:
+            for prompt in sorted({max(1, window - 1), window, window + 1}):
+                if prompt + WINDOW_STEPS <= limit:
+                    figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
             crossing, beyond = max(1, window - 2), window + 1 + min(window // 2, WINDOW_EXCESS)
             for prompt in (min(crossing, longest), min(beyond, longest)):
                 figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
@@ -155,7 +210,7 @@ class Parity:
                 figures[f"window_{window}_{side}_padded"] = worst
         detail = (
             f"windows of {_listed(windows)}: decode across each, prompts beyond each,"
-            f" ragged rows padded {' and '.join(self._sides())}"
+            f" ragged rows padded {' and '.join(self._sides()) or 'nowhere'}"
         )
         worst = max(figures.values())
         return (measured(Metric.WINDOW_MAX_ABS, worst, detail, self.model.where, figures),)
@@ -175,7 +230,7 @@ class Parity:
     def _rows(self, lengths: Sequence[int], steps: int) -> Iterator[Row]:
         for i, length in enumerate(lengths):
             tokens = self._cut(length + steps, 31 * i)
-            keep = length + steps if self._every() else steps + 2  # the last prompt token may be decoded
+            keep = length + steps if self._every() else steps + 1
             yield Row(tokens, self.reference.logits(tokens, keep=keep), length)
 
     def _cut(self, length: int, offset: int) -> Array:
@@ -186,9 +241,13 @@ class Parity:
         limit = self.model.interface.max_length
         return 1 << 62 if limit is None else limit
 
+    def _longest(self) -> int:
+        """The longest prompt: all positions, or as many as the original's attention has room for."""
+        return min(self._limit(), int((SCORE_BYTES / (4 * self.heads)) ** 0.5))
+
     def _sides(self) -> tuple[str, ...]:
         side = self.model.interface.padding
-        return ("left", "right") if side == "any" else (side,)
+        return {"any": ("left", "right"), "none": ()}.get(side, (side,))
 
     def _every(self) -> bool:
         return self.model.interface.logits == "all"

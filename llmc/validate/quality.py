@@ -1,54 +1,74 @@
-"""Quality on text: KL divergence, top-1 agreement and perplexity, token by token over the KV cache.
+"""Quality on text: KL divergence, agreement and perplexity, token by token over the KV cache.
 
 KL divergence is that of the artifact's next-token distribution q from the original's p,
 sum p (log p - log q) in nats (Kullback and Leibler 1951); perplexity is exp of the mean negative
-log-likelihood of the next token (Jelinek et al. 1977). Both accumulate in float64.
+log-likelihood of the next token (Jelinek et al. 1977). Both accumulate in float64. Top-1 agreement is
+the share of tokens with the same most likely next token, top-5 the share of the original's five most
+likely that are among the artifact's five. Means have 95 % confidence intervals over the windows.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
-from llmc.artifact.interface import Measurement
+from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ConfigError
+from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable
-from llmc.validate.reference import TorchModel
+from llmc.validate.reference import Reference
 from llmc.validate.session import Session
 
 Array = np.ndarray
 
-METRICS = (Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO)
+METRICS = (
+    Metric.TEXT_KL_MEAN,
+    Metric.TEXT_KL_P99,
+    Metric.TEXT_KL_MAX,
+    Metric.TEXT_TOP1,
+    Metric.TEXT_TOP5,
+    Metric.TEXT_PERPLEXITY_RATIO,
+)
 
-#: Windows of the text, their length, and the part that is prefilled before decoding; in tokens.
-WINDOWS = 8
+#: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
+WINDOWS = 16
 WINDOW_TOKENS = 288
 PREFIX_TOKENS = 32
-#: Fewest tokens that a measurement may rest on.
+#: Fewest windows, and fewest tokens in each, that a measurement may rest on.
+LEAST_WINDOWS = 4
 LEAST_TOKENS = 16
 #: Most bytes of the original's logits held at a time.
-LOGITS_BYTES = 512 << 20
+LOGITS_BYTES = 256 << 20
 
 
 @dataclass
 class _Totals:
+    """Figures of every token, (windows, steps) once joined along the last axis."""
+
     kl: list[Array] = field(default_factory=list)
-    equal: int = 0
-    nll_original: float = 0.0
-    nll_artifact: float = 0.0
+    top1: list[Array] = field(default_factory=list)
+    top5: list[Array] = field(default_factory=list)
+    loss: list[Array] = field(default_factory=list)
+    loss_original: list[Array] = field(default_factory=list)
 
     def add(self, original: Array, artifact: Array, targets: Array) -> None:
         """One step: logits (batch, vocabulary) of both, next tokens (batch,)."""
         p, q = log_softmax(original), log_softmax(artifact)
-        self.kl.append(np.sum(np.exp(p) * (p - q), axis=-1))
-        self.equal += int(np.sum(original.argmax(-1) == artifact.argmax(-1)))
         rows = np.arange(len(targets))
-        self.nll_original -= float(p[rows, targets].sum())
-        self.nll_artifact -= float(q[rows, targets].sum())
+        self.loss_original.append(-p[rows, targets])
+        self.loss.append(-q[rows, targets])
+        best = [np.argpartition(x, -5, axis=-1)[:, -5:] for x in (original, artifact)]
+        self.top5.append((best[0][:, :, None] == best[1][:, None, :]).any(-1).mean(-1))
+        self.top1.append((original.argmax(-1) == artifact.argmax(-1)).astype(np.float64))
+        q -= p
+        np.exp(p, out=p)
+        q *= p
+        self.kl.append(-q.sum(axis=-1))
 
 
 def measure_quality(
-    model: Session, reference: TorchModel, tokens: Array, *, start: tuple[int, ...]
+    model: Session, reference: Reference, tokens: Array, *, start: tuple[int, ...]
 ) -> tuple[Measurement, ...]:
     """KL divergence, top-1 agreement and perplexity ratio on a text.
 
@@ -69,23 +89,24 @@ def measure_quality(
     length = WINDOW_TOKENS
     if model.interface.max_length is not None:
         length = min(length, model.interface.max_length)
-    length = min(length, len(tokens) + len(start))
+    length = min(length, len(tokens) // LEAST_WINDOWS + len(start))
     prefix = len(start) + max(1, min(PREFIX_TOKENS, (length - len(start)) // 4))
     if length - prefix < LEAST_TOKENS:
         raise ConfigError(
             f"{len(tokens)} tokens of text and {model.interface.max_length} positions leave"
-            f" {max(0, length - prefix)} tokens to measure on, at least {LEAST_TOKENS} are needed",
+            f" {max(0, length - prefix)} tokens in each of {LEAST_WINDOWS} windows, at least {LEAST_TOKENS}"
+            " are needed",
             hint="use a longer evaluation text",
         )
     windows = cut_windows(tokens, length - len(start), start)
 
     def take() -> tuple[Measurement, ...]:
-        totals = _Totals()
+        parts = []
         vocabulary = reference.logits(windows[0], keep=1).shape[-1]
         batch = max(1, LOGITS_BYTES // (4 * (length - prefix) * vocabulary))
         for i in range(0, len(windows), batch):
-            _compare(model, reference, windows[i : i + batch], prefix, totals)
-        return _measurements(totals, len(windows), length, model.where)
+            parts.append(_compare(model, reference, windows[i : i + batch], prefix))
+        return _measurements(np.concatenate(parts, axis=1), length, model.where)
 
     return measure(METRICS, model.where, take)
 
@@ -110,8 +131,10 @@ def log_softmax(logits: Array) -> Array:
     return shifted
 
 
-def _compare(model: Session, reference: TorchModel, windows: Array, prefix: int, totals: _Totals) -> None:
+def _compare(model: Session, reference: Reference, windows: Array, prefix: int) -> Array:
+    """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original."""
     length = windows.shape[1]
+    totals = _Totals()
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
     expected = [reference.logits(row[:-1], keep=length - prefix) for row in windows]
     logits = model.prefill(windows[:, :prefix], steps=length - prefix - 1)[:, -1]
@@ -122,18 +145,35 @@ def _compare(model: Session, reference: TorchModel, windows: Array, prefix: int,
         original = np.stack([row[step] for row in expected])
         require_comparable(logits, original, f"position {at - 1} of the evaluation text")
         totals.add(original, logits, windows[:, at])
+    series = (totals.kl, totals.top1, totals.top5, totals.loss, totals.loss_original)
+    return np.stack([np.stack(part, axis=1) for part in series])
 
 
-def _measurements(totals: _Totals, windows: int, length: int, where: str) -> tuple[Measurement, ...]:
-    kl = np.concatenate(totals.kl)
-    count = len(kl)
-    detail = f"{count} tokens in {windows} windows of {length}, decoded one by one"
+def _measurements(figures: Array, length: int, where: str) -> tuple[Measurement, ...]:
+    """From figures (5, windows, steps) to one measurement for each of METRICS."""
+    kl, top1, top5, loss, loss_original = figures
+    windows, steps = kl.shape
+    detail = f"{kl.size} tokens in {windows} windows of {length}, decoded one by one"
+    means = [mean_interval(x.mean(axis=1).tolist()) for x in (kl, top1, top5, loss - loss_original)]
     with np.errstate(over="ignore"):  # an infinite perplexity fails its gate
-        original, artifact = np.exp(np.array([totals.nll_original, totals.nll_artifact]) / count)
-    spread = {"kl_p99": float(np.percentile(kl, 99)), "kl_max": float(kl.max()), "tokens": float(count)}
+        original, artifact = np.exp(np.array([loss_original.mean(), loss.mean()]))
+        ratio_interval = tuple(float(v) for v in np.exp(np.array(means[3])))
     perplexities = {"perplexity_original": float(original), "perplexity_artifact": float(artifact)}
+    # Along the text: how what is lost grows with the cache.
+    cuts = np.linspace(0, steps, min(steps, 16) + 1).astype(int)
+    along = {f"position_{a}": float(kl[:, a:b].mean()) for a, b in pairwise(cuts.tolist())}
     return (
-        measured(METRICS[0], float(kl.mean()), detail, where, spread),
-        measured(METRICS[1], totals.equal / count, detail, where),
-        measured(METRICS[2], float(artifact / original), detail, where, perplexities),
+        measured(METRICS[0], float(kl.mean()), detail, where, along | {"tokens": float(kl.size)}, means[0]),
+        measured(METRICS[1], float(np.percentile(kl, 99)), detail, where),
+        measured(METRICS[2], float(kl.max()), detail, where),
+        measured(METRICS[3], float(top1.mean()), detail, where, interval=means[1]),
+        measured(METRICS[4], float(top5.mean()), detail, where, interval=means[2]),
+        measured(
+            METRICS[5],
+            float(artifact / original),
+            detail,
+            where,
+            perplexities,
+            (ratio_interval[0], ratio_interval[1]),
+        ),
     )

@@ -18,8 +18,8 @@ class Row:
     Args:
         tokens: Prompt and the tokens decoded after it, (prompt + steps,) int64.
         expected: The original's logits for the last positions of `tokens` alone, float32:
-            (prompt + steps, vocabulary), or (steps + 2, vocabulary) for a graph that returns only
-            the last position.
+            (prompt + steps, vocabulary), or (steps + 1, vocabulary) for a graph that returns one
+            position a row.
         prompt: Length of the prompt.
     """
 
@@ -38,8 +38,7 @@ def compare_ragged(model: Session, rows: Sequence[Row], steps: int, side: str) -
 
     Rows are padded on `side`; every decode step appends one token and one 1 of the attention mask to
     every row, so that the row's positions go on from its own length whatever the padding. Where the
-    graph returns only the last position and pads stand on the right, the last slot of a shorter row
-    is a pad: such rows are prefilled up to their last token, which is then decoded.
+    graph returns one position a row, it is that of the row's last token, on either side of the pads.
 
     Args:
         side: "left" or "right".
@@ -48,30 +47,28 @@ def compare_ragged(model: Session, rows: Sequence[Row], steps: int, side: str) -
         ParityError: A shape is not the original's, or a logit at a real token is not finite.
     """
     last = model.interface.logits == "last"
-    held_back = 1 if last and side == "right" else 0
-    heads = [row.prompt - held_back for row in rows]
-    sequence = max(heads)
+    sequence = max(row.prompt for row in rows)
     ids = np.full((len(rows), sequence), _pad_token(rows), np.int64)
     mask = np.zeros_like(ids)
-    for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-        slots = slice(0, head) if side == "right" else slice(sequence - head, sequence)
-        ids[i, slots] = row.tokens[:head]
+    for i, row in enumerate(rows):
+        slots = slice(0, row.prompt) if side == "right" else slice(sequence - row.prompt, sequence)
+        ids[i, slots] = row.tokens[: row.prompt]
         mask[i, slots] = 1
 
-    logits = model.prefill(ids, mask, steps=steps + held_back)
+    logits = model.prefill(ids, mask, steps=steps)
     worst = 0.0
-    for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
+    for i, row in enumerate(rows):
         place = f"prefill of row {i} of {len(rows)}, padded {side}"
-        if not last:
-            worst = max(worst, max_abs(logits[i, mask[i] == 1], row.expected[:head], place))
-        elif mask[i, -1]:
-            worst = max(worst, max_abs(logits[i, -1], row.at(head - 1), place))
-    for step in range(steps + held_back):
-        tokens = np.array([[row.tokens[head + step]] for row, head in zip(rows, heads, strict=True)])
+        if last:
+            worst = max(worst, max_abs(logits[i, -1], row.at(row.prompt - 1), place))
+        else:
+            worst = max(worst, max_abs(logits[i, mask[i] == 1], row.expected[: row.prompt], place))
+    for step in range(steps):
+        tokens = np.array([[row.tokens[row.prompt + step]] for row in rows])
         logits = model.decode(tokens)
-        for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
+        for i, row in enumerate(rows):
             place = f"decode step {step + 1} of row {i} of {len(rows)}, padded {side}"
-            worst = max(worst, max_abs(logits[i, -1], row.at(head + step), place))
+            worst = max(worst, max_abs(logits[i, -1], row.at(row.prompt + step), place))
     return worst
 
 

@@ -2,13 +2,42 @@
 
 import copy
 import inspect
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.errors import ParityError
+from llmc.errors import ParityError, UnsupportedError
 
 Array = np.ndarray
+
+
+class Reference(Protocol):
+    """What the artifact's numbers are held against."""
+
+    @property
+    def window(self) -> int | None:
+        """The config's sliding window in positions; None if it has none."""
+        ...
+
+    def logits(self, input_ids: Array, *, keep: int) -> Array:
+        """Logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32."""
+        ...
+
+    def greedy(self, input_ids: Array, steps: int) -> Array:
+        """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
+        ...
+
+    def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
+        """Greedy text after input_ids (sequence,) up to an end token, which is left out."""
+        ...
+
+
+def sliding_window(config: Any) -> int | None:
+    """A config's sliding window in positions; None if it has none."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
 
 
 class TorchModel:
@@ -26,8 +55,7 @@ class TorchModel:
     @property
     def window(self) -> int | None:
         """The config's sliding window in positions; None if it has none."""
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return window if isinstance(window, int) and window > 0 else None
+        return sliding_window(self.model.config)
 
     @property
     def description(self) -> str:
@@ -53,7 +81,7 @@ class TorchModel:
         """
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _failures(len(input_ids)):
             out = self.model(
                 input_ids=torch.from_numpy(input_ids[None].copy()), use_cache=False, **self._keep(keep)
             )
@@ -68,6 +96,46 @@ class TorchModel:
         while len(tokens) < steps:
             tokens.append(self.decode(tokens[-1]))
         return np.array(tokens, np.int64)
+
+    def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
+        """Greedy text of PyTorch's own `generate` up to an end token, which is left out.
+
+        Penalties and sampling of the generation config are off.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            min_length=0,
+            max_new_tokens=new_tokens,
+            eos_token_id=list(stop) or None,
+            pad_token_id=stop[0] if stop else 0,
+        )
+        prompt = torch.from_numpy(input_ids[None].copy())
+        with torch.inference_mode():
+            out = self.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+            )
+        made: Array = out[0, len(input_ids) :].numpy()
+        return made[:-1] if len(made) and made[-1] in stop else made
+
+    def set_parameters(self, values: Mapping[str, Array]) -> None:
+        """Replace parameters in place by name; a tied one changes wherever it is used.
+
+        Raises:
+            ParityError: The model has no such parameter.
+        """
+        import torch
+
+        known = self.model.state_dict()
+        with torch.no_grad():
+            for name, value in values.items():
+                if name not in known:
+                    raise ParityError(f"the original has no parameter {name}")
+                known[name].copy_(torch.from_numpy(value))
 
     def prefill(self, input_ids: Array) -> int:
         """Run a prompt (sequence,) from an empty cache, as `generate` does; the most likely next token."""
@@ -89,7 +157,7 @@ class TorchModel:
     def _step(self, input_ids: Array) -> int:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _failures(len(input_ids)):
             out = self.model(
                 input_ids=torch.from_numpy(input_ids[None].copy()),
                 past_key_values=self._cache,
@@ -101,3 +169,16 @@ class TorchModel:
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}
+
+
+@contextmanager
+def _failures(tokens: int) -> Iterator[None]:
+    """What the original's own code raises, as a typed error."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UnsupportedError(
+            f"the original fails in PyTorch at a step of {tokens} tokens: {type(error).__name__}: {reason}",
+            hint="nothing can be held against it; --no-verify builds without the comparison",
+        ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.artifact.interface import Roofline
+from llmc.artifact.latency import Roofline
 from llmc.config import Profile
 from llmc.graph.interface import Interface
 

@@ -58,6 +58,9 @@ class OrtModel:
         interface: What the graph takes and gives.
         threads: Intra-op threads; None leaves it to onnxruntime.
         share_buffer: Shared mode; only graphs of GroupQueryAttention allow it.
+        exact: Compute products with quantized weights in float32 whatever the graph asks for, so that
+            what is left of a difference is not the rounding of activations (`accuracy_level` of
+            com.microsoft MatMulNBits).
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -67,9 +70,15 @@ class OrtModel:
     """
 
     def __init__(
-        self, folder: Path, interface: Interface, *, threads: int | None, share_buffer: bool
+        self,
+        folder: Path,
+        interface: Interface,
+        *,
+        threads: int | None,
+        share_buffer: bool,
+        exact: bool = False,
     ) -> None:
-        ort, self._session, self.where = open_session(folder, threads)
+        ort, self._session, self.where = open_session(folder, threads, exact=exact)
         self._ort = ort
         self.interface = interface
         self.share_buffer = share_buffer
@@ -123,25 +132,25 @@ class OrtModel:
         return self._run(input_ids)
 
     def decode(self, tokens: Array) -> Array:
-        """Run one more token of every row.
+        """Run one or more further tokens of every row.
 
         Args:
-            tokens: (batch, 1) int64.
+            tokens: (batch, sequence) int64.
 
         Returns:
-            Logits, (batch, 1, vocabulary) float32.
+            Logits, (batch, sequence or 1, vocabulary) float32.
 
         Raises:
             ParityError: As for `prefill`.
             ConfigError: Shared mode has no slot left.
         """
-        total = self._mask.shape[1] + 1
+        total = self._mask.shape[1] + tokens.shape[1]
         if self.share_buffer and total > self._capacity:
             raise ConfigError(
                 f"the KV cache has {self._capacity} slots and the step needs {total}",
                 hint="reserve more steps at prefill",
             )
-        self._mask = np.concatenate([self._mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+        self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
         return self._run(tokens)
 
     def state(self) -> CacheState:
@@ -192,11 +201,12 @@ class OrtModel:
 
 
 def open_session(
-    folder: Path, threads: int | None, entries: Mapping[str, str] | None = None
+    folder: Path, threads: int | None, *, exact: bool = False, entries: Mapping[str, str] | None = None
 ) -> tuple[Any, Any, str]:
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
 
     Args:
+        exact: Compute products with quantized weights in float32.
         entries: Further configuration entries of the session.
 
     Raises:
@@ -220,11 +230,30 @@ def open_session(
         options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
+    library = custom_operators(folder)
     try:
-        session = ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        source = _in_float32(path, options) if exact else str(path)
+        session = ort.InferenceSession(source, options, providers=[_PROVIDER])
     except Exception as error:
         raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
     return ort, session, f"onnxruntime {ort.__version__} {_PROVIDER}"
+
+
+def _in_float32(path: Path, options: Any) -> bytes:
+    """The graph with float32 arithmetic in every product with quantized weights."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def shares_buffer(folder: Path) -> bool:
@@ -235,12 +264,26 @@ def shares_buffer(folder: Path) -> bool:
     Raises:
         ConfigError: The file is missing or is not JSON.
     """
+    return bool(_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
+
+
+def _genai_config(folder: Path) -> Mapping[str, Any]:
     path = folder / "genai_config.json"
     try:
         config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}", hint="build the artifact again") from error
-    return bool(config.get("search", {}).get("past_present_share_buffer", False))
+    return config
+
+
+def custom_operators(folder: Path) -> Path | None:
+    """The library of custom operators that genai_config.json names, if there is one that does."""
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        return None
+    session = _genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    name = session.get("custom_ops_library")
+    return None if name is None else folder / name
 
 
 def _require_fed(interface: Interface, past: set[str]) -> None:

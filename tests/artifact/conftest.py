@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from llmc.artifact.interface import CheckStatus
 from llmc.artifact.manifest import (
     CheckRecord,
     Declined,
@@ -15,6 +14,7 @@ from llmc.artifact.manifest import (
     State,
     WeightRecord,
 )
+from llmc.artifact.verdict import CheckStatus
 from llmc.config import Dtype, Gate, Metric, PassSpec, Profile, ProfileKind, Provider, Target, WeightRole
 from llmc.graph.interface import Interface, TensorSpec
 
@@ -59,7 +59,7 @@ def make_manifest() -> MakeManifest:
                 PassRecord(
                     name="rms_norm",
                     applied=2,
-                    declined=(Declined(code="axis", reason="axis 1", node="norm_3", count=1),),
+                    declined=(Declined(code="axis", reason="axis 1", node="norm_3", count=1, layers=(3,)),),
                 ),
             ),
             "weights": (

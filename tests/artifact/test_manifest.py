@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from llmc.artifact.interface import CheckStatus
 from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State, parse_manifest
 from llmc.artifact.provenance import tool_versions
+from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError, ExitCode
 

@@ -208,7 +208,6 @@ def extended(interface: Interface, field: str, name: str) -> Interface:
     ("variant", "change", "fact"),
     [
         ({"value_width": 6}, lambda i: i, "layer 0 has keys of 4 and values of 6"),
-        ({}, lambda i: i.model_copy(update={"padding": "left"}), "needs padding on the left"),
         ({}, lambda i: extended(i, "inputs", "past_conv.0"), r"does not feed input past_conv\.0"),
         ({}, lambda i: extended(i, "outputs", "hidden"), r"the graph has outputs logits .*, hidden"),
         ({}, lambda i: i.model_copy(update={"cache": ()}), "graphs with a KV cache; this one has none"),

@@ -20,13 +20,9 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "targets")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == [
-        "cpu-fp32",
-        "cpu-int4",
-        "cpu-int8",
-        "cuda-fp16",
-        "cuda-int4",
-    ]
+    shipped = sorted(file.stem for file in (Path(__file__).parents[2] / "targets").iterdir())
+    assert "cpu-int4" in shipped
+    assert [line.split()[0] for line in out.splitlines()] == shipped
     code, out, err = call(capsys, "targets", "--json")
     rows = json.loads(out)
     assert rows[0].keys() == {"name", "summary", "file"}

@@ -1,4 +1,4 @@
-"""`CachedAttention` as an ONNX function, in ONNX Runtime, against attention written out in PyTorch."""
+"""The dialect as ONNX functions, in ONNX Runtime, against attention and experts written out."""
 
 from dataclasses import dataclass
 
@@ -134,3 +134,68 @@ def test_a_query_that_sees_nothing_stays_finite() -> None:
     feeds = _inputs(Case(hidden=(0, 1)), 0)
     output, *_ = _run(Case(), feeds)
     assert np.isfinite(output).all()
+
+
+EXPERTS, TOKENS, CHOSEN, HIDDEN, INNER = 4, 5, 2, 6, 3
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = 0.0
+    interleaved: int = 0
+    biases: bool = False
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ExpertsCase(),
+        ExpertsCase(interleaved=1),
+        ExpertsCase(1.702, 1.0, 0.8, 1, True),
+        ExpertsCase(biases=True),
+    ],
+    ids=str,
+)
+def test_equals_experts_written_out(case: ExpertsCase) -> None:
+    import onnxruntime as ort
+
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    feeds = {
+        "hidden": draw(TOKENS, HIDDEN),
+        "indices": np.argsort(random.random((TOKENS, EXPERTS)), axis=1)[:, :CHOSEN],
+        "weights": draw(TOKENS, CHOSEN),
+        "gate_up": draw(EXPERTS, 2 * INNER, HIDDEN),
+        "down": draw(EXPERTS, HIDDEN, INNER),
+    }
+    if case.biases:
+        feeds |= {"gate_up_bias": draw(EXPERTS, 2 * INNER), "down_bias": draw(EXPERTS, HIDDEN)}
+    function = dialect.experts(biases=case.biases)
+    inputs = [
+        ir.Value(name=n, shape=ir.Shape(a.shape), type=ir.TensorType(ir.DataType.from_numpy(a.dtype)))
+        for n, a in feeds.items()
+    ]
+    attributes = {n: getattr(case, n) for n in ("alpha", "beta", "limit", "interleaved")}
+    node = ir.Node(dialect.DOMAIN, dialect.EXPERTS, inputs, ir.convenience.convert_attributes(attributes))
+    node.outputs[0].name, node.outputs[0].type = "output", ir.TensorType(ir.DataType.FLOAT)
+    imports = {"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION}
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports=imports)
+    data = ir.to_proto(ir.Model(graph, ir_version=10, functions=[function])).SerializeToString()
+    (found,) = ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+    expected = np.zeros((TOKENS, HIDDEN))
+    for t in range(TOKENS):
+        for e, weight in zip(feeds["indices"][t], feeds["weights"][t], strict=True):
+            both = feeds["gate_up"][e] @ feeds["hidden"][t]
+            both = both + (feeds["gate_up_bias"][e] if case.biases else 0)
+            gate, up = (both[::2], both[1::2]) if case.interleaved else (both[:INNER], both[INNER:])
+            if case.limit:
+                gate, up = np.minimum(gate, case.limit), np.clip(up, -case.limit, case.limit)
+            inner = gate / (1 + np.exp(-case.alpha * gate)) * (up + case.beta)
+            expected[t] += weight * (feeds["down"][e] @ inner + (feeds["down_bias"][e] if case.biases else 0))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)

@@ -1,7 +1,6 @@
 """From a checkpoint on disk to a verified artifact: tiny random models of every required architecture."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,11 +11,10 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric, PassSpec
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
-from llmc.pipeline import build, inspect
-from llmc.pipeline.gate import measure_parity, parity_gates
+from llmc.pipeline import build, explain, inspect, verify
+from llmc.pipeline.gate import parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, MODEL_TYPES, save_tiny_model
@@ -72,6 +70,20 @@ def test_int4_llama_keeps_no_float_matrix_and_few_operators(tmp_path: Path) -> N
     assert {w.bits for w in result.manifest.weights} == {4}
 
 
+def test_an_artifact_explains_where_a_pass_declined(tmp_path: Path) -> None:
+    model = save_tiny_model("gpt_neox", tmp_path / "model", tokenizer=True)
+    artifact = build(_plan(model, tmp_path / "out", verify=False), SilentProgress()).path
+    found = explain(str(artifact), "pack-qkv")
+    (declined,) = found.declined
+    assert (found.applied, declined.count, declined.layers) == (0, 3, (0, 1, 2))
+    assert f"declined at 3 places, in layers 0-2 [{declined.code}]" in found.render()
+    with pytest.raises(ConfigError, match="target cpu-fp32 has no pass 'pack-qvk'") as caught:
+        explain(str(artifact), "pack-qvk")
+    assert caught.value.hint == "did you mean pack-qkv or pack-gate-up?"
+    with pytest.raises(ConfigError, match="is no artifact: passes run when a model is built"):
+        explain(str(model), "pack-qkv")
+
+
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model", tokenizer=True)
     digests = []
@@ -119,19 +131,14 @@ def test_a_graph_that_cannot_be_loaded_misses_every_gate(tmp_path: Path) -> None
     plan = _plan(model, tmp_path / "out", verify=False)
     result = build(plan, SilentProgress())
     (result.path / "model.onnx").write_bytes(b"no graph")
-    gate = measure_parity(
-        result.path,
-        result.manifest.interface,
-        open_checkpoint(str(model)),
-        plan.target,
-        1,
-        None,
-        SilentProgress(),
-    )
-    assert not gate.verdict.passed
-    assert {m.metric for m in gate.measurements} == {g.metric for g in parity_gates(plan.target)}
-    assert all(m.value is not None and math.isnan(m.value) for m in gate.measurements)
-    assert "cannot load" in gate.measurements[0].detail
+    report = verify(result.path, None, (), SilentProgress()).report
+    assert not report.verdict.passed
+    missed = {c.metric for c in report.verdict.missed}
+    assert missed >= {Metric.FILES, Metric.INTERFACE, Metric.PREFILL_MAX_ABS, Metric.GENERATE_EQUAL}
+    assert {m.metric for m in report.measurements} >= {g.metric for g in parity_gates(plan.target)}
+    details = {m.metric: m.detail for m in report.measurements}
+    assert "cannot load" in details[Metric.INTERFACE]
+    assert details[Metric.FILES] == "model.onnx has 8 bytes instead of " + details[Metric.FILES].split()[-1]
 
 
 def test_a_damaged_checkpoint_leaves_what_was_built(tmp_path: Path) -> None:

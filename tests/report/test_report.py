@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.interface import (
-    Check,
-    CheckStatus,
-    DecodeLatency,
-    Footprint,
-    Latency,
-    Measurement,
-    MeasurementStatus,
-    PrefillLatency,
-    Ratio,
-    Roofline,
-    Timing,
-    Verdict,
-)
+from llmc.artifact.latency import DecodeLatency, Footprint, Latency, PrefillLatency, Ratio, Roofline, Timing
+from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Metric
 from llmc.report import Report, render_text, write_json, write_junit
 

@@ -50,6 +50,46 @@ def test_canonical_graph_has_the_models_numbers(model_type: str) -> None:
     assert _compare(model_type) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gptj", "exchangeable attention"),
+        ("bloom", "cannot be traced"),
+        ("diffllama", "runs twice in one step"),
+    ],
+)
+def test_attention_that_cannot_be_captured_is_traced_as_the_model_computes_it(
+    model_type: str, reason: str
+) -> None:
+    graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
+    assert any(reason in note for note in graph.notes)
+    assert not [n for n in graph.graph if n.domain == dialect.DOMAIN]
+    assert [s.layer for s in graph.cache] == [0, 1, 2]
+    assert _compare(model_type) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "padding", "positions"),
+    [
+        ("llama", "any", 256),
+        ("bart", "none", None),  # positions are slots of the cache
+        ("gpt_neo", "left", 256),  # a window counts slots
+        ("bloom", "any", None),  # biases follow the mask
+        ("roberta", "any", 255),  # the first row of the table is padding's
+    ],
+)
+def test_padding_and_positions_are_read_off_the_graph(
+    model_type: str, padding: str, positions: int | None
+) -> None:
+    graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
+    assert graph.padding == padding
+    assert positions is None or graph.max_length == positions
+
+
+def test_sinks_of_some_layers_are_sinks_of_all_that_draw_nothing() -> None:
+    assert _compare("mimo_v2_flash") <= 1e-4
+
+
 def test_keys_wider_than_values() -> None:
     assert _compare("deepseek_v3", num_key_value_heads=4) <= 1e-4
 
@@ -142,10 +182,8 @@ def test_half_precision_is_traced_as_such() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("bloom", "cannot be traced|attention"),
-        ("mamba", "no list of decoder layers with attention|cannot be traced"),
-        ("gptj", "exchangeable attention"),
-        ("llama4_text", "mask rule .* depends on more than positions"),
+        ("mamba", "convolution or recurrent state|cannot be traced"),
+        ("openai-gpt", "stores no keys and values in the cache"),
         ("qwen3_next", "convolution or recurrent state"),
     ],
 )

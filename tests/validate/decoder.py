@@ -29,6 +29,7 @@ class Variant:
     ignore_mask: bool = False
     ignore_window: bool = False
     shift_decode_positions: bool = False
+    last_slot: bool = False
     nan_logit: bool = False
     drop_output: str | None = None
     cut_vocabulary: int = 0
@@ -161,7 +162,10 @@ def write_decoder(model: Any, folder: Path, variant: Variant = Variant()) -> Int
         x = w("Add", x, linear(h, at + "mlp.down_proj.weight"))
     x = norm(x, "model.norm.weight")
     if variant.logits == "last":
-        x = w("Slice", x, ints[-1], big, ints[1])
+        own = w("Slice", "attention_mask", w("Neg", sequence), big, ints[1])
+        slot = w("ArgMax", w("Cast", own, to=T.FLOAT), axis=1, select_last_index=1)
+        chosen = w("GatherND", x, w("Unsqueeze", slot, ints[2]), batch_dims=1)
+        x = w("Slice", x, ints[-1], big, ints[1]) if variant.last_slot else chosen
     head = weights["lm_head.weight"][: config.vocab_size - variant.cut_vocabulary].T.copy()
     if variant.nan_logit:
         head[:, 5] = np.nan

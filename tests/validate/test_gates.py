@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llmc.artifact.interface import CheckStatus, Measurement, MeasurementStatus
+from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
@@ -84,4 +84,44 @@ def test_a_value_goes_with_the_status_measured_only() -> None:
     with pytest.raises(ValueError, match="does not go with status 'measured'"):
         Measurement(
             metric=Metric.TEXT_TOP1, value=None, status=MeasurementStatus.MEASURED, detail="", where=""
+        )
+
+
+@pytest.mark.parametrize(
+    ("gate", "low", "high", "status"),
+    [
+        (AT_MOST, 0.05, 0.09, CheckStatus.PASS),
+        (AT_MOST, 0.05, 0.11, CheckStatus.UNDECIDED),
+        (AT_MOST, 0.11, 0.2, CheckStatus.FAIL),
+        (AT_LEAST, 0.91, 0.95, CheckStatus.PASS),
+        (AT_LEAST, 0.85, 0.95, CheckStatus.UNDECIDED),
+        (AT_LEAST, 0.5, 0.89, CheckStatus.FAIL),
+    ],
+)
+def test_an_estimate_is_judged_by_its_interval(
+    gate: Gate, low: float, high: float, status: CheckStatus
+) -> None:
+    found = measured(gate.metric, (low + high) / 2, "2048 tokens", "here", interval=(low, high))
+    verdict = evaluate([gate], [found])
+    assert [c.status for c in verdict.checks] == [status]
+    assert verdict.passed == (status is CheckStatus.PASS)
+    assert (verdict.checks[0].low, verdict.checks[0].high) == (low, high)
+    assert bool(verdict.missed) != verdict.passed
+
+
+def test_a_signal_without_noise_passes() -> None:
+    gate = Gate(metric=Metric.WEIGHTS_SNR, min=20.0, reason="nothing was lost")
+    assert evaluate([gate], [measured(Metric.WEIGHTS_SNR, math.inf, "", "")]).passed
+    assert not evaluate([gate], [measured(Metric.WEIGHTS_SNR, -math.inf, "", "")]).passed
+
+
+def test_an_interval_has_two_ends() -> None:
+    with pytest.raises(ValueError, match="an interval has two ends"):
+        Measurement(
+            metric=Metric.TEXT_TOP1,
+            value=0.5,
+            status=MeasurementStatus.MEASURED,
+            detail="",
+            where="",
+            low=0.4,
         )

@@ -8,37 +8,51 @@ import numpy as np
 import pytest
 
 from llmc import data
-from llmc.artifact.interface import MeasurementStatus
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
-from llmc.validate.generation import measure_generation
+from llmc.errors import ParityError
+from llmc.validate.generation import measure_generation, original_texts
 from llmc.validate.parity import Parity
 from llmc.validate.quality import measure_quality
 from llmc.validate.reference import TorchModel
+from llmc.validate.served import Served
 from llmc.validate.session import OrtModel, shares_buffer
 
 from .decoder import Variant
-from .serving import tiny_tokenizer, write_artifact
+from .serving import END, tiny_tokenizer, write_artifact
 
 SERVED = Variant(grouped=True, padding="right", logits="last")
 PROMPTS = ("The sea", "def mean(values):", "Once", "A list of", "Water boils")
 
 
+def generate(
+    folder: Path, reference: TorchModel, prompts: tuple[str, ...] = PROMPTS, stop: tuple[int, ...] = (END,)
+) -> dict[Metric, Measurement]:
+    texts = original_texts(reference, tiny_tokenizer(), prompts, stop)
+    return {m.metric: m for m in measure_generation(Served(folder), texts, reference, stop)}
+
+
 @pytest.mark.parametrize("share", [False, True], ids=["growing", "shared"])
 def test_equal_text(llama: Any, tmp_path: Path, share: bool) -> None:
     write_artifact(llama, tmp_path, SERVED, share_buffer=share)
-    (found,) = measure_generation(tmp_path, TorchModel(llama), tiny_tokenizer(), PROMPTS)
-    assert found.metric is Metric.GENERATE_EQUAL
-    assert found.value == 1.0
-    assert found.detail == "5 prompts, 32 new tokens each"
-    assert "onnxruntime-genai" in found.where
+    found = generate(tmp_path, TorchModel(llama))
+    equal = found[Metric.GENERATE_EQUAL]
+    assert equal.value == 1.0
+    assert equal.detail == "5 prompts, 32 new tokens each"
+    assert "onnxruntime-genai" in equal.where
+    assert found[Metric.GENERATE_GAP].value < 1e-4
+    assert found[Metric.GENERATE_SEEDED].value == 1.0
 
 
 def test_other_weights_give_other_text(llama: Any, tmp_path: Path) -> None:
     variant = Variant(**{**vars(SERVED), "scale_weight": ("model.layers.0.self_attn.o_proj.weight", -1.0)})
     write_artifact(llama, tmp_path, variant, share_buffer=False)
-    (found,) = measure_generation(tmp_path, TorchModel(llama), tiny_tokenizer(), PROMPTS)
-    assert found.value < 1.0
-    assert "differs from new token" in found.detail
+    found = generate(tmp_path, TorchModel(llama))
+    assert found[Metric.GENERATE_EQUAL].value < 1.0
+    assert "differs from new token" in found[Metric.GENERATE_EQUAL].detail
+    assert found[Metric.GENERATE_GAP].value > 1.0
+    assert found[Metric.GENERATE_SEEDED].value < 1.0
+    assert "draws at new token" in found[Metric.GENERATE_SEEDED].detail
 
 
 def test_other_tokens_are_unequal(llama: Any, tmp_path: Path) -> None:
@@ -48,7 +62,7 @@ def test_other_tokens_are_unequal(llama: Any, tmp_path: Path) -> None:
     swapped = text.replace('"T": 54', '"T": 55').replace('"U": 55', '"U": 54')
     assert swapped != text
     path.write_text(swapped, encoding="utf-8")
-    (found,) = measure_generation(tmp_path, TorchModel(llama), tiny_tokenizer(), PROMPTS)
+    found = generate(tmp_path, TorchModel(llama))[Metric.GENERATE_EQUAL]
     assert found.value == 0.8
     assert "'The sea' is encoded as" in found.detail
 
@@ -56,29 +70,26 @@ def test_other_tokens_are_unequal(llama: Any, tmp_path: Path) -> None:
 def test_end_token_stops_both(llama: Any, tmp_path: Path) -> None:
     """Equal with the same end token; an artifact that does not know the model's runs on and differs."""
     write_artifact(llama, tmp_path, SERVED, share_buffer=False)
-    tokenizer = tiny_tokenizer()
     reference = TorchModel(llama)
-    before = llama.generation_config.eos_token_id
-    later = reference.greedy(np.array(tokenizer("Once")["input_ids"]), 4)
-    try:
-        llama.generation_config.eos_token_id = int(later[2])
-        (ran_on,) = measure_generation(tmp_path, reference, tokenizer, ("Once",))
-        assert ran_on.value == 0.0
-        config = tmp_path / "genai_config.json"
-        text = config.read_text(encoding="utf-8")
-        config.write_text(text.replace('"eos_token_id": 2', f'"eos_token_id": {later[2]}'), encoding="utf-8")
-        (stopped,) = measure_generation(tmp_path, reference, tokenizer, ("Once",))
-        assert stopped.value == 1.0
-    finally:
-        llama.generation_config.eos_token_id = before
+    later = int(reference.greedy(np.array(tiny_tokenizer()("Once")["input_ids"]), 4)[2])
+    ran_on = generate(tmp_path, reference, ("Once",), (later,))[Metric.GENERATE_EQUAL]
+    assert ran_on.value == 0.0
+    config = tmp_path / "genai_config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"eos_token_id": 2', f'"eos_token_id": {later}'), encoding="utf-8")
+    stopped = generate(tmp_path, reference, ("Once",), (later,))
+    assert stopped[Metric.GENERATE_EQUAL].value == 1.0
+    assert stopped[Metric.GENERATE_GAP].value < 1e-4
+    # Ending where the original goes on is a gap as well.
+    early = generate(tmp_path, reference, ("Once",), (END,))
+    assert early[Metric.GENERATE_GAP].value > 1.0
 
 
 def test_folder_that_is_not_served(llama: Any, tmp_path: Path) -> None:
     write_artifact(llama, tmp_path, SERVED, share_buffer=False)
     (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
-    (found,) = measure_generation(tmp_path, TorchModel(llama), tiny_tokenizer(), PROMPTS)
-    assert math.isnan(found.value)
-    assert "cannot load" in found.detail
+    with pytest.raises(ParityError, match="cannot load"):
+        Served(tmp_path)
 
 
 def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
@@ -91,9 +102,10 @@ def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
     made = (
         *Parity(model, reference, tokens).measure(),
         *measure_quality(model, reference, tokens, start=(1,)),
-        *measure_generation(tmp_path, reference, tokenizer, PROMPTS),
+        *generate(tmp_path, reference).values(),
     )
-    assert {m.metric for m in made} == set(Metric) - {Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO}
+    areas = ("prefill", "chunks", "decode", "ragged", "window", "text", "generate")
+    assert {m.metric for m in made} == {m for m in Metric if m.partition(".")[0] in areas}
     assert all(m.status is MeasurementStatus.MEASURED and math.isfinite(m.value) for m in made)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.interface import Latency, MeasurementStatus
+from llmc.artifact.latency import Latency
+from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric, Profile
 from llmc.errors import ResourceError
 from llmc.validate.footprint import ArtifactJob, OriginalJob, peak_resident_bytes, take_sample

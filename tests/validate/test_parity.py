@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.interface import CheckStatus, Measurement, MeasurementStatus
+from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
@@ -21,13 +21,14 @@ from llmc.validate.session import OrtModel
 from .decoder import Variant, write_decoder
 
 PREFILL, DECODE, TOP1 = Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1
-RAGGED, WINDOW = Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS
+CHUNKS, RAGGED, WINDOW = Metric.CHUNKS_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS
 KL, TEXT_TOP1, PERPLEXITY = Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO
-EVERY = {PREFILL, DECODE, TOP1, RAGGED, WINDOW, KL, TEXT_TOP1, PERPLEXITY}
+UNGATED = {Metric.TEXT_KL_P99, Metric.TEXT_KL_MAX, Metric.TEXT_TOP5}  # NaN fails without a gate
+EVERY = {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW, KL, TEXT_TOP1, PERPLEXITY, *UNGATED}
 
 WHY = "tiny random model in float32"
 GATES = (
-    *(Gate(metric=m, max=1e-4, reason=WHY) for m in (PREFILL, DECODE, RAGGED, WINDOW)),
+    *(Gate(metric=m, max=1e-4, reason=WHY) for m in (PREFILL, CHUNKS, DECODE, RAGGED, WINDOW)),
     Gate(metric=KL, max=1e-8, reason=WHY),
     *(Gate(metric=m, min=1.0, reason=WHY) for m in (TOP1, TEXT_TOP1)),
     Gate(metric=PERPLEXITY, max=1.00001, reason=WHY),
@@ -74,15 +75,18 @@ def test_a_right_artifact_passes(
     found = take(mistral, tmp_path, tokens, variant, share=share)
     assert failures(found) == set()
     assert all(m.status is MeasurementStatus.MEASURED for m in found.values())
-    assert set(found) == {PREFILL, DECODE, TOP1, RAGGED, WINDOW}
+    assert set(found) == {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW}
     assert "onnxruntime" in found[PREFILL].where
 
 
 SABOTAGE = {
     "weight scaled by 1%": (Variant(scale_weight=("model.layers.1.mlp.down_proj.weight", 1.01)), None),
-    "positions off by one in decode": (Variant(shift_decode_positions=True), {DECODE, TOP1, RAGGED, WINDOW}),
+    "positions off by one in decode": (
+        Variant(shift_decode_positions=True),
+        {CHUNKS, DECODE, TOP1, RAGGED, WINDOW},
+    ),
     "attention mask ignored": (Variant(ignore_mask=True, padding="left"), {RAGGED, WINDOW}),
-    "sliding window ignored": (Variant(ignore_window=True), {PREFILL, DECODE, TOP1, RAGGED, WINDOW}),
+    "sliding window ignored": (Variant(ignore_window=True), {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW}),
     "NaN in one logit": (Variant(nan_logit=True), EVERY),
     "vocabulary cut": (Variant(cut_vocabulary=3), EVERY),
 }
@@ -96,8 +100,8 @@ def test_sabotage_fails_the_levels_that_must_see_it(
     found = take(mistral, tmp_path, tokens, variant, text=expected in (None, EVERY))
     failed = failures(found)
     if expected is None:
-        assert {PREFILL, DECODE, RAGGED, WINDOW, KL} <= failed
-        assert all(1e-4 < found[m].value < 1 for m in (PREFILL, DECODE, RAGGED, WINDOW))
+        assert {PREFILL, CHUNKS, DECODE, RAGGED, WINDOW, KL} <= failed
+        assert all(1e-4 < found[m].value < 1 for m in (PREFILL, CHUNKS, DECODE, RAGGED, WINDOW))
     else:
         assert failed == expected
     if expected == EVERY:
@@ -115,12 +119,21 @@ def test_every_row_is_compared_from_its_last_prompt_token_on(
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
     reference, steps = TorchModel(llama), 4
     rows = [
-        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 2), len(ids) - steps)
+        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 1), len(ids) - steps)
         for ids in (tokens[:13], tokens[20:29])
     ]
     assert compare_ragged(model, rows, steps, side) < 1e-4
     rows[1].at(at)[7] += 3.0
     assert compare_ragged(model, rows, steps, side) == pytest.approx(3.0, abs=1e-3)
+
+
+def test_the_last_slot_of_a_padded_row_is_not_its_last_token(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    right = take(llama, tmp_path / "right", tokens, Variant(logits="last"), text=False)
+    assert failures(right) == set()
+    wrong = take(llama, tmp_path / "wrong", tokens, Variant(logits="last", last_slot=True), text=False)
+    assert failures(wrong) == {RAGGED}
 
 
 def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path) -> None:
@@ -152,7 +165,7 @@ def test_a_model_too_short_for_a_level_is_not_measured_and_fails(
     llama: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:
     found = take(llama, tmp_path, tokens, replace(Variant(), max_length=20))
-    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_17"}
+    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_17", "length_20"}
     assert found[DECODE].status is MeasurementStatus.NOT_MEASURED
     assert failures(found) == {DECODE, TOP1}
 

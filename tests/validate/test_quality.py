@@ -21,15 +21,16 @@ WORSE = Variant(logits="last", max_length=64, scale_weight=("model.layers.1.mlp.
 
 def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
-    kl, top1, perplexity = measure_quality(model, TorchModel(llama), tokens, start=(1,))
-    assert [m.metric for m in (kl, top1, perplexity)] == list(METRICS)
+    made = measure_quality(model, TorchModel(llama), tokens, start=(1,))
+    assert [m.metric for m in made] == list(METRICS)
+    kl, p99, largest, top1, top5, perplexity = made
 
     # The artifact in one pass each, every position, from a graph that returns them all.
     every = Variant(**{**vars(WORSE), "logits": "all"})
     folder = tmp_path / "all"
     artifact = OrtModel(folder, write_decoder(llama, folder, every), threads=1, share_buffer=False)
     windows = torch.from_numpy(cut_windows(tokens, 63, (1,)))
-    assert windows.shape == (8, 64)
+    assert windows.shape == (11, 64)
     prefix = 1 + 63 // 4
     with torch.inference_mode():
         p = llama(windows).logits[:, prefix - 1 : -1].double().log_softmax(-1)
@@ -39,15 +40,25 @@ def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_
     each = (p.exp() * (p - q)).sum(-1).numpy()
     nll = [float(-x.gather(-1, targets).mean()) for x in (p, q)]
     assert kl.value == pytest.approx(each.mean(), rel=1e-3)
-    assert kl.figures["kl_p99"] == pytest.approx(np.percentile(each, 99), rel=1e-3)
-    assert kl.figures["kl_max"] == pytest.approx(each.max(), rel=1e-3)
-    assert kl.figures["tokens"] == 8 * (64 - prefix)
+    assert p99.value == pytest.approx(np.percentile(each, 99), rel=1e-3)
+    assert largest.value == pytest.approx(each.max(), rel=1e-3)
+    assert kl.figures["tokens"] == 11 * (64 - prefix)
     assert kl.value > 1e-3
     assert top1.value == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert 0 < top1.value < 1
+    best = [x.topk(5).indices for x in (p, q)]
+    shared = (best[0][..., :, None] == best[1][..., None, :]).any(-1).double().mean()
+    assert top5.value == pytest.approx(float(shared))
+    means = each.mean(axis=1)
+    half = 2.2281 * means.std(ddof=1) / math.sqrt(11)  # Student's t of ten degrees of freedom
+    assert (kl.low, kl.high) == pytest.approx((means.mean() - half, means.mean() + half), rel=1e-3)
+    assert top1.low < top1.value < top1.high
+    assert perplexity.low < perplexity.value < perplexity.high
+    along = [v for n, v in kl.figures.items() if n.startswith("position_")]
+    assert np.mean(along) == pytest.approx(kl.value, rel=1e-3)
     assert perplexity.value == pytest.approx(math.exp(nll[1] - nll[0]), rel=1e-4)
     assert perplexity.figures["perplexity_original"] == pytest.approx(math.exp(nll[0]), rel=1e-4)
-    assert f"{8 * (64 - prefix)} tokens in 8 windows of 64" in kl.detail
+    assert f"{11 * (64 - prefix)} tokens in 11 windows of 64" in kl.detail
 
 
 def test_groups_of_windows_do_not_change_the_figures(
@@ -64,7 +75,9 @@ def test_groups_of_windows_do_not_change_the_figures(
 
 def test_text_too_short(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
-    with pytest.raises(ConfigError, match="20 tokens of text and 160 positions leave 15 tokens") as caught:
+    with pytest.raises(
+        ConfigError, match="20 tokens of text and 160 positions leave 4 tokens in each of 4 windows"
+    ) as caught:
         measure_quality(model, TorchModel(llama), tokens[:20], start=())
     assert caught.value.hint == "use a longer evaluation text"
 

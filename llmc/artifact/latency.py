@@ -1,0 +1,102 @@
+"""Timings of an artifact beside its original."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Timing(_Strict):
+    """Samples of one duration, milliseconds; percentiles by linear interpolation."""
+
+    n: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    min_ms: float
+    max_ms: float
+
+
+class Ratio(_Strict):
+    """Artifact / original of two interleaved series: of their medians, and the range over the rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PrefillLatency(_Strict):
+    """Time to first token for a prompt of `prompt_tokens`, batch 1."""
+
+    prompt_tokens: int
+    artifact: Timing
+    original: Timing
+    ratio: Ratio
+
+
+class DecodeLatency(_Strict):
+    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s."""
+
+    context: int
+    artifact: Timing
+    original: Timing
+    artifact_tokens_per_s: float
+    original_tokens_per_s: float
+    ratio: Ratio
+
+
+class Footprint(_Strict):
+    """One side alone in a process: start of the runtime, and the most memory it ever held.
+
+    Args:
+        load: Time to load the weights, without importing the runtime's modules.
+        peak_bytes: Highest resident set over load, prefill and decode; None where the operating
+            system does not tell.
+        prompt_tokens: Length of the prompt that was prefilled before `decoded_tokens` steps.
+    """
+
+    load: Timing
+    peak_bytes: int | None
+    prompt_tokens: int
+    decoded_tokens: int
+
+
+class Roofline(_Strict):
+    """The least time a decode step can take if every byte is read once at peak bandwidth.
+
+    Args:
+        weight_bytes: Weights read per token; an embedding table that is only looked up counts as none.
+        kv_bytes: Keys and values read per token at this context.
+        bandwidth_gbs: The profile's peak bandwidth, 10**9 bytes/s; None if the profile states none.
+        bound_ms: (weight_bytes + kv_bytes) / bandwidth.
+        fraction: bound_ms / measured median.
+    """
+
+    context: int
+    weight_bytes: int
+    kv_bytes: int
+    bandwidth_gbs: float | None
+    bound_ms: float | None
+    fraction: float | None
+
+
+class Latency(_Strict):
+    """Artifact and original timed in turn in one process.
+
+    Args:
+        where: Runtime and provider of the artifact.
+        original: What the original ran as, such as "torch 2.13.0 float32 sdpa, dynamic cache".
+        threads: Intra-op threads of either side.
+        dropped: Lengths that were not measured since the model's positions end before them, and why.
+    """
+
+    where: str
+    original: str
+    threads: int
+    prefill: tuple[PrefillLatency, ...]
+    decode: tuple[DecodeLatency, ...]
+    roofline: tuple[Roofline, ...]
+    artifact_footprint: Footprint
+    original_footprint: Footprint
+    dropped: tuple[str, ...]

@@ -1,0 +1,91 @@
+"""Element-wise functions of a graph as C++ over vectors, several operators in one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from llmc.backends.compiled.program import Place, Space, Tensor
+
+#: Leaves that one function takes besides weights: members a, b and c of llmc::Op.
+MOST_PLACES = 3
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Rows, or a vector that is the same for every row."""
+
+    source: Place | Tensor
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A function of leaves; `text` has {0}, {1} … in their places."""
+
+    text: str
+    leaves: tuple[Leaf, ...]
+    width: int
+    space: Space
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(x.source for x in self.leaves if isinstance(x.source, Place))
+
+    @property
+    def vectors(self) -> tuple[Tensor, ...]:
+        return tuple(x.source for x in self.leaves if isinstance(x.source, Tensor))
+
+
+def leaf(source: Place | Tensor, width: int, space: Space) -> Expression:
+    return Expression("{0}", (Leaf(source),), width, space)
+
+
+def constant(value: float, width: int, space: Space) -> Expression:
+    return Expression(
+        f"all({value!r}f)" if "." in repr(value) or "e" in repr(value) else f"all({value!r}.0f)",
+        (),
+        width,
+        space,
+    )
+
+
+def apply(pattern: str, *arguments: Expression) -> Expression:
+    """`pattern` with $0, $1 … for the arguments; equal leaves are taken once."""
+    leaves: list[Leaf] = []
+    texts = []
+    for argument in arguments:
+        names = []
+        for item in argument.leaves:
+            if item not in leaves:
+                leaves.append(item)
+            names.append(f"{{{leaves.index(item)}}}")
+        texts.append(argument.text.format(*names))
+    text = pattern
+    for index, part in enumerate(texts):
+        text = text.replace(f"${index}", part)
+    return Expression(text, tuple(leaves), arguments[0].width, arguments[0].space)
+
+
+def _gelu(node: ir.Node) -> str:
+    approximate = node.attributes.get("approximate")
+    if approximate is not None and approximate.as_string() == "tanh":
+        return "gelu_tanh($0)"
+    return "gelu($0)"
+
+
+def _quick_gelu(node: ir.Node) -> str:
+    alpha = float(node.attributes["alpha"].as_float()) if "alpha" in node.attributes else 1.702
+    return f"scaled_silu($0, {alpha!r}f)"
+
+
+#: C++ of the operators with one activation, by domain and name.
+UNARY: dict[tuple[str, str], Callable[[ir.Node], str]] = {
+    ("", "Sigmoid"): lambda node: "sigmoid($0)",
+    ("", "Tanh"): lambda node: "tanh($0)",
+    ("", "Relu"): lambda node: "max($0, F{})",
+    ("", "Neg"): lambda node: "(-$0)",
+    ("", "Gelu"): _gelu,
+    ("com.microsoft", "Gelu"): _gelu,
+    ("com.microsoft", "QuickGelu"): _quick_gelu,
+}
+BINARY = {"Add": "($0 + $1)", "Sub": "($0 - $1)", "Mul": "($0 * $1)", "Div": "($0 / $1)"}

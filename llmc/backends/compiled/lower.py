@@ -1,0 +1,223 @@
+"""Graph to kernels: regions found, replaced by one operator each, and their library compiled.
+
+A region is a largest set of nodes that kernels can take without leaving and coming back: each node has a
+level, the number of changes between kernels and ONNX Runtime on the longest way to it, and the nodes of one
+level are one region. What kernels cannot take stays with ONNX Runtime's operators.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import onnx_ir as ir
+
+from llmc.backends.compiled.isa import DOMAIN, InstructionSet
+from llmc.backends.compiled.obstacles import obstacle
+from llmc.backends.compiled.operands import MICROSOFT
+from llmc.backends.compiled.region import RegionBuilder
+from llmc.backends.toolchain import Compiler, Unit, compile_library
+from llmc.errors import UnsupportedError
+from llmc.graph.model import Graph
+
+#: The library's name inside of an artifact.
+LIBRARY = "kernels.so"
+
+_CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
+_SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
+
+
+@dataclass(frozen=True)
+class CompiledKernels:
+    """What became of a graph.
+
+    Args:
+        library: The shared library.
+        regions: Number of operators that stand for regions.
+        nodes: Nodes that they replaced.
+        outside: Why nodes stayed with ONNX Runtime: (operator, reason) and how often.
+        compiler: What compiled it.
+        isa: Instruction set it needs.
+        source: sha256 of the generated source.
+    """
+
+    library: bytes
+    regions: int
+    nodes: int
+    outside: tuple[tuple[str, str, int], ...]
+    compiler: str
+    isa: str
+    source: str
+
+
+def compile_kernels(graph: Graph, isa: InstructionSet, compiler: Compiler) -> CompiledKernels:
+    """Replace what kernels can take by operators of domain `llmc.compiled`, and compile them.
+
+    Args:
+        graph: Lowered and quantized; changed in place. Weights are packed when they are written.
+
+    Raises:
+        UnsupportedError: There is nothing for kernels in the graph.
+        ResourceError: The compiler fails.
+    """
+    levels, reasons = _levels(graph.graph)
+    groups: dict[int, list[ir.Node]] = {}
+    for node, level in levels.items():
+        if level % 2:
+            groups.setdefault(level, []).append(node)
+    outside: Counter[tuple[str, str]] = Counter()
+    packed: dict[int, ir.Value] = {}
+    builders = []
+    replaced = 0
+    for nodes in groups.values():
+        if not any((n.domain, n.op_type) in _CORE for n in nodes):
+            outside.update((n.op_type, "nothing beside it is worth a kernel") for n in nodes)
+            continue
+        builder = RegionBuilder(nodes, graph.graph, packed)
+        builder.build()
+        builders.append(builder)
+        replaced += len(nodes)
+    outside.update((n.op_type, reason) for n, reason in reasons.items())
+    if not builders:
+        why = "; ".join(f"{op}: {reason}" for op, reason in sorted(outside))
+        raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
+    texts = [_region_text(builder, index) for index, builder in enumerate(builders)]
+    for index, builder in enumerate(builders):
+        _replace(graph.graph, builder, f"Region{index}")
+    _drop_unread(graph.graph)
+    graph.graph.sort()
+    graph.graph.opset_imports[DOMAIN] = 1
+    source = _source(builders, texts)
+    return CompiledKernels(
+        library=_compile(source, isa, compiler),
+        regions=len(builders),
+        nodes=replaced,
+        outside=tuple((op, reason, count) for (op, reason), count in sorted(outside.items())),
+        compiler=compiler.version,
+        isa=isa.name,
+        source=hashlib.sha256(source.encode()).hexdigest(),
+    )
+
+
+def _levels(graph: ir.Graph) -> tuple[dict[ir.Node, int], dict[ir.Node, str]]:
+    """Level of every node, odd where kernels take it, and why not of the others."""
+    levels: dict[ir.Node, int] = {}
+    reasons: dict[ir.Node, str] = {}
+    for node in graph:
+        reason = obstacle(node)
+        if reason is not None:
+            reasons[node] = reason
+        taken = reason is None
+        level = 1 if taken else 0
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer in levels:
+                before = levels[producer]
+                level = max(level, before + (taken != bool(before % 2)))
+        levels[node] = level
+    return levels, reasons
+
+
+def _replace(graph: ir.Graph, builder: RegionBuilder, name: str) -> None:
+    values = [*builder.inputs, *builder.weights]
+    made = ir.Node(DOMAIN, name, values, num_outputs=len(builder.outputs), name=name)
+    first = builder.inside[0]
+    graph.insert_before(first, made)
+    for old, new in zip(list(builder.outputs), made.outputs, strict=True):
+        label, old.name = old.name, None
+        new.name, new.shape, new.type = label, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(list(builder.inside), safe=True)
+
+
+def _drop_unread(graph: ir.Graph) -> None:
+    """Nodes and initializers that only the replaced nodes read."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+# The generated source
+
+
+def _region_text(builder: RegionBuilder, index: int) -> str:
+    program = builder.program
+    width = program.lay_out()
+    values = [*builder.inputs, *builder.weights]
+    types = ", ".join(str(int(v.dtype or ir.DataType.UNDEFINED)) for v in values)
+    outputs = ",\n  ".join(_output_text(builder, value) for value in builder.outputs)
+    operations = ",\n  ".join(program.text(operation) for operation in program.operations)
+    scratch = sorted({o.scratch for o in program.operations if o.scratch})
+    shared = sorted({o.shared for o in program.operations if o.shared})
+    position = {value: i for i, value in enumerate(values)}
+    rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
+    total = position[builder.total] if builder.total is not None else -1
+    return f"""
+constexpr int32_t types_{index}[] = {{{types}}};
+constexpr Output outputs_{index}[] = {{
+  {outputs}}};
+constexpr Op ops_{index}[] = {{
+  {operations}}};
+size_t shared_{index}(const Run& run) {{
+  (void)run;
+  size_t most = 0;
+  for (size_t size : {{size_t{{0}}{"".join(f", {s}" for s in shared)}}}) most = size > most ? size : most;
+  return most;
+}}
+constexpr size_t scratch_{index} = most({{size_t{{64}}{"".join(f", {s}" for s in scratch)}}});
+#define REGION_{index} {{"Region{index}", types_{index}, {len(values)}, outputs_{index}, \\
+  {len(builder.outputs)}, ops_{index}, {len(program.operations)}, {len(builder.inputs)}, \\
+  {rows_from}, {total}, {width}, scratch_{index}, shared_{index}}}
+"""
+
+
+def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
+    dims = [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
+    past = list(builder.inputs).index(builder.pasts[value]) if value in builder.pasts else -1
+    texts = [str(d) if isinstance(d, int) else _SYMBOLS[d] for d in dims]
+    return f"{{{int(value.dtype or 0)}, {len(dims)}, {{{', '.join(texts)}}}, {past}}}"
+
+
+def _source(builders: Sequence[RegionBuilder], texts: Sequence[str]) -> str:
+    functions = {name: body for b in builders for name, body in b.program.functions.items()}
+    rows = "\n".join(
+        f"void {name}(const Run& run, const Op& op, int64_t row) {{ {body} }}"
+        for name, body in sorted(functions.items())
+    )
+    regions = ", ".join(f"REGION_{i}" for i in range(len(texts)))
+    return f"""#include <initializer_list>
+
+#include "attention.h"
+#include "matmul.h"
+#include "rows.h"
+
+namespace llmc {{
+namespace {{
+constexpr size_t most(std::initializer_list<size_t> sizes) {{
+  size_t found = 0;
+  for (size_t size : sizes) found = size > found ? size : found;
+  return found;
+}}
+{rows}
+{"".join(texts)}
+}}  // namespace
+}}  // namespace llmc
+
+using namespace llmc;
+extern "C" {{
+extern const Region llmc_regions[] = {{{regions}}};
+extern const int32_t llmc_region_count = {len(texts)};
+}}
+"""
+
+
+def _compile(source: str, isa: InstructionSet, compiler: Compiler) -> bytes:
+    folder = files("llmc") / "kernels"
+    sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
+    flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+    units = (Unit("glue.cpp", (f"-D{isa.define}",)), Unit("model.cpp", isa.flags))
+    return compile_library(compiler, {**sources, "model.cpp": source}, units, flags)

@@ -1,0 +1,168 @@
+"""Why an operator stays outside of compiled regions."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from llmc.backends.compiled.expressions import BINARY, UNARY
+from llmc.backends.compiled.operands import (
+    MICROSOFT,
+    NORMS,
+    codes_of,
+    dims_of,
+    embedding_layout,
+    given,
+    layout_of,
+    scalar_of,
+    space_of,
+    width_of,
+)
+from llmc.backends.compiled.pack import PackedLayout
+from llmc.backends.compiled.program import LANES
+from llmc.graph.model import constant_of
+from llmc.graph.weights import LazyWeight
+
+
+def obstacle(node: ir.Node) -> str | None:
+    """Why `node` stays with ONNX Runtime; None if a region can take it."""
+    check = _CHECKS.get((node.domain, node.op_type))
+    if check is None:
+        return "there is no kernel for it"
+    if any(o.dtype not in (ir.DataType.FLOAT, None) for o in node.outputs if o.uses() or o.is_graph_output()):
+        return "it does not compute in float32"
+    return check(node)
+
+
+def _check_layout(layout: PackedLayout, codes: ir.Value) -> str | None:
+    if not isinstance(codes.const_value, LazyWeight):
+        return "its weights are no initializer"
+    if layout.k % LANES:
+        return f"it has {layout.k} input features; kernels take multiples of {LANES}"
+    if layout.bits == 8 and layout.zeros:
+        return "8-bit weights have zero points"
+    return None
+
+
+def _check_matmul(node: ir.Node) -> str | None:
+    if any(v is not None for v in node.inputs[4:]):
+        return "it has group indices or a bias of its own"
+    if width_of(given(node.inputs[0])) == 0 or width_of(node.outputs[0]) == 0:
+        return "its operand is no row of features per token"
+    if node.attributes.get_int("accuracy_level", 0) != 4:
+        return "its activations are not to be quantized"
+    return _check_layout(layout_of(node), given(node.inputs[1]))
+
+
+def _check_embedding(node: ir.Node) -> str | None:
+    ids = given(node.inputs[1])
+    if not ids.is_graph_input() or ids.dtype != ir.DataType.INT64 or dims_of(ids) != ["batch", "sequence"]:
+        return "its indices are not the token ids"
+    layout = embedding_layout(node)
+    if layout.k == 0:
+        return "its rows have no static width"
+    return _check_layout(layout, codes_of(node))
+
+
+def _check_norm(node: ir.Node) -> str | None:
+    centred, skip = NORMS[node.domain, node.op_type]
+    source = given(node.inputs[0])
+    width = width_of(source)
+    vectors = [v for v in node.inputs[2 if skip else 1 :] if v is not None]
+    limit = 2 if centred else 1
+    if (
+        not vectors
+        or len(vectors) > limit
+        or any(v.const_value is None or len(dims_of(v)) != 1 for v in vectors)
+    ):
+        return "its scale or bias is no vector of the model"
+    features = int(dims_of(vectors[0])[0])
+    if width == 0 or features % LANES or width % features or int(dims_of(source)[-1]) != features:
+        return f"it is over {features} features of {width}; kernels take multiples of {LANES}"
+    if skip and (dims_of(given(node.inputs[1])) != dims_of(source) or width != features):
+        return "what it adds has another shape"
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:3]):
+        return "its mean or inverse deviation is read"
+    return None
+
+
+def _check_elementwise(node: ir.Node) -> str | None:
+    width = width_of(node.outputs[0])
+    if width == 0 or width % LANES:
+        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+    rows = 0
+    for value in node.inputs:
+        operand = given(value)
+        if scalar_of(operand) is not None:
+            continue
+        if operand.const_value is not None:
+            if dims_of(operand) != [width] or operand.dtype != ir.DataType.FLOAT:
+                return "an operand is neither a row, nor a vector, nor a number"
+        elif dims_of(operand) == dims_of(node.outputs[0]):
+            rows += 1
+        else:
+            return "an operand has another shape"
+    return None if rows else "it reads no activation"
+
+
+def _check_last(node: ir.Node) -> str | None:
+    source, index = given(node.inputs[0]), constant_of(node.inputs[1])
+    width = width_of(source)
+    if (
+        width == 0
+        or width % LANES
+        or space_of(source) != "kTokens"
+        or node.attributes.get_int("axis", 0) != 1
+    ):
+        return "it is no choice of a token's row"
+    if index is None or index.numpy().reshape(-1).tolist() != [-1]:
+        return "it does not choose the last token"
+    return None
+
+
+def _check_split(node: ir.Node) -> str | None:
+    source = given(node.inputs[0])
+    rank = len(dims_of(source))
+    if width_of(source) == 0 or rank != 3 or node.attributes.get_int("axis", 0) % rank != 2:
+        return "it is not along the features"
+    if any(width_of(o) == 0 or width_of(o) % LANES for o in node.outputs):
+        return f"its parts are no multiples of {LANES} wide"
+    return None
+
+
+def _check_reshape(node: ir.Node) -> str | None:
+    before, after = given(node.inputs[0]), node.outputs[0]
+    same = (
+        width_of(before) and width_of(before) == width_of(after) and dims_of(before)[:2] == dims_of(after)[:2]
+    )
+    return None if same else "it changes more than how features are grouped"
+
+
+def _check_attention(node: ir.Node) -> str | None:
+    if any(v is not None for v in node.inputs[9:]):
+        return "it has position ids, a bias or sinks"
+    if node.attributes.get_int("smooth_softmax", 0):
+        return "it has a smooth softmax"
+    past = given(node.inputs[3])
+    width = dims_of(past)[-1]
+    if not isinstance(width, int) or width % LANES:
+        return f"its heads are {width} wide; kernels take multiples of {LANES}"
+    if past.dtype != ir.DataType.FLOAT or not past.is_graph_input():
+        return "its cache is not float32"
+    if any(not o.is_graph_output() for o in node.outputs[1:3]):
+        return "its cache is no output of the graph"
+    if any(width_of(v) == 0 for v in node.inputs[:3] if v is not None):
+        return "its query, key or value is no row of features per token"
+    return None
+
+
+_CHECKS: dict[tuple[str, str], Callable[[ir.Node], str | None]] = {
+    (MICROSOFT, "MatMulNBits"): _check_matmul,
+    (MICROSOFT, "GatherBlockQuantized"): _check_embedding,
+    (MICROSOFT, "GroupQueryAttention"): _check_attention,
+    ("", "Gather"): _check_last,
+    ("", "Split"): _check_split,
+    ("", "Reshape"): _check_reshape,
+    **dict.fromkeys(NORMS, _check_norm),
+    **dict.fromkeys(UNARY, _check_elementwise),
+    **{("", op): _check_elementwise for op in BINARY},
+}

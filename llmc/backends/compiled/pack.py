@@ -1,0 +1,114 @@
+"""Quantized weights in the order in which the kernels read them (layout: llmc/kernels/matmul.h)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.errors import CheckpointError
+from llmc.graph.weights import Array, WeightGroup
+
+GROUP = 16
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sizes of a packed matrix of N outputs and K inputs.
+
+    Args:
+        bits: 4 or 8; with 8 bits the zero point is 128.
+        zeros: Whether there is a zero point per block.
+    """
+
+    n: int
+    k: int
+    bits: int
+    block: int
+    zeros: bool
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.k // self.block)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.n // GROUP)
+
+    @property
+    def scales_at(self) -> int:
+        """First byte of a group's scales, which follow its codes."""
+        return self.blocks * self.block * GROUP * self.bits // 8
+
+    @property
+    def zeros_at(self) -> int:
+        return self.scales_at + self.blocks * GROUP * 2
+
+    @property
+    def group_bytes(self) -> int:
+        size = self.zeros_at + (self.blocks * GROUP // 2 if self.zeros else 0)
+        return -(-size // 64) * 64
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Computes a packed matrix, uint8 (groups, bytes of a group), from the members of MatMulNBits's group.
+
+    Args:
+        source: Computes `codes`, `scales` and, with zero points, `zero_points`.
+    """
+
+    source: WeightGroup
+    layout: PackedLayout
+
+    def __call__(self) -> Mapping[str, Array]:
+        members = self.source.compute()
+        return {"packed": pack(members, self.layout)}
+
+
+def pack(members: Mapping[str, Array], layout: PackedLayout) -> Array:
+    """Bytes uint8 (groups, bytes of a group).
+
+    Args:
+        members: codes uint8 (N, blocks, block * bits / 8), scales (N, blocks) of any floating type,
+            zero_points uint8 (N, ceil(blocks / 2)) of 4 bits each; as MatMulNBits has them.
+    """
+    groups, blocks, block = layout.groups, layout.blocks, layout.block
+    codes = members["codes"].reshape(layout.n, blocks, -1)
+    packed = np.zeros((groups, layout.group_bytes), np.uint8)
+    if layout.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(layout.n, blocks, block)
+    rows = _pad(codes, groups).reshape(groups, GROUP, blocks, block // 4, 4)
+    lanes = rows.transpose(0, 2, 3, 1, 4)  # group, block, register, output, input
+    if layout.bits == 4:
+        lanes = lanes[:, :, 0::2] | (lanes[:, :, 1::2] << 4)
+    packed[:, : layout.scales_at] = lanes.reshape(groups, -1)
+    with np.errstate(over="ignore"):
+        halves = members["scales"].astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise CheckpointError(
+            f"a scale of {np.abs(members['scales']).max():g} is too large for float16, which kernels read",
+            hint="the checkpoint is damaged, or needs a target without compiled kernels",
+        )
+    scales = _by_lane(halves, groups)
+    packed[:, layout.scales_at : layout.zeros_at] = scales.reshape(groups, -1).view(np.uint8)
+    if layout.zeros:
+        pairs = members["zero_points"]
+        zeros = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(layout.n, -1)[:, :blocks]
+        turned = _by_lane(zeros, groups)
+        joined = turned[..., 0::2] | (turned[..., 1::2] << 4)
+        packed[:, layout.zeros_at : layout.zeros_at + blocks * GROUP // 2] = joined.reshape(groups, -1)
+    return packed
+
+
+def _pad(rows: Array, groups: int) -> Array:
+    """Zeros after the last output up to a whole group."""
+    missing = groups * GROUP - len(rows)
+    if not missing:
+        return rows
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+
+
+def _by_lane(values: Array, groups: int) -> Array:
+    """(N, blocks) to (groups, blocks, 16), contiguous."""
+    padded = _pad(values, groups).reshape(groups, GROUP, -1)
+    return np.ascontiguousarray(padded.transpose(0, 2, 1))

@@ -1,0 +1,165 @@
+"""A region's program: operations over places in a workspace, and its C++ text (llmc/kernels/program.h)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+LANES = 16
+
+Space = Literal["kTokens", "kLast"]
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Columns of the workspace, `width` floats for every row; `column` is set when all are laid out."""
+
+    width: int
+    column: int = -1
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A tensor of the operator; `index` counts inputs, then outputs, and is set when all are known."""
+
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of float32: where they are, how far apart, and which part of them is meant.
+
+    Args:
+        stride: Floats from row to row.
+        offset: Floats before the part.
+        width: Floats of the part.
+        space: One row a token, or one a sequence.
+    """
+
+    home: Buffer | Tensor
+    stride: int
+    offset: int
+    width: int
+    space: Space
+
+    def part(self, offset: int, width: int) -> "Place":
+        return replace(self, offset=self.offset + offset, width=width)
+
+    def text(self) -> str:
+        base = self.home.column if isinstance(self.home, Buffer) else ~self.home.index
+        return f"{{{base}, {self.stride}, {self.offset}}}"
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Past key and value, present key and value."""
+
+    tensors: tuple[Tensor, ...]
+
+
+Operand = Place | Tensor | Caches | int | float | str
+Fields = dict[str, Operand]
+
+
+@dataclass
+class Operation:
+    """One entry of the program.
+
+    Args:
+        kind: Done row by row, or in chunks of its own making.
+        fields: Members of `llmc::Op` by name, functions as C++ text.
+        scratch, shared: C++ expressions for the memory it needs of each thread, and of all together.
+    """
+
+    kind: Literal["row", "chunk"]
+    space: Space
+    fields: Fields
+    scratch: str | None = None
+    shared: str | None = None
+
+    def buffers(self) -> list[Buffer]:
+        places = [v for v in self.fields.values() if isinstance(v, Place)]
+        return [p.home for p in places if isinstance(p.home, Buffer)]
+
+
+#: Members of llmc::Op in their order.
+_FIELDS = (
+    *("check", "row", "chunks", "chunk", "space", "out", "a", "b", "c", "weight", "bias", "n", "k", "x", "y"),
+    *("cache", "lengths", "cos", "sin", "window", "limit"),
+)
+
+
+@dataclass
+class Program:
+    """Operations in order, with the element-wise functions that they call.
+
+    Args:
+        functions: Bodies of generated row functions by name.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    functions: dict[str, str] = field(default_factory=dict)
+
+    def lay_out(self) -> int:
+        """Give every buffer its columns; returns the width of the workspace.
+
+        Rows that follow each other run in one phase, in which threads are at different rows. So two buffers
+        share memory only if no phase uses both, or lies between the uses of one and uses the other.
+        """
+        phases = self._phases()
+        first: dict[Buffer, int] = {}
+        last: dict[Buffer, int] = {}
+        for phase, operation in zip(phases, self.operations, strict=True):
+            for buffer in operation.buffers():
+                first.setdefault(buffer, phase)
+                last[buffer] = phase
+        placed: list[Buffer] = []
+        for buffer in first:  # in order of first use
+            size = -(-buffer.width // LANES) * LANES
+            taken = sorted(
+                (other.column, other.column + -(-other.width // LANES) * LANES)
+                for other in placed
+                if last[other] >= first[buffer] and first[other] <= last[buffer]
+            )
+            column = 0
+            for start, stop in taken:
+                if start - column >= size:
+                    break
+                column = max(column, stop)
+            buffer.column = column
+            placed.append(buffer)
+        return max((b.column + -(-b.width // LANES) * LANES for b in placed), default=0)
+
+    def _phases(self) -> list[int]:
+        phases: list[int] = []
+        before: Operation | None = None
+        for operation in self.operations:
+            joined = (
+                before is not None
+                and operation.kind == before.kind == "row"
+                and operation.space == before.space
+            )
+            phases.append(phases[-1] + (not joined) if phases else 0)
+            before = operation
+        return phases
+
+    def text(self, operation: Operation) -> str:
+        members: list[str] = []
+        fields = {**operation.fields, "space": f"Space::{operation.space}"}
+        fields.setdefault("bias", -1)
+        for name in _FIELDS:
+            if name in fields:
+                members.append(f".{name} = {_operand(fields[name])}")
+        return "{" + ", ".join(members) + "}"
+
+
+def _operand(value: Operand) -> str:
+    match value:
+        case Place():
+            return value.text()
+        case Tensor():
+            return str(value.index)
+        case Caches():
+            return "{" + ", ".join(str(tensor.index) for tensor in value.tensors) + "}"
+        case float():
+            return f"{value!r}f" if "." in repr(value) or "e" in repr(value) else f"{value!r}.0f"
+        case _:
+            return str(value)

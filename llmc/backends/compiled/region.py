@@ -1,0 +1,353 @@
+"""One region of a graph as a program: what each operator becomes."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from llmc.backends.compiled.expressions import BINARY, MOST_PLACES, UNARY, Expression, apply, constant, leaf
+from llmc.backends.compiled.operands import (
+    MICROSOFT,
+    NORMS,
+    codes_of,
+    dims_of,
+    embedding_layout,
+    given,
+    layout_of,
+    lazy_of,
+    scalar_of,
+    space_of,
+    width_of,
+)
+from llmc.backends.compiled.pack import PackedLayout, PackedWeight
+from llmc.backends.compiled.program import (
+    LANES,
+    Buffer,
+    Caches,
+    Fields,
+    Operation,
+    Place,
+    Program,
+    Space,
+    Tensor,
+)
+from llmc.graph.weights import LazyWeight, WeightGroup
+
+
+@dataclass
+class RegionBuilder:
+    """Builds the program of one region.
+
+    Args:
+        inside: Its nodes, in order.
+        packed: Initializers that hold packed weights, by the group of the codes; shared by all regions.
+    """
+
+    inside: Sequence[ir.Node]
+    graph: ir.Graph
+    packed: dict[int, ir.Value]
+    program: Program = field(default_factory=Program)
+    inputs: dict[ir.Value, Tensor] = field(default_factory=dict)
+    weights: dict[ir.Value, Tensor] = field(default_factory=dict)
+    outputs: dict[ir.Value, Tensor] = field(default_factory=dict)
+    pasts: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    rows_from: ir.Value | None = None
+    total: ir.Value | None = None
+    _places: dict[ir.Value, Place] = field(default_factory=dict)
+    _pending: dict[ir.Value, Expression] = field(default_factory=dict)
+    _quantized: dict[tuple[Place, int], Place] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Fill the program, and number the tensors of the operator."""
+        nodes = set(self.inside)
+        for node in self.inside:
+            for value in node.outputs:
+                if value.is_graph_output() or any(user not in nodes for user, _ in value.uses()):
+                    self.outputs[value] = Tensor()
+        for node in self.inside:
+            _LOWER[node.domain, node.op_type](self, node)
+        for value in self.outputs:
+            if value in self._pending:
+                self._place(value)
+            home = self._places[value].home if value in self._places else None
+            if home is not None and home is not self.outputs[value]:
+                self._copy(value)
+        for index, tensor in enumerate(
+            [*self.inputs.values(), *self.weights.values(), *self.outputs.values()]
+        ):
+            tensor.index = index
+
+    # What values are
+
+    def input(self, value: ir.Value) -> Tensor:
+        """A computed value from outside."""
+        dims = dims_of(value)
+        if self.rows_from is None and dims[:2] == ["batch", "sequence"]:
+            self.rows_from = value
+        return self.inputs.setdefault(value, Tensor())
+
+    def weight(self, value: ir.Value) -> Tensor:
+        return self.weights.setdefault(value, Tensor())
+
+    def packed_weight(
+        self, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layout: PackedLayout
+    ) -> Tensor:
+        """The packed form of MatMulNBits's operands, made once however many read it."""
+        lazy = lazy_of(codes)
+        key = id(lazy.group)
+        if key not in self.packed:
+            group = WeightGroup(lazy.sources, PackedWeight(lazy.group, layout))
+            name = str(codes.name).removesuffix(".codes") + ".packed"
+            shape = (layout.groups, layout.group_bytes)
+            tensor = LazyWeight(name=name, dtype=ir.DataType.UINT8, shape=shape, group=group, key="packed")
+            kind = ir.TensorType(ir.DataType.UINT8)
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=kind, const_value=tensor)
+            self.graph.register_initializer(value)
+            self.packed[key] = value
+        return self.weight(self.packed[key])
+
+    def make(self, value: ir.Value, width: int, space: Space) -> Place:
+        """Where `value` is to be written: its output tensor, or a new buffer."""
+        if value in self.outputs:
+            place = Place(self.outputs[value], width, 0, width, space)
+        else:
+            stride = -(-width // LANES) * LANES
+            place = Place(Buffer(stride), stride, 0, width, space)
+        self._places[value] = place
+        return place
+
+    def temporary(self, width: int, space: Space) -> Place:
+        stride = -(-width // LANES) * LANES
+        return Place(Buffer(stride), stride, 0, width, space)
+
+    def _place(self, value: ir.Value) -> Place:
+        """The rows of an activation, computed now if it was not yet."""
+        if value in self._places:
+            return self._places[value]
+        if value in self._pending:
+            expression = self._pending.pop(value)
+            out = self.make(value, expression.width, expression.space)
+            self._elementwise(expression, out)
+            return out
+        width, space = width_of(value), space_of(value)
+        place = Place(self.input(value), width, 0, width, space)
+        self._places[value] = place
+        return place
+
+    def _expression(self, value: ir.Value, width: int, space: Space) -> Expression:
+        number = scalar_of(value)
+        if number is not None:
+            return constant(number, width, space)
+        if value.const_value is not None:
+            return leaf(self.weight(value), width, space)
+        if value in self._pending:
+            users = {user for user, _ in value.uses()}
+            if len(users) == 1 and value not in self.outputs:
+                return self._pending[value]
+        return leaf(self._place(value), width, space)
+
+    # Operators
+
+    def elementwise(self, node: ir.Node) -> None:
+        output = node.outputs[0]
+        width, space = width_of(output), space_of(output)
+        arguments = [self._expression(v, width, space) for v in node.inputs if v is not None]
+        pattern = UNARY[node.domain, node.op_type](node) if len(arguments) == 1 else BINARY[node.op_type]
+        joined = apply(pattern, *arguments)
+        if len(joined.places) > MOST_PLACES or len(joined.vectors) > 2:
+            settled = [
+                leaf(self._place(v), width, space) if v is not None and v in self._pending else a
+                for v, a in zip(node.inputs, arguments, strict=False)
+            ]
+            joined = apply(pattern, *settled)
+        self._pending[output] = joined
+
+    def _elementwise(self, expression: Expression, out: Place) -> None:
+        names: dict[int, str] = {}
+        fields: Fields = {"out": out}
+        loads, members = [], {"places": iter("abc"), "vectors": iter(("weight", "bias"))}
+        for index, item in enumerate(expression.leaves):
+            kind = "places" if isinstance(item.source, Place) else "vectors"
+            member = next(members[kind])
+            fields[member] = item.source
+            names[index] = f"load({member} + i)"
+            loads.append(
+                f"const float* {member} = run.at(op.{member}, row);"
+                if kind == "places"
+                else f"const float* {member} = run.tensor<const float>(op.{member});"
+            )
+        body = expression.text.format(*[names[i] for i in range(len(names))])
+        code = " ".join(loads) + (
+            f" float* out = run.at(op.out, row); for (int i = 0; i < {out.width}; i += kLanes) "
+            f"store(out + i, {body});"
+        )
+        name = f"elementwise_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+        self.program.functions[name] = code
+        self.program.operations.append(Operation("row", out.space, {"row": name, **fields}))
+
+    def _copy(self, value: ir.Value) -> None:
+        source = self._places[value]
+        out = Place(self.outputs[value], source.width, 0, source.width, source.space)
+        fields = {"row": f"copy_row<{source.width}>", "out": out, "a": source}
+        self.program.operations.append(Operation("row", source.space, fields))  # type: ignore[arg-type]
+
+    def norm(self, node: ir.Node) -> None:
+        centred, skip = NORMS[node.domain, node.op_type]
+        vectors = [v for v in node.inputs[2 if skip else 1 :] if v is not None]
+        scale = vectors[0]
+        bias = node.inputs[3 if skip else 2] if len(node.inputs) > (3 if skip else 2) and centred else None
+        source = given(node.inputs[0])
+        space = space_of(source)
+        a = self._place(source)
+        width = int(dims_of(scale)[0])
+        fields: Fields = {
+            "a": a,
+            "weight": self.weight(scale),
+            "x": node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5,
+        }
+        if bias is not None:
+            fields["bias"] = self.weight(bias)
+        if skip:
+            fields["b"] = self._place(given(node.inputs[1]))
+            total = node.outputs[3] if len(node.outputs) > 3 else None
+            used = total is not None and (total.uses() or total.is_graph_output())
+            fields["c"] = (
+                self.make(total, a.width, space)
+                if used and total is not None
+                else self.temporary(a.width, space)
+            )
+        fields["out"] = self.make(node.outputs[0], a.width, space)
+        flags = [str(x).lower() for x in (centred, skip)]
+        fields["row"] = f"norm_row<{width}, {a.width // width}, {', '.join(flags)}>"
+        self.program.operations.append(Operation("row", space, fields))
+
+    def matmul(self, node: ir.Node) -> None:
+        layout = layout_of(node)
+        source, output = given(node.inputs[0]), node.outputs[0]
+        space = space_of(output)
+        kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
+        zeros = node.inputs[3] if len(node.inputs) > 3 else None
+        weight = self.packed_weight(given(node.inputs[1]), given(node.inputs[2]), zeros, layout)
+        activation = self._quantize(self._place(source), layout)
+        fields: Fields = {
+            "chunks": f"{kind}::chunks",
+            "chunk": f"{kind}::chunk",
+            "a": activation,
+            "weight": weight,
+            "n": layout.n,
+            "out": self.make(output, layout.n, space),
+        }
+        self.program.operations.append(Operation("chunk", space, fields, scratch=f"{kind}::scratch"))
+
+    def _quantize(self, place: Place, layout: PackedLayout) -> Place:
+        key = (place, layout.block)
+        if key not in self._quantized:
+            width = layout.blocks * layout.block // 4 + 2 * layout.blocks
+            out = self.temporary(width, place.space)
+            row = f"quantize_row<{layout.k}, {layout.block}>"
+            self.program.operations.append(
+                Operation("row", place.space, {"row": row, "a": place, "out": out})
+            )
+            self._quantized[key] = out
+        return self._quantized[key]
+
+    def embed(self, node: ir.Node) -> None:
+        codes = codes_of(node)
+        layout = embedding_layout(node)
+        kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
+        zeros = node.inputs[3] if len(node.inputs) > 3 else None
+        fields: Fields = {
+            "row": f"embed_row<{kind}>",
+            "check": "check_ids",
+            "weight": self.packed_weight(codes, given(node.inputs[2]), zeros, layout),
+            "lengths": self.input(given(node.inputs[1])),
+            "limit": layout.n,
+            "out": self.make(node.outputs[0], layout.k, "kTokens"),
+        }
+        self.program.operations.append(Operation("row", "kTokens", fields))
+
+    def last(self, node: ir.Node) -> None:
+        a = self._place(given(node.inputs[0]))
+        out = self.make(node.outputs[0], a.width, "kLast")
+        fields: Fields = {
+            "row": f"last_row<{a.width}>",
+            "a": a,
+            "out": out,
+        }
+        self.program.operations.append(Operation("row", "kLast", fields))
+
+    def split(self, node: ir.Node) -> None:
+        source, start = self._place(given(node.inputs[0])), 0
+        for output in node.outputs:
+            width = width_of(output)
+            self._places[output] = source.part(start, width)
+            start += width
+
+    def reshape(self, node: ir.Node) -> None:
+        self._places[node.outputs[0]] = self._place(given(node.inputs[0]))
+
+    def attention(self, node: ir.Node) -> None:
+        heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
+        past_key, past_value = given(node.inputs[3]), given(node.inputs[4])
+        width = int(dims_of(past_key)[-1])
+        query = self._place(given(node.inputs[0]))
+        if node.inputs[1] is None:
+            parts = (0, heads * width, (heads + kv_heads) * width)
+            sizes = (heads * width, kv_heads * width, kv_heads * width)
+            query, key, value = (query.part(o, w) for o, w in zip(parts, sizes, strict=True))
+        else:
+            key, value = (self._place(given(node.inputs[i])) for i in (1, 2))
+        rotated, interleaved = 0, False
+        fields: Fields = {}
+        if node.attributes.get_int("do_rotary", 0):
+            cos, sin = given(node.inputs[7]), given(node.inputs[8])
+            positions, half = (int(d) for d in dims_of(cos))
+            rotated, interleaved = 2 * half, bool(node.attributes.get_int("rotary_interleaved", 0))
+            fields |= {"cos": self.weight(cos), "sin": self.weight(sin), "limit": positions}
+        kind = f"Attention<{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}>"
+        caches = [self.input(past_key), self.input(past_value)]
+        for past, present in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
+            self.pasts[present] = past
+            caches.append(self.outputs[present])
+        self.total = given(node.inputs[6])
+        self.input(self.total)
+        scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 0.0
+        softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
+        common = {
+            **fields,
+            "cache": Caches(tuple(caches)),
+            "lengths": self.input(given(node.inputs[5])),
+            "window": max(0, node.attributes.get_int("local_window_size", -1)),
+            "x": scale or width**-0.5,
+            "y": softcap,
+        }
+        turned = self.temporary(heads * width, "kTokens")
+        output = self.make(node.outputs[0], heads * width, "kTokens")
+        chunk = {"chunks": f"{kind}::carry_chunks", "chunk": f"{kind}::carry", "check": f"{kind}::check"}
+        emit = self.program.operations.append
+        emit(Operation("chunk", "kTokens", {**common, **chunk}))
+        emit(
+            Operation(
+                "row",
+                "kTokens",
+                {**common, "row": f"{kind}::append", "a": query, "b": key, "c": value, "out": turned},
+            )
+        )
+        chunk = {"chunks": f"{kind}::chunks", "chunk": f"{kind}::chunk"}
+        work = {**common, **chunk, "a": turned, "out": output}
+        emit(Operation("chunk", "kTokens", work, scratch=f"{kind}::scratch", shared=f"{kind}::shared(run)"))
+        emit(Operation("row", "kTokens", {**common, "row": f"{kind}::combine", "out": output}))
+
+
+_LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
+    (MICROSOFT, "MatMulNBits"): RegionBuilder.matmul,
+    (MICROSOFT, "GatherBlockQuantized"): RegionBuilder.embed,
+    (MICROSOFT, "GroupQueryAttention"): RegionBuilder.attention,
+    ("", "Gather"): RegionBuilder.last,
+    ("", "Split"): RegionBuilder.split,
+    ("", "Reshape"): RegionBuilder.reshape,
+    **dict.fromkeys(NORMS, RegionBuilder.norm),
+    **dict.fromkeys(UNARY, RegionBuilder.elementwise),
+    **{("", op): RegionBuilder.elementwise for op in BINARY},
+}

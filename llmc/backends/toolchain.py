@@ -1,0 +1,138 @@
+"""A C++ compiler: sources and flags to a shared library, from a cache where the same was compiled before.
+
+LLMC_CXX names a compiler; else `ziglang` (a whole clang in a wheel) is taken where it is installed, else the
+system's `c++`, `g++` or `clang++`.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.errors import ResourceError
+
+_NAMES = ("c++", "g++", "clang++")
+_SECONDS = 600.0
+_HINT = "pip install 'llmc[compile]' or install g++ or clang++; LLMC_CXX names another compiler"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler.
+
+    Args:
+        command: What starts it, to be followed by arguments as GCC takes them.
+        version: First line of what it says of itself.
+    """
+
+    command: tuple[str, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source file and the flags that it alone is compiled with."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+
+
+def find_compiler() -> Compiler:
+    """The compiler that builds use.
+
+    Raises:
+        ResourceError: There is none, or the one that LLMC_CXX names does not run.
+    """
+    stated = os.environ.get("LLMC_CXX")
+    if stated:
+        return _identify(tuple(shlex.split(stated)))
+    if find_spec("ziglang") is not None:
+        return _identify((sys.executable, "-m", "ziglang", "c++"))
+    for name in _NAMES:
+        if (path := shutil.which(name)) is not None:
+            return _identify((path,))
+    raise ResourceError(
+        f"compiled kernels need a C++ compiler; neither ziglang nor {', '.join(_NAMES)} is installed",
+        hint=_HINT,
+    )
+
+
+def compile_library(
+    compiler: Compiler, sources: Mapping[str, str], units: Sequence[Unit], flags: Sequence[str]
+) -> bytes:
+    """Compile and link a shared library.
+
+    Args:
+        sources: Text by file name, headers included.
+        units: The sources that are compiled, with their own flags.
+        flags: Of every call.
+
+    Raises:
+        ResourceError: The compiler fails; the error has its output and the command.
+    """
+    facts = {
+        "compiler": compiler.version,
+        "command": [Path(compiler.command[0]).name, *compiler.command[1:]],
+        "sources": dict(sources),
+        "units": [[unit.name, *unit.flags] for unit in units],
+        "flags": list(flags),
+    }
+    cache = StageCache(default_cache_folder())
+    key = content_key("library", facts)
+    known = cache.get(key)
+    if known is not None:
+        return known
+    with tempfile.TemporaryDirectory(prefix="llmc-compile-") as name:
+        folder = Path(name)
+        for file, text in sources.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        objects = []
+        for unit in units:
+            objects.append(f"{unit.name}.o")
+            _call(compiler, [*flags, *unit.flags, "-c", unit.name, "-o", objects[-1]], folder)
+        _call(compiler, [*flags, "-shared", *objects, "-o", "library"], folder)
+        library = (folder / "library").read_bytes()
+    cache.put(key, library)
+    return library
+
+
+def _identify(command: tuple[str, ...]) -> Compiler:
+    try:
+        answer = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except OSError as error:
+        raise ResourceError(
+            f"the C++ compiler {command[0]} cannot be started: {error.strerror}", hint=_HINT
+        ) from error
+    if answer.returncode != 0 or not answer.stdout:
+        said = (answer.stderr or answer.stdout).strip().splitlines()
+        raise ResourceError(
+            f"the C++ compiler {shlex.join(command)} does not tell its version: "
+            f"{said[0] if said else 'no output'}",
+            hint=_HINT,
+        )
+    return Compiler(command, answer.stdout.splitlines()[0].strip())
+
+
+def _call(compiler: Compiler, arguments: Sequence[str], folder: Path) -> None:
+    command = [*compiler.command, *arguments]
+    try:
+        answer = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(f"{shlex.join(command)} did not end within {_SECONDS:.0f} s") from error
+    if answer.returncode != 0:
+        raise ResourceError(
+            f"{compiler.version} failed with code {answer.returncode}: {shlex.join(command)}\n"
+            f"{answer.stderr.strip()}",
+            hint="LLMC_CXX names another compiler; cpu-int4 needs none",
+        )

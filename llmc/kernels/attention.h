@@ -1,0 +1,376 @@
+// Attention of grouped queries (Ainslie et al. 2023) over an appended cache, with running softmax (Milakov and
+// Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, width) float32.
+#pragma once
+#include "program.h"
+#include "simd.h"
+
+namespace llmc {
+
+template <int Heads, int KvHeads, int D, int Rotated, bool Interleaved>
+struct Attention {
+  static constexpr int group = Heads / KvHeads;
+  static constexpr int vectors = D / kLanes;
+  static constexpr int keys_of_tile = 64;
+  static constexpr int queries_of_tile = group >= 16 ? 4 : 32;  // tokens, each with `group` rows
+  static constexpr int rows_of_tile = queries_of_tile * group;
+  static constexpr int rows_of_block = 4;
+  static constexpr int keys_of_split = 256;
+  static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
+  static constexpr size_t scratch =
+      sizeof(float) * (static_cast<size_t>(rows_of_tile) * (2 * D + 2 + keys_of_tile) + D * keys_of_tile) + 256;
+  static_assert(D % kLanes == 0 && Heads % KvHeads == 0, "whole vectors and whole groups");
+
+  /// Whether the step runs by splits of the keys instead of tiles of queries.
+  static bool few(const Run& run) { return run.sequence * group <= 16 * 4 && run.sequence <= 8; }
+  static int64_t splits(const Run& run) { return (run.total + keys_of_split - 1) / keys_of_split; }
+  static size_t shared(const Run& run) {
+    return few(run) ? sizeof(float) * run.batch * run.sequence * Heads * splits(run) * partial : 0;
+  }
+
+  /// Tokens of row b before and after this step.
+  static int64_t after(const Run& run, const Op& op, int64_t b) {
+    return run.tensor<const int32_t>(op.lengths)[b] + static_cast<int64_t>(1);
+  }
+  static int64_t before(const Run& run, const Op& op, int64_t b) {
+    return run.sequence == run.total ? 0 : after(run, op, b) - run.sequence;
+  }
+  static float* slot(const Run& run, int32_t tensor, int64_t b, int64_t head, int64_t position) {
+    const int64_t slots = run.shapes[tensor].dims[2];
+    return run.tensor<float>(tensor) + ((b * KvHeads + head) * slots + position) * D;
+  }
+
+  static const char* check(const Run& run, const Op& op) {
+    if (run.total < run.sequence) return "total_sequence_length is below the number of tokens of this step";
+    for (int64_t b = 0; b < run.batch; b++) {
+      const int64_t past = before(run, op, b), total = after(run, op, b);
+      if (past < 0 || total < 0) return "seqlens_k is below the number of tokens of this step";
+      if (total > run.total || past + run.sequence > run.shapes[op.cache[2]].dims[2])
+        return "the KV cache has fewer slots than seqlens_k asks for";
+      if (past > run.shapes[op.cache[0]].dims[2]) return "seqlens_k counts more tokens than the past has slots";
+      if (Rotated > 0 && past + run.sequence > op.limit) return "a position is beyond the tables of the rotary embedding";
+    }
+    for (int i = 0; i < 4; i++) {
+      const Shape& shape = run.shapes[op.cache[i]];
+      if (shape.rank != 4 || shape.dims[0] != run.batch || shape.dims[1] != KvHeads || shape.dims[3] != D)
+        return "a KV cache has another shape than the model was compiled for";
+    }
+    return nullptr;
+  }
+
+  /// Where past and present are two buffers, what is in the past.
+  static uint32_t carry_chunks(const Run& run, const Op&) { return static_cast<uint32_t>(run.batch * KvHeads); }
+  static void carry(const Run& run, const Op& op, uint32_t index, Scratch&) {
+    const int64_t b = index / KvHeads, head = index % KvHeads, tokens = before(run, op, b);
+    for (int i = 0; i < 2; i++) {
+      if (run.tensor<float>(op.cache[i]) == run.tensor<float>(op.cache[2 + i]) || tokens == 0) continue;
+      std::memcpy(slot(run, op.cache[2 + i], b, head, 0), slot(run, op.cache[i], b, head, 0),
+                  sizeof(float) * tokens * D);
+    }
+  }
+
+  /// Rotate query and key (Su et al. 2021), scale the query, append key and value to the cache.
+  static void append(const Run& run, const Op& op, int64_t row) {
+    const int64_t b = row / run.sequence, position = before(run, op, b) + row % run.sequence;
+    float* query = run.at(op.out, row);
+    const float* source = run.at(op.a, row);
+    for (int h = 0; h < Heads; h++) {
+      rotate(run, op, source + h * D, query + h * D, position);
+      for (int i = 0; i < D; i += kLanes) store(query + h * D + i, load(query + h * D + i) * all(op.x));
+    }
+    for (int h = 0; h < KvHeads; h++) {
+      rotate(run, op, run.at(op.b, row) + h * D, slot(run, op.cache[2], b, h, position), position);
+      std::memcpy(slot(run, op.cache[3], b, h, position), run.at(op.c, row) + h * D, sizeof(float) * D);
+    }
+  }
+
+  static void rotate(const Run& run, const Op& op, const float* from, float* to, int64_t position) {
+    constexpr int half = Rotated / 2;
+    const float* cos = Rotated ? run.tensor<const float>(op.cos) + position * half : nullptr;
+    const float* sin = Rotated ? run.tensor<const float>(op.sin) + position * half : nullptr;
+    for (int i = 0; i < half; i++) {
+      const int low = Interleaved ? 2 * i : i, high = Interleaved ? 2 * i + 1 : i + half;
+      const float x = from[low], y = from[high];
+      to[low] = x * cos[i] - y * sin[i];
+      to[high] = y * cos[i] + x * sin[i];
+    }
+    for (int i = Rotated; i < D; i++) to[i] = from[i];
+  }
+
+  static uint32_t chunks(const Run& run, const Op&) {
+    if (few(run)) return static_cast<uint32_t>(run.batch * KvHeads * splits(run));
+    return static_cast<uint32_t>(run.batch * KvHeads * ((run.sequence + queries_of_tile - 1) / queries_of_tile));
+  }
+
+  static void chunk(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
+    if (few(run)) {
+      split(run, op, index, scratch);
+    } else {
+      tile(run, op, index, scratch);
+    }
+  }
+
+  /// Keys that the query at `position` of row b sees: from here, to before there.
+  struct Range {
+    int64_t start, stop;
+  };
+  static Range seen(const Run& run, const Op& op, int64_t b, int64_t position) {
+    const int64_t total = after(run, op, b);
+    const int64_t stop = position + 1 < total ? position + 1 : total;  // padding sees what there is
+    const int64_t start = op.window > 0 && stop > op.window ? stop - op.window : 0;
+    return {start, stop};
+  }
+
+  static F bend(const Op& op, F score) { return op.y > 0 ? all(op.y) * tanh(score * all(1.0f / op.y)) : score; }
+
+  static float* partial_of(const Run& run, int64_t row, int64_t head, int64_t split) {
+    return reinterpret_cast<float*>(run.shared) + ((row * Heads + head) * splits(run) + split) * partial;
+  }
+
+  /// One part of the keys for the few queries of one KV head.
+  static void split(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
+    const int64_t count = splits(run), part = index % count, head = index / count % KvHeads,
+                  b = index / count / KvHeads;
+    float* scores = reinterpret_cast<float*>(scratch.bytes);  // group x keys_of_split
+    static_assert(scratch_floats() >= static_cast<size_t>(group) * keys_of_split, "room for the scores");
+    const float* keys = slot(run, op.cache[2], b, head, 0);
+    const float* values = slot(run, op.cache[3], b, head, 0);
+    for (int64_t token = 0; token < run.sequence; token++) {
+      const int64_t row = b * run.sequence + token;
+      const Range range = seen(run, op, b, before(run, op, b) + token);
+      const int64_t from = part * keys_of_split;
+      const int64_t start = range.start > from ? range.start : from;
+      const int64_t stop = range.stop < from + keys_of_split ? range.stop : from + keys_of_split;
+      const float* query = run.at(op.a, row) + head * group * D;
+      float* results[group];
+      for (int h = 0; h < group; h++) {
+        results[h] = partial_of(run, row, head * group + h, part);
+        results[h][D] = -3e38f;
+        results[h][D + 1] = 0;
+      }
+      if (start >= stop) continue;
+      const int64_t length = stop - start;
+      score(op, query, keys + start * D, length, scores);
+      for (int h = 0; h < group; h++) {
+        float* s = scores + h * keys_of_split;
+        F top = all(-3e38f);
+        for (int64_t i = 0; i < length; i += kLanes) top = max(top, load(s + i));
+        const float peak = largest(top);
+        F total = F{};
+        for (int64_t i = 0; i < length; i += kLanes) {
+          const F p = exp(load(s + i) - all(peak));
+          store(s + i, p);
+          total += p;
+        }
+        results[h][D] = peak;
+        results[h][D + 1] = sum(total);
+      }
+      weigh(values + start * D, length, scores, results);
+    }
+  }
+
+  static constexpr size_t scratch_floats() { return scratch / sizeof(float); }
+
+  template <int Step>
+  static F fold(F a, F b) {
+    if constexpr (Step == 1)
+      return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+             __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    if constexpr (Step == 2)
+      return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    if constexpr (Step == 4)
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+             __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+
+  /// Scores of `length` keys for each query of the group, 16 keys at a time; lanes beyond the end are -3e38.
+  static void score(const Op& op, const float* query, const float* keys, int64_t length, float* scores) {
+    F q[group][vectors];
+    for (int h = 0; h < group; h++)
+      for (int v = 0; v < vectors; v++) q[h][v] = load(query + h * D + v * kLanes);
+    const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t t = 0; t < length; t += kLanes) {
+      F part[group][kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const float* key = keys + (t + i < length ? t + i : length - 1) * D;
+        for (int v = 0; v < vectors; v++) {
+          const F k = load(key + v * kLanes);
+          for (int h = 0; h < group; h++) part[h][i] = v ? part[h][i] + k * q[h][v] : k * q[h][v];
+        }
+      }
+      for (int h = 0; h < group; h++) {
+        F* p = part[h];
+        for (int i = 0; i < 8; i++) p[i] = fold<1>(p[2 * i], p[2 * i + 1]);
+        for (int i = 0; i < 4; i++) p[i] = fold<2>(p[2 * i], p[2 * i + 1]);
+        for (int i = 0; i < 2; i++) p[i] = fold<4>(p[2 * i], p[2 * i + 1]);
+        const F score = bend(op, fold<8>(p[0], p[1]));
+        store(scores + h * keys_of_split + t, lane < all(static_cast<float>(length - t)) ? score : all(-3e38f));
+      }
+    }
+  }
+
+  static void weigh(const float* values, int64_t length, const float* scores, float* const* results) {
+    constexpr int heads = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
+    for (int h0 = 0; h0 < group; h0 += heads) {
+      F out[heads][vectors];
+      for (int h = 0; h < heads; h++)
+        for (int v = 0; v < vectors; v++) out[h][v] = F{};
+      for (int64_t t = 0; t < length; t++) {
+        for (int v = 0; v < vectors; v++) {
+          const F value = load(values + t * D + v * kLanes);
+          for (int h = 0; h < heads; h++) out[h][v] += all(scores[(h0 + h) * keys_of_split + t]) * value;
+        }
+      }
+      for (int h = 0; h < heads; h++)
+        for (int v = 0; v < vectors; v++) store(results[h0 + h] + v * kLanes, out[h][v]);
+    }
+  }
+
+  /// The parts of one row together, in their order.
+  static void combine(const Run& run, const Op& op, int64_t row) {
+    if (!few(run)) return;
+    float* out = run.at(op.out, row);
+    for (int h = 0; h < Heads; h++) {
+      float peak = -3e38f;
+      for (int64_t s = 0; s < splits(run); s++) {
+        const float* part = partial_of(run, row, h, s);
+        if (part[D + 1] > 0 && part[D] > peak) peak = part[D];
+      }
+      F acc[vectors];
+      for (int v = 0; v < vectors; v++) acc[v] = F{};
+      float total = 0;
+      for (int64_t s = 0; s < splits(run); s++) {
+        const float* part = partial_of(run, row, h, s);
+        if (!(part[D + 1] > 0)) continue;
+        const float weight = exp(all(part[D] - peak))[0];
+        total += weight * part[D + 1];
+        for (int v = 0; v < vectors; v++) acc[v] += all(weight) * load(part + v * kLanes);
+      }
+      const F inverse = all(total > 0 ? 1.0f / total : 0.0f);
+      for (int v = 0; v < vectors; v++) store(out + h * D + v * kLanes, acc[v] * inverse);
+    }
+  }
+
+  /// A tile of queries, all heads of one KV head, over all keys they see.
+  static void tile(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
+    const int64_t tiles = (run.sequence + queries_of_tile - 1) / queries_of_tile;
+    // The last queries see the most keys: begin with them, so that the threads end together.
+    const int64_t first = (tiles - 1 - index % tiles) * queries_of_tile, head = index / tiles % KvHeads,
+                  b = index / tiles / KvHeads;
+    const int64_t tokens = run.sequence - first < queries_of_tile ? run.sequence - first : queries_of_tile;
+    const int rows = static_cast<int>(tokens * group);
+    const int64_t position = before(run, op, b) + first;
+    float* out = reinterpret_cast<float*>(scratch.bytes);
+    float* scores = out + rows_of_tile * D;
+    float* turned = scores + rows_of_tile * keys_of_tile;
+    float* peaks = turned + D * keys_of_tile;
+    float* totals = peaks + rows_of_tile;
+    for (int i = 0; i < rows * D; i += kLanes) store(out + i, F{});
+    for (int r = 0; r < rows; r++) {
+      peaks[r] = -3e38f;
+      totals[r] = 0;
+    }
+    const int64_t start = seen(run, op, b, position).start / keys_of_tile * keys_of_tile;
+    const int64_t stop = seen(run, op, b, position + tokens - 1).stop;
+    for (int64_t t = start; t < stop; t += keys_of_tile) {
+      const int length = static_cast<int>(stop - t < keys_of_tile ? stop - t : keys_of_tile);
+      const float* values = slot(run, op.cache[3], b, head, t);
+      turn(slot(run, op.cache[2], b, head, t), length, turned);
+      int r = 0;
+      for (; r + rows_of_block <= rows; r += rows_of_block)
+        products<rows_of_block>(run, op, b, head, first, r, turned, scores);
+      for (; r < rows; r++) products<1>(run, op, b, head, first, r, turned, scores);
+      for (r = 0; r < rows; r++) {
+        const Range range = seen(run, op, b, position + r / group);
+        soften(op, scores + r * keys_of_tile, range.start - t, range.stop - t, out + r * D, peaks[r], totals[r]);
+      }
+      for (r = 0; r + rows_of_block <= rows; r += rows_of_block)
+        add<rows_of_block>(values, length, scores + r * keys_of_tile, out + r * D);
+      for (; r < rows; r++) add<1>(values, length, scores + r * keys_of_tile, out + r * D);
+    }
+    for (int r = 0; r < rows; r++) {
+      float* to = run.at(op.out, b * run.sequence + first + r / group) + (head * group + r % group) * D;
+      const F inverse = all(totals[r] > 0 ? 1.0f / totals[r] : 0.0f);
+      for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(out + r * D + v * kLanes) * inverse);
+    }
+  }
+
+  /// Keys of a tile, (keys, D) to (D, keys), zeros beyond the end.
+  static void turn(const float* keys, int length, float* turned) {
+    for (int t = 0; t < keys_of_tile; t++)
+      for (int d = 0; d < D; d++) turned[d * keys_of_tile + t] = t < length ? keys[t * D + d] : 0.0f;
+  }
+
+  template <int Rows>
+  static void products(const Run& run, const Op& op, int64_t b, int64_t head, int64_t first, int r,
+                       const float* turned, float* scores) {
+    constexpr int columns = keys_of_tile / kLanes;
+    const float* q[Rows];
+    F acc[Rows][columns];
+    for (int i = 0; i < Rows; i++) {
+      q[i] = run.at(op.a, b * run.sequence + first + (r + i) / group) + (head * group + (r + i) % group) * D;
+      for (int c = 0; c < columns; c++) acc[i][c] = F{};
+    }
+    for (int d = 0; d < D; d++) {
+      F k[columns];
+      for (int c = 0; c < columns; c++) k[c] = load(turned + d * keys_of_tile + c * kLanes);
+      for (int i = 0; i < Rows; i++)
+        for (int c = 0; c < columns; c++) acc[i][c] += all(q[i][d]) * k[c];
+    }
+    for (int i = 0; i < Rows; i++)
+      for (int c = 0; c < columns; c++) store(scores + (r + i) * keys_of_tile + c * kLanes, bend(op, acc[i][c]));
+  }
+
+  /// Softmax of a tile's scores so far; what was added before is scaled to the new maximum.
+  static void soften(const Op&, float* scores, int64_t start, int64_t stop, float* out, float& peak, float& total) {
+    const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const F low = all(static_cast<float>(start)), high = all(static_cast<float>(stop));
+    constexpr int columns = keys_of_tile / kLanes;
+    F s[columns];
+    F top = all(-3e38f);
+    for (int c = 0; c < columns; c++) {
+      const F at = lane + all(static_cast<float>(c * kLanes));
+      s[c] = load(scores + c * kLanes);
+      s[c] = at < low ? all(-3e38f) : s[c];
+      s[c] = at < high ? s[c] : all(-3e38f);
+      top = max(top, s[c]);
+    }
+    const float now = largest(top);
+    if (!(now > -2e38f)) {  // nothing of this tile is seen
+      for (int c = 0; c < columns; c++) store(scores + c * kLanes, F{});
+      return;
+    }
+    if (now > peak) {
+      const F shrink = peak > -2e38f ? exp(all(peak - now)) : F{};
+      for (int v = 0; v < vectors; v++) store(out + v * kLanes, load(out + v * kLanes) * shrink);
+      total *= shrink[0];
+      peak = now;
+    }
+    F added = F{};
+    for (int c = 0; c < columns; c++) {
+      const F p = exp(s[c] - all(peak));
+      store(scores + c * kLanes, p);
+      added += p;
+    }
+    total += sum(added);
+  }
+
+  template <int Rows>
+  static void add(const float* values, int length, const float* weights, float* out) {
+    F acc[Rows][vectors];
+    for (int i = 0; i < Rows; i++)
+      for (int v = 0; v < vectors; v++) acc[i][v] = load(out + i * D + v * kLanes);
+    for (int t = 0; t < length; t++) {
+      for (int v = 0; v < vectors; v++) {
+        const F value = load(values + t * D + v * kLanes);
+        for (int i = 0; i < Rows; i++) acc[i][v] += all(weights[i * keys_of_tile + t]) * value;
+      }
+    }
+    for (int i = 0; i < Rows; i++)
+      for (int v = 0; v < vectors; v++) store(out + i * D + v * kLanes, acc[i][v]);
+  }
+};
+
+}  // namespace llmc

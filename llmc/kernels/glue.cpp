@@ -1,0 +1,293 @@
+// The shared library as ONNX Runtime loads it. Compiled for the baseline of the architecture, unlike the regions: a
+// CPU without their instruction set is told so before any of them runs.
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "crew.h"
+#include "ort.h"
+#include "program.h"
+
+extern "C" const llmc::Region llmc_regions[];
+extern "C" const int32_t llmc_region_count;
+
+namespace llmc {
+namespace {
+
+constexpr char kDomain[] = "llmc.compiled";
+constexpr size_t kMaxThreads = 64;
+constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
+
+const char* missing_instruction_set() {
+#if defined(LLMC_ISA_AVX512)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vnni"))
+    return "AVX-512 with VNNI";
+#elif defined(LLMC_ISA_AVX2)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "AVX2 with FMA";
+#endif
+  return nullptr;
+}
+
+/// Memory of one step, kept for the next.
+struct Workspace {
+  void* data = nullptr;
+  size_t size = 0;
+};
+
+class Kernel {
+ public:
+  Kernel(const Api& api, const Region& region) : api_(api), region_(region) {}
+  ~Kernel() {
+    for (Workspace& w : free_) std::free(w.data);
+  }
+  Kernel(const Kernel&) = delete;
+
+  OrtStatus* compute(OrtKernelContext* context);
+
+ private:
+  OrtStatus* fail(const char* why) const {
+    return api_.error(kInvalidArgument, (std::string(region_.name) + ": " + why).c_str());
+  }
+  OrtStatus* read_shape(const OrtValue* value, Shape& shape) const;
+  OrtStatus* make_outputs(OrtKernelContext* context, Run& run, std::vector<void*>& tensors, std::vector<Shape>& shapes);
+  Workspace take(size_t size);
+  void put_back(Workspace workspace);
+
+  const Api api_;
+  const Region& region_;
+  std::mutex mutex_;
+  std::vector<Workspace> free_;
+};
+
+/// What the threads of one step share.
+struct Job {
+  const Run* run;
+  Crew crew;
+  std::atomic<size_t> threads{0};
+  uint8_t* scratch;
+  size_t scratch_size;
+};
+
+int64_t rows_of_chunk(int64_t rows) { return rows <= 64 ? 1 : 8; }
+
+void run_rows(const Run& run, int32_t first, int32_t last, int64_t start, int64_t stop) {
+  const Op* ops = run.region->ops;
+  for (int64_t row = start; row < stop; row++)
+    for (int32_t i = first; i < last; i++) ops[i].row(run, ops[i], row);
+}
+
+void work(void* data, size_t) {
+  Job& job = *static_cast<Job*>(data);
+  const size_t me = job.threads.fetch_add(1);
+  if (me >= kMaxThreads) return;
+  const Run& run = *job.run;
+  const Op* ops = run.region->ops;
+  const int32_t count = run.region->op_count;
+  Scratch scratch{job.scratch + me * job.scratch_size, job.scratch_size};
+  uint32_t phase = 0;
+  for (int32_t i = 0; i < count;) {
+    int32_t rows_end = ops[i].row != nullptr ? i : i + 1;
+    const int32_t rows_begin = rows_end;
+    while (rows_end < count && ops[rows_end].row != nullptr &&
+           (ops[i].row != nullptr ? ops[rows_end].space == ops[i].space
+                                  : run.rows(ops[rows_end].space) <= kFewRows))
+      rows_end++;
+    if (ops[i].row != nullptr) {
+      const int64_t rows = run.rows(ops[i].space), step = rows_of_chunk(rows);
+      job.crew.phase(
+          phase, static_cast<uint32_t>((rows + step - 1) / step),
+          [&](uint32_t chunk) {
+            const int64_t start = chunk * step;
+            run_rows(run, rows_begin, rows_end, start, start + step < rows ? start + step : rows);
+          },
+          [] {});
+    } else {
+      job.crew.phase(
+          phase, ops[i].chunks(run, ops[i]),
+          [&](uint32_t chunk) { ops[i].chunk(run, ops[i], chunk, scratch); },
+          [&] {
+            for (int32_t k = rows_begin; k < rows_end; k++) run_rows(run, k, k + 1, 0, run.rows(ops[k].space));
+          });
+    }
+    i = rows_end;
+    phase++;
+  }
+}
+
+OrtStatus* Kernel::read_shape(const OrtValue* value, Shape& shape) const {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  if (OrtStatus* status = api_.shape_of(value, &info)) return status;
+  OrtStatus* status = api_.rank(info, &shape.rank);
+  for (int64_t& dim : shape.dims) dim = 1;
+  if (status == nullptr && shape.rank > 4) status = fail("a tensor has more than 4 dimensions");
+  if (status == nullptr) status = api_.dims(info, shape.dims, shape.rank);
+  api_.release_shape(info);
+  return status;
+}
+
+OrtStatus* Kernel::make_outputs(OrtKernelContext* context, Run& run, std::vector<void*>& tensors,
+                                std::vector<Shape>& shapes) {
+  for (int32_t i = 0; i < region_.output_count; i++) {
+    const Output& output = region_.outputs[i];
+    Shape shape{{1, 1, 1, 1}, static_cast<size_t>(output.rank)};
+    for (int32_t d = 0; d < output.rank; d++) {
+      const int64_t dim = output.dims[d];
+      if (dim == ~int64_t{0}) {
+        shape.dims[d] = run.batch;
+      } else if (dim == ~int64_t{1}) {
+        shape.dims[d] = run.sequence;
+      } else if (dim == ~int64_t{2}) {
+        const int64_t slots = shapes[output.past].dims[2];
+        shape.dims[d] = slots > run.total ? slots : run.total;
+      } else {
+        shape.dims[d] = dim;
+      }
+    }
+    OrtValue* value = nullptr;
+    if (OrtStatus* status = api_.output(context, i, shape.dims, shape.rank, &value)) return status;
+    if (OrtStatus* status = api_.data(value, &tensors[region_.inputs + i])) return status;
+    shapes[region_.inputs + i] = shape;
+  }
+  return nullptr;
+}
+
+OrtStatus* Kernel::compute(OrtKernelContext* context) {
+  const size_t count = region_.inputs + region_.output_count;
+  std::vector<void*> tensors(count);
+  std::vector<Shape> shapes(count);
+  for (int32_t i = 0; i < region_.inputs; i++) {
+    const OrtValue* value = nullptr;
+    if (OrtStatus* status = api_.input(context, i, &value)) return status;
+    if (OrtStatus* status = api_.data(const_cast<OrtValue*>(value), &tensors[i])) return status;
+    if (i >= region_.computed) continue;
+    if (OrtStatus* status = read_shape(value, shapes[i])) return status;
+  }
+  const Shape& first = shapes[region_.rows_from];
+  Run run{&region_, tensors.data(), shapes.data(), nullptr, nullptr, first.dims[0], first.dims[1], first.dims[1]};
+  if (run.batch < 1 || run.sequence < 1) return fail("there are no tokens");
+  if (region_.total >= 0) run.total = *run.tensor<const int32_t>(region_.total);
+  if (OrtStatus* status = make_outputs(context, run, tensors, shapes)) return status;
+  for (int32_t i = 0; i < region_.op_count; i++) {
+    const Op& op = region_.ops[i];
+    const char* wrong = op.check == nullptr ? nullptr : op.check(run, op);
+    if (wrong != nullptr) return fail(wrong);
+  }
+  const auto rounded = [](size_t size) { return (size + 4095) / 4096 * 4096; };
+  const size_t rows = rounded(sizeof(float) * run.rows(Space::kTokens) * region_.width);
+  const size_t shared = rounded(region_.shared(run)), scratch = rounded(region_.scratch);
+  const Workspace workspace = take(rows + shared + scratch * kMaxThreads);
+  if (workspace.data == nullptr) return api_.error(kFail, "out of memory for the workspace of a step");
+  uint8_t* base = static_cast<uint8_t*>(workspace.data);
+  run.workspace = reinterpret_cast<float*>(base);
+  run.shared = base + rows;
+  Job job;
+  job.run = &run;
+  job.scratch = base + rows + shared;
+  job.scratch_size = scratch;
+  OrtStatus* status = api_.parallel_for(context, work, kMaxThreads, 0, &job);
+  put_back(workspace);
+  return status;
+}
+
+Workspace Kernel::take(size_t size) {
+  Workspace found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!free_.empty()) {
+      found = free_.back();
+      free_.pop_back();
+    }
+  }
+  if (found.size >= size) return found;
+  std::free(found.data);
+  return {std::aligned_alloc(4096, size), size};
+}
+
+void Kernel::put_back(Workspace workspace) {
+  if (workspace.size > kKeptBytes) {
+    std::free(workspace.data);
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(workspace);
+}
+
+/// One operator: ONNX Runtime's table of functions, then the region it stands for.
+struct Operator {
+  OrtCustomOp table;
+  const Region* region;
+};
+
+const Region& region_of(const OrtCustomOp* op) { return *reinterpret_cast<const Operator*>(op)->region; }
+
+OrtStatus* create(const OrtCustomOp* op, const void* table, const OrtKernelInfo*, void** kernel) {
+  const Api api(table);
+  *kernel = new (std::nothrow) Kernel(api, region_of(op));
+  return *kernel != nullptr ? nullptr : api.error(kFail, "out of memory for a kernel");
+}
+
+OrtCustomOp make_table() {
+  OrtCustomOp t{};
+  t.version = kApiVersion;
+  t.GetName = [](const OrtCustomOp* op) { return region_of(op).name; };
+  t.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  t.GetInputType = [](const OrtCustomOp* op, size_t i) -> int { return region_of(op).input_types[i]; };
+  t.GetInputTypeCount = [](const OrtCustomOp* op) -> size_t { return region_of(op).inputs; };
+  t.GetOutputType = [](const OrtCustomOp* op, size_t i) -> int { return region_of(op).outputs[i].type; };
+  t.GetOutputTypeCount = [](const OrtCustomOp* op) -> size_t { return region_of(op).output_count; };
+  t.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  t.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
+  t.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
+  t.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  t.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+  t.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  t.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+  t.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+  t.CreateKernelV2 = create;
+  t.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return static_cast<Kernel*>(kernel)->compute(context);
+  };
+  t.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  t.GetEndVersion = [](const OrtCustomOp*) { return 0x7fffffff; };
+  return t;
+}
+
+/// Operators and their domain live as long as the library.
+std::vector<Operator>& operators() {
+  static std::vector<Operator>* made = [] {
+    auto* list = new std::vector<Operator>;
+    for (int32_t i = 0; i < llmc_region_count; i++) list->push_back({make_table(), &llmc_regions[i]});
+    return list;
+  }();
+  return *made;
+}
+
+}  // namespace
+}  // namespace llmc
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const llmc::OrtApiBase* base) {
+  using namespace llmc;
+  const void* table = base->GetApi(kApiVersion);
+  if (table == nullptr) {
+    const std::string text = std::string("compiled operators need ONNX Runtime 1.17 or later; this is ") +
+                             base->GetVersionString();
+    return Api(base->GetApi(1)).error(kFail, text.c_str());
+  }
+  const Api api(table);
+  if (const char* isa = missing_instruction_set()) {
+    const std::string text = std::string("this model is compiled for CPUs with ") + isa + "; this CPU has it not";
+    return api.error(kFail, text.c_str());
+  }
+  OrtCustomOpDomain* domain = nullptr;
+  if (OrtStatus* status = api.create_domain(kDomain, &domain)) return status;
+  for (const Operator& op : operators())
+    if (OrtStatus* status = api.add_operator(domain, &op.table)) return status;
+  return api.add_domain(options, domain);
+}

@@ -1,0 +1,275 @@
+// Products with weights of 4 or 8 bits by block, activations quantized to 8 bits by block.
+//
+// Weights come packed in groups of 16 outputs. A group holds, each from a multiple of 64 bytes on counted from the
+// group's own start only for the codes:
+//   codes   for each block, registers of 64 bytes: lane n has inputs 4r .. 4r+3 of output n. With 4 bits a register's
+//           low nibbles are register 2q and its high nibbles register 2q+1 of the unpacked order.
+//   scales  float16, blocks x 16 outputs
+//   zeros   4 bits, blocks x 16 outputs, the even output in the low half; only with zero points
+// and is padded to a multiple of 64 bytes.
+#pragma once
+#include "program.h"
+#include "simd.h"
+
+namespace llmc {
+
+constexpr int round_up(int n, int m) { return (n + m - 1) / m * m; }
+
+/// Activations of one row, K inputs in blocks of B: codes, then scales (float32), then the codes' sums (int32).
+template <int K, int B>
+struct Quantized {
+  static constexpr int blocks = (K + B - 1) / B;
+  static constexpr int width = round_up(blocks * B / 4 + 2 * blocks, kLanes);  // in floats
+
+  static const int8_t* codes(const float* row) { return reinterpret_cast<const int8_t*>(row); }
+  static const float* scales(const float* row) { return row + blocks * B / 4; }
+  static const int32_t* sums(const float* row) {
+    return reinterpret_cast<const int32_t*>(row + blocks * B / 4 + blocks);
+  }
+};
+
+/// Quantize a row by block: code = nearest(x * 127 / max|x|). With many rows the codes are stored as unsigned bytes,
+/// 128 above their value.
+template <int K, int B>
+void quantize_row(const Run& run, const Op& op, int64_t row) {
+  using Q = Quantized<K, B>;
+  const float* x = run.at(op.a, row);
+  float* out = run.at(op.out, row);
+  int8_t* codes = reinterpret_cast<int8_t*>(out);
+  float* scales = out + Q::blocks * B / 4;
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
+  const I flip = all(run.rows(op.space) >= kManyRows ? 128 : 0);
+  for (int b = 0; b < Q::blocks; b++) {
+    F part[B / kLanes];
+    F top = F{};
+    for (int i = 0; i < B / kLanes; i++) {
+      const int k = b * B + i * kLanes;
+      part[i] = k < K ? load(x + k) : F{};
+      top = max(top, abs(part[i]));
+    }
+    const float peak = largest(top);
+    const F inverse = all(peak > 1e-30f ? 127.0f / peak : 0.0f);
+    I total = I{};
+    for (int i = 0; i < B / kLanes; i++) {
+      const I code = nearest(part[i] * inverse);
+      total += code;
+      *reinterpret_cast<B16Any*>(codes + b * B + i * kLanes) = __builtin_convertvector(code + flip, B16);
+    }
+    scales[b] = peak > 1e-30f ? peak / 127.0f : 0.0f;
+    int32_t count = 0;
+    for (int i = 0; i < kLanes; i++) count += total[i];
+    sums[b] = count;
+  }
+}
+
+template <int K_, int B_, int Bits_, bool Zeros_>
+struct Matmul {
+  static constexpr int K = K_, B = B_, Bits = Bits_;
+  static constexpr bool Zeros = Zeros_;
+  using Q = Quantized<K, B>;
+  static constexpr int blocks = Q::blocks;
+  static constexpr int registers = B / 4;                    // unpacked, of a block
+  static constexpr int block_bytes = B * kLanes * Bits / 8;  // codes of a block
+  static constexpr int scales_at = blocks * block_bytes;
+  static constexpr int zeros_at = scales_at + blocks * 2 * kLanes;
+  static constexpr int group_bytes = round_up(zeros_at + (Zeros ? blocks * kLanes / 2 : 0), 64);
+
+  /// Codes of a chunk when there are few rows: large against the cost of a claim, small against a matrix.
+  static constexpr int groups_of_chunk = group_bytes >= (48 << 10) ? 1 : (48 << 10) / group_bytes;
+  static constexpr int64_t rows_of_tile = 256;
+  static constexpr int strip_bytes = blocks * (registers * 64 + 64 + 64);
+  static constexpr size_t scratch = 2 * static_cast<size_t>(strip_bytes);
+
+  static int64_t groups(const Op& op) { return (op.n + kLanes - 1) / kLanes; }
+
+  static uint32_t chunks(const Run& run, const Op& op) {
+    const int64_t rows = run.rows(op.space);
+    if (rows < kManyRows) return static_cast<uint32_t>((groups(op) + groups_of_chunk - 1) / groups_of_chunk);
+    return static_cast<uint32_t>((groups(op) + 1) / 2 * ((rows + rows_of_tile - 1) / rows_of_tile));
+  }
+
+  static void chunk(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
+    const int64_t rows = run.rows(op.space);
+    if (rows >= kManyRows) return tile(run, op, index, scratch);
+    const int64_t first = static_cast<int64_t>(index) * groups_of_chunk;
+    const int64_t last = first + groups_of_chunk < groups(op) ? first + groups_of_chunk : groups(op);
+    const uint8_t* weights = run.tensor<const uint8_t>(op.weight);
+    for (int64_t g = first; g < last; g++) {
+      const uint8_t* group = weights + g * group_bytes;
+      int64_t row = 0;
+      for (; row + 4 <= rows; row += 4) few<4>(run, op, group, g, row);
+      for (; row + 2 <= rows; row += 2) few<2>(run, op, group, g, row);
+      for (; row < rows; row++) few<1>(run, op, group, g, row);
+    }
+  }
+
+ private:
+  /// 16 outputs of `Rows` rows straight from the packed weights.
+  template <int Rows>
+  static void few(const Run& run, const Op& op, const uint8_t* group, int64_t g, int64_t row) {
+    const float* a[Rows];
+    F total[Rows];
+    for (int r = 0; r < Rows; r++) {
+      a[r] = run.at(op.a, row + r);
+      total[r] = F{};
+    }
+    const uint8_t* codes = group;
+    for (int b = 0; b < blocks; b++, codes += block_bytes) {
+      for (int i = 0; i < block_bytes; i += 64) __builtin_prefetch(codes + 4096 + i);
+      I low[Rows], high[Rows];
+      const I zeros = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
+      for (int r = 0; r < Rows; r++) {
+        low[r] = -(zeros * all(Q::sums(a[r])[b]));
+        high[r] = I{};
+      }
+      for (int j = 0; j < registers; j += 2) {
+        I first, second;
+        if constexpr (Bits == 4) {
+          const I both = load_ints(codes + j * 32);
+          first = both & all(0x0f0f0f0f);
+          second = (both >> 4) & all(0x0f0f0f0f);
+        } else {
+          first = load_ints(codes + j * 64);
+          second = load_ints(codes + j * 64 + 64);
+        }
+        for (int r = 0; r < Rows; r++) {
+          int32_t x[2];
+          std::memcpy(x, Q::codes(a[r]) + b * B + j * 4, 8);
+          low[r] = dot<Bits>(low[r], first, all(x[0]));
+          high[r] = dot<Bits>(high[r], second, all(x[1]));
+        }
+      }
+      const F scale = load_half(reinterpret_cast<const uint16_t*>(group + scales_at) + b * kLanes);
+      for (int r = 0; r < Rows; r++) total[r] += to_float(low[r] + high[r]) * (scale * all(Q::scales(a[r])[b]));
+    }
+    for (int r = 0; r < Rows; r++) put(run, op, g, row + r, total[r]);
+  }
+
+  static void put(const Run& run, const Op& op, int64_t g, int64_t row, F value) {
+    float* out = run.at(op.out, row) + g * kLanes;
+    const int64_t left = op.n - g * kLanes;
+    if (left >= kLanes || op.out.base >= 0) {
+      store(out, value);
+    } else {
+      for (int64_t i = 0; i < left; i++) out[i] = value[i];
+    }
+  }
+
+  /// Up to 32 outputs of up to `rows_of_tile` rows.
+  static void tile(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
+    const int64_t pairs = (groups(op) + 1) / 2, rows = run.rows(op.space);
+    const int64_t start = index / pairs * rows_of_tile, g = index % pairs * 2;
+    const int64_t stop = start + rows_of_tile < rows ? start + rows_of_tile : rows;
+    const uint8_t* weights = run.tensor<const uint8_t>(op.weight);
+    const bool two = g + 1 < groups(op);
+    uint8_t* strips[2] = {scratch.bytes, scratch.bytes + strip_bytes};
+    unpack(weights + g * group_bytes, strips[0]);
+    if (two) unpack(weights + (g + 1) * group_bytes, strips[1]);
+    int64_t row = start;
+    if (two) {
+      for (; row + 6 <= stop; row += 6) many<2, 6>(run, op, strips, g, row);
+      for (; row < stop; row++) many<2, 1>(run, op, strips, g, row);
+    } else {
+      for (; row + 8 <= stop; row += 8) many<1, 8>(run, op, strips, g, row);
+      for (; row < stop; row++) many<1, 1>(run, op, strips, g, row);
+    }
+  }
+
+  /// A group as signed bytes without their zero points: for each block its registers, then what the accumulator
+  /// starts from, -128 times the sum of the block's weights, since activations are stored 128 too high; then scales.
+  static void unpack(const uint8_t* group, uint8_t* strip) {
+    for (int b = 0; b < blocks; b++, strip += registers * 64 + 128) {
+      const uint8_t* codes = group + b * block_bytes;
+      I zero = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
+      zero = zero | (zero << 8);
+      zero = zero | (zero << 16);
+      typedef int8_t Bytes __attribute__((vector_size(64)));
+      I start = I{};
+      for (int j = 0; j < registers; j++) {
+        I code;
+        if constexpr (Bits == 4) {
+          code = load_ints(codes + j / 2 * 64);
+          code = (j % 2 ? code >> 4 : code) & all(0x0f0f0f0f);
+        } else {
+          code = load_ints(codes + j * 64);
+        }
+        const I weight = (I)((Bytes)code - (Bytes)zero);
+        store_ints(strip + j * 64, weight);
+        start = dot<8>(start, all(static_cast<int32_t>(0x80808080u)), weight);
+      }
+      store_ints(strip + registers * 64, -start);
+      store(reinterpret_cast<float*>(strip + registers * 64 + 64),
+            load_half(reinterpret_cast<const uint16_t*>(group + scales_at) + b * kLanes));
+    }
+  }
+
+  template <int Groups, int Rows>
+  static void many(const Run& run, const Op& op, uint8_t* const* strips, int64_t g, int64_t row) {
+    const float* a[Rows];
+    F total[Groups][Rows];
+    for (int r = 0; r < Rows; r++) {
+      a[r] = run.at(op.a, row + r);
+      for (int s = 0; s < Groups; s++) total[s][r] = F{};
+    }
+    for (int b = 0; b < blocks; b++) {
+      const int at = b * (registers * 64 + 128);
+      I c[Groups][Rows];
+      for (int s = 0; s < Groups; s++) {
+        const I start = load_ints(strips[s] + at + registers * 64);
+        for (int r = 0; r < Rows; r++) c[s][r] = start;
+      }
+      for (int j = 0; j < registers; j++) {
+        I w[Groups];
+        for (int s = 0; s < Groups; s++) w[s] = load_ints(strips[s] + at + j * 64);
+        for (int r = 0; r < Rows; r++) {
+          int32_t x;
+          std::memcpy(&x, Q::codes(a[r]) + b * B + j * 4, 4);
+          const I wide = all(x);
+          for (int s = 0; s < Groups; s++) c[s][r] = dot < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+        }
+      }
+      for (int s = 0; s < Groups; s++) {
+        const F scale = load(reinterpret_cast<const float*>(strips[s] + at + registers * 64 + 64));
+        for (int r = 0; r < Rows; r++) total[s][r] += to_float(c[s][r]) * (scale * all(Q::scales(a[r])[b]));
+      }
+    }
+    for (int s = 0; s < Groups; s++)
+      for (int r = 0; r < Rows; r++) put(run, op, g + s, row + r, total[s][r]);
+  }
+};
+
+inline const char* check_ids(const Run& run, const Op& op) {
+  const int64_t* ids = run.tensor<const int64_t>(op.lengths);
+  for (int64_t i = 0; i < run.rows(op.space); i++)
+    if (ids[i] < 0 || ids[i] >= op.limit) return "a token id is outside of the vocabulary";
+  return nullptr;
+}
+
+/// Rows of an embedding that is packed like a product's weights. Ids are checked before the region runs.
+template <class M>
+void embed_row(const Run& run, const Op& op, int64_t row) {
+  const int64_t id = run.tensor<const int64_t>(op.lengths)[row];
+  const uint8_t* group = run.tensor<const uint8_t>(op.weight) + id / kLanes * M::group_bytes;
+  const int lane = static_cast<int>(id % kLanes);
+  float* out = run.at(op.out, row);
+  for (int b = 0; b < M::blocks; b++) {
+    float scale;
+    {
+      const F scales = load_half(reinterpret_cast<const uint16_t*>(group + M::scales_at) + b * kLanes);
+      scale = scales[lane];
+    }
+    int zero = 1 << (M::Bits - 1);
+    if (M::Zeros) {
+      const uint8_t pair = group[M::zeros_at + b * (kLanes / 2) + lane / 2];
+      zero = lane % 2 ? pair >> 4 : pair & 15;
+    }
+    const uint8_t* codes = group + b * M::block_bytes;
+    for (int i = 0; i < M::B && b * M::B + i < M::K; i++) {
+      const int r = i / 4, byte = lane * 4 + i % 4;
+      const int code = M::Bits == 8 ? codes[r * 64 + byte] : (codes[r / 2 * 64 + byte] >> (r % 2 * 4)) & 15;
+      out[b * M::B + i] = static_cast<float>(code - zero) * scale;
+    }
+  }
+}
+
+}  // namespace llmc

@@ -1,0 +1,98 @@
+// A compiled region: a list of steps over rows of activations, and what one execution of it knows.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace llmc {
+
+struct Run;
+struct Op;
+
+/// A matrix of float32 rows. `base` counts columns of the workspace that lie before it; a negative one, ~index, is a
+/// tensor of the operator: inputs first, then outputs. `stride` and `offset` are in floats.
+struct Ref {
+  int32_t base = 0;
+  int32_t stride = 0;
+  int32_t offset = 0;
+};
+
+/// Rows that an operation has: one a token, or one a sequence.
+enum class Space : int32_t { kTokens, kLast };
+
+/// Memory of one thread.
+struct Scratch {
+  uint8_t* bytes;
+  size_t size;
+};
+
+/// One operation. Row operations are done for each row, chunk operations cut their work themselves.
+struct Op {
+  const char* (*check)(const Run&, const Op&);  // what is wrong with the inputs, before anything runs
+  void (*row)(const Run&, const Op&, int64_t row);
+  uint32_t (*chunks)(const Run&, const Op&);
+  void (*chunk)(const Run&, const Op&, uint32_t index, Scratch&);
+  Space space;
+  Ref out, a, b, c;
+  int32_t weight, bias, n, k;
+  float x, y;
+  int32_t cache[4];  // inputs past key and value, outputs present key and value
+  int32_t lengths, cos, sin, window;  // `lengths`: tokens of each row - 1, or the ids of an embedding
+  int64_t limit;                      // entries of the embedding, or positions of the rotary tables
+};
+
+/// Shape of a tensor of the operator; dimensions beyond `rank` are 1.
+struct Shape {
+  int64_t dims[4];
+  size_t rank;
+};
+
+/// An output: its type (ONNX TensorProto), and its shape, where ~0 is batch, ~1 sequence and ~2 the slots of the cache
+/// whose past is input `past`.
+struct Output {
+  int32_t type;
+  int32_t rank;
+  int64_t dims[4];
+  int32_t past;
+};
+
+struct Region {
+  const char* name;
+  const int32_t* input_types;
+  int32_t inputs;
+  const Output* outputs;
+  int32_t output_count;
+  const Op* ops;  // a row operation has `row`, a chunk operation `chunks` and `chunk`
+  int32_t op_count;
+  int32_t computed;  // inputs that are no weights; they come first
+  int32_t rows_from;             // input whose first two dimensions are batch and sequence
+  int32_t total;                 // input with the longest total length, int32 scalar; -1 without attention
+  int32_t width;                 // floats of the workspace for each row
+  size_t scratch;                // bytes of each thread's memory
+  size_t (*shared)(const Run&);  // bytes that the threads share
+};
+
+struct Run {
+  const Region* region;
+  void* const* tensors;     // inputs, then outputs
+  const Shape* shapes;
+  float* workspace;
+  uint8_t* shared;
+  int64_t batch, sequence, total;
+
+  int64_t rows(Space space) const { return space == Space::kTokens ? batch * sequence : batch; }
+  template <class T>
+  T* tensor(int32_t index) const {
+    return static_cast<T*>(tensors[index]);
+  }
+  float* at(const Ref& ref, int64_t row) const {
+    float* base = ref.base < 0 ? tensor<float>(~ref.base) : workspace + ref.base * (batch * sequence);
+    return base + row * ref.stride + ref.offset;
+  }
+};
+
+/// Few rows run in the tail of the phase before them, many in a phase of their own.
+constexpr int64_t kFewRows = 2;
+/// From here on a product unpacks its weights once for all rows.
+constexpr int64_t kManyRows = 8;
+
+}  // namespace llmc

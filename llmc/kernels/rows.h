@@ -1,0 +1,54 @@
+// Operations on one row: norms, element-wise functions, copies. Widths are multiples of 16.
+#pragma once
+#include "program.h"
+#include "simd.h"
+
+namespace llmc {
+
+/// out = norm(a + b), c = a + b. RMS norm (Zhang and Sennrich 2019), or layer norm (Ba et al. 2016) if `Centred`.
+/// Skip: whether there is a b; Repeats: norms of W features beside each other that share one scale.
+template <int W, int Repeats, bool Centred, bool Skip>
+void norm_row(const Run& run, const Op& op, int64_t row) {
+  const float* scale = run.tensor<const float>(op.weight);
+  const float* bias = op.bias < 0 ? nullptr : run.tensor<const float>(op.bias);
+  for (int r = 0; r < Repeats; r++) {
+    const float* a = run.at(op.a, row) + r * W;
+    float* out = run.at(op.out, row) + r * W;
+    if constexpr (Skip) {
+      const float* b = run.at(op.b, row) + r * W;
+      float* total = run.at(op.c, row) + r * W;
+      for (int i = 0; i < W; i += kLanes) store(total + i, load(a + i) + load(b + i));
+      a = total;
+    }
+    F first = F{};
+    if constexpr (Centred) {
+      for (int i = 0; i < W; i += kLanes) first += load(a + i);
+      first = all(sum(first) / W);
+    }
+    F second = F{};
+    for (int i = 0; i < W; i += kLanes) {
+      const F x = load(a + i) - first;
+      second += x * x;
+    }
+    const F inverse = all(1.0f / __builtin_sqrtf(sum(second) / W + op.x));
+    for (int i = 0; i < W; i += kLanes) {
+      F x = (load(a + i) - first) * inverse * load(scale + i);
+      if (bias != nullptr) x += load(bias + i);
+      store(out + i, x);
+    }
+  }
+}
+
+/// A tensor from outside of the region into the workspace, or the other way round.
+template <int W>
+void copy_row(const Run& run, const Op& op, int64_t row) {
+  std::memcpy(run.at(op.out, row), run.at(op.a, row), sizeof(float) * W);
+}
+
+/// The last token's row of each sequence.
+template <int W>
+void last_row(const Run& run, const Op& op, int64_t row) {
+  std::memcpy(run.at(op.out, row), run.at(op.a, (row + 1) * run.sequence - 1), sizeof(float) * W);
+}
+
+}  // namespace llmc

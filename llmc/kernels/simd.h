@@ -1,0 +1,168 @@
+// Vectors of 16 lanes. Arithmetic is the compiler's own; what has no portable form is written per instruction set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace llmc {
+
+constexpr int kLanes = 16;
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef int8_t B16 __attribute__((vector_size(16)));
+typedef float FAny __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t IAny __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int8_t B16Any __attribute__((vector_size(16), aligned(1), may_alias));
+
+inline F load(const float* p) { return *reinterpret_cast<const FAny*>(p); }
+inline void store(float* p, F v) { *reinterpret_cast<FAny*>(p) = v; }
+inline I load_ints(const void* p) { return *static_cast<const IAny*>(p); }
+inline void store_ints(void* p, I v) { *static_cast<IAny*>(p) = v; }
+inline F all(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline I all(int32_t x) { return I{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline F to_float(I v) { return __builtin_convertvector(v, F); }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+inline F abs(F a) { return (F)((I)a & all(0x7fffffff)); }
+
+inline F rotate8(F v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline F rotate4(F v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3); }
+inline F rotate2(F v) { return __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1); }
+inline F rotate1(F v) { return __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0); }
+
+inline float sum(F v) {
+  v += rotate8(v);
+  v += rotate4(v);
+  v += rotate2(v);
+  v += rotate1(v);
+  return v[0];
+}
+
+inline float largest(F v) {
+  v = max(v, rotate8(v));
+  v = max(v, rotate4(v));
+  v = max(v, rotate2(v));
+  v = max(v, rotate1(v));
+  return v[0];
+}
+
+/// Nearest integers, ties to even, of |x| < 2**22: the sum with 1.5 * 2**23 has them in its low bits.
+inline I nearest(F x) { return (I)(x + all(12582912.0f)) - all(0x4b400000); }
+
+/// e**x with a relative error below 2e-7; 0 below -87.3, and no infinity above 88.
+inline F exp(F x) {
+  F y = min(max(x, all(-87.3f)), all(88.0f));
+  I n = nearest(y * all(1.44269504f));
+  F k = to_float(n);
+  F r = y - k * all(0.693359375f);
+  r = r - k * all(-2.12194440e-4f);
+  F p = all(1.9875691500e-4f);
+  p = p * r + all(1.3981999507e-3f);
+  p = p * r + all(8.3334519073e-3f);
+  p = p * r + all(4.1665795894e-2f);
+  p = p * r + all(1.6666665459e-1f);
+  p = p * r + all(5.0000001201e-1f);
+  p = p * r * r + r + all(1.0f);
+  F result = p * (F)((n + all(127)) << 23);
+  return x < all(-87.3f) ? F{} : result;
+}
+
+inline F sigmoid(F x) { return all(1.0f) / (all(1.0f) + exp(-x)); }
+inline F tanh(F x) { return all(1.0f) - all(2.0f) / (exp(x + x) + all(1.0f)); }
+
+/// The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
+inline F erf(F x) {
+  F z = abs(x);
+  F t = all(1.0f) / (all(1.0f) + all(0.3275911f) * z);
+  F p = all(1.061405429f);
+  p = p * t - all(1.453152027f);
+  p = p * t + all(1.421413741f);
+  p = p * t - all(0.284496736f);
+  p = p * t + all(0.254829592f);
+  F y = all(1.0f) - p * t * exp(-z * z);
+  return x < F{} ? -y : y;
+}
+
+/// x * sigmoid(alpha x): SiLU with alpha 1; and the two forms of GELU (Hendrycks and Gimpel 2016).
+inline F scaled_silu(F x, float alpha) { return x * sigmoid(x * all(alpha)); }
+inline F gelu(F x) { return all(0.5f) * x * (all(1.0f) + erf(x * all(0.70710678f))); }
+inline F gelu_tanh(F x) {
+  return all(0.5f) * x * (all(1.0f) + tanh(all(0.79788456f) * (x + all(0.044715f) * x * x * x)));
+}
+
+/// 16 half-precision floats.
+inline F load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  union { __m256 half[2]; F whole; } u;
+  u.half[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  u.half[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  return u.whole;
+#else
+  F v;
+  for (int i = 0; i < kLanes; i++) {
+    _Float16 h;
+    std::memcpy(&h, p + i, 2);
+    v[i] = static_cast<float>(h);
+  }
+  return v;
+#endif
+}
+
+/// c + the four products of unsigned bytes of a with signed bytes of b, in each lane.
+/// Bits: width of the unsigned or the signed bytes' values, whichever is narrower; up to 5 leaves 16 bits room.
+template <int Bits>
+inline I dot(I c, I a, I b) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  union { __m256i half[2]; I whole; } u, x, y;
+  u.whole = c;
+  x.whole = a;
+  y.whole = b;
+  for (int i = 0; i < 2; i++) {
+    __m256i pairs;
+    if constexpr (Bits <= 5) {
+      pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(x.half[i], y.half[i]), _mm256_set1_epi16(1));
+    } else {
+      __m256i even = _mm256_madd_epi16(_mm256_and_si256(x.half[i], _mm256_set1_epi16(255)),
+                                       _mm256_srai_epi16(_mm256_slli_epi16(y.half[i], 8), 8));
+      __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x.half[i], 8), _mm256_srai_epi16(y.half[i], 8));
+      pairs = _mm256_add_epi32(even, odd);
+    }
+    u.half[i] = _mm256_add_epi32(u.half[i], pairs);
+  }
+  return u.whole;
+#else
+  for (int i = 0; i < kLanes; i++) {
+    for (int j = 0; j < 4; j++) {
+      uint8_t u = static_cast<uint8_t>(static_cast<uint32_t>(a[i]) >> (8 * j));
+      int8_t s = static_cast<int8_t>(static_cast<uint32_t>(b[i]) >> (8 * j));
+      c[i] += u * s;
+    }
+  }
+  return c;
+#endif
+}
+
+/// 16 nibbles, two in a byte, the low half first.
+inline I load_nibbles(const uint8_t* p) {
+  uint64_t packed;
+  std::memcpy(&packed, p, 8);
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(static_cast<long long>(packed)));
+  wide = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
+  return (I)_mm512_and_si512(wide, _mm512_set1_epi32(15));
+#else
+  I v;
+  for (int i = 0; i < kLanes; i++) v[i] = static_cast<int32_t>((packed >> (4 * i)) & 15);
+  return v;
+#endif
+}
+
+}  // namespace llmc

@@ -1,0 +1,89 @@
+"""Values as wide as keys: multi-head latent attention (DeepSeek-V2, 2024) over a cache of one width.
+
+Runtimes allocate keys and values of a layer alike. Where values are narrower than keys, zeros are put
+behind them on their way into the cache, and the same places are cut off the result: sums of zeros.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import GraphError
+from llmc.graph import dialect
+from llmc.graph.interface import CacheSlot
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
+from llmc.passes._match import dims_of, is_op, users_of
+from llmc.passes._rewrite import Site, add_constant, take_over
+
+
+@dataclass(frozen=True)
+class EqualWidths:
+    name: str = "equal-widths"
+    summary: str = "values padded to the width of keys, so that one cache holds both"
+
+    def run(self, graph: Graph) -> PassReport:
+        applied: list[int | None] = []
+        refusals: list[Refusal] = []
+        attention = {
+            n.inputs[4]: n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, dialect.DOMAIN)
+        }
+        slots: list[CacheSlot] = []
+        for slot in graph.cache:
+            slots.append(slot)
+            if slot.key_width == slot.value_width:
+                continue
+            node = next(
+                (n for v, n in attention.items() if v is not None and v.name == slot.past_value), None
+            )
+            declined = _decline(slot, node)
+            if node is None or declined is not None:
+                refusals.append(Refusal(*(declined or ("", "")), slot.past_value, slot.layer))
+                continue
+            _widen(graph.graph, node, slot.key_width, slot.value_width)
+            slots[-1] = slot.model_copy(update={"value_width": slot.key_width})
+            applied.append(layer_of(node))
+        graph.cache = tuple(slots)
+        return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _decline(slot: CacheSlot, node: ir.Node | None) -> tuple[str, str] | None:
+    """(code, reason) if the values of `slot` stay as wide as they are."""
+    widths = f"keys of layer {slot.layer} are {slot.key_width} wide, values {slot.value_width}"
+    if node is None:
+        return "plain-attention", f"{widths}, and the layer computes attention in operators of its own"
+    if slot.key_width < slot.value_width:
+        return "narrow-keys", widths
+    if len(users_of(_given(node, 4))) > 1:
+        return "shared-cache", f"several layers read and extend {slot.past_value} in one step"
+    return None
+
+
+def _widen(graph: ir.Graph, node: ir.Node, wide: int, narrow: int) -> None:
+    value, past, output = _given(node, 2), _given(node, 4), node.outputs[0]
+    site, stem = Site(graph, node), str(node.name)
+    pads = add_constant(graph, np.array([0, 0, 0, 0, 0, 0, 0, wide - narrow], np.int64), "pads")
+    padded = site.emit("Pad", [value, pads], f"{stem}/wide", like=value, shape=[*dims_of(value)[:3], wide])
+    node.replace_input_with(2, padded.outputs[0])
+    for cached in (past, node.outputs[2]):
+        cached.shape = ir.Shape([*dims_of(cached)[:3], wide])
+    bounds = [add_constant(graph, np.array([n], np.int64), "bound") for n in (0, narrow, 3)]
+    after = ir.Node(
+        "", "Slice", [output, *bounds], name=f"{stem}/narrow", metadata_props=dict(node.metadata_props)
+    )
+    graph.insert_after(node, after)
+    take_over(output, after.outputs[0])
+    output.name = f"{stem}/wide_output"
+    output.shape = ir.Shape([*dims_of(after.outputs[0])[:3], wide])
+    after.replace_input_with(0, output)
+
+
+def _given(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise GraphError(f"attention {node.name} lacks input {index}")
+    return value
+
+
+PASS = EqualWidths()

@@ -1,0 +1,183 @@
+"""`Experts` as com.microsoft MoE, which computes the chosen experts only.
+
+MoE routes by itself: it takes the k largest of a row of router logits, and mixes by their softmax. Logits
+that are log(weight) for the chosen experts and minus infinity for the others give back the router's choice
+whatever made it, and weights over their sum; a product with the sum follows. Weights must not be negative.
+
+What ONNX Runtime 1.31 does on a CPU: of the gated experts only SwiGLU with gate and up interleaved, no
+third matrix. Weights are interleaved as they are written. Its MoE may be given its own input's memory for
+the output, and reads what it has overwritten: a `Where` after it keeps the input alive until it is done.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import GraphError
+from llmc.graph import dialect
+from llmc.graph.model import Graph, constant_of, layer_of
+from llmc.graph.report import PassReport, Refusal
+from llmc.graph.weights import ExpertRows, LazyWeight
+from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, permutation_of
+from llmc.passes._rewrite import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
+
+OPERATOR = "MoE"
+_INT64 = ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class Experts:
+    name: str = "experts"
+    summary: str = "a layer of experts as one MoE, which computes the chosen ones only"
+
+    def run(self, graph: Graph) -> PassReport:
+        applied: list[int | None] = []
+        refusals: list[Refusal] = []
+        for node in list(graph.graph):
+            if not is_op(node, dialect.EXPERTS, dialect.DOMAIN):
+                continue
+            declined = _decline(node)
+            if declined is not None:
+                refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
+                continue
+            _rewrite(graph.graph, node)
+            applied.append(layer_of(node))
+        drop_dead(graph.graph)
+        drop_unused_dialect(graph)
+        return PassReport(self.name, tuple(applied), tuple(refusals))
+
+
+def _decline(node: ir.Node) -> tuple[str, str] | None:
+    """(code, reason) why `node` cannot be lowered; None if it can."""
+    _, indices, weights, *parameters = node.inputs
+    if _topk(indices) is None:
+        return "routing", "its experts are not the result of a TopK, and one might be chosen twice"
+    if not _is_nonnegative(weights):
+        return "signed-weights", "the router's weights are not known to be at least 0"
+    if any(_stored(value) is None for value in parameters):
+        return "computed", "the experts' weights are computed, not stored"
+    return None
+
+
+def _topk(value: ir.Value | None) -> ir.Node | None:
+    """The TopK that chose experts, from its indices."""
+    while (step := None if value is None else value.producer()) is not None:
+        if is_op(step, "TopK"):
+            return step if value is step.outputs[1] else None
+        if step.op_type not in ("Cast", "Reshape"):
+            return None
+        value = step.inputs[0]
+    return None
+
+
+#: Operators whose result is at least 0 whatever they are given, if all of their operands are, and if the
+#: first one is.
+_ALWAYS = frozenset({"Softmax", "Sigmoid", "Exp", "Relu", "Softplus", "Abs"})
+_TOGETHER = frozenset({"Add", "Mul", "Div", "Max", "Min", "Concat"})
+_FORWARDED = frozenset(
+    {"TopK", "Gather", "GatherElements", "Reshape", "Cast", "Slice", "Transpose", "Unsqueeze", "Squeeze"}
+    | {"Expand", "ReduceSum", "ReduceMax", "Identity", "Sqrt"}
+)  # fmt: skip
+
+
+def _is_nonnegative(value: ir.Value | None) -> bool:
+    """Whether the operators that make `value` cannot give a number below 0."""
+    if value is None:
+        return False
+    constant = constant_of(value)
+    if constant is not None:
+        return bool((constant.numpy() >= 0).all())
+    node = value.producer()
+    if node is None or node.domain != "":
+        return False
+    if node.op_type in _TOGETHER:
+        return all(_is_nonnegative(v) for v in node.inputs)
+    return node.op_type in _ALWAYS or (node.op_type in _FORWARDED and _is_nonnegative(node.inputs[0]))
+
+
+def _stored(value: ir.Value | None) -> tuple[LazyWeight, bool] | None:
+    """A weight of the checkpoint, and whether it stands behind a Transpose of its last two axes."""
+    turned = made_by(value, "Transpose")
+    transposed = turned is not None and permutation_of(turned) == [0, 2, 1]
+    source = turned.inputs[0] if transposed and turned is not None else value
+    tensor = None if source is None else source.const_value
+    return (tensor, transposed) if isinstance(tensor, LazyWeight) and tensor.rows is not None else None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
+    hidden, indices, weights, gate_up, down, *biases = node.inputs
+    site, stem = Site(graph, node), str(node.name)
+    apart = not int_attribute(node, "interleaved", 0)
+    matrices = [_weight(graph, gate_up, apart), _weight(graph, down, False)]
+    if biases:
+        offsets: list[ir.Value | None] = [_weight(graph, biases[0], apart), _weight(graph, biases[1], False)]
+    else:
+        offsets = [None, None]
+    logits, total = _routing(site, stem, indices, weights, experts=int(str(dims_of(matrices[0])[0])))
+    attributes: dict[str, int | float | str] = {
+        "k": int(str(dims_of(indices)[1])),
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": node.attributes["alpha"].as_float(),
+        "activation_beta": node.attributes["beta"].as_float(),
+    }
+    if limit := node.attributes["limit"].as_float():
+        attributes["swiglu_limit"] = limit
+    output = node.outputs[0]
+    inputs = [hidden, logits, matrices[0], offsets[0], matrices[1], offsets[1]]
+    while inputs[-1] is None:
+        inputs.pop()
+    mixed = site.emit(
+        OPERATOR, inputs, f"{stem}/mixed", domain=MICROSOFT, attributes=attributes, like=output
+    ).outputs[0]
+    scaled = site.emit("Mul", [mixed, total], f"{stem}/scaled", like=output).outputs[0]
+    never = add_constant(graph, np.array(False), "never")
+    take_over(output, site.emit("Where", [never, hidden, scaled], f"{stem}/output", like=output).outputs[0])
+
+
+def _weight(graph: ir.Graph, value: ir.Value | None, interleave: bool) -> ir.Value:
+    """The stored weight as MoE reads it."""
+    found = _stored(value)
+    if found is None or found[0].rows is None:
+        raise GraphError(f"experts read {value.name if value else 'nothing'}, which is not stored")
+    tensor, transposed = found
+    if not transposed and not interleave and value is not None:
+        return value
+    rows = ExpertRows(found[0].rows, transposed, interleave)
+    return add_weight(graph, f"{tensor.name}.experts", rows)
+
+
+def _routing(
+    site: Site, stem: str, indices: ir.Value | None, weights: ir.Value | None, experts: int
+) -> tuple[ir.Value, ir.Value]:
+    """Router logits (tokens, experts) that give the weights over their sum, and that sum (tokens, 1)."""
+    dtype = ir.DataType.FLOAT if weights is None or weights.dtype is None else weights.dtype
+    tokens = dims_of(indices)[0]
+    length = site.emit(
+        "Shape", [indices], f"{stem}/tokens", attributes={"start": 0, "end": 1}, shape=[1], dtype=_INT64
+    ).outputs[0]
+    width = add_constant(site.graph, np.array([experts], np.int64), "shape")
+    shape = site.emit(
+        "Concat", [length, width], f"{stem}/shape", attributes={"axis": 0}, shape=[2], dtype=_INT64
+    ).outputs[0]
+    nowhere = add_constant(site.graph, np.array([-np.inf], dtype.numpy()), "minus_infinity")
+    size = [tokens, experts]
+    nothing = site.emit("Expand", [nowhere, shape], f"{stem}/nothing", shape=size, dtype=dtype).outputs[0]
+    logarithm = site.emit("Log", [weights], f"{stem}/log", like=weights).outputs[0]
+    logits = site.emit(
+        "ScatterElements",
+        [nothing, indices, logarithm],
+        f"{stem}/logits",
+        attributes={"axis": 1},
+        shape=size,
+        dtype=dtype,
+    ).outputs[0]
+    last = add_constant(site.graph, np.array([-1], np.int64), "axis")
+    total = site.emit("ReduceSum", [weights, last], f"{stem}/total", shape=[tokens, 1], dtype=dtype).outputs[
+        0
+    ]
+    return logits, total
+
+
+PASS = Experts()

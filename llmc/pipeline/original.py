@@ -1,0 +1,95 @@
+"""The original's side of a comparison: its text in tokens, and its answers, remembered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmc.checkpoint import Checkpoint
+    from llmc.validate.reference import TorchModel
+    from llmc.validate.remembered import RememberedModel
+
+#: Most bytes of the original's answers that are kept, over all models.
+CACHE_BYTES = 6 << 30
+
+
+def read_text(names: Sequence[str]) -> str:
+    """The evaluation text: the files one after the other, `-` for standard input, else the one that ships.
+
+    Raises:
+        ConfigError: A file is not text in UTF-8, or cannot be read.
+    """
+    from llmc.data import eval_text
+
+    if not names:
+        return eval_text()
+    parts = []
+    for name in names:
+        told = "from standard input" if name == "-" else name
+        try:
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+            parts.append(data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"evaluation text {told} is not UTF-8 at byte {error.start}",
+                hint="convert it first: iconv -f WINDOWS-1252 -t UTF-8",
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"evaluation text {told} cannot be read: {error.strerror}") from error
+    return "\n\n".join(parts)
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
+    """Token ids of `text`, (n,) int64, and what the tokenizer puts before any text.
+
+    Raises:
+        ConfigError: The text has no tokens.
+    """
+    import numpy as np
+
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ConfigError("the evaluation text is empty", hint="use a text of at least a few hundred words")
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+    return np.array(ids, dtype=np.int64), tuple(before)
+
+
+def remember(
+    checkpoint: Checkpoint, model_digest: str, weights_digest: str, load: Callable[[], TorchModel]
+) -> RememberedModel:
+    """The original whose answers are kept below the cache folder.
+
+    Args:
+        model_digest: Of the checkpoint.
+        weights_digest: Of weights that `load` puts in the place of its own; empty for none.
+    """
+    from importlib.metadata import version
+
+    from llmc.artifact.cache import StageCache, default_cache_folder
+    from llmc.validate.reference import sliding_window
+    from llmc.validate.remembered import RememberedModel
+
+    facts = {
+        "model": model_digest,
+        "weights": weights_digest,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "arithmetic": "float32 eager",
+    }
+    cache = StageCache(default_cache_folder() / "reference", CACHE_BYTES)
+    return RememberedModel(load, cache, facts, sliding_window(checkpoint.config))
+
+
+def rope_switches(config: Any) -> tuple[int, ...]:
+    """Lengths at which a rotary embedding changes its frequencies: where the original training ended."""
+    stated = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    groups = [stated, *(v for v in stated.values() if isinstance(v, dict))]
+    found = {g.get("original_max_position_embeddings") for g in groups}
+    return tuple(sorted(int(n) for n in found if isinstance(n, int) and n > 1))

@@ -1,0 +1,152 @@
+"""Replace com.microsoft MoE by QMoE: the stacked matrices of a layer of experts as integers by block.
+
+QMoE has one block size for both matrices, which must divide the input features of either. Where a rule's
+block size does not, the next smaller one that does is taken; where none does, the experts stay in float.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
+from llmc.errors import UnsupportedError
+from llmc.graph.model import Graph
+from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
+from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.stream import quantize_stack
+
+#: Block sizes that QMoE and our schemes have in common, largest first.
+_BLOCK_SIZES = (128, 64, 32, 16)
+#: Inputs of MoE: its matrices, and their biases.
+_MATRICES, _BIASES = (2, 4), (3, 5)
+
+
+def quantize_experts(
+    graph: Graph, quantization: Quantization, dtype: Dtype
+) -> tuple[list[QuantizedTensor], tuple[str, ...]]:
+    """Quantize every MoE of `graph`; data is read when the initializers are written.
+
+    Returns:
+        The matrices in graph order, and notes on where a rule's block size was not kept.
+
+    Raises:
+        UnsupportedError: A rule wants a weight quantized that is no tensor of the checkpoint.
+    """
+    tensors: list[QuantizedTensor] = []
+    notes: dict[str, None] = {}
+    for node in [n for n in graph.graph if n.op_type == "MoE" and n.domain == DOMAIN]:
+        weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
+        scheme = _fitting(quantization, weights, notes)
+        if scheme is None:
+            tensors += [_describe(value, None, _tensor(value).nbytes) for value in weights]
+            continue
+        operands = [_Operands(graph.graph, value, scheme, dtype) for value in weights]
+        _replace_node(graph.graph, node, operands, quantization.accuracy_level)
+        for value, made in zip(weights, operands, strict=True):
+            tensors.append(_describe(value, scheme, made.nbytes))
+            if not value.uses():
+                del graph.graph.initializers[str(value.name)]
+    return tensors, tuple(notes)
+
+
+def _tensor(value: ir.Value) -> LazyWeight:
+    return cast(LazyWeight, value.const_value)
+
+
+def _describe(value: ir.Value, scheme: WeightScheme | None, size: int) -> QuantizedTensor:
+    shape = tuple(_tensor(value).shape.numpy())
+    return QuantizedTensor(str(value.name), WeightRole.EXPERTS, shape, scheme, size)
+
+
+def _fitting(
+    quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
+) -> WeightScheme | None:
+    """The scheme of the first matrix's rule, its block size made to divide; None for float."""
+    wanted = choose_scheme(quantization, WeightRole.EXPERTS, str(weights[0].name))
+    if wanted is None:
+        return None
+    widths = [int(_tensor(value).shape.numpy()[-1]) for value in weights]
+    for size in _BLOCK_SIZES:
+        if size <= wanted.block_size and not any(width % size for width in widths):
+            if size != wanted.block_size:
+                notes[
+                    f"experts are stored by block of {size}: {wanted.block_size} does not divide both "
+                    f"{widths[0]} and {widths[1]} input features"
+                ] = None
+            return wanted.model_copy(update={"block_size": size})
+    notes[
+        f"experts stay in float: {widths[0]} and {widths[1]} input features have no block size in common"
+    ] = None
+    return None
+
+
+class _Operands:
+    """The initializers of one stack of matrices."""
+
+    def __init__(self, graph: ir.Graph, value: ir.Value, scheme: WeightScheme, dtype: Dtype) -> None:
+        tensor = _tensor(value)
+        if tensor.rows is None:
+            raise UnsupportedError(
+                f"weight {value.name} is computed from {', '.join(tensor.sources)}, "
+                "and only tensors of the checkpoint can be quantized",
+                hint="give it a rule with scheme: null",
+            )
+        experts, out_features, in_features = (int(d) for d in tensor.shape.numpy())
+        blocks = in_features // scheme.block_size
+        scale_dtype = ir.DataType.FLOAT if dtype is Dtype.FLOAT32 else ir.DataType.FLOAT16
+        compute = _Compute(tensor.rows, scheme, scale_dtype, str(value.name))
+        group = WeightGroup(tensor.rows.sources, compute)
+
+        def initializer(key: str, kind: ir.DataType, width: int) -> ir.Value:
+            shape = (experts, out_features, width)
+            lazy = LazyWeight(name=f"{value.name}.{key}", dtype=kind, shape=shape, group=group, key=key)
+            self.nbytes += lazy.nbytes
+            return register(graph, lazy)
+
+        self.scheme = scheme
+        self.nbytes = 0
+        self.codes = initializer("codes", ir.DataType.UINT8, in_features * scheme.bits // 8)
+        self.scales = initializer("scales", scale_dtype, blocks)
+        self.zero_points = None
+        if not scheme.symmetric:
+            self.zero_points = initializer("zero_points", ir.DataType.UINT8, -(-blocks * scheme.bits // 8))
+
+
+@dataclass(frozen=True)
+class _Compute:
+    """Computes the members of one group when it is written."""
+
+    rows: Rows
+    scheme: WeightScheme
+    scale_dtype: ir.DataType
+    name: str
+
+    def __call__(self) -> Mapping[str, Array]:
+        scale_type = np.float32 if self.scale_dtype is ir.DataType.FLOAT else np.float16
+        blocks = quantize_stack(self.rows, self.scheme, scale_type, name=self.name)
+        lead = self.rows.shape[:2]
+        members = {"codes": blocks.codes.reshape(*lead, -1), "scales": blocks.scales.reshape(*lead, -1)}
+        if blocks.zero_points is not None:
+            members["zero_points"] = blocks.zero_points.reshape(*lead, -1)
+        return members
+
+
+def _replace_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int) -> None:
+    biases = [node.inputs[i] if i < len(node.inputs) else None for i in _BIASES]
+    inputs: list[ir.Value | None] = [*node.inputs[:2]]
+    for operand, bias in zip(operands, biases, strict=True):
+        inputs += [operand.codes, operand.scales, bias]
+    inputs += [None, None, None, *(operand.zero_points for operand in operands)]
+    while inputs[-1] is None:
+        inputs.pop()
+    scheme = operands[0].scheme
+    storage = {
+        "expert_weight_bits": scheme.bits,
+        "block_size": scheme.block_size,
+        "accuracy_level": accuracy_level,
+    }
+    attributes = [*node.attributes.values(), *ir.convenience.convert_attributes(storage)]
+    replace(graph, node, [ir.Node(DOMAIN, "QMoE", inputs, attributes)])

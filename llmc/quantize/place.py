@@ -1,0 +1,53 @@
+"""Which scheme a weight gets, and quantized operators and initializers in the place of float ones."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from llmc.config import Quantization, WeightRole, WeightScheme
+
+DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """How one matrix is stored.
+
+    Args:
+        name: Its initializer in the graph before quantization.
+        role: Role its rule was chosen by.
+        shape: As the checkpoint has it.
+        scheme: None where it stays in float.
+        bytes: All that is stored for it: codes, scales and zero points, or the float matrix.
+    """
+
+    name: str
+    role: WeightRole
+    shape: tuple[int, ...]
+    scheme: WeightScheme | None
+    bytes: int
+
+
+def choose_scheme(quantization: Quantization, role: WeightRole, name: str) -> WeightScheme | None:
+    """The scheme of the first rule that fits; None (float) where it says so or none fits."""
+    for rule in quantization.rules:
+        if rule.role in (None, role) and fnmatchcase(name, rule.match):
+            return rule.scheme
+    return None
+
+
+def replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put `new` in the place of `old`; the last one's output takes over name, type, shape and consumers."""
+    new[-1].name = old.name
+    for node in new:
+        node.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)
+
+
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """An initializer with the data of `tensor`."""
+    kind = ir.TensorType(tensor.dtype)
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
+    graph.register_initializer(value)
+    return value

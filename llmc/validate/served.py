@@ -1,0 +1,86 @@
+"""An artifact as onnxruntime-genai serves it: its tokenizer, its chat template, and text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ParityError, ResourceError
+
+
+class Served:
+    """A folder loaded by onnxruntime-genai.
+
+    Args:
+        folder: The artifact, with genai_config.json and tokenizer files.
+
+    Raises:
+        ResourceError: onnxruntime-genai is not installed.
+        ParityError: It cannot load the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import onnxruntime_genai as og
+        except ImportError as error:
+            raise ResourceError(
+                "onnxruntime-genai is not installed, what it makes of the artifact cannot be compared",
+                hint="pip install onnxruntime-genai-cuda (x86-64) or onnxruntime-genai (elsewhere)",
+            ) from error
+        self._og = og
+        self.folder = folder
+        self.where = f"onnxruntime-genai {og.__version__} CPUExecutionProvider"
+        try:
+            self._model = og.Model(str(folder))
+            self._tokenizer = og.Tokenizer(self._model)
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with whatever the tokenizer puts before it."""
+        return [int(t) for t in self._tokenizer.encode(text)]
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, ask: bool) -> str:
+        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
+
+        Raises:
+            ParityError: The template cannot be rendered.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                json.dumps(list(messages)), add_generation_prompt=ask
+            )
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot render the chat template: {error}") from error
+        return text
+
+    def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
+        """New tokens after `ids`, greedy unless `search` says otherwise; without the end token.
+
+        Args:
+            search: Options of onnxruntime-genai beyond those of a plain greedy search.
+
+        Raises:
+            ParityError: The runtime fails.
+        """
+        options = {
+            "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "min_length": 0,
+            "max_length": len(ids) + new_tokens,
+            **search,
+        }
+        try:
+            params = self._og.GeneratorParams(self._model)
+            params.set_search_options(**options)
+            generator = self._og.Generator(self._model, params)
+            generator.append_tokens(np.array([ids], np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            sequence = [int(t) for t in generator.get_sequence(0)]
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot generate from {self.folder}: {error}") from error
+        return sequence[len(ids) :]

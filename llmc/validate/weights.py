@@ -1,0 +1,221 @@
+"""Weights: every tensor that an artifact stores against the checkpoint's, as a signal-to-noise ratio.
+
+Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
+GatherBlockQuantized, (code - zero point) * scale, here and not by the code that wrote them. The
+ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB; infinite where nothing was lost.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.artifact.verdict import Measurement
+from llmc.config import Metric
+from llmc.errors import ParityError
+from llmc.graph.weights import CastRows, ConcatRows, Rows, StoredRows, row_chunks
+from llmc.validate.measure import measured
+
+Array = np.ndarray
+
+METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
+
+#: Neighbours along the input features whose error is looked at together: the smallest usual block.
+BLOCK = 32
+#: Stands for the energy of a block of zeros.
+_TINY = np.float32(1e-30)
+#: Which input the codes are.
+_CODES_AT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as the artifact has it.
+
+    Args:
+        shape: (output features, input features), or that of a tensor in float.
+        read: Rows start:stop, float32.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Array]
+
+
+@dataclass(frozen=True)
+class WeightParity:
+    """What became of the weights.
+
+    Args:
+        measurements: One for each of METRICS.
+        digest: sha256 over what the artifact has for the parameters that lost anything; empty if
+            none did, so that the original itself has these weights.
+        changed: The names in `expected` of those tensors.
+    """
+
+    measurements: tuple[Measurement, ...]
+    digest: str
+    changed: tuple[str, ...]
+
+
+def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
+    """Hold every weight of model.onnx against its source.
+
+    Args:
+        expected: What each weight of the lowered graph is made of, by the name of its initializer
+            before quantization.
+
+    Raises:
+        ParityError: A weight is missing or has another shape.
+    """
+    stored = read_stored(folder, expected)
+    ratios, blocks, changed = {}, {}, []
+    digest = hashlib.sha256()
+    for name, rows in expected.items():
+        ratio, block, tensor_digest = _compare(rows, stored[name])
+        ratios[name], blocks[name] = ratio, block
+        if ratio != math.inf:
+            changed.append(name)
+            digest.update(f"{name}\0{tensor_digest}\n".encode())
+    where = "numpy, from the files"
+    made = []
+    told = (f"worst of {len(ratios)} tensors", f"worst block of {BLOCK} of {len(ratios)} tensors")
+    for metric, values, what in zip(METRICS, (ratios, blocks), told, strict=True):
+        worst = min(values, key=lambda n: values[n])
+        detail = f"{what}, {worst}"
+        kept = {n: v for n, v in values.items() if v != math.inf}
+        made.append(measured(metric, values[worst], detail, where, kept))
+    return WeightParity(tuple(made), digest.hexdigest() if changed else "", tuple(changed))
+
+
+def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
+    """The checkpoint's parameters that a tensor of the artifact is made of, with their values in it.
+
+    A tensor that is computed from a parameter (a norm's 1 + weight) gives none.
+    """
+    match rows:
+        case StoredRows():
+            yield rows.info.name, array
+        case CastRows():
+            yield from parameters(rows.inner, array)
+        case ConcatRows():
+            start = 0
+            for part in rows.parts:
+                yield from parameters(part, array[start : start + part.shape[0]])
+                start += part.shape[0]
+
+
+def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]:
+    """Every tensor of `expected` as the artifact's model.onnx has it.
+
+    Raises:
+        ParityError: One is missing, or has another shape.
+    """
+    try:
+        graph = ir.load(folder / "model.onnx").graph
+    except Exception as error:  # protobuf and onnx_ir raise whatever they do on a damaged file
+        raise ParityError(f"{folder / 'model.onnx'} is not an ONNX model: {error}") from error
+    found = {}
+    for name, rows in expected.items():
+        tensor = _find(graph, name)
+        if tensor is None:
+            raise ParityError(f"the artifact has no weight {name}")
+        if tensor.shape not in (rows.shape, rows.shape[::-1]):
+            raise ParityError(f"weight {name} has shape {tensor.shape}, the original's {rows.shape}")
+        found[name] = tensor if tensor.shape == rows.shape else _turned(tensor)
+    return found
+
+
+def _find(graph: ir.Graph, name: str) -> Stored | None:
+    if name in graph.initializers:
+        return _plain(graph.initializers[name])
+    for stem in (name, f"{name}.T"):
+        codes = graph.initializers.get(f"{stem}.codes")
+        if codes is not None:
+            return _quantized(graph, codes, stem)
+    return None
+
+
+def _plain(value: ir.Value) -> Stored | None:
+    tensor = value.const_value
+    if tensor is None:
+        return None
+    array = tensor.numpy()
+    return Stored(array.shape, lambda start, stop: array[start:stop].astype(np.float32))
+
+
+def _turned(tensor: Stored) -> Stored:
+    array = tensor.read(0, tensor.shape[0]).T
+    return Stored(array.shape, lambda start, stop: array[start:stop])
+
+
+def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
+    uses = list(codes.uses())
+    while uses and uses[0].node.op_type == "Reshape":
+        uses = [use for output in uses[0].node.outputs for use in output.uses()] + uses[1:]
+    node = next((u.node for u in uses if u.idx == _CODES_AT.get(u.node.op_type)), None)
+    scales, zeros = (graph.initializers.get(f"{stem}.{part}") for part in ("scales", "zero_points"))
+    if node is None or codes.const_value is None or scales is None or scales.const_value is None:
+        return None
+    bits, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
+    packed = codes.const_value.numpy()
+    packed = packed.reshape(len(packed), -1)
+    scale = scales.const_value.numpy()
+    zero = zeros.const_value.numpy() if zeros is not None and zeros.const_value is not None else None
+    features = node.attributes["K"].as_int() if "K" in node.attributes else packed.shape[1] * 8 // bits
+
+    def read(start: int, stop: int) -> Array:
+        levels = _unpack(packed[start:stop], bits).astype(np.float32)
+        blocks = levels.reshape(len(levels), -1, block)
+        middle: Array | float = 1 << (bits - 1)
+        if zero is not None:
+            middle = _unpack(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
+        values = (blocks - middle) * scale[start:stop, :, None].astype(np.float32)
+        return values.reshape(len(levels), -1)[:, :features]
+
+    return Stored((len(packed), features), read)
+
+
+def _unpack(packed: Array, bits: int) -> Array:
+    """Codes (n, k) of uint8 (n, k * bits / 8), the first of a byte in its low bits."""
+    if bits == 8:
+        return packed
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(len(packed), -1)
+
+
+def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
+    """Ratio of the tensor and of its worst block in dB, and a digest of what is stored."""
+    signal = noise = 0.0
+    worst = math.inf
+    digest = hashlib.sha256()
+    for start, stop in row_chunks(rows):
+        wanted = rows.rows(start, stop).astype(np.float32)
+        actual = stored.read(start, stop)
+        digest.update(actual.tobytes())
+        squares = [_block_sums(x * x) for x in (wanted, wanted - actual)]
+        if not np.isfinite(squares[1]).all():
+            return -math.inf, -math.inf, digest.hexdigest()
+        signal += float(squares[0].sum(dtype=np.float64))
+        noise += float(squares[1].sum(dtype=np.float64))
+        lost = squares[1] > 0
+        if lost.any():
+            shares = squares[1][lost] / np.maximum(squares[0][lost], _TINY)
+            worst = min(worst, _decibels(1.0, float(shares.max())))
+    return _decibels(signal, noise), worst, digest.hexdigest()
+
+
+def _block_sums(squares: Array) -> Array:
+    """Sums over blocks of the last axis; a vector is one row."""
+    flat = squares.reshape(-1, squares.shape[-1]) if squares.ndim > 1 else squares.reshape(1, -1)
+    starts = np.arange(0, flat.shape[1], BLOCK)
+    return np.add.reduceat(flat, starts, axis=1)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
