@@ -225,7 +225,7 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    if manifest.target.provider is not Provider.CPU:
+    if manifest.target.provider is not Provider.CPU and not manifest.interface.static_cache:
         raise ResourceError(
             f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
             hint="gates on a GPU are not supported yet",
