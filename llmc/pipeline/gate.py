@@ -170,11 +170,15 @@ def _measure_static(
     Raises:
         ParityError: onnxruntime cannot load the graph.
     """
+    from llmc.validate.measure import mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality
     from llmc.validate.static_session import StaticOrtModel
 
     checkpoint = subject.checkpoint
+    made.append(
+        mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
+    )
     tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
     model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
