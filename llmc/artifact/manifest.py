@@ -169,6 +169,7 @@ class Manifest(_Strict):
         also: Further hardware that the artifact is for.
         kernels: Of targets with compiled kernels.
         engines: TensorRT engines, built or pending.
+        kernels: Of targets with compiled kernels.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
             speak of the graph that the engines are parsed from, and each says where it was measured.
     """

@@ -9,6 +9,9 @@ Padding = Literal["left", "right", "any", "none"]
 #: Input of graphs whose KV cache has a fixed length, in the place of attention_mask and position_ids:
 #: (batch,) int64, the slot of each row's first new token.
 WRITE_INDICES = "write_indices"
+#: Input beside it of graphs with the logits of the last token only: (batch,) int64, the real new tokens of
+#: each row of this step; the pads behind them do not count.
+TOKEN_COUNTS = "token_counts"
 
 
 class _Frozen(BaseModel):

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from llmc.errors import GraphError
-from llmc.graph.interface import WRITE_INDICES
+from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.model import Graph
 
 
@@ -62,7 +62,7 @@ def _check_interface(graph: Graph) -> None:
         required_outputs |= {slot.present_key, slot.present_value}
     if missing := required_inputs - inputs:
         raise GraphError(f"the graph has no input {', '.join(sorted(missing))}")
-    optional = set() if WRITE_INDICES in inputs else {"position_ids"}
+    optional = {TOKEN_COUNTS} if WRITE_INDICES in inputs else {"position_ids"}
     if strange := inputs - required_inputs - optional:
         raise GraphError(f"the graph has unknown inputs {', '.join(sorted(strange))}")
     if required_outputs != outputs:

@@ -1,7 +1,8 @@
 """Logits of each row's last token only: the language-model head runs on one position per sequence.
 
 A row of a ragged batch that is padded on the right ends before the last slot of the step. Its last token
-is where the attention mask of the step's own slots, the last `sequence` of `total`, has its last 1.
+is where the attention mask of the step's own slots, the last `sequence` of `total`, has its last 1. A graph
+with a KV cache of fixed length has no mask: it gets the input token_counts (batch,) int64 instead.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.config import WeightRole
+from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport, Refusal
@@ -51,11 +53,22 @@ class LastTokenLogits:
 def _last_tokens(graph: Graph, site: Site) -> ir.Value:
     """Slot of each row's last token among those of this step, int64 (batch, 1, 1)."""
     inputs = {value.name: value for value in graph.graph.inputs}
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids = inputs["input_ids"]
     batch, sequence = dims_of(ids)
 
-    def constant(number: int) -> ir.Value:
-        return add_constant(graph.graph, np.array([number], np.int64), "axis")
+    def constant(*numbers: int) -> ir.Value:
+        return add_constant(graph.graph, np.array(numbers, np.int64), "axis")
+
+    if WRITE_INDICES in inputs:
+        counts = ir.Value(name=TOKEN_COUNTS, shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT64))
+        graph.graph.inputs.insert(list(graph.graph.inputs).index(inputs[WRITE_INDICES]) + 1, counts)
+        last = site.emit("Sub", [counts, constant(1)], "last/slot", like=counts)
+        dims = [batch, 1, 1]
+        chosen = site.emit(
+            "Unsqueeze", [last.outputs[0], constant(1, 2)], "last/index", shape=dims, dtype=counts.dtype
+        )
+        return chosen.outputs[0]
+    mask = inputs["attention_mask"]
 
     length = site.emit(
         "Shape", [ids], "last/length", attributes={"start": 1, "end": 2}, shape=[1], dtype=ir.DataType.INT64

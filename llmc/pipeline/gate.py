@@ -89,8 +89,9 @@ def measure_parity(subject: Subject, eval_text: Sequence[str], progress: Progres
 
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
+    measure = _measure_static if subject.interface.static_cache else _measure
     try:
-        _measure(subject, eval_text, progress, measurements)
+        measure(subject, eval_text, progress, measurements)
     except ParityError as error:
         taken = {m.metric for m in measurements}
         left = tuple(gate.metric for gate in gates if gate.metric not in taken)
@@ -112,7 +113,6 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     from llmc.validate.served import Served
     from llmc.validate.session import OrtModel, shares_buffer
     from llmc.validate.settings import compare_settings, describe_original
-    from llmc.validate.static_session import StaticOrtModel
     from llmc.validate.tokens import measure_tokens
 
     folder, checkpoint = subject.folder, subject.checkpoint
@@ -125,14 +125,6 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         tokens, start = tokenize(tokenizer, text)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
-    if subject.interface.static_cache:
-        graph = StaticOrtModel(folder, subject.interface, threads=subject.threads)
-        original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
-        with progress.stage("quality"):
-            made += measure_quality(graph, original, tokens, start=start)
-        with progress.stage("parity"):
-            made += Parity(graph, original, tokens, heads, switches).measure()
-        return
     with progress.stage("settings"):
         stated = describe_original(checkpoint.config, checkpoint.generation_config(), tokenizer)
         made.append(compare_settings(folder, stated, subject.interface))
@@ -183,6 +175,33 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
     areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
     status = MeasurementStatus.NOT_APPLICABLE
     return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
+
+
+def _measure_static(
+    subject: Subject, eval_text: Sequence[str], progress: Progress, made: list[Measurement]
+) -> None:
+    """`_measure` for the graph that engines are parsed from: its logits, as no runtime here serves it.
+
+    Raises:
+        ParityError: onnxruntime cannot load the graph.
+    """
+    from llmc.validate.measure import mismatches
+    from llmc.validate.parity import Parity
+    from llmc.validate.quality import measure_quality
+    from llmc.validate.static_session import StaticOrtModel
+
+    checkpoint = subject.checkpoint
+    made.append(
+        mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
+    )
+    tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
+    model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
+    heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
+    with progress.stage("parity"):
+        made += Parity(model, original, tokens, heads, rope_switches(checkpoint.config)).measure()
+    with progress.stage("quality"):
+        made += measure_quality(model, original, tokens, start=start)
 
 
 def _compare_weights(subject: Subject) -> WeightParity:

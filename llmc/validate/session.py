@@ -207,6 +207,7 @@ def open_session(
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
 
     Args:
+        exact: Compute products with quantized weights in float32.
         entries: Further configuration entries of the session.
         exact: As for `OrtModel`.
 

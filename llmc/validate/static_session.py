@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import ConfigError, ParityError
-from llmc.graph.interface import WRITE_INDICES, Interface
+from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.validate.session import compare_signature, open_session, require_shape
 
 Array = np.ndarray
@@ -48,7 +48,7 @@ class StaticOrtModel:
     def __init__(self, folder: Path, interface: Interface, *, threads: int | None) -> None:
         if not interface.static_cache or interface.max_length is None:
             raise ConfigError(f"the KV cache of {folder} has no fixed length")
-        self._ort, self._session, self.where = open_session(folder, threads, _FOLD_WEIGHTS)
+        self._ort, self._session, self.where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
         self.interface = interface
         self.capacity = interface.max_length
         compare_signature("input", interface.inputs, self._session.get_inputs())
@@ -124,6 +124,8 @@ class StaticOrtModel:
         batch, sequence = input_ids.shape
         binding = self._session.io_binding()
         feeds = {"input_ids": input_ids, WRITE_INDICES: before.written}
+        if any(spec.name == TOKEN_COUNTS for spec in self.interface.inputs):
+            feeds[TOKEN_COUNTS] = real
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
         for (past, present, *_), value in zip(self._slots, before.cache, strict=True):

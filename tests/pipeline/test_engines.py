@@ -59,7 +59,7 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
 
     before = (tmp_path / "out/manifest.json").read_bytes()
-    assert verify(tmp_path / "out", None, None, SilentProgress()).failure() is None
+    assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
     with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
         resume(tmp_path / "out", SilentProgress())
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and llmc does not execute engines yet"):
