@@ -28,6 +28,8 @@ REQUIRED: dict[str, tuple[int, ...]] = {
     "typer": (),
     "pyyaml": (),
     "pydantic": (),
+    "jinja2": (),
+    "matplotlib": (),
     "rich": (),
     "numpy": (),
 }

@@ -33,8 +33,8 @@ class Exported:
 
     Args:
         model: ONNX with weights as initializers that have no usable data.
-        weights: Names of the initializers that are parameters of the model.
-        buffers: Names of those that are buffers, whose data is real.
+        weights: Names of the initializers that a checkpoint stores: parameters and persistent buffers. The
+            data of other buffers is real.
         stack: Decoder layers, with the stubs still to be expanded.
         layer_buffers: Buffers of every layer, by qualified name, as arrays.
     """
@@ -66,6 +66,8 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         model = build_skeleton(config, dtype, captured=captured)
         aliases = parameter_aliases(model)
         parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+        stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
+        parameters |= {n for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
         stack = find_layers(model, config.get_text_config(), stamp=stamp)
         if not stack.names and captured:
             raise UnsupportedError(

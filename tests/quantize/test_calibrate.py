@@ -87,8 +87,9 @@ def test_each_layer_sees_the_quantized_ones_before_it(model_type: str, tmp_path:
         inputs = _inputs_of(model, f"model.layers.1.{name}")
         weight = model.get_parameter(f"model.layers.1.{name}.weight").detach().numpy()
         blocks = quantize_gptq(weight, inputs.T @ inputs, KIND, np.float32, name)
-        same = dequantize_blocks(blocks) == found[f"model.layers.1.{name}.weight"]
-        assert same.mean() >= 0.99  # sums over tokens in another order
+        # Scales are fitted to sums over tokens, which the other way adds in another order.
+        same = np.isclose(dequantize_blocks(blocks), found[f"model.layers.1.{name}.weight"], rtol=1e-4)
+        assert same.mean() >= 0.99
 
 
 def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path: Path) -> None:
