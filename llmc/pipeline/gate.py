@@ -167,13 +167,13 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
-    """Levels that need the original with the artifact's weights, where those cannot be read."""
+    """Levels that need the original with the artifact's weights, where those cannot be read: no pass."""
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.measure import unmeasured
 
     why = f"{unread[0]} and {len(unread) - 1} others are stored in a form that is not read back"
     areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
-    status = MeasurementStatus.NOT_APPLICABLE
+    status = MeasurementStatus.NOT_MEASURED
     return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
 
 
