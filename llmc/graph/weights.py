@@ -202,6 +202,9 @@ def read_all(rows: Rows) -> Array:
 
 def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:
     """Ranges of rows that hold about `chunk_bytes` as float32 each."""
+    if not rows.shape:  # a scalar is read whole
+        yield 0, 1
+        return
     per_row = max(1, 4 * int(np.prod(rows.shape[1:], dtype=np.int64)))
     step = max(1, chunk_bytes // per_row)
     for start in range(0, rows.shape[0], step):

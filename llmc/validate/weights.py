@@ -159,7 +159,7 @@ def _plain(value: ir.Value) -> Stored | None:
     if tensor is None:
         return None
     array = tensor.numpy()
-    return Stored(array.shape, lambda start, stop: array[start:stop].astype(np.float32))
+    return Stored(array.shape, lambda start, stop: np.atleast_1d(array)[start:stop].astype(np.float32))
 
 
 def _turned(tensor: Stored) -> Stored:
@@ -208,7 +208,7 @@ def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
     worst = math.inf
     digest = hashlib.sha256()
     for start, stop in row_chunks(rows):
-        wanted = rows.rows(start, stop).astype(np.float32)
+        wanted = np.atleast_1d(rows.rows(start, stop).astype(np.float32))
         actual = stored.read(start, stop)
         digest.update(actual.tobytes())
         squares = [_block_sums(x * x, stored.block) for x in (wanted, wanted - actual)]

@@ -71,6 +71,10 @@ def test_a_row_larger_than_a_chunk_is_a_chunk(store: Store) -> None:
     assert list(row_chunks(store.rows("b"), chunk_bytes=1)) == [(0, 1), (1, 2)]
 
 
+def test_a_scalar_is_one_chunk() -> None:
+    assert list(row_chunks(Store(c=np.float32(3.0).reshape(())).rows("c"))) == [(0, 1)]
+
+
 def test_lazy_weight_reads_when_asked_and_keeps_nothing(store: Store) -> None:
     weight = LazyWeight.from_rows("w", store.rows("a"))
     assert store.rows_read == 0
