@@ -87,9 +87,8 @@ def round_to_levels(work: Workspace, inverse: Array, zero: Array, scheme: Weight
     if scheme.symmetric:
         np.clip(work.levels, -middle, middle - 1, out=work.levels)
     else:
-        np.add(work.levels, zero, out=work.levels)
-        np.clip(work.levels, 0, 2 * middle - 1, out=work.levels)
-        np.subtract(work.levels, zero, out=work.levels)
+        np.maximum(work.levels, -zero, out=work.levels)
+        np.minimum(work.levels, 2 * middle - 1 - zero, out=work.levels)
 
 
 def invert(scale: Array) -> Array:

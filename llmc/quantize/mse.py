@@ -4,8 +4,9 @@ For given codes q (less their zero point) the best scale is sum(w q) / sum(q q),
 best codes are the nearest ones. From several scales around the one that spans the block, some clipping its
 extremes and some leaving levels idle, the one with the least error after the closed form is kept, rounded
 again and improved once more. It is the search of GGUF's k-quants (make_qx_quants and make_qkx2_quants in
-ggml-quants.c) with a zero point that is a code, and every weight counting the same. Every error is a sum over
-the residual in units of the scale, which keeps its precision at 8 bits too.
+ggml-quants.c) with a zero point that is a code, and every weight counting the same. Starts are compared by
+sum(w q)^2 / sum(q q), what their best scales explain of sum(w w); the last comparison, with the scale that
+just spans the block, is of residuals, which keep their precision at 8 bits too.
 """
 
 import numpy as np
@@ -37,22 +38,22 @@ def fit_mse(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tup
     plain_zero = place_zero(span.low, inverse, 0.0, scheme)
     zero = plain_zero.copy()
     ratio = np.ones_like(inverse)
-    least = np.full_like(inverse, np.inf)
+    most = np.full_like(inverse, -1)
     for extra in np.linspace(lowest, highest, _STARTS):
-        start = float(steps / (steps + extra))
-        tried = inverse / np.float32(start)
+        start = np.float32(steps / (steps + extra))
+        tried = inverse / start
         tried_zero = zero if scheme.symmetric else place_zero(span.low, tried, -extra / 2, scheme)
         round_to_levels(work, tried, tried_zero, scheme)
-        error, gain = _improve(work)
-        error *= np.float32(start**2)
-        better = error < least
-        np.copyto(least, error, where=better)
-        np.copyto(ratio, gain * np.float32(start), where=better)
+        gain, explained = _improve(work)
+        explained *= start**2
+        better = explained > most
+        np.copyto(most, explained, where=better)
+        np.copyto(ratio, gain * start, where=better)
         if not scheme.symmetric:
             np.copyto(zero, tried_zero, where=better)
 
     round_to_levels(work, inverse / ratio, zero, scheme)
-    ratio *= _improve(work)[1]
+    ratio *= _improve(work)[0]
 
     plain = round_scales(span.scale, scale_type)
     searched = round_scales(span.scale * ratio, scale_type)
@@ -64,18 +65,16 @@ def fit_mse(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tup
 
 
 def _improve(work: Workspace) -> tuple[Array, Array]:
-    """Error that is left once the best scale stands in for the one that was rounded with, and their ratio.
+    """The best scale for the levels, as a multiple of the one that was rounded with, and what it explains.
 
-    Both float32 (n,); the error is in squares of the scale that was rounded with. Overwrites
-    `work.scaled`.
+    Both float32 (n,); what is explained is the part of sum(w w) that does not remain as error, in squares
+    of the scale that was rounded with.
     """
-    residual = np.subtract(work.scaled, work.levels, out=work.scaled)
-    squared = np.einsum("ij,ij->j", residual, residual)
-    cross = np.einsum("ij,ij->j", residual, work.levels)
-    gain = cross / np.maximum(np.einsum("ij,ij->j", work.levels, work.levels), np.float32(1))
-    squared -= cross * gain
-    gain += 1
-    return squared, gain
+    cross = np.einsum("ij,ij->j", work.scaled, work.levels)
+    energy = np.einsum("ij,ij->j", work.levels, work.levels)
+    gain = np.divide(cross, energy, out=np.ones_like(cross), where=energy > 0)
+    cross *= gain
+    return gain, cross
 
 
 def _measure(work: Workspace, scale: Array, zero: Array, inverse: Array, scheme: WeightScheme) -> Array:

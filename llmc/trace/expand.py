@@ -45,23 +45,12 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
 
 
 def _unfold_runs(graph: ir.Graph) -> None:
-    """One `LayerStub` for each layer of a run; the results between them are those of its negations."""
+    """One `LayerStub` for each layer of a run."""
     for run in [n for n in graph if n.domain == DOMAIN and n.op_type == STUB]:
         indices, operands, counts = (
             list(run.attributes[key].as_ints()) for key in ("indices", "operands", "counts")
         )
-        negations: list[ir.Node] = []
         tensors = list(run.inputs)
-        if len(indices) > 1:
-            link = tensors.pop(0)
-            for _ in indices[1:]:
-                negation = link.producer() if link is not None else None
-                if link is None or negation is None or negation.op_type != "Neg" or len(link.uses()) != 1:
-                    raise NotStampableError(
-                        f"a result of layers {indices[0]} to {indices[-1]} has another use"
-                    )
-                negations.insert(0, negation)
-                link = negation.inputs[0]
         result: ir.Value | None = None
         for n, (index, count) in enumerate(zip(indices, counts, strict=True)):
             inputs = [result if position < 0 else tensors[position] for position in operands[:count]]
@@ -76,8 +65,6 @@ def _unfold_runs(graph: ir.Graph) -> None:
             result = stub.outputs[0]
         ir.convenience.replace_all_uses_with(run.outputs, stub.outputs, replace_graph_outputs=True)
         graph.remove(run, safe=True)
-        for negation in reversed(negations):
-            graph.remove(negation, safe=True)
 
 
 def attach_cache(

@@ -17,7 +17,7 @@ from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.skeleton import build_skeleton, parameter_aliases
-from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, mark_layers
+from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,6 +99,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             check_indices()
             check = _check_capture if captured else _check_stored
             check(capture, stack, type(model).__name__)
+            fold_runs(program)
             onnx = _translate(program)
     return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers)
 

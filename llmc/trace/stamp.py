@@ -198,6 +198,33 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
                 module._buffers.clear()
 
 
+def fold_runs(program: torch.export.ExportedProgram) -> None:
+    """Take the negations out of a traced program, which have done their work; every node costs time later.
+
+    Raises:
+        NotStampableError: The result of a layer inside of a run is used by more than the next one.
+    """
+    import torch
+
+    for node in list(program.graph.nodes):
+        if node.target is not torch.ops.onnx_symbolic._symbolic_multi_out.default or node.args[1] != STUB:
+            continue
+        tensors, *rest = node.args
+        keys, places, numbers = (node.kwargs[f"attr_{part}"] for part in ("keys", "pos", "ints"))
+        indices = numbers[slice(*places[keys.index("indices")])]
+        links: list[Any] = []
+        for _ in indices[1:]:
+            link = links[-1].args[0] if links else tensors[0]
+            if link.target is not torch.ops.aten.neg.default or len(link.users) != 1:
+                raise NotStampableError(f"a result of layers {indices[0]} to {indices[-1]} has another use")
+            links.append(link)
+        if links:
+            node.args = (tensors[1:], *rest)
+        for link in links:
+            program.graph.erase_node(link)
+    program.graph_module.recompile()
+
+
 def check_indices() -> None:
     """Raise NotStampableError if a layer's forward computed with its index."""
     if LayerIndex.computed:
