@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import onnx_ir as ir
 
@@ -16,7 +17,6 @@ class Linear:
 
     Args:
         node: The `MatMul`.
-        activation: (…, in_features).
         weight: The initializer, (out_features, in_features) if `transposed`, else (in_features,
             out_features).
         transposed: The weight stands behind a `Transpose` node, as torch stores linear layers.
@@ -24,10 +24,14 @@ class Linear:
     """
 
     node: ir.Node
-    activation: ir.Value
     weight: ir.Value
     transposed: bool
     role: WeightRole
+
+    @property
+    def activation(self) -> ir.Value:
+        """What the node reads now, (…, in_features): another value once its producer has been replaced."""
+        return cast(ir.Value, self.node.inputs[0])
 
     @property
     def in_features(self) -> int:
@@ -67,7 +71,7 @@ def as_linear(node: ir.Node) -> Linear | None:
     weight = source.inputs[0] if transposed and source is not None else factor
     if weight is None or not is_weight(weight) or len(weight.shape or ()) != 2:
         return None
-    return Linear(node, activation, weight, transposed, _role(node))
+    return Linear(node, weight, transposed, _role(node))
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:

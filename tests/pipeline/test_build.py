@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from llmc.artifact.manifest import State
@@ -42,7 +43,9 @@ def _gates() -> tuple[Gate, ...]:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_fp32_artifact_equals_the_original(model_type: str, tmp_path: Path) -> None:
+def test_fp32_artifact_equals_the_original_and_int4_is_int4_throughout(
+    model_type: str, tmp_path: Path
+) -> None:
     model = save_tiny_model(model_type, tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     result = build(_plan(model, tmp_path / "out", gates=_gates()), SilentProgress())
     assert result.failure() is None
@@ -50,6 +53,9 @@ def test_fp32_artifact_equals_the_original(model_type: str, tmp_path: Path) -> N
     applied = {record.name: record.applied for record in result.manifest.passes}
     assert applied["group-query-attention"] == len(result.manifest.interface.cache)
     assert applied["last-token-logits"] == 1
+    result = build(_plan(model, tmp_path / "int4", target="cpu-int4", verify=False), SilentProgress())
+    assert {w.bits for w in result.manifest.weights if w.role is not WeightRole.ROUTER} == {4}
+    onnxruntime.InferenceSession(result.path / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def _operators(path: Path) -> dict[str, int]:
