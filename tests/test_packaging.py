@@ -115,7 +115,7 @@ def test_optimum_cli_hands_on_options_errors_and_codes(unpacked: Path, tmp_path:
 def test_the_script_is_declared() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    assert project["scripts"] == {"llmc": "llmc.cli:main"}
+    assert project["scripts"] == {"llmc": "llmc.cli:program"}
 
 
 def test_constraints_pin_what_is_declared() -> None:

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,10 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     The one place where errors become words on stderr and an exit code.
     """
     state: dict[str, object] = {}
-    # Importing and tracing make millions of objects that stay: looking through them again and again, and once
-    # more at the end, takes a fifth of a build.
+    # Importing and tracing make millions of objects that stay: looking through them again and again takes a
+    # fifth of a build.
     gc.set_threshold(_OBJECTS)
-    atexit.register(gc.freeze)
     try:
         code = app(
             args=list(arguments) if arguments is not None else None,
@@ -55,6 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _INTERNAL,
         )
     raise SystemExit(int(code or 0))
+
+
+def program() -> NoReturn:
+    """`main`, and out at once: taking torch and transformers apart, object by object, is work for nobody.
+
+    What is registered to run at exit runs, and output is flushed, as at any other end.
+    """
+    code: int | str | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter itself does
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = _INTERNAL
+    os._exit(int(code or 0))
 
 
 def _say(fact: str, hint: str | None, code: int) -> int:
