@@ -22,7 +22,7 @@ from llmc.pipeline import build
 from llmc.pipeline.original import tokenize
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
-from llmc.validate.quality import log_softmax
+from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel, shares_buffer
 

@@ -67,6 +67,10 @@ class StageCache:
             return None
         return data
 
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry under `key`; only `get` finds out whether it is damaged."""
+        return self._path(key).is_file()
+
     def put(self, key: str, data: bytes) -> None:
         """Store `data` under `key` in one step, then remove the oldest entries beyond the bound.
 

@@ -109,7 +109,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     from llmc.validate.generation import measure_generation, original_texts
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
-    from llmc.validate.quality import measure_quality
+    from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.served import Served
     from llmc.validate.session import OrtModel, shares_buffer
     from llmc.validate.settings import compare_settings, describe_original
@@ -138,32 +138,37 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
 
     with progress.stage("tokenizer"):
         try:
-            model = session(exact=False)
+            where = session(exact=False).where
         except ParityError as error:
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
         inputs, outputs = len(subject.interface.inputs), len(subject.interface.outputs)
         counted = f"{inputs} inputs and {outputs} outputs as stated"
-        made.append(mismatches(Metric.INTERFACE, (), counted, model.where))
-        served = Served(folder)
-        made += measure_tokens(folder, served, tokenizer, text, prompts())
-    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
-    with progress.stage("quality"):
-        made += measure_quality(model, original, tokens, start=start)
+        made.append(mismatches(Metric.INTERFACE, (), counted, where))
+        made += measure_tokens(folder, Served(folder), tokenizer, text, prompts())
+    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
+    with progress.stage("original"):
+        windows = plan_windows(subject.interface, tokens, start)
+        windows.prepare(original)
         texts = original_texts(original, tokenizer, prompts(), stated.stop)
-        del model
+    own = original
     if weights.digest:
-        original.release()
-        own = remember(checkpoint, subject.model_digest, weights.digest, lambda: _load(subject, weights))
-    else:
-        own = original
+
+        def load_own() -> TorchModel:
+            return _with_weights(original.release() or _load(subject), subject, weights)
+
+        own = remember(checkpoint, subject.model_digest, weights.digest, load_own)
     if weights.unread:
-        made += _not_comparable(weights.unread, served.where)
-        return
-    with progress.stage("parity"):
-        made += Parity(session(exact=True), own, tokens, heads, switches).measure()
-    with progress.stage("generation"):
-        made += measure_generation(served, texts, own, stated.stop)
+        made += _not_comparable(weights.unread, where)
+    else:
+        with progress.stage("parity"):
+            made += Parity(session(exact=True), own, tokens, heads, switches).measure()
+        with progress.stage("generation"):
+            made += measure_generation(Served(folder), texts, own, stated.stop)
+    original.release()
+    own.release()
+    with progress.stage("quality"):
+        made += measure_quality(session(exact=False), original, windows)
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
@@ -187,7 +192,7 @@ def _measure_static(
     """
     from llmc.validate.measure import mismatches
     from llmc.validate.parity import Parity
-    from llmc.validate.quality import measure_quality
+    from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.static_session import StaticOrtModel
 
     checkpoint = subject.checkpoint
@@ -196,12 +201,15 @@ def _measure_static(
     )
     tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
     model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
-    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject, None))
+    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
+    windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
     with progress.stage("parity"):
         made += Parity(model, original, tokens, heads, rope_switches(checkpoint.config)).measure()
     with progress.stage("quality"):
-        made += measure_quality(model, original, tokens, start=start)
+        windows.prepare(original)
+        original.release()
+        made += measure_quality(model, original, windows)
 
 
 def _compare_weights(subject: Subject) -> WeightParity:
@@ -214,17 +222,20 @@ def _compare_weights(subject: Subject) -> WeightParity:
         return WeightParity(broken(METRICS, error, "numpy, from the files"), "", ())
 
 
-def _load(subject: Subject, weights: WeightParity | None) -> TorchModel:
-    """The original; with the artifact's own weights if there are `weights`."""
+def _load(subject: Subject) -> TorchModel:
     from llmc.validate.reference import TorchModel
+
+    return TorchModel(subject.checkpoint.load_reference())
+
+
+def _with_weights(model: TorchModel, subject: Subject, weights: WeightParity) -> TorchModel:
+    """The original given the artifact's own weights, in place."""
     from llmc.validate.weights import parameters, read_stored
 
-    model = TorchModel(subject.checkpoint.load_reference())
-    if weights is not None:
-        changed = {name: subject.sources[name] for name in weights.changed}
-        for name, stored in read_stored(subject.folder, changed).items():
-            array = stored.read(0, stored.shape[0])
-            model.set_parameters(dict(parameters(changed[name], array)))
+    changed = {name: subject.sources[name] for name in weights.changed}
+    for name, stored in read_stored(subject.folder, changed).items():
+        array = stored.read(0, stored.shape[0])
+        model.set_parameters(dict(parameters(changed[name], array)))
     return model
 
 

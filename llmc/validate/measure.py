@@ -58,10 +58,10 @@ def mismatches(metric: Metric, found: Sequence[str], fine: str, where: str) -> M
     return measured(metric, float(len(found)), "; ".join(found) or fine, where)
 
 
-def require_comparable(actual: Array, expected: Array, place: str) -> None:
-    """Raise ParityError unless `actual` has the shape of `expected` and is finite."""
-    if actual.shape != expected.shape:
-        raise ParityError(f"logits at {place} have shape {actual.shape}, the original's {expected.shape}")
+def require_comparable(actual: Array, shape: tuple[int, ...], place: str) -> None:
+    """Raise ParityError unless `actual` has the original's `shape` and is finite."""
+    if actual.shape != shape:
+        raise ParityError(f"logits at {place} have shape {actual.shape}, the original's {shape}")
     bad = ~np.isfinite(actual)
     if bad.any():
         index = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -74,5 +74,5 @@ def max_abs(actual: Array, expected: Array, place: str) -> float:
     Raises:
         ParityError: Their shapes differ, or `actual` is not finite.
     """
-    require_comparable(actual, expected, place)
+    require_comparable(actual, expected.shape, place)
     return float(np.max(np.abs(actual - expected), initial=0.0))

@@ -2,11 +2,12 @@
 
 KL divergence is that of the artifact's next-token distribution q from the original's p,
 sum p (log p - log q) in nats (Kullback and Leibler 1951); perplexity is exp of the mean negative
-log-likelihood of the next token (Jelinek et al. 1977). Both accumulate in float64. Top-1 agreement is
+log-likelihood of the next token (Jelinek et al. 1977). Sums are in float64. Top-1 agreement is
 the share of tokens with the same most likely next token, top-5 the share of the original's five most
 likely that are among the artifact's five. Means have 95 % confidence intervals over the windows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,6 +16,8 @@ import numpy as np
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ConfigError
+from llmc.graph.interface import Interface
+from llmc.validate.distribution import TOP, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable
 from llmc.validate.reference import Reference
@@ -32,14 +35,37 @@ METRICS = (
 )
 
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
-WINDOWS = 16
-WINDOW_TOKENS = 288
+WINDOWS = 96
+WINDOW_TOKENS = 160
 PREFIX_TOKENS = 32
 #: Fewest windows, and fewest tokens in each, that a measurement may rest on.
 LEAST_WINDOWS = 4
 LEAST_TOKENS = 16
-#: Most bytes of the original's logits held at a time.
-LOGITS_BYTES = 256 << 20
+#: Most bytes of the original's distributions held at a time, which bounds the windows of a batch.
+DISTRIBUTION_BYTES = 224 << 20
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of a text.
+
+    Args:
+        tokens: (windows, length) int64, each begun by what the tokenizer puts before a text.
+        prefix: Tokens of each that are prefilled; the rest is decoded one by one and measured.
+    """
+
+    tokens: Array
+    prefix: int
+
+    @property
+    def steps(self) -> int:
+        """Measured tokens of each window."""
+        return int(self.tokens.shape[1]) - self.prefix
+
+    def prepare(self, reference: Reference) -> None:
+        """Have the original answer all that `measure_quality` will ask of it."""
+        for row in self.tokens:
+            reference.prepare(row[:-1], keep=self.steps)
 
 
 @dataclass
@@ -52,61 +78,72 @@ class _Totals:
     loss: list[Array] = field(default_factory=list)
     loss_original: list[Array] = field(default_factory=list)
 
-    def add(self, original: Array, artifact: Array, targets: Array) -> None:
-        """One step: logits (batch, vocabulary) of both, next tokens (batch,)."""
-        p, q = log_softmax(original), log_softmax(artifact)
-        rows = np.arange(len(targets))
-        self.loss_original.append(-p[rows, targets])
-        self.loss.append(-q[rows, targets])
-        best = [np.argpartition(x, -5, axis=-1)[:, -5:] for x in (original, artifact)]
-        self.top5.append((best[0][:, :, None] == best[1][:, None, :]).any(-1).mean(-1))
-        self.top1.append((original.argmax(-1) == artifact.argmax(-1)).astype(np.float64))
-        q -= p
-        np.exp(p, out=p)
-        q *= p
-        self.kl.append(-q.sum(axis=-1))
+    def add(self, original: Sequence[Distributions], at: int, artifact: Array, targets: Array) -> None:
+        """One step: distributions of each row, at `at`; logits (batch, vocabulary); next tokens (batch,)."""
+        figures: list[tuple[float, ...]] = []
+        for row, known, target in zip(artifact, original, targets, strict=True):
+            p, q = known.log_probabilities(at), log_softmax(row)
+            top = known.top[at]
+            # A token is among the artifact's five if fewer than five are likelier.
+            among = [np.count_nonzero(row > row[token]) < TOP for token in top]
+            kl = float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            figures.append(
+                (
+                    kl,
+                    float(row.argmax() == top[0]),
+                    float(np.mean(among)),
+                    -float(q[target]),
+                    -float(p[target]),
+                )
+            )
+        series = (self.kl, self.top1, self.top5, self.loss, self.loss_original)
+        for values, part in zip(series, np.array(figures, np.float64).T, strict=True):
+            values.append(part)
 
 
-def measure_quality(
-    model: Session, reference: Reference, tokens: Array, *, start: tuple[int, ...]
-) -> tuple[Measurement, ...]:
-    """KL divergence, top-1 agreement and perplexity ratio on a text.
-
-    The text is cut into windows spread over it. Of each window the first tokens are prefilled and
-    the rest decoded one by one, which is how an artifact serves, whatever logits it returns; several
-    windows go as one batch. The original sees each window in one forward pass.
+def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...]) -> Windows:
+    """Cut a text into windows that are spread over it.
 
     Args:
         tokens: (n,) int64, the text without special tokens.
         start: Tokens that the tokenizer puts before a text, such as the beginning-of-sequence token.
 
-    Returns:
-        One measurement for each of METRICS.
-
     Raises:
         ConfigError: The text, or the model's positions, are too short.
     """
     length = WINDOW_TOKENS
-    if model.interface.max_length is not None:
-        length = min(length, model.interface.max_length)
+    if interface.max_length is not None:
+        length = min(length, interface.max_length)
     length = min(length, len(tokens) // LEAST_WINDOWS + len(start))
     prefix = len(start) + max(1, min(PREFIX_TOKENS, (length - len(start)) // 4))
     if length - prefix < LEAST_TOKENS:
         raise ConfigError(
-            f"{len(tokens)} tokens of text and {model.interface.max_length} positions leave"
+            f"{len(tokens)} tokens of text and {interface.max_length} positions leave"
             f" {max(0, length - prefix)} tokens in each of {LEAST_WINDOWS} windows, at least {LEAST_TOKENS}"
             " are needed",
             hint="use a longer evaluation text",
         )
-    windows = cut_windows(tokens, length - len(start), start)
+    return Windows(cut_windows(tokens, length - len(start), start), prefix)
+
+
+def measure_quality(model: Session, reference: Reference, windows: Windows) -> tuple[Measurement, ...]:
+    """KL divergence, agreement and perplexity ratio on a text.
+
+    Of each window the first tokens are prefilled and the rest decoded one by one, which is how an
+    artifact serves, whatever logits it returns; several windows go as one batch. The original sees
+    each window in one forward pass.
+
+    Returns:
+        One measurement for each of METRICS.
+    """
 
     def take() -> tuple[Measurement, ...]:
         parts = []
-        vocabulary = reference.logits(windows[0], keep=1).shape[-1]
-        batch = max(1, LOGITS_BYTES // (4 * (length - prefix) * vocabulary))
-        for i in range(0, len(windows), batch):
-            parts.append(_compare(model, reference, windows[i : i + batch], prefix))
-        return _measurements(np.concatenate(parts, axis=1), length, model.where)
+        vocabulary = reference.distributions(windows.tokens[0, :-1], keep=windows.steps).codes.shape[1]
+        batch = max(1, DISTRIBUTION_BYTES // (2 * windows.steps * vocabulary))
+        for i in range(0, len(windows.tokens), batch):
+            parts.append(_compare(model, reference, windows.tokens[i : i + batch], windows.prefix))
+        return _measurements(np.concatenate(parts, axis=1), windows.tokens.shape[1], model.where)
 
     return measure(METRICS, model.where, take)
 
@@ -123,28 +160,20 @@ def cut_windows(tokens: Array, length: int, start: tuple[int, ...]) -> Array:
     return np.array([[*start, *window] for window in cut], np.int64)
 
 
-def log_softmax(logits: Array) -> Array:
-    """Log of the softmax along the last axis, in float64."""
-    shifted: Array = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
-
-
 def _compare(model: Session, reference: Reference, windows: Array, prefix: int) -> Array:
     """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original."""
     length = windows.shape[1]
     totals = _Totals()
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
-    expected = [reference.logits(row[:-1], keep=length - prefix) for row in windows]
+    expected = [reference.distributions(row[:-1], keep=length - prefix) for row in windows]
+    shape = (len(windows), expected[0].codes.shape[1])
     logits = model.prefill(windows[:, :prefix], steps=length - prefix - 1)[:, -1]
     for step in range(length - prefix):
         at = prefix + step
         if step > 0:
             logits = model.decode(windows[:, at - 1 : at])[:, -1]
-        original = np.stack([row[step] for row in expected])
-        require_comparable(logits, original, f"position {at - 1} of the evaluation text")
-        totals.add(original, logits, windows[:, at])
+        require_comparable(logits, shape, f"position {at - 1} of the evaluation text")
+        totals.add(expected, step, logits, windows[:, at])
     series = (totals.kl, totals.top1, totals.top5, totals.loss, totals.loss_original)
     return np.stack([np.stack(part, axis=1) for part in series])
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmc.errors import ParityError, UnsupportedError
+from llmc.validate.distribution import Distributions
 
 Array = np.ndarray
 
@@ -23,6 +24,14 @@ class Reference(Protocol):
 
     def logits(self, input_ids: Array, *, keep: int) -> Array:
         """Logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32."""
+        ...
+
+    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
+        """What follows each of the last `keep` positions of input_ids (sequence,)."""
+        ...
+
+    def prepare(self, input_ids: Array, *, keep: int) -> None:
+        """Know `distributions` of these before they are asked for."""
         ...
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
@@ -89,6 +98,13 @@ class TorchModel:
         if not np.isfinite(values).all():
             raise ParityError(f"the original's own logits are not finite for {len(input_ids)} tokens")
         return values
+
+    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
+        """What follows each of the last `keep` positions, from one forward pass as for `logits`."""
+        return Distributions.of_logits(self.logits(input_ids, keep=keep))
+
+    def prepare(self, input_ids: Array, *, keep: int) -> None:
+        """Nothing: answers are computed when they are asked for."""
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
+from llmc.validate.distribution import Distributions
 from llmc.validate.reference import TorchModel
 
 Array = np.ndarray
@@ -40,13 +41,25 @@ class RememberedModel:
             "logits",
             input_ids,
             [keep],
-            lambda model: np.ascontiguousarray(model.logits(input_ids, keep=keep), np.float32),
+            lambda model: np.ascontiguousarray(model.logits(input_ids, keep=keep), np.float32).tobytes(),
         )
         return np.frombuffer(data, np.float32).reshape(keep, -1).copy()
 
+    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
+        """As `TorchModel.distributions`."""
+        data = self._recall("distributions", input_ids, [keep], _ask_distributions(input_ids, keep))
+        return Distributions.from_bytes(data, keep)
+
+    def prepare(self, input_ids: Array, *, keep: int) -> None:
+        """Have the answer of `distributions` in the cache, so that the model can be released."""
+        if not self._cache.holds(self._key("distributions", input_ids, [keep])):
+            self.distributions(input_ids, keep=keep)
+
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """As `TorchModel.greedy`."""
-        data = self._recall("greedy", input_ids, [steps], lambda model: model.greedy(input_ids, steps))
+        data = self._recall(
+            "greedy", input_ids, [steps], lambda model: model.greedy(input_ids, steps).tobytes()
+        )
         return np.frombuffer(data, np.int64).copy()
 
     def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
@@ -55,24 +68,32 @@ class RememberedModel:
             "generate",
             input_ids,
             [new_tokens, *stop],
-            lambda model: model.generate(input_ids, new_tokens, stop),
+            lambda model: model.generate(input_ids, new_tokens, stop).tobytes(),
         )
         return np.frombuffer(data, np.int64).copy()
 
-    def release(self) -> None:
-        """Let go of the model, if it was loaded; a later question loads it again."""
-        self._model = None
+    def release(self) -> TorchModel | None:
+        """Let go of the model, and hand it over if it was loaded; a later question loads it again."""
+        model, self._model = self._model, None
+        return model
 
-    def _recall(
-        self, what: str, input_ids: Array, settings: list[int], ask: Callable[[TorchModel], Array]
-    ) -> bytes:
+    def _key(self, what: str, input_ids: Array, settings: list[int]) -> str:
         tokens = hashlib.sha256(input_ids.astype(np.int64).tobytes()).hexdigest()
         facts = {**self._facts, "what": what, "tokens": tokens, "settings": settings}
-        key = content_key("reference", facts)
+        return content_key("reference", facts)
+
+    def _recall(
+        self, what: str, input_ids: Array, settings: list[int], ask: Callable[[TorchModel], bytes]
+    ) -> bytes:
+        key = self._key(what, input_ids, settings)
         known = self._cache.get(key)
         if known is None:
             if self._model is None:
                 self._model = self._load()
-            known = ask(self._model).tobytes()
+            known = ask(self._model)
             self._cache.put(key, known)
         return known
+
+
+def _ask_distributions(input_ids: Array, keep: int) -> Callable[[TorchModel], bytes]:
+    return lambda model: model.distributions(input_ids, keep=keep).to_bytes()

@@ -10,7 +10,8 @@ import torch
 
 from llmc.config import Metric
 from llmc.errors import ConfigError
-from llmc.validate.quality import METRICS, cut_windows, log_softmax, measure_quality
+from llmc.validate.distribution import Distributions, log_softmax
+from llmc.validate.quality import METRICS, cut_windows, measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
 
@@ -21,7 +22,7 @@ WORSE = Variant(logits="last", max_length=64, scale_weight=("model.layers.1.mlp.
 
 def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
-    made = measure_quality(model, TorchModel(llama), tokens, start=(1,))
+    made = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, (1,)))
     assert [m.metric for m in made] == list(METRICS)
     kl, p99, largest, top1, top5, perplexity = made
 
@@ -65,9 +66,11 @@ def test_groups_of_windows_do_not_change_the_figures(
     llama: Any, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
-    together = measure_quality(model, TorchModel(llama), tokens, start=())
-    monkeypatch.setattr("llmc.validate.quality.LOGITS_BYTES", 4 * 48 * 256 * 3)  # three windows at a time
-    apart = measure_quality(model, TorchModel(llama), tokens, start=())
+    together = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
+    monkeypatch.setattr(
+        "llmc.validate.quality.DISTRIBUTION_BYTES", 2 * 48 * 256 * 3
+    )  # three windows at a time
+    apart = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
     for a, b in zip(together, apart, strict=True):
         assert a.value == pytest.approx(b.value, rel=1e-4)
         assert a.detail == b.detail
@@ -78,21 +81,40 @@ def test_text_too_short(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="20 tokens of text and 160 positions leave 4 tokens in each of 4 windows"
     ) as caught:
-        measure_quality(model, TorchModel(llama), tokens[:20], start=())
+        plan_windows(model.interface, tokens[:20], ())
     assert caught.value.hint == "use a longer evaluation text"
 
 
 def test_log_softmax_of_large_logits() -> None:
     values = log_softmax(np.array([[1e4, 1e4 - 1, -1e4]], np.float32))
-    assert values.dtype == np.float64
-    np.testing.assert_allclose(values[0, :2], [-math.log1p(math.exp(-1)), -1 - math.log1p(math.exp(-1))])
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(
+        values[0, :2], [-math.log1p(math.exp(-1)), -1 - math.log1p(math.exp(-1))], rtol=1e-6
+    )
     assert values[0, 2] == pytest.approx(-2e4, rel=1e-4)
+
+
+def test_distributions_lose_next_to_nothing() -> None:
+    """The divergence of what is kept from what was given, and the five likeliest, exactly."""
+    logits = 4 * np.random.default_rng(3).standard_normal((6, 5000)).astype(np.float32)
+    logits[0, 7] = 60.0  # all others less likely than 1e-14
+    kept = Distributions.from_bytes(Distributions.of_logits(logits).to_bytes(), 6)
+    assert kept.codes.dtype == np.uint16
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    for at in range(6):
+        p = kept.log_probabilities(at).astype(np.float64)
+        assert abs((np.exp(exact[at]) * (exact[at] - p)).sum()) < 2e-7
+        np.testing.assert_array_equal(kept.top[at], np.argsort(-logits[at])[:5])
 
 
 def test_infinite_perplexity_is_no_pass(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     """Logits so large that the right token has no probability left: a figure, and not a good one."""
     variant = Variant(logits="last", max_length=64, scale_weight=("lm_head.weight", 1e4))
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, variant), threads=1, share_buffer=False)
-    made = {m.metric: m for m in measure_quality(model, TorchModel(llama), tokens, start=())}
+    made = {
+        m.metric: m
+        for m in measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
+    }
     assert made[Metric.TEXT_PERPLEXITY_RATIO].value == math.inf
     assert made[Metric.TEXT_KL_MEAN].value > 100
