@@ -109,3 +109,28 @@ class Verdict(_Strict):
     def missed(self) -> tuple[Check, ...]:
         """The checks that failed or cannot be decided."""
         return tuple(c for c in self.checks if c.status in (CheckStatus.FAIL, CheckStatus.UNDECIDED))
+
+
+class Change(_Strict):
+    """One figure beside the same of an earlier report.
+
+    Args:
+        name: A metric; `size`, stored bytes of the artifact; or `checks`, those that passed before and do
+            not pass now.
+        unit: Of both figures, empty for a bare number.
+        regression: Why this holds up a release; None if it does not.
+    """
+
+    name: str
+    before: Figure | None
+    after: Figure | None
+    unit: str = ""
+    regression: str | None = None
+
+
+class Peer(_Strict):
+    """Another artifact of the same model: its size in bytes and its mean KL divergence in nats per token."""
+
+    title: str
+    bytes: int
+    kl_mean: float

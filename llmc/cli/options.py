@@ -27,6 +27,14 @@ Report = Annotated[
         "--report", metavar="DIR", help="Write report.json, junit.xml, report.md and report.html into DIR."
     ),
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PERCENT",
+        help="By how much a figure may be worse: a metric, or size; may be given several times. Figures "
+        "with a confidence interval may not be worse beyond it.",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
 ]

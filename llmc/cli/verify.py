@@ -1,8 +1,11 @@
 """`llmc verify`."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from llmc.cli.options import Against, Artifact, EvalText, Force, Json, Report
+from llmc.cli.options import Against, Allow, Artifact, EvalText, Force, Json, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -12,6 +15,7 @@ def register(app: typer.Typer) -> None:
         short_help="Run the parity gate again.",
         epilog=examples(
             "llmc verify artifacts/demo/cpu-int4@local --report out/",
+            "llmc verify artifacts/mine --baseline last/report.json --allow size=2",
             "llmc verify artifacts/mine --against ./my-model --eval-text domain.txt --json",
         ),
     )(verify)
@@ -23,12 +27,24 @@ def verify(
     eval_text: EvalText = None,
     force: Force = False,
     report: Report = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT", help="report.json of the last release: exit 5 if this is worse."),
+    ] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
     from llmc import pipeline
 
-    emit(
-        pipeline.verify(artifact, against, eval_text or (), open_progress(), force=force, folder=report),
-        as_json=as_json,
+    made = pipeline.verify(
+        artifact,
+        against,
+        eval_text or (),
+        open_progress(),
+        force=force,
+        folder=report,
+        baseline=baseline,
+        allow=tuple(allow or ()),
     )
+    emit(made, as_json=as_json)

@@ -70,7 +70,8 @@ def bench(
         )
     measurements = ratios(latency)
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
-    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights)
+    name = manifest.profile.name
+    report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.weights, path)
     if folder is not None:
         write_all(report, folder)
     return GateReport(report=report)

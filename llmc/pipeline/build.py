@@ -71,7 +71,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 sources=compiled.sources,
             )
             gate = measure_parity(subject, plan.eval_text, progress)
-            report = gate_report(plan.model, plan.target, plan.profile.name, gate, compiled.weights)
+            name = plan.profile.name
+            report = gate_report(plan.model, plan.target, name, gate, compiled.weights, stage.path)
             write_report(report, reports, "parity")
         files = digest_files(stage.path, {**known, **engine_files})
         manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate, record)

@@ -11,13 +11,21 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
 from llmc.artifact.forecast import Forecast
-from llmc.artifact.manifest import Manifest, State, WeightRecord
-from llmc.artifact.verdict import CheckStatus, Verdict
+from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, State, WeightRecord
+from llmc.artifact.verdict import Change, CheckStatus, Verdict
 from llmc.config import Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult
 from llmc.progress import Progress
-from llmc.report import Report, render_text, write_html, write_json, write_junit, write_markdown
+from llmc.report import (
+    Report,
+    render_changes,
+    render_text,
+    write_html,
+    write_json,
+    write_junit,
+    write_markdown,
+)
 
 PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
 
@@ -150,24 +158,28 @@ class GateReport(BaseModel):
 
     def render(self) -> str:
         """Tables for a terminal."""
-        return render_text(self.report).rstrip()
+        lines = [render_text(self.report).rstrip()]
+        if self.report.changes:
+            lines += ["against the baseline:", *render_changes(self.report.changes)]
+        return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """A parity or latency error if a gate failed."""
+        """A parity or latency error if a gate failed, or if something is worse than the baseline."""
         verdict = self.report.verdict
         if verdict.passed:
-            return None
+            return regression_failure(self.report.changes)
         kind = LatencyError if all(c.metric in LATENCY for c in verdict.missed) else ParityError
         return kind(_missed(verdict), hint="see the table for the figures")
 
 
 def gate_report(
-    model: str, target: Target, profile: str, gate: GateResult, weights: Sequence[WeightRecord]
+    model: str, target: Target, profile: str, gate: GateResult, weights: Sequence[WeightRecord], folder: Path
 ) -> Report:
     """The report of a gate.
 
     Args:
         weights: How every matrix is stored.
+        folder: The artifact, whose size counts without its manifest and reports.
     """
     sizes: dict[str, int] = {}
     for record in weights:
@@ -182,6 +194,23 @@ def gate_report(
         measurements=gate.measurements,
         latency=gate.latency,
         sizes=sizes,
+        bytes=sum(
+            p.stat().st_size
+            for p in folder.rglob("*")
+            if p.is_file() and p != folder / MANIFEST and folder / REPORTS not in p.parents
+        ),
+    )
+
+
+def regression_failure(changes: tuple[Change, ...]) -> LlmcError | None:
+    """The error that regressions amount to."""
+    worse = [c for c in changes if c.regression is not None]
+    if not worse:
+        return None
+    kind = LatencyError if all(c.name.startswith("latency.") for c in worse) else ParityError
+    told = "; ".join(f"{c.name} {c.regression}" for c in worse)
+    return kind(
+        f"{len(worse)} regressions: {told}", hint="--allow NAME=PERCENT states how much worse a figure may be"
     )
 
 

@@ -7,6 +7,7 @@ from llmc.pipeline.compile import lower_graph
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
+from llmc.report import compare_reports, parse_allowed, read_report
 
 
 def verify(
@@ -17,6 +18,8 @@ def verify(
     *,
     force: bool = False,
     folder: Path | None = None,
+    baseline: Path | None = None,
+    allow: tuple[str, ...] = (),
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
 
@@ -26,11 +29,15 @@ def verify(
         eval_text: Files with the user's text; none for the one that ships.
         force: Take an original that the artifact was not built from.
         folder: Where the report goes in all its forms; None for nowhere.
+        baseline: report.json of an earlier artifact that this one may not be worse than.
+        allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
     from llmc.artifact.store import damaged_files
 
     if folder is not None:
         require_folder(folder)
+    allowed = parse_allowed(allow)
+    earlier = None if baseline is None else read_report(baseline)
     with progress.stage("artifact"):
         artifact, checkpoint, digest = open_pair(path, against, force=force)
         damaged = damaged_files(artifact)
@@ -47,7 +54,9 @@ def verify(
         damaged=damaged,
     )
     gate = measure_parity(subject, eval_text, progress)
-    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights)
+    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights, path)
+    if earlier is not None:
+        report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:
         write_all(report, folder)
     return GateReport(report=report)

@@ -1,5 +1,6 @@
 """One report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, text for a terminal."""
 
+from llmc.report.comparison import compare_reports, parse_allowed, render_changes
 from llmc.report.document import Report, read_report, write_json
 from llmc.report.html import render_html, write_html
 from llmc.report.junit import write_junit
@@ -8,7 +9,10 @@ from llmc.report.text import render_text
 
 __all__ = [
     "Report",
+    "compare_reports",
+    "parse_allowed",
     "read_report",
+    "render_changes",
     "render_html",
     "render_markdown",
     "render_text",

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmc.artifact.latency import Latency
-from llmc.artifact.verdict import Measurement, Verdict
+from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 
 
 class Report(BaseModel):
@@ -23,11 +23,14 @@ class Report(BaseModel):
         measurements: One per metric, those without a gate included.
         latency: Timings; None if latency was not measured.
         sizes: Stored bytes by kind of weight.
+        bytes: Of all files of the artifact.
+        changes: Figures beside those of the report that this one was compared with.
+        peers: Artifacts of the same model, this one included.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     llmc: str
     model: str
     target: str
@@ -36,6 +39,9 @@ class Report(BaseModel):
     measurements: tuple[Measurement, ...]
     latency: Latency | None
     sizes: dict[str, int] = Field(default_factory=dict)
+    bytes: int = 0
+    changes: tuple[Change, ...] = ()
+    peers: tuple[Peer, ...] = ()
 
     @property
     def title(self) -> str:

@@ -20,11 +20,12 @@ def write_junit(report: Report, path: Path) -> None:
     """Write the verdict as one test suite named after model, target and profile."""
     checks = report.verdict.checks
     rest = ungated(report.measurements, checks)
+    worse = [c for c in report.changes if c.regression is not None]
     suite = ET.Element(
         "testsuite",
         name=_clean(f"{report.model} {report.target}@{report.profile}"),
-        tests=str(len(checks) + len(rest)),
-        failures=str(sum(c.status is CheckStatus.FAIL or c.status is CheckStatus.UNDECIDED for c in checks)),
+        tests=str(len(checks) + len(rest) + len(report.changes)),
+        failures=str(len(report.verdict.missed) + len(worse)),
         errors="0",
         skipped=str(len(rest) + sum(c.status is CheckStatus.NOT_APPLICABLE for c in checks)),
         time="0",
@@ -33,6 +34,10 @@ def write_junit(report: Report, path: Path) -> None:
         _add_check(suite, check)
     for measurement in rest:
         _add_measurement(suite, measurement)
+    for change in report.changes:
+        case = ET.SubElement(suite, "testcase", classname="llmc.baseline", name=change.name, time="0")
+        if change.regression is not None:
+            ET.SubElement(case, "failure", message=_clean(change.regression), type="regression")
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)

@@ -35,6 +35,13 @@ def render_markdown(report: Report) -> str:
         lines.append(f"| {check.metric} | {value} | {format_bound(check)} | {_MARKS[check.status]} |")
     for m in ungated(report.measurements, report.verdict.checks):
         lines.append(f"| {m.metric} | {format_estimate(m.value, m.low, m.high)} | | {m.status} |")
+    if report.changes:
+        lines += ["", "| against the baseline | before | now | |", "|---|---|---|---|"]
+        for c in report.changes:
+            told = "" if c.regression is None else f"**regression**: {_cell(c.regression)}"
+            lines.append(
+                f"| {c.name} | {format_figure(c.before)} | {format_figure(c.after)} {c.unit} | {told} |"
+            )
     if report.latency is not None:
         lines += ["", *_latency(report.latency)]
     return "\n".join([*lines, "", f"llmc {report.llmc}", ""])

@@ -6,11 +6,11 @@ matplotlib draws them with placeholder colours, which are then replaced by CSS v
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmc.artifact.latency import Latency
-from llmc.artifact.verdict import Measurement
+from llmc.artifact.verdict import Measurement, Peer
 from llmc.config import Metric
 from llmc.report.document import Report
 
@@ -53,6 +53,11 @@ def draw_pictures(report: Report) -> dict[str, str]:
         draw("Largest logit difference, with the artifact's own weights", lambda ax: _levels(ax, levels))
     if report.sizes:
         draw("Stored weights by kind, MB", lambda ax: _sizes(ax, report.sizes))
+    if report.peers:
+        draw(
+            "Size and quality of the artifacts of this model: MB and KL divergence in nats",
+            lambda ax: _peers(ax, report.peers),
+        )
     if report.latency is not None and report.latency.decode:
         latency = report.latency
         draw(
@@ -119,6 +124,16 @@ def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
 def _sizes(axes: Any, sizes: dict[str, int]) -> None:
     names = sorted(sizes, key=lambda n: sizes[n])
     axes.barh(names, [sizes[n] / 1e6 for n in names], color=_FIRST)
+
+
+def _peers(axes: Any, peers: Sequence[Peer]) -> None:
+    for peer in peers:
+        at = (peer.bytes / 1e6, peer.kl_mean)
+        axes.scatter([at[0]], [at[1]], color=_FIRST)
+        axes.annotate(peer.title, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlim(0, 1.5 * max(p.bytes for p in peers) / 1e6)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("MB")
 
 
 def _latency(axes: Any, latency: Latency) -> None:

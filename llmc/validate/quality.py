@@ -35,7 +35,7 @@ METRICS = (
 )
 
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
-WINDOWS = 96
+WINDOWS = 64
 WINDOW_TOKENS = 160
 PREFIX_TOKENS = 32
 #: Fewest windows, and fewest tokens in each, that a measurement may rest on.

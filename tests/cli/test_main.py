@@ -21,7 +21,19 @@ from llmc.errors import (
     UnsupportedError,
 )
 
-COMMANDS = ("build", "verify", "bench", "bisect", "run", "inspect", "targets", "profiles", "doctor")
+COMMANDS = (
+    "build",
+    "verify",
+    "bench",
+    "compare",
+    "report",
+    "bisect",
+    "run",
+    "inspect",
+    "targets",
+    "profiles",
+    "doctor",
+)
 
 
 class Outcome:

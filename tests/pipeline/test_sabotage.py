@@ -7,8 +7,8 @@ import pytest
 
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Gate, Metric
-from llmc.errors import ConfigError
-from llmc.pipeline import build, verify
+from llmc.errors import ConfigError, ParityError
+from llmc.pipeline import build, compare, report, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import read_report
@@ -116,3 +116,55 @@ def test_reports_in_all_forms(artifacts: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"the report cannot be written to .*file"):
         verify(artifacts["int4"], None, text, SilentProgress(), folder=tmp_path / "file")
+
+
+def test_a_release_that_is_worse_than_the_last(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """The report of the float artifact as the baseline of the 4-bit one, and the other way round."""
+    text = (str(artifacts["float"].parent / "text"),)
+    for name in artifacts:
+        verify(artifacts[name], None, text, SilentProgress(), folder=tmp_path / name)
+    last = tmp_path / "float" / "report.json"
+    worse = verify(artifacts["int4"], None, text, SilentProgress(), folder=tmp_path / "new", baseline=last)
+    assert worse.report.verdict.passed
+    lost = {c.name for c in worse.report.changes if c.regression is not None}
+    assert "text.kl_mean" in lost
+    failure = worse.failure()
+    assert isinstance(failure, ParityError)
+    assert "worse beyond both intervals" in failure.fact
+    assert "text.kl_mean" in worse.render().partition("against the baseline")[2]
+    for form in ("report.md", "report.html", "junit.xml"):
+        assert "worse beyond both intervals" in (tmp_path / "new" / form).read_text(encoding="utf-8")
+    last = tmp_path / "int4" / "report.json"
+    better = verify(artifacts["float"], None, text, SilentProgress(), baseline=last, allow=("size=1",))
+    lost = {c.name for c in better.report.changes if c.regression is not None}
+    assert "size" in lost
+    assert "text.kl_mean" not in lost
+
+
+def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    text = (str(artifacts["float"].parent / "text"),)
+    folders = {name: copy_artifact(path, tmp_path / name) for name, path in artifacts.items()}
+    with pytest.raises(ConfigError, match="float has no report"):
+        compare(folders["float"], folders["int4"], ())
+    for folder in folders.values():
+        verify(folder, None, text, SilentProgress(), folder=folder / "reports" / "today")
+    found = compare(folders["float"], folders["int4"], ())
+    differing = {(d.kind, d.name) for d in found.differences}
+    assert {("operator", "com.microsoft::MatMulNBits"), ("weights", "all")} <= differing
+    size = next(c for c in found.changes if c.name == "size")
+    assert size.before is not None
+    assert size.after is not None
+    assert size.after < size.before
+    assert isinstance(found.failure(), ParityError)
+    assert "weights" in found.render()
+    same = compare(folders["int4"], folders["int4"], ())
+    assert (same.differences, same.failure()) == ((), None)
+
+    shown = report(folders["int4"]).path.read_text(encoding="utf-8")
+    assert "Size and quality of the artifacts of this model" in shown
+    assert '"title": "float"' in shown
+
+    other = save_tiny_model("mistral", tmp_path / "model2", tokenizer=True, tie_word_embeddings=True, seed=1)
+    plan = plan_build(str(other), target="cpu-fp32", profile="local", output=tmp_path / "other", verify=False)
+    with pytest.raises(ConfigError, match="which are not one model"):
+        compare(folders["float"], build(plan, SilentProgress()).path, ())

@@ -96,7 +96,7 @@ def test_json_reads_back_with_nan_and_infinity(report: Report, tmp_path: Path) -
     write_json(report, path)
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")
-    assert '"schema_version": 2' in text
+    assert '"schema_version": 3' in text
     back = Report.model_validate_json(text)
     assert math.isnan(back.measurements[1].value)
     assert back.measurements[1].figures == {"length_1": math.inf}
@@ -257,10 +257,10 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
     path = tmp_path / "report.json"
     write_json(report, path)
     assert read_report(path).model_dump_json() == report.model_dump_json()
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
-    with pytest.raises(ConfigError, match="has schema version 3; this llmc reads 2"):
+    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 4'))
+    with pytest.raises(ConfigError, match="has schema version 4; this llmc reads 3"):
         read_report(path)
-    path.write_text('{"schema_version": 2}')
+    path.write_text('{"schema_version": 3}')
     with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
         read_report(path)
     with pytest.raises(ConfigError, match=r"is no report: .*No such file"):

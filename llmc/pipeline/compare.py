@@ -1,0 +1,113 @@
+"""`llmc compare`: two artifacts side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from llmc.artifact.manifest import Manifest, WeightRecord
+from llmc.artifact.verdict import Change
+from llmc.errors import ConfigError, LlmcError
+from llmc.pipeline.inspect import count_operators
+from llmc.pipeline.reports import stored_bytes, stored_report
+from llmc.pipeline.result import regression_failure
+from llmc.report import compare_reports, parse_allowed, render_changes
+
+
+class Difference(BaseModel):
+    """Something that both artifacts have, or only one, and that is not the same in both.
+
+    Args:
+        kind: operator, pass, weights or tool.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    name: str
+    before: str
+    after: str
+
+
+class Comparison(BaseModel):
+    """Figures of two artifacts, and what differs in how they were made.
+
+    Args:
+        changes: Size, and every figure of the reports that lie in the artifacts.
+        differences: In operators, passes, bits of weights and versions of tools.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: str
+    after: str
+    changes: tuple[Change, ...]
+    differences: tuple[Difference, ...]
+
+    def render(self) -> str:
+        """Text for a terminal."""
+        lines = [f"{self.before} -> {self.after}", *render_changes(self.changes)]
+        for d in self.differences:
+            lines.append(f"  {d.kind:10} {d.name}: {d.before} -> {d.after}")
+        return "\n".join(lines)
+
+    def failure(self) -> LlmcError | None:
+        """A parity error, or a latency error if nothing else became worse."""
+        return regression_failure(self.changes)
+
+
+def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
+    """Size, quality, speed where it was measured, graph and bits of two artifacts of one model.
+
+    Args:
+        allow: `NAME=PERCENT`, by how much a figure may become worse.
+
+    Raises:
+        ConfigError: One is no artifact or has no report, or they are of different models.
+    """
+    from llmc.artifact.store import open_artifact
+    from llmc.backends.ort import MODEL
+
+    allowed = parse_allowed(allow)
+    old, new = open_artifact(before), open_artifact(after)
+    if old.manifest.model.digest != new.manifest.model.digest:
+        raise ConfigError(
+            f"{before} is made of {old.manifest.model.ref} and {after} of {new.manifest.model.ref},"
+            " which are not one model",
+            hint="figures against different originals cannot be compared",
+        )
+    reports = [stored_report(artifact) for artifact in (old, new)]
+    counts = [count_operators(artifact.path / MODEL) for artifact in (old, new)]
+    passes = [{p.name: p.applied for p in artifact.manifest.passes} for artifact in (old, new)]
+    differences = (
+        *_differences("operator", *({n: str(c) for n, c in count.items()} for count in counts)),
+        *_differences("pass", *({n: f"applied {c} times" for n, c in each.items()} for each in passes)),
+        *_differences("weights", _bits(old.manifest), _bits(new.manifest)),
+        *_differences("tool", old.manifest.tools, new.manifest.tools),
+    )
+    return Comparison(
+        before=str(before),
+        after=str(after),
+        changes=compare_reports(reports[0], reports[1], allowed),
+        differences=differences,
+    )
+
+
+def _differences(kind: str, old: dict[str, str], new: dict[str, str]) -> list[Difference]:
+    names = [*old, *(name for name in new if name not in old)]
+    pairs = [(name, old.get(name, "none"), new.get(name, "none")) for name in names]
+    return [Difference(kind=kind, name=n, before=a, after=b) for n, a, b in pairs if a != b]
+
+
+def _bits(manifest: Manifest) -> dict[str, str]:
+    """How the weights of each role are stored, and how many bytes they take."""
+    by_role: dict[str, list[WeightRecord]] = {}
+    for record in manifest.weights:
+        by_role.setdefault(record.role.value, []).append(record)
+    told = {}
+    for role, records in by_role.items():
+        forms = sorted({f"{r.bits} bits" + (f" by {r.block_size}" if r.block_size else "") for r in records})
+        told[role] = f"{', '.join(forms)}, {sum(r.bytes for r in records) / 1e6:.4g} MB"
+    told["all"] = f"{stored_bytes(manifest) / 1e6:.4g} MB with all files"
+    return told

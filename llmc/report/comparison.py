@@ -1,0 +1,133 @@
+"""Two reports beside each other: what became better or worse, and what holds up a release."""
+
+from collections.abc import Mapping
+
+from llmc.artifact.verdict import Change, CheckStatus, Measurement
+from llmc.config import Metric
+from llmc.errors import ConfigError, did_you_mean
+from llmc.report.document import Report
+from llmc.report.figures import format_estimate, format_figure
+
+#: Figures of which more is better.
+_MORE_IS_BETTER = frozenset(
+    {
+        Metric.TOKENIZER_EQUAL,
+        Metric.CHAT_EQUAL,
+        Metric.WEIGHTS_SNR,
+        Metric.WEIGHTS_BLOCK_SNR,
+        Metric.DECODE_TOP1,
+        Metric.TEXT_TOP1,
+        Metric.TEXT_TOP5,
+        Metric.GENERATE_EQUAL,
+        Metric.GENERATE_SEEDED,
+    }
+)
+SIZE = "size"
+CHECKS = "checks"
+
+
+def parse_allowed(stated: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=PERCENT` each: by how much a figure may become worse.
+
+    Raises:
+        ConfigError: A name is no metric and not `size`, or what follows is not a number from 0 on.
+    """
+    known = [SIZE, *(m.value for m in Metric)]
+    allowed = {}
+    for text in stated:
+        name, _, percent = text.partition("=")
+        if name not in known:
+            raise ConfigError(f"--allow {text}: there is no figure {name!r}", hint=did_you_mean(name, known))
+        try:
+            allowed[name] = float(percent)
+        except ValueError:
+            allowed[name] = -1.0
+        if not 0 <= allowed[name] < float("inf"):
+            raise ConfigError(
+                f"--allow {text}: {percent!r} is not a percentage", hint=f"for example --allow {name}=2"
+            )
+    return allowed
+
+
+def compare_reports(before: Report, after: Report, allowed: Mapping[str, float]) -> tuple[Change, ...]:
+    """Every figure of both reports side by side.
+
+    A figure with a confidence interval holds up a release if the whole interval became worse: even the
+    better end is beyond the worse end of the one before. Any figure does if it became worse by more than
+    the percentage in `allowed`, was measured before and is not now, or is NaN. So does a check that
+    passed and does not.
+    """
+    old = {m.metric: m for m in before.measurements}
+    new = {m.metric: m for m in after.measurements}
+    changes = [_size(before.bytes, after.bytes, allowed.get(SIZE))] if before.bytes and after.bytes else []
+    for metric in Metric:
+        if metric in old or metric in new:
+            changes.append(_change(metric, old.get(metric), new.get(metric), allowed.get(metric.value)))
+    return (*changes, _lost(before, after))
+
+
+def _size(before: int, after: int, allowed: float | None) -> Change:
+    return Change(
+        name=SIZE,
+        before=before / 1e6,
+        after=after / 1e6,
+        unit="MB",
+        regression=_too_much(before, after, 1, allowed),
+    )
+
+
+def _change(
+    metric: Metric, old: Measurement | None, new: Measurement | None, allowed: float | None
+) -> Change:
+    before, after = (None if m is None else m.value for m in (old, new))
+    sign = -1 if metric in _MORE_IS_BETTER else 1
+    why = None
+    if old is not None and before is not None:
+        if new is None or after is None:
+            # A level of another kind of report, such as latency, may well be absent from this one.
+            why = None if new is None else f"was {format_figure(before)}, and is {new.status} now"
+        elif after != after:
+            why = f"was {format_figure(before)}, and is not a number now"
+        else:
+            why = _beyond(old, new, sign) or _too_much(before, after, sign, allowed)
+    return Change(name=metric.value, before=before, after=after, regression=why)
+
+
+def _beyond(old: Measurement, new: Measurement, sign: int) -> str | None:
+    """Whether the intervals are apart, the new one on the worse side."""
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return None
+    apart = new.low > old.high if sign > 0 else new.high < old.low
+    if not apart:
+        return None
+    was, now = (format_estimate(m.value, m.low, m.high) for m in (old, new))
+    return f"worse beyond both intervals: {was} before, {now} now"
+
+
+def _too_much(before: float, after: float, sign: int, allowed: float | None) -> str | None:
+    if allowed is None:
+        return None
+    worse = sign * (after - before)
+    if worse <= abs(before) * allowed / 100:
+        return None
+    share = f"{100 * worse / abs(before):.3g} %" if before else format_figure(worse)
+    return f"worse by {share}, allowed are {allowed:g} %"
+
+
+def _lost(before: Report, after: Report) -> Change:
+    passed = {c.metric for c in before.verdict.checks if c.status is CheckStatus.PASS}
+    asked = {c.metric: c.status for c in after.verdict.checks}
+    fine = (CheckStatus.PASS, CheckStatus.NOT_APPLICABLE)
+    lost = [m.value for m in passed if asked.get(m, CheckStatus.PASS) not in fine]
+    why = f"passed before and do not pass now: {', '.join(sorted(lost))}" if lost else None
+    return Change(name=CHECKS, before=0.0, after=float(len(lost)), regression=why)
+
+
+def render_changes(changes: tuple[Change, ...]) -> list[str]:
+    """One line a figure: before, after, and what holds up a release."""
+    lines = []
+    for change in changes:
+        unit = f" {change.unit}" if change.unit else ""
+        line = f"  {change.name:26} {format_figure(change.before):>10} -> {format_figure(change.after)}{unit}"
+        lines.append(line if change.regression is None else f"{line}  REGRESSION: {change.regression}")
+    return lines

@@ -1,0 +1,114 @@
+"""What holds up a release, and what does not."""
+
+import math
+
+import pytest
+
+from llmc.artifact.verdict import Change, Check, CheckStatus, Measurement, MeasurementStatus, Verdict
+from llmc.config import Metric
+from llmc.errors import ConfigError
+from llmc.report import Report, compare_reports, parse_allowed, render_changes
+
+
+def measurement(metric: Metric, value: float | None, half: float | None = None) -> Measurement:
+    status = MeasurementStatus.NOT_MEASURED if value is None else MeasurementStatus.MEASURED
+    ends = (None, None) if half is None or value is None else (value - half, value + half)
+    return Measurement(
+        metric=metric, value=value, status=status, detail="", where="", low=ends[0], high=ends[1]
+    )
+
+
+def report(*measurements: Measurement, size: int = 0, check: CheckStatus = CheckStatus.PASS) -> Report:
+    checks = tuple(
+        Check(
+            metric=m.metric, value=m.value, bound=1.0, direction="max", reason="", status=check,
+            detail="", where="",
+        )
+        for m in measurements
+    )  # fmt: skip
+    return Report(
+        llmc="0", model="m", target="t", profile="p", verdict=Verdict(passed=True, checks=checks),
+        measurements=measurements, latency=None, bytes=size,
+    )  # fmt: skip
+
+
+def changes(before: Report, after: Report, **allowed: float) -> dict[str, Change]:
+    return {c.name: c for c in compare_reports(before, after, allowed)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "worse"),
+    [
+        (Metric.TEXT_KL_MEAN, 0.20, 0.23, True),  # 0.21 | 0.22
+        (Metric.TEXT_KL_MEAN, 0.20, 0.21, False),
+        (Metric.TEXT_KL_MEAN, 0.23, 0.20, False),
+        (Metric.TEXT_TOP1, 0.70, 0.67, True),
+        (Metric.TEXT_TOP1, 0.67, 0.70, False),
+    ],
+)
+def test_an_estimate_is_worse_beyond_both_intervals(
+    metric: Metric, before: float, after: float, worse: bool
+) -> None:
+    found = changes(report(measurement(metric, before, 0.01)), report(measurement(metric, after, 0.01)))
+    assert (found[metric].regression is not None) is worse
+    if worse:
+        assert "worse beyond both intervals" in str(found[metric].regression)
+
+
+def test_an_allowance_holds_for_figures_and_size() -> None:
+    before = report(measurement(Metric.PREFILL_MAX_ABS, 1e-4), size=100_000_000)
+    after = report(measurement(Metric.PREFILL_MAX_ABS, 2e-4), size=103_000_000)
+    found = changes(before, after)
+    assert [c.regression for c in found.values()] == [None, None, None]
+    assert (found["size"].before, found["size"].after, found["size"].unit) == (100.0, 103.0, "MB")
+    found = changes(before, after, **{"size": 2, "prefill.max_abs": 50})
+    assert found["size"].regression == "worse by 3 %, allowed are 2 %"
+    assert found["prefill.max_abs"].regression == "worse by 100 %, allowed are 50 %"
+    lines = render_changes(tuple(found.values()))
+    assert lines[0].split() == [
+        "size",
+        "100",
+        "->",
+        "103",
+        "MB",
+        "REGRESSION:",
+        "worse",
+        "by",
+        "3",
+        "%,",
+        "allowed",
+        "are",
+        "2",
+        "%",
+    ]
+    assert all(c.regression is None for c in changes(after, before, size=2).values())
+
+
+def test_what_is_not_measured_any_more_is_worse() -> None:
+    before = report(measurement(Metric.TEXT_KL_MEAN, 0.2, 0.01))
+    gone = changes(before, report(measurement(Metric.TEXT_KL_MEAN, None)))
+    assert gone["text.kl_mean"].regression == "was 0.2, and is not measured now"
+    broken = changes(before, report(measurement(Metric.TEXT_KL_MEAN, math.nan)))
+    assert broken["text.kl_mean"].regression == "was 0.2, and is not a number now"
+
+
+def test_a_check_that_does_not_pass_any_more() -> None:
+    before = report(measurement(Metric.TEXT_KL_MEAN, 0.2))
+    after = report(measurement(Metric.TEXT_KL_MEAN, 0.2), check=CheckStatus.UNDECIDED)
+    assert changes(before, after)["checks"].regression == "passed before and do not pass now: text.kl_mean"
+    assert changes(after, before)["checks"].regression is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("kl=2", "there is no figure 'kl'"),
+        ("size", "'' is not a percentage"),
+        ("size=-1", "'-1' is not a percentage"),
+        ("size=nan", "'nan' is not a percentage"),
+    ],
+)
+def test_an_allowance_that_means_nothing(stated: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_allowed((stated,))
+    assert parse_allowed(("size=2.5", "text.kl_mean=0")) == {"size": 2.5, "text.kl_mean": 0.0}
