@@ -56,6 +56,7 @@ class Metric(StrEnum):
     GENERATE_SEEDED = "generate.seeded_fraction"
     TTFT_RATIO = "latency.ttft_ratio"
     INTER_TOKEN_RATIO = "latency.inter_token_ratio"
+    PREVIOUS_RATIO = "latency.previous_ratio"
 
 
 class Gate(_Strict):
@@ -63,7 +64,7 @@ class Gate(_Strict):
 
     Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
     decibels, `max_abs` and `gap` in logits, `kl` in nats per token, agreements and fractions in 0..1,
-    ratios as artifact / original.
+    ratios as artifact / original, `previous_ratio` as artifact / earlier artifact.
     """
 
     metric: Annotated[Metric, Field(strict=False)]

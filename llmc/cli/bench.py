@@ -1,5 +1,8 @@
 """`llmc bench`."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from llmc.cli.options import Against, Artifact, Force, Json, Report
@@ -12,6 +15,7 @@ def register(app: typer.Typer) -> None:
         short_help="Measure latency beside the original.",
         epilog=examples(
             "llmc bench artifacts/demo/cpu-int4@local",
+            "llmc bench artifacts/new --previous artifacts/old",
             "llmc bench artifacts/mine --against ./my-model --json",
         ),
     )(bench)
@@ -22,10 +26,14 @@ def bench(
     against: Against = None,
     force: Force = False,
     report: Report = None,
+    previous: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="An earlier artifact that this one may not be slower than."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
     from llmc import pipeline
 
-    made = pipeline.bench(artifact, against, open_progress(), force=force, folder=report)
+    made = pipeline.bench(artifact, against, open_progress(), force=force, folder=report, previous=previous)
     emit(made, as_json=as_json)

@@ -1,14 +1,21 @@
 """`llmc bench`: latency beside the original."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmc.pipeline.gate import GateResult, latency_gates, open_pair
+from llmc.config import Metric
+from llmc.pipeline.gate import GateResult, latency_gates, open_pair, open_runnable
 from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.manifest import Manifest
+    from llmc.artifact.verdict import Measurement
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ def bench(
     *,
     force: bool = False,
     folder: Path | None = None,
+    previous: Path | None = None,
 ) -> GateReport:
     """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
 
@@ -38,6 +46,11 @@ def bench(
         against: The original; None for the one that the manifest names.
         force: Take an original that the artifact was not built from.
         folder: Where the report goes in all its forms; None for nowhere.
+        previous: An earlier artifact, timed in turn with this one.
+
+    Raises:
+        ConfigError: `previous` is no artifact, or is damaged.
+        ResourceError: It cannot run on this machine.
     """
     from llmc.artifact.store import check_files
     from llmc.pipeline.engines import require_no_engine
@@ -51,6 +64,8 @@ def bench(
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force)
         check_files(artifact)
+        if previous is not None:
+            check_files(open_runnable(previous))
     manifest = artifact.manifest
     require_no_engine(manifest)
     with progress.stage("load the original"):
@@ -68,10 +83,35 @@ def bench(
             share_buffer=shares_buffer(path),
             schedule=Schedule(),
         )
-    measurements = ratios(latency)
+    measurements = (*ratios(latency), _against(previous, path, manifest, tokens, progress))
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
     name = manifest.profile.name
     report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.weights, path)
     if folder is not None:
         write_all(report, folder)
     return GateReport(report=report)
+
+
+def _against(
+    previous: Path | None, path: Path, manifest: Manifest, tokens: Any, progress: Progress
+) -> Measurement:
+    from llmc.artifact.verdict import MeasurementStatus
+    from llmc.validate.measure import unmeasured
+    from llmc.validate.rival import CONTEXT, Pairing, measure_rival
+    from llmc.validate.session import OrtModel, shares_buffer
+
+    if previous is None:
+        status = MeasurementStatus.NOT_APPLICABLE
+        return unmeasured(Metric.PREVIOUS_RATIO, status, "no earlier artifact was given", "nowhere")
+    threads = manifest.profile.threads or os.cpu_count() or 1
+    models = [
+        OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
+        for folder, interface in (
+            (path, manifest.interface),
+            (previous, open_runnable(previous).manifest.interface),
+        )
+    ]
+    limits = [m.interface.max_length for m in models]
+    length = min(CONTEXT, *(n // 2 for n in limits if n is not None), len(tokens))
+    with progress.stage("latency against the earlier artifact"):
+        return measure_rival(models[0], models[1], tokens[:length], Pairing())

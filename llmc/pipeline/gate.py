@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmc.validate.reference import TorchModel
     from llmc.validate.weights import WeightParity
 
-LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO})
+LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO})
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.measure import unmeasured
 
-    why = f"{unread[0]} and {len(unread) - 1} others are stored in a form that is not read back"
+    why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
     areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
     status = MeasurementStatus.NOT_MEASURED
     return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
@@ -251,16 +251,10 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
         CheckpointError: The original cannot be opened.
         ResourceError: The artifact cannot run on this machine.
     """
-    from llmc.artifact.store import open_artifact
     from llmc.checkpoint import open_checkpoint
 
-    artifact = open_artifact(path)
+    artifact = open_runnable(path)
     manifest = artifact.manifest
-    if manifest.target.provider is not Provider.CPU and not manifest.interface.static_cache:
-        raise ResourceError(
-            f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
-            hint="gates on a GPU are not supported yet",
-        )
     checkpoint = open_checkpoint(against or manifest.model.ref)
     digest = checkpoint.digest()
     if digest != manifest.model.digest and not force:
@@ -270,3 +264,22 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
             hint="name the original with --against, or compare them all the same with --force",
         )
     return artifact, checkpoint, digest
+
+
+def open_runnable(path: Path) -> Artifact:
+    """An artifact that this machine can execute.
+
+    Raises:
+        ConfigError: There is no artifact.
+        ResourceError: It cannot run on this machine.
+    """
+    from llmc.artifact.store import open_artifact
+
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    if manifest.target.provider is not Provider.CPU and not manifest.interface.static_cache:
+        raise ResourceError(
+            f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
+            hint="gates on a GPU are not supported yet",
+        )
+    return artifact

@@ -7,7 +7,7 @@ from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementSt
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 
-_NOISY = (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO)
+_NOISY = (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO)
 _DECIBELS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
 
 

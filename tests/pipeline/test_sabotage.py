@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.verdict import CheckStatus
+from llmc.artifact.verdict import CheckStatus, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import build, compare, report, verify
@@ -14,7 +14,7 @@ from llmc.progress import SilentProgress
 from llmc.report import read_report
 from tests.models import save_tiny_model
 
-from .sabotage import SABOTAGES, Sabotage, copy_artifact, reseal
+from .sabotage import PARITY, SABOTAGES, Edit, Sabotage, copy_artifact, reseal
 
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
 #: A random model of three layers loses more to 4 bits than the targets allow a trained one.
@@ -168,3 +168,24 @@ def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path:
     plan = plan_build(str(other), target="cpu-fp32", profile="local", output=tmp_path / "other", verify=False)
     with pytest.raises(ConfigError, match="which are not one model"):
         compare(folders["float"], build(plan, SilentProgress()).path, ())
+
+
+def test_weights_that_are_not_read_back_leave_levels_unmeasured(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same numbers under other names: the original cannot be given them, and that is no pass."""
+    folder = copy_artifact(artifacts["int4"], tmp_path / "renamed")
+    with Edit(folder) as edit:
+        node = next(n for n in edit.nodes("MatMulNBits") if "down_proj" in n.input[1])
+        node.input[1] = edit.constant("packed", edit.array(node.input[1]))
+    reseal(folder)
+    text = str(artifacts["float"].parent / "text")
+    made = verify(folder, None, (text,), SilentProgress()).report
+    unmeasured = {m.metric for m in made.measurements if m.status is MeasurementStatus.NOT_MEASURED}
+    assert PARITY | {Metric.GENERATE_GAP, Metric.GENERATE_SEEDED} <= unmeasured
+    assert {c.metric for c in made.verdict.missed} >= PARITY
+    told = next(m.detail for m in made.measurements if m.metric is Metric.PREFILL_MAX_ABS)
+    assert "down_proj" in told
+    assert "weights are stored in a form that is not read back: 1, the first" in told
+    # Quality needs no weights: it is measured all the same.
+    assert next(m for m in made.measurements if m.metric is Metric.TEXT_KL_MEAN).value is not None

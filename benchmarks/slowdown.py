@@ -1,0 +1,82 @@
+"""Whether the latency gate cries wolf, and whether it finds a slow-down of 10 %.
+
+    python benchmarks/slowdown.py --artifact artifacts/demo/cpu-int4@local
+
+Twenty times each, an artifact is timed against itself as an earlier release, as it is and with every step
+made longer by 10 %, and held to its target's gate on `latency.previous_ratio`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.artifact.store import open_artifact
+from llmc.artifact.verdict import CheckStatus
+from llmc.config import Metric
+from llmc.pipeline.original import read_text, tokenize
+from llmc.validate.gates import evaluate
+from llmc.validate.rival import CONTEXT, Pairing, measure_rival
+from llmc.validate.session import OrtModel, shares_buffer
+
+
+class Slowed(OrtModel):
+    """The same artifact with every step made longer by a fraction of the time of a fast one."""
+
+    extra_seconds = 0.0
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        until = time.perf_counter() + self.extra_seconds
+        while time.perf_counter() < until:
+            pass
+        return super().decode(tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--slower", type=float, default=0.10)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    manifest = open_artifact(options.artifact).manifest
+    tokens, _ = tokenize(AutoTokenizer.from_pretrained(options.artifact), read_text(()))
+    gates = [g for g in manifest.target.gates if g.metric is Metric.PREVIOUS_RATIO]
+    settings: dict[str, Any] = {"threads": options.threads, "share_buffer": shares_buffer(options.artifact)}
+    previous = OrtModel(options.artifact, manifest.interface, **settings)
+    model = Slowed(options.artifact, manifest.interface, **settings)
+    prompt = tokens[:CONTEXT]
+    fast = fastest_step(previous, prompt)
+    print(f"a step takes {1e3 * fast:.2f} ms at best; gate {gates[0].max}")
+    for extra, name in ((0.0, "A/A"), (options.slower, f"{100 * options.slower:.0f} % slower")):
+        model.extra_seconds = extra * fast
+        found = []
+        for _ in range(options.runs):
+            start = time.perf_counter()
+            made = measure_rival(model, previous, prompt, Pairing())
+            failed = evaluate(gates, [made]).checks[0].status is CheckStatus.FAIL
+            found.append(failed)
+            seconds = time.perf_counter() - start
+            print(f"  {name}: {made.value:.3f} ({made.low:.3f} to {made.high:.3f}), {made.detail},"
+                  f" {seconds:.0f} s, {'FAILS' if failed else 'passes'}", flush=True)  # fmt: skip
+        print(f"{name}: {sum(found)} of {len(found)} runs fail the gate", flush=True)
+
+
+def fastest_step(model: OrtModel, prompt: np.ndarray) -> float:
+    """Seconds of the fastest of 64 steps."""
+    model.prefill(prompt[None], steps=64)
+    times = []
+    for _ in range(64):
+        start = time.perf_counter()
+        model.decode(np.array([[1]]))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()
