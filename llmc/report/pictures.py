@@ -132,7 +132,7 @@ def _peers(axes: Any, peers: Sequence[Peer]) -> None:
         axes.scatter([at[0]], [at[1]], color=_FIRST)
         axes.annotate(peer.title, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlim(0, 1.5 * max(p.bytes for p in peers) / 1e6)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(p.kl_mean for p in peers) or 1.0)
     axes.set_xlabel("MB")
 
 

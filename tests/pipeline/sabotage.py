@@ -117,8 +117,11 @@ def zero_weight_block(folder: Path) -> None:
 
 def swap_layers(folder: Path) -> None:
     with Edit(folder) as edit:
+        weights = {t.name for t in edit.graph.initializer}
 
         def swap(name: str) -> str:
+            if name not in weights:
+                return name
             first, second = "model.layers.0.mlp.", "model.layers.1.mlp."
             return {first: name.replace(first, second), second: name.replace(second, first)}.get(
                 name[: len(first)], name
