@@ -87,6 +87,29 @@ class Roofline(_Strict):
     fraction: float | None
 
 
+class BatchLatency(_Strict):
+    """Inter-token latency of the artifact alone for `batch` rows at once, and tokens/s of all rows."""
+
+    batch: int
+    context: int
+    artifact: Timing
+    tokens_per_s: float
+
+
+class OperatorTime(_Strict):
+    """Time of one kind of operator in a decode step, by the runtime's own profiler.
+
+    Args:
+        name: Operator, with its domain unless it is a standard one.
+        calls: In one step.
+        ms: In one step, the mean of several.
+    """
+
+    name: str
+    calls: int
+    ms: float
+
+
 class Latency(_Strict):
     """Artifact and original timed in turn in one process.
 
@@ -94,6 +117,8 @@ class Latency(_Strict):
         where: Runtime and provider of the artifact.
         original: What the original ran as, such as "torch 2.13.0 float32 sdpa, dynamic cache".
         threads: Intra-op threads of either side.
+        batches: Decode in batches.
+        operators: Of a decode step at the first context, the slowest first.
         dropped: Lengths that were not measured since the model's positions end before them, and why.
     """
 
@@ -105,4 +130,6 @@ class Latency(_Strict):
     roofline: tuple[Roofline, ...]
     artifact_footprint: Footprint
     original_footprint: Footprint
+    batches: tuple[BatchLatency, ...] = ()
+    operators: tuple[OperatorTime, ...] = ()
     dropped: tuple[str, ...]

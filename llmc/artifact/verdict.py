@@ -44,6 +44,7 @@ class Measurement(_Strict):
         figures: Values beside the main one by name, such as the difference at one prompt length.
         low: Lower end of the 95 % confidence interval; None for a figure that is not an estimate.
         high: Upper end, likewise.
+        pairs: A sample of what the figure rests on: the original's value and the artifact's.
     """
 
     metric: Metric
@@ -54,6 +55,7 @@ class Measurement(_Strict):
     figures: dict[str, Figure] = Field(default_factory=dict)
     low: Figure | None = None
     high: Figure | None = None
+    pairs: tuple[tuple[Figure, Figure], ...] = ()
 
     @model_validator(mode="after")
     def _value_if_measured(self) -> "Measurement":

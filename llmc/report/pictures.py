@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmc.artifact.latency import Latency
+from llmc.artifact.latency import BatchLatency, Latency, OperatorTime
 from llmc.artifact.verdict import Measurement, Peer
 from llmc.config import Metric
 from llmc.report.document import Report
@@ -51,6 +51,11 @@ def draw_pictures(report: Report) -> dict[str, str]:
     }
     if levels:
         draw("Largest logit difference, with the artifact's own weights", lambda ax: _levels(ax, levels))
+    pairs = next((m.pairs for m in report.measurements if m.pairs), ())
+    if pairs:
+        draw(
+            "Log-probability of the text's tokens: original across, artifact up", lambda ax: _pairs(ax, pairs)
+        )
     if report.sizes:
         draw("Stored weights by kind, MB", lambda ax: _sizes(ax, report.sizes))
     if report.peers:
@@ -65,6 +70,12 @@ def draw_pictures(report: Report) -> dict[str, str]:
         )
         if any(r.bound_ms is not None for r in latency.roofline):
             draw("Next token against the memory roofline, ms", lambda ax: _roofline(ax, latency))
+    if report.latency is not None and report.latency.operators:
+        operators = report.latency.operators
+        draw("Time by kind of operator in one step, ms", lambda ax: _operators(ax, operators))
+    if report.latency is not None and report.latency.batches:
+        batches = report.latency.batches
+        draw("Tokens per second of all rows, by batch", lambda ax: _batches(ax, batches))
     return drawn
 
 
@@ -119,6 +130,23 @@ def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
         axes.scatter(values, [at] * len(values), color=_FIRST, s=18, alpha=0.7)
     axes.set_yticks(range(len(levels)), list(levels))
     axes.set_xscale("log")
+
+
+def _pairs(axes: Any, pairs: Sequence[tuple[float, float]]) -> None:
+    finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+    least = min((min(pair) for pair in finite), default=-1.0)
+    axes.plot([least, 0], [least, 0], color=_FAINT)
+    axes.scatter([a for a, _ in finite], [b for _, b in finite], color=_FIRST, s=8, alpha=0.6)
+
+
+def _operators(axes: Any, operators: Sequence[OperatorTime]) -> None:
+    shown = operators[:8][::-1]
+    axes.barh([o.name for o in shown], [o.ms for o in shown], color=_FIRST)
+
+
+def _batches(axes: Any, batches: Sequence[BatchLatency]) -> None:
+    axes.bar([str(b.batch) for b in batches], [b.tokens_per_s for b in batches], color=_FIRST)
+    axes.set_xlabel("rows")
 
 
 def _sizes(axes: Any, sizes: dict[str, int]) -> None:

@@ -91,6 +91,13 @@ def _notes(latency: Latency) -> list[str]:
         )
     lines.append(f"artifact: {_footprint(latency.artifact_footprint)}")
     lines.append(f"original: {_footprint(latency.original_footprint)}")
+    for b in latency.batches:
+        lines.append(
+            f"batch of {b.batch} at context {b.context}: {b.artifact.p50_ms:.2f} ms a step, "
+            f"{b.tokens_per_s:.1f} tokens/s"
+        )
+    for o in latency.operators:
+        lines.append(f"one step: {o.ms:.3f} ms in {o.calls} {o.name}")
     return lines + [f"not measured: {what}" for what in latency.dropped]
 
 

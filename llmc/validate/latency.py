@@ -15,13 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.latency import DecodeLatency, Footprint, Latency, PrefillLatency, Ratio, Timing
+from llmc.artifact.latency import (
+    BatchLatency,
+    DecodeLatency,
+    Footprint,
+    Latency,
+    PrefillLatency,
+    Ratio,
+    Timing,
+)
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
 from llmc.graph.interface import Interface
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
+from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline, streamed_weight_bytes
 from llmc.validate.session import OrtModel
@@ -36,6 +45,7 @@ class Schedule:
     Args:
         prompts: Prompt lengths for the time to first token.
         contexts: Lengths after which decode steps are timed; each is among `prompts`.
+        batches: Rows that decode together at the first context.
         prefill_rounds: Times each prompt is run by either side.
         decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
         footprint_rounds: Processes of either side that are started for load time and peak memory.
@@ -43,6 +53,7 @@ class Schedule:
 
     prompts: tuple[int, ...] = (128, 512, 1024)
     contexts: tuple[int, ...] = (128, 1024)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
     prefill_rounds: int = 5
     decode_rounds: int = 4
     decode_tokens: int = 32
@@ -95,6 +106,9 @@ def measure_latency(
             prefill.append(_time_prefill(model, reference, prompt, schedule))
             if length in contexts:
                 decode.append(_time_decode(model, reference, length, schedule))
+        first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
+        batches = [_time_batch(model, first, n, schedule) for n in schedule.batches if first is not None]
+        operators = () if first is None else profile_decode(model, first)
     weights = streamed_weight_bytes(folder)
     return Latency(
         where=model.where,
@@ -105,6 +119,8 @@ def measure_latency(
         roofline=tuple(roofline(weights, interface, d.context, profile, d.artifact.p50_ms) for d in decode),
         artifact_footprint=footprints[0],
         original_footprint=footprints[1],
+        batches=tuple(batches),
+        operators=operators,
         dropped=tuple(f"{what}: the model ends at {limit} positions" for what in dropped),
     )
 
@@ -217,6 +233,22 @@ def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule:
         original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
+    )
+
+
+def _time_batch(model: OrtModel, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
+    """Steps of `batch` equal rows."""
+    model.prefill(np.repeat(prompt[None], batch, axis=0), steps=schedule.decode_tokens)
+
+    def step(token: int) -> int:
+        return int(model.decode(np.full((batch, 1), token))[0, -1].argmax())
+
+    times = _timed_steps(step, schedule)
+    return BatchLatency(
+        batch=batch,
+        context=len(prompt),
+        artifact=timing(times),
+        tokens_per_s=1e3 * batch * len(times) / sum(times),
     )
 
 

@@ -41,6 +41,8 @@ PREFIX_TOKENS = 32
 #: Fewest windows, and fewest tokens in each, that a measurement may rest on.
 LEAST_WINDOWS = 4
 LEAST_TOKENS = 16
+#: Tokens whose log-probabilities on both sides go into the report, about.
+PAIRS = 400
 #: Most bytes of the original's distributions held at a time, which bounds the windows of a batch.
 DISTRIBUTION_BYTES = 224 << 20
 
@@ -191,18 +193,23 @@ def _measurements(figures: Array, length: int, where: str) -> tuple[Measurement,
     # Along the text: how what is lost grows with the cache.
     cuts = np.linspace(0, steps, min(steps, 16) + 1).astype(int)
     along = {f"position_{a}": float(kl[:, a:b].mean()) for a, b in pairwise(cuts.tolist())}
+    # Log-probabilities of the text's own tokens, every so many: for a picture of both sides.
+    sample = np.stack([-loss_original.ravel(), -loss.ravel()], axis=1)[:: max(1, loss.size // PAIRS)]
+    perplexity = measured(
+        METRICS[5],
+        float(artifact / original),
+        detail,
+        where,
+        perplexities,
+        (ratio_interval[0], ratio_interval[1]),
+    )
     return (
         measured(METRICS[0], float(kl.mean()), detail, where, along | {"tokens": float(kl.size)}, means[0]),
         measured(METRICS[1], float(np.percentile(kl, 99)), detail, where),
         measured(METRICS[2], float(kl.max()), detail, where),
         measured(METRICS[3], float(top1.mean()), detail, where, interval=means[1]),
         measured(METRICS[4], float(top5.mean()), detail, where, interval=means[2]),
-        measured(
-            METRICS[5],
-            float(artifact / original),
-            detail,
-            where,
-            perplexities,
-            (ratio_interval[0], ratio_interval[1]),
+        perplexity.model_copy(
+            update={"pairs": tuple((round(float(a), 3), round(float(b), 3)) for a, b in sample)}
         ),
     )

@@ -62,6 +62,7 @@ class OrtModel:
         exact: Compute products with quantized weights in float32 whatever the graph asks for, so that
             what is left of a difference is not the rounding of activations (`accuracy_level` of
             com.microsoft MatMulNBits).
+        profile: Where onnxruntime writes how long each kernel took, as the beginning of a file's name.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -78,8 +79,10 @@ class OrtModel:
         threads: int | None,
         share_buffer: bool,
         exact: bool = False,
+        profile: Path | None = None,
     ) -> None:
-        ort, self._session, self.where = open_session(folder, threads, exact=exact)
+        ort, self._session, self.where = open_session(folder, threads, exact=exact, profile=profile)
+        self._opened = (folder, threads)
         self._ort = ort
         self.interface = interface
         self.share_buffer = share_buffer
@@ -154,6 +157,17 @@ class OrtModel:
         self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
         return self._run(tokens)
 
+    def profiled(self, prefix: Path) -> "OrtModel":
+        """The same artifact in a session that writes a profile."""
+        folder, threads = self._opened
+        return OrtModel(
+            folder, self.interface, threads=threads, share_buffer=self.share_buffer, profile=prefix
+        )
+
+    def end_profiling(self) -> str:
+        """Path of the profile, in the format of Chrome's traces."""
+        return str(self._session.end_profiling())
+
     def state(self) -> CacheState:
         """This point of the sequence, to `restore` later; holds no copy of the cache."""
         return CacheState(self._mask, () if self.share_buffer else self._cache)
@@ -202,14 +216,19 @@ class OrtModel:
 
 
 def open_session(
-    folder: Path, threads: int | None, entries: Mapping[str, str] | None = None, *, exact: bool = False
+    folder: Path,
+    threads: int | None,
+    entries: Mapping[str, str] | None = None,
+    *,
+    exact: bool = False,
+    profile: Path | None = None,
 ) -> tuple[Any, Any, str]:
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
 
     Args:
-        exact: Compute products with quantized weights in float32.
         entries: Further configuration entries of the session.
         exact: As for `OrtModel`.
+        profile: As for `OrtModel`.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -230,6 +249,9 @@ def open_session(
     options.log_severity_level = 3
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if threads is not None:
         options.intra_op_num_threads = threads
     library = custom_operators(folder)

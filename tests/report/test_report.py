@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.latency import DecodeLatency, Footprint, Latency, PrefillLatency, Ratio, Roofline, Timing
+from llmc.artifact.latency import (
+    BatchLatency,
+    DecodeLatency,
+    Footprint,
+    Latency,
+    OperatorTime,
+    PrefillLatency,
+    Ratio,
+    Roofline,
+    Timing,
+)
 from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError
@@ -44,6 +54,8 @@ LATENCY = Latency(
     ),
     artifact_footprint=FOOTPRINT,
     original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None}),
+    batches=(BatchLatency(batch=4, context=128, artifact=TIMING, tokens_per_s=400.0),),
+    operators=(OperatorTime(name="MatMulNBits", calls=121, ms=4.5),),
     dropped=("prompt of 1024 tokens: the model ends at 512 positions",),
 )  # fmt: skip
 
@@ -246,8 +258,8 @@ def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> No
     assert page.figures["weights.snr_db"] == "20"
     assert page.loads == ["data:,"]
     assert page.tags.count("script") == 1
-    # Layers, along the text, sizes, latency; no level has a finite figure.
-    assert page.tags.count("svg") == 4
+    # Layers, along the text, sizes, latency, operators, batches; no level has a finite figure.
+    assert page.tags.count("svg") == 6
     assert "#0102" not in text
     assert "var(--first)" in text
     assert render_html(hostile) == text

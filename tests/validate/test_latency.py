@@ -1,6 +1,7 @@
 """Structure and counts of a latency run, its arithmetic, and each side's memory in its own process."""
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ PROFILE = Profile(
 )  # fmt: skip
 SMALL = Schedule(
     prompts=(8, 24, 150, 1024), contexts=(24, 150), prefill_rounds=2, decode_rounds=3, decode_tokens=12,
-    footprint_rounds=1,
+    footprint_rounds=1, batches=(1, 3),
 )  # fmt: skip
 
 
@@ -58,6 +59,21 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
         assert entry.ratio.low <= entry.ratio.high
         for side in (entry.artifact, entry.original):
             assert 0 < side.min_ms <= side.p50_ms <= side.p95_ms <= side.p99_ms <= side.max_ms
+
+
+def test_batches_and_operators(timed: tuple[Latency, Path, Any]) -> None:
+    latency, folder, _ = timed
+    assert [(b.batch, b.context, b.artifact.n) for b in latency.batches] == [(1, 24, 12), (3, 24, 12)]
+    for batch in latency.batches:
+        assert batch.tokens_per_s > 0
+    import onnx
+
+    counted = Counter(n.op_type for n in onnx.load(folder / "model.onnx").graph.node)
+    found = {o.name: o.calls for o in latency.operators}
+    assert found["MatMul"] <= counted["MatMul"]
+    assert found["Softmax"] == counted["Softmax"]
+    assert [o.ms for o in latency.operators] == sorted((o.ms for o in latency.operators), reverse=True)
+    assert not list(Path.cwd().glob("onnxruntime_profile*"))
 
 
 def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) -> None:

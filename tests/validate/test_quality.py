@@ -58,6 +58,9 @@ def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_
     along = [v for n, v in kl.figures.items() if n.startswith("position_")]
     assert np.mean(along) == pytest.approx(kl.value, rel=1e-3)
     assert perplexity.value == pytest.approx(math.exp(nll[1] - nll[0]), rel=1e-4)
+    losses = [-x.gather(-1, targets)[..., 0].numpy().ravel() for x in (p, q)]
+    assert [perplexity.pairs[3][i] for i in (0, 1)] == pytest.approx([-x[3] for x in losses], abs=2e-3)
+    assert 400 <= len(perplexity.pairs) <= 800
     assert perplexity.figures["perplexity_original"] == pytest.approx(math.exp(nll[0]), rel=1e-4)
     assert f"{11 * (64 - prefix)} tokens in 11 windows of 64" in kl.detail
 
