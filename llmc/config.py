@@ -39,6 +39,7 @@ class Metric(StrEnum):
     CHAT_EQUAL = "chat.equal_fraction"
     WEIGHTS_SNR = "weights.snr_db"
     WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
+    PASSES_MAX_ABS = "passes.max_abs"
     PREFILL_MAX_ABS = "prefill.max_abs"
     CHUNKS_MAX_ABS = "chunks.max_abs"
     DECODE_MAX_ABS = "decode.max_abs"

@@ -32,6 +32,9 @@ def verify(
         typer.Option(metavar="REPORT", help="report.json of the last release: exit 5 if this is worse."),
     ] = None,
     allow: Allow = None,
+    each_pass: Annotated[
+        bool, typer.Option("--each-pass", help="Also run the graph before and after every pass.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
@@ -46,5 +49,6 @@ def verify(
         folder=report,
         baseline=baseline,
         allow=tuple(allow or ()),
+        each_pass=each_pass,
     )
     emit(made, as_json=as_json)

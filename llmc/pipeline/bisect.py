@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from llmc.config import Quantization, Target
+from llmc.config import Metric, Quantization, Target
 from llmc.errors import LlmcError
 from llmc.pipeline.compile import trace
-from llmc.pipeline.gate import open_pair
 from llmc.pipeline.original import read_text, tokenize
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
     from llmc.validate.values import Difference, Values
@@ -94,6 +94,7 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     Raises:
         ParityError: A graph cannot be run.
     """
+    from llmc.pipeline.gate import open_pair
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
@@ -125,6 +126,33 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     if found is not None:
         return BisectResult(right=tuple(right), divergence=_divergence("artifact", found))
     return BisectResult(right=(*right, "artifact"), divergence=None)
+
+
+def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -> Measurement:
+    """PASSES_MAX_ABS: largest difference of logits between the graph before a pass and after it.
+
+    Every pass of the target is measured on its own, so that two that undo each other's fault are found.
+
+    Raises:
+        ParityError: A graph cannot be run.
+    """
+    from llmc.validate.measure import max_abs, measured
+
+    tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+    figures: dict[str, float] = {}
+    before = None
+    for step, graph in _steps(checkpoint, target, progress):
+        if step == "quantize":
+            break
+        with progress.stage(step), TemporaryDirectory() as folder:
+            logits = _values_of(graph, Path(folder), tokens[:PROMPT_TOKENS]).arrays["logits"]
+        if before is not None:
+            figures[step] = max_abs(logits, before[:, -logits.shape[1] :], f"pass {step}")
+        before = logits
+    worst = max(figures, key=lambda name: figures[name], default="none")
+    detail = f"{len(figures)} passes, each against the graph before it; the worst is {worst}"
+    value = max(figures.values(), default=0.0)
+    return measured(Metric.PASSES_MAX_ABS, value, detail, "onnxruntime CPUExecutionProvider", figures)
 
 
 def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterator[tuple[str, Graph]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Gate, Metric, Provider, Target
 from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
 
@@ -69,7 +70,9 @@ def latency_gates(target: Target) -> tuple[Gate, ...]:
     return tuple(gate for gate in target.gates if gate.metric in LATENCY)
 
 
-def measure_parity(subject: Subject, eval_text: Sequence[str], progress: Progress) -> GateResult:
+def measure_parity(
+    subject: Subject, eval_text: Sequence[str], progress: Progress, *, each_pass: bool = False
+) -> GateResult:
     """Measure an artifact against the original, and hold the target's parity gates.
 
     Logits are compared twice. Quality is that of the artifact as it is served beside the original as
@@ -79,6 +82,8 @@ def measure_parity(subject: Subject, eval_text: Sequence[str], progress: Progres
 
     Args:
         eval_text: Files with the user's text; none for the one that ships.
+        each_pass: Hold every pass to the target's bound on prefill, the graph after it against the graph
+            before it.
 
     Raises:
         ConfigError: The text cannot be read, or is too short.
@@ -89,6 +94,13 @@ def measure_parity(subject: Subject, eval_text: Sequence[str], progress: Progres
 
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
+    if each_pass:
+        measurements.append(measure_passes(subject.checkpoint, subject.target, progress))
+        gates += tuple(
+            gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
+            for gate in gates
+            if gate.metric is Metric.PREFILL_MAX_ABS
+        )
     measure = _measure_static if subject.interface.static_cache else _measure
     try:
         measure(subject, eval_text, progress, measurements)

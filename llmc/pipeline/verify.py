@@ -20,10 +20,12 @@ def verify(
     folder: Path | None = None,
     baseline: Path | None = None,
     allow: tuple[str, ...] = (),
+    each_pass: bool = False,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
 
     Args:
+        each_pass: Run the graph before and after every pass as well.
         path: An artifact.
         against: The original; None for the one that the manifest names.
         eval_text: Files with the user's text; none for the one that ships.
@@ -53,7 +55,7 @@ def verify(
         sources=sources,
         damaged=damaged,
     )
-    gate = measure_parity(subject, eval_text, progress)
+    gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
     report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights, path)
     if earlier is not None:
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})

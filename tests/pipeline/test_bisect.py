@@ -9,9 +9,12 @@ import onnx_ir as ir
 import pytest
 
 import llmc.passes
+from llmc.artifact.store import open_artifact
+from llmc.artifact.verdict import CheckStatus
+from llmc.config import Metric
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.pipeline import bisect, build
+from llmc.pipeline import bisect, build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model
@@ -76,6 +79,13 @@ def test_a_fault_in_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     known = {**llmc.passes.registered_passes(), "rms-norm": Wrong()}
     monkeypatch.setattr(llmc.passes, "registered_passes", lambda: known)
+    (artifact.parent / "text").write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
+    text = (str(artifact.parent / "text"),)
+    checked = verify(artifact, None, text, SilentProgress(), each_pass=True).report.measurements[0]
+    assert checked.metric is Metric.PASSES_MAX_ABS
+    assert checked.figures["rms-norm"] > 1e-2
+    assert max(v for n, v in checked.figures.items() if n != "rms-norm") < 1e-4
+    assert "the worst is rms-norm" in checked.detail
     result = bisect(artifact, None, SilentProgress())
     found = result.divergence
     assert found is not None
@@ -100,3 +110,12 @@ def test_a_fault_in_the_trace(artifact: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found is not None
     assert (found.step, found.layer, found.operator) == ("trace", 1, "MatMul")
     assert found.module == "model.layers.1.mlp.up_proj"
+
+
+def test_every_pass_of_a_good_target_keeps_the_numbers(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
+    made = verify(artifact, None, (str(tmp_path / "text"),), SilentProgress(), each_pass=True).report
+    check = next(c for c in made.verdict.checks if c.metric is Metric.PASSES_MAX_ABS)
+    prefill = next(c for c in made.verdict.checks if c.metric is Metric.PREFILL_MAX_ABS)
+    assert (check.status, check.bound) == (CheckStatus.PASS, prefill.bound)
+    assert len(made.measurements[0].figures) == len(open_artifact(artifact).manifest.target.passes)
