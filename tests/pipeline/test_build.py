@@ -14,7 +14,7 @@ import pytest
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole
-from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
+from llmc.errors import CheckpointError, ConfigError, ParityError, ResourceError, UnsupportedError
 from llmc.pipeline import build, explain, inspect, verify
 from llmc.pipeline.gate import parity_gates
 from llmc.plan import plan_build
@@ -184,6 +184,8 @@ def test_cuda_artifacts_say_that_they_were_not_executed(tmp_path: Path) -> None:
     assert result.manifest.state is State.NOT_EXECUTED
     assert "nothing of it was measured" in result.render()
     assert {s.dtype for s in result.manifest.interface.outputs} == {"float16"}
+    with pytest.raises(ResourceError, match="is built for CUDA; this command runs it on the CPU"):
+        verify(result.path, None, (), SilentProgress())
 
 
 def test_a_target_and_a_profile_must_fit(tmp_path: Path) -> None:

@@ -189,3 +189,23 @@ def test_weights_that_are_not_read_back_leave_levels_unmeasured(
     assert "weights are stored in a form that is not read back: 1, the first" in told
     # Quality needs no weights: it is measured all the same.
     assert next(m for m in made.measurements if m.metric is Metric.TEXT_KL_MEAN).value is not None
+
+
+def test_bad_input_is_told_before_any_long_work(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """An artifact of a newer llmc, a baseline that is none, a text that is too short to say anything."""
+    folder = copy_artifact(artifacts["float"], tmp_path / "newer")
+    manifest = folder / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace('"schema_version": 1,\n  "state"', '"schema_version": 9,\n  "state"')
+    )
+    with pytest.raises(ConfigError, match=r"manifest\.json has schema version 9; this llmc reads up to 1"):
+        verify(folder, None, (), SilentProgress())
+    (tmp_path / "notes.txt").write_text("not a report")
+    with pytest.raises(ConfigError, match=r"notes\.txt is no report"):
+        verify(artifacts["float"], None, (), SilentProgress(), baseline=tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match="there is no figure 'sise'") as caught:
+        verify(artifacts["float"], None, (), SilentProgress(), allow=("sise=2",))
+    assert caught.value.hint == "did you mean size?"
+    (tmp_path / "short").write_text("Too short.")
+    with pytest.raises(ConfigError, match=r"tokens of text and .* positions leave"):
+        verify(artifacts["float"], None, (str(tmp_path / "short"),), SilentProgress())

@@ -1,12 +1,14 @@
 """OrtModel: KV cache modes agree, and an artifact that is not its interface is named."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llmc.errors import ConfigError, ExitCode, ParityError
+from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError
+from llmc.validate.served import Served
 from llmc.validate.session import OrtModel, shares_buffer
 
 from .decoder import Variant, write_decoder
@@ -131,3 +133,16 @@ def test_shares_buffer(tmp_path: Path) -> None:
     assert shares_buffer(tmp_path)
     path.write_text('{"search": {}}')
     assert not shares_buffer(tmp_path)
+
+
+def test_a_runtime_that_is_not_installed(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interface = write_decoder(llama, tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ResourceError, match="onnxruntime is not installed") as caught:
+        OrtModel(tmp_path, interface, threads=1, share_buffer=False)
+    assert "pip install onnxruntime" in str(caught.value.hint)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(ResourceError, match="onnxruntime-genai is not installed") as caught:
+        Served(tmp_path)
+    assert caught.value.exit_code is ExitCode.RESOURCES
+    assert "pip install onnxruntime-genai" in str(caught.value.hint)

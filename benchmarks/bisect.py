@@ -1,0 +1,97 @@
+"""Three planted faults, and what `llmc bisect` makes of them.
+
+    python benchmarks/bisect.py --model demo
+
+One in the files of the artifact, one in a pass, one between the original and the trace.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import onnx_ir as ir
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import llmc.passes
+from llmc.checkpoint import Checkpoint
+from llmc.graph.model import Graph
+from llmc.graph.report import PassReport
+from llmc.pipeline import bisect, build
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress, peak_rss_bytes
+from tests.pipeline.sabotage import copy_artifact, other_attention_scale, reseal
+
+
+@contextmanager
+def in_the_files(artifact: Path) -> Iterator[Path]:
+    """The attention scale of layer 1 changed in model.onnx."""
+    with TemporaryDirectory() as place:
+        folder = copy_artifact(artifact, Path(place) / "broken")
+        other_attention_scale(folder)
+        reseal(folder)
+        yield folder
+
+
+@contextmanager
+def in_a_pass(artifact: Path) -> Iterator[Path]:
+    """The pass for norms gives layer 7 another epsilon."""
+    right = llmc.passes.registered_passes()["rms-norm"]
+
+    class Wrong:
+        name, summary = right.name, right.summary
+
+        def run(self, graph: Graph) -> PassReport:
+            report = right.run(graph)
+            for node in graph.graph:
+                if node.op_type == "SimplifiedLayerNormalization" and "layer.7/" in str(node.outputs[0].name):
+                    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+            return report
+
+    known = {**llmc.passes.registered_passes(), "rms-norm": Wrong()}
+    with patch.object(llmc.passes, "registered_passes", lambda: known):
+        yield artifact
+
+
+@contextmanager
+def in_the_trace(artifact: Path) -> Iterator[Path]:
+    """The up projection of layer 3 is 5 % larger in the original than in what was traced."""
+    load = Checkpoint.load_reference
+
+    def other(self: Checkpoint, *arguments: Any) -> Any:
+        model: Any = load(self, *arguments)
+        model.model.layers[3].mlp.up_proj.weight.data *= 1.05
+        return model
+
+    with patch.object(Checkpoint, "load_reference", other):
+        yield artifact
+
+
+FAULTS: tuple[Callable[[Path], Any], ...] = (in_the_files, in_a_pass, in_the_trace)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    options = parser.parse_args()
+    with TemporaryDirectory() as place:
+        output = Path(place) / "artifact"
+        plan = plan_build(options.model, target="cpu-int4", profile="local", output=output, verify=False)
+        artifact = build(plan, SilentProgress()).path
+        for fault in FAULTS:
+            with fault(artifact) as folder:
+                start = time.perf_counter()
+                found = bisect(folder, None, SilentProgress())
+            seconds, peak = time.perf_counter() - start, (peak_rss_bytes() or 0) / 1e9
+            print(f"{fault.__doc__}\n{found.render().splitlines()[-1]}\n {seconds:.0f} s, peak {peak:.2f} GB",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
