@@ -111,6 +111,15 @@ def detect_cpu(*, measure: bool = False) -> Profile:
     )
 
 
+def available_memory() -> int | None:
+    """Bytes that a process may still take without swapping; None where the system does not tell."""
+    stated = _field(_read("/proc/meminfo"), "MemAvailable").removesuffix(" kB")
+    total = total_memory_bytes()
+    if not stated.isdecimal() or total is None:
+        return None
+    return min(1024 * int(stated), total)
+
+
 def usable_cores() -> int | None:
     """Physical cores among the CPUs of this process, at most its control group's quota.
 

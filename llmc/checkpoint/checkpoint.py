@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.digest import digest_files
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
-from llmc.graph.weights import WeightStore
+from llmc.checkpoint.streamed import stream_model
+from llmc.graph.weights import Array, WeightStore
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +107,21 @@ class Checkpoint:
             CheckpointError: transformers cannot load it.
         """
         return configuration.load_reference(self.path, self.config, attention)
+
+    def stream_reference(self, put: Mapping[str, Array]) -> PreTrainedModel:
+        """The original for a machine that cannot hold it: each module reads its weights when it runs.
+
+        Args:
+            put: Values in the place of stored ones, by parameter name.
+
+        Raises:
+            UnsupportedError: transformers cannot run it module by module.
+        """
+        return stream_model(self.config, self.tensors, self.tied, put)
+
+    def reference_bytes(self) -> int:
+        """Memory of the original in float32."""
+        return sum(4 * math.prod(info.shape) for info in self.tensors.infos().values())
 
 
 def open_checkpoint(ref: str) -> Checkpoint:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Gate, Metric, Provider, Target
 from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.machine import available_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
@@ -167,7 +168,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     if weights.digest:
 
         def load_own() -> TorchModel:
-            return _with_weights(original.release() or _load(subject), subject, weights)
+            return _load_own(original.release(), subject, weights)
 
         own = remember(checkpoint, subject.model_digest, weights.digest, load_own)
     if weights.unread:
@@ -235,20 +236,34 @@ def _compare_weights(subject: Subject) -> WeightParity:
 
 
 def _load(subject: Subject) -> TorchModel:
+    """The original, in memory if there is room for it, else streamed from disk."""
     from llmc.validate.reference import TorchModel
 
-    return TorchModel(subject.checkpoint.load_reference())
+    checkpoint = subject.checkpoint
+    return TorchModel(
+        checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.load_reference()
+    )
 
 
-def _with_weights(model: TorchModel, subject: Subject, weights: WeightParity) -> TorchModel:
-    """The original given the artifact's own weights, in place."""
-    from llmc.validate.weights import parameters, read_stored
+def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
+    """The original with the artifact's own weights, put into `loaded` if that is the original."""
+    from llmc.validate.reference import TorchModel
+    from llmc.validate.weights import StoredParameters, parameters, read_stored
 
     changed = {name: subject.sources[name] for name in weights.changed}
-    for name, stored in read_stored(subject.folder, changed).items():
-        array = stored.read(0, stored.shape[0])
-        model.set_parameters(dict(parameters(changed[name], array)))
+    stored = read_stored(subject.folder, changed)
+    if _is_large(subject.checkpoint):
+        return TorchModel(subject.checkpoint.stream_reference(StoredParameters(changed, stored)))
+    model = loaded or _load(subject)
+    for name, matrix in stored.items():
+        model.set_parameters(dict(parameters(changed[name], matrix.read(0, matrix.shape[0]))))
     return model
+
+
+def _is_large(checkpoint: Checkpoint) -> bool:
+    """Whether the original in float32 would take more than half of the memory that is free."""
+    free = available_memory()
+    return free is not None and checkpoint.reference_bytes() > free // 2
 
 
 def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact, Checkpoint, str]:

@@ -121,6 +121,37 @@ def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
             yield from parameters(rows.inner, rows.undo(array))
 
 
+class StoredParameters(Mapping[str, Array]):
+    """The checkpoint's parameters with the artifact's values, each read from the files when it is asked for.
+
+    Args:
+        rows: What each tensor of the artifact is made of, by its name.
+        stored: The tensors, by the same names.
+    """
+
+    def __init__(self, rows: Mapping[str, Rows], stored: Mapping[str, Stored]) -> None:
+        self._rows, self._stored = rows, stored
+        self._tensor = {
+            parameter: name
+            for name in stored
+            # Only the names are asked for here: one zero stands for all values.
+            for parameter, _ in parameters(
+                rows[name], np.broadcast_to(np.zeros((), np.float32), rows[name].shape)
+            )
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._tensor[name]
+        matrix = self._stored[tensor]
+        return dict(parameters(self._rows[tensor], matrix.read(0, matrix.shape[0])))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensor)
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+
 def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]:
     """Every tensor of `expected` as the artifact's model.onnx has it, but those of an unknown form.
 

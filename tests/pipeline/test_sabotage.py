@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.verdict import CheckStatus, MeasurementStatus
+from llmc.checkpoint import Checkpoint
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import build, compare, report, verify
@@ -209,3 +210,21 @@ def test_bad_input_is_told_before_any_long_work(artifacts: dict[str, Path], tmp_
     (tmp_path / "short").write_text("Too short.")
     with pytest.raises(ConfigError, match=r"tokens of text and .* positions leave"):
         verify(artifacts["float"], None, (str(tmp_path / "short"),), SilentProgress())
+
+
+def test_an_original_larger_than_memory_gives_the_same_numbers(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Module by module from disk, with the artifact's own weights as well."""
+    text = (str(artifacts["float"].parent / "text"),)
+    whole = verify(artifacts["int4"], None, text, SilentProgress()).report
+    loaded: list[str] = []
+    monkeypatch.setattr(Checkpoint, "load_reference", lambda *_: loaded.append("whole"))
+    monkeypatch.setattr("llmc.pipeline.gate.available_memory", lambda: 1000)
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
+    assert loaded == []
+    assert streamed.verdict.passed
+    for a, b in zip(whole.measurements, streamed.measurements, strict=True):
+        assert (a.metric, a.status) == (b.metric, b.status)
+        assert a.value == b.value or a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6)
