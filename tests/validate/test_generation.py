@@ -13,7 +13,7 @@ from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.validate.generation import measure_generation, original_texts
 from llmc.validate.parity import Parity
-from llmc.validate.quality import measure_quality
+from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.served import Served
 from llmc.validate.session import OrtModel, shares_buffer
@@ -101,7 +101,7 @@ def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
     tokens = np.array(tokenizer(data.eval_text()[:3000])["input_ids"])
     made = (
         *Parity(model, reference, tokens).measure(),
-        *measure_quality(model, reference, tokens, start=(1,)),
+        *measure_quality(model, reference, plan_windows(model.interface, tokens, (1,))),
         *generate(tmp_path, reference).values(),
     )
     areas = ("prefill", "chunks", "decode", "ragged", "window", "text", "generate")

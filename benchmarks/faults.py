@@ -1,6 +1,6 @@
 """Three planted faults, and what `llmc bisect` makes of them.
 
-    python benchmarks/bisect.py --model demo
+    python benchmarks/faults.py --model demo
 
 One in the files of the artifact, one in a pass, one between the original and the trace.
 """
