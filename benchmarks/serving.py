@@ -29,7 +29,7 @@ from llmc.config import Metric
 from llmc.data import eval_text
 from llmc.graph.interface import Interface
 from llmc.pipeline.original import tokenize
-from llmc.validate.quality import measure_quality
+from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
 
@@ -155,7 +155,9 @@ def measure(source: Path, runners: list[tuple[Runner, Interface]]) -> None:
     reference = TorchModel(origin.load_reference())
     for runner, interface in runners:
         model = OrtModel(runner.folder, interface, threads=None, share_buffer=False)
-        made = {m.metric: m for m in measure_quality(model, reference, tokens, start=start)}
+        made = {
+            m.metric: m for m in measure_quality(model, reference, plan_windows(interface, tokens, start))
+        }
         kl, top1 = made[Metric.TEXT_KL_MEAN], made[Metric.TEXT_TOP1]
         runner.kl, runner.top1 = kl.value, top1.value
         runner.perplexity_ratio = made[Metric.TEXT_PERPLEXITY_RATIO].value

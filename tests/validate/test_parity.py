@@ -13,7 +13,7 @@ from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
 from llmc.validate.parity import Parity
-from llmc.validate.quality import measure_quality
+from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.ragged import Row, compare_ragged
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
@@ -49,7 +49,7 @@ def take(
     reference = TorchModel(original)
     made = Parity(model, reference, tokens).measure()
     if text:
-        made += measure_quality(model, reference, tokens, start=())
+        made += measure_quality(model, reference, plan_windows(interface, tokens, ()))
     return {m.metric: m for m in made}
 
 
