@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from llmc import __version__
-from llmc.cli import bench, bisect, build, doctor, inspect, profiles, run, targets, verify
+from llmc.cli import bench, bisect, build, check, doctor, inspect, profiles, run, targets, verify
 from llmc.cli.text import examples
 from llmc.errors import ExitCode
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _module in (build, verify, bench, bisect, run, inspect, targets, profiles, doctor):
+for _module in (build, check, verify, bench, bisect, run, inspect, targets, profiles, doctor):
     _module.register(app)
 
 

@@ -327,7 +327,7 @@ def _replace_inputs(graph: Graph, slots: _Slots) -> None:
 
 
 def _is_batch_size(node: ir.Node) -> bool:
-    """Whether `node` reads the number of rows off its input, the one thing a mask shares with other inputs."""
+    """Whether `node` reads the number of rows off its input, which other inputs tell as well."""
     span = int_attribute(node, "start", 0), int_attribute(node, "end", 0)
     return node.op_type == "Shape" and span == (0, 1)
 

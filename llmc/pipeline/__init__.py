@@ -6,10 +6,11 @@ Only this package knows all stations. Its functions import them when they are ca
 from llmc.pipeline.bench import bench
 from llmc.pipeline.bisect import bisect
 from llmc.pipeline.build import build
+from llmc.pipeline.check import check
 from llmc.pipeline.engines import resume
 from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.run import run
 from llmc.pipeline.verify import verify
 
-__all__ = ["bench", "bisect", "build", "explain", "inspect", "resume", "run", "verify"]
+__all__ = ["bench", "bisect", "build", "check", "explain", "inspect", "resume", "run", "verify"]
