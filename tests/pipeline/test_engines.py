@@ -13,7 +13,7 @@ from llmc.backends.tensorrt_support import Library
 from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
 from llmc.errors import ConfigError, ResourceError, UnsupportedError
-from llmc.pipeline import bench, build, resume, run, verify
+from llmc.pipeline import bench, build, inspect, resume, run, verify
 from llmc.pipeline.engines import require_host
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -62,6 +62,15 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [f.profile for f in result.forecasts] == ["l4", "h100-sxm", "rtx-4090"]
     assert "forecast for l4, not measured: at most " in text
     assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
+
+    shown = inspect(str(tmp_path / "out"))
+    assert shown.engines == manifest.engines
+    lines = shown.render().splitlines()
+    first = lines.index("engines") + 1
+    assert lines[first].startswith("  sm89.engine: SM89 (l4, rtx-4090), tensorrt_rtx 1.")
+    assert lines[first + 1].startswith("    prefill  ")
+    assert ", 3 fused attention, " in lines[first + 2]
+    assert lines[first + 3] == "  SM90 (h100-sxm): pending, built by tensorrt on its GPU"
 
     before = (tmp_path / "out/manifest.json").read_bytes()
     assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
