@@ -27,6 +27,7 @@ class Dtype(StrEnum):
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
 
 class Metric(StrEnum):
@@ -280,6 +281,8 @@ class Target(_Strict):
             raise ValueError("engine goes with backend tensorrt, which needs it, and with no other backend")
         if self.backend is Backend.TENSORRT and self.quantize is not None:
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
+        if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
+            raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
         return self

@@ -18,7 +18,7 @@ from llmc.trace import trace_model
 from tests.models import build_tiny_model
 from tests.runtime import StateStore
 
-CAPACITY = 64
+CAPACITY = 128
 PASSES = ("linear", "rms-normalization", "layer-norm", "rotary-embedding", "static-cache", "pack-shared")
 
 

@@ -27,6 +27,7 @@ def test_a_prompt_fits_the_cache() -> None:
         ("tensorrt-fp16", {"engine": None}, "engine goes with backend tensorrt, which needs it"),
         ("tensorrt-fp16", {"provider": "cpu"}, "backend tensorrt needs provider cuda"),
         ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine goes with backend tensorrt"),
+        ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 goes with backend tensorrt"),
         ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine goes with backend tensorrt"),
         (
             "tensorrt-fp16",

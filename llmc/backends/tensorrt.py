@@ -33,7 +33,8 @@ from llmc.graph.model import layer_of
 
 #: Oldest releases with the operators of opset 24 that the graphs are made of.
 OLDEST: dict[Library, tuple[int, ...]] = {Library.RTX: (1, 7), Library.TENSORRT: (11, 0)}
-_PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
+#: Distributions that bring each library.
+PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
 _PHASES = ("prefill", "decode")
 #: TensorRT's names of the types that quantized weights are stored in.
 _STORED = {
@@ -66,7 +67,7 @@ def load_library(library: Library) -> Any:
     except (ImportError, OSError) as error:
         raise ResourceError(
             f"{library.value}, which builds the engine, cannot be imported: {error}",
-            hint=f"pip install {_PACKAGES[library]}",
+            hint=f"pip install {PACKAGES[library]}",
         ) from error
     oldest = OLDEST[library]
     release = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[: len(oldest)])
@@ -74,7 +75,7 @@ def load_library(library: Library) -> Any:
         wanted = ".".join(map(str, oldest))
         raise ResourceError(
             f"{library.value} {trt.__version__} is older than {wanted}",
-            hint=f"pip install '{_PACKAGES[library]}>={wanted}'",
+            hint=f"pip install '{PACKAGES[library]}>={wanted}'",
         )
     return trt
 

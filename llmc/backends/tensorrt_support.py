@@ -30,6 +30,7 @@ BUILDS_FOR: dict[Library, tuple[str, ...]] = {
 #: Capabilities that TensorRT refuses a precision on.
 REFUSED_ON: dict[str, tuple[str, ...]] = {
     Dtype.FLOAT16: (),
+    Dtype.BFLOAT16: ("7.5",),
     WeightFormat.INT8: (),
     WeightFormat.INT4: ("7.5",),
     WeightFormat.FP8: ("7.5", "8.0", "8.6"),

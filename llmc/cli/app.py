@@ -9,6 +9,7 @@ from llmc.cli import (
     bench,
     bisect,
     build,
+    check,
     compare,
     doctor,
     inspect,
@@ -32,7 +33,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _module in (build, verify, bench, compare, report, bisect, run, inspect, targets, profiles, doctor):
+for _module in (
+    build,
+    check,
+    verify,
+    bench,
+    compare,
+    report,
+    bisect,
+    run,
+    inspect,
+    targets,
+    profiles,
+    doctor,
+):
     _module.register(app)
 
 

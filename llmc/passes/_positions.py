@@ -149,7 +149,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
 
 
 def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.Model:
-    """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value`."""
+    """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value` in float32."""
     positions = ir.Value(
         name="position_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64)
     )
@@ -175,8 +175,10 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.M
         copies.update(zip(node.outputs, outputs, strict=True))
         attributes = list(node.attributes.values())
         made.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
-    result = copies[value]
-    result.shape = value.shape
+    # onnxruntime hands out no bfloat16.
+    made.append(ir.node("Cast", [copies[value]], {"to": ir.DataType.FLOAT}))
+    result = made[-1].outputs[0]
+    result.name, result.shape, result.dtype = "rows", value.shape, ir.DataType.FLOAT
     extracted = ir.Graph(
         [positions],
         [result],

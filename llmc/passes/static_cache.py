@@ -26,7 +26,7 @@ from llmc.graph.interface import WRITE_INDICES
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._match import dims_of, int_attribute, is_op
-from llmc.passes._rewrite import Site, add_constant, drop_dead, require_opset, take_over
+from llmc.passes._rewrite import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
 
 OPSET = 24
 #: TensorRT-RTX 1.7 has attention kernels for heads up to this width, in half precision alone.
@@ -62,9 +62,7 @@ class StaticCache:
         _replace_inputs(graph, slots)
         drop_dead(graph.graph)
         graph.padding = "right"
-        for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN]:
-            del graph.model.functions[key]
-        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
+        drop_unused_dialect(graph)
         return PassReport(self.name, tuple(applied), tuple(refusals))
 
 
@@ -315,6 +313,9 @@ def _replace_inputs(graph: Graph, slots: _Slots) -> None:
         graph.graph.inputs.remove(positions)
     mask = inputs["attention_mask"]
     drop_dead(graph.graph)
+    for use in list(mask.uses()):
+        if _is_batch_size(use.node):
+            use.node.replace_input_with(use.idx, slots.write_indices)
     if mask.uses():
         user = next(iter(mask.uses())).node
         raise UnsupportedError(
@@ -323,6 +324,12 @@ def _replace_inputs(graph: Graph, slots: _Slots) -> None:
         )
     graph.graph.inputs.insert(list(graph.graph.inputs).index(mask), slots.write_indices)
     graph.graph.inputs.remove(mask)
+
+
+def _is_batch_size(node: ir.Node) -> bool:
+    """Whether `node` reads the number of rows off its input, which other inputs tell as well."""
+    span = int_attribute(node, "start", 0), int_attribute(node, "end", 0)
+    return node.op_type == "Shape" and span == (0, 1)
 
 
 PASS = StaticCache()

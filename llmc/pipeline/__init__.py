@@ -6,6 +6,7 @@ Only this package knows all stations. Its functions import them when they are ca
 from llmc.pipeline.bench import bench
 from llmc.pipeline.bisect import bisect
 from llmc.pipeline.build import build
+from llmc.pipeline.check import check
 from llmc.pipeline.compare import compare
 from llmc.pipeline.engines import resume
 from llmc.pipeline.explain import explain
@@ -14,4 +15,16 @@ from llmc.pipeline.reports import report
 from llmc.pipeline.run import run
 from llmc.pipeline.verify import verify
 
-__all__ = ["bench", "bisect", "build", "compare", "explain", "inspect", "report", "resume", "run", "verify"]
+__all__ = [
+    "bench",
+    "bisect",
+    "build",
+    "check",
+    "compare",
+    "explain",
+    "inspect",
+    "report",
+    "resume",
+    "run",
+    "verify",
+]

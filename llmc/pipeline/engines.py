@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.config import Backend, BuildPlan, Target
+from llmc.config import Backend, BuildPlan, Profile, Target
 from llmc.errors import ConfigError, ResourceError
 from llmc.pipeline.result import BuildResult, build_result
 from llmc.progress import Progress
+
+_MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, on the CPU"
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
@@ -154,9 +157,46 @@ def require_no_engine(manifest: Manifest) -> None:
     Raises:
         ResourceError: The artifact is made of engines.
     """
+    from llmc.machine import detect_profile
+
     if manifest.engines:
+        require_host(manifest.engines, detect_profile())
         sms = ", ".join(dict.fromkeys(sm for engine in manifest.engines for sm in engine.sms))
         raise ResourceError(
             f"the artifact holds TensorRT engines for {sms}, and llmc does not execute engines yet",
-            hint="llmc verify measures the graph that they are parsed from, on the CPU",
+            hint=_MEASURE_THE_GRAPH,
         )
+
+
+def require_host(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
+    """The engine that `host` can load with the library installed there, by what is recorded of it.
+
+    Raises:
+        ResourceError: None is for its GPU; or that one is pending, or needs another library or release.
+    """
+    from llmc.backends.tensorrt import PACKAGES, load_library
+    from llmc.backends.tensorrt_support import Library
+
+    own = None if host.compute_capability is None else f"SM{host.compute_capability.replace('.', '')}"
+    fitting = [engine for engine in engines if own in engine.sms]
+    if not fitting:
+        sms = ", ".join(dict.fromkeys(sm for engine in engines for sm in engine.sms))
+        raise ResourceError(
+            f"the artifact holds TensorRT engines for {sms}, and this machine is {host.device}"
+            + (f" ({own})" if own else ""),
+            hint=_MEASURE_THE_GRAPH,
+        )
+    engine = next((e for e in fitting if e.file is not None), fitting[0])
+    if engine.file is None:
+        raise ResourceError(
+            f"the engine for {own} is pending", hint="llmc build --resume on this machine builds it"
+        )
+    library = Library(engine.library)
+    installed = load_library(library).__version__
+    if installed != engine.version:
+        raise ResourceError(
+            f"{engine.file} was built by {library.value} {engine.version}, the only release that loads it; "
+            f"{installed} is installed",
+            hint=f"pip install {PACKAGES[library]}=={engine.version}, or build it again",
+        )
+    return engine

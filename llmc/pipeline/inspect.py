@@ -9,6 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
+from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MANIFEST, PassRecord, WeightRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
@@ -25,6 +26,7 @@ class Inspection(BaseModel):
         operators: Nodes of the graph by operator, `domain::name` outside of the standard domain.
         passes: What each pass did; empty for a model.
         weights: How every matrix is stored; empty for a model.
+        engines: TensorRT engines, built and pending; empty for a model.
         files: Size of every file in bytes; empty for a model.
         bits_per_weight: Stored bits over matrix elements; None for a model.
         notes: What tracing wants a reader to know.
@@ -39,6 +41,7 @@ class Inspection(BaseModel):
     operators: dict[str, int]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
+    engines: tuple[EngineRecord, ...]
     files: dict[str, int]
     bits_per_weight: float | None
     notes: tuple[str, ...]
@@ -58,6 +61,10 @@ class Inspection(BaseModel):
                 f"  {w.bits:2} bits  {w.bytes / 1e6:9.2f} MB  {w.role.value:9}  {w.name}"
                 for w in self.weights
             ]
+        if self.engines:
+            lines += ["", "engines"]
+        for engine in self.engines:
+            lines += _render_engine(engine)
         if self.files:
             lines += ["", "files", *(f"  {size / 1e6:9.2f} MB  {name}" for name, size in self.files.items())]
         return "\n".join([*lines, *self.notes])
@@ -92,6 +99,7 @@ def _inspect_artifact(path: Path) -> Inspection:
         operators=count_operators(path / MODEL),
         passes=manifest.passes,
         weights=manifest.weights,
+        engines=manifest.engines,
         files={name: f.bytes for name, f in manifest.files.items()},
         bits_per_weight=8 * sum(w.bytes for w in manifest.weights) / elements if elements else None,
         notes=(),
@@ -111,6 +119,7 @@ def _inspect_model(reference: str) -> Inspection:
         operators=_count(graph.model),
         passes=(),
         weights=(),
+        engines=(),
         files={},
         bits_per_weight=None,
         notes=tuple(graph.notes),
@@ -120,6 +129,24 @@ def _inspect_model(reference: str) -> Inspection:
 def count_operators(path: Path) -> dict[str, int]:
     """Operators of a graph on disk by name, the most frequent first."""
     return _count(ir.load(path))
+
+
+def _render_engine(engine: EngineRecord) -> list[str]:
+    """What an engine is for and made of, a line for each of its phases."""
+    where = f"{', '.join(engine.sms)} ({', '.join(engine.profiles)})"
+    if engine.file is None:
+        return [f"  {where}: pending, built by {engine.library} on its GPU"]
+    weights = f", {engine.weight_bytes / 1e6:.1f} MB of weights" if engine.weight_bytes else ""
+    products = [f"{count} products from {kind}" for kind, count in sorted(engine.quantized_products.items())]
+    head = f"  {engine.file}: {where}, {engine.library} {engine.version}{weights}"
+    return [
+        ", ".join([head, *products]),
+        *(
+            f"    {p.name:7}  {p.layers} layers, {p.layers_per_decoder_layer} of them for a decoder layer, "
+            f"{p.fused_attention} fused attention, {p.scratch_bytes / 1e6:.1f} MB of scratch"
+            for p in engine.phases
+        ),
+    ]
 
 
 def _count(model: ir.Model) -> dict[str, int]:

@@ -18,6 +18,12 @@ from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
 from llmc.trace.stamp import NotStampableError
 
+_ELEMENT_TYPES = {
+    Dtype.FLOAT32: ir.DataType.FLOAT,
+    Dtype.FLOAT16: ir.DataType.FLOAT16,
+    Dtype.BFLOAT16: ir.DataType.BFLOAT16,
+}
+
 
 def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     """Trace the causal LM of a transformers configuration.
@@ -50,7 +56,7 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
 def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured: bool) -> Graph:
     import torch
 
-    torch_dtype = {Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16}[dtype]
+    torch_dtype: torch.dtype = getattr(torch, dtype.value)
 
     def export(*, stamp: bool) -> Graph:
         exported = export_model(config, torch_dtype, stamp=stamp, captured=captured)
@@ -74,7 +80,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     simplify(model)
     expand_layers(graph, exported.stack, exported.layer_buffers)
     remove_unused(model)
-    onnx_dtype = ir.DataType.FLOAT if dtype is Dtype.FLOAT32 else ir.DataType.FLOAT16
+    onnx_dtype = _ELEMENT_TYPES[dtype]
     cache = attach_cache(graph, exported.stack, exported.capture, onnx_dtype)
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():

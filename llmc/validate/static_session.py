@@ -1,7 +1,7 @@
 """An artifact with a KV cache of fixed length as onnxruntime runs it on the CPU.
 
 It stands for an engine that is parsed from the very same file: what is measured here is the graph, not the
-engine's kernels.
+engine's kernels. A graph in bfloat16 is computed in float32.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import numpy as np
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.validate.session import compare_signature, open_session, require_shape
+from llmc.validate.widened import widened
 
 Array = np.ndarray
 
@@ -35,7 +36,7 @@ class StaticOrtModel:
 
     Args:
         folder: Directory with model.onnx.
-        interface: What the graph takes and gives.
+        interface: What the graph takes and gives; afterwards float32 stands for bfloat16 in it.
         threads: Intra-op threads; None leaves it to onnxruntime.
 
     Raises:
@@ -46,11 +47,14 @@ class StaticOrtModel:
     """
 
     def __init__(self, folder: Path, interface: Interface, *, threads: int | None) -> None:
-        if not interface.static_cache or interface.max_length is None:
+        stated, capacity = interface, interface.max_length
+        if not interface.static_cache or capacity is None:
             raise ConfigError(f"the KV cache of {folder} has no fixed length")
-        self._ort, self._session, self.where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
+        with widened(folder, interface) as (folder, interface):
+            self._ort, self._session, where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
+        self.where = where if interface == stated else f"{where}, in float32"
         self.interface = interface
-        self.capacity = interface.max_length
+        self.capacity = capacity
         compare_signature("input", interface.inputs, self._session.get_inputs())
         compare_signature("output", interface.outputs, self._session.get_outputs())
         dtypes = {spec.name: np.dtype(spec.dtype) for spec in interface.inputs}

@@ -1,5 +1,6 @@
 """Engines of tiny models, built without a GPU: what is recorded, the guards, the bytes."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_an_engine_and_its_record(tmp_path: Path) -> None:
     assert prefill.layers_per_decoder_layer >= decode.layers_per_decoder_layer > 0
     assert prefill.shapes["input_ids"] == ((1, 1), (1, 16), (4, 32))
     assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (4, 1))
-    assert decode.shapes["past_key_values.0.key"] == ((1, 2, 64, 16), (1, 2, 64, 16), (4, 2, 64, 16))
+    assert decode.shapes["past_key_values.0.key"] == tuple((rows, 2, CAPACITY, 16) for rows in (1, 1, 4))
     assert build_apart(tmp_path, PLAN, ENGINE)[1] == digest  # another process, the same bytes
 
 
@@ -139,6 +140,22 @@ def test_a_process_that_dies_leaves_the_build_alive(tmp_path: Path) -> None:
     message = "the process that builds the engine for SM1 ended with 1: AttributeError"
     with pytest.raises(ResourceError, match=message):
         build_apart(tmp_path, plan, ENGINE)
+
+
+def test_a_full_disk_leaves_no_part_of_an_engine(tmp_path: Path) -> None:
+    write_lowered(tmp_path, "llama", Dtype.FLOAT16)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # the process that builds inherits it
+    try:
+        with pytest.raises(
+            ResourceError, match=r"sm86-sm89.engine cannot be written: File too large"
+        ) as caught:
+            build_apart(tmp_path, PLAN, ENGINE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.hint == "free some space, or choose another place for the output"
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
 
 
 def test_a_pending_engine_has_no_file() -> None:

@@ -43,6 +43,14 @@ def test_a_precision_that_the_gpu_lacks_is_refused_with_what_works() -> None:
     assert caught.value.hint == "for t4 use tensorrt-fp16 or tensorrt-int8"
 
 
+def test_bfloat16_is_refused_on_turing() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"needs bfloat16, which NVIDIA T4 .* does not take; 8.0"
+    ) as caught:
+        _plans("tensorrt-bf16", "t4")
+    assert caught.value.hint == "for t4 use tensorrt-fp16 or tensorrt-int8"
+
+
 def test_fp8_is_refused_on_ampere() -> None:
     rule = EngineRule(scheme=EngineScheme(format=WeightFormat.FP8))
     target = load_target("tensorrt-int8")

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
+from llmc.backends.tensorrt import load_library
+from llmc.backends.tensorrt_support import Library
+from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
 from llmc.errors import ConfigError, ResourceError, UnsupportedError
-from llmc.pipeline import bench, build, resume, run, verify
+from llmc.pipeline import bench, build, inspect, resume, run, verify
+from llmc.pipeline.engines import require_host
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, save_tiny_model
@@ -58,16 +63,43 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "forecast for l4, not measured: at most " in text
     assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
 
+    shown = inspect(str(tmp_path / "out"))
+    assert shown.engines == manifest.engines
+    lines = shown.render().splitlines()
+    first = lines.index("engines") + 1
+    assert lines[first].startswith("  sm89.engine: SM89 (l4, rtx-4090), tensorrt_rtx 1.")
+    assert lines[first + 1].startswith("    prefill  ")
+    assert ", 3 fused attention, " in lines[first + 2]
+    assert lines[first + 3] == "  SM90 (h100-sxm): pending, built by tensorrt on its GPU"
+
     before = (tmp_path / "out/manifest.json").read_bytes()
     assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
     with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
         resume(tmp_path / "out", SilentProgress())
-    with pytest.raises(ResourceError, match="engines for SM89, SM90, and llmc does not execute engines yet"):
+    with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         run(tmp_path / "out", "hello", 4, print)
-    with pytest.raises(ResourceError, match="llmc does not execute engines yet"):
+    with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
     assert capsys.readouterr().out == ""
+
+
+def _record(version: str | None, file: str | None = "sm89.engine") -> EngineRecord:
+    return EngineRecord(file=file, library="tensorrt_rtx", version=version, sms=("SM89",), profiles=("l4",))
+
+
+def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
+    installed = load_library(Library.RTX).__version__
+    l4, t4 = load_profile("l4"), load_profile("t4")
+    assert require_host([_record(installed)], l4).file == "sm89.engine"
+    with pytest.raises(ResourceError, match=r"engines for SM89, and this machine is NVIDIA T4 \(SM75\)"):
+        require_host([_record(installed)], t4)
+    message = f"sm89.engine was built by tensorrt_rtx 1.0.0, the only release that loads it; {installed} is"
+    with pytest.raises(ResourceError, match=message) as caught:
+        require_host([_record("1.0.0")], l4)
+    assert caught.value.hint == "pip install tensorrt-rtx-cu13==1.0.0, or build it again"
+    with pytest.raises(ResourceError, match="the engine for SM89 is pending"):
+        require_host([_record(None, file=None)], l4)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

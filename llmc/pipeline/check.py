@@ -1,0 +1,178 @@
+"""`llmc check`: what of a model TensorRT would refuse, before any long work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from llmc.artifact.manifest import PassRecord
+from llmc.config import BuildPlan
+from llmc.errors import ConfigError, LlmcError, UnsupportedError
+from llmc.pipeline.compile import lower_graph, pass_records
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.backends.tensorrt_nodes import NodeFinding
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Obstacle(_Strict):
+    """What stands against a build as a whole: a GPU without the precision, a model that does not lower."""
+
+    where: str
+    reason: str
+    advice: str | None
+
+
+class Refusal(_Strict):
+    """Nodes of one signature; fields as in `llmc.backends.tensorrt_nodes.NodeFinding`."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    reason: str
+    advice: str
+    node: str
+    count: int
+    layers: tuple[int, ...]
+
+    def render(self) -> list[str]:
+        """Lines for a terminal."""
+        layers = f", layers {', '.join(map(str, self.layers))}" if self.layers else ""
+        return [
+            f"  {self.count} x {self.operator}({', '.join(self.inputs)}){layers}",
+            f"    first at {self.node}",
+            f"    {self.reason}",
+            f"    {self.advice}",
+        ]
+
+
+class CheckResult(_Strict):
+    """What was found.
+
+    Args:
+        asked: Library and release whose parser was asked; None if it did not come to that.
+        nodes: Nodes of the lowered graph.
+        signatures: Distinct ones.
+        obstacles: What stands against the build as a whole.
+        refused: Nodes that TensorRT refuses.
+        unknown: Nodes that it cannot be asked about.
+        passes: What each pass did, and where it declined as the target accepts.
+    """
+
+    architecture: str
+    target: str
+    profiles: tuple[str, ...]
+    asked: str | None
+    nodes: int
+    signatures: int
+    obstacles: tuple[Obstacle, ...]
+    refused: tuple[Refusal, ...]
+    unknown: tuple[Refusal, ...]
+    passes: tuple[PassRecord, ...]
+
+    def render(self) -> str:
+        """Text for a terminal."""
+        lines = [f"{self.architecture} for {self.target} on {', '.join(self.profiles)}"]
+        for obstacle in self.obstacles:
+            lines += [f"{obstacle.where}: {obstacle.reason}"]
+            lines += [f"  {obstacle.advice}"] if obstacle.advice else []
+        if self.asked is not None:
+            refused = sum(each.count for each in self.refused)
+            lines.append(f"{self.nodes} nodes, {self.signatures} distinct: {refused} refused by {self.asked}")
+        for each in self.refused:
+            lines += each.render()
+        if self.unknown:
+            lines.append("cannot be asked about")
+        for each in self.unknown:
+            lines += each.render()
+        for record in self.passes:
+            lines += [f"{record.name} declines {d.count}: {d.reason} [{d.code}]" for d in record.declined]
+        return "\n".join(lines)
+
+    def failure(self) -> LlmcError | None:
+        """An error if anything is refused."""
+        if not self.obstacles and not self.refused:
+            return None
+        found = [each.where for each in self.obstacles]
+        found += [f"{each.count} x {each.operator}" for each in self.refused]
+        return UnsupportedError(f"{self.target} cannot be built: {', '.join(found)}")
+
+
+def check(plan: BuildPlan, progress: Progress) -> CheckResult:
+    """Lower a model for a target, and ask TensorRT about every node; no weight is read, nothing is written.
+
+    Raises:
+        ConfigError: The target is not of backend tensorrt, or a profile states no compute capability.
+        CheckpointError: The checkpoint cannot be opened, or lacks a tensor.
+        ResourceError: tensorrt_rtx, whose parser is asked, is missing.
+    """
+    from llmc.backends.tensorrt import load_library
+    from llmc.backends.tensorrt_nodes import check_nodes
+    from llmc.backends.tensorrt_support import Library
+    from llmc.checkpoint import open_checkpoint
+    from llmc.quantize.engine import quantize_for_engine
+
+    if plan.target.engine is None:
+        raise ConfigError(
+            f"llmc check asks TensorRT, and target {plan.target.name} is of backend "
+            f"{plan.target.backend.value}",
+            hint="name a target such as tensorrt-fp16: llmc targets",
+        )
+    trt = load_library(Library.RTX)
+    obstacles = _unsupported_profiles(plan)
+    checkpoint = open_checkpoint(plan.model)
+    result = CheckResult(
+        architecture=checkpoint.architecture,
+        target=plan.target.name,
+        profiles=tuple(profile.name for profile in (plan.profile, *plan.also)),
+        asked=None,
+        nodes=0,
+        signatures=0,
+        obstacles=obstacles,
+        refused=(),
+        unknown=(),
+        passes=(),
+    )
+    try:
+        lowered = lower_graph(checkpoint, plan.target, progress)
+        quantize_for_engine(lowered.graph, plan.target.engine.weights)
+    except UnsupportedError as error:
+        model = Obstacle(where="model", reason=error.fact, advice=error.hint)
+        return result.model_copy(update={"obstacles": (*obstacles, model)})
+    with progress.stage("nodes"):
+        report = check_nodes(lowered.graph.model, trt)
+    return result.model_copy(
+        update={
+            "asked": f"{Library.RTX.value} {report.version}",
+            "nodes": report.nodes,
+            "signatures": report.signatures,
+            "refused": tuple(_refusal(each) for each in report.refused),
+            "unknown": tuple(_refusal(each) for each in report.unknown),
+            "passes": pass_records(lowered.passes),
+        }
+    )
+
+
+def _refusal(finding: NodeFinding) -> Refusal:
+    from dataclasses import asdict
+
+    return Refusal(**asdict(finding))
+
+
+def _unsupported_profiles(plan: BuildPlan) -> tuple[Obstacle, ...]:
+    """Each profile that cannot have an engine of the target."""
+    from llmc.backends.tensorrt_support import plan_engines
+    from llmc.catalog import list_targets
+
+    known = [listed.document for listed in list_targets()]
+    found = []
+    for profile in (plan.profile, *plan.also):
+        try:
+            plan_engines(plan.target, [profile], known)
+        except UnsupportedError as error:
+            found.append(Obstacle(where=profile.name, reason=error.fact, advice=error.hint))
+    return tuple(found)
