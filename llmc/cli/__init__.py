@@ -17,7 +17,7 @@ from llmc.errors import ExitCode, LlmcError
 # An exception that is nobody's intention: the code that Python itself would exit with.
 _INTERNAL = 1
 # New objects before the collector looks at them.
-_OBJECTS = 1_000_000
+_OBJECTS = 3_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
