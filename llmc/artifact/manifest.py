@@ -18,6 +18,8 @@ from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 
 MANIFEST = "manifest.json"
+#: The graph.
+MODEL = "model.onnx"
 #: Measurements and their timings live here, outside of what the manifest's digests cover.
 REPORTS = "reports"
 SCHEMA_VERSION: Literal[1] = 1

@@ -24,8 +24,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import DOMAIN as KERNELS
-from llmc.backends.ort import MODEL
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.interface import Interface, TensorSpec

@@ -7,10 +7,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from llmc.artifact.disk import require_space, space_errors
-from llmc.artifact.manifest import FileDigest
+from llmc.artifact.manifest import MODEL, FileDigest
 from llmc.backends.external import Batch, DataFile, Progress, compute_ahead, lay_out
 
-MODEL = "model.onnx"
 DATA = "model.onnx.data"
 
 

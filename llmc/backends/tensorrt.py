@@ -6,19 +6,17 @@ graph (strongly typed). An engine has two optimization profiles: prefill, and de
 token a row, which gets kernels of its own.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.disk import require_space, space_errors
 from llmc.artifact.engine import EnginePhase, EngineRecord
-from llmc.artifact.manifest import FileDigest
-from llmc.backends.ort import MODEL
+from llmc.artifact.manifest import MODEL, FileDigest
 from llmc.backends.tensorrt_log import (
     BuildLog,
     Layer,
@@ -29,31 +27,17 @@ from llmc.backends.tensorrt_log import (
 from llmc.backends.tensorrt_support import EnginePlan, Library
 from llmc.config import Engine
 from llmc.errors import ResourceError, UnsupportedError
-from llmc.graph.model import layer_of
+
+if TYPE_CHECKING:
+    from llmc.backends.tensorrt_outline import Outline
 
 #: Oldest releases with the operators of opset 24 that the graphs are made of.
 OLDEST: dict[Library, tuple[int, ...]] = {Library.RTX: (1, 7), Library.TENSORRT: (11, 0)}
 #: Distributions that bring each library.
 PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
 _PHASES = ("prefill", "decode")
-#: TensorRT's names of the types that quantized weights are stored in.
-_STORED = {
-    ir.DataType.INT4: "Int4",
-    ir.DataType.INT8: "Int8",
-    ir.DataType.FLOAT8E4M3FN: "FP8",
-    ir.DataType.FLOAT4E2M1: "FP4",
-}
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class _Outline:
-    """What the guards need to know of the ONNX graph, by node name."""
-
-    attention: frozenset[str]
-    products: dict[str, str]
-    middle: frozenset[str]
 
 
 def load_library(library: Library) -> Any:
@@ -106,7 +90,9 @@ def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[Engine
     engine_bytes = builder.build_serialized_network(network, config)
     if engine_bytes is None:
         raise UnsupportedError(f"TensorRT cannot build the engine for {', '.join(plan.sms)}: {log.reason()}")
-    record = _record(trt, plan, log, shapes, _outline(folder / MODEL))
+    from llmc.backends.tensorrt_outline import read_outline  # not before: modules shift addresses
+
+    record = _record(trt, plan, log, shapes, read_outline(folder / MODEL))
     return record, _write(memoryview(engine_bytes), folder, plan)
 
 
@@ -179,32 +165,8 @@ def _add_profile(builder: Any, config: Any, network: Any, engine: Engine, *, dec
     return shapes
 
 
-def _outline(path: Path) -> _Outline:
-    graph = ir.load(path).graph
-    layers = [layer for node in graph if (layer := layer_of(node)) is not None]
-    middle = max(layers, default=0) // 2
-    products = {}
-    for node in graph:
-        if node.op_type == "MatMul" and (stored := _stored_type(node.inputs[1])) is not None:
-            products[str(node.name)] = _STORED[stored]
-    return _Outline(
-        attention=frozenset(str(n.name) for n in graph if n.op_type == "Attention"),
-        products=products,
-        middle=frozenset(str(n.name) for n in graph if layer_of(n) == middle),
-    )
-
-
-def _stored_type(value: ir.Value | None) -> ir.DataType | None:
-    """Type that a factor is stored in, seen through its dequantization; None for a float one."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("DequantizeLinear", "Transpose"):
-            return None
-        value = node.inputs[0]
-    return value.dtype if value is not None and value.dtype in _STORED else None
-
-
 def _record(
-    trt: Any, plan: EnginePlan, log: BuildLog, shapes: list[Shapes], outline: _Outline
+    trt: Any, plan: EnginePlan, log: BuildLog, shapes: list[Shapes], outline: Outline
 ) -> EngineRecord:
     layers = log.layers()
     products: dict[str, int] = {}

@@ -1,8 +1,10 @@
 """Builds one engine in a process of its own.
 
 TensorRT orders parts of an engine by the addresses of its objects. A fresh process with a fixed hash seed, a
-fixed environment and no randomized addresses gives the same bytes each time on one installation; one that
-TensorRT takes down with it, or that the system kills for its memory, leaves the build alive.
+fixed environment, no randomized addresses, modules that are compiled anew each time (whether they lie in a
+cache would shift addresses) and one core, so that its threads take turns the same way, gives the same bytes
+each time on one installation; one that TensorRT takes down with it, or that the system kills for its memory,
+leaves the build alive.
 
 The parent writes a `Job` as JSON to stdin and reads one line of JSON from stdout: an `Outcome`.
 """
@@ -69,7 +71,10 @@ def build_apart(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[EngineR
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
+        [
+            *(sys.executable, "-B", "-X", f"pycache_prefix={os.devnull}"),
+            *("-c", f"from {__name__} import main; main()"),
+        ],
         input=job.model_dump_json(),
         capture_output=True,
         cwd=folder,
@@ -96,6 +101,8 @@ def build_apart(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[EngineR
 def main() -> None:
     """Entry of the child process."""
     _fix_addresses()
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     job = Job.model_validate_json(sys.stdin.read())
     plan = EnginePlan(job.library, job.sms, job.profiles)
     try:

@@ -66,8 +66,8 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
     Raises:
         ConfigError: One is no artifact or has no report, or they are of different models.
     """
+    from llmc.artifact.manifest import MODEL
     from llmc.artifact.store import open_artifact
-    from llmc.backends.ort import MODEL
 
     allowed = parse_allowed(allow)
     old, new = open_artifact(before), open_artifact(after)

@@ -86,8 +86,8 @@ def inspect(reference: str) -> Inspection:
 
 
 def _inspect_artifact(path: Path) -> Inspection:
+    from llmc.artifact.manifest import MODEL
     from llmc.artifact.store import open_artifact
-    from llmc.backends.ort import MODEL
 
     manifest = open_artifact(path).manifest
     elements = sum(_product(w.shape) for w in manifest.weights)

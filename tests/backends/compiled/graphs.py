@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet
 from llmc.backends.compiled.lower import LIBRARY, CompiledKernels, compile_kernels
-from llmc.backends.ort import MODEL, write_model
+from llmc.backends.ort import write_model
 from llmc.backends.toolchain import find_compiler
 from llmc.config import WeightScheme
 from llmc.graph.model import Graph

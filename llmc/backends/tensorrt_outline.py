@@ -1,0 +1,56 @@
+"""What the guards on an engine need to know of the graph that it is built from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from llmc.graph.model import layer_of
+
+#: TensorRT's names of the types that quantized weights are stored in.
+_STORED = {
+    ir.DataType.INT4: "Int4",
+    ir.DataType.INT8: "Int8",
+    ir.DataType.FLOAT8E4M3FN: "FP8",
+    ir.DataType.FLOAT4E2M1: "FP4",
+}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Nodes by name.
+
+    Args:
+        attention: Each `Attention`.
+        products: Each product with a quantized factor, and TensorRT's name of the type that it is stored in.
+        middle: Nodes of the decoder layer in the middle.
+    """
+
+    attention: frozenset[str]
+    products: dict[str, str]
+    middle: frozenset[str]
+
+
+def read_outline(path: Path) -> Outline:
+    """The outline of an ONNX file."""
+    graph = ir.load(path).graph
+    layers = [layer for node in graph if (layer := layer_of(node)) is not None]
+    middle = max(layers, default=0) // 2
+    products = {}
+    for node in graph:
+        if node.op_type == "MatMul" and (stored := _stored_type(node.inputs[1])) is not None:
+            products[str(node.name)] = _STORED[stored]
+    return Outline(
+        attention=frozenset(str(n.name) for n in graph if n.op_type == "Attention"),
+        products=products,
+        middle=frozenset(str(n.name) for n in graph if layer_of(n) == middle),
+    )
+
+
+def _stored_type(value: ir.Value | None) -> ir.DataType | None:
+    """Type that a factor is stored in, seen through its dequantization; None for a float one."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("DequantizeLinear", "Transpose"):
+            return None
+        value = node.inputs[0]
+    return value.dtype if value is not None and value.dtype in _STORED else None
