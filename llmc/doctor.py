@@ -40,7 +40,7 @@ ENGINE_BUILDER = "tensorrt-rtx-cu13"
 
 # What building the demo model takes at most: its float32 graph on disk, and its peak memory.
 DISK_BYTES = 1_000_000_000
-MEMORY_BYTES = 1_000_000_000
+MEMORY_BYTES = 2_000_000_000
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -98,6 +98,7 @@ def examine(folder: Path) -> DoctorReport:
                 versions,
                 "it finishes engines for H100, H200 and B200 there; pip install 'llmc[tensorrt]'",
             ),
+            check_compiler(),
             check_demo(),
             check_gpu(),
             check_disk(folder),
@@ -170,6 +171,16 @@ def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
     if version is None:
         return Check(name=name, status="absent", detail="optional", hint=hint)
     return Check(name=name, status="ok", detail=version)
+
+
+def check_compiler() -> Check:
+    """The C++ compiler of targets with compiled kernels."""
+    from llmc.backends.toolchain import find_compiler
+
+    try:
+        return Check(name="c++ compiler", status="ok", detail=find_compiler().version)
+    except ResourceError as error:
+        return Check(name="c++ compiler", status="absent", detail=error.fact, hint=error.hint)
 
 
 def check_demo() -> Check:

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": BASE,
     "catalog": BASE | {"document", "machine"},
     "plan": BASE | {"catalog"},
-    "doctor": BASE | {"machine"},
+    "doctor": BASE | {"machine", "backends"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
     **{station: BASE | {"graph", "artifact", "data", "progress"} for station in STATIONS},

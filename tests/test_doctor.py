@@ -21,6 +21,16 @@ def test_this_machine_can_build(tmp_path: Path) -> None:
     assert f"GB free at {tmp_path}" in found["disk"].detail
 
 
+def test_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = doctor.check_compiler()
+    assert (check.status, check.hint) == ("ok", None)
+    monkeypatch.setenv("LLMC_CXX", "/nowhere/c++")
+    check = doctor.check_compiler()
+    assert check.status == "absent"
+    assert check.detail == "the C++ compiler /nowhere/c++ cannot be started: No such file or directory"
+    assert "pip install 'llmc[compile]'" in (check.hint or "")
+
+
 def test_it_looks_for_what_is_required() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["dependencies"]
