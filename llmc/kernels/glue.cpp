@@ -10,6 +10,10 @@
 #include "ort.h"
 #include "program.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 extern "C" const llmc::Region llmc_regions[];
 extern "C" const int32_t llmc_region_count;
 
@@ -20,17 +24,43 @@ constexpr char kDomain[] = "llmc.compiled";
 constexpr size_t kMaxThreads = 64;
 constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
 
-/// Whether this CPU has every instruction set in LLMC_NEEDS, a list of `HAS("name")`.
-bool cpu_fits() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-#define HAS(name) &&__builtin_cpu_supports(name)
-  return true LLMC_NEEDS;
-#undef HAS
-#else
+struct Registers {
+  unsigned eax, ebx, ecx, edx;
+};
+
+/// Where CPUID tells of an instruction set, and the registers that the system has to save for it (XCR0); Intel's
+/// Software Developer's Manual, volume 2A (CPUID) and volume 1 (13.1). The names are those of /proc/cpuinfo.
+/// `__builtin_cpu_supports` would do, but for the clang of ziglang, where it knows of none.
+struct Feature {
+  unsigned leaf;
+  unsigned Registers::*word;
+  unsigned bit;
+  unsigned saved;
+};
+constexpr unsigned kYmm = 0x06, kZmm = 0xe6;
+[[maybe_unused]] constexpr Feature fma{1, &Registers::ecx, 12, kYmm}, f16c{1, &Registers::ecx, 29, kYmm},
+    avx2{7, &Registers::ebx, 5, kYmm}, avx512f{7, &Registers::ebx, 16, kZmm}, avx512dq{7, &Registers::ebx, 17, kZmm},
+    avx512bw{7, &Registers::ebx, 30, kZmm}, avx512vl{7, &Registers::ebx, 31, kZmm},
+    avx512_vnni{7, &Registers::ecx, 11, kZmm};
+
+/// Whether this CPU has every instruction set in LLMC_NEEDS, names with commas between them.
+bool cpu_fits() {
+  constexpr unsigned kSavesState = 1u << 27;  // of leaf 1 in ecx: XCR0 can be read
+  Registers basic{};
+  if (!__get_cpuid(1, &basic.eax, &basic.ebx, &basic.ecx, &basic.edx) || !(basic.ecx & kSavesState)) return false;
+  unsigned saved, high;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  for (const Feature& needed : {LLMC_NEEDS}) {
+    Registers found{};
+    if (!__get_cpuid_count(needed.leaf, 0, &found.eax, &found.ebx, &found.ecx, &found.edx)) return false;
+    if (!(found.*needed.word >> needed.bit & 1) || (saved & needed.saved) != needed.saved) return false;
+  }
   return true;
-#endif
 }
+#else
+bool cpu_fits() { return true; }
+#endif
 
 /// Memory of one step, kept for the next.
 struct Workspace {

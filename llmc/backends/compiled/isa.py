@@ -14,21 +14,18 @@ class InstructionSet:
     """One instruction set that kernels are compiled for.
 
     Args:
-        needs: Flags of /proc/cpuinfo that a CPU needs.
-        checks: The same as the compiler's `__builtin_cpu_supports` calls them, asked at load.
+        needs: Flags of /proc/cpuinfo that a CPU needs; glue.cpp, which asks at load, knows the same names.
         flags: Of the compiler.
     """
 
     name: str
     needs: frozenset[str]
-    checks: tuple[str, ...]
     flags: tuple[str, ...]
 
     @property
     def defines(self) -> tuple[str, ...]:
         """What glue.cpp is compiled with."""
-        has = " ".join(f'HAS("{name}")' for name in self.checks)
-        return (f"-DLLMC_NEEDS={has}", f'-DLLMC_ISA="{self.name}"')
+        return (f"-DLLMC_NEEDS={','.join(sorted(self.needs))}", f'-DLLMC_ISA="{self.name}"')
 
 
 #: From the fastest to the slowest.
@@ -36,7 +33,6 @@ INSTRUCTION_SETS = (
     InstructionSet(
         name="AVX-512 VNNI",
         needs=frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")),
-        checks=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma"),
         flags=(
             *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
             *("-mavx512vnni", "-mprefer-vector-width=512"),
@@ -45,7 +41,6 @@ INSTRUCTION_SETS = (
     InstructionSet(
         name="AVX2",
         needs=frozenset(("avx2", "fma", "f16c")),
-        checks=("avx2", "fma"),
         flags=("-mavx2", "-mfma", "-mf16c"),
     ),
 )

@@ -162,7 +162,8 @@ def test_a_changed_library_is_found(built: Build, tmp_path: Path) -> None:
 def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> None:
     x = (builder := GraphBuilder()).input("x", 32)
     out = builder.matmul(x, quantized(np.ones((16, 32), np.float32), 4, 32, True), "w")
-    isa = InstructionSet("AVX-512 ER", frozenset(), ("avx512er",), usable_sets()[-1].flags)
+    er = "Feature{7, &Registers::ebx, 27, kZmm}"  # of one generation of accelerators
+    isa = InstructionSet("AVX-512 ER", frozenset((er,)), usable_sets()[-1].flags)
     write_compiled(builder.finish([out]), tmp_path, isa)
     with pytest.raises(Exception, match="compiled for CPUs with AVX-512 ER; this one has it not"):
         open_session(tmp_path)
