@@ -61,28 +61,27 @@ def join(graph: ir.Graph, anchor: ir.Node, projections: Sequence[Projection], su
     site = Site(graph, anchor)
     first = projections[0].linear
     stem = str(first.weight.name).rsplit(".", 2)[0]
+    place = f"{first.output.name}/{suffix}"  # a model may run the layer that has the weight several times
     features = sum(p.linear.out_features for p in projections)
     weight = add_weight(graph, f"{stem}.{suffix}.weight", _concat([p.linear.weight for p in projections]))
     shape = [*dims_of(first.output)[:-1], features]
     turned = site.emit(
         "Transpose",
         [weight],
-        f"{stem}.{suffix}/weight",
+        f"{place}/weight",
         attributes={"perm": [1, 0]},
         shape=[first.in_features, features],
         dtype=weight.dtype,
     ).outputs[0]
     dtype = first.output.dtype
-    product = site.emit(
-        "MatMul", [first.activation, turned], f"{stem}.{suffix}/product", shape=shape, dtype=dtype
-    )
+    product = site.emit("MatMul", [first.activation, turned], f"{place}/product", shape=shape, dtype=dtype)
     biases = [p.bias for p in projections if p.bias is not None]
     if not biases:
         return product.outputs[0]
     bias = add_weight(graph, f"{stem}.{suffix}.bias", _concat(biases))
-    return site.emit(
-        "Add", [product.outputs[0], bias], f"{stem}.{suffix}/biased", shape=shape, dtype=dtype
-    ).outputs[0]
+    return site.emit("Add", [product.outputs[0], bias], f"{place}/biased", shape=shape, dtype=dtype).outputs[
+        0
+    ]
 
 
 def _rows(value: ir.Value) -> Rows | None:
