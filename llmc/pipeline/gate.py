@@ -158,9 +158,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         except ParityError as error:
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
-        inputs, outputs = len(subject.interface.inputs), len(subject.interface.outputs)
-        counted = f"{inputs} inputs and {outputs} outputs as stated"
-        made.append(mismatches(Metric.INTERFACE, (), counted, where))
+        made.append(_interface_holds(subject.interface, where))
         made += measure_tokens(folder, Served(folder), tokenizer, text, prompts())
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     with progress.stage("original"):
@@ -211,7 +209,7 @@ def _measure_static(
         ParityError: onnxruntime cannot load the graph.
     """
     from llmc.validate.blank import BlankSession
-    from llmc.validate.measure import mismatches
+    from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.static_session import StaticOrtModel
@@ -230,11 +228,23 @@ def _measure_static(
         windows.prepare(original)
         original.release()
     with progress.stage("parity"):
-        model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+        try:
+            model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+        except ParityError as error:
+            made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            raise
+        made.append(_interface_holds(subject.interface, model.where))
         made += Parity(model, original, tokens, heads, switches).measure()
         original.release()
     with progress.stage("quality"):
         made += measure_quality(model, original, windows)
+
+
+def _interface_holds(interface: Interface, where: str) -> Measurement:
+    from llmc.validate.measure import mismatches
+
+    told = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
+    return mismatches(Metric.INTERFACE, (), told, where)
 
 
 def _compare_weights(subject: Subject) -> WeightParity:
