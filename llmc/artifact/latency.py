@@ -37,7 +37,7 @@ class PrefillLatency(_Strict):
 
 
 class DecodeLatency(_Strict):
-    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s.
+    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token.
 
     `noise` is what the machine alone does to a ratio: by how much two series of the same artifact,
     taken in turn with the original's, may differ from each other, as a fraction.
@@ -50,6 +50,8 @@ class DecodeLatency(_Strict):
     original_tokens_per_s: float
     ratio: Ratio
     noise: float
+    artifact_joules_per_token: float | None = None
+    original_joules_per_token: float | None = None
 
 
 class Footprint(_Strict):
@@ -117,6 +119,7 @@ class Latency(_Strict):
         where: Runtime and provider of the artifact.
         original: What the original ran as, such as "torch 2.13.0 float32 sdpa, dynamic cache".
         threads: Intra-op threads of either side.
+        energy: The counters that joules are of, or why there are none.
         batches: Decode in batches.
         operators: Of a decode step at the first context, the slowest first.
         dropped: Lengths that were not measured since the model's positions end before them, and why.
@@ -130,6 +133,7 @@ class Latency(_Strict):
     roofline: tuple[Roofline, ...]
     artifact_footprint: Footprint
     original_footprint: Footprint
+    energy: str = "not measured"
     batches: tuple[BatchLatency, ...] = ()
     operators: tuple[OperatorTime, ...] = ()
     dropped: tuple[str, ...]

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Metric
-from llmc.pipeline.gate import GateResult, latency_gates, open_pair, open_runnable
+from llmc.config import Metric, Provider
+from llmc.errors import ResourceError
+from llmc.pipeline.gate import GateResult, latency_gates, open_pair
 from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import Manifest
+    from llmc.artifact.store import Artifact
     from llmc.artifact.verdict import Measurement
 
 
@@ -50,9 +51,9 @@ def bench(
 
     Raises:
         ConfigError: `previous` is no artifact, or is damaged.
-        ResourceError: It cannot run on this machine.
+        ResourceError: An artifact is not for the CPU.
     """
-    from llmc.artifact.store import check_files
+    from llmc.artifact.store import check_files, open_artifact
     from llmc.pipeline.engines import require_no_engine
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
@@ -63,11 +64,13 @@ def bench(
         require_folder(folder)
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force)
-        check_files(artifact)
-        if previous is not None:
-            check_files(open_runnable(previous))
+        earlier = None if previous is None else open_artifact(previous)
+        for each in (artifact, earlier):
+            if each is not None:
+                require_no_engine(each.manifest)
+                _require_cpu(each)
+                check_files(each)
     manifest = artifact.manifest
-    require_no_engine(manifest)
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         reference = TorchModel(checkpoint.load_reference("sdpa"))
@@ -83,7 +86,7 @@ def bench(
             share_buffer=shares_buffer(path),
             schedule=Schedule(),
         )
-    measurements = (*ratios(latency), _against(previous, path, manifest, tokens, progress))
+    measurements = (*ratios(latency), _against(earlier, artifact, tokens, progress))
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
     name = manifest.profile.name
     report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.weights, path)
@@ -92,24 +95,28 @@ def bench(
     return GateReport(report=report)
 
 
-def _against(
-    previous: Path | None, path: Path, manifest: Manifest, tokens: Any, progress: Progress
-) -> Measurement:
+def _require_cpu(artifact: Artifact) -> None:
+    provider = artifact.manifest.target.provider
+    if provider is not Provider.CPU:
+        raise ResourceError(
+            f"{artifact.path} is built for {provider.value.upper()}; its latency on the CPU says nothing",
+            hint="llmc verify measures the numbers of its graph on the CPU",
+        )
+
+
+def _against(earlier: Artifact | None, artifact: Artifact, tokens: Any, progress: Progress) -> Measurement:
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.measure import unmeasured
     from llmc.validate.rival import CONTEXT, Pairing, measure_rival
     from llmc.validate.session import OrtModel, shares_buffer
 
-    if previous is None:
+    if earlier is None:
         status = MeasurementStatus.NOT_APPLICABLE
         return unmeasured(Metric.PREVIOUS_RATIO, status, "no earlier artifact was given", "nowhere")
-    threads = manifest.profile.threads or os.cpu_count() or 1
+    threads = artifact.manifest.profile.threads or os.cpu_count() or 1
     models = [
-        OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
-        for folder, interface in (
-            (path, manifest.interface),
-            (previous, open_runnable(previous).manifest.interface),
-        )
+        OrtModel(a.path, a.manifest.interface, threads=threads, share_buffer=shares_buffer(a.path))
+        for a in (artifact, earlier)
     ]
     limits = [m.interface.max_length for m in models]
     length = min(CONTEXT, *(n // 2 for n in limits if n is not None), len(tokens))

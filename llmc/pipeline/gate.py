@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.config import Gate, Metric, Provider, Target
-from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.config import Gate, Metric, Target
+from llmc.errors import ConfigError, ParityError
 from llmc.machine import available_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
@@ -81,6 +81,8 @@ def measure_parity(
     given the artifact's own weights, and quantized products are computed in float32 on both sides, so
     that a tight bound holds for every target.
 
+    All of it is taken on the CPU. Of what is built for a GPU that is the graph, not the GPU's kernels.
+
     Args:
         eval_text: Files with the user's text; none for the one that ships.
         each_pass: Hold every pass to the target's bound on prefill, the graph after it against the graph
@@ -119,6 +121,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         ParityError: The artifact cannot be loaded, so that nothing further can be measured.
     """
     from llmc.data import prompts
+    from llmc.validate.blank import BlankSession
     from llmc.validate.generation import measure_generation, original_texts
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
@@ -155,9 +158,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         except ParityError as error:
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
-        inputs, outputs = len(subject.interface.inputs), len(subject.interface.outputs)
-        counted = f"{inputs} inputs and {outputs} outputs as stated"
-        made.append(mismatches(Metric.INTERFACE, (), counted, where))
+        made.append(_interface_holds(subject.interface, where))
         made += measure_tokens(folder, Served(folder), tokenizer, text, prompts())
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     with progress.stage("original"):
@@ -173,13 +174,17 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         own = remember(checkpoint, subject.model_digest, weights.digest, load_own)
     if weights.unread:
         made += _not_comparable(weights.unread, where)
+        original.release()
     else:
-        with progress.stage("parity"):
-            made += Parity(session(exact=True), own, tokens, heads, switches).measure()
         with progress.stage("generation"):
             made += measure_generation(Served(folder), texts, own, stated.stop)
-    original.release()
-    own.release()
+        with progress.stage("original with the artifact's weights"):
+            Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
+            original.release()
+            own.release()
+        with progress.stage("parity"):
+            made += Parity(session(exact=True), own, tokens, heads, switches).measure()
+        own.release()
     with progress.stage("quality"):
         made += measure_quality(session(exact=False), original, windows)
 
@@ -203,7 +208,8 @@ def _measure_static(
     Raises:
         ParityError: onnxruntime cannot load the graph.
     """
-    from llmc.validate.measure import mismatches
+    from llmc.validate.blank import BlankSession
+    from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.static_session import StaticOrtModel
@@ -213,16 +219,32 @@ def _measure_static(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
     tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
-    model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
-    with progress.stage("parity"):
-        made += Parity(model, original, tokens, heads, rope_switches(checkpoint.config)).measure()
-    with progress.stage("quality"):
+    switches = rope_switches(checkpoint.config)
+    with progress.stage("original"):
+        Parity(BlankSession(subject.interface), original, tokens, heads, switches).measure()
         windows.prepare(original)
         original.release()
+    with progress.stage("parity"):
+        try:
+            model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+        except ParityError as error:
+            made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            raise
+        made.append(_interface_holds(subject.interface, model.where))
+        made += Parity(model, original, tokens, heads, switches).measure()
+        original.release()
+    with progress.stage("quality"):
         made += measure_quality(model, original, windows)
+
+
+def _interface_holds(interface: Interface, where: str) -> Measurement:
+    from llmc.validate.measure import mismatches
+
+    told = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
+    return mismatches(Metric.INTERFACE, (), told, where)
 
 
 def _compare_weights(subject: Subject) -> WeightParity:
@@ -256,7 +278,7 @@ def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity
         return TorchModel(subject.checkpoint.stream_reference(StoredParameters(changed, stored)))
     model = loaded or _load(subject)
     for name, matrix in stored.items():
-        model.set_parameters(dict(parameters(changed[name], matrix.read(0, matrix.shape[0]))))
+        model.set_parameters(dict(parameters(changed[name], matrix.whole())))
     return model
 
 
@@ -276,11 +298,11 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
     Raises:
         ConfigError: There is no artifact, or the original is not the artifact's.
         CheckpointError: The original cannot be opened.
-        ResourceError: The artifact cannot run on this machine.
     """
+    from llmc.artifact.store import open_artifact
     from llmc.checkpoint import open_checkpoint
 
-    artifact = open_runnable(path)
+    artifact = open_artifact(path)
     manifest = artifact.manifest
     checkpoint = open_checkpoint(against or manifest.model.ref)
     digest = checkpoint.digest()
@@ -291,22 +313,3 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
             hint="name the original with --against, or compare them all the same with --force",
         )
     return artifact, checkpoint, digest
-
-
-def open_runnable(path: Path) -> Artifact:
-    """An artifact that this machine can execute.
-
-    Raises:
-        ConfigError: There is no artifact.
-        ResourceError: It cannot run on this machine.
-    """
-    from llmc.artifact.store import open_artifact
-
-    artifact = open_artifact(path)
-    manifest = artifact.manifest
-    if manifest.target.provider is not Provider.CPU and not manifest.interface.static_cache:
-        raise ResourceError(
-            f"{path} is built for {manifest.target.provider.value.upper()}; this command runs it on the CPU",
-            hint="gates on a GPU are not supported yet",
-        )
-    return artifact

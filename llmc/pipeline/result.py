@@ -71,7 +71,7 @@ class BuildResult(BaseModel):
                 "  measured on the graph that the engines are parsed from, on the CPU; none was executed"
             )
         elif manifest.state is State.NOT_EXECUTED:
-            lines.append("  this machine cannot run it: nothing of it was measured")
+            lines.append("  not executed, nothing of it was measured: llmc verify runs its graph on the CPU")
         elif manifest.state is State.NOT_VERIFIED:
             lines.append("  its numbers were not compared with the original: llmc verify does that")
         return "\n".join(lines)

@@ -56,6 +56,11 @@ def _latency(latency: Latency) -> list[str]:
         times = " / ".join(format_figure(v) for v in (a.p50_ms, a.p95_ms, a.p99_ms))
         spread = f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})"
         lines.append(f"| {name} | {times} | {format_figure(o.p50_ms)} | {spread} |")
+    for d in latency.decode:
+        if d.artifact_joules_per_token is not None:
+            mine, theirs = d.artifact_joules_per_token, d.original_joules_per_token
+            told = f"{format_figure(mine)} J per token, the original {format_figure(theirs)}"
+            lines += ["", f"At {d.context}: {told} ({_cell(latency.energy)})"]
     return lines
 
 

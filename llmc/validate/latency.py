@@ -26,7 +26,9 @@ from llmc.artifact.latency import (
 )
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
+from llmc.errors import ResourceError
 from llmc.graph.interface import Interface
+from llmc.validate.energy import POWERCAP, EnergyCounter, open_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
@@ -75,14 +77,16 @@ def measure_latency(
     threads: int,
     share_buffer: bool,
     schedule: Schedule,
+    counters: Path = POWERCAP,
 ) -> Latency:
-    """Time to first token, inter-token latency, load time and peak memory of both sides.
+    """Time to first token, inter-token latency, energy, load time and peak memory of both sides.
 
     Args:
         reference: The original, loaded.
         load_reference: Loads the original anew in a child process; must be picklable.
         tokens: (n,) int64, at least one, repeated where a prompt needs more.
         threads: Intra-op threads of either side.
+        counters: Folder of the machine's energy counters.
 
     Raises:
         ParityError: The artifact cannot be run.
@@ -97,6 +101,7 @@ def measure_latency(
     footprints = _footprints(
         folder, interface, load_reference, threads, share_buffer, max(prompts, default=1), schedule
     )
+    counter, energy = _find_counter(counters)
     with _torch_threads(threads):
         model = OrtModel(folder, interface, threads=threads, share_buffer=share_buffer)
         prefill: list[PrefillLatency] = []
@@ -105,7 +110,7 @@ def measure_latency(
             prompt = np.take(tokens, np.arange(length), mode="wrap")
             prefill.append(_time_prefill(model, reference, prompt, schedule))
             if length in contexts:
-                decode.append(_time_decode(model, reference, length, schedule))
+                decode.append(_time_decode(model, reference, length, schedule, counter))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
         batches = [_time_batch(model, first, n, schedule) for n in schedule.batches if first is not None]
         operators = () if first is None else profile_decode(model, first)
@@ -119,6 +124,7 @@ def measure_latency(
         roofline=tuple(roofline(weights, interface, d.context, profile, d.artifact.p50_ms) for d in decode),
         artifact_footprint=footprints[0],
         original_footprint=footprints[1],
+        energy=energy,
         batches=tuple(batches),
         operators=operators,
         dropped=tuple(f"{what}: the model ends at {limit} positions" for what in dropped),
@@ -202,7 +208,9 @@ def _time_prefill(
     )
 
 
-def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule: Schedule) -> DecodeLatency:
+def _time_decode(
+    model: OrtModel, reference: TorchModel, context: int, schedule: Schedule, counter: EnergyCounter | None
+) -> DecodeLatency:
     """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
 
     def step(token: int) -> int:
@@ -212,17 +220,19 @@ def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule:
     artifact: list[list[float]] = []
     original: list[list[float]] = []
     again: list[list[float]] = []
+    joules: list[tuple[float | None, float | None]] = []
     for counted in [False] + [True] * schedule.decode_rounds:
         model.restore(point)
-        a = _timed_steps(step, schedule)
+        a, energy = _metered_steps(step, schedule, counter)
         reference.restore(original_point)
-        b = _timed_steps(reference.decode, schedule)
+        b, energy_original = _metered_steps(reference.decode, schedule, counter)
         model.restore(point)
         c = _timed_steps(step, schedule)
         if counted:
             artifact.append(a)
             original.append(b)
             again.append(c)
+            joules.append((energy, energy_original))
     flat_artifact = [x for r in artifact for x in r]
     flat_original = [x for r in original for x in r]
     return DecodeLatency(
@@ -233,7 +243,15 @@ def _time_decode(model: OrtModel, reference: TorchModel, context: int, schedule:
         original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
+        artifact_joules_per_token=_per_token([mine for mine, _ in joules], len(flat_artifact)),
+        original_joules_per_token=_per_token([theirs for _, theirs in joules], len(flat_original)),
     )
+
+
+def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
+    """Energy of all turns over their tokens; None where no counter was read."""
+    known = [value for value in joules if value is not None]
+    return sum(known) / tokens if known else None
 
 
 def _time_batch(model: OrtModel, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
@@ -261,14 +279,39 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
+    """Milliseconds of each of `decode_tokens` steps in a row after a rest."""
+    return _metered_steps(step, schedule, None)[0]
+
+
+def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
     """Milliseconds of each of `decode_tokens` steps in a row, each fed the token of the one before."""
-    time.sleep(_REST_SECONDS)
     token, times = 1, []
     for _ in range(schedule.decode_tokens):
         start = time.perf_counter()
         token = step(token)
         times.append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def _metered_steps(
+    step: Callable[[int], int], schedule: Schedule, counter: EnergyCounter | None
+) -> tuple[list[float], float | None]:
+    """`_timed_steps`, and the joules of the same time, the rest before it included in neither."""
+    time.sleep(_REST_SECONDS)
+    if counter is None:
+        return _steps(step, schedule), None
+    before = counter.read()
+    times = _steps(step, schedule)
+    return times, counter.joules(before, counter.read())
+
+
+def _find_counter(folder: Path) -> tuple[EnergyCounter | None, str]:
+    """The energy counter and what it is of, or why there is none."""
+    try:
+        counter = open_counter(folder)
+    except ResourceError as error:
+        return None, f"not measured: {error.fact}"
+    return counter, counter.where
 
 
 def _footprints(

@@ -11,7 +11,7 @@ from llmc.errors import ParityError, ResourceError
 
 
 class Served:
-    """A folder loaded by onnxruntime-genai.
+    """A folder loaded by onnxruntime-genai on the CPU, whatever provider its genai_config.json names.
 
     Args:
         folder: The artifact, with genai_config.json and tokenizer files.
@@ -33,7 +33,9 @@ class Served:
         self.folder = folder
         self.where = f"onnxruntime-genai {og.__version__} CPUExecutionProvider"
         try:
-            self._model = og.Model(str(folder))
+            config = og.Config(str(folder))
+            config.clear_providers()
+            self._model = og.Model(config)
             self._tokenizer = og.Tokenizer(self._model)
         except Exception as error:
             raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error

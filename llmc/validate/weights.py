@@ -27,6 +27,8 @@ METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
 
 #: Neighbours along the last axis whose error is looked at together where there are no blocks.
 BLOCK = 32
+#: Bytes in float32 that are read at a time.
+_PART_BYTES = 16 << 20
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
 #: Which input the codes are.
@@ -46,6 +48,14 @@ class Stored:
     shape: tuple[int, ...]
     read: Callable[[int, int], Array]
     block: int = BLOCK
+
+    def whole(self) -> Array:
+        """All of it, read in parts: what reading takes beside the result stays small."""
+        values = np.empty(self.shape, np.float32)
+        step = max(1, _PART_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            values[start : start + step] = self.read(start, min(start + step, self.shape[0]))
+        return values
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,7 @@ class StoredParameters(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         tensor = self._tensor[name]
-        matrix = self._stored[tensor]
-        return dict(parameters(self._rows[tensor], matrix.read(0, matrix.shape[0])))[name]
+        return dict(parameters(self._rows[tensor], self._stored[tensor].whole()))[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensor)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -15,7 +16,7 @@ from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole
 from llmc.errors import CheckpointError, ConfigError, ParityError, ResourceError, UnsupportedError
-from llmc.pipeline import build, explain, inspect, verify
+from llmc.pipeline import bench, build, explain, inspect, verify
 from llmc.pipeline.gate import parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -177,15 +178,35 @@ def test_an_unknown_pass_is_named_before_any_long_work(tmp_path: Path) -> None:
         build(_plan(model, tmp_path / "out", verify=False, passes=passes), SilentProgress())
 
 
-def test_cuda_artifacts_say_that_they_were_not_executed(tmp_path: Path) -> None:
-    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
-    plan = plan_build(str(model), target="cuda-fp16", profile="l4", output=tmp_path / "out")
+@pytest.mark.parametrize("target", ["cuda-fp16", "cuda-int4"])
+def test_cuda_artifacts_are_not_executed_and_their_graph_is_verified_on_the_cpu(
+    target: str, tmp_path: Path
+) -> None:
+    model = save_tiny_model("mistral", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    plan = plan_build(str(model), target=target, profile="l4", output=tmp_path / "out")
     result = build(plan, SilentProgress())
     assert result.manifest.state is State.NOT_EXECUTED
     assert "nothing of it was measured" in result.render()
     assert {s.dtype for s in result.manifest.interface.outputs} == {"float16"}
-    with pytest.raises(ResourceError, match="is built for CUDA; this command runs it on the CPU"):
-        verify(result.path, None, (), SilentProgress())
+    (tmp_path / "text").write_text("The mill turns as long as there is water in the river. " * 30)
+    report = verify(result.path, None, (str(tmp_path / "text"),), SilentProgress()).report
+    failed = {c.metric for c in report.verdict.missed}
+    # Of 4 bits a random model loses more than a trained one, and the text is short.
+    assert {m for m in failed if not m.value.startswith("text.")} == set()
+    assert len(report.verdict.checks) >= 15
+    assert all("CPU" in c.where or "files" in c.where for c in report.verdict.checks)
+    with pytest.raises(ResourceError, match="is built for CUDA; its latency on the CPU says nothing"):
+        bench(result.path, None, SilentProgress())
+
+    graph = onnx.load(result.path / "model.onnx")
+    for node in graph.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kept = [a for a in node.attribute if a.name != "local_window_size"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    onnx.save(graph, result.path / "model.onnx")
+    report = verify(result.path, None, (str(tmp_path / "text"),), SilentProgress()).report
+    assert {Metric.FILES, Metric.WINDOW_MAX_ABS} <= {c.metric for c in report.verdict.missed}
 
 
 def test_a_target_and_a_profile_must_fit(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from llmc.artifact.engine import EngineRecord
@@ -21,6 +22,7 @@ from tests.models import EOS, save_tiny_model
 
 REASON = "half precision of a tiny random model"
 GATES = (
+    Gate(metric=Metric.INTERFACE, max=0, reason=REASON),
     Gate(metric=Metric.DECODE_MAX_ABS, max=0.1, reason=REASON),
     Gate(metric=Metric.RAGGED_MAX_ABS, max=0.1, reason=REASON),
 )
@@ -81,6 +83,12 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
+
+    graph = onnx.load(tmp_path / "out/model.onnx")
+    graph.graph.input[0].name = graph.graph.input[0].name + "s"
+    onnx.save(graph, tmp_path / "out/model.onnx")
+    missed = verify(tmp_path / "out", None, (), SilentProgress()).report.verdict.missed
+    assert {Metric.INTERFACE, Metric.DECODE_MAX_ABS} <= {c.metric for c in missed}
     assert capsys.readouterr().out == ""
 
 

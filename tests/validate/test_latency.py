@@ -38,7 +38,7 @@ def timed(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Latency
     interface = write_decoder(llama, folder, Variant(logits="last"))
     latency = measure_latency(
         folder, interface, TorchModel(llama), partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]),
-        profile=PROFILE, threads=1, share_buffer=False, schedule=SMALL,
+        profile=PROFILE, threads=1, share_buffer=False, schedule=SMALL, counters=folder / "absent",
     )  # fmt: skip
     return latency, folder, interface
 
@@ -53,6 +53,8 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
         "prompt of 1024 tokens: the model ends at 160 positions",
         "decode at context 150: the model ends at 160 positions",
     )
+    assert latency.energy == "not measured: no energy counter on this machine"
+    assert {d.artifact_joules_per_token for d in latency.decode} == {None}
     assert latency.original.startswith("torch ")
     assert latency.original.endswith("float32 sdpa, dynamic cache")
     for entry in (*latency.prefill, *latency.decode):
