@@ -4,7 +4,9 @@
 
 int8 has a scale for each output feature, codes -127 to 127; int4 one for each block of input features, codes
 -8 to 7. Scales are positive and have the type of the activations. TensorRT computes the product from the
-codes. A matrix that is embedding and language-model head at once is stored once for both.
+codes. A matrix that is embedding and language-model head at once is stored once for both: TensorRT's int8
+products want it (in_features, out_features), and would keep a second copy for a lookup of its rows, so the
+lookup takes columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
+from llmc.quantize.place import replace
 
 OPSET = 21
 #: Scales that are tried for a block, as parts of the one that just spans it; then the best is refined.
@@ -99,6 +102,7 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         )
     outputs, inputs = tensor.rows.shape if outputs_first else tensor.rows.shape[::-1]
     block = inputs if scheme.block_size is None else scheme.block_size
+    turned = scheme.block_size is None and _is_tied(weight)
     if inputs % block:
         fitting = [b for b in (128, 64, 32, 16) if inputs % b == 0]
         raise UnsupportedError(
@@ -110,9 +114,10 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         scale_shape: tuple[int, ...] = (outputs,)
     else:
         scale_shape = (outputs, inputs // block) if outputs_first else (inputs // block, outputs)
-    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name)
+    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, turned)
     group = WeightGroup(tensor.rows.sources, compute)
-    members = {"codes": (_TYPES[scheme.format], tensor.rows.shape), "scales": (dtype, scale_shape)}
+    codes_shape = tensor.rows.shape[::-1] if turned else tensor.rows.shape
+    members = {"codes": (_TYPES[scheme.format], codes_shape), "scales": (dtype, scale_shape)}
     values, size = [], 0
     for key, (kind, shape) in members.items():
         lazy = LazyWeight(name=f"{name}.{key}", dtype=kind, shape=shape, group=group, key=key)
@@ -120,7 +125,7 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         graph.graph.register_initializer(value)
         values.append(value)
         size += lazy.nbytes
-    channel, features = (0, 1) if outputs_first else (1, 0)
+    channel, features = (0, 1) if outputs_first != turned else (1, 0)
     attributes = {"axis": channel} if scheme.block_size is None else {"axis": features, "block_size": block}
     made = ir.Node(
         "",
@@ -130,22 +135,50 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         name=f"{name}/dequantized",
     )
     made.outputs[0].name = f"{name}.dequantized"
-    made.outputs[0].shape, made.outputs[0].type = weight.shape, weight.type
+    made.outputs[0].shape, made.outputs[0].type = ir.Shape(codes_shape), weight.type
     graph.graph.insert_before(next(iter(graph.graph)), made)
-    ir.convenience.replace_all_uses_with(weight, made.outputs[0])
+    if turned:
+        _turn(graph.graph, weight, made.outputs[0])
+    else:
+        ir.convenience.replace_all_uses_with(weight, made.outputs[0])
     del graph.graph.initializers[name]
     return size
 
 
+def _is_tied(weight: ir.Value) -> bool:
+    """Whether rows are looked up in a matrix that products take transposed."""
+    users = [user for user, _ in weight.uses()]
+    rows = all(user.attributes.get_int("axis", 0) == 0 for user in users if user.op_type == "Gather")
+    return rows and {user.op_type for user in users} == {"Gather", "Transpose"}
+
+
+def _turn(graph: ir.Graph, weight: ir.Value, turned: ir.Value) -> None:
+    """Let the products and lookups of `weight` (entries, width) take `turned` (width, entries)."""
+    for user in {user: None for user, _ in weight.uses()}:
+        if user.op_type == "Transpose":
+            ir.convenience.replace_all_uses_with(user.outputs[0], turned)
+            graph.remove(user, safe=True)
+            continue
+        ids = cast(ir.Value, user.inputs[1])
+        shape = tuple(ids.shape or ())
+        lookup = ir.node("Gather", [turned, ids], {"axis": 1}, name=f"{user.name}.columns")
+        columns = lookup.outputs[0]
+        columns.name, columns.type = f"{user.outputs[0].name}.columns", turned.type
+        columns.shape = ir.Shape((weight.shape or ())[1:2] + shape)
+        order = [*range(1, len(shape) + 1), 0]
+        replace(graph, user, [lookup, ir.node("Transpose", [columns], {"perm": order})])
+
+
 @dataclass(frozen=True)
 class _Compute:
-    """Codes and scales of one matrix, computed when it is written."""
+    """Codes and scales of one matrix, computed when it is written; `turned` stores the other axis first."""
 
     rows: Rows
     scheme: EngineScheme
     outputs_first: bool
     dtype: ir.DataType
     name: str
+    turned: bool
 
     def __call__(self) -> Mapping[str, Array]:
         codes, scales = [], []
@@ -164,7 +197,7 @@ class _Compute:
             codes.append(found)
             scales.append(scale if block is not None else scale[:, 0])
         all_codes, all_scales = np.concatenate(codes), np.concatenate(scales)
-        if not self.outputs_first:
+        if self.outputs_first == self.turned:
             all_codes, all_scales = all_codes.T, all_scales.T
         return {
             "codes": np.ascontiguousarray(all_codes).astype(_TYPES[self.scheme.format].numpy()),

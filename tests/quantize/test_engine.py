@@ -46,14 +46,18 @@ def test_a_block_of_zeros_has_codes_of_zero() -> None:
     assert (scales == 1).all()
 
 
-@pytest.mark.parametrize(("rule", "least_db"), [(INT8, 25), (INT4, 6)])
-def test_the_graph_computes_with_them(rule: EngineRule, least_db: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "rule", "least_db"), [("llama", INT8, 25), ("llama", INT4, 6), ("gemma2", INT8, 25)]
+)
+def test_the_graph_computes_with_them(
+    model_type: str, rule: EngineRule, least_db: float, tmp_path: Path
+) -> None:
     ids = np.arange(3, 20)[None]
     logits = []
     for name, rules in (("float", ()), ("quantized", (rule,))):
         folder = tmp_path / name
         folder.mkdir()
-        interface = write_lowered(folder, "llama", Dtype.FLOAT32, rules)
+        interface = write_lowered(folder, model_type, Dtype.FLOAT32, rules)
         logits.append(StaticOrtModel(folder, interface, threads=1).prefill(ids, steps=0))
     noise = np.square(logits[0] - logits[1]).sum()
     assert noise > 0
@@ -61,6 +65,18 @@ def test_the_graph_computes_with_them(rule: EngineRule, least_db: float, tmp_pat
     assert (tmp_path / "quantized/model.onnx.data").stat().st_size < (
         tmp_path / "float/model.onnx.data"
     ).stat().st_size / 2
+
+
+def test_a_tied_table_is_stored_once_as_the_products_take_it() -> None:
+    graph, _ = lower("gemma2", Dtype.FLOAT16)
+    (head,) = (t for t in quantize_for_engine(graph, (INT8,)) if t.role is WeightRole.LM_HEAD)
+    codes = graph.graph.initializers[f"{head.name}.codes"]
+    assert codes.shape == head.shape[::-1]
+    ((dequantize, _),) = codes.uses()
+    assert {u.op_type: u.attributes.get_int("axis", 0) for u, _ in dequantize.outputs[0].uses()} == {
+        "Gather": 1,
+        "MatMul": 0,
+    }
 
 
 def test_rules_by_role_and_a_ledger() -> None:
