@@ -3,12 +3,14 @@
     python benchmarks/engines.py [--targets tensorrt-fp16 …] [--profiles t4 rtx-4090 …]
     python benchmarks/engines.py --architectures
 
-Seconds and peak memory (highest resident set) are those of the process that builds the engine. No engine is
-executed.
+Seconds and peak memory (highest resident set) are those of the process that builds the engine, but for the
+peak "without TensorRT": the process that lowers, quantizes and writes. The first engine of a target is
+built twice. No engine is executed.
 """
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -66,8 +68,14 @@ def measure_target(model: str, name: str, profiles: list[str], folder: Path) -> 
         return
     first = plan_build(model, target=name, profile=plans[0].profiles[0], output=folder, verify=False)
     build(first, SilentProgress())
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    print(f"{name:14} without TensorRT: peak {own / 1e9:.2f} GB", flush=True)
+    known_digest = open_artifact(folder).manifest.files[plans[0].name]
     for plan in plans:
         record, digest, seconds, peak = build_measured(folder, plan, target.engine)
+        if plan is plans[0]:
+            same = "identical" if digest == known_digest else "different"
+            print(f"{name:14} two builds in two processes: {same}, sha256 {digest.sha256}", flush=True)
         layers = ", ".join(f"{p.name} {p.layers_per_decoder_layer}" for p in record.phases)
         row = f"{name:14} {plan.profiles[0]:10} {seconds:8.1f} {digest.bytes / 1e6:6.1f} {peak / 1e9:8.2f}"
         print(f"{row}  {layers}", flush=True)
