@@ -37,10 +37,10 @@ def test_names_of_files() -> None:
 
 
 def test_a_precision_that_the_gpu_lacks_is_refused_with_what_works() -> None:
-    message = r"needs int4, which NVIDIA T4 \(profile t4, compute capability 7.5\) does not take; 8.0, 8.6, "
+    message = r"needs int8, which NVIDIA T4 \(profile t4, compute capability 7.5\) does not take; 8.0, 8.6, "
     with pytest.raises(UnsupportedError, match=message) as caught:
         _plans("tensorrt-int4", "rtx-4090", "t4")
-    assert caught.value.hint == "for t4 use tensorrt-fp16 or tensorrt-int8"
+    assert caught.value.hint == "for t4 use tensorrt-fp16"
 
 
 def test_bfloat16_is_refused_on_turing() -> None:
@@ -48,7 +48,7 @@ def test_bfloat16_is_refused_on_turing() -> None:
         UnsupportedError, match=r"needs bfloat16, which NVIDIA T4 .* does not take; 8.0"
     ) as caught:
         _plans("tensorrt-bf16", "t4")
-    assert caught.value.hint == "for t4 use tensorrt-fp16 or tensorrt-int8"
+    assert caught.value.hint == "for t4 use tensorrt-fp16"
 
 
 def test_fp8_is_refused_on_ampere() -> None:

@@ -49,7 +49,7 @@ def test_nothing_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_every_gpu_that_refuses_the_precision(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _call(capsys, model, "--target", "tensorrt-int4", "--profile", "t4,l4")
     assert code == 3
-    assert "t4: target tensorrt-int4 needs int4, which NVIDIA T4" in out
+    assert "t4: target tensorrt-int4 needs int8, which NVIDIA T4" in out
     assert "0 refused by tensorrt_rtx" in out  # the nodes are asked all the same
     assert "error: tensorrt-int4 cannot be built: t4" in err
 

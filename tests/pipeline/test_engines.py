@@ -129,5 +129,5 @@ def test_a_cache_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
 
 def test_a_precision_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     plan = plan_build("no-such-model", target="tensorrt-int4", profile="rtx-4090,t4", output=tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="needs int4, which NVIDIA T4"):
+    with pytest.raises(UnsupportedError, match="needs int8, which NVIDIA T4"):
         build(plan, SilentProgress())
