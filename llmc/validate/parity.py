@@ -24,7 +24,7 @@ DECODE_STEPS = 64
 #: Sizes of the pieces that a prompt is prefilled in, one after the other over the same cache.
 CHUNKS = (7, 1, 16, 2, 40)
 #: Most bytes of float32 attention scores that the original's eager attention may make in one layer.
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 48 << 20
 #: Row lengths and steps of the ragged batch.
 RAGGED_LENGTHS = (11, 2, 19, 5)
 RAGGED_STEPS = 8
