@@ -27,7 +27,7 @@ BUILDS_FOR: dict[Library, tuple[str, ...]] = {
     Library.TENSORRT: ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
 }
 
-#: Capabilities that TensorRT refuses a precision on, or computes from float there as if it were not stored so.
+#: Capabilities that TensorRT refuses a precision on, or computes from float on, whatever it is stored in.
 REFUSED_ON: dict[str, tuple[str, ...]] = {
     Dtype.FLOAT16: (),
     Dtype.BFLOAT16: ("7.5",),
