@@ -8,6 +8,7 @@ made longer by 10 %, and held to its target's gate on `latency.previous_ratio`.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ def main() -> None:
     tokens, _ = tokenize(AutoTokenizer.from_pretrained(options.artifact), read_text(()))
     gates = [g for g in manifest.target.gates if g.metric is Metric.PREVIOUS_RATIO]
     settings: dict[str, Any] = {"threads": options.threads, "share_buffer": shares_buffer(options.artifact)}
-    previous = OrtModel(options.artifact, manifest.interface, **settings)
-    model = Slowed(options.artifact, manifest.interface, **settings)
+    previous = partial(OrtModel, options.artifact, manifest.interface, **settings)
+    model = partial(Slowed, options.artifact, manifest.interface, **settings)
     prompt = tokens[:CONTEXT]
-    fast = fastest_step(previous, prompt)
+    fast = fastest_step(previous(), prompt)
     print(f"a step takes {1e3 * fast:.2f} ms at best; gate {gates[0].max}")
     for extra, name in ((0.0, "A/A"), (options.slower, f"{100 * options.slower:.0f} % slower")):
-        model.extra_seconds = extra * fast
+        Slowed.extra_seconds = extra * fast
         found = []
         for _ in range(options.runs):
             start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,11 +115,11 @@ def _against(earlier: Artifact | None, artifact: Artifact, tokens: Any, progress
         status = MeasurementStatus.NOT_APPLICABLE
         return unmeasured(Metric.PREVIOUS_RATIO, status, "no earlier artifact was given", "nowhere")
     threads = artifact.manifest.profile.threads or os.cpu_count() or 1
-    models = [
-        OrtModel(a.path, a.manifest.interface, threads=threads, share_buffer=shares_buffer(a.path))
+    makers = [
+        partial(OrtModel, a.path, a.manifest.interface, threads=threads, share_buffer=shares_buffer(a.path))
         for a in (artifact, earlier)
     ]
-    limits = [m.interface.max_length for m in models]
+    limits = [a.manifest.interface.max_length for a in (artifact, earlier)]
     length = min(CONTEXT, *(n // 2 for n in limits if n is not None), len(tokens))
     with progress.stage("latency against the earlier artifact"):
-        return measure_rival(models[0], models[1], tokens[:length], Pairing())
+        return measure_rival(makers[0], makers[1], tokens[:length], Pairing())
