@@ -55,7 +55,7 @@ def test_beside_the_original_and_an_earlier_artifact(
     found = {m.metric: m for m in report.measurements}
     previous = found[Metric.PREVIOUS_RATIO]
     assert 0 < previous.low <= previous.value <= previous.high
-    assert "pairs of turns of 8 steps after 128 tokens" in previous.detail
+    assert "pairs of sessions, turns of 8 steps after 128 tokens" in previous.detail
     assert {c.metric: c.status for c in report.verdict.checks} == {
         Metric.INTER_TOKEN_RATIO: CheckStatus.PASS,
         Metric.PREVIOUS_RATIO: CheckStatus.FAIL,
