@@ -15,18 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import onnx_ir as ir
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import llmc.passes
 from llmc.checkpoint import Checkpoint
-from llmc.graph.model import Graph
-from llmc.graph.report import PassReport
 from llmc.pipeline import bisect, build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress, peak_rss_bytes
-from tests.pipeline.sabotage import copy_artifact, other_attention_scale, reseal
+from tests.pipeline.sabotage import WrongNorms, copy_artifact, other_attention_scale, reseal
 
 
 @contextmanager
@@ -42,19 +38,7 @@ def in_the_files(artifact: Path) -> Iterator[Path]:
 @contextmanager
 def in_a_pass(artifact: Path) -> Iterator[Path]:
     """The pass for norms gives layer 7 another epsilon."""
-    right = llmc.passes.registered_passes()["rms-norm"]
-
-    class Wrong:
-        name, summary = right.name, right.summary
-
-        def run(self, graph: Graph) -> PassReport:
-            report = right.run(graph)
-            for node in graph.graph:
-                if node.op_type == "SimplifiedLayerNormalization" and "layer.7/" in str(node.outputs[0].name):
-                    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
-            return report
-
-    known = {**llmc.passes.registered_passes(), "rms-norm": Wrong()}
+    known = {**llmc.passes.registered_passes(), "rms-norm": WrongNorms(7)}
     with patch.object(llmc.passes, "registered_passes", lambda: known):
         yield artifact
 

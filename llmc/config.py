@@ -6,7 +6,7 @@ All are strict and frozen, and come from YAML through `llmc.catalog`. A variant 
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -129,12 +129,18 @@ class WeightScheme(_Strict):
     method: Literal["rtn", "mse", "gptq"]
 
 
-class WeightRule(_Strict):
+Scheme = TypeVar("Scheme", bound=BaseModel)
+
+
+class Rule(_Strict, Generic[Scheme]):
     """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
 
     role: Annotated[WeightRole, Field(strict=False)] | None = None
     match: str = "*"
-    scheme: WeightScheme | None
+    scheme: Scheme | None
+
+
+WeightRule = Rule[WeightScheme]
 
 
 class CalibrationText(_Strict):
@@ -197,6 +203,16 @@ class EngineScheme(_Strict):
     format: Annotated[WeightFormat, Field(strict=False)]
     block_size: Literal[16, 32, 64, 128] | None = None
 
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        return 4 if self.format in (WeightFormat.INT4, WeightFormat.NVFP4) else 8
+
+    @property
+    def symmetric(self) -> bool:
+        """True: TensorRT takes no zero points."""
+        return True
+
     @model_validator(mode="after")
     def _blocks(self) -> "EngineScheme":
         if (self.format is WeightFormat.INT4) != (self.block_size is not None):
@@ -204,12 +220,7 @@ class EngineScheme(_Strict):
         return self
 
 
-class EngineRule(_Strict):
-    """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
-
-    role: Annotated[WeightRole, Field(strict=False)] | None = None
-    match: str = "*"
-    scheme: EngineScheme | None
+EngineRule = Rule[EngineScheme]
 
 
 class Span(_Strict):

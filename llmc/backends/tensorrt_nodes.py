@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
 
 from llmc.backends.tensorrt_log import BuildLog, make_logger
 from llmc.graph import dialect
@@ -30,8 +31,7 @@ _BY_CODE = {
 _OTHERWISE = "ONNX Runtime computes it on the same GPU: build for a cuda target, or rewrite it in a pass"
 
 
-@dataclass(frozen=True)
-class NodeFinding:
+class NodeFinding(BaseModel):
     """Nodes that look alike and that TensorRT would refuse, or that it cannot be asked about.
 
     Args:
@@ -43,6 +43,8 @@ class NodeFinding:
         count: How many they are.
         layers: Decoder layers that they stand in, ascending.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     operator: str
     inputs: tuple[str, ...]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import EvalText, Json, SearchPath
+from llmc.cli.options import EvalText, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -24,14 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def build(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hugging Face folder, hub id (revision with @), GGUF file, or `demo`.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     target: Annotated[str, typer.Option(metavar="NAME", help="What to build: `llmc targets`.")] = "cpu-int4",
     profile: Annotated[
         str,

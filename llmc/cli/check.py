@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Json, SearchPath
+from llmc.cli.options import Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -21,14 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hugging Face folder, hub id (revision with @), GGUF file, or `demo`.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     target: Annotated[
         str, typer.Option(metavar="NAME", help="A target of backend tensorrt: `llmc targets`.")
     ],

@@ -8,6 +8,14 @@ import typer
 Artifact = Annotated[
     Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.", show_default=False)
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hugging Face folder, hub id (revision with @), GGUF file, or `demo`.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Against = Annotated[
     str | None,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from llmc.config import Metric, Quantization, Target
-from llmc.errors import LlmcError
+from llmc.config import Dtype, Metric, Quantization, Target
+from llmc.errors import LlmcError, UnsupportedError
 from llmc.pipeline.compile import trace
 from llmc.pipeline.original import read_text, tokenize
 from llmc.progress import Progress
@@ -93,19 +93,27 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
 
     Raises:
         ParityError: A graph cannot be run.
+        UnsupportedError: The target computes in another type than the original.
     """
     from llmc.pipeline.gate import open_pair
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force)
+        target = artifact.manifest.target
+        if target.dtype is not Dtype.FLOAT32:
+            raise UnsupportedError(
+                f"llmc bisect holds values in float32 against the original's, and {target.name} computes in "
+                f"{target.dtype.value}, whose rounding it would find first",
+                hint="build the model for cpu-fp32, and bisect that",
+            )
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         prompt = tokens[:PROMPT_TOKENS]
     with progress.stage("original"):
         modules = module_values(checkpoint.load_reference(), prompt)
     right: list[str] = []
     before: Values | None = None
-    for step, graph in _steps(checkpoint, artifact.manifest.target, progress):
+    for step, graph in _steps(checkpoint, target, progress):
         with progress.stage(step), TemporaryDirectory() as folder:
             values = _values_of(graph, Path(folder), prompt)
         if step == "quantize":
@@ -135,7 +143,14 @@ def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -
 
     Raises:
         ParityError: A graph cannot be run.
+        UnsupportedError: The target has a KV cache of fixed length, which changes what a graph takes.
     """
+    if target.engine is not None:
+        raise UnsupportedError(
+            f"the passes of {target.name} cannot be held against each other: one of them gives the graph "
+            "other inputs, for a KV cache of fixed length",
+            hint="verify it without --each-pass, or another target of the model with it",
+        )
     from llmc.validate.measure import max_abs, measured
 
     tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.manifest import PassRecord
+from llmc.backends.tensorrt_nodes import NodeFinding
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError, LlmcError, UnsupportedError
 from llmc.pipeline.compile import lower_graph, pass_records
 from llmc.progress import Progress
-
-if TYPE_CHECKING:
-    from llmc.backends.tensorrt_nodes import NodeFinding
 
 
 class _Strict(BaseModel):
@@ -26,28 +22,6 @@ class Obstacle(_Strict):
     where: str
     reason: str
     advice: str | None
-
-
-class Refusal(_Strict):
-    """Nodes of one signature; fields as in `llmc.backends.tensorrt_nodes.NodeFinding`."""
-
-    operator: str
-    inputs: tuple[str, ...]
-    reason: str
-    advice: str
-    node: str
-    count: int
-    layers: tuple[int, ...]
-
-    def render(self) -> list[str]:
-        """Lines for a terminal."""
-        layers = f", layers {', '.join(map(str, self.layers))}" if self.layers else ""
-        return [
-            f"  {self.count} x {self.operator}({', '.join(self.inputs)}){layers}",
-            f"    first at {self.node}",
-            f"    {self.reason}",
-            f"    {self.advice}",
-        ]
 
 
 class CheckResult(_Strict):
@@ -70,8 +44,8 @@ class CheckResult(_Strict):
     nodes: int
     signatures: int
     obstacles: tuple[Obstacle, ...]
-    refused: tuple[Refusal, ...]
-    unknown: tuple[Refusal, ...]
+    refused: tuple[NodeFinding, ...]
+    unknown: tuple[NodeFinding, ...]
     passes: tuple[PassRecord, ...]
 
     def render(self) -> str:
@@ -84,11 +58,11 @@ class CheckResult(_Strict):
             refused = sum(each.count for each in self.refused)
             lines.append(f"{self.nodes} nodes, {self.signatures} distinct: {refused} refused by {self.asked}")
         for each in self.refused:
-            lines += each.render()
+            lines += _render(each)
         if self.unknown:
             lines.append("cannot be asked about")
         for each in self.unknown:
-            lines += each.render()
+            lines += _render(each)
         for record in self.passes:
             lines += [f"{record.name} declines {d.count}: {d.reason} [{d.code}]" for d in record.declined]
         return "\n".join(lines)
@@ -150,17 +124,21 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
             "asked": f"{Library.RTX.value} {report.version}",
             "nodes": report.nodes,
             "signatures": report.signatures,
-            "refused": tuple(_refusal(each) for each in report.refused),
-            "unknown": tuple(_refusal(each) for each in report.unknown),
+            "refused": report.refused,
+            "unknown": report.unknown,
             "passes": pass_records(lowered.passes),
         }
     )
 
 
-def _refusal(finding: NodeFinding) -> Refusal:
-    from dataclasses import asdict
-
-    return Refusal(**asdict(finding))
+def _render(found: NodeFinding) -> list[str]:
+    layers = f", layers {', '.join(map(str, found.layers))}" if found.layers else ""
+    return [
+        f"  {found.count} x {found.operator}({', '.join(found.inputs)}){layers}",
+        f"    first at {found.node}",
+        f"    {found.reason}",
+        f"    {found.advice}",
+    ]
 
 
 def _unsupported_profiles(plan: BuildPlan) -> tuple[Obstacle, ...]:

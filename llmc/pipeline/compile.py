@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Dtype, Quantization, Target, WeightFormat
+from llmc.config import Dtype, Quantization, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
@@ -21,8 +21,7 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
     from llmc.checkpoint import Checkpoint
-    from llmc.quantize.engine import EngineTensor
-    from llmc.quantize.linear import QuantizationReport
+    from llmc.quantize.place import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -146,13 +145,13 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     with progress.stage("quantize"):
         if target.engine is not None:
             tensors = quantize_for_engine(lowered.graph, target.engine.weights)
-            records = engine_records(tensors, target.dtype)
         else:
             stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
             for note in stored.notes:
                 progress.note(f"quantize: {note}")
-            records = weight_records(stored, target.dtype)
+            tensors = stored.tensors
         verify(lowered.graph)
+    records = weight_records(tensors, target.dtype)
     return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
 
 
@@ -180,7 +179,7 @@ def fix_length(graph: Graph, capacity: int) -> None:
     graph.max_length = capacity
 
 
-def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightRecord, ...]:
+def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
     """How every matrix is stored, as the manifest keeps it."""
     from llmc.artifact.manifest import WeightRecord
 
@@ -193,26 +192,6 @@ def weight_records(report: QuantizationReport, dtype: Dtype) -> tuple[WeightReco
             bits=tensor.scheme.bits if tensor.scheme else float_bits,
             block_size=tensor.scheme.block_size if tensor.scheme else None,
             symmetric=tensor.scheme.symmetric if tensor.scheme else None,
-            bytes=tensor.bytes,
-        )
-        for tensor in report.tensors
-    )
-
-
-def engine_records(tensors: Sequence[EngineTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
-    """How every matrix of an engine's graph is stored, as the manifest keeps it."""
-    from llmc.artifact.manifest import WeightRecord
-
-    float_bits = 32 if dtype is Dtype.FLOAT32 else 16
-    bits = {WeightFormat.INT4: 4, WeightFormat.NVFP4: 4, WeightFormat.INT8: 8, WeightFormat.FP8: 8}
-    return tuple(
-        WeightRecord(
-            name=tensor.name,
-            role=tensor.role,
-            shape=tensor.shape,
-            bits=bits[tensor.scheme.format] if tensor.scheme else float_bits,
-            block_size=tensor.scheme.block_size if tensor.scheme else None,
-            symmetric=True if tensor.scheme else None,
             bytes=tensor.bytes,
         )
         for tensor in tensors

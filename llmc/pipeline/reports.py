@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -19,15 +20,20 @@ _NAMES = ("parity.json", "report.json")
 
 
 class ReportPage(BaseModel):
-    """The page that was written."""
+    """The page that was written.
+
+    Args:
+        left_out: Why an artifact that lies beside this one is not on it, one text each.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: PathText
+    left_out: tuple[str, ...] = ()
 
     def render(self) -> str:
-        """Its path."""
-        return str(self.path)
+        """Its path, and what is not on it."""
+        return "\n".join([str(self.path), *(f"left out: {reason}" for reason in self.left_out)])
 
     def failure(self) -> LlmcError | None:
         """Looking at a verdict does not repeat it."""
@@ -47,8 +53,9 @@ def report(path: Path) -> ReportPage:
     made = stored_report(artifact)
     page = path / REPORTS / "report.html"
     require_folder(page.parent)
-    write_html(made.model_copy(update={"peers": _peers(artifact)}), page)
-    return ReportPage(path=page)
+    peers, left_out = _peers(artifact)
+    write_html(made.model_copy(update={"peers": peers}), page)
+    return ReportPage(path=page, left_out=left_out)
 
 
 def stored_report(artifact: Artifact) -> Report:
@@ -57,7 +64,7 @@ def stored_report(artifact: Artifact) -> Report:
     Raises:
         ConfigError: There is none, or one of them is damaged or of another schema.
     """
-    found = [p for name in _NAMES for p in (artifact.path / REPORTS).rglob(name)]
+    found = _find_reports(artifact)
     if not found:
         raise ConfigError(
             f"{artifact.path} has no report",
@@ -83,19 +90,32 @@ def stored_bytes(manifest: Manifest) -> int:
     return sum(f.bytes for f in manifest.files.values())
 
 
-def _peers(artifact: Artifact) -> tuple[Peer, ...]:
-    """Artifacts of the same model beside this one that have a KL divergence, this one included."""
-    peers = []
+def _peers(artifact: Artifact) -> tuple[tuple[Peer, ...], tuple[str, ...]]:
+    """Artifacts of the same model beside this one, itself included, and why others cannot be shown."""
+    peers, left_out = [], []
     for folder in sorted(artifact.path.resolve().parent.iterdir()):
         if not (folder / MANIFEST).is_file():
             continue
-        other = open_artifact(folder)
-        has_report = any(next((folder / REPORTS).rglob(name), None) for name in _NAMES)
-        if other.manifest.model.digest != artifact.manifest.model.digest or not has_report:
+        try:
+            peer = _peer(open_artifact(folder), artifact.manifest.model.digest)
+        except ConfigError as error:  # another artifact's trouble, which is told
+            left_out.append(error.fact)
             continue
-        kl = next(
-            (m.value for m in stored_report(other).measurements if m.metric is Metric.TEXT_KL_MEAN), None
-        )
-        if kl is not None and kl == kl:
-            peers.append(Peer(title=folder.name, bytes=stored_bytes(other.manifest), kl_mean=kl))
-    return tuple(peers)
+        if peer is not None:
+            peers.append(peer)
+    return tuple(peers), tuple(left_out)
+
+
+def _peer(other: Artifact, digest: str) -> Peer | None:
+    """None for an artifact of another model, or one whose KL divergence was not measured."""
+    if other.manifest.model.digest != digest or not _find_reports(other):
+        return None
+    found = {m.metric: m.value for m in stored_report(other).measurements}
+    kl = found.get(Metric.TEXT_KL_MEAN)
+    if kl is None or math.isnan(kl):
+        return None
+    return Peer(title=other.path.name, bytes=stored_bytes(other.manifest), kl_mean=kl)
+
+
+def _find_reports(artifact: Artifact) -> list[Path]:
+    return [p for name in _NAMES for p in (artifact.path / REPORTS).rglob(name)]

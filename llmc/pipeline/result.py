@@ -207,7 +207,7 @@ def regression_failure(changes: tuple[Change, ...]) -> LlmcError | None:
     worse = [c for c in changes if c.regression is not None]
     if not worse:
         return None
-    kind = LatencyError if all(c.name.startswith("latency.") for c in worse) else ParityError
+    kind = LatencyError if all(c.name in LATENCY for c in worse) else ParityError
     told = "; ".join(f"{c.name} {c.regression}" for c in worse)
     return kind(
         f"{len(worse)} regressions: {told}", hint="--allow NAME=PERCENT states how much worse a figure may be"

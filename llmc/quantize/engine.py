@@ -11,7 +11,6 @@ lookup takes columns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import cast
 
 import numpy as np
@@ -22,7 +21,7 @@ from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
-from llmc.quantize.place import replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme, replace
 
 OPSET = 21
 #: Scales that are tried for a block, as parts of the one that just spans it; then the best is refined.
@@ -33,26 +32,7 @@ _LOWEST = {WeightFormat.INT8: -127, WeightFormat.INT4: -8}
 _TYPES = {WeightFormat.INT8: ir.DataType.INT8, WeightFormat.INT4: ir.DataType.INT4}
 
 
-@dataclass(frozen=True)
-class EngineTensor:
-    """How one matrix is stored.
-
-    Args:
-        name: Its initializer in the graph before quantization.
-        role: Role its rule was chosen by.
-        shape: As the checkpoint has it.
-        scheme: None where it stays in float.
-        bytes: Codes and scales together, or the float matrix.
-    """
-
-    name: str
-    role: WeightRole
-    shape: tuple[int, ...]
-    scheme: EngineScheme | None
-    bytes: int
-
-
-def quantize_for_engine(graph: Graph, rules: Sequence[EngineRule]) -> tuple[EngineTensor, ...]:
+def quantize_for_engine(graph: Graph, rules: Sequence[EngineRule]) -> tuple[QuantizedTensor, ...]:
     """Quantize the matrices of `graph` by the target's rules; data is read when the graph is written.
 
     Raises:
@@ -63,9 +43,9 @@ def quantize_for_engine(graph: Graph, rules: Sequence[EngineRule]) -> tuple[Engi
         tensor = cast(LazyWeight, weight.const_value)
         shape = tuple(tensor.shape.numpy())
         name = str(weight.name)
-        scheme = _choose(rules, role, name)
+        scheme = choose_scheme(rules, role, name)
         size = tensor.nbytes if scheme is None else _replace(graph, weight, scheme, outputs_first)
-        stored.append(EngineTensor(name, role, shape, scheme, size))
+        stored.append(QuantizedTensor(name, role, shape, scheme, size))
     return tuple(stored)
 
 
@@ -83,13 +63,6 @@ def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
         if known is None or order.index(role) < order.index(known[1]):
             found[weight] = (outputs_first, role)
     return [(weight, *facts) for weight, facts in found.items()]
-
-
-def _choose(rules: Sequence[EngineRule], role: WeightRole, name: str) -> EngineScheme | None:
-    for rule in rules:
-        if rule.role in (None, role) and fnmatchcase(name, rule.match):
-            return rule.scheme
-    return None
 
 
 def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first: bool) -> int:

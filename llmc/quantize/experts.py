@@ -65,7 +65,7 @@ def _fitting(
     quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
 ) -> WeightScheme | None:
     """The scheme of the first matrix's rule, its block size made to divide; None for float."""
-    wanted = choose_scheme(quantization, WeightRole.EXPERTS, str(weights[0].name))
+    wanted = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
     if wanted is None:
         return None
     widths = [int(_tensor(value).shape.numpy()[-1]) for value in weights]

@@ -79,7 +79,7 @@ def plan_calibration(graph: Graph, quantization: Quantization) -> dict[str, Weig
     """The checkpoint's tensors that rules want quantized on calibration text, and how."""
     wanted: dict[str, WeightScheme] = {}
     for matrix in _find_matrices(graph):
-        scheme = choose_scheme(quantization, matrix.role, matrix.name)
+        scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
         if scheme is not None and scheme.method == "gptq" and matrix.linears:
             wanted.update(dict.fromkeys(matrix.tensor.sources, scheme))
     return wanted
@@ -103,7 +103,7 @@ def quantize_weights(
     """
     report = []
     for matrix in _find_matrices(graph):
-        scheme = choose_scheme(quantization, matrix.role, matrix.name)
+        scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
         if scheme is None:
             size = matrix.tensor.nbytes
         else:

@@ -1,11 +1,12 @@
 """Which scheme a weight gets, and quantized operators and initializers in the place of float ones."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from llmc.config import Quantization, WeightRole, WeightScheme
+from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 
 DOMAIN = "com.microsoft"
 
@@ -19,19 +20,19 @@ class QuantizedTensor:
         role: Role its rule was chosen by.
         shape: As the checkpoint has it.
         scheme: None where it stays in float.
-        bytes: All that is stored for it: codes, scales and zero points, or the float matrix.
+        bytes: All that is stored for it: codes, scales and any zero points, or the float matrix.
     """
 
     name: str
     role: WeightRole
     shape: tuple[int, ...]
-    scheme: WeightScheme | None
+    scheme: WeightScheme | EngineScheme | None
     bytes: int
 
 
-def choose_scheme(quantization: Quantization, role: WeightRole, name: str) -> WeightScheme | None:
+def choose_scheme(rules: Iterable[Rule[Scheme]], role: WeightRole, name: str) -> Scheme | None:
     """The scheme of the first rule that fits; None (float) where it says so or none fits."""
-    for rule in quantization.rules:
+    for rule in rules:
         if rule.role in (None, role) and fnmatchcase(name, rule.match):
             return rule.scheme
     return None

@@ -55,7 +55,7 @@ def compare_reports(before: Report, after: Report, allowed: Mapping[str, float])
     A figure with a confidence interval holds up a release if the whole interval became worse: even the
     better end is beyond the worse end of the one before. Any figure does if it became worse by more than
     the percentage in `allowed`, was measured before and is not now, or is NaN. So does a check that
-    passed and does not.
+    passed and does not. Only times may be absent: `verify` and `bench` measure in reports of their own.
     """
     old = {m.metric: m for m in before.measurements}
     new = {m.metric: m for m in after.measurements}
@@ -64,6 +64,10 @@ def compare_reports(before: Report, after: Report, allowed: Mapping[str, float])
         if metric in old or metric in new:
             changes.append(_change(metric, old.get(metric), new.get(metric), allowed.get(metric.value)))
     return (*changes, _lost(before, after))
+
+
+def _is_time(metric: Metric) -> bool:
+    return metric.value.startswith("latency.")
 
 
 def _size(before: int, after: int, allowed: float | None) -> Change:
@@ -83,9 +87,10 @@ def _change(
     sign = -1 if metric in _MORE_IS_BETTER else 1
     why = None
     if old is not None and before is not None:
-        if new is None or after is None:
-            # A level of another kind of report, such as latency, may well be absent from this one.
-            why = None if new is None else f"was {format_figure(before)}, and is {new.status} now"
+        if new is None:
+            why = None if _is_time(metric) else f"was {format_figure(before)}, and is absent now"
+        elif after is None:
+            why = f"was {format_figure(before)}, and is {new.status} now"
         elif after != after:
             why = f"was {format_figure(before)}, and is not a number now"
         else:
@@ -116,9 +121,11 @@ def _too_much(before: float, after: float, sign: int, allowed: float | None) -> 
 
 def _lost(before: Report, after: Report) -> Change:
     passed = {c.metric for c in before.verdict.checks if c.status is CheckStatus.PASS}
-    asked = {c.metric: c.status for c in after.verdict.checks}
-    fine = (CheckStatus.PASS, CheckStatus.NOT_APPLICABLE)
-    lost = [m.value for m in passed if asked.get(m, CheckStatus.PASS) not in fine]
+    fine = {
+        c.metric for c in after.verdict.checks if c.status in (CheckStatus.PASS, CheckStatus.NOT_APPLICABLE)
+    }
+    asked = {c.metric for c in after.verdict.checks}
+    lost = [m.value for m in passed - fine if m in asked or not _is_time(m)]
     why = f"passed before and do not pass now: {', '.join(sorted(lost))}" if lost else None
     return Change(name=CHECKS, before=0.0, after=float(len(lost)), regression=why)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmc.artifact.latency import Roofline
+from llmc.artifact.manifest import MODEL
 from llmc.config import Profile
 from llmc.graph.interface import Interface
 
@@ -53,7 +54,7 @@ def streamed_weight_bytes(folder: Path) -> int:
     """
     import onnx_ir as ir
 
-    graph = ir.load(folder / "model.onnx").graph
+    graph = ir.load(folder / MODEL).graph
     total = 0
     for value in graph.initializers.values():
         tensor = value.const_value

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.artifact.manifest import MODEL
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.graph.interface import Interface, TensorSpec
 from llmc.validate.stacks import in_float32
@@ -242,7 +243,7 @@ def open_session(
             "onnxruntime is not installed",
             hint="pip install onnxruntime-gpu (x86-64) or onnxruntime (elsewhere)",
         ) from error
-    path = folder / "model.onnx"
+    path = folder / MODEL
     if not path.is_file():
         raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
     options = ort.SessionOptions()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
 from llmc.validate.session import with_exact_products
@@ -67,7 +68,7 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
     import onnxruntime as ort
     from onnx import helper
 
-    exact = ir.load(folder / "model.onnx")
+    exact = ir.load(folder / MODEL)
     with_exact_products(exact)
     model = ir.to_proto(exact)
     known = {output.name for output in model.graph.output}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ParityError
@@ -168,7 +169,7 @@ def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]
         ParityError: One is missing, or has another shape.
     """
     try:
-        graph = ir.load(folder / "model.onnx").graph
+        graph = ir.load(folder / MODEL).graph
     except Exception as error:  # protobuf and onnx_ir raise whatever they do on a damaged file
         raise ParityError(f"{folder / 'model.onnx'} is not an ONNX model: {error}") from error
     found = {}

@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.artifact.disk import space_errors
+from llmc.artifact.manifest import MODEL
 from llmc.graph.interface import Interface, TensorSpec
 
 _NARROW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-_MODEL = "model.onnx"
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def widened(folder: Path, interface: Interface) -> Iterator[tuple[Path, Interfac
         yield folder, interface
         return
     with TemporaryDirectory(prefix="llmc-float32-") as scratch:
-        model = ir.load(folder / _MODEL)
+        model = ir.load(folder / MODEL)
         _widen(model)
         with space_errors(Path(scratch)):
-            ir.save(model, Path(scratch) / _MODEL, external_data=f"{_MODEL}.data")
+            ir.save(model, Path(scratch) / MODEL, external_data=f"{MODEL}.data")
         changed = {"inputs": _specs(interface.inputs), "outputs": _specs(interface.outputs)}
         yield Path(scratch), interface.model_copy(update=changed)
 

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 import llmc.passes
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import CheckStatus
+from llmc.catalog import load_target
+from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
-from llmc.graph.model import Graph
-from llmc.graph.report import PassReport
+from llmc.errors import UnsupportedError
 from llmc.pipeline import bisect, build, verify
+from llmc.pipeline.bisect import measure_passes
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model
 
-from .sabotage import Edit, copy_artifact, other_attention_scale, reseal
+from .sabotage import Edit, WrongNorms, copy_artifact, other_attention_scale, reseal
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +66,7 @@ def test_a_weight_changed_in_the_files(artifact: Path, tmp_path: Path) -> None:
 
 def test_a_fault_in_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass for norms forgets the epsilon of layer 1."""
-    right = llmc.passes.registered_passes()["rms-norm"]
-
-    class Wrong:
-        name, summary = right.name, right.summary
-
-        def run(self, graph: Graph) -> PassReport:
-            report = right.run(graph)
-            for node in graph.graph:
-                if node.op_type == "SimplifiedLayerNormalization" and "layer.1/" in str(node.outputs[0].name):
-                    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
-            return report
-
-    known = {**llmc.passes.registered_passes(), "rms-norm": Wrong()}
+    known = {**llmc.passes.registered_passes(), "rms-norm": WrongNorms(1)}
     monkeypatch.setattr(llmc.passes, "registered_passes", lambda: known)
     (artifact.parent / "text").write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
     text = (str(artifact.parent / "text"),)
@@ -119,3 +108,13 @@ def test_every_pass_of_a_good_target_keeps_the_numbers(artifact: Path, tmp_path:
     prefill = next(c for c in made.verdict.checks if c.metric is Metric.PREFILL_MAX_ABS)
     assert (check.status, check.bound) == (CheckStatus.PASS, prefill.bound)
     assert len(made.measurements[0].figures) == len(open_artifact(artifact).manifest.target.passes)
+
+
+def test_targets_that_cannot_be_bisected(artifact: Path, tmp_path: Path) -> None:
+    model = str(artifact.parent / "model")
+    plan = plan_build(model, target="cuda-fp16", profile="rtx-4090", output=tmp_path / "half")
+    half = build(plan, SilentProgress()).path
+    with pytest.raises(UnsupportedError, match="cuda-fp16 computes in float16, whose rounding it would find"):
+        bisect(half, None, SilentProgress())
+    with pytest.raises(UnsupportedError, match="the passes of tensorrt-fp16 cannot be held"):
+        measure_passes(open_checkpoint(model), load_target("tensorrt-fp16"), SilentProgress())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llmc.artifact.manifest import REPORTS
 from llmc.artifact.verdict import CheckStatus, MeasurementStatus
 from llmc.checkpoint import Checkpoint
 from llmc.config import Gate, Metric
@@ -164,6 +165,12 @@ def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path:
     shown = report(folders["int4"]).path.read_text(encoding="utf-8")
     assert "Size and quality of the artifacts of this model" in shown
     assert '"title": "float"' in shown
+    neighbour = folders["float"] / REPORTS / "today" / "report.json"
+    neighbour.write_text('{"schema_version": 1}', encoding="utf-8")
+    page = report(folders["int4"])
+    assert '"title": "float"' not in page.path.read_text(encoding="utf-8")
+    assert "left out: " in page.render()
+    assert "has schema version 1; this llmc reads" in page.left_out[0]
 
     other = save_tiny_model("mistral", tmp_path / "model2", tokenizer=True, tie_word_embeddings=True, seed=1)
     plan = plan_build(str(other), target="cpu-fp32", profile="local", output=tmp_path / "other", verify=False)

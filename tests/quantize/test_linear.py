@@ -232,11 +232,12 @@ def test_the_first_rule_that_fits_decides() -> None:
             ),
         }
     )
-    assert choose_scheme(quantization, WeightRole.LINEAR, "model.layers.0.mlp.down_proj.weight") is None
-    assert choose_scheme(quantization, WeightRole.LINEAR, "model.layers.1.mlp.down_proj.weight") == eight
-    assert choose_scheme(quantization, WeightRole.LINEAR, "model.layers.1.mlp.up_proj.weight") == four
-    assert choose_scheme(quantization, WeightRole.LM_HEAD, "lm_head.weight") == eight
-    assert choose_scheme(quantization, WeightRole.EMBEDDING, "model.embed_tokens.weight") is None
+    rules = quantization.rules
+    assert choose_scheme(rules, WeightRole.LINEAR, "model.layers.0.mlp.down_proj.weight") is None
+    assert choose_scheme(rules, WeightRole.LINEAR, "model.layers.1.mlp.down_proj.weight") == eight
+    assert choose_scheme(rules, WeightRole.LINEAR, "model.layers.1.mlp.up_proj.weight") == four
+    assert choose_scheme(rules, WeightRole.LM_HEAD, "lm_head.weight") == eight
+    assert choose_scheme(rules, WeightRole.EMBEDDING, "model.embed_tokens.weight") is None
 
 
 def test_what_no_rule_fits_stays_in_float() -> None:

@@ -90,6 +90,16 @@ def test_what_is_not_measured_any_more_is_worse() -> None:
     assert gone["text.kl_mean"].regression == "was 0.2, and is not measured now"
     broken = changes(before, report(measurement(Metric.TEXT_KL_MEAN, math.nan)))
     assert broken["text.kl_mean"].regression == "was 0.2, and is not a number now"
+    absent = changes(before, report(measurement(Metric.PREFILL_MAX_ABS, 1e-4)))
+    assert absent["text.kl_mean"].regression == "was 0.2, and is absent now"
+    assert absent["checks"].regression == "passed before and do not pass now: text.kl_mean"
+
+
+def test_only_times_may_be_absent() -> None:
+    """They are in the reports of another command."""
+    kl = measurement(Metric.TEXT_KL_MEAN, 0.2)
+    before = report(kl, measurement(Metric.INTER_TOKEN_RATIO, 0.5))
+    assert [c.regression for c in changes(before, report(kl)).values()] == [None, None, None]
 
 
 def test_a_check_that_does_not_pass_any_more() -> None:
