@@ -4,7 +4,6 @@ import atexit
 import gc
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -62,19 +61,18 @@ def program() -> NoReturn:
 
     What is registered to run at exit runs, and output is flushed, as at any other end.
     """
-    code: int | str | None = 0
+    code = 0
     try:
         main()
     except SystemExit as end:
-        code = end.code
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter itself does
+        code = int(end.code or 0)
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:
         code = _INTERNAL
-    os._exit(int(code or 0))
+    os._exit(code)
 
 
 def _say(fact: str, hint: str | None, code: int) -> int:
