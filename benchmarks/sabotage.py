@@ -5,6 +5,7 @@
 Takes the artifacts and the sabotages of the test suite: tiny models, broken one way at a time.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ made to describe the changed files, so that no digest gives the change away.
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(HEADER)
     with TemporaryDirectory() as place:
         root = Path(place)

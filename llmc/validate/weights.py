@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
-from llmc.artifact.verdict import Measurement
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, StoredRows, row_chunks
-from llmc.validate.measure import measured
+from llmc.validate.measure import measured, unmeasured
 from llmc.validate.stacks import PARTS, read_experts, unpack
 
 Array = np.ndarray
@@ -86,7 +86,7 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
             before quantization.
 
     Raises:
-        ParityError: A weight is missing or has another shape.
+        ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
     """
     stored = read_stored(folder, expected)
     ratios, blocks, changed = {}, {}, []
@@ -99,6 +99,10 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
             digest.update(f"{name}\0{tensor_digest}\n".encode())
     where = "numpy, from the files"
     unread = tuple(name for name in expected if name not in stored)
+    if not stored:
+        why = f"{len(unread)} tensors are stored in another form and were not read"
+        status = MeasurementStatus.NOT_MEASURED
+        return WeightParity(tuple(unmeasured(m, status, why, where) for m in METRICS), "", (), unread)
     made = []
     told = (f"worst of {len(ratios)} tensors", f"worst block of {len(ratios)} tensors")
     for metric, values, what in zip(METRICS, (ratios, blocks), told, strict=True):
@@ -166,12 +170,13 @@ def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]
     """Every tensor of `expected` as the artifact's model.onnx has it, but those of an unknown form.
 
     Raises:
-        ParityError: One is missing, or has another shape.
+        ParityError: One is missing, has another shape, or lies beyond the end of its file.
     """
     try:
         graph = ir.load(folder / MODEL).graph
     except Exception as error:  # protobuf and onnx_ir raise whatever they do on a damaged file
-        raise ParityError(f"{folder / 'model.onnx'} is not an ONNX model: {error}") from error
+        raise ParityError(f"{folder / MODEL} is not an ONNX model: {error}") from error
+    _require_data(graph)
     found = {}
     for name, rows in expected.items():
         tensor = _find(graph, name)
@@ -183,6 +188,18 @@ def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]
             raise ParityError(f"weight {name} has shape {tensor.shape}, the original's {rows.shape}")
         found[name] = tensor if tensor.shape == rows.shape else _turned(tensor)
     return found
+
+
+def _require_data(graph: ir.Graph) -> None:
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path)
+        size = file.stat().st_size if file.is_file() else 0
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if end > size:
+            raise ParityError(f"{file} has {size:,} bytes, and weight {name} ends at byte {end:,}")
 
 
 def _find(graph: ir.Graph, name: str) -> Stored | None:

@@ -350,6 +350,11 @@ def lie_about_digest(folder: Path) -> None:
     path.write_text(json.dumps(stated), encoding="utf-8")
 
 
+def cut_data(folder: Path) -> None:
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+
+
 def leave_file_out(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
@@ -419,6 +424,7 @@ SABOTAGES: tuple[Sabotage, ...] = (
     *_both("epsilon of the norms changed", other_epsilon, *PARITY),
     *_both("float16 overflow", overflow_float16, *PARITY),
     Sabotage("attention scale of one layer changed", "int4", other_attention_scale, PARITY),
+    *_both("weights cut off", cut_data, M.INTERFACE, M.WEIGHTS_SNR, M.WEIGHTS_BLOCK_SNR),
     Sabotage("graph cut off", "float", cut_graph, frozenset({M.INTERFACE})),
     Sabotage("manifest lies about a digest", "int4", lie_about_digest, frozenset({M.FILES}), sealed=False),
     Sabotage("a file left out", "float", leave_file_out, frozenset({M.FILES, M.CHAT_EQUAL}), sealed=False),
