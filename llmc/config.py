@@ -193,15 +193,20 @@ class WeightFormat(StrEnum):
 
 
 class EngineScheme(_Strict):
-    """How one matrix of an engine is stored.
+    """How one matrix of an engine is stored, and in which type its products are computed.
 
     Args:
-        format: int8 and fp8 have a scale per output feature, or per tensor; int4 one per block.
+        format: int8 and fp8 have a scale per output feature; int4 one per block; nvfp4 one per block of 16
+            in fp8, times one per tensor.
         block_size: Input features that share a scale; int4 alone, where it is required.
+        activations: `float`: products are computed in the graph's type. `static`: activations are stored in
+            `format` too, by one scale each that calibration text decides (int8 and fp8). `dynamic`: in
+            nvfp4, by block as they come.
     """
 
     format: Annotated[WeightFormat, Field(strict=False)]
     block_size: Literal[16, 32, 64, 128] | None = None
+    activations: Literal["float", "static", "dynamic"] = "float"
 
     @property
     def bits(self) -> int:
@@ -217,6 +222,13 @@ class EngineScheme(_Strict):
     def _blocks(self) -> "EngineScheme":
         if (self.format is WeightFormat.INT4) != (self.block_size is not None):
             raise ValueError("block_size goes with int4, which needs it, and with no other format")
+        taken = {
+            "float",
+            {WeightFormat.INT4: "float", WeightFormat.NVFP4: "dynamic"}.get(self.format, "static"),
+        }
+        if self.activations not in taken:
+            options = " or ".join(sorted(taken))
+            raise ValueError(f"{self.format.value} takes activations {options}, not {self.activations}")
         return self
 
 
@@ -247,15 +259,23 @@ class Engine(_Strict):
         batch: Rows of a batch, in prefill and decode.
         prefill: New tokens of a row in one prefill step; decode always takes one.
         weights: Which matrices are quantized, and how.
+        calibration: Text for activations that are quantized; None if no rule quantizes any.
+        least_activation_db: Activations whose signal-to-noise ratio on that text is lower as quantized stay
+            in float, and so do the products that read them; None keeps none.
     """
 
     kv_capacity: Annotated[int, Field(ge=2)]
     batch: Span
     prefill: Span
     weights: tuple[EngineRule, ...] = ()
+    calibration: CalibrationText | None = None
+    least_activation_db: float | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Engine":
+        wanted = any(rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights)
+        if wanted != (self.calibration is not None):
+            raise ValueError("give calibration if and only if a rule quantizes activations")
         if self.prefill.most > self.kv_capacity:
             raise ValueError(
                 f"prefill of {self.prefill.most} tokens does not fit kv_capacity {self.kv_capacity}"

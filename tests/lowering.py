@@ -52,7 +52,7 @@ def write_lowered(
 ) -> Interface:
     """Write model.onnx of the lowered, quantized graph; its interface."""
     graph, _ = lower(model_type, dtype, last)
-    quantize_for_engine(graph, rules)
+    quantize_for_engine(graph, rules, None)
     verify(graph)
     write_model(graph.model, folder)
     return graph.interface()

@@ -7,7 +7,7 @@ name, types, and the ONNX nodes it came from. It is the one way to look into an 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmc.errors import UnsupportedError
@@ -31,12 +31,14 @@ class Layer:
         name: TensorRT's name.
         phase: Index of the optimization profile that it belongs to.
         nodes: Names of the ONNX nodes that it computes, or a part of which.
-        constants: Types of its constants, by TensorRT's names, such as Half or Int4.
+        inputs: Types of its inputs, by TensorRT's names, such as Half or Int4.
+        constants: Types of its constants.
     """
 
     name: str
     phase: int
     nodes: frozenset[str]
+    inputs: tuple[str, ...]
     constants: tuple[str, ...]
 
 
@@ -75,9 +77,10 @@ class BuildLog:
             key = graph[1] if graph else ""
             if "[profile 1]" in line:
                 later.add(key)
-            constants = line.partition("Constants: ")[2].partition(", Outputs: ")[0]
-            rows.append((name, key, frozenset(_NODE.findall(line)), tuple(_DATATYPE.findall(constants))))
-        return [Layer(name, int(key in later), nodes, types) for name, key, nodes, types in rows]
+            inputs, _, rest = line.partition("Inputs: ")[2].partition("Constants: ")
+            types = [tuple(_DATATYPE.findall(part)) for part in (inputs, rest.partition(", Outputs: ")[0])]
+            rows.append((key, Layer(name, 0, frozenset(_NODE.findall(line)), types[0], types[1])))
+        return [replace(layer, phase=int(key in later)) for key, layer in rows]
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
@@ -118,28 +121,37 @@ def require_fused_attention(layers: list[Layer], attention: frozenset[str], phas
 
 
 def require_quantized_products(
-    layers: list[Layer], products: Mapping[str, str], phase: int, name: str
+    layers: list[Layer], products: Mapping[str, tuple[str, str | None]], phase: int, name: str
 ) -> dict[str, int]:
-    """How many products of a phase are computed from their quantized weight, by type: all of them.
+    """How many products of a phase are computed from their quantized factors, by type: all of them.
 
     Args:
-        products: Type of the weight by the name of the ONNX node of the product, by TensorRT's names.
+        products: Types of weight and activation by the name of the ONNX node, by TensorRT's names; None for
+            an activation in float.
         phase: Index of the optimization profile, called `name`.
 
     Raises:
-        UnsupportedError: An engine layer takes the product's weight in another type; it is named.
+        UnsupportedError: No engine layer takes the product's weight or activation in its type; it is named.
     """
-    found: dict[str, set[str]] = {}
+    weights: dict[str, set[str]] = {}
+    activations: dict[str, set[str]] = {}
     for layer in layers:
         if layer.phase == phase:
             for node in layer.nodes & products.keys():
-                found.setdefault(node, set()).update(layer.constants)
-    for node, wanted in sorted(products.items()):
-        taken = found.get(node, set())
-        if wanted not in taken:
-            raise UnsupportedError(
-                f"TensorRT computes {node} in {name} from {', '.join(sorted(taken)) or 'nothing'}, "
-                f"and its weight is stored as {wanted}",
-                hint="the engine would be larger and slower than its format promises; report the model",
-            )
-    return dict(Counter(products.values()))
+                weights.setdefault(node, set()).update(layer.constants)
+                if products[node][0] in layer.constants:
+                    activations.setdefault(node, set()).update(layer.inputs)
+    for node, (weight, activation) in sorted(products.items()):
+        _require_type(node, name, "weight", weight, weights.get(node, set()))
+        if activation is not None:
+            _require_type(node, name, "activation", activation, activations.get(node, set()))
+    return dict(Counter(w if a is None else f"{a} x {w}" for w, a in products.values()))
+
+
+def _require_type(node: str, phase: str, factor: str, wanted: str, taken: set[str]) -> None:
+    if wanted not in taken:
+        raise UnsupportedError(
+            f"TensorRT computes {node} in {phase} from {factor}s in {', '.join(sorted(taken)) or 'no type'}, "
+            f"and the graph has it in {wanted}",
+            hint="the engine would be larger and slower than its format promises; report the model",
+        )

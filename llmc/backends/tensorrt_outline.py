@@ -12,7 +12,7 @@ _STORED = {
     ir.DataType.INT4: "Int4",
     ir.DataType.INT8: "Int8",
     ir.DataType.FLOAT8E4M3FN: "FP8",
-    ir.DataType.FLOAT4E2M1: "FP4",
+    ir.DataType.FLOAT4E2M1: "FP4E2M1",
 }
 
 
@@ -22,12 +22,13 @@ class Outline:
 
     Args:
         attention: Each `Attention`.
-        products: Each product with a quantized factor, and TensorRT's name of the type that it is stored in.
+        products: Each product with a quantized weight, and TensorRT's names of the types that it is computed
+            from: the weight's, and the activation's if that is quantized too, else None.
         middle: Nodes of the decoder layer in the middle.
     """
 
     attention: frozenset[str]
-    products: dict[str, str]
+    products: dict[str, tuple[str, str | None]]
     middle: frozenset[str]
 
 
@@ -39,7 +40,8 @@ def read_outline(path: Path) -> Outline:
     products = {}
     for node in graph:
         if node.op_type == "MatMul" and (stored := _stored_type(node.inputs[1])) is not None:
-            products[str(node.name)] = _STORED[stored]
+            taken = _stored_type(node.inputs[0])
+            products[str(node.name)] = _STORED[stored], None if taken is None else _STORED[taken]
     return Outline(
         attention=frozenset(str(n.name) for n in graph if n.op_type == "Attention"),
         products=products,
@@ -50,7 +52,9 @@ def read_outline(path: Path) -> Outline:
 def _stored_type(value: ir.Value | None) -> ir.DataType | None:
     """Type that a factor is stored in, seen through its dequantization; None for a float one."""
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("DequantizeLinear", "Transpose"):
-            return None
         value = node.inputs[0]
-    return value.dtype if value is not None and value.dtype in _STORED else None
+        if node.op_type == "DequantizeLinear":
+            return value.dtype if value is not None and value.dtype in _STORED else None
+        if node.op_type != "Transpose":
+            return None
+    return None

@@ -195,6 +195,48 @@ class ExpertRows:
         return array.swapaxes(1, 2) if self.transposed else array
 
 
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """Rows times a factor for each index of one axis.
+
+    Args:
+        factors: float32, as many as the axis has indices.
+        axis: 0, or 1 of a matrix.
+    """
+
+    inner: Rows
+    factors: Array
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return self.inner.dtype
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        array = self.inner.rows(start, stop)
+        own = self.factors[start:stop] if self.axis == 0 else self.factors
+        scaled: Array = self._times(array, own).astype(array.dtype)
+        return scaled
+
+    def undo(self, array: Array) -> Array:
+        """What `inner` would have for all of `array`, float32."""
+        return self._times(array, 1 / self.factors)
+
+    def _times(self, array: Array, factors: Array) -> Array:
+        if self.axis == 0:
+            factors = factors.reshape(-1, *(1,) * (array.ndim - 1))
+        product: Array = array.astype(np.float32) * factors
+        return product
+
+
 def read_all(rows: Rows) -> Array:
     """All rows at once, shape `rows.shape`."""
     return rows.rows(0, rows.shape[0] if rows.shape else 1)

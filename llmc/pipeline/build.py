@@ -37,6 +37,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     from llmc.artifact.store import digest_files, staging
     from llmc.backends.ort import write_model
     from llmc.checkpoint import open_checkpoint
+    from llmc.pipeline.calibrate import write_activations
+    from llmc.quantize.activations import write_smoothing
 
     _require_fit(plan)
     kernels = KernelStage.prepare(plan.target, plan.profile)
@@ -53,6 +55,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
+            if plan.target.engine is not None and plan.target.engine.calibration is not None:
+                write_smoothing(stage.path, compiled.activations)
             checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
                 _write_genai_config(stage.path, plan, checkpoint, compiled, record)
@@ -60,6 +64,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         gate = None
         reports = stage.path / REPORTS
         reports.mkdir()
+        write_activations(compiled, reports)
         if plan.verify and (plan.target.provider is Provider.CPU or engine_plans):
             subject = Subject(
                 folder=stage.path,

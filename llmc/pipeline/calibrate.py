@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.config import CalibrationText, Dtype, WeightScheme
+from llmc.errors import UnsupportedError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
+    from llmc.pipeline.compile import Compiled
+    from llmc.quantize.activations import Activations, InputPlan
     from llmc.quantize.calibrate import Calibration
 
 #: Calibrations kept on disk, finished or not; the oldest go.
 _KEPT = 3
+#: What a target in float16 without calibration of its own is looked at on.
+_OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
+#: Largest finite number of float16 (IEEE 754 binary16).
+_FLOAT16 = 65504.0
+#: Most modules that an error names.
+_NAMED = 5
 
 
 def calibrate(
@@ -34,54 +45,181 @@ def calibrate(
     Raises:
         ConfigError: Too little text for the model.
         CheckpointError: Weights or activations that are not finite.
+        UnsupportedError: The model cannot be run layer by layer.
     """
     import numpy as np
 
+    from llmc.quantize.calibrate import Calibrator
+
+    facts = {
+        "dtype": dtype.value,
+        "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
+    }
+    subject = _prepare(checkpoint, text, "gptq", facts)
+    scale_type = np.float32 if dtype is Dtype.FLOAT32 else np.float16
+    calibrator = Calibrator(
+        subject.model,
+        subject.layers,
+        checkpoint.tensors,
+        dict(checkpoint.tied),
+        schemes,
+        scale_type,
+        subject.folder,
+    )
+    return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+
+
+def observe(
+    checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan], progress: Progress
+) -> Activations:
+    """Run the original over calibration text, for the ranges of activations and the peaks of all modules.
+
+    Args:
+        plans: Activations that are to be quantized.
+
+    Raises:
+        As `calibrate`.
+    """
+    from llmc.quantize.activations import ActivationTask, read_activations
+    from llmc.quantize.walk import LayerWalk
+
+    facts = {"plans": [[*plan.sources, plan.kind.value, plan.foldable] for plan in plans]}
+    subject = _prepare(checkpoint, text, "activations", facts)
+    tied = dict(checkpoint.tied)
+    walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
+    task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
+    files = walk.run(subject.windows, task, lambda line: progress.note(f"calibrate: {line}"))
+    return read_activations(files)
+
+
+def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Activations:
+    """The original's peaks on some text, where the target computes in float16; none where it does not.
+
+    Raises:
+        UnsupportedError: A module's results do not fit into float16.
+        CheckpointError: Weights or activations that are not finite.
+    """
+    from llmc.quantize.activations import Activations
+
+    if dtype is not Dtype.FLOAT16:
+        return Activations()
+    with progress.stage("overflow"):
+        try:
+            found = observe(checkpoint, _OVERFLOW_TEXT, (), progress)
+        except UnsupportedError as error:
+            progress.note(f"overflow: float16's range was not looked at: {error.fact}")
+            return Activations()
+        require_range(found, dtype, progress)
+    return found
+
+
+def require_range(found: Activations, dtype: Dtype, progress: Progress) -> None:
+    """Hold the peaks of a model's modules against the largest number of float16.
+
+    Raises:
+        UnsupportedError: Some are larger; they are named.
+    """
+    if dtype is not Dtype.FLOAT16:
+        return
+    over = {name: peak for name, peak in found.peaks.items() if peak > _FLOAT16}
+    if over:
+        worst = sorted(over, key=lambda name: -over[name])
+        listed = ", ".join(f"{name} ({over[name]:,.0f})" for name in worst[:_NAMED])
+        more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+        raise UnsupportedError(
+            f"float16 ends at {_FLOAT16:,.0f}, and on the calibration text larger values come out of "
+            f"{listed}{more}",
+            hint="use a target in bfloat16, such as tensorrt-bf16, or one in float32",
+        )
+    name = max(found.peaks, key=lambda n: found.peaks[n])
+    peak = found.peaks[name]
+    progress.note(
+        f"overflow: the largest value on the calibration text is {peak:,.0f}, from {name}; "
+        f"float16 ends at {_FLOAT16:,.0f}"
+    )
+
+
+def write_activations(compiled: Compiled, folder: Path) -> None:
+    """What was found out about activations, as activations.json in `folder`, if anything was.
+
+    Peaks are of the modules of the original, in float32; ratios of activations as quantized, in dB.
+    """
+    found = compiled.activations
+    if not found.peaks:
+        return
+    facts = {
+        "peaks": dict(sorted(found.peaks.items(), key=lambda item: -item[1])),
+        "snr_db": {name: each.snr_db for name, each in found.ranges.items()},
+        "smoothed": [name for name, each in found.ranges.items() if each.smoothing is not None],
+        "float": {each.weight: each.reason for each in compiled.kept},
+    }
+    text = json.dumps(facts, indent=2)
+    (folder / "activations.json").write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model to be taken over a text."""
+
+    model: Any
+    layers: tuple[str, ...]
+    windows: Any
+    folder: Path
+
+
+def _prepare(
+    checkpoint: Checkpoint, text: CalibrationText, purpose: str, facts: Mapping[str, Any]
+) -> _Subject:
+    """The model without weights, its text, and where results of this purpose are kept."""
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
     from llmc.pipeline.original import tokenize
-    from llmc.quantize.calibrate import Calibrator
     from llmc.trace.stamp import find_layers
 
     tokens, start = tokenize(checkpoint.tokenizer(), calibration_text())
-    windows = cut_text(tokens, start, text)
+    config = checkpoint.config.get_text_config(decoder=True)
+    windows = cut_text(tokens, start, text, getattr(config, "max_position_embeddings", None))
     model = build_hollow(checkpoint.config)
     layers = find_layers(model, checkpoint.config.get_text_config(), stamp=False).names
-    folder = calibration_folder(checkpoint, dtype, schemes, windows)
+    if not layers:
+        raise UnsupportedError(
+            f"{checkpoint.architecture} has no list of decoder layers that could be walked"
+        )
+    folder = calibration_folder(checkpoint, purpose, windows, facts)
     _make_room(folder)
-    scale_type = np.float32 if dtype is Dtype.FLOAT32 else np.float16
-    tied = dict(checkpoint.tied)
-    calibrator = Calibrator(model, layers, checkpoint.tensors, tied, schemes, scale_type, folder)
-    return calibrator.run(windows, lambda line: progress.note(f"calibrate: {line}"))
+    return _Subject(model, layers, windows, folder)
 
 
-def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText) -> Any:
-    """Windows that do not overlap, each after the tokenizer's `start`, (windows, length) int64."""
+def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positions: int | None) -> Any:
+    """Windows that do not overlap, each after the tokenizer's `start`, (windows, length) int64.
+
+    Args:
+        positions: Most tokens of a window that the model takes; None if any number.
+    """
     import numpy as np
 
-    length = min(text.window_tokens - len(start), len(tokens))
+    most = text.window_tokens if positions is None else min(text.window_tokens, positions)
+    length = min(most - len(start), len(tokens))
     count = max(1, min(text.max_windows, len(tokens) // length))
     rows = [[*start, *tokens[i * length : (i + 1) * length]] for i in range(count)]
     return np.array(rows, np.int64)
 
 
-def calibration_folder(
-    checkpoint: Checkpoint, dtype: Dtype, schemes: Mapping[str, WeightScheme], windows: Any
-) -> Path:
-    """Where the calibration of these weights, schemes and tokens is kept."""
+def calibration_folder(checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any]) -> Path:
+    """Where the calibration of these weights on these tokens is kept, for one purpose."""
     from llmc.artifact.cache import content_key, default_cache_folder
     from llmc.artifact.provenance import tool_versions
     from llmc.pipeline.compile import code_digest
 
-    facts = {
+    known = {
         "checkpoint": checkpoint.digest(),
-        "dtype": dtype.value,
-        "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
+        "purpose": purpose,
+        "facts": dict(facts),
         "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
         "tools": tool_versions(),
         "code": code_digest("llmc.quantize"),
     }
-    return default_cache_folder() / "calibration" / content_key("calibration", facts)
+    return default_cache_folder() / "calibration" / content_key("calibration", known)
 
 
 def _make_room(folder: Path) -> None:

@@ -113,7 +113,7 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
     )
     try:
         lowered = lower_graph(checkpoint, plan.target, progress)
-        quantize_for_engine(lowered.graph, plan.target.engine.weights)
+        quantize_for_engine(lowered.graph, plan.target.engine.weights, None)
     except UnsupportedError as error:
         model = Obstacle(where="model", reason=error.fact, advice=error.hint)
         return result.model_copy(update={"obstacles": (*obstacles, model)})

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Dtype, Quantization, Target
+from llmc.config import Dtype, Engine, Quantization, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
@@ -21,6 +21,8 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
     from llmc.checkpoint import Checkpoint
+    from llmc.quantize.activations import Activations
+    from llmc.quantize.engine import FloatInput
     from llmc.quantize.place import QuantizedTensor
 
 
@@ -34,6 +36,8 @@ class Compiled:
         weights: How every matrix is stored.
         leftovers: Tensors of the checkpoint that nothing in the graph reads.
         sources: What each weight is made of, by the name of its initializer before quantization.
+        activations: What was found out about the original's activations; nothing if nothing was asked.
+        kept: Activations that stay in float against their rule.
     """
 
     graph: Graph
@@ -41,6 +45,8 @@ class Compiled:
     weights: tuple[WeightRecord, ...]
     leftovers: tuple[str, ...]
     sources: Mapping[str, Rows]
+    activations: Activations
+    kept: tuple[FloatInput, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,13 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify
-    from llmc.pipeline.calibrate import calibrate
-    from llmc.quantize.engine import quantize_for_engine
+    from llmc.pipeline.calibrate import calibrate, look_for_overflow
     from llmc.quantize.linear import plan_calibration, quantize_weights
 
     lowered = lower_graph(checkpoint, target, progress)
+    if target.engine is not None:
+        return _compile_for_engine(checkpoint, lowered, target, target.engine, progress)
+    activations = look_for_overflow(checkpoint, target.dtype, progress)
     rules = target.quantize or Quantization(accuracy_level=0, rules=())
     calibration = None
     if rules.calibration is not None:
@@ -143,16 +151,63 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
             wanted = plan_calibration(lowered.graph, rules)
             calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
-        if target.engine is not None:
-            tensors = quantize_for_engine(lowered.graph, target.engine.weights)
-        else:
-            stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
-            for note in stored.notes:
-                progress.note(f"quantize: {note}")
-            tensors = stored.tensors
+        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
+        for note in stored.notes:
+            progress.note(f"quantize: {note}")
         verify(lowered.graph)
+    records = weight_records(stored.tensors, target.dtype)
+    return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources, activations)
+
+
+def _compile_for_engine(
+    checkpoint: Checkpoint, lowered: Lowered, target: Target, engine: Engine, progress: Progress
+) -> Compiled:
+    from llmc.graph.verify import verify
+    from llmc.pipeline.calibrate import look_for_overflow, observe, require_range
+    from llmc.quantize.activations import plan_inputs
+    from llmc.quantize.engine import quantize_for_engine, smooth
+
+    graph = lowered.graph
+    if engine.calibration is None:
+        activations = look_for_overflow(checkpoint, target.dtype, progress)
+    else:
+        with progress.stage("calibrate"):
+            plans = plan_inputs(graph, engine.weights)
+            activations = observe(checkpoint, engine.calibration, plans, progress)
+            require_range(activations, target.dtype, progress)
+    with progress.stage("quantize"):
+        smooth(graph, activations.ranges)
+        sources = _sources(graph)
+        tensors, kept = quantize_for_engine(
+            graph, engine.weights, activations.ranges, engine.least_activation_db
+        )
+        for each in kept:
+            progress.note(
+                f"quantize: what {each.weight} is given stays in {target.dtype.value}: {each.reason}"
+            )
+        verify(graph)
     records = weight_records(tensors, target.dtype)
-    return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources)
+    return Compiled(graph, lowered.passes, records, lowered.leftovers, sources, activations, kept)
+
+
+def artifact_sources(
+    checkpoint: Checkpoint, target: Target, folder: Path, progress: Progress
+) -> Mapping[str, Rows]:
+    """What each weight of the artifact in `folder` is made of, by its initializer's name before quantization.
+
+    Raises:
+        UnsupportedError: As `lower_graph`.
+        CheckpointError: As `lower_graph`.
+        ParityError: What the artifact says it did to its weights cannot be read.
+    """
+    from llmc.quantize.activations import read_smoothing
+    from llmc.quantize.engine import smooth
+
+    lowered = lower_graph(checkpoint, target, progress)
+    if target.engine is None or target.engine.calibration is None:
+        return lowered.sources
+    smooth(lowered.graph, read_smoothing(folder))
+    return _sources(lowered.graph)
 
 
 def _sources(graph: Graph) -> dict[str, Rows]:

@@ -218,6 +218,8 @@ def _measure_static(
     made.append(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
+    with progress.stage("weights"):
+        made += _compare_weights(subject).measurements
     tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     windows = plan_windows(subject.interface, tokens, start)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmc.pipeline.compile import lower_graph
+from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
@@ -44,7 +44,7 @@ def verify(
         artifact, checkpoint, digest = open_pair(path, against, force=force)
         damaged = damaged_files(artifact)
     manifest = artifact.manifest
-    sources = lower_graph(checkpoint, manifest.target, progress).sources
+    sources = artifact_sources(checkpoint, manifest.target, path, progress)
     subject = Subject(
         folder=path,
         interface=manifest.interface,

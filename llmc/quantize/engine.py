@@ -1,16 +1,16 @@
-"""Quantized matrices for TensorRT: integers in the graph, and a DequantizeLinear (ONNX opset 21) behind them.
+"""Quantized matrices and activations for TensorRT: ONNX QuantizeLinear and DequantizeLinear around products.
 
-    w = code * scale                no zero point: TensorRT takes none
-
-int8 has a scale for each output feature, codes -127 to 127; int4 one for each block of input features, codes
--8 to 7. Scales are positive and have the type of the activations. TensorRT computes the product from the
-codes. A matrix that is embedding and language-model head at once is stored once for both: TensorRT's int8
-products want it (in_features, out_features), and would keep a second copy for a lookup of its rows, so the
-lookup takes columns.
+TensorRT computes a product from the codes of its weight; from the codes of its activation too where that goes
+through the same type and back. int8 and fp8 activations have one scale, decided on calibration text. NVFP4
+ones are quantized by block as they come, by TensorRT's own operator trt::TRT_FP4DynamicQuantize. A matrix
+that is embedding and language-model head at once is stored once for both: TensorRT's int8 products want it
+(in_features, out_features), and would keep a second copy for a lookup of its rows, so the lookup takes
+columns.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import cast
 
 import numpy as np
@@ -19,25 +19,72 @@ import onnx_ir as ir
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
-from llmc.graph.model import Graph
+from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
-from llmc.quantize.place import QuantizedTensor, choose_scheme, replace
+from llmc.quantize.activations import InputRange, quantized_products
+from llmc.quantize.fold import SharedInput, find_shared_inputs, scale_channels
+from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
+from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
 
-OPSET = 21
-#: Scales that are tried for a block, as parts of the one that just spans it; then the best is refined.
-_PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-#: Largest code of each format.
-_HIGHEST = {WeightFormat.INT8: 127, WeightFormat.INT4: 7}
-_LOWEST = {WeightFormat.INT8: -127, WeightFormat.INT4: -8}
-_TYPES = {WeightFormat.INT8: ir.DataType.INT8, WeightFormat.INT4: ir.DataType.INT4}
+#: Domain of TensorRT's own operators.
+TRT_DOMAIN = "trt"
+DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 
 
-def quantize_for_engine(graph: Graph, rules: Sequence[EngineRule]) -> tuple[QuantizedTensor, ...]:
-    """Quantize the matrices of `graph` by the target's rules; data is read when the graph is written.
+@dataclass(frozen=True)
+class FloatInput:
+    """An activation that stays in float although a rule quantizes it, and so do its products.
+
+    Args:
+        weight: The first of the weights that read it.
+        reason: Why.
+    """
+
+    weight: str
+    reason: str
+
+
+def smooth(graph: Graph, ranges: Mapping[str, InputRange]) -> None:
+    """Divide the channels of activations as calibration decided, and multiply the weights that read them."""
+    for shared in find_shared_inputs(graph):
+        found = next((ranges[s] for s in shared.sources if s in ranges), None)
+        if found is not None and found.smoothing is not None:
+            scale_channels(shared, found.smoothing)
+
+
+def quantize_for_engine(
+    graph: Graph,
+    rules: Sequence[EngineRule],
+    ranges: Mapping[str, InputRange] | None,
+    least_activation_db: float | None = None,
+) -> tuple[tuple[QuantizedTensor, ...], tuple[FloatInput, ...]]:
+    """Quantize matrices and activations of `graph` by the target's rules; data is read when it is written.
+
+    Args:
+        ranges: What calibration found, by the first of the weights that read an activation. None to get the
+            graph's form alone: every activation that rules name is quantized, with a range of 1.
+        least_activation_db: Activations that keep less stay in float.
+
+    Returns:
+        Every matrix, and the activations that stay in float against their rule.
 
     Raises:
         UnsupportedError: A matrix cannot be stored as its rule says.
     """
+    kept = []
+    for shared in find_shared_inputs(graph):
+        kind, linears = quantized_products(shared, rules)
+        if kind is None:
+            continue
+        taken = changed(shared, linears=linears)
+        found = InputRange(1.0, None, 0.0) if ranges is None else ranges.get(taken.sources[0])
+        if found is None:
+            kept.append(FloatInput(taken.sources[0], "calibration does not see what it is given"))
+        elif ranges is not None and least_activation_db is not None and found.snr_db < least_activation_db:
+            reason = f"{found.snr_db:.1f} dB as {kind.value}, less than {least_activation_db:g}"
+            kept.append(FloatInput(taken.sources[0], reason))
+        else:
+            _quantize_input(graph.graph, taken, ActivationScale(kind, found.peak))
     stored = []
     for weight, outputs_first, role in _find_matrices(graph):
         tensor = cast(LazyWeight, weight.const_value)
@@ -46,7 +93,56 @@ def quantize_for_engine(graph: Graph, rules: Sequence[EngineRule]) -> tuple[Quan
         scheme = choose_scheme(rules, role, name)
         size = tensor.nbytes if scheme is None else _replace(graph, weight, scheme, outputs_first)
         stored.append(QuantizedTensor(name, role, shape, scheme, size))
-    return tuple(stored)
+    return tuple(stored), tuple(kept)
+
+
+def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale) -> None:
+    """Let products read their activation through codes and back."""
+    value, first = shared.value, shared.linears[0].node
+    shape = tuple(value.shape or ())
+    if value.dtype is None:
+        raise UnsupportedError(f"activation {value.name} has no element type")
+    name, kind = f"{value.name}.{scale.kind.value}", TYPES[scale.kind]
+    stored = register(graph, ir.tensor(scale.stored(value.dtype), dtype=value.dtype, name=f"{name}.scale"))
+    nodes: list[ir.Node] = []
+
+    def emit(
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, int] | None = None,
+        outputs: Sequence[tuple[str, ir.DataType, tuple[int | ir.SymbolicDim, ...]]] = (),
+        domain: str = "",
+    ) -> tuple[ir.Value, ...]:
+        made = ir.node(op, list(inputs), dict(attributes or {}), domain=domain, num_outputs=len(outputs))
+        made.name = f"{name}/{op}_{len(nodes)}"
+        if LAYER in first.metadata_props:
+            made.metadata_props[LAYER] = first.metadata_props[LAYER]
+        for output, (suffix, dtype, dims) in zip(made.outputs, outputs, strict=True):
+            output.name, output.type, output.shape = f"{name}.{suffix}", ir.TensorType(dtype), ir.Shape(dims)
+        nodes.append(made)
+        return tuple(made.outputs)
+
+    back = ("dequantized", value.dtype, shape)
+    if scale.kind is WeightFormat.NVFP4:
+        fine = (*shape[:-1], cast(int, shape[-1]) // NVFP4_BLOCK)
+        codes, parts = emit(
+            DYNAMIC_QUANTIZE,
+            [value, stored],
+            {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)},
+            [("codes", kind, shape), ("parts", ir.DataType.FLOAT8E4M3FN, fine)],
+            TRT_DOMAIN,
+        )
+        (scales,) = emit("DequantizeLinear", [parts, stored], None, [("scales", value.dtype, fine)])
+        blocks = {"axis": -1, "block_size": NVFP4_BLOCK}
+        (result,) = emit("DequantizeLinear", [codes, scales], blocks, [back])
+        graph.opset_imports[TRT_DOMAIN] = 1
+    else:
+        zero = register(graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point"))
+        (codes,) = emit("QuantizeLinear", [value, stored, zero], None, [("codes", kind, shape)])
+        (result,) = emit("DequantizeLinear", [codes, stored, zero], None, [back])
+    graph.insert_before(first, nodes)
+    for linear in shared.linears:
+        linear.node.replace_input_with(0, result)
 
 
 def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
@@ -68,14 +164,16 @@ def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
 def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first: bool) -> int:
     """Put codes, scales and their product in the place of `weight`; bytes of both."""
     name, tensor, dtype = str(weight.name), cast(LazyWeight, weight.const_value), weight.dtype
-    if tensor.rows is None or scheme.format not in _TYPES or dtype is None:
+    if tensor.rows is None or dtype is None:
         raise UnsupportedError(
-            f"weight {name} cannot be stored as {scheme.format.value}",
+            f"weight {name} is computed from {', '.join(tensor.sources)}, and only tensors of the checkpoint "
+            f"can be stored as {scheme.format.value}",
             hint="give it a rule with scheme: null",
         )
     outputs, inputs = tensor.rows.shape if outputs_first else tensor.rows.shape[::-1]
-    block = inputs if scheme.block_size is None else scheme.block_size
-    turned = scheme.block_size is None and _is_tied(weight)
+    step = block_of(scheme)
+    block = inputs if step is None else step
+    turned = step is None and _is_tied(weight)
     if inputs % block:
         fitting = [b for b in (128, 64, 32, 16) if inputs % b == 0]
         raise UnsupportedError(
@@ -83,39 +181,60 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
             f"{name} has {inputs}",
             hint=f"use a block of {fitting[0]}" if fitting else "give it a rule with scheme: null",
         )
-    if scheme.block_size is None:
+    if step is None:
         scale_shape: tuple[int, ...] = (outputs,)
     else:
         scale_shape = (outputs, inputs // block) if outputs_first else (inputs // block, outputs)
     compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, turned)
     group = WeightGroup(tensor.rows.sources, compute)
     codes_shape = tensor.rows.shape[::-1] if turned else tensor.rows.shape
-    members = {"codes": (_TYPES[scheme.format], codes_shape), "scales": (dtype, scale_shape)}
-    values, size = [], 0
+    whole = scheme.format is WeightFormat.NVFP4
+    members: dict[str, tuple[ir.DataType, tuple[int, ...]]] = {
+        "codes": (TYPES[scheme.format], codes_shape),
+        "scales": (ir.DataType.FLOAT8E4M3FN if whole else dtype, scale_shape),
+        **({"whole": (dtype, ())} if whole else {}),
+    }
+    values, size = {}, 0
     for key, (kind, shape) in members.items():
         lazy = LazyWeight(name=f"{name}.{key}", dtype=kind, shape=shape, group=group, key=key)
-        value = ir.Value(name=lazy.name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=lazy)
-        graph.graph.register_initializer(value)
-        values.append(value)
+        values[key] = register(graph.graph, lazy)
         size += lazy.nbytes
+    before = next(iter(graph.graph))
+    scales = values["scales"]
+    if whole:
+        scales = _dequantize(
+            graph.graph, before, [scales, values["whole"]], {}, f"{name}.scales", dtype, scale_shape
+        )
     channel, features = (0, 1) if outputs_first != turned else (1, 0)
-    attributes = {"axis": channel} if scheme.block_size is None else {"axis": features, "block_size": block}
-    made = ir.Node(
-        "",
-        "DequantizeLinear",
-        values,
-        ir.convenience.convert_attributes(attributes),
-        name=f"{name}/dequantized",
-    )
-    made.outputs[0].name = f"{name}.dequantized"
-    made.outputs[0].shape, made.outputs[0].type = ir.Shape(codes_shape), weight.type
-    graph.graph.insert_before(next(iter(graph.graph)), made)
+    attributes = {"axis": channel} if step is None else {"axis": features, "block_size": block}
+    made = _dequantize(graph.graph, before, [values["codes"], scales], attributes, name, dtype, codes_shape)
     if turned:
-        _turn(graph.graph, weight, made.outputs[0])
+        _turn(graph.graph, weight, made)
     else:
-        ir.convenience.replace_all_uses_with(weight, made.outputs[0])
+        ir.convenience.replace_all_uses_with(weight, made)
     del graph.graph.initializers[name]
     return size
+
+
+def _dequantize(
+    graph: ir.Graph,
+    before: ir.Node,
+    inputs: Sequence[ir.Value],
+    attributes: Mapping[str, int],
+    name: str,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+) -> ir.Value:
+    made = ir.node("DequantizeLinear", list(inputs), dict(attributes), name=f"{name}/dequantized")
+    output = made.outputs[0]
+    output.name, output.type, output.shape = f"{name}.dequantized", ir.TensorType(dtype), ir.Shape(shape)
+    graph.insert_before(before, made)
+    return output
+
+
+def block_of(scheme: EngineScheme) -> int | None:
+    """Input features that share a scale; None if all of an output do."""
+    return NVFP4_BLOCK if scheme.format is WeightFormat.NVFP4 else scheme.block_size
 
 
 def _is_tied(weight: ir.Value) -> bool:
@@ -155,12 +274,14 @@ class _Compute:
 
     def __call__(self) -> Mapping[str, Array]:
         codes, scales = [], []
-        block = self.scheme.block_size
-        step = None if self.outputs_first else self.rows.shape[0]
-        for start, stop in row_chunks(self.rows) if step is None else [(0, step)]:
-            weights = self.rows.rows(start, stop).astype(np.float32)
-            weights = weights if self.outputs_first else weights.T
-            found, scale = encode(weights, self.scheme.format, block or weights.shape[1], self.dtype)
+        block = block_of(self.scheme)
+        chunks = list(row_chunks(self.rows)) if self.outputs_first else [(0, self.rows.shape[0])]
+        whole = None
+        if self.scheme.format is WeightFormat.NVFP4:
+            whole = whole_scale(max(float(np.abs(self._read(*c)).max()) for c in chunks), self.dtype)
+        for start, stop in chunks:
+            weights = self._read(start, stop)
+            found, scale = encode(weights, self.scheme.format, block or weights.shape[1], self.dtype, whole)
             if not np.isfinite(scale.astype(np.float32)).all():
                 raise CheckpointError(
                     f"{self.name} has values in rows {start}:{stop} that are not finite, or too large for "
@@ -172,48 +293,9 @@ class _Compute:
         all_codes, all_scales = np.concatenate(codes), np.concatenate(scales)
         if self.outputs_first == self.turned:
             all_codes, all_scales = all_codes.T, all_scales.T
-        return {
-            "codes": np.ascontiguousarray(all_codes).astype(_TYPES[self.scheme.format].numpy()),
-            "scales": np.ascontiguousarray(all_scales),
-        }
+        members = {"codes": np.ascontiguousarray(all_codes), "scales": np.ascontiguousarray(all_scales)}
+        return members if whole is None else {**members, "whole": whole}
 
-
-def encode(weights: Array, kind: WeightFormat, block: int, scale_type: ir.DataType) -> tuple[Array, Array]:
-    """Codes and positive scales of a matrix, with least squared error among the scales that are tried.
-
-    Args:
-        weights: (outputs, inputs) float32; inputs are a multiple of `block`.
-
-    Returns:
-        Codes (outputs, inputs) int8 and scales (outputs, inputs / block) of `scale_type`.
-    """
-    outputs, inputs = weights.shape
-    blocks = weights.reshape(outputs, inputs // block, block)
-    low, high = _LOWEST[kind], _HIGHEST[kind]
-    span = np.maximum(blocks.max(axis=2) / np.float32(high), blocks.min(axis=2) / np.float32(low))
-    best, least = _stored(span, scale_type), np.full(span.shape, np.inf, np.float32)
-    for part in _PARTS if kind is WeightFormat.INT4 else (1.0,):
-        scale = _stored(span * np.float32(part), scale_type)
-        codes = _round(blocks, scale, low, high)
-        # The scale of least squared error for these codes, rounded as it is stored.
-        gain = (blocks * codes).sum(axis=2) / np.maximum((codes * codes).sum(axis=2), np.float32(1))
-        scale = np.where(gain > 0, _stored(gain, scale_type), scale)
-        codes = _round(blocks, scale, low, high)
-        error = np.square(blocks - codes * scale[..., None].astype(np.float32)).sum(axis=2)
-        better = error < least
-        np.copyto(best, scale, where=better)
-        np.copyto(least, error, where=better)
-    codes = _round(blocks, best, low, high)
-    return codes.reshape(outputs, inputs).astype(np.int8), best
-
-
-def _stored(scale: Array, scale_type: ir.DataType) -> Array:
-    """Scales as they are stored; 1 for a block of zeros, whose codes are 0 whatever the scale."""
-    with np.errstate(over="ignore"):
-        stored: Array = scale.astype(scale_type.numpy())
-    return np.where(stored == 0, stored.dtype.type(1), stored)
-
-
-def _round(blocks: Array, scale: Array, low: int, high: int) -> Array:
-    rounded: Array = np.rint(blocks / scale[..., None].astype(np.float32))
-    return np.clip(rounded, low, high, out=rounded)
+    def _read(self, start: int, stop: int) -> Array:
+        weights: Array = self.rows.rows(start, stop).astype(np.float32)
+        return weights if self.outputs_first else weights.T

@@ -1,7 +1,7 @@
 """An artifact with a KV cache of fixed length as onnxruntime runs it on the CPU.
 
 It stands for an engine that is parsed from the very same file: what is measured here is the graph, not the
-engine's kernels. A graph in bfloat16 is computed in float32.
+engine's kernels. bfloat16 and NVFP4 are computed in other types (`computable`).
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import numpy as np
 
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
+from llmc.validate.computable import computable
 from llmc.validate.session import compare_signature, open_session, require_shape
-from llmc.validate.widened import widened
 
 Array = np.ndarray
 
@@ -47,12 +47,12 @@ class StaticOrtModel:
     """
 
     def __init__(self, folder: Path, interface: Interface, *, threads: int | None) -> None:
-        stated, capacity = interface, interface.max_length
+        capacity = interface.max_length
         if not interface.static_cache or capacity is None:
             raise ConfigError(f"the KV cache of {folder} has no fixed length")
-        with widened(folder, interface) as (folder, interface):
+        with computable(folder, interface) as (folder, interface, done):
             self._ort, self._session, where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
-        self.where = where if interface == stated else f"{where}, in float32"
+        self.where = f"{where}, {done}" if done else where
         self.interface = interface
         self.capacity = capacity
         compare_signature("input", interface.inputs, self._session.get_inputs())

@@ -1,7 +1,8 @@
 """Weights: every tensor that an artifact stores against the checkpoint's, as a signal-to-noise ratio.
 
 Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
-GatherBlockQuantized, (code - zero point) * scale, here and not by the code that wrote them. The
+GatherBlockQuantized, (code - zero point) * scale, and of ONNX DequantizeLinear, here and not by the code that
+wrote them. The
 ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB; infinite where nothing was lost.
 """
 
@@ -18,7 +19,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, StoredRows, row_chunks
+from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.stacks import PARTS, read_experts, unpack
 
@@ -33,7 +34,7 @@ _PART_BYTES = 16 << 20
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
 #: Which input the codes are.
-_CODES_AT = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5)}
+_CODES_AT = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5), "DequantizeLinear": (0,)}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
             for part in rows.parts:
                 yield from parameters(part, array[start : start + part.shape[0]])
                 start += part.shape[0]
-        case ExpertRows():
+        case ExpertRows() | ScaledRows():
             yield from parameters(rows.inner, rows.undo(array))
 
 
@@ -231,6 +232,8 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         uses = [use for output in uses[0].node.outputs for use in output.uses()] + uses[1:]
     node = next((u.node for u in uses if u.idx in _CODES_AT.get(u.node.op_type, ())), None)
     scales, zeros = (graph.initializers.get(f"{stem}.{part}") for part in ("scales", "zero_points"))
+    if node is not None and node.op_type == "DequantizeLinear":
+        return _dequantized(node, codes)
     if node is None or codes.const_value is None or scales is None or scales.const_value is None:
         return None
     if node.op_type == "QMoE":
@@ -258,6 +261,43 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         return values.reshape(len(levels), -1)[:, :features]
 
     return Stored((len(packed), features), read, block)
+
+
+def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:
+    """Codes behind a DequantizeLinear without zero points, whose scales may come out of another one."""
+    scale = _scales(node)
+    if codes.const_value is None or scale is None:
+        return None
+    kept = codes.const_value.numpy()
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    axis += kept.ndim if axis < 0 else 0
+
+    def read(start: int, stop: int) -> Array:
+        part = scale
+        if block:
+            part = np.repeat(scale, block, axis=axis)[start:stop] if axis == 0 else scale[start:stop]
+            part = part if axis == 0 else np.repeat(part, block, axis=axis)
+        elif axis == 0:
+            part = scale[start:stop, None]
+        values: Array = kept[start:stop].astype(np.float32) * part
+        return values
+
+    return Stored(kept.shape, read, block if block and axis == kept.ndim - 1 else BLOCK)
+
+
+def _scales(node: ir.Node) -> Array | None:
+    """The scales of a DequantizeLinear, float32."""
+    value = node.inputs[1]
+    if value is None:
+        return None
+    if value.const_value is not None:
+        scales: Array = value.const_value.numpy().astype(np.float32)
+        return scales
+    maker = value.producer()
+    if maker is None or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
+        return None
+    codes, whole = maker.inputs[0].const_value, _scales(maker)
+    return None if codes is None or whole is None else codes.numpy().astype(np.float32) * whole
 
 
 def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:

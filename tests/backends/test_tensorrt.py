@@ -1,6 +1,7 @@
 """Engines of tiny models, built without a GPU: what is recorded, the guards, the bytes."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,17 +45,20 @@ def test_an_engine_and_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "stored"),
+    ("scheme", "stored", "sms"),
     [
-        (EngineScheme(format=WeightFormat.INT4, block_size=16), "Int4"),
-        (EngineScheme(format=WeightFormat.INT8), "Int8"),
+        (EngineScheme(format=WeightFormat.INT4, block_size=16), "Int4", PLAN.sms),
+        (EngineScheme(format=WeightFormat.INT8), "Int8", PLAN.sms),
+        (EngineScheme(format=WeightFormat.INT8, activations="static"), "Int8 x Int8", PLAN.sms),
+        (EngineScheme(format=WeightFormat.FP8, activations="static"), "FP8 x FP8", ("SM89",)),
+        (EngineScheme(format=WeightFormat.NVFP4, activations="dynamic"), "FP4E2M1 x FP4E2M1", ("SM120",)),
     ],
 )
-def test_products_are_computed_from_quantized_weights(
-    scheme: EngineScheme, stored: str, tmp_path: Path
+def test_products_are_computed_from_quantized_factors(
+    scheme: EngineScheme, stored: str, sms: tuple[str, ...], tmp_path: Path
 ) -> None:
     write_lowered(tmp_path, "llama", Dtype.FLOAT16, (EngineRule(scheme=scheme),))
-    record, _ = build_engine(tmp_path, PLAN, ENGINE)
+    record, _ = build_engine(tmp_path, replace(PLAN, sms=sms), ENGINE)
     assert record.quantized_products == {stored: 4 * 3 + 1}
 
 
@@ -91,8 +95,8 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
 
 def test_attention_that_is_not_fused_is_an_error() -> None:
     layers = [
-        Layer("_gemm_mha_v2_myl0_1", 0, frozenset({"layer.0/attention"}), ("Half",)),
-        Layer("__myl_Softmax_myl0_2", 0, frozenset({"layer.1/attention"}), ("Half",)),
+        Layer("_gemm_mha_v2_myl0_1", 0, frozenset({"layer.0/attention"}), ("Half",), ()),
+        Layer("__myl_Softmax_myl0_2", 0, frozenset({"layer.1/attention"}), ("Half",), ()),
     ]
     both = frozenset({"layer.0/attention", "layer.1/attention"})
     message = "TensorRT fuses 1 of 2 attention layers in prefill; not fused is layer.1/attention"
@@ -102,13 +106,18 @@ def test_attention_that_is_not_fused_is_an_error() -> None:
         require_fused_attention(layers, frozenset({"layer.0/attention"}), 1, "decode")
 
 
-def test_a_product_from_a_float_weight_is_an_error() -> None:
-    layers = [Layer("__myl_Fc_myl1_1", 1, frozenset({"head"}), ("Half", "Float"))]
-    message = "computes head in decode from Float, Half, and its weight is stored as Int4"
+def test_a_product_from_a_float_factor_is_an_error() -> None:
+    head = frozenset({"head"})
+    layers = [Layer("__myl_Fc_myl1_1", 1, head, ("Half",), ("Half", "Float"))]
+    message = "computes head in decode from weights in Float, Half, and the graph has it in Int4"
     with pytest.raises(UnsupportedError, match=message):
-        require_quantized_products(layers, {"head": "Int4"}, 1, "decode")
-    with pytest.raises(UnsupportedError, match="computes head in prefill from nothing"):
-        require_quantized_products(layers, {"head": "Int4"}, 0, "prefill")
+        require_quantized_products(layers, {"head": ("Int4", None)}, 1, "decode")
+    with pytest.raises(UnsupportedError, match="computes head in prefill from weights in no type"):
+        require_quantized_products(layers, {"head": ("Int4", None)}, 0, "prefill")
+    layers = [Layer("a", 0, head, ("Half",), ("Int8",)), Layer("b", 0, head, ("Int8",), ("Half",))]
+    message = "computes head in prefill from activations in Half, and the graph has it in Int8"
+    with pytest.raises(UnsupportedError, match=message):
+        require_quantized_products(layers, {"head": ("Int8", "Int8")}, 0, "prefill")
 
 
 def test_what_the_log_says() -> None:
@@ -120,7 +129,7 @@ def test_what_the_log_says() -> None:
         4, "Layers:\nName: a_myl0_1, LayerType: kgen, Constants: [], Outputs: [], Metadata: [ONNX Layer: n]"
     )
     assert (log.scratch, log.weights, log.reason()) == ([128], 4096, "it failed")
-    assert log.layers() == [Layer("a_myl0_1", 0, frozenset({"n"}), ())]
+    assert log.layers() == [Layer("a_myl0_1", 0, frozenset({"n"}), (), ())]
 
 
 def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:

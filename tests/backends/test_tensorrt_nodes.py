@@ -36,7 +36,7 @@ def _model(inputs: list[ir.Value], nodes: list[ir.Node], constants: tuple[ir.Val
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
 def test_a_graph_that_builds_has_nothing_refused(model_type: str) -> None:
     graph, _ = lower(model_type, Dtype.FLOAT16, last="pack-shared")
-    quantize_for_engine(graph, (INT4,))
+    quantize_for_engine(graph, (INT4,), None)
     report = check_nodes(graph.model, TRT)
     assert (report.refused, report.unknown) == ((), ())
     assert report.nodes == len(graph.graph)

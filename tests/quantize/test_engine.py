@@ -2,52 +2,41 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from pydantic import ValidationError
 
+from llmc.backends.ort import write_model
 from llmc.config import Dtype, EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import UnsupportedError
-from llmc.quantize.engine import encode, quantize_for_engine
+from llmc.graph.model import Graph
+from llmc.graph.verify import verify
+from llmc.quantize.activations import InputRange, plan_inputs
+from llmc.quantize.engine import quantize_for_engine
+from llmc.validate.computable import computable
 from llmc.validate.static_session import StaticOrtModel
 from tests.lowering import lower, write_lowered
 
 INT4 = EngineRule(scheme=EngineScheme(format=WeightFormat.INT4, block_size=16))
 INT8 = EngineRule(scheme=EngineScheme(format=WeightFormat.INT8))
-
-
-def _noise(weights: np.ndarray, kind: WeightFormat, block: int) -> float:
-    """Signal-to-noise ratio in dB."""
-    codes, scales = encode(weights, kind, block, ir.DataType.FLOAT16)
-    back = codes.astype(np.float32) * np.repeat(scales.astype(np.float32), block, axis=1)
-    return 10 * np.log10(np.square(weights).sum() / np.square(weights - back).sum())
-
-
-def test_codes_and_scales() -> None:
-    weights = np.random.default_rng(0).normal(size=(48, 128)).astype(np.float32)
-    codes, scales = encode(weights, WeightFormat.INT4, 32, ir.DataType.FLOAT16)
-    assert codes.shape == (48, 128)
-    assert scales.shape == (48, 4)
-    assert scales.dtype == np.float16
-    assert (scales > 0).all()
-    assert codes.min() >= -8
-    assert codes.max() <= 7
-    codes, scales = encode(weights, WeightFormat.INT8, 128, ir.DataType.FLOAT16)
-    assert scales.shape == (48, 1)
-    assert codes.min() >= -127
-    assert _noise(weights, WeightFormat.INT4, 32) > 19.5
-    assert _noise(weights, WeightFormat.INT8, 128) > 40
-
-
-def test_a_block_of_zeros_has_codes_of_zero() -> None:
-    codes, scales = encode(np.zeros((2, 32), np.float32), WeightFormat.INT4, 16, ir.DataType.FLOAT16)
-    assert not codes.any()
-    assert (scales == 1).all()
+FP8 = EngineRule(scheme=EngineScheme(format=WeightFormat.FP8))
+NVFP4 = EngineRule(scheme=EngineScheme(format=WeightFormat.NVFP4))
+W8A8 = EngineRule(scheme=EngineScheme(format=WeightFormat.INT8, activations="static"))
+W4A4 = EngineRule(scheme=EngineScheme(format=WeightFormat.NVFP4, activations="dynamic"))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "rule", "least_db"), [("llama", INT8, 25), ("llama", INT4, 6), ("gemma2", INT8, 25)]
+    ("model_type", "rule", "least_db"),
+    [
+        ("llama", INT8, 25),
+        ("llama", INT4, 6),
+        ("gemma2", INT8, 25),
+        ("llama", FP8, 15),
+        ("llama", NVFP4, 5),
+    ],
 )
 def test_the_graph_computes_with_them(
     model_type: str, rule: EngineRule, least_db: float, tmp_path: Path
@@ -69,7 +58,7 @@ def test_the_graph_computes_with_them(
 
 def test_a_tied_table_is_stored_once_as_the_products_take_it() -> None:
     graph, _ = lower("gemma2", Dtype.FLOAT16)
-    (head,) = (t for t in quantize_for_engine(graph, (INT8,)) if t.role is WeightRole.LM_HEAD)
+    (head,) = (t for t in quantize_for_engine(graph, (INT8,), None)[0] if t.role is WeightRole.LM_HEAD)
     codes = graph.graph.initializers[f"{head.name}.codes"]
     assert codes.shape == head.shape[::-1]
     ((dequantize, _),) = codes.uses()
@@ -79,10 +68,77 @@ def test_a_tied_table_is_stored_once_as_the_products_take_it() -> None:
     }
 
 
+def _ranges(graph: Graph, rule: EngineRule, peak: float, snr_db: float = 40) -> dict[str, InputRange]:
+    return {plan.sources[0]: InputRange(peak, None, snr_db) for plan in plan_inputs(graph, (rule,))}
+
+
+def test_a_static_activation_is_rounded_by_its_range() -> None:
+    graph, _ = lower("llama", Dtype.FLOAT16, "pack-shared")
+    _, kept = quantize_for_engine(graph, (W8A8,), _ranges(graph, W8A8, 2.54))
+    verify(graph)
+    assert kept == ()
+    quantize = [n for n in graph.graph if n.op_type == "QuantizeLinear"]
+    assert len(quantize) == 4 * 3 + 1  # one for the products that share an activation
+    for node in quantize:
+        scale, zero = (v.const_value for v in node.inputs[1:] if v is not None)
+        assert (scale.numpy(), scale.dtype) == (np.float16(0.02), ir.DataType.FLOAT16)  # type: ignore[union-attr]
+        assert (zero.numpy(), zero.dtype) == (0, ir.DataType.INT8)  # type: ignore[union-attr]
+        ((back, _),) = node.outputs[0].uses()
+        assert back.op_type == "DequantizeLinear"
+        assert {user.op_type for user, _ in back.outputs[0].uses()} == {"MatMul"}
+
+
+def test_what_does_not_bear_it_stays_in_float() -> None:
+    graph, _ = lower("llama", Dtype.FLOAT16, "pack-shared")
+    ranges = _ranges(graph, W8A8, 1.0)
+    down = "model.layers.1.mlp.down_proj.weight"
+    ranges[down] = InputRange(1.0, None, 9.5)
+    del ranges["lm_head.weight"]
+    stored, kept = quantize_for_engine(graph, (W8A8,), ranges, 12)
+    assert {each.weight: each.reason for each in kept} == {
+        down: "9.5 dB as int8, less than 12",
+        "lm_head.weight": "calibration does not see what it is given",
+    }
+    assert sum(n.op_type == "QuantizeLinear" for n in graph.graph) == 4 * 3 - 1
+    assert all(t.scheme == W8A8.scheme for t in stored)  # their weights are int8 all the same
+
+
+def test_dynamic_activations_are_spelled_for_the_cpu(tmp_path: Path) -> None:
+    """Against the definition of NVFP4 by ml_dtypes, through the first product of the graph."""
+    graph, _ = lower("llama", Dtype.FLOAT32, "pack-shared")
+    quantize_for_engine(graph, (W4A4,), _ranges(graph, W4A4, 3.0))
+    verify(graph)
+    first = next(n for n in graph.graph if n.op_type == "TRT_FP4DynamicQuantize")
+    given, (back,) = first.inputs[0], [u for u, _ in first.outputs[0].uses()]
+    for value in (given, back.outputs[0]):
+        graph.graph.outputs.append(value)
+    names = [str(v.name) for v in (given, back.outputs[0]) if v is not None]
+    write_model(graph.model, tmp_path)
+    with computable(tmp_path, graph.interface()) as (folder, _, done):
+        assert done == "NVFP4 by arithmetic"
+        session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        feeds = {
+            i.name: np.zeros([d if isinstance(d, int) else 1 for d in i.shape], np.float32)
+            for i in session.get_inputs()
+        }
+        feeds |= {"input_ids": np.arange(3, 20)[None], "write_indices": np.zeros(1, np.int64)}
+        before, after = session.run(names, feeds)
+    whole = np.float32(3.0 / (6 * 448))
+    blocks = before.reshape(-1, 16)
+    scale = np.minimum(np.abs(blocks).max(axis=1, keepdims=True) / 6 / whole, 448).astype(
+        ml_dtypes.float8_e4m3fn
+    )
+    real = scale.astype(np.float32) * whole
+    codes = np.clip(blocks / real, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    close = np.isclose(after, (codes * real).reshape(before.shape), rtol=1e-5)
+    assert close.mean() > 0.995  # where a quotient lies between two codes the last bit decides
+    assert not np.array_equal(before, after)
+
+
 def test_rules_by_role_and_a_ledger() -> None:
     graph, _ = lower("llama", Dtype.FLOAT16)
     head = EngineRule(role=WeightRole.LM_HEAD, scheme=None)
-    stored = {t.name: t for t in quantize_for_engine(graph, (head, INT8))}
+    stored = {t.name: t for t in quantize_for_engine(graph, (head, INT8), None)[0]}
     assert stored["lm_head.weight"].scheme is None
     query = stored["model.layers.0.self_attn.q_proj.weight"]
     assert query.scheme == INT8.scheme
@@ -94,15 +150,15 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     rule = EngineRule(scheme=EngineScheme(format=WeightFormat.INT4, block_size=128))
     message = "int4 by block of 128 needs input features divisible by 128; .* has 64"
     with pytest.raises(UnsupportedError, match=message) as caught:
-        quantize_for_engine(graph, (rule,))
+        quantize_for_engine(graph, (rule,), None)
     assert caught.value.hint == "use a block of 64"
 
 
-def test_formats_without_an_encoding_are_refused() -> None:
-    graph, _ = lower("llama", Dtype.FLOAT16)
-    rule = EngineRule(scheme=EngineScheme(format=WeightFormat.FP8))
-    with pytest.raises(UnsupportedError, match="cannot be stored as fp8"):
-        quantize_for_engine(graph, (rule,))
+def test_activations_go_with_their_format() -> None:
+    with pytest.raises(ValidationError, match="int4 takes activations float, not static"):
+        EngineScheme(format=WeightFormat.INT4, block_size=32, activations="static")
+    with pytest.raises(ValidationError, match="nvfp4 takes activations dynamic or float, not static"):
+        EngineScheme(format=WeightFormat.NVFP4, activations="static")
 
 
 def test_block_sizes_belong_to_int4() -> None:

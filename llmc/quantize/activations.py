@@ -1,0 +1,342 @@
+"""What a model's activations are like on calibration text: their range as quantized, and their peaks.
+
+For each activation that is to be quantized, channels are divided by s = p**a / w**(1 - a) first, where that
+costs nothing, with p the peak of the channel and w that of the weights that read it (SmoothQuant, Xiao et
+al. 2023). Of the exponents a that are tried, and of doing nothing, the one is taken whose products come
+nearest to those in float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.artifact.disk import space_errors
+from llmc.config import EngineRule, WeightFormat
+from llmc.errors import CheckpointError, ParityError
+from llmc.graph.linear import Linear
+from llmc.graph.model import Graph
+from llmc.graph.weights import Array
+from llmc.quantize.fold import SharedInput, find_shared_inputs
+from llmc.quantize.formats import HIGHEST, NVFP4_BLOCK
+from llmc.quantize.place import choose_scheme
+from llmc.quantize.walk import named_linears
+
+if TYPE_CHECKING:
+    import torch
+
+#: The file of an artifact with what channels of its activations were divided by.
+SMOOTHING = "smoothing.safetensors"
+#: Exponents that are tried.
+EXPONENTS = (0.5, 0.65, 0.8)
+#: Tokens of the text that exponents are compared on.
+_SAMPLE = 256
+#: A channel counts as no quieter than this part of the channel in the middle.
+_QUIET = 1e-2
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """An activation that is to be quantized.
+
+    Args:
+        sources: The checkpoint's names of the weights whose products are computed from it as quantized.
+        kind: Type of activation and weights.
+        foldable: Whether its channels can be divided at no cost.
+    """
+
+    sources: tuple[str, ...]
+    kind: WeightFormat
+    foldable: bool
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What calibration found out about an activation.
+
+    Args:
+        peak: Largest magnitude, after its channels have been divided.
+        smoothing: What channels are divided by, (K,) float32; None for nothing.
+        snr_db: Mean signal-to-noise ratio of a token as quantized.
+    """
+
+    peak: float
+    smoothing: Array | None
+    snr_db: float
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Findings of a walk.
+
+    Args:
+        ranges: By the first of the weights that read the activation.
+        peaks: Largest magnitude of what each module of the model returns, by its name.
+    """
+
+    ranges: Mapping[str, InputRange] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+
+
+def plan_inputs(graph: Graph, rules: Sequence[EngineRule]) -> tuple[InputPlan, ...]:
+    """The activations that rules want quantized, in graph order."""
+    plans = []
+    for shared in find_shared_inputs(graph):
+        kind, linears = quantized_products(shared, rules)
+        if kind is not None:
+            taken = replace(shared, linears=linears)
+            plans.append(InputPlan(taken.sources, kind, bool(shared.factors)))
+    return tuple(plans)
+
+
+def quantized_products(
+    shared: SharedInput, rules: Sequence[EngineRule]
+) -> tuple[WeightFormat | None, tuple[Linear, ...]]:
+    """Type that rules want an activation in, and the products that they want computed from it."""
+    kinds = []
+    for linear in shared.linears:
+        scheme = choose_scheme(rules, linear.role, str(linear.weight.name))
+        kinds.append(None if scheme is None or scheme.activations == "float" else scheme.format)
+    kind = next((k for k in kinds if k is not None), None)
+    return kind, tuple(n for n, k in zip(shared.linears, kinds, strict=True) if k is kind and k is not None)
+
+
+class ActivationTask:
+    """Watches a model's layers; see `LayerTask`.
+
+    Args:
+        plans: Activations that are to be quantized.
+        tied: Parameter names absent from the checkpoint, and the stored name that stands for each.
+        layers: Names of the decoder layers.
+        windows: How many windows the text has.
+    """
+
+    changes = False
+
+    def __init__(
+        self, plans: Iterable[InputPlan], tied: Mapping[str, str], layers: Sequence[str], windows: int
+    ) -> None:
+        self._plans = tuple(plans)
+        self._tied = tied
+        self._inside = tuple(f"{name}." for name in layers)
+        self._rows = -(-_SAMPLE // windows)
+        self._seen: dict[str, _Seen] = {}
+        self._peaks: dict[str, float] = {}
+
+    @contextmanager
+    def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Within this context inputs of linear layers are sampled, and peaks of results are taken."""
+        self._seen, self._peaks = {}, {}
+        linears = named_linears(name, module, self._tied)
+        handles = []
+        for plan in self._plans:
+            own = [linears[s][1] for s in plan.sources if s in linears]
+            if own and len(own) == len(plan.sources) and (name or self._outside(linears, plan)):
+                seen = self._seen[plan.sources[0]] = _Seen(plan, own, self._rows)
+                handles.append(own[0].register_forward_pre_hook(seen.take))
+        for path, each in module.named_modules(prefix=name):
+            if name or not f"{path}.".startswith(self._inside):
+                handles.append(each.register_forward_hook(self._peak(path)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _outside(self, linears: Mapping[str, tuple[str, Any]], plan: InputPlan) -> bool:
+        return not linears[plan.sources[0]][0].startswith(self._inside)
+
+    def _peak(self, path: str) -> Callable[..., None]:
+        import torch
+
+        def note(_: Any, __: Any, result: Any) -> None:
+            tensor = result[0] if isinstance(result, tuple) else result
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                self._peaks[path] = max(self._peaks.get(path, 0.0), float(tensor.abs().max()))
+
+        return note
+
+    def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
+        """Ranges of the layer's activations, and its peaks.
+
+        Raises:
+            CheckpointError: An activation is not finite.
+        """
+        data = {f"{path}.output": np.array([peak]) for path, peak in self._peaks.items()}
+        for first, seen in self._seen.items():
+            found = seen.conclude(first)
+            if found is None:
+                continue
+            data[f"{first}.peak"] = np.array([found.peak])
+            data[f"{first}.snr_db"] = np.array([found.snr_db])
+            if found.smoothing is not None:
+                data[f"{first}.smoothing"] = found.smoothing
+        return data
+
+
+def read_activations(files: Sequence[Path]) -> Activations:
+    """What `ActivationTask` kept."""
+    from safetensors.numpy import load_file
+
+    kept: dict[str, Array] = {}
+    for path in files:
+        kept.update(load_file(path))
+    peaks = {k.removesuffix(".output"): float(v[0]) for k, v in kept.items() if k.endswith(".output")}
+    firsts = [k.removesuffix(".snr_db") for k in kept if k.endswith(".snr_db")]
+    ranges = {
+        first: InputRange(
+            float(kept[f"{first}.peak"][0]), kept.get(f"{first}.smoothing"), float(kept[f"{first}.snr_db"][0])
+        )
+        for first in firsts
+    }
+    return Activations(ranges, peaks)
+
+
+def write_smoothing(folder: Path, activations: Activations) -> None:
+    """Keep what channels were divided by beside the graph that it was done to.
+
+    Raises:
+        ResourceError: Disk full.
+    """
+    from safetensors.numpy import save_file
+
+    vectors = {name: r.smoothing for name, r in activations.ranges.items() if r.smoothing is not None}
+    with space_errors(folder):
+        save_file(vectors, folder / SMOOTHING)
+
+
+def read_smoothing(folder: Path) -> dict[str, InputRange]:
+    """What `write_smoothing` kept, as ranges of which nothing else is known.
+
+    Raises:
+        ParityError: The file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / SMOOTHING
+    try:
+        vectors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ParityError(
+            f"{path}, what the artifact's weights were scaled by, cannot be read: {error}"
+        ) from error
+    return {name: InputRange(0.0, vector, 0.0) for name, vector in vectors.items()}
+
+
+class _Seen:
+    """Inputs of the linear layers that read one activation."""
+
+    def __init__(self, plan: InputPlan, linears: Sequence[torch.nn.Linear], rows: int) -> None:
+        self._plan = plan
+        self._linears = linears
+        self._rows = rows
+        self._channels: torch.Tensor | None = None
+        self._sample: list[torch.Tensor] = []
+
+    def take(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+        """Peaks of the channels, and some rows, others in each window: first tokens are like no others."""
+        import torch
+
+        rows = args[0].reshape(-1, args[0].shape[-1]).float()
+        peaks = rows.abs().amax(0)
+        self._channels = peaks if self._channels is None else torch.maximum(self._channels, peaks)
+        step = max(1, len(rows) // self._rows)
+        self._sample.append(rows[len(self._sample) % step :: step].clone())
+
+    def conclude(self, name: str) -> InputRange | None:
+        """The range under the exponent whose products come nearest; None if nothing was seen."""
+        import torch
+
+        if self._channels is None:
+            return None
+        channels = self._channels
+        if not bool(torch.isfinite(channels).all()):
+            raise CheckpointError(
+                f"the activations that {name} is given on the calibration text are not all finite",
+                hint="the checkpoint is damaged, or needs a target without calibration",
+            )
+        rows = torch.cat(self._sample)
+        weights = torch.cat([linear.weight for linear in self._linears])
+        wanted = rows @ weights.T
+        floor = channels.median().clamp(min=1e-6) * _QUIET
+        loud, heavy = channels.clamp(min=float(floor)), weights.abs().amax(0).clamp(min=1e-6)
+        best: tuple[float, torch.Tensor | None] | None = None
+        for exponent in (None, *EXPONENTS) if self._plan.foldable else (None,):
+            smoothing = None
+            if exponent is not None:
+                smoothing = loud**exponent / heavy ** (1 - exponent)
+                smoothing = smoothing / smoothing.log().mean().exp()
+            divided, peak = self._divide(rows, smoothing)
+            scaled = weights if smoothing is None else weights * smoothing
+            product = fake_quantize(divided, self._plan.kind, peak) @ fake_weights(scaled, self._plan.kind).T
+            error = float(_relative(wanted, product).mean())
+            if best is None or error < best[0]:
+                best = (error, smoothing)
+        smoothing = best[1] if best is not None else None
+        divided, peak = self._divide(rows, smoothing)
+        noise = float(_relative(divided, fake_quantize(divided, self._plan.kind, peak)).mean())
+        return InputRange(
+            peak,
+            None if smoothing is None else smoothing.numpy(),
+            -10 * math.log10(noise) if noise > 0 else 200.0,
+        )
+
+    def _divide(self, rows: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+        """Rows with their channels divided, and the largest magnitude on all of the text."""
+        channels = self._channels
+        if channels is None or smoothing is None:
+            return rows, 0.0 if channels is None else float(channels.max())
+        return rows / smoothing, float((channels / smoothing).max())
+
+
+def _relative(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Energy of the difference by token, as a part of the token's."""
+    return ((wanted - found) ** 2).sum(1) / (wanted**2).sum(1).clamp(min=1e-20)
+
+
+def fake_quantize(x: torch.Tensor, kind: WeightFormat, peak: float) -> torch.Tensor:
+    """Activations (tokens, K) as they are once quantized and back, with the range that `peak` gives."""
+    import torch
+
+    if peak == 0:
+        return x
+    high = HIGHEST[kind]
+    if kind is not WeightFormat.NVFP4:
+        return _cast(x / (peak / high), kind) * (peak / high)
+    whole = peak / (high * HIGHEST[WeightFormat.FP8])
+    blocks = x.reshape(len(x), -1, NVFP4_BLOCK)
+    scale = _cast(blocks.abs().amax(2, keepdim=True) / high / whole, WeightFormat.FP8) * whole
+    scale = torch.where(scale == 0, torch.full_like(scale, whole), scale)
+    return (_cast(blocks / scale, kind) * scale).reshape(x.shape)
+
+
+def fake_weights(weights: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
+    """Weights (N, K) as they are once quantized and back, with scales that just span them."""
+    if kind is WeightFormat.NVFP4:
+        return fake_quantize(weights, kind, float(weights.abs().max()))
+    scale = weights.abs().amax(1, keepdim=True).clamp(min=1e-12) / HIGHEST[kind]
+    return _cast(weights / scale, kind) * scale
+
+
+def _cast(codes: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
+    """The nearest codes of a type, float32."""
+    import torch
+
+    high = HIGHEST[kind]
+    codes = codes.clamp(-high, high)
+    if kind is WeightFormat.FP8:
+        return codes.to(torch.float8_e4m3fn).float()
+    if (
+        kind is WeightFormat.NVFP4
+    ):  # 0, 0.5, 1, 1.5, 2, 3, 4, 6: steps of 0.5 below 2, of 1 below 4, then of 2
+        size = codes.abs()
+        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        return torch.sign(codes) * torch.round(size / step) * step
+    return codes.round()

@@ -1,0 +1,163 @@
+"""Activations that several products read, and where their channels can be scaled at no cost.
+
+A product does not change if a channel of its input is divided by a factor and the matching inputs of its
+weights are multiplied by it. The division costs nothing where it can be folded into what makes the
+activation: the weight of a norm, or the outputs of the linear layer whose result a gate multiplies
+(SmoothQuant, Xiao et al. 2023; AWQ, Lin et al. 2024).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph.linear import Linear, as_linear, find_linears
+from llmc.graph.model import Graph
+from llmc.graph.weights import Array, LazyWeight, ScaledRows, WeightGroup
+
+_NORMS = frozenset({"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"})
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A part of a weight that is divided: entries start:stop along `axis`."""
+
+    weight: ir.Value
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """An activation (…, K) and the linear products that read it.
+
+    Args:
+        value: The activation.
+        linears: In graph order.
+        factors: What is divided when its channels are; empty where they cannot be.
+    """
+
+    value: ir.Value
+    linears: tuple[Linear, ...]
+    factors: tuple[Factor, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The checkpoint's names of the weights."""
+        return tuple(s for linear in self.linears for s in _tensor(linear.weight).sources)
+
+
+def find_shared_inputs(graph: Graph) -> list[SharedInput]:
+    """Every activation that a linear product reads, in graph order."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for linear in find_linears(graph):
+        groups.setdefault(linear.activation, []).append(linear)
+    return [
+        SharedInput(value, tuple(linears), tuple(_factors(value, linears)))
+        for value, linears in groups.items()
+    ]
+
+
+def scale_channels(shared: SharedInput, factors: Array) -> None:
+    """Divide the channels of an activation by `factors` (K,), and multiply its weights' inputs by them."""
+    for part in shared.factors:
+        size = _tensor(part.weight).shape.numpy()[part.axis]
+        whole = np.ones(size, np.float32)
+        whole[part.start : part.stop] = 1 / factors
+        _scale(part.weight, whole, part.axis)
+    for linear in shared.linears:
+        _scale(linear.weight, factors.astype(np.float32), 1 if linear.transposed else 0)
+
+
+def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
+    tensor = _tensor(weight)
+    if tensor.rows is not None:
+        weight.const_value = LazyWeight.from_rows(str(weight.name), ScaledRows(tensor.rows, factors, axis))
+        return
+
+    def compute() -> dict[str, Array]:
+        value = tensor.group.compute()[tensor.key]
+        return {"value": (value.astype(np.float32) * factors).astype(value.dtype)}
+
+    weight.const_value = LazyWeight(
+        name=str(weight.name),
+        dtype=tensor.dtype,
+        shape=tensor.shape.numpy(),
+        group=WeightGroup(tensor.sources, compute),
+        key="value",
+    )
+
+
+def _tensor(weight: ir.Value) -> LazyWeight:
+    return cast(LazyWeight, weight.const_value)
+
+
+def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
+    """What divides `value`; nothing if others read it too, or one of the weights serves elsewhere as well."""
+    if not {user for user, _ in value.uses()} <= {linear.node for linear in linears}:
+        return
+    if value.is_graph_output() or any(len(tuple(_users(linear))) != 1 for linear in linears):
+        return
+    node = value.producer()
+    while node is not None and node.op_type == "Cast" and len(tuple(node.inputs[0].uses())) == 1:  # type: ignore[union-attr]
+        node = cast(ir.Value, node.inputs[0]).producer()
+    if node is None:
+        return
+    if node.op_type in _NORMS:
+        yield from _of_norm(node)
+    elif node.op_type == "Mul":
+        for operand in node.inputs:
+            found = None if operand is None else _of_product(operand)
+            if found is not None:
+                yield found
+                return
+
+
+def _users(linear: Linear) -> Iterator[ir.Node]:
+    """Who reads the weight, through the Transpose that stands before a product."""
+    for user, _ in linear.weight.uses():
+        yield from (u for u, _ in user.outputs[0].uses()) if user.op_type == "Transpose" else (user,)
+
+
+def _of_norm(node: ir.Node) -> Iterator[Factor]:
+    weights = [w for w in node.inputs[1:3] if w is not None]
+    if not weights or any(not _is_own(w) for w in weights):
+        return
+    for weight in weights:
+        yield Factor(weight, 0, 0, _tensor(weight).shape.numpy()[0])
+
+
+def _is_own(weight: ir.Value) -> bool:
+    """Whether `weight` is a vector of the model that one node alone reads."""
+    return (
+        isinstance(weight.const_value, LazyWeight)
+        and len(weight.shape or ()) == 1
+        and len(weight.uses()) == 1
+    )
+
+
+def _of_product(value: ir.Value) -> Factor | None:
+    """The outputs of a linear product that `value` is, or is a part of, with nothing in between."""
+    if len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    node, start = value.producer(), 0
+    if node is None:
+        return None
+    stop: int | None = None
+    if node.op_type == "Split":
+        widths = [output.shape[-1] if output.shape else None for output in node.outputs]
+        last = node.attributes.get_int("axis", 0) in (-1, len(value.shape or ()) - 1)
+        if not last or not all(isinstance(width, int) for width in widths):
+            return None
+        edges = np.cumsum([0, *widths])
+        place = list(node.outputs).index(value)
+        start, stop = int(edges[place]), int(edges[place + 1])
+        joined = cast(ir.Value, node.inputs[0])
+        node = joined.producer() if len(joined.uses()) == 1 else None
+    linear = as_linear(node) if node is not None else None
+    if linear is None or len(tuple(_users(linear))) != 1:
+        return None
+    return Factor(linear.weight, 0 if linear.transposed else 1, start, stop or linear.out_features)

@@ -1,0 +1,282 @@
+"""The decoder layers of a model over a text, one in memory at a time.
+
+The model's own modules run, with parameters on the meta device but for the layer at hand. For each layer
+the whole model is called: layers before it pass on what they are given, the stored hidden states take the
+place of what arrives, and the call ends behind it. So masks, positions and whatever else a layer is given
+are the model's own. What is wanted of each layer is the business of a `LayerTask`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from llmc.artifact.disk import space_errors
+from llmc.errors import ConfigError, UnsupportedError
+from llmc.graph.weights import Array, WeightStore
+
+if TYPE_CHECKING:
+    import torch
+
+#: Fewest tokens that anything may rest on.
+LEAST_TOKENS = 256
+_STATES = "states"
+
+
+class LayerTask(Protocol):
+    """What is done with each layer of a walk.
+
+    Args:
+        changes: Whether `conclude` changes weights: later layers then see the results of the changed ones.
+    """
+
+    changes: bool
+
+    def watch(self, name: str, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """Within this context `module`, called `name` in the model, runs over every window."""
+        ...
+
+    def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
+        """What is to be kept of `module`, by name; it goes to disk."""
+        ...
+
+
+class LayerWalk:
+    """Takes a model over a text layer by layer, and goes on where it was killed.
+
+    Args:
+        model: A transformers causal LM in evaluation mode, parameters on the meta device, buffers real.
+        layers: Qualified names of its decoder layers, in order.
+        store: The checkpoint's tensors.
+        tied: Parameter names absent from the store, and the stored name that stands for each.
+        folder: Where what is kept of finished layers goes, and is found again.
+    """
+
+    def __init__(
+        self, model: Any, layers: Sequence[str], store: WeightStore, tied: Mapping[str, str], folder: Path
+    ) -> None:
+        self.model = model
+        self.layers = [model.get_submodule(name) for name in layers]
+        self._names = layers
+        self._store = store
+        self._tied = tied
+        self._folder = folder
+
+    def run(self, windows: Array, task: LayerTask, note: Callable[[str], None]) -> list[Path]:
+        """Every layer in turn, then what the model does behind the last one.
+
+        Args:
+            windows: (windows, length) int64 token ids.
+            note: Told what was taken up again.
+
+        Returns:
+            A safetensors file for each layer with what was kept of it, and one for the head.
+
+        Raises:
+            ConfigError: Fewer than LEAST_TOKENS tokens, or as the task raises it.
+            CheckpointError: As the task raises it.
+            UnsupportedError: The model does not run like this.
+            ResourceError: Disk full.
+        """
+        import torch
+
+        if windows.size < LEAST_TOKENS:
+            raise ConfigError(
+                f"{windows.size} tokens of calibration text; at least {LEAST_TOKENS} are needed",
+                hint="use a longer calibration text",
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done = self._finished()
+        if done:
+            note(f"{done} of {len(self.layers)} layers were calibrated before")
+        with torch.inference_mode():
+            inside = tuple(f"{name}." for name in self._names)
+            self._load([n for n, _ in self.model.named_parameters() if not n.startswith(inside)])
+            states = self._load_states(done) if done else None
+            for index in range(done, len(self.layers)):
+                states = self._walk_layer(index, windows, states, task)
+            if not self._file("head").is_file():
+                self._walk_head(windows, states, task)
+        return [self._file(f"layer-{i}") for i in range(len(self.layers))] + [self._file("head")]
+
+    def _walk_layer(self, index: int, windows: Array, states: list[Any] | None, task: LayerTask) -> list[Any]:
+        layer, name = self.layers[index], self._names[index]
+        parameters = [f"{name}.{n}" for n, _ in layer.named_parameters()]
+        self._load(parameters)
+        with task.watch(name, layer):
+            seen = [self._pass(layer, row, _at(states, i)) for i, row in enumerate(windows)]
+        self._keep(f"layer-{index}", task.conclude(name, layer))
+        if task.changes:
+            seen = [self._pass(layer, row, seen[i][0]) for i, row in enumerate(windows)]
+        results = [result for _, result in seen]
+        self._unload(parameters)
+        layer.forward = _PassOn(isinstance(results[0], tuple))
+        following = [r[0] if isinstance(r, tuple) else r for r in results]
+        self._save_states(index + 1, following)
+        return following
+
+    def _walk_head(self, windows: Array, states: list[Any] | None, task: LayerTask) -> None:
+        """The model with every layer passing on, so that what is watched stands outside of the layers."""
+        last = self.layers[-1]
+        with task.watch("", self.model):
+            for i, row in enumerate(windows):
+                with _replacing_input(last, _at(states, i)):
+                    self._call(row)
+        self._keep("head", task.conclude("", self.model))
+
+    def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
+        """What `layer` is given for one window, `state` if that is known, and what it returns."""
+        with _replacing_input(layer, state), _stopping_behind(layer) as seen:
+            self._call(row)
+        return seen[0]
+
+    def _call(self, row: Array) -> None:
+        import torch
+
+        try:
+            self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
+        except StopCallError:
+            return
+        except Exception as error:  # model code of transformers; whatever it raises, it cannot be walked
+            raise UnsupportedError(
+                f"the model cannot be run layer by layer: {type(error).__name__}: {error}"
+            ) from error
+
+    def _file(self, stem: str) -> Path:
+        return self._folder / f"{stem}.safetensors"
+
+    def _keep(self, stem: str, data: Mapping[str, Array]) -> None:
+        from safetensors.numpy import save_file
+
+        self._write(self._file(stem), lambda path: save_file(dict(data), path))
+
+    def _finished(self) -> int:
+        """Layers that are on disk together with the hidden states behind them."""
+        done = 0
+        while done < len(self.layers) and self._file(f"layer-{done}").is_file():
+            done += 1
+        while done and not self._file(f"{_STATES}-{done}").is_file():
+            done -= 1
+        for layer in self.layers[:done]:
+            layer.forward = _PassOn(False)
+        return done
+
+    def _load_states(self, index: int) -> list[Any]:
+        from safetensors.torch import load_file
+
+        data = load_file(self._file(f"{_STATES}-{index}"))
+        return [data[str(i)] for i in range(len(data))]
+
+    def _save_states(self, index: int, states: Sequence[Any]) -> None:
+        from safetensors.torch import save_file
+
+        data = {str(i): state.contiguous() for i, state in enumerate(states)}
+        self._write(self._file(f"{_STATES}-{index}"), lambda path: save_file(data, path))
+        self._file(f"{_STATES}-{index - 1}").unlink(missing_ok=True)
+
+    def _write(self, path: Path, save: Callable[[Path], None]) -> None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        with space_errors(partial):
+            save(partial)
+            os.replace(partial, path)
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Give parameters their values from the store, float32."""
+        import torch
+
+        loaded: dict[str, torch.nn.Parameter] = {}
+        for name in names:
+            stored = self._tied.get(name, name)
+            if stored not in loaded:
+                array = self._store.read(stored).astype(np.float32)
+                loaded[stored] = torch.nn.Parameter(torch.from_numpy(array), requires_grad=False)
+            _place(self.model, name, loaded[stored])
+        for name, stored in self._tied.items():
+            if stored in loaded:
+                _place(self.model, name, loaded[stored])
+
+    def _unload(self, names: Sequence[str]) -> None:
+        import torch
+
+        for name in names:
+            shape = self.model.get_parameter(name).shape
+            _place(
+                self.model, name, torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+            )
+
+
+def named_linears(
+    name: str, module: torch.nn.Module, tied: Mapping[str, str]
+) -> dict[str, tuple[str, torch.nn.Linear]]:
+    """Linear layers below `module`, called `name`: path and layer by the stored name of the weight."""
+    import torch
+
+    prefix = f"{name}." if name else ""
+    found = {}
+    for path, each in module.named_modules():
+        if isinstance(each, torch.nn.Linear):
+            weight = f"{prefix}{path}.weight"
+            found[tied.get(weight, weight)] = (f"{prefix}{path}", each)
+    return found
+
+
+def _place(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._parameters[key] = parameter
+
+
+def _at(states: list[Any] | None, index: int) -> Any:
+    return None if states is None else states[index]
+
+
+class StopCallError(Exception):
+    """Ends a call of the model once what was wanted of it is known."""
+
+
+class _PassOn:
+    """In place of a layer's forward: hidden states go on as they are."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        self.as_tuple = as_tuple
+
+    def __call__(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+@contextmanager
+def _replacing_input(layer: torch.nn.Module, state: Any) -> Iterator[None]:
+    """Within this context `layer` is given `state` as its hidden states; None leaves what arrives."""
+
+    def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state is None:
+            return None
+        if args:
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
+
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _stopping_behind(layer: torch.nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+    """Within this context a call of the model ends behind `layer`; gives its hidden states and its result."""
+    seen: list[tuple[Any, Any]] = []
+
+    def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"], result))
+        raise StopCallError
+
+    handle = layer.register_forward_hook(stop, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
