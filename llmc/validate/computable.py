@@ -3,44 +3,60 @@
 bfloat16 becomes float32. Every bfloat16 number is one, so that weights are the same; what activations in
 bfloat16 round away is not seen. Codes of NVFP4 become twice their value in int8, which is exact, and
 activations are rounded to NVFP4 and back by arithmetic in float32: this stands for TensorRT's own operator.
+
+To ask whether a graph is right, whatever its types lose, all of it can be put into float32, with activations
+as they come and weights as they are stored.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.artifact.disk import space_errors
 from llmc.artifact.manifest import MODEL
+from llmc.errors import ParityError
 from llmc.graph.interface import Interface, TensorSpec
 
-_NARROW, _WIDE, _FP8 = ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+_WIDE, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+#: Types that become float32, where one of them has to.
+_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 _BLOCK = 16
 
 
 @contextmanager
-def computable(folder: Path, interface: Interface) -> Iterator[tuple[Path, Interface, str]]:
+def computable(
+    folder: Path, interface: Interface, *, exact: bool = False
+) -> Iterator[tuple[Path, Interface, str]]:
     """A folder with a model.onnx that can be computed, its interface, and what was done; empty if nothing.
+
+    Args:
+        exact: Put all of it into float32, and leave activations as they come.
 
     Raises:
         ResourceError: Disk full.
     """
-    bfloat = any(spec.dtype == "bfloat16" for spec in (*interface.inputs, *interface.outputs))
+    kinds = {spec.dtype for spec in (*interface.inputs, *interface.outputs)}
+    narrow = "bfloat16" in kinds or (exact and "float16" in kinds)
     model = ir.load(folder / MODEL)
+    plain = exact and _leave_activations(model.graph)
     fp4 = any(v.dtype is ir.DataType.FLOAT4E2M1 for v in model.graph.initializers.values())
-    if not bfloat and not fp4:
+    if not narrow and not fp4 and not plain:
         yield folder, interface, ""
         return
     done = []
     with TemporaryDirectory(prefix="llmc-computable-") as scratch:
+        if plain:
+            done.append("activations as they come")
         if fp4:
             _spell_fp4(model.graph)
             done.append("NVFP4 by arithmetic")
-        if bfloat:
+        if narrow:
             _widen(model)
             done.append("in float32")
             changed = {"inputs": _specs(interface.inputs), "outputs": _specs(interface.outputs)}
@@ -48,6 +64,32 @@ def computable(folder: Path, interface: Interface) -> Iterator[tuple[Path, Inter
         with space_errors(Path(scratch)):
             ir.save(model, Path(scratch) / MODEL, external_data=f"{MODEL}.data")
         yield Path(scratch), interface, ", ".join(done)
+
+
+def _leave_activations(graph: ir.Graph) -> bool:
+    """Let products read activations that are quantized as they were before; whether any are."""
+    found = False
+    for node in list(graph):
+        if node.op_type not in ("QuantizeLinear", _DYNAMIC_QUANTIZE):
+            continue
+        ((back, _),) = node.outputs[0].uses()
+        ir.convenience.replace_all_uses_with(back.outputs[0], _given(node))
+        for dead in (back, *_makers(back.inputs[1]), node):
+            graph.remove(dead, safe=True)
+        found = True
+    return found
+
+
+def _given(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    if value is None or value.dtype is None:
+        raise ParityError(f"{node.name} of model.onnx has no typed input")
+    return value
+
+
+def _makers(value: ir.Value | None) -> tuple[ir.Node, ...]:
+    node = None if value is None else value.producer()
+    return () if node is None else (node,)
 
 
 def _spell_fp4(graph: ir.Graph) -> None:
@@ -95,11 +137,10 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     A block of 16 has the scale max|x| / 6 / whole rounded to E4M3, times whole; codes are the nearest of
     0, 0.5, 1, 1.5, 2, 3, 4 and 6, and of two that are as near the even one.
     """
-    x, whole = node.inputs[:2]
+    x, whole = _given(node), cast(ir.Value, node.inputs[1])
+    kind = cast(ir.DataType, x.dtype)
     ((dequantize, _),) = node.outputs[0].uses()
     result = dequantize.outputs[0]
-    if x is None or whole is None or x.dtype is None:
-        raise ValueError(f"{node.name} has no typed input")
     stem, before = str(node.name), node
     count = 0
 
@@ -140,20 +181,18 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     step = op("Where", op("Less", size, number(2)), number(0.5), step)
     size = op("Mul", op("Round", op("Div", size, step)), step)
     values = op("Mul", op("Mul", op("Sign", codes), size), scale)
-    spelled = op("Cast", op("Reshape", values, shape), to=int(x.dtype))
+    spelled = op("Cast", op("Reshape", values, shape), to=int(kind))
     spelled.type, spelled.shape = result.type, result.shape
     spelled.name, result.name = result.name, f"{result.name}.before"
     ir.convenience.replace_all_uses_with(result, spelled, replace_graph_outputs=True)
-    scales = dequantize.inputs[1]
-    graph.remove(dequantize, safe=True)
-    if scales is not None and (producer := scales.producer()) is not None:
-        graph.remove(producer, safe=True)
-    graph.remove(node, safe=True)
+    for dead in (dequantize, *_makers(dequantize.inputs[1]), node):
+        graph.remove(dead, safe=True)
 
 
 def _specs(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
     return tuple(
-        spec.model_copy(update={"dtype": "float32"}) if spec.dtype == "bfloat16" else spec for spec in specs
+        spec.model_copy(update={"dtype": "float32"}) if spec.dtype in ("bfloat16", "float16") else spec
+        for spec in specs
     )
 
 
@@ -167,22 +206,22 @@ def _widen(model: ir.Model) -> None:
                 _widen_value(value)
             for name, attribute in list(node.attributes.items()):
                 if attribute.type is ir.AttributeType.INT and name in ("to", "output_dtype"):
-                    if attribute.as_int() == _NARROW:
+                    if attribute.as_int() in _NARROW:
                         node.attributes[name] = ir.AttrInt64(name, _WIDE)
                 elif attribute.type is ir.AttributeType.TENSOR:
                     node.attributes[name] = ir.AttrTensor(name, _widen_tensor(attribute.as_tensor()))
 
 
 def _widen_value(value: ir.Value) -> None:
-    if value.dtype is _NARROW:
+    if value.dtype in _NARROW:
         value.dtype = _WIDE
     if value.const_value is not None:
         value.const_value = _widen_tensor(value.const_value)
 
 
 def _widen_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """`tensor` in float32 if it is bfloat16; its data is read when it is written."""
-    if tensor.dtype is not _NARROW:
+    """`tensor` in float32 if it is narrower; its data is read when it is written."""
+    if tensor.dtype not in _NARROW:
         return tensor
     return ir.LazyTensor(
         lambda: ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name),
