@@ -18,9 +18,10 @@ from llmc.validate.gates import evaluate
 from llmc.validate.latency import Schedule, measure_latency, noise, ratio, ratios, timing
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
+from llmc.validate.session import OrtModel
 
 from .conftest import build
-from .decoder import Variant, write_decoder
+from .decoder import Variant, timed_graph, write_decoder
 
 PROFILE = Profile(
     schema_version=1, name="here", kind="cpu", device="a test", bandwidth_gbs=10.0,
@@ -37,8 +38,8 @@ def timed(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Latency
     folder = tmp_path_factory.mktemp("artifact")
     interface = write_decoder(llama, folder, Variant(logits="last"))
     latency = measure_latency(
-        folder, interface, TorchModel(llama), partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]),
-        profile=PROFILE, threads=1, share_buffer=False, schedule=SMALL, counters=folder / "absent",
+        timed_graph(folder, interface), TorchModel(llama), partial(build, "LlamaConfig"),
+        tokens=np.array([5, 6, 7]), profile=PROFILE, threads=1, schedule=SMALL, counters=folder / "absent",
     )  # fmt: skip
     return latency, folder, interface
 
@@ -166,8 +167,9 @@ def test_timing() -> None:
 
 def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
     interface = write_decoder(llama, tmp_path / "model")
+    gone = partial(OrtModel, tmp_path, interface, threads=1, share_buffer=False)
     with pytest.raises(ResourceError, match=r"memory of the artifact ended with 1: .*has no model\.onnx"):
-        take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+        take_sample(ArtifactJob(gone, "onnxruntime", 4, 1))
     with pytest.raises(ResourceError, match="memory of the original ended with 9: no message"):
         take_sample(OriginalJob(partial(os._exit, 9), 1, 4, 1))
 
@@ -175,7 +177,7 @@ def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
 def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -> None:
     block = np.ones(400 << 17)  # 400 MiB
     interface = write_decoder(llama, tmp_path)
-    sample = take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+    sample = take_sample(ArtifactJob(timed_graph(tmp_path, interface).open, "onnxruntime", 4, 1))
     here = peak_resident_bytes()
     assert here is not None
     assert here > 400 << 20 > sample.peak_bytes
