@@ -91,7 +91,7 @@ class Graph:
 
 
 class Stream:
-    """A stream of the first device, and the work that is put on it.
+    """A stream of the first device, named by `device` and `capability`, and the work that is put on it.
 
     Raises:
         ResourceError: cuda-bindings, the driver or a device is missing.
@@ -100,7 +100,9 @@ class Stream:
     def __init__(self) -> None:
         self._runtime = load_runtime()
         flags = self._runtime.cudaStreamNonBlocking
-        self.device = call(self._runtime.cudaGetDeviceProperties, 0).name.decode()
+        found = call(self._runtime.cudaGetDeviceProperties, 0)
+        self.device = found.name.decode()
+        self.capability = f"{found.major}.{found.minor}"
         self.handle = int(call(self._runtime.cudaStreamCreateWithFlags, flags))
         _freed_with(self, self._runtime.cudaStreamDestroy, self.handle)
 

@@ -57,6 +57,7 @@ class EngineSession(StaticSession):
     Afterwards `notes` has a sentence for each thing that is slower than it could be, and `where` says so too.
 
     Raises:
+        ConfigError: The record or the file is not one of an engine that was built.
         ResourceError: TensorRT, cuda-bindings, the driver, the GPU or memory is missing, or TensorRT cannot
             load the engine.
         ParityError: Its inputs and outputs are not the interface's.
@@ -65,11 +66,17 @@ class EngineSession(StaticSession):
     def __init__(self, folder: Path, record: EngineRecord, interface: Interface) -> None:
         self._library = Library(record.library)
         trt = load_library(self._library)
+        if len(record.phases) != 2:
+            raise ConfigError(
+                f"{record.file} is recorded with {len(record.phases)} optimization profiles, not two",
+                hint="build the artifact again",
+            )
         prefill, decode = record.phases
         (fewest, self._least), _, (rows, most) = prefill.shapes["input_ids"]
         self._batches = range(fewest, rows + 1)
         self.notes: list[str] = []
         self._stream = Stream()
+        require_device(self._stream, record)
         where = f"{self._library.value} {trt.__version__} on {self._stream.device}"
         super().__init__(interface, where, most=most)
         self._log = BuildLog()
@@ -141,7 +148,7 @@ class EngineSession(StaticSession):
             for spec in self.interface.inputs:
                 if spec.name != "input_ids":
                     self._shape(phase, spec.name, sized(spec, batch, 1))
-            self._shape(phase, "input_ids", (batch, 1))
+        self._shape(self._decode, "input_ids", (batch, 1))
         self._batch = batch
 
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
@@ -208,6 +215,20 @@ def sized(spec: TensorSpec, batch: int, sequence: int) -> tuple[int, ...]:
     """The shape of an input or output in numbers."""
     named = {"batch": batch, "sequence": sequence}
     return tuple(size if isinstance(size, int) else named[size] for size in spec.shape)
+
+
+def require_device(stream: Stream, record: EngineRecord) -> None:
+    """The device that CUDA counts first is one that the engine is for.
+
+    Raises:
+        ResourceError: It is another: CUDA may count in another order than nvidia-smi.
+    """
+    own = f"SM{stream.capability.replace('.', '')}"
+    if own not in record.sms:
+        raise ResourceError(
+            f"CUDA's first device is {stream.device} ({own}); {record.file} is for {', '.join(record.sms)}",
+            hint="CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
+        )
 
 
 def load_engine(runtime: Any, path: Path, log: BuildLog) -> Any:

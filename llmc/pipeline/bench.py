@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Metric, Provider
+from llmc.config import Metric, Profile, Provider
 from llmc.errors import ResourceError
+from llmc.machine import detect_profile
 from llmc.pipeline.gate import GateResult, latency_gates, open_pair
 from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
@@ -94,7 +95,7 @@ def bench(
             reference,
             load,
             tokens=tokens,
-            profile=manifest.profile,
+            profile=_host_profile(manifest),
             threads=_threads(manifest),
             schedule=Schedule(),
         )
@@ -137,6 +138,14 @@ def _timed(artifact: Artifact) -> Timed:
 
 def _threads(manifest: Manifest) -> int:
     return manifest.profile.threads or os.cpu_count() or 1
+
+
+def _host_profile(manifest: Manifest) -> Profile:
+    """The profile whose bandwidth bounds what is timed: of engines the host's, if the artifact is for it."""
+    if not manifest.engines:
+        return manifest.profile
+    host = detect_profile()
+    return next((p for p in (manifest.profile, *manifest.also) if p.device == host.device), host)
 
 
 def _original_dtype(manifest: Manifest) -> str | None:

@@ -234,8 +234,7 @@ def _measure_static(
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
-    settings = subject.target.engine
-    rows = None if settings is None else settings.batch.most
+    rows = _most_rows(subject)
     with progress.stage("original"):
         Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).measure()
         windows.prepare(original)
@@ -251,6 +250,12 @@ def _measure_static(
         original.release()
     with progress.stage("quality"):
         made += measure_quality(model, original, windows, rows)
+
+
+def _most_rows(subject: Subject) -> int | None:
+    """Most rows of a batch that an engine takes; None for its graph, which takes any number."""
+    settings = subject.target.engine
+    return None if subject.engine is None or settings is None else settings.batch.most
 
 
 def _open_static(subject: Subject) -> StaticSession:

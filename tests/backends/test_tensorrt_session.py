@@ -15,7 +15,7 @@ from llmc.backends import tensorrt_session
 from llmc.backends.cuda import Buffer, Stream, call, load_runtime
 from llmc.backends.tensorrt import build_engine
 from llmc.backends.tensorrt_log import BuildLog, make_logger
-from llmc.backends.tensorrt_session import EngineSession, load_engine, sized
+from llmc.backends.tensorrt_session import EngineSession, load_engine, require_device, sized
 from llmc.backends.tensorrt_support import EnginePlan, Library
 from llmc.config import Dtype, Engine, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError
@@ -143,6 +143,23 @@ def test_what_is_asked_of_tensorrt_is_there() -> None:
     assert set(tensorrt_session._TYPES.values()) <= trt.DataType.__members__.keys()
     assert {"ON_PROFILE_CHANGE"} <= trt.ExecutionContextAllocationStrategy.__members__.keys()
     assert {"WHOLE_GRAPH_CAPTURE"} <= trt.CudaGraphStrategy.__members__.keys()
+
+
+def test_the_first_device_may_be_another_one(built: Built) -> None:
+    stream = Stream.__new__(Stream)
+    stream.device, stream.capability = "NVIDIA T4", "7.5"
+    message = r"first device is NVIDIA T4 \(SM75\); sm86-sm89\.engine is for SM86, SM89"
+    with pytest.raises(ResourceError, match=message) as caught:
+        require_device(stream, built[1])
+    assert str(caught.value.hint).startswith("CUDA_VISIBLE_DEVICES names the GPU to use")
+    stream.capability = "8.9"
+    require_device(stream, built[1])
+
+
+def test_a_record_without_profiles_is_of_no_engine(built: Built) -> None:
+    folder, record, interface = built
+    with pytest.raises(ConfigError, match="is recorded with 0 optimization profiles"):
+        EngineSession(folder, record.model_copy(update={"phases": ()}), interface)
 
 
 def test_every_input_and_output_has_a_size(built: Built) -> None:
