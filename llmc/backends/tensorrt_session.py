@@ -40,10 +40,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class _Phase:
-    """An optimization profile ready to run: its name, and its execution context."""
+    """An optimization profile ready to run: its execution context, on a stream that outlives it."""
 
     name: str
     context: Any
+    stream: Stream
 
 
 class EngineSession(StaticSession):
@@ -84,7 +85,7 @@ class EngineSession(StaticSession):
         self._engine = load_engine(self._runtime, folder / str(record.file), self._log)
         require_signature(trt, self._engine, interface)
         self._prefill, self._decode = (
-            _Phase(phase.name, self._open_context(trt, index))
+            _Phase(phase.name, self._open_context(trt, index), self._stream)
             for index, phase in enumerate((prefill, decode))
         )
         self._specs = {spec.name: spec for spec in (*interface.inputs, *interface.outputs)}
@@ -179,7 +180,7 @@ class EngineSession(StaticSession):
             )
 
     def _enqueue(self, phase: _Phase, shape: tuple[int, ...]) -> None:
-        if not phase.context.execute_async_v3(self._stream.handle):
+        if not phase.context.execute_async_v3(phase.stream.handle):
             raise ParityError(
                 f"TensorRT failed in {phase.name} at batch and sequence {shape}: {self._log.reason()}"
             )
