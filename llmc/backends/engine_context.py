@@ -4,7 +4,7 @@ Its one node is EPContext of domain com.microsoft, which names the engine's file
 design", and nv_tensorrt_rtx/onnx_ctx_model_helper.cc for what the provider reads of it). The provider loads
 an engine of the very release that it is linked to; it takes compute capabilities 8.6, 8.9 and 12.0 on.
 ONNX Runtime's provider of TensorRT reads the same node, and is linked to releases before those that build
-our engines.
+our engines. Whoever runs the model binds each past and its present to one buffer: the engine writes in place.
 """
 
 from pathlib import Path

@@ -69,7 +69,7 @@ def bench(
         ResourceError: An artifact is for hardware that this machine has not.
         ParityError: An artifact cannot be run.
     """
-    from llmc.artifact.store import check_files, open_artifact
+    from llmc.artifact.store import open_artifact
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
     from llmc.validate.reference import TorchModel
@@ -81,9 +81,6 @@ def bench(
         earlier = None if previous is None else open_artifact(previous)
         timed = _timed(artifact)
         rival = None if earlier is None else _timed(earlier)
-        for each in (artifact, earlier):
-            if each is not None:
-                check_files(each)
     manifest = artifact.manifest
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
@@ -112,8 +109,10 @@ def _timed(artifact: Artifact) -> Timed:
     """What is timed of an artifact on this machine: its engine, or its graph on the CPU.
 
     Raises:
+        ConfigError: It is damaged.
         ResourceError: It is for hardware that this machine has not.
     """
+    from llmc.artifact.store import check_files
     from llmc.backends.tensorrt_session import EngineSession
     from llmc.pipeline.engines import require_engine
     from llmc.validate.latency import Timed
@@ -124,6 +123,7 @@ def _timed(artifact: Artifact) -> Timed:
     interface, target = manifest.interface, manifest.target
     if target.engine is not None:
         record = require_engine(manifest)
+        check_files(artifact)
         session = partial(EngineSession, path, record, interface)
         return Timed(session, record.library, interface, record.weight_bytes or 0, target.engine.batch.most)
     if target.provider is not Provider.CPU:
@@ -131,6 +131,7 @@ def _timed(artifact: Artifact) -> Timed:
             f"{path} is built for {target.provider.value.upper()}; its latency on the CPU says nothing",
             hint="llmc verify measures the numbers of its graph on the CPU",
         )
+    check_files(artifact)
     threads = _threads(manifest)
     model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))
     return Timed(model, "onnxruntime", interface, streamed_weight_bytes(path))

@@ -162,6 +162,20 @@ def test_a_record_without_profiles_is_of_no_engine(built: Built) -> None:
         EngineSession(folder, record.model_copy(update={"phases": ()}), interface)
 
 
+def test_the_cache_is_one_that_tensorrt_updates_in_place(built: Built) -> None:
+    """A KVCacheUpdate layer's output shares the address of its cache by TensorRT's documentation."""
+    folder, _, interface = built
+    logger = make_logger(trt, BuildLog())
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse_from_file(str(folder / "model.onnx"))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
+    expected = {slot.present_key: slot.past_key for slot in interface.cache}
+    expected |= {slot.present_value: slot.past_value for slot in interface.cache}
+    assert {layer.get_output(0).name: layer.get_input(0).name for layer in updates} == expected
+
+
 def test_every_input_and_output_has_a_size(built: Built) -> None:
     _, record, interface = built
     shapes = {spec.name: sized(spec, 4, 32) for spec in (*interface.inputs, *interface.outputs)}
