@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from llmc.artifact.disk import space_errors
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MODEL
 from llmc.backends.tensorrt_support import Library
@@ -34,6 +35,9 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
 
     Returns:
         The file's name; None where the provider does not take the engine.
+
+    Raises:
+        ResourceError: The disk is full.
     """
     if record.file is None or Library(record.library) is not Library.RTX or not _TAKEN & set(record.sms):
         return None
@@ -51,7 +55,8 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
     node = ir.node("EPContext", inputs, attributes, domain=_DOMAIN, outputs=outputs, name="engine")
     graph = ir.Graph(inputs, outputs, nodes=[node], name="engine", opset_imports={"": _OPSET, _DOMAIN: 1})
     name = f"{Path(record.file).stem}.context.onnx"
-    ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="llmc"), folder / name)
+    with space_errors(folder / name):
+        ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="llmc"), folder / name)
     return name
 
 
