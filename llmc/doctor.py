@@ -98,6 +98,11 @@ def examine(folder: Path) -> DoctorReport:
                 versions,
                 "it finishes engines for H100, H200 and B200 there; pip install 'llmc[tensorrt]'",
             ),
+            check_extra(
+                "cuda-bindings",
+                versions,
+                "it executes TensorRT engines; pip install 'llmc[gpu]'",
+            ),
             check_compiler(),
             check_demo(),
             check_gpu(),

@@ -19,7 +19,15 @@ from tests.models import build_tiny_model
 from tests.runtime import StateStore
 
 CAPACITY = 128
-PASSES = ("linear", "rms-normalization", "layer-norm", "rotary-embedding", "static-cache", "pack-shared")
+PASSES = (
+    "linear",
+    "rms-normalization",
+    "layer-norm",
+    "rotary-embedding",
+    "static-cache",
+    "pack-shared",
+    "last-token-logits",
+)
 
 
 @cache

@@ -41,6 +41,8 @@ class EngineRecord(_Strict):
         weight_bytes: Weights that it holds on the device.
         quantized_products: Products that the engine computes from a quantized weight directly, by its type.
         phases: Its optimization profiles, in the engine's order.
+        context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that takes the engine.
+            Experimental: none was ever loaded.
     """
 
     file: str | None
@@ -51,3 +53,4 @@ class EngineRecord(_Strict):
     weight_bytes: int | None = None
     quantized_products: dict[str, int] = {}
     phases: tuple[EnginePhase, ...] = ()
+    context: str | None = None

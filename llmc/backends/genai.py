@@ -18,7 +18,7 @@ What the runtime does, as observed with 0.18.0:
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import DOMAIN as KERNELS
+from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.interface import Interface, TensorSpec
@@ -92,7 +93,14 @@ def write_genai_config(
     if library is not None:
         options["custom_ops_library"] = library
     context = interface.max_length or _UNBOUNDED_CONTEXT
-    model = _special_tokens(folder, config, generation_config, vocab) | {
+    tokens = special_tokens(folder, config, generation_config, vocab)
+    if "eos_token_id" not in tokens:
+        raise UnsupportedError(
+            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
+            f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
+            hint="set eos_token_id in the checkpoint's generation_config.json",
+        )
+    model = tokens | {
         "type": _MODEL_TYPE,
         "vocab_size": vocab,
         "context_length": context,
@@ -112,56 +120,6 @@ def write_genai_config(
     }
     text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
-
-
-def _special_tokens(folder: Path, config: Any, generation_config: Any, vocab: int) -> dict[str, object]:
-    """End-of-sequence ids, padding id and, where known, the id of the beginning.
-
-    The generation config decides, then the model's config. Where nobody wrote a generation config,
-    the tokenizer's end of sequence is added: a chat model's config often names only the end of text.
-    """
-    sources = [generation_config, config, config.get_text_config(decoder=True)]
-    known = {
-        name: [i for i in _ids(sources, f"{name}_token_id") if 0 <= i < vocab]
-        for name in ("bos", "eos", "pad")
-    }
-    if generation_config is None or generation_config._from_model_config:
-        ends = _tokenizer_eos(folder)
-        known["eos"] += [i for i in ends if i < vocab and i not in known["eos"]]
-    eos = known["eos"] or known["pad"]
-    if not eos:
-        raise UnsupportedError(
-            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
-            f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
-            hint="set eos_token_id in the checkpoint's generation_config.json",
-        )
-    tokens: dict[str, object] = {"eos_token_id": eos, "pad_token_id": (known["pad"] or eos)[0]}
-    if known["bos"]:
-        tokens["bos_token_id"] = known["bos"][0]
-    return tokens
-
-
-def _ids(sources: Iterable[Any], attribute: str) -> list[int]:
-    """Ids of the first source that states any."""
-    for source in sources:
-        stated = getattr(source, attribute, None)
-        if stated is not None:
-            return list(stated) if isinstance(stated, list) else [stated]
-    return []
-
-
-def _tokenizer_eos(folder: Path) -> list[int]:
-    """Id of the end-of-sequence token that the tokenizer files in `folder` state, if they do."""
-    settings, tokenizer = (_read_json(folder / f) for f in ("tokenizer_config.json", "tokenizer.json"))
-    token = settings.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", ())}
-    return [added[text]] if text in added else []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return data if isinstance(data, dict) else {}
 
 
 def _search(generation_config: Any, vocab: int) -> dict[str, object]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmc.cli.options import Artifact
-from llmc.cli.text import examples
+from llmc.cli.text import examples, open_progress
 
 
 def register(app: typer.Typer) -> None:
@@ -25,10 +25,10 @@ def run(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to it.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens at most.")] = 256,
 ) -> None:
-    """Generate text with ARTIFACT through onnxruntime-genai, greedily, as it comes."""
+    """Generate text with ARTIFACT, greedily, as it comes: by its engine, or through onnxruntime-genai."""
     from llmc import pipeline
 
-    pipeline.run(artifact, prompt, max_tokens, _write)
+    pipeline.run(artifact, prompt, max_tokens, _write, open_progress())
     _write("\n")
 
 

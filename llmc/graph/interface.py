@@ -70,3 +70,9 @@ class Interface(_Frozen):
     def static_cache(self) -> bool:
         """Whether the KV cache has `max_length` slots from the beginning and is written in place."""
         return any(spec.name == WRITE_INDICES for spec in self.inputs)
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the vocabulary, the last dimension of `logits`."""
+        logits = next(spec for spec in self.outputs if spec.name == "logits")
+        return int(logits.shape[-1])

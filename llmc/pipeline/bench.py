@@ -8,28 +8,42 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.config import Metric, Provider
+from llmc.config import Metric, Profile, Provider
 from llmc.errors import ResourceError
+from llmc.machine import detect_profile
 from llmc.pipeline.gate import GateResult, latency_gates, open_pair
 from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.artifact.manifest import Manifest
     from llmc.artifact.store import Artifact
     from llmc.artifact.verdict import Measurement
+    from llmc.validate.latency import Timed
 
 
 @dataclass(frozen=True)
 class OriginalLoader:
-    """Loads the original in a process of its own."""
+    """Loads the original, in a process of its own too.
+
+    Args:
+        ref: The checkpoint.
+        dtype: Type that it computes in on the GPU; None leaves it on the CPU, in float32.
+    """
 
     ref: str
+    dtype: str | None = None
 
     def __call__(self) -> Any:
         from llmc.checkpoint import open_checkpoint
 
-        return open_checkpoint(self.ref).load_reference("sdpa")
+        model: Any = open_checkpoint(self.ref).load_reference("sdpa")
+        if self.dtype is None:
+            return model
+        import torch
+
+        return model.to("cuda", getattr(torch, self.dtype))
 
 
 def bench(
@@ -52,42 +66,37 @@ def bench(
 
     Raises:
         ConfigError: `previous` is no artifact, or is damaged.
-        ResourceError: An artifact is not for the CPU.
+        ResourceError: An artifact is for hardware that this machine has not.
+        ParityError: An artifact cannot be run.
     """
-    from llmc.artifact.store import check_files, open_artifact
-    from llmc.pipeline.engines import require_no_engine
+    from llmc.artifact.store import open_artifact
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
     from llmc.validate.reference import TorchModel
-    from llmc.validate.session import shares_buffer
 
     if folder is not None:
         require_folder(folder)
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force)
         earlier = None if previous is None else open_artifact(previous)
-        for each in (artifact, earlier):
-            if each is not None:
-                require_no_engine(each.manifest)
-                _require_cpu(each)
-                check_files(each)
+        timed = _timed(artifact)
+        rival = None if earlier is None else _timed(earlier)
     manifest = artifact.manifest
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
-        reference = TorchModel(checkpoint.load_reference("sdpa"))
+        load = OriginalLoader(checkpoint.ref, _original_dtype(manifest))
+        reference = TorchModel(load())
     with progress.stage("latency"):
         latency = measure_latency(
-            path,
-            manifest.interface,
+            timed,
             reference,
-            OriginalLoader(checkpoint.ref),
+            load,
             tokens=tokens,
-            profile=manifest.profile,
-            threads=manifest.profile.threads or os.cpu_count() or 1,
-            share_buffer=shares_buffer(path),
+            profile=_host_profile(manifest),
+            threads=_threads(manifest),
             schedule=Schedule(),
         )
-    measurements = (*ratios(latency), _against(earlier, artifact, tokens, progress))
+    measurements = (*ratios(latency), _against(rival, timed, tokens, progress))
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
     name = manifest.profile.name
     report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.weights, path)
@@ -96,30 +105,66 @@ def bench(
     return GateReport(report=report)
 
 
-def _require_cpu(artifact: Artifact) -> None:
-    provider = artifact.manifest.target.provider
-    if provider is not Provider.CPU:
+def _timed(artifact: Artifact) -> Timed:
+    """What is timed of an artifact on this machine: its engine, or its graph on the CPU.
+
+    Raises:
+        ConfigError: It is damaged.
+        ResourceError: It is for hardware that this machine has not.
+    """
+    from llmc.artifact.store import check_files
+    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.pipeline.engines import require_engine
+    from llmc.validate.latency import Timed
+    from llmc.validate.roofline import streamed_weight_bytes
+    from llmc.validate.session import OrtModel, shares_buffer
+
+    path, manifest = artifact.path, artifact.manifest
+    interface, target = manifest.interface, manifest.target
+    if target.engine is not None:
+        record = require_engine(manifest)
+        check_files(artifact)
+        session = partial(EngineSession, path, record, interface)
+        return Timed(session, record.library, interface, record.weight_bytes or 0, target.engine.batch.most)
+    if target.provider is not Provider.CPU:
         raise ResourceError(
-            f"{artifact.path} is built for {provider.value.upper()}; its latency on the CPU says nothing",
+            f"{path} is built for {target.provider.value.upper()}; its latency on the CPU says nothing",
             hint="llmc verify measures the numbers of its graph on the CPU",
         )
+    check_files(artifact)
+    threads = _threads(manifest)
+    model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))
+    return Timed(model, "onnxruntime", interface, streamed_weight_bytes(path))
 
 
-def _against(earlier: Artifact | None, artifact: Artifact, tokens: Any, progress: Progress) -> Measurement:
+def _threads(manifest: Manifest) -> int:
+    return manifest.profile.threads or os.cpu_count() or 1
+
+
+def _host_profile(manifest: Manifest) -> Profile:
+    """The profile whose bandwidth bounds what is timed: of engines the host's, if the artifact is for it."""
+    if not manifest.engines:
+        return manifest.profile
+    host = detect_profile()
+    return next((p for p in (manifest.profile, *manifest.also) if p.device == host.device), host)
+
+
+def _original_dtype(manifest: Manifest) -> str | None:
+    """What the original computes in on the GPU beside an engine; None where PyTorch has no GPU."""
+    import torch
+
+    return manifest.target.dtype.value if manifest.engines and torch.cuda.is_available() else None
+
+
+def _against(earlier: Timed | None, timed: Timed, tokens: Any, progress: Progress) -> Measurement:
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.measure import unmeasured
     from llmc.validate.rival import CONTEXT, Pairing, measure_rival
-    from llmc.validate.session import OrtModel, shares_buffer
 
     if earlier is None:
         status = MeasurementStatus.NOT_APPLICABLE
         return unmeasured(Metric.PREVIOUS_RATIO, status, "no earlier artifact was given", "nowhere")
-    threads = artifact.manifest.profile.threads or os.cpu_count() or 1
-    makers = [
-        partial(OrtModel, a.path, a.manifest.interface, threads=threads, share_buffer=shares_buffer(a.path))
-        for a in (artifact, earlier)
-    ]
-    limits = [a.manifest.interface.max_length for a in (artifact, earlier)]
+    limits = [side.interface.max_length for side in (timed, earlier)]
     length = min(CONTEXT, *(n // 2 for n in limits if n is not None), len(tokens))
     with progress.stage("latency against the earlier artifact"):
-        return measure_rival(makers[0], makers[1], tokens[:length], Pairing())
+        return measure_rival(timed.open, earlier.open, tokens[:length], Pairing())

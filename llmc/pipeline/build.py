@@ -36,6 +36,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     from llmc.artifact.manifest import REPORTS
     from llmc.artifact.store import digest_files, staging
     from llmc.backends.ort import write_model
+    from llmc.backends.special_tokens import write_generation_config
     from llmc.checkpoint import open_checkpoint
     from llmc.pipeline.calibrate import write_activations
     from llmc.quantize.activations import write_smoothing
@@ -60,7 +61,10 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
                 _write_genai_config(stage.path, plan, checkpoint, compiled, record)
-        engines, engine_files = write_engines(stage.path, plan.target, engine_plans, progress)
+            else:
+                settings = checkpoint.generation_config()
+                write_generation_config(stage.path, checkpoint.config, settings, interface.vocabulary)
+        engines, engine_files = write_engines(stage.path, plan.target, interface, engine_plans, progress)
         gate = None
         reports = stage.path / REPORTS
         reports.mkdir()

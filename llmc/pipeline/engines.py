@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.manifest import FileDigest, Manifest
     from llmc.backends.tensorrt_support import EnginePlan
+    from llmc.graph.interface import Interface
 
 
 def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
@@ -42,13 +43,16 @@ def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
 
 
 def write_engines(
-    folder: Path, target: Target, plans: tuple[EnginePlan, ...], progress: Progress
+    folder: Path, target: Target, interface: Interface, plans: tuple[EnginePlan, ...], progress: Progress
 ) -> tuple[tuple[EngineRecord, ...], dict[str, FileDigest]]:
     """Build what can be built here from model.onnx in `folder`.
 
     Returns:
-        A record of every engine, those that wait for their GPU included, and the digests of the files.
+        A record of every engine, those that wait for their GPU included, and the digests of the files: the
+        engines, and ONNX models around them.
     """
+    from llmc.artifact.store import digest_file
+    from llmc.backends.engine_context import write_context
     from llmc.backends.tensorrt import pending
     from llmc.backends.tensorrt_worker import build_apart
 
@@ -61,7 +65,10 @@ def write_engines(
             continue
         with progress.stage(f"engine {', '.join(each.sms)}"):
             record, digest = build_apart(folder, each, target.engine)
-        records.append(record)
+        context = write_context(folder, record, interface)
+        if context is not None:
+            files[context] = digest_file(folder / context)
+        records.append(record.model_copy(update={"context": context}))
         files[each.name] = digest
     return tuple(records), files
 
@@ -107,7 +114,7 @@ def resume(path: Path, progress: Progress) -> BuildResult:
     plans = tuple(_plan_of(record) for record in waiting)
     for each in plans:
         _require_host(each)
-    records, files = write_engines(path, manifest.target, plans, progress)
+    records, files = write_engines(path, manifest.target, manifest.interface, plans, progress)
     built = {record.sms: record for record in records}
     manifest = manifest.model_copy(
         update={
@@ -151,21 +158,22 @@ def _builds_here(plan: EnginePlan) -> bool:
     return capability is not None and f"SM{capability.replace('.', '')}" in plan.sms
 
 
-def require_no_engine(manifest: Manifest) -> None:
-    """Refuse what would have to execute an engine.
-
-    Raises:
-        ResourceError: The artifact is made of engines.
-    """
+def require_engine(manifest: Manifest) -> EngineRecord:
+    """The engine that this machine can load, as `require_host`."""
     from llmc.machine import detect_profile
 
-    if manifest.engines:
-        require_host(manifest.engines, detect_profile())
-        sms = ", ".join(dict.fromkeys(sm for engine in manifest.engines for sm in engine.sms))
-        raise ResourceError(
-            f"the artifact holds TensorRT engines for {sms}, and llmc does not execute engines yet",
-            hint=_MEASURE_THE_GRAPH,
-        )
+    return require_host(manifest.engines, detect_profile())
+
+
+def host_engine(manifest: Manifest, progress: Progress) -> EngineRecord | None:
+    """The engine that this machine can load; None, and a note why, where there is none."""
+    if not manifest.engines:
+        return None
+    try:
+        return require_engine(manifest)
+    except ResourceError as error:
+        progress.note(f"the graph is measured on the CPU, and no engine: {error.fact}")
+        return None
 
 
 def require_host(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:

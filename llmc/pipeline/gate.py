@@ -15,11 +15,13 @@ from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.artifact.engine import EngineRecord
     from llmc.artifact.latency import Latency
     from llmc.artifact.store import Artifact
     from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
+    from llmc.graph.static_session import StaticSession
     from llmc.graph.weights import Rows
     from llmc.validate.reference import TorchModel
     from llmc.validate.weights import WeightParity
@@ -49,6 +51,7 @@ class Subject:
         model_digest: Its digest.
         sources: What each weight is made of, by the name of its initializer before quantization.
         damaged: What is wrong with the files by the manifest.
+        engine: An engine to execute here; None measures the graph.
     """
 
     folder: Path
@@ -59,6 +62,12 @@ class Subject:
     model_digest: str
     sources: Mapping[str, Rows]
     damaged: Sequence[str] = ()
+    engine: EngineRecord | None = None
+
+    @property
+    def runtime(self) -> str:
+        """What executes it."""
+        return "onnxruntime" if self.engine is None else self.engine.library
 
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
@@ -81,7 +90,8 @@ def measure_parity(
     given the artifact's own weights, and quantized products are computed in float32 on both sides, so
     that a tight bound holds for every target.
 
-    All of it is taken on the CPU. Of what is built for a GPU that is the graph, not the GPU's kernels.
+    All of it is taken on the CPU, unless the subject names an engine for the GPU at hand. Of what is built
+    for a GPU that is the graph, not the GPU's kernels.
 
     Args:
         eval_text: Files with the user's text; none for the one that ships.
@@ -110,7 +120,7 @@ def measure_parity(
     except ParityError as error:
         taken = {m.metric for m in measurements}
         left = tuple(gate.metric for gate in gates if gate.metric not in taken)
-        measurements += broken(left, error, "onnxruntime")
+        measurements += broken(left, error, subject.runtime)
     return GateResult(tuple(measurements), evaluate(gates, measurements))
 
 
@@ -203,16 +213,15 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
 def _measure_static(
     subject: Subject, eval_text: Sequence[str], progress: Progress, made: list[Measurement]
 ) -> None:
-    """`_measure` for the graph that engines are parsed from: its logits, as no runtime here serves it.
+    """`_measure` for an engine, or for the graph that it is parsed from where its GPU is not at hand.
 
     Raises:
-        ParityError: onnxruntime cannot load the graph.
+        ParityError: TensorRT or onnxruntime cannot load it.
     """
     from llmc.validate.blank import BlankSession
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
-    from llmc.validate.static_session import StaticOrtModel
 
     checkpoint = subject.checkpoint
     made.append(
@@ -225,21 +234,40 @@ def _measure_static(
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
+    rows = _most_rows(subject)
     with progress.stage("original"):
-        Parity(BlankSession(subject.interface), original, tokens, heads, switches).measure()
+        Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).measure()
         windows.prepare(original)
         original.release()
     with progress.stage("parity"):
         try:
-            model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
+            model = _open_static(subject)
         except ParityError as error:
-            made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            made.append(measured(Metric.INTERFACE, 1.0, error.fact, subject.runtime))
             raise
         made.append(_interface_holds(subject.interface, model.where))
-        made += Parity(model, original, tokens, heads, switches).measure()
+        made += Parity(model, original, tokens, heads, switches, rows).measure()
         original.release()
     with progress.stage("quality"):
-        made += measure_quality(model, original, windows)
+        made += measure_quality(model, original, windows, rows)
+
+
+def _most_rows(subject: Subject) -> int | None:
+    """Most rows of a batch that an engine takes; None for its graph, which takes any number."""
+    settings = subject.target.engine
+    return None if subject.engine is None or settings is None else settings.batch.most
+
+
+def _open_static(subject: Subject) -> StaticSession:
+    """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take."""
+    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.validate.static_session import StaticOrtModel
+
+    if subject.engine is not None:
+        return EngineSession(subject.folder, subject.engine, subject.interface)
+    settings = subject.target.engine
+    most = None if settings is None else settings.prefill.most
+    return StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, most=most)
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:

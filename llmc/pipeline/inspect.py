@@ -146,6 +146,7 @@ def _render_engine(engine: EngineRecord) -> list[str]:
             f"{p.fused_attention} fused attention, {p.scratch_bytes / 1e6:.1f} MB of scratch"
             for p in engine.phases
         ),
+        *([f"    {engine.context}  for ONNX Runtime, experimental: never loaded"] if engine.context else []),
     ]
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from llmc.progress import Progress
 
-def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None]) -> None:
-    """Generate text greedily through onnxruntime-genai, as it comes.
+
+def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None], progress: Progress) -> None:
+    """Generate text greedily, as it comes: through onnxruntime-genai, or by the artifact's engine.
 
     Args:
         path: An artifact.
@@ -16,11 +18,23 @@ def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None]) -
     Raises:
         ConfigError: No artifact there, or a damaged one.
         ResourceError: The runtime or the GPU that it needs is missing.
+        ParityError: The engine fails, or is not what the manifest says.
     """
     from llmc.artifact.store import open_artifact
     from llmc.backends.generate import generate_text
-    from llmc.pipeline.engines import require_no_engine
+    from llmc.backends.greedy import stream_text
+    from llmc.backends.special_tokens import read_stop_tokens
+    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.checkpoint.tokenizer import load_tokenizer
+    from llmc.pipeline.engines import require_engine
 
     artifact = open_artifact(path)
-    require_no_engine(artifact.manifest)
-    generate_text(artifact.path, prompt, max_tokens, emit, chat=True)
+    manifest = artifact.manifest
+    if not manifest.engines:
+        generate_text(path, prompt, max_tokens, emit, chat=True)
+        return
+    session = EngineSession(path, require_engine(manifest), manifest.interface)
+    stop = read_stop_tokens(path)
+    stream_text(session, load_tokenizer(path), path, prompt, max_tokens, stop, emit)
+    for note in session.notes:
+        progress.note(note)

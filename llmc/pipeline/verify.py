@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmc.pipeline.compile import artifact_sources
+from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
@@ -23,6 +24,8 @@ def verify(
     each_pass: bool = False,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
+
+    An engine is executed where its GPU is at hand; elsewhere the graph that it is parsed from is measured.
 
     Args:
         each_pass: Run the graph before and after every pass as well.
@@ -54,6 +57,7 @@ def verify(
         model_digest=digest,
         sources=sources,
         damaged=damaged,
+        engine=host_engine(manifest, progress),
     )
     gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
     report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights, path)

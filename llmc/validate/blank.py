@@ -20,8 +20,7 @@ class BlankSession:
     def __init__(self, interface: Interface) -> None:
         self.interface = interface
         self.where = "nowhere"
-        logits = next(spec for spec in interface.outputs if spec.name == "logits")
-        self._vocabulary = int(logits.shape[-1])
+        self._vocabulary = interface.vocabulary
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
         """(batch, sequence or 1, vocabulary) float32."""

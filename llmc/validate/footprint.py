@@ -9,21 +9,25 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import ResourceError
-from llmc.graph.interface import Interface
+from llmc.validate.session import Session
 
 
 @dataclass(frozen=True)
 class ArtifactJob:
-    """An artifact under onnxruntime: arguments of `OrtModel`, prompt length and decode steps."""
+    """An artifact under its runtime: what opens it, prompt length and decode steps.
 
-    folder: Path
-    interface: Interface
-    threads: int
-    share_buffer: bool
+    Args:
+        open: Picklable.
+        module: The runtime's, imported before the clock starts.
+    """
+
+    open: Callable[[], Session]
+    module: str
     prompt_tokens: int
     steps: int
 
@@ -99,12 +103,9 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
 
     prompt = np.arange(job.prompt_tokens, dtype=np.int64) % 7 + 1
     if isinstance(job, ArtifactJob):
-        import onnxruntime  # noqa: F401  (imported before the clock starts)
-
-        from llmc.validate.session import OrtModel
-
+        import_module(job.module)
         start = time.perf_counter()
-        model = OrtModel(job.folder, job.interface, threads=job.threads, share_buffer=job.share_buffer)
+        model = job.open()
         load_ms = 1e3 * (time.perf_counter() - start)
         model.prefill(prompt[None], steps=job.steps)
         for _ in range(job.steps):

@@ -20,6 +20,7 @@ from llmc.artifact.latency import (
     DecodeLatency,
     Footprint,
     Latency,
+    OperatorTime,
     PrefillLatency,
     Ratio,
     Timing,
@@ -34,8 +35,8 @@ from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
-from llmc.validate.roofline import roofline, streamed_weight_bytes
-from llmc.validate.session import OrtModel
+from llmc.validate.roofline import roofline
+from llmc.validate.session import OrtModel, Rewindable
 
 Array = np.ndarray
 
@@ -62,26 +63,44 @@ class Schedule:
     footprint_rounds: int = 3
 
 
+@dataclass(frozen=True)
+class Timed:
+    """An artifact to be timed.
+
+    Args:
+        open: Makes a session of it; picklable, for the processes that measure memory.
+        module: Its runtime.
+        interface: What it takes and gives.
+        weight_bytes: Weights that a decode step reads whole.
+        rows: Most rows of a batch that it takes; None for any number.
+    """
+
+    open: Callable[[], Rewindable]
+    module: str
+    interface: Interface
+    weight_bytes: int
+    rows: int | None = None
+
+
 #: Rest before a side's turn, seconds.
 _REST_SECONDS = 0.05
 
 
 def measure_latency(
-    folder: Path,
-    interface: Interface,
+    timed: Timed,
     reference: TorchModel,
     load_reference: Callable[[], Any],
     *,
     tokens: Array,
     profile: Profile,
     threads: int,
-    share_buffer: bool,
     schedule: Schedule,
     counters: Path = POWERCAP,
 ) -> Latency:
     """Time to first token, inter-token latency, energy, load time and peak memory of both sides.
 
     Args:
+        timed: The artifact.
         reference: The original, loaded.
         load_reference: Loads the original anew in a child process; must be picklable.
         tokens: (n,) int64, at least one, repeated where a prompt needs more.
@@ -91,6 +110,7 @@ def measure_latency(
     Raises:
         ParityError: The artifact cannot be run.
     """
+    interface = timed.interface
     limit = interface.max_length
     prompts = [n for n in schedule.prompts if limit is None or n <= limit]
     contexts = [n for n in schedule.contexts if limit is None or n + schedule.decode_tokens <= limit]
@@ -98,12 +118,10 @@ def measure_latency(
     dropped += [f"decode at context {n}" for n in schedule.contexts if n not in contexts]
 
     # Before this process holds a session of its own, so that the children have the machine to themselves.
-    footprints = _footprints(
-        folder, interface, load_reference, threads, share_buffer, max(prompts, default=1), schedule
-    )
+    footprints = _footprints(timed, load_reference, threads, max(prompts, default=1), schedule)
     counter, energy = _find_counter(counters)
     with _torch_threads(threads):
-        model = OrtModel(folder, interface, threads=threads, share_buffer=share_buffer)
+        model = timed.open()
         prefill: list[PrefillLatency] = []
         decode: list[DecodeLatency] = []
         for length in prompts:
@@ -112,16 +130,20 @@ def measure_latency(
             if length in contexts:
                 decode.append(_time_decode(model, reference, length, schedule, counter))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
-        batches = [_time_batch(model, first, n, schedule) for n in schedule.batches if first is not None]
-        operators = () if first is None else profile_decode(model, first)
-    weights = streamed_weight_bytes(folder)
+        rows = [n for n in schedule.batches if timed.rows is None or n <= timed.rows]
+        batches = [_time_batch(model, first, n, schedule) for n in rows if first is not None]
+        operators: tuple[OperatorTime, ...] = ()
+        if first is not None and isinstance(model, OrtModel):
+            operators = profile_decode(model, first)
     return Latency(
         where=model.where,
         original=reference.description,
         threads=threads,
         prefill=tuple(prefill),
         decode=tuple(decode),
-        roofline=tuple(roofline(weights, interface, d.context, profile, d.artifact.p50_ms) for d in decode),
+        roofline=tuple(
+            roofline(timed.weight_bytes, interface, d.context, profile, d.artifact.p50_ms) for d in decode
+        ),
         artifact_footprint=footprints[0],
         original_footprint=footprints[1],
         energy=energy,
@@ -181,7 +203,7 @@ def noise(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -
 
 
 def _time_prefill(
-    model: OrtModel, reference: TorchModel, prompt: Array, schedule: Schedule
+    model: Rewindable, reference: TorchModel, prompt: Array, schedule: Schedule
 ) -> PrefillLatency:
     steps = schedule.decode_tokens
 
@@ -209,7 +231,7 @@ def _time_prefill(
 
 
 def _time_decode(
-    model: OrtModel, reference: TorchModel, context: int, schedule: Schedule, counter: EnergyCounter | None
+    model: Rewindable, reference: TorchModel, context: int, schedule: Schedule, counter: EnergyCounter | None
 ) -> DecodeLatency:
     """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
 
@@ -254,7 +276,7 @@ def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
     return sum(known) / tokens if known else None
 
 
-def _time_batch(model: OrtModel, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
+def _time_batch(model: Rewindable, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
     """Steps of `batch` equal rows."""
     model.prefill(np.repeat(prompt[None], batch, axis=0), steps=schedule.decode_tokens)
 
@@ -315,18 +337,12 @@ def _find_counter(folder: Path) -> tuple[EnergyCounter | None, str]:
 
 
 def _footprints(
-    folder: Path,
-    interface: Interface,
-    load_reference: Callable[[], Any],
-    threads: int,
-    share_buffer: bool,
-    prompt: int,
-    schedule: Schedule,
+    timed: Timed, load_reference: Callable[[], Any], threads: int, prompt: int, schedule: Schedule
 ) -> tuple[Footprint, Footprint]:
-    limit = interface.max_length
+    limit = timed.interface.max_length
     steps = 16 if limit is None else min(16, max(0, limit - prompt))
     jobs = (
-        ArtifactJob(folder, interface, threads, share_buffer, prompt, steps),
+        ArtifactJob(timed.open, timed.module, prompt, steps),
         OriginalJob(load_reference, threads, prompt, steps),
     )
     rounds = [tuple(take_sample(job) for job in jobs) for _ in range(schedule.footprint_rounds)]

@@ -45,6 +45,7 @@ class Parity:
             text makes better prompts than noise.
         heads: Attention heads of the original, which bound the longest prompt by memory.
         switches: Total lengths at which the rotary embedding of the original changes.
+        rows: Most rows of a batch that the artifact takes; None for any number.
 
     Raises:
         ConfigError: There are fewer than two tokens.
@@ -55,6 +56,7 @@ class Parity:
     tokens: Array
     heads: int = 1
     switches: tuple[int, ...] = ()
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2:
@@ -152,10 +154,13 @@ class Parity:
 
         The original runs each row alone, without padding.
         """
+        if self.rows == 1:
+            why = "the artifact takes one row at a time"
+            return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_APPLICABLE, why),)
         if not self._sides():
             return self._even()
-        lengths = [n for n in RAGGED_LENGTHS if n + RAGGED_STEPS <= self._limit()]
-        if len(lengths) < 3:
+        lengths = [n for n in RAGGED_LENGTHS if n + RAGGED_STEPS <= self._limit()][: self.rows]
+        if len(lengths) < min(3, self.rows or 3):
             why = f"the model ends at {self._limit()} positions, three rows do not fit"
             return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
         rows = list(self._rows(lengths, RAGGED_STEPS))
@@ -175,7 +180,7 @@ class Parity:
         if length < 1:
             why = f"the model ends at {self._limit()} positions, {RAGGED_STEPS} steps do not fit"
             return (self._not_measured(Metric.RAGGED_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
-        rows = list(self._rows([length] * 3, RAGGED_STEPS))
+        rows = list(self._rows([length] * min(3, self.rows or 3), RAGGED_STEPS))
         worst = compare_ragged(self.model, rows, RAGGED_STEPS, "left")
         detail = f"{len(rows)} rows of {length} tokens and {RAGGED_STEPS} steps; the graph takes no padding"
         return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where),)
@@ -204,6 +209,7 @@ class Parity:
             for prompt in (min(crossing, longest), min(beyond, longest)):
                 figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
             lengths = [min(n, longest) for n in (max(2, window - 1), window + 3, max(2, window // 2))]
+            lengths = lengths[: self.rows]
             rows = list(self._rows(lengths, WINDOW_STEPS))
             for side in self._sides():
                 worst = compare_ragged(self.model, rows, WINDOW_STEPS, side)

@@ -128,12 +128,17 @@ def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...]) ->
     return Windows(cut_windows(tokens, length - len(start), start), prefix)
 
 
-def measure_quality(model: Session, reference: Reference, windows: Windows) -> tuple[Measurement, ...]:
+def measure_quality(
+    model: Session, reference: Reference, windows: Windows, rows: int | None = None
+) -> tuple[Measurement, ...]:
     """KL divergence, agreement and perplexity ratio on a text.
 
     Of each window the first tokens are prefilled and the rest decoded one by one, which is how an
     artifact serves, whatever logits it returns; several windows go as one batch. The original sees
     each window in one forward pass.
+
+    Args:
+        rows: Most rows of a batch that the model takes; None for any number.
 
     Returns:
         One measurement for each of METRICS.
@@ -143,6 +148,7 @@ def measure_quality(model: Session, reference: Reference, windows: Windows) -> t
         parts = []
         vocabulary = reference.distributions(windows.tokens[0, :-1], keep=windows.steps).codes.shape[1]
         batch = max(1, DISTRIBUTION_BYTES // (2 * windows.steps * vocabulary))
+        batch = batch if rows is None else min(batch, rows)
         for i in range(0, len(windows.tokens), batch):
             parts.append(_compare(model, reference, windows.tokens[i : i + batch], windows.prefix))
         return _measurements(np.concatenate(parts, axis=1), windows.tokens.shape[1], model.where)

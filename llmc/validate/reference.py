@@ -50,10 +50,10 @@ def sliding_window(config: Any) -> int | None:
 
 
 class TorchModel:
-    """A transformers causal LM in evaluation mode, on the CPU.
+    """A transformers causal LM in evaluation mode, on the CPU, or on the GPU to be timed there.
 
     Args:
-        model: The model, as `transformers.AutoModelForCausalLM` gives it, float32.
+        model: The model, as `transformers.AutoModelForCausalLM` gives it, float32 unless it is on a GPU.
     """
 
     def __init__(self, model: Any) -> None:
@@ -68,12 +68,16 @@ class TorchModel:
 
     @property
     def description(self) -> str:
-        """What it runs as: torch version, element type, attention implementation."""
+        """What it runs as: torch version, element type, attention implementation, and the GPU if on one."""
         import torch
 
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        parameter = next(self.model.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
         attention = self.model.config._attn_implementation
-        return f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
+        told = f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
+        if parameter.device.type == "cuda":
+            return f"{told}, {torch.cuda.get_device_name(parameter.device)}"
+        return told
 
     def logits(self, input_ids: Array, *, keep: int) -> Array:
         """Logits of a whole sequence in one forward pass without a cache.
@@ -173,9 +177,10 @@ class TorchModel:
     def _step(self, input_ids: Array) -> int:
         import torch
 
+        ids = torch.from_numpy(input_ids[None].copy())
         with torch.inference_mode(), _failures(len(input_ids)):
             out = self.model(
-                input_ids=torch.from_numpy(input_ids[None].copy()),
+                input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
                 past_key_values=self._cache,
                 use_cache=True,
                 **self._keep(1),

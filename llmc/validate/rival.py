@@ -21,11 +21,11 @@ from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.interval import CONFIDENCE
 from llmc.validate.measure import measured
-from llmc.validate.session import OrtModel
+from llmc.validate.session import Rewindable
 
 Array = np.ndarray
 Turn = Callable[[], float]
-Open = Callable[[], OrtModel]
+Open = Callable[[], Rewindable]
 
 #: Tokens in the cache before a turn.
 CONTEXT = 128
@@ -96,7 +96,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return float(np.median(ordered)), ordered[below], ordered[count - 1 - below]
 
 
-def decode_turn(model: OrtModel, prompt: Array, steps: int = 8) -> Turn:
+def decode_turn(model: Rewindable, prompt: Array, steps: int = 8) -> Turn:
     """A turn of `steps` decode steps after `prompt` (sequence,), always from the same point."""
     model.prefill(prompt[None], steps=steps)
     point = model.state()

@@ -48,6 +48,18 @@ class Session(Protocol):
         ...
 
 
+class Rewindable(Session, Protocol):
+    """A session that goes back to an earlier point, so that steps from there can be timed again."""
+
+    def state(self) -> Any:
+        """This point of the sequence."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go back to a point since the last prefill."""
+        ...
+
+
 class OrtModel:
     """One onnxruntime session with the KV cache of one batch.
 

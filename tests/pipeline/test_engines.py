@@ -1,6 +1,8 @@
 """From a checkpoint to engines and their verdict, what waits for its GPU, and what is refused."""
 
 import json
+import os
+from io import StringIO
 from pathlib import Path
 
 import onnx
@@ -9,15 +11,16 @@ import pytest
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
+from llmc.backends.special_tokens import read_stop_tokens
 from llmc.backends.tensorrt import load_library
 from llmc.backends.tensorrt_support import Library
 from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
-from llmc.errors import ConfigError, ResourceError, UnsupportedError
+from llmc.errors import ConfigError, ExitCode, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, inspect, resume, run, verify
 from llmc.pipeline.engines import require_host
 from llmc.plan import plan_build
-from llmc.progress import SilentProgress
+from llmc.progress import PlainProgress, SilentProgress
 from tests.models import EOS, save_tiny_model
 
 REASON = "half precision of a tiny random model"
@@ -57,6 +60,12 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {check.metric for check in manifest.checks} == {gate.metric for gate in GATES}
     assert all(check.where.startswith("onnxruntime") for check in manifest.checks)
     assert not (tmp_path / "out/genai_config.json").exists()
+    assert read_stop_tokens(tmp_path / "out") == (EOS,)
+    assert (built.context, waiting.context) == ("sm89.context.onnx", None)
+    assert {"sm89.context.onnx", "generation_config.json", "tokenizer.json"} <= manifest.files.keys()
+    context = onnx.load(tmp_path / "out/sm89.context.onnx")
+    onnx.checker.check_model(context, full_check=True)
+    assert [v.name for v in context.graph.input] == [spec.name for spec in manifest.interface.inputs]
     text = result.render()
     assert "SM89 (l4, rtx-4090): " in text
     assert "SM90 (h100-sxm): pending, llmc build --resume on that GPU with tensorrt" in text
@@ -72,14 +81,19 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert lines[first].startswith("  sm89.engine: SM89 (l4, rtx-4090), tensorrt_rtx 1.")
     assert lines[first + 1].startswith("    prefill  ")
     assert ", 3 fused attention, " in lines[first + 2]
-    assert lines[first + 3] == "  SM90 (h100-sxm): pending, built by tensorrt on its GPU"
+    assert lines[first + 3] == "    sm89.context.onnx  for ONNX Runtime, experimental: never loaded"
+    assert lines[first + 4] == "  SM90 (h100-sxm): pending, built by tensorrt on its GPU"
 
     before = (tmp_path / "out/manifest.json").read_bytes()
-    assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
+    told = StringIO()
+    verified = verify(tmp_path / "out", None, (), PlainProgress(told))
+    assert verified.failure() is None
+    assert not any("tensorrt" in m.where for m in verified.report.measurements)
+    assert "the graph is measured on the CPU, and no engine: the artifact holds TensorRT" in told.getvalue()
     with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
         resume(tmp_path / "out", SilentProgress())
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
-        run(tmp_path / "out", "hello", 4, print)
+        run(tmp_path / "out", "hello", 4, print, SilentProgress())
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
@@ -110,12 +124,30 @@ def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
         require_host([_record(None, file=None)], l4)
 
 
-def test_nothing_to_resume(tmp_path: Path) -> None:
+def test_where_there_is_the_gpu_its_engine_is_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi tells of an L4 and CUDA finds no device: its error is what comes."""
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = _plan(model, tmp_path / "out", "l4").model_copy(update={"verify": False})
     assert build(plan, SilentProgress()).manifest.state is State.NOT_EXECUTED
     with pytest.raises(ConfigError, match="has no engine pending: it is built, not executed"):
         resume(tmp_path / "out", SilentProgress())
+
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9, 23034'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    for command in (
+        lambda: run(tmp_path / "out", "hello", 4, print, SilentProgress()),
+        lambda: verify(tmp_path / "out", None, (), SilentProgress()),
+        lambda: bench(tmp_path / "out", None, SilentProgress()),
+    ):
+        with pytest.raises(ResourceError, match="cudaGetDeviceProperties of CUDA fails: ") as caught:
+            command()
+        assert caught.value.exit_code is ExitCode.RESOURCES
 
 
 def test_a_cache_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A tiny llama-like decoder written by hand in ONNX from a transformers state dict, and its faults."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.validate.latency import Timed
+from llmc.validate.roofline import streamed_weight_bytes
+from llmc.validate.session import OrtModel
 
 _TYPES = {T.INT64: "int64", T.FLOAT: "float32"}
 
@@ -219,3 +223,9 @@ def _save(
         padding=variant.padding,
         max_length=variant.max_length,
     )
+
+
+def timed_graph(folder: Path, interface: Interface) -> Timed:
+    """The model.onnx in `folder` as latency is measured of it."""
+    model = partial(OrtModel, folder, interface, threads=1, share_buffer=False)
+    return Timed(model, "onnxruntime", interface, streamed_weight_bytes(folder))

@@ -15,7 +15,7 @@ from llmc.validate.latency import Schedule, measure_latency
 from llmc.validate.reference import TorchModel
 
 from .conftest import build
-from .decoder import Variant, write_decoder
+from .decoder import Variant, timed_graph, write_decoder
 from .test_latency import PROFILE
 
 
@@ -85,8 +85,8 @@ def test_joules_of_decoded_tokens(llama: Any, tmp_path: Path) -> None:
     thread.start()
     try:
         latency = measure_latency(
-            tmp_path / "model", interface, TorchModel(llama), partial(build, "LlamaConfig"),
-            tokens=np.array([5, 6, 7]), profile=PROFILE, threads=1, share_buffer=False,
+            timed_graph(tmp_path / "model", interface), TorchModel(llama), partial(build, "LlamaConfig"),
+            tokens=np.array([5, 6, 7]), profile=PROFILE, threads=1,
             schedule=Schedule(
                 prompts=(8,), contexts=(8,), batches=(), prefill_rounds=1, decode_rounds=2, decode_tokens=60,
                 footprint_rounds=1,

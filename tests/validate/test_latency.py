@@ -11,16 +11,19 @@ import pytest
 
 from llmc.artifact.latency import Latency, Ratio
 from llmc.artifact.verdict import MeasurementStatus
-from llmc.config import Gate, Metric, Profile
+from llmc.config import Dtype, Gate, Metric, Profile
 from llmc.errors import ResourceError
 from llmc.validate.footprint import ArtifactJob, OriginalJob, peak_resident_bytes, take_sample
 from llmc.validate.gates import evaluate
-from llmc.validate.latency import Schedule, measure_latency, noise, ratio, ratios, timing
+from llmc.validate.latency import Schedule, Timed, measure_latency, noise, ratio, ratios, timing
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
+from llmc.validate.session import OrtModel
+from llmc.validate.static_session import StaticOrtModel
+from tests.lowering import tiny, write_lowered
 
 from .conftest import build
-from .decoder import Variant, write_decoder
+from .decoder import Variant, timed_graph, write_decoder
 
 PROFILE = Profile(
     schema_version=1, name="here", kind="cpu", device="a test", bandwidth_gbs=10.0,
@@ -37,8 +40,8 @@ def timed(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Latency
     folder = tmp_path_factory.mktemp("artifact")
     interface = write_decoder(llama, folder, Variant(logits="last"))
     latency = measure_latency(
-        folder, interface, TorchModel(llama), partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]),
-        profile=PROFILE, threads=1, share_buffer=False, schedule=SMALL, counters=folder / "absent",
+        timed_graph(folder, interface), TorchModel(llama), partial(build, "LlamaConfig"),
+        tokens=np.array([5, 6, 7]), profile=PROFILE, threads=1, schedule=SMALL, counters=folder / "absent",
     )  # fmt: skip
     return latency, folder, interface
 
@@ -76,6 +79,25 @@ def test_batches_and_operators(timed: tuple[Latency, Path, Any]) -> None:
     assert found["Softmax"] == counted["Softmax"]
     assert [o.ms for o in latency.operators] == sorted((o.ms for o in latency.operators), reverse=True)
     assert not list(Path.cwd().glob("onnxruntime_profile*"))
+
+
+def test_a_cache_of_fixed_length_is_timed_as_an_engine_is(tmp_path: Path) -> None:
+    interface = write_lowered(tmp_path, "llama", Dtype.FLOAT32)
+    static = Timed(
+        partial(StaticOrtModel, tmp_path, interface, threads=1), "onnxruntime", interface, 1000, rows=2
+    )
+    latency = measure_latency(
+        static, TorchModel(tiny("llama")), partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]),
+        profile=PROFILE, threads=1, schedule=SMALL, counters=tmp_path / "absent",
+    )  # fmt: skip
+    assert ([p.prompt_tokens for p in latency.prefill], [d.context for d in latency.decode]) == (
+        [8, 24],
+        [24],
+    )
+    assert [b.batch for b in latency.batches] == [1]  # three rows are more than it takes
+    assert latency.operators == ()  # the profiler is ONNX Runtime's, of its own sessions
+    assert latency.roofline[0].weight_bytes == 1000
+    assert latency.artifact_footprint.load.p50_ms > 0
 
 
 def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) -> None:
@@ -166,8 +188,9 @@ def test_timing() -> None:
 
 def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
     interface = write_decoder(llama, tmp_path / "model")
+    gone = partial(OrtModel, tmp_path, interface, threads=1, share_buffer=False)
     with pytest.raises(ResourceError, match=r"memory of the artifact ended with 1: .*has no model\.onnx"):
-        take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+        take_sample(ArtifactJob(gone, "onnxruntime", 4, 1))
     with pytest.raises(ResourceError, match="memory of the original ended with 9: no message"):
         take_sample(OriginalJob(partial(os._exit, 9), 1, 4, 1))
 
@@ -175,7 +198,7 @@ def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
 def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -> None:
     block = np.ones(400 << 17)  # 400 MiB
     interface = write_decoder(llama, tmp_path)
-    sample = take_sample(ArtifactJob(tmp_path, interface, 1, False, 4, 1))
+    sample = take_sample(ArtifactJob(timed_graph(tmp_path, interface).open, "onnxruntime", 4, 1))
     here = peak_resident_bytes()
     assert here is not None
     assert here > 400 << 20 > sample.peak_bytes

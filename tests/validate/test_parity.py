@@ -151,6 +151,30 @@ def test_a_graph_that_takes_no_padding_is_measured_on_equal_rows(
     assert "the graph takes no padding" in found[RAGGED].detail
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_more_rows_than_the_artifact_takes(
+    mistral: Any, tokens: np.ndarray, tmp_path: Path, rows: int
+) -> None:
+    batches: set[int] = set()
+
+    class Counted(OrtModel):
+        def prefill(self, input_ids: np.ndarray, mask: np.ndarray | None = None, *, steps: int) -> np.ndarray:
+            batches.add(len(input_ids))
+            return super().prefill(input_ids, mask, steps=steps)
+
+    for side in ("left", "none"):
+        interface = write_decoder(mistral, tmp_path / side, Variant(padding=side))
+        model = Counted(tmp_path / side, interface, threads=1, share_buffer=False)
+        found = {m.metric: m for m in Parity(model, TorchModel(mistral), tokens, rows=rows).measure()}
+        assert failures(found) == set()
+        if rows == 1:
+            assert found[RAGGED].status is MeasurementStatus.NOT_APPLICABLE
+            assert found[RAGGED].detail == "the artifact takes one row at a time"
+    windows = plan_windows(interface, tokens, ())
+    measure_quality(model, TorchModel(mistral), windows, rows)
+    assert max(batches) == rows
+
+
 def test_a_window_that_interface_and_graph_forgot_is_measured(
     mistral: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:

@@ -1,0 +1,154 @@
+"""Device memory, a stream and graphs of the CUDA runtime, through cuda-bindings.
+
+cuda-bindings brings the CUDA runtime along and looks for the driver when the first function is called: it is
+imported on any machine, and each function tells by its error code what is missing. Whatever is made here is
+freed with its Python object.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import LlmcError, ResourceError
+
+Array = np.ndarray
+
+_HINTS = {
+    "cudaErrorInsufficientDriver": "install NVIDIA's driver, or a newer one",
+    "cudaErrorNoDevice": "run it on a machine with an NVIDIA GPU",
+    "cudaErrorDevicesUnavailable": "another process holds the GPU for itself",
+    "cudaErrorMemoryAllocation": "copy the target and set a smaller kv_capacity or batch",
+}
+
+
+def load_runtime() -> Any:
+    """The module `cuda.bindings.runtime`.
+
+    Raises:
+        ResourceError: cuda-bindings is not installed, or does not load.
+    """
+    try:
+        from cuda.bindings import runtime
+    except (ImportError, OSError) as error:
+        raise ResourceError(
+            f"cuda-bindings, which engines are executed with, cannot be imported: {error}",
+            hint="pip install 'llmc[gpu]'",
+        ) from error
+    return runtime
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the CUDA runtime returns besides its error code, None for nothing.
+
+    Raises:
+        ResourceError: Its error code is not success; the code is named.
+    """
+    code, *values = function(*arguments)
+    if code:
+        name = function.__name__
+        told = _describe(code)
+        raise ResourceError(f"{name} of CUDA fails: {told}", hint=_HINTS.get(code.name))
+    return values[0] if values else None
+
+
+def _describe(code: Any) -> str:
+    _, text = load_runtime().cudaGetErrorString(code)
+    return f"{text.decode()} ({code.name}, {int(code)})"
+
+
+def _freed_with(owner: object, function: Callable[..., Any], handle: int) -> None:
+    """Have `function` free `handle` once `owner` is gone; a process that ends frees all by itself."""
+    weakref.finalize(owner, function, handle).atexit = False
+
+
+class Buffer:
+    """Device memory.
+
+    Args:
+        size: Bytes.
+
+    Raises:
+        ResourceError: There is no device, or not so much memory.
+    """
+
+    def __init__(self, size: int) -> None:
+        runtime = load_runtime()
+        self.size = size
+        self.address = int(call(runtime.cudaMalloc, size))
+        _freed_with(self, runtime.cudaFree, self.address)
+
+
+class Graph:
+    """Work that was captured from a stream, to be launched as one."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        _freed_with(self, load_runtime().cudaGraphExecDestroy, handle)
+
+
+class Stream:
+    """A stream of the first device, named by `device` and `capability`, and the work that is put on it.
+
+    Raises:
+        ResourceError: cuda-bindings, the driver or a device is missing.
+    """
+
+    def __init__(self) -> None:
+        self._runtime = load_runtime()
+        flags = self._runtime.cudaStreamNonBlocking
+        found = call(self._runtime.cudaGetDeviceProperties, 0)
+        self.device = found.name.decode()
+        self.capability = f"{found.major}.{found.minor}"
+        self.handle = int(call(self._runtime.cudaStreamCreateWithFlags, flags))
+        _freed_with(self, self._runtime.cudaStreamDestroy, self.handle)
+
+    def write(self, buffer: Buffer, values: Array) -> None:
+        """Copy a contiguous array to the beginning of `buffer`."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        source = values.ctypes.data
+        call(self._runtime.cudaMemcpyAsync, buffer.address, source, values.nbytes, kind, self.handle)
+
+    def read(self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The beginning of `buffer`, once everything before it on the stream is done."""
+        values = np.empty(shape, dtype)
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        target = values.ctypes.data
+        call(self._runtime.cudaMemcpyAsync, target, buffer.address, values.nbytes, kind, self.handle)
+        self.synchronize()
+        return values
+
+    def clear(self, buffer: Buffer) -> None:
+        """Set every byte of `buffer` to 0."""
+        call(self._runtime.cudaMemsetAsync, buffer.address, 0, buffer.size, self.handle)
+
+    def synchronize(self) -> None:
+        """Wait until all work on the stream is done; its errors show up here."""
+        call(self._runtime.cudaStreamSynchronize, self.handle)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """What `work` puts on the stream, as a graph; nothing of it is executed.
+
+        Raises:
+            ResourceError: CUDA cannot capture it.
+            LlmcError: As `work` raises.
+        """
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call(self._runtime.cudaStreamBeginCapture, self.handle, mode)
+        try:
+            work()
+        except LlmcError:
+            self._runtime.cudaStreamEndCapture(self.handle)  # whatever it says, `work` says why
+            raise
+        graph = call(self._runtime.cudaStreamEndCapture, self.handle)
+        try:
+            return Graph(int(call(self._runtime.cudaGraphInstantiate, graph, 0)))
+        finally:
+            call(self._runtime.cudaGraphDestroy, graph)
+
+    def launch(self, graph: Graph) -> None:
+        """Put the work of `graph` on the stream."""
+        call(self._runtime.cudaGraphLaunch, graph.handle, self.handle)

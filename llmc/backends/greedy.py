@@ -1,0 +1,101 @@
+"""Greedy tokens and text over a KV cache of fixed length."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ConfigError
+from llmc.graph.static_session import StaticSession
+
+_TOKENIZER = "tokenizer.json"
+
+
+def generate_greedy(
+    session: StaticSession, prompts: Sequence[Sequence[int]], max_new: int, stop: Sequence[int]
+) -> Iterator[tuple[int | None, ...]]:
+    """Continue a batch of prompts, each with its most likely next token.
+
+    Args:
+        prompts: Token ids of each row.
+        max_new: New tokens of a row at most; fewer where the KV cache is full before.
+        stop: Tokens that end a row.
+
+    Yields:
+        The next token of each row, None for a row that has ended; nothing once all have.
+
+    Raises:
+        ConfigError: No token is asked for, or a prompt is empty or leaves no room in the KV cache.
+        ParityError: The model fails.
+    """
+    if max_new < 1:
+        raise ConfigError(f"{max_new} new tokens are asked for", hint="ask for 1 or more")
+    lengths = [len(prompt) for prompt in prompts]
+    if not min(lengths, default=0):
+        raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
+    longest = max(lengths)
+    if longest >= session.capacity:
+        raise ConfigError(
+            f"the prompt has {longest} tokens; the KV cache has {session.capacity} slots",
+            hint="shorten the prompt, or build with a larger kv_capacity",
+        )
+    steps = min(max_new, session.capacity - longest)
+    ids = np.zeros((len(prompts), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = 1
+    logits = session.prefill(ids, mask, steps=steps - 1)
+    every = session.interface.logits == "all"
+    last = logits[np.arange(len(prompts)), np.array(lengths) - 1] if every else logits[:, -1]
+    tokens = last.argmax(axis=1)
+    ended = np.isin(tokens, list(stop))
+    for left in reversed(range(steps)):
+        if ended.all():
+            return
+        yield tuple(None if over else int(token) for token, over in zip(tokens, ended, strict=True))
+        if left:
+            tokens = session.decode(tokens[:, None])[:, -1].argmax(axis=1)
+            ended |= np.isin(tokens, list(stop))
+
+
+def stream_text(
+    session: StaticSession,
+    tokenizer: Any,
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    stop: Sequence[int],
+    emit: Callable[[str], None],
+) -> None:
+    """Answer `prompt` greedily, handing on each piece of text as soon as it is there.
+
+    Args:
+        tokenizer: transformers' tokenizer of the model; its chat template is used if it has one.
+        folder: The artifact, with its tokenizer.json.
+        max_tokens: New tokens at most; fewer where the KV cache is full before.
+        stop: Tokens that end the answer.
+        emit: Takes each piece of the answer, in order.
+
+    Raises:
+        ConfigError: As for `generate_greedy`.
+        ParityError: The model fails.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    codec = Tokenizer.from_file(str(folder / _TOKENIZER))
+    stream = DecodeStream(skip_special_tokens=True)
+    for (token,) in generate_greedy(session, [encode_prompt(tokenizer, prompt)], max_tokens, stop):
+        if text := stream.step(codec, token):
+            emit(text)
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of `prompt` as the user's message, or as it is where there is no chat template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

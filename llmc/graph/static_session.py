@@ -1,0 +1,121 @@
+"""A KV cache of fixed length, step by step: what every runtime of such a graph has in common.
+
+A row's slots are filled from 0 on; pads stand on the right and are overwritten by what comes next. What lies
+behind a row's end is seen by no token, so that going back to an earlier point takes no more than its lengths.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from llmc.errors import ConfigError
+from llmc.graph.interface import Interface
+
+Array = np.ndarray
+
+
+class StaticSession(ABC):
+    """A model with the static KV cache of one batch; a runtime provides `_clear` and `_run`.
+
+    Args:
+        interface: What the graph takes and gives.
+        where: Runtime and device, for whoever reports what was measured.
+        most: New tokens of a row that one run takes at most, so that more go in pieces; None for any number.
+
+    Raises:
+        ConfigError: The cache has no fixed length.
+    """
+
+    def __init__(self, interface: Interface, where: str, *, most: int | None = None) -> None:
+        if not interface.static_cache or interface.max_length is None:
+            raise ConfigError("the graph's KV cache has no fixed length")
+        self.interface = interface
+        self.where = where
+        self.capacity = interface.max_length
+        self._most = self.capacity if most is None else most
+        self._written = np.zeros(0, np.int64)
+
+    @abstractmethod
+    def _clear(self, batch: int) -> None:
+        """Make the cache one of `batch` rows and zero it: a slot that is masked may hold no NaN."""
+
+    @abstractmethod
+    def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
+        """One run of the graph.
+
+        Args:
+            input_ids: (batch, sequence) int64, at most `most` tokens a row.
+            written: (batch,) int64, the slot of each row's first token.
+            real: (batch,) int64, tokens of each row before its pads, at least 1.
+
+        Returns:
+            Logits, (batch, sequence or 1, vocabulary) float32.
+        """
+
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        """Run a prompt from an empty cache.
+
+        Args:
+            input_ids: (batch, sequence) int64.
+            mask: (batch, sequence) int64, 1 where a token is real, pads on the right; None if all are.
+            steps: Decode steps that will follow.
+
+        Returns:
+            Logits, (batch, sequence or 1, vocabulary) float32.
+
+        Raises:
+            ConfigError: Prompt and steps exceed the cache.
+            ParityError: The run failed, or an output has another shape than the interface says.
+        """
+        batch, sequence = input_ids.shape
+        self._require_slots(sequence + steps)
+        self._clear(batch)
+        self._written = np.zeros(batch, np.int64)
+        lengths = np.full(batch, sequence, np.int64) if mask is None else mask.sum(axis=1)
+        return self._advance(input_ids, lengths)
+
+    def decode(self, tokens: Array) -> Array:
+        """Run further tokens of every row, one or several.
+
+        Args:
+            tokens: (batch, sequence) int64.
+
+        Returns:
+            Logits, (batch, sequence or 1, vocabulary) float32.
+
+        Raises:
+            ConfigError: The cache is full.
+            ParityError: As for `prefill`.
+        """
+        batch, sequence = tokens.shape
+        self._require_slots(int(self._written.max()) + sequence)
+        return self._advance(tokens, np.full(batch, sequence, np.int64))
+
+    def state(self) -> Array:
+        """This point of the sequence, to `restore` later: tokens that each row has, (batch,) int64."""
+        return self._written
+
+    def restore(self, state: Array) -> None:
+        """Go back to `state`, taken since the last prefill."""
+        self._written = state
+
+    def _advance(self, tokens: Array, lengths: Array) -> Array:
+        """Run `tokens` piece by piece; rows that end before a piece stay where they are."""
+        parts: list[Array] = []
+        for start in range(0, tokens.shape[1], self._most):
+            piece = tokens[:, start : start + self._most]
+            real = np.clip(lengths - start, 0, piece.shape[1])
+            logits = self._run(piece, self._written, np.maximum(real, 1))
+            self._written = self._written + real
+            if parts and self.interface.logits == "last":
+                parts = [np.where(real[:, None, None] > 0, logits, parts[0])]
+            else:
+                parts.append(logits)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _require_slots(self, needed: int) -> None:
+        if needed > self.capacity:
+            raise ConfigError(
+                f"the KV cache has {self.capacity} slots and {needed} are needed",
+                hint="build with a larger kv_capacity",
+            )
