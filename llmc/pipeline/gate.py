@@ -265,7 +265,7 @@ def _load(subject: Subject) -> TorchModel:
 
     checkpoint = subject.checkpoint
     return TorchModel(
-        checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.load_reference()
+        checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.fill_reference()
     )
 
 

@@ -226,7 +226,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     text = (str(artifacts["float"].parent / "text"),)
     whole = verify(artifacts["int4"], None, text, SilentProgress()).report
     loaded: list[str] = []
-    monkeypatch.setattr(Checkpoint, "load_reference", lambda *_: loaded.append("whole"))
+    monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
     monkeypatch.setattr("llmc.pipeline.gate.available_memory", lambda: 1000)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
