@@ -90,12 +90,25 @@ class Roofline(_Strict):
 
 
 class BatchLatency(_Strict):
-    """Inter-token latency of the artifact alone for `batch` rows at once, and tokens/s of all rows."""
+    """`batch` equal rows at once, taken in turn with the original's.
+
+    Args:
+        context: Tokens of each row's prompt, after which decode steps are timed.
+        ttft: Time to first token of the artifact.
+        artifact: Inter-token latency of the artifact.
+        tokens_per_s: Of all rows, of the artifact.
+        ratio: Of inter-token latencies.
+    """
 
     batch: int
     context: int
+    ttft: Timing
+    ttft_original: Timing
     artifact: Timing
+    original: Timing
+    ratio: Ratio
     tokens_per_s: float
+    original_tokens_per_s: float
 
 
 class OperatorTime(_Strict):

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
     from llmc.graph.weights import Rows
-    from llmc.validate.reference import TorchModel
+    from llmc.validate.reference import Reference, TorchModel
+    from llmc.validate.session import Session
+    from llmc.validate.tasks import Tasks
     from llmc.validate.weights import WeightParity
 
 LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO})
@@ -49,6 +51,7 @@ class Subject:
         model_digest: Its digest.
         sources: What each weight is made of, by the name of its initializer before quantization.
         damaged: What is wrong with the files by the manifest.
+        tasks: Multiple-choice tasks to answer as well.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Subject:
     model_digest: str
     sources: Mapping[str, Rows]
     damaged: Sequence[str] = ()
+    tasks: Tasks | None = None
 
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
@@ -185,8 +189,10 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         with progress.stage("parity"):
             made += Parity(session(exact=True), own, tokens, heads, switches).measure()
         own.release()
+    served = session(exact=False)
     with progress.stage("quality"):
-        made += measure_quality(session(exact=False), original, windows)
+        made += measure_quality(served, original, windows)
+    _measure_tasks(subject, served, original, progress, made)
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
@@ -240,6 +246,17 @@ def _measure_static(
         original.release()
     with progress.stage("quality"):
         made += measure_quality(model, original, windows)
+    _measure_tasks(subject, model, original, progress, made)
+
+
+def _measure_tasks(
+    subject: Subject, model: Session, original: Reference, progress: Progress, made: list[Measurement]
+) -> None:
+    from llmc.validate.tasks import measure_tasks
+
+    if subject.tasks is not None:
+        with progress.stage("tasks"):
+            made.append(measure_tasks(model, original, subject.checkpoint.tokenizer(), subject.tasks))
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:

@@ -51,6 +51,7 @@ def _latency(latency: Latency) -> list[str]:
     lines = ["| latency, ms | artifact p50 / p95 / p99 | original p50 | ratio (range) |", "|---|---|---|---|"]
     rows = [(f"first token after {p.prompt_tokens}", p) for p in latency.prefill]
     rows += [(f"next token at {d.context}", d) for d in latency.decode]  # type: ignore[misc]
+    rows += [(f"next token of {b.batch} rows at {b.context}", b) for b in latency.batches]  # type: ignore[misc]
     for name, entry in rows:
         a, o, r = entry.artifact, entry.original, entry.ratio
         times = " / ".join(format_figure(v) for v in (a.p50_ms, a.p95_ms, a.p99_ms))

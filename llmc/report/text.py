@@ -99,8 +99,10 @@ def _notes(latency: Latency) -> list[str]:
     lines.append(f"original: {_footprint(latency.original_footprint)}")
     for b in latency.batches:
         lines.append(
-            f"batch of {b.batch} at context {b.context}: {b.artifact.p50_ms:.2f} ms a step, "
-            f"{b.tokens_per_s:.1f} tokens/s"
+            f"batch of {b.batch} at context {b.context}: first token {b.ttft.p50_ms:.1f} ms"
+            f" (original {b.ttft_original.p50_ms:.1f}), {b.artifact.p50_ms:.2f} ms a step"
+            f" (original {b.original.p50_ms:.2f}), {b.tokens_per_s:.1f} tokens/s"
+            f" (original {b.original_tokens_per_s:.1f})"
         )
     for o in latency.operators:
         lines.append(f"one step: {o.ms:.3f} ms in {o.calls} {o.name}")

@@ -1,4 +1,4 @@
-"""Latency of artifact and original, in turn within one process, batch 1.
+"""Latency of artifact and original, in turn within one process.
 
 One round times the artifact, the original and the artifact again, so that whatever else the machine
 does weighs on all, and so that the two series of the artifact tell how much it does (an A/A run).
@@ -47,9 +47,10 @@ class Schedule:
     Args:
         prompts: Prompt lengths for the time to first token.
         contexts: Lengths after which decode steps are timed; each is among `prompts`.
-        batches: Rows that decode together at the first context.
+        batches: Rows that run together at the first context.
         prefill_rounds: Times each prompt is run by either side.
         decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
+        batch_rounds: Times that either side runs each batch.
         footprint_rounds: Processes of either side that are started for load time and peak memory.
     """
 
@@ -59,6 +60,7 @@ class Schedule:
     prefill_rounds: int = 5
     decode_rounds: int = 4
     decode_tokens: int = 32
+    batch_rounds: int = 3
     footprint_rounds: int = 3
 
 
@@ -112,7 +114,9 @@ def measure_latency(
             if length in contexts:
                 decode.append(_time_decode(model, reference, length, schedule, counter))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
-        batches = [_time_batch(model, first, n, schedule) for n in schedule.batches if first is not None]
+        batches = [
+            _time_batch(model, reference, first, n, schedule) for n in schedule.batches if first is not None
+        ]
         operators = () if first is None else profile_decode(model, first)
     weights = streamed_weight_bytes(folder)
     return Latency(
@@ -254,19 +258,43 @@ def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
     return sum(known) / tokens if known else None
 
 
-def _time_batch(model: OrtModel, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
-    """Steps of `batch` equal rows."""
-    model.prefill(np.repeat(prompt[None], batch, axis=0), steps=schedule.decode_tokens)
+def _time_batch(
+    model: OrtModel, reference: TorchModel, prompt: Array, batch: int, schedule: Schedule
+) -> BatchLatency:
+    """Prefill and steps of `batch` equal rows, the sides in turn; the first round is not counted."""
+    rows = np.repeat(prompt[None], batch, axis=0)
+
+    def prefill() -> None:
+        model.prefill(rows, steps=schedule.decode_tokens)[:, -1].argmax(axis=-1)
 
     def step(token: int) -> int:
-        return int(model.decode(np.full((batch, 1), token))[0, -1].argmax())
+        return int(model.decode(np.full((batch, 1), token))[:, -1].argmax(axis=-1)[0])
 
-    times = _timed_steps(step, schedule)
+    def step_original(token: int) -> int:
+        return int(reference.decode_rows(np.full(batch, token))[0])
+
+    first: list[tuple[float, float]] = []
+    artifact: list[list[float]] = []
+    original: list[list[float]] = []
+    for counted in [False] + [True] * schedule.batch_rounds:
+        ttft, times = _timed(prefill), _timed_steps(step, schedule)
+        ttft_original = _timed(lambda: reference.prefill_rows(rows))
+        times_original = _timed_steps(step_original, schedule)
+        if counted:
+            first.append((ttft, ttft_original))
+            artifact.append(times)
+            original.append(times_original)
+    flat, flat_original = ([x for r in rounds for x in r] for rounds in (artifact, original))
     return BatchLatency(
         batch=batch,
         context=len(prompt),
-        artifact=timing(times),
-        tokens_per_s=1e3 * batch * len(times) / sum(times),
+        ttft=timing([a for a, _ in first]),
+        ttft_original=timing([b for _, b in first]),
+        artifact=timing(flat),
+        original=timing(flat_original),
+        ratio=ratio(artifact, original),
+        tokens_per_s=1e3 * batch * len(flat) / sum(flat),
+        original_tokens_per_s=1e3 * batch * len(flat_original) / sum(flat_original),
     )
 
 

@@ -56,7 +56,12 @@ LATENCY = Latency(
     artifact_footprint=FOOTPRINT,
     original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None}),
     energy="RAPL package-0",
-    batches=(BatchLatency(batch=4, context=128, artifact=TIMING, tokens_per_s=400.0),),
+    batches=(
+        BatchLatency(
+            batch=4, context=128, ttft=TIMING, ttft_original=TIMING, artifact=TIMING, original=TIMING,
+            ratio=RATIO, tokens_per_s=400.0, original_tokens_per_s=70.0,
+        ),
+    ),
     operators=(OperatorTime(name="MatMulNBits", calls=121, ms=4.5),),
     dropped=("prompt of 1024 tokens: the model ends at 512 positions",),
 )  # fmt: skip
@@ -110,7 +115,7 @@ def test_json_reads_back_with_nan_and_infinity(report: Report, tmp_path: Path) -
     write_json(report, path)
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")
-    assert '"schema_version": 3' in text
+    assert '"schema_version": 4' in text
     back = Report.model_validate_json(text)
     assert math.isnan(back.measurements[1].value)
     assert back.measurements[1].figures == {"length_1": math.inf}
@@ -281,10 +286,10 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
     path = tmp_path / "report.json"
     write_json(report, path)
     assert read_report(path).model_dump_json() == report.model_dump_json()
-    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 4'))
-    with pytest.raises(ConfigError, match="has schema version 4; this llmc reads 3"):
+    path.write_text(path.read_text().replace('"schema_version": 4', '"schema_version": 5'))
+    with pytest.raises(ConfigError, match="has schema version 5; this llmc reads 4"):
         read_report(path)
-    path.write_text('{"schema_version": 3}')
+    path.write_text('{"schema_version": 4}')
     with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
         read_report(path)
     with pytest.raises(ConfigError, match=r"is no report: .*No such file"):
