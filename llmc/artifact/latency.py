@@ -37,7 +37,8 @@ class PrefillLatency(_Strict):
 
 
 class DecodeLatency(_Strict):
-    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token.
+    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token:
+    the processor's, and that of the machine's GPUs.
 
     `noise` is what the machine alone does to a ratio: by how much two series of the same artifact,
     taken in turn with the original's, may differ from each other, as a fraction.
@@ -52,6 +53,8 @@ class DecodeLatency(_Strict):
     noise: float
     artifact_joules_per_token: float | None = None
     original_joules_per_token: float | None = None
+    artifact_gpu_joules_per_token: float | None = None
+    original_gpu_joules_per_token: float | None = None
 
 
 class Footprint(_Strict):

@@ -214,19 +214,25 @@ def _measure_static(
     Raises:
         ParityError: onnxruntime cannot load the graph.
     """
+    from llmc.data import prompts
     from llmc.validate.blank import BlankSession
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.static_session import StaticOrtModel
+    from llmc.validate.tokens import measure_tokens
 
     checkpoint = subject.checkpoint
+    text = read_text(eval_text)
     made.append(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
     with progress.stage("weights"):
         made += _compare_weights(subject).measurements
-    tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
+    with progress.stage("tokenizer"):
+        tokenizer = checkpoint.tokenizer()
+        tokens, start = tokenize(tokenizer, text)
+        made += measure_tokens(subject.folder, None, tokenizer, text, prompts())
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from llmc.artifact.latency import Footprint, Latency, Ratio, Timing
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
-from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
+from llmc.report.figures import energies, format_bound, format_estimate, format_figure, ungated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,10 +89,10 @@ def _notes(latency: Latency) -> list[str]:
             f" (original {decode.original_tokens_per_s:.1f}), {roof.weight_bytes / 1e6:.1f} MB weights"
             f" + {roof.kv_bytes / 1e6:.1f} MB KV per token, {bound}"
         )
-        if decode.artifact_joules_per_token is not None:
+        for device, mine, theirs in energies(decode):
             lines.append(
-                f"context {decode.context}: {format_figure(decode.artifact_joules_per_token)} J per token"
-                f" (original {format_figure(decode.original_joules_per_token)})"
+                f"context {decode.context}: {format_figure(mine)} J per token"
+                f" (original {format_figure(theirs)}), {device}"
             )
     lines.append(f"energy: {latency.energy}")
     lines.append(f"artifact: {_footprint(latency.artifact_footprint)}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
 from llmc.errors import ResourceError
 from llmc.graph.interface import Interface
-from llmc.validate.energy import POWERCAP, EnergyCounter, open_counter
+from llmc.validate.energy import POWERCAP, Counter, open_counter, open_gpu_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
@@ -38,6 +39,9 @@ from llmc.validate.roofline import roofline, streamed_weight_bytes
 from llmc.validate.session import OrtModel
 
 Array = np.ndarray
+#: Energy counters of the processor and of the GPUs, and joules by them; None where there is none.
+Meters = tuple[Counter | None, Counter | None]
+Joules = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def measure_latency(
     footprints = _footprints(
         folder, interface, load_reference, threads, share_buffer, max(prompts, default=1), schedule
     )
-    counter, energy = _find_counter(counters)
+    meters, energy = _find_meters(counters)
     with _torch_threads(threads):
         model = OrtModel(folder, interface, threads=threads, share_buffer=share_buffer)
         prefill: list[PrefillLatency] = []
@@ -112,7 +116,7 @@ def measure_latency(
             prompt = np.take(tokens, np.arange(length), mode="wrap")
             prefill.append(_time_prefill(model, reference, prompt, schedule))
             if length in contexts:
-                decode.append(_time_decode(model, reference, length, schedule, counter))
+                decode.append(_time_decode(model, reference, length, schedule, meters))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
         batches = [
             _time_batch(model, reference, first, n, schedule) for n in schedule.batches if first is not None
@@ -213,7 +217,7 @@ def _time_prefill(
 
 
 def _time_decode(
-    model: OrtModel, reference: TorchModel, context: int, schedule: Schedule, counter: EnergyCounter | None
+    model: OrtModel, reference: TorchModel, context: int, schedule: Schedule, meters: Meters
 ) -> DecodeLatency:
     """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
 
@@ -224,12 +228,12 @@ def _time_decode(
     artifact: list[list[float]] = []
     original: list[list[float]] = []
     again: list[list[float]] = []
-    joules: list[tuple[float | None, float | None]] = []
+    joules: list[tuple[Joules, Joules]] = []
     for counted in [False] + [True] * schedule.decode_rounds:
         model.restore(point)
-        a, energy = _metered_steps(step, schedule, counter)
+        a, energy = _metered_steps(step, schedule, meters)
         reference.restore(original_point)
-        b, energy_original = _metered_steps(reference.decode, schedule, counter)
+        b, energy_original = _metered_steps(reference.decode, schedule, meters)
         model.restore(point)
         c = _timed_steps(step, schedule)
         if counted:
@@ -239,6 +243,10 @@ def _time_decode(
             joules.append((energy, energy_original))
     flat_artifact = [x for r in artifact for x in r]
     flat_original = [x for r in original for x in r]
+    energy_of = [
+        [_per_token([turn[side][device] for turn in joules], len(flat_artifact)) for device in range(2)]
+        for side in range(2)
+    ]
     return DecodeLatency(
         context=context,
         artifact=timing(flat_artifact),
@@ -247,8 +255,10 @@ def _time_decode(
         original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
-        artifact_joules_per_token=_per_token([mine for mine, _ in joules], len(flat_artifact)),
-        original_joules_per_token=_per_token([theirs for _, theirs in joules], len(flat_original)),
+        artifact_joules_per_token=energy_of[0][0],
+        original_joules_per_token=energy_of[1][0],
+        artifact_gpu_joules_per_token=energy_of[0][1],
+        original_gpu_joules_per_token=energy_of[1][1],
     )
 
 
@@ -308,7 +318,7 @@ def _timed(run: Callable[[], object]) -> float:
 
 def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
     """Milliseconds of each of `decode_tokens` steps in a row after a rest."""
-    return _metered_steps(step, schedule, None)[0]
+    return _metered_steps(step, schedule, (None, None))[0]
 
 
 def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
@@ -322,24 +332,33 @@ def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
 
 
 def _metered_steps(
-    step: Callable[[int], int], schedule: Schedule, counter: EnergyCounter | None
-) -> tuple[list[float], float | None]:
+    step: Callable[[int], int], schedule: Schedule, meters: Meters
+) -> tuple[list[float], Joules]:
     """`_timed_steps`, and the joules of the same time, the rest before it included in neither."""
     time.sleep(_REST_SECONDS)
-    if counter is None:
-        return _steps(step, schedule), None
-    before = counter.read()
+    before = [None if meter is None else meter.read() for meter in meters]
     times = _steps(step, schedule)
-    return times, counter.joules(before, counter.read())
+    processor, gpu = (
+        None if meter is None or first is None else meter.joules(first, meter.read())
+        for meter, first in zip(meters, before, strict=True)
+    )
+    return times, (processor, gpu)
 
 
-def _find_counter(folder: Path) -> tuple[EnergyCounter | None, str]:
-    """The energy counter and what it is of, or why there is none."""
-    try:
-        counter = open_counter(folder)
-    except ResourceError as error:
-        return None, f"not measured: {error.fact}"
-    return counter, counter.where
+def _find_meters(folder: Path) -> tuple[Meters, str]:
+    """The energy counters, and what they are of or why there are none."""
+    meters: list[Counter | None] = []
+    told = []
+    for opener in (partial(open_counter, folder), open_gpu_counter):
+        try:
+            counter: Counter = opener()
+        except ResourceError as error:
+            meters.append(None)
+            told.append(f"not measured: {error.fact}")
+        else:
+            meters.append(counter)
+            told.append(counter.where)
+    return (meters[0], meters[1]), f"{told[0]}; GPU: {told[1]}"
 
 
 def _footprints(

@@ -170,7 +170,7 @@ def test_text(report: Report) -> None:
     assert any("text.top1_agreement" in line and "0.9877" in line and "none" in line for line in lines)
     assert any("TTFT, 128 tokens" in line and "0.500 (0.450..0.610)" in line for line in lines)
     assert any("100.0 tokens/s (original 50.0)" in line and "bandwidth not stated" in line for line in lines)
-    assert "context 128: 0.31 J per token (original 1.27)" in lines
+    assert "context 128: 0.31 J per token (original 1.27), processor" in lines
     assert "energy: RAPL package-0" in lines
     assert "artifact: load 10 ms, peak memory 300 MiB" in lines
     assert "original: load 10 ms, peak memory not known" in lines
@@ -213,7 +213,7 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
     assert "| decode.max_abs | nan | <= 0.001 | **FAIL** |" in lines
     assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
     assert any(line.startswith("| next token at 128 | 10 / 12 / 12.5 | 10 | 0.500") for line in lines)
-    assert "At 128: 0.31 J per token, the original 1.27 (RAPL package-0)" in lines
+    assert "At 128: 0.31 J per token, the original 1.27, processor (RAPL package-0)" in lines
 
 
 class _Page(HTMLParser):
@@ -276,6 +276,7 @@ def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> No
     assert 'id="energy"' in text
     assert "energy: RAPL package-0" in text
     metered = LATENCY.decode[0].model_copy(update={"artifact_joules_per_token": None})
+    assert 'id="energy-gpu"' not in text
     without = LATENCY.model_copy(update={"decode": (metered,), "energy": "not measured: no counter"})
     text = render_html(report.model_copy(update={"latency": without}))
     assert 'id="energy"' not in text
