@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Gate, Metric, Target
 from llmc.errors import ConfigError, ParityError
-from llmc.machine import available_memory
+from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
@@ -126,8 +126,9 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     """
     from llmc.data import prompts
     from llmc.validate.blank import BlankSession
-    from llmc.validate.generation import measure_generation, original_texts
-    from llmc.validate.measure import measured, mismatches
+    from llmc.validate.generation import METRICS as GENERATED
+    from llmc.validate.generation import ServedText, measure_generation, original_texts, served_texts
+    from llmc.validate.measure import broken, measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.served import Served
@@ -163,7 +164,18 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
         made.append(_interface_holds(subject.interface, where))
-        made += measure_tokens(folder, Served(folder), tokenizer, text, prompts())
+        served = Served(folder)
+        made += measure_tokens(folder, served, tokenizer, text, prompts())
+    drawn: tuple[ServedText, ...] = ()
+    if not weights.unread:
+        with progress.stage("generation"):
+            try:
+                drawn = served_texts(served, tokenizer, prompts())
+            except ParityError as error:
+                made += broken(GENERATED, error, served.where)
+    served_where = served.where
+    del served  # out of memory before the original comes in
+    release_memory()
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     with progress.stage("original"):
         windows = plan_windows(subject.interface, tokens, start)
@@ -180,19 +192,21 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         made += _not_comparable(weights.unread, where)
         original.release()
     else:
-        with progress.stage("generation"):
-            made += measure_generation(Served(folder), texts, own, stated.stop)
         with progress.stage("original with the artifact's weights"):
+            if drawn:
+                made += measure_generation(drawn, texts, own, stated.stop, served_where)
             Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
             original.release()
             own.release()
+        release_memory()
         with progress.stage("parity"):
             made += Parity(session(exact=True), own, tokens, heads, switches).measure()
         own.release()
-    served = session(exact=False)
+    release_memory()
+    model = session(exact=False)
     with progress.stage("quality"):
-        made += measure_quality(served, original, windows)
-    _measure_tasks(subject, served, original, progress, made)
+        made += measure_quality(model, original, windows)
+    _measure_tasks(subject, model, original, progress, made)
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
@@ -241,6 +255,7 @@ def _measure_static(
         Parity(BlankSession(subject.interface), original, tokens, heads, switches).measure()
         windows.prepare(original)
         original.release()
+    release_memory()
     with progress.stage("parity"):
         try:
             model = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads)
