@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
+from llmc.machine import release_memory
 from llmc.pipeline.compile import trace
 from llmc.pipeline.original import read_text, tokenize
 from llmc.progress import Progress
@@ -110,12 +111,14 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         prompt = tokens[:PROMPT_TOKENS]
     with progress.stage("original"):
-        modules = module_values(checkpoint.load_reference(), prompt)
+        modules = module_values(checkpoint.fill_reference(), prompt)
+    release_memory()
     right: list[str] = []
     before: Values | None = None
     for step, graph in _steps(checkpoint, target, progress):
         with progress.stage(step), TemporaryDirectory() as folder:
             values = _values_of(graph, Path(folder), prompt)
+        release_memory()
         if step == "quantize":
             before = values
             continue

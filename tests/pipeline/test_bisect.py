@@ -87,14 +87,14 @@ def test_a_fault_in_the_trace(artifact: Path, monkeypatch: pytest.MonkeyPatch) -
     """The original's up projection of layer 1 gives something that the traced graph does not."""
     from llmc.checkpoint import Checkpoint
 
-    load = Checkpoint.load_reference
+    load = Checkpoint.fill_reference
 
     def other(self: Checkpoint, *arguments: Any) -> Any:
         model: Any = load(self, *arguments)
         model.model.layers[1].mlp.up_proj.weight.data *= 1.05
         return model
 
-    monkeypatch.setattr(Checkpoint, "load_reference", other)
+    monkeypatch.setattr(Checkpoint, "fill_reference", other)
     found = bisect(artifact, None, SilentProgress()).divergence
     assert found is not None
     assert (found.step, found.layer, found.operator) == ("trace", 1, "MatMul")
