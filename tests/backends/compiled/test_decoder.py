@@ -117,6 +117,25 @@ def test_packed_weights_are_read_back(model_type: str, built: Build) -> None:
     assert 14 < snr.value < 30
 
 
+def test_a_packed_block_that_was_lost(built: Build, tmp_path: Path) -> None:
+    copy = shutil.copytree(built("llama", "cpu-int4-compiled"), tmp_path / "copy")
+    model = str(built("llama", "cpu-int4").parent / "llama")
+    sources = lower_graph(open_checkpoint(model), manifest(copy).target, SilentProgress()).sources
+    good = compare_weights(copy, sources)
+    packed = next(v for n, v in ir.load(copy / "model.onnx").graph.initializers.items() if ".packed" in n)
+    tensor = packed.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    with Path(tensor.path).open("r+b") as file:
+        file.seek(tensor.offset or 0)
+        file.write(bytes(256))  # codes of the first block of 16 outputs
+    bad = compare_weights(copy, sources)
+    assert bad.digest != good.digest
+    _, block = bad.measurements
+    assert block.value is not None
+    assert block.value < 4 < 8 < float(good.measurements[1].value or 0)
+    assert str(packed.name).startswith(block.detail.rpartition(" ")[2])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
