@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
+    from llmc.validate.reference import Reference
     from llmc.validate.values import Difference, Values
 
 #: Tokens of the prompt whose values are compared: all of them are kept.
@@ -139,10 +140,16 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     return BisectResult(right=(*right, "artifact"), divergence=None)
 
 
-def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -> Measurement:
+def measure_passes(
+    checkpoint: Checkpoint, target: Target, original: Reference, progress: Progress
+) -> Measurement:
     """PASSES_MAX_ABS: largest difference of logits between the graph before a pass and after it.
 
-    Every pass of the target is measured on its own, so that two that undo each other's fault are found.
+    The traced graph is held against the original. Every pass of the target is measured on its own, so that
+    two that undo each other's fault are found.
+
+    Args:
+        original: PyTorch's model in float32, with the checkpoint's weights.
 
     Raises:
         ParityError: A graph cannot be run.
@@ -157,19 +164,22 @@ def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -
     from llmc.validate.measure import max_abs, measured
 
     tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+    prompt = tokens[:PROMPT_TOKENS]
     figures: dict[str, float] = {}
-    before = None
+    before = original.logits(prompt, keep=len(prompt))[None]
     for step, graph in _steps(checkpoint, target, progress):
         if step == "quantize":
             break
         with progress.stage(step), TemporaryDirectory() as folder:
-            logits = _values_of(graph, Path(folder), tokens[:PROMPT_TOKENS]).arrays["logits"]
-        if before is not None:
-            figures[step] = max_abs(logits, before[:, -logits.shape[1] :], f"pass {step}")
+            logits = _values_of(graph, Path(folder), prompt).arrays["logits"]
+        figures[step] = max_abs(logits, before[:, -logits.shape[1] :], f"step {step}")
         before = logits
-    worst = max(figures, key=lambda name: figures[name], default="none")
-    detail = f"{len(figures)} passes, each against the graph before it; the worst is {worst}"
-    value = max(figures.values(), default=0.0)
+    worst = max(figures, key=lambda name: figures[name])
+    detail = (
+        f"the trace against the original, {len(figures) - 1} passes, each against the graph before it;"
+        f" the worst is {worst}"
+    )
+    value = max(figures.values())
     return measured(Metric.PASSES_MAX_ABS, value, detail, "onnxruntime CPUExecutionProvider", figures)
 
 

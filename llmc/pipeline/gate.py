@@ -102,7 +102,8 @@ def measure_parity(
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
     if each_pass:
-        measurements.append(measure_passes(subject.checkpoint, subject.target, progress))
+        original = remember(subject.checkpoint, subject.model_digest, "", lambda: _load(subject))
+        measurements.append(measure_passes(subject.checkpoint, subject.target, original, progress))
         gates += tuple(
             gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
             for gate in gates
