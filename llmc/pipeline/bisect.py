@@ -119,7 +119,6 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     for step, graph in _steps(checkpoint, target, progress):
         with progress.stage(step), TemporaryDirectory() as folder:
             values = _values_of(graph, Path(folder), prompt)
-        release_memory()
         if step == "quantize":
             before = values
             continue
@@ -205,6 +204,7 @@ def _values_of(graph: Graph, folder: Path, prompt: object) -> Values:
     from llmc.validate.values import graph_values
 
     write_model(graph.model, folder)
+    release_memory()
     return graph_values(folder, graph.interface(), np.asarray(prompt))
 
 
