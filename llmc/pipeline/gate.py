@@ -182,6 +182,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         windows = plan_windows(subject.interface, tokens, start)
         windows.prepare(original)
         texts = original_texts(original, tokenizer, prompts(), stated.stop)
+    release_memory()
     own = original
     if weights.digest:
 

@@ -1,6 +1,5 @@
 """Multiple-choice tasks through lm-evaluation-harness: accuracy of both sides, and what cannot be run."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Gate, Metric
@@ -19,6 +17,7 @@ from llmc.validate.session import OrtModel
 from llmc.validate.tasks import _nearest, _score, load_tasks, measure_tasks
 
 from .decoder import Variant, write_decoder
+from .questions import write_task
 
 
 class Bytes:
@@ -31,29 +30,6 @@ class Bytes:
 
 
 CHOICES = ["river", "mills", "stone", "seven"]  # of one length, which decides otherwise
-
-
-def write_task(folder: Path, items: list[dict[str, Any]], **changes: Any) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    task = {
-        "task": "rivers",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "items.jsonl")},
-            "cache_dir": str(folder / "cache"),
-        },
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        **changes,
-    }
-    path = folder / "rivers.yaml"
-    path.write_text(yaml.safe_dump(task))
-    return str(path)
 
 
 def held(model: Any, text: str, choice: str) -> float:
