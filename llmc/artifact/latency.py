@@ -64,11 +64,14 @@ class Footprint(_Strict):
         load: Time to load the weights, without importing the runtime's modules.
         peak_bytes: Highest resident set over load, prefill and decode; None where the operating
             system does not tell.
+        steady_bytes: Resident set after the last step, when nothing of the prompt is worked on any more;
+            the median of the processes.
         prompt_tokens: Length of the prompt that was prefilled before `decoded_tokens` steps.
     """
 
     load: Timing
     peak_bytes: int | None
+    steady_bytes: int | None
     prompt_tokens: int
     decoded_tokens: int
 

@@ -110,6 +110,8 @@ def _notes(latency: Latency) -> list[str]:
 
 
 def _footprint(footprint: Footprint) -> str:
-    peak = footprint.peak_bytes
-    memory = "not known" if peak is None else f"{peak / (1 << 20):.0f} MiB"
-    return f"load {footprint.load.p50_ms:.0f} ms, peak memory {memory}"
+    peak, steady = (
+        "not known" if size is None else f"{size / (1 << 20):.0f} MiB"
+        for size in (footprint.peak_bytes, footprint.steady_bytes)
+    )
+    return f"load {footprint.load.p50_ms:.0f} ms, peak memory {peak}, steady {steady}"

@@ -385,9 +385,11 @@ def _footprints(
 
 def _footprint(samples: Sequence[Sample], prompt: int, steps: int) -> Footprint:
     peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
+    steady = [s.steady_bytes for s in samples if s.steady_bytes is not None]
     return Footprint(
         load=timing([s.load_ms for s in samples]),
         peak_bytes=max(peaks, default=None),
+        steady_bytes=int(np.median(steady)) if steady else None,
         prompt_tokens=prompt,
         decoded_tokens=steps,
     )

@@ -34,7 +34,9 @@ from llmc.report import (
 
 TIMING = Timing(n=5, p50_ms=10.0, p95_ms=12.0, p99_ms=12.5, min_ms=9.0, max_ms=13.0)
 RATIO = Ratio(value=0.5, low=0.45, high=0.61)
-FOOTPRINT = Footprint(load=TIMING, peak_bytes=300 << 20, prompt_tokens=128, decoded_tokens=16)
+FOOTPRINT = Footprint(
+    load=TIMING, peak_bytes=300 << 20, steady_bytes=200 << 20, prompt_tokens=128, decoded_tokens=16
+)
 LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
@@ -54,7 +56,7 @@ LATENCY = Latency(
         ),
     ),
     artifact_footprint=FOOTPRINT,
-    original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None}),
+    original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None, "steady_bytes": None}),
     energy="RAPL package-0",
     batches=(
         BatchLatency(
@@ -172,8 +174,8 @@ def test_text(report: Report) -> None:
     assert any("100.0 tokens/s (original 50.0)" in line and "bandwidth not stated" in line for line in lines)
     assert "context 128: 0.31 J per token (original 1.27), processor" in lines
     assert "energy: RAPL package-0" in lines
-    assert "artifact: load 10 ms, peak memory 300 MiB" in lines
-    assert "original: load 10 ms, peak memory not known" in lines
+    assert "artifact: load 10 ms, peak memory 300 MiB, steady 200 MiB" in lines
+    assert "original: load 10 ms, peak memory not known, steady not known" in lines
     assert "not measured: prompt of 1024 tokens: the model ends at 512 positions" in lines
     assert "\x1b" not in text
     assert "\x1b[" in render_text(report, colour=True)
@@ -277,6 +279,8 @@ def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> No
     assert "energy: RAPL package-0" in text
     metered = LATENCY.decode[0].model_copy(update={"artifact_joules_per_token": None})
     assert 'id="energy-gpu"' not in text
+    assert '<td>artifact</td><td class="number">10</td><td class="number">314.6</td>' in text
+    assert '<td>original</td><td class="number">10</td><td class="number">-</td>' in text
     without = LATENCY.model_copy(update={"decode": (metered,), "energy": "not measured: no counter"})
     text = render_html(report.model_copy(update={"latency": without}))
     assert 'id="energy"' not in text

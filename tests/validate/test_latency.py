@@ -105,6 +105,8 @@ def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) 
     assert (artifact.prompt_tokens, artifact.decoded_tokens) == (150, 10)
     # The artifact's process never imports torch, the original's does.
     assert 20 << 20 < artifact.peak_bytes < original.peak_bytes
+    for side in (artifact, original):
+        assert 20 << 20 < side.steady_bytes <= side.peak_bytes
 
 
 def test_ratios(timed: tuple[Latency, Path, Any]) -> None:
