@@ -46,14 +46,14 @@ def in_a_pass(artifact: Path) -> Iterator[Path]:
 @contextmanager
 def in_the_trace(artifact: Path) -> Iterator[Path]:
     """The up projection of layer 3 is 5 % larger in the original than in what was traced."""
-    load = Checkpoint.load_reference
+    load = Checkpoint.fill_reference
 
     def other(self: Checkpoint, *arguments: Any) -> Any:
         model: Any = load(self, *arguments)
         model.model.layers[3].mlp.up_proj.weight.data *= 1.05
         return model
 
-    with patch.object(Checkpoint, "load_reference", other):
+    with patch.object(Checkpoint, "fill_reference", other):
         yield artifact
 
 

@@ -24,15 +24,17 @@ from llmc.validate.session import OrtModel, shares_buffer
 
 
 class Slowed(OrtModel):
-    """The same artifact with every step made longer by a fraction of the time of a fast one."""
+    """The same artifact with every step made longer by a fraction of its own time."""
 
-    extra_seconds = 0.0
+    slower = 0.0
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        until = time.perf_counter() + self.extra_seconds
+        start = time.perf_counter()
+        logits = super().decode(tokens)
+        until = start + (1 + self.slower) * (time.perf_counter() - start)
         while time.perf_counter() < until:
             pass
-        return super().decode(tokens)
+        return logits
 
 
 def main() -> None:
@@ -48,14 +50,18 @@ def main() -> None:
     manifest = open_artifact(options.artifact).manifest
     tokens, _ = tokenize(AutoTokenizer.from_pretrained(options.artifact), read_text(()))
     gates = [g for g in manifest.target.gates if g.metric is Metric.PREVIOUS_RATIO]
+    if not gates:
+        parser.error(
+            f"the target {manifest.target.name} of {options.artifact} has no gate on {Metric.PREVIOUS_RATIO}"
+        )
     settings: dict[str, Any] = {"threads": options.threads, "share_buffer": shares_buffer(options.artifact)}
     previous = partial(OrtModel, options.artifact, manifest.interface, **settings)
     model = partial(Slowed, options.artifact, manifest.interface, **settings)
     prompt = tokens[:CONTEXT]
     fast = fastest_step(previous(), prompt)
-    print(f"a step takes {1e3 * fast:.2f} ms at best; gate {gates[0].max}")
+    print(f"a step takes {1e3 * fast:.2f} ms at best; gate {gates[0].max}", flush=True)
     for extra, name in ((0.0, "A/A"), (options.slower, f"{100 * options.slower:.0f} % slower")):
-        Slowed.extra_seconds = extra * fast
+        Slowed.slower = extra
         found = []
         for _ in range(options.runs):
             start = time.perf_counter()

@@ -1,8 +1,10 @@
 """The machine at hand, and the answers of nvidia-smi."""
 
 import os
+import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llmc.machine as machine
@@ -121,3 +123,20 @@ def test_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(machine, "_NVIDIA_SMI_SECONDS", 0.2)
     with pytest.raises(ResourceError, match="did not answer"):
         machine.detect_gpu()
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Blocks of a megabyte below one that is held: glibc keeps them, and gives them back when asked to."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    np.ones(1 << 22).sum()  # blocks up to this size come from the heap once one was freed
+    blocks = [np.ones(1 << 17) for _ in range(200)]
+    held = blocks.pop()
+    del blocks
+    before = resident()
+    machine.release_memory()
+    assert held.sum() == 1 << 17
+    if platform.libc_ver()[0] == "glibc":
+        assert resident() < before - (100 << 20)

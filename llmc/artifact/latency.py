@@ -37,7 +37,8 @@ class PrefillLatency(_Strict):
 
 
 class DecodeLatency(_Strict):
-    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token.
+    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token:
+    the processor's, and that of the machine's GPUs.
 
     `noise` is what the machine alone does to a ratio: by how much two series of the same artifact,
     taken in turn with the original's, may differ from each other, as a fraction.
@@ -52,6 +53,8 @@ class DecodeLatency(_Strict):
     noise: float
     artifact_joules_per_token: float | None = None
     original_joules_per_token: float | None = None
+    artifact_gpu_joules_per_token: float | None = None
+    original_gpu_joules_per_token: float | None = None
 
 
 class Footprint(_Strict):
@@ -61,11 +64,14 @@ class Footprint(_Strict):
         load: Time to load the weights, without importing the runtime's modules.
         peak_bytes: Highest resident set over load, prefill and decode; None where the operating
             system does not tell.
+        steady_bytes: Resident set after the last step, when nothing of the prompt is worked on any more;
+            the median of the processes.
         prompt_tokens: Length of the prompt that was prefilled before `decoded_tokens` steps.
     """
 
     load: Timing
     peak_bytes: int | None
+    steady_bytes: int | None
     prompt_tokens: int
     decoded_tokens: int
 
@@ -90,12 +96,25 @@ class Roofline(_Strict):
 
 
 class BatchLatency(_Strict):
-    """Inter-token latency of the artifact alone for `batch` rows at once, and tokens/s of all rows."""
+    """`batch` equal rows at once, taken in turn with the original's.
+
+    Args:
+        context: Tokens of each row's prompt, after which decode steps are timed.
+        ttft: Time to first token of the artifact.
+        artifact: Inter-token latency of the artifact.
+        tokens_per_s: Of all rows, of the artifact.
+        ratio: Of inter-token latencies.
+    """
 
     batch: int
     context: int
+    ttft: Timing
+    ttft_original: Timing
     artifact: Timing
+    original: Timing
+    ratio: Ratio
     tokens_per_s: float
+    original_tokens_per_s: float
 
 
 class OperatorTime(_Strict):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.reference import fill_model, stream_model
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
-from llmc.checkpoint.streamed import stream_model
 from llmc.graph.weights import Array, WeightStore
 
 if TYPE_CHECKING:
@@ -100,13 +100,22 @@ class Checkpoint:
     def load_reference(self, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
         """The original PyTorch model by transformers' own `from_pretrained`: float32, eval mode, CPU.
 
-        This one holds the whole model in memory. `eager` is right for every model (`sdpa` leaves out
-        softcaps and sinks); `sdpa` is the faster one, for latency.
+        What a user of transformers has, with its time to load and its memory. `eager` is right for every
+        model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency.
 
         Raises:
             CheckpointError: transformers cannot load it.
         """
         return configuration.load_reference(self.path, self.config, attention)
+
+    def fill_reference(self) -> PreTrainedModel:
+        """The same model by the same code, float32, eager attention, with the memory of its weights alone.
+
+        Raises:
+            CheckpointError: The files lack a parameter.
+            UnsupportedError: transformers cannot build it.
+        """
+        return fill_model(self.config, self.tensors, self.tied)
 
     def stream_reference(self, put: Mapping[str, Array]) -> PreTrainedModel:
         """The original for a machine that cannot hold it: each module reads its weights when it runs.

@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "llmc verify artifacts/demo/cpu-int4@local --report out/",
             "llmc verify artifacts/mine --baseline last/report.json --allow size=2",
+            "llmc verify artifacts/mine --task questions.yaml --report out/",
             "llmc verify artifacts/mine --against ./my-model --eval-text domain.txt --json",
         ),
     )(verify)
@@ -35,6 +36,18 @@ def verify(
     each_pass: Annotated[
         bool, typer.Option("--each-pass", help="Also run the graph before and after every pass.")
     ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Also the accuracy on a multiple-choice task of lm-evaluation-harness (extra lm-eval): "
+            "its name, or a YAML file; may be given several times.",
+        ),
+    ] = None,
+    task_items: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Only the first N items of each task.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
@@ -50,5 +63,7 @@ def verify(
         baseline=baseline,
         allow=tuple(allow or ()),
         each_pass=each_pass,
+        tasks=tuple(task or ()),
+        task_items=task_items,
     )
     emit(made, as_json=as_json)

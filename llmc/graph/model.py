@@ -12,6 +12,9 @@ from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, We
 
 #: Node metadata: index of the decoder layer a node belongs to.
 LAYER = "llmc.layer"
+#: Node metadata: layouts of the packed weights that a compiled operator reads, JSON by initializer name:
+#: [outputs, inputs, bits, block size, 1 with zero points else 0].
+PACKED = "llmc.packed"
 
 
 @dataclass

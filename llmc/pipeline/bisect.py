@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
+from llmc.machine import release_memory
 from llmc.pipeline.compile import trace
 from llmc.pipeline.original import read_text, tokenize
 from llmc.progress import Progress
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
+    from llmc.validate.reference import Reference
     from llmc.validate.values import Difference, Values
 
 #: Tokens of the prompt whose values are compared: all of them are kept.
@@ -110,7 +112,8 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
         prompt = tokens[:PROMPT_TOKENS]
     with progress.stage("original"):
-        modules = module_values(checkpoint.load_reference(), prompt)
+        modules = module_values(checkpoint.fill_reference(), prompt)
+    release_memory()
     right: list[str] = []
     before: Values | None = None
     for step, graph in _steps(checkpoint, target, progress):
@@ -136,10 +139,16 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     return BisectResult(right=(*right, "artifact"), divergence=None)
 
 
-def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -> Measurement:
+def measure_passes(
+    checkpoint: Checkpoint, target: Target, original: Reference, progress: Progress
+) -> Measurement:
     """PASSES_MAX_ABS: largest difference of logits between the graph before a pass and after it.
 
-    Every pass of the target is measured on its own, so that two that undo each other's fault are found.
+    The traced graph is held against the original. Every pass of the target is measured on its own, so that
+    two that undo each other's fault are found.
+
+    Args:
+        original: PyTorch's model in float32, with the checkpoint's weights.
 
     Raises:
         ParityError: A graph cannot be run.
@@ -154,19 +163,22 @@ def measure_passes(checkpoint: Checkpoint, target: Target, progress: Progress) -
     from llmc.validate.measure import max_abs, measured
 
     tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+    prompt = tokens[:PROMPT_TOKENS]
     figures: dict[str, float] = {}
-    before = None
+    before = original.logits(prompt, keep=len(prompt))[None]
     for step, graph in _steps(checkpoint, target, progress):
         if step == "quantize":
             break
         with progress.stage(step), TemporaryDirectory() as folder:
-            logits = _values_of(graph, Path(folder), tokens[:PROMPT_TOKENS]).arrays["logits"]
-        if before is not None:
-            figures[step] = max_abs(logits, before[:, -logits.shape[1] :], f"pass {step}")
+            logits = _values_of(graph, Path(folder), prompt).arrays["logits"]
+        figures[step] = max_abs(logits, before[:, -logits.shape[1] :], f"step {step}")
         before = logits
-    worst = max(figures, key=lambda name: figures[name], default="none")
-    detail = f"{len(figures)} passes, each against the graph before it; the worst is {worst}"
-    value = max(figures.values(), default=0.0)
+    worst = max(figures, key=lambda name: figures[name])
+    detail = (
+        f"the trace against the original, {len(figures) - 1} passes, each against the graph before it;"
+        f" the worst is {worst}"
+    )
+    value = max(figures.values())
     return measured(Metric.PASSES_MAX_ABS, value, detail, "onnxruntime CPUExecutionProvider", figures)
 
 
@@ -192,6 +204,7 @@ def _values_of(graph: Graph, folder: Path, prompt: object) -> Values:
     from llmc.validate.values import graph_values
 
     write_model(graph.model, folder)
+    release_memory()
     return graph_values(folder, graph.interface(), np.asarray(prompt))
 
 

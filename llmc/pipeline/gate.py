@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Gate, Metric, Target
 from llmc.errors import ConfigError, ParityError
-from llmc.machine import available_memory
+from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.progress import Progress
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from llmc.graph.interface import Interface
     from llmc.graph.static_session import StaticSession
     from llmc.graph.weights import Rows
-    from llmc.validate.reference import TorchModel
+    from llmc.validate.reference import Reference, TorchModel
+    from llmc.validate.session import Session
+    from llmc.validate.tasks import Tasks
     from llmc.validate.weights import WeightParity
 
 LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO})
@@ -52,6 +54,7 @@ class Subject:
         sources: What each weight is made of, by the name of its initializer before quantization.
         damaged: What is wrong with the files by the manifest.
         engine: An engine to execute here; None measures the graph.
+        tasks: Multiple-choice tasks to answer as well.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Subject:
     sources: Mapping[str, Rows]
     damaged: Sequence[str] = ()
     engine: EngineRecord | None = None
+    tasks: Tasks | None = None
 
     @property
     def runtime(self) -> str:
@@ -108,7 +112,8 @@ def measure_parity(
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
     if each_pass:
-        measurements.append(measure_passes(subject.checkpoint, subject.target, progress))
+        original = remember(subject.checkpoint, subject.model_digest, "", lambda: _load(subject))
+        measurements.append(measure_passes(subject.checkpoint, subject.target, original, progress))
         gates += tuple(
             gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
             for gate in gates
@@ -132,8 +137,9 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     """
     from llmc.data import prompts
     from llmc.validate.blank import BlankSession
-    from llmc.validate.generation import measure_generation, original_texts
-    from llmc.validate.measure import measured, mismatches
+    from llmc.validate.generation import METRICS as GENERATED
+    from llmc.validate.generation import ServedText, measure_generation, original_texts, served_texts
+    from llmc.validate.measure import broken, measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
     from llmc.validate.served import Served
@@ -169,12 +175,24 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
         made.append(_interface_holds(subject.interface, where))
-        made += measure_tokens(folder, Served(folder), tokenizer, text, prompts())
+        served = Served(folder)
+        made += measure_tokens(folder, served, tokenizer, text, prompts())
+    drawn: tuple[ServedText, ...] = ()
+    if not weights.unread:
+        with progress.stage("generation"):
+            try:
+                drawn = served_texts(served, tokenizer, prompts())
+            except ParityError as error:
+                made += broken(GENERATED, error, served.where)
+    served_where = served.where
+    del served  # out of memory before the original comes in
+    release_memory()
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     with progress.stage("original"):
         windows = plan_windows(subject.interface, tokens, start)
         windows.prepare(original)
         texts = original_texts(original, tokenizer, prompts(), stated.stop)
+    release_memory()
     own = original
     if weights.digest:
 
@@ -186,17 +204,21 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         made += _not_comparable(weights.unread, where)
         original.release()
     else:
-        with progress.stage("generation"):
-            made += measure_generation(Served(folder), texts, own, stated.stop)
         with progress.stage("original with the artifact's weights"):
+            if drawn:
+                made += measure_generation(drawn, texts, own, stated.stop, served_where)
             Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
             original.release()
             own.release()
+        release_memory()
         with progress.stage("parity"):
             made += Parity(session(exact=True), own, tokens, heads, switches).measure()
         own.release()
+    release_memory()
+    model = session(exact=False)
     with progress.stage("quality"):
-        made += measure_quality(session(exact=False), original, windows)
+        made += measure_quality(model, original, windows)
+    _measure_tasks(subject, model, original, progress, made)
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
@@ -218,18 +240,24 @@ def _measure_static(
     Raises:
         ParityError: TensorRT or onnxruntime cannot load it.
     """
+    from llmc.data import prompts
     from llmc.validate.blank import BlankSession
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
+    from llmc.validate.tokens import measure_tokens
 
     checkpoint = subject.checkpoint
+    text = read_text(eval_text)
     made.append(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
     with progress.stage("weights"):
         made += _compare_weights(subject).measurements
-    tokens, start = tokenize(checkpoint.tokenizer(), read_text(eval_text))
+    with progress.stage("tokenizer"):
+        tokenizer = checkpoint.tokenizer()
+        tokens, start = tokenize(tokenizer, text)
+        made += measure_tokens(subject.folder, None, tokenizer, text, prompts())
     original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
@@ -239,6 +267,7 @@ def _measure_static(
         Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).measure()
         windows.prepare(original)
         original.release()
+    release_memory()
     with progress.stage("parity"):
         try:
             model = _open_static(subject)
@@ -250,6 +279,17 @@ def _measure_static(
         original.release()
     with progress.stage("quality"):
         made += measure_quality(model, original, windows, rows)
+    _measure_tasks(subject, model, original, progress, made)
+
+
+def _measure_tasks(
+    subject: Subject, model: Session, original: Reference, progress: Progress, made: list[Measurement]
+) -> None:
+    from llmc.validate.tasks import measure_tasks
+
+    if subject.tasks is not None:
+        with progress.stage("tasks"):
+            made.append(measure_tasks(model, original, subject.checkpoint.tokenizer(), subject.tasks))
 
 
 def _most_rows(subject: Subject) -> int | None:
@@ -293,7 +333,7 @@ def _load(subject: Subject) -> TorchModel:
 
     checkpoint = subject.checkpoint
     return TorchModel(
-        checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.load_reference()
+        checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.fill_reference()
     )
 
 

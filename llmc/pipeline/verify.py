@@ -22,6 +22,8 @@ def verify(
     baseline: Path | None = None,
     allow: tuple[str, ...] = (),
     each_pass: bool = False,
+    tasks: Sequence[str] = (),
+    task_items: int | None = None,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
 
@@ -35,14 +37,18 @@ def verify(
         force: Take an original that the artifact was not built from.
         folder: Where the report goes in all its forms; None for nowhere.
         baseline: report.json of an earlier artifact that this one may not be worse than.
+        tasks: Multiple-choice tasks of lm-evaluation-harness, by name or YAML file.
+        task_items: Most items of each task.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
     from llmc.artifact.store import damaged_files
+    from llmc.validate.tasks import load_tasks
 
     if folder is not None:
         require_folder(folder)
     allowed = parse_allowed(allow)
     earlier = None if baseline is None else read_report(baseline)
+    loaded = load_tasks(tasks, task_items) if tasks else None
     with progress.stage("artifact"):
         artifact, checkpoint, digest = open_pair(path, against, force=force)
         damaged = damaged_files(artifact)
@@ -58,6 +64,7 @@ def verify(
         sources=sources,
         damaged=damaged,
         engine=host_engine(manifest, progress),
+        tasks=loaded,
     )
     gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
     report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights, path)

@@ -18,6 +18,7 @@ _MORE_IS_BETTER = frozenset(
         Metric.DECODE_TOP1,
         Metric.TEXT_TOP1,
         Metric.TEXT_TOP5,
+        Metric.TASK_ACCURACY_CHANGE,
         Metric.GENERATE_EQUAL,
         Metric.GENERATE_SEEDED,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
-from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
+from llmc.report.figures import energies, format_bound, format_estimate, format_figure, ungated
 
 _MARKS = {
     CheckStatus.PASS: "pass",
@@ -51,15 +51,15 @@ def _latency(latency: Latency) -> list[str]:
     lines = ["| latency, ms | artifact p50 / p95 / p99 | original p50 | ratio (range) |", "|---|---|---|---|"]
     rows = [(f"first token after {p.prompt_tokens}", p) for p in latency.prefill]
     rows += [(f"next token at {d.context}", d) for d in latency.decode]  # type: ignore[misc]
+    rows += [(f"next token of {b.batch} rows at {b.context}", b) for b in latency.batches]  # type: ignore[misc]
     for name, entry in rows:
         a, o, r = entry.artifact, entry.original, entry.ratio
         times = " / ".join(format_figure(v) for v in (a.p50_ms, a.p95_ms, a.p99_ms))
         spread = f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})"
         lines.append(f"| {name} | {times} | {format_figure(o.p50_ms)} | {spread} |")
     for d in latency.decode:
-        if d.artifact_joules_per_token is not None:
-            mine, theirs = d.artifact_joules_per_token, d.original_joules_per_token
-            told = f"{format_figure(mine)} J per token, the original {format_figure(theirs)}"
+        for device, mine, theirs in energies(d):
+            told = f"{format_figure(mine)} J per token, the original {format_figure(theirs)}, {device}"
             lines += ["", f"At {d.context}: {told} ({_cell(latency.energy)})"]
     return lines
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from llmc.artifact.latency import Footprint, Latency, Ratio, Timing
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
-from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
+from llmc.report.figures import energies, format_bound, format_estimate, format_figure, ungated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,18 +89,20 @@ def _notes(latency: Latency) -> list[str]:
             f" (original {decode.original_tokens_per_s:.1f}), {roof.weight_bytes / 1e6:.1f} MB weights"
             f" + {roof.kv_bytes / 1e6:.1f} MB KV per token, {bound}"
         )
-        if decode.artifact_joules_per_token is not None:
+        for device, mine, theirs in energies(decode):
             lines.append(
-                f"context {decode.context}: {format_figure(decode.artifact_joules_per_token)} J per token"
-                f" (original {format_figure(decode.original_joules_per_token)})"
+                f"context {decode.context}: {format_figure(mine)} J per token"
+                f" (original {format_figure(theirs)}), {device}"
             )
     lines.append(f"energy: {latency.energy}")
     lines.append(f"artifact: {_footprint(latency.artifact_footprint)}")
     lines.append(f"original: {_footprint(latency.original_footprint)}")
     for b in latency.batches:
         lines.append(
-            f"batch of {b.batch} at context {b.context}: {b.artifact.p50_ms:.2f} ms a step, "
-            f"{b.tokens_per_s:.1f} tokens/s"
+            f"batch of {b.batch} at context {b.context}: first token {b.ttft.p50_ms:.1f} ms"
+            f" (original {b.ttft_original.p50_ms:.1f}), {b.artifact.p50_ms:.2f} ms a step"
+            f" (original {b.original.p50_ms:.2f}), {b.tokens_per_s:.1f} tokens/s"
+            f" (original {b.original_tokens_per_s:.1f})"
         )
     for o in latency.operators:
         lines.append(f"one step: {o.ms:.3f} ms in {o.calls} {o.name}")
@@ -108,6 +110,8 @@ def _notes(latency: Latency) -> list[str]:
 
 
 def _footprint(footprint: Footprint) -> str:
-    peak = footprint.peak_bytes
-    memory = "not known" if peak is None else f"{peak / (1 << 20):.0f} MiB"
-    return f"load {footprint.load.p50_ms:.0f} ms, peak memory {memory}"
+    peak, steady = (
+        "not known" if size is None else f"{size / (1 << 20):.0f} MiB"
+        for size in (footprint.peak_bytes, footprint.steady_bytes)
+    )
+    return f"load {footprint.load.p50_ms:.0f} ms, peak memory {peak}, steady {steady}"

@@ -1,15 +1,19 @@
-"""Energy by the processor's own counters (RAPL), which Linux gives as files below /sys/class/powercap.
+"""Energy by counters of the hardware: the processor's (RAPL), and those of NVIDIA GPUs (NVML).
 
-A zone's `energy_uj` counts microjoules and begins anew at `max_energy_range_uj`
+Linux gives RAPL's as files below /sys/class/powercap. A zone's `energy_uj` counts microjoules and begins anew
+at `max_energy_range_uj`
 (https://www.kernel.org/doc/html/latest/power/powercap/powercap.html). A package's counter holds its cores;
-memory has one of its own on servers. Counters are of the whole processor, so whatever else runs, and the idle
-processor itself, is in the figure.
+memory has one of its own on servers. NVML's `nvmlDeviceGetTotalEnergyConsumption` counts millijoules of a GPU
+with its memory since the driver was loaded, from Volta on
+(https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html). Counters are of the whole device, so
+whatever else runs, and the idle device itself, is in the figure.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from llmc.errors import ResourceError
 
@@ -18,6 +22,23 @@ POWERCAP = Path("/sys/class/powercap")
 #: Zones that do not hold each other: cores, graphics and the platform (psys) overlap with packages.
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
 _NAME = re.compile(r"package-\d+|dram")
+
+
+class Counter(Protocol):
+    """Energy of one kind of device."""
+
+    @property
+    def where(self) -> str:
+        """Which counters these are."""
+        ...
+
+    def read(self) -> tuple[int, ...]:
+        """What each says so far."""
+        ...
+
+    def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
+        """Energy between two readings."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,3 +103,56 @@ def open_counter(folder: Path = POWERCAP) -> EnergyCounter:
     if not zones:
         raise ResourceError("no energy counter on this machine", hint="RAPL counters are not shown to guests")
     return EnergyCounter(tuple(zones))
+
+
+@dataclass(frozen=True)
+class GpuCounter:
+    """The counters of all NVIDIA GPUs of a machine.
+
+    Args:
+        nvml: The module pynvml, initialized.
+        handles: One of its handles for each GPU, at least one.
+        names: What NVML calls them.
+    """
+
+    nvml: Any
+    handles: tuple[Any, ...]
+    names: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """Which counters these are."""
+        return f"NVML {', '.join(self.names)}; all that the GPU does"
+
+    def read(self) -> tuple[int, ...]:
+        """Millijoules of each GPU so far."""
+        return tuple(int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for handle in self.handles)
+
+    def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
+        """Energy between two readings."""
+        return (sum(after) - sum(before)) / 1e3
+
+
+def open_gpu_counter() -> GpuCounter:
+    """The counters of the machine's NVIDIA GPUs.
+
+    Raises:
+        ResourceError: There is no GPU, it does not count, or nvidia-ml-py is not installed.
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        raise ResourceError(
+            "nvidia-ml-py, which reads the energy of NVIDIA GPUs, is not installed",
+            hint="pip install 'llmc[nvml]'",
+        ) from error
+    try:
+        pynvml.nvmlInit()
+        handles = tuple(pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount()))
+        counter = GpuCounter(pynvml, handles, tuple(str(pynvml.nvmlDeviceGetName(h)) for h in handles))
+        counter.read()
+    except pynvml.NVMLError as error:
+        raise ResourceError(f"no energy counter of an NVIDIA GPU: {error}") from error
+    if not handles:
+        raise ResourceError("no energy counter of an NVIDIA GPU: there is none")
+    return counter

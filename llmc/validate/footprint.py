@@ -44,10 +44,11 @@ class OriginalJob:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one process saw: time to load in ms, highest resident set in bytes if it is known."""
+    """What one process saw: time to load in ms, highest and last resident set in bytes if they are known."""
 
     load_ms: float
     peak_bytes: int | None
+    steady_bytes: int | None
 
 
 def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
@@ -75,21 +76,29 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
             f" {reason[0]}",
             hint="a process that the system killed ends with -9: it ran out of memory",
         )
-    load_ms, peak_bytes = json.loads(done.stdout.decode().splitlines()[-1])
-    return Sample(load_ms, peak_bytes)
+    return Sample(*json.loads(done.stdout.decode().splitlines()[-1]))
 
 
 def peak_resident_bytes() -> int | None:
     """Highest resident set of this process so far; None where the system does not tell."""
-    if sys.platform == "linux":
-        # VmHWM starts at zero with the process image; ru_maxrss would count the parent's.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
     if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None
+    # VmHWM starts at zero with the process image; ru_maxrss would count the parent's.
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int | None:
+    """Resident set of this process; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int | None:
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(field))
 
 
 def _side(job: ArtifactJob | OriginalJob) -> str:
@@ -123,7 +132,7 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
         original.prefill(prompt)
         for _ in range(job.steps):
             original.decode(1)
-    return Sample(load_ms, peak_resident_bytes())
+    return Sample(load_ms, peak_resident_bytes(), resident_bytes())
 
 
 def main() -> None:
@@ -131,4 +140,4 @@ def main() -> None:
     import json
 
     sample = _run(pickle.loads(sys.stdin.buffer.read()))
-    sys.stdout.write(json.dumps([sample.load_ms, sample.peak_bytes]) + "\n")
+    sys.stdout.write(json.dumps([sample.load_ms, sample.peak_bytes, sample.steady_bytes]) + "\n")

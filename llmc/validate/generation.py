@@ -43,13 +43,56 @@ def original_texts(
     return tuple(made)
 
 
+@dataclass(frozen=True)
+class ServedText:
+    """What the artifact makes of a prompt.
+
+    Args:
+        encoded: The prompt's tokens by the artifact's tokenizer.
+        continuation: Greedy text after the original's tokens of the prompt.
+        sampled: Two samples with one seed; none of the prompts that are not sampled.
+    """
+
+    encoded: list[int]
+    continuation: list[int]
+    sampled: tuple[list[int], ...]
+
+
+def served_texts(served: Served, tokenizer: Any, prompts: Sequence[str]) -> tuple[ServedText, ...]:
+    """Greedy and sampled text, penalties and sampling of the generation config off.
+
+    Args:
+        tokenizer: The original's.
+
+    Raises:
+        ParityError: The runtime fails.
+    """
+    made = []
+    for number, prompt in enumerate(prompts):
+        ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
+        options = {"do_sample": True, "top_k": TOP_K, "temperature": 1.0, "random_seed": SEED}
+        runs = 2 if number < SAMPLED_PROMPTS else 0
+        made.append(
+            ServedText(
+                encoded=served.encode(prompt),
+                continuation=served.generate(ids, NEW_TOKENS),
+                sampled=tuple(served.generate(ids, NEW_TOKENS, **options) for _ in range(runs)),
+            )
+        )
+    return tuple(made)
+
+
 def measure_generation(
-    served: Served, texts: Sequence[OriginalText], own_weights: Reference, stop: Sequence[int]
+    served: Sequence[ServedText],
+    texts: Sequence[OriginalText],
+    own_weights: Reference,
+    stop: Sequence[int],
+    where: str,
 ) -> tuple[Measurement, ...]:
     """Greedy and sampled text, token by token.
 
     Each side encodes the prompt with its own tokenizer; a prompt that they encode differently counts
-    as unequal. Penalties and sampling of the generation config are off on both sides.
+    as unequal.
 
     GENERATE_EQUAL is the share of prompts whose greedy text is that of PyTorch. GENERATE_GAP judges
     greedy text that quantization may have led elsewhere: the original with the artifact's weights is
@@ -58,9 +101,11 @@ def measure_generation(
     runs and keeps to the 2 * TOP_K likeliest tokens of the original with the artifact's weights.
 
     Args:
-        texts: What the original makes of each prompt; at least one.
+        served: What the artifact makes of each prompt; at least one.
+        texts: What the original makes of the same prompts.
         own_weights: The original with the artifact's weights.
         stop: The original's end tokens.
+        where: Runtime of the artifact.
 
     Returns:
         One measurement for each of METRICS.
@@ -68,34 +113,31 @@ def measure_generation(
 
     def take() -> tuple[Measurement, ...]:
         unequal, strayed, gaps = [], [], {}
-        for number, text in enumerate(texts):
-            theirs = served.encode(text.prompt)
-            made = served.generate(text.ids, NEW_TOKENS)
-            if theirs != text.ids:
+        for number, (made, text) in enumerate(zip(served, texts, strict=True)):
+            if made.encoded != text.ids:
                 unequal.append(
-                    f"{text.prompt!r} is encoded as {theirs}, the original's tokens are {text.ids}"
+                    f"{text.prompt!r} is encoded as {made.encoded}, the original's tokens are {text.ids}"
                 )
-            elif (at := _first_difference(made, text.continuation)) is not None:
+            elif (at := _first_difference(made.continuation, text.continuation)) is not None:
                 unequal.append(f"{text.prompt!r} differs from new token {at + 1} on")
-            gaps[f"prompt_{number + 1}"] = _gap(own_weights, text.ids, made, stop)
-        for text in texts[:SAMPLED_PROMPTS]:
-            if reason := _stray(served, own_weights, text.ids):
+            gaps[f"prompt_{number + 1}"] = _gap(own_weights, text.ids, made.continuation, stop)
+            if made.sampled and (reason := _stray(made.sampled, own_weights, text.ids)):
                 strayed.append(f"{text.prompt!r} {reason}")
-        sampled = len(texts[:SAMPLED_PROMPTS])
+        sampled = sum(bool(made.sampled) for made in served)
         told = f"{len(texts)} prompts, {NEW_TOKENS} new tokens each"
         return (
-            _share(METRICS[0], unequal, len(texts), told, served.where),
-            measured(METRICS[1], max(gaps.values()), told, served.where, gaps),
+            _share(METRICS[0], unequal, len(texts), told, where),
+            measured(METRICS[1], max(gaps.values()), told, where, gaps),
             _share(
                 METRICS[2],
                 strayed,
                 sampled,
                 f"{sampled} prompts, {NEW_TOKENS} new tokens each, seed {SEED}, top {TOP_K}",
-                served.where,
+                where,
             ),
         )
 
-    return measure(METRICS, served.where, take)
+    return measure(METRICS, where, take)
 
 
 def _share(metric: Metric, found: Sequence[str], count: int, detail: str, where: str) -> Measurement:
@@ -120,12 +162,9 @@ def _gap(own_weights: Reference, ids: list[int], made: list[int], stop: Sequence
     return max(float(row.max()) - value for row, value in zip(logits, chosen, strict=False))
 
 
-def _stray(served: Served, own_weights: Reference, ids: list[int]) -> str | None:
-    """What is wrong with text sampled from a prompt; None if nothing is."""
-    first, second = (
-        served.generate(ids, NEW_TOKENS, do_sample=True, top_k=TOP_K, temperature=1.0, random_seed=SEED)
-        for _ in range(2)
-    )
+def _stray(sampled: Sequence[list[int]], own_weights: Reference, ids: list[int]) -> str | None:
+    """What is wrong with two samples after a prompt; None if nothing is."""
+    first, second = sampled
     if (at := _first_difference(first, second)) is not None:
         return f"differs between two runs of one seed from new token {at + 1} on"
     if not first:

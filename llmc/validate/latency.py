@@ -1,4 +1,4 @@
-"""Latency of artifact and original, in turn within one process, batch 1.
+"""Latency of artifact and original, in turn within one process.
 
 One round times the artifact, the original and the artifact again, so that whatever else the machine
 does weighs on all, and so that the two series of the artifact tell how much it does (an A/A run).
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Profile
 from llmc.errors import ResourceError
 from llmc.graph.interface import Interface
-from llmc.validate.energy import POWERCAP, EnergyCounter, open_counter
+from llmc.validate.energy import POWERCAP, Counter, open_counter, open_gpu_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
@@ -39,6 +40,9 @@ from llmc.validate.roofline import roofline
 from llmc.validate.session import OrtModel, Rewindable
 
 Array = np.ndarray
+#: Energy counters of the processor and of the GPUs, and joules by them; None where there is none.
+Meters = tuple[Counter | None, Counter | None]
+Joules = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ class Schedule:
     Args:
         prompts: Prompt lengths for the time to first token.
         contexts: Lengths after which decode steps are timed; each is among `prompts`.
-        batches: Rows that decode together at the first context.
+        batches: Rows that run together at the first context.
         prefill_rounds: Times each prompt is run by either side.
         decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
+        batch_rounds: Times that either side runs each batch.
         footprint_rounds: Processes of either side that are started for load time and peak memory.
     """
 
@@ -60,6 +65,7 @@ class Schedule:
     prefill_rounds: int = 5
     decode_rounds: int = 4
     decode_tokens: int = 32
+    batch_rounds: int = 3
     footprint_rounds: int = 3
 
 
@@ -119,7 +125,7 @@ def measure_latency(
 
     # Before this process holds a session of its own, so that the children have the machine to themselves.
     footprints = _footprints(timed, load_reference, threads, max(prompts, default=1), schedule)
-    counter, energy = _find_counter(counters)
+    meters, energy = _find_meters(counters)
     with _torch_threads(threads):
         model = timed.open()
         prefill: list[PrefillLatency] = []
@@ -128,10 +134,10 @@ def measure_latency(
             prompt = np.take(tokens, np.arange(length), mode="wrap")
             prefill.append(_time_prefill(model, reference, prompt, schedule))
             if length in contexts:
-                decode.append(_time_decode(model, reference, length, schedule, counter))
+                decode.append(_time_decode(model, reference, length, schedule, meters))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
         rows = [n for n in schedule.batches if timed.rows is None or n <= timed.rows]
-        batches = [_time_batch(model, first, n, schedule) for n in rows if first is not None]
+        batches = [_time_batch(model, reference, first, n, schedule) for n in rows if first is not None]
         operators: tuple[OperatorTime, ...] = ()
         if first is not None and isinstance(model, OrtModel):
             operators = profile_decode(model, first)
@@ -231,7 +237,7 @@ def _time_prefill(
 
 
 def _time_decode(
-    model: Rewindable, reference: TorchModel, context: int, schedule: Schedule, counter: EnergyCounter | None
+    model: Rewindable, reference: TorchModel, context: int, schedule: Schedule, meters: Meters
 ) -> DecodeLatency:
     """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
 
@@ -242,12 +248,12 @@ def _time_decode(
     artifact: list[list[float]] = []
     original: list[list[float]] = []
     again: list[list[float]] = []
-    joules: list[tuple[float | None, float | None]] = []
+    joules: list[tuple[Joules, Joules]] = []
     for counted in [False] + [True] * schedule.decode_rounds:
         model.restore(point)
-        a, energy = _metered_steps(step, schedule, counter)
+        a, energy = _metered_steps(step, schedule, meters)
         reference.restore(original_point)
-        b, energy_original = _metered_steps(reference.decode, schedule, counter)
+        b, energy_original = _metered_steps(reference.decode, schedule, meters)
         model.restore(point)
         c = _timed_steps(step, schedule)
         if counted:
@@ -257,6 +263,10 @@ def _time_decode(
             joules.append((energy, energy_original))
     flat_artifact = [x for r in artifact for x in r]
     flat_original = [x for r in original for x in r]
+    energy_of = [
+        [_per_token([turn[side][device] for turn in joules], len(flat_artifact)) for device in range(2)]
+        for side in range(2)
+    ]
     return DecodeLatency(
         context=context,
         artifact=timing(flat_artifact),
@@ -265,8 +275,10 @@ def _time_decode(
         original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
-        artifact_joules_per_token=_per_token([mine for mine, _ in joules], len(flat_artifact)),
-        original_joules_per_token=_per_token([theirs for _, theirs in joules], len(flat_original)),
+        artifact_joules_per_token=energy_of[0][0],
+        original_joules_per_token=energy_of[1][0],
+        artifact_gpu_joules_per_token=energy_of[0][1],
+        original_gpu_joules_per_token=energy_of[1][1],
     )
 
 
@@ -276,19 +288,43 @@ def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
     return sum(known) / tokens if known else None
 
 
-def _time_batch(model: Rewindable, prompt: Array, batch: int, schedule: Schedule) -> BatchLatency:
-    """Steps of `batch` equal rows."""
-    model.prefill(np.repeat(prompt[None], batch, axis=0), steps=schedule.decode_tokens)
+def _time_batch(
+    model: Rewindable, reference: TorchModel, prompt: Array, batch: int, schedule: Schedule
+) -> BatchLatency:
+    """Prefill and steps of `batch` equal rows, the sides in turn; the first round is not counted."""
+    rows = np.repeat(prompt[None], batch, axis=0)
+
+    def prefill() -> None:
+        model.prefill(rows, steps=schedule.decode_tokens)[:, -1].argmax(axis=-1)
 
     def step(token: int) -> int:
-        return int(model.decode(np.full((batch, 1), token))[0, -1].argmax())
+        return int(model.decode(np.full((batch, 1), token))[:, -1].argmax(axis=-1)[0])
 
-    times = _timed_steps(step, schedule)
+    def step_original(token: int) -> int:
+        return int(reference.decode_rows(np.full(batch, token))[0])
+
+    first: list[tuple[float, float]] = []
+    artifact: list[list[float]] = []
+    original: list[list[float]] = []
+    for counted in [False] + [True] * schedule.batch_rounds:
+        ttft, times = _timed(prefill), _timed_steps(step, schedule)
+        ttft_original = _timed(lambda: reference.prefill_rows(rows))
+        times_original = _timed_steps(step_original, schedule)
+        if counted:
+            first.append((ttft, ttft_original))
+            artifact.append(times)
+            original.append(times_original)
+    flat, flat_original = ([x for r in rounds for x in r] for rounds in (artifact, original))
     return BatchLatency(
         batch=batch,
         context=len(prompt),
-        artifact=timing(times),
-        tokens_per_s=1e3 * batch * len(times) / sum(times),
+        ttft=timing([a for a, _ in first]),
+        ttft_original=timing([b for _, b in first]),
+        artifact=timing(flat),
+        original=timing(flat_original),
+        ratio=ratio(artifact, original),
+        tokens_per_s=1e3 * batch * len(flat) / sum(flat),
+        original_tokens_per_s=1e3 * batch * len(flat_original) / sum(flat_original),
     )
 
 
@@ -302,7 +338,7 @@ def _timed(run: Callable[[], object]) -> float:
 
 def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
     """Milliseconds of each of `decode_tokens` steps in a row after a rest."""
-    return _metered_steps(step, schedule, None)[0]
+    return _metered_steps(step, schedule, (None, None))[0]
 
 
 def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
@@ -316,24 +352,33 @@ def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
 
 
 def _metered_steps(
-    step: Callable[[int], int], schedule: Schedule, counter: EnergyCounter | None
-) -> tuple[list[float], float | None]:
+    step: Callable[[int], int], schedule: Schedule, meters: Meters
+) -> tuple[list[float], Joules]:
     """`_timed_steps`, and the joules of the same time, the rest before it included in neither."""
     time.sleep(_REST_SECONDS)
-    if counter is None:
-        return _steps(step, schedule), None
-    before = counter.read()
+    before = [None if meter is None else meter.read() for meter in meters]
     times = _steps(step, schedule)
-    return times, counter.joules(before, counter.read())
+    processor, gpu = (
+        None if meter is None or first is None else meter.joules(first, meter.read())
+        for meter, first in zip(meters, before, strict=True)
+    )
+    return times, (processor, gpu)
 
 
-def _find_counter(folder: Path) -> tuple[EnergyCounter | None, str]:
-    """The energy counter and what it is of, or why there is none."""
-    try:
-        counter = open_counter(folder)
-    except ResourceError as error:
-        return None, f"not measured: {error.fact}"
-    return counter, counter.where
+def _find_meters(folder: Path) -> tuple[Meters, str]:
+    """The energy counters, and what they are of or why there are none."""
+    meters: list[Counter | None] = []
+    told = []
+    for opener in (partial(open_counter, folder), open_gpu_counter):
+        try:
+            counter: Counter = opener()
+        except ResourceError as error:
+            meters.append(None)
+            told.append(f"not measured: {error.fact}")
+        else:
+            meters.append(counter)
+            told.append(counter.where)
+    return (meters[0], meters[1]), f"{told[0]}; GPU: {told[1]}"
 
 
 def _footprints(
@@ -354,9 +399,11 @@ def _footprints(
 
 def _footprint(samples: Sequence[Sample], prompt: int, steps: int) -> Footprint:
     peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
+    steady = [s.steady_bytes for s in samples if s.steady_bytes is not None]
     return Footprint(
         load=timing([s.load_ms for s in samples]),
         peak_bytes=max(peaks, default=None),
+        steady_bytes=int(np.median(steady)) if steady else None,
         prompt_tokens=prompt,
         decoded_tokens=steps,
     )

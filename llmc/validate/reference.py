@@ -4,14 +4,23 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from llmc.errors import ParityError, UnsupportedError
-from llmc.validate.distribution import Distributions
+from llmc.validate.distribution import Distributions, log_softmax
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model holds of a continuation: its log-likelihood in nats, and whether greedy text is this."""
+
+    log_likelihood: float
+    greedy: bool
 
 
 class Reference(Protocol):
@@ -40,6 +49,10 @@ class Reference(Protocol):
 
     def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
         """Greedy text after input_ids (sequence,) up to an end token, which is left out."""
+        ...
+
+    def score(self, prompt: Array, choice: Array) -> Score:
+        """What is held of the tokens `choice` (n,) after those of `prompt` (m,), at least one."""
         ...
 
 
@@ -142,6 +155,14 @@ class TorchModel:
         made: Array = out[0, len(input_ids) :].numpy()
         return made[:-1] if len(made) and made[-1] in stop else made
 
+    def score(self, prompt: Array, choice: Array) -> Score:
+        """Log-likelihood of `choice` (n,) after `prompt` (m,), from one forward pass."""
+        if not len(choice):
+            return Score(0.0, True)
+        logits = self.logits(np.concatenate([prompt, choice])[:-1], keep=len(choice))
+        held = log_softmax(logits)[np.arange(len(choice)), choice]
+        return Score(float(held.sum(dtype=np.float64)), bool((logits.argmax(axis=1) == choice).all()))
+
     def set_parameters(self, values: Mapping[str, Array]) -> None:
         """Replace parameters in place by name; a tied one changes wherever it is used.
 
@@ -159,12 +180,20 @@ class TorchModel:
 
     def prefill(self, input_ids: Array) -> int:
         """Run a prompt (sequence,) from an empty cache, as `generate` does; the most likely next token."""
-        self._cache = None
-        return self._step(input_ids)
+        return int(self.prefill_rows(input_ids[None])[0])
 
     def decode(self, token: int) -> int:
         """Run one more token over the cache; the most likely next token."""
-        return self._step(np.array([token], np.int64))
+        return int(self.decode_rows(np.array([token], np.int64))[0])
+
+    def prefill_rows(self, input_ids: Array) -> Array:
+        """Run prompts (batch, sequence) of equal length from an empty cache; next tokens (batch,)."""
+        self._cache = None
+        return self._step(input_ids)
+
+    def decode_rows(self, tokens: Array) -> Array:
+        """Run one more token of every row, (batch,), over the cache; next tokens (batch,)."""
+        return self._step(tokens[:, None])
 
     def state(self) -> Any:
         """A copy of the cache, to `restore` later."""
@@ -174,11 +203,11 @@ class TorchModel:
         """Go on from a copy of `state`."""
         self._cache = copy.deepcopy(state)
 
-    def _step(self, input_ids: Array) -> int:
+    def _step(self, input_ids: Array) -> Array:
         import torch
 
-        ids = torch.from_numpy(input_ids[None].copy())
-        with torch.inference_mode(), _failures(len(input_ids)):
+        ids = torch.from_numpy(input_ids.copy())
+        with torch.inference_mode(), _failures(input_ids.shape[1]):
             out = self.model(
                 input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
                 past_key_values=self._cache,
@@ -186,7 +215,8 @@ class TorchModel:
                 **self._keep(1),
             )
             self._cache = out.past_key_values
-            return int(out.logits[0, -1].argmax())
+            tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
+        return tokens
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}

@@ -7,7 +7,7 @@ import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
 from llmc.validate.distribution import Distributions
-from llmc.validate.reference import TorchModel
+from llmc.validate.reference import Score, TorchModel
 
 Array = np.ndarray
 
@@ -72,6 +72,14 @@ class RememberedModel:
         )
         return np.frombuffer(data, np.int64).copy()
 
+    def score(self, prompt: Array, choice: Array) -> Score:
+        """As `TorchModel.score`."""
+        data = self._recall(
+            "score", np.concatenate([prompt, choice]), [len(choice)], _ask_score(prompt, choice)
+        )
+        log_likelihood, greedy = np.frombuffer(data, np.float64).tolist()
+        return Score(log_likelihood, bool(greedy))
+
     def release(self) -> TorchModel | None:
         """Let go of the model, and hand it over if it was loaded; a later question loads it again."""
         model, self._model = self._model, None
@@ -93,6 +101,14 @@ class RememberedModel:
             known = ask(self._model)
             self._cache.put(key, known)
         return known
+
+
+def _ask_score(prompt: Array, choice: Array) -> Callable[[TorchModel], bytes]:
+    def ask(model: TorchModel) -> bytes:
+        made = model.score(prompt, choice)
+        return np.array([made.log_likelihood, made.greedy], np.float64).tobytes()
+
+    return ask
 
 
 def _ask_distributions(input_ids: Array, keep: int) -> Callable[[TorchModel], bytes]:

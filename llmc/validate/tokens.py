@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
 
 
 def measure_tokens(
-    folder: Path, served: Served, tokenizer: Any, text: str, prompts: Sequence[str]
+    folder: Path, served: Served | None, tokenizer: Any, text: str, prompts: Sequence[str]
 ) -> tuple[Measurement, ...]:
     """TOKENIZER_EQUAL: share of texts with the original's token ids; CHAT_EQUAL: of conversations.
 
@@ -52,6 +53,7 @@ def measure_tokens(
     characters that the original's vocabulary does not have are left out.
 
     Args:
+        served: The artifact in onnxruntime-genai; None for one that it does not serve.
         tokenizer: The original's transformers tokenizer.
         text: The evaluation text, of which pieces are encoded.
     """
@@ -59,7 +61,7 @@ def measure_tokens(
     pieces = [text[at : at + PIECE] for at in range(0, len(text), step)]
     specials = [f"a{token} b{token}" for token in tokenizer.all_special_tokens[:8]]
     texts = [t for t in (*HARD_TEXTS, *prompts, *pieces, *specials) if _represents(tokenizer, t)]
-    where = f"{served.where}, and transformers"
+    where = "transformers" if served is None else f"{served.where}, and transformers"
     return (
         *measure(
             (Metric.TOKENIZER_EQUAL,), where, lambda: (_tokenizer(folder, served, tokenizer, texts, where),)
@@ -68,15 +70,16 @@ def measure_tokens(
     )
 
 
-def _tokenizer(folder: Path, served: Served, tokenizer: Any, texts: Sequence[str], where: str) -> Measurement:
+def _tokenizer(
+    folder: Path, served: Served | None, tokenizer: Any, texts: Sequence[str], where: str
+) -> Measurement:
     own = _load(folder)
     different = []
     for text in texts:
         golden = [int(t) for t in tokenizer(text, verbose=False)["input_ids"]]
-        sides = {
-            "transformers": [int(t) for t in own(text, verbose=False)["input_ids"]],
-            "onnxruntime-genai": served.encode(text),
-        }
+        sides = {"transformers": [int(t) for t in own(text, verbose=False)["input_ids"]]}
+        if served is not None:
+            sides["onnxruntime-genai"] = served.encode(text)
         wrong = [f"{side}: {ids}" for side, ids in sides.items() if ids != golden]
         if wrong:
             different.append(f"{_short(text)} is {golden} in the original; {'; '.join(wrong)}")
@@ -84,7 +87,7 @@ def _tokenizer(folder: Path, served: Served, tokenizer: Any, texts: Sequence[str
     return measured(Metric.TOKENIZER_EQUAL, 1 - len(different) / len(texts), detail, where)
 
 
-def _chat(folder: Path, served: Served, tokenizer: Any, where: str) -> Measurement:
+def _chat(folder: Path, served: Served | None, tokenizer: Any, where: str) -> Measurement:
     own = _load(folder)
     if not tokenizer.chat_template:
         if own.chat_template:
@@ -101,9 +104,10 @@ def _chat(folder: Path, served: Served, tokenizer: Any, where: str) -> Measureme
                 continue
             count += 1
             sides: dict[str, Callable[[], str | None]] = {
-                "transformers": lambda m=messages, a=ask: _render(own, m, a),  # type: ignore[misc]
-                "onnxruntime-genai": lambda m=messages, a=ask: served.render_chat(m, ask=a),  # type: ignore[misc]
+                "transformers": partial(_render, own, messages, ask)
             }
+            if served is not None:
+                sides["onnxruntime-genai"] = partial(served.render_chat, messages, ask=ask)
             for side, render in sides.items():
                 made = render()
                 if made != golden:

@@ -55,7 +55,9 @@ class Difference:
 
 
 def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
-    """Run a prompt from an empty cache, and keep every floating-point value of model.onnx.
+    """Run a prompt from an empty cache, and keep every floating-point value that depends on it.
+
+    What is made of weights alone, such as a matrix turned, is as large as the model, and left out.
 
     Args:
         folder: Directory with model.onnx.
@@ -72,11 +74,12 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
     with_exact_products(exact)
     model = ir.to_proto(exact)
     known = {output.name for output in model.graph.output}
-    names = [name for node in model.graph.node for name in node.output if name]
+    names = _computed(model.graph)
     model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in known)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder.resolve())
     )
@@ -151,6 +154,18 @@ def relative_error(actual: Array, wanted: Array) -> float:
     scale = float(np.max(np.abs(wanted), initial=0.0))
     difference = float(np.max(np.abs(actual.astype(np.float64) - wanted), initial=0.0))
     return difference / scale if scale > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def _computed(graph: Any) -> list[str]:
+    """Outputs of the nodes that read an input of the graph, directly or not."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    live = {value.name for value in graph.input} - initializers
+    names: list[str] = []
+    for node in graph.node:
+        if not live.isdisjoint(node.input):
+            names += [name for name in node.output if name]
+            live.update(node.output)
+    return names
 
 
 def _feeds(interface: Interface, tokens: Array) -> dict[str, Array]:

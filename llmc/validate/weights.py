@@ -1,9 +1,9 @@
 """Weights: every tensor that an artifact stores against the checkpoint's, as a signal-to-noise ratio.
 
 Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
-GatherBlockQuantized, (code - zero point) * scale, and of ONNX DequantizeLinear, here and not by the code that
-wrote them. The
-ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB; infinite where nothing was lost.
+GatherBlockQuantized, (code - zero point) * scale, of ONNX DequantizeLinear, and by the layout of compiled
+kernels, here and not by the code that wrote them. The ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB;
+infinite where nothing was lost.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
+from llmc.validate.packed import open_packed
 from llmc.validate.stacks import PARTS, read_experts, unpack
 
 Array = np.ndarray
@@ -69,8 +70,7 @@ class WeightParity:
         digest: sha256 over what the artifact has for the parameters that lost anything; empty if
             none did, so that the original itself has these weights.
         changed: The names in `expected` of those tensors.
-        unread: Those that are stored in a form that nothing here reads back, such as a compiled
-            kernel's.
+        unread: Those that are stored in a form that nothing here reads back.
     """
 
     measurements: tuple[Measurement, ...]
@@ -206,10 +206,19 @@ def _require_data(graph: ir.Graph) -> None:
 def _find(graph: ir.Graph, name: str) -> Stored | None:
     if name in graph.initializers:
         return _plain(graph.initializers[name])
-    for stem in (name, f"{name}.T"):
-        codes = graph.initializers.get(f"{stem}.codes")
-        if codes is not None:
-            return _quantized(graph, codes, stem)
+    if (stored := _find_quantized(graph, name)) is not None:
+        return stored
+    turned = _find_quantized(graph, f"{name}.T")  # made of a matrix of (inputs, outputs)
+    return None if turned is None else _turned(turned)
+
+
+def _find_quantized(graph: ir.Graph, stem: str) -> Stored | None:
+    codes, packed = (graph.initializers.get(f"{stem}.{part}") for part in ("codes", "packed"))
+    if codes is not None:
+        return _quantized(graph, codes, stem)
+    if packed is not None:
+        matrix = open_packed(packed)
+        return Stored((matrix.outputs, matrix.inputs), matrix.rows, matrix.block)
     return None
 
 

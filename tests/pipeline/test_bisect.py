@@ -18,6 +18,7 @@ from llmc.pipeline import bisect, build, verify
 from llmc.pipeline.bisect import measure_passes
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.validate.reference import TorchModel
 from tests.models import save_tiny_model
 
 from .sabotage import Edit, WrongNorms, copy_artifact, other_attention_scale, reseal
@@ -83,18 +84,25 @@ def test_a_fault_in_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "WRONG  rms-norm: layer 1, operator SimplifiedLayerNormalization" in result.render()
 
 
-def test_a_fault_in_the_trace(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_the_trace(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The original's up projection of layer 1 gives something that the traced graph does not."""
     from llmc.checkpoint import Checkpoint
 
-    load = Checkpoint.load_reference
+    load = Checkpoint.fill_reference
 
     def other(self: Checkpoint, *arguments: Any) -> Any:
         model: Any = load(self, *arguments)
         model.model.layers[1].mlp.up_proj.weight.data *= 1.05
         return model
 
-    monkeypatch.setattr(Checkpoint, "load_reference", other)
+    monkeypatch.setattr(Checkpoint, "fill_reference", other)
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))  # with no answers of the right original
+    text = tmp_path / "text"
+    text.write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
+    made = verify(artifact, None, (str(text),), SilentProgress(), each_pass=True).report
+    assert made.measurements[0].figures["trace"] > 1e-2
+    assert max(v for name, v in made.measurements[0].figures.items() if name != "trace") < 1e-4
+    assert "the worst is trace" in made.measurements[0].detail
     found = bisect(artifact, None, SilentProgress()).divergence
     assert found is not None
     assert (found.step, found.layer, found.operator) == ("trace", 1, "MatMul")
@@ -107,7 +115,8 @@ def test_every_pass_of_a_good_target_keeps_the_numbers(artifact: Path, tmp_path:
     check = next(c for c in made.verdict.checks if c.metric is Metric.PASSES_MAX_ABS)
     prefill = next(c for c in made.verdict.checks if c.metric is Metric.PREFILL_MAX_ABS)
     assert (check.status, check.bound) == (CheckStatus.PASS, prefill.bound)
-    assert len(made.measurements[0].figures) == len(open_artifact(artifact).manifest.target.passes)
+    assert len(made.measurements[0].figures) == 1 + len(open_artifact(artifact).manifest.target.passes)
+    assert 0 < made.measurements[0].figures["trace"] < 1e-4
 
 
 def test_targets_that_cannot_be_bisected(artifact: Path, tmp_path: Path) -> None:
@@ -116,5 +125,7 @@ def test_targets_that_cannot_be_bisected(artifact: Path, tmp_path: Path) -> None
     half = build(plan, SilentProgress()).path
     with pytest.raises(UnsupportedError, match="cuda-fp16 computes in float16, whose rounding it would find"):
         bisect(half, None, SilentProgress())
+    checkpoint = open_checkpoint(model)
+    original = TorchModel(checkpoint.fill_reference())
     with pytest.raises(UnsupportedError, match="the passes of tensorrt-fp16 cannot be held"):
-        measure_passes(open_checkpoint(model), load_target("tensorrt-fp16"), SilentProgress())
+        measure_passes(checkpoint, load_target("tensorrt-fp16"), original, SilentProgress())

@@ -26,6 +26,7 @@ from tests.models import EOS, save_tiny_model
 REASON = "half precision of a tiny random model"
 GATES = (
     Gate(metric=Metric.INTERFACE, max=0, reason=REASON),
+    Gate(metric=Metric.TOKENIZER_EQUAL, min=1.0, reason="the same characters are the same tokens"),
     Gate(metric=Metric.DECODE_MAX_ABS, max=0.1, reason=REASON),
     Gate(metric=Metric.RAGGED_MAX_ABS, max=0.1, reason=REASON),
 )
@@ -58,7 +59,9 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (waiting.sms, waiting.library, waiting.file) == (("SM90",), "tensorrt", None)
     assert manifest.files["sm89.engine"].bytes == (tmp_path / "out/sm89.engine").stat().st_size
     assert {check.metric for check in manifest.checks} == {gate.metric for gate in GATES}
-    assert all(check.where.startswith("onnxruntime") for check in manifest.checks)
+    where = {check.metric: check.where for check in manifest.checks}
+    assert where.pop(Metric.TOKENIZER_EQUAL) == "transformers"
+    assert all(place.startswith("onnxruntime") for place in where.values())
     assert not (tmp_path / "out/genai_config.json").exists()
     assert read_stop_tokens(tmp_path / "out") == (EOS,)
     assert (built.context, waiting.context) == ("sm89.context.onnx", None)
@@ -98,11 +101,16 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
+    tokens = tmp_path / "out/tokenizer.json"
+    inner = json.loads(tokens.read_text(encoding="utf-8"))
+    swapped = {"a": inner["model"]["vocab"]["b"], "b": inner["model"]["vocab"]["a"]}
+    inner["model"]["vocab"].update(swapped)
+    tokens.write_text(json.dumps(inner), encoding="utf-8")
     graph = onnx.load(tmp_path / "out/model.onnx")
     graph.graph.input[0].name = graph.graph.input[0].name + "s"
     onnx.save(graph, tmp_path / "out/model.onnx")
     missed = verify(tmp_path / "out", None, (), SilentProgress()).report.verdict.missed
-    assert {Metric.INTERFACE, Metric.DECODE_MAX_ABS} <= {c.metric for c in missed}
+    assert {Metric.INTERFACE, Metric.DECODE_MAX_ABS, Metric.TOKENIZER_EQUAL} <= {c.metric for c in missed}
     assert capsys.readouterr().out == ""
 
 

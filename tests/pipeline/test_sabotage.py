@@ -15,6 +15,7 @@ from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import read_report
 from tests.models import save_tiny_model
+from tests.validate.questions import write_task
 
 from .sabotage import PARITY, SABOTAGES, Edit, Sabotage, copy_artifact, reseal
 
@@ -219,6 +220,24 @@ def test_bad_input_is_told_before_any_long_work(artifacts: dict[str, Path], tmp_
         verify(artifacts["float"], None, (str(tmp_path / "short"),), SilentProgress())
 
 
+def test_a_task_is_answered_by_both_sides(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """A good artifact in float answers as the original does; the report has it, and no gate asks for it."""
+    items = [
+        {"question": f"Stone {n} lies in", "choices": ["rivers", "meadow"], "answer": 0} for n in range(6)
+    ]
+    task = write_task(tmp_path, items)
+    text = str(artifacts["float"].parent / "text")
+    folder = tmp_path / "out"
+    made = verify(
+        artifacts["float"], None, (text,), SilentProgress(), tasks=(task,), task_items=4, folder=folder
+    ).report
+    assert made.verdict.passed
+    found = next(m for m in made.measurements if m.metric is Metric.TASK_ACCURACY_CHANGE)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert found.detail.startswith("4 items of rivers: ")
+    assert "task.accuracy_change" in (folder / "report.md").read_text(encoding="utf-8")
+
+
 def test_an_original_larger_than_memory_gives_the_same_numbers(
     artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +245,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     text = (str(artifacts["float"].parent / "text"),)
     whole = verify(artifacts["int4"], None, text, SilentProgress()).report
     loaded: list[str] = []
-    monkeypatch.setattr(Checkpoint, "load_reference", lambda *_: loaded.append("whole"))
+    monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
     monkeypatch.setattr("llmc.pipeline.gate.available_memory", lambda: 1000)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report

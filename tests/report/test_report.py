@@ -34,7 +34,9 @@ from llmc.report import (
 
 TIMING = Timing(n=5, p50_ms=10.0, p95_ms=12.0, p99_ms=12.5, min_ms=9.0, max_ms=13.0)
 RATIO = Ratio(value=0.5, low=0.45, high=0.61)
-FOOTPRINT = Footprint(load=TIMING, peak_bytes=300 << 20, prompt_tokens=128, decoded_tokens=16)
+FOOTPRINT = Footprint(
+    load=TIMING, peak_bytes=300 << 20, steady_bytes=200 << 20, prompt_tokens=128, decoded_tokens=16
+)
 LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
@@ -54,9 +56,14 @@ LATENCY = Latency(
         ),
     ),
     artifact_footprint=FOOTPRINT,
-    original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None}),
+    original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None, "steady_bytes": None}),
     energy="RAPL package-0",
-    batches=(BatchLatency(batch=4, context=128, artifact=TIMING, tokens_per_s=400.0),),
+    batches=(
+        BatchLatency(
+            batch=4, context=128, ttft=TIMING, ttft_original=TIMING, artifact=TIMING, original=TIMING,
+            ratio=RATIO, tokens_per_s=400.0, original_tokens_per_s=70.0,
+        ),
+    ),
     operators=(OperatorTime(name="MatMulNBits", calls=121, ms=4.5),),
     dropped=("prompt of 1024 tokens: the model ends at 512 positions",),
 )  # fmt: skip
@@ -110,7 +117,7 @@ def test_json_reads_back_with_nan_and_infinity(report: Report, tmp_path: Path) -
     write_json(report, path)
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")
-    assert '"schema_version": 3' in text
+    assert '"schema_version": 4' in text
     back = Report.model_validate_json(text)
     assert math.isnan(back.measurements[1].value)
     assert back.measurements[1].figures == {"length_1": math.inf}
@@ -165,10 +172,10 @@ def test_text(report: Report) -> None:
     assert any("text.top1_agreement" in line and "0.9877" in line and "none" in line for line in lines)
     assert any("TTFT, 128 tokens" in line and "0.500 (0.450..0.610)" in line for line in lines)
     assert any("100.0 tokens/s (original 50.0)" in line and "bandwidth not stated" in line for line in lines)
-    assert "context 128: 0.31 J per token (original 1.27)" in lines
+    assert "context 128: 0.31 J per token (original 1.27), processor" in lines
     assert "energy: RAPL package-0" in lines
-    assert "artifact: load 10 ms, peak memory 300 MiB" in lines
-    assert "original: load 10 ms, peak memory not known" in lines
+    assert "artifact: load 10 ms, peak memory 300 MiB, steady 200 MiB" in lines
+    assert "original: load 10 ms, peak memory not known, steady not known" in lines
     assert "not measured: prompt of 1024 tokens: the model ends at 512 positions" in lines
     assert "\x1b" not in text
     assert "\x1b[" in render_text(report, colour=True)
@@ -208,7 +215,7 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
     assert "| decode.max_abs | nan | <= 0.001 | **FAIL** |" in lines
     assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
     assert any(line.startswith("| next token at 128 | 10 / 12 / 12.5 | 10 | 0.500") for line in lines)
-    assert "At 128: 0.31 J per token, the original 1.27 (RAPL package-0)" in lines
+    assert "At 128: 0.31 J per token, the original 1.27, processor (RAPL package-0)" in lines
 
 
 class _Page(HTMLParser):
@@ -271,6 +278,9 @@ def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> No
     assert 'id="energy"' in text
     assert "energy: RAPL package-0" in text
     metered = LATENCY.decode[0].model_copy(update={"artifact_joules_per_token": None})
+    assert 'id="energy-gpu"' not in text
+    assert '<td>artifact</td><td class="number">10</td><td class="number">314.6</td>' in text
+    assert '<td>original</td><td class="number">10</td><td class="number">-</td>' in text
     without = LATENCY.model_copy(update={"decode": (metered,), "energy": "not measured: no counter"})
     text = render_html(report.model_copy(update={"latency": without}))
     assert 'id="energy"' not in text
@@ -281,10 +291,10 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
     path = tmp_path / "report.json"
     write_json(report, path)
     assert read_report(path).model_dump_json() == report.model_dump_json()
-    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 4'))
-    with pytest.raises(ConfigError, match="has schema version 4; this llmc reads 3"):
+    path.write_text(path.read_text().replace('"schema_version": 4', '"schema_version": 5'))
+    with pytest.raises(ConfigError, match="has schema version 5; this llmc reads 4"):
         read_report(path)
-    path.write_text('{"schema_version": 3}')
+    path.write_text('{"schema_version": 4}')
     with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
         read_report(path)
     with pytest.raises(ConfigError, match=r"is no report: .*No such file"):

@@ -1,6 +1,7 @@
 """RAPL counters in a folder as Linux lays it out."""
 
 import os
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import ResourceError
-from llmc.validate.energy import open_counter
+from llmc.validate.energy import open_counter, open_gpu_counter
 from llmc.validate.latency import Schedule, measure_latency
 from llmc.validate.reference import TorchModel
 
@@ -69,6 +70,17 @@ def test_a_counter_that_may_not_be_read(tmp_path: Path) -> None:
     assert "root" in str(caught.value.hint)
 
 
+def test_no_gpu_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver, and without the library."""
+    if not Path("/proc/driver/nvidia").exists():
+        with pytest.raises(ResourceError, match=r"no energy counter of an NVIDIA GPU: .*Library Not Found"):
+            open_gpu_counter()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ResourceError, match=r"nvidia-ml-py, which reads .* is not installed") as caught:
+        open_gpu_counter()
+    assert caught.value.hint == "pip install 'llmc[nvml]'"
+
+
 def test_joules_of_decoded_tokens(llama: Any, tmp_path: Path) -> None:
     interface = write_decoder(llama, tmp_path / "model", Variant(logits="last"))
     file = write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 0, most=1 << 60)
@@ -97,7 +109,7 @@ def test_joules_of_decoded_tokens(llama: Any, tmp_path: Path) -> None:
         over.set()
         thread.join()
     (decode,) = latency.decode
-    assert latency.energy == "RAPL package-0; all that the processor does"
+    assert latency.energy.startswith("RAPL package-0; all that the processor does; GPU: ")
     assert decode.artifact_joules_per_token is not None
     assert decode.original_joules_per_token is not None
     # Whole joules of two turns, over their tokens.

@@ -11,7 +11,7 @@ from llmc import data
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.validate.generation import measure_generation, original_texts
+from llmc.validate.generation import measure_generation, original_texts, served_texts
 from llmc.validate.parity import Parity
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
@@ -28,8 +28,10 @@ PROMPTS = ("The sea", "def mean(values):", "Once", "A list of", "Water boils")
 def generate(
     folder: Path, reference: TorchModel, prompts: tuple[str, ...] = PROMPTS, stop: tuple[int, ...] = (END,)
 ) -> dict[Metric, Measurement]:
+    served = Served(folder)
+    made = served_texts(served, tiny_tokenizer(), prompts)
     texts = original_texts(reference, tiny_tokenizer(), prompts, stop)
-    return {m.metric: m for m in measure_generation(Served(folder), texts, reference, stop)}
+    return {m.metric: m for m in measure_generation(made, texts, reference, stop, served.where)}
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["growing", "shared"])

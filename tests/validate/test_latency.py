@@ -31,7 +31,7 @@ PROFILE = Profile(
 )  # fmt: skip
 SMALL = Schedule(
     prompts=(8, 24, 150, 1024), contexts=(24, 150), prefill_rounds=2, decode_rounds=3, decode_tokens=12,
-    footprint_rounds=1, batches=(1, 3),
+    footprint_rounds=1, batches=(1, 3), batch_rounds=2,
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
         "prompt of 1024 tokens: the model ends at 160 positions",
         "decode at context 150: the model ends at 160 positions",
     )
-    assert latency.energy == "not measured: no energy counter on this machine"
+    assert latency.energy.startswith("not measured: no energy counter on this machine; GPU: ")
     assert {d.artifact_joules_per_token for d in latency.decode} == {None}
     assert latency.original.startswith("torch ")
     assert latency.original.endswith("float32 sdpa, dynamic cache")
@@ -66,11 +66,31 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
             assert 0 < side.min_ms <= side.p50_ms <= side.p95_ms <= side.p99_ms <= side.max_ms
 
 
+def test_rows_of_a_batch_are_what_each_is_alone(llama: Any) -> None:
+    model = TorchModel(llama)
+    rows = np.array([[5, 9, 33], [7, 8, 2]])
+    alone = []
+    for row in rows:
+        first = model.prefill(row)
+        alone.append((first, model.decode(first)))
+    together = model.prefill_rows(rows)
+    assert list(zip(together.tolist(), model.decode_rows(together).tolist(), strict=True)) == alone
+
+
 def test_batches_and_operators(timed: tuple[Latency, Path, Any]) -> None:
     latency, folder, _ = timed
-    assert [(b.batch, b.context, b.artifact.n) for b in latency.batches] == [(1, 24, 12), (3, 24, 12)]
+    assert [(b.batch, b.context) for b in latency.batches] == [(1, 24), (3, 24)]
     for batch in latency.batches:
-        assert batch.tokens_per_s > 0
+        assert batch.artifact.n == batch.original.n == 24
+        assert batch.ttft.n == batch.ttft_original.n == 2
+        assert batch.ttft.min_ms > 0
+        assert batch.ttft_original.min_ms > 0
+        assert batch.ratio.low <= batch.ratio.high
+        for rate, side in (
+            (batch.tokens_per_s, batch.artifact),
+            (batch.original_tokens_per_s, batch.original),
+        ):
+            assert 1e3 * batch.batch / side.max_ms <= rate <= 1e3 * batch.batch / side.min_ms
     import onnx
 
     counted = Counter(n.op_type for n in onnx.load(folder / "model.onnx").graph.node)
@@ -107,6 +127,8 @@ def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) 
     assert (artifact.prompt_tokens, artifact.decoded_tokens) == (150, 10)
     # The artifact's process never imports torch, the original's does.
     assert 20 << 20 < artifact.peak_bytes < original.peak_bytes
+    for side in (artifact, original):
+        assert 20 << 20 < side.steady_bytes <= side.peak_bytes
 
 
 def test_ratios(timed: tuple[Latency, Path, Any]) -> None:

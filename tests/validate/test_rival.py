@@ -21,10 +21,10 @@ GATE = Gate(metric=Metric.PREVIOUS_RATIO, max=1.05, reason="not slower than the 
 
 
 class Slowed(OrtModel):
-    """The same artifact with 20 ms before every step, some ten times what the step takes."""
+    """The same artifact with 5 ms before every step, some ten times what the step takes."""
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        time.sleep(0.02)
+        time.sleep(0.005)
         return super().decode(tokens)
 
 

@@ -6,6 +6,7 @@ level are one region. What kernels cannot take stays with ONNX Runtime's operato
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llmc.backends.compiled.operands import MICROSOFT
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.errors import UnsupportedError
-from llmc.graph.model import Graph
+from llmc.graph.model import PACKED, Graph
 
 #: The library's name inside of an artifact.
 LIBRARY = "kernels.so"
@@ -126,6 +127,8 @@ def _replace(
     """One node in the place of a region; `replaced_by` leads from values of regions to what is there now."""
     values = [replaced_by.get(value, value) for value in [*builder.inputs, *builder.weights]]
     made = ir.Node(DOMAIN, name, values, num_outputs=len(builder.outputs), name=name)
+    layouts = {n: [x.n, x.k, x.bits, x.block, int(x.zeros)] for n, x in sorted(builder.layouts.items())}
+    made.metadata_props[PACKED] = json.dumps(layouts)
     first = builder.inside[0]
     graph.insert_before(first, made)
     for old, new in zip(list(builder.outputs), made.outputs, strict=True):

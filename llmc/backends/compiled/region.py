@@ -43,6 +43,7 @@ class RegionBuilder:
     Args:
         inside: Its nodes, in order.
         packed: Initializers that hold packed weights, by the group of the codes; shared by all regions.
+        layouts: Of those that the region reads, by name.
     """
 
     inside: Sequence[ir.Node]
@@ -53,6 +54,7 @@ class RegionBuilder:
     weights: dict[ir.Value, Tensor] = field(default_factory=dict)
     outputs: dict[ir.Value, Tensor] = field(default_factory=dict)
     pasts: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    layouts: dict[str, PackedLayout] = field(default_factory=dict)
     rows_from: ir.Value | None = None
     total: ir.Value | None = None
     _places: dict[ir.Value, Place] = field(default_factory=dict)
@@ -106,6 +108,7 @@ class RegionBuilder:
             value = ir.Value(name=name, shape=ir.Shape(shape), type=kind, const_value=tensor)
             self.graph.register_initializer(value)
             self.packed[key] = value
+        self.layouts[str(self.packed[key].name)] = layout
         return self.weight(self.packed[key])
 
     def make(self, value: ir.Value, width: int, space: Space) -> Place:

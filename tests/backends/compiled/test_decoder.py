@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from llmc.artifact.manifest import Manifest
@@ -14,11 +16,16 @@ from llmc.backends.compiled.isa import InstructionSet, choose_isa
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.generate import generate_tokens
 from llmc.backends.toolchain import find_compiler
+from llmc.checkpoint import open_checkpoint
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError, UnsupportedError
+from llmc.graph.model import PACKED
 from llmc.pipeline import build
+from llmc.pipeline.compile import lower_graph
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.validate.packed import open_packed
 from llmc.validate.session import OrtModel
+from llmc.validate.weights import compare_weights, read_stored
 from tests.backends.compiled.graphs import (
     Array,
     GraphBuilder,
@@ -88,6 +95,67 @@ def test_a_llama_is_one_region(built: Build) -> None:
     lengths = {"Cast", "ReduceSum", "Shape", "Squeeze", "Sub"}
     last = {"ArgMax", "Neg", "Slice", "Unsqueeze"}
     assert {left.operator for left in record.outside} == lengths | last
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_packed_weights_are_read_back(model_type: str, built: Build) -> None:
+    """What kernels read is what ONNX Runtime's operators read, up to scales in float16."""
+    compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")
+    checkpoint = open_checkpoint(str(plain.parent / model_type))
+    sources = lower_graph(checkpoint, manifest(plain).target, SilentProgress()).sources
+    expected = read_stored(plain, sources)
+    found = read_stored(compiled, sources)
+    assert set(found) == set(expected) == set(sources)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name].whole(), tensor.whole(), rtol=1e-3, atol=0, err_msg=name)
+        np.testing.assert_array_equal(found[name].read(5, 7), found[name].whole()[5:7])
+    parity = compare_weights(compiled, sources)
+    assert parity.unread == ()
+    assert len(parity.changed) >= 8
+    snr, _ = parity.measurements
+    assert snr.value is not None
+    assert 14 < snr.value < 30
+
+
+def test_a_packed_block_that_was_lost(built: Build, tmp_path: Path) -> None:
+    copy = shutil.copytree(built("llama", "cpu-int4-compiled"), tmp_path / "copy")
+    model = str(built("llama", "cpu-int4").parent / "llama")
+    sources = lower_graph(open_checkpoint(model), manifest(copy).target, SilentProgress()).sources
+    good = compare_weights(copy, sources)
+    packed = next(v for n, v in ir.load(copy / "model.onnx").graph.initializers.items() if ".packed" in n)
+    tensor = packed.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    with Path(tensor.path).open("r+b") as file:
+        file.seek(tensor.offset or 0)
+        file.write(bytes(256))  # codes of the first block of 16 outputs
+    bad = compare_weights(copy, sources)
+    assert bad.digest != good.digest
+    _, block = bad.measurements
+    assert block.value is not None
+    assert block.value < 4 < 8 < float(good.measurements[1].value or 0)
+    assert str(packed.name).startswith(block.detail.rpartition(" ")[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layout: [], "no operator states the layout of the packed weight"),
+        (lambda layout: [*layout[:3], 16, 1], r"has shape \(\d+, \d+\), its layout \(\d+, \d+\)"),
+    ],
+)
+def test_packed_weights_whose_layout_is_not_stated(
+    change: Callable[[list[int]], list[int]], message: str, built: Build, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(built("llama", "cpu-int4-compiled"), tmp_path / "copy")
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    stated = next(p for n in model.graph.node for p in n.metadata_props if p.key == PACKED)
+    layouts = {name: change(layout) for name, layout in json.loads(stated.value).items()}
+    stated.value = json.dumps({name: layout for name, layout in layouts.items() if layout})
+    onnx.save(model, copy / "model.onnx")
+    graph = ir.load(copy / "model.onnx").graph
+    value = next(v for n, v in graph.initializers.items() if n.endswith(".packed"))
+    with pytest.raises(ParityError, match=message):
+        open_packed(value)
 
 
 def test_threads_and_buffers_do_not_change_a_bit(built: Build) -> None:

@@ -1,0 +1,135 @@
+"""transformers' own model code over the tensors of a checkpoint: all in memory, or one module at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.checkpoint.skeleton import build_hollow
+from llmc.errors import CheckpointError
+from llmc.graph.weights import Array, StoredRows, WeightStore, row_chunks
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def fill_model(config: PreTrainedConfig, tensors: WeightStore, tied: Mapping[str, str]) -> PreTrainedModel:
+    """The model with every parameter in memory, float32.
+
+    Takes the memory of the parameters and of a few rows beside them, where `from_pretrained` holds
+    several copies of what it converts. The values are the same.
+
+    Args:
+        tensors: Every stored parameter and persistent buffer, by name.
+        tied: Absent parameter -> stored parameter whose values it shares.
+
+    Raises:
+        CheckpointError: The files lack a parameter.
+        UnsupportedError: transformers cannot build it.
+    """
+    model = build_hollow(config)
+    _fill_buffers(model, tensors)
+    made: dict[str, torch.nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for own in _parameter_names(module):
+            full = _join(name, own)
+            source = tied.get(full, full)
+            if source not in made:
+                made[source] = _parameter(_read(tensors, source))
+            module._parameters[own] = made[source]
+    return model
+
+
+def stream_model(
+    config: PreTrainedConfig, tensors: WeightStore, tied: Mapping[str, str], put: Mapping[str, Array]
+) -> PreTrainedModel:
+    """The model whose modules read their parameters from disk when they run, and drop them afterwards.
+
+    Its numbers are those of the model that was loaded whole: the same code computes them. A step costs
+    reading every parameter, which is what a model that is larger than memory costs in any case. The weights
+    of an embedding are read whole; what a module does with another module's parameters fails, since they
+    are not there.
+
+    Args:
+        tensors: Every stored parameter and persistent buffer, by name.
+        tied: Absent parameter -> stored parameter whose values it shares.
+        put: Values in the place of stored ones, by name.
+
+    Raises:
+        UnsupportedError: transformers cannot build it.
+    """
+    import torch
+
+    model = build_hollow(config)
+    _fill_buffers(model, tensors)
+
+    def read(name: str) -> torch.nn.Parameter:
+        source = tied.get(name, name)
+        given = next((key for key in (name, source) if key in put), None)
+        if given is None:
+            return _parameter(_read(tensors, source))
+        return _parameter(torch.from_numpy(np.array(put[given], np.float32)))
+
+    for name, module in model.named_modules():
+        names = _parameter_names(module)
+        if names:
+            _read_when_run(module, {own: partial(read, _join(name, own)) for own in names})
+    return model
+
+
+def _read_when_run(module: Any, readers: Mapping[str, Callable[[], torch.nn.Parameter]]) -> None:
+    hollow = {own: module._parameters[own] for own in readers}
+
+    def load(module: Any, _: Any) -> None:
+        for own, reader in readers.items():
+            module._parameters[own] = reader()
+
+    def drop(module: Any, _: Any, __: Any) -> None:
+        module._parameters.update(hollow)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(drop, always_call=True)
+
+
+def _fill_buffers(model: PreTrainedModel, tensors: WeightStore) -> None:
+    """Put what the files have of persistent buffers in the place of what the model begins with."""
+    stored = tensors.infos()
+    for name, module in model.named_modules():
+        for own, held in list(module.named_buffers(recurse=False)):
+            if _join(name, own) in stored:
+                setattr(module, own, _read(tensors, _join(name, own)).to(held.dtype))
+
+
+def _read(tensors: WeightStore, name: str) -> torch.Tensor:
+    """A tensor in float32, read in parts into memory that torch aligned for its kernels."""
+    import torch
+
+    info = tensors.infos().get(name)
+    if info is None:
+        raise CheckpointError(
+            f"the files lack {name}, which the model has",
+            hint="config and weights must be of the same causal language model",
+        )
+    values = torch.empty(info.shape, dtype=torch.float32)
+    view = np.atleast_1d(values.numpy())
+    for start, stop in row_chunks(StoredRows(tensors, info)):
+        view[start:stop] = tensors.read(name, start, stop)
+    return values
+
+
+def _parameter(values: torch.Tensor) -> torch.nn.Parameter:
+    import torch
+
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+def _parameter_names(module: Any) -> list[str]:
+    return [own for own, value in module._parameters.items() if value is not None]
+
+
+def _join(module: str, own: str) -> str:
+    return f"{module}.{own}" if module else own

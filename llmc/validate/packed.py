@@ -1,0 +1,81 @@
+"""Weights of compiled kernels read back by their layout, which llmc/kernels/matmul.h describes.
+
+A group of 16 outputs is one row of bytes: codes, float16 scales (blocks, 16), zero points of 4 bits
+(blocks, 16) if there are any. Codes lie by block in registers of 16 outputs by 4 inputs; with 4 bits a byte
+has two registers, the first in its low half. Which layout a matrix has, the operator's node states.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import ParityError
+from llmc.graph.model import PACKED
+from llmc.validate.stacks import unpack
+
+Array = np.ndarray
+
+_OUTPUTS = 16
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix of `outputs` x `inputs` as kernels read it.
+
+    Args:
+        data: uint8 (groups, bytes of a group).
+        bits: 4 or 8; without zero points the middle code stands for zero.
+        block: Inputs that share a scale.
+    """
+
+    data: Array
+    outputs: int
+    inputs: int
+    bits: int
+    block: int
+    zeros: bool
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Outputs start:stop, (stop - start, inputs) float32."""
+        first = start // _OUTPUTS
+        groups = self.data[first : -(-stop // _OUTPUTS)]
+        count, blocks = len(groups), -(-self.inputs // self.block)
+        scales_at = blocks * self.block * _OUTPUTS * self.bits // 8
+        zeros_at = scales_at + 2 * blocks * _OUTPUTS
+        codes = groups[:, :scales_at].reshape(count, blocks, -1, _OUTPUTS, 4)
+        if self.bits == 4:
+            halves = np.stack([codes & 15, codes >> 4], axis=3)
+            codes = halves.reshape(count, blocks, -1, _OUTPUTS, 4)
+        levels = codes.transpose(0, 3, 1, 2, 4).reshape(count, _OUTPUTS, blocks, self.block)
+        scales = np.ascontiguousarray(groups[:, scales_at:zeros_at]).view(np.float16)
+        scales = scales.reshape(count, blocks, _OUTPUTS).swapaxes(1, 2)
+        middle: Array | float = 1 << (self.bits - 1)
+        if self.zeros:
+            pairs = groups[:, zeros_at : zeros_at + blocks * _OUTPUTS // 2]
+            points = unpack(pairs, 4).reshape(count, blocks, _OUTPUTS).swapaxes(1, 2)
+            middle = points[..., None].astype(np.float32)
+        values = (levels.astype(np.float32) - middle) * scales[..., None].astype(np.float32)
+        rows = values.reshape(count * _OUTPUTS, -1)[:, : self.inputs]
+        return rows[start - first * _OUTPUTS : stop - first * _OUTPUTS]
+
+
+def open_packed(value: ir.Value) -> PackedMatrix:
+    """The matrix that an initializer of an operator of compiled kernels holds.
+
+    Raises:
+        ParityError: No node states its layout, or it has another size.
+    """
+    stated = (use.node.metadata_props.get(PACKED) for use in value.uses())
+    layouts: dict[str, tuple[int, ...]] = next((json.loads(text) for text in stated if text is not None), {})
+    if value.const_value is None or value.name not in layouts:
+        raise ParityError(f"no operator states the layout of the packed weight {value.name}")
+    outputs, inputs, bits, block, zeros = layouts[value.name]
+    data = value.const_value.numpy()
+    blocks = -(-inputs // block)
+    size = blocks * _OUTPUTS * (block * bits // 8 + 2) + (blocks * _OUTPUTS // 2 if zeros else 0)
+    expected = (-(-outputs // _OUTPUTS), -(-size // 64) * 64)
+    if data.shape != expected:
+        raise ParityError(f"packed weight {value.name} has shape {data.shape}, its layout {expected}")
+    return PackedMatrix(data, outputs, inputs, bits, block, bool(zeros))

@@ -1,0 +1,223 @@
+"""Multiple-choice tasks of lm-evaluation-harness: accuracy of an artifact beside the original's.
+
+Prompts, choices and scoring are that library's (https://github.com/EleutherAI/lm-evaluation-harness): an
+item is right if the choice with the highest log-likelihood after the prompt is the right one (`acc`). Both
+sides are given the tokens of the original's tokenizer.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.artifact.verdict import Measurement
+from llmc.config import Metric
+from llmc.errors import ConfigError, LlmcError, ResourceError, UnsupportedError
+from llmc.validate.distribution import log_softmax
+from llmc.validate.interval import mean_interval
+from llmc.validate.measure import measure, measured
+from llmc.validate.reference import Reference, Score
+from llmc.validate.session import Session
+
+Array = np.ndarray
+
+#: Fewest items that a confidence interval can rest on.
+LEAST_ITEMS = 2
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks with their items in memory.
+
+    Args:
+        by_name: Tasks of lm-evaluation-harness.
+        items: Most items of each task, its first; None for all.
+    """
+
+    by_name: Mapping[str, Any]
+    items: int | None
+
+
+def load_tasks(names: Sequence[str], items: int | None) -> Tasks:
+    """Tasks by the names that lm-evaluation-harness has for them, or YAML files in its format.
+
+    Raises:
+        ResourceError: The library is not installed.
+        ConfigError: There is no such task, it cannot be loaded, or it has too few items.
+        UnsupportedError: It is no multiple-choice task, or is not scored by accuracy.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ResourceError(
+            "lm-evaluation-harness, which tasks are read with, is not installed",
+            hint="pip install 'llmc[lm-eval]'",
+        ) from error
+    files = all(Path(name).is_file() for name in names)
+    manager = TaskManager(include_defaults=not files)  # an index of thousands of files otherwise
+    found: dict[str, Any] = {}
+    for name in names:
+        if not Path(name).is_file() and name not in manager.all_tasks:
+            raise ConfigError(
+                f"there is no task {name}: no file, and no name that lm-evaluation-harness knows",
+                hint=_nearest(name, manager.all_tasks),
+            )
+        try:
+            with _quiet():
+                found |= manager.load([name])["tasks"]
+        except Exception as error:  # YAML, templates and data sets raise whatever they do
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"task {name} cannot be loaded: {reason}",
+                hint="its data must be on this machine: a local file, or what the datasets library has kept",
+            ) from error
+    for name, task in found.items():
+        _require_choices(name, task, items)
+    return Tasks(found, items)
+
+
+def measure_tasks(model: Session, reference: Reference, tokenizer: Any, tasks: Tasks) -> Measurement:
+    """TASK_ACCURACY_CHANGE: accuracy of the artifact less the original's, over the items of all tasks.
+
+    The interval is that of the mean of the items' differences: both sides answer the same items, so that
+    what is hard for both does not widen it.
+
+    Args:
+        tokenizer: The original's transformers tokenizer.
+    """
+
+    def take() -> tuple[Measurement, ...]:
+        artifact = _answer(tasks, tokenizer, lambda prompt, choice: _score(model, prompt, choice))
+        original = _answer(tasks, tokenizer, reference.score)
+        differences = [artifact[item] - original[item] for item in original]
+        figures = {}
+        for side, answers in (("artifact", artifact), ("original", original)):
+            figures[f"accuracy_{side}"] = float(np.mean(list(answers.values())))
+            for name in tasks.by_name:
+                figures[f"{name}_{side}"] = float(np.mean([v for (n, _), v in answers.items() if n == name]))
+        ours, theirs = figures["accuracy_artifact"], figures["accuracy_original"]
+        told = f"{len(differences)} items of {', '.join(tasks.by_name)}"
+        detail = f"{told}: {ours:.3f} right, {theirs:.3f} by the original"
+        interval = mean_interval(differences)
+        metric = Metric.TASK_ACCURACY_CHANGE
+        return (measured(metric, ours - theirs, detail, model.where, figures, interval),)
+
+    (made,) = measure((Metric.TASK_ACCURACY_CHANGE,), model.where, take)
+    return made
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those it knows"
+
+
+def _require_choices(name: str, task: Any, items: int | None) -> None:
+    if task.OUTPUT_TYPE != "multiple_choice":
+        raise UnsupportedError(
+            f"task {name} asks for {task.OUTPUT_TYPE}; multiple_choice tasks alone are measured",
+            hint="take a task whose output_type is multiple_choice",
+        )
+    if "acc" not in task.aggregation():
+        raise UnsupportedError(
+            f"task {name} is scored by {', '.join(task.aggregation())}, not by acc",
+            hint="add `- metric: acc` to its metric_list",
+        )
+    count = len(task.eval_docs) if items is None else min(items, len(task.eval_docs))
+    if count < LEAST_ITEMS:
+        raise ConfigError(
+            f"task {name} has {count} items, at least {LEAST_ITEMS} are needed",
+            hint="a difference of two accuracies of a few hundred items is still uncertain by some percent",
+        )
+
+
+def _answer(
+    tasks: Tasks, tokenizer: Any, score: Callable[[Array, Array], Score]
+) -> dict[tuple[str, int], float]:
+    """1 for each item (task, number) that is answered right, else 0."""
+    from lm_eval import evaluate
+
+    try:
+        with _quiet():
+            made = evaluate(
+                lm=_adapt(score, tokenizer),
+                task_dict=dict(tasks.by_name),
+                limit=tasks.items,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+    except LlmcError:
+        raise
+    except Exception as error:  # a template of the task that does not fit its items raises as it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"tasks {', '.join(tasks.by_name)} cannot be run: {reason}") from error
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = made["samples"]
+    return {(name, int(s["doc_id"])): float(s["acc"]) for name, found in samples.items() for s in found}
+
+
+def _adapt(score: Callable[[Array, Array], Score], tokenizer: Any) -> Any:
+    """What lm-evaluation-harness calls a model, over a function that scores tokens."""
+    from lm_eval.api.model import TemplateLM
+
+    class Adapter(TemplateLM):  # type: ignore[misc]
+        """Scores continuations; pairs of prompt and choice are cut into tokens by the base class."""
+
+        @property
+        def eot_token_id(self) -> int:
+            begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+            return int(begin if begin is not None else end)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            special = add_special_tokens is not False
+            ids: list[int] = tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
+            return ids
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        ) -> list[tuple[float, bool]]:
+            answers = []
+            for _texts, prompt, choice in requests:
+                made = score(np.array(prompt, np.int64), np.array(choice, np.int64))
+                answers.append((made.log_likelihood, made.greedy))
+            return answers
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            raise UnsupportedError("a task asks for the likelihood of whole texts; choices alone are scored")
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            raise UnsupportedError("a task asks for generated text; choices alone are scored")
+
+    return Adapter()
+
+
+def _score(model: Session, prompt: Array, choice: Array) -> Score:
+    """Log-likelihood of `choice` after `prompt`, each token decoded over the cache as when it is served."""
+    limit = model.interface.max_length
+    if limit is not None:
+        prompt = prompt[max(0, len(prompt) + len(choice) - limit) :]
+    total, greedy = 0.0, True
+    logits = model.prefill(prompt[None], steps=max(0, len(choice) - 1))[0, -1]
+    for at, token in enumerate(choice):
+        if at > 0:
+            logits = model.decode(choice[None, at - 1 : at])[0, -1]
+        total += float(log_softmax(logits)[token])
+        greedy = greedy and int(logits.argmax()) == int(token)
+    return Score(total, greedy)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the libraries off the terminal, where llmc's own progress is."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
