@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--slower", type=float, default=0.10)
+    parser.add_argument("--slower", type=float, nargs="+", default=[0.0, 0.10])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
@@ -60,7 +60,8 @@ def main() -> None:
     prompt = tokens[:CONTEXT]
     fast = fastest_step(previous(), prompt)
     print(f"a step takes {1e3 * fast:.2f} ms at best; gate {gates[0].max}", flush=True)
-    for extra, name in ((0.0, "A/A"), (options.slower, f"{100 * options.slower:.0f} % slower")):
+    for extra in options.slower:
+        name = f"{100 * extra:.0f} % slower" if extra else "A/A"
         Slowed.slower = extra
         found = []
         for _ in range(options.runs):

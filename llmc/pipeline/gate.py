@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmc.graph.static_session import StaticSession
     from llmc.graph.weights import Rows
     from llmc.validate.reference import Reference, TorchModel
+    from llmc.validate.remembered import RememberedModel
     from llmc.validate.session import Session
     from llmc.validate.tasks import Tasks
     from llmc.validate.weights import WeightParity
@@ -193,13 +194,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         windows.prepare(original)
         texts = original_texts(original, tokenizer, prompts(), stated.stop)
     release_memory()
-    own = original
-    if weights.digest:
-
-        def load_own() -> TorchModel:
-            return _load_own(original.release(), subject, weights)
-
-        own = remember(checkpoint, subject.model_digest, weights.digest, load_own)
+    own = _own(subject, original, weights)
     if weights.unread:
         made += _not_comparable(weights.unread, where)
         original.release()
@@ -235,7 +230,10 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
 def _measure_static(
     subject: Subject, eval_text: Sequence[str], progress: Progress, made: list[Measurement]
 ) -> None:
-    """`_measure` for an engine, or for the graph that it is parsed from where its GPU is not at hand.
+    """`_measure` for the graph that engines are parsed from, and the engine where its GPU is at hand.
+
+    Parity is the graph's, in float32 and with the artifact's weights on both sides. Quality and the choice of
+    tokens step by step are the engine's, or else those of the graph in its own types.
 
     Raises:
         ParityError: TensorRT or onnxruntime cannot load it.
@@ -245,6 +243,7 @@ def _measure_static(
     from llmc.validate.measure import measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import measure_quality, plan_windows
+    from llmc.validate.static_session import StaticOrtModel
     from llmc.validate.tokens import measure_tokens
 
     checkpoint = subject.checkpoint
@@ -253,7 +252,8 @@ def _measure_static(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
     with progress.stage("weights"):
-        made += _compare_weights(subject).measurements
+        weights = _compare_weights(subject)
+        made += weights.measurements
     with progress.stage("tokenizer"):
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
@@ -264,19 +264,38 @@ def _measure_static(
     switches = rope_switches(checkpoint.config)
     rows = _most_rows(subject)
     with progress.stage("original"):
-        Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).measure()
         windows.prepare(original)
+        if subject.engine is not None:
+            Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).decode()
+    own = _own(subject, original, weights)
+    with progress.stage("original with the artifact's weights"):
+        if not weights.unread:
+            Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
         original.release()
+        own.release()
     release_memory()
     with progress.stage("parity"):
         try:
-            model = _open_static(subject)
+            graph = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, exact=True)
         except ParityError as error:
-            made.append(measured(Metric.INTERFACE, 1.0, error.fact, subject.runtime))
+            made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
-        made.append(_interface_holds(subject.interface, model.where))
-        made += Parity(model, original, tokens, heads, switches, rows).measure()
-        original.release()
+        made.append(_interface_holds(subject.interface, graph.where))
+        if weights.unread:
+            levels = _not_comparable(weights.unread, graph.where)
+        else:
+            levels = Parity(graph, own, tokens, heads, switches).measure()
+        own.release()
+    del graph
+    release_memory()
+    model = _open_static(subject)
+    if subject.engine is not None:
+        with progress.stage("engine"):
+            steps = Parity(model, original, tokens, heads, switches, rows).decode()
+            original.release()
+        levels = tuple(m for m in levels if m.metric is not Metric.DECODE_TOP1)
+        levels += tuple(m for m in steps if m.metric is Metric.DECODE_TOP1)
+    made += levels
     with progress.stage("quality"):
         made += measure_quality(model, original, windows, rows)
     _measure_tasks(subject, model, original, progress, made)
@@ -335,6 +354,17 @@ def _load(subject: Subject) -> TorchModel:
     return TorchModel(
         checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.fill_reference()
     )
+
+
+def _own(subject: Subject, original: RememberedModel, weights: WeightParity) -> RememberedModel:
+    """The original with the artifact's own weights; the original itself where nothing was lost."""
+    if not weights.digest:
+        return original
+
+    def load() -> TorchModel:
+        return _load_own(original.release(), subject, weights)
+
+    return remember(subject.checkpoint, subject.model_digest, weights.digest, load)
 
 
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:

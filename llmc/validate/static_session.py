@@ -29,6 +29,7 @@ class StaticOrtModel(StaticSession):
         interface: What the graph takes and gives; afterwards float32 stands for bfloat16 in it.
         threads: Intra-op threads; None leaves it to onnxruntime.
         most: New tokens of a row that one run takes, as for an engine's prefill; None for any number.
+        exact: Compute in float32, with weights as they are stored and activations as they come.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`, or its cache has no fixed length.
@@ -38,9 +39,15 @@ class StaticOrtModel(StaticSession):
     """
 
     def __init__(
-        self, folder: Path, interface: Interface, *, threads: int | None, most: int | None = None
+        self,
+        folder: Path,
+        interface: Interface,
+        *,
+        threads: int | None,
+        most: int | None = None,
+        exact: bool = False,
     ) -> None:
-        with computable(folder, interface) as (folder, interface, done):
+        with computable(folder, interface, exact=exact) as (folder, interface, done):
             self._ort, self._session, where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
         super().__init__(interface, f"{where}, {done}" if done else where, most=most)
         compare_signature("input", interface.inputs, self._session.get_inputs())
