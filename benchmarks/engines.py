@@ -32,7 +32,15 @@ from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, MODEL_TYPES, save_tiny_model
 
-TARGETS = ("tensorrt-fp16", "tensorrt-bf16", "tensorrt-int8", "tensorrt-int4")
+TARGETS = (
+    "tensorrt-fp16",
+    "tensorrt-bf16",
+    "tensorrt-int8",
+    "tensorrt-w8a8",
+    "tensorrt-fp8",
+    "tensorrt-int4",
+    "tensorrt-nvfp4",
+)
 PROFILES = ("t4", "rtx-3090", "rtx-4090", "rtx-5090", "dgx-spark")
 
 
