@@ -14,7 +14,8 @@ class Forecast(BaseModel):
         largest_context: Slots of the KV cache that fit with one row, whatever the engine's kv_capacity.
         tokens_per_s: One row with a full KV cache: bandwidth / (weights + keys and values).
         ttft_ms: A prompt of `prompt_tokens`, one row: the longer of reading the weights once and two
-            operations per weight and token at the dense peak rate; None where the profile has no such rate.
+            operations per weight and token at the dense peak rate of the fastest type that products are
+            computed in; None where the profile does not state it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

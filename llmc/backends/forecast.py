@@ -4,7 +4,7 @@ import numpy as np
 
 from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import WeightRecord
-from llmc.config import Engine, Profile, WeightRole
+from llmc.config import Engine, Profile, WeightFormat, WeightRole
 from llmc.graph.interface import Interface
 
 
@@ -32,8 +32,9 @@ def forecast(
     if profile.bandwidth_gbs is not None:
         bandwidth = profile.bandwidth_gbs * 1e9
         rate = bandwidth / (weight_bytes + kv * engine.kv_capacity)
-        if profile.dense.fp16 is not None:
-            compute = operations * engine.prefill.typical / (profile.dense.fp16 * 1e12)
+        peak = _peak_rate(engine, profile)
+        if peak is not None:
+            compute = operations * engine.prefill.typical / (peak * 1e12)
             first = 1e3 * max(weight_bytes / bandwidth, compute)
     return Forecast(
         profile=profile.name,
@@ -45,6 +46,16 @@ def forecast(
         prompt_tokens=engine.prefill.typical,
         ttft_ms=first,
     )
+
+
+def _peak_rate(engine: Engine, profile: Profile) -> float | None:
+    """Dense TFLOP/s of the fastest type that products are computed in; None if one of them is not stated."""
+    dense = profile.dense
+    by_type = {WeightFormat.INT8: dense.int8, WeightFormat.FP8: dense.fp8, WeightFormat.NVFP4: dense.fp4}
+    schemes = [rule.scheme for rule in engine.weights if rule.scheme is not None]
+    rates = [dense.fp16, *(by_type[s.format] for s in schemes if s.activations != "float")]
+    known = [rate for rate in rates if rate is not None]
+    return max(known) if len(known) == len(rates) else None
 
 
 def _kv_bytes(interface: Interface) -> int:

@@ -4,7 +4,17 @@ import pytest
 
 from llmc.artifact.manifest import WeightRecord
 from llmc.backends.forecast import forecast
-from llmc.config import Engine, Profile, ProfileKind, Span, Throughput, WeightRole
+from llmc.config import (
+    Engine,
+    EngineRule,
+    EngineScheme,
+    Profile,
+    ProfileKind,
+    Span,
+    Throughput,
+    WeightFormat,
+    WeightRole,
+)
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec
 
 INTERFACE = Interface(
@@ -60,6 +70,30 @@ def test_bounds() -> None:
     assert found.tokens_per_s == pytest.approx(1e9 / 1_004_800)
     assert found.ttft_ms == pytest.approx(1.0)  # weights: 1 ms; 2e7 operations: 0.02 ms
     assert "forecast for mine, not measured: at most 995 tokens/s" in found.render()
+
+
+@pytest.mark.parametrize(
+    ("dense", "wanted"),
+    [
+        (Throughput(fp16=1.0, fp8=4.0), 5.0),  # 2e10 operations at 4 TFLOP/s
+        (Throughput(fp16=8.0, fp8=4.0), 2.5),  # the head is in float16, and no product faster than that
+        (Throughput(fp16=1.0), None),  # what fp8 takes is not stated
+    ],
+)
+def test_a_bound_on_prefill_takes_the_fastest_type_of_a_product(
+    dense: Throughput, wanted: float | None
+) -> None:
+    rules = (
+        EngineRule(role=WeightRole.LM_HEAD, scheme=None),
+        EngineRule(scheme=EngineScheme(format=WeightFormat.FP8, activations="static")),
+    )
+    engine = ENGINE.model_copy(
+        update={"weights": rules, "prefill": Span(least=1, typical=10_000, most=10_000)}
+    )
+    weights = (_weight(WeightRole.LINEAR, 1_000_000),)
+    profile = _profile(memory_gib=1.0, bandwidth_gbs=1000.0, dense=dense)
+    found = forecast(INTERFACE, weights, engine, profile, scratch_bytes=0)
+    assert found.ttft_ms == (None if wanted is None else pytest.approx(wanted))
 
 
 def test_facts_that_a_profile_does_not_state_are_not_made_up() -> None:
