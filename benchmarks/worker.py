@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from llmc.validate.footprint import peak_resident_bytes
+from llmc.validate.footprint import resident_bytes
 
 
 def main(folder: Path, threads: int) -> None:
@@ -41,7 +41,7 @@ def serve(model: "og.Model", prompt: int, steps: int) -> dict[str, object]:
         start = time.perf_counter()
         generator.generate_next_token()
         times.append(1e3 * (time.perf_counter() - start))
-    return {"ttft_ms": 1e3 * ttft, "step_ms": times, "peak_bytes": peak_resident_bytes() or 0}
+    return {"ttft_ms": 1e3 * ttft, "step_ms": times, "peak_bytes": resident_bytes()[0] or 0}
 
 
 if __name__ == "__main__":

@@ -79,26 +79,21 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
     return Sample(*json.loads(done.stdout.decode().splitlines()[-1]))
 
 
-def peak_resident_bytes() -> int | None:
-    """Highest resident set of this process so far; None where the system does not tell."""
+def resident_bytes() -> tuple[int | None, int | None]:
+    """Highest resident set of this process so far, and the one it has; None where the system does not tell.
+
+    Linux tells both at once: it counts pages in batches, so that of two readings the later may be larger.
+    """
     if sys.platform == "darwin":
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # VmHWM starts at zero with the process image; ru_maxrss would count the parent's.
-    return _status_bytes("VmHWM")
-
-
-def resident_bytes() -> int | None:
-    """Resident set of this process; None where the system does not tell."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int | None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
     if sys.platform != "linux":
-        return None
+        return None, None
+    # VmHWM starts at zero with the process image; ru_maxrss would count the parent's.
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(field))
+    lines = dict(line.split(":", 1) for line in status.splitlines())
+    return int(lines["VmHWM"].split()[0]) << 10, int(lines["VmRSS"].split()[0]) << 10
 
 
 def _side(job: ArtifactJob | OriginalJob) -> str:
@@ -132,7 +127,7 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
         original.prefill(prompt)
         for _ in range(job.steps):
             original.decode(1)
-    return Sample(load_ms, peak_resident_bytes(), resident_bytes())
+    return Sample(load_ms, *resident_bytes())
 
 
 def main() -> None:

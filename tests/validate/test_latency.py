@@ -13,7 +13,7 @@ from llmc.artifact.latency import Latency, Ratio
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Dtype, Gate, Metric, Profile
 from llmc.errors import ResourceError
-from llmc.validate.footprint import ArtifactJob, OriginalJob, peak_resident_bytes, take_sample
+from llmc.validate.footprint import ArtifactJob, OriginalJob, resident_bytes, take_sample
 from llmc.validate.gates import evaluate
 from llmc.validate.latency import Schedule, Timed, measure_latency, noise, ratio, ratios, timing
 from llmc.validate.reference import TorchModel
@@ -221,16 +221,16 @@ def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -
     block = np.ones(400 << 17)  # 400 MiB
     interface = write_decoder(llama, tmp_path)
     sample = take_sample(ArtifactJob(timed_graph(tmp_path, interface).open, "onnxruntime", 4, 1))
-    here = peak_resident_bytes()
+    here = resident_bytes()[0]
     assert here is not None
     assert here > 400 << 20 > sample.peak_bytes
     assert block.all()
 
 
 def test_peak_is_of_memory_that_was_touched() -> None:
-    before = peak_resident_bytes()
+    before = resident_bytes()[0]
     reserved = np.empty(1 << 30, np.uint8)
-    after = peak_resident_bytes()
+    after = resident_bytes()[0]
     assert before is not None
     assert after is not None
     assert after - before < 64 << 20
