@@ -1,6 +1,6 @@
 """What a target's weights cost: NLL, KL divergence and top-1 agreement over stored bits per weight.
 
-    python benchmarks/faithfulness.py [--checkpoint rescaled|demo] [--targets cpu-int4,cpu-int4-gptq]
+    python benchmarks/faithfulness.py [--checkpoint rescaled|demo] [--targets cpu-int4,cpu-mixed]
 
 8 windows of 512 tokens of the evaluation text: of each 32 tokens are prefilled and the rest decoded one by
 one, all windows as one batch. Differences are to PyTorch in float32; bits count every matrix with its scales
@@ -8,11 +8,11 @@ and zero points. Build time and peak memory are the build's own account, verific
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from machine import describe
+from rich.console import Console
 from sources import checkpoint
 
 from llmc.artifact.store import Artifact, open_artifact
@@ -34,7 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", choices=("demo", "rescaled"), default="rescaled")
-    parser.add_argument("--targets", default="cpu-int4,cpu-int4-gptq")
+    parser.add_argument("--targets", default="cpu-int4,cpu-int4-gptq,cpu-mixed")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
@@ -47,7 +47,7 @@ def main() -> None:
     for name in options.targets.split(","):
         output = options.cache / f"{options.checkpoint}-{name}"
         plan = plan_build(str(source.path), target=name, profile="local", output=output, verify=False)
-        result = build(plan, TerminalProgress(sys.stderr))
+        result = build(plan, TerminalProgress(Console(stderr=True)))
         figures = compare(open_artifact(output), windows, original)
         memory = (result.peak_rss_bytes or 0) / 1e9
         print(f"{name:16} {figures}, built in {result.seconds:.0f} s, {memory:.2f} GB", flush=True)

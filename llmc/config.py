@@ -157,24 +157,52 @@ class CalibrationText(_Strict):
     max_windows: Annotated[int, Field(ge=1)]
 
 
+class Allocation(_Strict):
+    """Mixed precision: how many bits each matrix gets, solved from how much the model's answers need them.
+
+    Exactly one of `budget_bits` and `max_kl` is given.
+
+    Args:
+        choices: Schemes that a matrix can get; that of its rule is one more.
+        text: Calibration text that sensitivities are measured on.
+        budget_bits: Most stored bits by element over all matrices of the model, scales and zero points
+            included; within it the least predicted KL divergence is sought.
+        max_kl: Most predicted KL divergence, nats per token; within it the fewest bytes are sought.
+    """
+
+    choices: Annotated[tuple[WeightScheme, ...], Field(min_length=1)]
+    text: CalibrationText
+    budget_bits: Annotated[float, Field(gt=0)] | None = None
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "Allocation":
+        if (self.budget_bits is None) == (self.max_kl is None):
+            raise ValueError("give exactly one of budget_bits and max_kl")
+        return self
+
+
 class Quantization(_Strict):
     """Weight-only quantization of a target.
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
         rules: Tried in order, per matrix.
-        calibration: Text for methods that need it; None if no rule has such a method.
+        calibration: Text for methods that need it; None if nothing has such a method.
+        allocation: Decides anew on linear layers that the rules quantize; None leaves it at the rules.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None
+    allocation: Allocation | None = None
 
     @model_validator(mode="after")
     def _calibrated(self) -> "Quantization":
-        wanted = any(rule.scheme is not None and rule.scheme.method == "gptq" for rule in self.rules)
-        if wanted != (self.calibration is not None):
-            raise ValueError("give calibration if and only if a rule has method gptq")
+        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
+        schemes += self.allocation.choices if self.allocation is not None else ()
+        if any(scheme.method == "gptq" for scheme in schemes) != (self.calibration is not None):
+            raise ValueError("give calibration if and only if a rule or choice has method gptq")
         return self
 
 

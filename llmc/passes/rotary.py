@@ -31,7 +31,7 @@ from llmc.passes._match import (
     width_of,
 )
 from llmc.passes._positions import Declined, PositionTables
-from llmc.passes._rewrite import Site, add_constant, drop_dead, take_over
+from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 OPERATOR = "RotaryEmbedding"
 #: Rows of a table where the model states no largest position, and at most.
@@ -128,7 +128,7 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
     for table, hint in zip(halves, ("rotary_cos", "rotary_sin"), strict=True):
         if isinstance(table, Declined):
             return table
-        caches.append(add_constant(graph, table.astype(dtype.numpy()), hint))
+        caches.append(_in_type(graph, add_constant(graph, table, hint), dtype))
     attributes = {"interleaved": int(rotation.interleaved), "num_heads": heads}
     if rotation.rotated != width:
         attributes["rotary_embedding_dim"] = rotation.rotated
@@ -145,6 +145,23 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
         made = site.emit("Reshape", [made, split], f"{name}/heads", like=source).outputs[0]
     take_over(output, made)
     return None
+
+
+def _in_type(graph: ir.Graph, table: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The float32 `table` as `dtype`, by one cast that runtimes compute when they load or build.
+
+    The file keeps all digits, so that the graph can be held to the original in float32.
+    """
+    if table.dtype is dtype:
+        return table
+    name = f"{table.name}.{dtype.name.lower()}"
+    for node, _ in table.uses():
+        if node.name == name:
+            return node.outputs[0]
+    cast = ir.node("Cast", [table], {"to": int(dtype)}, name=name)
+    describe(cast.outputs[0], name, dims_of(table), dtype)
+    graph.insert_before(graph[0], cast)
+    return cast.outputs[0]
 
 
 def _static(dims: list[int | str], axis: int | None) -> int | None:

@@ -55,7 +55,7 @@ def calibrate(
         "dtype": dtype.value,
         "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
     }
-    subject = _prepare(checkpoint, text, "gptq", facts)
+    subject = prepare(checkpoint, text, "gptq", facts)
     scale_type = np.float32 if dtype is Dtype.FLOAT32 else np.float16
     calibrator = Calibrator(
         subject.model,
@@ -84,7 +84,7 @@ def observe(
     from llmc.quantize.walk import LayerWalk
 
     facts = {"plans": [[*plan.sources, plan.kind.value, plan.foldable] for plan in plans]}
-    subject = _prepare(checkpoint, text, "activations", facts)
+    subject = prepare(checkpoint, text, "activations", facts)
     tied = dict(checkpoint.tied)
     walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
     task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
@@ -158,7 +158,7 @@ def write_activations(compiled: Compiled, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """A model to be taken over a text."""
 
     model: Any
@@ -167,9 +167,7 @@ class _Subject:
     folder: Path
 
 
-def _prepare(
-    checkpoint: Checkpoint, text: CalibrationText, purpose: str, facts: Mapping[str, Any]
-) -> _Subject:
+def prepare(checkpoint: Checkpoint, text: CalibrationText, purpose: str, facts: Mapping[str, Any]) -> Subject:
     """The model without weights, its text, and where results of this purpose are kept."""
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
@@ -187,7 +185,7 @@ def _prepare(
         )
     folder = calibration_folder(checkpoint, purpose, windows, facts)
     _make_room(folder)
-    return _Subject(model, layers, windows, folder)
+    return Subject(model, layers, windows, folder)
 
 
 def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positions: int | None) -> Any:

@@ -137,6 +137,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify
+    from llmc.pipeline.allocate import allocate_bits
     from llmc.pipeline.calibrate import calibrate, look_for_overflow
     from llmc.quantize.linear import plan_calibration, quantize_weights
 
@@ -145,10 +146,13 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         return _compile_for_engine(checkpoint, lowered, target, target.engine, progress)
     activations = look_for_overflow(checkpoint, target.dtype, progress)
     rules = target.quantize or Quantization(accuracy_level=0, rules=())
+    if rules.allocation is not None:
+        with progress.stage("allocate"):
+            rules = allocate_bits(checkpoint, lowered.graph, rules, target.dtype, progress)
     calibration = None
-    if rules.calibration is not None:
+    wanted = plan_calibration(lowered.graph, rules)
+    if rules.calibration is not None and wanted:
         with progress.stage("calibrate"):
-            wanted = plan_calibration(lowered.graph, rules)
             calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
         stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)

@@ -47,13 +47,17 @@ class PackedBlocks:
 
 
 class Workspace:
-    """Buffers that are used again from step to step, float32 (block_size, n)."""
+    """Buffers that are used again from step to step, float32 (block_size, n).
 
-    def __init__(self, block_size: int, columns: int) -> None:
+    `importance` says how much the square of each element's error counts, None if all count the same.
+    """
+
+    def __init__(self, block_size: int, columns: int, importance: Array | None = None) -> None:
         shape = (block_size, columns)
         self.columns = np.empty(shape, np.float32)
         self.scaled = np.empty(shape, np.float32)
         self.levels = np.empty(shape, np.float32)
+        self.importance = importance
 
     def narrow(self, columns: int) -> "Workspace":
         """The same buffers cut to the first `columns` columns."""
@@ -61,12 +65,29 @@ class Workspace:
         view.columns = self.columns[:, :columns]
         view.scaled = self.scaled[:, :columns]
         view.levels = self.levels[:, :columns]
+        view.importance = None if self.importance is None else self.importance[:, :columns]
         return view
+
+    def dot(self, first: Array, second: Array) -> Array:
+        """Sums over each block of the products of two buffers, as important as they are, float32 (n,)."""
+        if self.importance is None:
+            plain: Array = np.einsum("ij,ij->j", first, second)
+            return plain
+        weighted: Array = np.einsum("ij,ij,ij->j", first, second, self.importance)
+        return weighted
 
 
 def count_blocks(in_features: int, block_size: int) -> int:
     """Blocks of one row, the padded one included."""
     return -(-in_features // block_size)
+
+
+def stored_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
+    """Bytes of a matrix (N, K): codes, scales of `scale_bytes` each, and any zero points."""
+    out_features, in_features = shape
+    blocks = count_blocks(in_features, scheme.block_size)
+    zeros = 0 if scheme.symmetric else -(-blocks * scheme.bits // 8)
+    return out_features * (blocks * (scheme.block_size * scheme.bits // 8 + scale_bytes) + zeros)
 
 
 def zero_level(scheme: WeightScheme) -> int:

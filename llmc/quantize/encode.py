@@ -32,10 +32,17 @@ class Encoder:
         in_features: K.
         scheme: How it is stored.
         scale_type: float32 or float16.
+        importance: How much the square of an error counts, by input feature, float32 (K,).
     """
 
     def __init__(
-        self, name: str, out_features: int, in_features: int, scheme: WeightScheme, scale_type: ScaleType
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        scheme: WeightScheme,
+        scale_type: ScaleType,
+        importance: Array | None = None,
     ) -> None:
         self.name = name
         self.scheme = scheme
@@ -45,6 +52,11 @@ class Encoder:
         self._codes = np.empty((out_features, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
         self._scales = np.empty((out_features, blocks), scale_type)
         self._zeros = None if scheme.symmetric else np.empty((out_features, blocks), np.uint8)
+        self._importance: Array | None = None
+        if importance is not None:
+            padded = np.zeros(blocks * scheme.block_size, np.float32)
+            padded[:in_features] = importance
+            self._importance = padded.reshape(blocks, -1).T
 
     def encode_rows(self, start: int, weights: Array) -> None:
         """Store outputs start:start+n from weights (n, K) of any floating type."""
@@ -52,7 +64,9 @@ class Encoder:
         size = self.scheme.block_size
         padded = blocks * size
         step = max(1, STEP // padded)
-        work = Workspace(size, min(step, len(weights)) * blocks)
+        most = min(step, len(weights))
+        important = None if self._importance is None else np.tile(self._importance, (1, most))
+        work = Workspace(size, most * blocks, important)
         buffer = np.zeros((min(step, len(weights)), padded), np.float32)
         for first in range(0, len(weights), step):
             part = weights[first : first + step]
@@ -72,7 +86,9 @@ class Encoder:
         size = self.scheme.block_size
         outputs = weights.shape[1]
         step = max(1, STEP // size)
-        work = Workspace(size, min(step, outputs))
+        most = min(step, outputs)
+        important = None if self._importance is None else np.repeat(self._importance[:, [block]], most, 1)
+        work = Workspace(size, most, important)
         for first in range(0, outputs, step):
             here = slice(first, min(first + step, outputs))
             part_work = work.narrow(here.stop - here.start)
@@ -111,14 +127,22 @@ class Encoder:
 
 
 def quantize_blocks(
-    weights: Array, scheme: WeightScheme, scale_type: ScaleType = np.float32, name: str = "a matrix"
+    weights: Array,
+    scheme: WeightScheme,
+    scale_type: ScaleType = np.float32,
+    name: str = "a matrix",
+    importance: Array | None = None,
 ) -> PackedBlocks:
     """A matrix (N, K) that is in memory, in this thread.
+
+    Args:
+        importance: How much the square of an error counts where scales are searched, by input feature,
+            float32 (K,); None if all count the same.
 
     Raises:
         CheckpointError: A value is not finite, or its scale does not fit `scale_type`.
     """
     out_features, in_features = weights.shape
-    encoder = Encoder(name, out_features, in_features, scheme, scale_type)
+    encoder = Encoder(name, out_features, in_features, scheme, scale_type, importance)
     encoder.encode_rows(0, weights)
     return encoder.finish()

@@ -4,8 +4,9 @@ Of a linear layer with inputs x and Hessian H = sum(x x'), input features are ro
 order of falling diagonal of H (activation order), and what is left of each is spread over those still to
 come by the Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before
 the first feature is rounded, on the weights as they are (static groups), so that features need not be
-stored in that order. Once the codes stand, the scales of a row are those that leave the least error
-(w - s q) H (w - s q)' in all: a system of as many equations as the row has blocks.
+stored in that order; errors count there by the mean square of their feature. Once the codes stand, the
+scales of a row are those that leave the least error (w - s q) H (w - s q)' in all: a system of as many
+equations as the row has blocks.
 """
 
 from collections.abc import Callable
@@ -67,6 +68,16 @@ def factorize(hessian: Array, name: str) -> tuple[Array, Array, Array]:
     return order, inverse[::-1, ::-1], matrix
 
 
+def weigh_features(squares: Array) -> Array:
+    """How much the error of each input feature counts, float32 (K,), by the sums of its squares."""
+    mean = float(squares.mean())
+    if not mean > 0:
+        return np.ones(len(squares), np.float32)
+    # A feature that the text does not use still gets codes near its weight.
+    weighed: Array = (squares / mean + DAMPING).astype(np.float32)
+    return weighed
+
+
 def quantize_gptq(
     weights: Array, hessian: Array, scheme: WeightScheme, scale_type: ScaleType, name: str
 ) -> PackedBlocks:
@@ -77,7 +88,8 @@ def quantize_gptq(
         ConfigError: The Hessian cannot be factorized.
     """
     order, upper, damped = factorize(hessian, name)
-    start = quantize_blocks(weights, scheme.model_copy(update={"method": "mse"}), scale_type, name)
+    searched = scheme.model_copy(update={"method": "mse"})
+    start = quantize_blocks(weights, searched, scale_type, name, weigh_features(np.diagonal(hessian)))
     outputs, blocks = start.scales.shape
     codes = unpack(start.codes, scheme.bits, scheme.block_size).reshape(outputs, -1).copy()
     scales = start.scales.astype(np.float32)

@@ -85,6 +85,42 @@ def plan_calibration(graph: Graph, quantization: Quantization) -> dict[str, Weig
     return wanted
 
 
+@dataclass(frozen=True)
+class MatrixPlan:
+    """A matrix of a graph before it is quantized.
+
+    Args:
+        name: Its initializer.
+        sources: The checkpoint's tensors that make it, along the outputs.
+        shape: (N, K).
+        scheme: By the rules; None where it stays in float.
+        is_linear: Whether a linear layer reads it, with outputs first.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, int]
+    scheme: WeightScheme | None
+    is_linear: bool
+
+
+def plan_matrices(graph: Graph, quantization: Quantization) -> list[MatrixPlan]:
+    """Every matrix of `graph`, and what the rules say."""
+    plans = []
+    for matrix in _find_matrices(graph):
+        first, second = matrix.shape if matrix.outputs_first else matrix.shape[::-1]
+        plans.append(
+            MatrixPlan(
+                matrix.name,
+                tuple(matrix.tensor.sources),
+                (first, second),
+                choose_scheme(quantization.rules, matrix.role, matrix.name),
+                bool(matrix.linears) and matrix.outputs_first,
+            )
+        )
+    return plans
+
+
 def quantize_weights(
     graph: Graph, quantization: Quantization, dtype: Dtype, calibration: Calibration | None = None
 ) -> QuantizationReport:

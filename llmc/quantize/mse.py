@@ -4,7 +4,8 @@ For given codes q (less their zero point) the best scale is sum(w q) / sum(q q),
 best codes are the nearest ones. From several scales around the one that spans the block, some clipping its
 extremes and some leaving levels idle, the one with the least error after the closed form is kept, rounded
 again and improved once more. It is the search of GGUF's k-quants (make_qx_quants and make_qkx2_quants in
-ggml-quants.c) with a zero point that is a code, and every weight counting the same. Starts are compared by
+ggml-quants.c) with a zero point that is a code, and with weights counting as much as the workspace says:
+all the same, or as the mean squares of what they multiply. Starts are compared by
 sum(w q)^2 / sum(q q), what their best scales explain of sum(w w); the last comparison, with the scale that
 just spans the block, is of residuals, which keep their precision at 8 bits too.
 """
@@ -70,8 +71,8 @@ def _improve(work: Workspace) -> tuple[Array, Array]:
     Both float32 (n,); what is explained is the part of sum(w w) that does not remain as error, in squares
     of the scale that was rounded with.
     """
-    cross = np.einsum("ij,ij->j", work.scaled, work.levels)
-    energy = np.einsum("ij,ij->j", work.levels, work.levels)
+    cross = work.dot(work.scaled, work.levels)
+    energy = work.dot(work.levels, work.levels)
     gain = np.divide(cross, energy, out=np.ones_like(cross), where=energy > 0)
     cross *= gain
     return gain, cross
@@ -81,7 +82,7 @@ def _measure(work: Workspace, scale: Array, zero: Array, inverse: Array, scheme:
     """Error with a stored scale, in squares of 1 / inverse; infinite where the scale is 0."""
     round_to_levels(work, invert(scale), zero, scheme)
     residual = np.subtract(work.scaled, work.levels, out=work.scaled)
-    error: Array = np.einsum("ij,ij->j", residual, residual)
+    error = work.dot(residual, residual)
     error *= (scale * inverse) ** 2
     error[scale == 0] = np.inf
     return error

@@ -55,10 +55,18 @@ class LayerWalk:
         store: The checkpoint's tensors.
         tied: Parameter names absent from the store, and the stored name that stands for each.
         folder: Where what is kept of finished layers goes, and is found again.
+        keep_states: Keep the hidden states behind every layer, not behind the last finished one alone.
     """
 
     def __init__(
-        self, model: Any, layers: Sequence[str], store: WeightStore, tied: Mapping[str, str], folder: Path
+        self,
+        model: Any,
+        layers: Sequence[str],
+        store: WeightStore,
+        tied: Mapping[str, str],
+        folder: Path,
+        *,
+        keep_states: bool = False,
     ) -> None:
         self.model = model
         self.layers = [model.get_submodule(name) for name in layers]
@@ -66,6 +74,7 @@ class LayerWalk:
         self._store = store
         self._tied = tied
         self._folder = folder
+        self._keep_states = keep_states
 
     def run(self, windows: Array, task: LayerTask, note: Callable[[str], None]) -> list[Path]:
         """Every layer in turn, then what the model does behind the last one.
@@ -95,8 +104,7 @@ class LayerWalk:
         if done:
             note(f"{done} of {len(self.layers)} layers were calibrated before")
         with torch.inference_mode():
-            inside = tuple(f"{name}." for name in self._names)
-            self._load([n for n, _ in self.model.named_parameters() if not n.startswith(inside)])
+            self._load_outside()
             states = self._load_states(done) if done else None
             for index in range(done, len(self.layers)):
                 states = self._walk_layer(index, windows, states, task)
@@ -125,23 +133,24 @@ class LayerWalk:
         last = self.layers[-1]
         with task.watch("", self.model):
             for i, row in enumerate(windows):
-                with _replacing_input(last, _at(states, i)):
+                with replacing_input(last, _at(states, i)):
                     self._call(row)
         self._keep("head", task.conclude("", self.model))
 
     def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
         """What `layer` is given for one window, `state` if that is known, and what it returns."""
-        with _replacing_input(layer, state), _stopping_behind(layer) as seen:
+        with replacing_input(layer, state), _stopping_behind(layer) as seen:
             self._call(row)
         return seen[0]
 
-    def _call(self, row: Array) -> None:
+    def _call(self, row: Array) -> Any:
+        """What the model returns; None where a task ended the call."""
         import torch
 
         try:
-            self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
+            return self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
         except StopCallError:
-            return
+            return None
         except Exception as error:  # model code of transformers; whatever it raises, it cannot be walked
             raise UnsupportedError(
                 f"the model cannot be run layer by layer: {type(error).__name__}: {error}"
@@ -149,6 +158,10 @@ class LayerWalk:
 
     def _file(self, stem: str) -> Path:
         return self._folder / f"{stem}.safetensors"
+
+    def _state_file(self, index: int) -> Path:
+        """Hidden states behind the first `index` layers."""
+        return self._file(f"{_STATES}-{index}")
 
     def _keep(self, stem: str, data: Mapping[str, Array]) -> None:
         from safetensors.numpy import save_file
@@ -160,7 +173,7 @@ class LayerWalk:
         done = 0
         while done < len(self.layers) and self._file(f"layer-{done}").is_file():
             done += 1
-        while done and not self._file(f"{_STATES}-{done}").is_file():
+        while done and not self._state_file(done).is_file():
             done -= 1
         for layer in self.layers[:done]:
             layer.forward = _PassOn(False)
@@ -169,21 +182,27 @@ class LayerWalk:
     def _load_states(self, index: int) -> list[Any]:
         from safetensors.torch import load_file
 
-        data = load_file(self._file(f"{_STATES}-{index}"))
+        data = load_file(self._state_file(index))
         return [data[str(i)] for i in range(len(data))]
 
     def _save_states(self, index: int, states: Sequence[Any]) -> None:
         from safetensors.torch import save_file
 
         data = {str(i): state.contiguous() for i, state in enumerate(states)}
-        self._write(self._file(f"{_STATES}-{index}"), lambda path: save_file(data, path))
-        self._file(f"{_STATES}-{index - 1}").unlink(missing_ok=True)
+        self._write(self._state_file(index), lambda path: save_file(data, path))
+        if not self._keep_states:
+            self._state_file(index - 1).unlink(missing_ok=True)
 
     def _write(self, path: Path, save: Callable[[Path], None]) -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with space_errors(partial):
             save(partial)
             os.replace(partial, path)
+
+    def _load_outside(self) -> None:
+        """Load all parameters that stand outside of the layers."""
+        inside = tuple(f"{name}." for name in self._names)
+        self._load([n for n, _ in self.model.named_parameters() if not n.startswith(inside)])
 
     def _load(self, names: Sequence[str]) -> None:
         """Give parameters their values from the store, float32."""
@@ -249,7 +268,7 @@ class _PassOn:
 
 
 @contextmanager
-def _replacing_input(layer: torch.nn.Module, state: Any) -> Iterator[None]:
+def replacing_input(layer: torch.nn.Module, state: Any) -> Iterator[None]:
     """Within this context `layer` is given `state` as its hidden states; None leaves what arrives."""
 
     def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from llmc.errors import CheckpointError, ConfigError
 from llmc.quantize.blocks import dequantize_blocks, unpack
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.gptq import DAMPING, quantize_gptq
+from llmc.quantize.gptq import DAMPING, quantize_gptq, weigh_features
 from tests.quantize.reference import Array, scheme
 
 
@@ -49,7 +49,8 @@ def test_equals_optimal_brain_quantization(bits: int, size: int, symmetric: bool
     weights, inputs = _weights(24, 192), _inputs(192)
     hessian = inputs.T @ inputs
     found = quantize_gptq(weights, hessian, kind, np.float32, "w")
-    start = quantize_blocks(weights, scheme(bits, size, symmetric, "mse"))
+    important = weigh_features(np.diagonal(hessian))
+    start = quantize_blocks(weights, scheme(bits, size, symmetric, "mse"), importance=important)
     blocks = start.scales.shape[1]
     zeros = (
         np.full(start.scales.shape, 2 ** (bits - 1))
@@ -79,15 +80,18 @@ def test_outputs_come_closer_than_with_the_nearest_codes(features: int) -> None:
 def test_unrelated_features_have_the_nearest_codes() -> None:
     weights = _weights(16, 96)
     found = quantize_gptq(weights, np.eye(96), scheme(4, 32, False, "gptq"), np.float32, "w")
-    plain = quantize_blocks(weights, scheme(4, 32, False, "mse"))
+    alike = weigh_features(np.ones(96))
+    plain = quantize_blocks(weights, scheme(4, 32, False, "mse"), importance=alike)
     np.testing.assert_array_equal(found.codes, plain.codes)
 
 
 def test_features_that_are_always_zero_change_nothing() -> None:
     weights, inputs = _weights(16, 64), _inputs(64)
     inputs[:, 5] = 0
-    found = quantize_gptq(weights, inputs.T @ inputs, scheme(4, 32, False, "gptq"), np.float32, "w")
-    plain = quantize_blocks(weights, scheme(4, 32, False, "mse"))
+    hessian = inputs.T @ inputs
+    found = quantize_gptq(weights, hessian, scheme(4, 32, False, "gptq"), np.float32, "w")
+    important = weigh_features(np.diagonal(hessian))
+    plain = quantize_blocks(weights, scheme(4, 32, False, "mse"), importance=important)
     first, second = (unpack(b.codes, 4, 32).reshape(16, 64)[:, 5] for b in (found, plain))
     np.testing.assert_array_equal(first, second)
 
