@@ -32,6 +32,7 @@ REQUIRED: dict[str, tuple[int, ...]] = {
     "matplotlib": (),
     "rich": (),
     "numpy": (),
+    "scipy": (),
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
