@@ -14,6 +14,8 @@ from llmc.graph.weights import Array, LazyWeight
 
 #: Positions that one run computes.
 _CHUNK = 4096
+#: Types that are computed in float32 here: a table keeps all digits.
+_NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 #: Positions of the check that order and company do not matter.
 _PROBE = 64
 
@@ -149,7 +151,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
 
 
 def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.Model:
-    """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value` in float32."""
+    """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value`, in float32."""
     positions = ir.Value(
         name="position_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64)
     )
@@ -162,21 +164,20 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.M
         if source.name == "position_ids":
             copies[source] = positions
         else:
-            copies[source] = ir.Value(
-                name=source.name, shape=source.shape, type=source.type, const_value=source.const_value
-            )
+            data = None if source.const_value is None else _widen(source.const_value)
+            kind = source.type if data is None else ir.TensorType(data.dtype)
+            copies[source] = ir.Value(name=source.name, shape=source.shape, type=kind, const_value=data)
             constants.append(copies[source])
         return copies[source]
 
     made = []
     for node in nodes:
         inputs = [copy_of(v) for v in node.inputs]
-        outputs = [ir.Value(name=o.name, type=o.type) for o in node.outputs]
+        outputs = [ir.Value(name=o.name) for o in node.outputs]
         copies.update(zip(node.outputs, outputs, strict=True))
-        attributes = list(node.attributes.values())
+        attributes = [_widen_attribute(a) for a in node.attributes.values()]
         made.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
-    # onnxruntime hands out no bfloat16.
-    made.append(ir.node("Cast", [copies[value]], {"to": ir.DataType.FLOAT}))
+    made.append(ir.node("Identity", [copies[value]]))
     result = made[-1].outputs[0]
     result.name, result.shape, result.dtype = "rows", value.shape, ir.DataType.FLOAT
     extracted = ir.Graph(
@@ -188,3 +189,19 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.M
         name="table",
     )
     return ir.Model(extracted, ir_version=10)
+
+
+def _widen(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """`tensor` in float32 if it is narrower."""
+    if tensor.dtype not in _NARROW:
+        return tensor
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+def _widen_attribute(attribute: ir.Attr) -> ir.Attr:
+    """The same for a constant's value, and for the type that a cast makes."""
+    if attribute.type is ir.AttributeType.TENSOR:
+        return ir.AttrTensor(attribute.name, _widen(attribute.as_tensor()))
+    if attribute.name == "to" and attribute.as_int() in _NARROW:
+        return ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    return attribute

@@ -67,8 +67,8 @@ class WeightParity:
 
     Args:
         measurements: One for each of METRICS.
-        digest: sha256 over what the artifact has for the parameters that lost anything; empty if
-            none did, so that the original itself has these weights.
+        digest: sha256 over what the artifact has for the parameters that lost anything, be it by a
+            narrower type alone; empty if none did, so that the original itself has these weights.
         changed: The names in `expected` of those tensors.
         unread: Those that are stored in a form that nothing here reads back.
     """
@@ -95,7 +95,7 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
     for name, tensor in stored.items():
         ratio, block, tensor_digest = _compare(expected[name], tensor)
         ratios[name], blocks[name] = ratio, block
-        if ratio != math.inf:
+        if ratio != math.inf or _narrows(expected[name]):
             changed.append(name)
             digest.update(f"{name}\0{tensor_digest}\n".encode())
     where = "numpy, from the files"
@@ -135,6 +135,19 @@ def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
                 start += part.shape[0]
         case ExpertRows() | ScaledRows():
             yield from parameters(rows.inner, rows.undo(array))
+
+
+def _narrows(rows: Rows) -> bool:
+    """Whether a type on the way to `rows` may not hold all digits of the checkpoint's."""
+    match rows:
+        case CastRows():
+            kept = rows.dtype is ir.DataType.FLOAT or rows.dtype is rows.inner.dtype
+            return not kept or _narrows(rows.inner)
+        case ConcatRows():
+            return any(_narrows(part) for part in rows.parts)
+        case ExpertRows() | ScaledRows():
+            return _narrows(rows.inner)
+    return False
 
 
 class StoredParameters(Mapping[str, Array]):
