@@ -1,0 +1,142 @@
+"""Checkpoints that are quantized already: their codes reach the artifact, or a note says why not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.artifact.manifest import State, WeightRecord
+from llmc.checkpoint import open_checkpoint
+from llmc.config import BuildPlan, Gate, Metric
+from llmc.graph.weights import Array, read_all
+from llmc.pipeline import build
+from llmc.pipeline.compile import artifact_sources
+from llmc.pipeline.result import BuildResult
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from llmc.quantize import encode
+from llmc.validate.weights import read_stored
+from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
+from tests.checkpoint.test_quantized import LAYOUTS
+
+METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS)
+#: A layer has q, k and v in one matrix, gate and up in one, and two more.
+MATRICES = 4 * 3
+
+
+class Notes(SilentProgress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+
+
+def make_plan(
+    model: Path, target: str = "cpu-int4", *, profile: str = "local", verify: bool = False
+) -> BuildPlan:
+    gates = tuple(Gate(metric=m, max=1e-3, reason="float32 in another order") for m in METRICS)
+    output = model.with_name(target)
+    plan = plan_build(str(model), target=target, profile=profile, output=output, verify=verify)
+    return plan.model_copy(update={"target": plan.target.model_copy(update={"gates": gates})})
+
+
+def find_kept(result: BuildResult) -> list[WeightRecord]:
+    return [w for w in result.manifest.weights if w.origin == "kept"]
+
+
+def check_kept(result: BuildResult, plan: BuildPlan, values: Mapping[str, Array], count: int) -> None:
+    """Matrices that are said to be kept hold `values`, and there are `count` of them."""
+    sources = artifact_sources(open_checkpoint(plan.model), plan.target, result.path, SilentProgress())
+    kept = {w.name: sources[w.name] for w in find_kept(result)}
+    assert len(kept) == count
+    for name, tensor in read_stored(result.path, kept).items():
+        wanted = np.concatenate([values[source] for source in sources[name].sources])
+        np.testing.assert_array_equal(tensor.whole(), wanted)
+        np.testing.assert_array_equal(read_all(sources[name]).astype(np.float32), wanted)
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits", "blocks", "symmetric"),
+    [("gptq", 4, {32}, False), ("awq", 4, {32}, False), ("compressed-int8", 8, {32, 64}, True)],
+)
+def test_codes_are_kept_with_fused_projections(
+    layout: str,
+    bits: int,
+    blocks: set[int],
+    symmetric: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched: set[str] = set()
+    finish = encode.Encoder.finish
+
+    def watch(self: encode.Encoder) -> Any:
+        searched.add(self.name)
+        return finish(self)
+
+    monkeypatch.setattr(encode.Encoder, "finish", watch)
+    config, pack, drawn = LAYOUTS[layout]
+    values = write_codes(tmp_path / "model", config, pack, **drawn)
+    plan = make_plan(tmp_path / "model", verify=layout == "gptq")
+    progress = Notes()
+    result = build(plan, progress)
+    assert result.failure() is None
+    assert (result.manifest.state is State.VERIFIED) == plan.verify
+    check_kept(result, plan, values, MATRICES)
+    assert searched == {"lm_head.weight", "model.embed_tokens.weight"}
+    kept = find_kept(result)
+    assert ({w.bits for w in kept}, {w.symmetric for w in kept}) == ({bits}, {symmetric})
+    assert {w.block_size for w in kept} == blocks
+    assert [n for n in progress.notes if "codes of the checkpoint: kept for 12 matrices" in n]
+
+
+def test_groups_that_are_scattered_are_quantized_again_with_a_note(tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS["gptq-desc-act"]
+    write_codes(tmp_path / "model", config, pack, **drawn)
+    progress = Notes()
+    result = build(make_plan(tmp_path / "model", verify=True), progress)
+    assert result.failure() is None
+    reason = "quantized again (its groups are scattered along the inputs (desc_act or actorder))"
+    assert sum(w.origin == reason for w in result.manifest.weights) == MATRICES
+    assert [n for n in progress.notes if f"codes of the checkpoint: {reason} for 12 matrices" in n]
+
+
+def test_a_projection_in_float_makes_its_fused_matrix_quantized_again(tmp_path: Path) -> None:
+    def pack(module: str, shape: tuple[int, int]) -> tuple[Mapping[str, Array], Array]:
+        codes = draw_codes(len(module), shape, bits=3 if module.endswith("up_proj") else 4)
+        if module.endswith("v_proj"):
+            return {"weight": codes.values()}, codes.values()
+        return pack_gptq()(codes), codes.values()
+
+    values = write_folder(tmp_path / "model", gptq_config(), pack)
+    plan = make_plan(tmp_path / "model")
+    result = build(plan, SilentProgress())
+    check_kept(result, plan, values, 3 * 3)
+    others = [w.origin for w in result.manifest.weights if w.origin not in {None, "kept"}]
+    assert len(others) == 3
+    assert all(o is not None and "v_proj.weight, which is joined with it, is not" in o for o in others)
+
+
+@pytest.mark.parametrize(
+    ("target", "profile", "origin"),
+    [("cpu-fp32", "local", "made floats"), ("cuda-int4", "l4", "kept"), ("cpu-int4-gptq", "local", "kept")],
+)
+def test_other_targets(target: str, profile: str, origin: str, tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS["gptq"]
+    values = write_codes(tmp_path / "model", config, pack, **drawn)
+    plan = make_plan(tmp_path / "model", target, profile=profile)
+    result = build(plan, SilentProgress())
+    assert {w.origin for w in result.manifest.weights if "layers" in w.name} == {origin}
+    if target == "cpu-int4-gptq":
+        check_kept(result, plan, values, MATRICES)
