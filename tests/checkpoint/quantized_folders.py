@@ -120,12 +120,12 @@ def write_folder(
     config: Mapping[str, Any],
     pack: Callable[[str, tuple[int, int]], tuple[Mapping[str, Array], Array]],
 ) -> dict[str, Array]:
-    """A tiny llama whose linear layers are what `pack(module, shape)` gives; values by parameter name.
+    """A tiny llama of one layer whose linears are what `pack(module, shape)` gives; values by parameter name.
 
     Args:
         pack: The tensors of a module by their last name, and the values they stand for.
     """
-    save_tiny_model("llama", folder, tokenizer=True, eos_token_id=EOS)
+    save_tiny_model("llama", folder, tokenizer=True, eos_token_id=EOS, num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     values = {}
     for module in linear_names(folder):

@@ -185,13 +185,13 @@ def test_damaged_settings(config: Mapping[str, Any], message: str, tmp_path: Pat
 def test_tensors_that_do_not_fit(part: str, changed: Array | None, message: str, tmp_path: Path) -> None:
     write_codes(tmp_path, gptq_config(), pack_gptq())
     tensors = load_file(tmp_path / "model.safetensors")
-    name = f"model.layers.1.self_attn.q_proj.{part}"
+    name = f"model.layers.0.self_attn.q_proj.{part}"
     del tensors[name]
     if changed is not None:
         tensors[name] = changed
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(str(tmp_path)).tensors.read("model.layers.1.self_attn.q_proj.weight")
+        open_checkpoint(str(tmp_path)).tensors.read("model.layers.0.self_attn.q_proj.weight")
 
 
 def test_activations_scaled_by_awq_are_refused(tmp_path: Path) -> None:
