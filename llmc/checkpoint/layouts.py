@@ -27,11 +27,15 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Source:
-    """The files' tensors of one module, and what is kept of them from one range of rows to the next."""
+    """The files' tensors of one module.
 
-    def __init__(self, raw: WeightStore, module: str) -> None:
-        self._raw, self.module = raw, module
-        self._kept: dict[str, WholeValues] = {}
+    Args:
+        kept: What is kept of a tensor from one range of its rows to the next, by part; shared by all modules,
+            so that each thread holds one tensor of a part at most.
+    """
+
+    def __init__(self, raw: WeightStore, module: str, kept: dict[str, WholeValues]) -> None:
+        self._raw, self.module, self._kept = raw, module, kept
 
     def has(self, part: str) -> bool:
         return self._name(part) in self._raw.infos()
@@ -58,7 +62,7 @@ class Source:
     def rows(self, part: str, arrange: Callable[[Array], Array], start: int, stop: int) -> Array:
         """Rows of `arrange(whole tensor)`, which is kept while a walk over its rows goes on."""
         kept = self._kept.setdefault(part, WholeValues())
-        return kept.rows(part, lambda: arrange(self.read(part)), start, stop)
+        return kept.rows(self.module, lambda: arrange(self.read(part)), start, stop)
 
     def require(self, part: str, shape: tuple[int, ...]) -> None:
         """Raises CheckpointError: The tensor is missing or has another shape."""

@@ -22,7 +22,7 @@ from llmc.checkpoint.layouts import (
     gptq_matrix,
 )
 from llmc.checkpoint.quantization import Method, StoredQuantization
-from llmc.checkpoint.ranges import row_range
+from llmc.checkpoint.ranges import WholeValues, row_range
 from llmc.errors import UnsupportedError
 from llmc.graph.weights import Array, TensorInfo, WeightStore
 
@@ -78,12 +78,13 @@ def dequantize_store(raw: WeightStore, quantization: StoredQuantization, folder:
     """
     infos = raw.infos()
     matrices: dict[str, IntegerMatrix | Fp8Matrix] = {}
+    kept: dict[str, WholeValues] = {}
     for name, info in infos.items():
         module, _, part = name.rpartition(".")
         packed = part in {"qweight", "weight_packed"}
         scaled = part == "weight" and info.dtype in {_FLOAT8, ir.DataType.INT8}
         if packed or scaled:
-            matrices[f"{module}.weight"] = _matrix(Source(raw, module), quantization)
+            matrices[f"{module}.weight"] = _matrix(Source(raw, module, kept), quantization)
         elif quantization.method is Method.AWQ and part == "scales" and f"{module}.qweight" not in infos:
             raise UnsupportedError(
                 f"{folder} scales an activation function ({name}), which llmc's models do not have",

@@ -119,13 +119,14 @@ def write_folder(
     folder: Path,
     config: Mapping[str, Any],
     pack: Callable[[str, tuple[int, int]], tuple[Mapping[str, Array], Array]],
+    model_type: str = "llama",
 ) -> dict[str, Array]:
-    """A tiny llama of one layer whose linears are what `pack(module, shape)` gives; values by parameter name.
+    """A tiny model of one layer whose linears are what `pack(module, shape)` gives; values by parameter name.
 
     Args:
         pack: The tensors of a module by their last name, and the values they stand for.
     """
-    save_tiny_model("llama", folder, tokenizer=True, eos_token_id=EOS, num_hidden_layers=1)
+    save_tiny_model(model_type, folder, tokenizer=True, eos_token_id=EOS, num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     values = {}
     for module in linear_names(folder):
@@ -138,14 +139,16 @@ def write_folder(
     return values
 
 
-def write_codes(folder: Path, config: Mapping[str, Any], pack: Pack, **drawn: Any) -> dict[str, Array]:
+def write_codes(
+    folder: Path, config: Mapping[str, Any], pack: Pack, model_type: str = "llama", **drawn: Any
+) -> dict[str, Array]:
     """As `write_folder`, of codes from `draw_codes`."""
 
     def make(module: str, shape: tuple[int, int]) -> tuple[Mapping[str, Array], Array]:
         codes = draw_codes(len(module) + sum(shape) + int(module.split(".")[2]), shape, **drawn)
         return pack(codes), codes.values()
 
-    return write_folder(folder, config, make)
+    return write_folder(folder, config, make, model_type)
 
 
 def gptq_config(bits: int = 4, group_size: int = 32, **fields: Any) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from llmc.artifact.manifest import State, WeightRecord
 from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric
 from llmc.graph.weights import Array, read_all
-from llmc.pipeline import build
+from llmc.pipeline import build, inspect
 from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.result import BuildResult
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.quantize import encode
+from llmc.quantize import calibrate, encode
 from llmc.validate.weights import read_stored
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
 from tests.checkpoint.test_quantized import LAYOUTS
@@ -54,7 +54,10 @@ def make_plan(
     gates = tuple(Gate(metric=m, max=1e-3, reason="float32 in another order") for m in METRICS)
     output = model.with_name(target)
     plan = plan_build(str(model), target=target, profile=profile, output=output, verify=verify)
-    return plan.model_copy(update={"target": plan.target.model_copy(update={"gates": gates})})
+    changes: dict[str, object] = {"gates": gates}
+    if plan.target.engine is not None:
+        changes["engine"] = plan.target.engine.model_copy(update={"kv_capacity": 64})
+    return plan.model_copy(update={"target": plan.target.model_copy(update=changes)})
 
 
 def find_kept(result: BuildResult) -> list[WeightRecord]:
@@ -104,6 +107,8 @@ def test_codes_are_kept_with_fused_projections(
     kept = find_kept(result)
     assert ({w.bits for w in kept}, {w.symmetric for w in kept}) == ({bits}, {symmetric})
     assert {w.block_size for w in kept} == blocks
+    text = inspect(str(result.path)).render()
+    assert "model.layers.0.self_attn.o_proj.weight; codes of the checkpoint: kept" in text
     assert [n for n in progress.notes if "codes of the checkpoint: kept for 4 matrices" in n]
 
 
@@ -135,13 +140,42 @@ def test_a_projection_in_float_makes_its_fused_matrix_quantized_again(tmp_path: 
 
 @pytest.mark.parametrize(
     ("target", "profile", "origin"),
-    [("cpu-fp32", "local", "made floats"), ("cuda-int4", "l4", "kept"), ("cpu-int4-gptq", "local", "kept")],
+    [
+        ("cpu-fp32", "local", "made floats"),
+        ("cuda-int4", "l4", "kept"),
+        ("tensorrt-int4", "h100-sxm", "quantized again (engines have grids of their own)"),
+    ],
 )
 def test_other_targets(target: str, profile: str, origin: str, tmp_path: Path) -> None:
     config, pack, drawn = LAYOUTS["gptq"]
-    values = write_codes(tmp_path / "model", config, pack, **drawn)
-    plan = make_plan(tmp_path / "model", target, profile=profile)
-    result = build(plan, SilentProgress())
+    write_codes(tmp_path / "model", config, pack, **drawn)
+    result = build(make_plan(tmp_path / "model", target, profile=profile), SilentProgress())
     assert {w.origin for w in result.manifest.weights if "layers" in w.name} == {origin}
-    if target == "cpu-int4-gptq":
-        check_kept(result, plan, values, MATRICES)
+
+
+def test_experts_are_quantized_again_with_the_values_of_the_files(tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS["gptq"]
+    values = write_codes(tmp_path / "model", config, pack, "qwen3_moe", **drawn)
+    name = "model.layers.0.mlp.experts.down_proj"
+    stacked = np.stack([values[f"model.layers.0.mlp.experts.{i}.down_proj.weight"] for i in range(4)])
+    np.testing.assert_array_equal(open_checkpoint(str(tmp_path / "model")).tensors.read(name), stacked)
+    result = build(make_plan(tmp_path / "model"), SilentProgress())
+    origins = {w.name: w.origin for w in result.manifest.weights}
+    assert origins[name] == "quantized again (experts are stacked)"
+    assert origins["model.layers.0.self_attn.o_proj.weight"] == "kept"
+
+
+def test_calibration_leaves_kept_codes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated: list[str] = []
+    quantize = calibrate.quantize_gptq
+
+    def watch(*args: Any) -> Any:
+        calibrated.append(args[-1])
+        return quantize(*args)
+
+    monkeypatch.setattr(calibrate, "quantize_gptq", watch)
+    config, pack, drawn = LAYOUTS["gptq"]
+    values = write_codes(tmp_path / "model", config, pack, **drawn)
+    plan = make_plan(tmp_path / "model", "cpu-int4-gptq")
+    check_kept(build(plan, SilentProgress()), plan, values, MATRICES)
+    assert calibrated == ["lm_head.weight"]

@@ -84,11 +84,11 @@ def test_values_stay_whatever_the_grid(
 
 def test_joined_matrices_take_the_finest_blocks_and_widest_codes() -> None:
     parts = [
-        draw_codes(1, (24, 128), bits=3, group=64),
         draw_codes(2, (16, 128), bits=8, group=32, symmetric=True),
+        draw_codes(1, (24, 128), bits=3, group=64),
         draw_codes(3, (8, 128), bits=4, group=128),
     ]
-    rows = ConcatRows(tuple(stored_rows(c, g) for c, g in zip(parts, (64, 32, 128), strict=True)))
+    rows = ConcatRows(tuple(stored_rows(c, g) for c, g in zip(parts, (32, 64, 128), strict=True)))
     scheme, values = pack(CastRows(rows, ir.DataType.FLOAT16))
     assert (scheme.bits, scheme.block_size, scheme.symmetric) == (8, 32, False)
     np.testing.assert_array_equal(values, np.concatenate([c.values() for c in parts]))
