@@ -179,3 +179,13 @@ def test_calibration_leaves_kept_codes_alone(tmp_path: Path, monkeypatch: pytest
     plan = make_plan(tmp_path / "model", "cpu-int4-gptq")
     check_kept(build(plan, SilentProgress()), plan, values, MATRICES)
     assert calibrated == ["lm_head.weight"]
+
+
+def test_an_allocation_decides_on_the_others(tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS["gptq"]
+    values = write_codes(tmp_path / "model", config, pack, **drawn)
+    plan = make_plan(tmp_path / "model", "cpu-mixed")
+    progress = Notes()
+    check_kept(build(plan, progress), plan, values, MATRICES)
+    (note,) = [n for n in progress.notes if n.startswith("allocate: ") and "bits per weight" in n]
+    assert "; 1 matrices of " in note
