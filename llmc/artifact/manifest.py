@@ -93,6 +93,8 @@ class WeightRecord(_Strict):
         block_size: Input features that share a scale; None in float.
         symmetric: Whether the zero point is fixed; None in float.
         bytes: Codes, scales and zero points together.
+        origin: What became of codes that the checkpoint has for it: `kept` bit for bit, or `quantized again`
+            or `made floats`; None where it has floats.
     """
 
     name: str
@@ -102,6 +104,7 @@ class WeightRecord(_Strict):
     block_size: int | None
     symmetric: bool | None
     bytes: int
+    origin: str | None = None
 
 
 class LeftOutside(_Strict):

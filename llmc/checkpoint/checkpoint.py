@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.quantization import StoredQuantization
+from llmc.checkpoint.quantized import dequantize_store, require_floats
 from llmc.checkpoint.reference import fill_model, stream_model
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
@@ -35,6 +37,8 @@ class Checkpoint:
             {"lm_head.weight": "model.embed_tokens.weight"}.
         unused: Tensors of the files that the model does not take, by their name in the file.
         weight_files: Files that hold the tensors, in a fixed order.
+        quantization: How a Hugging Face folder has its weights quantized. `tensors` has them as floats, and
+            the original is transformers' model with those.
     """
 
     ref: str
@@ -45,6 +49,7 @@ class Checkpoint:
     tied: Mapping[str, str]
     unused: tuple[str, ...]
     weight_files: tuple[Path, ...]
+    quantization: StoredQuantization | None = None
 
     @property
     def name(self) -> str:
@@ -101,11 +106,14 @@ class Checkpoint:
         """The original PyTorch model by transformers' own `from_pretrained`: float32, eval mode, CPU.
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
-        model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency.
+        model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
+        folder is filled by our reader, and needs no package of its quantizer.
 
         Raises:
             CheckpointError: transformers cannot load it.
         """
+        if self.quantization is not None:
+            return fill_model(self.config, self.tensors, self.tied, attention)
         return configuration.load_reference(self.path, self.config, attention)
 
     def fill_reference(self) -> PreTrainedModel:
@@ -145,9 +153,11 @@ def open_checkpoint(ref: str) -> Checkpoint:
 
     Raises:
         CheckpointError: Missing, incomplete or damaged (exit code 2).
-        UnsupportedError: Not a causal language model, of an unknown architecture, or quantized (exit code 3).
+        UnsupportedError: Not a causal language model, of an unknown architecture, or quantized in a way that
+            is not read (exit code 3).
     """
     found = location.locate(ref)
+    quantization = configuration.load_quantization(found.path)
     config = configuration.load_config(found.path)
     if found.repository is not None:
         location.download_weights(found.repository)
@@ -159,8 +169,12 @@ def open_checkpoint(ref: str) -> Checkpoint:
         files = (found.path,)
     else:
         store = SafetensorsStore.open(found.path)
-        converted = conversion.convert_store(store, model, conversion.model_mapping(model))
         files = store.files
+        raw: WeightStore = store
+        if quantization is not None:
+            raw = dequantize_store(store, quantization, found.path)
+        require_floats(raw)
+        converted = conversion.convert_store(raw, model, conversion.model_mapping(model))
     return Checkpoint(
         ref=ref,
         path=found.path,
@@ -170,4 +184,5 @@ def open_checkpoint(ref: str) -> Checkpoint:
         tied=converted.tied,
         unused=converted.unused,
         weight_files=files,
+        quantization=quantization,
     )

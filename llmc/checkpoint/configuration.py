@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_outline import write_outline
+from llmc.checkpoint.quantization import StoredQuantization, parse_quantization
 from llmc.errors import CheckpointError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,12 +25,27 @@ def load_config(path: Path) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: No config, or one that cannot be read.
-        UnsupportedError: Unknown architecture, quantized checkpoint, encoder or encoder-decoder.
+        UnsupportedError: Unknown architecture, encoder or encoder-decoder.
     """
     config = _gguf_config(path) if path.is_file() else _folder_config(path)
     config.name_or_path = ""  # where it lay is no property of the model
     _refuse_other_than_causal(config)
     return config
+
+
+def load_quantization(path: Path) -> StoredQuantization | None:
+    """How the weights of a Hugging Face folder are quantized; None if they are not, or for a GGUF.
+
+    Raises:
+        CheckpointError: No config.json, or one that is damaged.
+        UnsupportedError: In a way that is not read.
+    """
+    fields = {} if path.is_file() else _read_json(path / "config.json").get("quantization_config")
+    if not fields:
+        return None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"quantization_config of {path} is no JSON object")
+    return parse_quantization(fields, path)
 
 
 def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -92,13 +108,6 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{file} has no model_type", hint="it must be the config of a transformers model"
         )
-    quantization = fields.get("quantization_config")
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"{folder} is quantized already ({method})",
-            hint="compile the original checkpoint in float instead",
-        )
 
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -114,6 +123,8 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{file} is not a valid config of {model_type}: {_first_line(error)}"
         ) from error
+    if hasattr(config, "quantization_config"):  # transformers' model is that of the dequantized weights
+        del config.quantization_config
     return config
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ def _plan(
             _, found = collected.setdefault(target, (by_pattern[pattern], {}))
             found.setdefault(pattern, []).append(source)
 
-    infos = {name: TensorInfo(name, i.shape, i.dtype) for name, i in _infos_of(raw, renamed).items()}
+    infos = {name: replace(info, name=name) for name, info in _infos_of(raw, renamed).items()}
     conversions: dict[str, _Conversion] = {}
     for first, (converter, lists) in collected.items():
         sources = {pattern: tuple(names) for pattern, names in lists.items()}
@@ -209,9 +209,15 @@ def _describe(
             f"{first} cannot be made from {_sources_text(sources)}: {str(error).strip().splitlines()[0]}",
             hint="tensors are missing, or config and weights are not of the same model",
         ) from error
+    names = [name for group in sources.values() for name in group]
+    reason = f"transformers' model has it made of {len(names)} tensors of the files"
+    quantized = any(stored[name].codes is not None for name in names)
     return {
         name: TensorInfo(
-            name, tuple(t.shape), ir.DataType.from_numpy(_to_numpy(t.new_empty(0, device="cpu")).dtype)
+            name,
+            tuple(t.shape),
+            ir.DataType.from_numpy(_to_numpy(t.new_empty(0, device="cpu")).dtype),
+            (lambda: reason) if quantized else None,
         )
         for name, t in made.items()
     }

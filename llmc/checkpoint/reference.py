@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def fill_model(config: PreTrainedConfig, tensors: WeightStore, tied: Mapping[str, str]) -> PreTrainedModel:
+def fill_model(
+    config: PreTrainedConfig,
+    tensors: WeightStore,
+    tied: Mapping[str, str],
+    attention: Literal["eager", "sdpa"] = "eager",
+) -> PreTrainedModel:
     """The model with every parameter in memory, float32.
 
     Takes the memory of the parameters and of a few rows beside them, where `from_pretrained` holds
@@ -31,7 +36,7 @@ def fill_model(config: PreTrainedConfig, tensors: WeightStore, tied: Mapping[str
         CheckpointError: The files lack a parameter.
         UnsupportedError: transformers cannot build it.
     """
-    model = build_hollow(config)
+    model = build_hollow(config, attention)
     _fill_buffers(model, tensors)
     made: dict[str, torch.nn.Parameter] = {}
     for name, module in model.named_modules():

@@ -31,6 +31,7 @@ _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -62,7 +63,7 @@ class SafetensorsStore:
 
         Raises:
             CheckpointError: No weights, a shard missing or truncated, an index that does not fit.
-            UnsupportedError: A tensor in a type that is not read, such as fp8.
+            UnsupportedError: A tensor in a type that is not read, such as packed fp4.
         """
         if (folder / SINGLE).is_file():
             return cls((folder / SINGLE,), _read_header(folder / SINGLE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmc.errors import UnsupportedError
 
@@ -31,7 +31,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def build_hollow(config: PreTrainedConfig) -> PreTrainedModel:
+def build_hollow(config: PreTrainedConfig, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
     """The model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
 
     Raises:
@@ -45,7 +45,7 @@ def build_hollow(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
+                config, dtype=torch.float32, attn_implementation=attention
             )
     except (ValueError, KeyError) as error:
         raise UnsupportedError(

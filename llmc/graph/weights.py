@@ -7,7 +7,7 @@ is the initializer that stands in the graph until a backend writes it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -15,13 +15,52 @@ import onnx_ir as ir
 Array = np.ndarray
 
 
+class CodeRows(NamedTuple):
+    """Some outputs of a matrix in codes.
+
+    Args:
+        codes: uint8 (n, K).
+        zero_points: uint8 (n, groups).
+        scales: (n, groups), in the type that the checkpoint has them in.
+    """
+
+    codes: Array
+    zero_points: Array
+    scales: Array
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """Codes that a checkpoint stores for a matrix (N, K): a weight is (code - zero point) * scale.
+
+    Args:
+        bits: Codes and zero points are in 0..2**bits - 1.
+        group_size: Neighbouring inputs that share a scale and a zero point; K if all of an output do.
+        symmetric: Every zero point is 2**(bits - 1).
+        scale_dtype: Type of the scales.
+        read: Outputs start:stop.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: np.dtype
+    read: Callable[[int, int], CodeRows]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, shape and element type of a stored tensor, without its data."""
+    """Name, shape and element type of a stored tensor, without its data.
+
+    Args:
+        codes: Gives the codes of a tensor that the checkpoint has quantized, or the reason why they are no
+            grid of blocks; None for a tensor that is stored as it is. Reads zero points and group indices.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: ir.DataType
+    codes: Callable[[], CodeGrid | str] | None = None
 
 
 class WeightStore(Protocol):

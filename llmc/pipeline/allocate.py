@@ -33,8 +33,8 @@ def allocate_bits(
 ) -> Quantization:
     """The rules with one more in front for each matrix that the allocation decides on.
 
-    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, embeddings of
-    their own and experts stay as the rules say; their bytes count.
+    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, whose codes
+    the checkpoint has, embeddings of their own and experts stay as the rules say; their bytes count.
 
     Raises:
         ConfigError: No allocation stays within the bound, or there is too little text.
@@ -48,12 +48,12 @@ def allocate_bits(
     if wanted is None:
         return quantization
     scale_bytes = 4 if dtype is Dtype.FLOAT32 else 2
-    plans = plan_matrices(graph, quantization)
+    plans = plan_matrices(graph, quantization, dtype)
     prices = _measure(checkpoint, wanted, plans, dtype, progress)
     candidates = {
         plan.name: _candidates(plan, wanted, prices, scale_bytes)
         for plan in plans
-        if plan.scheme is not None and plan.is_linear and all(s in prices for s in plan.sources)
+        if plan.scheme is not None and _is_open(plan) and all(s in prices for s in plan.sources)
     }
     if not candidates:
         raise ConfigError(
@@ -70,6 +70,10 @@ def allocate_bits(
     )
     rules = tuple(WeightRule(match=escape(name), scheme=c.scheme) for name, c in chosen.items())
     return quantization.model_copy(update={"rules": (*rules, *quantization.rules), "allocation": None})
+
+
+def _is_open(plan: MatrixPlan) -> bool:
+    return plan.is_linear and not plan.kept
 
 
 def _choices(plan: MatrixPlan, wanted: Allocation) -> tuple[WeightScheme, ...]:
@@ -91,7 +95,7 @@ def _measure(
     schemes = {
         source: _choices(plan, wanted)
         for plan in plans
-        if plan.is_linear and plan.scheme is not None
+        if _is_open(plan) and plan.scheme is not None
         for source in plan.sources
     }
     facts = {

@@ -140,6 +140,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     from llmc.pipeline.allocate import allocate_bits
     from llmc.pipeline.calibrate import calibrate, look_for_overflow
     from llmc.quantize.linear import plan_calibration, quantize_weights
+    from llmc.quantize.stored import origin_notes
 
     lowered = lower_graph(checkpoint, target, progress)
     if target.engine is not None:
@@ -150,13 +151,13 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         with progress.stage("allocate"):
             rules = allocate_bits(checkpoint, lowered.graph, rules, target.dtype, progress)
     calibration = None
-    wanted = plan_calibration(lowered.graph, rules)
+    wanted = plan_calibration(lowered.graph, rules, target.dtype)
     if rules.calibration is not None and wanted:
         with progress.stage("calibrate"):
             calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
     with progress.stage("quantize"):
         stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
-        for note in stored.notes:
+        for note in (*stored.notes, *origin_notes(stored.tensors)):
             progress.note(f"quantize: {note}")
         verify(lowered.graph)
     records = weight_records(stored.tensors, target.dtype)
@@ -170,6 +171,7 @@ def _compile_for_engine(
     from llmc.pipeline.calibrate import look_for_overflow, observe, require_range
     from llmc.quantize.activations import plan_inputs
     from llmc.quantize.engine import quantize_for_engine, smooth
+    from llmc.quantize.stored import origin_notes
 
     graph = lowered.graph
     if engine.calibration is None:
@@ -189,6 +191,8 @@ def _compile_for_engine(
             progress.note(
                 f"quantize: what {each.weight} is given stays in {target.dtype.value}: {each.reason}"
             )
+        for note in origin_notes(tensors):
+            progress.note(f"quantize: {note}")
         verify(graph)
     records = weight_records(tensors, target.dtype)
     return Compiled(graph, lowered.passes, records, lowered.leftovers, sources, activations, kept)
@@ -252,6 +256,7 @@ def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[We
             block_size=tensor.scheme.block_size if tensor.scheme else None,
             symmetric=tensor.scheme.symmetric if tensor.scheme else None,
             bytes=tensor.bytes,
+            origin=tensor.origin,
         )
         for tensor in tensors
     )

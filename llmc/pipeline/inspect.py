@@ -59,6 +59,7 @@ class Inspection(BaseModel):
             lines += ["", f"weights, {self.bits_per_weight:.2f} bits each with scales and zero points"]
             lines += [
                 f"  {w.bits:2} bits  {w.bytes / 1e6:9.2f} MB  {w.role.value:9}  {w.name}"
+                + (f"; codes of the checkpoint: {w.origin}" if w.origin else "")
                 for w in self.weights
             ]
         if self.engines:

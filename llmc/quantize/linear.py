@@ -17,10 +17,11 @@ from llmc.errors import UnsupportedError
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
-from llmc.quantize.blocks import PackedBlocks, count_blocks
+from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
 from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.stored import KEPT, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
 
@@ -75,12 +76,51 @@ class _Matrix:
         return next((role for role in order if role in roles), WeightRole.EMBEDDING)
 
 
-def plan_calibration(graph: Graph, quantization: Quantization) -> dict[str, WeightScheme]:
+@dataclass(frozen=True)
+class _Decision:
+    """How a matrix is stored.
+
+    Args:
+        scheme: None for float.
+        stored: The checkpoint's codes, if they are kept.
+        origin: What becomes of the codes that the checkpoint has for it; None where it has floats.
+    """
+
+    scheme: WeightScheme | None
+    stored: StoredMatrix | None = None
+    origin: str | None = None
+
+
+def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decision:
+    """What the rules say, but for the grid: that of the checkpoint's own codes if it has any.
+
+    Quantizing what was quantized loses a second time, so its codes are kept whatever bits a rule asks for.
+    """
+    scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
+    rows = matrix.tensor.rows
+    if rows is None:
+        return _Decision(scheme)
+    if scheme is None:
+        return _Decision(None, origin="made floats" if is_stored(rows) else None)
+    found = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
+    if isinstance(found, StoredMatrix):
+        rounded = "" if found.is_exact(scale_type(dtype)) else ", scales rounded to float16"
+        return _Decision(found.scheme, found, KEPT + rounded)
+    return _Decision(scheme, origin=None if found is None else f"quantized again ({found})")
+
+
+def scale_type(dtype: Dtype) -> ScaleType:
+    """Type of the scales where activations are of `dtype`."""
+    return np.float32 if dtype is Dtype.FLOAT32 else np.float16
+
+
+def plan_calibration(graph: Graph, quantization: Quantization, dtype: Dtype) -> dict[str, WeightScheme]:
     """The checkpoint's tensors that rules want quantized on calibration text, and how."""
     wanted: dict[str, WeightScheme] = {}
     for matrix in _find_matrices(graph):
-        scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
-        if scheme is not None and scheme.method == "gptq" and matrix.linears:
+        plan = _decide(matrix, quantization, dtype)
+        scheme = plan.scheme
+        if scheme is not None and plan.stored is None and scheme.method == "gptq" and matrix.linears:
             wanted.update(dict.fromkeys(matrix.tensor.sources, scheme))
     return wanted
 
@@ -95,6 +135,7 @@ class MatrixPlan:
         shape: (N, K).
         scheme: By the rules; None where it stays in float.
         is_linear: Whether a linear layer reads it, with outputs first.
+        kept: Whether its codes are those of the checkpoint.
     """
 
     name: str
@@ -102,20 +143,23 @@ class MatrixPlan:
     shape: tuple[int, int]
     scheme: WeightScheme | None
     is_linear: bool
+    kept: bool = False
 
 
-def plan_matrices(graph: Graph, quantization: Quantization) -> list[MatrixPlan]:
+def plan_matrices(graph: Graph, quantization: Quantization, dtype: Dtype) -> list[MatrixPlan]:
     """Every matrix of `graph`, and what the rules say."""
     plans = []
     for matrix in _find_matrices(graph):
         first, second = matrix.shape if matrix.outputs_first else matrix.shape[::-1]
+        decision = _decide(matrix, quantization, dtype)
         plans.append(
             MatrixPlan(
                 matrix.name,
                 tuple(matrix.tensor.sources),
                 (first, second),
-                choose_scheme(quantization.rules, matrix.role, matrix.name),
+                decision.scheme,
                 bool(matrix.linears) and matrix.outputs_first,
+                decision.stored is not None,
             )
         )
     return plans
@@ -139,11 +183,12 @@ def quantize_weights(
     """
     report = []
     for matrix in _find_matrices(graph):
-        scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
+        decision = _decide(matrix, quantization, dtype)
+        scheme = decision.scheme
         if scheme is None:
             size = matrix.tensor.nbytes
         else:
-            operands = _Operands(graph.graph, matrix, scheme, dtype, calibration)
+            operands = _Operands(graph.graph, matrix, scheme, dtype, calibration, decision.stored)
             for linear in matrix.linears:
                 _replace_linear(graph.graph, linear, operands, quantization.accuracy_level)
             for embedding in matrix.embeddings:
@@ -151,7 +196,7 @@ def quantize_weights(
             if not matrix.weight.uses():
                 del graph.graph.initializers[matrix.name]
             size = operands.nbytes
-        report.append(QuantizedTensor(matrix.name, matrix.role, matrix.shape, scheme, size))
+        report.append(QuantizedTensor(matrix.name, matrix.role, matrix.shape, scheme, size, decision.origin))
     experts, notes = quantize_experts(graph, quantization, dtype)
     report += experts
     if any(t.scheme is not None for t in report):
@@ -180,6 +225,7 @@ class _Operands:
         scheme: WeightScheme,
         dtype: Dtype,
         calibration: Calibration | None,
+        stored: StoredMatrix | None,
     ) -> None:
         rows = matrix.tensor.rows
         if rows is None:
@@ -199,7 +245,7 @@ class _Operands:
         entry = (self.entry_bytes,) if only_embedded else (self.blocks, blob)
         codes = (self.out_features, *entry)
         compute = _Compute(
-            rows, scheme, self.scale_dtype, self.name, matrix.outputs_first, codes, calibration
+            rows, scheme, scale_type(dtype), self.name, matrix.outputs_first, codes, calibration, stored
         )
         group = WeightGroup(rows.sources, compute)
 
@@ -234,18 +280,18 @@ class _Compute:
 
     rows: Rows
     scheme: WeightScheme
-    scale_dtype: ir.DataType
+    scale_type: ScaleType
     name: str
     outputs_first: bool
     codes_shape: tuple[int, ...]
     calibration: Calibration | None
+    stored: StoredMatrix | None
 
     def __call__(self) -> Mapping[str, Array]:
-        blocks = self._calibrated()
+        blocks = self._calibrated() if self.stored is None else self.stored.pack(self.scale_type, self.name)
         if blocks is None:
-            scale_type = np.float32 if self.scale_dtype is ir.DataType.FLOAT else np.float16
             blocks = quantize_rows(
-                self.rows, self.scheme, scale_type, name=self.name, outputs_first=self.outputs_first
+                self.rows, self.scheme, self.scale_type, name=self.name, outputs_first=self.outputs_first
             )
         members = {"codes": blocks.codes.reshape(self.codes_shape), "scales": blocks.scales}
         if blocks.zero_points is not None:

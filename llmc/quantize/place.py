@@ -21,6 +21,7 @@ class QuantizedTensor:
         shape: As the checkpoint has it.
         scheme: None where it stays in float.
         bytes: All that is stored for it: codes, scales and any zero points, or the float matrix.
+        origin: What became of the codes that the checkpoint has for it; None where it has floats.
     """
 
     name: str
@@ -28,6 +29,7 @@ class QuantizedTensor:
     shape: tuple[int, ...]
     scheme: WeightScheme | EngineScheme | None
     bytes: int
+    origin: str | None = None
 
 
 def choose_scheme(rules: Iterable[Rule[Scheme]], role: WeightRole, name: str) -> Scheme | None:

@@ -200,7 +200,9 @@ class SensitivityWalk(LayerWalk):
                 wanted = [probe for _, _, probe in probes]
                 if leaf is not None:
                     wanted.append(leaf)
-                found = torch.autograd.grad(hidden, wanted, upstream[str(i)], allow_unused=True)
+                found: tuple[Any, ...] = ()
+                if wanted:  # the first layer may have nothing to price
+                    found = torch.autograd.grad(hidden, wanted, upstream[str(i)], allow_unused=True)
             for (stored, x, _), g in zip(probes, found[: len(probes)], strict=True):
                 if g is not None:
                     seen[stored].append((x.flatten(0, -2), g.flatten(0, -2)))

@@ -109,11 +109,6 @@ def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Pa
     refused(tmp_path, message, UnsupportedError)
 
 
-def test_quantized_checkpoint(llama: Path, damaged: Callable[[Path], Path]) -> None:
-    folder = edit_config(damaged(llama), quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(folder, r"quantized already \(gptq\)", UnsupportedError)
-
-
 def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = edit_config(damaged(llama), hidden_act="no_such_function")
     refused(folder, "cannot build a causal language model", UnsupportedError)
@@ -196,8 +191,14 @@ def test_header_whose_sizes_disagree(llama: Path, damaged: Callable[[Path], Path
 
 def test_tensor_type_that_is_not_read(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = damaged(llama)
+    write_header(folder / "model.safetensors", dtype="F8_E5M2", shape=[64], data_offsets=[0, 64])
+    refused(folder, "w in .* is stored as F8_E5M2", UnsupportedError)
+
+
+def test_fp8_without_its_scales(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
     write_header(folder / "model.safetensors", dtype="F8_E4M3", shape=[64], data_offsets=[0, 64])
-    refused(folder, "w in .* is stored as F8_E4M3", UnsupportedError)
+    refused(folder, "w is stored as F8_E4M3, and quantization_config does not say how", UnsupportedError)
 
 
 def test_tensor_missing(llama: Path, damaged: Callable[[Path], Path]) -> None:

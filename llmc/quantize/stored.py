@@ -1,0 +1,166 @@
+"""Matrices that a checkpoint has quantized already: its codes in the blocks of an operator, bit for bit.
+
+The values stay the same whatever the layout: a group of inputs may be cut into several blocks with its scale
+and zero point, codes and zero points may be moved up together into a wider type, and matrices that are joined
+along their outputs may be brought to the finest blocks and the widest codes among them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.config import WeightScheme
+from llmc.errors import CheckpointError
+from llmc.graph.weights import (
+    CastRows,
+    CodeGrid,
+    ConcatRows,
+    ExpertRows,
+    Rows,
+    ScaledRows,
+    StoredRows,
+    TransposedRows,
+)
+from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, pack
+from llmc.quantize.place import QuantizedTensor
+
+#: Blocks that operators take, largest first.
+_BLOCK_SIZES = (128, 64, 32, 16)
+#: Codes that are unpacked at a time.
+_STEP = 1 << 22
+#: What became of a checkpoint's codes.
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix (N, K) whose codes can be stored as they are.
+
+    Args:
+        parts: Codes and number of outputs of what is joined.
+        scheme: Bits, block size and symmetry that hold all of them.
+    """
+
+    parts: tuple[tuple[CodeGrid, int], ...]
+    in_features: int
+    scheme: WeightScheme
+
+    def pack(self, scale_type: ScaleType, name: str) -> PackedBlocks:
+        """The matrix as operators read it.
+
+        Raises:
+            CheckpointError: A scale is not finite, or does not fit `scale_type`.
+        """
+        scheme = self.scheme
+        blocks = count_blocks(self.in_features, scheme.block_size)
+        outputs = sum(count for _, count in self.parts)
+        codes = np.empty((outputs, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
+        scales = np.empty((outputs, blocks), scale_type)
+        zeros = np.empty((outputs, blocks), np.uint8)
+        step = max(8, _STEP // self.in_features // 8 * 8)
+        row = 0
+        for grid, count in self.parts:
+            group = np.arange(blocks) * scheme.block_size // grid.group_size
+            lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                here = slice(row + start, row + stop)
+                found = grid.read(start, stop)
+                zeros[here] = found.zero_points[:, group] + lift
+                with np.errstate(over="ignore"):
+                    scales[here] = found.scales[:, group].astype(scale_type)
+                # Padded inputs have the code of 0.
+                wide = np.repeat(zeros[here], scheme.block_size, axis=1)
+                wide[:, : self.in_features] = found.codes + lift
+                codes[here] = pack(wide.reshape(stop - start, blocks, -1), scheme.bits)
+            row += count
+        if not np.isfinite(scales).all():
+            raise CheckpointError(
+                f"{name} has scales that are not finite, or too large for {np.dtype(scale_type)}",
+                hint="the checkpoint is damaged, or needs float32 on this target",
+            )
+        packed = None if scheme.symmetric else pack(zeros, scheme.bits)
+        return PackedBlocks(codes, scales, packed, self.in_features, scheme)
+
+    def is_exact(self, scale_type: ScaleType) -> bool:
+        """Whether `scale_type` holds all numbers of the type of the scales."""
+        return all(np.can_cast(grid.scale_dtype, scale_type) for grid, _ in self.parts)
+
+
+def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> StoredMatrix | str | None:
+    """The checkpoint's codes of a matrix, in blocks of their own; or why they cannot be kept.
+
+    Args:
+        scheme: What the rules would have it, for all that the codes do not decide.
+
+    Returns:
+        None if the checkpoint has all of it as floats.
+    """
+    if not is_stored(rows):
+        return None
+    while isinstance(rows, CastRows | TransposedRows):
+        outputs_first ^= isinstance(rows, TransposedRows)
+        rows = rows.inner
+    if not outputs_first:
+        return "its inputs come first"
+    parts = []
+    for part in _joined(rows):
+        if not isinstance(part, StoredRows):
+            return "its values are scaled or turned before they are stored"
+        if part.info.codes is None:
+            return f"{part.info.name}, which is joined with it, is not quantized"
+        grid = part.info.codes()
+        if isinstance(grid, str):
+            return grid
+        parts.append((grid, part.shape[0]))
+    in_features = rows.shape[1]
+    grids = [grid for grid, _ in parts]
+    sizes = [grid.group_size for grid in grids if grid.group_size < in_features]
+    # One scale for all inputs goes with every block, and best with one that needs no padding.
+    fitting = [b for b in _BLOCK_SIZES if all(size % b == 0 for size in sizes)]
+    if not fitting:
+        return f"groups of {min(sizes)} inputs are no multiple of {_BLOCK_SIZES[-1]}"
+    block = next((b for b in fitting if in_features % b == 0), fitting[-1])
+    found = scheme.model_copy(
+        update={
+            "bits": 4 if all(grid.bits <= 4 for grid in grids) else 8,
+            "block_size": block,
+            "symmetric": all(grid.symmetric for grid in grids),
+        }
+    )
+    return StoredMatrix(tuple(parts), in_features, found)
+
+
+def is_stored(rows: Rows) -> bool:
+    """Whether the checkpoint has some of `rows` quantized."""
+    match rows:
+        case StoredRows():
+            return rows.info.codes is not None
+        case ConcatRows():
+            return any(is_stored(part) for part in rows.parts)
+        case CastRows() | TransposedRows() | ExpertRows() | ScaledRows():
+            return is_stored(rows.inner)
+    return False
+
+
+def origin_notes(tensors: Iterable[QuantizedTensor]) -> Iterator[str]:
+    """A line on each of the things that became of the checkpoint's codes."""
+    by_origin: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.origin is not None:
+            by_origin.setdefault(tensor.origin, []).append(tensor.name)
+    for origin, names in by_origin.items():
+        yield f"codes of the checkpoint: {origin} for {len(names)} matrices, first {names[0]}"
+
+
+def _joined(rows: Rows) -> Iterator[Rows]:
+    """What is joined along the outputs, in order."""
+    match rows:
+        case ConcatRows():
+            for part in rows.parts:
+                yield from _joined(part)
+        case CastRows():
+            yield from _joined(rows.inner)
+        case _:
+            yield rows
