@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.verdict import CheckStatus
+from llmc.artifact.verdict import MISSED, CheckStatus
 from llmc.config import Metric, Profile, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
@@ -174,7 +174,6 @@ class Manifest(_Strict):
         also: Further hardware that the artifact is for.
         kernels: Of targets with compiled kernels.
         engines: TensorRT engines, built or pending.
-        kernels: Of targets with compiled kernels.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
             speak of the graph that the engines are parsed from, and each says where it was measured.
     """
@@ -197,18 +196,18 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _state_fits_checks(self) -> "Manifest":
-        failed = [check.metric.value for check in self.checks if check.status is CheckStatus.FAIL]
+        missed = ", ".join(check.metric.value for check in self.checks if check.status in MISSED)
         match self.state:
-            case State.VERIFIED if failed:
-                raise ValueError(f"state is verified, but {', '.join(failed)} failed")
+            case State.VERIFIED if missed:
+                raise ValueError(f"state is verified, but {missed} did not pass")
             case State.VERIFIED | State.FAILED if not self.checks:
                 raise ValueError(f"state is {self.state.value} without any check")
-            case State.FAILED if not failed:
-                raise ValueError("state is failed, but no check failed")
+            case State.FAILED if not missed:
+                raise ValueError("state is failed, but every check passed")
             case State.NOT_VERIFIED if self.checks:
                 raise ValueError(f"state is '{self.state.value}', but checks ran")
-            case State.NOT_EXECUTED | State.ENGINE_PENDING if failed:
-                raise ValueError(f"state is '{self.state.value}', but {', '.join(failed)} failed")
+            case State.NOT_EXECUTED | State.ENGINE_PENDING if missed:
+                raise ValueError(f"state is '{self.state.value}', but {missed} did not pass")
             case State.NOT_EXECUTED if self.checks and not self.engines:
                 raise ValueError(f"state is '{self.state.value}', but checks ran")
         pending = [", ".join(engine.sms) for engine in self.engines if engine.file is None]

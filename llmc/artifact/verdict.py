@@ -73,6 +73,10 @@ class CheckStatus(StrEnum):
     NOT_APPLICABLE = "not applicable"
 
 
+#: A check that failed, and one that there is too little text to decide.
+MISSED = (CheckStatus.FAIL, CheckStatus.UNDECIDED)
+
+
 class Check(_Strict):
     """One gate of the target held against its measurement.
 
@@ -110,7 +114,7 @@ class Verdict(_Strict):
     @property
     def missed(self) -> tuple[Check, ...]:
         """The checks that failed or cannot be decided."""
-        return tuple(c for c in self.checks if c.status in (CheckStatus.FAIL, CheckStatus.UNDECIDED))
+        return tuple(c for c in self.checks if c.status in MISSED)
 
 
 class Change(_Strict):

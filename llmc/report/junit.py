@@ -8,7 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from llmc.artifact.verdict import Check, CheckStatus, Measurement
+from llmc.artifact.verdict import MISSED, Check, CheckStatus, Measurement
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 
@@ -48,7 +48,7 @@ def write_junit(report: Report, path: Path) -> None:
 def _add_check(suite: ET.Element, check: Check) -> None:
     case = _case(suite, check.metric)
     figure = f"{format_estimate(check.value, check.low, check.high)}, gate {format_bound(check)}"
-    if check.status in (CheckStatus.FAIL, CheckStatus.UNDECIDED):
+    if check.status in MISSED:
         kind = "gate" if check.status is CheckStatus.FAIL else "undecided"
         failure = ET.SubElement(case, "failure", message=_clean(figure), type=kind)
         failure.text = _clean(f"{check.detail}\n{check.reason}")

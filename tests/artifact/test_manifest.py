@@ -16,6 +16,7 @@ from llmc.errors import ConfigError, ExitCode
 MakeManifest = Callable[..., Manifest]
 
 FAILED = CheckRecord(metric=Metric.DECODE_MAX_ABS, status=CheckStatus.FAIL, where="onnxruntime 1.31.1")
+UNDECIDED = CheckRecord(metric=Metric.TEXT_KL_MEAN, status=CheckStatus.UNDECIDED, where="onnxruntime 1.31.1")
 
 
 def test_a_manifest_survives_its_json(make_manifest: MakeManifest) -> None:
@@ -60,9 +61,10 @@ def test_an_unknown_key_is_damage(make_manifest: MakeManifest) -> None:
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
-        ({"checks": (FAILED,)}, r"state is verified, but decode\.max_abs failed"),
+        ({"checks": (FAILED,)}, r"state is verified, but decode\.max_abs did not pass"),
+        ({"checks": (UNDECIDED,)}, r"state is verified, but text\.kl_mean did not pass"),
         ({"checks": ()}, "state is verified without any check"),
-        ({"state": State.FAILED}, "state is failed, but no check failed"),
+        ({"state": State.FAILED}, "state is failed, but every check passed"),
         ({"state": State.FAILED, "checks": ()}, "state is failed without any check"),
         ({"state": State.NOT_VERIFIED}, "state is 'built, not verified', but checks ran"),
         ({"state": State.NOT_EXECUTED}, "state is 'built, not executed', but checks ran"),

@@ -134,6 +134,21 @@ def test_a_missed_gate_keeps_the_old_artifact_and_fails(tmp_path: Path) -> None:
     assert report["verdict"]["passed"] is False
 
 
+def test_a_gate_that_too_little_text_decides_fails(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
+    loose = (Gate(metric=Metric.TEXT_KL_MEAN, max=1.0, reason="nats per token; a first look"),)
+    plan = _plan(model, tmp_path / "out", target="cpu-int4", gates=loose)
+    measured = build(plan, SilentProgress()).verdict
+    assert measured is not None
+    between = (Gate(metric=Metric.TEXT_KL_MEAN, max=measured.checks[0].value, reason="in the interval"),)
+    plan = plan.model_copy(update={"target": plan.target.model_copy(update={"gates": between})})
+    result = build(plan, SilentProgress())
+    error = result.failure()
+    assert isinstance(error, ParityError)
+    assert error.fact == "too little text to decide: text.kl_mean"
+    assert open_artifact(result.path).manifest.state is State.FAILED
+
+
 def test_a_graph_that_cannot_be_loaded_misses_every_gate(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True)
     plan = _plan(model, tmp_path / "out", verify=False)
