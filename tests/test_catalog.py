@@ -71,7 +71,7 @@ def test_float32_on_cpu_is_held_to_the_original() -> None:
 
 def test_every_profile_ships() -> None:
     listed = {each.document.name: each.document for each in list_profiles()}
-    assert set(listed) == {*CAPABILITY, "cpu-avx2", "cpu-avx512-vnni"}
+    assert set(listed) == {*CAPABILITY, "cpu-avx2", "cpu-avx512-vnni", "cpu-arm64-dotprod"}
     for name, profile in listed.items():
         if name in CAPABILITY:
             assert profile.compute_capability == CAPABILITY[name]

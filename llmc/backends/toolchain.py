@@ -1,10 +1,12 @@
 """A C++ compiler: sources and flags to a shared library, from a cache where the same was compiled before.
 
 LLMC_CXX names a compiler; else `ziglang` (a whole clang in a wheel) is taken where it is installed, else the
-system's `c++`, `g++` or `clang++`.
+system's `c++`, `g++` or `clang++`, or for another architecture than this machine's the cross compiler that
+Debian and Fedora call `aarch64-linux-gnu-g++`.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -20,7 +22,10 @@ from llmc.errors import ResourceError
 
 _NAMES = ("c++", "g++", "clang++")
 _SECONDS = 600.0
+_LINK = ("-shared", "-s")
 _HINT = "pip install 'llmc[compile]' or install g++ or clang++; LLMC_CXX names another compiler"
+#: Release of glibc that cross-compiled libraries ask for at most: that of the wheels of ONNX Runtime.
+_GLIBC = "2.28"
 
 
 @dataclass(frozen=True)
@@ -44,24 +49,41 @@ class Unit:
     flags: tuple[str, ...] = ()
 
 
-def find_compiler() -> Compiler:
+def find_compiler(machine: str | None = None) -> Compiler:
     """The compiler that builds use.
 
+    Args:
+        machine: Architecture to compile for, as `platform.machine` names it on Linux; None is this machine's.
+
     Raises:
-        ResourceError: There is none, or the one that LLMC_CXX names does not run.
+        ResourceError: There is none, or LLMC_CXX names one that does not run or compiles for another CPU.
     """
+    cross = machine is not None and machine != host_machine()
     stated = os.environ.get("LLMC_CXX")
     if stated:
-        return _identify(tuple(shlex.split(stated)))
+        compiler = _identify(tuple(shlex.split(stated)))
+        if machine is not None:
+            _require_target(compiler, machine)
+        return compiler
     if find_spec("ziglang") is not None:
-        return _identify((sys.executable, "-m", "ziglang", "c++"))
-    for name in _NAMES:
+        target = ("-target", f"{machine}-linux-gnu.{_GLIBC}") if cross else ()
+        return _identify((sys.executable, "-m", "ziglang", "c++", *target))
+    names = (f"{machine}-linux-gnu-g++",) if cross else _NAMES
+    for name in names:
         if (path := shutil.which(name)) is not None:
             return _identify((path,))
+    which = f"a C++ compiler for {machine}" if cross else "a C++ compiler"
+    hint = f"pip install 'llmc[compile]' or install {names[0]}; LLMC_CXX names another compiler"
     raise ResourceError(
-        f"compiled kernels need a C++ compiler; neither ziglang nor {', '.join(_NAMES)} is installed",
-        hint=_HINT,
+        f"compiled kernels need {which}; neither ziglang nor {', '.join(names)} is installed",
+        hint=hint if cross else _HINT,
     )
+
+
+def host_machine() -> str:
+    """This machine's architecture, by the name that Linux has for it."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 def compile_library(
@@ -82,7 +104,7 @@ def compile_library(
         "command": [Path(compiler.command[0]).name, *compiler.command[1:]],
         "sources": dict(sources),
         "units": [[unit.name, *unit.flags] for unit in units],
-        "flags": list(flags),
+        "flags": [*flags, *_LINK],
     }
     cache = StageCache(default_cache_folder())
     key = content_key("library", facts)
@@ -97,7 +119,7 @@ def compile_library(
         for unit in units:
             objects.append(f"{unit.name}.o")
             _call(compiler, [*flags, *unit.flags, "-c", unit.name, "-o", objects[-1]], folder)
-        _call(compiler, [*flags, "-shared", *objects, "-o", "library"], folder)
+        _call(compiler, [*flags, *_LINK, *objects, "-o", "library"], folder)
         library = (folder / "library").read_bytes()
     cache.put(key, library)
     return library
@@ -120,6 +142,19 @@ def _identify(command: tuple[str, ...]) -> Compiler:
             hint=_HINT,
         )
     return Compiler(command, answer.stdout.splitlines()[0].strip())
+
+
+def _require_target(compiler: Compiler, machine: str) -> None:
+    """`-dumpmachine` of GCC and clang begins with the architecture that they compile for."""
+    command = [*compiler.command, "-dumpmachine"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    target = answer.stdout.strip()
+    if target.partition("-")[0] != machine:
+        raise ResourceError(
+            f"the C++ compiler {shlex.join(compiler.command)} compiles for {target or 'an unnamed target'}; "
+            f"the profile's CPU is {machine}",
+            hint=f"LLMC_CXX is to name a compiler for {machine}, or none",
+        )
 
 
 def _call(compiler: Compiler, arguments: Sequence[str], folder: Path) -> None:

@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 extern "C" const llmc::Region llmc_regions[];
@@ -58,8 +60,19 @@ bool cpu_fits() {
   }
   return true;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+/// Bits of AT_HWCAP, as Linux states them in asm/hwcap.h; the names are those of /proc/cpuinfo.
+[[maybe_unused]] constexpr unsigned long asimd = 1ul << 1, asimddp = 1ul << 20;
+
+/// Whether this CPU has every instruction set in LLMC_NEEDS, names with commas between them.
+bool cpu_fits() {
+  const unsigned long here = getauxval(AT_HWCAP);
+  for (const unsigned long needed : {LLMC_NEEDS})
+    if (!(here & needed)) return false;
+  return true;
+}
 #else
-bool cpu_fits() { return true; }
+#error "compiled kernels are for x86-64, and for AArch64 on Linux"
 #endif
 
 /// Memory of one step, kept for the next.

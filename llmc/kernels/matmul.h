@@ -28,8 +28,8 @@ struct Quantized {
   }
 };
 
-/// Quantize a row by block: code = nearest(x * 127 / max|x|). With many rows the codes are stored as unsigned bytes,
-/// 128 above their value.
+/// Quantize a row by block: code = nearest(x * 127 / max|x|). With many rows the codes are stored `kStoredAbove` above
+/// their value.
 template <int K, int B>
 void quantize_row(const Run& run, const Op& op, int64_t row) {
   using Q = Quantized<K, B>;
@@ -38,7 +38,7 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
   int8_t* codes = reinterpret_cast<int8_t*>(out);
   float* scales = out + Q::blocks * B / 4;
   int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
-  const I flip = all(run.rows(op.space) >= kManyRows ? 128 : 0);
+  const I flip = all(run.rows(op.space) >= kManyRows ? kStoredAbove : 0);
   for (int b = 0; b < Q::blocks; b++) {
     F part[B / kLanes];
     F top = F{};
@@ -176,7 +176,7 @@ struct Matmul {
   }
 
   /// A group as signed bytes without their zero points: for each block its registers, then what the accumulator
-  /// starts from, -128 times the sum of the block's weights, since activations are stored 128 too high; then scales.
+  /// starts from, -`kStoredAbove` times the sum of the block's weights; then scales.
   static void unpack(const uint8_t* group, uint8_t* strip) {
     for (int b = 0; b < blocks; b++, strip += registers * 64 + 128) {
       const uint8_t* codes = group + b * block_bytes;
@@ -195,7 +195,8 @@ struct Matmul {
         }
         const I weight = (I)((Bytes)code - (Bytes)zero);
         store_ints(strip + j * 64, weight);
-        start = dot<8>(start, all(static_cast<int32_t>(0x80808080u)), weight);
+        if constexpr (kStoredAbove > 0)
+          start = dot<8>(start, all(static_cast<int32_t>(kStoredAbove * 0x01010101u)), weight);
       }
       store_ints(strip + registers * 64, -start);
       store(reinterpret_cast<float*>(strip + registers * 64 + 64),
@@ -225,7 +226,7 @@ struct Matmul {
           int32_t x;
           std::memcpy(&x, Q::codes(a[r]) + b * B + j * 4, 4);
           const I wide = all(x);
-          for (int s = 0; s < Groups; s++) c[s][r] = dot < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+          for (int s = 0; s < Groups; s++) c[s][r] = dot_stored < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
         }
       }
       for (int s = 0; s < Groups; s++) {

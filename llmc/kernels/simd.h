@@ -5,11 +5,21 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 namespace llmc {
 
 constexpr int kLanes = 16;
+
+/// What activations are stored above their value where `dot_stored` takes them: its first factor is unsigned on
+/// x86, and signed on Arm.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int kStoredAbove = 0;
+#else
+constexpr int kStoredAbove = 128;
+#endif
 
 typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
@@ -104,15 +114,23 @@ inline F load_half(const uint16_t* p) {
   u.half[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
   return u.whole;
 #else
-  F v;
-  for (int i = 0; i < kLanes; i++) {
-    _Float16 h;
-    std::memcpy(&h, p + i, 2);
-    v[i] = static_cast<float>(h);
-  }
-  return v;
+  typedef _Float16 H __attribute__((vector_size(32), aligned(2), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const H*>(p), F);
 #endif
 }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+/// c + the four products of signed bytes of a with signed bytes of b, in each lane.
+inline I dot_signed(I c, I a, I b) {
+  typedef int32_t Quarter __attribute__((vector_size(16)));
+  union { Quarter part[4]; I whole; } u, x, y;
+  u.whole = c;
+  x.whole = a;
+  y.whole = b;
+  for (int i = 0; i < 4; i++) u.part[i] = (Quarter)vdotq_s32(u.part[i], (int8x16_t)x.part[i], (int8x16_t)y.part[i]);
+  return u.whole;
+}
+#endif
 
 /// c + the four products of unsigned bytes of a with signed bytes of b, in each lane.
 /// Bits: width of the unsigned or the signed bytes' values, whichever is narrower; up to 5 leaves 16 bits room.
@@ -138,6 +156,14 @@ inline I dot(I c, I a, I b) {
     u.half[i] = _mm256_add_epi32(u.half[i], pairs);
   }
   return u.whole;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  // Both factors of the instruction are signed: a = (a - 128) + 64 + 64.
+  if constexpr (Bits > 7) {
+    c = dot_signed(c, b, all(static_cast<int32_t>(0x40404040)));
+    c = dot_signed(c, b, all(static_cast<int32_t>(0x40404040)));
+    a = a ^ all(static_cast<int32_t>(0x80808080u));
+  }
+  return dot_signed(c, a, b);
 #else
   for (int i = 0; i < kLanes; i++) {
     for (int j = 0; j < 4; j++) {
@@ -150,10 +176,22 @@ inline I dot(I c, I a, I b) {
 #endif
 }
 
+/// `dot` of activations as they are stored (`kStoredAbove`) with signed bytes.
+template <int Bits>
+inline I dot_stored(I c, I a, I b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return dot_signed(c, a, b);
+#else
+  return dot<Bits>(c, a, b);
+#endif
+}
+
 /// 16 nibbles, two in a byte, the low half first.
 inline I load_nibbles(const uint8_t* p) {
+#if defined(__AVX2__)
   uint64_t packed;
   std::memcpy(&packed, p, 8);
+#endif
 #if defined(__AVX512F__)
   __m512i wide = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(static_cast<long long>(packed)));
   wide = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
@@ -167,9 +205,11 @@ inline I load_nibbles(const uint8_t* p) {
   }
   return u.whole;
 #else
-  I v;
-  for (int i = 0; i < kLanes; i++) v[i] = static_cast<int32_t>((packed >> (4 * i)) & 15);
-  return v;
+  typedef uint8_t Pairs __attribute__((vector_size(8), aligned(1), may_alias));
+  const Pairs pairs = *reinterpret_cast<const Pairs*>(p);
+  const Pairs low = pairs & 15, high = pairs >> 4;
+  return __builtin_convertvector(
+      __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), I);
 #endif
 }
 

@@ -12,6 +12,7 @@ from llmc.config import Metric, Profile, Provider
 from llmc.errors import ResourceError
 from llmc.machine import detect_profile
 from llmc.pipeline.gate import GateResult, latency_gates, open_pair
+from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
@@ -131,6 +132,7 @@ def _timed(artifact: Artifact) -> Timed:
             f"{path} is built for {target.provider.value.upper()}; its latency on the CPU says nothing",
             hint="llmc verify measures the numbers of its graph on the CPU",
         )
+    require_kernels(artifact)
     check_files(artifact)
     threads = _threads(manifest)
     model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))

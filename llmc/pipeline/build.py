@@ -69,7 +69,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         reports = stage.path / REPORTS
         reports.mkdir()
         write_activations(compiled, reports)
-        if plan.verify and (plan.target.provider is Provider.CPU or engine_plans):
+        executable = kernels is None or kernels.runs_here
+        if plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans):
             subject = Subject(
                 folder=stage.path,
                 interface=interface,
@@ -84,7 +85,9 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             report = gate_report(plan.model, plan.target, name, gate, compiled.weights, stage.path)
             write_report(report, reports, "parity")
         files = digest_files(stage.path, {**known, **engine_files})
-        manifest = _manifest(plan, checkpoint, compiled, digest.result(), files, engines, gate, record)
+        manifest = _manifest(
+            plan, checkpoint, compiled, digest.result(), files, engines, gate, record, executable
+        )
         forecasts = write_forecasts(plan, manifest, reports)
         _write_stages(progress, reports / "build.json")
         failed = gate is not None and not gate.verdict.passed
@@ -135,6 +138,7 @@ def _manifest(
     engines: tuple[EngineRecord, ...],
     gate: GateResult | None,
     kernels: KernelRecord | None,
+    executable: bool,
 ) -> Manifest:
     from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts
     from llmc.artifact.provenance import tool_versions
@@ -165,19 +169,21 @@ def _manifest(
         weights=compiled.weights,
         kernels=kernels,
         engines=engines,
-        state=_state(plan, engines, verdict),
+        state=_state(plan, engines, verdict, executable),
         checks=checks,
     )
 
 
-def _state(plan: BuildPlan, engines: tuple[EngineRecord, ...], verdict: Verdict | None) -> State:
+def _state(
+    plan: BuildPlan, engines: tuple[EngineRecord, ...], verdict: Verdict | None, executable: bool
+) -> State:
     from llmc.artifact.manifest import State
 
     if verdict is not None and not verdict.passed:
         return State.FAILED
     if any(engine.file is None for engine in engines):
         return State.ENGINE_PENDING
-    if plan.target.provider is not Provider.CPU:
+    if plan.target.provider is not Provider.CPU or not executable:
         return State.NOT_EXECUTED
     return State.NOT_VERIFIED if verdict is None else State.VERIFIED
 

@@ -1,4 +1,4 @@
-"""The stage that compiles kernels: only for targets that ask for them."""
+"""The stage that compiles kernels, only for targets that ask for them, and what it takes to load them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.config import Profile, Target
+from llmc.errors import ConfigError, ResourceError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import KernelRecord
+    from llmc.artifact.store import Artifact
     from llmc.backends.compiled.isa import InstructionSet
     from llmc.backends.toolchain import Compiler
     from llmc.graph.model import Graph
@@ -37,7 +39,12 @@ class KernelStage:
         if target.kernels != "compiled":
             return None
         isa = choose_isa(profile.isa, profile.name)
-        return cls(find_compiler(), isa)
+        return cls(find_compiler(isa.machine), isa)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine's CPU can execute what is compiled."""
+        return _misfit(self.isa) is None
 
     def run(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
         """Replace regions of `graph` by operators and write their library into `folder`."""
@@ -61,3 +68,46 @@ class KernelStage:
             nodes=made.nodes,
             outside=tuple(LeftOutside(operator=o, reason=r, count=c) for o, r, c in made.outside),
         )
+
+
+def require_kernels(artifact: Artifact) -> None:
+    """Before an artifact is loaded: its kernels are those of its manifest, and this CPU can execute them.
+
+    Raises:
+        ResourceError: They are for another architecture, or for instructions that this CPU lacks.
+        ConfigError: The library is missing or has another digest than the manifest says.
+    """
+    from llmc.artifact.store import digest_file
+    from llmc.backends.compiled.isa import INSTRUCTION_SETS
+
+    record = artifact.manifest.kernels
+    if record is None:
+        return
+    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    if isa is None:
+        raise ResourceError(
+            f"the kernels of {artifact.path} are for {record.isa}, which this llmc does not know",
+            hint="update llmc, or build the artifact again with this one",
+        )
+    misfit = _misfit(isa)
+    if misfit is not None:
+        raise ResourceError(
+            f"the kernels of {artifact.path} are compiled for {isa.machine} CPUs with {isa.name}; {misfit}",
+            hint="copy it to such a machine, or build it for this one with --profile local",
+        )
+    library = artifact.path / record.library
+    if not library.is_file() or digest_file(library) != artifact.manifest.files[record.library]:
+        state = "is not the library that the manifest describes" if library.is_file() else "is missing"
+        raise ConfigError(f"{artifact.path} is damaged: {record.library} {state}", hint="build it again")
+
+
+def _misfit(isa: InstructionSet) -> str | None:
+    """What this machine is, if it cannot execute kernels for `isa`."""
+    from llmc.backends.toolchain import host_machine
+    from llmc.machine import detect_cpu
+
+    machine, host = host_machine(), detect_cpu()
+    if machine != isa.machine:
+        return f"this machine is {machine} ({host.device})"
+    lacking = sorted(isa.needs - set(host.isa))
+    return f"this CPU ({host.device}) lacks {', '.join(lacking)}" if lacking else None

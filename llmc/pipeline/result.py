@@ -70,6 +70,11 @@ class BuildResult(BaseModel):
             lines.append(
                 "  measured on the graph that the engines are parsed from, on the CPU; none was executed"
             )
+        elif manifest.state is State.NOT_EXECUTED and manifest.kernels is not None:
+            lines.append(
+                f"  not executed, nothing of it was measured: llmc verify does that on a CPU with "
+                f"{manifest.kernels.isa}"
+            )
         elif manifest.state is State.NOT_EXECUTED:
             lines.append("  not executed, nothing of it was measured: llmc verify runs its graph on the CPU")
         elif manifest.state is State.NOT_VERIFIED:

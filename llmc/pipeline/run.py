@@ -17,7 +17,7 @@ def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None], p
 
     Raises:
         ConfigError: No artifact there, or a damaged one.
-        ResourceError: The runtime or the GPU that it needs is missing.
+        ResourceError: The runtime, the GPU or the CPU that it needs is missing.
         ParityError: The engine fails, or is not what the manifest says.
     """
     from llmc.artifact.store import open_artifact
@@ -27,9 +27,11 @@ def run(path: Path, prompt: str, max_tokens: int, emit: Callable[[str], None], p
     from llmc.backends.tensorrt_session import EngineSession
     from llmc.checkpoint.tokenizer import load_tokenizer
     from llmc.pipeline.engines import require_engine
+    from llmc.pipeline.kernels import require_kernels
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
+    require_kernels(artifact)
     if not manifest.engines:
         generate_text(path, prompt, max_tokens, emit, chat=True)
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
+from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
@@ -51,6 +52,7 @@ def verify(
     loaded = load_tasks(tasks, task_items) if tasks else None
     with progress.stage("artifact"):
         artifact, checkpoint, digest = open_pair(path, against, force=force)
+        require_kernels(artifact)
         damaged = damaged_files(artifact)
     manifest = artifact.manifest
     sources = artifact_sources(checkpoint, manifest.target, path, progress)

@@ -14,11 +14,13 @@ class InstructionSet:
     """One instruction set that kernels are compiled for.
 
     Args:
+        machine: Architecture, as `platform.machine` names it on Linux.
         needs: Flags of /proc/cpuinfo that a CPU needs; glue.cpp, which asks at load, knows the same names.
         flags: Of the compiler.
     """
 
     name: str
+    machine: str
     needs: frozenset[str]
     flags: tuple[str, ...]
 
@@ -32,6 +34,7 @@ class InstructionSet:
 INSTRUCTION_SETS = (
     InstructionSet(
         name="AVX-512 VNNI",
+        machine="x86_64",
         needs=frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")),
         flags=(
             *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
@@ -40,8 +43,15 @@ INSTRUCTION_SETS = (
     ),
     InstructionSet(
         name="AVX2",
+        machine="x86_64",
         needs=frozenset(("avx2", "fma", "f16c")),
         flags=("-mavx2", "-mfma", "-mf16c"),
+    ),
+    InstructionSet(
+        name="NEON dotprod",
+        machine="aarch64",
+        needs=frozenset(("asimd", "asimddp")),
+        flags=("-mcpu=generic+dotprod",),  # ziglang's clang takes no -march
     ),
 )
 
@@ -55,8 +65,9 @@ def choose_isa(isa: Sequence[str], profile: str) -> InstructionSet:
     for known in INSTRUCTION_SETS:
         if known.needs <= set(isa):
             return known
+    names = [known.name for known in INSTRUCTION_SETS]
     raise UnsupportedError(
-        f"there are kernels for {' and '.join(k.name for k in INSTRUCTION_SETS)}; profile {profile} has "
+        f"there are kernels for {', '.join(names[:-1])} and {names[-1]}; profile {profile} has "
         f"{', '.join(isa) or 'no instruction set stated'}",
         hint="use a target without compiled kernels, such as cpu-int4",
     )

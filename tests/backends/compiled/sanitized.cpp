@@ -1,5 +1,6 @@
 // Kernels over buffers of exactly their size, for AddressSanitizer and UndefinedBehaviorSanitizer; four threads for
-// ThreadSanitizer. Prints the number of values that are not finite.
+// ThreadSanitizer. Prints the number of values that are not finite, and writes all values to the file that is named, so
+// that those of two instruction sets can be held against each other (benchmarks/arm.py).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +18,19 @@ using namespace llmc;
 namespace {
 
 int broken = 0;
+FILE* values = nullptr;
+
+/// The same numbers with every C library: a linear congruential generator (Knuth, MMIX).
+uint32_t draw() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>(state >> 33);
+}
+
+void note(const float* result, int64_t count) {
+  for (int64_t i = 0; i < count; i++) broken += !std::isfinite(result[i]);
+  if (values != nullptr) std::fwrite(result, sizeof(float), count, values);
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -26,7 +40,7 @@ std::unique_ptr<T, Free> room(size_t count) {
   return std::unique_ptr<T, Free>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
-float noise() { return static_cast<float>(std::rand() % 2001 - 1000) * 1e-3f; }
+float noise() { return (static_cast<float>(draw() % 2001) - 1000) * 1e-3f; }
 
 /// Chunks of an operation by four threads.
 void run_chunks(const Run& run, const Op& op, size_t scratch) {
@@ -48,7 +62,7 @@ void product(int64_t rows, int32_t outputs) {
   const int64_t groups = (outputs + 15) / 16;
   const int32_t stride = round_up(M::K, 16), wide = round_up(outputs, 16);
   auto weights = room<uint8_t>(groups * M::group_bytes);
-  for (int64_t i = 0; i < groups * M::group_bytes; i++) weights.get()[i] = static_cast<uint8_t>(std::rand());
+  for (int64_t i = 0; i < groups * M::group_bytes; i++) weights.get()[i] = static_cast<uint8_t>(draw());
   for (int64_t g = 0; g < groups; g++) {
     auto* scales = reinterpret_cast<uint16_t*>(weights.get() + g * M::group_bytes + M::scales_at);
     for (int i = 0; i < M::blocks * 16; i++) scales[i] = 0x1c00;
@@ -70,7 +84,7 @@ void product(int64_t rows, int32_t outputs) {
   op.out = {~1, outputs, 0};
   op.n = outputs;
   run_chunks(run, op, M::scratch);
-  for (int64_t i = 0; i < rows * outputs; i++) broken += !std::isfinite(result.get()[i]);
+  note(result.get(), rows * outputs);
 }
 
 template <class A>
@@ -114,12 +128,13 @@ void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_hea
   op.out = {2 * all + 2 * few, all, 0};
   run_chunks(run, op, A::scratch);
   for (int64_t row = 0; row < rows; row++) A::combine(run, op, row);
-  for (int64_t i = 0; i < rows * all; i++) broken += !std::isfinite(run.at(op.out, 0)[i]);
+  note(run.at(op.out, 0), rows * all);
 }
 
 }  // namespace
 
-int main() {
+int main(int count, char** names) {
+  if (count > 1) values = std::fopen(names[1], "wb");
   for (int64_t rows : {1, 7, 40}) {
     product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
     product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
@@ -129,5 +144,6 @@ int main() {
   attend<A>(2, 70, 0, 6, 2, 32, 20);
   attend<A>(1, 9, 130, 6, 2, 32, 0);
   attend<A>(1, 1, 0, 6, 2, 32, 0);
+  if (values != nullptr) std::fclose(values);
   std::printf("%d\n", broken);
 }

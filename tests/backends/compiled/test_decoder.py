@@ -231,7 +231,7 @@ def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> No
     x = (builder := GraphBuilder()).input("x", 32)
     out = builder.matmul(x, quantized(np.ones((16, 32), np.float32), 4, 32, True), "w")
     er = "Feature{7, &Registers::ebx, 27, kZmm}"  # of one generation of accelerators
-    isa = InstructionSet("AVX-512 ER", frozenset((er,)), usable_sets()[-1].flags)
+    isa = InstructionSet("AVX-512 ER", "x86_64", frozenset((er,)), usable_sets()[-1].flags)
     write_compiled(builder.finish([out]), tmp_path, isa)
     with pytest.raises(Exception, match="compiled for CPUs with AVX-512 ER; this one has it not"):
         open_session(tmp_path)
@@ -239,7 +239,8 @@ def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> No
 
 def test_a_profile_without_kernels_is_not_supported() -> None:
     with pytest.raises(
-        UnsupportedError, match="there are kernels for AVX-512 VNNI and AVX2; profile old has sse2"
+        UnsupportedError,
+        match="there are kernels for AVX-512 VNNI, AVX2 and NEON dotprod; profile old has sse2",
     ):
         choose_isa(("sse2",), "old")
     assert choose_isa(("avx2", "fma", "f16c"), "new").name == "AVX2"
