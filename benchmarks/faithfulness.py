@@ -38,10 +38,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
-    tokens, start = tokenize(source.tokenizer(), eval_text())
-    stride = len(tokens) // WINDOWS
-    length = WINDOW - len(start)
-    windows = np.array([[*start, *tokens[i * stride : i * stride + length]] for i in range(WINDOWS)])
+    windows = cut_windows(source)
     original = reference(source, windows, options.cache / f"{options.checkpoint}-logits.npy")
     print(describe())
     for name in options.targets.split(","):
@@ -51,6 +48,14 @@ def main() -> None:
         figures = compare(open_artifact(output), windows, original)
         memory = (result.peak_rss_bytes or 0) / 1e9
         print(f"{name:16} {figures}, built in {result.seconds:.0f} s, {memory:.2f} GB", flush=True)
+
+
+def cut_windows(source: Checkpoint) -> np.ndarray:
+    """Tokens of the evaluation text, (WINDOWS, WINDOW), spread over all of it."""
+    tokens, start = tokenize(source.tokenizer(), eval_text())
+    stride = len(tokens) // WINDOWS
+    length = WINDOW - len(start)
+    return np.array([[*start, *tokens[i * stride : i * stride + length]] for i in range(WINDOWS)])
 
 
 def reference(source: Checkpoint, windows: np.ndarray, file: Path) -> np.ndarray:
@@ -68,18 +73,27 @@ def compare(artifact: Artifact, windows: np.ndarray, original: np.ndarray) -> st
     bits = 8 * sum(w.bytes for w in weights) / sum(int(np.prod(w.shape)) for w in weights)
     share = shares_buffer(artifact.path)
     model = OrtModel(artifact.path, artifact.manifest.interface, threads=2, share_buffer=share)
+    logits = np.empty_like(original)
+    logits[:, 0] = model.prefill(windows[:, :PREFIX], steps=WINDOW - PREFIX)[:, -1]
+    for step in range(1, WINDOW - PREFIX):
+        logits[:, step] = model.decode(windows[:, PREFIX + step - 1 : PREFIX + step])[:, -1]
+    nll, kl, top1 = compare_logits(logits, windows, original)
+    return f"{bits:.2f} bits, dNLL {nll:+.4f}, KL {kl:.4f}, top-1 {top1:.3f}"
+
+
+def compare_logits(
+    logits: np.ndarray, windows: np.ndarray, original: np.ndarray
+) -> tuple[float, float, float]:
+    """dNLL and KL divergence in nats per token, and top-1 agreement, of logits as `reference` gives them."""
     rows = np.arange(len(windows))
     nll, kl, equal = [], [], []
-    logits = model.prefill(windows[:, :PREFIX], steps=WINDOW - PREFIX)[:, -1]
     for step in range(WINDOW - PREFIX):
-        if step:
-            logits = model.decode(windows[:, PREFIX + step - 1 : PREFIX + step])[:, -1]
-        p, q = log_softmax(np.asarray(original[:, step])), log_softmax(logits)
+        p, q = log_softmax(np.asarray(original[:, step])), log_softmax(np.asarray(logits[:, step]))
         following = windows[:, PREFIX + step]
         nll.append(p[rows, following] - q[rows, following])
         kl.append((np.exp(p) * (p - q)).sum(-1))
         equal.append(p.argmax(-1) == q.argmax(-1))
-    return f"{bits:.2f} bits, dNLL {np.mean(nll):+.4f}, KL {np.mean(kl):.4f}, top-1 {np.mean(equal):.3f}"
+    return float(np.mean(nll)), float(np.mean(kl)), float(np.mean(equal))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""The builder of onnxruntime-genai, as its users run it: the peer of the benchmarks."""
+"""The tools that others would serve the same model with, built as their users build them.
 
-import json
+onnxruntime-genai's builder runs beside llmc. The others have an environment each below the cache folder,
+made on first use with the releases of PINS; PIP_ARGS goes to every pip install, as in the Makefile.
+"""
+
+import os
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterable
+import tarfile
+import venv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmc.graph.interface import CacheSlot, Interface, TensorSpec
-
-#: Settings of the peer: precision and `key=value` of --extra_options. `int4` is block 32 with int8
-#: activations; `int4-tuned` adds what its documentation offers for speed.
-SETTINGS = {
+#: Settings of onnxruntime-genai's builder: precision and `key=value` of --extra_options. `int4` is block 32
+#: with int8 activations; `int4-tuned` adds what its documentation offers for speed.
+GENAI = {
     "fp32": ("fp32", ()),
     "int8": ("int8", ()),
     "int4": ("int4", ("int4_block_size=32", "int4_accuracy_level=4")),
@@ -18,12 +23,67 @@ SETTINGS = {
         "int4",
         ("int4_block_size=32", "int4_accuracy_level=4", "prune_lm_head=true", "fuse_mlp_gate_up=true"),
     ),
+    "k_quant_mixed": ("int4", ("int4_algo_config=k_quant_mixed", "int4_accuracy_level=4")),
+}
+#: Types of llama.cpp's quantizer.
+LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
+#: Options of `optimum-cli export openvino`.
+OPENVINO = {
+    "int4": ("--weight-format", "int4", "--group-size", "32", "--sym", "--ratio", "1.0"),
+    "int8": ("--weight-format", "int8"),
+}
+NAMES = (
+    *(f"genai-{name}" for name in GENAI),
+    *(f"llama-{name}" for name in LLAMA),
+    *(f"openvino-{name}" for name in OPENVINO),
+)
+PINS = {
+    "llama": ("llama-cpp-python==0.3.36",),
+    "openvino": ("torch==2.13.0", "optimum-intel==2.2.0", "openvino-genai==2026.4.1.0"),
 }
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A model of another tool.
+
+    Args:
+        runtime: What worker.py serves it with.
+        python: The interpreter of an environment that has that runtime.
+        model: What the runtime is given.
+        bytes: Size of weights and graph.
+    """
+
+    runtime: str
+    python: Path
+    model: Path
+    bytes: int
+
+
+def build_peer(name: str, source: Path, cache: Path) -> Peer:
+    """One of NAMES from a Hugging Face folder, built on first use."""
+    runtime, _, setting = name.partition("-")
+    output = cache / f"{source.name}-{name}"
+    if runtime == "genai":
+        if not (output / "genai_config.json").is_file():
+            _call(genai_command(source, output, setting))
+        return Peer(runtime, Path(sys.executable), output, _bytes(output, "model.onnx"))
+    python = _environment(runtime, cache)
+    if runtime == "llama":
+        file = output.with_suffix(".gguf")
+        if not file.is_file():
+            _quantize_gguf(python, _gguf(python, source, cache), setting, file)
+        return Peer(runtime, python, file, file.stat().st_size)
+    if not (output / "openvino_model.bin").is_file():
+        tool = python.with_name("optimum-cli")
+        export = ("export", "openvino", "-m", source, "--task", "text-generation-with-past")
+        _call([tool, *export, *OPENVINO[setting], output])
+    return Peer(runtime, python, output, _bytes(output, "openvino_model."))
+
+
 def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
-    """The command line that builds `output` with one of SETTINGS."""
-    precision, options = SETTINGS[setting]
+    """The command line that builds `output` with one of GENAI."""
+    precision, options = GENAI[setting]
     return [
         sys.executable,
         *("-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", precision),
@@ -32,47 +92,60 @@ def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
     ]
 
 
-def genai_interface(folder: Path) -> Interface:
-    """The inputs and outputs of a model that onnxruntime-genai's builder made."""
-    import onnx
+def _environment(runtime: str, cache: Path) -> Path:
+    """The interpreter of the environment of a runtime."""
+    folder = (cache / f"env-{runtime}").resolve()
+    python = folder / "bin" / "python"
+    done = folder / "installed"
+    if not done.is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        _pip(python, "install", *PINS[runtime])
+        if runtime == "openvino":  # no model here sees; a build for CUDA does not load beside torch for CPUs
+            _pip(python, "uninstall", "-y", "torchvision")
+        done.touch()
+    return python
 
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-    decoder = config["decoder"]
-    graph = onnx.load(folder / decoder["filename"], load_external_data=False).graph
 
-    def specs(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(
-                name=value.name,
-                dtype=onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                shape=tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
-            )
-            for value in values
-        )
+def _gguf(python: Path, source: Path, cache: Path) -> Path:
+    """The checkpoint as GGUF in float16, by the converter in the source of llama-cpp-python."""
+    file = cache / f"{source.name}-llama-f16.gguf"
+    if not file.is_file():
+        folder = cache / "llama-source"
+        if not folder.is_dir():
+            _pip(python, "download", "--no-deps", "--no-binary", ":all:", *PINS["llama"], "-d", str(cache))
+            (archive,) = cache.glob("llama_cpp_python-*.tar.gz")
+            with tarfile.open(archive) as packed:
+                packed.extractall(folder, filter="data")
+        (script,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
+        # It needs torch and transformers, which are here, and gguf as it is in that source.
+        command = [sys.executable, script, source, "--outtype", "f16", "--outfile", file]
+        _call(command, PYTHONPATH=str(script.parent / "gguf-py"))
+    return file
 
-    cache = tuple(
-        CacheSlot(
-            layer=i,
-            past_key=decoder["inputs"]["past_key_names"] % i,
-            past_value=decoder["inputs"]["past_value_names"] % i,
-            present_key=decoder["outputs"]["present_key_names"] % i,
-            present_value=decoder["outputs"]["present_value_names"] % i,
-            kv_heads=decoder["num_key_value_heads"],
-            key_width=decoder["head_size"],
-            value_width=decoder["head_size"],
-            window=None,
-        )
-        for i in range(decoder["num_hidden_layers"])
+
+def _quantize_gguf(python: Path, full: Path, setting: str, output: Path) -> None:
+    code = (
+        "import sys, llama_cpp as c;"
+        "p = c.llama_model_quantize_default_params();"
+        f"p.ftype = c.LLAMA_FTYPE_MOSTLY_{setting};"
+        "sys.exit(c.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))"
     )
-    inputs = specs(graph.input)
-    outputs = specs(graph.output)
-    logits = next(spec for spec in outputs if spec.name == "logits")
-    return Interface(
-        inputs=inputs,
-        outputs=outputs,
-        cache=cache,
-        logits="last" if logits.shape[1] == 1 else "all",
-        position_ids=any(spec.name == "position_ids" for spec in inputs),
-        padding="right",
-        max_length=config["context_length"],
+    part = output.with_suffix(".part")
+    _call([python, "-c", code, full, part])
+    part.rename(output)
+
+
+def _pip(python: Path, command: str, *arguments: str) -> None:
+    extra = [] if command == "uninstall" else shlex.split(os.environ.get("PIP_ARGS", ""))
+    _call([python, "-m", "pip", command, *arguments, *extra])
+
+
+def _call(command: list[str | Path], **environment: str) -> None:
+    """Run a command with its output on stderr, since stdout is for figures."""
+    subprocess.run(
+        [str(part) for part in command], check=True, stdout=sys.stderr, env={**os.environ, **environment}
     )
+
+
+def _bytes(folder: Path, prefix: str) -> int:
+    return sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith(prefix))

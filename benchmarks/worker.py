@@ -1,48 +1,190 @@
-"""One runner of `serving.py` in a process of its own: serves a folder with onnxruntime-genai.
+"""One runner of `serving.py` in a process of its own, in the environment of its runtime.
+
+    python worker.py genai|llama|openvino MODEL THREADS
 
 Reads one JSON request a line from stdin and answers each with one line:
 {"prompt": n, "steps": m} -> {"ttft_ms": t, "step_ms": [m figures], "peak_bytes": b}
+{"score": IDS, "prefix": n, "into": FILE} -> {}: IDS is a file of (windows, length) tokens; FILE gets the
+logits of positions n - 1 to length - 2, (windows, length - n, vocabulary) float32, each window's first n
+tokens prefilled and the rest decoded one by one.
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og
-
-from llmc.validate.footprint import resident_bytes
 
 
-def main(folder: Path, threads: int) -> None:
-    config = og.Config(str(folder))
-    session = {"intra_op_num_threads": threads}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-    model = og.Model(config)
+class Genai:
+    """A folder of onnxruntime-genai."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime_genai
+
+        self._og = onnxruntime_genai
+        config = self._og.Config(str(folder))
+        session = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self._model = self._og.Model(config)
+        self._generator: Any = None
+
+    def begin(self, length: int) -> None:
+        """Forget what was; up to `length` tokens follow."""
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        self._generator = self._og.Generator(self._model, params)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """Take tokens (n,) int32; the logits after the last, (vocabulary,)."""
+        self._generator.append_tokens(ids)
+        logits: np.ndarray = self._generator.get_output("logits")[0, -1]
+        return logits
+
+    def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        """Seconds to the first token, and of each of `steps` after it."""
+        self.begin(len(ids) + steps + 1)
+        start = time.perf_counter()
+        self._generator.append_tokens(ids)
+        self._generator.generate_next_token()
+        first = time.perf_counter() - start
+        return first, [clocked(self._generator.generate_next_token) for _ in range(steps)]
+
+
+class Llama:
+    """A GGUF file of llama.cpp."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import llama_cpp
+
+        self._cpp = llama_cpp
+        self._open = lambda length: llama_cpp.Llama(
+            str(file), n_ctx=length, n_threads=threads, n_threads_batch=threads, n_batch=2048, verbose=False
+        )
+        self._model = self._open(2048)
+
+    def begin(self, length: int) -> None:
+        if length > self._model.n_ctx():
+            self._model = self._open(length)
+        self._model.reset()
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        self._model.eval(ids.tolist())
+        pointer = self._cpp.llama_get_logits_ith(self._model.ctx, -1)
+        return np.ctypeslib.as_array(pointer, (self._model.n_vocab(),))
+
+    def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        self.begin(len(ids) + steps + 1)
+        start = time.perf_counter()
+        token = self.feed(ids).argmax()
+        first = time.perf_counter() - start
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            token = self.feed(np.array([token], np.int32)).argmax()
+            times.append(time.perf_counter() - start)
+        return first, times
+
+
+class OpenVino:
+    """A folder of optimum-intel: openvino-genai's pipeline for times, the model itself for logits."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder = folder
+        self._settings = {"INFERENCE_NUM_THREADS": threads}
+        self._pipeline: Any = None
+        self._request: Any = None
+        self._past = 0
+
+    def begin(self, length: int) -> None:
+        import openvino
+
+        if self._request is None:
+            model = openvino.Core().compile_model(self._folder / "openvino_model.xml", "CPU", self._settings)
+            self._request = model.create_infer_request()
+        self._request.reset_state()
+        self._past = 0
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        past, self._past = self._past, self._past + len(ids)
+        answer = self._request.infer(
+            {
+                "input_ids": ids[None].astype(np.int64),
+                "attention_mask": np.ones((1, self._past), np.int64),
+                "position_ids": np.arange(past, self._past)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        logits: np.ndarray = answer["logits"][0, -1]
+        return logits
+
+    def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        import openvino
+        import openvino_genai
+
+        if self._pipeline is None:
+            self._pipeline = openvino_genai.LLMPipeline(str(self._folder), "CPU", **self._settings)
+        config = openvino_genai.GenerationConfig(max_new_tokens=steps + 1, ignore_eos=True, do_sample=False)
+        tokens = openvino.Tensor(ids[None].astype(np.int64))
+        start, stamps = time.perf_counter(), []
+
+        class Clock(openvino_genai.StreamerBase):  # type: ignore[misc]
+            def write(self, _: Any) -> Any:
+                stamps.append(time.perf_counter())
+                return openvino_genai.StreamingStatus.RUNNING
+
+            def end(self) -> None:
+                """Nothing is kept back."""
+
+        self._pipeline.generate(
+            openvino_genai.TokenizedInputs(tokens, openvino.Tensor(np.ones((1, len(ids)), np.int64))),
+            config,
+            Clock(),
+        )
+        return stamps[0] - start, np.diff(stamps).tolist()
+
+
+RUNTIMES = {"genai": Genai, "llama": Llama, "openvino": OpenVino}
+
+
+def clocked(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def score(runner: Any, windows: np.ndarray, prefix: int, into: Path) -> None:
+    """Write the logits that the runner gives for a text."""
+    made = None
+    for at, window in enumerate(windows.astype(np.int32)):
+        runner.begin(len(window))
+        for step in range(len(window) - prefix):
+            part = window[:prefix] if step == 0 else window[prefix + step - 1 : prefix + step]
+            logits = runner.feed(part)
+            if made is None:
+                shape = (len(windows), windows.shape[1] - prefix, len(logits))
+                made = np.lib.format.open_memmap(into, "w+", np.float32, shape)
+            made[at, step] = logits
+
+
+def main(runtime: str, model: Path, threads: int) -> None:
+    runner = RUNTIMES[runtime](model, threads)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(serve(model, request["prompt"], request["steps"])), flush=True)
-
-
-def serve(model: "og.Model", prompt: int, steps: int) -> dict[str, object]:
-    """One prompt of tokens from all over the vocabulary, then `steps` tokens one by one."""
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=prompt + steps + 1, min_length=prompt + steps + 1, do_sample=False)
-    generator = og.Generator(model, params)
-    ids = (np.arange(prompt, dtype=np.int64) * 7919 % 40000 + 100).astype(np.int32)
-    start = time.perf_counter()
-    generator.append_tokens(ids)
-    generator.generate_next_token()
-    ttft = time.perf_counter() - start
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        generator.generate_next_token()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"ttft_ms": 1e3 * ttft, "step_ms": times, "peak_bytes": resident_bytes()[0] or 0}
+        answer: dict[str, object] = {}
+        if "score" in request:
+            score(runner, np.load(request["score"]), request["prefix"], Path(request["into"]))
+        else:
+            ids = (np.arange(request["prompt"], dtype=np.int64) * 7919 % 40000 + 100).astype(np.int32)
+            first, steps = runner.time(ids, request["steps"])
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"ttft_ms": 1e3 * first, "step_ms": [1e3 * s for s in steps], "peak_bytes": peak}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -40,6 +40,7 @@ class Metric(StrEnum):
     CHAT_EQUAL = "chat.equal_fraction"
     WEIGHTS_SNR = "weights.snr_db"
     WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
+    WEIGHTS_MAX_STEPS = "weights.max_steps"
     PASSES_MAX_ABS = "passes.max_abs"
     PREFILL_MAX_ABS = "prefill.max_abs"
     CHUNKS_MAX_ABS = "chunks.max_abs"
@@ -66,9 +67,9 @@ class Gate(_Strict):
     """One threshold on one metric, with the reason for its value.
 
     Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
-    decibels, `max_abs` and `gap` in logits, `kl` in nats per token, agreements and fractions in 0..1,
-    `accuracy_change` in -1..1 as artifact - original, ratios as artifact / original, `previous_ratio` as
-    artifact / earlier artifact.
+    decibels, `max_steps` in distances of neighbouring codes, `max_abs` and `gap` in logits, `kl` in nats per
+    token, agreements and fractions in 0..1, `accuracy_change` in -1..1 as artifact - original, ratios as
+    artifact / original, `previous_ratio` as artifact / earlier artifact.
     """
 
     metric: Annotated[Metric, Field(strict=False)]

@@ -3,13 +3,14 @@
 Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
 GatherBlockQuantized, (code - zero point) * scale, of ONNX DequantizeLinear, and by the layout of compiled
 kernels, here and not by the code that wrote them. The ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB;
-infinite where nothing was lost.
+infinite where nothing was lost. Errors of integers are told in steps as well, the scale that stands between
+neighbouring codes: half a step is what rounding to the nearest code costs at most.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from llmc.validate.stacks import PARTS, read_experts, unpack
 
 Array = np.ndarray
 
-METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
+METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR, Metric.WEIGHTS_MAX_STEPS)
 
 #: Neighbours along the last axis whose error is looked at together where there are no blocks.
 BLOCK = 32
@@ -34,6 +35,8 @@ BLOCK = 32
 _PART_BYTES = 16 << 20
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
+#: Types whose values are evenly spaced.
+_EVEN = (ir.DataType.INT4, ir.DataType.INT8)
 #: Which input the codes are.
 _CODES_AT = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5), "DequantizeLinear": (0,)}
 
@@ -46,11 +49,14 @@ class Stored:
         shape: (output features, input features), or that of a tensor in float.
         read: Rows start:stop, float32.
         block: Neighbours along the last axis that share a scale.
+        steps: Distance of neighbouring codes in rows start:stop, to be broadcast over them; None where
+            codes are not evenly spaced, or there are none.
     """
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Array]
     block: int = BLOCK
+    steps: Callable[[int, int], Array] | None = None
 
     def whole(self) -> Array:
         """All of it, read in parts: what reading takes beside the result stays small."""
@@ -90,14 +96,16 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
         ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
     """
     stored = read_stored(folder, expected)
-    ratios, blocks, changed = {}, {}, []
+    ratios, blocks, steps, changed = {}, {}, {}, []
     digest = hashlib.sha256()
     for name, tensor in stored.items():
-        ratio, block, tensor_digest = _compare(expected[name], tensor)
-        ratios[name], blocks[name] = ratio, block
-        if ratio != math.inf or _narrows(expected[name]):
+        found = _compare(expected[name], tensor)
+        ratios[name], blocks[name] = found.ratio, found.block
+        if tensor.steps is not None:
+            steps[name] = found.steps
+        if found.ratio != math.inf or _narrows(expected[name]):
             changed.append(name)
-            digest.update(f"{name}\0{tensor_digest}\n".encode())
+            digest.update(f"{name}\0{found.digest}\n".encode())
     where = "numpy, from the files"
     unread = tuple(name for name in expected if name not in stored)
     if not stored:
@@ -105,9 +113,17 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
         status = MeasurementStatus.NOT_MEASURED
         return WeightParity(tuple(unmeasured(m, status, why, where) for m in METRICS), "", (), unread)
     made = []
-    told = (f"worst of {len(ratios)} tensors", f"worst block of {len(ratios)} tensors")
-    for metric, values, what in zip(METRICS, (ratios, blocks), told, strict=True):
-        worst = min(values, key=lambda n: values[n])
+    told = (
+        (Metric.WEIGHTS_SNR, ratios, min, f"worst of {len(ratios)} tensors"),
+        (Metric.WEIGHTS_BLOCK_SNR, blocks, min, f"worst block of {len(ratios)} tensors"),
+        (Metric.WEIGHTS_MAX_STEPS, steps, max, f"worst of {len(steps)} tensors of integers"),
+    )
+    for metric, values, worse, what in told:
+        if not values:
+            why = "no tensor is stored as integers with a scale"
+            made.append(unmeasured(metric, MeasurementStatus.NOT_APPLICABLE, why, where))
+            continue
+        worst = worse(values, key=lambda n: values[n])
         detail = f"{what}, {worst}"
         if unread:
             detail += (
@@ -245,7 +261,11 @@ def _plain(value: ir.Value) -> Stored | None:
 
 def _turned(tensor: Stored) -> Stored:
     array = tensor.read(0, tensor.shape[0]).T
-    return Stored(array.shape, lambda start, stop: array[start:stop])
+    turned = Stored(array.shape, lambda start, stop: array[start:stop])
+    if tensor.steps is None:
+        return turned
+    steps = np.broadcast_to(tensor.steps(0, tensor.shape[0]), tensor.shape).T
+    return replace(turned, steps=lambda start, stop: steps[start:stop])
 
 
 def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
@@ -282,7 +302,10 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         values = (blocks - middle) * scale[start:stop, :, None].astype(np.float32)
         return values.reshape(len(levels), -1)[:, :features]
 
-    return Stored((len(packed), features), read, block)
+    def steps(start: int, stop: int) -> Array:
+        return np.repeat(scale[start:stop].astype(np.float32), block, axis=1)[:, :features]
+
+    return Stored((len(packed), features), read, block, steps)
 
 
 def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:
@@ -294,17 +317,26 @@ def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     axis += kept.ndim if axis < 0 else 0
 
-    def read(start: int, stop: int) -> Array:
+    def steps(start: int, stop: int) -> Array:
         part = scale
         if block:
             part = np.repeat(scale, block, axis=axis)[start:stop] if axis == 0 else scale[start:stop]
             part = part if axis == 0 else np.repeat(part, block, axis=axis)
         elif axis == 0:
             part = scale[start:stop, None]
-        values: Array = kept[start:stop].astype(np.float32) * part
+        return part
+
+    def read(start: int, stop: int) -> Array:
+        values: Array = kept[start:stop].astype(np.float32) * steps(start, stop)
         return values
 
-    return Stored(kept.shape, read, block if block and axis == kept.ndim - 1 else BLOCK)
+    even = codes.const_value.dtype in _EVEN
+    return Stored(
+        kept.shape,
+        read,
+        block if block and axis == kept.ndim - 1 else BLOCK,
+        steps if even else None,
+    )
 
 
 def _scales(node: ir.Node) -> Array | None:
@@ -322,9 +354,18 @@ def _scales(node: ir.Node) -> Array | None:
     return None if codes is None or whole is None else codes.numpy().astype(np.float32) * whole
 
 
-def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
-    """Ratio of the tensor and of its worst block in dB, and a digest of what is stored."""
-    signal = noise = 0.0
+@dataclass(frozen=True)
+class _Found:
+    """Ratio of a tensor and of its worst block in dB, largest error in steps, digest of what is stored."""
+
+    ratio: float
+    block: float
+    steps: float
+    digest: str
+
+
+def _compare(rows: Rows, stored: Stored) -> _Found:
+    signal = noise = steps = 0.0
     worst = math.inf
     digest = hashlib.sha256()
     for start, stop in row_chunks(rows):
@@ -333,14 +374,17 @@ def _compare(rows: Rows, stored: Stored) -> tuple[float, float, str]:
         digest.update(actual.tobytes())
         squares = [_block_sums(x * x, stored.block) for x in (wanted, wanted - actual)]
         if not np.isfinite(squares[1]).all():
-            return -math.inf, -math.inf, digest.hexdigest()
+            return _Found(-math.inf, -math.inf, math.inf, digest.hexdigest())
         signal += float(squares[0].sum(dtype=np.float64))
         noise += float(squares[1].sum(dtype=np.float64))
         lost = squares[1] > 0
         if lost.any():
             shares = squares[1][lost] / np.maximum(squares[0][lost], _TINY)
             worst = min(worst, _decibels(1.0, float(shares.max())))
-    return _decibels(signal, noise), worst, digest.hexdigest()
+            if stored.steps is not None:
+                step = np.maximum(np.abs(stored.steps(start, stop)), _TINY)
+                steps = max(steps, float((np.abs(wanted - actual) / step).max()))
+    return _Found(_decibels(signal, noise), worst, steps, digest.hexdigest())
 
 
 def _block_sums(squares: Array, block: int) -> Array:

@@ -1,0 +1,84 @@
+"""Greedy text of compiled kernels beside ONNX Runtime's operators with the same weights.
+
+    python benchmarks/same_text.py [--checkpoint demo] [--tokens 64]
+
+50 prompts through the model's chat template. Where two texts part, the gap is told: the smaller of what
+either side preferred its own token by, in logits. The weights are those of `cpu-int4`, and products of both
+sides take activations in 8 bits.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from rich.console import Console
+from sources import NAMES, checkpoint
+
+from llmc.artifact.store import open_artifact
+from llmc.checkpoint import open_checkpoint
+from llmc.pipeline import build
+from llmc.plan import plan_build
+from llmc.progress import TerminalProgress
+from llmc.validate.session import OrtModel, shares_buffer
+
+TARGETS = ("cpu-int4-compiled", "cpu-int4")
+TASKS = (
+    "Explain {} to a child.",
+    "Write two sentences about {}.",
+    "What should one know about {}?",
+    "List three facts about {}.",
+    "Ask me a question about {}.",
+)
+SUBJECTS = (
+    *("rain", "the moon", "bread", "bicycles", "the number seven"),
+    *("honey bees", "compilers", "old maps", "rivers", "chess"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    options = parser.parse_args()
+    source = checkpoint(options.checkpoint, options.cache)
+    ours, theirs = (open_target(source, name, options.cache) for name in TARGETS)
+    tokenizer = open_checkpoint(str(source)).tokenizer()
+    gaps = []
+    for prompt in (task.format(subject) for subject in SUBJECTS for task in TASKS):
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])[None]
+        gaps.append(first_difference(ours, theirs, ids, options.tokens))
+    parted = [gap for gap in gaps if gap is not None]
+    print(describe())
+    print(
+        f"{options.checkpoint}: {len(gaps) - len(parted)} of {len(gaps)} texts of {options.tokens} tokens "
+        f"are equal; gaps where others part: {', '.join(f'{gap:.3f}' for gap in sorted(parted)) or 'none'}"
+    )
+
+
+def open_target(source: Path, target: str, cache: Path) -> OrtModel:
+    output = cache / f"{source.name}-{target}"
+    plan = plan_build(str(source), target=target, profile="local", output=output, verify=False)
+    build(plan, TerminalProgress(Console(stderr=True)))
+    interface = open_artifact(output).manifest.interface
+    return OrtModel(output, interface, threads=2, share_buffer=shares_buffer(output))
+
+
+def first_difference(ours: OrtModel, theirs: OrtModel, ids: np.ndarray, tokens: int) -> float | None:
+    """The gap where greedy texts part; None if they do not."""
+    logits = [model.prefill(ids, steps=tokens)[0, -1] for model in (ours, theirs)]
+    for _ in range(tokens):
+        first, second = (int(each.argmax()) for each in logits)
+        if first != second:
+            return float(min(logits[0][first] - logits[0][second], logits[1][second] - logits[1][first]))
+        logits = [model.decode(np.array([[first]]))[0, -1] for model in (ours, theirs)]
+    return None
+
+
+if __name__ == "__main__":
+    main()
