@@ -54,6 +54,8 @@ class Metric(StrEnum):
     DECODE_MAX_ABS = "decode.max_abs"
     RAGGED_MAX_ABS = "ragged.max_abs"
     WINDOW_MAX_ABS = "window.max_abs"
+    CACHE_KL_MEAN = "cache.kl_mean"
+    CACHE_KL_MAX = "cache.kl_max"
     DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
     TEXT_KL_P99 = "text.kl_p99"

@@ -2,6 +2,7 @@
 // Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, elements of a row).
 #pragma once
 #include "cache.h"
+#include "few.h"
 #include "program.h"
 #include "simd.h"
 
@@ -17,6 +18,7 @@ struct Attention {
   static constexpr int rows_of_tile = queries_of_tile * group;
   static constexpr int rows_of_block = 4;
   static constexpr int keys_of_split = 256;
+  static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
   static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
   static constexpr size_t scratch = sizeof(float) * (static_cast<size_t>(rows_of_tile) * (2 * D + 2 + keys_of_tile) +
                                                      (Rows::floats ? 1 : 2) * D * keys_of_tile) + 256;
@@ -174,67 +176,31 @@ struct Attention {
 
   static constexpr size_t scratch_floats() { return scratch / sizeof(float); }
 
-  template <int Step>
-  static F fold(F a, F b) {
-    if constexpr (Step == 1)
-      return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-             __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    if constexpr (Step == 2)
-      return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-             __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    if constexpr (Step == 4)
-      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-             __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
+  /// Heads whose queries are in registers together.
+  static constexpr int heads_of_block = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
 
-  /// Scores of `length` keys for each query of the group, 16 keys at a time; lanes beyond the end are -3e38.
+  /// Scores of `length` keys for each query of the group; lanes beyond the end are -3e38.
   static void score(const Op& op, const float* query, const uint8_t* keys, int64_t length, float* scores) {
-    F q[group][vectors];
-    for (int h = 0; h < group; h++)
-      for (int v = 0; v < vectors; v++) q[h][v] = load(query + h * D + v * kLanes);
+    for (int h = 0; h < group; h += heads_of_block)
+      score_keys<Rows, D, heads_of_block, integers>(query + h * D, keys, length, scores + h * keys_of_split,
+                                                    keys_of_split);
     const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t t = 0; t < length; t += kLanes) {
-      F part[group][kLanes];
-      float scales[kLanes];
-      for (int i = 0; i < kLanes; i++) {
-        const uint8_t* key = keys + (t + i < length ? t + i : length - 1) * Rows::bytes;
-        scales[i] = Rows::scale(key);
-        for (int v = 0; v < vectors; v++) {
-          const F k = Rows::get(key, v * kLanes);
-          for (int h = 0; h < group; h++) part[h][i] = v ? part[h][i] + k * q[h][v] : k * q[h][v];
-        }
-      }
-      for (int h = 0; h < group; h++) {
-        F* p = part[h];
-        for (int i = 0; i < 8; i++) p[i] = fold<1>(p[2 * i], p[2 * i + 1]);
-        for (int i = 0; i < 4; i++) p[i] = fold<2>(p[2 * i], p[2 * i + 1]);
-        for (int i = 0; i < 2; i++) p[i] = fold<4>(p[2 * i], p[2 * i + 1]);
-        const F whole = fold<8>(p[0], p[1]);
-        const F score = bend(op, Rows::scaled ? whole * load(scales) : whole);
-        store(scores + h * keys_of_split + t, lane < all(static_cast<float>(length - t)) ? score : all(-3e38f));
-      }
+    const int64_t last = (length - 1) / kLanes * kLanes;
+    for (int h = 0; h < group; h++) {
+      float* s = scores + h * keys_of_split;
+      if (op.y > 0)
+        for (int64_t t = 0; t < length; t += kLanes) store(s + t, bend(op, load(s + t)));
+      store(s + last, lane < all(static_cast<float>(length - last)) ? load(s + last) : all(-3e38f));
     }
   }
 
   static void weigh(const uint8_t* values, int64_t length, const float* scores, float* const* results) {
-    constexpr int heads = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
-    for (int h0 = 0; h0 < group; h0 += heads) {
-      F out[heads][vectors];
-      for (int h = 0; h < heads; h++)
-        for (int v = 0; v < vectors; v++) out[h][v] = F{};
-      for (int64_t t = 0; t < length; t++) {
-        const uint8_t* row = values + t * Rows::bytes;
-        F weight[heads];
-        for (int h = 0; h < heads; h++) weight[h] = all(scores[(h0 + h) * keys_of_split + t] * Rows::scale(row));
-        for (int v = 0; v < vectors; v++) {
-          const F value = Rows::get(row, v * kLanes);
-          for (int h = 0; h < heads; h++) out[h][v] += weight[h] * value;
-        }
-      }
-      for (int h = 0; h < heads; h++)
-        for (int v = 0; v < vectors; v++) store(results[h0 + h] + v * kLanes, out[h][v]);
+    for (int h = 0; h < group; h += heads_of_block) {
+      const float* weights = scores + h * keys_of_split;
+      if constexpr (integers)
+        sum_codes<Rows, D, heads_of_block, keys_of_split>(values, length, weights, keys_of_split, results + h);
+      else
+        sum_values<Rows, D, heads_of_block>(values, length, weights, keys_of_split, results + h);
     }
   }
 

@@ -58,4 +58,12 @@ struct ByteRows {
   }
 };
 
+/// Scales of rows t to t + 15, zeros from `length` on.
+template <class Rows>
+inline F load_scales(const uint8_t* rows, int64_t t, int64_t length) {
+  float scales[kLanes];
+  for (int i = 0; i < kLanes; i++) scales[i] = t + i < length ? Rows::scale(rows + (t + i) * Rows::bytes) : 0.0f;
+  return load(scales);
+}
+
 }  // namespace llmc

@@ -210,6 +210,22 @@ inline I dot_stored(I c, I a, I b) {
 #endif
 }
 
+/// c + the two products of signed 16-bit halves of a with those of b, in each lane.
+inline I dot_pairs(I c, I a, I b) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  union { I whole; __m256i half[2]; } u, x, y;
+  u.whole = c;
+  x.whole = a;
+  y.whole = b;
+  for (int i = 0; i < 2; i++) u.half[i] = _mm256_add_epi32(u.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
+  return u.whole;
+#else
+  return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
 /// 16 nibbles, two in a byte, the low half first.
 inline I load_nibbles(const uint8_t* p) {
 #if defined(__AVX2__)

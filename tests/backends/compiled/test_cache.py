@@ -126,6 +126,11 @@ class Kernels:
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         return self.session.run(None, feeds)  # type: ignore[attr-defined, no-any-return]
 
+    def integers(self, layer: Layer, sequence: int) -> bool:
+        """Whether queries are rounded to 8 bits: few of them, heads as wide as whole registers."""
+        few = sequence <= 8 and sequence * layer.heads // layer.kv_heads <= 64
+        return self.cache is CacheType.INT8 and layer.width % 64 == 0 and few
+
     def numbers(self, rows: Array) -> Array:
         """What rows of the cache stand for."""
         if self.cache is not CacheType.INT8:
@@ -259,8 +264,13 @@ def compare(
             for b, p in enumerate(pasts)
         ]
         keys, values = (kernels.numbers(x) for x in presents)
-        expected = attend(layer, q, keys, values, seen)
-        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
+        if not kernels.integers(layer, sequence):
+            expected = attend(layer, q, keys, values, seen)
+            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
+            continue
+        # The reference rounds a number of the query that lies on a border now and then to the other side.
+        expected = attend(layer, kernels.rounded(q), keys, values, seen)
+        assert np.linalg.norm(out - expected) <= 2e-3 * np.linalg.norm(expected)
 
 
 def stored(kernels: Kernels, x: Array) -> Array:
