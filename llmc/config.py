@@ -30,6 +30,14 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class CacheType(StrEnum):
+    """Element type of the KV cache of compiled kernels; int8 has a scale per token and head."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class Metric(StrEnum):
     """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
 
@@ -47,6 +55,8 @@ class Metric(StrEnum):
     DECODE_MAX_ABS = "decode.max_abs"
     RAGGED_MAX_ABS = "ragged.max_abs"
     WINDOW_MAX_ABS = "window.max_abs"
+    CACHE_KL_MEAN = "cache.kl_mean"
+    CACHE_KL_MAX = "cache.kl_max"
     DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
     TEXT_KL_P99 = "text.kl_p99"
@@ -322,6 +332,7 @@ class Target(_Strict):
     Args:
         kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
             Runtime what they cannot take.
+        kv_cache: Element type of the KV cache, for `compiled` kernels alone; elsewhere it is `dtype`.
     """
 
     schema_version: Literal[1]
@@ -332,6 +343,7 @@ class Target(_Strict):
     dtype: Annotated[Dtype, Field(strict=False)]
     logits: Literal["last", "all"]
     kernels: Literal["onnxruntime", "compiled"] = "onnxruntime"
+    kv_cache: Annotated[CacheType, Field(strict=False)] | None = None
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
@@ -345,6 +357,10 @@ class Target(_Strict):
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
         if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
+        if self.kv_cache is not None and self.kernels != "compiled":
+            raise ValueError(
+                "kv_cache goes with kernels: compiled; elsewhere the KV cache is of the type dtype"
+            )
         if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
         return self

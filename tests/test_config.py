@@ -28,6 +28,8 @@ def test_a_prompt_fits_the_cache() -> None:
         ("tensorrt-fp16", {"provider": "cpu"}, "backend tensorrt needs provider cuda"),
         ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine goes with backend tensorrt"),
         ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 goes with backend tensorrt"),
+        ("cpu-int4", {"kv_cache": "int8"}, "kv_cache goes with kernels: compiled"),
+        ("cpu-int4-compiled", {"kv_cache": "int4"}, "Input should be 'float32', 'float16' or 'int8'"),
         ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine goes with backend tensorrt"),
         (
             "tensorrt-fp16",

@@ -1,13 +1,16 @@
 // Attention of grouped queries (Ainslie et al. 2023) over an appended cache, with running softmax (Milakov and
-// Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, width) float32.
+// Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, elements of a row).
 #pragma once
+#include "cache.h"
+#include "few.h"
 #include "program.h"
 #include "simd.h"
 
 namespace llmc {
 
-template <int Heads, int KvHeads, int D, int Rotated, bool Interleaved>
+template <int Heads, int KvHeads, int D, int Rotated, bool Interleaved, template <int> class Type = FloatRows>
 struct Attention {
+  using Rows = Type<D>;
   static constexpr int group = Heads / KvHeads;
   static constexpr int vectors = D / kLanes;
   static constexpr int keys_of_tile = 64;
@@ -15,9 +18,10 @@ struct Attention {
   static constexpr int rows_of_tile = queries_of_tile * group;
   static constexpr int rows_of_block = 4;
   static constexpr int keys_of_split = 256;
+  static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
   static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
-  static constexpr size_t scratch =
-      sizeof(float) * (static_cast<size_t>(rows_of_tile) * (2 * D + 2 + keys_of_tile) + D * keys_of_tile) + 256;
+  static constexpr size_t scratch = sizeof(float) * (static_cast<size_t>(rows_of_tile) * (2 * D + 2 + keys_of_tile) +
+                                                     (Rows::floats ? 1 : 2) * D * keys_of_tile) + 256;
   static_assert(D % kLanes == 0 && Heads % KvHeads == 0, "whole vectors and whole groups");
 
   /// Whether the step runs by splits of the keys instead of tiles of queries.
@@ -34,9 +38,9 @@ struct Attention {
   static int64_t before(const Run& run, const Op& op, int64_t b) {
     return run.sequence == run.total ? 0 : after(run, op, b) - run.sequence;
   }
-  static float* slot(const Run& run, int32_t tensor, int64_t b, int64_t head, int64_t position) {
+  static uint8_t* slot(const Run& run, int32_t tensor, int64_t b, int64_t head, int64_t position) {
     const int64_t slots = run.shapes[tensor].dims[2];
-    return run.tensor<float>(tensor) + ((b * KvHeads + head) * slots + position) * D;
+    return run.tensor<uint8_t>(tensor) + ((b * KvHeads + head) * slots + position) * Rows::bytes;
   }
 
   static const char* check(const Run& run, const Op& op) {
@@ -51,7 +55,8 @@ struct Attention {
     }
     for (int i = 0; i < 4; i++) {
       const Shape& shape = run.shapes[op.cache[i]];
-      if (shape.rank != 4 || shape.dims[0] != run.batch || shape.dims[1] != KvHeads || shape.dims[3] != D)
+      if (shape.rank != 4 || shape.dims[0] != run.batch || shape.dims[1] != KvHeads ||
+          shape.dims[3] != Rows::elements)
         return "a KV cache has another shape than the model was compiled for";
     }
     return nullptr;
@@ -62,9 +67,8 @@ struct Attention {
   static void carry(const Run& run, const Op& op, uint32_t index, Scratch&) {
     const int64_t b = index / KvHeads, head = index % KvHeads, tokens = before(run, op, b);
     for (int i = 0; i < 2; i++) {
-      if (run.tensor<float>(op.cache[i]) == run.tensor<float>(op.cache[2 + i]) || tokens == 0) continue;
-      std::memcpy(slot(run, op.cache[2 + i], b, head, 0), slot(run, op.cache[i], b, head, 0),
-                  sizeof(float) * tokens * D);
+      if (run.tensor<uint8_t>(op.cache[i]) == run.tensor<uint8_t>(op.cache[2 + i]) || tokens == 0) continue;
+      std::memcpy(slot(run, op.cache[2 + i], b, head, 0), slot(run, op.cache[i], b, head, 0), tokens * Rows::bytes);
     }
   }
 
@@ -78,8 +82,10 @@ struct Attention {
       for (int i = 0; i < D; i += kLanes) store(query + h * D + i, load(query + h * D + i) * all(op.x));
     }
     for (int h = 0; h < KvHeads; h++) {
-      rotate(run, op, run.at(op.b, row) + h * D, slot(run, op.cache[2], b, h, position), position);
-      std::memcpy(slot(run, op.cache[3], b, h, position), run.at(op.c, row) + h * D, sizeof(float) * D);
+      float key[D];
+      rotate(run, op, run.at(op.b, row) + h * D, key, position);
+      Rows::put(slot(run, op.cache[2], b, h, position), key);
+      Rows::put(slot(run, op.cache[3], b, h, position), run.at(op.c, row) + h * D);
     }
   }
 
@@ -132,8 +138,8 @@ struct Attention {
                   b = index / count / KvHeads;
     float* scores = reinterpret_cast<float*>(scratch.bytes);  // group x keys_of_split
     static_assert(scratch_floats() >= static_cast<size_t>(group) * keys_of_split, "room for the scores");
-    const float* keys = slot(run, op.cache[2], b, head, 0);
-    const float* values = slot(run, op.cache[3], b, head, 0);
+    const uint8_t* keys = slot(run, op.cache[2], b, head, 0);
+    const uint8_t* values = slot(run, op.cache[3], b, head, 0);
     for (int64_t token = 0; token < run.sequence; token++) {
       const int64_t row = b * run.sequence + token;
       const Range range = seen(run, op, b, before(run, op, b) + token);
@@ -149,7 +155,7 @@ struct Attention {
       }
       if (start >= stop) continue;
       const int64_t length = stop - start;
-      score(op, query, keys + start * D, length, scores);
+      score(op, query, keys + start * Rows::bytes, length, scores);
       for (int h = 0; h < group; h++) {
         float* s = scores + h * keys_of_split;
         F top = all(-3e38f);
@@ -164,67 +170,37 @@ struct Attention {
         results[h][D] = peak;
         results[h][D + 1] = sum(total);
       }
-      weigh(values + start * D, length, scores, results);
+      weigh(values + start * Rows::bytes, length, scores, results);
     }
   }
 
   static constexpr size_t scratch_floats() { return scratch / sizeof(float); }
 
-  template <int Step>
-  static F fold(F a, F b) {
-    if constexpr (Step == 1)
-      return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-             __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    if constexpr (Step == 2)
-      return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-             __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    if constexpr (Step == 4)
-      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-             __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
+  /// Heads whose queries are in registers together.
+  static constexpr int heads_of_block = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
 
-  /// Scores of `length` keys for each query of the group, 16 keys at a time; lanes beyond the end are -3e38.
-  static void score(const Op& op, const float* query, const float* keys, int64_t length, float* scores) {
-    F q[group][vectors];
-    for (int h = 0; h < group; h++)
-      for (int v = 0; v < vectors; v++) q[h][v] = load(query + h * D + v * kLanes);
+  /// Scores of `length` keys for each query of the group; lanes beyond the end are -3e38.
+  static void score(const Op& op, const float* query, const uint8_t* keys, int64_t length, float* scores) {
+    for (int h = 0; h < group; h += heads_of_block)
+      score_keys<Rows, D, heads_of_block, integers>(query + h * D, keys, length, scores + h * keys_of_split,
+                                                    keys_of_split);
     const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t t = 0; t < length; t += kLanes) {
-      F part[group][kLanes];
-      for (int i = 0; i < kLanes; i++) {
-        const float* key = keys + (t + i < length ? t + i : length - 1) * D;
-        for (int v = 0; v < vectors; v++) {
-          const F k = load(key + v * kLanes);
-          for (int h = 0; h < group; h++) part[h][i] = v ? part[h][i] + k * q[h][v] : k * q[h][v];
-        }
-      }
-      for (int h = 0; h < group; h++) {
-        F* p = part[h];
-        for (int i = 0; i < 8; i++) p[i] = fold<1>(p[2 * i], p[2 * i + 1]);
-        for (int i = 0; i < 4; i++) p[i] = fold<2>(p[2 * i], p[2 * i + 1]);
-        for (int i = 0; i < 2; i++) p[i] = fold<4>(p[2 * i], p[2 * i + 1]);
-        const F score = bend(op, fold<8>(p[0], p[1]));
-        store(scores + h * keys_of_split + t, lane < all(static_cast<float>(length - t)) ? score : all(-3e38f));
-      }
+    const int64_t last = (length - 1) / kLanes * kLanes;
+    for (int h = 0; h < group; h++) {
+      float* s = scores + h * keys_of_split;
+      if (op.y > 0)
+        for (int64_t t = 0; t < length; t += kLanes) store(s + t, bend(op, load(s + t)));
+      store(s + last, lane < all(static_cast<float>(length - last)) ? load(s + last) : all(-3e38f));
     }
   }
 
-  static void weigh(const float* values, int64_t length, const float* scores, float* const* results) {
-    constexpr int heads = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
-    for (int h0 = 0; h0 < group; h0 += heads) {
-      F out[heads][vectors];
-      for (int h = 0; h < heads; h++)
-        for (int v = 0; v < vectors; v++) out[h][v] = F{};
-      for (int64_t t = 0; t < length; t++) {
-        for (int v = 0; v < vectors; v++) {
-          const F value = load(values + t * D + v * kLanes);
-          for (int h = 0; h < heads; h++) out[h][v] += all(scores[(h0 + h) * keys_of_split + t]) * value;
-        }
-      }
-      for (int h = 0; h < heads; h++)
-        for (int v = 0; v < vectors; v++) store(results[h0 + h] + v * kLanes, out[h][v]);
+  static void weigh(const uint8_t* values, int64_t length, const float* scores, float* const* results) {
+    for (int h = 0; h < group; h += heads_of_block) {
+      const float* weights = scores + h * keys_of_split;
+      if constexpr (integers)
+        sum_codes<Rows, D, heads_of_block, keys_of_split>(values, length, weights, keys_of_split, results + h);
+      else
+        sum_values<Rows, D, heads_of_block>(values, length, weights, keys_of_split, results + h);
     }
   }
 
@@ -267,6 +243,7 @@ struct Attention {
     float* turned = scores + rows_of_tile * keys_of_tile;
     float* peaks = turned + D * keys_of_tile;
     float* totals = peaks + rows_of_tile;
+    float* room = totals + rows_of_tile;  // a tile of keys or values in float32, where the cache has another type
     for (int i = 0; i < rows * D; i += kLanes) store(out + i, F{});
     for (int r = 0; r < rows; r++) {
       peaks[r] = -3e38f;
@@ -276,8 +253,8 @@ struct Attention {
     const int64_t stop = seen(run, op, b, position + tokens - 1).stop;
     for (int64_t t = start; t < stop; t += keys_of_tile) {
       const int length = static_cast<int>(stop - t < keys_of_tile ? stop - t : keys_of_tile);
-      const float* values = slot(run, op.cache[3], b, head, t);
-      turn(slot(run, op.cache[2], b, head, t), length, turned);
+      turn(decode(slot(run, op.cache[2], b, head, t), length, room), length, turned);
+      const float* values = decode(slot(run, op.cache[3], b, head, t), length, room);
       int r = 0;
       for (; r + rows_of_block <= rows; r += rows_of_block)
         products<rows_of_block>(run, op, b, head, first, r, turned, scores);
@@ -295,6 +272,16 @@ struct Attention {
       const F inverse = all(totals[r] > 0 ? 1.0f / totals[r] : 0.0f);
       for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(out + r * D + v * kLanes) * inverse);
     }
+  }
+
+  /// Rows of the cache in float32: those of the cache itself, or decoded into `room`.
+  static const float* decode(const uint8_t* rows, int length, float* room) {
+    if constexpr (Rows::floats) return reinterpret_cast<const float*>(rows);
+    for (int t = 0; t < length; t++, rows += Rows::bytes) {
+      const F scale = all(Rows::scale(rows));
+      for (int i = 0; i < D; i += kLanes) store(room + t * D + i, Rows::get(rows, i) * scale);
+    }
+    return room;
   }
 
   /// Keys of a tile, (keys, D) to (D, keys), zeros beyond the end.

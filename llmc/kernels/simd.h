@@ -119,6 +119,30 @@ inline F load_half(const uint16_t* p) {
 #endif
 }
 
+/// 16 floats, rounded to half precision.
+inline void store_half(uint16_t* p, F v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  union { F whole; __m256 half[2]; } u;
+  u.whole = v;
+  for (int i = 0; i < 2; i++)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_cvtps_ph(u.half[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  typedef _Float16 H __attribute__((vector_size(32), aligned(2), may_alias));
+  *reinterpret_cast<H*>(p) = __builtin_convertvector(v, H);
+#endif
+}
+
+/// 16 signed bytes as floats.
+inline F load_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  return to_float(__builtin_convertvector(*static_cast<const B16Any*>(p), I));
+#endif
+}
+
 #if defined(__ARM_FEATURE_DOTPROD)
 /// c + the four products of signed bytes of a with signed bytes of b, in each lane.
 inline I dot_signed(I c, I a, I b) {
@@ -183,6 +207,22 @@ inline I dot_stored(I c, I a, I b) {
   return dot_signed(c, a, b);
 #else
   return dot<Bits>(c, a, b);
+#endif
+}
+
+/// c + the two products of signed 16-bit halves of a with those of b, in each lane.
+inline I dot_pairs(I c, I a, I b) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  union { I whole; __m256i half[2]; } u, x, y;
+  u.whole = c;
+  x.whole = a;
+  y.whole = b;
+  for (int i = 0; i < 2; i++) u.half[i] = _mm256_add_epi32(u.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
+  return u.whole;
+#else
+  return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 

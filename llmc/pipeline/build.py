@@ -52,8 +52,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         compiled = compile_graph(checkpoint, plan.target, progress)
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
-        interface = compiled.graph.interface()
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
+        interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
             if plan.target.engine is not None and plan.target.engine.calibration is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.config import Profile, Target
+from llmc.config import CacheType, Profile, Target
 from llmc.errors import ConfigError, ResourceError
 from llmc.progress import Progress
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelStage:
-    """A compiler and the instruction set to compile for, found before any work is done."""
+    """A compiler and what to compile for, found before any work is done."""
 
     compiler: Compiler
     isa: InstructionSet
+    cache: CacheType
 
     @classmethod
     def prepare(cls, target: Target, profile: Profile) -> KernelStage | None:
@@ -39,7 +40,7 @@ class KernelStage:
         if target.kernels != "compiled":
             return None
         isa = choose_isa(profile.isa, profile.name)
-        return cls(find_compiler(isa.machine), isa)
+        return cls(find_compiler(isa.machine), isa, target.kv_cache or CacheType.FLOAT32)
 
     @property
     def runs_here(self) -> bool:
@@ -52,7 +53,7 @@ class KernelStage:
         from llmc.backends.compiled.lower import LIBRARY, compile_kernels
 
         with progress.stage("kernels"):
-            made = compile_kernels(graph, self.isa, self.compiler)
+            made = compile_kernels(graph, self.isa, self.compiler, self.cache)
             (folder / LIBRARY).write_bytes(made.library)
         progress.note(
             f"kernels: {made.regions} regions of {made.nodes} operators for {made.isa}, {made.compiler}"

@@ -9,13 +9,15 @@ import numpy as np
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
-from llmc.validate.measure import max_abs, measure, measured, unmeasured
+from llmc.validate.distribution import log_softmax
+from llmc.validate.measure import max_abs, measure, measured, require_comparable, unmeasured
 from llmc.validate.ragged import Row, compare_ragged
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
 
 Array = np.ndarray
 
+CACHE = (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)
 #: Prompt lengths of the prefill level, in tokens.
 PREFILL_LENGTHS = (1, 2, 17, 128, 512)
 #: Prompt lengths and teacher-forced steps of the decode level.
@@ -32,6 +34,8 @@ RAGGED_STEPS = 8
 WINDOW_STEPS = 6
 #: How far a prompt goes beyond a sliding window, at most.
 WINDOW_EXCESS = 64
+#: Teacher-forced steps at the end of the longest context, where the KV cache is narrower than the logits.
+CACHE_STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Parity:
             *measure((Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1), where, self.decode),
             *measure((Metric.RAGGED_MAX_ABS,), where, self.ragged),
             *measure((Metric.WINDOW_MAX_ABS,), where, self.window),
+            *(measure(CACHE, where, self.cache) if self._narrow() else ()),
         )
 
     def prefill(self) -> tuple[Measurement, ...]:
@@ -220,6 +225,41 @@ class Parity:
         )
         worst = max(figures.values())
         return (measured(Metric.WINDOW_MAX_ABS, worst, detail, self.model.where, figures),)
+
+    def cache(self) -> tuple[Measurement, ...]:
+        """KL divergence over cached steps at the end of the longest context that there is room for.
+
+        The original has nothing rounded but the artifact's weights, so that all that a narrow cache loses is
+        in it, and whatever else the artifact rounds.
+        """
+        prompt = min(self._longest(), self._limit()) - CACHE_STEPS
+        if prompt < 1:
+            why = f"{CACHE_STEPS} steps do not fit into {self._longest()} positions"
+            return tuple(self._not_measured(m, MeasurementStatus.NOT_MEASURED, why) for m in CACHE)
+        sequence = self._cut(prompt + CACHE_STEPS, 0)
+        expected = self.reference.logits(sequence, keep=CACHE_STEPS)
+        self.model.prefill(sequence[None, :prompt], steps=CACHE_STEPS)
+        kl = []
+        for step in range(CACHE_STEPS):
+            logits = self.model.decode(sequence[None, prompt + step : prompt + step + 1])[0, -1]
+            require_comparable(logits, expected[step].shape, f"step {step + 1} after {prompt} tokens")
+            p, q = log_softmax(expected[step]), log_softmax(logits)
+            kl.append(float((np.exp(p) * (p - q)).sum(dtype=np.float64)))
+        detail = f"{CACHE_STEPS} steps after {prompt} tokens, the original with the artifact's weights"
+        where = self.model.where
+        return (
+            measured(CACHE[0], float(np.mean(kl)), detail, where),
+            measured(CACHE[1], max(kl), detail, where),
+        )
+
+    def _narrow(self) -> bool:
+        """Whether keys or values are stored in fewer bytes than logits are computed in."""
+        interface = self.model.interface
+        if interface.static_cache:  # one type for all of it
+            return False
+        sizes = {s.name: np.dtype(s.dtype).itemsize for s in (*interface.inputs, *interface.outputs)}
+        pasts = [name for slot in interface.cache for name in (slot.past_key, slot.past_value)]
+        return any(sizes[name] < sizes["logits"] for name in pasts)
 
     def _alone(self, prompt: int, what: str) -> float:
         """Largest difference after a prompt and over WINDOW_STEPS decode steps, batch 1."""

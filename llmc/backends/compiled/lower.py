@@ -14,11 +14,13 @@ from importlib.resources import files
 
 import onnx_ir as ir
 
+from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import DOMAIN, InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import MICROSOFT
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
+from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.model import PACKED, Graph
 
@@ -52,14 +54,18 @@ class CompiledKernels:
     source: str
 
 
-def compile_kernels(graph: Graph, isa: InstructionSet, compiler: Compiler) -> CompiledKernels:
+def compile_kernels(
+    graph: Graph, isa: InstructionSet, compiler: Compiler, cache: CacheType = CacheType.FLOAT32
+) -> CompiledKernels:
     """Replace what kernels can take by operators of domain `llmc.compiled`, and compile them.
 
     Args:
         graph: Lowered and quantized; changed in place. Weights are packed when they are written.
+        cache: Type of the KV cache afterwards.
 
     Raises:
-        UnsupportedError: There is nothing for kernels in the graph.
+        UnsupportedError: There is nothing for kernels in the graph, or they cannot hold the cache of every
+            layer in its type.
         ResourceError: The compiler fails.
     """
     levels, reasons = _levels(graph.graph)
@@ -75,7 +81,7 @@ def compile_kernels(graph: Graph, isa: InstructionSet, compiler: Compiler) -> Co
         if not any((n.domain, n.op_type) in _CORE for n in nodes):
             outside.update((n.op_type, "nothing beside it is worth a kernel") for n in nodes)
             continue
-        builder = RegionBuilder(nodes, graph.graph, packed)
+        builder = RegionBuilder(nodes, graph.graph, packed, cache)
         builder.build()
         builders.append(builder)
         replaced += len(nodes)
@@ -83,6 +89,8 @@ def compile_kernels(graph: Graph, isa: InstructionSet, compiler: Compiler) -> Co
     if not builders:
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(outside))
         raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
+    if cache is not CacheType.FLOAT32:
+        narrow_cache(graph, cache, {past for b in builders for past in b.pasts.values()}, reasons)
     texts = [_region_text(builder, index) for index, builder in enumerate(builders)]
     replaced_by: dict[ir.Value, ir.Value] = {}
     for index, builder in enumerate(builders):

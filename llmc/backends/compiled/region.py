@@ -33,7 +33,11 @@ from llmc.backends.compiled.program import (
     Space,
     Tensor,
 )
+from llmc.config import CacheType
 from llmc.graph.weights import LazyWeight, WeightGroup
+
+#: Types of llmc/kernels/cache.h.
+ROWS = {CacheType.FLOAT32: "FloatRows", CacheType.FLOAT16: "HalfRows", CacheType.INT8: "ByteRows"}
 
 
 @dataclass
@@ -43,12 +47,14 @@ class RegionBuilder:
     Args:
         inside: Its nodes, in order.
         packed: Initializers that hold packed weights, by the group of the codes; shared by all regions.
+        cache: Type that keys and values are to be stored in; the graph's own is still float32.
         layouts: Of those that the region reads, by name.
     """
 
     inside: Sequence[ir.Node]
     graph: ir.Graph
     packed: dict[int, ir.Value]
+    cache: CacheType
     program: Program = field(default_factory=Program)
     inputs: dict[ir.Value, Tensor] = field(default_factory=dict)
     weights: dict[ir.Value, Tensor] = field(default_factory=dict)
@@ -314,7 +320,8 @@ class RegionBuilder:
             positions, half = (int(d) for d in dims_of(cos))
             rotated, interleaved = 2 * half, bool(node.attributes.get_int("rotary_interleaved", 0))
             fields |= {"cos": self.weight(cos), "sin": self.weight(sin), "limit": positions}
-        kind = f"Attention<{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}>"
+        geometry = f"{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}"
+        kind = f"Attention<{geometry}, {ROWS[self.cache]}>"
         caches = [self.input(past_key), self.input(past_value)]
         for past, present in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
             self.pasts[present] = past

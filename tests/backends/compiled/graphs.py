@@ -10,7 +10,7 @@ from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet
 from llmc.backends.compiled.lower import LIBRARY, CompiledKernels, compile_kernels
 from llmc.backends.ort import write_model
 from llmc.backends.toolchain import find_compiler
-from llmc.config import WeightScheme
+from llmc.config import CacheType, WeightScheme
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.machine import detect_profile
@@ -91,9 +91,11 @@ class GraphBuilder:
         return Graph(ir.Model(graph, ir_version=10), cache=(), layers=1)
 
 
-def write_compiled(graph: Graph, folder: Path, isa: InstructionSet) -> CompiledKernels:
+def write_compiled(
+    graph: Graph, folder: Path, isa: InstructionSet, cache: CacheType = CacheType.FLOAT32
+) -> CompiledKernels:
     """Compile `graph` and write model and library to `folder`."""
-    made = compile_kernels(graph, isa, find_compiler())
+    made = compile_kernels(graph, isa, find_compiler(), cache)
     (folder / LIBRARY).write_bytes(made.library)
     write_model(graph.model, folder)
     return made

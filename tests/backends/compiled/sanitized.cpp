@@ -91,15 +91,20 @@ template <class A>
 void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_heads, int width, int32_t window) {
   const int64_t slots = past + sequence, rows = batch * sequence;
   const int32_t all = heads * width, few = kv_heads * width;
-  std::vector<std::unique_ptr<float, Free>> caches;
+  std::vector<std::vector<uint8_t>> caches;
   for (int i = 0; i < 2; i++) {
-    caches.push_back(room<float>(batch * slots * few));
-    for (int64_t k = 0; k < batch * slots * few; k++) caches.back().get()[k] = noise();
+    const int64_t count = batch * slots * kv_heads;
+    caches.emplace_back(count * A::Rows::bytes);
+    for (int64_t k = 0; k < count; k++) {
+      std::vector<float> numbers(width);
+      for (float& number : numbers) number = noise();
+      A::Rows::put(caches.back().data() + k * A::Rows::bytes, numbers.data());
+    }
   }
   std::vector<int32_t> lengths(batch, static_cast<int32_t>(slots - 1));
   std::vector<float> tables(slots * width / 2, 0.5f);
-  void* tensors[] = {caches[0].get(), caches[1].get(), lengths.data(), tables.data()};
-  const Shape shape{{batch, kv_heads, slots, width}, 4};
+  void* tensors[] = {caches[0].data(), caches[1].data(), lengths.data(), tables.data()};
+  const Shape shape{{batch, kv_heads, slots, A::Rows::elements}, 4};
   const Shape shapes[] = {shape, shape, {}, {}};
   auto memory = room<float>(rows * (3 * all + 2 * few));
   for (int64_t i = 0; i < rows * (3 * all + 2 * few); i++) memory.get()[i] = noise();
@@ -131,6 +136,14 @@ void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_hea
   note(run.at(op.out, 0), rows * all);
 }
 
+template <class A>
+void attend_all(int heads, int kv_heads, int width) {
+  attend<A>(1, 1, 700, heads, kv_heads, width, 0);
+  attend<A>(2, 70, 0, heads, kv_heads, width, 20);
+  attend<A>(1, 9, 130, heads, kv_heads, width, 0);
+  attend<A>(1, 1, 0, heads, kv_heads, width, 0);
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -139,11 +152,10 @@ int main(int count, char** names) {
     product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
     product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
   }
-  using A = llmc::Attention<6, 2, 32, 32, false>;
-  attend<A>(1, 1, 700, 6, 2, 32, 0);
-  attend<A>(2, 70, 0, 6, 2, 32, 20);
-  attend<A>(1, 9, 130, 6, 2, 32, 0);
-  attend<A>(1, 1, 0, 6, 2, 32, 0);
+  attend_all<llmc::Attention<6, 2, 32, 32, false>>(6, 2, 32);
+  attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::HalfRows>>(6, 2, 32);
+  attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::ByteRows>>(6, 2, 32);
+  attend_all<llmc::Attention<3, 1, 64, 64, false, llmc::ByteRows>>(3, 1, 64);
   if (values != nullptr) std::fclose(values);
   std::printf("%d\n", broken);
 }

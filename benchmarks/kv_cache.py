@@ -1,0 +1,181 @@
+"""What the type of the KV cache costs and gives, compiled kernels: quality and speed by context.
+
+    python benchmarks/kv_cache.py [--contexts 128 1024 4096] [--no-speed] [--no-quality]
+
+Builds one checkpoint with a cache in float32, float16 and int8, which differ in nothing else. Quality:
+windows of the evaluation text, all but the last tokens prefilled and those decoded one by one; NLL and KL
+divergence to PyTorch in float32, and KL divergence to the same kernels over a float32 cache. CPU time: of
+decode steps on one thread, over caches of noise, for a machine that others use as well. Speed: a process of
+onnxruntime-genai each, asked in turn. Ratios are to float32, with the range of the rounds' own ratios.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from rich.console import Console
+from serving import Runner, model_bytes, ratio
+from sources import NAMES, checkpoint
+
+from llmc.artifact.store import open_artifact
+from llmc.checkpoint import Checkpoint, open_checkpoint
+from llmc.config import CacheType
+from llmc.data import eval_text
+from llmc.pipeline import build
+from llmc.pipeline.original import tokenize
+from llmc.plan import plan_build
+from llmc.progress import TerminalProgress
+from llmc.validate.distribution import log_softmax
+from llmc.validate.reference import TorchModel
+from llmc.validate.session import OrtModel, shares_buffer
+
+#: Tokens of text that are measured at each context, over all windows, and most of one window.
+MEASURED, STEPS = 512, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--steps", type=int, default=48, help="timed tokens after each prompt")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--no-cpu-time", action="store_true")
+    parser.add_argument("--no-quality", action="store_true")
+    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    options = parser.parse_args()
+    source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
+    folders = {cache: make(source, cache, options) for cache in CacheType}
+    print(describe())
+    if not options.no_quality:
+        for context in options.contexts:
+            quality(source, folders, context, options)
+    if not options.no_cpu_time:
+        cpu_time(folders, options)
+    if not options.no_speed:
+        speed(folders, options)
+
+
+def make(source: Checkpoint, cache: CacheType, options: argparse.Namespace) -> Path:
+    output: Path = options.cache / f"{options.checkpoint}-kv-{cache.value}"
+    plan = plan_build(
+        str(source.path), target="cpu-int4-compiled", profile="local", output=output, verify=False
+    )
+    target = plan.target.model_copy(update={"kv_cache": cache})
+    build(plan.model_copy(update={"target": target}), TerminalProgress(Console(stderr=True)))
+    return output
+
+
+def quality(
+    source: Checkpoint, folders: dict[CacheType, Path], context: int, options: argparse.Namespace
+) -> None:
+    tokens, start = tokenize(source.tokenizer(), eval_text())
+    length = context + STEPS - len(start)
+    count = min(MEASURED // STEPS, len(tokens) // length)
+    stride = len(tokens) // count
+    windows = np.array([[*start, *tokens[i * stride : i * stride + length]] for i in range(count)])
+    file = options.cache / f"{options.checkpoint}-{context}-logits.npy"
+    if not file.is_file():
+        model = TorchModel(source.load_reference())
+        np.save(file, np.stack([model.logits(row[:-1], keep=STEPS) for row in windows]))
+        del model
+    original = log_softmax(np.load(file))
+    wide = None
+    for cache, folder in folders.items():
+        found = log_softmax(decoded(folder, windows, options.threads))
+        wide = found if wide is None else wide
+        following = windows[:, -STEPS:, None]
+        change = np.take_along_axis(original - found, following, axis=-1).mean()
+        apart = divergence(wide, found)
+        print(
+            f"context {context:5} {cache.value:8} dNLL {change:+.4f}, "
+            f"KL {divergence(original, found).mean():.4f}, to float32's cache {apart.mean():.1e}, "
+            f"largest {apart.max():.1e}; {count} windows, {count * STEPS} tokens",
+            flush=True,
+        )
+
+
+def decoded(folder: Path, windows: np.ndarray, threads: int) -> np.ndarray:
+    """Logits (windows, STEPS, vocabulary) that speak of the last STEPS tokens of each window."""
+    model = OrtModel(
+        folder, open_artifact(folder).manifest.interface, threads=threads, share_buffer=shares_buffer(folder)
+    )
+    made = []
+    for row in windows:
+        first = model.prefill(row[None, :-STEPS], steps=STEPS)[:, -1]
+        steps = [model.decode(row[None, i : i + 1])[:, -1] for i in range(len(row) - STEPS, len(row) - 1)]
+        made.append(np.concatenate([first, *steps]))
+    return np.stack(made)
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL divergence of each position, nats, from log-probabilities."""
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def cpu_time(folders: dict[CacheType, Path], options: argparse.Namespace) -> None:
+    rng = np.random.default_rng(0)
+    slots = max(options.contexts) + options.rounds * options.steps + 1
+    models = {}
+    for cache, folder in folders.items():
+        model = OrtModel(folder, open_artifact(folder).manifest.interface, threads=1, share_buffer=True)
+        model.prefill(np.array([[5]]), steps=slots)
+        for value in model._cache:
+            value.update_inplace(noise(cache, value.shape(), rng))
+        models[cache] = model
+    for context in options.contexts:
+        times: dict[CacheType, list[float]] = {cache: [] for cache in models}
+        for round_ in range(options.rounds):
+            for cache in models if round_ % 2 else reversed(models):
+                models[cache]._mask = np.ones((1, context), np.int64)
+                start = time.thread_time()
+                for _ in range(options.steps):
+                    models[cache].decode(np.array([[7]]))
+                times[cache].append(1e3 * (time.thread_time() - start) / options.steps)
+        for cache, taken in times.items():
+            print(
+                f"context {context:5} {cache.value:8} {np.median(taken):.2f} ms of CPU a step, "
+                f"{ratio(times[CacheType.FLOAT32], taken)} x float32's",
+                flush=True,
+            )
+
+
+def noise(cache: CacheType, shape: list[int], rng: np.random.Generator) -> np.ndarray:
+    """A cache of normally distributed rows."""
+    if cache is not CacheType.INT8:
+        return rng.standard_normal(shape, np.float32).astype(cache.value)
+    x = rng.standard_normal((*shape[:-1], shape[-1] - 4), np.float32)
+    scales = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.concatenate([np.rint(x / scales).astype(np.int8), scales.view(np.int8)], axis=-1)
+
+
+def speed(folders: dict[CacheType, Path], options: argparse.Namespace) -> None:
+    runners = [Runner(cache.value, folder, model_bytes(folder)) for cache, folder in folders.items()]
+    for runner in runners:
+        runner.start(options.threads)
+    for prompt in options.contexts:
+        for round_ in range(-1, options.rounds):
+            for runner in runners if round_ % 2 else reversed(runners):
+                runner.ask(prompt, options.steps, counted=round_ >= 0)
+            print(f"\rprompt {prompt}, round {round_ + 1} of {options.rounds} ", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        for runner in runners:
+            step, base = runner.step_ms[prompt], runners[0].step_ms[prompt]
+            print(
+                f"context {prompt:5} {runner.name:8} {1e3 / np.median(step):.1f} tok/s, "
+                f"{ratio(base, step)} x float32's, peak {runner.peak_bytes / 1e6:.0f} MB",
+                flush=True,
+            )
+    for runner in runners:
+        runner.stop()
+
+
+if __name__ == "__main__":
+    main()

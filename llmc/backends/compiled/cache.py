@@ -1,0 +1,55 @@
+"""The KV cache of a graph in another type than float32, where kernels hold it in all layers."""
+
+from collections.abc import Mapping, Set
+
+import onnx_ir as ir
+
+from llmc.backends.compiled.operands import MICROSOFT, dims_of
+from llmc.config import CacheType
+from llmc.errors import UnsupportedError
+from llmc.graph.interface import CacheSlot
+from llmc.graph.model import Graph
+
+_TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
+#: Elements of a row besides its numbers: an int8 row ends in a float32, its scale (llmc/kernels/cache.h).
+_EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: 4}
+
+
+def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: Mapping[ir.Node, str]) -> None:
+    """Change the type, and where it takes scales the width, of every past and present.
+
+    A runtime allocates one type for all layers, so that it is all of them or none.
+
+    Args:
+        held: Pasts of the attention that kernels compute.
+        reasons: Why nodes stay with ONNX Runtime.
+
+    Raises:
+        UnsupportedError: ONNX Runtime's operators read the past of some layer.
+    """
+    values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
+    left = [slot for slot in graph.cache if not {values[slot.past_key], values[slot.past_value]} <= held]
+    if left:
+        attention = (MICROSOFT, "GroupQueryAttention")
+        whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
+        why = whys[0] if whys else "it is in plain operators"
+        raise UnsupportedError(
+            f"a KV cache in {cache.value} needs compiled attention in every layer; {len(left)} of "
+            f"{len(graph.cache)} stay with ONNX Runtime: {why}",
+            hint="use kv_cache: float32, as cpu-int4-compiled does",
+        )
+    slots = []
+    for slot in graph.cache:
+        for name in (slot.past_key, slot.past_value, slot.present_key, slot.present_value):
+            value = values[name]
+            *dims, width = dims_of(value)
+            value.type = ir.TensorType(_TYPES[cache])
+            value.shape = ir.Shape([*dims, int(width) + _EXTRA[cache]])
+        slots.append(_widen(slot, _EXTRA[cache]))
+    graph.cache = tuple(slots)
+
+
+def _widen(slot: CacheSlot, extra: int) -> CacheSlot:
+    return slot.model_copy(
+        update={"key_width": slot.key_width + extra, "value_width": slot.value_width + extra}
+    )
