@@ -321,6 +321,8 @@ class Target(_Strict):
     Args:
         kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
             Runtime what they cannot take.
+        lookup: Tokens that onnxruntime-genai drafts in a step by prompt lookup, whoever serves the
+            artifact. It then refuses batches, and needs logits of all tokens.
     """
 
     schema_version: Literal[1]
@@ -334,6 +336,7 @@ class Target(_Strict):
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
+    lookup: int | None = None
     gates: tuple[Gate, ...]
 
     @model_validator(mode="after")
@@ -346,6 +349,8 @@ class Target(_Strict):
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
+        if self.lookup is not None and (self.backend is Backend.TENSORRT or self.logits == "last"):
+            raise ValueError("lookup goes with backend onnxruntime and logits of all tokens")
         return self
 
 

@@ -1,9 +1,10 @@
 """Prompt lookup decoding (Saxena 2023): tokens drafted from the text so far, verified several in one step.
 
-onnxruntime-genai drafts and verifies (its n-gram decoding, since 0.18). It needs logits for every token of a step,
-where artifacts compute those of the last one. Which token that is, is one value of the graph: here it becomes the
-last few tokens of the step, in memory, over the same weights. A token that was drafted is kept where it is the most
-likely one, so that the text is the one without drafts as far as a step's numbers do not depend on its length.
+onnxruntime-genai drafts and verifies (its n-gram decoding, since 0.18). It needs logits for every token of a
+step, where artifacts compute those of the last one. Which token that is, is one value of the graph: here it
+becomes the last few tokens of the step, in memory, over the same weights. A drafted token is kept if it is
+the most likely one, so that the text is the one without drafts as far as the numbers of a step do not depend
+on its length.
 """
 
 from pathlib import Path
@@ -15,8 +16,7 @@ from llmc.backends.compiled.lower import SAME_TOKENS
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.interface import CHOSEN_TOKENS
 
-#: Tokens that must repeat before what came after them is drafted, and the one that follows: onnxruntime-genai's
-#: ngram_size.
+#: Tokens that must repeat for what came after them to be drafted, and one more: ngram_size of the runtime.
 NGRAM_SIZE = 4
 #: Drafted tokens of a step: onnxruntime-genai's limit of max_draft_tokens.
 MOST_DRAFTED = 16
@@ -43,24 +43,29 @@ def require_draft(draft: int, *, compiled: bool) -> None:
         raise ConfigError(f"{draft} tokens are to be drafted in a step", hint="ask for 1 or more")
     if draft > most:
         why = (
-            f"compiled kernels give up to {SAME_TOKENS} tokens the numbers that each has alone, {most} drafted ones"
+            f"compiled kernels give a token the numbers that it has alone beside {most} others at most"
             if compiled
             else f"onnxruntime-genai verifies {most} at most"
         )
         raise ConfigError(f"{draft} tokens are to be drafted in a step; {why}", hint=f"ask for 1 to {most}")
 
 
-def speculative_options(draft: int) -> dict[str, int]:
-    """Options of onnxruntime-genai, by its names: those of genai_config.json and of a generator."""
-    return {"ngram_size": NGRAM_SIZE, "max_draft_tokens": draft}
+def speculative_options(draft: int) -> dict[str, int | bool]:
+    """Options of onnxruntime-genai, by its names: those of genai_config.json and of a generator.
+
+    A chained lookup goes on behind the end of the text, so that what repeats in short is drafted in full.
+    """
+    return {"ngram_size": NGRAM_SIZE, "max_draft_tokens": draft, "ngram_chained_lookup": True}
 
 
 def piece_length(tokens: int) -> int:
     """Tokens of a prompt to run at once.
 
-    No piece is so short that kernels treat it as a step of decoding: what sums in another order would give the
-    prompt other numbers than in one piece.
+    No piece is so short that kernels take it for a step of decoding, which sums in another order: the prompt
+    would have other numbers than in one piece.
     """
+    if tokens <= SAME_TOKENS:
+        return _PIECE
     return next(n for n in range(_PIECE, 2 * _PIECE) if not 0 < tokens % n <= SAME_TOKENS)
 
 
@@ -93,7 +98,8 @@ def verifying_model(path: Path) -> bytes | None:
     chosen.replace_all_uses_with(tokens)
     _widen(first)
     _pad_logits(graph, logits, start)
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def _last_tokens(graph: ir.Graph, before: ir.Node, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -151,8 +157,7 @@ def _emit(
 
 def _constant(graph: ir.Graph, name: str, numbers: int | list[int]) -> ir.Value:
     tensor = ir.tensor(np.array(numbers, np.int64), name=f"{_PREFIX}/{name}")
-    value = ir.Value(
-        name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    shape, kind = ir.Shape(tensor.numpy().shape), ir.TensorType(ir.DataType.INT64)
+    value = ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value
