@@ -3,9 +3,9 @@
     python benchmarks/lookup.py [--artifact FOLDER …] [--draft 3 7 …] [--rounds 3]
 
 Summaries and edits of code repeat their prompt, chat does not: they are measured apart. Each prompt is
-continued plainly and with drafts, in turn, in one process with onnxruntime-genai. A ratio is the time of plain
-decoding over that with drafts, above 1 where drafts are faster: the median over prompts and rounds, with the
-range. Without --artifact the demo is built for cpu-int4-compiled.
+continued plainly and with drafts, in turn, in one process with onnxruntime-genai. A ratio is the time of a
+token plainly over that with drafts, above 1 where drafts are faster: the median over prompts and rounds, with
+the range. Without --artifact the demo is built for cpu-int4-compiled.
 """
 
 import argparse
