@@ -333,6 +333,8 @@ class Target(_Strict):
         kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
             Runtime what they cannot take.
         kv_cache: Element type of the KV cache, for `compiled` kernels alone; elsewhere it is `dtype`.
+        lookup: Tokens that onnxruntime-genai drafts in a step by prompt lookup, whoever serves the
+            artifact. It then refuses batches, and needs logits of all tokens.
     """
 
     schema_version: Literal[1]
@@ -347,6 +349,7 @@ class Target(_Strict):
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
+    lookup: int | None = None
     gates: tuple[Gate, ...]
 
     @model_validator(mode="after")
@@ -363,6 +366,8 @@ class Target(_Strict):
             )
         if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
+        if self.lookup is not None and (self.backend is Backend.TENSORRT or self.logits == "last"):
+            raise ValueError("lookup goes with backend onnxruntime and logits of all tokens")
         return self
 
 

@@ -36,6 +36,8 @@ def test_a_prompt_fits_the_cache() -> None:
             {"quantize": {"accuracy_level": 0, "rules": []}},
             "takes its formats from engine.weights; quantize must be null",
         ),
+        ("cpu-int4", {"lookup": 7}, "lookup goes with backend onnxruntime and logits of all tokens"),
+        ("tensorrt-fp16", {"lookup": 7, "logits": "all"}, "lookup goes with backend onnxruntime"),
     ],
 )
 def test_backends_and_their_fields(target: str, changes: dict[str, object], message: str) -> None:

@@ -13,6 +13,8 @@ What the runtime does, as observed with 0.18.0:
 - Logits of the last position only are taken when their second dimension is the constant 1.
 - KV heads and head size of each layer are read from the shapes of the graph's past keys; past values
   must have the same shape.
+- A section `speculative` turns n-gram decoding on, which refuses batches and graphs with logits of the last
+  position only.
 - Every end-of-sequence id must be inside of the vocabulary, and there must be one.
 """
 
@@ -26,6 +28,7 @@ import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import DOMAIN as KERNELS
+from llmc.backends.lookup import require_draft, speculative_options
 from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
@@ -63,6 +66,7 @@ def write_genai_config(
     *,
     share_cache: bool,
     library: str | None = None,
+    lookup: int | None = None,
 ) -> None:
     """Write genai_config.json for the model.onnx and the tokenizer files in `folder`.
 
@@ -73,8 +77,10 @@ def write_genai_config(
         threads: Intra-op threads; None leaves them to the runtime.
         share_cache: As `shares_cache` finds.
         library: File in `folder` with custom operators that the graph uses.
+        lookup: Tokens to draft in a step by prompt lookup; None for none.
 
     Raises:
+        ConfigError: So many tokens cannot be drafted in a step.
         UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, other inputs
             than are fed, values of another width than keys or names without a pattern; or there is no
             end-of-sequence token.
@@ -118,7 +124,11 @@ def write_genai_config(
         "max_length": context,
         "past_present_share_buffer": share_cache,
     }
-    text = json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n"
+    sections: dict[str, object] = {"model": model, "search": search}
+    if lookup is not None:
+        require_draft(lookup, compiled=library is not None)
+        sections["speculative"] = speculative_options(lookup)
+    text = json.dumps(sections, indent=2, sort_keys=True) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -5,16 +5,41 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.artifact.manifest import MODEL
 from llmc.backends.genai import GENAI_CONFIG
+from llmc.backends.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
 
 
+@dataclass(frozen=True)
+class Generated:
+    """How a text came about.
+
+    Args:
+        tokens: New tokens, without the one that ends the text.
+        steps: Runs of the model that chose them.
+        drafted: Tokens that were drafted; 0 without lookup.
+        accepted: Those that the model chose too.
+    """
+
+    tokens: int
+    steps: int
+    drafted: int = 0
+    accepted: int = 0
+
+
 def generate_text(
-    folder: Path, prompt: str, max_tokens: int, emit: Callable[[str], None], chat: bool
-) -> None:
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    emit: Callable[[str], None],
+    chat: bool,
+    lookup: int | None = None,
+) -> Generated:
     """Continue `prompt` greedily, handing on each piece of text as soon as it is there.
 
     Args:
@@ -23,13 +48,16 @@ def generate_text(
         emit: Takes each piece of the answer, in order.
         chat: Put the prompt into the artifact's chat template as the user's message; without effect
             where it has none.
+        lookup: Tokens drafted in a step by prompt lookup; None leaves it to the artifact, which mostly
+            drafts none.
 
     Raises:
         ConfigError: The folder cannot be served, no token is asked for, or the prompt is empty or
             longer than the context.
+        UnsupportedError: The graph cannot verify drafts.
         ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
     """
-    og, model = _load(folder)
+    og, model = _load(folder, lookup)
     with _runtime_errors(folder):
         tokenizer = og.Tokenizer(model)
         if chat and _has_chat_template(folder):
@@ -37,16 +65,20 @@ def generate_text(
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         ids = [int(i) for i in tokenizer.encode(prompt)]
         stream = tokenizer.create_stream()
-    for token in _generate(og, model, folder, ids, max_tokens):
+
+    def hand_on(token: int) -> None:
         if text := stream.decode(token):
             emit(text)
 
+    return _generate(og, model, folder, ids, max_tokens, lookup, hand_on)
 
-def generate_tokens(folder: Path, ids: Sequence[int], max_new: int) -> list[int]:
+
+def generate_tokens(folder: Path, ids: Sequence[int], max_new: int, lookup: int | None = None) -> list[int]:
     """Continue `ids` greedily, batch 1.
 
     Args:
         max_new: New tokens at most; less where the model's context ends before.
+        lookup: As for `generate_text`.
 
     Returns:
         The new tokens, without the one that ends the sequence.
@@ -54,13 +86,24 @@ def generate_tokens(folder: Path, ids: Sequence[int], max_new: int) -> list[int]
     Raises:
         ConfigError: The folder cannot be served, no token is asked for, or `ids` are none or longer
             than the context.
+        UnsupportedError: The graph cannot verify drafts.
         ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
     """
-    og, model = _load(folder)
-    return list(_generate(og, model, folder, ids, max_new))
+    og, model = _load(folder, lookup)
+    tokens: list[int] = []
+    _generate(og, model, folder, ids, max_new, lookup, tokens.append)
+    return tokens
 
 
-def _generate(og: Any, model: Any, folder: Path, ids: Sequence[int], max_new: int) -> Iterator[int]:
+def _generate(
+    og: Any,
+    model: Any,
+    folder: Path,
+    ids: Sequence[int],
+    max_new: int,
+    lookup: int | None,
+    take: Callable[[int], None],
+) -> Generated:
     import numpy as np
 
     config = _genai_config(folder)["model"]
@@ -84,18 +127,33 @@ def _generate(og: Any, model: Any, folder: Path, ids: Sequence[int], max_new: in
             repetition_penalty=1.0,
             max_length=min(len(ids) + max_new, context),
         )
+        if lookup is not None:
+            params.set_speculative_options(**speculative_options(lookup))
+            params.set_search_options(chunk_size=piece_length(len(ids)))
         generator = og.Generator(model, params)
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
+    tokens = calls = 0
     while not generator.is_done():
         with _runtime_errors(folder):
             generator.generate_next_token()
+        calls += 1
         token = int(generator.get_next_tokens()[0])
         if token not in ends:
-            yield token
+            tokens += 1
+            take(token)
+    if lookup is None:
+        return Generated(tokens, calls)
+    stats = generator.get_speculative_stats()
+    return Generated(
+        tokens,
+        stats["target_forward_passes"] + stats["standard_fallback_steps"],
+        stats["draft_tokens_proposed"],
+        stats["draft_tokens_accepted"],
+    )
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """The module onnxruntime_genai, and the artifact's model in it."""
+def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
+    """The module onnxruntime_genai, and the artifact's model in it; one that verifies drafts, for lookup."""
     config = _genai_config(folder)
     try:
         import onnxruntime_genai as og
@@ -110,8 +168,12 @@ def _load(folder: Path) -> tuple[Any, Any]:
             f"{folder} is built for CUDA and needs an NVIDIA GPU with its driver; this machine has none",
             hint="build with a cpu target to run it here",
         )
+    graph = None if lookup is None else verifying_model(folder / MODEL)
     with _runtime_errors(folder):
-        return og, og.Model(str(folder))
+        settings = og.Config(str(folder))
+        if graph is not None:
+            settings.add_model_data(MODEL, graph)  # read by og.Model, not copied
+        return og, og.Model(settings)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def stream_text(
     max_tokens: int,
     stop: Sequence[int],
     emit: Callable[[str], None],
-) -> None:
+) -> int:
     """Answer `prompt` greedily, handing on each piece of text as soon as it is there.
 
     Args:
@@ -77,6 +77,9 @@ def stream_text(
         max_tokens: New tokens at most; fewer where the KV cache is full before.
         stop: Tokens that end the answer.
         emit: Takes each piece of the answer, in order.
+
+    Returns:
+        New tokens.
 
     Raises:
         ConfigError: As for `generate_greedy`.
@@ -87,9 +90,12 @@ def stream_text(
 
     codec = Tokenizer.from_file(str(folder / _TOKENIZER))
     stream = DecodeStream(skip_special_tokens=True)
+    count = 0
     for (token,) in generate_greedy(session, [encode_prompt(tokenizer, prompt)], max_tokens, stop):
+        count += 1
         if text := stream.step(codec, token):
             emit(text)
+    return count
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Artifact
-from llmc.cli.text import examples, open_progress
+from llmc.cli.options import Artifact, Json
+from llmc.cli.text import emit, examples, open_progress
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             'llmc run artifacts/demo/cpu-int4@local "Name three rivers of Europe."',
             'llmc run artifacts/mine "Once upon a time" --max-tokens 64',
+            'llmc run artifacts/mine "Summarise: …" --lookup 7 --json',
         ),
     )(run)
 
@@ -24,12 +25,29 @@ def run(
     artifact: Artifact,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to it.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens at most.")] = 256,
+    lookup: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draft up to N tokens a step from the text so far (prompt lookup), and keep those that the "
+            "model chooses too.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Generate text with ARTIFACT, greedily, as it comes: by its engine, or through onnxruntime-genai."""
     from llmc import pipeline
 
-    pipeline.run(artifact, prompt, max_tokens, _write, open_progress())
-    _write("\n")
+    made = pipeline.run(artifact, prompt, max_tokens, _hold if as_json else _write, open_progress(), lookup)
+    if as_json:
+        emit(made, as_json=True)
+    else:
+        _write("\n")
+
+
+def _hold(_: str) -> None:
+    """With --json the text is part of the document."""
 
 
 def _write(text: str) -> None:

@@ -12,6 +12,8 @@ WRITE_INDICES = "write_indices"
 #: Input beside it of graphs with the logits of the last token only: (batch,) int64, the real new tokens of
 #: each row of this step; the pads behind them do not count.
 TOKEN_COUNTS = "token_counts"
+#: Value of graphs with the logits of the last token only: (batch, 1, 1) int64, its place in the step.
+CHOSEN_TOKENS = "last/index"
 
 
 class _Frozen(BaseModel):

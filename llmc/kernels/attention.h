@@ -24,8 +24,9 @@ struct Attention {
                                                      (Rows::floats ? 1 : 2) * D * keys_of_tile) + 256;
   static_assert(D % kLanes == 0 && Heads % KvHeads == 0, "whole vectors and whole groups");
 
-  /// Whether the step runs by splits of the keys instead of tiles of queries.
-  static bool few(const Run& run) { return run.sequence * group <= 16 * 4 && run.sequence <= 8; }
+  /// Whether the step runs by splits of the keys instead of tiles of queries, which sum in another order: up to
+  /// kSameTokens tokens give each the bits that it has alone.
+  static bool few(const Run& run) { return group <= 16 * 4 && run.sequence <= kSameTokens; }
   static int64_t splits(const Run& run) { return (run.total + keys_of_split - 1) / keys_of_split; }
   static size_t shared(const Run& run) {
     return few(run) ? sizeof(float) * run.batch * run.sequence * Heads * splits(run) * partial : 0;

@@ -183,6 +183,8 @@ OrtStatus* Kernel::make_outputs(OrtKernelContext* context, Run& run, std::vector
         shape.dims[d] = run.batch;
       } else if (dim == ~int64_t{1}) {
         shape.dims[d] = run.sequence;
+      } else if (dim == ~int64_t{3}) {
+        shape.dims[d] = run.chosen;
       } else if (dim == ~int64_t{2}) {
         const int64_t slots = shapes[output.past].dims[2];
         shape.dims[d] = slots > run.total ? slots : run.total;
@@ -210,8 +212,10 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) {
     if (OrtStatus* status = read_shape(value, shapes[i])) return status;
   }
   const Shape& first = shapes[region_.rows_from];
-  Run run{&region_, tensors.data(), shapes.data(), nullptr, nullptr, first.dims[0], first.dims[1], first.dims[1]};
+  Run run{&region_, tensors.data(), shapes.data(), nullptr, nullptr, first.dims[0], first.dims[1], first.dims[1], 1};
   if (run.batch < 1 || run.sequence < 1) return fail("there are no tokens");
+  if (region_.chosen >= 0) run.chosen = shapes[region_.chosen].dims[1];
+  if (run.chosen < 1 || run.chosen > run.sequence) return fail("more tokens are chosen than a sequence has, or none");
   if (region_.total >= 0) run.total = *run.tensor<const int32_t>(region_.total);
   if (OrtStatus* status = make_outputs(context, run, tensors, shapes)) return status;
   for (int32_t i = 0; i < region_.op_count; i++) {

@@ -16,7 +16,7 @@ struct Ref {
   int32_t offset = 0;
 };
 
-/// Rows that an operation has: one a token, or one a sequence.
+/// Rows that an operation has: one a token, or one a chosen token.
 enum class Space : int32_t { kTokens, kLast };
 
 /// Memory of one thread.
@@ -46,8 +46,8 @@ struct Shape {
   size_t rank;
 };
 
-/// An output: its type (ONNX TensorProto), and its shape, where ~0 is batch, ~1 sequence and ~2 the slots of the cache
-/// whose past is input `past`.
+/// An output: its type (ONNX TensorProto), and its shape, where ~0 is batch, ~1 sequence, ~2 the slots of the cache
+/// whose past is input `past` and ~3 the chosen tokens of a sequence.
 struct Output {
   int32_t type;
   int32_t rank;
@@ -66,6 +66,7 @@ struct Region {
   int32_t computed;  // inputs that are no weights; they come first
   int32_t rows_from;             // input whose first two dimensions are batch and sequence
   int32_t total;                 // input with the longest total length, int32 scalar; -1 without attention
+  int32_t chosen;                // input whose second dimension is the chosen tokens of a sequence; -1 if one
   int32_t width;                 // floats of the workspace for each row
   size_t scratch;                // bytes of each thread's memory
   size_t (*shared)(const Run&);  // bytes that the threads share
@@ -77,9 +78,9 @@ struct Run {
   const Shape* shapes;
   float* workspace;
   uint8_t* shared;
-  int64_t batch, sequence, total;
+  int64_t batch, sequence, total, chosen;
 
-  int64_t rows(Space space) const { return space == Space::kTokens ? batch * sequence : batch; }
+  int64_t rows(Space space) const { return batch * (space == Space::kTokens ? sequence : chosen); }
   template <class T>
   T* tensor(int32_t index) const {
     return static_cast<T*>(tensors[index]);
@@ -92,6 +93,8 @@ struct Run {
 
 /// Few rows run in the tail of the phase before them, many in a phase of their own.
 constexpr int64_t kFewRows = 2;
+/// Tokens of a sequence in one step, whose numbers do not depend on how many they are (SAME_TOKENS of lower.py).
+constexpr int64_t kSameTokens = 8;
 /// From here on a product unpacks its weights once for all rows.
 constexpr int64_t kManyRows = 8;
 

@@ -47,16 +47,17 @@ void copy_row(const Run& run, const Op& op, int64_t row) {
 
 inline const char* check_choice(const Run& run, const Op& op) {
   const int64_t* chosen = run.tensor<const int64_t>(op.lengths);
-  for (int64_t b = 0; b < run.batch; b++)
-    if (chosen[b] < 0 || chosen[b] >= run.sequence) return "a chosen token is none of this step";
+  for (int64_t i = 0; i < run.rows(op.space); i++)
+    if (chosen[i] < 0 || chosen[i] >= run.sequence) return "a chosen token is none of this step";
   return nullptr;
 }
 
-/// The chosen token's row of each sequence.
+/// The rows of each sequence's chosen tokens.
 template <int W>
 void chosen_row(const Run& run, const Op& op, int64_t row) {
   const int64_t token = run.tensor<const int64_t>(op.lengths)[row];
-  std::memcpy(run.at(op.out, row), run.at(op.a, row * run.sequence + token), sizeof(float) * W);
+  const int64_t sequence = row / run.chosen;
+  std::memcpy(run.at(op.out, row), run.at(op.a, sequence * run.sequence + token), sizeof(float) * W);
 }
 
 }  // namespace llmc

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.config import WeightRole
-from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES
+from llmc.graph.interface import CHOSEN_TOKENS, TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport, Refusal
@@ -65,7 +65,7 @@ def _last_tokens(graph: Graph, site: Site) -> ir.Value:
         last = site.emit("Sub", [counts, constant(1)], "last/slot", like=counts)
         dims = [batch, 1, 1]
         chosen = site.emit(
-            "Unsqueeze", [last.outputs[0], constant(1, 2)], "last/index", shape=dims, dtype=counts.dtype
+            "Unsqueeze", [last.outputs[0], constant(1, 2)], CHOSEN_TOKENS, shape=dims, dtype=counts.dtype
         )
         return chosen.outputs[0]
     mask = inputs["attention_mask"]
@@ -100,7 +100,7 @@ def _last_tokens(graph: Graph, site: Site) -> ir.Value:
     index = site.emit(
         "Unsqueeze",
         [slot.outputs[0], constant(2)],
-        "last/index",
+        CHOSEN_TOKENS,
         shape=[batch, 1, 1],
         dtype=slot.outputs[0].dtype,
     )

@@ -115,6 +115,7 @@ def _write_genai_config(
         plan.profile.threads,
         share_cache=shares_cache(compiled.graph.model, interface),
         library=None if kernels is None else kernels.library,
+        lookup=plan.target.lookup,
     )
 
 

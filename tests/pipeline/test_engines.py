@@ -97,6 +97,11 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
         resume(tmp_path / "out", SilentProgress())
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         run(tmp_path / "out", "hello", 4, print, SilentProgress())
+    with pytest.raises(
+        UnsupportedError, match="its logits of the last token alone verify no draft"
+    ) as refused:
+        run(tmp_path / "out", "hello", 4, print, SilentProgress(), lookup=4)
+    assert refused.value.hint == "run it without --lookup"
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import DOMAIN, InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
-from llmc.backends.compiled.operands import MICROSOFT
+from llmc.backends.compiled.operands import MICROSOFT, width_of
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
@@ -26,9 +26,13 @@ from llmc.graph.model import PACKED, Graph
 
 #: The library's name inside of an artifact.
 LIBRARY = "kernels.so"
+#: Tokens of a sequence in one step up to which kernels give each the bits that it has alone.
+SAME_TOKENS = 8
 
 _CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
 _SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
+#: Tokens of a sequence that go on from where one is chosen.
+_CHOSEN = "~3"
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,7 @@ def _region_text(builder: RegionBuilder, index: int) -> str:
     position = {value: i for i, value in enumerate(values)}
     rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
     total = position[builder.total] if builder.total is not None else -1
+    chosen = position[builder.chosen] if builder.chosen is not None else -1
     return f"""
 constexpr int32_t types_{index}[] = {{{types}}};
 constexpr Output outputs_{index}[] = {{
@@ -187,7 +192,7 @@ size_t shared_{index}(const Run& run) {{
 constexpr size_t scratch_{index} = most({{size_t{{64}}{"".join(f", {s}" for s in scratch)}}});
 #define REGION_{index} {{"Region{index}", types_{index}, {len(values)}, outputs_{index}, \\
   {len(builder.outputs)}, ops_{index}, {len(program.operations)}, {len(builder.inputs)}, \\
-  {rows_from}, {total}, {width}, scratch_{index}, shared_{index}}}
+  {rows_from}, {total}, {chosen}, {width}, scratch_{index}, shared_{index}}}
 """
 
 
@@ -195,6 +200,8 @@ def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
     dims = [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
     past = list(builder.inputs).index(builder.pasts[value]) if value in builder.pasts else -1
     texts = [str(d) if isinstance(d, int) else _SYMBOLS[d] for d in dims]
+    if width_of(value) and dims[1] == 1:
+        texts[1] = _CHOSEN
     return f"{{{int(value.dtype or 0)}, {len(dims)}, {{{', '.join(texts)}}}, {past}}}"
 
 

@@ -62,6 +62,7 @@ class RegionBuilder:
     pasts: dict[ir.Value, ir.Value] = field(default_factory=dict)
     layouts: dict[str, PackedLayout] = field(default_factory=dict)
     rows_from: ir.Value | None = None
+    chosen: ir.Value | None = None
     total: ir.Value | None = None
     _places: dict[ir.Value, Place] = field(default_factory=dict)
     _pending: dict[ir.Value, Expression] = field(default_factory=dict)
@@ -94,6 +95,8 @@ class RegionBuilder:
         dims = dims_of(value)
         if self.rows_from is None and dims[:2] == ["batch", "sequence"]:
             self.rows_from = value
+        if width_of(value) and dims[1] == 1:
+            self.chosen = value
         return self.inputs.setdefault(value, Tensor())
 
     def weight(self, value: ir.Value) -> Tensor:

@@ -72,7 +72,7 @@ void product(int64_t rows, int32_t outputs) {
   auto result = room<float>(rows * outputs);
   void* tensors[] = {weights.get(), result.get()};
   Shape shapes[2]{};
-  const Run run{nullptr, tensors, shapes, memory.get(), nullptr, 1, rows, rows};
+  const Run run{nullptr, tensors, shapes, memory.get(), nullptr, 1, rows, rows, 1};
   Op quantize{};
   quantize.a = {0, stride, 0};
   quantize.out = {stride, M::Q::width, 0};
@@ -108,7 +108,7 @@ void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_hea
   const Shape shapes[] = {shape, shape, {}, {}};
   auto memory = room<float>(rows * (3 * all + 2 * few));
   for (int64_t i = 0; i < rows * (3 * all + 2 * few); i++) memory.get()[i] = noise();
-  Run run{nullptr, tensors, shapes, memory.get(), nullptr, batch, sequence, slots};
+  Run run{nullptr, tensors, shapes, memory.get(), nullptr, batch, sequence, slots, 1};
   auto shared = room<uint8_t>(A::shared(run) + 64);
   run.shared = shared.get();
   Op op{};

@@ -13,11 +13,13 @@ import pytest
 from llmc.artifact.manifest import Manifest
 from llmc.artifact.store import check_files, open_artifact
 from llmc.backends.compiled.isa import InstructionSet, choose_isa
-from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
 from llmc.backends.generate import generate_tokens
+from llmc.backends.lookup import verifying_model
 from llmc.backends.toolchain import find_compiler
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError, UnsupportedError
+from llmc.graph.interface import CHOSEN_TOKENS
 from llmc.graph.model import PACKED
 from llmc.pipeline import build
 from llmc.pipeline.compile import lower_graph
@@ -112,7 +114,7 @@ def test_packed_weights_are_read_back(model_type: str, built: Build) -> None:
     parity = compare_weights(compiled, sources)
     assert parity.unread == ()
     assert len(parity.changed) >= 8
-    snr, _ = parity.measurements
+    snr, *_ = parity.measurements
     assert snr.value is not None
     assert 14 < snr.value < 30
 
@@ -130,7 +132,7 @@ def test_a_packed_block_that_was_lost(built: Build, tmp_path: Path) -> None:
         file.write(bytes(256))  # codes of the first block of 16 outputs
     bad = compare_weights(copy, sources)
     assert bad.digest != good.digest
-    _, block = bad.measurements
+    _, block, _ = bad.measurements
     assert block.value is not None
     assert block.value < 4 < 8 < float(good.measurements[1].value or 0)
     assert str(packed.name).startswith(block.detail.rpartition(" ")[2])
@@ -164,6 +166,57 @@ def test_threads_and_buffers_do_not_change_a_bit(built: Build) -> None:
     np.testing.assert_array_equal(logits(path, threads=2), alone)
     np.testing.assert_array_equal(logits(path, threads=5), alone)
     np.testing.assert_array_equal(logits(path, share=False), alone)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_a_token_has_the_bits_that_it_has_alone(model_type: str, built: Build, tmp_path: Path) -> None:
+    """In steps of up to 8 tokens: what prompt lookup rests on."""
+    path, verifying = built(model_type, "cpu-int4-compiled"), tmp_path / "verifying"
+    shutil.copytree(path, verifying)
+    data = verifying_model(path / "model.onnx")
+    assert data is not None
+    (verifying / "model.onnx").write_bytes(data)
+    own = manifest(path).interface
+    wide = tuple(
+        spec.model_copy(update={"shape": ("batch", "sequence", VOCAB_SIZE)})
+        if spec.name == "logits"
+        else spec
+        for spec in own.outputs
+    )
+    every = own.model_copy(update={"outputs": wide, "logits": "all"})
+    ids = np.random.default_rng(5).integers(0, VOCAB_SIZE, (1, 30 + 72))
+    alone = OrtModel(path, own, threads=1, share_buffer=True)
+    together = OrtModel(verifying, every, threads=2, share_buffer=True)
+    alone.prefill(ids[:, :30], steps=72)
+    expected = np.concatenate([alone.decode(ids[:, i : i + 1]) for i in range(30, 102)], axis=1)
+    for length in (2, 3, 4, 6, SAME_TOKENS):
+        together.prefill(ids[:, :30], steps=72)
+        found = [together.decode(ids[:, i : i + length]) for i in range(30, 102, length)]
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
+
+
+def test_more_chosen_tokens_than_there_are(built: Build, tmp_path: Path) -> None:
+    path = built("llama", "cpu-int4-compiled")
+    copy = shutil.copytree(path, tmp_path / "copy")
+    model = ir.load(path / "model.onnx")
+    chosen = next(v for node in model.graph for v in node.outputs if v.name == CHOSEN_TOKENS)
+    given = ir.Value(name="given", shape=ir.Shape(["batch", "some", 1]), type=chosen.type)
+    chosen.replace_all_uses_with(given)
+    model.graph.inputs.append(given)
+    next(v for v in model.graph.outputs if v.name == "logits").shape = ir.Shape(["batch", "some", VOCAB_SIZE])
+    (copy / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    feeds = {"input_ids": np.array([[1, 2]]), "attention_mask": np.ones((1, 2), np.int64)}
+    for slot in manifest(path).interface.cache:
+        feeds[slot.past_key] = feeds[slot.past_value] = np.zeros(
+            (1, slot.kv_heads, 0, slot.key_width), np.float32
+        )
+    session = open_session(copy)
+    good = session.run(["logits"], feeds | {"given": np.array([[[1], [0]]])})[0]
+    assert good.shape == (1, 2, VOCAB_SIZE)
+    with pytest.raises(Exception, match="more tokens are chosen than a sequence has"):
+        session.run(None, feeds | {"given": np.array([[[0], [1], [1]]])})
+    with pytest.raises(Exception, match="a chosen token is none of this step"):
+        session.run(None, feeds | {"given": np.array([[[0], [2]]])})
 
 
 def test_onnxruntime_genai_serves_it(built: Build) -> None:

@@ -1,0 +1,163 @@
+"""Prompt lookup decoding (Saxena 2023): tokens drafted from the text so far, verified several in one step.
+
+onnxruntime-genai drafts and verifies (its n-gram decoding, since 0.18). It needs logits for every token of a
+step, where artifacts compute those of the last one. Which token that is, is one value of the graph: here it
+becomes the last few tokens of the step, in memory, over the same weights. A drafted token is kept if it is
+the most likely one, so that the text is the one without drafts as far as the numbers of a step do not depend
+on its length.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.backends.compiled.lower import SAME_TOKENS
+from llmc.errors import ConfigError, UnsupportedError
+from llmc.graph.interface import CHOSEN_TOKENS
+
+#: Tokens that must repeat for what came after them to be drafted, and one more: ngram_size of the runtime.
+NGRAM_SIZE = 4
+#: Drafted tokens of a step: onnxruntime-genai's limit of max_draft_tokens.
+MOST_DRAFTED = 16
+#: Rows of logits: more than the widest step that is verified, the drafted tokens and the one before them.
+_ROWS = 32
+#: A longer prompt is run in pieces, since the runtime wants room for the logits of all their tokens.
+_PIECE = 256
+#: Before the names of what is added to a graph, and the dimension of tokens that have logits.
+_PREFIX = "lookup"
+_DIMENSION = "chosen"
+
+
+def require_draft(draft: int, *, compiled: bool) -> None:
+    """A number of drafted tokens that a step can verify.
+
+    Args:
+        compiled: Whether the artifact has compiled kernels, whose numbers are held to the last bit.
+
+    Raises:
+        ConfigError: It is less than one, or too large.
+    """
+    most = SAME_TOKENS - 1 if compiled else MOST_DRAFTED
+    if draft < 1:
+        raise ConfigError(f"{draft} tokens are to be drafted in a step", hint="ask for 1 or more")
+    if draft > most:
+        why = (
+            f"compiled kernels give a token the numbers that it has alone beside {most} others at most"
+            if compiled
+            else f"onnxruntime-genai verifies {most} at most"
+        )
+        raise ConfigError(f"{draft} tokens are to be drafted in a step; {why}", hint=f"ask for 1 to {most}")
+
+
+def speculative_options(draft: int) -> dict[str, int | bool]:
+    """Options of onnxruntime-genai, by its names: those of genai_config.json and of a generator.
+
+    A chained lookup goes on behind the end of the text, so that what repeats in short is drafted in full.
+    """
+    return {"ngram_size": NGRAM_SIZE, "max_draft_tokens": draft, "ngram_chained_lookup": True}
+
+
+def piece_length(tokens: int) -> int:
+    """Tokens of a prompt to run at once.
+
+    No piece is so short that kernels take it for a step of decoding, which sums in another order: the prompt
+    would have other numbers than in one piece.
+    """
+    if tokens <= SAME_TOKENS:
+        return _PIECE
+    return next(n for n in range(_PIECE, 2 * _PIECE) if not 0 < tokens % n <= SAME_TOKENS)
+
+
+def verifying_model(path: Path) -> bytes | None:
+    """The graph of an artifact with logits for the last tokens of a step, and zeros for those before them.
+
+    Args:
+        path: model.onnx; the weights stay in the file beside it.
+
+    Returns:
+        The graph, serialized; None where it has logits for every token as it is.
+
+    Raises:
+        UnsupportedError: It has logits for the last token, and not by the pass last-token-logits.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    if logits.shape is None or logits.shape[1] != 1:
+        return None
+    chosen = next((v for node in graph for v in node.outputs if v.name == CHOSEN_TOKENS), None)
+    if chosen is None:
+        raise UnsupportedError(
+            f"{path} gives the logits of the last token alone, which verifies no draft",
+            hint="run it without lookup, or build it with this llmc",
+        )
+    first = next(iter(chosen.uses())).node
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    start, tokens = _last_tokens(graph, first, ids)
+    chosen.replace_all_uses_with(tokens)
+    _widen(first)
+    _pad_logits(graph, logits, start)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
+def _last_tokens(graph: ir.Graph, before: ir.Node, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first token of the step that has logits, (1,), and all that have, (1, tokens, 1)."""
+
+    def emit(op: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
+        return _emit(graph, before, op, inputs, name, **attributes)
+
+    none = _constant(graph, "none", [0])
+    length = emit("Shape", [ids], "length", start=1, end=2)
+    start = emit("Max", [emit("Sub", [length, _constant(graph, "rows", [_ROWS])], "beyond"), none], "start")
+    bounds = [emit("Squeeze", [start], "from"), emit("Squeeze", [length], "to")]
+    numbers = emit("Range", [*bounds, _constant(graph, "step", 1)], "numbers")
+    return start, emit("Unsqueeze", [numbers, _constant(graph, "axes", [0, 2])], "tokens")
+
+
+def _widen(first: ir.Node) -> None:
+    """State that what follows from the chosen tokens has a row for each."""
+    waiting, seen = [first], {first}
+    while waiting:
+        for value in waiting.pop().outputs:
+            if value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1:
+                value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
+            users = {node for node, _ in value.uses()} - seen
+            seen |= users
+            waiting += users
+
+
+def _pad_logits(graph: ir.Graph, logits: ir.Value, start: ir.Value) -> None:
+    """Logits for every token, as the runtime wants room for them: zeros before those that are computed."""
+    some = logits.producer()
+    if some is None or logits.shape is None:
+        raise UnsupportedError("the logits are computed by no operator")
+    zeros = [_constant(graph, f"none_{place}", [0] * count) for place, count in (("before", 1), ("after", 4))]
+    last = list(graph)[-1]
+    joined = ir.node("Concat", [zeros[0], start, zeros[1]], {"axis": 0}, name=f"{_PREFIX}/pads")
+    joined.outputs[0].name = f"{_PREFIX}/pads"
+    padded = ir.node("Pad", [logits, joined.outputs[0]], name=f"{_PREFIX}/logits")
+    graph.insert_after(last, [joined, padded])
+    logits.name = f"{_PREFIX}/logits"
+    whole = padded.outputs[0]
+    whole.name, whole.type = "logits", logits.type
+    whole.shape = ir.Shape([logits.shape[0], "sequence", logits.shape[2]])
+    graph.outputs[list(graph.outputs).index(logits)] = whole
+
+
+def _emit(
+    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], name: str, **attributes: int
+) -> ir.Value:
+    node = ir.node(op, inputs, attributes, name=f"{_PREFIX}/{name}/{op}")
+    node.outputs[0].name = f"{_PREFIX}/{name}"
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _constant(graph: ir.Graph, name: str, numbers: int | list[int]) -> ir.Value:
+    tensor = ir.tensor(np.array(numbers, np.int64), name=f"{_PREFIX}/{name}")
+    shape, kind = ir.Shape(tensor.numpy().shape), ir.TensorType(ir.DataType.INT64)
+    value = ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor)
+    graph.register_initializer(value)
+    return value
