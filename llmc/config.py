@@ -187,12 +187,16 @@ class Quantization(_Strict):
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
+        scales: Type that scales are stored in. `activations`: that of the activations, which the operators
+            take; `float16`: in half as many bytes where that is float32, made float32 when a session starts.
+            Experts have the former.
         rules: Tried in order, per matrix.
         calibration: Text for methods that need it; None if nothing has such a method.
         allocation: Decides anew on linear layers that the rules quantize; None leaves it at the rules.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
+    scales: Literal["activations", "float16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None
     allocation: Allocation | None = None

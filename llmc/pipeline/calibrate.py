@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.pipeline.compile import Compiled
     from llmc.quantize.activations import Activations, InputPlan
+    from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
 #: Calibrations kept on disk, finished or not; the oldest go.
@@ -33,13 +34,14 @@ _NAMED = 5
 def calibrate(
     checkpoint: Checkpoint,
     text: CalibrationText,
-    dtype: Dtype,
+    scale_type: ScaleType,
     schemes: Mapping[str, WeightScheme],
     progress: Progress,
 ) -> Calibration:
     """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
 
     Args:
+        scale_type: Type of the stored scales.
         schemes: How each tensor is to be quantized.
 
     Raises:
@@ -52,11 +54,10 @@ def calibrate(
     from llmc.quantize.calibrate import Calibrator
 
     facts = {
-        "dtype": dtype.value,
+        "scales": np.dtype(scale_type).name,
         "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
     }
     subject = prepare(checkpoint, text, "gptq", facts)
-    scale_type = np.float32 if dtype is Dtype.FLOAT32 else np.float16
     calibrator = Calibrator(
         subject.model,
         subject.layers,

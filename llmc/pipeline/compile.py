@@ -139,7 +139,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     from llmc.graph.verify import verify
     from llmc.pipeline.allocate import allocate_bits
     from llmc.pipeline.calibrate import calibrate, look_for_overflow
-    from llmc.quantize.linear import plan_calibration, quantize_weights
+    from llmc.quantize.linear import plan_calibration, quantize_weights, scale_type
     from llmc.quantize.stored import origin_notes
 
     lowered = lower_graph(checkpoint, target, progress)
@@ -154,7 +154,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     wanted = plan_calibration(lowered.graph, rules, target.dtype)
     if rules.calibration is not None and wanted:
         with progress.stage("calibrate"):
-            calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
+            kind = scale_type(rules, target.dtype)
+            calibration = calibrate(checkpoint, rules.calibration, kind, wanted, progress)
     with progress.stage("quantize"):
         stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
         for note in (*stored.notes, *origin_notes(stored.tensors)):
