@@ -192,6 +192,8 @@ class Quantization(_Strict):
             Experts have the former.
         rules: Tried in order, per matrix.
         calibration: Text for methods that need it; None if nothing has such a method.
+        scale_channels: Scale channels of activations before their weights are calibrated, where that costs
+            nothing and helps (AWQ).
         allocation: Decides anew on linear layers that the rules quantize; None leaves it at the rules.
     """
 
@@ -199,6 +201,7 @@ class Quantization(_Strict):
     scales: Literal["activations", "float16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None
+    scale_channels: bool = False
     allocation: Allocation | None = None
 
     @model_validator(mode="after")
@@ -207,6 +210,8 @@ class Quantization(_Strict):
         schemes += self.allocation.choices if self.allocation is not None else ()
         if any(scheme.method == "gptq" for scheme in schemes) != (self.calibration is not None):
             raise ValueError("give calibration if and only if a rule or choice has method gptq")
+        if self.scale_channels and self.calibration is None:
+            raise ValueError("scale_channels needs calibration")
         return self
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.pipeline.compile import Compiled
     from llmc.quantize.activations import Activations, InputPlan
+    from llmc.quantize.awq import ChannelPlan
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
@@ -36,6 +37,7 @@ def calibrate(
     text: CalibrationText,
     scale_type: ScaleType,
     schemes: Mapping[str, WeightScheme],
+    channels: Sequence[ChannelPlan],
     progress: Progress,
 ) -> Calibration:
     """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
@@ -43,6 +45,7 @@ def calibrate(
     Args:
         scale_type: Type of the stored scales.
         schemes: How each tensor is to be quantized.
+        channels: Activations whose channels are scaled first where that helps.
 
     Raises:
         ConfigError: Too little text for the model.
@@ -56,6 +59,7 @@ def calibrate(
     facts = {
         "scales": np.dtype(scale_type).name,
         "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
+        "channels": [[*plan.sources] for plan in channels],
     }
     subject = prepare(checkpoint, text, "gptq", facts)
     calibrator = Calibrator(
@@ -66,6 +70,7 @@ def calibrate(
         schemes,
         scale_type,
         subject.folder,
+        channels,
     )
     return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
 
