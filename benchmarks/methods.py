@@ -129,9 +129,7 @@ def gptq(weights: Matrices, hessian: np.ndarray, schemes: list[WeightScheme], _:
     ]
 
 
-def awq_gptq(
-    weights: Matrices, hessian: np.ndarray, schemes: list[WeightScheme], foldable: bool
-) -> Matrices:
+def awq_gptq(weights: Matrices, hessian: np.ndarray, schemes: list[WeightScheme], foldable: bool) -> Matrices:
     factors = search_channels(weights, hessian, schemes, "w") if foldable else None
     if factors is None:
         return gptq(weights, hessian, schemes, foldable)
