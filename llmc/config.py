@@ -198,14 +198,21 @@ class Quantization(_Strict):
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
+        scales: Type that scales are stored in. `activations`: that of the activations, which the operators
+            take; `float16`: in half as many bytes where that is float32, made float32 when a session starts.
+            Experts have the former.
         rules: Tried in order, per matrix.
         calibration: Text for methods that need it; None if nothing has such a method.
+        scale_channels: Scale channels of activations before their weights are calibrated, where that costs
+            nothing and helps (AWQ).
         allocation: Decides anew on linear layers that the rules quantize; None leaves it at the rules.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
+    scales: Literal["activations", "float16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None
+    scale_channels: bool = False
     allocation: Allocation | None = None
 
     @model_validator(mode="after")
@@ -214,6 +221,8 @@ class Quantization(_Strict):
         schemes += self.allocation.choices if self.allocation is not None else ()
         if any(scheme.method == "gptq" for scheme in schemes) != (self.calibration is not None):
             raise ValueError("give calibration if and only if a rule or choice has method gptq")
+        if self.scale_channels and self.calibration is None:
+            raise ValueError("scale_channels needs calibration")
         return self
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
     from llmc.graph.weights import Array
     from llmc.quantize.allocate import Candidate
+    from llmc.quantize.blocks import ScaleType
     from llmc.quantize.linear import MatrixPlan
 
 
@@ -41,15 +42,18 @@ def allocate_bits(
         CheckpointError: Weights, activations or gradients that are not finite.
         UnsupportedError: The model cannot be run layer by layer.
     """
+    import numpy as np
+
     from llmc.quantize.allocate import allocate
-    from llmc.quantize.linear import plan_matrices
+    from llmc.quantize.linear import plan_matrices, scale_type
 
     wanted = quantization.allocation
     if wanted is None:
         return quantization
-    scale_bytes = 4 if dtype is Dtype.FLOAT32 else 2
+    kind = scale_type(quantization, dtype)
+    scale_bytes = np.dtype(kind).itemsize
     plans = plan_matrices(graph, quantization, dtype)
-    prices = _measure(checkpoint, wanted, plans, dtype, progress)
+    prices = _measure(checkpoint, wanted, plans, kind, progress)
     candidates = {
         plan.name: _candidates(plan, wanted, prices, scale_bytes)
         for plan in plans
@@ -84,7 +88,7 @@ def _measure(
     checkpoint: Checkpoint,
     wanted: Allocation,
     plans: Sequence[MatrixPlan],
-    dtype: Dtype,
+    scale_type: ScaleType,
     progress: Progress,
 ) -> Mapping[str, Array]:
     import numpy as np
@@ -99,7 +103,7 @@ def _measure(
         for source in plan.sources
     }
     facts = {
-        "dtype": dtype.value,
+        "scales": np.dtype(scale_type).name,
         "schemes": {s: [c.model_dump() for c in choices] for s, choices in sorted(schemes.items())},
     }
     subject = prepare(checkpoint, wanted.text, "sensitivity", facts)
@@ -110,7 +114,7 @@ def _measure(
         dict(checkpoint.tied),
         subject.folder,
         schemes,
-        np.float32 if dtype is Dtype.FLOAT32 else np.float16,
+        scale_type,
     )
     return walk.measure(subject.windows, lambda line: progress.note(f"allocate: {line}"))
 

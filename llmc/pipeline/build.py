@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmc import __version__
 from llmc.config import Backend, BuildPlan, ProfileKind, Provider
 from llmc.errors import ConfigError
-from llmc.pipeline.compile import Compiled, compile_graph, pass_records
+from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
@@ -56,8 +56,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
-            if plan.target.engine is not None and plan.target.engine.calibration is not None:
-                write_smoothing(stage.path, compiled.activations)
+            if scales_channels(plan.target):
+                write_smoothing(stage.path, compiled.smoothing)
             checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
                 _write_genai_config(stage.path, plan, checkpoint, compiled, record)

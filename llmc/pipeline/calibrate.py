@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.pipeline.compile import Compiled
     from llmc.quantize.activations import Activations, InputPlan
+    from llmc.quantize.awq import ChannelPlan
+    from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
 #: Calibrations kept on disk, finished or not; the oldest go.
@@ -33,14 +35,17 @@ _NAMED = 5
 def calibrate(
     checkpoint: Checkpoint,
     text: CalibrationText,
-    dtype: Dtype,
+    scale_type: ScaleType,
     schemes: Mapping[str, WeightScheme],
+    channels: Sequence[ChannelPlan],
     progress: Progress,
 ) -> Calibration:
     """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
 
     Args:
+        scale_type: Type of the stored scales.
         schemes: How each tensor is to be quantized.
+        channels: Activations whose channels are scaled first where that helps.
 
     Raises:
         ConfigError: Too little text for the model.
@@ -52,11 +57,11 @@ def calibrate(
     from llmc.quantize.calibrate import Calibrator
 
     facts = {
-        "dtype": dtype.value,
+        "scales": np.dtype(scale_type).name,
         "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
+        "channels": [[*plan.sources] for plan in channels],
     }
     subject = prepare(checkpoint, text, "gptq", facts)
-    scale_type = np.float32 if dtype is Dtype.FLOAT32 else np.float16
     calibrator = Calibrator(
         subject.model,
         subject.layers,
@@ -65,6 +70,7 @@ def calibrate(
         schemes,
         scale_type,
         subject.folder,
+        channels,
     )
     return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
 

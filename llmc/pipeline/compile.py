@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from llmc.config import Dtype, Engine, Quantization, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.graph.weights import LazyWeight, Rows
+from llmc.graph.weights import Array, LazyWeight, Rows
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Compiled:
         sources: What each weight is made of, by the name of its initializer before quantization.
         activations: What was found out about the original's activations; nothing if nothing was asked.
         kept: Activations that stay in float against their rule.
+        smoothing: What channels of activations were divided by, by the first of the weights that read the
+            activation.
     """
 
     graph: Graph
@@ -47,6 +49,7 @@ class Compiled:
     sources: Mapping[str, Rows]
     activations: Activations
     kept: tuple[FloatInput, ...] = ()
+    smoothing: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     from llmc.graph.verify import verify
     from llmc.pipeline.allocate import allocate_bits
     from llmc.pipeline.calibrate import calibrate, look_for_overflow
-    from llmc.quantize.linear import plan_calibration, quantize_weights
+    from llmc.quantize.awq import plan_channels
+    from llmc.quantize.fold import scale_graph
+    from llmc.quantize.linear import plan_calibration, quantize_weights, scale_type
     from llmc.quantize.stored import origin_notes
 
     lowered = lower_graph(checkpoint, target, progress)
@@ -154,14 +159,27 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     wanted = plan_calibration(lowered.graph, rules, target.dtype)
     if rules.calibration is not None and wanted:
         with progress.stage("calibrate"):
-            calibration = calibrate(checkpoint, rules.calibration, target.dtype, wanted, progress)
+            kind = scale_type(rules, target.dtype)
+            channels = plan_channels(lowered.graph, wanted) if rules.scale_channels else ()
+            calibration = calibrate(checkpoint, rules.calibration, kind, wanted, channels, progress)
+    smoothing = {} if calibration is None else calibration.smoothing
     with progress.stage("quantize"):
+        scale_graph(lowered.graph, smoothing)
+        sources = _sources(lowered.graph)
         stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
         for note in (*stored.notes, *origin_notes(stored.tensors)):
             progress.note(f"quantize: {note}")
         verify(lowered.graph)
     records = weight_records(stored.tensors, target.dtype)
-    return Compiled(lowered.graph, lowered.passes, records, lowered.leftovers, lowered.sources, activations)
+    return Compiled(
+        lowered.graph,
+        lowered.passes,
+        records,
+        lowered.leftovers,
+        sources,
+        activations,
+        smoothing=smoothing,
+    )
 
 
 def _compile_for_engine(
@@ -170,7 +188,8 @@ def _compile_for_engine(
     from llmc.graph.verify import verify
     from llmc.pipeline.calibrate import look_for_overflow, observe, require_range
     from llmc.quantize.activations import plan_inputs
-    from llmc.quantize.engine import quantize_for_engine, smooth
+    from llmc.quantize.engine import quantize_for_engine
+    from llmc.quantize.fold import scale_graph
     from llmc.quantize.stored import origin_notes
 
     graph = lowered.graph
@@ -182,7 +201,7 @@ def _compile_for_engine(
             activations = observe(checkpoint, engine.calibration, plans, progress)
             require_range(activations, target.dtype, progress)
     with progress.stage("quantize"):
-        smooth(graph, activations.ranges)
+        scale_graph(graph, activations.smoothing)
         sources = _sources(graph)
         tensors, kept = quantize_for_engine(
             graph, engine.weights, activations.ranges, engine.least_activation_db
@@ -195,7 +214,9 @@ def _compile_for_engine(
             progress.note(f"quantize: {note}")
         verify(graph)
     records = weight_records(tensors, target.dtype)
-    return Compiled(graph, lowered.passes, records, lowered.leftovers, sources, activations, kept)
+    return Compiled(
+        graph, lowered.passes, records, lowered.leftovers, sources, activations, kept, activations.smoothing
+    )
 
 
 def artifact_sources(
@@ -209,13 +230,20 @@ def artifact_sources(
         ParityError: What the artifact says it did to its weights cannot be read.
     """
     from llmc.quantize.activations import read_smoothing
-    from llmc.quantize.engine import smooth
+    from llmc.quantize.fold import scale_graph
 
     lowered = lower_graph(checkpoint, target, progress)
-    if target.engine is None or target.engine.calibration is None:
+    if not scales_channels(target):
         return lowered.sources
-    smooth(lowered.graph, read_smoothing(folder))
+    scale_graph(lowered.graph, read_smoothing(folder))
     return _sources(lowered.graph)
+
+
+def scales_channels(target: Target) -> bool:
+    """Whether calibration decides what channels are divided by; its decisions are kept in the artifact."""
+    if target.engine is not None:
+        return target.engine.calibration is not None
+    return target.quantize is not None and target.quantize.scale_channels
 
 
 def _sources(graph: Graph) -> dict[str, Rows]:

@@ -83,6 +83,11 @@ class Activations:
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
     peaks: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def smoothing(self) -> dict[str, Array]:
+        """What channels are divided by, by the first of the weights that read the activation."""
+        return {name: r.smoothing for name, r in self.ranges.items() if r.smoothing is not None}
+
 
 def plan_inputs(graph: Graph, rules: Sequence[EngineRule]) -> tuple[InputPlan, ...]:
     """The activations that rules want quantized, in graph order."""
@@ -198,7 +203,7 @@ def read_activations(files: Sequence[Path]) -> Activations:
     return Activations(ranges, peaks)
 
 
-def write_smoothing(folder: Path, activations: Activations) -> None:
+def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
     """Keep what channels were divided by beside the graph that it was done to.
 
     Raises:
@@ -206,13 +211,12 @@ def write_smoothing(folder: Path, activations: Activations) -> None:
     """
     from safetensors.numpy import save_file
 
-    vectors = {name: r.smoothing for name, r in activations.ranges.items() if r.smoothing is not None}
     with space_errors(folder):
-        save_file(vectors, folder / SMOOTHING)
+        save_file(dict(vectors), folder / SMOOTHING)
 
 
-def read_smoothing(folder: Path) -> dict[str, InputRange]:
-    """What `write_smoothing` kept, as ranges of which nothing else is known.
+def read_smoothing(folder: Path) -> dict[str, Array]:
+    """What `write_smoothing` kept.
 
     Raises:
         ParityError: The file is missing or damaged.
@@ -222,12 +226,12 @@ def read_smoothing(folder: Path) -> dict[str, InputRange]:
 
     path = folder / SMOOTHING
     try:
-        vectors = load_file(path)
+        vectors: dict[str, Array] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ParityError(
             f"{path}, what the artifact's weights were scaled by, cannot be read: {error}"
         ) from error
-    return {name: InputRange(0.0, vector, 0.0) for name, vector in vectors.items()}
+    return vectors
 
 
 class _Seen:

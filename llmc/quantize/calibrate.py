@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from llmc.config import WeightScheme
 from llmc.graph.weights import Array, WeightStore
+from llmc.quantize.awq import ChannelPlan, divide_outputs, search_channels
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
 from llmc.quantize.gptq import quantize_gptq
 from llmc.quantize.walk import LayerWalk, StopCallError, named_linears
@@ -34,11 +35,14 @@ class Calibration:
         files: The file that holds each tensor.
         schemes: How each was quantized.
         widths: Input features of each.
+        smoothing: What channels of activations were divided by first, by the first of the weights that read
+            the activation.
     """
 
     files: Mapping[str, Path]
     schemes: Mapping[str, WeightScheme]
     widths: Mapping[str, int]
+    smoothing: Mapping[str, Array] = field(default_factory=dict)
 
     def join(
         self, sources: Sequence[str], shape: tuple[int, int], scheme: WeightScheme
@@ -71,6 +75,7 @@ class Calibrator:
             model owns are left out.
         scale_type: Type of the stored scales.
         folder: Where finished layers are kept, and found again.
+        channels: Activations whose channels are scaled first where that helps.
     """
 
     changes = True
@@ -84,6 +89,7 @@ class Calibrator:
         schemes: Mapping[str, WeightScheme],
         scale_type: ScaleType,
         folder: Path,
+        channels: Sequence[ChannelPlan] = (),
     ) -> None:
         self.model = model
         self._walk = LayerWalk(model, layers, store, tied, folder)
@@ -91,6 +97,7 @@ class Calibrator:
         self._tied = tied
         self._schemes = schemes
         self._scale_type = scale_type
+        self._channels = channels
         self._linears: dict[str, torch.nn.Linear] = {}
         self._hessians: dict[str, torch.Tensor] = {}
 
@@ -110,13 +117,16 @@ class Calibrator:
 
         files: dict[str, Path] = {}
         widths: dict[str, int] = {}
+        smoothing: dict[str, Array] = {}
         for path in self._walk.run(windows, self, note):
             with safe_open(path, "np") as file:
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     if key.endswith(".width"):
                         name = key.removesuffix(".width")
                         files[name], widths[name] = path, int(file.get_tensor(key)[0])
-        return Calibration(files, self._schemes, widths)
+                    elif key.endswith(".smoothing"):
+                        smoothing[key.removesuffix(".smoothing")] = file.get_tensor(key)
+        return Calibration(files, self._schemes, widths, smoothing)
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
@@ -152,19 +162,46 @@ class Calibrator:
         """Codes, scales and zero points of the layer's matrices; the layer has their values from now on."""
         import torch
 
-        data: dict[str, Array] = {}
+        data = self._search_channels()
+        multiplied = {s: p for p in self._channels if f"{p.sources[0]}.smoothing" in data for s in p.sources}
+        divided = {d.source: (d, p) for p in multiplied.values() for d in p.divided}
         for stored, linear in self._linears.items():
             if stored not in self._hessians:  # never called: nothing is known of its inputs
                 continue
             hessian = self._hessians[stored].numpy()
             weights = linear.weight.numpy()
+            factors = None
+            if stored in multiplied:
+                factors = data[f"{multiplied[stored].sources[0]}.smoothing"]
+                weights, hessian = weights * factors, hessian / np.outer(factors, factors)
             blocks = quantize_gptq(weights, hessian, self._schemes[stored], self._scale_type, stored)
-            linear.weight = torch.nn.Parameter(
-                torch.from_numpy(dequantize_blocks(blocks)), requires_grad=False
-            )
+            read_back = dequantize_blocks(blocks)
+            if factors is not None:
+                read_back /= factors
+            linear.weight = torch.nn.Parameter(torch.from_numpy(read_back), requires_grad=False)
+            if stored in divided:
+                part, plan = divided[stored]
+                own = data[f"{plan.sources[0]}.smoothing"]
+                blocks = divide_outputs(blocks, part.start, part.stop, own)
             for member in _MEMBERS:
                 array = getattr(blocks, member)
                 if array is not None:
                     data[f"{stored}.{member}"] = array
             data[f"{stored}.width"] = np.array([blocks.in_features])
         return data
+
+    def _search_channels(self) -> dict[str, Array]:
+        """What the channels of the layer's activations are divided by, as it is kept."""
+        found: dict[str, Array] = {}
+        for plan in self._channels:
+            if all(s in self._linears and s in self._hessians for s in plan.sources):
+                first = plan.sources[0]
+                factors = search_channels(
+                    [self._linears[s].weight.numpy() for s in plan.sources],
+                    self._hessians[first].numpy(),
+                    [self._schemes[s] for s in plan.sources],
+                    first,
+                )
+                if factors is not None:
+                    found[f"{first}.smoothing"] = factors
+        return found

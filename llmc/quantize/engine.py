@@ -22,7 +22,7 @@ from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
-from llmc.quantize.fold import SharedInput, find_shared_inputs, scale_channels
+from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
 from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
 from llmc.quantize.stored import is_stored
@@ -43,14 +43,6 @@ class FloatInput:
 
     weight: str
     reason: str
-
-
-def smooth(graph: Graph, ranges: Mapping[str, InputRange]) -> None:
-    """Divide the channels of activations as calibration decided, and multiply the weights that read them."""
-    for shared in find_shared_inputs(graph):
-        found = next((ranges[s] for s in shared.sources if s in ranges), None)
-        if found is not None and found.smoothing is not None:
-            scale_channels(shared, found.smoothing)
 
 
 def quantize_for_engine(

@@ -6,7 +6,7 @@ activation: the weight of a norm, or the outputs of the linear layer whose resul
 (SmoothQuant, Xiao et al. 2023; AWQ, Lin et al. 2024).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +17,14 @@ from llmc.graph.linear import Linear, as_linear, find_linears
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, ScaledRows, WeightGroup
 
-_NORMS = frozenset({"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"})
+#: Norms, and their first input that is a weight; norms of com.microsoft with the residual sum have two more.
+_NORMS = {
+    "RMSNormalization": 1,
+    "LayerNormalization": 1,
+    "SimplifiedLayerNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+    "SkipLayerNormalization": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,14 @@ def scale_channels(shared: SharedInput, factors: Array) -> None:
         _scale(linear.weight, factors.astype(np.float32), 1 if linear.transposed else 0)
 
 
+def scale_graph(graph: Graph, vectors: Mapping[str, Array]) -> None:
+    """Scale the channels of activations by `vectors`, each found by a weight that reads its activation."""
+    for shared in find_shared_inputs(graph):
+        factors = next((vectors[s] for s in shared.sources if s in vectors), None)
+        if factors is not None:
+            scale_channels(shared, factors)
+
+
 def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
     tensor = _tensor(weight)
     if tensor.rows is not None:
@@ -101,13 +116,15 @@ def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
         return
     if value.is_graph_output() or any(len(tuple(_users(linear))) != 1 for linear in linears):
         return
-    node = value.producer()
+    node, last = value.producer(), value
     while node is not None and node.op_type == "Cast" and len(tuple(node.inputs[0].uses())) == 1:  # type: ignore[union-attr]
-        node = cast(ir.Value, node.inputs[0]).producer()
+        last = cast(ir.Value, node.inputs[0])
+        node = last.producer()
     if node is None:
         return
     if node.op_type in _NORMS:
-        yield from _of_norm(node)
+        if last is node.outputs[0]:  # not the residual sum
+            yield from _of_norm(node)
     elif node.op_type == "Mul":
         for operand in node.inputs:
             found = None if operand is None else _of_product(operand)
@@ -123,7 +140,8 @@ def _users(linear: Linear) -> Iterator[ir.Node]:
 
 
 def _of_norm(node: ir.Node) -> Iterator[Factor]:
-    weights = [w for w in node.inputs[1:3] if w is not None]
+    first = _NORMS[node.op_type]
+    weights = [w for w in node.inputs[first : first + 2] if w is not None]
     if not weights or any(not _is_own(w) for w in weights):
         return
     for weight in weights:

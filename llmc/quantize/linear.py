@@ -2,7 +2,10 @@
 
 `MatMul` (and the `Transpose` of its weight) becomes com.microsoft MatMulNBits, `Gather` becomes
 GatherBlockQuantized. A matrix that serves both is quantized once: GatherBlockQuantized wants the codes of an
-entry in one row, so that a `Reshape`, which ONNX Runtime folds, stands between.
+entry in one row, so that a `Reshape`, which ONNX Runtime folds, stands between. So does a `Cast` behind
+scales that are stored in a type that the operators do not take: where it is not folded (all optimizations of
+a session disabled), MatMulNBits at accuracy level 4 packs codes without their scales, and is wrong without
+an error (ONNX Runtime 1.31).
 """
 
 from collections.abc import Mapping
@@ -104,14 +107,15 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
         return _Decision(None, origin="made floats" if is_stored(rows) else None)
     found = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
     if isinstance(found, StoredMatrix):
-        rounded = "" if found.is_exact(scale_type(dtype)) else ", scales rounded to float16"
+        rounded = "" if found.is_exact(scale_type(quantization, dtype)) else ", scales rounded to float16"
         return _Decision(found.scheme, found, KEPT + rounded)
     return _Decision(scheme, origin=None if found is None else f"quantized again ({found})")
 
 
-def scale_type(dtype: Dtype) -> ScaleType:
-    """Type of the scales where activations are of `dtype`."""
-    return np.float32 if dtype is Dtype.FLOAT32 else np.float16
+def scale_type(quantization: Quantization, dtype: Dtype) -> ScaleType:
+    """Type that scales are stored in where activations are of `dtype`."""
+    wide = dtype is Dtype.FLOAT32 and quantization.scales == "activations"
+    return np.float32 if wide else np.float16
 
 
 def plan_calibration(graph: Graph, quantization: Quantization, dtype: Dtype) -> dict[str, WeightScheme]:
@@ -175,7 +179,7 @@ def quantize_weights(
     Args:
         graph: Changed in place.
         quantization: Rules and accuracy level.
-        dtype: Type of the activations, and so of the scales.
+        dtype: Type of the activations.
         calibration: Matrices that are quantized already.
 
     Raises:
@@ -188,7 +192,15 @@ def quantize_weights(
         if scheme is None:
             size = matrix.tensor.nbytes
         else:
-            operands = _Operands(graph.graph, matrix, scheme, dtype, calibration, decision.stored)
+            operands = _Operands(
+                graph.graph,
+                matrix,
+                scheme,
+                dtype,
+                scale_type(quantization, dtype),
+                calibration,
+                decision.stored,
+            )
             for linear in matrix.linears:
                 _replace_linear(graph.graph, linear, operands, quantization.accuracy_level)
             for embedding in matrix.embeddings:
@@ -224,6 +236,7 @@ class _Operands:
         matrix: _Matrix,
         scheme: WeightScheme,
         dtype: Dtype,
+        kept_as: ScaleType,
         calibration: Calibration | None,
         stored: StoredMatrix | None,
     ) -> None:
@@ -244,9 +257,7 @@ class _Operands:
         only_embedded = not matrix.linears
         entry = (self.entry_bytes,) if only_embedded else (self.blocks, blob)
         codes = (self.out_features, *entry)
-        compute = _Compute(
-            rows, scheme, scale_type(dtype), self.name, matrix.outputs_first, codes, calibration, stored
-        )
+        compute = _Compute(rows, scheme, kept_as, self.name, matrix.outputs_first, codes, calibration, stored)
         group = WeightGroup(rows.sources, compute)
 
         def initializer(key: str, kind: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
@@ -256,12 +267,22 @@ class _Operands:
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
-        self.scales = initializer("scales", self.scale_dtype, (self.out_features, self.blocks))
+        kind = ir.DataType.FLOAT if kept_as is np.float32 else ir.DataType.FLOAT16
+        self.scales = initializer("scales", kind, (self.out_features, self.blocks))
+        if kind is not self.scale_dtype:
+            self.scales = self._widen(graph)
         self.zero_points = None
         if not scheme.symmetric:
             packed = -(-self.blocks * scheme.bits // 8)
             self.zero_points = initializer("zero_points", ir.DataType.UINT8, (self.out_features, packed))
         self._flat: ir.Value | None = self.codes if only_embedded else None
+
+    def _widen(self, graph: ir.Graph) -> ir.Value:
+        """The scales in the type that the operators take; a session folds it when it starts."""
+        node = ir.node("Cast", [self.scales], {"to": int(self.scale_dtype)}, name=f"{self.name}.widen")
+        graph.insert_before(graph[0], node)
+        shape = (self.out_features, self.blocks)
+        return _type(node, f"{self.name}.wide_scales", self.scale_dtype, shape)
 
     def flat_codes(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """The codes as (N, bytes of an entry)."""

@@ -156,7 +156,7 @@ def test_fp4_scales_are_rounded_to_fp8() -> None:
 
 def test_smoothing_is_kept_beside_the_graph(tmp_path: Path) -> None:
     found = _walk(build_tiny_model("llama"), _plans(), tmp_path / "walk")
-    write_smoothing(tmp_path, found)
+    write_smoothing(tmp_path, found.smoothing)
     again = read_smoothing(tmp_path)
     assert again.keys() == {n for n, r in found.ranges.items() if r.smoothing is not None}
     (tmp_path / "smoothing.safetensors").write_bytes(b"no")

@@ -171,6 +171,38 @@ def test_float16_activations(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [256, 33])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_float16_scales_below_float32_activations(bits: int, width: int, tied: bool) -> None:
+    store = tensors(width, tied=tied)
+    graph = decoder(store, tied=tied)
+    rules = everything(bits=bits, symmetric=False).model_copy(update={"scales": "float16"})
+    wide = quantize_weights(decoder(store, tied=tied), everything(bits=bits, symmetric=False), Dtype.FLOAT32)
+    report = quantize_weights(graph, rules, Dtype.FLOAT32)
+    scales = sum(len(a) * -(-width // 32) for a in store.arrays.values())
+    assert wide.bytes - report.bytes == 2 * scales
+    kind = scheme(bits, 32, False)
+    read_back = {n: dequantize_blocks(quantize_blocks(a, kind, np.float16)) for n, a in store.arrays.items()}
+    hidden, mid, logits = run(graph, IDS)
+    np.testing.assert_array_equal(hidden, read_back["embed"][IDS])
+    np.testing.assert_allclose(mid, hidden @ read_back["proj"].T, rtol=1e-5, atol=2e-4)
+    head = read_back["embed" if tied else "head"]
+    np.testing.assert_allclose(logits, mid @ head.T, rtol=1e-5, atol=2e-3)
+
+
+def test_float16_scales_are_folded_where_activations_are_int8() -> None:
+    """Accuracy level 4 packs codes with their scales, which have to be known by then."""
+    store = tensors(256, tied=True)
+    graph = decoder(store, tied=True)
+    rules = everything(level=4, symmetric=False).model_copy(update={"scales": "float16"})
+    quantize_weights(graph, rules, Dtype.FLOAT32)
+    read_back = dequantize_blocks(quantize_blocks(store.arrays["proj"], scheme(symmetric=False), np.float16))
+    hidden, mid, _ = run(graph, IDS)
+    expected = hidden @ read_back.T
+    assert np.linalg.norm(mid - expected) <= 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_int8_activations_stay_close(bits: int) -> None:
     store = tensors(256, tied=True)
     graph = decoder(store, tied=True)
