@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from llmc.config import Profile, ProfileKind, Provider, Target
+from llmc.config import Provider, Target
 from llmc.document import load_document
 from llmc.errors import ConfigError, did_you_mean
 from llmc.machine import LOCAL, detect_profile
+from llmc.profile import Profile, ProfileKind
 
 PATH_VARIABLE = "LLMC_PATH"
 

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from llmc.config import Profile, ProfileKind
 from llmc.errors import ResourceError
+from llmc.profile import Profile, ProfileKind
 
 LOCAL = "local"
 

@@ -13,14 +13,15 @@ PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
 STATIONS = ("checkpoint", "trace", "passes", "quantize", "backends", "validate", "report")
-BASE = {"errors", "config"}
+BASE = {"errors", "profile", "config"}
 
 # What each part of the package may import besides itself; every part is listed.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
     "data": {"errors"},
-    "config": {"errors"},
+    "profile": set(),
+    "config": {"errors", "profile"},
     "document": {"errors"},
     "machine": BASE,
     "catalog": BASE | {"document", "machine"},

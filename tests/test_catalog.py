@@ -15,8 +15,9 @@ from llmc.catalog import (
     search_folders,
     shipped_folder,
 )
-from llmc.config import Metric, ProfileKind, Provider
+from llmc.config import Metric, Provider
 from llmc.errors import ConfigError
+from llmc.profile import ProfileKind
 
 TARGETS = {file.stem for file in (Path(__file__).parents[1] / "targets").iterdir()}
 

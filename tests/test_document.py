@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from llmc.config import Profile, Target
+from llmc.config import Target
 from llmc.document import load_document, render_document
 from llmc.errors import ConfigError
+from llmc.profile import Profile
 
 GOOD = """\
 schema_version: 1

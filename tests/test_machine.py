@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import llmc.machine as machine
-from llmc.config import ProfileKind
 from llmc.errors import ResourceError
+from llmc.profile import ProfileKind
 
 
 def test_this_cpu() -> None:

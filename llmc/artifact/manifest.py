@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.verdict import MISSED, CheckStatus
-from llmc.config import Metric, Profile, Target, WeightRole
+from llmc.config import Metric, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
+from llmc.profile import Profile
 
 MANIFEST = "manifest.json"
 #: The graph.

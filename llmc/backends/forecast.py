@@ -4,8 +4,9 @@ import numpy as np
 
 from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import WeightRecord
-from llmc.config import Engine, Profile, WeightFormat, WeightRole
+from llmc.config import Engine, WeightFormat, WeightRole
 from llmc.graph.interface import Interface
+from llmc.profile import Profile
 
 
 def forecast(

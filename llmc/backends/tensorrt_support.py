@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llmc.config import Backend, Dtype, Profile, Target, WeightFormat
+from llmc.config import Backend, Dtype, Target, WeightFormat
 from llmc.errors import ConfigError, UnsupportedError
+from llmc.profile import Profile
 
 
 class Library(StrEnum):

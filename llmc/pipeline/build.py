@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
-from llmc.config import Backend, BuildPlan, ProfileKind, Provider
+from llmc.config import Backend, BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
+from llmc.profile import ProfileKind
 from llmc.progress import Progress
 
 if TYPE_CHECKING:

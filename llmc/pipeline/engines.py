@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.config import Backend, BuildPlan, Profile, Target
+from llmc.config import Backend, BuildPlan, Target
 from llmc.errors import ConfigError, ResourceError
 from llmc.pipeline.result import BuildResult, build_result
+from llmc.profile import Profile
 from llmc.progress import Progress
 
 _MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, on the CPU"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.config import CacheType, Profile, Target
+from llmc.config import CacheType, Target
 from llmc.errors import ConfigError, ResourceError
+from llmc.profile import Profile
 from llmc.progress import Progress
 
 if TYPE_CHECKING:

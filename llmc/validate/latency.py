@@ -27,9 +27,10 @@ from llmc.artifact.latency import (
     Timing,
 )
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric, Profile
+from llmc.config import Metric
 from llmc.errors import ResourceError
 from llmc.graph.interface import Interface
+from llmc.profile import Profile
 from llmc.validate.energy import POWERCAP, Counter, open_counter, open_gpu_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval

@@ -10,8 +10,8 @@ import numpy as np
 
 from llmc.artifact.latency import Roofline
 from llmc.artifact.manifest import MODEL
-from llmc.config import Profile
 from llmc.graph.interface import Interface
+from llmc.profile import Profile
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")
 

@@ -15,8 +15,9 @@ from llmc.artifact.manifest import (
     WeightRecord,
 )
 from llmc.artifact.verdict import CheckStatus
-from llmc.config import Dtype, Gate, Metric, PassSpec, Profile, ProfileKind, Provider, Target, WeightRole
+from llmc.config import Dtype, Gate, Metric, PassSpec, Provider, Target, WeightRole
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.profile import Profile, ProfileKind
 
 MakeManifest = Callable[..., Manifest]
 

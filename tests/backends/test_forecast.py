@@ -4,18 +4,9 @@ import pytest
 
 from llmc.artifact.manifest import WeightRecord
 from llmc.backends.forecast import forecast
-from llmc.config import (
-    Engine,
-    EngineRule,
-    EngineScheme,
-    Profile,
-    ProfileKind,
-    Span,
-    Throughput,
-    WeightFormat,
-    WeightRole,
-)
+from llmc.config import Engine, EngineRule, EngineScheme, Span, WeightFormat, WeightRole
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.profile import Profile, ProfileKind, Throughput
 
 INTERFACE = Interface(
     inputs=(

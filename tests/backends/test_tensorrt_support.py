@@ -4,8 +4,9 @@ import pytest
 
 from llmc.backends.tensorrt_support import Library, plan_engines
 from llmc.catalog import list_targets, load_profile, load_target
-from llmc.config import EngineRule, EngineScheme, Profile, ProfileKind, Target, WeightFormat
+from llmc.config import EngineRule, EngineScheme, Target, WeightFormat
 from llmc.errors import ConfigError, UnsupportedError
+from llmc.profile import Profile, ProfileKind
 
 KNOWN = [listed.document for listed in list_targets()]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from llmc.cli import main
-from llmc.config import Profile, Target
+from llmc.config import Target
 from llmc.document import load_document
+from llmc.profile import Profile
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str, str]:

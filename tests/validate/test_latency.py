@@ -11,8 +11,9 @@ import pytest
 
 from llmc.artifact.latency import Latency, Ratio
 from llmc.artifact.verdict import MeasurementStatus
-from llmc.config import Dtype, Gate, Metric, Profile
+from llmc.config import Dtype, Gate, Metric
 from llmc.errors import ResourceError
+from llmc.profile import Profile
 from llmc.validate.footprint import ArtifactJob, OriginalJob, resident_bytes, take_sample
 from llmc.validate.gates import evaluate
 from llmc.validate.latency import Schedule, Timed, measure_latency, noise, ratio, ratios, timing

@@ -1,0 +1,71 @@
+"""Facts on hardware; see `Profile`."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ProfileKind(StrEnum):
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Throughput(_Strict):
+    """Dense peak rates by type in TFLOP/s (TOP/s for integers), without sparsity."""
+
+    fp32: float | None = None
+    tf32: float | None = None
+    fp16: float | None = None
+    bf16: float | None = None
+    int8: float | None = None
+    fp8: float | None = None
+    fp4: float | None = None
+
+
+class Profile(_Strict):
+    """Facts on one kind of hardware. `profiles/*.yaml`.
+
+    Args:
+        kind: CPU or GPU.
+        device: The maker's name of the device.
+        compute_capability: CUDA compute capability such as "8.9"; GPUs only.
+        isa: Instruction sets that code may use, as /proc/cpuinfo names them; CPUs only.
+        threads: Threads to run with; None takes the physical cores of the machine at hand.
+        memory_gib: Memory of the device, GiB.
+        bandwidth_gbs: Peak memory bandwidth, GB/s (10**9 bytes).
+        dense: Peak rates.
+        sources: Where each stated fact comes from, by field name.
+        notes: What a reader should know.
+    """
+
+    schema_version: Literal[1]
+    name: str
+    kind: Annotated[ProfileKind, Field(strict=False)]
+    device: str
+    compute_capability: str | None = None
+    isa: tuple[str, ...] = ()
+    threads: int | None = None
+    memory_gib: float | None = None
+    bandwidth_gbs: float | None = None
+    dense: Throughput = Throughput()
+    sources: dict[str, str] = Field(default_factory=dict)
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _sourced(self) -> "Profile":
+        stated = {
+            name
+            for name in ("compute_capability", "memory_gib", "bandwidth_gbs")
+            if getattr(self, name) is not None
+        }
+        if any(v is not None for v in self.dense.model_dump().values()):
+            stated.add("dense")
+        missing = stated - set(self.sources)
+        if missing:
+            raise ValueError(f"no source for {', '.join(sorted(missing))}")
+        return self
