@@ -13,6 +13,7 @@ from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.reports import report
 from llmc.pipeline.run import run
+from llmc.pipeline.tune import plan_tune, tune
 from llmc.pipeline.verify import verify
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "compare",
     "explain",
     "inspect",
+    "plan_tune",
     "report",
     "resume",
     "run",
+    "tune",
     "verify",
 ]

@@ -1,0 +1,362 @@
+"""`llmc tune`: constraints, what is remembered, what a kill leaves, a target that builds the same."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from llmc.artifact.store import open_artifact
+from llmc.artifact.tuning import Candidate, Constraints, choose, find_front, nearest, survives
+from llmc.artifact.verdict import Measurement, MeasurementStatus
+from llmc.catalog import load_target
+from llmc.cli import main
+from llmc.config import Gate, Metric, Target
+from llmc.document import render_document
+from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, ResourceError, UnsupportedError
+from llmc.pipeline import build, plan_tune, tune, workbench
+from llmc.pipeline.candidates import Space, describe
+from llmc.pipeline.restate import restate_gates
+from llmc.pipeline.tune import TunePlan, TuneResult, parse_seconds
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from tests.models import EOS, save_tiny_model
+
+REASON = "a tiny random model in 4 and 8 bits"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the folders that candidates were built in, one for each build."""
+    made: list[str] = []
+    real = workbench.build
+
+    def counted(plan: object, progress: object) -> object:
+        made.append(plan.output.name)
+        return real(plan, progress)
+
+    monkeypatch.setattr(workbench, "build", counted)
+    return made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """With a base target `small` beside it, in a folder for --path."""
+    gates = (
+        Gate(metric=Metric.PREFILL_MAX_ABS, max=1e-3, reason=REASON),
+        Gate(metric=Metric.WEIGHTS_SNR, min=90, reason=REASON),
+        Gate(metric=Metric.TEXT_TOP1, min=0.01, reason=REASON),
+    )
+    base = load_target("cpu-int4").model_copy(update={"name": "small", "gates": gates})
+    (tmp_path / "mine" / "targets").mkdir(parents=True)
+    (tmp_path / "mine" / "targets" / "small.yaml").write_text(render_document(base))
+    return save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+
+
+def _plan(model: Path, **asked: object) -> TunePlan:
+    mine = model.parent / "mine"
+    settings: dict[str, object] = {
+        "most": 3,
+        "budget": "1h",
+        "output": mine / "targets" / "best.yaml",
+        **asked,
+    }
+    return plan_tune(str(model), targets="small", profile="local", path=mine, **settings)
+
+
+def _tune(model: Path, **asked: object) -> TuneResult:
+    return tune(_plan(model, **asked), SilentProgress())
+
+
+def test_the_written_target_builds_the_same_bytes_and_keeps_its_gates(
+    model: Path, tmp_path: Path, builds: list[str]
+) -> None:
+    report = tmp_path / "report"
+    result = _tune(model, report=report)
+    assert result.failure() is None
+    tuning = result.tuning
+    assert builds.count("base") == 1
+    assert builds.count("candidate") == 3  # the anchor that is the base is known
+    assert len(tuning.candidates) + len(tuning.refused) == 4
+    assert tuning.candidates[0].step_ratio == tuning.candidates[0].first_ratio == 1
+    chosen = tuning.find(str(tuning.chosen))
+    assert chosen.kl == min(c.kl for c in tuning.candidates)  # nothing is asked: the most faithful
+    assert "8x32s" in chosen.label
+    assert chosen.digest in tuning.front
+
+    plan = plan_build(
+        str(model), target="best", profile="local", output=tmp_path / "again", path=tmp_path / "mine"
+    )
+    rebuilt = build(plan, SilentProgress())
+    assert rebuilt.failure() is None
+    files = open_artifact(tmp_path / "again").manifest.files
+    assert {name: f.sha256 for name, f in files.items() if name.startswith("model.onnx")} == chosen.model
+    assert set(chosen.model) == {"model.onnx", "model.onnx.data"}
+    gates = {gate.metric: gate for gate in plan.target.gates}
+    assert gates[Metric.PREFILL_MAX_ABS].reason == REASON
+    assert gates[Metric.TEXT_TOP1].min == 0.01
+    assert 30 < gates[Metric.WEIGHTS_SNR].min < 90
+    assert "was measured by llmc tune" in gates[Metric.WEIGHTS_SNR].reason
+
+    assert json.loads((report / "tuning.json").read_text()) == json.loads(tuning.model_dump_json())
+    page = (report / "tuning.html").read_text()
+    assert page.count("<svg") == 3
+    assert page.count("TAKEN") == 1
+    text = result.render()
+    assert f"llmc build {model} --target best --profile local --path {tmp_path / 'mine'}" in text
+    assert "TAKEN" in text
+    left = {p.name for p in (tmp_path / "cache" / "tune").rglob("*") if p.is_dir()}
+    assert not left & {"base", "candidate", "chosen"}
+
+
+def test_what_was_measured_is_not_measured_again(model: Path, builds: list[str]) -> None:
+    first = _tune(model)
+    before = len(builds)
+    assert _tune(model).tuning == first.tuning
+    assert builds[before:] == []
+    # Another question about the same candidates: the figures are known, the search is a new one.
+    bytes_of = sorted(c.bytes for c in first.tuning.candidates)
+    smaller = _tune(model, max_size=(bytes_of[0] + 1) / 1e6)
+    assert builds[before:].count("base") == 0
+    known = {c.digest: c for c in first.tuning.candidates}
+    chosen = smaller.tuning.find(str(smaller.tuning.chosen))
+    assert chosen.bytes == bytes_of[0]
+    assert known[chosen.digest].kl == chosen.kl
+    more = _tune(model, most=4)
+    assert len(more.tuning.candidates) + len(more.tuning.refused) == 5
+    assert builds[before:].count("candidate") <= 2
+
+
+class Killed(SilentProgress):
+    """Interrupts as Ctrl-C would, when the candidate of this number has been told of."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.notes = at, []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if text.lstrip().startswith(f"{self.at} "):
+            raise KeyboardInterrupt
+
+
+def test_a_killed_tuning_goes_on(model: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Killed(2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(_plan(model), progress)
+    assert progress.notes[-1] == "what was measured is kept: the same command goes on from here"
+    assert not (model.parent / "mine" / "targets" / "best.yaml").exists()
+    before = builds.count("candidate")
+    assert before == 2
+
+    # Killed in the midst of a candidate: its trial was begun, and its artifact never came to be.
+    real = workbench.build
+
+    def killed(plan: object, progress: object) -> object:
+        if plan.output.name == "candidate":
+            raise KeyboardInterrupt
+        return real(plan, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workbench, "build", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _tune(model)
+    journal = next((model.parent / "cache" / "tune").rglob("study.log"))
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":')  # half a line
+    result = _tune(model)
+    assert len(result.tuning.candidates) + len(result.tuning.refused) == 4
+    assert builds.count("candidate") == before + 1
+    labels = [c.label for c in result.tuning.candidates] + [r.label for r in result.tuning.refused]
+    assert any("allocated" in label for label in labels)  # the one that was under way
+
+
+def _bounded(model: Path, **asked: float) -> LlmcError | None:
+    result = _tune(model, **asked)
+    assert (result.target is None) == (result.failure() is not None)
+    return result.failure()
+
+
+def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missed = _bounded(model, max_kl=1e-7, most=1)
+    assert type(missed) is ParityError
+    assert missed.fact.startswith("none of 2 candidates meets the constraints; the nearest is ")
+    assert "at most 1e-07 is asked" in missed.fact
+    missed = _bounded(model, min_tok_s=1e9, most=1)
+    assert type(missed) is LatencyError
+    assert "at least 1000000000.0 are asked" in missed.fact
+    missed = _bounded(model, max_size=0.001, most=1)
+    assert type(missed) is ParityError
+    assert "MB, at most 0.001 are asked" in missed.fact
+    mine = model.parent / "mine"
+    arguments = [str(model), "--target", "small", "--path", str(mine), "--candidates", "1", "--json"]
+    arguments += ["--min-tok-s", "1e9", "-o", str(mine / "targets" / "fast.yaml")]
+    with pytest.raises(SystemExit) as caught:
+        main(["tune", *arguments])
+    captured = capsys.readouterr()
+    assert caught.value.code == 6
+    assert json.loads(captured.out)["target"] is None
+    assert "error: none of 2 candidates meets the constraints" in captured.err
+    assert [p.name for p in (mine / "targets").iterdir()] == ["small.yaml"]
+
+
+def test_a_bound_on_divergence_becomes_a_gate(model: Path) -> None:
+    result = _tune(model, max_kl=5.0, most=1)
+    chosen = result.tuning.find(str(result.tuning.chosen))
+    assert chosen.step_ratio == min(c.step_ratio for c in result.tuning.candidates)
+    gates = load_target("best", model.parent / "mine").gates
+    assert [g.max for g in gates if g.metric is Metric.TEXT_KL_MEAN] == [5.0]
+
+
+def test_optuna_is_an_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ResourceError, match="optuna, which proposes what to measure, is not") as caught:
+        _tune(model)
+    assert caught.value.hint == "pip install 'llmc[tune]'"
+
+
+def test_bad_input(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best.yaml would not be found as a target"):
+        _tune(model, output=tmp_path / "best.yaml")
+    with pytest.raises(ConfigError, match="--max-kl -1 is not above zero"):
+        _tune(model, max_kl=-1.0)
+    for text in ("", "soon", "0s", "-3m"):
+        with pytest.raises(ConfigError, match="is not a time"):
+            parse_seconds(text)
+    assert [parse_seconds(text) for text in ("90s", "30m", "1.5h", "7")] == [90, 1800, 5400, 7]
+    shipped = {name: load_target(name) for name in ("cpu-fp32", "cuda-int4", "cpu-int4")}
+    with pytest.raises(ConfigError, match="target cpu-fp32 has no scheme for weights in general"):
+        Space.around((shipped["cpu-fp32"],))
+    with pytest.raises(UnsupportedError, match="target cuda-int4 runs on a GPU"):
+        Space.around((shipped["cuda-int4"],))
+    with pytest.raises(ConfigError, match="--target cpu-int4,cpu-int4 names a target twice"):
+        Space.around((shipped["cpu-int4"], shipped["cpu-int4"]))
+
+
+@contextmanager
+def _chosen(choices: dict[str, object]) -> Iterator[Callable[[str, object], object]]:
+    """Takes what is stated, and finds that nothing stated was left over."""
+    taken: set[str] = set()
+
+    def choose(name: str, options: object) -> object:
+        taken.add(name)
+        assert choices[name] in options
+        return choices[name]
+
+    yield choose
+    assert taken == set(choices)
+
+
+@pytest.mark.parametrize("name", ["cpu-int4", "cpu-int8", "cpu-int4-gptq", "cpu-int4-compiled"])
+def test_a_base_is_one_of_its_candidates(name: str) -> None:
+    base = load_target(name)
+    space = Space.around((base,))
+    targets = []
+    for choices in space.anchors():
+        with _chosen(choices) as choose_:
+            targets.append(space.target(choose_))
+    assert targets[0] == base
+    assert all(Target.model_validate_json(t.model_dump_json()) == t for t in targets)
+    assert describe(targets[-1]).startswith(f"{name}, 5.2 bits allocated, mse")
+
+
+def test_several_bases_bring_their_own_passes_and_kernels() -> None:
+    bases = (load_target("cpu-int4"), load_target("cpu-int4-compiled"))
+    space = Space.around(bases)
+    made = []
+    for choices in space.anchors():
+        with _chosen(choices) as choose_:
+            made.append(space.target(choose_))
+    assert [t.kernels for t in made[:2]] == ["onnxruntime", "compiled"]
+    assert made[:2] == list(bases)
+
+
+def _candidate(kl: float, step: float, size: int = 10, *, spread: float = 0.0) -> Candidate:
+    return Candidate(
+        digest=f"{kl} {step} {size}",
+        label="",
+        level=0,
+        kl=kl,
+        kl_low=kl - spread,
+        kl_high=kl + spread,
+        step_ratio=step,
+        step_low=step,
+        step_high=step,
+        first_ratio=1.0,
+        tokens_per_s=100 / step,
+        first_ms=1.0,
+        bytes=size,
+        model={},
+    )
+
+
+def test_the_front_and_what_is_taken() -> None:
+    good, fast, small, bad = (
+        _candidate(0.1, 1.0),
+        _candidate(0.3, 0.5),
+        _candidate(0.4, 1.5, 5),
+        _candidate(0.4, 1.1),
+    )
+    everything = [bad, small, fast, good]
+    assert find_front(everything) == [good, fast, small]
+    assert choose(everything, Constraints()) == good
+    assert choose(everything, Constraints(max_bytes=7)) == small
+    assert choose(everything, Constraints(min_tokens_per_s=150)) == fast
+    assert choose(everything, Constraints(max_kl=0.35)) == fast
+    assert choose(everything, Constraints(max_kl=0.5, min_tokens_per_s=60)) == small
+    unsure = _candidate(0.34, 0.4, spread=0.02)
+    assert choose([*everything, unsure], Constraints(max_kl=0.35)) == fast  # its interval ends beyond
+    asked = Constraints(max_kl=0.29, max_bytes=9)
+    assert choose(everything, asked) is None
+    assert nearest(everything, asked) == good
+
+
+def test_the_better_half_goes_on() -> None:
+    line = [_candidate(kl, kl) for kl in (1.0, 2.0, 3.0, 4.0)]
+    assert [survives(c, line, Constraints()) for c in line] == [True, True, False, False]
+    front = [_candidate(kl, 1 / kl) for kl in (1.0, 2.0, 3.0, 4.0)]
+    assert all(survives(c, front, Constraints()) for c in front)
+    assert survives(line[3], [line[3]], Constraints())
+    assert not survives(line[3], [line[3]], Constraints(max_kl=3.5))
+    assert survives(line[3], line, Constraints(max_kl=3.5)) is False
+    assert survives(line[2], line[2:], Constraints(max_kl=3.5))
+
+
+def test_gates_are_restated_only_where_they_would_be_missed() -> None:
+    def measured(metric: Metric, value: float, low: float | None = None, high: float | None = None):
+        status = MeasurementStatus.MEASURED
+        return Measurement(metric=metric, value=value, low=low, high=high, status=status, detail="", where="")
+
+    gates = tuple(
+        Gate(metric=metric, reason=REASON, **bound)
+        for metric, bound in (
+            (Metric.PREFILL_MAX_ABS, {"max": 1e-3}),
+            (Metric.TEXT_KL_MEAN, {"max": 0.2}),
+            (Metric.TEXT_TOP1, {"min": 0.9}),
+            (Metric.TEXT_PERPLEXITY_RATIO, {"max": 1.5}),
+        )
+    )
+    found = (
+        measured(Metric.PREFILL_MAX_ABS, 5.0),
+        measured(Metric.TEXT_KL_MEAN, 0.19, 0.18, 0.25),
+        measured(Metric.TEXT_TOP1, 0.8, 0.7, 0.85),
+        measured(Metric.TEXT_PERPLEXITY_RATIO, 1.2, 1.1, 1.3),
+    )
+    made = restate_gates(gates, found, None)
+    assert [(g.metric, g.max, g.min) for g in made] == [
+        (Metric.PREFILL_MAX_ABS, 1e-3, None),
+        (Metric.TEXT_KL_MEAN, 0.275, None),
+        (Metric.TEXT_TOP1, None, 0.63),
+        (Metric.TEXT_PERPLEXITY_RATIO, 1.5, None),
+    ]
+    asked = restate_gates(gates, found, 0.3)
+    assert [g.max for g in asked if g.metric is Metric.TEXT_KL_MEAN] == [0.3]
