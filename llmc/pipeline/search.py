@@ -110,8 +110,8 @@ class Search:
             return
         for bound, excess in self._constraints.excesses(last).items():
             trial.set_constraint(bound.value, excess)
-        kl, *others = last.objectives
-        self._study.tell(trial, [math.log(value) for value in (max(kl, _LEAST_KL), *others)])
+        values = (max(last.kl, _LEAST_KL), last.step_ratio, last.first_ratio, last.bytes)
+        self._study.tell(trial, [math.log(value) for value in values])
 
     def found(self) -> Iterator[tuple[Target, tuple[Candidate | Refused, ...]]]:
         """Each candidate so far and what was found on it, level by level, in the order asked for."""

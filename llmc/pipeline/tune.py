@@ -36,7 +36,7 @@ from llmc.pipeline.original import read_text
 from llmc.pipeline.restate import is_quality, restate_gates
 from llmc.pipeline.result import PathText, require_folder
 from llmc.pipeline.search import Asked, Search, require_optuna
-from llmc.pipeline.workbench import LEVELS, Workbench, target_digest
+from llmc.pipeline.workbench import LEVELS, Level, Workbench, target_digest
 from llmc.progress import Progress, SilentProgress
 
 #: Most bytes of measurements that are kept, over all tunings.
@@ -60,6 +60,7 @@ class TunePlan:
         output: File of the target, in a folder `targets`.
         report: Folder for tuning.json and tuning.html; None for neither.
         eval_text: As `BuildPlan`.
+        levels: Fidelities that a candidate is measured with, the cheapest first.
     """
 
     model: str
@@ -69,8 +70,9 @@ class TunePlan:
     seconds: float
     most: int | None
     output: Path
-    report: Path | None = None
-    eval_text: tuple[str, ...] = ()
+    report: Path | None
+    eval_text: tuple[str, ...]
+    levels: tuple[Level, ...]
 
 
 class TuneResult(BaseModel):
@@ -165,6 +167,7 @@ def plan_tune(
         output=output,
         report=report,
         eval_text=tuple(eval_text),
+        levels=LEVELS,
     )
 
 
@@ -200,12 +203,13 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
         text=read_text(plan.eval_text),
         folder=home,
         cache=StageCache(home / "measured", _CACHE_BYTES),
+        levels=plan.levels,
     )
     facts = {
         **bench.facts,
         "bases": [b.name + target_digest(b) for b in plan.bases],
         "constraints": plan.constraints.model_dump(),
-        "levels": [level.render() for level in LEVELS],
+        "levels": [level.render() for level in plan.levels],
         "optuna": optuna.__version__,
     }
     folder = home / content_key("tuning", facts)
@@ -239,7 +243,7 @@ class _Run:
     def __init__(self, plan: TunePlan, bench: Workbench, search: Search, progress: Progress) -> None:
         self.plan, self.bench, self.search, self.progress = plan, bench, search, progress
         self.targets: dict[str, Target] = {}
-        self.levels: list[dict[str, Candidate]] = [{} for _ in LEVELS]
+        self.levels: list[dict[str, Candidate]] = [{} for _ in plan.levels]
         self.refused: dict[str, Refused] = {}
         self.broken: set[str] = set()
 
@@ -251,7 +255,7 @@ class _Run:
         """
         base = self.bench.base
         with self.progress.stage(f"base: {describe(base)}"), self.bench.open(base) as measure:
-            for level in range(len(LEVELS)):
+            for level in range(len(self.plan.levels)):
                 found = measure(level)
                 if isinstance(found, Refused):
                     raise UnsupportedError(
@@ -259,7 +263,7 @@ class _Run:
                         hint=f"llmc build {self.plan.model} --target {base.name} says more",
                     )
                 self._remember(base, found)
-        self.progress.note(_told(found))
+        self.progress.note(self._told(found))
         for target, several in self.search.found():
             for each in several:
                 self._remember(target, each)
@@ -282,15 +286,14 @@ class _Run:
             if chosen is None:
                 return None
             target = self.targets[chosen.digest]
-            if chosen.level + 1 < len(LEVELS):
+            if chosen.level + 1 < len(self.plan.levels):
                 with self.bench.open(target) as measure:
                     found = measure(chosen.level + 1)
                 self._remember(target, found)
-                self.progress.note(f"    {chosen.label}: {_told(found)}")
+                self.progress.note(f"    {chosen.label}: {self._told(found)}")
                 held = None
             else:
-                with self.progress.stage(f"verify: {chosen.label}"):
-                    held = self._hold(chosen, target)
+                held = self._held_before(chosen, target)
                 if held is None:
                     self.broken.add(chosen.digest)
             if held is not None:
@@ -308,7 +311,7 @@ class _Run:
             constraints=self.plan.constraints,
             candidates=tuple(self._best().values()),
             refused=tuple(self.refused.values()),
-            levels=tuple(level.render() for level in LEVELS),
+            levels=tuple(level.render() for level in self.plan.levels),
             front=tuple(c.digest for c in find_front(list(self.levels[-1].values()))),
             chosen=None if chosen is None else chosen.digest,
             seconds=self.search.seconds,
@@ -320,7 +323,7 @@ class _Run:
         found: list[Candidate | Refused] = []
         label = describe(asked.target)
         with self.bench.open(asked.target) as measure:
-            for level in range(len(LEVELS)):
+            for level in range(len(self.plan.levels)):
                 each = measure(level)
                 found.append(each)
                 self._remember(asked.target, each)
@@ -332,7 +335,7 @@ class _Run:
                     break
         self.search.tell(asked, found, time.monotonic() - start)
         if not quiet:
-            self.progress.note(f"{self._count():3} {label}: {_told(found[-1])}")
+            self.progress.note(f"{self._count():3} {label}: {self._told(found[-1])}")
 
     def _remember(self, target: Target, found: Candidate | Refused) -> None:
         self.targets.setdefault(found.digest, target)
@@ -354,6 +357,31 @@ class _Run:
     def _count(self) -> int:
         """Candidates that were looked at besides the base."""
         return len(self.levels[0]) - 1 + len(self.refused)
+
+    def _told(self, found: Candidate | Refused) -> str:
+        if isinstance(found, Refused):
+            return f"refused: {found.reason}"
+        return (
+            f"KL {found.kl:.4g} on {self.plan.levels[found.level].windows} windows, "
+            f"{found.tokens_per_s:.4g} tokens/s ({1 / found.step_ratio:.3f} x the base), "
+            f"first token {found.first_ms:.4g} ms, {found.bytes / 1e6:.4g} MB"
+        )
+
+    def _held_before(self, chosen: Candidate, target: Target) -> Target | None:
+        """As `_hold`, remembered where it was taken."""
+        from llmc.artifact.cache import content_key
+
+        settings = target.model_copy(update={"name": self.plan.output.stem}).model_dump(mode="json")
+        bound = self.plan.constraints.max_kl
+        key = content_key("tune", {**self.bench.facts, "held": settings, "max_kl": bound})
+        known = self.bench.cache.get(key)
+        if known is not None:
+            return Target.model_validate_json(known)
+        with self.progress.stage(f"verify: {chosen.label}"):
+            held = self._hold(chosen, target)
+        if held is not None:
+            self.bench.cache.put(key, held.model_dump_json().encode())
+        return held
 
     def _hold(self, chosen: Candidate, target: Target) -> Target | None:
         """The target of a candidate with gates that it keeps; None if it is wrong, not only inexact.
@@ -390,20 +418,10 @@ class _Run:
         return target.model_copy(
             update={
                 "name": plan.output.stem,
-                "summary": f"{target.name} tuned for {plan.model}: {_told(chosen)}",
+                "summary": f"{target.name} tuned for {plan.model}: {self._told(chosen)}",
                 "gates": restate_gates(target.gates, report.measurements, plan.constraints.max_kl),
             }
         )
-
-
-def _told(found: Candidate | Refused) -> str:
-    if isinstance(found, Refused):
-        return f"refused: {found.reason}"
-    return (
-        f"KL {found.kl:.4g} on {LEVELS[found.level].windows} windows, {found.tokens_per_s:.4g} tokens/s "
-        f"({1 / found.step_ratio:.3f} x the base), first token {found.first_ms:.4g} ms, "
-        f"{found.bytes / 1e6:.4g} MB"
-    )
 
 
 def _require_place(output: Path) -> None:

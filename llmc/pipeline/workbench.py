@@ -99,6 +99,7 @@ class Workbench:
         text: Evaluation text.
         folder: Where artifacts stand while they are measured.
         cache: Measurements, those of earlier runs included.
+        levels: Fidelities, the cheapest first.
     """
 
     checkpoint: Checkpoint
@@ -107,6 +108,7 @@ class Workbench:
     text: str
     folder: Path
     cache: StageCache
+    levels: tuple[Level, ...]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -160,6 +162,8 @@ class Workbench:
         built: list[Artifact] = []
 
         def artifact() -> Artifact:
+            if target_digest(target) == self.facts["base"]:
+                return self.reference
             if not built:
                 built.append(self.build(target, "candidate"))
             return built[0]
@@ -187,21 +191,23 @@ class Workbench:
     def _measure(self, target: Target, artifact: Callable[[], Artifact], level: int) -> Candidate | Refused:
         from llmc.artifact.cache import content_key
 
-        plan, digest = LEVELS[level], target_digest(target)
+        plan, digest = self.levels[level], target_digest(target)
         settings = [plan.windows, plan.samples, plan.rounds]
         key = content_key("tune", {**self.facts, "candidate": digest, "level": settings})
         known = self.cache.get(key)
         if known is not None:
-            return _FOUND.validate_json(known)
+            found = _FOUND.validate_json(known)
+            # What is its level here may have been another of other fidelities.
+            return found.model_copy(update={"level": level}) if isinstance(found, Candidate) else found
         try:
-            found: Candidate | Refused = self._take(target, digest, artifact(), level)
+            found = self._take(target, digest, artifact(), level)
         except (UnsupportedError, ConfigError, CheckpointError, ParityError) as error:
             found = Refused(digest=digest, label=describe(target), reason=error.fact)
         self.cache.put(key, _FOUND.dump_json(found))
         return found
 
     def _take(self, target: Target, digest: str, artifact: Artifact, level: int) -> Candidate:
-        plan, speed, files = LEVELS[level], self.speed, artifact.manifest.files
+        plan, speed, files = self.levels[level], self.speed, artifact.manifest.files
         kl, kl_low, kl_high = self._divergence(artifact, plan.windows)
         step, first = (_ONE, _ONE) if digest == self.facts["base"] else self._ratios(artifact, plan)
         return Candidate(

@@ -1,6 +1,7 @@
 """`llmc tune`: constraints, what is remembered, what a kill leaves, a target that builds the same."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +15,39 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.catalog import load_target
 from llmc.cli import main
 from llmc.config import Gate, Metric, Target
+from llmc.data import eval_text
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, ResourceError, UnsupportedError
 from llmc.pipeline import build, plan_tune, tune, workbench
 from llmc.pipeline.candidates import Space, describe
 from llmc.pipeline.restate import restate_gates
-from llmc.pipeline.tune import TunePlan, TuneResult, parse_seconds
+from llmc.pipeline.tune import TuneResult, parse_seconds
+from llmc.pipeline.workbench import Level
 from llmc.plan import plan_build
-from llmc.progress import SilentProgress
+from llmc.progress import Progress, SilentProgress
 from tests.models import EOS, save_tiny_model
 
 REASON = "a tiny random model in 4 and 8 bits"
 
 
+LEVELS = (Level(windows=4, samples=1, rounds=1), Level(windows=8, samples=1, rounds=1))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and a short text, and a cache folder, so that the model is traced once."""
+    folder = tmp_path_factory.mktemp("home")
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 128}
+    save_tiny_model("llama", folder / "model", tokenizer=True, eos_token_id=EOS, **sizes)
+    (folder / "text").write_text(eval_text()[:2500])
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+def _own_tunings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(home / "cache"))
+    monkeypatch.setattr(sys.modules["llmc.pipeline.tune"], "LEVELS", LEVELS)
+    shutil.rmtree(home / "cache" / "tune", ignore_errors=True)
 
 
 @pytest.fixture
@@ -47,39 +65,51 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """With a base target `small` beside it, in a folder for --path."""
+def mine(tmp_path: Path) -> Path:
+    """A folder for --path with a base target `small` and a profile `one`."""
     gates = (
         Gate(metric=Metric.PREFILL_MAX_ABS, max=1e-3, reason=REASON),
         Gate(metric=Metric.WEIGHTS_SNR, min=90, reason=REASON),
         Gate(metric=Metric.TEXT_TOP1, min=0.01, reason=REASON),
     )
     base = load_target("cpu-int4").model_copy(update={"name": "small", "gates": gates})
-    (tmp_path / "mine" / "targets").mkdir(parents=True)
-    (tmp_path / "mine" / "targets" / "small.yaml").write_text(render_document(base))
-    return save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    folder = tmp_path / "mine"
+    (folder / "targets").mkdir(parents=True)
+    (folder / "targets" / "small.yaml").write_text(render_document(base))
+    (folder / "profiles").mkdir()
+    (folder / "profiles" / "one.yaml").write_text(
+        "{schema_version: 1, name: one, kind: cpu, device: one thread, threads: 1}"
+    )
+    return folder
 
 
-def _plan(model: Path, **asked: object) -> TunePlan:
-    mine = model.parent / "mine"
-    settings: dict[str, object] = {
-        "most": 3,
-        "budget": "1h",
-        "output": mine / "targets" / "best.yaml",
-        **asked,
-    }
-    return plan_tune(str(model), targets="small", profile="local", path=mine, **settings)
+Tune = Callable[..., TuneResult]
 
 
-def _tune(model: Path, **asked: object) -> TuneResult:
-    return tune(_plan(model, **asked), SilentProgress())
+@pytest.fixture
+def run(home: Path, mine: Path) -> Tune:
+    """Tunes the model around `small`, by default three candidates."""
+
+    def tune_it(progress: Progress | None = None, **asked: object) -> TuneResult:
+        settings: dict[str, object] = {"most": 3, "budget": "1h", "output": mine / "targets" / "best.yaml"}
+        plan = plan_tune(
+            str(home / "model"),
+            targets="small",
+            profile="one",
+            path=mine,
+            eval_text=(str(home / "text"),),
+            **{**settings, **asked},
+        )
+        return tune(plan, progress or SilentProgress())
+
+    return tune_it
 
 
-def test_the_written_target_builds_the_same_bytes_and_keeps_its_gates(
-    model: Path, tmp_path: Path, builds: list[str]
+def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
+    run: Tune, home: Path, mine: Path, tmp_path: Path, builds: list[str]
 ) -> None:
     report = tmp_path / "report"
-    result = _tune(model, report=report)
+    result = run(report=report)
     assert result.failure() is None
     tuning = result.tuning
     assert builds.count("base") == 1
@@ -91,9 +121,7 @@ def test_the_written_target_builds_the_same_bytes_and_keeps_its_gates(
     assert "8x32s" in chosen.label
     assert chosen.digest in tuning.front
 
-    plan = plan_build(
-        str(model), target="best", profile="local", output=tmp_path / "again", path=tmp_path / "mine"
-    )
+    plan = plan_build(str(home / "model"), target="best", profile="one", output=tmp_path / "again", path=mine)
     rebuilt = build(plan, SilentProgress())
     assert rebuilt.failure() is None
     files = open_artifact(tmp_path / "again").manifest.files
@@ -110,28 +138,25 @@ def test_the_written_target_builds_the_same_bytes_and_keeps_its_gates(
     assert page.count("<svg") == 3
     assert page.count("TAKEN") == 1
     text = result.render()
-    assert f"llmc build {model} --target best --profile local --path {tmp_path / 'mine'}" in text
+    assert f"llmc build {home / 'model'} --target best --profile one --path {tmp_path / 'mine'}" in text
     assert "TAKEN" in text
-    left = {p.name for p in (tmp_path / "cache" / "tune").rglob("*") if p.is_dir()}
+    left = {p.name for p in (home / "cache" / "tune").rglob("*") if p.is_dir()}
     assert not left & {"base", "candidate", "chosen"}
 
-
-def test_what_was_measured_is_not_measured_again(model: Path, builds: list[str]) -> None:
-    first = _tune(model)
+    # The same tuning again: nothing is done.
     before = len(builds)
-    assert _tune(model).tuning == first.tuning
+    assert run().tuning == tuning
     assert builds[before:] == []
-    # Another question about the same candidates: the figures are known, the search is a new one.
-    bytes_of = sorted(c.bytes for c in first.tuning.candidates)
-    smaller = _tune(model, max_size=(bytes_of[0] + 1) / 1e6)
-    assert builds[before:].count("base") == 0
-    known = {c.digest: c for c in first.tuning.candidates}
-    chosen = smaller.tuning.find(str(smaller.tuning.chosen))
-    assert chosen.bytes == bytes_of[0]
-    assert known[chosen.digest].kl == chosen.kl
-    more = _tune(model, most=4)
-    assert len(more.tuning.candidates) + len(more.tuning.refused) == 5
-    assert builds[before:].count("candidate") <= 2
+    # Another question: a search of its own, and figures that are known.
+    bounded = run(max_kl=5.0).tuning
+    assert builds[before:] == []
+    known = {c.digest: c for c in tuning.candidates}
+    assert {c.digest for c in bounded.candidates} == set(known)
+    taken = bounded.find(str(bounded.chosen))
+    assert taken.step_ratio == min(c.step_ratio for c in bounded.candidates)
+    assert taken.kl == known[taken.digest].kl
+    gates = {gate.metric: gate for gate in load_target("best", mine).gates}
+    assert gates[Metric.TEXT_KL_MEAN].max == 5.0
 
 
 class Killed(SilentProgress):
@@ -147,12 +172,14 @@ class Killed(SilentProgress):
             raise KeyboardInterrupt
 
 
-def test_a_killed_tuning_goes_on(model: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_tuning_goes_on(
+    run: Tune, home: Path, mine: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     progress = Killed(2)
     with pytest.raises(KeyboardInterrupt):
-        tune(_plan(model), progress)
+        run(progress, max_size=0.001)
     assert progress.notes[-1] == "what was measured is kept: the same command goes on from here"
-    assert not (model.parent / "mine" / "targets" / "best.yaml").exists()
+    assert not (mine / "targets" / "best.yaml").exists()
     before = builds.count("candidate")
     assert before == 2
 
@@ -167,68 +194,77 @@ def test_a_killed_tuning_goes_on(model: Path, builds: list[str], monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(workbench, "build", killed)
         with pytest.raises(KeyboardInterrupt):
-            _tune(model)
-    journal = next((model.parent / "cache" / "tune").rglob("study.log"))
+            run(max_size=0.001)
+    journal = next((home / "cache" / "tune").rglob("study.log"))
     with journal.open("ab") as file:
         file.write(b'{"op_code":')  # half a line
-    result = _tune(model)
+    result = run(max_size=0.001)
     assert len(result.tuning.candidates) + len(result.tuning.refused) == 4
     assert builds.count("candidate") == before + 1
     labels = [c.label for c in result.tuning.candidates] + [r.label for r in result.tuning.refused]
     assert any("allocated" in label for label in labels)  # the one that was under way
 
 
-def _bounded(model: Path, **asked: float) -> LlmcError | None:
-    result = _tune(model, **asked)
+def _bounded(run: Tune, **asked: float) -> LlmcError | None:
+    result = run(**asked)
     assert (result.target is None) == (result.failure() is not None)
     return result.failure()
 
 
 def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    run: Tune, home: Path, mine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missed = _bounded(model, max_kl=1e-7, most=1)
+    missed = _bounded(run, max_kl=1e-7, most=1)
     assert type(missed) is ParityError
     assert missed.fact.startswith("none of 2 candidates meets the constraints; the nearest is ")
     assert "at most 1e-07 is asked" in missed.fact
-    missed = _bounded(model, min_tok_s=1e9, most=1)
+    missed = _bounded(run, min_tok_s=1e9, most=1)
     assert type(missed) is LatencyError
     assert "at least 1000000000.0 are asked" in missed.fact
-    missed = _bounded(model, max_size=0.001, most=1)
+    missed = _bounded(run, max_size=0.001, most=1)
     assert type(missed) is ParityError
     assert "MB, at most 0.001 are asked" in missed.fact
-    mine = model.parent / "mine"
-    arguments = [str(model), "--target", "small", "--path", str(mine), "--candidates", "1", "--json"]
-    arguments += ["--min-tok-s", "1e9", "-o", str(mine / "targets" / "fast.yaml")]
+    arguments = [
+        str(home / "model"),
+        "--target",
+        "small",
+        "--profile",
+        "one",
+        "--path",
+        str(mine),
+        "--candidates",
+        "1",
+        "--json",
+    ]
+    arguments += [
+        "--eval-text",
+        str(home / "text"),
+        "--min-tok-s",
+        "1e9",
+        "-o",
+        str(mine / "targets" / "fast.yaml"),
+    ]
     with pytest.raises(SystemExit) as caught:
         main(["tune", *arguments])
     captured = capsys.readouterr()
     assert caught.value.code == 6
     assert json.loads(captured.out)["target"] is None
-    assert "error: none of 2 candidates meets the constraints" in captured.err
+    assert "error: none of 2 candidates meets the constraints" in captured.err, captured.err
     assert [p.name for p in (mine / "targets").iterdir()] == ["small.yaml"]
 
 
-def test_a_bound_on_divergence_becomes_a_gate(model: Path) -> None:
-    result = _tune(model, max_kl=5.0, most=1)
-    chosen = result.tuning.find(str(result.tuning.chosen))
-    assert chosen.step_ratio == min(c.step_ratio for c in result.tuning.candidates)
-    gates = load_target("best", model.parent / "mine").gates
-    assert [g.max for g in gates if g.metric is Metric.TEXT_KL_MEAN] == [5.0]
-
-
-def test_optuna_is_an_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optuna_is_an_extra(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ResourceError, match="optuna, which proposes what to measure, is not") as caught:
-        _tune(model)
+        run()
     assert caught.value.hint == "pip install 'llmc[tune]'"
 
 
-def test_bad_input(model: Path, tmp_path: Path) -> None:
+def test_bad_input(run: Tune, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"best.yaml would not be found as a target"):
-        _tune(model, output=tmp_path / "best.yaml")
+        run(output=tmp_path / "best.yaml")
     with pytest.raises(ConfigError, match="--max-kl -1 is not above zero"):
-        _tune(model, max_kl=-1.0)
+        run(max_kl=-1.0)
     for text in ("", "soon", "0s", "-3m"):
         with pytest.raises(ConfigError, match="is not a time"):
             parse_seconds(text)
