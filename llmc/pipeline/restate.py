@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 _QUALITY = ("text.", "weights.")
 
 
-def is_quality(gate: Gate) -> bool:
+def _is_quality(gate: Gate) -> bool:
     """Whether a gate bounds what quantization loses, and not what a right graph computes."""
     return gate.metric.value.startswith(_QUALITY)
+
+
+def strict_gates(gates: Sequence[Gate], max_kl: float | None) -> tuple[Gate, ...]:
+    """What a tuned target is held to whatever it may lose: a right graph, and the bound asked for."""
+    exact = tuple(gate for gate in gates if not _is_quality(gate))
+    return exact if max_kl is None else (*exact, _asked(max_kl))
 
 
 def restate_gates(
@@ -35,16 +41,20 @@ def restate_gates(
     for gate in gates:
         measured = found.get(gate.metric)
         asked = gate.metric is Metric.TEXT_KL_MEAN and max_kl is not None
-        if asked or not is_quality(gate) or measured is None or measured.value is None:
+        if asked or not _is_quality(gate) or measured is None or measured.value is None:
             made += [] if asked else [gate]
         elif any(c.metric is gate.metric for c in evaluate((gate,), (measured,)).missed):
             made.append(_restated(gate, measured))
         else:
             made.append(gate)
     if max_kl is not None:
-        reason = f"nats per token; asked of llmc tune by {Bound.KL.value}"
-        made.append(Gate(metric=Metric.TEXT_KL_MEAN, max=max_kl, reason=reason))
+        made.append(_asked(max_kl))
     return tuple(made)
+
+
+def _asked(max_kl: float) -> Gate:
+    reason = f"nats per token; asked of llmc tune by {Bound.KL.value}"
+    return Gate(metric=Metric.TEXT_KL_MEAN, max=max_kl, reason=reason)
 
 
 def _restated(gate: Gate, measured: Measurement) -> Gate:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +13,6 @@ from llmc.artifact.disk import access_errors, space_errors
 from llmc.artifact.tuning import (
     Bound,
     Candidate,
-    Constraints,
     Refused,
     Tuning,
     choose,
@@ -25,54 +20,24 @@ from llmc.artifact.tuning import (
     nearest,
     survives,
 )
-from llmc.catalog import load_profile_for, load_target
-from llmc.config import BuildPlan, Profile, Target
+from llmc.config import BuildPlan, Target
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, UnsupportedError
 from llmc.machine import detect_cpu
 from llmc.pipeline.build import build
 from llmc.pipeline.candidates import Space, describe
 from llmc.pipeline.original import read_text
-from llmc.pipeline.restate import is_quality, restate_gates
+from llmc.pipeline.restate import restate_gates, strict_gates
 from llmc.pipeline.result import PathText, require_folder
 from llmc.pipeline.search import Asked, Search, require_optuna
-from llmc.pipeline.workbench import LEVELS, Level, Workbench, target_digest
+from llmc.pipeline.tune_plan import TunePlan
+from llmc.pipeline.workbench import Workbench, target_digest
 from llmc.progress import Progress, SilentProgress
 
 #: Most bytes of measurements that are kept, over all tunings.
 _CACHE_BYTES = 64 << 20
 #: Candidates in a row that were known already, after which there is nothing left to look for.
 _KNOWN_IN_A_ROW = 200
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-@dataclass(frozen=True)
-class TunePlan:
-    """What a tuning is asked to do.
-
-    Args:
-        model: As the user wrote it.
-        bases: Targets that candidates are made from; times are ratios to the first.
-        profile: The hardware; candidates run on the machine at hand.
-        constraints: What is asked of the target that is taken.
-        seconds: Time for candidates, over all runs of the same tuning; the one that runs by then is finished.
-        most: Most candidates besides the base; None leaves it to the time.
-        output: File of the target, in a folder `targets`.
-        report: Folder for tuning.json and tuning.html; None for neither.
-        eval_text: As `BuildPlan`.
-        levels: Fidelities that a candidate is measured with, the cheapest first.
-    """
-
-    model: str
-    bases: tuple[Target, ...]
-    profile: Profile
-    constraints: Constraints
-    seconds: float
-    most: int | None
-    output: Path
-    report: Path | None
-    eval_text: tuple[str, ...]
-    levels: tuple[Level, ...]
 
 
 class TuneResult(BaseModel):
@@ -104,71 +69,18 @@ class TuneResult(BaseModel):
             return None
         near = nearest(tuning.candidates, tuning.constraints)
         missed = {bound for bound, excess in tuning.constraints.excesses(near).items() if excess > 0}
+        if not missed:
+            return ParityError(
+                f"none of {len(tuning.candidates)} candidates that meets the constraints keeps the gates of "
+                "the target that it comes from",
+                hint="the notes on stderr name the gates; llmc build with that target says more",
+            )
         kind = LatencyError if missed == {Bound.SPEED} else ParityError
         return kind(
             f"none of {len(tuning.candidates)} candidates meets the constraints; the nearest is "
             f"{near.label}: {tuning.constraints.render(near)}",
             hint="ask for less, or go on looking with more --budget",
         )
-
-
-def parse_seconds(text: str) -> float:
-    """`90s`, `30m`, `1.5h`; a bare number is seconds.
-
-    Raises:
-        ConfigError: It is none of these, or not above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    seconds = float(match[1]) * _SECONDS[match[2] or "s"] if match else 0.0
-    if seconds <= 0:
-        raise ConfigError(f"--budget {text} is not a time", hint="for example 90s, 30m or 1.5h")
-    return seconds
-
-
-def plan_tune(
-    model: str,
-    *,
-    targets: str,
-    profile: str,
-    output: Path,
-    max_kl: float | None = None,
-    max_size: float | None = None,
-    min_tok_s: float | None = None,
-    budget: str = "30m",
-    most: int | None = None,
-    report: Path | None = None,
-    eval_text: Sequence[str] = (),
-    path: Path | None = None,
-) -> TunePlan:
-    """Resolve names and figures as a user gives them.
-
-    Args:
-        targets: One name, or several with commas between them.
-        max_size: In MB, 10**6 bytes.
-
-    Raises:
-        ConfigError: A name is not known, or a figure is not above zero.
-    """
-    bases = tuple(load_target(name, path) for name in targets.split(","))
-    for bound, value in ((Bound.KL, max_kl), (Bound.SIZE, max_size), (Bound.SPEED, min_tok_s)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{bound.value} {value:g} is not above zero")
-    return TunePlan(
-        model=model,
-        bases=bases,
-        profile=load_profile_for(bases[0], profile, path),
-        constraints=Constraints(
-            max_kl=max_kl,
-            max_bytes=None if max_size is None else 1e6 * max_size,
-            min_tokens_per_s=min_tok_s,
-        ),
-        seconds=parse_seconds(budget),
-        most=most,
-        output=output,
-        report=report,
-        eval_text=tuple(eval_text),
-        levels=LEVELS,
-    )
 
 
 def tune(plan: TunePlan, progress: Progress) -> TuneResult:
@@ -393,11 +305,11 @@ class _Run:
         from llmc.report import read_report
 
         plan = self.plan
-        exact = tuple(gate for gate in target.gates if not is_quality(gate))
+        strict = strict_gates(target.gates, plan.constraints.max_kl)
         result = build(
             BuildPlan(
                 model=plan.model,
-                target=target.model_copy(update={"gates": exact}),
+                target=target.model_copy(update={"gates": strict}),
                 profile=plan.profile,
                 output=self.bench.folder / "chosen",
                 eval_text=plan.eval_text,

@@ -18,10 +18,11 @@ from llmc.config import Gate, Metric, Target
 from llmc.data import eval_text
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, ResourceError, UnsupportedError
-from llmc.pipeline import build, plan_tune, tune, workbench
+from llmc.pipeline import build, plan_tune, tune, tune_plan, workbench
 from llmc.pipeline.candidates import Space, describe
 from llmc.pipeline.restate import restate_gates
-from llmc.pipeline.tune import TuneResult, parse_seconds
+from llmc.pipeline.tune import TuneResult
+from llmc.pipeline.tune_plan import parse_seconds
 from llmc.pipeline.workbench import Level
 from llmc.plan import plan_build
 from llmc.progress import Progress, SilentProgress
@@ -46,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_tunings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(home / "cache"))
-    monkeypatch.setattr(sys.modules["llmc.pipeline.tune"], "LEVELS", LEVELS)
+    monkeypatch.setattr(tune_plan, "LEVELS", LEVELS)
     shutil.rmtree(home / "cache" / "tune", ignore_errors=True)
 
 
@@ -159,15 +160,24 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert gates[Metric.TEXT_KL_MEAN].max == 5.0
 
 
-class Killed(SilentProgress):
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Killed(Notes):
     """Interrupts as Ctrl-C would, when the candidate of this number has been told of."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.at, self.notes = at, []
+        self.at = at
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        super().note(text)
         if text.lstrip().startswith(f"{self.at} "):
             raise KeyboardInterrupt
 
@@ -253,6 +263,20 @@ def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
     assert json.loads(captured.out)["target"] is None
     assert "error: none of 2 candidates meets the constraints" in captured.err, captured.err
     assert [p.name for p in (mine / "targets").iterdir()] == ["small.yaml"]
+
+
+def test_what_is_wrong_is_not_taken(run: Tune, mine: Path) -> None:
+    gates = (Gate(metric=Metric.PREFILL_MAX_ABS, max=1e-12, reason=REASON),)
+    base = load_target("small", mine).model_copy(update={"gates": gates})
+    (mine / "targets" / "small.yaml").write_text(render_document(base))
+    progress = Notes()
+    failure = run(progress, most=1).failure()
+    assert type(failure) is ParityError
+    assert failure.fact.startswith("none of 2 candidates that meets the constraints keeps the gates of the")
+    refused = [note for note in progress.notes if "is not taken: " in note]
+    assert len(refused) == 2
+    assert all("the artifact misses 1 of its gates: prefill.max_abs" in note for note in refused)
+    assert not (mine / "targets" / "best.yaml").exists()
 
 
 def test_optuna_is_an_extra(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
