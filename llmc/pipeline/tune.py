@@ -36,6 +36,8 @@ from llmc.progress import Progress, SilentProgress
 
 #: Most bytes of measurements that are kept, over all tunings.
 _CACHE_BYTES = 64 << 20
+#: The evaluation text, in the tuning's folder.
+_TEXT = "text"
 #: Candidates in a row that were known already, after which there is nothing left to look for.
 _KNOWN_IN_A_ROW = 200
 
@@ -128,6 +130,7 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     bench.folder = folder
     folder.mkdir(parents=True, exist_ok=True)
     with output_lock(folder / ".lock", folder):
+        (folder / _TEXT).write_text(bench.text, encoding="utf-8")  # standard input is read once
         run = _Run(plan, bench, Search(folder / "study.log", space, plan.constraints), progress)
         try:
             run.measure_bases()
@@ -312,7 +315,7 @@ class _Run:
                 target=target.model_copy(update={"gates": strict}),
                 profile=plan.profile,
                 output=self.bench.folder / "chosen",
-                eval_text=plan.eval_text,
+                eval_text=(str(self.bench.folder / _TEXT),),
             ),
             SilentProgress(),
         )

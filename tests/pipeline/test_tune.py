@@ -92,13 +92,17 @@ def run(home: Path, mine: Path) -> Tune:
     """Tunes the model around `small`, by default three candidates."""
 
     def tune_it(progress: Progress | None = None, **asked: object) -> TuneResult:
-        settings: dict[str, object] = {"most": 3, "budget": "1h", "output": mine / "targets" / "best.yaml"}
+        settings: dict[str, object] = {
+            "most": 3,
+            "budget": "1h",
+            "output": mine / "targets" / "best.yaml",
+            "eval_text": (str(home / "text"),),
+        }
         plan = plan_tune(
             str(home / "model"),
             targets="small",
             profile="one",
             path=mine,
-            eval_text=(str(home / "text"),),
             **{**settings, **asked},
         )
         return tune(plan, progress or SilentProgress())
@@ -236,26 +240,9 @@ def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
     missed = _bounded(run, max_size=0.001, most=1)
     assert type(missed) is ParityError
     assert "MB, at most 0.001 are asked" in missed.fact
-    arguments = [
-        str(home / "model"),
-        "--target",
-        "small",
-        "--profile",
-        "one",
-        "--path",
-        str(mine),
-        "--candidates",
-        "1",
-        "--json",
-    ]
-    arguments += [
-        "--eval-text",
-        str(home / "text"),
-        "--min-tok-s",
-        "1e9",
-        "-o",
-        str(mine / "targets" / "fast.yaml"),
-    ]
+    arguments = [str(home / "model"), "--target", "small", "--profile", "one", "--path", str(mine), "--json"]
+    arguments += ["--candidates", "1", "--eval-text", str(home / "text"), "--min-tok-s", "1e9"]
+    arguments += ["-o", str(mine / "targets" / "fast.yaml")]
     with pytest.raises(SystemExit) as caught:
         main(["tune", *arguments])
     captured = capsys.readouterr()
@@ -265,12 +252,17 @@ def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
     assert [p.name for p in (mine / "targets").iterdir()] == ["small.yaml"]
 
 
-def test_what_is_wrong_is_not_taken(run: Tune, mine: Path) -> None:
+def test_what_is_wrong_is_not_taken(
+    run: Tune, home: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the text from standard input, which can be read once only."""
     gates = (Gate(metric=Metric.PREFILL_MAX_ABS, max=1e-12, reason=REASON),)
     base = load_target("small", mine).model_copy(update={"gates": gates})
     (mine / "targets" / "small.yaml").write_text(render_document(base))
     progress = Notes()
-    failure = run(progress, most=1).failure()
+    with (home / "text").open(encoding="utf-8") as text:
+        monkeypatch.setattr(sys, "stdin", text)
+        failure = run(progress, most=1, eval_text=("-",)).failure()
     assert type(failure) is ParityError
     assert failure.fact.startswith("none of 2 candidates that meets the constraints keeps the gates of the")
     refused = [note for note in progress.notes if "is not taken: " in note]
