@@ -36,6 +36,10 @@ from llmc.progress import Progress, SilentProgress
 
 #: Most bytes of measurements that are kept, over all tunings.
 _CACHE_BYTES = 64 << 20
+#: Tunings whose journals are kept, finished or not.
+_KEPT = 8
+#: Optuna's journal, in the tuning's folder.
+_JOURNAL = "study.log"
 #: The evaluation text, in the tuning's folder.
 _TEXT = "text"
 #: Candidates in a row that were known already, after which there is nothing left to look for.
@@ -129,9 +133,10 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     folder = home / content_key("tuning", facts)
     bench.folder = folder
     folder.mkdir(parents=True, exist_ok=True)
+    _make_room(folder)
     with output_lock(folder / ".lock", folder):
         (folder / _TEXT).write_text(bench.text, encoding="utf-8")  # standard input is read once
-        run = _Run(plan, bench, Search(folder / "study.log", space, plan.constraints), progress)
+        run = _Run(plan, bench, Search(folder / _JOURNAL, space, plan.constraints), progress)
         try:
             run.measure_bases()
             run.search_on()
@@ -337,6 +342,20 @@ class _Run:
                 "gates": restate_gates(target.gates, report.measurements, plan.constraints.max_kl),
             }
         )
+
+
+def _make_room(folder: Path) -> None:
+    """Mark a tuning's folder as used, and remove those beside it that were not used for longest."""
+    from llmc.artifact.lock import output_lock
+
+    os.utime(folder)
+    others = [p for p in folder.parent.iterdir() if (p / _JOURNAL).is_file() and p != folder]
+    for old in sorted(others, key=lambda p: p.stat().st_mtime_ns)[: max(0, len(others) - _KEPT + 1)]:
+        try:
+            with output_lock(old / ".lock", old):
+                shutil.rmtree(old)
+        except ConfigError:  # another process is at it
+            continue
 
 
 def _require_place(output: Path) -> None:

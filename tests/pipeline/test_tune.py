@@ -1,6 +1,7 @@
 """`llmc tune`: constraints, what is remembered, what a kill leaves, a target that builds the same."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmc.artifact.lock import output_lock
 from llmc.artifact.store import open_artifact
 from llmc.artifact.tuning import Candidate, Constraints, choose, find_front, nearest, survives
 from llmc.artifact.verdict import Measurement, MeasurementStatus
@@ -157,6 +159,17 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert builds[before:] == []
     known = {c.digest: c for c in tuning.candidates}
     assert {c.digest for c in bounded.candidates} == set(known)
+    assert len(list((home / "cache" / "tune").rglob("study.log"))) == 2
+    for number in range(8):  # tunings of other days, the first of them under way in another process
+        other = home / "cache" / "tune" / f"other{number}"
+        other.mkdir()
+        (other / "study.log").write_text("")
+        os.utime(other, (number + 1, number + 1))
+    with output_lock(home / "cache" / "tune" / "other0" / ".lock", home):
+        os.utime(home / "cache" / "tune" / "other0", (1, 1))
+        run(max_kl=5.0)
+    left = {p.parent.name for p in (home / "cache" / "tune").rglob("study.log")}
+    assert {p for p in left if p.startswith("other")} == {f"other{n}" for n in (0, 2, 3, 4, 5, 6, 7)}
     taken = bounded.find(str(bounded.chosen))
     assert taken.step_ratio == min(c.step_ratio for c in bounded.candidates)
     assert taken.kl == known[taken.digest].kl
