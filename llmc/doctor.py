@@ -104,6 +104,7 @@ def examine(folder: Path) -> DoctorReport:
                 versions,
                 "it executes TensorRT engines; pip install 'llmc[gpu]'",
             ),
+            check_extra("optuna", versions, "llmc tune needs it; pip install 'llmc[tune]'"),
             check_compiler(),
             check_demo(),
             check_gpu(),

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": BASE,
     "artifact": BASE | {"graph"},
     **{station: BASE | {"graph", "artifact", "data", "progress"} for station in STATIONS},
-    "pipeline": BASE | {"graph", "artifact", "data", "progress", "catalog", "machine", *STATIONS},
+    "pipeline": BASE | {"graph", "artifact", "data", "progress", "document", "catalog", "machine", *STATIONS},
     "cli": BASE | {"progress", "document", "machine", "catalog", "plan", "doctor", "pipeline", "__init__"},
     "__main__": {"cli"},
     "__init__": set(),

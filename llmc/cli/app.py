@@ -17,6 +17,7 @@ from llmc.cli import (
     report,
     run,
     targets,
+    tune,
     verify,
 )
 from llmc.cli.text import examples
@@ -41,6 +42,7 @@ for _module in (
     compare,
     report,
     bisect,
+    tune,
     run,
     inspect,
     targets,

@@ -13,6 +13,8 @@ from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.reports import report
 from llmc.pipeline.run import run
+from llmc.pipeline.tune import tune
+from llmc.pipeline.tune_plan import plan_tune
 from llmc.pipeline.verify import verify
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "compare",
     "explain",
     "inspect",
+    "plan_tune",
     "report",
     "resume",
     "run",
+    "tune",
     "verify",
 ]

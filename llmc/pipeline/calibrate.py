@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
-#: Calibrations kept on disk, finished or not; the oldest go.
+#: Calibrations kept on disk, finished or not; those not used for longest go.
 _KEPT = 3
 #: What a target in float16 without calibration of its own is looked at on.
 _OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
@@ -227,8 +228,9 @@ def calibration_folder(checkpoint: Checkpoint, purpose: str, windows: Any, facts
 
 
 def _make_room(folder: Path) -> None:
-    """Make `folder`, and remove the oldest beside it."""
+    """Make `folder`, and remove those beside it that were not used for longest."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
     others = sorted((p for p in folder.parent.iterdir() if p != folder), key=lambda p: p.stat().st_mtime_ns)
     for old in others[: max(0, len(others) - _KEPT + 1)]:
         shutil.rmtree(old)

@@ -113,7 +113,9 @@ def measure_parity(
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
     if each_pass:
-        original = remember(subject.checkpoint, subject.model_digest, "", lambda: _load(subject))
+        original = remember(
+            subject.checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint)
+        )
         measurements.append(measure_passes(subject.checkpoint, subject.target, original, progress))
         gates += tuple(
             gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
@@ -188,7 +190,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     served_where = served.where
     del served  # out of memory before the original comes in
     release_memory()
-    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
+    original = remember(checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint))
     with progress.stage("original"):
         windows = plan_windows(subject.interface, tokens, start)
         windows.prepare(original)
@@ -258,7 +260,7 @@ def _measure_static(
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
         made += measure_tokens(subject.folder, None, tokenizer, text, prompts())
-    original = remember(checkpoint, subject.model_digest, "", lambda: _load(subject))
+    original = remember(checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint))
     windows = plan_windows(subject.interface, tokens, start)
     heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
@@ -346,11 +348,10 @@ def _compare_weights(subject: Subject) -> WeightParity:
         return WeightParity(broken(METRICS, error, "numpy, from the files"), "", ())
 
 
-def _load(subject: Subject) -> TorchModel:
+def load_original(checkpoint: Checkpoint) -> TorchModel:
     """The original, in memory if there is room for it, else streamed from disk."""
     from llmc.validate.reference import TorchModel
 
-    checkpoint = subject.checkpoint
     return TorchModel(
         checkpoint.stream_reference({}) if _is_large(checkpoint) else checkpoint.fill_reference()
     )
@@ -376,7 +377,7 @@ def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity
     stored = read_stored(subject.folder, changed)
     if _is_large(subject.checkpoint):
         return TorchModel(subject.checkpoint.stream_reference(StoredParameters(changed, stored)))
-    model = loaded or _load(subject)
+    model = loaded or load_original(subject.checkpoint)
     for name, matrix in stored.items():
         model.set_parameters(dict(parameters(changed[name], matrix.whole())))
     return model

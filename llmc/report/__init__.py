@@ -2,6 +2,7 @@
 
 from llmc.report.comparison import compare_reports, parse_allowed, render_changes
 from llmc.report.document import Report, read_report, write_json
+from llmc.report.front import render_front, write_tuning
 from llmc.report.html import render_html, write_html
 from llmc.report.junit import write_junit
 from llmc.report.markdown import render_markdown, write_markdown
@@ -13,6 +14,7 @@ __all__ = [
     "parse_allowed",
     "read_report",
     "render_changes",
+    "render_front",
     "render_html",
     "render_markdown",
     "render_text",
@@ -20,4 +22,5 @@ __all__ = [
     "write_json",
     "write_junit",
     "write_markdown",
+    "write_tuning",
 ]

@@ -1,7 +1,10 @@
 """The report as one HTML file: nothing is loaded from anywhere, and it follows light and dark."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
@@ -16,20 +19,35 @@ def write_html(report: Report, path: Path) -> None:
 
 def render_html(report: Report) -> str:
     """The page as text; everything that comes from the report is escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    source = files("llmc.report").joinpath("page.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
-    # In a script element only `</` could end it, and in JSON it may be written as `<\/`.
-    document = Markup(report.model_dump_json(indent=1).replace("</", "<\\/"))
-    pictures = {caption: Markup(svg) for caption, svg in draw_pictures(report).items()}
-    return template.render(
+    return render_page(
+        "page.html",
+        report,
+        draw_pictures(report),
         report=report,
-        document=document,
-        pictures=pictures,
         ungated=ungated(report.measurements, report.verdict.checks),
         bound=format_bound,
         estimate=format_estimate,
         figure=format_figure,
+    )
+
+
+def render_page(name: str, document: BaseModel, pictures: Mapping[str, str], **values: object) -> str:
+    """A page from one of our templates, with a document embedded as it is; values are escaped.
+
+    Args:
+        pictures: SVG by caption.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source, style = (
+        files("llmc.report").joinpath(each).read_text(encoding="utf-8") for each in (name, "style.css")
+    )
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    # In a script element only `</` could end it, and in JSON it may be written as `<\/`.
+    return template.render(
+        style=Markup(style),
+        document=Markup(document.model_dump_json(indent=1).replace("</", "<\\/")),
+        pictures={caption: Markup(svg) for caption, svg in pictures.items()},
+        **values,
     )

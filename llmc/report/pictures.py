@@ -21,7 +21,7 @@ _COLOURS = {
     "#010205": "var(--first)",
     "#010206": "var(--second)",
 }
-_INK, _FAINT, _FIRST, _SECOND = _COLOURS
+INK, FAINT, FIRST, SECOND = _COLOURS
 _SIZE = (4.8, 2.7)
 
 
@@ -31,7 +31,7 @@ def draw_pictures(report: Report) -> dict[str, str]:
     drawn: dict[str, str] = {}
 
     def draw(caption: str, plot: Callable[[Any], None]) -> None:
-        drawn[caption] = _draw(plot)
+        drawn[caption] = draw_svg(plot)
 
     snr = _figures(by_metric.get(Metric.WEIGHTS_SNR))
     if layers := _by_layer(snr):
@@ -79,7 +79,8 @@ def draw_pictures(report: Report) -> dict[str, str]:
     return drawn
 
 
-def _draw(plot: Callable[[Any], None]) -> str:
+def draw_svg(plot: Callable[[Any], None]) -> str:
+    """What `plot` puts on a pair of axes, as SVG in the colours of the page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -89,13 +90,13 @@ def _draw(plot: Callable[[Any], None]) -> str:
         "svg.hashsalt": "llmc",  # the same report gives the same bytes
         "font.family": "sans-serif",
         "font.size": 10,
-        "text.color": _INK,
-        "axes.edgecolor": _FAINT,
-        "axes.labelcolor": _INK,
+        "text.color": INK,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "legend.frameon": False,
     }
     with mpl.rc_context(style):
@@ -114,20 +115,20 @@ def _draw(plot: Callable[[Any], None]) -> str:
 
 
 def _layers(axes: Any, layers: dict[int, float]) -> None:
-    axes.bar(list(layers), list(layers.values()), color=_FIRST)
+    axes.bar(list(layers), list(layers.values()), color=FIRST)
     axes.set_xlabel("layer")
     axes.set_ylim(bottom=max(0.0, min(layers.values()) - 5))
 
 
 def _along(axes: Any, along: dict[str, float]) -> None:
-    axes.plot([int(n.split("_")[1]) for n in along], list(along.values()), color=_FIRST, marker="o")
+    axes.plot([int(n.split("_")[1]) for n in along], list(along.values()), color=FIRST, marker="o")
     axes.set_xlabel("tokens decoded before")
     axes.set_ylim(0, 1.15 * max(along.values()))
 
 
 def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
     for at, values in enumerate(levels.values()):
-        axes.scatter(values, [at] * len(values), color=_FIRST, s=18, alpha=0.7)
+        axes.scatter(values, [at] * len(values), color=FIRST, s=18, alpha=0.7)
     axes.set_yticks(range(len(levels)), list(levels))
     axes.set_xscale("log")
 
@@ -135,22 +136,20 @@ def _levels(axes: Any, levels: dict[str, list[float]]) -> None:
 def _pairs(axes: Any, pairs: Sequence[tuple[float, float]]) -> None:
     finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
     least = min((min(pair) for pair in finite), default=-1.0)
-    axes.plot([least, 0], [least, 0], color=_FAINT)
-    axes.scatter([a for a, _ in finite], [b for _, b in finite], color=_FIRST, s=8, alpha=0.6)
+    axes.plot([least, 0], [least, 0], color=FAINT)
+    axes.scatter([a for a, _ in finite], [b for _, b in finite], color=FIRST, s=8, alpha=0.6)
 
 
 def _operators(axes: Any, operators: Sequence[OperatorTime]) -> None:
     shown = operators[:8][::-1]
-    axes.barh([o.name for o in shown], [o.ms for o in shown], color=_FIRST)
+    axes.barh([o.name for o in shown], [o.ms for o in shown], color=FIRST)
 
 
 def _batches(axes: Any, batches: Sequence[BatchLatency]) -> None:
     places = range(len(batches))
-    axes.bar(
-        [i - 0.2 for i in places], [b.tokens_per_s for b in batches], 0.4, color=_FIRST, label="artifact"
-    )
+    axes.bar([i - 0.2 for i in places], [b.tokens_per_s for b in batches], 0.4, color=FIRST, label="artifact")
     theirs = [b.original_tokens_per_s for b in batches]
-    axes.bar([i + 0.2 for i in places], theirs, 0.4, color=_SECOND, label="original")
+    axes.bar([i + 0.2 for i in places], theirs, 0.4, color=SECOND, label="original")
     axes.set_xticks(list(places), [str(b.batch) for b in batches])
     axes.set_xlabel("rows")
     axes.legend()
@@ -158,13 +157,13 @@ def _batches(axes: Any, batches: Sequence[BatchLatency]) -> None:
 
 def _sizes(axes: Any, sizes: dict[str, int]) -> None:
     names = sorted(sizes, key=lambda n: sizes[n])
-    axes.barh(names, [sizes[n] / 1e6 for n in names], color=_FIRST)
+    axes.barh(names, [sizes[n] / 1e6 for n in names], color=FIRST)
 
 
 def _peers(axes: Any, peers: Sequence[Peer]) -> None:
     for peer in peers:
         at = (peer.bytes / 1e6, peer.kl_mean)
-        axes.scatter([at[0]], [at[1]], color=_FIRST)
+        axes.scatter([at[0]], [at[1]], color=FIRST)
         axes.annotate(peer.title, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlim(0, 1.5 * max(p.bytes for p in peers) / 1e6)
     axes.set_ylim(0, 1.2 * max(p.kl_mean for p in peers) or 1.0)
@@ -172,21 +171,21 @@ def _peers(axes: Any, peers: Sequence[Peer]) -> None:
 
 
 def _latency(axes: Any, latency: Latency) -> None:
-    for side, colour, shift in (("artifact", _FIRST, -0.15), ("original", _SECOND, 0.15)):
+    for side, colour, shift in (("artifact", FIRST, -0.15), ("original", SECOND, 0.15)):
         timings = [getattr(d, side) for d in latency.decode]
         at = [i + shift for i in range(len(timings))]
         middle = [t.p50_ms for t in timings]
         upper = [t.p99_ms - t.p50_ms for t in timings]
         axes.bar(at, middle, width=0.28, color=colour, label=side)
-        axes.errorbar(at, middle, yerr=[[0.0] * len(upper), upper], fmt="none", ecolor=_INK, capsize=3)
+        axes.errorbar(at, middle, yerr=[[0.0] * len(upper), upper], fmt="none", ecolor=INK, capsize=3)
     axes.set_xticks(range(len(latency.decode)), [f"context {d.context}" for d in latency.decode])
     axes.legend()
 
 
 def _roofline(axes: Any, latency: Latency) -> None:
     at = range(len(latency.decode))
-    axes.bar(at, [d.artifact.p50_ms for d in latency.decode], color=_FIRST, label="measured")
-    axes.bar(at, [r.bound_ms or 0.0 for r in latency.roofline], color=_SECOND, label="bytes / bandwidth")
+    axes.bar(at, [d.artifact.p50_ms for d in latency.decode], color=FIRST, label="measured")
+    axes.bar(at, [r.bound_ms or 0.0 for r in latency.roofline], color=SECOND, label="bytes / bandwidth")
     axes.set_xticks(at, [f"context {d.context}" for d in latency.decode])
     axes.legend()
 

@@ -64,6 +64,10 @@ class Windows:
         """Measured tokens of each window."""
         return int(self.tokens.shape[1]) - self.prefix
 
+    def sample(self, count: int) -> "Windows":
+        """About `count` of them, spread over the text."""
+        return Windows(self.tokens[:: max(1, len(self.tokens) // count)], self.prefix)
+
     def prepare(self, reference: Reference) -> None:
         """Have the original answer all that `measure_quality` will ask of it."""
         for row in self.tokens:

@@ -114,6 +114,17 @@ def decode_turn(model: Rewindable, prompt: Array, steps: int = 8) -> Turn:
     return turn
 
 
+def prefill_turn(model: Rewindable, prompt: Array) -> Turn:
+    """A turn of one prefill of `prompt` (sequence,)."""
+
+    def turn() -> float:
+        start = time.perf_counter()
+        model.prefill(prompt[None], steps=1)
+        return time.perf_counter() - start
+
+    return turn
+
+
 def measure_rival(model: Open, previous: Open, prompt: Array, pairing: Pairing) -> Measurement:
     """PREVIOUS_RATIO: inter-token latency of an artifact over that of an earlier one."""
     where = ""

@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "report",
     "bisect",
+    "tune",
     "run",
     "inspect",
     "targets",

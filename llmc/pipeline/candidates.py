@@ -1,0 +1,227 @@
+"""What `llmc tune` varies: targets that differ from a base in how weights are stored and multiplied.
+
+Passes, types and kernels are those of the base; several bases bring several of them. Rules of a base that
+keep matrices in float, or that name matrices, stay in front of those made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, get_args
+
+from llmc.config import (
+    Allocation,
+    CalibrationText,
+    Provider,
+    Quantization,
+    Target,
+    WeightRole,
+    WeightRule,
+    WeightScheme,
+)
+from llmc.errors import ConfigError, UnsupportedError
+
+#: Matrices that share a scheme: roles by the name of their group. What has no role here is `linear`.
+_GROUPS: dict[str, tuple[WeightRole, ...]] = {
+    "head": (WeightRole.LM_HEAD, WeightRole.EMBEDDING),
+    "residual": (WeightRole.RESIDUAL,),
+    "linear": (),
+}
+#: float32 and int8 activations; ONNX Runtime has no other kernels for a CPU.
+_ACCURACY_LEVELS = (4, 1)
+#: Stored bits by weight between 4 bits by block of 128 and 8 bits.
+_BUDGETS = (4.4, 4.6, 4.8, 5.0, 5.2, 5.5, 6.0, 7.0)
+#: Those of cpu-mixed, for a base that has none.
+_CALIBRATION = CalibrationText(window_tokens=512, max_windows=16)
+_SENSITIVITY = CalibrationText(window_tokens=256, max_windows=8)
+
+Option = TypeVar("Option", bool, int, float, str)
+#: What each variable is to be.
+Choices = dict[str, bool | int | float | str]
+
+
+class Choose(Protocol):
+    """Picks one of the options of a variable."""
+
+    def __call__(self, name: str, options: Sequence[Option]) -> Option: ...
+
+
+def _literals(field: str) -> tuple[int, ...]:
+    return get_args(WeightScheme.model_fields[field].annotation)
+
+
+def _methods() -> tuple[str, ...]:
+    return get_args(WeightScheme.model_fields["method"].annotation)
+
+
+@dataclass(frozen=True)
+class Space:
+    """All candidates of a tuning.
+
+    Args:
+        bases: Targets that candidates are made from, by name.
+    """
+
+    bases: Mapping[str, Target]
+
+    @classmethod
+    def around(cls, bases: Sequence[Target]) -> Space:
+        """The candidates around some targets.
+
+        Raises:
+            UnsupportedError: A target runs on a GPU.
+            ConfigError: A target has no weights that could be stored otherwise, or is named twice.
+        """
+        for base in bases:
+            if base.provider is not Provider.CPU:
+                raise UnsupportedError(
+                    f"llmc tune measures on this machine's CPU, and target {base.name} runs on a GPU",
+                    hint="tune a CPU target: llmc targets",
+                )
+            last = base.quantize.rules[-1] if base.quantize is not None and base.quantize.rules else None
+            if last is None or last.scheme is None or last.role is not None or last.match != "*":
+                raise ConfigError(
+                    f"target {base.name} has no scheme for weights in general, so that nothing can be varied",
+                    hint="its last rule is to have a scheme, and neither role nor match: see cpu-int4",
+                )
+        named = {base.name: base for base in bases}
+        if len(named) != len(bases):
+            raise ConfigError(f"--target {','.join(b.name for b in bases)} names a target twice")
+        return cls(named)
+
+    def target(self, choose: Choose) -> Target:
+        """The candidate that some choices make."""
+        names = tuple(self.bases)
+        base = self.bases[choose("target", names) if len(names) > 1 else names[0]]
+        level = choose("accuracy_level", _ACCURACY_LEVELS)
+        method = choose("method", _methods())
+        if choose("allocated", (False, True)):
+            schemes = {name: _scheme(4, 32, False, method) for name in _GROUPS}
+            allocation = _allocation(base, method, choose("budget_bits", _BUDGETS))
+        else:
+            allocation = None
+            schemes = {
+                name: _scheme(
+                    choose(f"{name}.bits", _literals("bits")),
+                    choose(f"{name}.block_size", _literals("block_size")),
+                    choose(f"{name}.symmetric", (False, True)),
+                    method,
+                )
+                for name in _GROUPS
+            }
+        return _with_weights(base, level, schemes, allocation)
+
+    def anchors(self) -> list[Choices]:
+        """Choices to begin with: each base as nearly as they can, the finest, the smallest, one allocated."""
+        made: list[Choices] = []
+        for name, base in self.bases.items():
+            rest: Choices = {"target": name} if len(self.bases) > 1 else {}
+            made.append({**rest, **_nearest(base)})
+        first = {k: v for k, v in made[0].items() if k in ("target", "accuracy_level")}
+        for bits, block, symmetric in ((8, 32, True), (4, 128, True)):
+            plain: Choices = {"method": "mse", "allocated": False}
+            made.append({**first, **plain, **_uniform(bits, block, symmetric)})
+        made.append({**first, "method": "mse", "allocated": True, "budget_bits": 5.2})
+        return made
+
+
+def _uniform(bits: int, block: int, symmetric: bool) -> Choices:
+    return {
+        f"{name}.{key}": value
+        for name in _GROUPS
+        for key, value in (("bits", bits), ("block_size", block), ("symmetric", symmetric))
+    }
+
+
+def _nearest(base: Target) -> Choices:
+    """Choices that make `base`, or what comes nearest to it."""
+    stated = _quantization(base)
+    general = stated.rules[-1].scheme
+    if general is None:
+        raise ConfigError(f"target {base.name} has no scheme for weights in general")
+    level = 4 if stated.accuracy_level == 4 else 1
+    rest: Choices = {"accuracy_level": level, "method": general.method}
+    if stated.allocation is not None:
+        wanted = stated.allocation.budget_bits or 5.2
+        return {
+            **rest,
+            "allocated": True,
+            "budget_bits": min(_BUDGETS, key=lambda budget: abs(budget - wanted)),
+        }
+    rest["allocated"] = False
+    for name, roles in _GROUPS.items():
+        fit = (r.scheme for r in stated.rules if r.scheme is not None and r.match == "*" and r.role in roles)
+        scheme = next(fit, general)
+        rest |= {
+            f"{name}.bits": scheme.bits,
+            f"{name}.block_size": scheme.block_size,
+            f"{name}.symmetric": scheme.symmetric,
+        }
+    return rest
+
+
+def _quantization(base: Target) -> Quantization:
+    if base.quantize is None:
+        raise ConfigError(f"target {base.name} quantizes nothing")
+    return base.quantize
+
+
+def _scheme(bits: int, block: int, symmetric: bool, method: str) -> WeightScheme:
+    """8 bits have nothing to make up for: their scales are searched where others are calibrated."""
+    made = "mse" if bits == 8 and method == "gptq" else method
+    return WeightScheme.model_validate(
+        {"bits": bits, "block_size": block, "symmetric": symmetric, "method": made}
+    )
+
+
+def _allocation(base: Target, method: str, budget: float) -> Allocation:
+    stated = _quantization(base).allocation
+    choices = (
+        *(_scheme(4, block, False, method) for block in (64, 128)),
+        _scheme(8, 128, True, method),
+    )
+    text = _SENSITIVITY if stated is None else stated.text
+    return Allocation(choices=choices, text=text, budget_bits=budget)
+
+
+def _with_weights(
+    base: Target, level: int, schemes: Mapping[str, WeightScheme], allocation: Allocation | None
+) -> Target:
+    stated = _quantization(base)
+    rules = [rule for rule in stated.rules if rule.scheme is None or rule.match != "*"]
+    for name, roles in _GROUPS.items():
+        if schemes[name] != schemes["linear"]:
+            rules += [WeightRule(role=role, scheme=schemes[name]) for role in roles]
+    rules.append(WeightRule(scheme=schemes["linear"]))
+    used = [rule.scheme for rule in rules if rule.scheme is not None]
+    used += allocation.choices if allocation is not None else ()
+    calibrated = any(scheme.method == "gptq" for scheme in used)
+    quantize = Quantization.model_validate(
+        {
+            "accuracy_level": level,
+            "rules": tuple(rules),
+            "calibration": (stated.calibration or _CALIBRATION) if calibrated else None,
+            "allocation": allocation,
+        }
+    )
+    return base.model_copy(update={"quantize": quantize})
+
+
+def describe(target: Target) -> str:
+    """What sets a candidate apart, in a few words: bits by block size, `s` where symmetric."""
+    stated = _quantization(target)
+    parts = [target.name]
+    if stated.allocation is not None:
+        bound = stated.allocation
+        parts.append(
+            f"{bound.budget_bits:g} bits allocated" if bound.budget_bits else f"KL {bound.max_kl:g} allocated"
+        )
+    parts += [
+        f"{'*' if rule.role is None else rule.role.value} "
+        f"{rule.scheme.bits}x{rule.scheme.block_size}{'s' if rule.scheme.symmetric else ''}"
+        for rule in stated.rules
+        if rule.scheme is not None and stated.allocation is None
+    ]
+    methods = dict.fromkeys(r.scheme.method for r in stated.rules if r.scheme is not None)
+    return ", ".join([*parts, "+".join(methods), f"level {stated.accuracy_level}"])
