@@ -23,7 +23,7 @@ GENAI = {
         "int4",
         ("int4_block_size=32", "int4_accuracy_level=4", "prune_lm_head=true", "fuse_mlp_gate_up=true"),
     ),
-    "k_quant_mixed": ("int4", ("int4_algo_config=k_quant_mixed", "int4_accuracy_level=4")),
+    "k_quant_mixed": ("int4", ("algo_config=k_quant_mixed", "int4_accuracy_level=4")),
 }
 #: Types of llama.cpp's quantizer.
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
@@ -41,6 +41,7 @@ PINS = {
     "llama": ("llama-cpp-python==0.3.36",),
     "openvino": ("torch==2.13.0", "optimum-intel==2.2.0", "openvino-genai==2026.4.1.0"),
 }
+SENTENCEPIECE = "sentencepiece==0.2.1"
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ def _gguf(python: Path, source: Path, cache: Path) -> Path:
         if not folder.is_dir():
             _pip(python, "download", "--no-deps", "--no-binary", ":all:", *PINS["llama"], "-d", str(cache))
             (archive,) = cache.glob("llama_cpp_python-*.tar.gz")
+            _pip(python, "install", "--no-deps", "--target", str(cache / "llama-packages"), SENTENCEPIECE)
             with tarfile.open(archive) as packed:
                 packed.extractall(folder, filter="data")
         (script,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
-        # It needs torch and transformers, which are here, and gguf as it is in that source.
+        # It needs torch and transformers, which are here, gguf as it is in that source, and sentencepiece.
+        path = os.pathsep.join((str(script.parent / "gguf-py"), str((cache / "llama-packages").resolve())))
         command = [sys.executable, script, source, "--outtype", "f16", "--outfile", file]
-        _call(command, PYTHONPATH=str(script.parent / "gguf-py"))
+        _call(command, PYTHONPATH=path)
     return file
 
 
