@@ -291,7 +291,7 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     packed = packed.reshape(len(packed), -1)
     scale = scales.const_value.numpy()
     zero = zeros.const_value.numpy() if zeros is not None and zeros.const_value is not None else None
-    features = node.attributes["K"].as_int() if "K" in node.attributes else packed.shape[1] * 8 // bits
+    features = _width(graph, node, stem) or packed.shape[1] * 8 // bits
 
     def read(start: int, stop: int) -> Array:
         levels = unpack(packed[start:stop], bits).astype(np.float32)
@@ -306,6 +306,14 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         return np.repeat(scale[start:stop].astype(np.float32), block, axis=1)[:, :features]
 
     return Stored((len(packed), features), read, block, steps)
+
+
+def _width(graph: ir.Graph, node: ir.Node, stem: str) -> int | None:
+    """Input features without the padding of the last block, where the graph says so."""
+    if "K" in node.attributes:
+        return node.attributes["K"].as_int()
+    width = graph.initializers.get(f"{stem}.width")  # what a lookup is cut to
+    return None if width is None or width.const_value is None else int(width.const_value.numpy()[0])
 
 
 def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:

@@ -14,7 +14,7 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole
+from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole, WeightRule, WeightScheme
 from llmc.errors import CheckpointError, ConfigError, ParityError, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, explain, inspect, verify
 from llmc.pipeline.gate import parity_gates
@@ -285,4 +285,19 @@ def test_quantized_experts_are_held_to_their_own_weights(
     gates = tuple(gate for gate in plan.target.gates if gate.metric in exact)
     assert len(gates) == len(exact)
     result = build(_plan(model, tmp_path / "out", target=target, gates=gates), SilentProgress())
+    assert result.failure() is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_last_block_is_read_back_without_its_padding(tied: bool, tmp_path: Path) -> None:
+    model = save_tiny_model(
+        "llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS, tie_word_embeddings=tied
+    )
+    plan = _plan(model, tmp_path / "out", target="cpu-int8")
+    assert plan.target.quantize is not None
+    scheme = WeightScheme(bits=8, block_size=128, symmetric=True, method="rtn")  # of 64 features
+    quantize = plan.target.quantize.model_copy(update={"rules": (WeightRule(scheme=scheme),)})
+    gates = (Gate(metric=Metric.WEIGHTS_SNR, min=30, reason="8 bits keep about 40 dB"), *_gates())
+    plan = _plan(model, tmp_path / "out", target="cpu-int8", quantize=quantize, gates=gates)
+    result = build(plan, SilentProgress())
     assert result.failure() is None
