@@ -15,6 +15,8 @@ from llmc.artifact.verdict import Figure
 
 #: Ratio of two times that are told apart.
 _GRAIN = 1.03
+#: By how much a few samples of times may be off.
+_NOISE = 1.1
 
 
 class _Strict(BaseModel):
@@ -37,7 +39,7 @@ class Candidate(_Strict):
         label: What sets it apart, in words.
         level: Fidelity it was measured with, from 0.
         kl: Mean KL divergence from the original, nats per token, with its 95 % confidence interval.
-        step_ratio: Time of a decode step over the base's, in turn, with its interval.
+        step_ratio: Time of a decode step over the base's, in turn: the median of samples, with their range.
         first_ratio: Time to first token over the base's, in turn.
         tokens_per_s: Decode speed: the base's own over `step_ratio`.
         first_ms: Time to first token: the base's own times `first_ratio`.
@@ -113,7 +115,7 @@ class Constraints(_Strict):
     def out_of_reach(self, candidate: Candidate) -> bool:
         """Whether a bound is missed whatever more measuring would find."""
         speed = self.min_tokens_per_s
-        fastest = candidate.tokens_per_s * candidate.step_ratio / candidate.step_low
+        fastest = _NOISE * candidate.tokens_per_s * candidate.step_ratio / candidate.step_low
         return (
             (self.max_kl is not None and candidate.kl_low > self.max_kl)
             or (self.max_bytes is not None and candidate.bytes > self.max_bytes)

@@ -73,10 +73,10 @@ def row(tuning: Tuning, candidate: Candidate) -> tuple[str, ...]:
 
 def notes(tuning: Tuning) -> list[str]:
     """What the figures rest on."""
-    dropped = sum(c.level + 1 < len(tuning.levels) for c in tuning.candidates)
+    early = sum(c.level + 1 < len(tuning.levels) for c in tuning.candidates)
     lines = [
         f"{len(tuning.candidates)} candidates in {tuning.seconds:.0f} s on {tuning.where}, {tuning.threads}"
-        f" threads; {dropped} dropped early, {len(tuning.refused)} refused",
+        f" threads; {early} not measured to the end, {len(tuning.refused)} refused",
         *(f"level {i}: {told}" for i, told in enumerate(tuning.levels)),
         f"tokens/s and ms are those of {tuning.base} by itself, times the ratio measured in turn with it",
     ]
@@ -90,7 +90,7 @@ def _mark(tuning: Tuning, candidate: Candidate) -> str:
             ("TAKEN", candidate.digest == tuning.chosen),
             ("base", candidate.digest == tuning.candidates[0].digest),
             ("front", candidate.digest in tuning.front),
-            ("dropped", candidate.level + 1 < len(tuning.levels)),
+            (f"level {candidate.level}", candidate.level + 1 < len(tuning.levels)),
         )
         if held
     ]
