@@ -200,8 +200,10 @@ def _with_weights(
     quantize = Quantization.model_validate(
         {
             "accuracy_level": level,
+            "scales": stated.scales,
             "rules": tuple(rules),
             "calibration": (stated.calibration or _CALIBRATION) if calibrated else None,
+            "scale_channels": stated.scale_channels and calibrated,
             "allocation": allocation,
         }
     )

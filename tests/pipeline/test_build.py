@@ -260,7 +260,8 @@ def test_calibrated_int4_is_closer_and_the_same_every_time(tmp_path: Path) -> No
     assert weights[0] == weights[1]
     plain = build(_plan(model, tmp_path / "plain", target="cpu-int4", verify=False), SilentProgress())
     assert plain.manifest.files["model.onnx.data"].sha256 != weights[0]["model.onnx.data"]
-    assert plain.manifest.files["model.onnx.data"].bytes == result.manifest.files["model.onnx.data"].bytes
+    # The same codes in the same blocks, with scales in float16 instead of float32.
+    assert plain.manifest.files["model.onnx.data"].bytes > result.manifest.files["model.onnx.data"].bytes
 
 
 def test_int8_experts_are_stored_as_integers(tmp_path: Path) -> None:
