@@ -14,7 +14,17 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.config import BuildPlan, Gate, Metric, PassSpec, WeightRole, WeightRule, WeightScheme
+from llmc.catalog import load_target
+from llmc.config import (
+    BuildPlan,
+    CalibrationText,
+    Gate,
+    Metric,
+    PassSpec,
+    WeightRole,
+    WeightRule,
+    WeightScheme,
+)
 from llmc.errors import CheckpointError, ConfigError, ParityError, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, explain, inspect, verify
 from llmc.pipeline.gate import parity_gates
@@ -251,9 +261,14 @@ def test_weights_are_stored_once_for_embedding_and_head(tmp_path: Path) -> None:
 
 def test_calibrated_int4_is_closer_and_the_same_every_time(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, tie_word_embeddings=True)
+    stated = load_target("cpu-int4-gptq").quantize
+    assert stated is not None
+    text = CalibrationText(window_tokens=64, max_windows=8)
+    quantize = stated.model_copy(update={"calibration": text})
     weights = []
     for name in ("first", "second"):
-        result = build(_plan(model, tmp_path / name, target="cpu-int4-gptq", verify=False), SilentProgress())
+        plan = _plan(model, tmp_path / name, target="cpu-int4-gptq", verify=False, quantize=quantize)
+        result = build(plan, SilentProgress())
         assert {w.bits for w in result.manifest.weights} == {4}
         weights.append({k: f.sha256 for k, f in result.manifest.files.items() if k.startswith("model.onnx")})
         shutil.rmtree(tmp_path / "cache")
