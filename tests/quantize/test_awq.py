@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmc.config import CalibrationText, Gate, Metric, Quantization
+from llmc.data import eval_text
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -112,4 +113,5 @@ def test_a_built_model_is_the_original_with_scaled_channels(
     build(plan.model_copy(update={"target": target}), SilentProgress())
     scaled = {n.removesuffix(".weight").split(".")[-1] for n in read_smoothing(output)}
     assert scaled == {"q_proj", "gate_proj", "down_proj"}
-    assert verify(output, str(model), (), SilentProgress()).failure() is None
+    (tmp_path / "text").write_text(eval_text()[:4000])
+    assert verify(output, str(model), (str(tmp_path / "text"),), SilentProgress()).failure() is None
