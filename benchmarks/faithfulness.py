@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from artifacts import open_model
 from machine import describe
 from rich.console import Console
 from sources import checkpoint
@@ -24,7 +25,6 @@ from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel, shares_buffer
 
 WINDOWS, WINDOW, PREFIX = 8, 512, 32
 
@@ -71,8 +71,7 @@ def compare(artifact: Artifact, windows: np.ndarray, original: np.ndarray) -> st
     """Figures of one artifact."""
     weights = artifact.manifest.weights
     bits = 8 * sum(w.bytes for w in weights) / sum(int(np.prod(w.shape)) for w in weights)
-    share = shares_buffer(artifact.path)
-    model = OrtModel(artifact.path, artifact.manifest.interface, threads=2, share_buffer=share)
+    model = open_model(artifact.path)
     logits = np.empty_like(original)
     logits[:, 0] = model.prefill(windows[:, :PREFIX], steps=WINDOW - PREFIX)[:, -1]
     for step in range(1, WINDOW - PREFIX):

@@ -11,16 +11,17 @@ onnxruntime-genai each, asked in turn. Ratios are to float32, with the range of 
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from machine import describe
+from peers import model_bytes
 from rich.console import Console
-from serving import Runner, model_bytes, ratio
+from serving import Runner, ratio, take_turns
 from sources import NAMES, checkpoint
 
+from artifacts import open_model
 from llmc.artifact.store import open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import CacheType
@@ -31,7 +32,7 @@ from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel, shares_buffer
+from llmc.validate.session import OrtModel
 
 #: Tokens of text that are measured at each context, over all windows, and most of one window.
 MEASURED, STEPS = 512, 128
@@ -104,9 +105,7 @@ def quality(
 
 def decoded(folder: Path, windows: np.ndarray, threads: int) -> np.ndarray:
     """Logits (windows, STEPS, vocabulary) that speak of the last STEPS tokens of each window."""
-    model = OrtModel(
-        folder, open_artifact(folder).manifest.interface, threads=threads, share_buffer=shares_buffer(folder)
-    )
+    model = open_model(folder, threads)
     made = []
     for row in windows:
         first = model.prefill(row[None, :-STEPS], steps=STEPS)[:, -1]
@@ -158,23 +157,14 @@ def noise(cache: CacheType, shape: list[int], rng: np.random.Generator) -> np.nd
 
 def speed(folders: dict[CacheType, Path], options: argparse.Namespace) -> None:
     runners = [Runner(cache.value, folder, model_bytes(folder)) for cache, folder in folders.items()]
-    for runner in runners:
-        runner.start(options.threads)
+    take_turns(runners, options.contexts, options)
     for prompt in options.contexts:
-        for round_ in range(-1, options.rounds):
-            for runner in runners if round_ % 2 else reversed(runners):
-                runner.ask(prompt, options.steps, counted=round_ >= 0)
-            print(f"\rprompt {prompt}, round {round_ + 1} of {options.rounds} ", end="", file=sys.stderr)
-        print(file=sys.stderr)
         for runner in runners:
             step, base = runner.step_ms[prompt], runners[0].step_ms[prompt]
             print(
                 f"context {prompt:5} {runner.name:8} {1e3 / np.median(step):.1f} tok/s, "
-                f"{ratio(base, step)} x float32's, peak {runner.peak_bytes / 1e6:.0f} MB",
-                flush=True,
+                f"{ratio(base, step)} x float32's, peak {runner.peak_bytes / 1e6:.0f} MB"
             )
-    for runner in runners:
-        runner.stop()
 
 
 if __name__ == "__main__":

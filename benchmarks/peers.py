@@ -68,7 +68,7 @@ def build_peer(name: str, source: Path, cache: Path) -> Peer:
     if runtime == "genai":
         if not (output / "genai_config.json").is_file():
             _call(genai_command(source, output, setting))
-        return Peer(runtime, Path(sys.executable), output, _bytes(output, "model.onnx"))
+        return Peer(runtime, Path(sys.executable), output, model_bytes(output))
     python = _environment(runtime, cache)
     if runtime == "llama":
         file = output.with_suffix(".gguf")
@@ -79,7 +79,7 @@ def build_peer(name: str, source: Path, cache: Path) -> Peer:
         tool = python.with_name("optimum-cli")
         export = ("export", "openvino", "-m", source, "--task", "text-generation-with-past")
         _call([tool, *export, *OPENVINO[setting], output])
-    return Peer(runtime, python, output, _bytes(output, "openvino_model."))
+    return Peer(runtime, python, output, model_bytes(output, "openvino_model."))
 
 
 def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
@@ -150,5 +150,6 @@ def _call(command: list[str | Path], **environment: str) -> None:
     )
 
 
-def _bytes(folder: Path, prefix: str) -> int:
+def model_bytes(folder: Path, prefix: str = "model.onnx") -> int:
+    """Size of a model's files, weights and graph."""
     return sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith(prefix))

@@ -12,15 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe
-from rich.console import Console
 from sources import NAMES, checkpoint
 
-from llmc.artifact.store import open_artifact
+from artifacts import build_target, open_model
 from llmc.checkpoint import open_checkpoint
-from llmc.pipeline import build
-from llmc.plan import plan_build
-from llmc.progress import TerminalProgress
-from llmc.validate.session import OrtModel, shares_buffer
+from llmc.validate.session import OrtModel
 
 TARGETS = ("cpu-int4-compiled", "cpu-int4")
 TASKS = (
@@ -45,7 +41,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = checkpoint(options.checkpoint, options.cache)
-    ours, theirs = (open_target(source, name, options.cache) for name in TARGETS)
+    ours, theirs = (open_model(build_target(source, name, options.cache)) for name in TARGETS)
     tokenizer = open_checkpoint(str(source)).tokenizer()
     gaps = []
     for prompt in (task.format(subject) for subject in SUBJECTS for task in TASKS):
@@ -59,14 +55,6 @@ def main() -> None:
         f"{options.checkpoint}: {len(gaps) - len(parted)} of {len(gaps)} texts of {options.tokens} tokens "
         f"are equal; gaps where others part: {', '.join(f'{gap:.3f}' for gap in sorted(parted)) or 'none'}"
     )
-
-
-def open_target(source: Path, target: str, cache: Path) -> OrtModel:
-    output = cache / f"{source.name}-{target}"
-    plan = plan_build(str(source), target=target, profile="local", output=output, verify=False)
-    build(plan, TerminalProgress(Console(stderr=True)))
-    interface = open_artifact(output).manifest.interface
-    return OrtModel(output, interface, threads=2, share_buffer=shares_buffer(output))
 
 
 def first_difference(ours: OrtModel, theirs: OrtModel, ids: np.ndarray, tokens: int) -> float | None:

@@ -27,7 +27,7 @@ import numpy as np
 from faithfulness import PREFIX, WINDOW, WINDOWS, compare_logits, cut_windows, reference
 from machine import describe
 from peers import NAMES as PEERS
-from peers import build_peer
+from peers import build_peer, model_bytes
 from sources import NAMES, checkpoint
 
 from llmc.checkpoint import open_checkpoint
@@ -112,9 +112,15 @@ def main() -> None:
     runners = [*ours, *peers]
     if not options.no_quality:
         measure(source, runners, options)
+    take_turns(runners, options.prompts, options)
+    report(ours, peers, options)
+
+
+def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Namespace) -> None:
+    """Ask all runners in turn, the first round of each prompt not counted."""
     for runner in runners:
         runner.start(options.threads)
-    for prompt in options.prompts:
+    for prompt in prompts:
         for round_ in range(-1, options.rounds):
             for runner in runners if round_ % 2 else reversed(runners):
                 runner.ask(prompt, options.steps, counted=round_ >= 0)
@@ -122,7 +128,6 @@ def main() -> None:
     for runner in runners:
         runner.stop()
     print(file=sys.stderr)
-    report(ours, peers, options)
 
 
 def build_ours(source: Path, target: str, options: argparse.Namespace) -> Runner:
@@ -141,10 +146,6 @@ def build_ours(source: Path, target: str, options: argparse.Namespace) -> Runner
         command += ["--path", str(options.path)]
     subprocess.run([*command, "-o", str(output)], check=True)
     return Runner(target, output, model_bytes(output))
-
-
-def model_bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.onnx"))
 
 
 def measure(source: Path, runners: list[Runner], options: argparse.Namespace) -> None:

@@ -18,15 +18,11 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe
-from rich.console import Console
 from sources import NAMES, checkpoint
 
-from llmc.artifact.store import open_artifact
-from llmc.pipeline import build
-from llmc.plan import plan_build
-from llmc.progress import TerminalProgress
+from artifacts import build_target, open_model
 from llmc.validate.footprint import resident_bytes
-from llmc.validate.session import OrtModel, shares_buffer
+from llmc.validate.session import OrtModel
 
 THREADS, SESSIONS, ROWS, STEPS = 4, 2, 4, 4
 #: Lengths of prompts, most of them short as in a chat, some beyond what kernels take in one piece.
@@ -43,15 +39,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = checkpoint(options.checkpoint, options.cache)
-    output = options.cache / f"{source.name}-{options.target}"
-    plan = plan_build(str(source), target=options.target, profile="local", output=output, verify=False)
-    build(plan, TerminalProgress(Console(stderr=True)))
-    interface = open_artifact(output).manifest.interface
-    sessions = [
-        OrtModel(output, interface, threads=2, share_buffer=shares_buffer(output)) for _ in range(SESSIONS)
-    ]
+    output = build_target(source, options.target, options.cache)
+    sessions = [open_model(output) for _ in range(SESSIONS)]
+    vocabulary = sessions[0].interface.vocabulary
     random_ids = np.random.default_rng(0)
-    prompts = {n: random_ids.integers(5, interface.vocabulary, (ROWS, n)) for n in LENGTHS}
+    prompts = {n: random_ids.integers(5, vocabulary, (ROWS, n)) for n in LENGTHS}
     alone = {
         n: [answer(sessions[0], rows[i : i + 1], STEPS)[0] for i in range(ROWS)]
         for n, rows in prompts.items()

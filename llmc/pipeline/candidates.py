@@ -33,7 +33,7 @@ _ACCURACY_LEVELS = (4, 1)
 #: Stored bits by weight between 4 bits by block of 128 and 8 bits.
 _BUDGETS = (4.4, 4.6, 4.8, 5.0, 5.2, 5.5, 6.0, 7.0)
 #: Those of cpu-mixed, for a base that has none.
-_CALIBRATION = CalibrationText(window_tokens=512, max_windows=16)
+_CALIBRATION = CalibrationText(window_tokens=512, max_windows=32)
 _SENSITIVITY = CalibrationText(window_tokens=256, max_windows=8)
 
 Option = TypeVar("Option", bool, int, float, str)

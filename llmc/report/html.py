@@ -37,13 +37,14 @@ def render_page(name: str, document: BaseModel, pictures: Mapping[str, str], **v
     Args:
         pictures: SVG by caption.
     """
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    source, style = (
-        files("llmc.report").joinpath(each).read_text(encoding="utf-8") for each in (name, "style.css")
-    )
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    loader = PackageLoader("llmc.report", "")
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=loader
+    ).get_template(name)
+    style = files("llmc.report").joinpath("style.css").read_text(encoding="utf-8")
     # In a script element only `</` could end it, and in JSON it may be written as `<\/`.
     return template.render(
         style=Markup(style),

@@ -120,8 +120,8 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows]) -> WeightParity:
     )
     for metric, values, worse, what in told:
         if not values:
-            why = "no tensor is stored as integers with a scale"
-            made.append(unmeasured(metric, MeasurementStatus.NOT_APPLICABLE, why, where))
+            why = "no tensor is stored as integers whose scales are read here"
+            made.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, where))
             continue
         worst = worse(values, key=lambda n: values[n])
         detail = f"{what}, {worst}"

@@ -11,20 +11,12 @@ from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, save_tiny_model
+from tests.notes import Notes
 from tests.quantize.reference import scheme
 
 REASON = "a tiny random model in 4 and 8 bits"
 TEXT = CalibrationText(window_tokens=64, max_windows=8)
 CHOICES = (scheme(4, 64, False, "gptq"), scheme(8, 128, True, "mse"))
-
-
-class Notes(SilentProgress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(autouse=True)

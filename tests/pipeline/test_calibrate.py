@@ -25,6 +25,7 @@ from llmc.pipeline.calibrate import cut_text, look_for_overflow
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, save_tiny_model
+from tests.notes import Notes
 
 REASON = "a tiny random model in eight bits"
 GATES = (
@@ -32,15 +33,6 @@ GATES = (
     Gate(metric=Metric.WEIGHTS_BLOCK_SNR, min=15, reason=REASON),
     Gate(metric=Metric.TEXT_KL_MEAN, max=0.05, reason=REASON),
 )
-
-
-class Notes(SilentProgress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(autouse=True)

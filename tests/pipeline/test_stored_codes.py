@@ -20,21 +20,11 @@ from llmc.quantize import calibrate, encode
 from llmc.validate.weights import read_stored
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
 from tests.checkpoint.test_quantized import LAYOUTS
+from tests.notes import Notes
 
 METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS)
 #: The layer has q, k and v in one matrix, gate and up in one, and two more.
 MATRICES = 4
-
-
-class Notes(SilentProgress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

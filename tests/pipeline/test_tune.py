@@ -29,6 +29,7 @@ from llmc.pipeline.workbench import Level
 from llmc.plan import plan_build
 from llmc.progress import Progress, SilentProgress
 from tests.models import EOS, save_tiny_model
+from tests.notes import Notes
 
 REASON = "a tiny random model in 4 and 8 bits"
 
@@ -175,15 +176,6 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert taken.kl == known[taken.digest].kl
     gates = {gate.metric: gate for gate in load_target("best", mine).gates}
     assert gates[Metric.TEXT_KL_MEAN].max == 5.0
-
-
-class Notes(SilentProgress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 class Killed(Notes):

@@ -67,7 +67,7 @@ def test_a_block_that_was_zeroed_is_many_steps_off(tmp_path: Path) -> None:
     assert value == pytest.approx(127)
 
 
-def test_types_without_steps_are_not_applicable(tmp_path: Path) -> None:
+def test_types_without_steps_are_not_measured(tmp_path: Path) -> None:
     codes = (WEIGHTS / SCALES[:, None]).astype(ml_dtypes.float8_e4m3fn)
     steps = _measure(tmp_path, codes)[Metric.WEIGHTS_MAX_STEPS]
-    assert (steps.status, steps.value) == (MeasurementStatus.NOT_APPLICABLE, None)
+    assert (steps.status, steps.value) == (MeasurementStatus.NOT_MEASURED, None)

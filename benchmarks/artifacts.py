@@ -1,0 +1,25 @@
+"""Artifacts of the benchmarks, built and opened in this process."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from llmc.artifact.store import open_artifact
+from llmc.pipeline import build
+from llmc.plan import plan_build
+from llmc.progress import TerminalProgress
+from llmc.validate.session import OrtModel, shares_buffer
+
+
+def build_target(source: Path, target: str, cache: Path) -> Path:
+    """The artifact of a checkpoint for this machine, below `cache`; not verified."""
+    output = cache / f"{source.name}-{target}"
+    plan = plan_build(str(source), target=target, profile="local", output=output, verify=False)
+    build(plan, TerminalProgress(Console(stderr=True)))
+    return output
+
+
+def open_model(folder: Path, threads: int = 2) -> OrtModel:
+    """An artifact in onnxruntime, its KV cache shared between past and present where it may be."""
+    interface = open_artifact(folder).manifest.interface
+    return OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))
