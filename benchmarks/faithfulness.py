@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from artifacts import open_model
 from machine import describe
 from rich.console import Console
 from sources import checkpoint
 
+from artifacts import open_model
 from llmc.artifact.store import Artifact, open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.data import eval_text
