@@ -64,7 +64,10 @@ struct Attention {
   }
 
   /// Where past and present are two buffers, what is in the past.
-  static uint32_t carry_chunks(const Run& run, const Op&) { return static_cast<uint32_t>(run.batch * KvHeads); }
+  static uint32_t carry_chunks(const Run& run, const Op& op) {
+    const auto same = [&](int i) { return run.tensor<uint8_t>(op.cache[i]) == run.tensor<uint8_t>(op.cache[2 + i]); };
+    return same(0) && same(1) ? 0 : static_cast<uint32_t>(run.batch * KvHeads);
+  }
   static void carry(const Run& run, const Op& op, uint32_t index, Scratch&) {
     const int64_t b = index / KvHeads, head = index % KvHeads, tokens = before(run, op, b);
     for (int i = 0; i < 2; i++) {

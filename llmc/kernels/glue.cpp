@@ -104,15 +104,21 @@ class Kernel {
   const Region& region_;
   std::mutex mutex_;
   std::vector<Workspace> free_;
+  std::atomic<uint32_t> shares_{2};  // the threads that worked on the last step are likely to come again
 };
 
 /// What the threads of one step share.
 struct Job {
-  const Run* run;
+  Job(const Run& run, uint8_t* scratch, size_t scratch_size, uint32_t shares)
+      : run(run), crew(shares), scratch(scratch), scratch_size(scratch_size) {}
+
+  const Run& run;
   Crew crew;
-  std::atomic<size_t> threads{0};
-  uint8_t* scratch;
-  size_t scratch_size;
+  std::atomic<size_t> threads{0};   // that came
+  std::atomic<uint32_t> workers{0};  // that found something to do
+  std::atomic<bool> over{false};
+  uint8_t* const scratch;
+  const size_t scratch_size;
 };
 
 int64_t rows_of_chunk(int64_t rows) { return rows <= 64 ? 1 : 8; }
@@ -120,45 +126,73 @@ int64_t rows_of_chunk(int64_t rows) { return rows <= 64 ? 1 : 8; }
 void run_rows(const Run& run, int32_t first, int32_t last, int64_t start, int64_t stop) {
   const Op* ops = run.region->ops;
   for (int64_t row = start; row < stop; row++)
-    for (int32_t i = first; i < last; i++) ops[i].row(run, ops[i], row);
+    for (int32_t i = first; i < last; i++)
+      if (ops[i].row != nullptr) ops[i].row(run, ops[i], row);
+}
+
+/// Operations `first` to before `last` as one phase of `chunks`, those from `tail` on in its serial tail.
+struct Phase {
+  int32_t first, tail, last;
+  uint32_t chunks;
+};
+
+/// The phase that begins with operation `first`, or nothing (no chunks) after the last one.
+Phase next_phase(const Run& run, int32_t first) {
+  const Op* ops = run.region->ops;
+  const int32_t count = run.region->op_count;
+  const auto idle = [&](int32_t i) { return ops[i].row == nullptr && ops[i].chunks(run, ops[i]) == 0; };
+  while (first < count && idle(first)) first++;
+  Phase phase{first, first, first, 0};
+  if (first == count) return phase;
+  if (ops[first].row != nullptr) {
+    while (phase.last < count && ops[phase.last].row != nullptr && ops[phase.last].space == ops[first].space)
+      phase.last++;
+    phase.tail = phase.last;
+    const int64_t rows = run.rows(ops[first].space), step = rows_of_chunk(rows);
+    phase.chunks = static_cast<uint32_t>((rows + step - 1) / step);
+  } else {
+    phase.chunks = ops[first].chunks(run, ops[first]);
+    phase.tail = phase.last = first + 1;
+    while (phase.last < count &&
+           (ops[phase.last].row != nullptr ? run.rows(ops[phase.last].space) <= kFewRows : idle(phase.last)))
+      phase.last++;
+  }
+  return phase;
 }
 
 void work(void* data, size_t) {
   Job& job = *static_cast<Job*>(data);
+  if (job.over.load(std::memory_order_relaxed)) return;
   const size_t me = job.threads.fetch_add(1);
   if (me >= kMaxThreads) return;
-  const Run& run = *job.run;
+  const Run& run = job.run;
   const Op* ops = run.region->ops;
-  const int32_t count = run.region->op_count;
+  const uint32_t share = job.crew.share_of(me);
   Scratch scratch{job.scratch + me * job.scratch_size, job.scratch_size};
-  uint32_t phase = 0;
-  for (int32_t i = 0; i < count;) {
-    int32_t rows_end = ops[i].row != nullptr ? i : i + 1;
-    const int32_t rows_begin = rows_end;
-    while (rows_end < count && ops[rows_end].row != nullptr &&
-           (ops[i].row != nullptr ? ops[rows_end].space == ops[i].space
-                                  : run.rows(ops[rows_end].space) <= kFewRows))
-      rows_end++;
-    if (ops[i].row != nullptr) {
-      const int64_t rows = run.rows(ops[i].space), step = rows_of_chunk(rows);
-      job.crew.phase(
-          phase, static_cast<uint32_t>((rows + step - 1) / step),
-          [&](uint32_t chunk) {
-            const int64_t start = chunk * step;
-            run_rows(run, rows_begin, rows_end, start, start + step < rows ? start + step : rows);
-          },
-          [] {});
-    } else {
-      job.crew.phase(
-          phase, ops[i].chunks(run, ops[i]),
-          [&](uint32_t chunk) { ops[i].chunk(run, ops[i], chunk, scratch); },
-          [&] {
-            for (int32_t k = rows_begin; k < rows_end; k++) run_rows(run, k, k + 1, 0, run.rows(ops[k].space));
-          });
-    }
-    i = rows_end;
-    phase++;
+  bool worked = false;
+  Phase now = next_phase(run, 0);
+  for (uint32_t index = 0; now.chunks > 0; index++) {
+    const Phase next = next_phase(run, now.last);
+    const Op& op = ops[now.first];
+    worked |= job.crew.phase(
+        index, share, now.chunks,
+        [&](uint32_t chunk) {
+          if (op.row == nullptr) return op.chunk(run, op, chunk, scratch);
+          const int64_t rows = run.rows(op.space), step = rows_of_chunk(rows), start = chunk * step;
+          run_rows(run, now.first, now.last, start, start + step < rows ? start + step : rows);
+        },
+        [&] {
+          const Op& coming = ops[next.first];
+          if (next.chunks > 0 && coming.ahead != nullptr)
+            coming.ahead(run, coming, job.crew.first_of(share, next.chunks));
+        },
+        [&] {
+          for (int32_t k = now.tail; k < now.last; k++) run_rows(run, k, k + 1, 0, run.rows(ops[k].space));
+        });
+    now = next;
   }
+  job.over.store(true, std::memory_order_relaxed);
+  if (worked) job.workers.fetch_add(1);
 }
 
 OrtStatus* Kernel::read_shape(const OrtValue* value, Shape& shape) const {
@@ -231,11 +265,9 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) {
   uint8_t* base = static_cast<uint8_t*>(workspace.data);
   run.workspace = reinterpret_cast<float*>(base);
   run.shared = base + rows;
-  Job job;
-  job.run = &run;
-  job.scratch = base + rows + shared;
-  job.scratch_size = scratch;
+  Job job(run, base + rows + shared, scratch, shares_.load(std::memory_order_relaxed));
   OrtStatus* status = api_.parallel_for(context, work, kMaxThreads, 0, &job);
+  shares_.store(job.workers.load(), std::memory_order_relaxed);
   put_back(workspace);
   return status;
 }

@@ -62,6 +62,9 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
   }
 }
 
+/// Bytes between what a product reads and what it asks memory for.
+constexpr int kPrefetched = 12 << 10;
+
 template <int K_, int B_, int Bits_, bool Zeros_>
 struct Matmul {
   static constexpr int K = K_, B = B_, Bits = Bits_;
@@ -76,6 +79,8 @@ struct Matmul {
 
   /// Codes of a chunk when there are few rows: large against the cost of a claim, small against a matrix.
   static constexpr int groups_of_chunk = group_bytes >= (48 << 10) ? 1 : (48 << 10) / group_bytes;
+  /// Cache lines that are asked for with each block: those of a group, scales and zero points too.
+  static constexpr int lines_of_block = (group_bytes / 64 + blocks - 1) / blocks;
   static constexpr int64_t rows_of_tile = 256;
   static constexpr int strip_bytes = blocks * (registers * 64 + 64 + 64);
   static constexpr size_t scratch = 2 * static_cast<size_t>(strip_bytes);
@@ -86,6 +91,12 @@ struct Matmul {
     const int64_t rows = run.rows(op.space);
     if (rows < kManyRows) return static_cast<uint32_t>((groups(op) + groups_of_chunk - 1) / groups_of_chunk);
     return static_cast<uint32_t>((groups(op) + 1) / 2 * ((rows + rows_of_tile - 1) / rows_of_tile));
+  }
+
+  static void ahead(const Run& run, const Op& op, uint32_t index) {
+    if (run.rows(op.space) >= kManyRows) return;
+    const uint8_t* weights = run.tensor<const uint8_t>(op.weight) + static_cast<int64_t>(index) * groups_of_chunk * group_bytes;
+    for (int i = 0; i < kPrefetched; i += 64) __builtin_prefetch(weights + i);
   }
 
   static void chunk(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
@@ -115,7 +126,7 @@ struct Matmul {
     }
     const uint8_t* codes = group;
     for (int b = 0; b < blocks; b++, codes += block_bytes) {
-      for (int i = 0; i < block_bytes; i += 64) __builtin_prefetch(codes + 4096 + i);
+      for (int i = 0; i < lines_of_block; i++) __builtin_prefetch(group + kPrefetched + (b * lines_of_block + i) * 64);
       I low[Rows], high[Rows];
       const I zeros = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
       for (int r = 0; r < Rows; r++) {

@@ -31,6 +31,7 @@ struct Op {
   void (*row)(const Run&, const Op&, int64_t row);
   uint32_t (*chunks)(const Run&, const Op&);
   void (*chunk)(const Run&, const Op&, uint32_t index, Scratch&);
+  void (*ahead)(const Run&, const Op&, uint32_t index);  // asks memory for what a chunk begins with; or null
   Space space;
   Ref out, a, b, c;
   int32_t weight, bias, n, k;

@@ -82,8 +82,8 @@ class Operation:
 
 #: Members of llmc::Op in their order.
 _FIELDS = (
-    *("check", "row", "chunks", "chunk", "space", "out", "a", "b", "c", "weight", "bias", "n", "k", "x", "y"),
-    *("cache", "lengths", "cos", "sin", "window", "limit"),
+    *("check", "row", "chunks", "chunk", "ahead", "space", "out", "a", "b", "c", "weight", "bias", "n", "k"),
+    *("x", "y", "cache", "lengths", "cos", "sin", "window", "limit"),
 )
 
 

@@ -246,6 +246,7 @@ class RegionBuilder:
         fields: Fields = {
             "chunks": f"{kind}::chunks",
             "chunk": f"{kind}::chunk",
+            "ahead": f"{kind}::ahead",
             "a": activation,
             "weight": weight,
             "n": layout.n,

@@ -1,6 +1,7 @@
 // Kernels over buffers of exactly their size, for AddressSanitizer and UndefinedBehaviorSanitizer; four threads for
 // ThreadSanitizer. Prints the number of values that are not finite, and writes all values to the file that is named, so
 // that those of two instruction sets can be held against each other (benchmarks/arm.py).
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -42,19 +43,35 @@ std::unique_ptr<T, Free> room(size_t count) {
 
 float noise() { return (static_cast<float>(draw() % 2001) - 1000) * 1e-3f; }
 
-/// Chunks of an operation by four threads.
+/// Chunks of an operation by four threads, in three shares; each is to be claimed once.
 void run_chunks(const Run& run, const Op& op, size_t scratch) {
-  Crew crew;
+  Crew crew(3);
+  const uint32_t chunks = op.chunks(run, op);
+  std::vector<std::atomic<uint32_t>> claimed(chunks);
+  std::atomic<size_t> come{0};
+  uint32_t phases = 0;  // that only the one serial tail at a time counts
   const auto work = [&] {
     auto memory = room<uint8_t>(scratch);
     Scratch mine{memory.get(), scratch};
+    const uint32_t share = crew.share_of(come++);
     for (uint32_t phase = 0; phase < 3; phase++)
-      crew.phase(phase, op.chunks(run, op), [&](uint32_t i) { op.chunk(run, op, i, mine); }, [] {});
+      crew.phase(
+          phase, share, chunks,
+          [&](uint32_t i) {
+            claimed[i]++;
+            op.chunk(run, op, i, mine);
+          },
+          [&] {
+            if (op.ahead != nullptr) op.ahead(run, op, crew.first_of(share, chunks));
+          },
+          [&] { phases++; });
   };
   std::vector<std::thread> others;
   for (int i = 0; i < 3; i++) others.emplace_back(work);
   work();
   for (auto& other : others) other.join();
+  broken += phases != 3;
+  for (const auto& count : claimed) broken += count != 3;
 }
 
 template <class M>
@@ -80,6 +97,7 @@ void product(int64_t rows, int32_t outputs) {
   Op op{};
   op.chunks = M::chunks;
   op.chunk = M::chunk;
+  op.ahead = M::ahead;
   op.a = quantize.out;
   op.out = {~1, outputs, 0};
   op.n = outputs;
