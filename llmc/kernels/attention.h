@@ -1,8 +1,11 @@
 // Attention of grouped queries (Ainslie et al. 2023) over an appended cache, with running softmax (Milakov and
 // Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, elements of a row).
 #pragma once
+#include <type_traits>
+
 #include "cache.h"
 #include "few.h"
+#include "many.h"
 #include "program.h"
 #include "simd.h"
 
@@ -13,15 +16,21 @@ struct Attention {
   using Rows = Type<D>;
   static constexpr int group = Heads / KvHeads;
   static constexpr int vectors = D / kLanes;
-  static constexpr int keys_of_tile = 64;
-  static constexpr int queries_of_tile = group >= 16 ? 4 : 32;  // tokens, each with `group` rows
+  static constexpr int queries_of_tile = group >= 16 ? 4 : group >= 8 ? 32 : 64;  // tokens, each with `group` rows
   static constexpr int rows_of_tile = queries_of_tile * group;
-  static constexpr int rows_of_block = 4;
   static constexpr int keys_of_split = 256;
   static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
   static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
-  static constexpr size_t scratch = sizeof(float) * (static_cast<size_t>(rows_of_tile) * (2 * D + 2 + keys_of_tile) +
-                                                     (Rows::floats ? 1 : 2) * D * keys_of_tile) + 256;
+  using Keys = Tile<Rows, D>;
+  /// What one thread works in: many queries, or the scores of few.
+  struct alignas(64) Room {
+    Keys keys;
+    alignas(64) float out[rows_of_tile * D];
+    alignas(64) int32_t codes[rows_of_tile * Keys::pairs];
+    typename Keys::State states[rows_of_tile];
+  };
+  static constexpr size_t scores_of_few = sizeof(float) * group * keys_of_split;
+  static constexpr size_t scratch = sizeof(Room) > scores_of_few ? sizeof(Room) : scores_of_few;
   static_assert(D % kLanes == 0 && Heads % KvHeads == 0, "whole vectors and whole groups");
 
   /// Whether the step runs by splits of the keys instead of tiles of queries, which sum in another order: up to
@@ -141,7 +150,6 @@ struct Attention {
     const int64_t count = splits(run), part = index % count, head = index / count % KvHeads,
                   b = index / count / KvHeads;
     float* scores = reinterpret_cast<float*>(scratch.bytes);  // group x keys_of_split
-    static_assert(scratch_floats() >= static_cast<size_t>(group) * keys_of_split, "room for the scores");
     const uint8_t* keys = slot(run, op.cache[2], b, head, 0);
     const uint8_t* values = slot(run, op.cache[3], b, head, 0);
     for (int64_t token = 0; token < run.sequence; token++) {
@@ -177,8 +185,6 @@ struct Attention {
       weigh(values + start * Rows::bytes, length, scores, results);
     }
   }
-
-  static constexpr size_t scratch_floats() { return scratch / sizeof(float); }
 
   /// Heads whose queries are in registers together.
   static constexpr int heads_of_block = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
@@ -242,125 +248,38 @@ struct Attention {
     const int64_t tokens = run.sequence - first < queries_of_tile ? run.sequence - first : queries_of_tile;
     const int rows = static_cast<int>(tokens * group);
     const int64_t position = before(run, op, b) + first;
-    float* out = reinterpret_cast<float*>(scratch.bytes);
-    float* scores = out + rows_of_tile * D;
-    float* turned = scores + rows_of_tile * keys_of_tile;
-    float* peaks = turned + D * keys_of_tile;
-    float* totals = peaks + rows_of_tile;
-    float* room = totals + rows_of_tile;  // a tile of keys or values in float32, where the cache has another type
-    for (int i = 0; i < rows * D; i += kLanes) store(out + i, F{});
+    Room& room = *reinterpret_cast<Room*>(scratch.bytes);
+    const auto query = [&](int r) { return (b * run.sequence + first + r / group) * Heads + head * group + r % group; };
     for (int r = 0; r < rows; r++) {
-      peaks[r] = -3e38f;
-      totals[r] = 0;
+      const float scale = Keys::encode(run.at(op.a, query(r) / Heads) + query(r) % Heads * D, room.codes + r * Keys::pairs);
+      room.states[r] = {F{}, scale, -3e38f};
+      for (int i = 0; i < D; i += kLanes) store(room.out + r * D + i, F{});
     }
-    const int64_t start = seen(run, op, b, position).start / keys_of_tile * keys_of_tile;
+    const int64_t start = seen(run, op, b, position).start / kKeysOfTile * kKeysOfTile;
     const int64_t stop = seen(run, op, b, position + tokens - 1).stop;
-    for (int64_t t = start; t < stop; t += keys_of_tile) {
-      const int length = static_cast<int>(stop - t < keys_of_tile ? stop - t : keys_of_tile);
-      turn(decode(slot(run, op.cache[2], b, head, t), length, room), length, turned);
-      const float* values = decode(slot(run, op.cache[3], b, head, t), length, room);
+    for (int64_t t = start; t < stop; t += kKeysOfTile) {
+      const int length = static_cast<int>(stop - t < kKeysOfTile ? stop - t : kKeysOfTile);
+      room.keys.take(slot(run, op.cache[2], b, head, t), slot(run, op.cache[3], b, head, t), length);
       int r = 0;
-      for (; r + rows_of_block <= rows; r += rows_of_block)
-        products<rows_of_block>(run, op, b, head, first, r, turned, scores);
-      for (; r < rows; r++) products<1>(run, op, b, head, first, r, turned, scores);
-      for (r = 0; r < rows; r++) {
-        const Range range = seen(run, op, b, position + r / group);
-        soften(op, scores + r * keys_of_tile, range.start - t, range.stop - t, out + r * D, peaks[r], totals[r]);
-      }
-      for (r = 0; r + rows_of_block <= rows; r += rows_of_block)
-        add<rows_of_block>(values, length, scores + r * keys_of_tile, out + r * D);
-      for (; r < rows; r++) add<1>(values, length, scores + r * keys_of_tile, out + r * D);
+      const auto in_tile = [&](int i) {
+        const Range range = seen(run, op, b, position + (r + i) / group);
+        return Range{range.start - t, range.stop - t};
+      };
+      const auto bent = [&](F score) { return bend(op, score); };
+      const auto pass = [&](auto count) {
+        constexpr int Rows = decltype(count)::value;
+        for (; r + Rows <= rows; r += Rows)
+          room.keys.template pass<Rows>(room.codes + r * Keys::pairs, room.states + r, room.out + r * D, in_tile, bent);
+      };
+      pass(std::integral_constant<int, Keys::rows_of_block>());
+      pass(std::integral_constant<int, 1>());
     }
     for (int r = 0; r < rows; r++) {
-      float* to = run.at(op.out, b * run.sequence + first + r / group) + (head * group + r % group) * D;
-      const F inverse = all(totals[r] > 0 ? 1.0f / totals[r] : 0.0f);
-      for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(out + r * D + v * kLanes) * inverse);
+      float* to = run.at(op.out, query(r) / Heads) + query(r) % Heads * D;
+      const float total = sum(room.states[r].total);
+      const F inverse = all(total > 0 ? 1.0f / total : 0.0f);
+      for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(room.out + r * D + v * kLanes) * inverse);
     }
-  }
-
-  /// Rows of the cache in float32: those of the cache itself, or decoded into `room`.
-  static const float* decode(const uint8_t* rows, int length, float* room) {
-    if constexpr (Rows::floats) return reinterpret_cast<const float*>(rows);
-    for (int t = 0; t < length; t++, rows += Rows::bytes) {
-      const F scale = all(Rows::scale(rows));
-      for (int i = 0; i < D; i += kLanes) store(room + t * D + i, Rows::get(rows, i) * scale);
-    }
-    return room;
-  }
-
-  /// Keys of a tile, (keys, D) to (D, keys), zeros beyond the end.
-  static void turn(const float* keys, int length, float* turned) {
-    for (int t = 0; t < keys_of_tile; t++)
-      for (int d = 0; d < D; d++) turned[d * keys_of_tile + t] = t < length ? keys[t * D + d] : 0.0f;
-  }
-
-  template <int Rows>
-  static void products(const Run& run, const Op& op, int64_t b, int64_t head, int64_t first, int r,
-                       const float* turned, float* scores) {
-    constexpr int columns = keys_of_tile / kLanes;
-    const float* q[Rows];
-    F acc[Rows][columns];
-    for (int i = 0; i < Rows; i++) {
-      q[i] = run.at(op.a, b * run.sequence + first + (r + i) / group) + (head * group + (r + i) % group) * D;
-      for (int c = 0; c < columns; c++) acc[i][c] = F{};
-    }
-    for (int d = 0; d < D; d++) {
-      F k[columns];
-      for (int c = 0; c < columns; c++) k[c] = load(turned + d * keys_of_tile + c * kLanes);
-      for (int i = 0; i < Rows; i++)
-        for (int c = 0; c < columns; c++) acc[i][c] += all(q[i][d]) * k[c];
-    }
-    for (int i = 0; i < Rows; i++)
-      for (int c = 0; c < columns; c++) store(scores + (r + i) * keys_of_tile + c * kLanes, bend(op, acc[i][c]));
-  }
-
-  /// Softmax of a tile's scores so far; what was added before is scaled to the new maximum.
-  static void soften(const Op&, float* scores, int64_t start, int64_t stop, float* out, float& peak, float& total) {
-    const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const F low = all(static_cast<float>(start)), high = all(static_cast<float>(stop));
-    constexpr int columns = keys_of_tile / kLanes;
-    F s[columns];
-    F top = all(-3e38f);
-    for (int c = 0; c < columns; c++) {
-      const F at = lane + all(static_cast<float>(c * kLanes));
-      s[c] = load(scores + c * kLanes);
-      s[c] = at < low ? all(-3e38f) : s[c];
-      s[c] = at < high ? s[c] : all(-3e38f);
-      top = max(top, s[c]);
-    }
-    const float now = largest(top);
-    if (!(now > -2e38f)) {  // nothing of this tile is seen
-      for (int c = 0; c < columns; c++) store(scores + c * kLanes, F{});
-      return;
-    }
-    if (now > peak) {
-      const F shrink = peak > -2e38f ? exp(all(peak - now)) : F{};
-      for (int v = 0; v < vectors; v++) store(out + v * kLanes, load(out + v * kLanes) * shrink);
-      total *= shrink[0];
-      peak = now;
-    }
-    F added = F{};
-    for (int c = 0; c < columns; c++) {
-      const F p = exp(s[c] - all(peak));
-      store(scores + c * kLanes, p);
-      added += p;
-    }
-    total += sum(added);
-  }
-
-  template <int Rows>
-  static void add(const float* values, int length, const float* weights, float* out) {
-    F acc[Rows][vectors];
-    for (int i = 0; i < Rows; i++)
-      for (int v = 0; v < vectors; v++) acc[i][v] = load(out + i * D + v * kLanes);
-    for (int t = 0; t < length; t++) {
-      for (int v = 0; v < vectors; v++) {
-        const F value = load(values + t * D + v * kLanes);
-        for (int i = 0; i < Rows; i++) acc[i][v] += all(weights[i * keys_of_tile + t]) * value;
-      }
-    }
-    for (int i = 0; i < Rows; i++)
-      for (int v = 0; v < vectors; v++) store(out + i * D + v * kLanes, acc[i][v]);
   }
 };
 

@@ -7,22 +7,6 @@
 
 namespace llmc {
 
-/// 16 sums of 16 lanes each, by folding vectors in pairs: lanes of neighbours meet at distance `Step`.
-template <int Step, class V>
-inline V fold(V a, V b) {
-  if constexpr (Step == 1)
-    return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  if constexpr (Step == 2)
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  if constexpr (Step == 4)
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-
 /// `Heads` queries and the products with one key, in lanes whose sums are the scores.
 template <class Rows, int D, int Heads, bool Integer>
 struct Queries {
@@ -75,20 +59,21 @@ struct Queries<Rows, D, Heads, true> {
 template <class Rows, int D, int Heads, bool Integer>
 inline void score_keys(const float* query, const uint8_t* keys, int64_t length, float* scores, int64_t stride) {
   const Queries<Rows, D, Heads, Integer> queries(query);
+  const auto plus = [](auto a, auto b) { return a + b; };
   for (int64_t t = 0; t < length; t += kLanes) {
     typename Queries<Rows, D, Heads, Integer>::V part[kLanes / 2][Heads], other[Heads];
     for (int i = 0; i < kLanes / 2; i++) {
       const int64_t key = t + 2 * i;
       queries.multiply(keys + (key < length ? key : length - 1) * Rows::bytes, part[i]);
       queries.multiply(keys + (key + 1 < length ? key + 1 : length - 1) * Rows::bytes, other);
-      for (int h = 0; h < Heads; h++) part[i][h] = fold<1>(part[i][h], other[h]);
+      for (int h = 0; h < Heads; h++) part[i][h] = fold<1>(part[i][h], other[h], plus);
     }
     F scale = all(1.0f);
     if constexpr (Rows::scaled) scale = load_scales<Rows>(keys, t, length);
     for (int h = 0; h < Heads; h++) {
-      for (int i = 0; i < kLanes / 2; i += 2) part[i][h] = fold<2>(part[i][h], part[i + 1][h]);
-      const auto low = fold<4>(part[0][h], part[2][h]), high = fold<4>(part[4][h], part[6][h]);
-      const auto whole = fold<8>(low, high);
+      for (int i = 0; i < kLanes / 2; i += 2) part[i][h] = fold<2>(part[i][h], part[i + 1][h], plus);
+      const auto low = fold<4>(part[0][h], part[2][h], plus), high = fold<4>(part[4][h], part[6][h], plus);
+      const auto whole = fold<8>(low, high, plus);
       store(scores + h * stride + t, queries.score(h, whole) * scale);
     }
   }

@@ -39,26 +39,29 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
   float* scales = out + Q::blocks * B / 4;
   int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
   const I flip = all(run.rows(op.space) >= kManyRows ? kStoredAbove : 0);
-  for (int b = 0; b < Q::blocks; b++) {
-    F part[B / kLanes];
-    F top = F{};
-    for (int i = 0; i < B / kLanes; i++) {
-      const int k = b * B + i * kLanes;
-      part[i] = k < K ? load(x + k) : F{};
-      top = max(top, abs(part[i]));
+  for (int b = 0; b < Q::blocks; b += kLanes) {  // of which as many peaks and sums make a vector
+    const int count = Q::blocks - b < kLanes ? Q::blocks - b : kLanes;
+    const auto numbers = [&](int i, int v) {
+      const int k = (b + i) * B + v * kLanes;
+      return k < K ? load(x + k) : F{};
+    };
+    F tops[kLanes] = {};
+    for (int i = 0; i < count; i++)
+      for (int v = 0; v < B / kLanes; v++) tops[i] = max(tops[i], abs(numbers(i, v)));
+    const F peaks = fold(tops, [](F p, F q) { return max(p, q); });
+    const F inverse = peaks > all(1e-30f) ? all(127.0f) / peaks : F{};
+    const F scale = peaks > all(1e-30f) ? peaks / all(127.0f) : F{};
+    I totals[kLanes] = {};
+    for (int i = 0; i < count; i++) {
+      for (int v = 0; v < B / kLanes; v++) {
+        const I code = nearest(numbers(i, v) * all(inverse[i]));
+        totals[i] += code;
+        *reinterpret_cast<B16Any*>(codes + (b + i) * B + v * kLanes) = __builtin_convertvector(code + flip, B16);
+      }
     }
-    const float peak = largest(top);
-    const F inverse = all(peak > 1e-30f ? 127.0f / peak : 0.0f);
-    I total = I{};
-    for (int i = 0; i < B / kLanes; i++) {
-      const I code = nearest(part[i] * inverse);
-      total += code;
-      *reinterpret_cast<B16Any*>(codes + b * B + i * kLanes) = __builtin_convertvector(code + flip, B16);
-    }
-    scales[b] = peak > 1e-30f ? peak / 127.0f : 0.0f;
-    int32_t count = 0;
-    for (int i = 0; i < kLanes; i++) count += total[i];
-    sums[b] = count;
+    const I sum = fold(totals, [](I p, I q) { return p + q; });
+    std::memcpy(scales + b, &scale, sizeof(float) * count);
+    std::memcpy(sums + b, &sum, sizeof(int32_t) * count);
   }
 }
 

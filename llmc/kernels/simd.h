@@ -13,6 +13,13 @@ namespace llmc {
 
 constexpr int kLanes = 16;
 
+/// Registers that hold a whole vector, or as many bytes in parts.
+#if defined(__AVX512F__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 8;
+#endif
+
 /// What activations are stored above their value where `dot_stored` takes them: its first factor is unsigned on
 /// x86, and signed on Arm.
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -60,16 +67,47 @@ inline float largest(F v) {
   return v[0];
 }
 
-/// Nearest integers, ties to even, of |x| < 2**22: the sum with 1.5 * 2**23 has them in its low bits.
-inline I nearest(F x) { return (I)(x + all(12582912.0f)) - all(0x4b400000); }
+/// Lanes of two vectors in pairs, at distance `Step`: those of a first where the lane has not that bit.
+template <int Step, class V, class Join>
+inline V fold(V a, V b, Join&& join) {
+  if constexpr (Step == 1)
+    return join(__builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+  else if constexpr (Step == 2)
+    return join(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  else if constexpr (Step == 4)
+    return join(__builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  else
+    return join(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+}
 
-/// e**x with a relative error below 2e-7; 0 below -87.3, and no infinity above 88.
+/// One vector of 16, whose lane i has all lanes of the i-th joined.
+template <class V, class Join>
+inline V fold(V* v, Join&& join) {
+  for (int i = 0; i < 8; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1], join);
+  for (int i = 0; i < 4; i++) v[i] = fold<2>(v[2 * i], v[2 * i + 1], join);
+  for (int i = 0; i < 2; i++) v[i] = fold<4>(v[2 * i], v[2 * i + 1], join);
+  return fold<8>(v[0], v[1], join);
+}
+
+/// Nearest integers, ties to even, of |x| < 2**22.
+inline I nearest(F x) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtps_epi32((__m512)x);
+#else
+  return (I)(x + all(12582912.0f)) - all(0x4b400000);  // the sum with 1.5 * 2**23 has them in its low bits
+#endif
+}
+
+/// e**x with a relative error below 2e-7; 0 where that is below the smallest float, and no infinity above 88.
 inline F exp(F x) {
-  F y = min(max(x, all(-87.3f)), all(88.0f));
-  I n = nearest(y * all(1.44269504f));
-  F k = to_float(n);
-  F r = y - k * all(0.693359375f);
-  r = r - k * all(-2.12194440e-4f);
+  const F y = min(max(x, all(-104.0f)), all(88.0f));
+  const F whole = to_float(nearest(y * all(1.44269504089f)));
+  F r = y - whole * all(0.693359375f);
+  r = r - whole * all(-2.12194440e-4f);
   F p = all(1.9875691500e-4f);
   p = p * r + all(1.3981999507e-3f);
   p = p * r + all(8.3334519073e-3f);
@@ -77,11 +115,24 @@ inline F exp(F x) {
   p = p * r + all(1.6666665459e-1f);
   p = p * r + all(5.0000001201e-1f);
   p = p * r * r + r + all(1.0f);
-  F result = p * (F)((n + all(127)) << 23);
-  return x < all(-87.3f) ? F{} : result;
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return x < all(-87.3f) ? F{} : p * (F)((nearest(whole) + all(127)) << 23);
+#endif
 }
 
-inline F sigmoid(F x) { return all(1.0f) / (all(1.0f) + exp(-x)); }
+/// 1 / x of normal numbers, to 1e-7.
+inline F reciprocal(F x) {
+#if defined(__AVX512F__)
+  const F y = (F)_mm512_rcp14_ps((__m512)x);
+  return y * (all(2.0f) - x * y);
+#else
+  return all(1.0f) / x;
+#endif
+}
+
+inline F sigmoid(F x) { return reciprocal(all(1.0f) + exp(-x)); }
 inline F tanh(F x) { return all(1.0f) - all(2.0f) / (exp(x + x) + all(1.0f)); }
 
 /// The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.backends.compiled.isa import InstructionSet
-from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
 from llmc.backends.toolchain import find_compiler
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
@@ -266,7 +266,10 @@ def compare(
         keys, values = (kernels.numbers(x) for x in presents)
         if not kernels.integers(layer, sequence):
             expected = attend(layer, q, keys, values, seen)
-            np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
+            if sequence <= SAME_TOKENS:
+                np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
+            else:  # codes of 12 and 13 bits
+                assert np.linalg.norm(out - expected) <= 1e-3 * np.linalg.norm(expected)
             continue
         # The reference rounds a number of the query that lies on a border now and then to the other side.
         expected = attend(layer, kernels.rounded(q), keys, values, seen)
@@ -320,7 +323,9 @@ def test_extremes(kernels: Kernels, name: str, sequence: int) -> None:
     for i, layer in enumerate(LAYERS):
         value = kernels.rounded(EXTREMES[name](layer.width).astype(np.float32)[None])[0]
         expected = np.tile(value, (1, sequence, layer.heads))
-        np.testing.assert_allclose(found[3 * i], expected, rtol=2e-6, atol=1e-42)
+        # Many queries go over values as codes of 12 bits, of nothing below 2**-72.
+        rounding = 1e-42 if sequence <= SAME_TOKENS else np.abs(value).max() * 2.0**-12 + 2.0**-72
+        np.testing.assert_allclose(found[3 * i], expected, rtol=2e-6, atol=rounding)
 
 
 def test_numbers_beyond_float16_become_its_largest(kernels: Kernels) -> None:
