@@ -18,7 +18,7 @@ struct Attention {
   static constexpr int vectors = D / kLanes;
   static constexpr int queries_of_tile = group >= 16 ? 4 : group >= 8 ? 32 : 64;  // tokens, each with `group` rows
   static constexpr int rows_of_tile = queries_of_tile * group;
-  static constexpr int keys_of_split = 256;
+  static constexpr int keys_of_split = 128;
   static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
   static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
   using Keys = Tile<Rows, D>;

@@ -7,6 +7,14 @@
 
 namespace llmc {
 
+/// Bytes between the row of the cache that is read and the one that memory is asked for.
+constexpr int64_t kRowsAhead = 8 << 10;
+
+/// Ask memory for what is `kRowsAhead` beyond `bytes` from here.
+inline void ask_ahead(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + kRowsAhead + i);
+}
+
 /// `Heads` queries and the products with one key, in lanes whose sums are the scores.
 template <class Rows, int D, int Heads, bool Integer>
 struct Queries {
@@ -61,6 +69,7 @@ inline void score_keys(const float* query, const uint8_t* keys, int64_t length, 
   const Queries<Rows, D, Heads, Integer> queries(query);
   const auto plus = [](auto a, auto b) { return a + b; };
   for (int64_t t = 0; t < length; t += kLanes) {
+    ask_ahead(keys + t * Rows::bytes, kLanes * Rows::bytes);
     typename Queries<Rows, D, Heads, Integer>::V part[kLanes / 2][Heads], other[Heads];
     for (int i = 0; i < kLanes / 2; i++) {
       const int64_t key = t + 2 * i;
@@ -87,6 +96,7 @@ inline void sum_values(const uint8_t* values, int64_t length, const float* weigh
   for (int h = 0; h < Heads; h++)
     for (int v = 0; v < D / kLanes; v++) out[h][v] = F{};
   for (int64_t t = 0; t < length; t++, values += Rows::bytes) {
+    ask_ahead(values, Rows::bytes);
     F weight[Heads];
     for (int h = 0; h < Heads; h++) weight[h] = all(weights[h * stride + t] * Rows::scale(values));
     for (int v = 0; v < D / kLanes; v++) {
@@ -127,6 +137,7 @@ inline void sum_codes(const uint8_t* values, int64_t length, const float* weight
       for (int v = 0; v < 4; v++) out[h][v] = I{};
     for (int64_t t = 0; t < length; t += 2) {
       const uint8_t* first = values + t * Rows::bytes + d;
+      ask_ahead(first, 2 * Rows::bytes);
       const uint8_t* second = t + 1 < length ? first + Rows::bytes : first;  // of which the weight is 0
       I weight[Heads];
       for (int h = 0; h < Heads; h++) {

@@ -36,7 +36,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         raise UnsupportedError(
             f"a KV cache in {cache.value} needs compiled attention in every layer; {len(left)} of "
             f"{len(graph.cache)} stay with ONNX Runtime: {why}",
-            hint="use kv_cache: float32, as cpu-int4-compiled does",
+            hint="use kv_cache: float32",
         )
     slots = []
     for slot in graph.cache:

@@ -208,7 +208,7 @@ def test_more_chosen_tokens_than_there_are(built: Build, tmp_path: Path) -> None
     feeds = {"input_ids": np.array([[1, 2]]), "attention_mask": np.ones((1, 2), np.int64)}
     for slot in manifest(path).interface.cache:
         feeds[slot.past_key] = feeds[slot.past_value] = np.zeros(
-            (1, slot.kv_heads, 0, slot.key_width), np.float32
+            (1, slot.kv_heads, 0, slot.key_width), np.float16
         )
     session = open_session(copy)
     good = session.run(["logits"], feeds | {"given": np.array([[[1], [0]]])})[0]
@@ -256,7 +256,7 @@ def test_inputs_that_do_not_fit_are_errors(changes: dict[str, object], message: 
     feeds = {"input_ids": np.array([[1, 2]]), "attention_mask": np.ones((1, 2), np.int64)}
     for slot in manifest(path).interface.cache:
         feeds[slot.past_key] = feeds[slot.past_value] = np.zeros(
-            (1, slot.kv_heads, slots, slot.key_width), np.float32
+            (1, slot.kv_heads, slots, slot.key_width), np.float16
         )
     feeds |= {k: v for k, v in changes.items() if k != "slots"}  # type: ignore[misc]
     with pytest.raises(Exception, match=message):

@@ -10,7 +10,7 @@ import pytest
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import Measurement
 from llmc.backends.generate import generate_tokens
-from llmc.config import Metric
+from llmc.config import CacheType, Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -19,7 +19,7 @@ from llmc.validate.session import OrtModel
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 
-TARGETS = ("cpu-int4-compiled", "cpu-int4-compiled-kv8")
+CACHES = (CacheType.FLOAT32, CacheType.INT8)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One model over a float32 and over an int8 cache."""
     folder = tmp_path_factory.mktemp("narrow")
     model = str(save_tiny_model("llama", folder / "model", tokenizer=True, eos_token_id=EOS))
-    for name in TARGETS:
-        plan = plan_build(model, target=name, profile="local", output=folder / name, verify=False)
-        build(plan, SilentProgress())
-    return folder / TARGETS[0], folder / TARGETS[1]
+    for cache in CACHES:
+        plan = plan_build(
+            model, target="cpu-int4-compiled", profile="local", output=folder / cache.value, verify=False
+        )
+        target = plan.target.model_copy(update={"kv_cache": cache})
+        build(plan.model_copy(update={"target": target}), SilentProgress())
+    return folder / CACHES[0].value, folder / CACHES[1].value
 
 
 def opened(path: Path, *, threads: int = 1, share: bool = True) -> OrtModel:
