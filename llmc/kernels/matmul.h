@@ -182,6 +182,7 @@ struct Matmul {
     int64_t row = start;
     if (two) {
       for (; row + 6 <= stop; row += 6) many<2, 6>(run, op, strips, g, row);
+      for (; row + 2 <= stop; row += 2) many<2, 2>(run, op, strips, g, row);
       for (; row < stop; row++) many<2, 1>(run, op, strips, g, row);
     } else {
       for (; row + 8 <= stop; row += 8) many<1, 8>(run, op, strips, g, row);

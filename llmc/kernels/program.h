@@ -97,6 +97,6 @@ constexpr int64_t kFewRows = 2;
 /// Tokens of a sequence in one step, whose numbers do not depend on how many they are (SAME_TOKENS of lower.py).
 constexpr int64_t kSameTokens = 8;
 /// From here on a product unpacks its weights once for all rows.
-constexpr int64_t kManyRows = 8;
+constexpr int64_t kManyRows = 64;
 
 }  // namespace llmc

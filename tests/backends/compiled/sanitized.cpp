@@ -166,7 +166,7 @@ void attend_all(int heads, int kv_heads, int width) {
 
 int main(int count, char** names) {
   if (count > 1) values = std::fopen(names[1], "wb");
-  for (int64_t rows : {1, 7, 40}) {
+  for (int64_t rows : {1, 7, 70}) {
     product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
     product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
   }

@@ -76,7 +76,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 70])
 def test_extremes(products: Products, name: str, rows: int) -> None:
     scale = 1e-30 if name == "largest" else 1.0  # so that the sum is finite
     x = np.broadcast_to(EXTREMES[name] * scale, (1, rows, K))
@@ -87,7 +87,7 @@ def test_extremes(products: Products, name: str, rows: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
-    sequence=st.integers(1, 40),
+    sequence=st.integers(1, 60),
     seed=st.integers(0, 2**32 - 1),
     power=st.floats(-6, 6),
 )
@@ -101,9 +101,9 @@ def test_shapes(products: Products, batch: int, sequence: int, seed: int, power:
 
 
 def test_results_do_not_depend_on_the_rows_beside(products: Products) -> None:
-    x = np.random.default_rng(1).standard_normal((1, 30, K))
+    x = np.random.default_rng(1).standard_normal((1, 70, K))
     whole = products.run(x)
-    for row in (0, 29):
+    for row in (0, 69):
         for part, all_rows in zip(products.run(x[:, row : row + 1]), whole, strict=True):
             np.testing.assert_allclose(part[0, 0], all_rows[0, row], rtol=1e-5, atol=1e-5)
 
