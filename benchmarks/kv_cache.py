@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--no-cpu-time", action="store_true")
     parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    parser.set_defaults(batch=1)
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
     folders = {cache: make(source, cache, options) for cache in CacheType}

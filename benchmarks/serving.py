@@ -1,11 +1,12 @@
 """Decode speed, time to first token, size, memory and fidelity beside the tools that others would use.
 
     python benchmarks/serving.py [--checkpoint demo|rescaled|llama-1b] [--target cpu-int4 …]
-        [--peer genai-int4 llama-Q4_0 openvino-int4 …] [--json FILE]
+        [--peer genai-int4 llama-Q4_0 openvino-int4 …] [--batch 1] [--json FILE]
 
 Builds the artifacts and the peers' models from one Hugging Face folder. Every runner is a process of its own,
 with onnxruntime-genai for ours; they are asked in turn, so that the noise of the machine falls on all alike.
-Ratios are ours / the peer's, of the medians over all rounds, with the range of the rounds' own ratios.
+Ratios are ours / the peer's, of the medians over all rounds, with the range of the rounds' own ratios. A
+batch are as many prompts at once, in ours and in onnxruntime-genai's; tokens a second are those of all.
 
 Fidelity is that of what is served: windows of 512 tokens of the evaluation text, of each 32 tokens prefilled
 and the rest decoded one by one, against PyTorch in float32. dNLL and KL divergence in nats per token;
@@ -74,9 +75,9 @@ class Runner:
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 
-    def ask(self, prompt: int, steps: int, *, counted: bool) -> None:
+    def ask(self, prompt: int, steps: int, batch: int, *, counted: bool) -> None:
         time.sleep(REST)
-        answer = self.request(prompt=prompt, steps=steps)
+        answer = self.request(prompt=prompt, steps=steps, batch=batch)
         if counted:
             self.ttft_ms.setdefault(prompt, []).append(answer["ttft_ms"])
             self.step_ms.setdefault(prompt, []).append(float(np.median(answer["step_ms"])))
@@ -98,11 +99,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--no-quality", action="store_true", help="skip fidelity")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     parser.add_argument("--path", type=Path, help="a folder with targets/ of your own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.batch > 1 and any(not name.startswith("genai") for name in options.peer):
+        parser.error("only peers of onnxruntime-genai take a batch")
 
     source = checkpoint(options.checkpoint, options.cache)
     targets = options.target or ["cpu-int4"]
@@ -123,7 +127,7 @@ def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Name
     for prompt in prompts:
         for round_ in range(-1, options.rounds):
             for runner in runners if round_ % 2 else reversed(runners):
-                runner.ask(prompt, options.steps, counted=round_ >= 0)
+                runner.ask(prompt, options.steps, options.batch, counted=round_ >= 0)
             print(f"\rprompt {prompt}, round {round_ + 1} of {options.rounds} ", end="", file=sys.stderr)
     for runner in runners:
         runner.stop()
@@ -171,7 +175,8 @@ def figures(runner: Runner) -> list[str]:
 def report(ours: list[Runner], peers: list[Runner], options: argparse.Namespace) -> None:
     print(describe())
     print(
-        f"{options.checkpoint}, {options.threads} threads, {options.rounds} rounds of {options.steps} steps"
+        f"{options.checkpoint}, {options.threads} threads, batch {options.batch}, "
+        f"{options.rounds} rounds of {options.steps} steps"
         + ("" if options.no_quality else f"; fidelity on {WINDOWS} windows of {WINDOW} tokens")
     )
     header = ["", "MB", "dNLL", "KL", "top-1", "peak MB"]
@@ -180,7 +185,7 @@ def report(ours: list[Runner], peers: list[Runner], options: argparse.Namespace)
     for runner in [*ours, *peers]:
         row = [runner.name, f"{runner.bytes / 1e6:.1f}", *figures(runner), f"{runner.peak_bytes / 1e6:.0f}"]
         row += [f"{np.median(runner.ttft_ms[p]):.0f} ms" for p in options.prompts]
-        row += [f"{1e3 / np.median(runner.step_ms[p]):.1f}" for p in options.prompts]
+        row += [f"{1e3 * options.batch / np.median(runner.step_ms[p]):.1f}" for p in options.prompts]
         rows.append(row)
     for runner in ours:
         for peer in peers:

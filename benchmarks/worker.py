@@ -3,7 +3,8 @@
     python worker.py genai|llama|openvino MODEL THREADS
 
 Reads one JSON request a line from stdin and answers each with one line:
-{"prompt": n, "steps": m} -> {"ttft_ms": t, "step_ms": [m figures], "peak_bytes": b}
+{"prompt": n, "steps": m, "batch": k} -> {"ttft_ms": t, "step_ms": [m figures], "peak_bytes": b}, for k
+prompts of n tokens at once, which genai alone takes more than one of.
 {"score": IDS, "prefix": n, "into": FILE} -> {}: IDS is a file of (windows, length) tokens; FILE gets the
 logits of positions n - 1 to length - 2, (windows, length - n, vocabulary) float32, each window's first n
 tokens prefilled and the rest decoded one by one.
@@ -31,10 +32,10 @@ class Genai:
         self._model = self._og.Model(config)
         self._generator: Any = None
 
-    def begin(self, length: int) -> None:
+    def begin(self, length: int, batch: int = 1) -> None:
         """Forget what was; up to `length` tokens follow."""
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        params.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=batch)
         self._generator = self._og.Generator(self._model, params)
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
@@ -44,8 +45,8 @@ class Genai:
         return logits
 
     def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
-        """Seconds to the first token, and of each of `steps` after it."""
-        self.begin(len(ids) + steps + 1)
+        """Seconds to the first token of prompts (batch, n), and of each of `steps` after it."""
+        self.begin(ids.shape[1] + steps + 1, len(ids))
         start = time.perf_counter()
         self._generator.append_tokens(ids)
         self._generator.generate_next_token()
@@ -76,9 +77,10 @@ class Llama:
         return np.ctypeslib.as_array(pointer, (self._model.n_vocab(),))
 
     def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
-        self.begin(len(ids) + steps + 1)
+        (prompt,) = ids
+        self.begin(len(prompt) + steps + 1)
         start = time.perf_counter()
-        token = self.feed(ids).argmax()
+        token = self.feed(prompt).argmax()
         first = time.perf_counter() - start
         times = []
         for _ in range(steps):
@@ -127,7 +129,8 @@ class OpenVino:
         if self._pipeline is None:
             self._pipeline = openvino_genai.LLMPipeline(str(self._folder), "CPU", **self._settings)
         config = openvino_genai.GenerationConfig(max_new_tokens=steps + 1, ignore_eos=True, do_sample=False)
-        tokens = openvino.Tensor(ids[None].astype(np.int64))
+        (prompt,) = ids
+        tokens = openvino.Tensor(prompt[None].astype(np.int64))
         start, stamps = time.perf_counter(), []
 
         class Clock(openvino_genai.StreamerBase):  # type: ignore[misc]
@@ -139,7 +142,7 @@ class OpenVino:
                 """Nothing is kept back."""
 
         self._pipeline.generate(
-            openvino_genai.TokenizedInputs(tokens, openvino.Tensor(np.ones((1, len(ids)), np.int64))),
+            openvino_genai.TokenizedInputs(tokens, openvino.Tensor(np.ones((1, len(prompt)), np.int64))),
             config,
             Clock(),
         )
@@ -179,7 +182,8 @@ def main(runtime: str, model: Path, threads: int) -> None:
             score(runner, np.load(request["score"]), request["prefix"], Path(request["into"]))
         else:
             # Another prompt each time: a runtime may keep the cache of one that it knows.
-            ids = np.arange(request["prompt"], dtype=np.int64) * 7919 + 31 * count
+            starts = 31 * (count + np.arange(request["batch"]))
+            ids = np.arange(request["prompt"], dtype=np.int64) * 7919 + starts[:, None]
             first, steps = runner.time((ids % 40000 + 100).astype(np.int32), request["steps"])
             answer = {"ttft_ms": 1e3 * first, "step_ms": [1e3 * s for s in steps], "peak_bytes": peak_bytes()}
         print(json.dumps(answer), flush=True)

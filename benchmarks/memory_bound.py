@@ -1,0 +1,91 @@
+"""How near decoding comes to the time that memory takes to give what a step reads.
+
+    python benchmarks/memory_bound.py [--checkpoint rescaled] [--target cpu-int4-compiled] [--contexts 128 …]
+
+A step reads every packed weight once and the KV cache of its context. A buffer of as many bytes is read by
+as many threads (reading.cpp), in turn with decoding through onnxruntime-genai; a cache of the CPU that keeps
+part of either keeps as much of the other. The fraction is the time of reading over the time of a step.
+"""
+
+import argparse
+import ctypes
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from serving import build_ours
+from sources import NAMES, checkpoint
+
+from llmc.artifact.store import open_artifact
+from llmc.backends.toolchain import Unit, compile_library, find_compiler
+from llmc.graph.interface import Interface
+
+PASSES = 20
+BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=NAMES, default="rescaled")
+    parser.add_argument("--target", default="cpu-int4-compiled")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    parser.set_defaults(batch=1, path=None)
+    options = parser.parse_args()
+    runner = build_ours(checkpoint(options.checkpoint, options.cache), options.target, options)
+    weights = (runner.model / "model.onnx.data").stat().st_size
+    row = bytes_of_token(open_artifact(runner.model).manifest.interface)
+    reader = load_reader()
+    print(describe())
+    runner.start(options.threads)
+    for context in options.contexts:
+        size = weights + row * (context + options.steps // 2)
+        buffer = np.ones(size + 64, np.uint8)
+        start = buffer.ctypes.data + -buffer.ctypes.data % 64
+        reading = []
+        for round_ in range(-1, options.rounds):
+            taken = reader(start, size, options.threads, PASSES)
+            runner.ask(context, options.steps, 1, counted=round_ >= 0)
+            reading += [1e3 * taken] * (round_ >= 0)
+        steps = runner.step_ms[context]
+        parts = [a / b for a, b in zip(reading, steps, strict=True)]
+        print(
+            f"context {context:5}: {size / 1e6:.0f} MB read in {np.median(reading):.2f} ms "
+            f"({size / np.median(reading) / 1e6:.0f} GB/s), a step {np.median(steps):.2f} ms: "
+            f"{np.median(reading) / np.median(steps):.0%} ({min(parts):.0%}-{max(parts):.0%}) of the limit"
+        )
+    runner.stop()
+
+
+def bytes_of_token(interface: Interface) -> int:
+    """Bytes of the KV cache for each token."""
+    types = {spec.name: spec.dtype for spec in interface.inputs}
+    return sum(
+        slot.kv_heads * (slot.key_width + slot.value_width) * BYTES[types[slot.past_key]]
+        for slot in interface.cache
+    )
+
+
+def load_reader():  # type: ignore[no-untyped-def]
+    """`seconds_of_pass` of reading.cpp."""
+    source = Path(__file__).with_name("reading.cpp").read_text()
+    flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
+    library = compile_library(find_compiler(), {"reading.cpp": source}, (Unit("reading.cpp"),), flags)
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(library)
+        file.flush()
+        function = ctypes.CDLL(file.name).seconds_of_pass
+    function.restype = ctypes.c_double
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
+    return function
+
+
+if __name__ == "__main__":
+    main()
