@@ -272,6 +272,18 @@ inline I dot_pairs(I c, I a, I b) {
   y.whole = b;
   for (int i = 0; i < 2; i++) u.half[i] = _mm256_add_epi32(u.half[i], _mm256_madd_epi16(x.half[i], y.half[i]));
   return u.whole;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  typedef int32_t Quarter __attribute__((vector_size(16)));
+  union { Quarter part[4]; I whole; } u, x, y;
+  u.whole = c;
+  x.whole = a;
+  y.whole = b;
+  for (int i = 0; i < 4; i++) {
+    const int16x8_t p = vreinterpretq_s16_s32((int32x4_t)x.part[i]), q = vreinterpretq_s16_s32((int32x4_t)y.part[i]);
+    const int32x4_t pairs = vpaddq_s32(vmull_s16(vget_low_s16(p), vget_low_s16(q)), vmull_high_s16(p, q));
+    u.part[i] += (Quarter)pairs;
+  }
+  return u.whole;
 #else
   return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
