@@ -315,7 +315,13 @@ def _chosen(choices: dict[str, object]) -> Iterator[Callable[[str, object], obje
     assert taken == set(choices)
 
 
-@pytest.mark.parametrize("name", ["cpu-int4", "cpu-int8", "cpu-int4-gptq", "cpu-int4-compiled", "cpu-mixed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cpu-int4", "cpu-int8", "cpu-int4-gptq", "cpu-mixed"),
+        *("cpu-int4-compiled", "cpu-int8-compiled", "cpu-mixed-compiled"),
+    ],
+)
 def test_a_base_is_one_of_its_candidates(name: str) -> None:
     base = load_target(name)
     space = Space.around((base,))

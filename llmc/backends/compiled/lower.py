@@ -8,7 +8,7 @@ level are one region. What kernels cannot take stays with ONNX Runtime's operato
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -43,7 +43,8 @@ class CompiledKernels:
         library: The shared library.
         regions: Number of operators that stand for regions.
         nodes: Nodes that they replaced.
-        outside: Why nodes stayed with ONNX Runtime: (operator, reason) and how often.
+        outside: Why nodes stayed with ONNX Runtime: (operator, reason) and how often. What only they read
+            whose place regions took is gone, such as a Cast of scales.
         compiler: What compiled it.
         isa: Instruction set it needs.
         source: sha256 of the generated source.
@@ -77,21 +78,19 @@ def compile_kernels(
     for node, level in levels.items():
         if level % 2:
             groups.setdefault(level, []).append(node)
-    outside: Counter[tuple[str, str]] = Counter()
     packed: dict[int, ir.Value] = {}
     builders = []
     replaced = 0
     for nodes in groups.values():
         if not any((n.domain, n.op_type) in _CORE for n in nodes):
-            outside.update((n.op_type, "nothing beside it is worth a kernel") for n in nodes)
+            reasons.update(dict.fromkeys(nodes, "nothing beside it is worth a kernel"))
             continue
         builder = RegionBuilder(nodes, graph.graph, packed, cache)
         builder.build()
         builders.append(builder)
         replaced += len(nodes)
-    outside.update((n.op_type, reason) for n, reason in reasons.items())
     if not builders:
-        why = "; ".join(f"{op}: {reason}" for op, reason in sorted(outside))
+        why = "; ".join(f"{op}: {reason}" for op, reason in sorted(_left(graph.graph, reasons)))
         raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
     if cache is not CacheType.FLOAT32:
         narrow_cache(graph, cache, {past for b in builders for past in b.pasts.values()}, reasons)
@@ -107,7 +106,7 @@ def compile_kernels(
         library=_compile(source, isa, compiler),
         regions=len(builders),
         nodes=replaced,
-        outside=tuple((op, reason, count) for (op, reason), count in sorted(outside.items())),
+        outside=tuple((*why, count) for why, count in sorted(_left(graph.graph, reasons).items())),
         compiler=compiler.version,
         isa=isa.name,
         source=hashlib.sha256(source.encode()).hexdigest(),
@@ -131,6 +130,11 @@ def _levels(graph: ir.Graph) -> tuple[dict[ir.Node, int], dict[ir.Node, str]]:
                 level = max(level, before + (taken != bool(before % 2)))
         levels[node] = level
     return levels, reasons
+
+
+def _left(graph: ir.Graph, reasons: Mapping[ir.Node, str]) -> Counter[tuple[str, str]]:
+    """Operators of the graph that are no regions, with why, and how often."""
+    return Counter((node.op_type, reasons[node]) for node in graph if node in reasons)
 
 
 def _replace(

@@ -14,6 +14,7 @@ from llmc.backends.compiled.operands import (
     given,
     layout_of,
     scalar_of,
+    scales_of,
     slice_bounds,
     space_of,
     width_of,
@@ -33,9 +34,13 @@ def obstacle(node: ir.Node) -> str | None:
     return check(node)
 
 
-def _check_layout(layout: PackedLayout, codes: ir.Value) -> str | None:
-    if not isinstance(codes.const_value, LazyWeight):
+def _check_weights(node: ir.Node, layout: PackedLayout, codes: ir.Value) -> str | None:
+    tensors = [value.const_value for value in (codes, *scales_of(node))]
+    groups = {id(t.group) if isinstance(t, LazyWeight) else None for t in tensors}
+    if None in groups:
         return "its weights are no initializer"
+    if len(groups) > 1:
+        return "its scales are not stored with its codes"
     if layout.k % LANES:
         return f"it has {layout.k} input features; kernels take multiples of {LANES}"
     if layout.bits == 8 and layout.zeros:
@@ -50,7 +55,7 @@ def _check_matmul(node: ir.Node) -> str | None:
         return "its operand is no row of features per token"
     if node.attributes.get_int("accuracy_level", 0) != 4:
         return "its activations are not to be quantized"
-    return _check_layout(layout_of(node), given(node.inputs[1]))
+    return _check_weights(node, layout_of(node), given(node.inputs[1]))
 
 
 def _check_embedding(node: ir.Node) -> str | None:
@@ -60,7 +65,7 @@ def _check_embedding(node: ir.Node) -> str | None:
     layout = embedding_layout(node)
     if layout.k == 0:
         return "its rows have no static width"
-    return _check_layout(layout, codes_of(node))
+    return _check_weights(node, layout, codes_of(node))
 
 
 def _check_norm(node: ir.Node) -> str | None:

@@ -78,6 +78,18 @@ def codes_of(node: ir.Node) -> ir.Value:
     return given(producer.inputs[0]) if producer is not None and producer.op_type == "Reshape" else value
 
 
+def scales_of(node: ir.Node) -> list[ir.Value]:
+    """Scales and, where there are any, zero points of a product or an embedding, as they are stored.
+
+    Scales in another type than that of the activations have a Cast behind them.
+    """
+    found = [value for value in node.inputs[2:4] if value is not None]
+    producer = found[0].producer()
+    if producer is not None and producer.op_type == "Cast":
+        found[0] = given(producer.inputs[0])
+    return found
+
+
 def layout_of(node: ir.Node) -> PackedLayout:
     n, k, bits, block = (node.attributes[a].as_int() for a in ("N", "K", "bits", "block_size"))
     return PackedLayout(n, k, bits, block, len(node.inputs) > 3 and node.inputs[3] is not None)
@@ -86,4 +98,14 @@ def layout_of(node: ir.Node) -> PackedLayout:
 def embedding_layout(node: ir.Node) -> PackedLayout:
     bits, block = (node.attributes[a].as_int() for a in ("bits", "block_size"))
     zeros = len(node.inputs) > 3 and node.inputs[3] is not None
-    return PackedLayout(int(dims_of(given(node.inputs[2]))[0]), width_of(node.outputs[0]), bits, block, zeros)
+    features = _features_of(node.outputs[0], block)
+    return PackedLayout(int(dims_of(given(node.inputs[2]))[0]), features, bits, block, zeros)
+
+
+def _features_of(rows: ir.Value, block: int) -> int:
+    """Features of an embedding's rows, without what fills their last block up where a Slice cuts it off."""
+    width, users = width_of(rows), [user for user, _ in rows.uses()]
+    if len(users) != 1 or users[0].op_type != "Slice" or rows.is_graph_output():
+        return width
+    start, stop = slice_bounds(users[0]) or (0, width)
+    return stop if start == 0 and width - block < stop else width

@@ -102,10 +102,8 @@ class RegionBuilder:
     def weight(self, value: ir.Value) -> Tensor:
         return self.weights.setdefault(value, Tensor())
 
-    def packed_weight(
-        self, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, layout: PackedLayout
-    ) -> Tensor:
-        """The packed form of MatMulNBits's operands, made once however many read it."""
+    def packed_weight(self, codes: ir.Value, layout: PackedLayout) -> Tensor:
+        """The packed form of codes, and of the scales that are stored with them, however many read it."""
         lazy = lazy_of(codes)
         key = id(lazy.group)
         if key not in self.packed:
@@ -240,8 +238,7 @@ class RegionBuilder:
         source, output = given(node.inputs[0]), node.outputs[0]
         space = space_of(output)
         kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
-        zeros = node.inputs[3] if len(node.inputs) > 3 else None
-        weight = self.packed_weight(given(node.inputs[1]), given(node.inputs[2]), zeros, layout)
+        weight = self.packed_weight(given(node.inputs[1]), layout)
         activation = self._quantize(self._place(source), layout)
         fields: Fields = {
             "chunks": f"{kind}::chunks",
@@ -270,11 +267,10 @@ class RegionBuilder:
         codes = codes_of(node)
         layout = embedding_layout(node)
         kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
-        zeros = node.inputs[3] if len(node.inputs) > 3 else None
         fields: Fields = {
             "row": f"embed_row<{kind}>",
             "check": "check_ids",
-            "weight": self.packed_weight(codes, given(node.inputs[2]), zeros, layout),
+            "weight": self.packed_weight(codes, layout),
             "lengths": self.input(given(node.inputs[1])),
             "limit": layout.n,
             "out": self.make(node.outputs[0], layout.k, "kTokens"),

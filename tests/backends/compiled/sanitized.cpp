@@ -169,6 +169,8 @@ int main(int count, char** names) {
   for (int64_t rows : {1, 7, 70}) {
     product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
     product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
+    product<llmc::Matmul<144, 128, 8, false>>(rows, 17);
+    product<llmc::Matmul<144, 128, 4, true>>(rows, 17);
   }
   attend_all<llmc::Attention<6, 2, 32, 32, false>>(6, 2, 32);
   attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::HalfRows>>(6, 2, 32);

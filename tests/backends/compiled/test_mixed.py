@@ -1,0 +1,155 @@
+"""Matrices of unlike bits and blocks in one region, with scales that are stored in float16."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from llmc.artifact.store import open_artifact
+from llmc.backends.compiled.isa import InstructionSet
+from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.toolchain import find_compiler
+from llmc.checkpoint import open_checkpoint
+from llmc.config import Dtype, Quantization, WeightScheme
+from llmc.errors import UnsupportedError
+from llmc.graph.model import Graph
+from llmc.graph.weights import LazyWeight, WeightGroup
+from llmc.pipeline import build
+from llmc.pipeline.compile import artifact_sources
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from llmc.quantize.blocks import dequantize_blocks
+from llmc.quantize.encode import quantize_blocks
+from llmc.quantize.linear import quantize_weights
+from llmc.validate.packed import open_packed
+from llmc.validate.session import OrtModel
+from llmc.validate.weights import read_stored
+from tests.backends.compiled.graphs import (
+    Array,
+    GraphBuilder,
+    open_session,
+    quantize_activations,
+    quantized,
+    usable_sets,
+    write_compiled,
+)
+from tests.models import EOS, VOCAB_SIZE, save_tiny_model
+from tests.quantize.reference import scheme
+from tests.quantize.test_linear import VOCAB, decoder, tensors
+
+#: Schemes of an embedding, a linear layer and a head: as cpu-mixed allocates them.
+SCHEMES = {
+    "unlike": {"embed": scheme(8, 128, True), "proj": scheme(4, 128, False), "head": scheme(4, 32, False)},
+    "eights": {"embed": scheme(4, 64, False), "proj": scheme(8, 128, True), "head": scheme(8, 32, True)},
+    "tied": {"embed": scheme(8, 128, True), "proj": scheme(4, 64, False)},
+}
+#: Features: two blocks of 128, of which the second is not full; and one block that is not full.
+WIDTHS = {"unlike": 144, "eights": 144, "tied": 80}
+
+
+def small_decoder(case: str) -> tuple[Graph, dict[str, Array]]:
+    """Embedding, linear layer and head, quantized; and the weights that are read back, (outputs, inputs)."""
+    schemes: dict[str, WeightScheme] = SCHEMES[case]
+    store = tensors(WIDTHS[case], tied="head" not in schemes)
+    graph = decoder(store, tied="head" not in schemes)
+    rules = tuple({"match": name, "scheme": kind} for name, kind in schemes.items())
+    stated = {"accuracy_level": 4, "scales": "float16", "rules": rules}
+    quantize_weights(graph, Quantization.model_validate(stated), Dtype.FLOAT32)
+    read_back = {
+        name: dequantize_blocks(quantize_blocks(store.arrays[name], kind, np.float16))
+        for name, kind in schemes.items()
+    }
+    return graph, read_back
+
+
+@pytest.mark.parametrize("isa", usable_sets(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("case", SCHEMES)
+def test_bits_of_every_kind_in_one_region(case: str, isa: InstructionSet, tmp_path: Path) -> None:
+    graph, weights = small_decoder(case)
+    made = write_compiled(graph, tmp_path, isa)
+    assert (made.regions, made.outside) == (1, ())
+    assert [node.op_type for node in graph.graph] == ["Region0"]
+    read = {
+        value.name: open_packed(value)
+        for value in ir.load(tmp_path / "model.onnx").graph.initializers.values()
+    }
+    assert set(read) == {f"{name}.packed" for name in weights}
+    for name, expected in weights.items():
+        np.testing.assert_array_equal(read[f"{name}.packed"].rows(0, len(expected)), expected)
+    session = open_session(tmp_path)
+    for tokens in (7, 40):  # few rows straight from packed weights, and many
+        ids = np.random.default_rng(tokens).integers(0, VOCAB, (1, tokens))
+        hidden, mid, logits = session.run(["hidden", "mid", "logits"], {"input_ids": ids})
+        np.testing.assert_array_equal(hidden, weights["embed"][ids])
+        for given, found, name in ((hidden, mid, "proj"), (mid, logits, "head")):
+            name = name if name in weights else "embed"
+            kind = SCHEMES[case][name]
+            product = quantize_activations(given, kind.block_size) @ weights[name].T.astype(np.float64)
+            errors = np.linalg.norm(found - product, axis=-1) / np.linalg.norm(product, axis=-1)
+            # The reference rounds what lies on a border, as codes of an embedding do, to the other side.
+            assert errors.max() < 1e-2
+            assert np.quantile(errors, 0.25) < 1e-6
+
+
+def test_scales_of_another_matrix() -> None:
+    """Packing takes them from where the codes are, so that others would be left out."""
+    builder = GraphBuilder()
+    blocks = quantized(np.ones((16, 32), np.float32), 4, 32, True)
+    builder.matmul(builder.input("x", 32), blocks, "w")
+    other = WeightGroup(("other",), lambda: {"scales": blocks.scales})
+    scales = builder.weights[1]
+    scales.const_value = LazyWeight(
+        name="w.scales", dtype=ir.DataType.FLOAT, shape=(16, 1), group=other, key="scales"
+    )
+    with pytest.raises(UnsupportedError) as caught:
+        compile_kernels(builder.finish([builder.nodes[0].outputs[0]]), usable_sets()[0], find_compiler())
+    assert caught.value.hint == "MatMulNBits: its scales are not stored with its codes"
+
+
+def test_scales_that_are_computed() -> None:
+    builder = GraphBuilder()
+    blocks = quantized(np.ones((16, 32), np.float32), 4, 32, True)
+    out = builder.matmul(builder.input("x", 32), blocks, "w")
+    doubled = ir.node("Add", [builder.weights[1]] * 2, name="doubled")
+    builder.nodes[0].replace_input_with(2, doubled.outputs[0])
+    builder.nodes.insert(0, doubled)
+    with pytest.raises(UnsupportedError) as caught:
+        compile_kernels(builder.finish([out]), usable_sets()[0], find_compiler())
+    assert "MatMulNBits: its weights are no initializer" in str(caught.value.hint)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tied head; its 64 features fill no block of 128."""
+    folder = tmp_path_factory.mktemp("mixed") / "model"
+    return save_tiny_model("llama", folder, tokenizer=True, eos_token_id=EOS, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("target", ["cpu-mixed-compiled", "cpu-int8-compiled"])
+def test_a_target_with_kernels_and_without(target: str, model: Path, tmp_path: Path) -> None:
+    """Weights are the same to the last bit; products round activations alike and sum in another order."""
+    plan = plan_build(str(model), target=target, profile="local", output=tmp_path / "compiled", verify=False)
+    plain = {
+        "target": plan.target.model_copy(update={"kernels": "onnxruntime"}),
+        "output": tmp_path / "plain",
+    }
+    found = []
+    for each in (plan, plan.model_copy(update=plain)):
+        build(each, SilentProgress())
+        manifest = open_artifact(each.output).manifest
+        sources = artifact_sources(open_checkpoint(str(model)), each.target, each.output, SilentProgress())
+        session = OrtModel(each.output, manifest.interface, threads=1, share_buffer=True)
+        ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1, 50))
+        steps = [session.prefill(ids[:, :40], steps=10)]
+        steps += [session.decode(ids[:, i : i + 1]) for i in range(40, 50)]
+        found.append((manifest, read_stored(each.output, sources), np.concatenate(steps, axis=1)))
+    (compiled, stored, logits), (other, expected, reference) = found
+    assert compiled.weights == other.weights
+    assert set(stored) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(stored[name].whole(), tensor.whole(), err_msg=name)
+    assert compiled.kernels is not None
+    assert compiled.kernels.regions == 1
+    assert not {left.operator for left in compiled.kernels.outside} & {"MatMulNBits", "Reshape"}
+    assert np.linalg.norm(logits - reference) < 5e-3 * np.linalg.norm(reference)
