@@ -8,6 +8,7 @@
 
 #include "crew.h"
 #include "ort.h"
+#include "pieces.h"
 #include "program.h"
 
 #if defined(__x86_64__)
@@ -97,6 +98,7 @@ class Kernel {
   }
   OrtStatus* read_shape(const OrtValue* value, Shape& shape) const;
   OrtStatus* make_outputs(OrtKernelContext* context, Run& run, std::vector<void*>& tensors, std::vector<Shape>& shapes);
+  OrtStatus* run_pieces(OrtKernelContext* context, Run& run);
   Workspace take(size_t size);
   void put_back(Workspace workspace);
 
@@ -133,6 +135,10 @@ void work(void* data, size_t) {
   Scratch scratch{job.scratch + me * job.scratch_size, job.scratch_size};
   uint32_t phase = 0;
   for (int32_t i = 0; i < count;) {
+    if (run.rows(ops[i].space) == 0 || (ops[i].row == nullptr && ops[i].chunks(run, ops[i]) == 0)) {
+      i++;  // nothing to do in this piece of the step
+      continue;
+    }
     int32_t rows_end = ops[i].row != nullptr ? i : i + 1;
     const int32_t rows_begin = rows_end;
     while (rows_end < count && ops[rows_end].row != nullptr &&
@@ -223,19 +229,27 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) {
     const char* wrong = op.check == nullptr ? nullptr : op.check(run, op);
     if (wrong != nullptr) return fail(wrong);
   }
+  return run_pieces(context, run);
+}
+
+OrtStatus* Kernel::run_pieces(OrtKernelContext* context, Run& run) {
   const auto rounded = [](size_t size) { return (size + 4095) / 4096 * 4096; };
-  const size_t rows = rounded(sizeof(float) * run.rows(Space::kTokens) * region_.width);
+  const size_t rows = rounded(sizeof(float) * rows_of_pieces(run) * region_.width);
   const size_t shared = rounded(region_.shared(run)), scratch = rounded(region_.scratch);
   const Workspace workspace = take(rows + shared + scratch * kMaxThreads);
   if (workspace.data == nullptr) return api_.error(kFail, "out of memory for the workspace of a step");
   uint8_t* base = static_cast<uint8_t*>(workspace.data);
   run.workspace = reinterpret_cast<float*>(base);
   run.shared = base + rows;
-  Job job;
-  job.run = &run;
-  job.scratch = base + rows + shared;
-  job.scratch_size = scratch;
-  OrtStatus* status = api_.parallel_for(context, work, kMaxThreads, 0, &job);
+  std::vector<void*> tensors(region_.inputs + region_.output_count);
+  OrtStatus* status = each_piece(run, [&](const Piece& piece) {
+    const Run part = cut(run, piece, tensors.data());
+    Job job;
+    job.run = &part;
+    job.scratch = base + rows + shared;
+    job.scratch_size = scratch;
+    return api_.parallel_for(context, work, kMaxThreads, 0, &job);
+  });
   put_back(workspace);
   return status;
 }
