@@ -7,8 +7,9 @@
 
 namespace llmc {
 
-/// Tokens of a piece: those for which a product unpacks its weights once.
-constexpr int64_t kPieceTokens = 256;
+/// Tokens of a piece, a multiple of attention's tiles: the more, the less often weights are unpacked; the fewer, the
+/// less memory a step takes.
+constexpr int64_t kPieceTokens = 128;
 
 /// Sequences from `row` on, and of each the tokens from `start` on.
 struct Piece {
