@@ -9,8 +9,8 @@ logits of every row must be, bit for bit, those that the prompt had alone, befor
 Requests run in 40 rounds. Between two of them none is under way, and memory is read: the resident set, and
 what the C library has handed out and not got back. The first half is for whatever grows to the size of the
 largest request and stays there. In the second half neither may grow by more than --growth: with a leak
-both do, and the resident set alone where free memory is scattered. `tiny` is a random llama of three layers and
-256 tokens, for many requests a second: what a request leaves behind is a larger part of so small a process.
+both do, and the resident set alone where free memory is scattered. `tiny` is a random llama of three layers
+and 256 tokens, for many requests a second: what one leaves behind is a larger part of so small a process.
 
 Ends with 1 after a wrong row or a growth beyond the bound.
 """
@@ -42,10 +42,11 @@ LENGTHS = (*range(1, 41), 63, 64, 65, 96, 127, 128, 129, 200)
 class Mallinfo(ctypes.Structure):
     """`struct mallinfo2` of the GNU C library."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _names = (
+        *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+        *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+    )
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 def main() -> None:

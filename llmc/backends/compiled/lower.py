@@ -201,9 +201,9 @@ constexpr size_t scratch_{index} = most({{size_t{{64}}{"".join(f", {s}" for s in
 
 def _extent_text(value: ir.Value) -> str:
     dims = dims_of(value)
-    over = (
-        "kTokens" if dims[:2] == ["batch", "sequence"] else "kSequences" if dims[:1] == ["batch"] else "kNothing"
-    )
+    over = "kSequences" if dims[:1] == ["batch"] else "kNothing"
+    if dims[:2] == ["batch", "sequence"]:
+        over = "kTokens"
     return f"{{Over::{over}, {(value.dtype or ir.DataType.UNDEFINED).itemsize}}}"
 
 

@@ -102,8 +102,8 @@ class Program:
         """Give every buffer its columns; returns the width of the workspace.
 
         Rows that follow each other run in one phase, in which threads are at different rows. So two buffers
-        share memory only if no phase uses both, or lies between the uses of one and uses the other. The widest
-        are placed first (Pisarchyk and Lee 2020, greedy by size).
+        share memory only if no phase uses both, or lies between the uses of one and uses the other. The
+        widest are placed first (Pisarchyk and Lee 2020, greedy by size).
         """
         phases = self._phases()
         first: dict[Buffer, int] = {}

@@ -25,7 +25,7 @@ def test_thousands_of_steps_leave_nothing_behind(tmp_path: Path) -> None:
     )
     build(plan, SilentProgress())
     interface = open_artifact(tmp_path / "out").manifest.interface
-    model = OrtModel(tmp_path / "out", interface, threads=2, share_buffer=True)
+    model = OrtModel(tmp_path / "out", interface, threads=1, share_buffer=True)
     ids = np.random.default_rng(0).integers(5, VOCAB_SIZE, (2, 40))
 
     def run(steps: int) -> int:

@@ -1,6 +1,7 @@
 """Steps that run in pieces: every token has the bits that it has without them."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_pieces_have_the_bits_of_steps_that_are_as_long(length: int, share: bool
     cuts = [*range(PIECE, length - 8, PIECE), length]
     model = opened(share=share)
     last = model.prefill(ids[:, : cuts[0]], steps=length + 1 - cuts[0])
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         last = model.decode(ids[:, start:stop])
     np.testing.assert_array_equal(found[0], last)
     np.testing.assert_array_equal(found[1], model.decode(ids[:, :1]))
