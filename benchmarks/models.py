@@ -3,6 +3,7 @@
     python benchmarks/models.py demo FOLDER        SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16
     python benchmarks/models.py rescaled FOLDER    the same function with weights off the 4-bit grid
     python benchmarks/models.py llama-1b FOLDER    TinyLlama-1.1B's shape with random weights, bfloat16
+    python benchmarks/models.py tiny FOLDER        three layers with random weights and 256 tokens
 
 The demo checkpoint was dequantized from a 4-bit file, so that a 4-bit scheme with the same blocks finds its
 weights again. `rescaled` multiplies the input channels of every projection by random factors and divides
@@ -12,6 +13,7 @@ function as it was. The embedding, tied to the head, has no such partner and sta
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from llmc.checkpoint import open_checkpoint
+from tests.models import save_tiny_model
 
 
 def make_demo(folder: Path) -> None:
@@ -130,6 +135,11 @@ def make_llama_1b(folder: Path, seed: int = 0) -> None:
     open_checkpoint("demo").tokenizer().save_pretrained(folder)
 
 
+def make_tiny(folder: Path) -> None:
+    """Write the llama that the tests use."""
+    save_tiny_model("llama", folder, tokenizer=True)
+
+
 def _demo() -> Any:
     return open_checkpoint("demo").load_reference()
 
@@ -141,7 +151,7 @@ def _save(model: Any, folder: Path) -> None:
     open_checkpoint("demo").tokenizer().save_pretrained(folder)
 
 
-MAKERS = {"demo": make_demo, "rescaled": make_rescaled, "llama-1b": make_llama_1b}
+MAKERS = {"demo": make_demo, "rescaled": make_rescaled, "llama-1b": make_llama_1b, "tiny": make_tiny}
 
 
 if __name__ == "__main__":

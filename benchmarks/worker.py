@@ -34,6 +34,7 @@ class Genai:
 
     def begin(self, length: int, batch: int = 1) -> None:
         """Forget what was; up to `length` tokens follow."""
+        self._generator = None  # its cache is given back before the next is made
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=batch)
         self._generator = self._og.Generator(self._model, params)

@@ -41,12 +41,13 @@ struct Attention {
     return few(run) ? sizeof(float) * run.batch * run.sequence * Heads * splits(run) * partial : 0;
   }
 
-  /// Tokens of row b before and after this step.
+  /// Tokens of row b after this step, and before this piece of it.
   static int64_t after(const Run& run, const Op& op, int64_t b) {
     return run.tensor<const int32_t>(op.lengths)[b] + static_cast<int64_t>(1);
   }
   static int64_t before(const Run& run, const Op& op, int64_t b) {
-    return run.sequence == run.total ? 0 : after(run, op, b) - run.sequence;
+    const int64_t step = run.earlier + run.sequence + run.later;
+    return (step == run.total ? 0 : after(run, op, b) - step) + run.earlier;
   }
   static uint8_t* slot(const Run& run, int32_t tensor, int64_t b, int64_t head, int64_t position) {
     const int64_t slots = run.shapes[tensor].dims[2];
@@ -72,10 +73,10 @@ struct Attention {
     return nullptr;
   }
 
-  /// Where past and present are two buffers, what is in the past.
+  /// Where past and present are two buffers, what is in the past; the step's first piece brings it over.
   static uint32_t carry_chunks(const Run& run, const Op& op) {
     const auto same = [&](int i) { return run.tensor<uint8_t>(op.cache[i]) == run.tensor<uint8_t>(op.cache[2 + i]); };
-    return same(0) && same(1) ? 0 : static_cast<uint32_t>(run.batch * KvHeads);
+    return run.earlier > 0 || (same(0) && same(1)) ? 0 : static_cast<uint32_t>(run.batch * KvHeads);
   }
   static void carry(const Run& run, const Op& op, uint32_t index, Scratch&) {
     const int64_t b = index / KvHeads, head = index % KvHeads, tokens = before(run, op, b);

@@ -8,6 +8,7 @@
 
 #include "crew.h"
 #include "ort.h"
+#include "pieces.h"
 #include "program.h"
 
 #if defined(__x86_64__)
@@ -97,6 +98,7 @@ class Kernel {
   }
   OrtStatus* read_shape(const OrtValue* value, Shape& shape) const;
   OrtStatus* make_outputs(OrtKernelContext* context, Run& run, std::vector<void*>& tensors, std::vector<Shape>& shapes);
+  OrtStatus* run_pieces(OrtKernelContext* context, Run& run);
   Workspace take(size_t size);
   void put_back(Workspace workspace);
 
@@ -140,7 +142,9 @@ struct Phase {
 Phase next_phase(const Run& run, int32_t first) {
   const Op* ops = run.region->ops;
   const int32_t count = run.region->op_count;
-  const auto idle = [&](int32_t i) { return ops[i].row == nullptr && ops[i].chunks(run, ops[i]) == 0; };
+  const auto idle = [&](int32_t i) {  // there is nothing to do in this piece of the step
+    return run.rows(ops[i].space) == 0 || (ops[i].row == nullptr && ops[i].chunks(run, ops[i]) == 0);
+  };
   while (first < count && idle(first)) first++;
   Phase phase{first, first, first, 0};
   if (first == count) return phase;
@@ -153,8 +157,8 @@ Phase next_phase(const Run& run, int32_t first) {
   } else {
     phase.chunks = ops[first].chunks(run, ops[first]);
     phase.tail = phase.last = first + 1;
-    while (phase.last < count &&
-           (ops[phase.last].row != nullptr ? run.rows(ops[phase.last].space) <= kFewRows : idle(phase.last)))
+    while (phase.last < count && (idle(phase.last) || (ops[phase.last].row != nullptr &&
+                                                       run.rows(ops[phase.last].space) <= kFewRows)))
       phase.last++;
   }
   return phase;
@@ -257,17 +261,26 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) {
     const char* wrong = op.check == nullptr ? nullptr : op.check(run, op);
     if (wrong != nullptr) return fail(wrong);
   }
+  return run_pieces(context, run);
+}
+
+OrtStatus* Kernel::run_pieces(OrtKernelContext* context, Run& run) {
   const auto rounded = [](size_t size) { return (size + 4095) / 4096 * 4096; };
-  const size_t rows = rounded(sizeof(float) * run.rows(Space::kTokens) * region_.width);
+  const size_t rows = rounded(sizeof(float) * rows_of_pieces(run) * region_.width);
   const size_t shared = rounded(region_.shared(run)), scratch = rounded(region_.scratch);
   const Workspace workspace = take(rows + shared + scratch * kMaxThreads);
   if (workspace.data == nullptr) return api_.error(kFail, "out of memory for the workspace of a step");
   uint8_t* base = static_cast<uint8_t*>(workspace.data);
   run.workspace = reinterpret_cast<float*>(base);
   run.shared = base + rows;
-  Job job(run, base + rows + shared, scratch, shares_.load(std::memory_order_relaxed));
-  OrtStatus* status = api_.parallel_for(context, work, kMaxThreads, 0, &job);
-  shares_.store(job.workers.load(), std::memory_order_relaxed);
+  std::vector<void*> tensors(region_.inputs + region_.output_count);
+  OrtStatus* status = each_piece(run, [&](const Piece& piece) {
+    const Run part = cut(run, piece, tensors.data());
+    Job job(part, base + rows + shared, scratch, shares_.load(std::memory_order_relaxed));
+    OrtStatus* failed = api_.parallel_for(context, work, kMaxThreads, 0, &job);
+    shares_.store(job.workers.load(), std::memory_order_relaxed);
+    return failed;
+  });
   put_back(workspace);
   return status;
 }

@@ -56,9 +56,18 @@ struct Output {
   int32_t past;
 };
 
+/// What the elements of a tensor, of `bytes` each, are counted by first: its first dimension is sequences, or its
+/// first two are sequences and their tokens.
+enum class Over : int32_t { kNothing, kSequences, kTokens };
+struct Extent {
+  Over over;
+  int32_t bytes;
+};
+
 struct Region {
   const char* name;
   const int32_t* input_types;
+  const Extent* extents;  // of inputs, then outputs
   int32_t inputs;
   const Output* outputs;
   int32_t output_count;
@@ -68,6 +77,7 @@ struct Region {
   int32_t rows_from;             // input whose first two dimensions are batch and sequence
   int32_t total;                 // input with the longest total length, int32 scalar; -1 without attention
   int32_t chosen;                // input whose second dimension is the chosen tokens of a sequence; -1 if one
+  int32_t choice;                // input with the chosen tokens' numbers, int64; -1 if none are chosen here
   int32_t width;                 // floats of the workspace for each row
   size_t scratch;                // bytes of each thread's memory
   size_t (*shared)(const Run&);  // bytes that the threads share
@@ -80,6 +90,7 @@ struct Run {
   float* workspace;
   uint8_t* shared;
   int64_t batch, sequence, total, chosen;
+  int64_t earlier = 0, later = 0;  // tokens of each sequence in other pieces of the step
 
   int64_t rows(Space space) const { return batch * (space == Space::kTokens ? sequence : chosen); }
   template <class T>

@@ -57,7 +57,7 @@ template <int W>
 void chosen_row(const Run& run, const Op& op, int64_t row) {
   const int64_t token = run.tensor<const int64_t>(op.lengths)[row];
   const int64_t sequence = row / run.chosen;
-  std::memcpy(run.at(op.out, row), run.at(op.a, sequence * run.sequence + token), sizeof(float) * W);
+  std::memcpy(run.at(op.out, row), run.at(op.a, sequence * run.sequence + token - run.earlier), sizeof(float) * W);
 }
 
 }  // namespace llmc

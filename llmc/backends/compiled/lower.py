@@ -17,7 +17,7 @@ import onnx_ir as ir
 from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import DOMAIN, InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
-from llmc.backends.compiled.operands import MICROSOFT, width_of
+from llmc.backends.compiled.operands import MICROSOFT, dims_of, width_of
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
@@ -173,6 +173,7 @@ def _region_text(builder: RegionBuilder, index: int) -> str:
     width = program.lay_out()
     values = [*builder.inputs, *builder.weights]
     types = ", ".join(str(int(v.dtype or ir.DataType.UNDEFINED)) for v in values)
+    extents = ", ".join(_extent_text(v) for v in [*values, *builder.outputs])
     outputs = ",\n  ".join(_output_text(builder, value) for value in builder.outputs)
     operations = ",\n  ".join(program.text(operation) for operation in program.operations)
     scratch = sorted({o.scratch for o in program.operations if o.scratch})
@@ -181,8 +182,10 @@ def _region_text(builder: RegionBuilder, index: int) -> str:
     rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
     total = position[builder.total] if builder.total is not None else -1
     chosen = position[builder.chosen] if builder.chosen is not None else -1
+    choice = position[builder.choice] if builder.choice is not None else -1
     return f"""
 constexpr int32_t types_{index}[] = {{{types}}};
+constexpr Extent extents_{index}[] = {{{extents}}};
 constexpr Output outputs_{index}[] = {{
   {outputs}}};
 constexpr Op ops_{index}[] = {{
@@ -194,10 +197,18 @@ size_t shared_{index}(const Run& run) {{
   return most;
 }}
 constexpr size_t scratch_{index} = most({{size_t{{64}}{"".join(f", {s}" for s in scratch)}}});
-#define REGION_{index} {{"Region{index}", types_{index}, {len(values)}, outputs_{index}, \\
+#define REGION_{index} {{"Region{index}", types_{index}, extents_{index}, {len(values)}, outputs_{index}, \\
   {len(builder.outputs)}, ops_{index}, {len(program.operations)}, {len(builder.inputs)}, \\
-  {rows_from}, {total}, {chosen}, {width}, scratch_{index}, shared_{index}}}
+  {rows_from}, {total}, {chosen}, {choice}, {width}, scratch_{index}, shared_{index}}}
 """
+
+
+def _extent_text(value: ir.Value) -> str:
+    dims = dims_of(value)
+    over = "kSequences" if dims[:1] == ["batch"] else "kNothing"
+    if dims[:2] == ["batch", "sequence"]:
+        over = "kTokens"
+    return f"{{Over::{over}, {int((value.dtype or ir.DataType.UNDEFINED).itemsize)}}}"
 
 
 def _output_text(builder: RegionBuilder, value: ir.Value) -> str:

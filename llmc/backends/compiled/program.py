@@ -102,7 +102,8 @@ class Program:
         """Give every buffer its columns; returns the width of the workspace.
 
         Rows that follow each other run in one phase, in which threads are at different rows. So two buffers
-        share memory only if no phase uses both, or lies between the uses of one and uses the other.
+        share memory only if no phase uses both, or lies between the uses of one and uses the other. The
+        widest are placed first (Pisarchyk and Lee 2020, greedy by size).
         """
         phases = self._phases()
         first: dict[Buffer, int] = {}
@@ -112,7 +113,7 @@ class Program:
                 first.setdefault(buffer, phase)
                 last[buffer] = phase
         placed: list[Buffer] = []
-        for buffer in first:  # in order of first use
+        for buffer in sorted(first, key=lambda b: -b.width):
             size = -(-buffer.width // LANES) * LANES
             taken = sorted(
                 (other.column, other.column + -(-other.width // LANES) * LANES)

@@ -63,6 +63,7 @@ class RegionBuilder:
     layouts: dict[str, PackedLayout] = field(default_factory=dict)
     rows_from: ir.Value | None = None
     chosen: ir.Value | None = None
+    choice: ir.Value | None = None
     total: ir.Value | None = None
     _places: dict[ir.Value, Place] = field(default_factory=dict)
     _pending: dict[ir.Value, Expression] = field(default_factory=dict)
@@ -279,11 +280,12 @@ class RegionBuilder:
 
     def choose(self, node: ir.Node) -> None:
         a = self._place(given(node.inputs[0]))
+        self.choice = given(node.inputs[1])
         fields: Fields = {
             "row": f"chosen_row<{a.width}>",
             "check": "check_choice",
             "a": a,
-            "lengths": self.input(given(node.inputs[1])),
+            "lengths": self.input(self.choice),
             "out": self.make(node.outputs[0], a.width, "kLast"),
         }
         self.program.operations.append(Operation("row", "kLast", fields))

@@ -1,0 +1,75 @@
+// A step in pieces that run one after the other in the same workspace, so that a long prompt needs no more of it than
+// a short one. A piece is as many whole sequences as fit, or some tokens of one sequence. Every token gets the bits
+// that it has in one piece: tiles of queries begin at multiples of kPieceTokens too, and no piece is so short that
+// attention takes it for a step of decoding.
+#pragma once
+#include "program.h"
+
+namespace llmc {
+
+/// Tokens of a piece, a multiple of attention's tiles: the more, the less often weights are unpacked; the fewer, the
+/// less memory a step takes.
+constexpr int64_t kPieceTokens = 512;
+
+/// Sequences from `row` on, and of each the tokens from `start` on.
+struct Piece {
+  int64_t row, rows, start, tokens;
+};
+
+/// Rows of the largest piece, at most.
+inline int64_t rows_of_pieces(const Run& run) {
+  const int64_t all = run.rows(Space::kTokens), most = kPieceTokens + kSameTokens;
+  if (run.chosen > 1 && run.sequence > most) return run.sequence;
+  return all < most ? all : most;
+}
+
+/// Calls `use` with each piece until it returns something; chosen tokens of one sequence stay together.
+template <class Use>
+auto each_piece(const Run& run, Use&& use) -> decltype(use(Piece{})) {
+  const int64_t most = rows_of_pieces(run);
+  const int64_t together = most / run.sequence > 1 ? most / run.sequence : 1;
+  for (int64_t row = 0; row < run.batch; row += together) {
+    const int64_t rows = run.batch - row < together ? run.batch - row : together;
+    for (int64_t start = 0, tokens; start < run.sequence; start += tokens) {
+      tokens = run.sequence - start > most ? kPieceTokens : run.sequence - start;
+      if (auto stop = use(Piece{row, rows, start, tokens})) return stop;
+    }
+  }
+  return nullptr;
+}
+
+/// Bytes of tensor `index` before what a piece sees of it.
+inline int64_t bytes_before(const Run& run, int32_t index, const Piece& piece) {
+  const int64_t* dims = run.shapes[index].dims;
+  const Extent extent = run.region->extents[index];
+  const int64_t sequence = dims[1] * dims[2] * dims[3];
+  switch (extent.over) {
+    case Over::kTokens:
+      return extent.bytes * (piece.row * sequence + piece.start * dims[2] * dims[3]);
+    case Over::kSequences:
+      return extent.bytes * piece.row * sequence;
+    default:
+      return 0;
+  }
+}
+
+/// `run` for one piece; `tensors` is room for as many pointers as the run has tensors.
+inline Run cut(const Run& run, const Piece& piece, void** tensors) {
+  const Region& region = *run.region;
+  for (int32_t i = 0; i < region.inputs + region.output_count; i++)
+    tensors[i] = run.tensor<uint8_t>(i) + bytes_before(run, i, piece);
+  Run part = run;
+  part.tensors = tensors;
+  part.batch = piece.rows;
+  part.sequence = piece.tokens;
+  part.earlier = piece.start;
+  part.later = run.sequence - piece.start - piece.tokens;
+  if (piece.tokens < run.sequence) {  // the one chosen token is of this piece, or of another
+    const int64_t last = piece.start + piece.tokens - 1;
+    const int64_t token = region.choice < 0 ? run.sequence - 1 : *part.tensor<const int64_t>(region.choice);
+    part.chosen = token >= piece.start && token <= last;
+  }
+  return part;
+}
+
+}  // namespace llmc
