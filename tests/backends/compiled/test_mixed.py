@@ -8,10 +8,10 @@ import pytest
 
 from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet
-from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
 from llmc.backends.toolchain import find_compiler
 from llmc.checkpoint import open_checkpoint
-from llmc.config import Dtype, Quantization, WeightScheme
+from llmc.config import CacheType, Dtype, Quantization, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
@@ -130,19 +130,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_target_with_kernels_and_without(target: str, model: Path, tmp_path: Path) -> None:
     """Weights are the same to the last bit; products round activations alike and sum in another order."""
     plan = plan_build(str(model), target=target, profile="local", output=tmp_path / "compiled", verify=False)
-    plain = {
-        "target": plan.target.model_copy(update={"kernels": "onnxruntime"}),
-        "output": tmp_path / "plain",
-    }
+    plain = {"kernels": "onnxruntime", "kv_cache": None}
+    plans = [
+        plan.model_copy(update={"target": plan.target.model_copy(update=changes), "output": tmp_path / name})
+        for name, changes in (("compiled", {"kv_cache": CacheType.FLOAT32}), ("plain", plain))
+    ]
     found = []
-    for each in (plan, plan.model_copy(update=plain)):
+    for each in plans:
         build(each, SilentProgress())
         manifest = open_artifact(each.output).manifest
         sources = artifact_sources(open_checkpoint(str(model)), each.target, each.output, SilentProgress())
         session = OrtModel(each.output, manifest.interface, threads=1, share_buffer=True)
         ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1, 50))
-        steps = [session.prefill(ids[:, :40], steps=10)]
-        steps += [session.decode(ids[:, i : i + 1]) for i in range(40, 50)]
+        # No more tokens at once than attention takes in float32.
+        steps = [session.prefill(ids[:, :SAME_TOKENS], steps=42)]
+        steps += [session.decode(ids[:, i : i + 1]) for i in range(SAME_TOKENS, 50)]
         found.append((manifest, read_stored(each.output, sources), np.concatenate(steps, axis=1)))
     (compiled, stored, logits), (other, expected, reference) = found
     assert compiled.weights == other.weights
