@@ -175,7 +175,7 @@ class NeuronPruning(_Strict):
 
     Args:
         fraction: Of the neurons of a layer.
-        multiple: What stays is a multiple of this, the nearest: blocks of quantized weights and kernels want it.
+        multiple: The nearest multiple of this stays: blocks of quantized weights and kernels want it.
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -410,7 +410,9 @@ class Target(_Strict):
         if self.backend is Backend.TENSORRT and self.quantize is not None:
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
         if self.backend is not Backend.TENSORRT and self.prune is not None and self.prune.sparsity:
-            raise ValueError(f"backend {self.backend.value} has no kernels for sparsity {self.prune.sparsity}")
+            raise ValueError(
+                f"backend {self.backend.value} has no kernels for sparsity {self.prune.sparsity}"
+            )
         if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":

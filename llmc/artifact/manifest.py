@@ -119,7 +119,7 @@ class PruneRecord(_Strict):
         neurons: Of each MLP, before and after; None if none went.
         kv_groups: Heads of keys and values of each layer, before and after; None if none went.
         sparse: Matrices with 2:4 sparsity.
-        repaired: Whether the weights that stay make up for those that went.
+        repaired: Whether the weights of layers that stay make up for those that went; None if all stay.
         parameters: Number of parameters that are left, tied ones counted once; zeros count.
     """
 
@@ -128,7 +128,7 @@ class PruneRecord(_Strict):
     neurons: tuple[int, int] | None
     kv_groups: tuple[int, int] | None
     sparse: int
-    repaired: bool
+    repaired: bool | None
     parameters: int
 
     def render(self) -> str:
@@ -141,8 +141,8 @@ class PruneRecord(_Strict):
                 parts.append(f"{sizes[1]} of {sizes[0]} {what} left in each layer")
         if self.sparse:
             parts.append(f"2:4 sparsity in {self.sparse} matrices")
-        repaired = "repaired" if self.repaired else "not repaired"
-        return f"pruned, {repaired}: {'; '.join(parts)}; {self.parameters / 1e6:.1f} M parameters"
+        repaired = {None: "", True: ", repaired", False: ", not repaired"}[self.repaired]
+        return f"pruned: {'; '.join(parts)}{repaired}; {self.parameters / 1e6:.1f} M parameters left"
 
 
 class LeftOutside(_Strict):

@@ -62,8 +62,8 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 (hex) over the config, every weight file's bytes and the tokenizer's files.
 
-        The same files give the same digest wherever they lie; parts that were left out since count. Takes about a second for 1.5 GB on two
-        cores; see `llmc.checkpoint.digest` for the format.
+        The same files give the same digest wherever they lie; what was left out of the model since counts.
+        Takes about a second for 1.5 GB on two cores; see `llmc.checkpoint.digest` for the format.
         """
         described = [self.path / name for name in configuration.CONFIG_FILES]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
@@ -110,7 +110,7 @@ class Checkpoint:
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer.
+        folder is filled by our reader, and needs no package of its quantizer; so is a pruned model.
 
         Raises:
             CheckpointError: transformers cannot load it.

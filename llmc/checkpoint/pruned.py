@@ -1,4 +1,4 @@
-"""A checkpoint with parts of its model left out: a smaller config, and its tensors selected as they are read."""
+"""A checkpoint without parts of its model: a smaller config, and tensors selected as they are read."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def drop_layers(checkpoint: Checkpoint, layers: Sequence[str], kept: Sequence[in
     Raises:
         UnsupportedError: transformers cannot build that model, or its layers would be other ones.
     """
-    old, new = _text(checkpoint.config), copy.deepcopy(checkpoint.config)
-    text = _text(new)
     count = len(layers)
-    for key, value in list(vars(old).items()):
-        if isinstance(value, list | tuple) and len(value) == count and not key.endswith(_NO_LAYERS):
-            setattr(text, key, type(value)(value[i] for i in kept))
-    text.num_hidden_layers = len(kept)
+    lists = {
+        key: type(value)(value[i] for i in kept)
+        for key, value in vars(_text(checkpoint.config)).items()
+        if isinstance(value, list | tuple) and len(value) == count and not key.endswith(_NO_LAYERS)
+    }
+    new = _changed(checkpoint.config, {**lists, "num_hidden_layers": len(kept)})
     renamed = dict(zip((layers[i] for i in kept), layers, strict=False))
     gone = tuple(f"{layers[i]}." for i in range(count) if i not in kept)
 
@@ -139,11 +139,11 @@ def drop_layers(checkpoint: Checkpoint, layers: Sequence[str], kept: Sequence[in
         return name if layer is None else renamed[layer] + name.removeprefix(layer)
 
     names = {new_name: n for n in checkpoint.tensors.infos() if (new_name := rename(n)) is not None}
-    tied = {a: b for a, b in _renamed(checkpoint.tied, rename)}
+    tied = dict(_renamed(checkpoint.tied, rename))
     made = _altered(checkpoint, new, PrunedStore(checkpoint.tensors, names, {}), tied, f"layers {list(kept)}")
     _require_shapes(made)
     back = {renamed[layer]: layer for layer in renamed}
-    _require_alike(checkpoint, made, back, sizes=False)
+    require_alike(checkpoint, made, back, sizes=False)
     return made
 
 
@@ -159,7 +159,7 @@ def narrow(
     Args:
         layers: Qualified names of the decoder layers.
         selections: What stays, by parameter.
-        entries: What the config may have to say for it; the first that gives a model of these shapes is taken.
+        entries: What the config may have to say; the first that gives a model of these shapes is taken.
         change: Digest of what was chosen and computed.
 
     Raises:
@@ -168,17 +168,13 @@ def narrow(
     store = PrunedStore(checkpoint.tensors, {name: name for name in checkpoint.tensors.infos()}, selections)
     why = "it has no entry for the size"
     for each in entries:
-        config = copy.deepcopy(checkpoint.config)
         try:
-            for key, value in each.items():
-                setattr(_text(config), key, value)
+            config = _changed(checkpoint.config, each)
             made = _altered(checkpoint, config, store, checkpoint.tied, change)
             _require_shapes(made)
-            _require_alike(checkpoint, made, {name: name for name in layers}, sizes=True)
+            require_alike(checkpoint, made, {name: name for name in layers}, sizes=True)
         except UnsupportedError as error:
             why = error.fact
-        except (ValueError, AttributeError) as error:  # a config that checks itself
-            why = str(error)
         else:
             return made
     raise UnsupportedError(
@@ -192,9 +188,7 @@ def size_entries(config: Any, old: int, new: int) -> list[dict[str, int]]:
     return [{key: new} for key in _keys(config, old)]
 
 
-def head_entries(
-    config: Any, old: tuple[int, int], new: tuple[int, int], width: int
-) -> list[dict[str, int]]:
+def head_entries(config: Any, old: tuple[int, int], new: tuple[int, int], width: int) -> list[dict[str, int]]:
     """What a config may have to say for fewer heads.
 
     Args:
@@ -219,6 +213,24 @@ def _altered(
 ) -> Checkpoint:
     digest = hashlib.sha256(f"{checkpoint.altered}\0{change}".encode()).hexdigest()
     return replace(checkpoint, config=config, tensors=store, tied=tied, altered=digest)
+
+
+def _changed(config: Any, entries: Mapping[str, Any]) -> Any:
+    """A copy of a config with other entries.
+
+    Raises:
+        UnsupportedError: It does not take one of them.
+    """
+    made = copy.deepcopy(config)
+    for key, value in entries.items():
+        try:
+            setattr(_text(made), key, value)
+        except Exception as error:  # a config of transformers checks itself; whatever it raises, it refuses
+            raise UnsupportedError(
+                f"the {config.model_type} config does not take {key}: {error}",
+                hint="leave this recipe out of the target",
+            ) from error
+    return made
 
 
 def _text(config: Any) -> Any:
@@ -246,7 +258,7 @@ def _require_shapes(made: Checkpoint) -> None:
             )
 
 
-def _require_alike(before: Checkpoint, after: Checkpoint, layers: Mapping[str, str], *, sizes: bool) -> None:
+def require_alike(before: Checkpoint, after: Checkpoint, layers: Mapping[str, str], *, sizes: bool) -> None:
     """Check that layers of the pruned model compute what they were: nothing but their sizes may differ.
 
     Args:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
-#: Where what walks find is kept on disk, finished or not, and how many of each; those not used for longest go.
+#: Where what walks find is kept, finished or not, and how many of each; those not used for longest go.
 #: Pruned weights are read from there for as long as a build takes, and a target has up to three recipes.
 _KEPT = {"calibration": 3, "pruning": 6}
 #: What a target in float16 without calibration of its own is looked at on.

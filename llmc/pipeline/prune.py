@@ -171,7 +171,7 @@ class _Recipes:
             neurons=self._neurons,
             kv_groups=self._kv_groups,
             sparse=self._sparse,
-            repaired=self._spec.repair,
+            repaired=self._spec.repair if self._sparse or self._neurons or self._kv_groups else None,
             parameters=count_parameters(made),
         )
         return Pruned(made, record, self._decisions, self._influence)
@@ -183,7 +183,6 @@ class _Recipes:
         from llmc.checkpoint.pruned import drop_layers
         from llmc.quantize.prune_walk import INFLUENCE, InfluenceTask
 
-        known = None if self._decided is None else self._decided.get(_LAYERS)
         subject = prepare(checkpoint, self._spec.calibration, "influence", {}, _SHELF)
         count = len(subject.layers)
         if self._spec.layers >= count:
@@ -191,7 +190,9 @@ class _Recipes:
                 f"{self._spec.layers} layers are to be dropped, and the model has {count}",
                 hint="copy the target and drop fewer",
             )
-        if known is None:
+        if self._decided is not None:
+            known = _require_indices(self._decided.get(_LAYERS), count - self._spec.layers, count, "layers")
+        else:
             files = self._walk(checkpoint, subject, InfluenceTask())
             self._influence = tuple(float(load_file(file)[INFLUENCE][0]) for file in files[:count])
             order = np.argsort(np.array(self._influence), kind="stable")
@@ -202,7 +203,7 @@ class _Recipes:
         return drop_layers(checkpoint, subject.layers, kept)
 
     def _drop_units(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Heads and neurons, chosen in one walk: what one layer is given, the other recipe does not change."""
+        """Heads and neurons, chosen in one walk: neither changes what the other is given."""
         from llmc.checkpoint.pruned import head_entries, narrow, size_entries
         from llmc.quantize.prune_walk import UnitChoice
         from llmc.quantize.units import find_units, require_units
@@ -243,29 +244,29 @@ class _Recipes:
     ) -> tuple[Subject, dict[str, Path]]:
         """Which units stay, and the file with what the walk kept of each projection.
 
-        What was decided before is taken as it was if it comes out otherwise here: another processor adds up in
-        another order, and units that matter as little as each other change places.
+        What was decided before is taken as it was if it comes out otherwise here: another processor adds up
+        in another order, and units that matter as little as each other change places.
         """
         import numpy as np
 
         found = self._walk_units(checkpoint, choices)
-        names = [choice.units.reader.parameter for choice in choices]
-        if self._decided is not None and any(
-            not np.array_equal(self._decisions[name], self._decided.get(name)) for name in names
-        ):
-            fixed = [replace(c, decided=self._known(c)) for c in choices]
-            found = self._walk_units(checkpoint, fixed)
+        if self._decided is not None:
+            known = [self._known(choice) for choice in choices]
+            made = [self._decisions[choice.units.reader.parameter] for choice in choices]
+            if not all(np.array_equal(a, b) for a, b in zip(known, made, strict=True)):
+                fixed = [replace(c, decided=units) for c, units in zip(choices, known, strict=True)]
+                found = self._walk_units(checkpoint, fixed)
         return found
 
     def _known(self, choice: UnitChoice) -> Array:
+        """Which units stay by what was decided before.
+
+        Raises:
+            ParityError: It does not say.
+        """
         name = choice.units.reader.parameter
         known = None if self._decided is None else self._decided.get(name)
-        if known is None or known.shape != (choice.keep,) or not (known < choice.units.count).all():
-            raise ParityError(
-                f"the artifact does not say which {choice.keep} of {choice.units.count} units of {name} stay",
-                hint="build the artifact again",
-            )
-        return known
+        return _require_indices(known, choice.keep, choice.units.count, f"units of {name}")
 
     def _walk_units(
         self, checkpoint: Checkpoint, choices: Sequence[UnitChoice]
@@ -277,7 +278,12 @@ class _Recipes:
         facts = {
             "repair": self._spec.repair,
             "units": [
-                [c.units.reader.parameter, c.units.count, c.keep, None if c.decided is None else c.decided.tolist()]
+                [
+                    c.units.reader.parameter,
+                    c.units.count,
+                    c.keep,
+                    None if c.decided is None else c.decided.tolist(),
+                ]
                 for c in choices
             ],
         }
@@ -357,6 +363,21 @@ class _Recipes:
         return walk.run(subject.windows, task, lambda line: self._progress.note(f"prune: {line}"))
 
 
+def _require_indices(known: Array | None, keep: int, count: int, what: str) -> Array:
+    """What was decided, `keep` ascending indices below `count`.
+
+    Raises:
+        ParityError: It is something else.
+    """
+    import numpy as np
+
+    if known is None or known.shape != (keep,) or not (np.diff([-1, *known, count]) > 0).all():
+        raise ParityError(
+            f"the artifact does not say which {keep} of {count} {what} stay", hint="build the artifact again"
+        )
+    return known
+
+
 def _kept_neurons(count: int, wanted: NeuronPruning) -> int:
     """The nearest multiple.
 
@@ -375,6 +396,11 @@ def _kept_neurons(count: int, wanted: NeuronPruning) -> int:
 
 
 def _kept_groups(count: int, gone: int) -> int:
+    """What stays.
+
+    Raises:
+        ConfigError: It is nothing.
+    """
     if gone >= count:
         raise ConfigError(
             f"{gone} heads of keys and values are to go, and each layer has {count}",

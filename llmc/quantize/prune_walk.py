@@ -103,7 +103,9 @@ class UnitTask:
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
         """Within this context the Hessians of the projections are added up."""
-        with self._inputs.watch(name, module, [c.units.reader.parameter for c in self._choices.get(name, ())]):
+        with self._inputs.watch(
+            name, module, [c.units.reader.parameter for c in self._choices.get(name, ())]
+        ):
             yield
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:

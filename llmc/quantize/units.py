@@ -35,7 +35,7 @@ _REDUCTIONS = frozenset({"ReduceMean", "ReduceSum", "ReduceMax"})
 
 @dataclass(frozen=True)
 class Part:
-    """Where units stand in a parameter: entry k of unit u is index start + (u * width + k) * step of `axis`."""
+    """Where units stand in a parameter: entry k of unit u is at start + (u * width + k) * step of `axis`."""
 
     parameter: str
     axis: int
