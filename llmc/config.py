@@ -170,6 +170,44 @@ class CalibrationText(_Strict):
     max_windows: Annotated[int, Field(ge=1)]
 
 
+class NeuronPruning(_Strict):
+    """Neurons of every MLP that are left out.
+
+    Args:
+        fraction: Of the neurons of a layer.
+        multiple: The nearest multiple of this stays: blocks of quantized weights and kernels want it.
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    multiple: Annotated[int, Field(ge=1)]
+
+
+class Pruning(_Strict):
+    """What is left out of the model before it is quantized, chosen by what calibration text shows of it.
+
+    Args:
+        calibration: That text.
+        repair: Let the weights that stay make up for those that go, by least squares and without training.
+        layers: Whole decoder layers.
+        mlp: Neurons, as many in each layer.
+        kv_groups: In each layer, heads of keys and values with the query heads that share them.
+        sparsity: Two of every four neighbouring weights of the layers' matrices are 0, for TensorRT.
+    """
+
+    calibration: CalibrationText
+    repair: bool
+    layers: Annotated[int, Field(ge=0)] = 0
+    mlp: NeuronPruning | None = None
+    kv_groups: Annotated[int, Field(ge=0)] = 0
+    sparsity: Literal["2:4"] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> "Pruning":
+        if not self.layers and self.mlp is None and not self.kv_groups and self.sparsity is None:
+            raise ValueError("give at least one of layers, mlp, kv_groups and sparsity")
+        return self
+
+
 class Allocation(_Strict):
     """Mixed precision: how many bits each matrix gets, solved from how much the model's answers need them.
 
@@ -344,6 +382,7 @@ class Target(_Strict):
         kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
             Runtime what they cannot take.
         kv_cache: Element type of the KV cache, for `compiled` kernels alone; elsewhere it is `dtype`.
+        prune: What is left out of the model; parity is to the model without it, quality to the original.
         lookup: Tokens that onnxruntime-genai drafts in a step by prompt lookup, whoever serves the
             artifact. It then refuses batches, and needs logits of all tokens.
     """
@@ -360,6 +399,7 @@ class Target(_Strict):
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
+    prune: Pruning | None = None
     lookup: int | None = None
     gates: tuple[Gate, ...]
 
@@ -369,6 +409,10 @@ class Target(_Strict):
             raise ValueError("engine goes with backend tensorrt, which needs it, and with no other backend")
         if self.backend is Backend.TENSORRT and self.quantize is not None:
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
+        if self.backend is not Backend.TENSORRT and self.prune is not None and self.prune.sparsity:
+            raise ValueError(
+                f"backend {self.backend.value} has no kernels for sparsity {self.prune.sparsity}"
+            )
         if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":

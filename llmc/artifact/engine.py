@@ -40,6 +40,8 @@ class EngineRecord(_Strict):
         profiles: Hardware profiles that it serves.
         weight_bytes: Weights that it holds on the device.
         quantized_products: Products that the engine computes from a quantized weight directly, by its type.
+        sparse_weights: Whether the builder was allowed kernels for 2:4 sparse weights; which it took, it does
+            not say.
         phases: Its optimization profiles, in the engine's order.
         context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that takes the engine.
             Experimental: none was ever loaded.
@@ -52,5 +54,6 @@ class EngineRecord(_Strict):
     profiles: tuple[str, ...]
     weight_bytes: int | None = None
     quantized_products: dict[str, int] = {}
+    sparse_weights: bool = False
     phases: tuple[EnginePhase, ...] = ()
     context: str | None = None

@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 #: Measurements and their timings live here, outside of what the manifest's digests cover.
 REPORTS = "reports"
+#: Which layers and units of a pruned model stay.
+PRUNING = "pruning.safetensors"
 SCHEMA_VERSION: Literal[1] = 1
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -108,6 +110,41 @@ class WeightRecord(_Strict):
     origin: str | None = None
 
 
+class PruneRecord(_Strict):
+    """What was left out of the model; which units stay is in PRUNING.
+
+    Args:
+        dropped: Decoder layers by their index in the original.
+        layers: Decoder layers of the original.
+        neurons: Of each MLP, before and after; None if none went.
+        kv_groups: Heads of keys and values of each layer, before and after; None if none went.
+        sparse: Matrices with 2:4 sparsity.
+        repaired: Whether the weights of layers that stay make up for those that went; None if all stay.
+        parameters: Number of parameters that are left, tied ones counted once; zeros count.
+    """
+
+    dropped: tuple[int, ...]
+    layers: int
+    neurons: tuple[int, int] | None
+    kv_groups: tuple[int, int] | None
+    sparse: int
+    repaired: bool | None
+    parameters: int
+
+    def render(self) -> str:
+        """In words."""
+        parts = []
+        if self.dropped:
+            parts.append(f"layers {', '.join(map(str, self.dropped))} of {self.layers} dropped")
+        for what, sizes in (("neurons", self.neurons), ("heads of keys and values", self.kv_groups)):
+            if sizes is not None:
+                parts.append(f"{sizes[1]} of {sizes[0]} {what} left in each layer")
+        if self.sparse:
+            parts.append(f"2:4 sparsity in {self.sparse} matrices")
+        repaired = {None: "", True: ", repaired", False: ", not repaired"}[self.repaired]
+        return f"pruned: {'; '.join(parts)}{repaired}; {self.parameters / 1e6:.1f} M parameters left"
+
+
 class LeftOutside(_Strict):
     """Operators that compiled kernels did not take, why, and how many."""
 
@@ -173,6 +210,7 @@ class Manifest(_Strict):
         tools: Versions by name, such as torch and onnxruntime.
         files: Every file by its path inside the artifact, `reports/` and the manifest left out.
         also: Further hardware that the artifact is for.
+        pruned: Of targets that prune.
         kernels: Of targets with compiled kernels.
         engines: TensorRT engines, built or pending.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
@@ -190,6 +228,7 @@ class Manifest(_Strict):
     files: dict[FileName, FileDigest]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
+    pruned: PruneRecord | None = None
     kernels: KernelRecord | None = None
     engines: tuple[EngineRecord, ...] = ()
     state: State

@@ -64,10 +64,15 @@ def load_library(library: Library) -> Any:
     return trt
 
 
-def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[EngineRecord, FileDigest]:
+def build_engine(
+    folder: Path, plan: EnginePlan, engine: Engine, *, sparse: bool = False
+) -> tuple[EngineRecord, FileDigest]:
     """Build the engine of `plan` from model.onnx in `folder`, and write it beside it.
 
     Bytes are the same for one graph and release in processes with the same addresses (`tensorrt_worker`).
+
+    Args:
+        sparse: Weights have 2:4 sparsity, and TensorRT may take kernels that make use of it.
 
     Returns:
         What is known of it, and its digest.
@@ -86,6 +91,8 @@ def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[Engine
     _parse(parser, folder / MODEL)
     _require_consumers(network)
     config = _configure(trt, builder, plan)
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     shapes = [_add_profile(builder, config, network, engine, decode=phase == "decode") for phase in _PHASES]
     engine_bytes = builder.build_serialized_network(network, config)
     if engine_bytes is None:
@@ -93,6 +100,7 @@ def build_engine(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[Engine
     from llmc.backends.tensorrt_outline import read_outline  # not before: modules shift addresses
 
     record = _record(trt, plan, log, shapes, read_outline(folder / MODEL))
+    record = record.model_copy(update={"sparse_weights": sparse})
     return record, _write(memoryview(engine_bytes), folder, plan)
 
 

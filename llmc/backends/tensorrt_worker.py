@@ -42,6 +42,7 @@ class Job(_Strict):
     sms: tuple[str, ...]
     profiles: tuple[str, ...]
     engine: Engine
+    sparse: bool
 
 
 class Failure(_Strict):
@@ -60,14 +61,16 @@ class Outcome(_Strict):
     failure: Failure | None = None
 
 
-def build_apart(folder: Path, plan: EnginePlan, engine: Engine) -> tuple[EngineRecord, FileDigest]:
+def build_apart(
+    folder: Path, plan: EnginePlan, engine: Engine, *, sparse: bool = False
+) -> tuple[EngineRecord, FileDigest]:
     """`build_engine` in a process of its own.
 
     Raises:
         ResourceError: The process died, or as for `build_engine`.
         UnsupportedError: As for `build_engine`.
     """
-    job = Job(library=plan.library, sms=plan.sms, profiles=plan.profiles, engine=engine)
+    job = Job(library=plan.library, sms=plan.sms, profiles=plan.profiles, engine=engine, sparse=sparse)
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     done = subprocess.run(
@@ -106,7 +109,7 @@ def main() -> None:
     job = Job.model_validate_json(sys.stdin.read())
     plan = EnginePlan(job.library, job.sms, job.profiles)
     try:
-        record, digest = build_engine(Path(), plan, job.engine)
+        record, digest = build_engine(Path(), plan, job.engine, sparse=job.sparse)
         outcome = Outcome(record=record, digest=digest)
     except (ResourceError, UnsupportedError) as error:
         kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Checkpoint:
         weight_files: Files that hold the tensors, in a fixed order.
         quantization: How a Hugging Face folder has its weights quantized. `tensors` has them as floats, and
             the original is transformers' model with those.
+        altered: Digest of what was left out of the model since it was read; empty for nothing.
     """
 
     ref: str
@@ -50,6 +52,7 @@ class Checkpoint:
     unused: tuple[str, ...]
     weight_files: tuple[Path, ...]
     quantization: StoredQuantization | None = None
+    altered: str = ""
 
     @property
     def name(self) -> str:
@@ -59,14 +62,14 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 (hex) over the config, every weight file's bytes and the tokenizer's files.
 
-        The same files give the same digest wherever they lie. Takes about a second for 1.5 GB on two
-        cores; see `llmc.checkpoint.digest` for the format.
+        The same files give the same digest wherever they lie; what was left out of the model since counts.
+        Takes about a second for 1.5 GB on two cores; see `llmc.checkpoint.digest` for the format.
         """
-        if self.path.is_file():
-            return digest_files([self.path])
         described = [self.path / name for name in configuration.CONFIG_FILES]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
-        return digest_files([f for f in files if f.is_file()])
+        read = [self.path] if self.path.is_file() else [f for f in files if f.is_file()]
+        digest = digest_files(read)
+        return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
     def require_tokenizer(self) -> None:
         """Check that there is a tokenizer, before work that ends in an artifact.
@@ -107,12 +110,12 @@ class Checkpoint:
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer.
+        folder is filled by our reader, and needs no package of its quantizer; so is a pruned model.
 
         Raises:
             CheckpointError: transformers cannot load it.
         """
-        if self.quantization is not None:
+        if self.quantization is not None or self.altered:
             return fill_model(self.config, self.tensors, self.tied, attention)
         return configuration.load_reference(self.path, self.config, attention)
 

@@ -101,7 +101,7 @@ def bench(
     measurements = (*ratios(latency), _against(rival, timed, tokens, progress))
     gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
     name = manifest.profile.name
-    report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.weights, path)
+    report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.pruned, manifest.weights, path)
     if folder is not None:
         write_all(report, folder)
     return GateReport(report=report)

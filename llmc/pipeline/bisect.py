@@ -86,7 +86,8 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     """Compare intermediate values step by step: original, trace, each pass, files of the artifact.
 
     Every step's graph is written to a temporary folder and run on one short prompt; only the values of
-    two steps are held at a time. Quantization is no step: what it costs is for `verify` to say.
+    two steps are held at a time. Quantization is no step, nor is pruning: what they cost is for `verify` to
+    say, and the original here is what pruning left of it.
 
     Args:
         path: An artifact.
@@ -98,10 +99,11 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
         UnsupportedError: The target computes in another type than the original.
     """
     from llmc.pipeline.gate import open_pair
+    from llmc.pipeline.prune import reopen
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
-        artifact, checkpoint, _ = open_pair(path, against, force=force)
+        artifact, original, _ = open_pair(path, against, force=force)
         target = artifact.manifest.target
         if target.dtype is not Dtype.FLOAT32:
             raise UnsupportedError(
@@ -109,8 +111,9 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
                 f"{target.dtype.value}, whose rounding it would find first",
                 hint="build the model for cpu-fp32, and bisect that",
             )
-        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+        tokens, _ = tokenize(original.tokenizer(), read_text(()))
         prompt = tokens[:PROMPT_TOKENS]
+    checkpoint = reopen(original, target, path, progress)
     with progress.stage("original"):
         modules = module_values(checkpoint.fill_reference(), prompt)
     release_memory()

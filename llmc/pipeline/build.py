@@ -14,13 +14,14 @@ from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
+from llmc.pipeline.prune import count_parameters, prune, write_decisions
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
-    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
+    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, PruneRecord, State
     from llmc.artifact.verdict import Verdict
     from llmc.checkpoint import Checkpoint
 
@@ -50,7 +51,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         checkpoint.require_tokenizer()
     with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
         digest = background.submit(checkpoint.digest)
-        compiled = compile_graph(checkpoint, plan.target, progress)
+        pruned = prune(checkpoint, plan.target, progress)
+        compiled = compile_graph(pruned.checkpoint, plan.target, progress)
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
@@ -61,7 +63,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 write_smoothing(stage.path, compiled.smoothing)
             checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
-                _write_genai_config(stage.path, plan, checkpoint, compiled, record)
+                _write_genai_config(stage.path, plan, pruned.checkpoint, compiled, record)
             else:
                 settings = checkpoint.generation_config()
                 write_generation_config(stage.path, checkpoint.config, settings, interface.vocabulary)
@@ -70,6 +72,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         reports = stage.path / REPORTS
         reports.mkdir()
         write_activations(compiled, reports)
+        write_decisions(pruned, stage.path, reports)
         executable = kernels is None or kernels.runs_here
         if plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans):
             subject = Subject(
@@ -80,14 +83,26 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 checkpoint=checkpoint,
                 model_digest=digest.result(),
                 sources=compiled.sources,
+                compiled=pruned.checkpoint,
             )
             gate = measure_parity(subject, plan.eval_text, progress)
             name = plan.profile.name
-            report = gate_report(plan.model, plan.target, name, gate, compiled.weights, stage.path)
+            report = gate_report(
+                plan.model, plan.target, name, gate, pruned.record, compiled.weights, stage.path
+            )
             write_report(report, reports, "parity")
         files = digest_files(stage.path, {**known, **engine_files})
         manifest = _manifest(
-            plan, checkpoint, compiled, digest.result(), files, engines, gate, record, executable
+            plan,
+            checkpoint,
+            pruned.record,
+            compiled,
+            digest.result(),
+            files,
+            engines,
+            gate,
+            record,
+            executable,
         )
         forecasts = write_forecasts(plan, manifest, reports)
         _write_stages(progress, reports / "build.json")
@@ -134,6 +149,7 @@ def _require_fit(plan: BuildPlan) -> None:
 def _manifest(
     plan: BuildPlan,
     checkpoint: Checkpoint,
+    pruned: PruneRecord | None,
     compiled: Compiled,
     digest: str,
     files: dict[str, FileDigest],
@@ -150,8 +166,6 @@ def _manifest(
         CheckRecord(metric=c.metric, status=c.status, where=c.where)
         for c in (verdict.checks if verdict is not None else ())
     )
-    infos = checkpoint.tensors.infos().values()
-    parameters = sum(_elements(info.shape) for info in infos)
     return Manifest(
         llmc_version=__version__,
         model=ModelFacts(
@@ -159,7 +173,7 @@ def _manifest(
             digest=digest,
             architecture=checkpoint.architecture,
             model_type=checkpoint.config.model_type,
-            parameters=parameters,
+            parameters=count_parameters(checkpoint),
         ),
         target=plan.target,
         profile=plan.profile,
@@ -169,6 +183,7 @@ def _manifest(
         files=files,
         passes=pass_records(compiled.passes),
         weights=compiled.weights,
+        pruned=pruned,
         kernels=kernels,
         engines=engines,
         state=_state(plan, engines, verdict, executable),
@@ -188,13 +203,6 @@ def _state(
     if plan.target.provider is not Provider.CPU or not executable:
         return State.NOT_EXECUTED
     return State.NOT_VERIFIED if verdict is None else State.VERIFIED
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= dim
-    return count
 
 
 def _write_stages(progress: Progress, path: Path) -> None:

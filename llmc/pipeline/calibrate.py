@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
 
-#: Calibrations kept on disk, finished or not; those not used for longest go.
-_KEPT = 3
+#: Where what walks find is kept, finished or not, and how many of each; those not used for longest go.
+#: Pruned weights are read from there for as long as a build takes, and a target has up to three recipes.
+_KEPT = {"calibration": 3, "pruning": 6}
 #: What a target in float16 without calibration of its own is looked at on.
 _OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
 #: Largest finite number of float16 (IEEE 754 binary16).
@@ -174,8 +175,19 @@ class Subject:
     folder: Path
 
 
-def prepare(checkpoint: Checkpoint, text: CalibrationText, purpose: str, facts: Mapping[str, Any]) -> Subject:
-    """The model without weights, its text, and where results of this purpose are kept."""
+def prepare(
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    purpose: str,
+    facts: Mapping[str, Any],
+    shelf: str = "calibration",
+) -> Subject:
+    """The model without weights, its text, and where results of this purpose are kept.
+
+    Args:
+        shelf: One of those with a limit of their own.
+    """
+    from llmc.artifact.cache import default_cache_folder
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
     from llmc.pipeline.original import tokenize
@@ -190,8 +202,8 @@ def prepare(checkpoint: Checkpoint, text: CalibrationText, purpose: str, facts: 
         raise UnsupportedError(
             f"{checkpoint.architecture} has no list of decoder layers that could be walked"
         )
-    folder = calibration_folder(checkpoint, purpose, windows, facts)
-    _make_room(folder)
+    folder = default_cache_folder() / shelf / calibration_key(checkpoint, purpose, windows, facts)
+    _make_room(folder, _KEPT[shelf])
     return Subject(model, layers, windows, folder)
 
 
@@ -210,9 +222,9 @@ def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positio
     return np.array(rows, np.int64)
 
 
-def calibration_folder(checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any]) -> Path:
-    """Where the calibration of these weights on these tokens is kept, for one purpose."""
-    from llmc.artifact.cache import content_key, default_cache_folder
+def calibration_key(checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any]) -> str:
+    """Name of the calibration of these weights on these tokens, for one purpose."""
+    from llmc.artifact.cache import content_key
     from llmc.artifact.provenance import tool_versions
     from llmc.pipeline.compile import code_digest
 
@@ -224,13 +236,13 @@ def calibration_folder(checkpoint: Checkpoint, purpose: str, windows: Any, facts
         "tools": tool_versions(),
         "code": code_digest("llmc.quantize"),
     }
-    return default_cache_folder() / "calibration" / content_key("calibration", known)
+    return content_key("calibration", known)
 
 
-def _make_room(folder: Path) -> None:
-    """Make `folder`, and remove those beside it that were not used for longest."""
+def _make_room(folder: Path, kept: int) -> None:
+    """Make `folder`, and remove those beside it that were not used for longest, beyond `kept`."""
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     others = sorted((p for p in folder.parent.iterdir() if p != folder), key=lambda p: p.stat().st_mtime_ns)
-    for old in others[: max(0, len(others) - _KEPT + 1)]:
+    for old in others[: max(0, len(others) - kept + 1)]:
         shutil.rmtree(old)

@@ -79,6 +79,9 @@ class CheckResult(_Strict):
 def check(plan: BuildPlan, progress: Progress) -> CheckResult:
     """Lower a model for a target, and ask TensorRT about every node; no weight is read, nothing is written.
 
+    What the target leaves out of the model is left in: only weights could say what that is, and it leaves the
+    kinds of nodes as they are.
+
     Raises:
         ConfigError: The target is not of backend tensorrt, or a profile states no compute capability.
         CheckpointError: The checkpoint cannot be opened, or lacks a tensor.

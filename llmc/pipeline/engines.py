@@ -57,6 +57,7 @@ def write_engines(
     from llmc.backends.tensorrt import pending
     from llmc.backends.tensorrt_worker import build_apart
 
+    sparse = target.prune is not None and target.prune.sparsity is not None
     records: list[EngineRecord] = []
     files: dict[str, FileDigest] = {}
     for each in plans:
@@ -65,7 +66,9 @@ def write_engines(
             progress.note(f"the engine for {', '.join(each.sms)} is built by {each.library.value} on its GPU")
             continue
         with progress.stage(f"engine {', '.join(each.sms)}"):
-            record, digest = build_apart(folder, each, target.engine)
+            record, digest = build_apart(folder, each, target.engine, sparse=sparse)
+        if sparse:
+            progress.note(f"{each.name} may use kernels for 2:4 sparse weights")
         context = write_context(folder, record, interface)
         if context is not None:
             files[context] = digest_file(folder / context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,7 @@ class Subject:
         checkpoint: The original.
         model_digest: Its digest.
         sources: What each weight is made of, by the name of its initializer before quantization.
+        compiled: What was compiled: the original, or what pruning left of it.
         damaged: What is wrong with the files by the manifest.
         engine: An engine to execute here; None measures the graph.
         tasks: Multiple-choice tasks to answer as well.
@@ -65,6 +66,7 @@ class Subject:
     checkpoint: Checkpoint
     model_digest: str
     sources: Mapping[str, Rows]
+    compiled: Checkpoint
     damaged: Sequence[str] = ()
     engine: EngineRecord | None = None
     tasks: Tasks | None = None
@@ -93,7 +95,7 @@ def measure_parity(
     Logits are compared twice. Quality is that of the artifact as it is served beside the original as
     it is. The parity levels ask whether the graph is right whatever its weights lost: the original is
     given the artifact's own weights, and quantized products are computed in float32 on both sides, so
-    that a tight bound holds for every target.
+    that a tight bound holds for every target. What pruning left out of the model is left out of it there too.
 
     All of it is taken on the CPU, unless the subject names an engine for the GPU at hand. Of what is built
     for a GPU that is the graph, not the GPU's kernels.
@@ -113,10 +115,8 @@ def measure_parity(
     measurements: list[Measurement] = []
     gates = parity_gates(subject.target)
     if each_pass:
-        original = remember(
-            subject.checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint)
-        )
-        measurements.append(measure_passes(subject.checkpoint, subject.target, original, progress))
+        whole = _remember(subject, "", lambda: load_original(subject.compiled))
+        measurements.append(measure_passes(subject.compiled, subject.target, whole, progress))
         gates += tuple(
             gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
             for gate in gates
@@ -158,7 +158,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         )
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
-    heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
+    heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
     with progress.stage("settings"):
         stated = describe_original(checkpoint.config, checkpoint.generation_config(), tokenizer)
@@ -262,7 +262,7 @@ def _measure_static(
         made += measure_tokens(subject.folder, None, tokenizer, text, prompts())
     original = remember(checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint))
     windows = plan_windows(subject.interface, tokens, start)
-    heads = checkpoint.config.get_text_config(decoder=True).num_attention_heads
+    heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
     rows = _most_rows(subject)
     with progress.stage("original"):
@@ -359,13 +359,20 @@ def load_original(checkpoint: Checkpoint) -> TorchModel:
 
 def _own(subject: Subject, original: RememberedModel, weights: WeightParity) -> RememberedModel:
     """The original with the artifact's own weights; the original itself where nothing was lost."""
-    if not weights.digest:
+    if not weights.digest and not subject.compiled.altered:
         return original
 
     def load() -> TorchModel:
-        return _load_own(original.release(), subject, weights)
+        loaded = original.release()
+        return _load_own(None if subject.compiled.altered else loaded, subject, weights)
 
-    return remember(subject.checkpoint, subject.model_digest, weights.digest, load)
+    return _remember(subject, weights.digest, load)
+
+
+def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchModel]) -> RememberedModel:
+    """`remember` for what was compiled."""
+    digest = f"{subject.model_digest}{subject.compiled.altered}"
+    return remember(subject.compiled, digest, weights_digest, load)
 
 
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
@@ -375,9 +382,9 @@ def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity
 
     changed = {name: subject.sources[name] for name in weights.changed}
     stored = read_stored(subject.folder, changed)
-    if _is_large(subject.checkpoint):
-        return TorchModel(subject.checkpoint.stream_reference(StoredParameters(changed, stored)))
-    model = loaded or load_original(subject.checkpoint)
+    if _is_large(subject.compiled):
+        return TorchModel(subject.compiled.stream_reference(StoredParameters(changed, stored)))
+    model = loaded or load_original(subject.compiled)
     for name, matrix in stored.items():
         model.set_parameters(dict(parameters(changed[name], matrix.whole())))
     return model

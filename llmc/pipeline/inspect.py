@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.manifest import MANIFEST, PassRecord, WeightRecord
+from llmc.artifact.manifest import MANIFEST, PassRecord, PruneRecord, WeightRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
 from llmc.graph.interface import Interface
@@ -24,6 +24,7 @@ class Inspection(BaseModel):
     Args:
         kind: Artifact, or the canonical graph of a model.
         operators: Nodes of the graph by operator, `domain::name` outside of the standard domain.
+        pruned: What was left out of the model; None for nothing.
         passes: What each pass did; empty for a model.
         weights: How every matrix is stored; empty for a model.
         engines: TensorRT engines, built and pending; empty for a model.
@@ -38,6 +39,7 @@ class Inspection(BaseModel):
     architecture: str
     state: str | None
     interface: Interface
+    pruned: PruneRecord | None = None
     operators: dict[str, int]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
@@ -48,7 +50,9 @@ class Inspection(BaseModel):
 
     def render(self) -> str:
         """Text for a terminal."""
-        lines = [f"{self.architecture} ({self.state or self.kind})", "", "operators"]
+        lines = [f"{self.architecture} ({self.state or self.kind})"]
+        lines += [] if self.pruned is None else [self.pruned.render()]
+        lines += ["", "operators"]
         lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
         if self.passes:
             lines += ["", "passes"]
@@ -97,6 +101,7 @@ def _inspect_artifact(path: Path) -> Inspection:
         architecture=manifest.model.architecture,
         state=manifest.state.value,
         interface=manifest.interface,
+        pruned=manifest.pruned,
         operators=count_operators(path / MODEL),
         passes=manifest.passes,
         weights=manifest.weights,
@@ -138,6 +143,7 @@ def _render_engine(engine: EngineRecord) -> list[str]:
     if engine.file is None:
         return [f"  {where}: pending, built by {engine.library} on its GPU"]
     weights = f", {engine.weight_bytes / 1e6:.1f} MB of weights" if engine.weight_bytes else ""
+    weights += ", kernels for 2:4 sparse weights allowed" if engine.sparse_weights else ""
     products = [f"{count} products from {kind}" for kind, count in sorted(engine.quantized_products.items())]
     head = f"  {engine.file}: {where}, {engine.library} {engine.version}{weights}"
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from llmc import __version__
 from llmc.artifact.forecast import Forecast
-from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, State, WeightRecord
-from llmc.artifact.verdict import Change, CheckStatus, Verdict
-from llmc.config import Target
+from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, State, WeightRecord
+from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
+from llmc.config import Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate import LATENCY, GateResult
 from llmc.progress import Progress
@@ -60,6 +61,8 @@ class BuildResult(BaseModel):
             f"  {manifest.model.architecture} for {manifest.target.name} on {manifest.profile.device}: "
             f"{total / 1e6:.0f} MB, {manifest.state.value}",
         ]
+        if manifest.pruned is not None:
+            lines.append(f"  {manifest.pruned.render()}")
         if self.verdict is not None:
             lines += render_checks(self.verdict)
         lines += render_engines(manifest)
@@ -178,11 +181,18 @@ class GateReport(BaseModel):
 
 
 def gate_report(
-    model: str, target: Target, profile: str, gate: GateResult, weights: Sequence[WeightRecord], folder: Path
+    model: str,
+    target: Target,
+    profile: str,
+    gate: GateResult,
+    pruned: PruneRecord | None,
+    weights: Sequence[WeightRecord],
+    folder: Path,
 ) -> Report:
     """The report of a gate.
 
     Args:
+        pruned: What was left out of the model.
         weights: How every matrix is stored.
         folder: The artifact, whose size counts without its manifest and reports.
     """
@@ -195,6 +205,7 @@ def gate_report(
         model=model,
         target=target.name,
         profile=profile,
+        pruned=None if pruned is None else _price(pruned, gate.measurements),
         verdict=gate.verdict,
         measurements=gate.measurements,
         latency=gate.latency,
@@ -205,6 +216,14 @@ def gate_report(
             if p.is_file() and p != folder / MANIFEST and folder / REPORTS not in p.parents
         ),
     )
+
+
+def _price(pruned: PruneRecord, measurements: Sequence[Measurement]) -> str:
+    """What was left out, and what the artifact as a whole lost by the same text."""
+    ratio = next((m.value for m in measurements if m.metric is Metric.TEXT_PERPLEXITY_RATIO), None)
+    if not ratio:
+        return f"{pruned.render()}; what that costs was not measured"
+    return f"{pruned.render()}; with quantization the artifact costs {math.log(ratio):+.3f} nats per token"
 
 
 def regression_failure(changes: tuple[Change, ...]) -> LlmcError | None:

@@ -7,6 +7,7 @@ from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import Subject, measure_parity, open_pair
 from llmc.pipeline.kernels import require_kernels
+from llmc.pipeline.prune import reopen
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
@@ -55,7 +56,8 @@ def verify(
         require_kernels(artifact)
         damaged = damaged_files(artifact)
     manifest = artifact.manifest
-    sources = artifact_sources(checkpoint, manifest.target, path, progress)
+    compiled = reopen(checkpoint, manifest.target, path, progress)
+    sources = artifact_sources(compiled, manifest.target, path, progress)
     subject = Subject(
         folder=path,
         interface=manifest.interface,
@@ -64,12 +66,14 @@ def verify(
         checkpoint=checkpoint,
         model_digest=digest,
         sources=sources,
+        compiled=compiled,
         damaged=damaged,
         engine=host_engine(manifest, progress),
         tasks=loaded,
     )
     gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
-    report = gate_report(checkpoint.ref, manifest.target, manifest.profile.name, gate, manifest.weights, path)
+    profile, pruned = manifest.profile.name, manifest.pruned
+    report = gate_report(checkpoint.ref, manifest.target, profile, gate, pruned, manifest.weights, path)
     if earlier is not None:
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:

@@ -39,7 +39,17 @@ if TYPE_CHECKING:
 #: Prompt of the time to first token, most tokens.
 PROMPT_TOKENS = 256
 #: What makes the bytes of a candidate, and what measures them.
-_CODE = ("trace", "graph", "passes", "quantize", "backends", "backends.compiled", "kernels", "validate")
+_CODE = (
+    "checkpoint",
+    "trace",
+    "graph",
+    "passes",
+    "quantize",
+    "backends",
+    "backends.compiled",
+    "kernels",
+    "validate",
+)
 #: Turns of the base alone that its own speed is the median of.
 _BASE_TURNS = 9
 _FOUND: TypeAdapter[Candidate | Refused] = TypeAdapter(Candidate | Refused)

@@ -29,30 +29,23 @@ _LAZY = 128
 _OUTPUTS = 512
 
 
-def factorize(hessian: Array, name: str) -> tuple[Array, Array, Array]:
+def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Array, Array, Array]:
     """The order of input features, the upper Cholesky factor of the inverse of H in that order, and H damped.
 
     Args:
         hessian: sum of x x' over tokens, (K, K).
         name: What errors call the matrix.
+        order: Of the features; None for activation order.
 
     Raises:
         CheckpointError: An activation is not finite.
         ConfigError: H cannot be factorized.
     """
-    if not np.isfinite(hessian).all():
-        raise CheckpointError(
-            f"the activations that {name} is given on the calibration text are not all finite",
-            hint="the checkpoint is damaged, or needs a target without calibration",
-        )
     import torch
 
-    matrix = hessian.astype(np.float64)
-    diagonal = np.diagonal(matrix).copy()
-    idle = diagonal <= 0
-    order = np.argsort(-diagonal, kind="stable")
-    damping = DAMPING * float(diagonal.mean())
-    matrix[np.diag_indices_from(matrix)] += damping + np.where(idle, 1.0, 0.0)
+    matrix = damp(hessian, name)
+    if order is None:
+        order = np.argsort(-np.diagonal(hessian).astype(np.float64), kind="stable")
     # With H = R R' and R upper triangular, which is the Cholesky factor of H read from its far end, the
     # inverse of H is U' U with U = R^-1.
     backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
@@ -66,6 +59,24 @@ def factorize(hessian: Array, name: str) -> tuple[Array, Array, Array]:
     one = torch.eye(len(matrix), dtype=torch.float64)
     inverse: Array = torch.linalg.solve_triangular(lower, one, upper=False).numpy()
     return order, inverse[::-1, ::-1], matrix
+
+
+def damp(hessian: Array, name: str) -> Array:
+    """H with DAMPING of its mean added to the diagonal, and 1 where the text does not use a feature; float64.
+
+    Raises:
+        CheckpointError: An activation is not finite.
+    """
+    if not np.isfinite(hessian).all():
+        raise CheckpointError(
+            f"the activations that {name} is given on the calibration text are not all finite",
+            hint="the checkpoint is damaged, or needs a target without calibration",
+        )
+    matrix: Array = hessian.astype(np.float64)
+    diagonal = np.diagonal(matrix).copy()
+    damping = DAMPING * float(diagonal.mean())
+    matrix[np.diag_indices_from(matrix)] += damping + np.where(diagonal <= 0, 1.0, 0.0)
+    return matrix
 
 
 def weigh_features(squares: Array) -> Array:

@@ -10,7 +10,7 @@ from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
 
-SCHEMA_VERSION: Literal[4] = 4
+SCHEMA_VERSION: Literal[5] = 5
 
 
 class Report(BaseModel):
@@ -19,6 +19,7 @@ class Report(BaseModel):
     Args:
         llmc: Version of llmc that measured.
         model: The original, as the user named it.
+        pruned: What was left out of the model, in words; None for nothing.
         verdict: The target's gates held against `measurements`.
         measurements: One per metric, those without a gate included.
         latency: Timings; None if latency was not measured.
@@ -30,11 +31,12 @@ class Report(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     llmc: str
     model: str
     target: str
     profile: str
+    pruned: str | None = None
     verdict: Verdict
     measurements: tuple[Measurement, ...]
     latency: Latency | None

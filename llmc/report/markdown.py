@@ -25,6 +25,7 @@ def render_markdown(report: Report) -> str:
     """The verdict, a table of checks, the figures without a gate, and latency."""
     outcome = "passed" if report.verdict.passed else "FAILED"
     lines = [f"## {_cell(report.title)}: {outcome}", ""]
+    lines += [] if report.pruned is None else [_cell(report.pruned), ""]
     for check in report.verdict.missed:
         lines.append(f"- **{check.metric}** {check.status}: {_cell(check.detail)}")
     if report.verdict.missed:

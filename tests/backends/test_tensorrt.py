@@ -60,6 +60,14 @@ def test_products_are_computed_from_quantized_factors(
     write_lowered(tmp_path, "llama", Dtype.FLOAT16, (EngineRule(scheme=scheme),))
     record, _ = build_engine(tmp_path, replace(PLAN, sms=sms), ENGINE)
     assert record.quantized_products == {stored: 4 * 3 + 1}
+    assert not record.sparse_weights
+
+
+def test_kernels_for_sparse_weights_are_allowed_where_weights_are_sparse(tmp_path: Path) -> None:
+    write_lowered(tmp_path, "llama", Dtype.FLOAT16)
+    record, digest = build_apart(tmp_path, PLAN, ENGINE, sparse=True)
+    assert record.sparse_weights
+    assert digest == digest_file(tmp_path / str(record.file))
 
 
 def _write(folder: Path, nodes: list[object], inputs: dict[str, list[int | str]], domain: str = "") -> None:

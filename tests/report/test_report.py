@@ -117,7 +117,7 @@ def test_json_reads_back_with_nan_and_infinity(report: Report, tmp_path: Path) -
     write_json(report, path)
     text = path.read_text(encoding="utf-8")
     assert text.endswith("}\n")
-    assert '"schema_version": 4' in text
+    assert '"schema_version": 5' in text
     back = Report.model_validate_json(text)
     assert math.isnan(back.measurements[1].value)
     assert back.measurements[1].figures == {"length_1": math.inf}
@@ -291,10 +291,10 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
     path = tmp_path / "report.json"
     write_json(report, path)
     assert read_report(path).model_dump_json() == report.model_dump_json()
-    path.write_text(path.read_text().replace('"schema_version": 4', '"schema_version": 5'))
-    with pytest.raises(ConfigError, match="has schema version 5; this llmc reads 4"):
+    path.write_text(path.read_text().replace('"schema_version": 5', '"schema_version": 6'))
+    with pytest.raises(ConfigError, match="has schema version 6; this llmc reads 5"):
         read_report(path)
-    path.write_text('{"schema_version": 4}')
+    path.write_text('{"schema_version": 5}')
     with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
         read_report(path)
     with pytest.raises(ConfigError, match=r"is no report: .*No such file"):

@@ -1,0 +1,74 @@
+"""Structured pruning on calibration text: which layers and units matter least, and what makes up for them.
+
+A layer's importance is how much it turns the hidden states, one minus their cosine similarity in front of it
+and behind it (block influence of ShortGPT, Men et al. 2024). That of a unit is the error that leaving it out
+leaves in the products of the projection W that reads it, with inputs x and H = sum(x x'): tr(W_u H_uu W_u')
+as it is, and tr(W_u ((H^-1)_uu)^-1 W_u') once all other columns are refitted (the optimal brain surgeon's, by
+block: Hassibi & Stork 1993; ZipLM, Kurtic et al. 2023). The refit is the least-squares solution, with no
+training: W' = (W H_ak + d W_k) (H_kk + d I)^-1 over the kept columns k of all a, which stays at W where the
+text says nothing.
+"""
+
+import numpy as np
+
+from llmc.errors import ConfigError
+from llmc.graph.weights import Array
+from llmc.quantize.gptq import damp
+
+
+def unit_errors(weights: Array, hessian: Array, width: int, name: str, *, repair: bool) -> Array:
+    """What leaving each unit out leaves of the products of a matrix (N, K), float64 (K / width,).
+
+    Args:
+        hessian: sum of x x' over tokens, (K, K).
+        width: Inputs of a unit.
+        repair: All other inputs are refitted.
+
+    Raises:
+        CheckpointError: An activation is not finite.
+        ConfigError: The Hessian cannot be inverted.
+    """
+    matrix = damp(hessian, name)
+    if repair:
+        matrix = _solve(matrix, np.eye(len(matrix)), name)
+    own = weights.astype(np.float64)
+    if width == 1:
+        squares = np.square(own).sum(0)
+        diagonal = np.diagonal(matrix)
+        errors: Array = squares / diagonal if repair else squares * diagonal
+        return errors
+    found = []
+    for start in range(0, len(matrix), width):
+        here = slice(start, start + width)
+        block = matrix[here, here]
+        inner = np.linalg.inv(block) if repair else block
+        found.append(float(np.einsum("nk,kl,nl->", own[:, here], inner, own[:, here])))
+    return np.array(found)
+
+
+def refit(weights: Array, hessian: Array, kept: Array, name: str) -> Array:
+    """Columns `kept` of a matrix (N, K), refitted to the products of all, float32 (N, kept).
+
+    Raises:
+        CheckpointError: An activation is not finite.
+        ConfigError: The Hessian cannot be inverted.
+    """
+    damped = damp(hessian, name)
+    # d on the diagonal of both sides: the solution is drawn to the weights as they are.
+    wanted = damped[np.ix_(kept, np.arange(len(damped)))] @ weights.T.astype(np.float64)
+    solved: Array = _solve(damped[np.ix_(kept, kept)], wanted, name)
+    return solved.T.astype(np.float32)
+
+
+def _solve(matrix: Array, right: Array, name: str) -> Array:
+    import torch
+
+    lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+    if int(failed):
+        raise ConfigError(
+            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
+            "is singular",
+            hint="use a longer calibration text",
+        )
+    solved: Array = torch.cholesky_solve(torch.from_numpy(right), lower).numpy()
+    return solved
