@@ -141,6 +141,8 @@ def _check_slice(node: ir.Node) -> str | None:
 
 def _check_reshape(node: ir.Node) -> str | None:
     before, after = given(node.inputs[0]), node.outputs[0]
+    if max(len(dims_of(before)), len(dims_of(after))) > 4:
+        return "a tensor has more than 4 dimensions"
     same = (
         width_of(before) and width_of(before) == width_of(after) and dims_of(before)[:2] == dims_of(after)[:2]
     )

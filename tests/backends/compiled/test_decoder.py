@@ -79,7 +79,7 @@ def difference(a: Array, b: Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "falcon"])
 def test_decoders_equal_onnxruntimes_operators(model_type: str, built: Build) -> None:
     """Weights and activations are rounded alike, up to float16 scales; sums are in another order."""
     compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")

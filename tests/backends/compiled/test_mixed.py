@@ -154,4 +154,7 @@ def test_a_target_with_kernels_and_without(target: str, model: Path, tmp_path: P
     assert compiled.kernels is not None
     assert compiled.kernels.regions == 1
     assert not {left.operator for left in compiled.kernels.outside} & {"MatMulNBits", "Reshape"}
-    assert np.linalg.norm(logits - reference) < 5e-3 * np.linalg.norm(reference)
+    errors = np.linalg.norm(logits - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
+    # A code on a border is rounded to the other side now and then, and the tokens after it see that.
+    assert np.median(errors) < 1e-5
+    assert errors.max() < 0.05
