@@ -250,9 +250,11 @@ struct Attention {
     const int rows = static_cast<int>(tokens * group);
     const int64_t position = before(run, op, b) + first;
     Room& room = *reinterpret_cast<Room*>(scratch.bytes);
-    const auto query = [&](int r) { return (b * run.sequence + first + r / group) * Heads + head * group + r % group; };
+    const auto numbers_of = [&](const Ref& ref, int r) {  // of a query, or of what comes of it
+      return run.at(ref, b * run.sequence + first + r / group) + (head * group + r % group) * D;
+    };
     for (int r = 0; r < rows; r++) {
-      const float scale = Keys::encode(run.at(op.a, query(r) / Heads) + query(r) % Heads * D, room.codes + r * Keys::pairs);
+      const float scale = Keys::encode(numbers_of(op.a, r), room.codes + r * Keys::pairs);
       room.states[r] = {F{}, scale, -3e38f};
       for (int i = 0; i < D; i += kLanes) store(room.out + r * D + i, F{});
     }
@@ -268,15 +270,16 @@ struct Attention {
       };
       const auto bent = [&](F score) { return bend(op, score); };
       const auto pass = [&](auto count) {
-        constexpr int Rows = decltype(count)::value;
-        for (; r + Rows <= rows; r += Rows)
-          room.keys.template pass<Rows>(room.codes + r * Keys::pairs, room.states + r, room.out + r * D, in_tile, bent);
+        constexpr int together = decltype(count)::value;
+        for (; r + together <= rows; r += together)
+          room.keys.template pass<together>(room.codes + r * Keys::pairs, room.states + r, room.out + r * D, in_tile,
+                                            bent);
       };
       pass(std::integral_constant<int, Keys::rows_of_block>());
       pass(std::integral_constant<int, 1>());
     }
     for (int r = 0; r < rows; r++) {
-      float* to = run.at(op.out, query(r) / Heads) + query(r) % Heads * D;
+      float* to = numbers_of(op.out, r);
       const float total = sum(room.states[r].total);
       const F inverse = all(total > 0 ? 1.0f / total : 0.0f);
       for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(room.out + r * D + v * kLanes) * inverse);

@@ -87,17 +87,18 @@ struct Tile {
   /// The next `count` keys and values of the cache, at most a tile.
   void take(const uint8_t* key_rows, const uint8_t* value_rows, int count) {
     length = count;
+    std::memset(key_scales, 0, sizeof key_scales);
     for (int t = 0; t < kKeysOfTile; t += kLanes) {
       I turned[pairs / 16][kLanes] = {};
       for (int i = 0; i < kLanes && t + i < count; i++) {
         const Row row(key_rows + (t + i) * Cache::bytes);
         const F to = all(inverse(row.peak, key_bits));
-        for (int p = 0; p < pairs / 16; p++)
-          turned[p][i] = pair_up(nearest(row.x[2 * p] * to), 2 * p + 1 < vectors ? nearest(row.x[2 * p + 1] * to) : I{});
+        for (int p = 0; p < pairs / 16; p++) {
+          const I high = 2 * p + 1 < vectors ? nearest(row.x[2 * p + 1] * to) : I{};
+          turned[p][i] = pair_up(nearest(row.x[2 * p] * to), high);
+        }
         key_scales[t + i] = row.peak > 1e-30f ? row.peak / levels(key_bits) : 0.0f;
       }
-      for (int i = 0; i < kLanes; i++)
-        if (t + i >= count) key_scales[t + i] = 0.0f;
       for (int p = 0; p < pairs / 16; p++) {
         swap_squares<1>(turned[p]);
         swap_squares<2>(turned[p]);

@@ -96,9 +96,11 @@ struct Matmul {
     return static_cast<uint32_t>((groups(op) + 1) / 2 * ((rows + rows_of_tile - 1) / rows_of_tile));
   }
 
+  /// Asks memory for what comes before the first line that the chunk itself asks for.
   static void ahead(const Run& run, const Op& op, uint32_t index) {
     if (run.rows(op.space) >= kManyRows) return;
-    const uint8_t* weights = run.tensor<const uint8_t>(op.weight) + static_cast<int64_t>(index) * groups_of_chunk * group_bytes;
+    const int64_t start = static_cast<int64_t>(index) * groups_of_chunk * group_bytes;
+    const uint8_t* weights = run.tensor<const uint8_t>(op.weight) + start;
     for (int i = 0; i < kPrefetched; i += 64) __builtin_prefetch(weights + i);
   }
 

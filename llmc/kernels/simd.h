@@ -102,7 +102,7 @@ inline I nearest(F x) {
 #endif
 }
 
-/// e**x with a relative error below 2e-7; 0 where that is below the smallest float, and no infinity above 88.
+/// e**x with a relative error below 2e-7; 0 below -87.3 (with AVX-512 below the smallest float), no infinity above 88.
 inline F exp(F x) {
   const F y = min(max(x, all(-104.0f)), all(88.0f));
   const F whole = to_float(nearest(y * all(1.44269504089f)));

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
+from llmc.artifact.decisions import write_decisions
 from llmc.config import Backend, BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
-from llmc.pipeline.prune import count_parameters, prune, write_decisions
+from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
@@ -72,7 +73,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         reports = stage.path / REPORTS
         reports.mkdir()
         write_activations(compiled, reports)
-        write_decisions(pruned, stage.path, reports)
+        if pruned.record is not None:
+            write_decisions(pruned.decisions, pruned.influence, stage.path, reports)
         executable = kernels is None or kernels.runs_here
         if plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans):
             subject = Subject(

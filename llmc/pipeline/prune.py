@@ -7,13 +7,13 @@ decided is kept in the artifact, so that the same weights can be had again.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.decisions import read_decisions
 from llmc.config import NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.pipeline.calibrate import Subject, prepare
@@ -88,47 +88,6 @@ def reopen(checkpoint: Checkpoint, target: Target, folder: Path, progress: Progr
     if target.prune is None:
         return checkpoint
     return prune(checkpoint, target, progress, read_decisions(folder)).checkpoint
-
-
-def write_decisions(pruned: Pruned, folder: Path, reports: Path) -> None:
-    """Keep what was decided beside the graph, and what layers were measured at among the reports.
-
-    Raises:
-        ResourceError: Disk full.
-    """
-    from safetensors.numpy import save_file
-
-    from llmc.artifact.disk import space_errors
-    from llmc.artifact.manifest import PRUNING
-
-    if pruned.record is None:
-        return
-    with space_errors(folder):
-        save_file(dict(pruned.decisions), folder / PRUNING)
-        if pruned.influence:
-            text = json.dumps({"influence": pruned.influence}, indent=2)
-            (reports / "pruning.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_decisions(folder: Path) -> dict[str, Array]:
-    """What `write_decisions` kept.
-
-    Raises:
-        ParityError: The file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from llmc.artifact.manifest import PRUNING
-
-    try:
-        found: dict[str, Array] = load_file(folder / PRUNING)
-    except (OSError, SafetensorError) as error:
-        raise ParityError(
-            f"{folder / PRUNING}, what was left out of the artifact's model, cannot be read: {error}",
-            hint="build the artifact again",
-        ) from error
-    return found
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:

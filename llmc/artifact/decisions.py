@@ -1,0 +1,55 @@
+"""What pruning decided, kept in the artifact so that the same weights can be had again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.artifact.disk import space_errors
+from llmc.artifact.manifest import PRUNING
+from llmc.errors import ParityError
+
+if TYPE_CHECKING:
+    from llmc.graph.weights import Array
+
+
+def write_decisions(
+    decisions: Mapping[str, Array], influence: Sequence[float], folder: Path, reports: Path
+) -> None:
+    """Keep what was decided beside the graph, and what layers were measured at among the reports.
+
+    Args:
+        decisions: Indices that stay, int64 (kept,), by what they count.
+        influence: How much each layer of the original turns the hidden states; empty if that was not asked.
+
+    Raises:
+        ResourceError: Disk full.
+    """
+    from safetensors.numpy import save_file
+
+    with space_errors(folder):
+        save_file(dict(decisions), folder / PRUNING)
+        if influence:
+            text = json.dumps({"influence": influence}, indent=2)
+            (reports / "pruning.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_decisions(folder: Path) -> dict[str, Array]:
+    """What `write_decisions` kept.
+
+    Raises:
+        ParityError: The file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, Array] = load_file(folder / PRUNING)
+    except (OSError, SafetensorError) as error:
+        raise ParityError(
+            f"{folder / PRUNING}, what was left out of the artifact's model, cannot be read: {error}",
+            hint="build the artifact again",
+        ) from error
+    return found
