@@ -50,6 +50,7 @@ class ModelFacts(_Strict):
         architecture: Class of the transformers model, such as LlamaForCausalLM.
         model_type: transformers' name of the configuration, such as llama.
         parameters: Number of parameters, tied ones counted once.
+        notes: What was left out of the input or read in an unusual way, a sentence each.
     """
 
     ref: str
@@ -57,6 +58,7 @@ class ModelFacts(_Strict):
     architecture: str
     model_type: str
     parameters: int
+    notes: tuple[str, ...] = ()
 
 
 class Declined(_Strict):

@@ -41,6 +41,7 @@ class Checkpoint:
         quantization: How a Hugging Face folder has its weights quantized. `tensors` has them as floats, and
             the original is transformers' model with those.
         altered: Digest of what was left out of the model since it was read; empty for nothing.
+        notes: Sentences for the user about what was left out of the input or read in an unusual way.
     """
 
     ref: str
@@ -53,6 +54,7 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     quantization: StoredQuantization | None = None
     altered: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

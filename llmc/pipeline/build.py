@@ -50,6 +50,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     with progress.stage("checkpoint"):
         checkpoint = open_checkpoint(plan.model)
         checkpoint.require_tokenizer()
+        for note in checkpoint.notes:
+            progress.note(note)
     with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
         digest = background.submit(checkpoint.digest)
         pruned = prune(checkpoint, plan.target, progress)
@@ -176,6 +178,7 @@ def _manifest(
             architecture=checkpoint.architecture,
             model_type=checkpoint.config.model_type,
             parameters=count_parameters(checkpoint),
+            notes=checkpoint.notes,
         ),
         target=plan.target,
         profile=plan.profile,
