@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import dequantize_store, require_floats
 from llmc.checkpoint.reference import fill_model, stream_model
@@ -172,14 +173,16 @@ def open_checkpoint(ref: str) -> Checkpoint:
         source = gguf.open_gguf(found.path, model)
         converted = conversion.convert_store(source.store, model, source.mapping)
         files = (found.path,)
+        raw: WeightStore = source.store
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files
-        raw: WeightStore = store
+        raw = store
         if quantization is not None:
             raw = dequantize_store(store, quantization, found.path)
         require_floats(raw)
         converted = conversion.convert_store(raw, model, conversion.model_mapping(model))
+    notes = explain_leftovers(converted.unused, raw, model)
     return Checkpoint(
         ref=ref,
         path=found.path,
@@ -187,7 +190,8 @@ def open_checkpoint(ref: str) -> Checkpoint:
         architecture=type(model).__name__,
         tensors=converted.store,
         tied=converted.tied,
-        unused=converted.unused,
+        unused=tuple(converted.unused),
         weight_files=files,
         quantization=quantization,
+        notes=notes,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.checkpoint.ranges import WholeValues
-from llmc.checkpoint.ties import resolve_ties
+from llmc.checkpoint.ties import equal_rows, resolve_ties
 from llmc.errors import CheckpointError
 from llmc.graph.weights import Array, TensorInfo, WeightStore
 
@@ -36,12 +36,13 @@ class Converted:
     Args:
         store: Every tensor of the files that the model takes.
         tied: Absent name -> stored name of the same parameter.
-        unused: Names in the files that no parameter of the model takes.
+        unused: Names in the files that no parameter of the model takes -> the name after the renamings.
+            Copies of what is taken are not among them.
     """
 
     store: WeightStore
     tied: Mapping[str, str]
-    unused: tuple[str, ...]
+    unused: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,23 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
     store = ConvertedStore(raw, model, renamed, conversions, infos)
     ties = resolve_ties(model, store)
     _check_missing(model, set(infos) | set(ties.tied))
-    return Converted(store.without(ties.duplicates), ties.tied, unused)
+    left = {source: target for source, target in unused.items() if target not in renamed}
+    for source in unused.keys() - left.keys():
+        _check_copy(raw, renamed[unused[source]], source)
+    return Converted(store.without(ties.duplicates), ties.tied, left)
+
+
+def _check_copy(raw: WeightStore, taken: str, other: str) -> None:
+    if not equal_rows(raw, taken, other):
+        raise CheckpointError(
+            f"{taken} and {other} of the files are the same parameter of the model, and their values differ",
+            hint="take the one that does not belong to the model out of the files",
+        )
 
 
 def _plan(
     raw: WeightStore, model: PreTrainedModel, mapping: list[Any], expected: dict[str, torch.Tensor]
-) -> tuple[dict[str, str], dict[str, _Conversion], dict[str, TensorInfo], tuple[str, ...]]:
+) -> tuple[dict[str, str], dict[str, _Conversion], dict[str, TensorInfo], dict[str, str]]:
     """Which file tensors make which parameter: the loop of `convert_and_load_state_dict_in_model`."""
     from transformers.core_model_loading import (
         WeightConverter,
@@ -150,13 +162,13 @@ def _plan(
 
     renamed: dict[str, str] = {}
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    unused: list[str] = []
+    unused: dict[str, str] = {}
     for source in sorted(raw.infos(), key=dot_natural_key):
         target, pattern = rename_source_key(source, renamings, converters, prefix, expected)
         if target not in expected and source in expected:
             target, pattern = rename_source_key(source, [], [], prefix, expected)
         if target not in expected or target in renamed or (pattern is None and target in collected):
-            unused.append(source)
+            unused[source] = target
         elif pattern is None:
             renamed[target] = source
         else:
@@ -172,7 +184,7 @@ def _plan(
         conversion = _Conversion(first, converter, sources, _is_by_row(converter, sources, produced))
         conversions.update(dict.fromkeys(produced, conversion))
         infos.update(produced)
-    return renamed, conversions, infos, tuple(unused)
+    return renamed, conversions, infos, unused
 
 
 def _infos_of(raw: WeightStore, renamed: Mapping[str, str]) -> dict[str, TensorInfo]:

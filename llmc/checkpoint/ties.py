@@ -53,11 +53,18 @@ def resolve_ties(model: PreTrainedModel, store: WeightStore) -> Ties:
     return Ties(tied, duplicates)
 
 
-def _check_equal(store: WeightStore, first: str, second: str) -> None:
+def equal_rows(store: WeightStore, first: str, second: str) -> bool:
+    """Whether two tensors have the same shape and values; reads both, some rows at a time."""
     info = store.infos()[first]
-    for start, stop in row_chunks(StoredRows(store, info)):
-        if not np.array_equal(store.read(first, start, stop), store.read(second, start, stop)):
-            raise CheckpointError(
-                f"{first} and {second} differ in the files, and the config ties them",
-                hint="set tie_word_embeddings to false in config.json if they are meant to differ",
-            )
+    return info.shape == store.infos()[second].shape and all(
+        np.array_equal(store.read(first, start, stop), store.read(second, start, stop))
+        for start, stop in row_chunks(StoredRows(store, info))
+    )
+
+
+def _check_equal(store: WeightStore, first: str, second: str) -> None:
+    if not equal_rows(store, first, second):
+        raise CheckpointError(
+            f"{first} and {second} differ in the files, and the config ties them",
+            hint="set tie_word_embeddings to false in config.json if they are meant to differ",
+        )

@@ -1,0 +1,232 @@
+"""Tensors of the files that the model of the config does not take: left out with a note, or refused.
+
+`KINDS` is the whole list of what may be left out. A tensor that is in none of them is refused, because a
+model without it may be another model: biases, half of the layers, the scales of quantized weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.errors import CheckpointError
+from llmc.graph.weights import Array, TensorInfo, WeightStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A tensor that the model does not take.
+
+    Args:
+        name: Its name in the files.
+        target: The name that transformers' renamings give it.
+        files: Every tensor of the files.
+        model: The model of the config, without weights.
+    """
+
+    name: str
+    target: str
+    files: WeightStore
+    model: PreTrainedModel
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and type."""
+        return self.files.infos()[self.name]
+
+    def read(self) -> Array:
+        """Its values."""
+        return self.files.read(self.name)
+
+    @cached_property
+    def beyond(self) -> tuple[str, int, int] | None:
+        """The list of modules that ends before this tensor's module: (name, its length, this index)."""
+        return _list_that_ends(self.target, self.model)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of tensor that the model is right without.
+
+    Args:
+        what: What it is and why it is not needed, as the note to the user says it.
+        pattern: Regular expression that is searched in the tensor's name.
+        holds: What must be true beside the name.
+    """
+
+    what: str
+    pattern: str
+    holds: Callable[[Leftover], bool] = lambda _: True
+
+    def has(self, tensor: Leftover) -> bool:
+        """Whether `tensor` is of this kind."""
+        return re.search(self.pattern, tensor.name) is not None and self.holds(tensor)
+
+
+def _is_mask(tensor: Leftover) -> bool:
+    """A causal mask is (1, 1, n, n), and the value for masked scores a scalar; a bias is a vector."""
+    shape = tensor.info.shape
+    return not shape or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+
+
+def _is_zero_vector(tensor: Leftover) -> bool:
+    return len(tensor.info.shape) == 1 and not np.any(tensor.read())
+
+
+def _predicts_further(tensor: Leftover) -> bool:
+    """Whether the tensor is of a module that predicts more than the next token.
+
+    Such a module has a name of its own, or is a layer after the config's last. A layer counts only where
+    it has the norm of the embedding that it takes, which no other decoder layer has.
+    """
+    if re.search(r"(^|\.)(mtp|mtp_\w+|nextn)\.", tensor.name):
+        return True
+    if tensor.beyond is None:
+        return False
+    layer, found, _ = tensor.name.partition(f".{tensor.beyond[2]}.")
+    stored = tensor.files.infos()
+    return any(f"{layer}{found}{own}" in stored for own in ("enorm.weight", "eh_proj.weight"))
+
+
+def _is_ignored_by_transformers(tensor: Leftover) -> bool:
+    """Whether the model's class lists the tensor. Layers and biases need a kind of their own."""
+    listed = tensor.model._keys_to_ignore_on_load_unexpected or ()
+    certain = tensor.beyond is None and not tensor.name.endswith(".bias")
+    return certain and any(re.search(p, n) for p in listed for n in (tensor.name, tensor.target))
+
+
+#: What may be left out. The first kind that has a tensor names it in the note.
+KINDS: tuple[Kind, ...] = (
+    Kind("layers for multi-token prediction, which only speculative decoding uses", "", _predicts_further),
+    Kind("stored rotary tables, which the config determines", r"(^|\.)rotary_\w*emb\.(original_)?inv_freq$"),
+    Kind(
+        "causal masks, which the model makes itself",
+        r"(^|\.)\w*(attn|attention)\.(masked_)?bias$|(^|\.)causal_mask$",
+        _is_mask,
+    ),
+    Kind("position indices, which the model makes itself", r"(^|\.)position_ids$"),
+    Kind("version numbers of modules", r"(^|\.)(encoder|decoder)\.version$"),
+    Kind("biases that are zero", r"\.bias$", _is_zero_vector),
+    Kind(
+        "towers for images or sound; the artifact is the language model",
+        r"^(model\.)?(vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens|multi_modal_projector"
+        r"|audio_tower|audio_model|embed_vision|embed_audio|talker|token2wav|code2wav)\.",
+    ),
+    Kind(
+        "tensors that the model's class in transformers leaves out as well", "", _is_ignored_by_transformers
+    ),
+)
+
+
+def explain_leftovers(
+    unused: Mapping[str, str], files: WeightStore, model: PreTrainedModel, kinds: Sequence[Kind] = KINDS
+) -> tuple[str, ...]:
+    """A sentence for each kind of tensor that is left out.
+
+    Args:
+        unused: Names in the files that no parameter takes -> the name after transformers' renamings.
+        files: Every tensor of the files.
+        model: The model of the config, without weights.
+        kinds: What may be left out.
+
+    Raises:
+        CheckpointError: A tensor is of none of these kinds.
+    """
+    found: dict[str, list[str]] = {}
+    refused: list[Leftover] = []
+    for name, target in unused.items():
+        tensor = Leftover(name, target, files, model)
+        kind = next((kind for kind in kinds if kind.has(tensor)), None)
+        if kind is None:
+            refused.append(tensor)
+        else:
+            found.setdefault(kind.what, []).append(name)
+    if refused:
+        raise _refusal(refused)
+    return tuple(f"Not used: {count_names(names)} ({what})." for what, names in found.items())
+
+
+def count_names(names: Sequence[str]) -> str:
+    """The first name, and how many there are beside it."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _refusal(tensors: Sequence[Leftover]) -> CheckpointError:
+    """The error for tensors that may not be left out, with the most likely cause."""
+    names = [tensor.name for tensor in tensors]
+    told = count_names(names)
+    for explain in (_too_many_modules, _adapter, _quantized, _biases):
+        error = explain(tensors, told)
+        if error is not None:
+            return error
+    return CheckpointError(
+        f"{type(tensors[0].model).__name__} by config.json has no place for {told} of the files",
+        hint="config.json and weights must be of the same model",
+    )
+
+
+def _too_many_modules(tensors: Sequence[Leftover], told: str) -> CheckpointError | None:
+    beyond = [tensor.beyond for tensor in tensors if tensor.beyond is not None]
+    if not beyond:
+        return None
+    layers, length, _ = beyond[0]
+    most = 1 + max(index for name, _, index in beyond if name == layers)
+    decoder = layers.rpartition(".")[2] in {"layers", "h", "blocks", "block", "layer"}
+    what = "decoder layers" if decoder and layers.count(".") <= 2 else f"modules {layers}.N"
+    return CheckpointError(
+        f"the files have {most} {what} and config.json says {length}; {told} would be left out",
+        hint="take the config.json that belongs to these weights",
+    )
+
+
+def _adapter(tensors: Sequence[Leftover], told: str) -> CheckpointError | None:
+    if not any(re.search(r"\.lora_|\.(adapter|ia3|oft|vera|hada)_|modules_to_save", t.name) for t in tensors):
+        return None
+    return CheckpointError(
+        f"the files hold an adapter beside the model: {told}",
+        hint="merge it first with peft's merge_and_unload(), or take its tensors out of the files",
+    )
+
+
+def _quantized(tensors: Sequence[Leftover], told: str) -> CheckpointError | None:
+    part = r"\.(\w*scales?(_inv|_2)?|qzeros|qweight|g_idx|SCB|absmax|quant_map|\w*zero_point|weight_packed)$"
+    if not any(re.search(part, tensor.name) for tensor in tensors):
+        return None
+    return CheckpointError(
+        f"the files hold parts of quantized weights that config.json does not describe: {told}",
+        hint="config.json needs its quantization_config; else compile the original checkpoint in float",
+    )
+
+
+def _biases(tensors: Sequence[Leftover], told: str) -> CheckpointError | None:
+    if not all(tensor.name.endswith(".bias") for tensor in tensors):
+        return None
+    stated = tensors[0].model.config.get_text_config(decoder=True).to_dict()
+    switches = sorted(key for key, value in stated.items() if "bias" in key and value is False)
+    return CheckpointError(
+        f"the files hold biases that the model of config.json does not have: {told}",
+        hint=f"set {' or '.join(switches)} to true in config.json"
+        if switches
+        else "config.json and weights must be of the same model",
+    )
+
+
+def _list_that_ends(target: str, model: PreTrainedModel) -> tuple[str, int, int] | None:
+    for match in re.finditer(r"\.(\d+)(?=\.)", target):
+        name, index = target[: match.start()], int(match[1])
+        try:
+            modules: Any = model.get_submodule(name)
+        except AttributeError:
+            return None
+        children = [int(child) for child, _ in modules.named_children() if child.isdigit()]
+        if children and index > max(children):
+            return name, len(children), index
+    return None
