@@ -174,15 +174,16 @@ def open_checkpoint(ref: str) -> Checkpoint:
         converted = conversion.convert_store(source.store, model, source.mapping)
         files = (found.path,)
         raw: WeightStore = source.store
+        dropped = {name: name for name in source.dropped}
+        notes = explain_leftovers(dropped, source.files, model)
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files
-        raw = store
+        raw, dropped, notes = store, {}, ()
         if quantization is not None:
             raw = dequantize_store(store, quantization, found.path)
         require_floats(raw)
         converted = conversion.convert_store(raw, model, conversion.model_mapping(model))
-    notes = explain_leftovers(converted.unused, raw, model)
     return Checkpoint(
         ref=ref,
         path=found.path,
@@ -190,8 +191,8 @@ def open_checkpoint(ref: str) -> Checkpoint:
         architecture=type(model).__name__,
         tensors=converted.store,
         tied=converted.tied,
-        unused=tuple(converted.unused),
+        unused=(*dropped, *converted.unused),
         weight_files=files,
         quantization=quantization,
-        notes=notes,
+        notes=(*notes, *explain_leftovers(converted.unused, raw, model)),
     )

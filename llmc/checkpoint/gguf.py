@@ -31,10 +31,19 @@ _CHUNK_ELEMENTS = 1 << 20  # dequantized at once; gguf needs several times their
 
 @dataclass(frozen=True)
 class GgufSource:
-    """The tensors of a file, and the transformers mapping that takes them on to the model's names."""
+    """The tensors of a file, and the transformers mapping that takes them on to the model's names.
+
+    Args:
+        store: What transformers' processor makes of the tensors, or the tensors as they are.
+        mapping: Renamings and converters for the names of `store`.
+        files: Every tensor under its name in the file.
+        dropped: Names in the file of which the processor makes nothing.
+    """
 
     store: WeightStore
     mapping: list[Any]
+    files: WeightStore
+    dropped: tuple[str, ...] = ()
 
 
 def open_gguf(file: Path, model: PreTrainedModel) -> GgufSource:
@@ -49,10 +58,9 @@ def open_gguf(file: Path, model: PreTrainedModel) -> GgufSource:
     header = GgufHeader.parse(file)
     blocks = BlockStore(file, header)
     if is_gguf_arch_supported(header.architecture):
-        return GgufSource(blocks, get_gguf_conversion_mapping(header.architecture, model.config))
-    return GgufSource(
-        ProcessedStore.open(blocks, header.architecture, model), conversion.model_mapping(model)
-    )
+        return GgufSource(blocks, get_gguf_conversion_mapping(header.architecture, model.config), blocks)
+    processed = ProcessedStore.open(blocks, header.architecture, model)
+    return GgufSource(processed, conversion.model_mapping(model), blocks, processed.dropped)
 
 
 class BlockStore:
@@ -163,6 +171,12 @@ class ProcessedStore:
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Tensors of the file of which the processor makes nothing."""
+        used = {part for target in self._targets.values() for part in target.parts}
+        return tuple(name for name in self._blocks.infos() if name not in used)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         target = self._targets[name]

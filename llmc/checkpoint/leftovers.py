@@ -168,8 +168,8 @@ def _refusal(tensors: Sequence[Leftover]) -> CheckpointError:
         if error is not None:
             return error
     return CheckpointError(
-        f"{type(tensors[0].model).__name__} by config.json has no place for {told} of the files",
-        hint="config.json and weights must be of the same model",
+        f"{type(tensors[0].model).__name__} has no place for {told} of the files",
+        hint="config and weights must be of the same model",
     )
 
 
@@ -215,7 +215,7 @@ def _biases(tensors: Sequence[Leftover], told: str) -> CheckpointError | None:
         f"the files hold biases that the model of config.json does not have: {told}",
         hint=f"set {' or '.join(switches)} to true in config.json"
         if switches
-        else "config.json and weights must be of the same model",
+        else "config and weights must be of the same model",
     )
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.errors import CheckpointError
+from tests.checkpoint import tiny_gguf
 from tests.checkpoint.test_refusals import edit_config, refused
 from tests.models import save_tiny_model
 
@@ -86,7 +87,7 @@ def test_left_out_with_a_note(
         ({"model.layers.3.mlp.up_proj.weight": MATRIX}, "have 4 decoder layers .* says 3", "config.json"),
         ({f"{LAYER}.q_proj.lora_A.weight": MATRIX}, "hold an adapter beside the model", "merge"),
         ({f"{LAYER}.q_proj.weight_scale": VECTOR}, "parts of quantized weights", "quantization_config"),
-        ({"v_head.summary.weight": MATRIX}, "LlamaForCausalLM .* no place for v_head.summary", "same model"),
+        ({"v_head.summary.weight": MATRIX}, "LlamaForCausalLM has no place for v_head.summary", "same model"),
         ({f"{LAYER}.attn.bias": VECTOR}, "hold biases", "attention_bias"),
         ({"norm.weight": VECTOR}, "are the same parameter of the model", "take the one"),
     ],
@@ -105,3 +106,13 @@ def test_a_copy_of_a_parameter_is_no_leftover(with_tensors: Callable[..., Path])
     tensors["norm.weight"] = tensors["model.norm.weight"].copy()
     save_file(tensors, folder / "model.safetensors")
     assert (opened(folder).unused, opened(folder).notes) == ((), ())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_a_gguf_tensor_that_transformers_has_no_name_for(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = {**tiny_gguf.LAYER[architecture], "attn_twist.weight": (64,)}
+    monkeypatch.setitem(tiny_gguf.LAYER, architecture, layer)
+    file = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", architecture)
+    refused(file, r"has no place for blk\.0\.attn_twist\.weight and 1 more")
