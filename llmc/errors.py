@@ -5,7 +5,7 @@ not supported on this target, 4 resources (memory, disk, missing runtime), 5 par
 6 latency gate, 130 interrupted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
 from typing import ClassVar
@@ -82,3 +82,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(options)}" if options else "none is known"
+
+
+def count_names(names: Sequence[str]) -> str:
+    """The first of several names, and how many there are beside it."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

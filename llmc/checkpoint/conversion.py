@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from llmc.checkpoint.ranges import WholeValues
 from llmc.checkpoint.ties import equal_rows, resolve_ties
-from llmc.errors import CheckpointError
+from llmc.errors import CheckpointError, UnsupportedError, count_names
 from llmc.graph.weights import Array, TensorInfo, WeightStore
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
 
     Raises:
         CheckpointError: A tensor is missing, or of another shape than the config gives it.
+        UnsupportedError: A tensor has integers where the model has floats.
     """
     expected = dict(model.state_dict())
     renamed, conversions, infos, unused = _plan(raw, model, mapping, expected)
+    _check_types(infos, model, expected)
     for name, info in infos.items():
         shape = tuple(expected[name].shape)
         if info.shape != shape:
@@ -134,6 +136,23 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
     for source in unused.keys() - left.keys():
         _check_copy(raw, renamed[unused[source]], source)
     return Converted(store.without(ties.duplicates), ties.tied, left)
+
+
+def _check_types(
+    infos: Mapping[str, TensorInfo], model: PreTrainedModel, expected: Mapping[str, torch.Tensor]
+) -> None:
+    codes = [
+        name
+        for name, info in infos.items()
+        if expected[name].is_floating_point() and not info.dtype.is_floating_point()
+    ]
+    if codes:
+        raise UnsupportedError(
+            f"{count_names(codes)} of the files have integers ({infos[codes[0]].dtype.name}) where "
+            f"{type(model).__name__} has floats: they are codes of quantized weights, and config.json does "
+            "not say how to read them",
+            hint="config.json needs its quantization_config; else compile the original checkpoint in float",
+        )
 
 
 def _check_copy(raw: WeightStore, taken: str, other: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.errors import CheckpointError
+from llmc.errors import CheckpointError, count_names
 from llmc.graph.weights import Array, TensorInfo, WeightStore
 
 if TYPE_CHECKING:
@@ -152,11 +152,6 @@ def explain_leftovers(
     if refused:
         raise _refusal(refused)
     return tuple(f"Not used: {count_names(names)} ({what})." for what, names in found.items())
-
-
-def count_names(names: Sequence[str]) -> str:
-    """The first name, and how many there are beside it."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _refusal(tensors: Sequence[Leftover]) -> CheckpointError:

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from llmc.checkpoint.ranges import read_range
+from llmc.checkpoint.ties import equal_rows
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import Array, TensorInfo
 
@@ -47,6 +49,9 @@ class _Stored:
     offset: int  # bytes from the start of the file
     dtype: np.dtype
     info: TensorInfo
+
+    def read(self, start: int, stop: int | None) -> Array:
+        return read_range(self.file, self.offset, self.dtype, self.info.shape, start, stop)
 
 
 class SafetensorsStore:
@@ -95,20 +100,39 @@ class SafetensorsStore:
                 f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing)}",
                 hint="finish the download",
             )
-        tensors: dict[str, _Stored] = {}
-        for name in names:
-            tensors.update(_read_header(folder / name))
+        shards = {name: _read_header(folder / name) for name in names}
         for tensor, file in placed.items():
-            if tensor not in tensors or tensors[tensor].file.name != file:
+            if tensor not in shards[file]:
                 raise CheckpointError(f"{index} places {tensor} in {file}, which does not hold it")
+        tensors = {tensor: shards[file][tensor] for tensor, file in placed.items()}
+        for name, held in shards.items():
+            _check_placed(folder / name, held, tensors)
         return cls(tuple(folder / name for name in names), tensors)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        stored = self._tensors[name]
-        return read_range(stored.file, stored.offset, stored.dtype, stored.info.shape, start, stop)
+        return self._tensors[name].read(start, stop)
+
+
+def _check_placed(shard: Path, held: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:
+    """Check that every tensor of a shard is the one that the index means.
+
+    Raises:
+        CheckpointError: The index does not name it, or names another file that has other values of it.
+    """
+    hint = "the shards are of different versions of the model: download them again, with their index"
+    for name, stored in held.items():
+        if name not in tensors:
+            raise CheckpointError(f"{shard} holds {name}, which {INDEX} does not name", hint=hint)
+        other = tensors[name]
+        both = SafetensorsStore((), {"here": stored, "there": other})
+        if other is not stored and not equal_rows(both, "here", "there"):
+            raise CheckpointError(
+                f"{shard} holds {name} with other values than {other.file.name}, where {INDEX} places it",
+                hint=hint,
+            )
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:
@@ -122,22 +146,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
                 hint="download it again",
             )
         text = stream.read(length)
-    try:
-        header = json.loads(text)
-        entries = [
-            (name, str(e["dtype"]), tuple(int(d) for d in e["shape"]), *map(int, e["data_offsets"]))
-            for name, e in header.items()
-            if name != "__metadata__"
-        ]
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        raise CheckpointError(f"{file} has a damaged header: {error}", hint="download it again") from error
+    entries = _parse_entries(file, text)
     tensors: dict[str, _Stored] = {}
     data = 8 + length
     for name, dtype_name, shape, begin, end in entries:
@@ -153,11 +162,58 @@ def _read_header(file: Path) -> dict[str, _Stored]:
                 f"{math.prod(shape) * dtype.itemsize}"
             )
         info = TensorInfo(name, shape, ir.DataType.from_numpy(dtype))
+        if name in tensors:
+            raise CheckpointError(f"{file} names {name} twice in its header", hint="download it again")
         tensors[name] = _Stored(file, data + begin, dtype, info)
-    expected = data + max((entry[-1] for entry in entries), default=0)
+    expected = data + max((entry.end for entry in entries), default=0)
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise CheckpointError(
             f"{file} is {state}: {size} bytes, its header describes {expected}", hint="download it again"
         )
+    _check_format(file)
     return tensors
+
+
+class _Entry(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the end of the header
+    end: int
+
+
+def _parse_entries(file: Path, text: bytes) -> list[_Entry]:
+    """The tensors that a header describes, a repeated name as often as it stands there."""
+    try:
+        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+        fields = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
+        return [
+            _Entry(name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"][:2]))
+            for name, e in fields
+        ]
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"{file} has a damaged header: {error}", hint="download it again") from error
+
+
+def _check_format(file: Path) -> None:
+    """Check a file by the rules of the safetensors library, which maps it and reads its header alone.
+
+    Raises:
+        CheckpointError: Tensors overlap or leave bytes between them, or a field is of another type.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} has a damaged header: {error}", hint="download it again") from error

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmc.checkpoint import open_checkpoint
+from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.errors import CheckpointError, ExitCode, LlmcError, UnsupportedError
 from tests.models import save_tiny_model
 
@@ -156,6 +157,27 @@ def test_index_leads_outside(sharded: Path, damaged: Callable[[Path], Path]) -> 
     refused(folder, "names a file outside of its folder")
 
 
+def add_to_last_shard(folder: Path, name: str, value: float) -> Path:
+    """Puts into the last shard what the index places in the first, or nowhere."""
+    *_, shard = sorted(folder.glob("model-*.safetensors"))
+    save_file({**load_file(shard), name: np.full((256, 64), value, np.float32)}, shard)
+    return shard
+
+
+def test_a_tensor_in_two_shards(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    name = "model.embed_tokens.weight"
+    shard = add_to_last_shard(folder, name, 7.0)
+    first = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    refused(folder, f"{shard} holds {name} with other values than {first}, where .* places it")
+
+
+def test_a_tensor_that_the_index_does_not_name(sharded: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(sharded)
+    shard = add_to_last_shard(folder, "model.stale.weight", 7.0)
+    refused(folder, f"{shard} holds model.stale.weight, which {INDEX} does not name")
+
+
 @pytest.mark.parametrize(
     ("length", "message"),
     [
@@ -179,7 +201,11 @@ def test_damaged_header(llama: Path, damaged: Callable[[Path], Path]) -> None:
 
 
 def write_header(file: Path, **entry: object) -> None:
-    text = json.dumps({"w": entry}).encode()
+    write_raw_header(file, json.dumps({"w": entry}))
+
+
+def write_raw_header(file: Path, header: str) -> None:
+    text = header.encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
 
 
@@ -187,6 +213,32 @@ def test_header_whose_sizes_disagree(llama: Path, damaged: Callable[[Path], Path
     folder = damaged(llama)
     write_header(folder / "model.safetensors", dtype="F32", shape=[4, 8], data_offsets=[0, 64])
     refused(folder, r"gives w 64 bytes, but F32 \[4, 8\] takes 128")
+
+
+DOUBLE = ',"shape":[4,4]'
+
+
+def entry(shape: str, begin: int, end: int, more: str = "") -> str:
+    return f'{{"dtype":"F32","shape":{shape},"data_offsets":[{begin},{end}]{more}}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"a":{entry("[8]", 0, 32)},"b":{entry("[12]", 16, 64)}}}', "invalid offset"),
+        (f'{{"a":{entry("[4]", 0, 16)},"b":{entry("[8]", 32, 64)}}}', "invalid offset"),
+        (f'{{"a":{entry("[8]", 0, 32)},"a":{entry("[8]", 32, 64)}}}', "names a twice in its header"),
+        (f'{{"a":{entry("[16.9]", 0, 64)}}}', "invalid type: floating point"),
+        (f'{{"a":{entry("[-4, -4]", 0, 64)}}}', "invalid value"),
+        (f'{{"a":{entry("[1e999]", 0, 64)}}}', "damaged header"),
+        (f'{{"a":{entry("[16]", 0, 64, DOUBLE)}}}', "duplicate field"),
+        ("[" * 100_000, "damaged header"),
+    ],
+)
+def test_header_that_the_safetensors_library_refuses(header: str, message: str, tmp_path: Path) -> None:
+    write_raw_header(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsStore.open(tmp_path)
 
 
 def test_tensor_type_that_is_not_read(llama: Path, damaged: Callable[[Path], Path]) -> None:
@@ -199,6 +251,18 @@ def test_fp8_without_its_scales(llama: Path, damaged: Callable[[Path], Path]) ->
     folder = damaged(llama)
     write_header(folder / "model.safetensors", dtype="F8_E4M3", shape=[64], data_offsets=[0, 64])
     refused(folder, "w is stored as F8_E4M3, and quantization_config does not say how", UnsupportedError)
+
+
+def test_codes_that_nothing_describes(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    file = damaged(llama) / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors[name] = tensors[name].astype(np.int8)
+    save_file(tensors, file)
+    error = refused(
+        file.parent, r"layers\.0\S+ and 20 more .* integers \(INT8\) .* has floats", UnsupportedError
+    )
+    assert "quantization_config" in str(error.hint)
 
 
 def test_tensor_missing(llama: Path, damaged: Callable[[Path], Path]) -> None:
