@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.checkpoint import conversion
+from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
 from llmc.checkpoint.ranges import WholeValues, read_range, row_range
 from llmc.errors import CheckpointError, UnsupportedError
@@ -70,6 +71,7 @@ class BlockStore:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
         self.file = file
+        self._finite = FiniteCheck()
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
         self._infos = MappingProxyType(
             {t.name: TensorInfo(t.name, t.shape, ir.DataType.FLOAT) for t in header.tensors}
@@ -100,7 +102,8 @@ class BlockStore:
             end = min(at + step, high)
             raw = read_range(self.file, tensor.offset, np.dtype(np.uint8), stored, at, end)
             out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
-        return out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
+        out = out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
+        return self._finite.check(name, low, out)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from llmc.checkpoint.ranges import read_range
+from llmc.checkpoint.finite import FiniteCheck
+from llmc.checkpoint.ranges import read_range, row_range
 from llmc.checkpoint.ties import equal_rows
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import Array, TensorInfo
@@ -61,6 +62,7 @@ class SafetensorsStore:
         self.files = files
         self._tensors = tensors
         self._infos = MappingProxyType({name: t.info for name, t in tensors.items()})
+        self._finite = FiniteCheck()
 
     @classmethod
     def open(cls, folder: Path) -> "SafetensorsStore":
@@ -113,7 +115,9 @@ class SafetensorsStore:
         return self._infos
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        return self._tensors[name].read(start, stop)
+        stored = self._tensors[name]
+        low, _ = row_range(stored.info.shape, start, stop)
+        return self._finite.check(name, low, stored.read(start, stop))
 
 
 def _check_placed(shard: Path, held: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:
