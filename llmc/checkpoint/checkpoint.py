@@ -17,6 +17,7 @@ from llmc.checkpoint.quantized import dequantize_store, require_floats
 from llmc.checkpoint.reference import fill_model, stream_model
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
+from llmc.checkpoint.wrappers import unwrap
 from llmc.graph.weights import Array, WeightStore
 
 if TYPE_CHECKING:
@@ -179,11 +180,13 @@ def open_checkpoint(ref: str) -> Checkpoint:
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files
-        raw, dropped, notes = store, {}, ()
+        mapping = conversion.model_mapping(model)
+        raw, notes = unwrap(store, conversion.name_check(model, mapping))
+        dropped = {}
         if quantization is not None:
-            raw = dequantize_store(store, quantization, found.path)
+            raw = dequantize_store(raw, quantization, found.path)
         require_floats(raw)
-        converted = conversion.convert_store(raw, model, conversion.model_mapping(model))
+        converted = conversion.convert_store(raw, model, mapping)
     return Checkpoint(
         ref=ref,
         path=found.path,

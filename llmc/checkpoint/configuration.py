@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_outline import write_outline
+from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
 from llmc.checkpoint.quantization import StoredQuantization, parse_quantization
+from llmc.checkpoint.rotary import refuse_contradiction, refuse_unknown_type
 from llmc.errors import CheckpointError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
@@ -117,12 +119,16 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
             f"{file} is of model_type {model_type}, which the installed transformers does not have",
             hint=hint + " transformers needs an upgrade of it, and code shipped with a model is not run",
         )
+    refuse_other_purpose(folder, fields)
+    refuse_contradiction(str(file), fields)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the config classes of transformers raise whatever their validators do
         raise CheckpointError(
             f"{file} is not a valid config of {model_type}: {_first_line(error)}"
         ) from error
+    refuse_cross_attention(config)
+    refuse_unknown_type(config)
     if hasattr(config, "quantization_config"):  # transformers' model is that of the dequantized weights
         del config.quantization_config
     return config

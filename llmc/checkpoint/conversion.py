@@ -138,6 +138,17 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
     return Converted(store.without(ties.duplicates), ties.tied, left)
 
 
+def name_check(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], bool]:
+    """Whether a name in the files leads to a parameter or buffer of `model`."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    expected = dict(model.state_dict())
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    return lambda name: rename_source_key(name, renamings, converters, prefix, expected)[0] in expected
+
+
 def _check_types(
     infos: Mapping[str, TensorInfo], model: PreTrainedModel, expected: Mapping[str, torch.Tensor]
 ) -> None:

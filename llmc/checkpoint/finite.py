@@ -54,8 +54,8 @@ def is_finite(values: Array) -> bool:
 
 def _refusal(name: str, start: int, rows: Array) -> CheckpointError:
     bad = ~np.isfinite(rows.astype(np.float32))
-    place = f", the first in row {start + int(np.argwhere(bad)[0][0])}" if rows.ndim else ""
+    place = f" in row {start + int(np.argwhere(bad)[0][0])}" if rows.ndim else ""
     return CheckpointError(
-        f"{int(bad.sum())} values of {name} in the files are NaN or infinite{place}",
+        f"{name} of the files holds NaN or infinity{place}",
         hint="download the weights again; if that does not help, the model was saved after it broke",
     )

@@ -108,6 +108,36 @@ def test_a_copy_of_a_parameter_is_no_leftover(with_tensors: Callable[..., Path])
     assert (opened(folder).unused, opened(folder).notes) == ((), ())
 
 
+WRAPPED: list[Callable[[str], str]] = [
+    lambda name: f"module.{name}",
+    lambda name: f"module._orig_mod.{name}",
+    lambda name: f"base_model.model.{name}",
+    lambda name: f"transformer.{name}",
+    lambda name: name.replace(".layers.1.", ".layers.1._fsdp_wrapped_module."),
+]
+
+
+def renamed(folder: Path, name_of: Callable[[str], str]) -> Path:
+    file = folder / "model.safetensors"
+    save_file({name_of(name): value for name, value in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_prefixes_of_wrappers(wrap: Callable[[str], str], with_tensors: Callable[..., Path]) -> None:
+    folder = with_tensors("llama", {})
+    plain = opened(folder)
+    wrapped = opened(renamed(folder, wrap))
+    assert wrapped.tensors.infos() == plain.tensors.infos()
+    assert "a wrapper was saved with the model" in wrapped.notes[0]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED[:3])
+def test_a_wrapper_of_another_model(wrap: Callable[[str], str], with_tensors: Callable[..., Path]) -> None:
+    folder = renamed(with_tensors("llama", {f"{LAYER}.q_proj.lora_A.weight": MATRIX}), wrap)
+    refused(folder, f"begin as {wrap('lm_head.weight')} does: a wrapper was saved", CheckpointError)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 def test_a_gguf_tensor_that_transformers_has_no_name_for(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

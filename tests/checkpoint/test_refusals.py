@@ -110,6 +110,70 @@ def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Pa
     refused(tmp_path, message, UnsupportedError)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "purpose"),
+    [
+        ("llama", "LlamaForSequenceClassification", "classifies texts or scores them"),
+        ("qwen2", "Qwen2ForRewardModel", "reward model"),
+        ("qwen2", "Qwen2ForTokenClassification", "classifies tokens"),
+        ("mistral", "MistralModel", "no language model head"),
+        ("llama", "SomeCrossEncoder", "ranks texts"),
+    ],
+)
+def test_other_purpose_by_architecture(model_type: str, name: str, purpose: str, tmp_path: Path) -> None:
+    config = {"model_type": model_type, "architectures": [name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, f"holds a {name}, which .*{purpose}", UnsupportedError)
+
+
+@pytest.mark.parametrize("file", ["modules.json", "config_sentence_transformers.json"])
+def test_embedding_model_by_its_files(file: str, llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    (folder / file).write_text("[]")
+    refused(folder, f"sentence-transformers .it has {file}", UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3, 8]}}, "layers 3, 8"),
+        ({"model_type": "mllama"}, "layers 3, 8, 13"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "every layer"),
+    ],
+)
+def test_cross_attention(config: dict[str, object], layers: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, f"{config['model_type']} has cross-attention in {layers}", UnsupportedError)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message", "kind"),
+    [
+        ({"type": "su2", "factor": 2.0}, "rope_type su2, .* it has .*linear, llama3", UnsupportedError),
+        (
+            {"type": "linear", "rope_type": "yarn", "factor": 4.0},
+            "rope_scaling of .* says type linear and rope_type yarn",
+            CheckpointError,
+        ),
+    ],
+)
+def test_rope_type(
+    scaling: dict[str, object],
+    message: str,
+    kind: type[LlmcError],
+    llama: Path,
+    damaged: Callable[[Path], Path],
+) -> None:
+    folder = edit_config(damaged(llama), rope_parameters=None, rope_scaling=scaling, rope_theta=1e4)
+    refused(folder, message, kind)
+
+
+def test_rope_type_in_two_spellings(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    scaling = {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    folder = edit_config(damaged(llama), rope_parameters=None, rope_scaling=scaling, rope_theta=1e4)
+    assert open_checkpoint(str(folder)).config.rope_parameters["rope_type"] == "linear"
+
+
 def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = edit_config(damaged(llama), hidden_act="no_such_function")
     refused(folder, "cannot build a causal language model", UnsupportedError)

@@ -1,0 +1,83 @@
+"""What a folder's files say that its model is for, where that is something else than writing text.
+
+Their weights often fit a causal language model of the same type, which would answer nonsense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: Ends of class names in `architectures`, and what such a model does.
+_OTHER_HEADS: tuple[tuple[str, str], ...] = (
+    (r"(CrossEncoder|For\w*Ranking|Reranker)$", "ranks texts"),
+    (r"(For\w*Reward\w*|RewardModel|For\w*Score)$", "scores answers (a reward model)"),
+    (r"For(Sequence|Text)Classification$", "classifies texts or scores them"),
+    (r"ForTokenClassification$", "classifies tokens"),
+    (r"ForMultipleChoice$", "chooses between answers"),
+    (r"ForQuestionAnswering$", "marks answers in a text"),
+    (r"(For\w*Embedding\w*|ForRetrieval|EmbeddingModel)$", "embeds texts"),
+)
+_SENTENCE_TRANSFORMERS = ("modules.json", "config_sentence_transformers.json")
+
+
+def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Check that the model writes text.
+
+    Args:
+        folder: That of config.json.
+        fields: config.json.
+
+    Raises:
+        UnsupportedError: It is an embedding model, a classifier, a reranker or a reward model.
+    """
+    hint = "llmc compiles causal language models, which predict the next token"
+    for name in fields.get("architectures") or ():
+        purpose = _purpose(str(name), str(fields.get("model_type")))
+        if purpose is not None:
+            raise UnsupportedError(f"{folder} holds a {name}, which {purpose}", hint=hint)
+    beside = [name for name in _SENTENCE_TRANSFORMERS if (folder / name).is_file()]
+    if beside or "sentence_transformers" in fields:
+        told = f"it has {beside[0]}" if beside else "its config.json says so"
+        raise UnsupportedError(
+            f"{folder} holds a model of sentence-transformers ({told}), which embeds or ranks texts",
+            hint=hint,
+        )
+
+
+def _purpose(name: str, model_type: str) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type):
+        return None
+    for pattern, purpose in _OTHER_HEADS:
+        if re.search(pattern, name):
+            return purpose
+    bare = MODEL_MAPPING_NAMES.get(model_type)
+    if name in ((bare,) if isinstance(bare, str) else bare or ()):
+        return "has no language model head (an embedding model)"
+    return None
+
+
+def refuse_cross_attention(config: PreTrainedConfig) -> None:
+    """Check that every layer attends to the text alone.
+
+    Raises:
+        UnsupportedError: Some layers attend to an image or to the states of another model.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    layers = getattr(text, "cross_attention_layers", None)
+    if layers or getattr(text, "add_cross_attention", False):
+        which = f"layers {', '.join(map(str, layers))}" if layers else "every layer"
+        raise UnsupportedError(
+            f"{config.model_type} has cross-attention in {which}: it reads an image or another model's "
+            "states beside the text",
+            hint="llmc compiles decoders that read text alone; take the text-only model of the family",
+        )

@@ -1,0 +1,63 @@
+"""What config.json says about rotary embeddings, checked before transformers' model fails on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: Older names of rope types, as config classes of transformers read them.
+_OLD_NAMES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}
+
+
+def refuse_contradiction(file: str, fields: Mapping[str, Any]) -> None:
+    """Check that `type`, the older key, and `rope_type` of a config.json agree where both are there.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    for place, group in _groups(fields):
+        old, new = group.get("type"), group.get("rope_type")
+        if old is not None and new is not None and _OLD_NAMES.get(old, old) != _OLD_NAMES.get(new, new):
+            raise CheckpointError(
+                f"{place} of {file} says type {old} and rope_type {new}",
+                hint="leave the one that the model was trained with",
+            )
+
+
+def refuse_unknown_type(config: PreTrainedConfig) -> None:
+    """Check that transformers knows the rope type of a config.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    text: Any = config.get_text_config(decoder=True)
+    stated = getattr(text, "rope_parameters", None) or {}
+    known = {"default", "axial", *ROPE_INIT_FUNCTIONS}
+    for group in (stated, *(value for value in stated.values() if isinstance(value, dict))):
+        kind = group.get("rope_type", "default")
+        if kind not in known:
+            raise UnsupportedError(
+                f"the rotary embedding of this {config.model_type} config is of rope_type {kind}, which "
+                f"transformers does not have; it has {', '.join(sorted(known))}",
+                hint="config.json needs the rope_type that the model was trained with",
+            )
+
+
+def _groups(fields: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object that describes a rotary embedding, with its place."""
+    text = fields.get("text_config")
+    for prefix, stated in (("", fields), ("text_config.", text if isinstance(text, dict) else {})):
+        for key in ("rope_scaling", "rope_parameters"):
+            group = stated.get(key)
+            if isinstance(group, dict):
+                yield f"{prefix}{key}", group
+                yield from (
+                    (f"{prefix}{key}.{name}", own) for name, own in group.items() if isinstance(own, dict)
+                )
