@@ -80,6 +80,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: The folder holds no tokenizer file, or the GGUF no vocabulary.
+            ResourceError: The package that reads it is missing.
         """
         tokenizer.require_tokenizer(self.path)
 

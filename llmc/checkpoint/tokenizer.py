@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.checkpoint.gguf_header import GgufHeader
-from llmc.errors import CheckpointError
+from llmc.errors import CheckpointError, ResourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ _VOCABULARIES = (
     "tekken.json",
     "tiktoken.model",
 )
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,7 +43,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def require_tokenizer(path: Path) -> None:
-    """Raise `CheckpointError` where a folder or GGUF file holds no tokenizer."""
+    """Check that a folder or GGUF file holds a tokenizer that can be read here.
+
+    Raises:
+        CheckpointError: There is none.
+        ResourceError: The package that reads it is missing.
+    """
     if path.is_file():
         found = "tokenizer.ggml.tokens" in GgufHeader.parse(path).array_lengths
     else:
@@ -51,6 +58,20 @@ def require_tokenizer(path: Path) -> None:
             f"{path} has no tokenizer",
             hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
         )
+    _require_sentencepiece(path)
+
+
+def _require_sentencepiece(path: Path) -> None:
+    """A model of SentencePiece is a protobuf message; tiktoken's files of the same name are text."""
+    models = [path / name for name in _SENTENCEPIECE if (path / name).is_file()]
+    if not models or (path / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
+        return
+    with models[0].open("rb") as stream:
+        if stream.read(1) == b"\n":  # the first field of the message, a piece of the vocabulary
+            raise ResourceError(
+                f"{models[0]} is a SentencePiece model, and the package sentencepiece is not installed",
+                hint="pip install sentencepiece",
+            )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -1,6 +1,7 @@
 """Checkpoints that are missing, damaged or of a kind that is not compiled."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.safetensors import SafetensorsStore
-from llmc.errors import CheckpointError, ExitCode, LlmcError, UnsupportedError
+from llmc.checkpoint.tokenizer import require_tokenizer
+from llmc.errors import CheckpointError, ExitCode, LlmcError, ResourceError, UnsupportedError
 from tests.models import save_tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -368,6 +370,16 @@ def test_file_that_shrinks_after_open(llama: Path, damaged: Callable[[Path], Pat
     file.write_bytes(file.read_bytes()[:4096])
     with pytest.raises(CheckpointError, match="it changed since it was opened"):
         checkpoint.tensors.read("model.norm.weight")
+
+
+def test_sentencepiece_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ResourceError, match=r"is a SentencePiece model, and .* not installed") as caught:
+        require_tokenizer(tmp_path)
+    assert caught.value.hint == "pip install sentencepiece"
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\n")  # tiktoken's
+    require_tokenizer(tmp_path)
 
 
 def test_hub_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
