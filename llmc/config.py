@@ -66,6 +66,7 @@ class Metric(StrEnum):
     TEXT_TOP1 = "text.top1_agreement"
     TEXT_TOP5 = "text.top5_agreement"
     TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
+    TEXT_KL_RATIO = "text.kl_ratio"
     TASK_ACCURACY_CHANGE = "task.accuracy_change"
     GENERATE_EQUAL = "generate.equal_fraction"
     GENERATE_GAP = "generate.logit_gap"
@@ -81,7 +82,7 @@ class Gate(_Strict):
     Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
     decibels, `max_steps` in distances of neighbouring codes, `max_abs` and `gap` in logits, `kl` in nats per
     token, agreements and fractions in 0..1, `accuracy_change` in -1..1 as artifact - original, ratios as
-    artifact / original, `previous_ratio` as artifact / earlier artifact.
+    artifact / original, `kl_ratio` as artifact / plain rounding, `previous_ratio` as artifact / earlier one.
     """
 
     metric: Annotated[Metric, Field(strict=False)]

@@ -26,12 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": BASE,
     "catalog": BASE | {"document", "machine"},
     "plan": BASE | {"catalog"},
+    "defaults": BASE | {"catalog", "machine", "backends"},
     "doctor": BASE | {"machine", "backends"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
     **{station: BASE | {"graph", "artifact", "data", "progress"} for station in STATIONS},
     "pipeline": BASE | {"graph", "artifact", "data", "progress", "document", "catalog", "machine", *STATIONS},
-    "cli": BASE | {"progress", "document", "machine", "catalog", "plan", "doctor", "pipeline", "__init__"},
+    "cli": BASE
+    | {"progress", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline", "__init__"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -25,7 +25,14 @@ def register(app: typer.Typer) -> None:
 
 def build(
     model: Model,
-    target: Annotated[str, typer.Option(metavar="NAME", help="What to build: `llmc targets`.")] = "cpu-int4",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to build: `llmc targets`.",
+            show_default="the best for the profile",
+        ),
+    ] = None,
     profile: Annotated[
         str,
         typer.Option(
@@ -61,6 +68,12 @@ def build(
         return
     from llmc.plan import plan_build
 
+    choice = None
+    if target is None:
+        from llmc.defaults import choose_target
+
+        choice = choose_target(profile, path)
+        target = choice.target
     plan = plan_build(
         model,
         target=target,
@@ -72,4 +85,7 @@ def build(
     )
     from llmc import pipeline
 
-    emit(pipeline.build(plan, open_progress()), as_json=as_json)
+    progress = open_progress()
+    if choice is not None:
+        progress.note(choice.reason)
+    emit(pipeline.build(plan, progress), as_json=as_json)

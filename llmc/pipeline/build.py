@@ -88,6 +88,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 model_digest=digest.result(),
                 sources=compiled.sources,
                 compiled=pruned.checkpoint,
+                weights=compiled.weights,
             )
             gate = measure_parity(subject, plan.eval_text, progress)
             name = plan.profile.name

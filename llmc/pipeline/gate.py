@@ -12,11 +12,13 @@ from llmc.errors import ConfigError, ParityError
 from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
+from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.latency import Latency
+    from llmc.artifact.manifest import WeightRecord
     from llmc.artifact.store import Artifact
     from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
@@ -57,6 +59,7 @@ class Subject:
         damaged: What is wrong with the files by the manifest.
         engine: An engine to execute here; None measures the graph.
         tasks: Multiple-choice tasks to answer as well.
+        weights: How every matrix is stored.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Subject:
     damaged: Sequence[str] = ()
     engine: EngineRecord | None = None
     tasks: Tasks | None = None
+    weights: Sequence[WeightRecord] = ()
 
     @property
     def runtime(self) -> str:
@@ -144,7 +148,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     from llmc.validate.generation import ServedText, measure_generation, original_texts, served_texts
     from llmc.validate.measure import broken, measured, mismatches
     from llmc.validate.parity import Parity
-    from llmc.validate.quality import measure_quality, plan_windows
+    from llmc.validate.quality import YARDSTICK_WINDOWS, measure_quality, plan_windows
     from llmc.validate.served import Served
     from llmc.validate.session import OrtModel, shares_buffer
     from llmc.validate.settings import compare_settings, describe_original
@@ -197,6 +201,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         texts = original_texts(original, tokenizer, prompts(), stated.stop)
     release_memory()
     own = _own(subject, original, weights)
+    rounding = None
     if weights.unread:
         made += _not_comparable(weights.unread, where)
         original.release()
@@ -206,7 +211,12 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
                 made += measure_generation(drawn, texts, own, stated.stop, served_where)
             Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
             original.release()
-            own.release()
+        rounding = _rounding(subject, own)
+        if rounding is not None:
+            with progress.stage("original with rounded weights"):
+                windows.sample(YARDSTICK_WINDOWS).prepare(rounding)
+                rounding.release()
+        own.release()
         release_memory()
         with progress.stage("parity"):
             made += Parity(session(exact=True), own, tokens, heads, switches).measure()
@@ -214,7 +224,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     release_memory()
     model = session(exact=False)
     with progress.stage("quality"):
-        made += measure_quality(model, original, windows)
+        made += measure_quality(model, original, windows, rounding=rounding)
     _measure_tasks(subject, model, original, progress, made)
 
 
@@ -367,6 +377,21 @@ def _own(subject: Subject, original: RememberedModel, weights: WeightParity) -> 
         return _load_own(None if subject.compiled.altered else loaded, subject, weights)
 
     return _remember(subject, weights.digest, load)
+
+
+def _rounding(subject: Subject, own: RememberedModel) -> RememberedModel | None:
+    """The yardstick of the target, if it has one, in the memory of `own`, which is let go of."""
+    plans = plan_roundings(subject.target, subject.weights, subject.sources)
+    if not plans:
+        return None
+
+    def load() -> TorchModel:
+        loaded = own.release()
+        if loaded is None and not _is_large(subject.compiled):
+            loaded = load_original(subject.compiled)
+        return load_rounded(loaded, subject.compiled, subject.sources, plans)
+
+    return _remember(subject, digest_roundings(plans), load)
 
 
 def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchModel]) -> RememberedModel:

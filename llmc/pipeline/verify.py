@@ -70,6 +70,7 @@ def verify(
         damaged=damaged,
         engine=host_engine(manifest, progress),
         tasks=loaded,
+        weights=manifest.weights,
     )
     gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
     profile, pruned = manifest.profile.name, manifest.pruned

@@ -13,15 +13,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from llmc.artifact.verdict import Measurement
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.validate.distribution import TOP, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
-from llmc.validate.measure import measure, measured, require_comparable
+from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
+from llmc.validate.yardstick import compare_with_rounding, divergence
 
 Array = np.ndarray
 
@@ -32,6 +33,7 @@ METRICS = (
     Metric.TEXT_TOP1,
     Metric.TEXT_TOP5,
     Metric.TEXT_PERPLEXITY_RATIO,
+    Metric.TEXT_KL_RATIO,
 )
 
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
@@ -41,6 +43,8 @@ PREFIX_TOKENS = 32
 #: Fewest windows, and fewest tokens in each, that a measurement may rest on.
 LEAST_WINDOWS = 4
 LEAST_TOKENS = 16
+#: Windows over which the artifact is compared with plain rounding, about.
+YARDSTICK_WINDOWS = 16
 #: Tokens whose log-probabilities on both sides go into the report, about.
 PAIRS = 400
 #: Most bytes of the original's distributions held at a time, which bounds the windows of a batch.
@@ -66,12 +70,19 @@ class Windows:
 
     def sample(self, count: int) -> "Windows":
         """About `count` of them, spread over the text."""
-        return Windows(self.tokens[:: max(1, len(self.tokens) // count)], self.prefix)
+        return Windows(self.tokens[:: self._stride(count)], self.prefix)
+
+    def sampled(self, values: Array, count: int) -> Array:
+        """Those of `values` (windows, …) that belong to the windows of `sample(count)`."""
+        return values[:: self._stride(count)]
 
     def prepare(self, reference: Reference) -> None:
         """Have the original answer all that `measure_quality` will ask of it."""
         for row in self.tokens:
             reference.prepare(row[:-1], keep=self.steps)
+
+    def _stride(self, count: int) -> int:
+        return max(1, len(self.tokens) // count)
 
 
 @dataclass
@@ -133,7 +144,11 @@ def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...]) ->
 
 
 def measure_quality(
-    model: Session, reference: Reference, windows: Windows, rows: int | None = None
+    model: Session,
+    reference: Reference,
+    windows: Windows,
+    rows: int | None = None,
+    rounding: Reference | None = None,
 ) -> tuple[Measurement, ...]:
     """KL divergence, agreement and perplexity ratio on a text.
 
@@ -143,6 +158,8 @@ def measure_quality(
 
     Args:
         rows: Most rows of a batch that the model takes; None for any number.
+        rounding: The original with plainly rounded weights (`llmc.validate.yardstick`); None compares
+            with no yardstick.
 
     Returns:
         One measurement for each of METRICS.
@@ -155,7 +172,19 @@ def measure_quality(
         batch = batch if rows is None else min(batch, rows)
         for i in range(0, len(windows.tokens), batch):
             parts.append(_compare(model, reference, windows.tokens[i : i + batch], windows.prefix))
-        return _measurements(np.concatenate(parts, axis=1), windows.tokens.shape[1], model.where)
+        figures = np.concatenate(parts, axis=1)
+        made = _measurements(figures, windows.tokens.shape[1], model.where)
+        if rounding is None:
+            why = "no matrix is stored as integers by block, or the target has no gate on it"
+            status = MeasurementStatus.NOT_APPLICABLE
+            return (*made, unmeasured(Metric.TEXT_KL_RATIO, status, why, model.where))
+        sample = windows.sample(YARDSTICK_WINDOWS)
+        asked = [
+            [side.distributions(row[:-1], keep=sample.steps) for row in sample.tokens]
+            for side in (reference, rounding)
+        ]
+        own = windows.sampled(figures[0], YARDSTICK_WINDOWS).mean(axis=1)
+        return (*made, compare_with_rounding(own, divergence(*asked), model.where))
 
     return measure(METRICS, model.where, take)
 
@@ -191,7 +220,7 @@ def _compare(model: Session, reference: Reference, windows: Array, prefix: int) 
 
 
 def _measurements(figures: Array, length: int, where: str) -> tuple[Measurement, ...]:
-    """From figures (5, windows, steps) to one measurement for each of METRICS."""
+    """From figures (5, windows, steps) to one measurement for each of METRICS but the last."""
     kl, top1, top5, loss, loss_original = figures
     windows, steps = kl.shape
     detail = f"{kl.size} tokens in {windows} windows of {length}, decoded one by one"

@@ -91,7 +91,7 @@ def test_an_own_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         (("build", "demo", "--target", "cpu-int5"), "no target is named cpu-int5", "did you mean"),
         (("build", "demo", "--profile", "l44"), "no profile is named l44", "did you mean"),
         (
-            ("build", "demo", "--profile", "l4"),
+            ("build", "demo", "--target", "cpu-int4", "--profile", "l4"),
             "target cpu-int4 runs on a CPU and profile l4",
             "llmc profiles",
         ),

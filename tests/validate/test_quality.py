@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.validate.distribution import Distributions, log_softmax
 from llmc.validate.quality import METRICS, cut_windows, measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
+from llmc.validate.yardstick import FLOOR
 
 from .decoder import Variant, write_decoder
 
@@ -24,7 +26,8 @@ def test_equals_pytorch_on_the_same_windows(llama: Any, tokens: np.ndarray, tmp_
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
     made = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, (1,)))
     assert [m.metric for m in made] == list(METRICS)
-    kl, p99, largest, top1, top5, perplexity = made
+    kl, p99, largest, top1, top5, perplexity, ratio = made
+    assert ratio.status is MeasurementStatus.NOT_APPLICABLE
 
     # The artifact in one pass each, every position, from a graph that returns them all.
     every = Variant(**{**vars(WORSE), "logits": "all"})
@@ -75,7 +78,7 @@ def test_groups_of_windows_do_not_change_the_figures(
     )  # three windows at a time
     apart = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
     for a, b in zip(together, apart, strict=True):
-        assert a.value == pytest.approx(b.value, rel=1e-4)
+        assert a.value == (b.value if a.value is None else pytest.approx(b.value, rel=1e-4))
         assert a.detail == b.detail
 
 
@@ -121,3 +124,15 @@ def test_infinite_perplexity_is_no_pass(llama: Any, tokens: np.ndarray, tmp_path
     }
     assert made[Metric.TEXT_PERPLEXITY_RATIO].value == math.inf
     assert made[Metric.TEXT_KL_MEAN].value > 100
+
+
+def test_a_yardstick_of_the_original_itself_has_its_floor(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    original = TorchModel(llama)
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
+    windows = plan_windows(model.interface, tokens, ())
+    made = {m.metric: m for m in measure_quality(model, original, windows, rounding=original)}
+    kl, ratio = made[Metric.TEXT_KL_MEAN], made[Metric.TEXT_KL_RATIO]
+    assert ratio.figures["kl_rounding"] == 0
+    assert ratio.value == pytest.approx(kl.value / FLOOR, rel=1e-6)  # fewer than 32 windows: all of them

@@ -1,0 +1,53 @@
+"""The target of a build that names none: the best that the profile's hardware and this machine allow."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.catalog import load_profile
+from llmc.errors import LlmcError
+from llmc.machine import LOCAL, detect_profile
+from llmc.profile import Profile, ProfileKind
+
+#: Compiled kernels decode twice as fast as ONNX Runtime's, and 4 and 8 bits where each tells most lose a
+#: fifth of what 4 bits everywhere do at the same size (docs/measurements.md).
+_COMPILED, _PLAIN, _GPU = "cpu-mixed-compiled", "cpu-mixed", "cuda-int4"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A target, and a sentence on why it was taken."""
+
+    target: str
+    reason: str
+
+
+def choose_target(profile: str, path: Path | None = None) -> Choice:
+    """Choose a target for one profile, or for the first of several with commas between them.
+
+    Args:
+        profile: A profile's name; `local` is this machine's CPU.
+        path: Folder of the user's own targets and profiles, searched first.
+
+    Raises:
+        ConfigError: There is no such profile.
+    """
+    name = profile.partition(",")[0]
+    hardware = detect_profile(gpu=False) if name == LOCAL else load_profile(name, path)
+    if hardware.kind is ProfileKind.GPU:
+        return Choice(_GPU, f"target {_GPU}, the default for a GPU; llmc targets lists the others")
+    lacking = _lacks_kernels(hardware)
+    if lacking is None:
+        return Choice(_COMPILED, f"target {_COMPILED}, the default where kernels can be compiled")
+    return Choice(_PLAIN, f"target {_PLAIN}, the default without compiled kernels: {lacking}")
+
+
+def _lacks_kernels(profile: Profile) -> str | None:
+    """Why no kernels can be compiled for a CPU; None if they can."""
+    from llmc.backends.compiled.isa import choose_isa
+    from llmc.backends.toolchain import find_compiler
+
+    try:
+        find_compiler(choose_isa(profile.isa, profile.name).machine)
+    except LlmcError as error:
+        return f"{error.fact} ({error.hint})" if error.hint else error.fact
+    return None

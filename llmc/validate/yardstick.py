@@ -1,0 +1,119 @@
+"""The yardstick of quantized targets: the original with its matrices rounded plainly to the same bits.
+
+How much a model loses to 4 bits depends on the model, so that one bound on KL divergence cannot tell a good
+artifact from a bad one for all of them. The yardstick is what anyone gets without searching or calibrating:
+each block of neighbouring inputs is rounded to nearest between its least and its largest weight (zero
+included), or up to its largest magnitude where the scheme is symmetric.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.artifact.verdict import Measurement
+from llmc.config import Metric
+from llmc.graph.weights import Rows
+from llmc.validate.distribution import Distributions
+from llmc.validate.interval import ratio_interval
+from llmc.validate.measure import measured
+from llmc.validate.weights import Stored
+
+Array = np.ndarray
+
+#: Nats per token. Where plain rounding loses less than this, the artifact is compared with this.
+FLOOR = 0.02
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How one matrix is rounded.
+
+    Args:
+        bits: Bits of a code.
+        block: Neighbouring inputs that share a scale.
+        symmetric: Whether the zero point is fixed in the middle.
+        outputs: Output features, which tell rows of outputs from rows of inputs.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
+    outputs: int
+
+
+def round_weights(rows: Mapping[str, Rows], roundings: Mapping[str, Rounding]) -> dict[str, Stored]:
+    """The rounded matrices, each read by rows when it is asked for.
+
+    Args:
+        rows: The original's values of each matrix, by name.
+        roundings: How each is rounded, by the same names.
+    """
+    return {name: _rounded(rows[name], rounding) for name, rounding in roundings.items()}
+
+
+def round_blocks(weights: Array, rounding: Rounding) -> Array:
+    """Round `weights` (..., inputs) by blocks along the last axis; float32 of the same shape."""
+    inputs = weights.shape[-1]
+    flat = weights.reshape(-1, inputs).astype(np.float32)
+    padded = np.pad(flat, ((0, 0), (0, -inputs % rounding.block)))
+    blocks = padded.reshape(len(flat), -1, rounding.block)
+    if rounding.symmetric:
+        most = (1 << (rounding.bits - 1)) - 1
+        scale = np.abs(blocks).max(axis=-1, keepdims=True) / most
+        zero = np.zeros_like(scale)
+    else:
+        most = (1 << rounding.bits) - 1
+        low = np.minimum(blocks.min(axis=-1, keepdims=True), 0)
+        high = np.maximum(blocks.max(axis=-1, keepdims=True), 0)
+        scale = (high - low) / most
+        zero = np.rint(-low / np.where(scale == 0, 1, scale))
+    safe = np.where(scale == 0, 1, scale)
+    codes = np.rint(blocks / safe) + zero
+    codes = np.clip(codes, -most if rounding.symmetric else 0, most)
+    rounded: Array = ((codes - zero) * scale).reshape(padded.shape)[:, :inputs]
+    return rounded.reshape(weights.shape)
+
+
+def divergence(original: Sequence[Distributions], other: Sequence[Distributions]) -> Array:
+    """Mean KL divergence of `other` from `original` for each window, nats per token, (windows,)."""
+    means = []
+    for ours, theirs in zip(original, other, strict=True):
+        steps = range(len(ours.top))
+        pairs = ((ours.log_probabilities(at), theirs.log_probabilities(at)) for at in steps)
+        means.append(np.mean([(np.exp(p) * (p - q)).sum(dtype=np.float64) for p, q in pairs]))
+    return np.array(means, np.float64)
+
+
+def compare_with_rounding(artifact: Array, rounding: Array, where: str) -> Measurement:
+    """TEXT_KL_RATIO: the artifact's KL divergence to that of plain rounding, over the same windows.
+
+    Args:
+        artifact: Mean KL divergence of each window, nats per token.
+        rounding: That of the original with plainly rounded weights.
+    """
+    below = float(rounding.mean()) < FLOOR
+    divisor = np.maximum(rounding, FLOOR) if below else rounding
+    value = float(artifact.mean() / divisor.mean())
+    detail = f"{len(artifact)} windows; rounding to nearest in the same bits costs {rounding.mean():.4g} nats"
+    if below:
+        detail += f", and {FLOOR:g} is taken instead"
+    figures = {"kl_artifact": float(artifact.mean()), "kl_rounding": float(rounding.mean())}
+    return measured(Metric.TEXT_KL_RATIO, value, detail, where, figures, ratio_interval(artifact, divisor))
+
+
+def _rounded(rows: Rows, rounding: Rounding) -> Stored:
+    by_output = rows.shape[-2 if len(rows.shape) > 2 else 0] == rounding.outputs
+    if by_output:
+        return Stored(
+            rows.shape, lambda start, stop: round_blocks(rows.rows(start, stop), rounding), rounding.block
+        )
+    whole: list[Array] = []
+
+    def read(start: int, stop: int) -> Array:
+        if not whole:
+            values = rows.rows(0, rows.shape[0])
+            whole.append(np.swapaxes(round_blocks(np.swapaxes(values, -1, -2), rounding), -1, -2))
+        return whole[0][start:stop]
+
+    return Stored(rows.shape, read, rounding.block)
