@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import auto_class
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -128,6 +130,44 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 8},
 }
 
+# Multimodal models: the language model's fields, and the tower's.
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_TOWER |= {"image_size": 28, "patch_size": 14}
+_QWEN_TOWER = {"depth": 4, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 14}
+_MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": ({"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE}, _QWEN_TOWER),
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl_text", "rope_parameters": _MROPE},
+        {**_QWEN_TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "llava": (
+        {"model_type": "llama"},
+        {**_TOWER, "num_hidden_layers": 5, "model_type": "clip_vision_model", "projection_dim": 16},
+    ),
+    "mistral3": ({"model_type": "mistral"}, {**_TOWER, "model_type": "pixtral", "head_dim": 16}),
+    "gemma3": (
+        {"model_type": "gemma3_text", **_FEATURES["gemma3_text"]},
+        {**_TOWER, "model_type": "siglip_vision_model"},
+    ),
+}
+MULTIMODAL_TYPES = tuple(_MULTIMODAL)
+
+
+def tiny_multimodal_fields(model_type: str) -> dict[str, Any]:
+    """Overrides of `tiny_config` for one of `MULTIMODAL_TYPES`; the tower has more layers than the text."""
+    from transformers import CONFIG_MAPPING
+
+    text, tower = _MULTIMODAL[model_type]
+    return {
+        "text_config": {**_tiny_fields(CONFIG_MAPPING[text["model_type"]]), **text},
+        "vision_config": tower,
+        "image_token_id": 3,
+        "image_token_index": 3,
+        "mm_tokens_per_image": 4,
+        "tie_word_embeddings": False,
+    }
+
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """A config of `model_type` with hidden size 64, 3 layers, 4 heads of 16, vocabulary 256.
@@ -162,15 +202,15 @@ def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTra
         ValueError: A size of this config goes by a name that is not known here, so it is not tiny.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = tiny_config(model_type, **overrides)
+    auto = auto_class(config)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = sum(p.numel() for p in auto.from_config(config).parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"a tiny {model_type} would have {parameters} parameters; override its sizes")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

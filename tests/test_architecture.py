@@ -18,6 +18,7 @@ BASE = {"errors", "profile", "config"}
 # What each part of the package may import besides itself; every part is listed.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "architecture": set(),
     "progress": set(),
     "data": {"errors"},
     "profile": set(),
@@ -30,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"machine", "backends"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
-    **{station: BASE | {"graph", "artifact", "data", "progress"} for station in STATIONS},
+    **{station: BASE | {"architecture", "graph", "artifact", "data", "progress"} for station in STATIONS},
     "pipeline": BASE | {"graph", "artifact", "data", "progress", "document", "catalog", "machine", *STATIONS},
     "cli": BASE
     | {"progress", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline", "__init__"},

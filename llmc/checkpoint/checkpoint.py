@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmc.architecture import beside_language_model
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.digest import digest_files
 from llmc.checkpoint.leftovers import explain_leftovers
@@ -44,6 +45,8 @@ class Checkpoint:
             the original is transformers' model with those.
         altered: Digest of what was left out of the model since it was read; empty for nothing.
         notes: Sentences for the user about what was left out of the input or read in an unusual way.
+        beside: Tensors of a multimodal model that do not belong to its language model, by the module that
+            they are in, e.g. `model.vision_tower`.
     """
 
     ref: str
@@ -57,6 +60,7 @@ class Checkpoint:
     quantization: StoredQuantization | None = None
     altered: str = ""
     notes: tuple[str, ...] = ()
+    beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -74,6 +78,20 @@ class Checkpoint:
         read = [self.path] if self.path.is_file() else [f for f in files if f.is_file()]
         digest = digest_files(read)
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
+
+    def text_only_note(self, leftovers: Sequence[str]) -> str | None:
+        """A sentence about the towers of other modalities that `leftovers` are of; None if they are of none.
+
+        Args:
+            leftovers: Tensors that the model's graph does not read.
+        """
+        left = set(leftovers)
+        counts = {module: len(left.intersection(names)) for module, names in self.beside.items()}
+        modules = [module for module, count in counts.items() if count]
+        if not modules:
+            return None
+        listed = " and ".join(filter(None, [", ".join(modules[:-1]), modules[-1]]))
+        return f"text only: {sum(counts.values())} tensors of {listed} are left out"
 
     def require_tokenizer(self) -> None:
         """Check that there is a tokenizer, before work that ends in an artifact.
@@ -199,4 +217,5 @@ def open_checkpoint(ref: str) -> Checkpoint:
         weight_files=files,
         quantization=quantization,
         notes=(*notes, *explain_leftovers(converted.unused, raw, model)),
+        beside=beside_language_model(model, list(converted.store.infos())),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import auto_class, is_multimodal
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_outline import write_outline
 from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
@@ -65,14 +66,14 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
 def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """The model as transformers loads it: float32, eval mode, CPU."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
     source: dict[str, Any] = {}
     if path.is_file():
         source = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with _without_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = auto_class(config).from_pretrained(
                 path.parent if path.is_file() else path,
                 config=config,
                 dtype=torch.float32,
@@ -203,7 +204,7 @@ def _refuse_other_than_causal(config: PreTrainedConfig) -> None:
     hint = "llmc compiles decoder-only language models"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{kind} is an encoder-decoder model", hint=hint)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_multimodal(config):
         raise UnsupportedError(f"{kind} has no causal language model in transformers", hint=hint)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
         raise UnsupportedError(f"{kind} with is_decoder = false is an encoder-only model", hint=hint)

@@ -74,6 +74,9 @@ def refuse_cross_attention(config: PreTrainedConfig) -> None:
     """
     text: Any = config.get_text_config(decoder=True)
     layers = getattr(text, "cross_attention_layers", None)
+    interval = getattr(text, "cross_layer_interval", None)
+    if isinstance(interval, int) and interval > 0:
+        layers = range(0, text.num_hidden_layers, interval)
     if layers or getattr(text, "add_cross_attention", False):
         which = f"layers {', '.join(map(str, layers))}" if layers else "every layer"
         raise UnsupportedError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from llmc.architecture import auto_class
 from llmc.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -17,9 +18,8 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         UnsupportedError: transformers cannot build it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config)
@@ -39,9 +39,8 @@ def build_hollow(config: PreTrainedConfig, attention: Literal["eager", "sdpa"] =
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config)
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(

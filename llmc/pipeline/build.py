@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +58,10 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         digest = background.submit(checkpoint.digest)
         pruned = prune(checkpoint, plan.target, progress)
         compiled = compile_graph(pruned.checkpoint, plan.target, progress)
-        for name in compiled.leftovers:
-            progress.note(f"the model does not use tensor {name} of the checkpoint")
+        text_only = checkpoint.text_only_note(compiled.leftovers)
+        for note in _leftover_notes(checkpoint, compiled.leftovers, text_only):
+            progress.note(note)
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *filter(None, [text_only])))
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
         interface = compiled.graph.interface()
         with progress.stage("write"):
@@ -115,6 +119,13 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
     result = build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
     return result.model_copy(update={"forecasts": forecasts})
+
+
+def _leftover_notes(checkpoint: Checkpoint, leftovers: Sequence[str], text_only: str | None) -> list[str]:
+    """What the graph does not read: towers in one sentence, any other tensor by its name."""
+    towers = {name for names in checkpoint.beside.values() for name in names}
+    others = [f"the model does not use tensor {n} of the checkpoint" for n in leftovers if n not in towers]
+    return [*filter(None, [text_only]), *others]
 
 
 def _write_genai_config(

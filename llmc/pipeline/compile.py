@@ -89,21 +89,22 @@ def trace_key(config: Any, dtype: Dtype) -> str:
         "architecture": type(config).__name__,
         "dtype": dtype.value,
         "tools": tool_versions(),
-        "code": code_digest("llmc.trace", "llmc.graph"),
+        "code": code_digest("llmc.architecture", "llmc.trace", "llmc.graph"),
     }
     return content_key("trace", facts)
 
 
 @cache
 def code_digest(*packages: str) -> str:
-    """Digest of the source of some of our packages."""
+    """Digest of the source of some of our packages and modules."""
     digest = hashlib.sha256()
     for package in packages:
         spec = find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            for file in sorted(Path(folder).glob("*.py")):
-                digest.update(file.name.encode())
-                digest.update(file.read_bytes())
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+        for file in files or ([Path(spec.origin)] if spec and spec.origin else []):
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

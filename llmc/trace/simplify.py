@@ -18,6 +18,8 @@ def simplify(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     weights = _hide_weights(model.graph)
+    for node in list(model.graph):
+        _fold_dimension(node)
     _fold(model)
     common.ShapeInferencePass()(model)
     for node in list(model.graph):
@@ -64,6 +66,24 @@ def _fold(model: ir.Model) -> None:
     optimizer.fold_constants(
         model, onnx_shape_inference=False, input_size_limit=_FOLD_BYTES, output_size_limit=_FOLD_BYTES
     )
+
+
+def _fold_dimension(node: ir.Node) -> None:
+    """Replace the element of a shape by a constant where that dimension is known."""
+    shape = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+    index = constant_of(node.inputs[1]) if shape is not None else None
+    if shape is None or shape.op_type != "Shape" or index is None or index.shape.rank():
+        return
+    if shape.attributes.get_int("start", 0) or "end" in shape.attributes:
+        return
+    source = shape.inputs[0]
+    dim = source.shape[int(index.numpy())] if source is not None and source.shape is not None else None
+    graph = node.graph
+    if not isinstance(dim, int) or graph is None:
+        return
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.array(dim, np.int64)))])
+    graph.insert_before(node, constant)
+    ir.convenience.replace_all_uses_with(node.outputs[0], constant.outputs[0])
 
 
 def _make_reshape_static(node: ir.Node) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import auto_class
 from llmc.errors import UnsupportedError
 from llmc.trace.capture import EAGER, NAME, SDPA, register_interfaces
 from llmc.trace.experts import read_gates
@@ -32,13 +33,12 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.
     import torch
     from accelerate import init_empty_weights
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
     register_interfaces()
     config = copy.deepcopy(config)
     config._experts_implementation = NAME
     refusals: list[Exception] = []
-    make: Callable[..., Any] = AutoModelForCausalLM.from_config
+    make: Callable[..., Any] = auto_class(config).from_config
     model = None
     for attention in (NAME, SDPA) if captured else (EAGER,):
         try:

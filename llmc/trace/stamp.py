@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import language_model
+
 if TYPE_CHECKING:
     import torch
 
@@ -155,8 +157,9 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
     import torch
 
     found: tuple[str, torch.nn.ModuleList, list[int]] | None = None
+    inside = set(language_model(model).modules())
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or not len(module):
+        if not isinstance(module, torch.nn.ModuleList) or not len(module) or module not in inside:
             continue
         held = [_layer_indices(layer) for layer in module]
         owned = [next(iter(i)) for i in held if len(i) == 1]

@@ -105,6 +105,7 @@ def test_unknown_model_type(tmp_path: Path) -> None:
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "encoder-only"),
         ({"model_type": "deberta-v2"}, "no causal language model"),
         ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "voxtral"}, "no causal language model"),
     ],
 )
 def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -140,6 +141,7 @@ def test_embedding_model_by_its_files(file: str, llama: Path, damaged: Callable[
     [
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3, 8]}}, "layers 3, 8"),
         ({"model_type": "mllama"}, "layers 3, 8, 13"),
+        ({"model_type": "idefics", "num_hidden_layers": 4, "cross_layer_interval": 2}, "layers 0, 2"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "every layer"),
     ],
 )

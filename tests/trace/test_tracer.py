@@ -8,24 +8,33 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.architecture import beside_language_model
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.model import Graph, Placeholder, layer_of
 from llmc.trace import trace_model
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
-from tests.models import build_tiny_model, tiny_config
+from tests.models import MULTIMODAL_TYPES, build_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.runtime import StateStore, run_steps
 
 
 def _compare(model_type: str, **overrides: Any) -> float:
-    """Largest difference of logits at real tokens: left-padded prefill of 10, then 10 decode steps."""
+    return _trace_and_compare(model_type, **overrides)[1]
+
+
+def _trace_and_compare(model_type: str, **overrides: Any) -> tuple[Graph, float]:
+    """The graph, and the largest difference of logits at real tokens.
+
+    A prefill of 10 tokens, padded on the left, is followed by 10 decode steps.
+    """
     import torch
 
     model = build_tiny_model(model_type, **overrides)
     model.set_attn_implementation("eager")
     graph = trace_model(model.config, Dtype.FLOAT32)
-    assert graph.bind(StateStore(model), {}) == ()
+    towers = beside_language_model(model, list(model.state_dict()))
+    assert set(graph.bind(StateStore(model), {})) == {name for names in towers.values() for name in names}
     random = np.random.default_rng(0)
     ids = random.integers(3, 250, (2, 20))
     mask = np.ones_like(ids)
@@ -38,7 +47,7 @@ def _compare(model_type: str, **overrides: Any) -> float:
             position_ids=torch.from_numpy(positions),
         ).logits.numpy()
     found = run_steps(graph, ids, mask, positions, prompt=10)
-    return float(np.abs(found - expected)[mask == 1].max())
+    return graph, float(np.abs(found - expected)[mask == 1].max())
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,13 @@ def test_padding_and_positions_are_read_off_the_graph(
     graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
     assert graph.padding == padding
     assert positions is None or graph.max_length == positions
+
+
+@pytest.mark.parametrize("model_type", MULTIMODAL_TYPES)
+def test_a_multimodal_model_is_traced_from_text_alone(model_type: str) -> None:
+    graph, difference = _trace_and_compare(model_type, **tiny_multimodal_fields(model_type))
+    assert difference <= 1e-4
+    assert (graph.padding, len(graph.cache)) == ("any", 3)  # the tower's layers are not the decoder's
 
 
 def test_sinks_of_some_layers_are_sinks_of_all_that_draw_nothing() -> None:

@@ -1,0 +1,56 @@
+"""The language model of a multimodal checkpoint, built from text alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from llmc.artifact.manifest import State
+from llmc.checkpoint import open_checkpoint
+from llmc.pipeline import build, verify
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from tests.models import EOS, save_tiny_model, tiny_multimodal_fields
+from tests.notes import Notes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen")
+    fields = tiny_multimodal_fields("qwen3_vl")
+    return save_tiny_model("qwen3_vl", folder, tokenizer=True, eos_token_id=EOS, **fields)
+
+
+def test_it_is_verified_and_the_build_says_what_was_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    notes = Notes()
+    plan = plan_build(str(model), target="cpu-fp32", profile="local", output=tmp_path / "out")
+    manifest = build(plan, notes).manifest
+    count = sum(name.startswith("model.visual.") for name in load_file(model / "model.safetensors"))
+    said = f"text only: {count} tensors of model.visual are left out"
+    assert (manifest.state, manifest.model.notes) == (State.VERIFIED, (said,))
+    assert [n for n in notes.notes if "left out" in n or "does not use" in n] == [said]
+    assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_names_of_earlier_versions_are_read(model_type: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(model_type, tmp_path, **tiny_multimodal_fields(model_type))
+    assert not any(
+        name.startswith("model.language_model.") for name in load_file(folder / "model.safetensors")
+    )
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.unused == ()
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in checkpoint.tensors.infos()
+
+
+def test_a_config_of_both_is_multimodal_where_architectures_says_so(tmp_path: Path) -> None:
+    from llmc.architecture import is_multimodal
+    from llmc.checkpoint.configuration import load_config
+
+    for name in ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4", "architectures": [name]}))
+        assert is_multimodal(load_config(tmp_path)) is name.endswith("ConditionalGeneration")
