@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.architecture import beside_language_model
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
+from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
 from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
-from llmc.checkpoint.quantized import dequantize_store, require_floats
+from llmc.checkpoint.quantized import read_quantized
 from llmc.checkpoint.reference import fill_model, stream_model
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
@@ -73,7 +74,7 @@ class Checkpoint:
         The same files give the same digest wherever they lie; what was left out of the model since counts.
         Takes about a second for 1.5 GB on two cores; see `llmc.checkpoint.digest` for the format.
         """
-        described = [self.path / name for name in configuration.CONFIG_FILES]
+        described = [self.path / name for name in (*configuration.CONFIG_FILES, *SIDE_FILES)]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
         read = [self.path] if self.path.is_file() else [f for f in files if f.is_file()]
         digest = digest_files(read)
@@ -183,12 +184,13 @@ def open_checkpoint(ref: str) -> Checkpoint:
             is not read (exit code 3).
     """
     found = location.locate(ref)
-    quantization = configuration.load_quantization(found.path)
+    declared = configuration.load_declarations(found.path)
     config = configuration.load_config(found.path)
     if found.repository is not None:
         location.download_weights(found.repository)
     model = build_skeleton(config)
     files: tuple[Path, ...]
+    quantization = None
     if found.path.is_file():
         source = gguf.open_gguf(found.path, model)
         converted = conversion.convert_store(source.store, model, source.mapping)
@@ -199,12 +201,11 @@ def open_checkpoint(ref: str) -> Checkpoint:
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files
+        read = read_quantized(store, declared, found.path)
+        quantization = read.quantization
         mapping = conversion.model_mapping(model)
-        raw, notes = unwrap(store, conversion.name_check(model, mapping))
-        dropped = {}
-        if quantization is not None:
-            raw = dequantize_store(raw, quantization, found.path)
-        require_floats(raw)
+        raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))
+        dropped, notes = {}, (*read.notes, *renamed)
         converted = conversion.convert_store(raw, model, mapping)
     return Checkpoint(
         ref=ref,

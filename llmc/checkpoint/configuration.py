@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import auto_class, is_multimodal
+from llmc.checkpoint.declared import Declaration, find_declarations
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_outline import write_outline
 from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
-from llmc.checkpoint.quantization import StoredQuantization, parse_quantization
 from llmc.checkpoint.rotary import refuse_contradiction, refuse_unknown_type
 from llmc.errors import CheckpointError, UnsupportedError, did_you_mean
 
@@ -36,19 +36,21 @@ def load_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def load_quantization(path: Path) -> StoredQuantization | None:
-    """How the weights of a Hugging Face folder are quantized; None if they are not, or for a GGUF.
+def load_declarations(path: Path) -> tuple[Declaration, ...]:
+    """What a Hugging Face folder says about the quantization of its weights; empty for floats and for a GGUF.
+
+    The first declaration is parsed, so that a method that is not read is refused before weights are fetched.
 
     Raises:
         CheckpointError: No config.json, or one that is damaged.
-        UnsupportedError: In a way that is not read.
+        UnsupportedError: Quantized in a way that is not read.
     """
-    fields = {} if path.is_file() else _read_json(path / "config.json").get("quantization_config")
-    if not fields:
-        return None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"quantization_config of {path} is no JSON object")
-    return parse_quantization(fields, path)
+    if path.is_file():
+        return ()
+    declared = find_declarations(path, _read_json(path / "config.json"))
+    if declared:
+        declared[0].parse()
+    return declared
 
 
 def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -130,8 +132,10 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         ) from error
     refuse_cross_attention(config)
     refuse_unknown_type(config)
-    if hasattr(config, "quantization_config"):  # transformers' model is that of the dequantized weights
-        del config.quantization_config
+    # transformers' model is that of the dequantized weights.
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 

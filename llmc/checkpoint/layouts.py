@@ -1,84 +1,38 @@
-"""Matrices of quantized checkpoints, read by rows: packed integers and fp8, as their libraries lay them out.
+"""Matrices of quantized checkpoints in integers, read by rows as their libraries lay them out.
 
-- GPTQ (AutoGPTQ, GPTQModel): `qweight` int32 (K * bits / 32, N), codes packed along the inputs, low bits
-  first; `qzeros` int32 (groups, N * bits / 32), along the outputs, each smaller by one in the first layout;
-  `scales` (groups, N); `g_idx` (K,), the group of each input.
+- GPTQ (AutoGPTQ, GPTQModel, auto-round): `qweight` int32 (K * bits / 32, N), codes packed along the inputs,
+  low bits first; `qzeros` int32 (groups, N * bits / 32), along the outputs, each smaller by one in the first
+  layout; `scales` (groups, N); `g_idx` (K,), the group of each input.
 - AWQ (AutoAWQ, gemm): `qweight` int32 (K, N / 8) and `qzeros` int32 (groups, N / 8), along the outputs, where
   the i-th 4 bits of a word are output 0 2 4 6 1 3 5 7 [i] of its eight; `scales` (groups, N).
 - compressed-tensors: `weight_packed` int32 (N, K * bits / 32) or `weight` int8 (N, K), of signed codes that
   are packed with 2**(bits-1) added; `weight_scale` (N, groups) or one value; `weight_zero_point` int8
   (N, groups), or packed along the outputs like the codes; `weight_g_idx` (K,).
-- fp8 (DeepSeek): `weight` float8 E4M3 (N, K), times `weight_scale_inv` of each tile of outputs and inputs.
+- ModelOpt: `weight` int8 (N, K) with `weight_scale` (N,), or uint8 (N / 2, K) of signed 4-bit codes, the even
+  output in the low half, with `weight_scale` (N, groups).
+- bitsandbytes' LLM.int8: `weight` int8 (N, K) and `SCB` (N,), the largest magnitude of each output.
+- MLX: `weight` uint32 (N, K * bits / 32), low bits first; a weight is code * scale + bias, of `scales` and
+  `biases` (N, groups).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from llmc.checkpoint.quantization import ModuleFormat
-from llmc.checkpoint.ranges import WholeValues
-from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, CodeGrid, CodeRows, WeightStore
+from llmc.checkpoint.source import Part, Source
+from llmc.errors import CheckpointError, UnsupportedError
+from llmc.graph.weights import Array, CodeGrid, CodeRows
 
 #: Output of each 4 bits of a word in AWQ's gemm layout.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class Source:
-    """The files' tensors of one module.
-
-    Args:
-        kept: What is kept of a tensor from one range of its rows to the next, by part; shared by all modules,
-            so that each thread holds one tensor of a part at most.
-    """
-
-    def __init__(self, raw: WeightStore, module: str, kept: dict[str, WholeValues]) -> None:
-        self._raw, self.module, self._kept = raw, module, kept
-
-    def has(self, part: str) -> bool:
-        return self._name(part) in self._raw.infos()
-
-    def shape(self, part: str) -> tuple[int, ...]:
-        """Raises CheckpointError: The files lack it."""
-        if not self.has(part):
-            raise CheckpointError(f"the files lack {self._name(part)}, which a quantized module needs")
-        return self._raw.infos()[self._name(part)].shape
-
-    def matrix(self, part: str) -> tuple[int, int]:
-        """Raises CheckpointError: The files lack it, or it has not two axes."""
-        shape = self.shape(part)
-        if len(shape) != 2:
-            raise CheckpointError(f"{self._name(part)} has shape {list(shape)}, and a matrix is expected")
-        return shape[0], shape[1]
-
-    def dtype(self, part: str) -> np.dtype:
-        return self._raw.infos()[self._name(part)].dtype.numpy()
-
-    def read(self, part: str, start: int = 0, stop: int | None = None) -> Array:
-        return self._raw.read(self._name(part), start, stop)
-
-    def rows(self, part: str, arrange: Callable[[Array], Array], start: int, stop: int) -> Array:
-        """Rows of `arrange(whole tensor)`, which is kept while a walk over its rows goes on."""
-        kept = self._kept.setdefault(part, WholeValues())
-        return kept.rows(self.module, lambda: arrange(self.read(part)), start, stop)
-
-    def require(self, part: str, shape: tuple[int, ...]) -> None:
-        """Raises CheckpointError: The tensor is missing or has another shape."""
-        if self.shape(part) != shape:
-            raise CheckpointError(
-                f"{self._name(part)} has shape {list(self.shape(part))}, and {list(shape)} by the other "
-                "tensors of its module and quantization_config"
-            )
-
-    def _name(self, part: str) -> str:
-        return f"{self.module}.{part}"
-
-
 def unpack_words(words: Array, bits: int, count: int) -> Array:
-    """The first `count` codes of rows of int32, low bits first and across words, uint8 (n, count)."""
-    octets = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8).reshape(len(words), -1)
+    """The first `count` codes of rows of 32-bit words, low bits first and across words, uint8 (n, count)."""
+    octets = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
     if 8 % bits == 0:
         parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
         codes: Array = np.stack(parts, axis=-1).reshape(len(words), -1)[:, :count]
@@ -86,9 +40,6 @@ def unpack_words(words: Array, bits: int, count: int) -> Array:
     single = np.unpackbits(octets, axis=1, bitorder="little", count=count * bits)
     packed = np.packbits(single.reshape(len(words), count, bits), axis=-1, bitorder="little")
     return packed[..., 0]
-
-
-Part = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -161,52 +112,32 @@ class IntegerMatrix:
         return CodeGrid(self.bits, self.group_size, symmetric, self.scale_dtype, self.read)
 
 
-@dataclass(frozen=True)
-class Fp8Matrix:
-    """A matrix (N, K) of float8 E4M3, with one scale, one by output, or one by tile.
-
-    Args:
-        tile: (outputs, inputs) of a tile; None for the others.
-    """
-
-    source: Source
-    shape: tuple[int, int]
-    scale_part: str
-    tile: tuple[int, int] | None
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
-        values: Array = self.source.read("weight", start, stop).astype(np.float32)
-        scales = self.source.read(self.scale_part).astype(np.float32)
-        if self.tile is not None:
-            outputs, inputs = np.arange(start, stop) // self.tile[0], np.arange(self.shape[1]) // self.tile[1]
-            values *= scales[outputs][:, inputs]
-        elif scales.size == 1:
-            values *= scales.reshape(())
-        else:
-            values *= scales.reshape(-1, 1)[start:stop]
-        return values
-
-    def grid(self) -> CodeGrid | str:
-        """Why there are no integer codes."""
-        return "it is stored in fp8"
-
-
-def gptq_matrix(source: Source, form: ModuleFormat, zero_offset: int) -> IntegerMatrix:
+def gptq_matrix(
+    source: Source, form: ModuleFormat, zero_offset: int, *, symmetric: bool = False
+) -> IntegerMatrix:
     """The matrix whose `qweight` is packed along the inputs.
 
     A zero point that is the highest code when it is stored as one less stands for 0: quantizers give zero
     points of 0..2**bits - 1, and packing wraps.
 
+    Args:
+        symmetric: Whether all zero points are said to be 2**(bits - 1); the stored ones then tell the offset.
+
     Raises:
         CheckpointError: Its tensors do not fit together.
     """
     words, outputs = source.matrix("qweight")
-    inputs = source.shape("g_idx")[0] if source.has("g_idx") else words * 32 // form.bits
-    bits = words * 32 // inputs if inputs else 0  # GPTQModel may have others than the config for some modules
-    if bits not in {2, 3, 4, 8}:
-        raise CheckpointError(f"{source.module}.qweight has {words} words for {inputs} inputs")
     groups, _ = source.matrix("scales")
+    _, zero_words = source.matrix("qzeros")
+    bits = zero_words * 32 // outputs if outputs else 0  # some modules have others than the config says
+    if source.has("g_idx"):
+        inputs = source.shape("g_idx")[0]
+        bits = words * 32 // inputs if inputs else 0
+    if bits not in {2, 3, 4, 8}:
+        raise CheckpointError(
+            f"{source.module}.qweight has {words} words of {bits} bits for {outputs} outputs"
+        )
+    inputs = words * 32 // bits
     source.require("qweight", (inputs * bits // 32, outputs))
     source.require("scales", (groups, outputs))
     source.require("qzeros", (groups, outputs * bits // 32))
@@ -216,7 +147,10 @@ def gptq_matrix(source: Source, form: ModuleFormat, zero_offset: int) -> Integer
 
     def zeros(words: Array) -> Array:
         stored = unpack_words(words, bits, outputs)
-        return turn((stored + np.uint8(zero_offset)) & np.uint8((1 << bits) - 1))
+        missing = (1 << (bits - 1)) - int(stored[0, 0]) if stored.size else 0
+        told = symmetric and missing in {0, 1} and bool((stored == stored[0, 0]).all())
+        offset = np.uint8(missing if told else zero_offset)
+        return turn((stored + offset) & np.uint8((1 << bits) - 1))
 
     return IntegerMatrix(
         source,
@@ -319,24 +253,149 @@ def compressed_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
     )
 
 
-def fp8_matrix(source: Source, form: ModuleFormat) -> Fp8Matrix:
-    """The matrix of float8 E4M3 and its scales.
+def modelopt_int4_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
+    """ModelOpt's signed 4-bit codes, two outputs in a byte, the even one in the low half.
 
     Raises:
         CheckpointError: Its tensors do not fit together.
     """
+    pairs, inputs = source.matrix("weight")
+    outputs, groups = source.matrix("weight_scale")
+    source.require("weight", (outputs // 2, inputs))
+
+    def codes(start: int, stop: int) -> Array:
+        both = source.read("weight", start // 2, -(-stop // 2))
+        signed = np.stack([both & 15, both >> 4], axis=1).reshape(-1, inputs)
+        return signed[start % 2 :][: stop - start] ^ np.uint8(8)
+
+    return IntegerMatrix(
+        source,
+        (2 * pairs, inputs),
+        4,
+        groups,
+        _group_size(source, form, inputs, groups),
+        codes,
+        None,
+        lambda start, stop: source.read("weight_scale", start, stop),
+        source.dtype("weight_scale"),
+        None,
+    )
+
+
+def bitsandbytes_int8_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
+    """The signed bytes of LLM.int8: a weight is byte * SCB / 127.
+
+    Raises:
+        CheckpointError: Its tensors do not fit together.
+        UnsupportedError: It is in the order of a GPU's kernels.
+    """
     outputs, inputs = source.matrix("weight")
-    part = "weight_scale_inv" if source.has("weight_scale_inv") else "weight_scale"
-    shape = source.shape(part)
-    if form.tile is not None and len(shape) == 2:
-        source.require(part, (-(-outputs // form.tile[0]), -(-inputs // form.tile[1])))
-        return Fp8Matrix(source, (outputs, inputs), part, form.tile)
-    if int(np.prod(shape, dtype=np.int64)) not in {1, outputs}:
-        raise CheckpointError(
-            f"{source.module}.{part} has shape {list(shape)} for {outputs} outputs, and quantization_config "
-            "has no weight_block_size"
+    source.require("SCB", (outputs,))
+    if source.has("weight_format") and int(source.read("weight_format").reshape(-1)[0]) != 0:
+        raise UnsupportedError(
+            f"{source.module}.weight is in the order of a GPU's kernels (weight_format is not 0)",
+            hint="save it again with a newer bitsandbytes, which stores rows",
         )
-    return Fp8Matrix(source, (outputs, inputs), part, None)
+
+    def scales(values: Array) -> Array:
+        return values.astype(np.float32).reshape(-1, 1) / np.float32(127)
+
+    return IntegerMatrix(
+        source,
+        (outputs, inputs),
+        8,
+        1,
+        inputs,
+        lambda start, stop: source.read("weight", start, stop).view(np.uint8) ^ np.uint8(128),
+        None,
+        lambda start, stop: source.rows("SCB", scales, start, stop),
+        np.dtype(np.float32),
+        None,
+    )
+
+
+@dataclass(frozen=True)
+class AffineMatrix:
+    """A matrix (N, K) of MLX: code * scale + bias, with a scale and a bias by group of inputs."""
+
+    source: Source
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Outputs start:stop, float32 (n, K)."""
+        scales = self.source.read("scales", start, stop).astype(np.float32)
+        biases = self.source.read("biases", start, stop).astype(np.float32)
+        codes = unpack_words(self.source.read("weight", start, stop), self.bits, self.shape[1])
+        values = codes.reshape(stop - start, -1, self.group_size) * scales[:, :, None]
+        values += biases[:, :, None]
+        return values.reshape(stop - start, -1)
+
+    def grid(self) -> CodeGrid | str:
+        """Why its codes are not kept."""
+        return "its zero points are no integers"
+
+
+def affine_matrix(source: Source, form: ModuleFormat) -> AffineMatrix:
+    """The matrix of MLX's affine mode; its bits are what its shape says.
+
+    Raises:
+        CheckpointError: Its tensors do not fit together.
+    """
+    outputs, words = source.matrix("weight")
+    _, groups = source.matrix("scales")
+    inputs = groups * (form.group_size or 0)
+    bits = words * 32 // inputs if inputs else 0
+    if bits not in {2, 3, 4, 5, 6, 8} or words * 32 != inputs * bits:
+        raise CheckpointError(
+            f"{source.module}.weight has {words} words for {groups} groups of {form.group_size} inputs"
+        )
+    source.require("scales", (outputs, groups))
+    source.require("biases", (outputs, groups))
+    return AffineMatrix(source, (outputs, inputs), bits, form.group_size or 0)
+
+
+class _Rows(Protocol):
+    """A matrix (N, K) that is read by outputs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, start: int, stop: int) -> Array: ...
+
+
+@dataclass(frozen=True)
+class ScaledInputs:
+    """A matrix (N, K) whose inputs are multiplied by factors (K,) before it, folded into it."""
+
+    source: Source
+    inner: _Rows
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Outputs start:stop, float32 (n, K)."""
+        factors = self.source.read("pre_quant_scale").astype(np.float32).reshape(-1)
+        scaled: Array = self.inner.rows(start, stop) * factors
+        return scaled
+
+    def grid(self) -> CodeGrid | str:
+        """Why its codes are not kept."""
+        return "its inputs are scaled (pre_quant_scale)"
+
+
+def scale_inputs(source: Source, inner: _Rows) -> ScaledInputs:
+    """The matrix of ModelOpt whose AWQ scales its inputs with `pre_quant_scale`.
+
+    Raises:
+        CheckpointError: There are other factors than inputs.
+    """
+    if int(np.prod(source.shape("pre_quant_scale"))) != inner.shape[-1]:
+        raise CheckpointError(
+            f"{source.module}.pre_quant_scale has shape {list(source.shape('pre_quant_scale'))} for "
+            f"{inner.shape[-1]} inputs"
+        )
+    return ScaledInputs(source, inner, inner.shape)
 
 
 def _group_size(source: Source, form: ModuleFormat, inputs: int, groups: int) -> int:

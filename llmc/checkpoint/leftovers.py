@@ -116,6 +116,14 @@ KINDS: tuple[Kind, ...] = (
     Kind("version numbers of modules", r"(^|\.)(encoder|decoder)\.version$"),
     Kind("biases that are zero", r"\.bias$", _is_zero_vector),
     Kind(
+        "scales of quantized activations; the artifact takes the weights",
+        r"\.(input|output|act|activation)(_global)?_(scale|scale_ub|zero_point|amax)$",
+    ),
+    Kind(
+        "scales of a quantized KV cache; the artifact takes the weights",
+        r"\.(k|v|q|kv|prob|k_cache|v_cache|kv_cache)_(scale|zero_point|scaling_factor)$",
+    ),
+    Kind(
         "towers for images or sound; the artifact is the language model",
         r"^(model\.)?(vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens|multi_modal_projector"
         r"|audio_tower|audio_model|embed_vision|embed_audio|talker|token2wav|code2wav)\.",

@@ -1,60 +1,116 @@
 """A quantized Hugging Face folder as floats: every quantized matrix under the name of its parameter.
 
 Values are float32, (code - zero point) * scale, read by rows; no matrix is held beyond the reading of it.
-Beside them stand the codes themselves, so that they can be stored as they are.
+Beside them stand the codes themselves, so that they can be stored as they are. Which layout a module has is
+told by its tensors; what config.json and side files say must fit them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import onnx_ir as ir
 
-from llmc.checkpoint.layouts import (
-    Fp8Matrix,
-    IntegerMatrix,
-    Source,
-    awq_matrix,
-    compressed_matrix,
-    fp8_matrix,
-    gptq_matrix,
-)
-from llmc.checkpoint.quantization import Method, StoredQuantization
+from llmc.checkpoint import float_layouts, layouts
+from llmc.checkpoint.declared import Declaration
+from llmc.checkpoint.quantization import Layout, Method, ModuleFormat, StoredQuantization
 from llmc.checkpoint.ranges import WholeValues, row_range
-from llmc.errors import UnsupportedError
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.checkpoint.recipes import FLOAT_HINT
+from llmc.checkpoint.source import Source
+from llmc.errors import CheckpointError, UnsupportedError
+from llmc.graph.weights import Array, CodeGrid, TensorInfo, WeightStore
 
-#: Tensors of a module that make its weight; the others (biases, scales of activations) stay as they are.
-_PARTS = (
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-)
-_FLOAT8 = ir.DataType.FLOAT8E4M3FN
+_FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
+
+
+class _Matrix(Protocol):
+    """A quantized tensor that is read by rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, start: int, stop: int) -> Array: ...
+
+    def grid(self) -> CodeGrid | str: ...
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a layout is read.
+
+    Args:
+        parts: Tensors of a module that make its weight; the others stay as they are.
+        build: The matrix, of what the files have and the declaration says.
+    """
+
+    parts: tuple[str, ...]
+    build: Callable[[Source, ModuleFormat], _Matrix]
+
+
+_COMPRESSED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_FP4 = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")
+_BNB = tuple(f"weight.{p}" for p in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"))
+
+_KINDS: Mapping[Layout, _Kind] = {
+    Layout.AWQ: _Kind(("qweight", "qzeros", "scales"), layouts.awq_matrix),
+    Layout.PACKED_INTEGERS: _Kind(_COMPRESSED, layouts.compressed_matrix),
+    Layout.INT8: _Kind(_COMPRESSED, layouts.compressed_matrix),
+    Layout.INT4_BY_OUTPUT: _Kind(("weight", "weight_scale"), layouts.modelopt_int4_matrix),
+    Layout.AFFINE: _Kind(("weight", "scales", "biases"), layouts.affine_matrix),
+    Layout.FP8: _Kind(("weight", "weight_scale", "weight_scale_inv"), float_layouts.fp8_matrix),
+    Layout.NVFP4: _Kind(_FP4, float_layouts.nvfp4_matrix),
+    Layout.MXFP4: _Kind(_FP4, float_layouts.mxfp4_matrix),
+    Layout.MXFP4_EXPERTS: _Kind(("blocks", "scales"), float_layouts.mxfp4_experts),
+    Layout.BNB_4BIT: _Kind(("weight", *_BNB, *float_layouts.BNB_STATES), float_layouts.table_matrix),
+    Layout.BNB_INT8: _Kind(("weight", "SCB", "weight_format"), layouts.bitsandbytes_int8_matrix),
+}
+_SMALL_FLOATS = {Layout.NVFP4, Layout.MXFP4, Layout.MXFP4_EXPERTS}
+_GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A quantized module of the files.
+
+    Args:
+        name: Its name; of stacked experts that of the parameter.
+        parameter: The parameter that it gives.
+        found: The tensor by which it was found.
+        joint: What stands between its name and those of its parts.
+    """
+
+    name: str
+    parameter: str
+    found: str
+    layout: Layout
+    joint: str = "."
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """The tensors of a folder as floats.
+
+    Args:
+        quantization: What its codes were read by; None if it has none.
+        notes: Sentences for the user.
+    """
+
+    store: WeightStore
+    quantization: StoredQuantization | None
+    notes: tuple[str, ...]
 
 
 class DequantizedStore:
-    """A `WeightStore` over the files of a quantized checkpoint, with `X.weight` for what X is made of."""
+    """A `WeightStore` over the files of a quantized checkpoint, with floats for what modules are made of."""
 
-    def __init__(self, raw: WeightStore, matrices: Mapping[str, IntegerMatrix | Fp8Matrix]) -> None:
+    def __init__(self, raw: WeightStore, matrices: Mapping[str, _Matrix], consumed: set[str]) -> None:
         self._raw = raw
         self._matrices = matrices
-        modules = {name.removesuffix(".weight") for name in matrices}
-        infos = {
-            name: info
-            for name, info in raw.infos().items()
-            if not (name.rpartition(".")[0] in modules and name.rpartition(".")[2] in _PARTS)
-        }
+        infos = {name: info for name, info in raw.infos().items() if name not in consumed}
         for name, matrix in matrices.items():
             infos[name] = TensorInfo(name, matrix.shape, ir.DataType.FLOAT, matrix.grid)
         self._infos = MappingProxyType(infos)
@@ -69,52 +125,186 @@ class DequantizedStore:
         return matrix.rows(*row_range(matrix.shape, start, stop))
 
 
-def dequantize_store(raw: WeightStore, quantization: StoredQuantization, folder: Path) -> DequantizedStore:
+def read_quantized(raw: WeightStore, declared: Sequence[Declaration], folder: Path) -> QuantizedFolder:
     """The tensors of `raw` with every quantized module's weight as floats.
 
+    Args:
+        declared: What the folder says about its quantization, in the order in which it counts.
+
     Raises:
-        UnsupportedError: AWQ scaled an activation function.
+        UnsupportedError: The codes are not what any declaration says, or of a kind that is not read.
         CheckpointError: The tensors of a module do not fit together.
     """
-    infos = raw.infos()
-    matrices: dict[str, IntegerMatrix | Fp8Matrix] = {}
+    modules = _find_modules(raw.infos())
+    if not modules:
+        _refuse_codes(raw.infos())
+        notes = [
+            f"{d.source} says that the weights are quantized by {d.method}, but the files hold floats, which "
+            "are read as they are."
+            for d in declared
+        ]
+        return QuantizedFolder(raw, None, tuple(notes))
+    quantization = _choose(modules, declared)
+    notes = []
+    if quantization.source != declared[0].source:
+        notes.append(
+            f"{declared[0].source} says {declared[0].method}, but the files hold what {quantization.source} "
+            f"says ({quantization.method}), and are read so."
+        )
+    _refuse_scaled_activations(raw.infos(), quantization, folder)
     kept: dict[str, WholeValues] = {}
+    matrices: dict[str, _Matrix] = {}
+    consumed: set[str] = set()
+    for module in modules:
+        source = Source(raw, module.name, kept, module.joint)
+        matrix, parts = _matrix(source, module.layout, quantization)
+        if source.has("pre_quant_scale"):
+            matrix, parts = layouts.scale_inputs(source, matrix), (*parts, "pre_quant_scale")
+        matrices[module.parameter] = matrix
+        consumed |= {f"{module.name}{module.joint}{part}" for part in parts}
+    store = DequantizedStore(raw, matrices, consumed)
+    _refuse_codes(store.infos())
+    small = sum(module.layout in _SMALL_FLOATS for module in modules)
+    if small:
+        notes.append(f"4-bit floats ({small} matrices) are read as integers of 8 bits, without loss.")
+    return QuantizedFolder(store, quantization, tuple(notes))
+
+
+def _find_modules(infos: Mapping[str, TensorInfo]) -> list[_Module]:
+    found = []
     for name, info in infos.items():
         module, _, part = name.rpartition(".")
-        packed = part in {"qweight", "weight_packed"}
-        scaled = part == "weight" and info.dtype in {_FLOAT8, ir.DataType.INT8}
-        if packed or scaled:
-            matrices[f"{module}.weight"] = _matrix(Source(raw, module, kept), quantization)
-        elif quantization.method is Method.AWQ and part == "scales" and f"{module}.qweight" not in infos:
-            raise UnsupportedError(
-                f"{folder} scales an activation function ({name}), which llmc's models do not have",
-                hint="compile the original checkpoint in float instead",
-            )
-    return DequantizedStore(raw, matrices)
+        if name.endswith("_blocks") and name.replace("_blocks", "_scales") in infos:
+            parameter = name.removesuffix("_blocks")
+            found.append(_Module(parameter, parameter, name, Layout.MXFP4_EXPERTS, "_"))
+        elif part in {"qweight", "weight_packed", "weight"}:
+            layout = _layout(module, part, info, infos)
+            if layout is not None:
+                found.append(_Module(module, f"{module}.weight", name, layout))
+    return found
 
 
-def require_floats(store: WeightStore) -> None:
-    """Check that no tensor is left in fp8: without its scale it means nothing.
+def _layout(module: str, part: str, info: TensorInfo, infos: Mapping[str, TensorInfo]) -> Layout | None:
+    """The layout of a module that has `part`; None for a float weight, or for codes without a known scale."""
+
+    def has(other: str) -> bool:
+        return f"{module}.{other}" in infos
+
+    def dtype(other: str) -> ir.DataType | None:
+        return infos[f"{module}.{other}"].dtype if has(other) else None
+
+    if part == "qweight":
+        scales = infos.get(f"{module}.scales")
+        if info.dtype is not ir.DataType.INT32 or scales is None:
+            return None
+        by_output = len(info.shape) == 2 and info.shape[1] * 8 == scales.shape[-1]
+        return Layout.AWQ if by_output else Layout.GPTQ
+    if has("weight.absmax"):
+        return Layout.BNB_4BIT
+    if info.dtype in _FLOAT8 and (has("weight_scale") or has("weight_scale_inv")):
+        return Layout.FP8
+    match info.dtype, dtype("weight_scale"):
+        case ir.DataType.INT32, _ if part == "weight_packed":
+            return Layout.PACKED_INTEGERS
+        case ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN:
+            return Layout.NVFP4
+        case ir.DataType.UINT8, ir.DataType.UINT8 | ir.DataType.FLOAT8E8M0:
+            return Layout.MXFP4
+        case ir.DataType.UINT8, ir.DataType():
+            return Layout.INT4_BY_OUTPUT
+        case ir.DataType.INT8, ir.DataType():
+            return Layout.INT8
+        case ir.DataType.INT8, None if has("SCB"):
+            return Layout.BNB_INT8
+        case ir.DataType.UINT32, None if has("scales"):
+            return Layout.AFFINE
+    return None
+
+
+def _choose(modules: Sequence[_Module], declared: Sequence[Declaration]) -> StoredQuantization:
+    """The first declaration that allows the layouts of all modules.
+
+    Raises:
+        UnsupportedError: None does.
+        CheckpointError: The first one cannot be read.
+    """
+    parsed = []
+    for declaration in declared:
+        quantization = declaration.parse()
+        parsed.append(quantization)
+        if all(module.layout in quantization.layouts for module in modules):
+            return _agreed(quantization, declared)
+    first = next((m for m in modules if not parsed or m.layout not in parsed[0].layouts), modules[0])
+    said = "; ".join(f"{q.source} says {q.method} ({', '.join(sorted(q.layouts))})" for q in parsed)
+    raise UnsupportedError(
+        f"{first.found} is laid out as {first.layout}, and "
+        + (said or "neither config.json nor a file beside it says how the weights are quantized"),
+        hint=FLOAT_HINT,
+    )
+
+
+def _agreed(chosen: StoredQuantization, declared: Sequence[Declaration]) -> StoredQuantization:
+    """What was chosen, with the layout of zero points that another declaration may state.
+
+    Raises:
+        CheckpointError: Two declarations state different ones, and codes cannot tell which is right.
+    """
+    if Layout.GPTQ not in chosen.layouts:
+        return chosen
+    stated: dict[int, str] = {}
+    for declaration in declared:
+        if declaration.method in {Method.GPTQ, Method.AUTO_ROUND}:
+            other = declaration.parse()
+            if other.zero_offset is not None:
+                stated.setdefault(other.zero_offset, other.source)
+    if len(stated) > 1 and not chosen.symmetric:
+        raise CheckpointError(
+            f"{' and '.join(stated.values())} state different layouts of zero points (checkpoint_format)",
+            hint="remove the file that is not of these weights",
+        )
+    return replace(chosen, zero_offset=next(iter(stated), None))
+
+
+def _matrix(
+    source: Source, layout: Layout, quantization: StoredQuantization
+) -> tuple[_Matrix, tuple[str, ...]]:
+    form = quantization.format_of(source.module)
+    if layout is Layout.GPTQ:
+        offset = 1 if quantization.zero_offset is None else quantization.zero_offset
+        return layouts.gptq_matrix(source, form, offset, symmetric=quantization.symmetric), _GPTQ_PARTS
+    if layout is Layout.INT8 and quantization.method is Method.MODELOPT:
+        form = replace(form, bits=8)
+    kind = _KINDS[layout]
+    return kind.build(source, form), kind.parts
+
+
+def _refuse_codes(infos: Mapping[str, TensorInfo]) -> None:
+    """Check that no weight is left in codes: without their scales they mean nothing.
 
     Raises:
         UnsupportedError: One is.
     """
-    left = next((name for name, info in store.infos().items() if info.dtype is _FLOAT8), None)
-    if left is not None:
-        raise UnsupportedError(
-            f"{left} is stored as F8_E4M3, and quantization_config does not say how",
-            hint="compile the original checkpoint in float instead",
-        )
+    for name, info in infos.items():
+        part = name.rpartition(".")[2]
+        if info.dtype in _FLOAT8 or part in {"qweight", "weight_packed"}:
+            raise UnsupportedError(
+                f"{name} is stored as {info.dtype.name}, and nothing in the folder says how it was quantized",
+                hint=FLOAT_HINT,
+            )
 
 
-def _matrix(source: Source, quantization: StoredQuantization) -> IntegerMatrix | Fp8Matrix:
-    form = quantization.format_of(source.module)
-    if source.has("weight") and source.dtype("weight") == _FLOAT8.numpy():
-        return fp8_matrix(source, form)
-    match quantization.method:
-        case Method.GPTQ:
-            return gptq_matrix(source, form, quantization.zero_offset)
-        case Method.AWQ:
-            return awq_matrix(source, form)
-        case Method.COMPRESSED_TENSORS | Method.FP8:
-            return compressed_matrix(source, form)
+def _refuse_scaled_activations(
+    infos: Mapping[str, TensorInfo], quantization: StoredQuantization, folder: Path
+) -> None:
+    """Check that AWQ scaled no activation function, whose models llmc does not have.
+
+    Raises:
+        UnsupportedError: It did.
+    """
+    for name in infos if Layout.AWQ in quantization.layouts else ():
+        module, _, part = name.rpartition(".")
+        if part == "scales" and f"{module}.qweight" not in infos:
+            raise UnsupportedError(
+                f"{folder} scales an activation function ({name}), which llmc's models do not have",
+                hint=FLOAT_HINT,
+            )

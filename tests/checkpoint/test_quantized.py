@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from llmc.checkpoint import open_checkpoint
-from llmc.checkpoint.quantization import ModuleFormat, parse_quantization
+from llmc.checkpoint import Checkpoint, open_checkpoint
+from llmc.checkpoint.quantization import ModuleFormat
+from llmc.checkpoint.recipes import parse_quantization
 from llmc.errors import CheckpointError, ExitCode, UnsupportedError
 from llmc.graph.weights import Array
 from tests.checkpoint.quantized_folders import (
@@ -60,12 +61,16 @@ LAYOUTS: dict[str, tuple[Mapping[str, Any], Pack, dict[str, Any]]] = {
 
 
 def check(folder: Path, values: Mapping[str, Array]) -> None:
-    """Whole tensors, ranges of rows and PyTorch's model against `values`."""
+    """Whole tensors, ranges of rows and PyTorch's model against `values`; every tensor has its place."""
     checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.unused == ()
+    check_values(checkpoint, values)
+
+
+def check_values(checkpoint: Checkpoint, values: Mapping[str, Array]) -> None:
     assert checkpoint.quantization is not None
     assert not hasattr(checkpoint.config, "quantization_config")
     state = checkpoint.load_reference("sdpa").state_dict()
-    assert checkpoint.unused == ()
     for name, wanted in values.items():
         assert wanted.std() > 0.01
         np.testing.assert_array_equal(checkpoint.tensors.read(name), wanted)
@@ -134,15 +139,16 @@ def test_scales_in_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "is quantized by bitsandbytes; read are gptq",
-        ),
+        ({"quant_method": "hqq", "quant_config": {}}, "is quantized by hqq; read are gptq"),
         ({"bits": 4}, "is quantized by an unnamed method"),
         (gptq_config(checkpoint_format="marlin"), "by gptq in layout marlin, which is not read"),
         (gptq_config(5), "by gptq in 5 bits"),
         (AWQ | {"version": "gemv"}, "by awq in layout gemv"),
-        (compressed_config("nvfp4-pack-quantized"), "by compressed-tensors in format nvfp4-pack-quantized"),
+        (compressed_config("marlin-24"), "by compressed-tensors in format marlin-24"),
+        ({"quant_method": "auto-round", "bits": 5, "group_size": 32}, "by auto-round in 5 bits"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by modelopt in algorithm W4A8_AWQ"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}, "by modelopt in algorithm NVFP4_SVD"),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "by mlx in mode mxfp4"),
         (
             compressed_config("pack-quantized", **PACKED) | {"sparsity_config": {"format": "sparse-24"}},
             "in sparse format sparse-24",
