@@ -20,18 +20,22 @@ class CodeRows(NamedTuple):
 
     Args:
         codes: uint8 (n, K).
-        zero_points: uint8 (n, groups).
+        zero_points: uint8 (n, groups); what they are does not matter where there are minimums.
         scales: (n, groups), in the type that the checkpoint has them in.
+        minimums: (n, groups), in the type of the scales; None unless the grid has them.
     """
 
     codes: Array
     zero_points: Array
     scales: Array
+    minimums: Array | None = None
 
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """Codes that a checkpoint stores for a matrix (N, K): a weight is (code - zero point) * scale.
+    """Codes that a checkpoint stores for a matrix (N, K).
+
+    A weight is (code - zero point) * scale, or code * scale + minimum.
 
     Args:
         bits: Codes and zero points are in 0..2**bits - 1.
@@ -39,6 +43,7 @@ class CodeGrid:
         symmetric: Every zero point is 2**(bits - 1).
         scale_dtype: Type of the scales.
         read: Outputs start:stop.
+        minimums: Whether a group has a minimum in the place of a zero point.
     """
 
     bits: int
@@ -46,6 +51,7 @@ class CodeGrid:
     symmetric: bool
     scale_dtype: np.dtype
     read: Callable[[int, int], CodeRows]
+    minimums: bool = False
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,10 @@ class _Operands:
         if kind is not self.scale_dtype:
             self.scales = self._widen(graph)
         self.zero_points = None
-        if not scheme.symmetric:
+        if stored is not None and stored.float_zeros:
+            shape = (self.out_features, self.blocks)
+            self.zero_points = initializer("zero_points", ir.DataType.FLOAT, shape)
+        elif not scheme.symmetric:
             packed = -(-self.blocks * scheme.bits // 8)
             self.zero_points = initializer("zero_points", ir.DataType.UINT8, (self.out_features, packed))
         self._flat: ir.Value | None = self.codes if only_embedded else None

@@ -2,7 +2,8 @@
 
 The values stay the same whatever the layout: a group of inputs may be cut into several blocks with its scale
 and zero point, codes and zero points may be moved up together into a wider type, and matrices that are joined
-along their outputs may be brought to the finest blocks and the widest codes among them.
+along their outputs may be brought to the finest blocks and the widest codes among them. Where a part has
+minimums in the place of zero points, codes stay and every zero point becomes a float, -minimum / scale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,10 @@ import numpy as np
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.graph.weights import (
+    Array,
     CastRows,
     CodeGrid,
+    CodeRows,
     ConcatRows,
     ExpertRows,
     Rows,
@@ -57,31 +60,61 @@ class StoredMatrix:
         outputs = sum(count for _, count in self.parts)
         codes = np.empty((outputs, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), scale_type)
-        zeros = np.empty((outputs, blocks), np.uint8)
+        zeros = np.empty((outputs, blocks), np.float32 if self.float_zeros else np.uint8)
         step = max(8, _STEP // self.in_features // 8 * 8)
         row = 0
         for grid, count in self.parts:
-            group = np.arange(blocks) * scheme.block_size // grid.group_size
-            lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 here = slice(row + start, row + stop)
-                found = grid.read(start, stop)
-                zeros[here] = found.zero_points[:, group] + lift
-                with np.errstate(over="ignore"):
-                    scales[here] = found.scales[:, group].astype(scale_type)
-                # Padded inputs have the code of 0.
-                wide = np.repeat(zeros[here], scheme.block_size, axis=1)
-                wide[:, : self.in_features] = found.codes + lift
+                wide, zeros[here], scales[here] = self._blocks(grid, grid.read(start, stop), scale_type)
                 codes[here] = pack(wide.reshape(stop - start, blocks, -1), scheme.bits)
             row += count
-        if not np.isfinite(scales).all():
+        if not (np.isfinite(scales).all() and np.isfinite(zeros).all()):
             raise CheckpointError(
                 f"{name} has scales that are not finite, or too large for {np.dtype(scale_type)}",
                 hint="the checkpoint is damaged, or needs float32 on this target",
             )
+        if self.float_zeros:
+            return PackedBlocks(codes, scales, zeros, self.in_features, scheme)
         packed = None if scheme.symmetric else pack(zeros, scheme.bits)
         return PackedBlocks(codes, scales, packed, self.in_features, scheme)
+
+    @property
+    def float_zeros(self) -> bool:
+        """Whether zero points are floats, as some part has minimums."""
+        return any(grid.minimums for grid, _ in self.parts)
+
+    def _blocks(self, grid: CodeGrid, found: CodeRows, scale_type: ScaleType) -> tuple[Array, Array, Array]:
+        """Codes uint8 (n, padded inputs), zero points and scales (n, blocks) of some outputs of a part."""
+        scheme = self.scheme
+        blocks = count_blocks(self.in_features, scheme.block_size)
+        group = np.arange(blocks) * scheme.block_size // grid.group_size
+        with np.errstate(over="ignore"):
+            scales: Array = found.scales[:, group].astype(scale_type)
+        zeros: Array
+        flat = np.zeros(scales.shape, bool)
+        if found.minimums is not None:
+            minimums = found.minimums[:, group].astype(np.float32)
+            flat = scales == 0
+            with np.errstate(over="ignore"):
+                scales[flat] = minimums[flat].astype(scale_type)
+            zeros = -minimums / np.where(scales == 0, scale_type(1), scales).astype(np.float32)
+            zeros[flat] = -1  # (0 + 1) * minimum
+        elif self.float_zeros:
+            zeros = found.zero_points[:, group].astype(np.float32)
+        else:
+            lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
+            zeros = found.zero_points[:, group] + lift
+        wide = np.zeros((len(zeros), blocks * scheme.block_size), np.uint8)
+        wide[:, : self.in_features] = found.codes
+        if not self.float_zeros:
+            wide[:, : self.in_features] += lift
+            # Padded inputs have the code of 0; with float zero points they meet activations that are 0.
+            wide[:, self.in_features :] = np.repeat(zeros, scheme.block_size, axis=1)[:, self.in_features :]
+        elif flat.any():
+            wide[np.repeat(flat, scheme.block_size, axis=1)] = 0
+        return wide, zeros, scales
 
     def is_exact(self, scale_type: ScaleType) -> bool:
         """Whether `scale_type` holds all numbers of the type of the scales."""
