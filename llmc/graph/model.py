@@ -16,6 +16,9 @@ LAYER = "llmc.layer"
 #: [outputs, inputs, bits, block size, 1 with zero points else 0].
 PACKED = "llmc.packed"
 
+#: Node metadata: bits that the codes of an operator with float zero points need, where it has wider ones.
+CODE_BITS = "llmc.code_bits"
+
 
 @dataclass
 class Graph:

@@ -44,6 +44,8 @@ class CodeGrid:
         scale_dtype: Type of the scales.
         read: Outputs start:stop.
         minimums: Whether a group has a minimum in the place of a zero point.
+        compact: The checkpoint has its scales in fewer bits than `scale_dtype`, as products of small numbers;
+            they are stored as float16, since all their digits would take more room than the checkpoint.
     """
 
     bits: int
@@ -52,6 +54,7 @@ class CodeGrid:
     scale_dtype: np.dtype
     read: Callable[[int, int], CodeRows]
     minimums: bool = False
+    compact: bool = False
 
 
 @dataclass(frozen=True)

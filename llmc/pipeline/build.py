@@ -38,6 +38,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     """
     from llmc.artifact.manifest import REPORTS
     from llmc.artifact.store import digest_files, staging
+    from llmc.backends.minimums import split_minimums
     from llmc.backends.ort import write_model
     from llmc.backends.special_tokens import write_generation_config
     from llmc.checkpoint import open_checkpoint
@@ -59,6 +60,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
+        if plan.target.backend is Backend.ONNXRUNTIME:
+            split_minimums(compiled.graph)
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)

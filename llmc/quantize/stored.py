@@ -85,6 +85,12 @@ class StoredMatrix:
         """Whether zero points are floats, as some part has minimums."""
         return any(grid.minimums for grid, _ in self.parts)
 
+    @property
+    def code_bits(self) -> int | None:
+        """Bits that codes with float zero points need, where they are stored in more."""
+        bits = max(grid.bits for grid, _ in self.parts)
+        return bits if self.float_zeros and bits < self.scheme.bits else None
+
     def _blocks(self, grid: CodeGrid, found: CodeRows, scale_type: ScaleType) -> tuple[Array, Array, Array]:
         """Codes uint8 (n, padded inputs), zero points and scales (n, blocks) of some outputs of a part."""
         scheme = self.scheme
@@ -115,6 +121,11 @@ class StoredMatrix:
         elif flat.any():
             wide[np.repeat(flat, scheme.block_size, axis=1)] = 0
         return wide, zeros, scales
+
+    def storage_type(self, wanted: ScaleType) -> ScaleType:
+        """Type to store scales in: float16 where it holds them, and for compact ones; else `wanted`."""
+        narrow = all(grid.compact or np.can_cast(grid.scale_dtype, np.float16) for grid, _ in self.parts)
+        return np.float16 if narrow else wanted
 
     def is_exact(self, scale_type: ScaleType) -> bool:
         """Whether `scale_type` holds all numbers of the type of the scales."""
@@ -155,6 +166,8 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
     if not fitting:
         return f"groups of {min(sizes)} inputs are no multiple of {_BLOCK_SIZES[-1]}"
     block = next((b for b in fitting if in_features % b == 0), fitting[-1])
+    if in_features % block and any(grid.minimums for grid in grids):
+        return f"{in_features} inputs with minimums fill no whole number of blocks"
     found = scheme.model_copy(
         update={
             "bits": 4 if all(grid.bits <= 4 for grid in grids) else 8,
