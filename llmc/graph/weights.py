@@ -46,6 +46,7 @@ class CodeGrid:
         minimums: Whether a group has a minimum in the place of a zero point.
         compact: The checkpoint has its scales in fewer bits than `scale_dtype`, as products of small numbers;
             they are stored as float16, since all their digits would take more room than the checkpoint.
+        turned: The tensor has the inputs first, (K, N), and its codes are by output all the same.
     """
 
     bits: int
@@ -55,6 +56,7 @@ class CodeGrid:
     read: Callable[[int, int], CodeRows]
     minimums: bool = False
     compact: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,6 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
     while isinstance(rows, CastRows | TransposedRows):
         outputs_first ^= isinstance(rows, TransposedRows)
         rows = rows.inner
-    if not outputs_first:
-        return "its inputs come first"
     parts = []
     for part in _joined(rows):
         if not isinstance(part, StoredRows):
@@ -157,8 +155,10 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
         grid = part.info.codes()
         if isinstance(grid, str):
             return grid
-        parts.append((grid, part.shape[0]))
-    in_features = rows.shape[1]
+        if grid.turned is outputs_first or (grid.turned and part is not rows):
+            return "its inputs come first"
+        parts.append((grid, part.shape[0] if outputs_first else part.shape[1]))
+    in_features = rows.shape[1] if outputs_first else rows.shape[0]
     grids = [grid for grid, _ in parts]
     sizes = [grid.group_size for grid in grids if grid.group_size < in_features]
     # One scale for all inputs goes with every block, and best with one that needs no padding.
