@@ -292,6 +292,24 @@ def read_all(rows: Rows) -> Array:
     return rows.rows(0, rows.shape[0] if rows.shape else 1)
 
 
+def code_form(rows: Rows) -> tuple[int, int, bool] | None:
+    """Bits of the operators' codes, inputs of a group, and whether there are minimums, of codes to be kept.
+
+    None for a matrix that is stored as floats, or whose codes are no grid of blocks.
+    """
+    match rows:
+        case CastRows():
+            return code_form(rows.inner)
+        case ConcatRows():
+            forms = {code_form(part) for part in rows.parts}
+            return forms.pop() if len(forms) == 1 else None
+        case StoredRows():
+            grid = None if rows.info.codes is None else rows.info.codes()
+            if isinstance(grid, CodeGrid):
+                return 4 if grid.bits <= 4 else 8, grid.group_size, grid.minimums
+    return None
+
+
 def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:
     """Ranges of rows that hold about `chunk_bytes` as float32 each."""
     if not rows.shape:  # a scalar is read whole

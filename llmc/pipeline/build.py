@@ -15,6 +15,7 @@ from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
+from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.profile import ProfileKind
@@ -65,6 +66,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
+            for note in loss_notes(stage.path, compiled.weights, compiled.sources):
+                progress.note(f"write: {note}")
             if scales_channels(plan.target):
                 write_smoothing(stage.path, compiled.smoothing)
             checkpoint.save_tokenizer(stage.path)
