@@ -85,6 +85,7 @@ SCALES_AT = {
         "Q6_K": (208,),
         "IQ4_NL": (0,),
         "IQ4_XS": (0,),
+        "IQ2_XXS": (0,),
         "NVFP4": (),  # its scales are float8
     }.items()
 }
