@@ -41,6 +41,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     from llmc.artifact.store import digest_files, staging
     from llmc.backends.minimums import split_minimums
     from llmc.backends.ort import write_model
+    from llmc.backends.rotary_tables import compute_tables, find_pairs
     from llmc.backends.special_tokens import write_generation_config
     from llmc.checkpoint import open_checkpoint
     from llmc.pipeline.calibrate import write_activations
@@ -60,9 +61,12 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         compiled = compile_graph(pruned.checkpoint, plan.target, progress)
         for name in compiled.leftovers:
             progress.note(f"the model does not use tensor {name} of the checkpoint")
+        onnxruntime = plan.target.backend is Backend.ONNXRUNTIME
+        tables = find_pairs(compiled.graph) if onnxruntime else []
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
-        if plan.target.backend is Backend.ONNXRUNTIME:
+        if onnxruntime:
             split_minimums(compiled.graph)
+            compute_tables(compiled.graph, tables)
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
