@@ -112,8 +112,20 @@ def open_session(folder: Path, threads: int = 1):  # type: ignore[no-untyped-def
     return ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
 
 
+def code_units(x: Array, block: int) -> Array:
+    """Rows (…, K) by block before they are rounded, (…, blocks, block): 127 is the largest of a block."""
+    codes, _ = _scaled(x, block)
+    return codes
+
+
 def quantize_activations(x: Array, block: int) -> Array:
     """What a product sees of rows (…, K): int8 by block, as float64."""
+    codes, scales = _scaled(x, block)
+    rows = np.rint(codes).astype(np.float64) * scales
+    return rows.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def _scaled(x: Array, block: int) -> tuple[Array, Array]:
     k = x.shape[-1]
     blocks = count_blocks(k, block)
     padded = np.zeros((*x.shape[:-1], blocks * block), np.float32)
@@ -121,6 +133,6 @@ def quantize_activations(x: Array, block: int) -> Array:
     cut = padded.reshape(*x.shape[:-1], blocks, block)
     peak = np.abs(cut).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        codes = np.where(peak > 1e-30, np.rint(cut * (np.float32(127) / peak)), 0)
+        codes = np.where(peak > 1e-30, cut * (np.float32(127) / peak), 0)
         scales = np.where(peak > 1e-30, peak / np.float32(127), 0)
-    return (codes.astype(np.float64) * scales).reshape(padded.shape)[..., :k]
+    return codes, scales
