@@ -35,6 +35,7 @@ from tests.backends.compiled.graphs import (
     quantize_activations,
     quantized,
     usable_sets,
+    with_minima,
     write_compiled,
 )
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
@@ -93,6 +94,44 @@ def test_bits_of_every_kind_in_one_region(case: str, isa: InstructionSet, tmp_pa
             # The reference rounds what lies on a border, as codes of an embedding do, to the other side.
             assert errors.max() < 1e-2
             assert np.quantile(errors, 0.25) < 1e-6
+
+
+@pytest.mark.parametrize("isa", usable_sets(), ids=lambda isa: isa.name)
+def test_codes_with_float_minima(isa: InstructionSet, tmp_path: Path) -> None:
+    """Read back and looked up they are code * scale + minimum to the last bit, few rows and many."""
+    builder, outputs, tables = GraphBuilder(), [], {}
+    builder.inputs.append(builder.value("input_ids", ["batch", "sequence"], ir.DataType.INT64))
+    for bits, block in ((4, 32), (8, 32), (4, 16)):
+        name = f"table{bits}by{block}"
+        blocks, values = with_minima(VOCAB, 64, bits, block)
+        tables[f"{name}.packed"] = (block, values)
+        weights = builder.packed(blocks, name)
+        rows = builder.embed(builder.inputs[0], blocks, name, weights)
+        outputs += [rows, builder.matmul(rows, blocks, name, weights)]
+    made = write_compiled(builder.finish(outputs), tmp_path, isa)
+    assert (made.regions, made.outside) == (1, ())
+    for packed in ir.load(tmp_path / "model.onnx").graph.initializers.values():
+        _, values = tables[str(packed.name)]
+        np.testing.assert_array_equal(open_packed(packed).rows(0, VOCAB), values)
+        np.testing.assert_array_equal(open_packed(packed).rows(17, 30), values[17:30])
+    session = open_session(tmp_path)
+    for tokens in (1, 7, 70):
+        ids = np.random.default_rng(tokens).integers(0, VOCAB, (1, tokens))
+        found = session.run(None, {"input_ids": ids})
+        for (block, values), rows, logits in zip(tables.values(), found[0::2], found[1::2], strict=True):
+            np.testing.assert_array_equal(rows, values[ids])
+            product = quantize_activations(rows, block) @ values.T.astype(np.float64)
+            errors = np.linalg.norm(logits - product, axis=-1) / np.linalg.norm(product, axis=-1)
+            assert np.quantile(errors, 0.25) < 2e-6
+
+
+def test_eight_bits_with_integer_zero_points() -> None:
+    builder = GraphBuilder()
+    blocks = quantized(np.ones((16, 32), np.float32), 8, 32, False)
+    out = builder.matmul(builder.input("x", 32), blocks, "w")
+    with pytest.raises(UnsupportedError) as caught:
+        compile_kernels(builder.finish([out]), usable_sets()[0], find_compiler())
+    assert caught.value.hint == "MatMulNBits: 8-bit weights have integer zero points"
 
 
 def test_scales_of_another_matrix() -> None:
