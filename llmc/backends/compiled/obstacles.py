@@ -21,7 +21,7 @@ from llmc.backends.compiled.operands import (
 )
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
-from llmc.backends.minimums import has_float_zeros
+from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 
 
@@ -42,12 +42,10 @@ def _check_weights(node: ir.Node, layout: PackedLayout, codes: ir.Value) -> str 
         return "its weights are no initializer"
     if len(groups) > 1:
         return "its scales are not stored with its codes"
-    if has_float_zeros(node):
-        return "its zero points are floats"
     if layout.k % LANES:
         return f"it has {layout.k} input features; kernels take multiples of {LANES}"
-    if layout.bits == 8 and layout.zeros:
-        return "8-bit weights have zero points"
+    if layout.bits == 8 and layout.zero is PackedZero.CODE:
+        return "8-bit weights have integer zero points"
     return None
 
 

@@ -238,7 +238,7 @@ class RegionBuilder:
         layout = layout_of(node)
         source, output = given(node.inputs[0]), node.outputs[0]
         space = space_of(output)
-        kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
+        kind = _matmul_type(layout)
         weight = self.packed_weight(given(node.inputs[1]), layout)
         activation = self._quantize(self._place(source), layout)
         fields: Fields = {
@@ -255,9 +255,9 @@ class RegionBuilder:
     def _quantize(self, place: Place, layout: PackedLayout) -> Place:
         key = (place, layout.block)
         if key not in self._quantized:
-            width = layout.blocks * layout.block // 4 + 2 * layout.blocks
+            width = layout.blocks * layout.block // 4 + 3 * layout.blocks
             out = self.temporary(width, place.space)
-            row = f"quantize_row<{layout.k}, {layout.block}>"
+            row = f"quantize_row<{layout.k}, {layout.block}, {out.stride}>"
             self.program.operations.append(
                 Operation("row", place.space, {"row": row, "a": place, "out": out})
             )
@@ -267,7 +267,7 @@ class RegionBuilder:
     def embed(self, node: ir.Node) -> None:
         codes = codes_of(node)
         layout = embedding_layout(node)
-        kind = f"Matmul<{layout.k}, {layout.block}, {layout.bits}, {str(layout.zeros).lower()}>"
+        kind = _matmul_type(layout)
         fields: Fields = {
             "row": f"embed_row<{kind}>",
             "check": "check_ids",
@@ -356,6 +356,11 @@ class RegionBuilder:
         work = {**common, **chunk, "a": turned, "out": output}
         emit(Operation("chunk", "kTokens", work, scratch=f"{kind}::scratch", shared=f"{kind}::shared(run)"))
         emit(Operation("row", "kTokens", {**common, "row": f"{kind}::combine", "out": output}))
+
+
+def _matmul_type(layout: PackedLayout) -> str:
+    """The C++ type of products with a packed matrix."""
+    return f"Matmul<{layout.k}, {layout.block}, {layout.bits}, Zero::k{layout.zero.name.title()}>"
 
 
 _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
