@@ -50,7 +50,7 @@ void product(const char* name, int32_t outputs, int copies, int64_t rows) {
   Op quantize{};
   quantize.a = {0, M::K, 0};
   quantize.out = {M::K, M::Q::width, 0};
-  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B>(run, quantize, row);
+  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, quantize, row);
   Op op{};
   op.a = quantize.out;
   op.out = {M::K + M::Q::width, outputs, 0};
@@ -66,13 +66,13 @@ void product(const char* name, int32_t outputs, int copies, int64_t rows) {
 }
 
 void quantized_row() {
-  using M = Matmul<576, 32, 4, true>;
+  using M = Matmul<576, 32, 4, Zero::kCode>;
   std::vector<float> memory = noise(M::K + M::Q::width);
   const Run run{nullptr, nullptr, nullptr, memory.data(), nullptr, 1, 1, 1, 1};
   Op op{};
   op.a = {0, M::K, 0};
   op.out = {M::K, M::Q::width, 0};
-  std::printf("a row of 576 quantized: %.3f us\n", microseconds(100000, [&] { quantize_row<576, 32>(run, op, 0); }));
+  std::printf("a row of 576 quantized: %.3f us\n", microseconds(100000, [&] { quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, op, 0); }));
 }
 
 struct All {
@@ -105,8 +105,8 @@ void attention() {
 
 int main() {
   for (int rows : {1, 4, 8, 16, 32, 256})
-    product<Matmul<576, 32, 4, true>>("576 x 3072, block 32", 3072, rows > 64 ? 2 : 60, rows);
-  for (int rows : {1, 256}) product<Matmul<1536, 64, 4, true>>("1536 x 576, block 64", 576, rows > 64 ? 4 : 150, rows);
+    product<Matmul<576, 32, 4, Zero::kCode>>("576 x 3072, block 32", 3072, rows > 64 ? 2 : 60, rows);
+  for (int rows : {1, 256}) product<Matmul<1536, 64, 4, Zero::kCode>>("1536 x 576, block 64", 576, rows > 64 ? 4 : 150, rows);
   quantized_row();
   attention();
 }

@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.checkpoint.ranges import WholeValues
+from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
 from llmc.checkpoint.ties import equal_rows, resolve_ties
 from llmc.errors import CheckpointError, UnsupportedError, count_names
 from llmc.graph.weights import Array, TensorInfo, WeightStore
@@ -251,18 +253,50 @@ def _describe(
             f"{first} cannot be made from {_sources_text(sources)}: {str(error).strip().splitlines()[0]}",
             hint="tensors are missing, or config and weights are not of the same model",
         ) from error
-    names = [name for group in sources.values() for name in group]
-    reason = f"transformers' model has it made of {len(names)} tensors of the files"
-    quantized = any(stored[name].codes is not None for name in names)
+    infos = [stored[name] for group in sources.values() for name in group]
+    found = _arrangements(model, first, converter, sources, stored)
     return {
         name: TensorInfo(
             name,
             tuple(t.shape),
             ir.DataType.from_numpy(_to_numpy(t.new_empty(0, device="cpu")).dtype),
-            (lambda: reason) if quantized else None,
+            rearrange(infos, found.get(name)),
         )
         for name, t in made.items()
     }
+
+
+def _arrangements(
+    model: PreTrainedModel,
+    first: str,
+    converter: Any,
+    sources: Mapping[str, tuple[str, ...]],
+    stored: Mapping[str, TensorInfo],
+) -> dict[str, Arrangement]:
+    """The targets of a conversion that whole rows of quantized sources make."""
+    import torch
+
+    names = [name for group in sources.values() for name in group]
+    if not any(stored[name].codes is not None for name in names):
+        return {}
+    if any(len(stored[name].shape) != 2 for name in names):
+        return {}
+    for width in {shape[1]: None for shape in probe_shapes(stored[names[0]].shape)}:
+        probes: dict[str, torch.Tensor] = {}
+        row = 0
+        for name in names:
+            probes[name] = torch.from_numpy(probe((stored[name].shape[0], width), row * width))
+            row += stored[name].shape[0]
+        readers: dict[str, list[Callable[[], torch.Tensor]]] = {
+            pattern: [partial(probes.__getitem__, n) for n in group] for pattern, group in sources.items()
+        }
+        try:
+            made = _run(first, converter, readers, model)
+        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError):
+            continue  # it wants all columns, or rearranges more than rows
+        found = {name: find_arrangement(_to_numpy(value), width) for name, value in made.items()}
+        return {name: each for name, each in found.items() if each is not None}
+    return {}
 
 
 def _run(

@@ -2,13 +2,14 @@
 
 Names and the undoing of llama.cpp's transformations (the q/k permutation of rotary embeddings, norms
 stored plus one, joined experts) are transformers' own: `integrations.gguf` for the architectures it
-covers, `modeling_gguf_pytorch_utils` for the rest. All values come as float32.
+covers, `modeling_gguf_pytorch_utils` for the rest. All values come as float32; beside them stand the
+codes, which follow wherever rows are only put into another order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +20,12 @@ import onnx_ir as ir
 
 from llmc.checkpoint import conversion
 from llmc.checkpoint.finite import FiniteCheck
+from llmc.checkpoint.gguf_codes import block_codes
 from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
 from llmc.checkpoint.ranges import WholeValues, read_range, row_range
+from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.graph.weights import Array, CodeGrid, TensorInfo, WeightStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +77,7 @@ class BlockStore:
         self._finite = FiniteCheck()
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
         self._infos = MappingProxyType(
-            {t.name: TensorInfo(t.name, t.shape, ir.DataType.FLOAT) for t in header.tensors}
+            {t.name: TensorInfo(t.name, t.shape, ir.DataType.FLOAT, self._codes(t)) for t in header.tensors}
         )
         for tensor in header.tensors:
             kind = GGMLQuantizationType(tensor.type_id)
@@ -95,15 +98,34 @@ class BlockStore:
 
         tensor: GgufTensor = self._tensors[name]
         low, high = row_range(tensor.shape, start, stop)
-        stored = (tensor.shape[0] if tensor.shape else 1, tensor.row_bytes)
         out = np.empty((high - low, math.prod(tensor.shape[1:])), np.float32)
         step = max(1, _CHUNK_ELEMENTS // max(1, out.shape[1]))
         for at in range(low, high, step):
             end = min(at + step, high)
-            raw = read_range(self.file, tensor.offset, np.dtype(np.uint8), stored, at, end)
+            raw = self._read_bytes(tensor, at, end)
             out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
         out = out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
         return self._finite.check(name, low, out)
+
+    def _read_bytes(self, tensor: GgufTensor, start: int, stop: int) -> Array:
+        """Rows start:stop as the file has them, uint8 (stop - start, bytes of a row)."""
+        stored = (tensor.shape[0] if tensor.shape else 1, tensor.row_bytes)
+        return read_range(self.file, tensor.offset, np.dtype(np.uint8), stored, start, stop)
+
+    def _codes(self, tensor: GgufTensor) -> Callable[[], CodeGrid | str] | None:
+        """What `TensorInfo.codes` says of a tensor."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType(tensor.type_id)
+        if GGML_QUANT_SIZES[kind][0] == 1:
+            return None
+        if len(tensor.shape) != 2:
+            return lambda: f"it has {len(tensor.shape)} axes"
+        codes = block_codes(tensor.type_id)
+        if codes is None:
+            return lambda: f"{kind.name} has codes of no even grid"
+        grid = codes.grid(tensor.type_id, lambda start, stop: self._read_bytes(tensor, start, stop))
+        return lambda: grid
 
 
 @dataclass(frozen=True)
@@ -152,15 +174,15 @@ class ProcessedStore:
             ) from error
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         parts: dict[str, list[str]] = {}
-        untouched: dict[str, bool] = {}
+        probed: dict[str, _Probed] = {}
         for name, info in blocks.infos().items():
-            for target, same in _probe(processor, names, info).items():
+            for target, found in _probe(processor, names, info).items():
                 parts.setdefault(target, []).append(name)
-                untouched[target] = same
+                probed[target] = found
         targets: dict[str, _Target] = {}
         for target, sources in parts.items():
             stored = blocks.infos()[sources[0]].shape
-            shape = stored if untouched[target] else shapes.get(target, stored)
+            shape = stored if probed[target].untouched else shapes.get(target, stored)
             elements = sum(math.prod(blocks.infos()[source].shape) for source in sources)
             if math.prod(shape) != elements:
                 raise CheckpointError(
@@ -168,8 +190,9 @@ class ProcessedStore:
                     f"{target} has {list(shape)}",
                     hint="the file's metadata and tensors must be of the same model",
                 )
-            info = TensorInfo(target, shape, ir.DataType.FLOAT)
-            targets[target] = _Target(info, tuple(sources), untouched[target])
+            codes = rearrange([blocks.infos()[source] for source in sources], probed[target].arrangement)
+            info = TensorInfo(target, shape, ir.DataType.FLOAT, codes)
+            targets[target] = _Target(info, tuple(sources), probed[target].untouched)
         return cls(blocks, processor, names, targets)
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -234,11 +257,25 @@ def _process(
     return made if result.name is None else {}
 
 
-def _probe(processor: Any, names: dict[str, str], info: TensorInfo) -> dict[str, bool]:
-    """Target names of a file tensor -> whether the processor leaves the values as they are."""
-    narrow = np.ones((*info.shape[:1], *((1,) * (len(info.shape) - 1))), np.float32)
-    try:
-        made = _process(processor, names, info.name, narrow, {})
-    except (ValueError, IndexError):  # it rearranges more than rows, so it is certainly no identity
-        return {names[info.name]: False} if info.name in names else {}
-    return {target: value is narrow for target, value in made.items()}
+@dataclass(frozen=True)
+class _Probed:
+    """What the processor does to a tensor: nothing, an arrangement of rows, or something else (None)."""
+
+    untouched: bool
+    arrangement: Arrangement | None
+
+
+def _probe(processor: Any, names: dict[str, str], info: TensorInfo) -> dict[str, _Probed]:
+    """What the processor does to a file tensor, by target name; tried on a narrow one of as many rows."""
+    for shape in probe_shapes(info.shape):
+        values = probe(shape)
+        try:
+            with np.errstate(all="ignore"):
+                made = _process(processor, names, info.name, values, {})
+        except (ValueError, IndexError):  # it wants all columns, or rearranges more than rows
+            continue
+        return {
+            target: _Probed(value is values, find_arrangement(np.asarray(value), shape[-1]))
+            for target, value in made.items()
+        }
+    return {names[info.name]: _Probed(False, None)} if info.name in names else {}

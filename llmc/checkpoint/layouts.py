@@ -76,11 +76,11 @@ class IntegerMatrix:
 
     def rows(self, start: int, stop: int) -> Array:
         """Outputs start:stop, float32 (n, K); exact where scales have no more than 16 bits."""
-        codes, zeros, scales = self.read(start, stop)
+        found = self.read(start, stop)
         group = self._groups
-        values = codes.astype(np.float32)
-        values -= zeros.astype(np.float32)[:, group]
-        values *= scales.astype(np.float32)[:, group]
+        values: Array = found.codes.astype(np.float32)
+        values -= found.zero_points.astype(np.float32)[:, group]
+        values *= found.scales.astype(np.float32)[:, group]
         return values
 
     def grid(self) -> CodeGrid | str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Literal
 
 import onnx_ir as ir
@@ -13,8 +14,23 @@ from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, We
 #: Node metadata: index of the decoder layer a node belongs to.
 LAYER = "llmc.layer"
 #: Node metadata: layouts of the packed weights that a compiled operator reads, JSON by initializer name:
-#: [outputs, inputs, bits, block size, 1 with zero points else 0].
+#: [outputs, inputs, bits, block size, PackedZero].
 PACKED = "llmc.packed"
+
+#: Node metadata: bits that the codes of an operator with float zero points need, where it has wider ones.
+CODE_BITS = "llmc.code_bits"
+
+
+class PackedZero(IntEnum):
+    """What stands for zero in the blocks of a packed matrix.
+
+    MIDDLE: the middle code. CODE: a 4-bit code per block, value = (code - zero) * scale. MINIMUM: a float16
+    per block, value = code * scale + minimum.
+    """
+
+    MIDDLE = 0
+    CODE = 1
+    MINIMUM = 2
 
 
 @dataclass

@@ -20,18 +20,22 @@ class CodeRows(NamedTuple):
 
     Args:
         codes: uint8 (n, K).
-        zero_points: uint8 (n, groups).
+        zero_points: uint8 (n, groups); what they are does not matter where there are minimums.
         scales: (n, groups), in the type that the checkpoint has them in.
+        minimums: (n, groups), in the type of the scales; None unless the grid has them.
     """
 
     codes: Array
     zero_points: Array
     scales: Array
+    minimums: Array | None = None
 
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """Codes that a checkpoint stores for a matrix (N, K): a weight is (code - zero point) * scale.
+    """Codes that a checkpoint stores for a matrix (N, K).
+
+    A weight is (code - zero point) * scale, or code * scale + minimum.
 
     Args:
         bits: Codes and zero points are in 0..2**bits - 1.
@@ -39,6 +43,10 @@ class CodeGrid:
         symmetric: Every zero point is 2**(bits - 1).
         scale_dtype: Type of the scales.
         read: Outputs start:stop.
+        minimums: Whether a group has a minimum in the place of a zero point.
+        compact: The checkpoint has its scales in fewer bits than `scale_dtype`, as products of small numbers;
+            they are stored as float16, since all their digits would take more room than the checkpoint.
+        turned: The tensor has the inputs first, (K, N), and its codes are by output all the same.
     """
 
     bits: int
@@ -46,6 +54,9 @@ class CodeGrid:
     symmetric: bool
     scale_dtype: np.dtype
     read: Callable[[int, int], CodeRows]
+    minimums: bool = False
+    compact: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +290,24 @@ class ScaledRows:
 def read_all(rows: Rows) -> Array:
     """All rows at once, shape `rows.shape`."""
     return rows.rows(0, rows.shape[0] if rows.shape else 1)
+
+
+def code_form(rows: Rows) -> tuple[int, int, bool] | None:
+    """Bits of the operators' codes, inputs of a group, and whether there are minimums, of codes to be kept.
+
+    None for a matrix that is stored as floats, or whose codes are no grid of blocks.
+    """
+    match rows:
+        case CastRows():
+            return code_form(rows.inner)
+        case ConcatRows():
+            forms = {code_form(part) for part in rows.parts}
+            return forms.pop() if len(forms) == 1 else None
+        case StoredRows():
+            grid = None if rows.info.codes is None else rows.info.codes()
+            if isinstance(grid, CodeGrid):
+                return 4 if grid.bits <= 4 else 8, grid.group_size, grid.minimums
+    return None
 
 
 def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:

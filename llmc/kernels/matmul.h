@@ -1,43 +1,56 @@
-// Products with weights of 4 or 8 bits by block, activations quantized to 8 bits by block.
+// Products with weights of 4 or 8 bits by block, activations quantized to 8 or 16 bits by block.
 //
 // Weights come packed in groups of 16 outputs. A group holds, each from a multiple of 64 bytes on counted from the
 // group's own start only for the codes:
 //   codes   for each block, registers of 64 bytes: lane n has inputs 4r .. 4r+3 of output n. With 4 bits a register's
 //           low nibbles are register 2q and its high nibbles register 2q+1 of the unpacked order.
 //   scales  float16, blocks x 16 outputs
-//   zeros   4 bits, blocks x 16 outputs, the even output in the low half; only with zero points
-// and is padded to a multiple of 64 bytes.
+//   zeros   with Zero::kCode 4 bits, blocks x 16 outputs, the even output in the low half: value = (code - zero) * scale;
+//           with Zero::kMinimum float16, blocks x 16 outputs: value = code * scale + minimum
+// and is padded to a multiple of 64 bytes. With Zero::kMiddle the zero point is the middle code.
 #pragma once
 #include "program.h"
 #include "simd.h"
 
 namespace llmc {
 
+/// What stands for zero in the blocks of a matrix (PackedZero of llmc/graph/model.py).
+enum class Zero { kMiddle, kCode, kMinimum };
+
 constexpr int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
-/// Activations of one row, K inputs in blocks of B: codes, then scales (float32), then the codes' sums (int32).
-template <int K, int B>
+/// Activations of one row, K inputs in blocks of B: codes, then scales (float32), then the codes' sums (int32), then
+/// the sums times their scales (float32). These are the sums of what the codes stand for, not of the activations: so
+/// the error of a product is that of each activation times the weight, as without a minimum; with the exact sum it
+/// would be times the weight above the minimum, which is larger.
+/// With two parts a code has 16 bits and is 256 times that of the first part plus that of the second.
+template <int K, int B, int Parts>
 struct Quantized {
   static constexpr int blocks = (K + B - 1) / B;
-  static constexpr int width = round_up(blocks * B / 4 + 2 * blocks, kLanes);  // in floats
+  static constexpr int largest = Parts == 1 ? 127 : 127 * 256;                         // code
+  static constexpr int scales_at = Parts * blocks * B / 4;                             // in floats
+  static constexpr int width = round_up(scales_at + 3 * blocks, kLanes);
 
-  static const int8_t* codes(const float* row) { return reinterpret_cast<const int8_t*>(row); }
-  static const float* scales(const float* row) { return row + blocks * B / 4; }
-  static const int32_t* sums(const float* row) {
-    return reinterpret_cast<const int32_t*>(row + blocks * B / 4 + blocks);
+  static const int8_t* codes(const float* row, int part = 0) {
+    return reinterpret_cast<const int8_t*>(row) + part * blocks * B;
   }
+  static const float* scales(const float* row) { return row + scales_at; }
+  static const int32_t* sums(const float* row) { return reinterpret_cast<const int32_t*>(row + scales_at + blocks); }
+  static const float* totals(const float* row) { return row + scales_at + 2 * blocks; }
 };
 
-/// Quantize a row by block: code = nearest(x * 127 / max|x|). With many rows the codes are stored `kStoredAbove` above
-/// their value.
-template <int K, int B>
+/// Quantize a row by block: code = nearest(x * largest / max|x|). With many rows the codes are stored `kStoredAbove`
+/// above their value. Width: floats that the result has room for.
+template <int K, int B, int Parts, int Width>
 void quantize_row(const Run& run, const Op& op, int64_t row) {
-  using Q = Quantized<K, B>;
+  using Q = Quantized<K, B, Parts>;
+  static_assert(Width >= Q::width, "region.py gives too little room");
   const float* x = run.at(op.a, row);
   float* out = run.at(op.out, row);
   int8_t* codes = reinterpret_cast<int8_t*>(out);
-  float* scales = out + Q::blocks * B / 4;
+  float* scales = out + Q::scales_at;
   int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
+  float* products = scales + 2 * Q::blocks;
   const I flip = all(run.rows(op.space) >= kManyRows ? kStoredAbove : 0);
   for (int b = 0; b < Q::blocks; b += kLanes) {  // of which as many peaks and sums make a vector
     const int count = Q::blocks - b < kLanes ? Q::blocks - b : kLanes;
@@ -49,44 +62,64 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
     for (int i = 0; i < count; i++)
       for (int v = 0; v < B / kLanes; v++) tops[i] = max(tops[i], abs(numbers(i, v)));
     const F peaks = fold(tops, [](F p, F q) { return max(p, q); });
-    const F inverse = peaks > all(1e-30f) ? all(127.0f) / peaks : F{};
-    const F scale = peaks > all(1e-30f) ? peaks / all(127.0f) : F{};
+    const F most = all(static_cast<float>(Q::largest));
+    const F inverse = peaks > all(1e-30f) ? most / peaks : F{};
+    const F scale = peaks > all(1e-30f) ? peaks / most : F{};
     I totals[kLanes] = {};
     for (int i = 0; i < count; i++) {
       for (int v = 0; v < B / kLanes; v++) {
         const I code = nearest(numbers(i, v) * all(inverse[i]));
         totals[i] += code;
-        *reinterpret_cast<B16Any*>(codes + (b + i) * B + v * kLanes) = __builtin_convertvector(code + flip, B16);
+        int8_t* const to = codes + (b + i) * B + v * kLanes;
+        if constexpr (Parts == 1) {
+          store_bytes(to, code + flip);
+        } else {
+          const I first = (code + all(128)) >> 8;
+          store_bytes(to, first + flip);
+          store_bytes(to + Q::blocks * B, code - (first << 8) + flip);
+        }
       }
     }
     const I sum = fold(totals, [](I p, I q) { return p + q; });
     std::memcpy(scales + b, &scale, sizeof(float) * count);
     std::memcpy(sums + b, &sum, sizeof(int32_t) * count);
+    const F product = to_float(sum) * scale;
+    std::memcpy(products + b, &product, sizeof(float) * count);
   }
 }
 
 /// Bytes between what a product reads and what it asks memory for.
 constexpr int kPrefetched = 12 << 10;
 
-template <int K_, int B_, int Bits_, bool Zeros_>
+/// Parts: of the activations' codes.
+template <int K_, int B_, int Bits_, Zero Zero_, int Parts_ = 1>
 struct Matmul {
-  static constexpr int K = K_, B = B_, Bits = Bits_;
-  static constexpr bool Zeros = Zeros_;
-  using Q = Quantized<K, B>;
+  static constexpr int K = K_, B = B_, Bits = Bits_, Parts = Parts_;
+  static constexpr bool Codes = Zero_ == Zero::kCode, Minimum = Zero_ == Zero::kMinimum;
+  using Q = Quantized<K, B, Parts>;
   static constexpr int blocks = Q::blocks;
   static constexpr int registers = B / 4;                    // unpacked, of a block
   static constexpr int block_bytes = B * kLanes * Bits / 8;  // codes of a block
   static constexpr int scales_at = blocks * block_bytes;
   static constexpr int zeros_at = scales_at + blocks * 2 * kLanes;
-  static constexpr int group_bytes = round_up(zeros_at + (Zeros ? blocks * kLanes / 2 : 0), 64);
+  static constexpr int zeros_bytes = Minimum ? blocks * 2 * kLanes : Codes ? blocks * kLanes / 2 : 0;
+  static constexpr int group_bytes = round_up(zeros_at + zeros_bytes, 64);
 
   /// Codes of a chunk when there are few rows: large against the cost of a claim, small against a matrix.
   static constexpr int groups_of_chunk = group_bytes >= (48 << 10) ? 1 : (48 << 10) / group_bytes;
   /// Cache lines that are asked for with each block: those of a group, scales and zero points too.
   static constexpr int lines_of_block = (group_bytes / 64 + blocks - 1) / blocks;
   static constexpr int64_t rows_of_tile = 256;
-  static constexpr int strip_bytes = blocks * (registers * 64 + 64 + 64);
+  static constexpr int strip_block = (registers + (Minimum ? 3 : 2)) * 64;
+  static constexpr int strip_bytes = blocks * strip_block;
   static constexpr size_t scratch = 2 * static_cast<size_t>(strip_bytes);
+
+  static F scales(const uint8_t* group, int b) {
+    return load_half(reinterpret_cast<const uint16_t*>(group + scales_at) + b * kLanes);
+  }
+  static F minima(const uint8_t* group, int b) {
+    return load_half(reinterpret_cast<const uint16_t*>(group + zeros_at) + b * kLanes);
+  }
 
   static int64_t groups(const Op& op) { return (op.n + kLanes - 1) / kLanes; }
 
@@ -132,11 +165,11 @@ struct Matmul {
     const uint8_t* codes = group;
     for (int b = 0; b < blocks; b++, codes += block_bytes) {
       for (int i = 0; i < lines_of_block; i++) __builtin_prefetch(group + kPrefetched + (b * lines_of_block + i) * 64);
-      I low[Rows], high[Rows];
-      const I zeros = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
+      I low[Rows][Parts], high[Rows][Parts];
+      const I zeros = Codes ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
       for (int r = 0; r < Rows; r++) {
-        low[r] = -(zeros * all(Q::sums(a[r])[b]));
-        high[r] = I{};
+        for (int p = 0; p < Parts; p++) low[r][p] = high[r][p] = I{};
+        if (!Minimum) low[r][Parts - 1] = -(zeros * all(Q::sums(a[r])[b]));
       }
       for (int j = 0; j < registers; j += 2) {
         I first, second;
@@ -149,14 +182,24 @@ struct Matmul {
           second = load_ints(codes + j * 64 + 64);
         }
         for (int r = 0; r < Rows; r++) {
-          int32_t x[2];
-          std::memcpy(x, Q::codes(a[r]) + b * B + j * 4, 8);
-          low[r] = dot<Bits>(low[r], first, all(x[0]));
-          high[r] = dot<Bits>(high[r], second, all(x[1]));
+          for (int p = 0; p < Parts; p++) {
+            int32_t x[2];
+            std::memcpy(x, Q::codes(a[r], p) + b * B + j * 4, 8);
+            low[r][p] = dot<Bits>(low[r][p], first, all(x[0]));
+            high[r][p] = dot<Bits>(high[r][p], second, all(x[1]));
+          }
         }
       }
-      const F scale = load_half(reinterpret_cast<const uint16_t*>(group + scales_at) + b * kLanes);
-      for (int r = 0; r < Rows; r++) total[r] += to_float(low[r] + high[r]) * (scale * all(Q::scales(a[r])[b]));
+      const F scale = scales(group, b);
+      for (int r = 0; r < Rows; r++) {
+        I sum = low[r][0] + high[r][0];
+        if constexpr (Parts == 2) sum = (sum << 8) + (low[r][1] + high[r][1]);
+        total[r] += to_float(sum) * (scale * all(Q::scales(a[r])[b]));
+      }
+      if constexpr (Minimum) {
+        const F minimum = minima(group, b);
+        for (int r = 0; r < Rows; r++) total[r] += minimum * all(Q::totals(a[r])[b]);
+      }
     }
     for (int r = 0; r < Rows; r++) put(run, op, g, row + r, total[r]);
   }
@@ -193,11 +236,13 @@ struct Matmul {
   }
 
   /// A group as signed bytes without their zero points: for each block its registers, then what the accumulator
-  /// starts from, -`kStoredAbove` times the sum of the block's weights; then scales.
+  /// starts from, -`kStoredAbove` times the sum of the block's weights; then scales; then minima, those of what
+  /// 8-bit codes are made signed by included.
   static void unpack(const uint8_t* group, uint8_t* strip) {
-    for (int b = 0; b < blocks; b++, strip += registers * 64 + 128) {
+    for (int b = 0; b < blocks; b++, strip += strip_block) {
       const uint8_t* codes = group + b * block_bytes;
-      I zero = Zeros ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
+      constexpr int32_t middle = Minimum && Bits == 4 ? 0 : 1 << (Bits - 1);
+      I zero = Codes ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(middle);
       zero = zero | (zero << 8);
       zero = zero | (zero << 16);
       typedef uint8_t Bytes __attribute__((vector_size(64)));  // differences wrap around
@@ -216,8 +261,10 @@ struct Matmul {
           start = dot<8>(start, all(static_cast<int32_t>(kStoredAbove * 0x01010101u)), weight);
       }
       store_ints(strip + registers * 64, -start);
-      store(reinterpret_cast<float*>(strip + registers * 64 + 64),
-            load_half(reinterpret_cast<const uint16_t*>(group + scales_at) + b * kLanes));
+      float* floats = reinterpret_cast<float*>(strip + registers * 64 + 64);
+      store(floats, scales(group, b));
+      if constexpr (Minimum)
+        store(floats + kLanes, minima(group, b) + scales(group, b) * all(static_cast<float>(middle)));
     }
   }
 
@@ -230,25 +277,32 @@ struct Matmul {
       for (int s = 0; s < Groups; s++) total[s][r] = F{};
     }
     for (int b = 0; b < blocks; b++) {
-      const int at = b * (registers * 64 + 128);
+      const int at = b * strip_block;
       I c[Groups][Rows];
-      for (int s = 0; s < Groups; s++) {
-        const I start = load_ints(strips[s] + at + registers * 64);
-        for (int r = 0; r < Rows; r++) c[s][r] = start;
-      }
-      for (int j = 0; j < registers; j++) {
-        I w[Groups];
-        for (int s = 0; s < Groups; s++) w[s] = load_ints(strips[s] + at + j * 64);
-        for (int r = 0; r < Rows; r++) {
-          int32_t x;
-          std::memcpy(&x, Q::codes(a[r]) + b * B + j * 4, 4);
-          const I wide = all(x);
-          for (int s = 0; s < Groups; s++) c[s][r] = dot_stored < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+      for (int p = 0; p < Parts; p++) {
+        for (int s = 0; s < Groups; s++) {
+          const I start = load_ints(strips[s] + at + registers * 64);
+          for (int r = 0; r < Rows; r++) c[s][r] = p == 0 ? start : (c[s][r] << 8) + start;
+        }
+        for (int j = 0; j < registers; j++) {
+          I w[Groups];
+          for (int s = 0; s < Groups; s++) w[s] = load_ints(strips[s] + at + j * 64);
+          for (int r = 0; r < Rows; r++) {
+            int32_t x;
+            std::memcpy(&x, Q::codes(a[r], p) + b * B + j * 4, 4);
+            const I wide = all(x);
+            for (int s = 0; s < Groups; s++) c[s][r] = dot_stored < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+          }
         }
       }
       for (int s = 0; s < Groups; s++) {
-        const F scale = load(reinterpret_cast<const float*>(strips[s] + at + registers * 64 + 64));
+        const float* floats = reinterpret_cast<const float*>(strips[s] + at + registers * 64 + 64);
+        const F scale = load(floats);
         for (int r = 0; r < Rows; r++) total[s][r] += to_float(c[s][r]) * (scale * all(Q::scales(a[r])[b]));
+        if constexpr (Minimum) {
+          const F minimum = load(floats + kLanes);
+          for (int r = 0; r < Rows; r++) total[s][r] += minimum * all(Q::totals(a[r])[b]);
+        }
       }
     }
     for (int s = 0; s < Groups; s++)
@@ -271,13 +325,10 @@ void embed_row(const Run& run, const Op& op, int64_t row) {
   const int lane = static_cast<int>(id % kLanes);
   float* out = run.at(op.out, row);
   for (int b = 0; b < M::blocks; b++) {
-    float scale;
-    {
-      const F scales = load_half(reinterpret_cast<const uint16_t*>(group + M::scales_at) + b * kLanes);
-      scale = scales[lane];
-    }
-    int zero = 1 << (M::Bits - 1);
-    if (M::Zeros) {
+    const F scales = M::scales(group, b), minima = M::Minimum ? M::minima(group, b) : F{};
+    const float scale = scales[lane], minimum = minima[lane];
+    int zero = M::Minimum ? 0 : 1 << (M::Bits - 1);
+    if (M::Codes) {
       const uint8_t pair = group[M::zeros_at + b * (kLanes / 2) + lane / 2];
       zero = lane % 2 ? pair >> 4 : pair & 15;
     }
@@ -285,7 +336,7 @@ void embed_row(const Run& run, const Op& op, int64_t row) {
     for (int i = 0; i < M::B && b * M::B + i < M::K; i++) {
       const int r = i / 4, byte = lane * 4 + i % 4;
       const int code = M::Bits == 8 ? codes[r * 64 + byte] : (codes[r / 2 * 64 + byte] >> (r % 2 * 4)) & 15;
-      out[b * M::B + i] = static_cast<float>(code - zero) * scale;
+      out[b * M::B + i] = static_cast<float>(code - zero) * scale + minimum;
     }
   }
 }

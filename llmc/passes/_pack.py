@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.linear import Linear, as_linear, is_weight
-from llmc.graph.weights import ConcatRows, LazyWeight, Rows
+from llmc.graph.weights import ConcatRows, LazyWeight, Rows, code_form
 from llmc.passes._match import dims_of, is_op, only_user
 from llmc.passes._rewrite import Site, add_weight
 
@@ -48,6 +48,14 @@ def obstacle(projections: Sequence[Projection]) -> tuple[str, str] | None:
         return "bias", "only some of them have a bias"
     if any(_rows(v) is None for p in projections for v in (p.linear.weight, p.bias) if v is not None):
         return "computed", "their weights are computed, not stored"
+    return None
+
+
+def differing_codes(projections: Sequence[Projection]) -> tuple[str, str] | None:
+    """(code, reason) why the checkpoint's codes would not stay as they are in one matrix; None for none."""
+    rows = [_rows(p.linear.weight) for p in projections]
+    if len({None if each is None else code_form(each) for each in rows}) > 1:
+        return "codes", "the checkpoint has them quantized differently, and one matrix would widen some"
     return None
 
 

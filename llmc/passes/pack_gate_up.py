@@ -8,7 +8,7 @@ import onnx_ir as ir
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._match import dims_of, is_op
-from llmc.passes._pack import Projection, join, obstacle, projection_of
+from llmc.passes._pack import Projection, differing_codes, join, obstacle, projection_of
 from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 _ACTIVATIONS = ("Sigmoid", "Gelu", "QuickGelu", "FastGelu", "Relu", "Tanh")
@@ -26,7 +26,7 @@ class PackGateUp:
             pair = _pair(node)
             if pair is None:
                 continue
-            declined = obstacle(pair)
+            declined = obstacle(pair) or differing_codes(pair)
             if declined is not None:
                 refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
                 continue

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._match import MICROSOFT, is_op, only_user
-from llmc.passes._pack import join, obstacle, projection_of
+from llmc.passes._pack import differing_codes, join, obstacle, projection_of
 from llmc.passes._rewrite import drop_dead
 
 
@@ -41,7 +41,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> tuple[str, str] | None:
         )
     if any(only_user(p.output) is not node for p in projections):
         return "shared", "a projection is read by others as well"
-    declined = obstacle(projections)
+    declined = obstacle(projections) or differing_codes(projections)
     if declined is not None:
         return declined
     node.replace_input_with(0, join(graph, node, projections, "qkv_proj"))

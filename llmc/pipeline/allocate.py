@@ -34,8 +34,9 @@ def allocate_bits(
 ) -> Quantization:
     """The rules with one more in front for each matrix that the allocation decides on.
 
-    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, whose codes
-    the checkpoint has, embeddings of their own and experts stay as the rules say; their bytes count.
+    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, embeddings of
+    their own and experts stay as the rules say; their bytes count. Matrices whose codes are those of the
+    checkpoint are no part of the budget; where all of them are, there is nothing to decide.
 
     Raises:
         ConfigError: No allocation stays within the bound, or there is too little text.
@@ -53,6 +54,9 @@ def allocate_bits(
     kind = scale_type(quantization, dtype)
     scale_bytes = np.dtype(kind).itemsize
     plans = plan_matrices(graph, quantization, dtype)
+    if any(plan.kept for plan in plans) and not any(_is_open(plan) and plan.scheme for plan in plans):
+        progress.note("allocate: nothing to decide, the checkpoint's codes are kept")
+        return quantization.model_copy(update={"allocation": None})
     prices = _measure(checkpoint, wanted, plans, kind, progress)
     candidates = {
         plan.name: _candidates(plan, wanted, prices, scale_bytes)
@@ -63,7 +67,7 @@ def allocate_bits(
         raise ConfigError(
             "the allocation has no matrix to decide on", hint="leave allocation out of the target"
         )
-    rest = _rest(graph, [p for p in plans if p.name not in candidates], scale_bytes)
+    rest = _rest(graph, [p for p in plans if p.name not in candidates and not p.kept], scale_bytes)
     elements = rest.elements + sum(p.shape[0] * p.shape[1] for p in plans if p.name in candidates)
     bound = None if wanted.budget_bits is None else wanted.budget_bits * elements / 8 - rest.bytes
     chosen = allocate(candidates, most_bytes=bound, most_kl=wanted.max_kl)

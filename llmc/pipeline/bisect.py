@@ -187,6 +187,7 @@ def measure_passes(
 
 def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterator[tuple[str, Graph]]:
     """The graph after each step, always the same object, changed in place."""
+    from llmc.backends.minimums import split_minimums
     from llmc.passes import run_passes
     from llmc.quantize.linear import quantize_weights
 
@@ -197,6 +198,7 @@ def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterat
         run_passes(graph, [spec])
         yield spec.name, graph
     quantize_weights(graph, target.quantize or Quantization(accuracy_level=0, rules=()), target.dtype)
+    split_minimums(graph)
     yield "quantize", graph
 
 

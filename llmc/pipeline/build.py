@@ -17,6 +17,7 @@ from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
 from llmc.pipeline.gate import GateResult, Subject, measure_parity
 from llmc.pipeline.kernels import KernelStage
+from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.profile import ProfileKind
@@ -40,7 +41,9 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     """
     from llmc.artifact.manifest import REPORTS
     from llmc.artifact.store import digest_files, staging
+    from llmc.backends.minimums import split_minimums
     from llmc.backends.ort import write_model
+    from llmc.backends.rotary_tables import compute_tables, find_pairs
     from llmc.backends.special_tokens import write_generation_config
     from llmc.checkpoint import open_checkpoint
     from llmc.pipeline.calibrate import write_activations
@@ -62,10 +65,17 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         for note in _leftover_notes(checkpoint, compiled.leftovers, text_only):
             progress.note(note)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *filter(None, [text_only])))
+        onnxruntime = plan.target.backend is Backend.ONNXRUNTIME
+        tables = find_pairs(compiled.graph) if onnxruntime else []
         record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
+        if onnxruntime:
+            split_minimums(compiled.graph)
+            compute_tables(compiled.graph, tables)
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
+            for note in loss_notes(stage.path, compiled.weights, compiled.sources):
+                progress.note(f"write: {note}")
             if scales_channels(plan.target):
                 write_smoothing(stage.path, compiled.smoothing)
             checkpoint.save_tokenizer(stage.path)

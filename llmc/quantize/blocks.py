@@ -34,7 +34,8 @@ class PackedBlocks:
         codes: uint8 (N, blocks, block_size * bits / 8); with 4 bits the even element of a pair is in
             the low half of its byte.
         scales: float32 or float16 (N, blocks).
-        zero_points: uint8 (N, ceil(blocks * bits / 8)), packed like the codes; None if symmetric.
+        zero_points: uint8 (N, ceil(blocks * bits / 8)), packed like the codes; or float32 (N, blocks), any
+            numbers: -minimum / scale for weights of code * scale + minimum; None if symmetric.
         in_features: K without the padding.
         scheme: Bits, block size and symmetry of the codes.
     """
@@ -143,8 +144,10 @@ def dequantize_blocks(blocks: PackedBlocks) -> Array:
     codes = unpack(blocks.codes, scheme.bits, scheme.block_size).astype(np.float32)
     if blocks.zero_points is None:
         codes -= zero_level(scheme)
-    else:
+    elif blocks.zero_points.dtype == np.uint8:
         codes -= unpack(blocks.zero_points, scheme.bits, count)[:, :, None]
+    else:
+        codes -= blocks.zero_points[:, :, None]
     codes *= blocks.scales.astype(np.float32)[:, :, None]
     return codes.reshape(len(codes), -1)[:, : blocks.in_features]
 

@@ -25,7 +25,7 @@ from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
 from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
-from llmc.quantize.stored import is_stored
+from llmc.quantize.stored import MADE_FLOATS, is_stored
 
 #: Domain of TensorRT's own operators.
 TRT_DOMAIN = "trt"
@@ -87,7 +87,7 @@ def quantize_for_engine(
         size = tensor.nbytes if scheme is None else _replace(graph, weight, scheme, outputs_first)
         origin = None
         if tensor.rows is not None and is_stored(tensor.rows):
-            origin = "made floats" if scheme is None else "quantized again (engines have grids of their own)"
+            origin = MADE_FLOATS if scheme is None else "quantized again (engines have grids of their own)"
         stored.append(QuantizedTensor(name, role, shape, scheme, size, origin))
     return tuple(stored), tuple(kept)
 

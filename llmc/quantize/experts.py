@@ -16,7 +16,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
-from llmc.quantize.stored import is_stored
+from llmc.quantize.stored import MADE_FLOATS, is_stored
 from llmc.quantize.stream import quantize_stack
 
 #: Block sizes that QMoE and our schemes have in common, largest first.
@@ -61,7 +61,7 @@ def _describe(value: ir.Value, scheme: WeightScheme | None, size: int) -> Quanti
     shape = tuple(_tensor(value).shape.numpy())
     rows, origin = _tensor(value).rows, None
     if rows is not None and is_stored(rows):
-        origin = "made floats" if scheme is None else "quantized again (experts are stacked)"
+        origin = MADE_FLOATS if scheme is None else "quantized again (experts are stacked)"
     return QuantizedTensor(str(value.name), WeightRole.EXPERTS, shape, scheme, size, origin)
 
 

@@ -18,13 +18,13 @@ import onnx_ir as ir
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
-from llmc.graph.model import Graph
+from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
 from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
-from llmc.quantize.stored import KEPT, StoredMatrix, find_stored, is_stored
+from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
 
@@ -104,10 +104,11 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
     if rows is None:
         return _Decision(scheme)
     if scheme is None:
-        return _Decision(None, origin="made floats" if is_stored(rows) else None)
+        return _Decision(None, origin=MADE_FLOATS if is_stored(rows) else None)
     found = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
     if isinstance(found, StoredMatrix):
-        rounded = "" if found.is_exact(scale_type(quantization, dtype)) else ", scales rounded to float16"
+        stored_as = found.storage_type(scale_type(quantization, dtype))
+        rounded = "" if found.is_exact(stored_as) else ", scales rounded to float16"
         return _Decision(found.scheme, found, KEPT + rounded)
     return _Decision(scheme, origin=None if found is None else f"quantized again ({found})")
 
@@ -192,15 +193,10 @@ def quantize_weights(
         if scheme is None:
             size = matrix.tensor.nbytes
         else:
-            operands = _Operands(
-                graph.graph,
-                matrix,
-                scheme,
-                dtype,
-                scale_type(quantization, dtype),
-                calibration,
-                decision.stored,
-            )
+            kept_as = scale_type(quantization, dtype)
+            if decision.stored is not None:
+                kept_as = decision.stored.storage_type(kept_as)
+            operands = _Operands(graph.graph, matrix, scheme, dtype, kept_as, calibration, decision.stored)
             for linear in matrix.linears:
                 _replace_linear(graph.graph, linear, operands, quantization.accuracy_level)
             for embedding in matrix.embeddings:
@@ -272,9 +268,13 @@ class _Operands:
         if kind is not self.scale_dtype:
             self.scales = self._widen(graph)
         self.zero_points = None
-        if not scheme.symmetric:
+        if stored is not None and stored.float_zeros:
+            shape = (self.out_features, self.blocks)
+            self.zero_points = initializer("zero_points", ir.DataType.FLOAT, shape)
+        elif not scheme.symmetric:
             packed = -(-self.blocks * scheme.bits // 8)
             self.zero_points = initializer("zero_points", ir.DataType.UINT8, (self.out_features, packed))
+        self.facts = {} if stored is None or stored.code_bits is None else {CODE_BITS: str(stored.code_bits)}
         self._flat: ir.Value | None = self.codes if only_embedded else None
 
     def _widen(self, graph: ir.Graph) -> ir.Value:
@@ -340,6 +340,7 @@ def _replace_linear(graph: ir.Graph, linear: Linear, operands: _Operands, accura
         },
         domain=DOMAIN,
     )
+    node.metadata_props.update(operands.facts)
     transpose = linear.node.inputs[1]
     replace(graph, linear.node, [node])
     producer = None if transpose is None else transpose.producer()
@@ -360,6 +361,7 @@ def _replace_embedding(graph: ir.Graph, embedding: Embedding, operands: _Operand
         },
         domain=DOMAIN,
     )
+    lookup.metadata_props.update(operands.facts)
     width = operands.blocks * operands.scheme.block_size
     if width == operands.in_features:
         replace(graph, embedding.node, [lookup])

@@ -2,7 +2,8 @@
 
 The values stay the same whatever the layout: a group of inputs may be cut into several blocks with its scale
 and zero point, codes and zero points may be moved up together into a wider type, and matrices that are joined
-along their outputs may be brought to the finest blocks and the widest codes among them.
+along their outputs may be brought to the finest blocks and the widest codes among them. Where a part has
+minimums in the place of zero points, codes stay and every zero point becomes a float, -minimum / scale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,10 @@ import numpy as np
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.graph.weights import (
+    Array,
     CastRows,
     CodeGrid,
+    CodeRows,
     ConcatRows,
     ExpertRows,
     Rows,
@@ -31,6 +34,7 @@ _BLOCK_SIZES = (128, 64, 32, 16)
 _STEP = 1 << 22
 #: What became of a checkpoint's codes.
 KEPT = "kept"
+MADE_FLOATS = "made floats"
 
 
 @dataclass(frozen=True)
@@ -57,31 +61,72 @@ class StoredMatrix:
         outputs = sum(count for _, count in self.parts)
         codes = np.empty((outputs, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), scale_type)
-        zeros = np.empty((outputs, blocks), np.uint8)
+        zeros = np.empty((outputs, blocks), np.float32 if self.float_zeros else np.uint8)
         step = max(8, _STEP // self.in_features // 8 * 8)
         row = 0
         for grid, count in self.parts:
-            group = np.arange(blocks) * scheme.block_size // grid.group_size
-            lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 here = slice(row + start, row + stop)
-                found = grid.read(start, stop)
-                zeros[here] = found.zero_points[:, group] + lift
-                with np.errstate(over="ignore"):
-                    scales[here] = found.scales[:, group].astype(scale_type)
-                # Padded inputs have the code of 0.
-                wide = np.repeat(zeros[here], scheme.block_size, axis=1)
-                wide[:, : self.in_features] = found.codes + lift
+                wide, zeros[here], scales[here] = self._blocks(grid, grid.read(start, stop), scale_type)
                 codes[here] = pack(wide.reshape(stop - start, blocks, -1), scheme.bits)
             row += count
-        if not np.isfinite(scales).all():
+        if not (np.isfinite(scales).all() and np.isfinite(zeros).all()):
             raise CheckpointError(
                 f"{name} has scales that are not finite, or too large for {np.dtype(scale_type)}",
                 hint="the checkpoint is damaged, or needs float32 on this target",
             )
+        if self.float_zeros:
+            return PackedBlocks(codes, scales, zeros, self.in_features, scheme)
         packed = None if scheme.symmetric else pack(zeros, scheme.bits)
         return PackedBlocks(codes, scales, packed, self.in_features, scheme)
+
+    @property
+    def float_zeros(self) -> bool:
+        """Whether zero points are floats, as some part has minimums."""
+        return any(grid.minimums for grid, _ in self.parts)
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits that codes with float zero points need, where they are stored in more."""
+        bits = max(grid.bits for grid, _ in self.parts)
+        return bits if self.float_zeros and bits < self.scheme.bits else None
+
+    def _blocks(self, grid: CodeGrid, found: CodeRows, scale_type: ScaleType) -> tuple[Array, Array, Array]:
+        """Codes uint8 (n, padded inputs), zero points and scales (n, blocks) of some outputs of a part."""
+        scheme = self.scheme
+        blocks = count_blocks(self.in_features, scheme.block_size)
+        group = np.arange(blocks) * scheme.block_size // grid.group_size
+        with np.errstate(over="ignore"):
+            scales: Array = found.scales[:, group].astype(scale_type)
+        zeros: Array
+        flat = np.zeros(scales.shape, bool)
+        if found.minimums is not None:
+            minimums = found.minimums[:, group].astype(np.float32)
+            flat = scales == 0
+            with np.errstate(over="ignore"):
+                scales[flat] = minimums[flat].astype(scale_type)
+            zeros = -minimums / np.where(scales == 0, scale_type(1), scales).astype(np.float32)
+            zeros[flat] = -1  # (0 + 1) * minimum
+        elif self.float_zeros:
+            zeros = found.zero_points[:, group].astype(np.float32)
+        else:
+            lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
+            zeros = found.zero_points[:, group] + lift
+        wide = np.zeros((len(zeros), blocks * scheme.block_size), np.uint8)
+        wide[:, : self.in_features] = found.codes
+        if not self.float_zeros:
+            wide[:, : self.in_features] += lift
+            # Padded inputs have the code of 0; with float zero points they meet activations that are 0.
+            wide[:, self.in_features :] = np.repeat(zeros, scheme.block_size, axis=1)[:, self.in_features :]
+        elif flat.any():
+            wide[np.repeat(flat, scheme.block_size, axis=1)] = 0
+        return wide, zeros, scales
+
+    def storage_type(self, wanted: ScaleType) -> ScaleType:
+        """Type to store scales in: float16 where it holds them, and for compact ones; else `wanted`."""
+        narrow = all(grid.compact or np.can_cast(grid.scale_dtype, np.float16) for grid, _ in self.parts)
+        return np.float16 if narrow else wanted
 
     def is_exact(self, scale_type: ScaleType) -> bool:
         """Whether `scale_type` holds all numbers of the type of the scales."""
@@ -102,8 +147,6 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
     while isinstance(rows, CastRows | TransposedRows):
         outputs_first ^= isinstance(rows, TransposedRows)
         rows = rows.inner
-    if not outputs_first:
-        return "its inputs come first"
     parts = []
     for part in _joined(rows):
         if not isinstance(part, StoredRows):
@@ -113,8 +156,10 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
         grid = part.info.codes()
         if isinstance(grid, str):
             return grid
-        parts.append((grid, part.shape[0]))
-    in_features = rows.shape[1]
+        if grid.turned is outputs_first or (grid.turned and part is not rows):
+            return "its inputs come first"
+        parts.append((grid, part.shape[0] if outputs_first else part.shape[1]))
+    in_features = rows.shape[1] if outputs_first else rows.shape[0]
     grids = [grid for grid, _ in parts]
     sizes = [grid.group_size for grid in grids if grid.group_size < in_features]
     # One scale for all inputs goes with every block, and best with one that needs no padding.
@@ -122,6 +167,8 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
     if not fitting:
         return f"groups of {min(sizes)} inputs are no multiple of {_BLOCK_SIZES[-1]}"
     block = next((b for b in fitting if in_features % b == 0), fitting[-1])
+    if in_features % block and any(grid.minimums for grid in grids):
+        return f"{in_features} inputs with minimums fill no whole number of blocks"
     found = scheme.model_copy(
         update={
             "bits": 4 if all(grid.bits <= 4 for grid in grids) else 8,

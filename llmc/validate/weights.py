@@ -1,7 +1,8 @@
 """Weights: every tensor that an artifact stores against the checkpoint's, as a signal-to-noise ratio.
 
 Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
-GatherBlockQuantized, (code - zero point) * scale, of ONNX DequantizeLinear, and by the layout of compiled
+GatherBlockQuantized, (code - zero point) * scale, or code * scale + minimum where minimums are stored beside
+them, of ONNX DequantizeLinear, and by the layout of compiled
 kernels, here and not by the code that wrote them. The ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB;
 infinite where nothing was lost. Errors of integers are told in steps as well, the scale that stands between
 neighbouring codes: half a step is what rounding to the nearest code costs at most.
@@ -273,7 +274,9 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     while uses and uses[0].node.op_type == "Reshape":
         uses = [use for output in uses[0].node.outputs for use in output.uses()] + uses[1:]
     node = next((u.node for u in uses if u.idx in _CODES_AT.get(u.node.op_type, ())), None)
-    scales, zeros = (graph.initializers.get(f"{stem}.{part}") for part in ("scales", "zero_points"))
+    scales, zeros, minimums = (
+        graph.initializers.get(f"{stem}.{part}") for part in ("scales", "zero_points", "minimums")
+    )
     if node is not None and node.op_type == "DequantizeLinear":
         return _dequantized(node, codes)
     if node is None or codes.const_value is None or scales is None or scales.const_value is None:
@@ -290,12 +293,16 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     packed = codes.const_value.numpy()
     packed = packed.reshape(len(packed), -1)
     scale = scales.const_value.numpy()
-    zero = zeros.const_value.numpy() if zeros is not None and zeros.const_value is not None else None
+    zero, low = _array(zeros), _array(minimums)
     features = _width(graph, node, stem) or packed.shape[1] * 8 // bits
 
     def read(start: int, stop: int) -> Array:
         levels = unpack(packed[start:stop], bits).astype(np.float32)
         blocks = levels.reshape(len(levels), -1, block)
+        if low is not None:
+            wide = scale[start:stop, :, None].astype(np.float32)
+            values = blocks * wide + low[start:stop, :, None].astype(np.float32)
+            return values.reshape(len(levels), -1)[:, :features]
         middle: Array | float = 1 << (bits - 1)
         if zero is not None:
             middle = unpack(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
@@ -306,6 +313,10 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         return np.repeat(scale[start:stop].astype(np.float32), block, axis=1)[:, :features]
 
     return Stored((len(packed), features), read, block, steps)
+
+
+def _array(value: ir.Value | None) -> Array | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _width(graph: ir.Graph, node: ir.Node, stem: str) -> int | None:

@@ -1,9 +1,10 @@
 """Writes tiny random models as GGUF files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
 HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
@@ -64,9 +65,29 @@ LAYER: dict[str, dict[str, tuple[int, ...]]] = {
         "shortconv.conv.weight": (HIDDEN, 3),
     },
 }
+LAYER["bloom"] = LAYER["gpt2"]
 TOP: dict[str, dict[str, tuple[int, ...]]] = {
+    "bloom": _TOP
+    | {"token_embd_norm.weight": (HIDDEN,), "token_embd_norm.bias": (HIDDEN,), "output_norm.bias": (HIDDEN,)},
     "gpt2": _TOP | {"position_embd.weight": (1024, HIDDEN), "output_norm.bias": (HIDDEN,)},
     "lfm2": {"token_embd.weight": (len(TOKENS), HIDDEN), "token_embd_norm.weight": (HIDDEN,)},
+}
+
+
+#: Bytes of a block at which its float16 scales and minimums stand.
+SCALES_AT = {
+    GGMLQuantizationType[name]: places
+    for name, places in {
+        "Q2_K": (80, 82),
+        "Q3_K": (108,),
+        "Q4_K": (0, 2),
+        "Q5_K": (0, 2),
+        "Q6_K": (208,),
+        "IQ4_NL": (0,),
+        "IQ4_XS": (0,),
+        "IQ2_XXS": (0,),
+        "NVFP4": (),  # its scales are float8
+    }.items()
 }
 
 
@@ -76,13 +97,19 @@ def write_gguf(
     kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
     omit: str = "",
     vocabulary: bool = True,
+    kinds: Mapping[str, GGMLQuantizationType] | None = None,
+    scale: int = 1,
 ) -> Path:
     """A tiny model with random weights: matrices in `kind`, vectors and convolutions in F32.
 
     An architecture that is not in `LAYER` gets the tensors of a llama.
+
+    Args:
+        kinds: Types of tensors whose name ends so, in the place of `kind`.
+        scale: Every width is that many times as large, for types with blocks of 256.
     """
     writer = GGUFWriter(str(file), architecture)
-    _add_metadata(writer, architecture)
+    _add_metadata(writer, architecture, scale)
     if vocabulary:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
@@ -98,11 +125,15 @@ def write_gguf(
     for name, shape in shapes.items():
         if name == omit:
             continue
+        shape = tuple(size if size == len(TOKENS) else size * scale for size in shape)
         values = tensor_values(name, shape)
-        if len(shape) == 1 or shape[-1] % 32 or kind == GGMLQuantizationType.F32:
+        own = next((k for end, k in (kinds or {}).items() if name.endswith(end)), kind)
+        if len(shape) == 1 or shape[-1] % 32 or own == GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
+        elif own in SCALES_AT:
+            writer.add_tensor(name, random_blocks(own, shape), raw_dtype=own)
         else:
-            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantize(values, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,25 +141,39 @@ def write_gguf(
     return file
 
 
+def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random bytes of a tensor of a type that the gguf package does not write, with scales of about 0.01."""
+    block, size = GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng([seed, *shape])
+    raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8)
+    blocks = raw.reshape(-1, size)
+    for at in SCALES_AT[kind]:
+        scales = rng.normal(0, 2e-4 if block == 256 else 1e-2, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    if kind is GGMLQuantizationType.NVFP4:
+        blocks[:, :4] &= 0x3F
+    return raw
+
+
 def tensor_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """What `write_gguf` stores as `name`, before quantization."""
     return np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
 
 
-def _add_metadata(writer: GGUFWriter, architecture: str) -> None:
+def _add_metadata(writer: GGUFWriter, architecture: str, scale: int) -> None:
     writer.add_name("tiny")
     writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(HIDDEN * scale)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(INNER * scale)
     writer.add_head_count(HEADS)
     writer.add_rope_freq_base(10000.0)
-    if architecture == "gpt2":
+    if architecture in ("gpt2", "bloom"):
         writer.add_layer_norm_eps(1e-5)
         return
     writer.add_head_count_kv([0] * LAYERS if architecture == "lfm2" else KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_key_length(HIDDEN // HEADS)
+    writer.add_key_length(HIDDEN * scale // HEADS)
     if architecture == "lfm2":
         writer.add_shortconv_l_cache(3)
     if architecture == "qwen3moe":

@@ -19,7 +19,7 @@ from llmc.graph.weights import (
     TensorInfo,
     TransposedRows,
 )
-from llmc.quantize.blocks import dequantize_blocks
+from llmc.quantize.blocks import ScaleType, dequantize_blocks
 from llmc.quantize.place import QuantizedTensor
 from llmc.quantize.stored import StoredMatrix, find_stored, is_stored, origin_notes
 from tests.checkpoint.quantized_folders import Codes, draw_codes
@@ -43,6 +43,24 @@ def stored_rows(codes: Codes, group: int) -> StoredRows:
     values = codes.values()
     info = TensorInfo("w", values.shape, ir.DataType.FLOAT, lambda: grid)
     return StoredRows(Tensors({"w": values}), info)
+
+
+def minimum_rows(seed: int, shape: tuple[int, int], bits: int, group: int) -> tuple[StoredRows, Array]:
+    """A tensor of code * scale + minimum with float16 scales, one of which is 0, and its values."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
+    scales, minimums = (rng.normal(0, 0.01, (shape[0], shape[1] // group)).astype(np.float16) for _ in "sm")
+    scales[1, 0] = 0
+    wide, low = (np.repeat(x.astype(np.float32), group, axis=1) for x in (scales, minimums))
+    values = codes * wide + low
+
+    def read(start: int, stop: int) -> CodeRows:
+        here = slice(start, stop)
+        return CodeRows(codes[here], np.zeros_like(codes[here]), scales[here], minimums[here])
+
+    grid = CodeGrid(bits, group, False, scales.dtype, read, minimums=True)
+    info = TensorInfo("m", shape, ir.DataType.FLOAT, lambda: grid)
+    return StoredRows(Tensors({"m": values}), info), values
 
 
 def float_rows(values: Array) -> StoredRows:
@@ -92,6 +110,27 @@ def test_joined_matrices_take_the_finest_blocks_and_widest_codes() -> None:
     scheme, values = pack(CastRows(rows, ir.DataType.FLOAT16))
     assert (scheme.bits, scheme.block_size, scheme.symmetric) == (8, 32, False)
     np.testing.assert_array_equal(values, np.concatenate([c.values() for c in parts]))
+
+
+@pytest.mark.parametrize("scale_type", [np.float16, np.float32])
+def test_minimums_are_kept_as_float_zero_points(scale_type: ScaleType) -> None:
+    rows, values = minimum_rows(4, (24, 96), 4, 32)
+    found = find_stored(rows, RULE, outputs_first=True)
+    assert isinstance(found, StoredMatrix)
+    blocks = found.pack(scale_type, "w")
+    assert (blocks.scheme.bits, blocks.scheme.block_size, blocks.scheme.symmetric) == (4, 32, False)
+    np.testing.assert_allclose(dequantize_blocks(blocks), values, rtol=1e-5, atol=1e-8)
+    assert blocks.zero_points is not None
+    minimums = (-blocks.zero_points * blocks.scales.astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(minimums, rows.info.codes().read(0, 24).minimums)  # type: ignore[union-attr, misc]
+
+
+def test_a_part_with_minimums_gives_its_neighbours_float_zero_points() -> None:
+    rows, values = minimum_rows(4, (24, 96), 4, 32)
+    codes = draw_codes(2, (16, 96), bits=8, group=96, symmetric=True)
+    scheme, packed = pack(ConcatRows((stored_rows(codes, 96), rows)))
+    assert (scheme.bits, scheme.block_size, scheme.symmetric) == (8, 32, False)
+    np.testing.assert_allclose(packed, np.concatenate([codes.values(), values]), rtol=1e-5, atol=1e-8)
 
 
 def test_a_matrix_turned_twice_is_kept_and_one_turned_once_is_not() -> None:

@@ -143,7 +143,7 @@ def _replace(
     """One node in the place of a region; `replaced_by` leads from values of regions to what is there now."""
     values = [replaced_by.get(value, value) for value in [*builder.inputs, *builder.weights]]
     made = ir.Node(DOMAIN, name, values, num_outputs=len(builder.outputs), name=name)
-    layouts = {n: [x.n, x.k, x.bits, x.block, int(x.zeros)] for n, x in sorted(builder.layouts.items())}
+    layouts = {n: [x.n, x.k, x.bits, x.block, int(x.zero)] for n, x in sorted(builder.layouts.items())}
     made.metadata_props[PACKED] = json.dumps(layouts)
     first = builder.inside[0]
     graph.insert_before(first, made)

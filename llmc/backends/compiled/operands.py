@@ -4,10 +4,12 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import Space
-from llmc.graph.model import constant_of
+from llmc.graph.model import PackedZero, constant_of
 from llmc.graph.weights import LazyWeight
 
 MICROSOFT = "com.microsoft"
+#: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 wants int8, 2 at least float16.
+PARTS = {4: 1, 2: 2}
 #: Norms by domain and name: whether the mean is taken off, whether a sum is part of it.
 NORMS = {
     ("", "SimplifiedLayerNormalization"): (False, False),
@@ -81,25 +83,32 @@ def codes_of(node: ir.Node) -> ir.Value:
 def scales_of(node: ir.Node) -> list[ir.Value]:
     """Scales and, where there are any, zero points of a product or an embedding, as they are stored.
 
-    Scales in another type than that of the activations have a Cast behind them.
+    Those in another type than that of the activations have a Cast behind them.
     """
-    found = [value for value in node.inputs[2:4] if value is not None]
-    producer = found[0].producer()
-    if producer is not None and producer.op_type == "Cast":
-        found[0] = given(producer.inputs[0])
-    return found
+    return [_stored(value) for value in node.inputs[2:4] if value is not None]
+
+
+def _stored(value: ir.Value) -> ir.Value:
+    producer = value.producer()
+    return given(producer.inputs[0]) if producer is not None and producer.op_type == "Cast" else value
+
+
+def _zero_of(node: ir.Node) -> PackedZero:
+    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+    if zeros is None:
+        return PackedZero.MIDDLE
+    return PackedZero.CODE if zeros.dtype == ir.DataType.UINT8 else PackedZero.MINIMUM
 
 
 def layout_of(node: ir.Node) -> PackedLayout:
     n, k, bits, block = (node.attributes[a].as_int() for a in ("N", "K", "bits", "block_size"))
-    return PackedLayout(n, k, bits, block, len(node.inputs) > 3 and node.inputs[3] is not None)
+    return PackedLayout(n, k, bits, block, _zero_of(node))
 
 
 def embedding_layout(node: ir.Node) -> PackedLayout:
     bits, block = (node.attributes[a].as_int() for a in ("bits", "block_size"))
-    zeros = len(node.inputs) > 3 and node.inputs[3] is not None
     features = _features_of(node.outputs[0], block)
-    return PackedLayout(int(dims_of(given(node.inputs[2]))[0]), features, bits, block, zeros)
+    return PackedLayout(int(dims_of(given(node.inputs[2]))[0]), features, bits, block, _zero_of(node))
 
 
 def _features_of(rows: ir.Value, block: int) -> int:

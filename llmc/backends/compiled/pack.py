@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.errors import CheckpointError
+from llmc.graph.model import PackedZero
 from llmc.graph.weights import Array, WeightGroup
 
 GROUP = 16
@@ -16,15 +17,15 @@ class PackedLayout:
     """Sizes of a packed matrix of N outputs and K inputs.
 
     Args:
-        bits: 4 or 8; with 8 bits the zero point is 128.
-        zeros: Whether there is a zero point per block.
+        bits: 4 or 8.
+        zero: What stands for zero; with 8 bits no code per block.
     """
 
     n: int
     k: int
     bits: int
     block: int
-    zeros: bool
+    zero: PackedZero
 
     @property
     def blocks(self) -> int:
@@ -45,8 +46,18 @@ class PackedLayout:
 
     @property
     def group_bytes(self) -> int:
-        size = self.zeros_at + (self.blocks * GROUP // 2 if self.zeros else 0)
-        return -(-size // 64) * 64
+        return -(-(self.zeros_at + self.zeros_bytes) // 64) * 64
+
+    @property
+    def zeros_bytes(self) -> int:
+        """Bytes of a group's zero points or minima."""
+        match self.zero:
+            case PackedZero.MIDDLE:
+                return 0
+            case PackedZero.CODE:
+                return self.blocks * GROUP // 2
+            case PackedZero.MINIMUM:
+                return self.blocks * GROUP * 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,12 @@ def pack(members: Mapping[str, Array], layout: PackedLayout) -> Array:
 
     Args:
         members: codes uint8 (N, blocks, block * bits / 8), scales (N, blocks) of any floating type,
-            zero_points uint8 (N, ceil(blocks / 2)) of 4 bits each; as MatMulNBits has them.
+            zero_points uint8 (N, ceil(blocks / 2)) of 4 bits each, or floating (N, blocks); as MatMulNBits
+            has them. Of floating ones the minimum -zero_point * scale is stored, which is the float16 number
+            of a GGUF file again where zero points are float32.
+
+    Raises:
+        CheckpointError: A scale or a minimum is too large for float16.
     """
     groups, blocks, block = layout.groups, layout.blocks, layout.block
     codes = members["codes"].reshape(layout.n, blocks, -1)
@@ -82,22 +98,35 @@ def pack(members: Mapping[str, Array], layout: PackedLayout) -> Array:
     if layout.bits == 4:
         lanes = lanes[:, :, 0::2] | (lanes[:, :, 1::2] << 4)
     packed[:, : layout.scales_at] = lanes.reshape(groups, -1)
+    scales = members["scales"].astype(np.float32)
+    packed[:, layout.scales_at : layout.zeros_at] = _halves("scale", scales, groups)
+    zeros = slice(layout.zeros_at, layout.zeros_at + layout.zeros_bytes)
+    if layout.zero is PackedZero.CODE:
+        packed[:, zeros] = _nibbles(members["zero_points"], blocks, groups)
+    elif layout.zero is PackedZero.MINIMUM:
+        points = members["zero_points"].reshape(layout.n, blocks).astype(np.float32)
+        packed[:, zeros] = _halves("minimum", -points * scales, groups)
+    return packed
+
+
+def _halves(name: str, values: Array, groups: int) -> Array:
+    """Round float32 (N, blocks) to float16, as bytes of each group."""
     with np.errstate(over="ignore"):
-        halves = members["scales"].astype(np.float16)
+        halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
         raise CheckpointError(
-            f"a scale of {np.abs(members['scales']).max():g} is too large for float16, which kernels read",
+            f"a {name} of {np.abs(values).max():g} is too large for float16, which kernels read",
             hint="the checkpoint is damaged, or needs a target without compiled kernels",
         )
-    scales = _by_lane(halves, groups)
-    packed[:, layout.scales_at : layout.zeros_at] = scales.reshape(groups, -1).view(np.uint8)
-    if layout.zeros:
-        pairs = members["zero_points"]
-        zeros = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(layout.n, -1)[:, :blocks]
-        turned = _by_lane(zeros, groups)
-        joined = turned[..., 0::2] | (turned[..., 1::2] << 4)
-        packed[:, layout.zeros_at : layout.zeros_at + blocks * GROUP // 2] = joined.reshape(groups, -1)
-    return packed
+    return _by_lane(halves, groups).reshape(groups, -1).view(np.uint8)
+
+
+def _nibbles(pairs: Array, blocks: int, groups: int) -> Array:
+    """Turn zero points of 4 bits, two in a byte along the blocks, into bytes of each group."""
+    zeros = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)[:, :blocks]
+    turned = _by_lane(zeros, groups)
+    joined: Array = (turned[..., 0::2] | (turned[..., 1::2] << 4)).reshape(groups, -1)
+    return joined
 
 
 def _pad(rows: Array, groups: int) -> Array:

@@ -14,7 +14,7 @@ from llmc.config import CacheType, WeightScheme
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.machine import detect_profile
-from llmc.quantize.blocks import PackedBlocks, count_blocks
+from llmc.quantize.blocks import PackedBlocks, count_blocks, pack
 from llmc.quantize.encode import quantize_blocks
 
 Array = np.ndarray
@@ -30,6 +30,19 @@ def usable_sets() -> list[InstructionSet]:
 def quantized(weights: Array, bits: int, block: int, symmetric: bool) -> PackedBlocks:
     scheme = WeightScheme(bits=bits, block_size=block, symmetric=symmetric, method="rtn")  # type: ignore[arg-type]
     return quantize_blocks(weights, scheme)
+
+
+def with_minima(n: int, k: int, bits: int, block: int, seed: int = 0) -> tuple[PackedBlocks, Array]:
+    """Codes with a float16 scale and minimum per block, as in GGUF files, and code * scale + minimum."""
+    rng = np.random.default_rng(seed)
+    blocks = count_blocks(k, block)
+    codes = rng.integers(0, 1 << bits, (n, blocks, block), np.uint8)
+    scales = rng.uniform(0.01, 0.2, (n, blocks)).astype(np.float16)
+    minima = -(scales * rng.uniform(0.3, 0.7, (n, blocks)) * (1 << bits)).astype(np.float16)
+    wide, low = scales.astype(np.float32), minima.astype(np.float32)
+    stated = WeightScheme(bits=bits, block_size=block, symmetric=False, method="rtn")  # type: ignore[arg-type]
+    values = (codes * wide[..., None] + low[..., None]).reshape(n, -1)[:, :k]
+    return PackedBlocks(pack(codes, bits), wide, -low / wide, k, stated), values
 
 
 class GraphBuilder:
@@ -65,14 +78,40 @@ class GraphBuilder:
         self.nodes.append(ir.node(op, inputs, attributes, domain=domain, outputs=[out], name=name))  # type: ignore[arg-type]
         return out
 
-    def matmul(self, x: ir.Value, blocks: PackedBlocks, name: str) -> ir.Value:
+    def packed(self, blocks: PackedBlocks, name: str) -> list[ir.Value]:
         members = {"codes": blocks.codes, "scales": blocks.scales}
         if blocks.zero_points is not None:
             members["zero_points"] = blocks.zero_points
+        return self.weight(name, members)
+
+    def embed(self, ids: ir.Value, blocks: PackedBlocks, name: str, weights: list[ir.Value]) -> ir.Value:
+        codes, *rest = weights
+        scheme = blocks.scheme
+        return self.node(
+            "GatherBlockQuantized",
+            [codes, ids, *rest],
+            f"{name}.rows",
+            blocks.in_features,
+            MICROSOFT,
+            bits=scheme.bits,
+            block_size=scheme.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def matmul(
+        self,
+        x: ir.Value,
+        blocks: PackedBlocks,
+        name: str,
+        weights: list[ir.Value] | None = None,
+        level: int = 4,
+    ) -> ir.Value:
+        """A product; `weights` are the initializers where another operator reads them as well."""
         scheme, n = blocks.scheme, len(blocks.codes)
         return self.node(
             "MatMulNBits",
-            [x, *self.weight(name, members)],
+            [x, *(weights or self.packed(blocks, name))],
             f"{name}.out",
             n,
             MICROSOFT,
@@ -80,7 +119,7 @@ class GraphBuilder:
             N=n,
             bits=scheme.bits,
             block_size=scheme.block_size,
-            accuracy_level=4,
+            accuracy_level=level,
         )
 
     def finish(self, outputs: list[ir.Value]) -> Graph:
@@ -112,8 +151,20 @@ def open_session(folder: Path, threads: int = 1):  # type: ignore[no-untyped-def
     return ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
 
 
-def quantize_activations(x: Array, block: int) -> Array:
-    """What a product sees of rows (…, K): int8 by block, as float64."""
+def code_units(x: Array, block: int) -> Array:
+    """Rows (…, K) by block before they are rounded, (…, blocks, block): 127 is the largest of a block."""
+    codes, _ = _scaled(x, block)
+    return codes
+
+
+def quantize_activations(x: Array, block: int, largest: int = 127) -> Array:
+    """What a product sees of rows (…, K), integers by block up to `largest`, as float64."""
+    codes, scales = _scaled(x, block, largest)
+    rows = np.rint(codes).astype(np.float64) * scales
+    return rows.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def _scaled(x: Array, block: int, largest: int = 127) -> tuple[Array, Array]:
     k = x.shape[-1]
     blocks = count_blocks(k, block)
     padded = np.zeros((*x.shape[:-1], blocks * block), np.float32)
@@ -121,6 +172,6 @@ def quantize_activations(x: Array, block: int) -> Array:
     cut = padded.reshape(*x.shape[:-1], blocks, block)
     peak = np.abs(cut).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        codes = np.where(peak > 1e-30, np.rint(cut * (np.float32(127) / peak)), 0)
-        scales = np.where(peak > 1e-30, peak / np.float32(127), 0)
-    return (codes.astype(np.float64) * scales).reshape(padded.shape)[..., :k]
+        codes = np.where(peak > 1e-30, cut * (np.float32(largest) / peak), 0)
+        scales = np.where(peak > 1e-30, peak / np.float32(largest), 0)
+    return codes, scales

@@ -83,6 +83,8 @@ void product(int64_t rows, int32_t outputs) {
   for (int64_t g = 0; g < groups; g++) {
     auto* scales = reinterpret_cast<uint16_t*>(weights.get() + g * M::group_bytes + M::scales_at);
     for (int i = 0; i < M::blocks * 16; i++) scales[i] = 0x1c00;
+    auto* minima = reinterpret_cast<uint16_t*>(weights.get() + g * M::group_bytes + M::zeros_at);
+    for (int i = 0; M::Minimum && i < M::blocks * 16; i++) minima[i] = static_cast<uint16_t>(0xa800 + draw() % 1024);
   }
   auto memory = room<float>(rows * (stride + M::Q::width + wide));
   for (int64_t i = 0; i < rows * stride; i++) memory.get()[i] = noise();
@@ -93,7 +95,7 @@ void product(int64_t rows, int32_t outputs) {
   Op quantize{};
   quantize.a = {0, stride, 0};
   quantize.out = {stride, M::Q::width, 0};
-  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B>(run, quantize, row);
+  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, quantize, row);
   Op op{};
   op.chunks = M::chunks;
   op.chunk = M::chunk;
@@ -167,10 +169,14 @@ void attend_all(int heads, int kv_heads, int width) {
 int main(int count, char** names) {
   if (count > 1) values = std::fopen(names[1], "wb");
   for (int64_t rows : {1, 7, 70}) {
-    product<llmc::Matmul<80, 32, 4, true>>(rows, 40);
-    product<llmc::Matmul<64, 64, 8, false>>(rows, 17);
-    product<llmc::Matmul<144, 128, 8, false>>(rows, 17);
-    product<llmc::Matmul<144, 128, 4, true>>(rows, 17);
+    product<llmc::Matmul<80, 32, 4, Zero::kCode>>(rows, 40);
+    product<llmc::Matmul<64, 64, 8, Zero::kMiddle>>(rows, 17);
+    product<llmc::Matmul<144, 128, 8, Zero::kMiddle>>(rows, 17);
+    product<llmc::Matmul<144, 128, 4, Zero::kCode>>(rows, 17);
+    product<llmc::Matmul<80, 32, 4, Zero::kMinimum>>(rows, 40);
+    product<llmc::Matmul<48, 16, 8, Zero::kMinimum>>(rows, 17);
+    product<llmc::Matmul<80, 32, 4, Zero::kCode, 2>>(rows, 40);
+    product<llmc::Matmul<144, 128, 8, Zero::kMiddle, 2>>(rows, 17);
   }
   attend_all<llmc::Attention<6, 2, 32, 32, false>>(6, 2, 32);
   attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::HalfRows>>(6, 2, 32);

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.pack import PackedLayout, pack
 from llmc.errors import CheckpointError
+from llmc.graph.model import PackedZero
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from tests.backends.compiled.graphs import (
     Array,
@@ -21,12 +22,27 @@ from tests.backends.compiled.graphs import (
     quantize_activations,
     quantized,
     usable_sets,
+    with_minima,
     write_compiled,
 )
 
 K = 80
-#: (outputs, bits, block, symmetric); 80 inputs fill no number of blocks of 32 or 64.
-CASES = [(48, 4, 32, False), (17, 4, 64, False), (33, 4, 16, True), (20, 8, 32, True), (16, 4, 128, False)]
+#: Outputs, bits, block, symmetric or "minimum", largest code of an activation; 80 inputs fill no number of
+#: blocks of 32 or 64.
+CASES: list[tuple[int, int, int, bool | str, int]] = [
+    (48, 4, 32, False, 127),
+    (17, 4, 64, False, 127),
+    (33, 4, 16, True, 127),
+    (20, 8, 32, True, 127),
+    (16, 4, 128, False, 127),
+    (16, 8, 16, True, 127),
+    (33, 4, 32, "minimum", 127),
+    (17, 8, 32, "minimum", 127),
+    (16, 4, 16, "minimum", 127),
+    (17, 4, 32, False, 127 * 256),
+    (33, 8, 128, True, 127 * 256),
+    (16, 8, 32, "minimum", 127 * 256),
+]
 
 
 def half_scales(blocks: PackedBlocks) -> Array:
@@ -45,7 +61,7 @@ class Products:
         return self.session.run(None, {"x": x.astype(np.float32)})  # type: ignore[attr-defined, no-any-return]
 
     def expected(self, x: Array) -> list[Array]:
-        rows = [quantize_activations(x.astype(np.float32), block) for _, _, block, _ in CASES]
+        rows = [quantize_activations(x.astype(np.float32), block, most) for _, _, block, _, most in CASES]
         return [a @ w.T for a, w in zip(rows, self.weights, strict=True)]
 
 
@@ -56,10 +72,15 @@ def products(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     builder = GraphBuilder()
     x = builder.input("x", K)
     outputs, weights = [], []
-    for index, (n, bits, block, symmetric) in enumerate(CASES):
-        blocks = quantized(rng.standard_normal((n, K)).astype(np.float32), bits, block, symmetric)
-        weights.append(half_scales(blocks))
-        outputs.append(builder.matmul(x, blocks, f"w{index}"))
+    for index, (n, bits, block, kind, most) in enumerate(CASES):
+        level = 4 if most == 127 else 2
+        if kind == "minimum":
+            blocks, values = with_minima(n, K, bits, block, seed=index)
+        else:
+            blocks = quantized(rng.standard_normal((n, K)).astype(np.float32), bits, block, bool(kind))
+            values = half_scales(blocks)
+        weights.append(values.astype(np.float64))
+        outputs.append(builder.matmul(x, blocks, f"w{index}", level=level))
     folder = tmp_path_factory.mktemp("products")
     made = write_compiled(builder.finish(outputs), folder, isa)
     assert (made.regions, made.nodes, made.outside) == (1, len(CASES), ())
@@ -167,7 +188,7 @@ def test_packing_keeps_every_code(n: int, k: int, block: int, kind: tuple[int, b
     blocks = quantized(
         np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32), bits, block, symmetric
     )
-    layout = PackedLayout(n, k, bits, block, not symmetric)
+    layout = PackedLayout(n, k, bits, block, PackedZero.MIDDLE if symmetric else PackedZero.CODE)
     members = {"codes": blocks.codes, "scales": blocks.scales, "zero_points": blocks.zero_points}
     packed = pack(members, layout)  # type: ignore[arg-type]
     assert packed.shape == (layout.groups, layout.group_bytes)
@@ -177,7 +198,7 @@ def test_packing_keeps_every_code(n: int, k: int, block: int, kind: tuple[int, b
         for b in range(layout.blocks):
             scale = group[layout.scales_at :].view(np.float16)[b * 16 + lane].astype(np.float64)
             zero = 1 << (bits - 1)
-            if layout.zeros:
+            if not symmetric:
                 zero = int(group[layout.zeros_at + b * 8 + lane // 2]) >> (lane % 2 * 4) & 15
             for i in range(block):
                 at = b * block * 16 * bits // 8 + (i // 4 if bits == 8 else i // 8) * 64 + lane * 4 + i % 4
@@ -188,8 +209,10 @@ def test_packing_keeps_every_code(n: int, k: int, block: int, kind: tuple[int, b
     np.testing.assert_array_equal(read_back[:n, :k], half_scales(blocks))
 
 
-def test_a_scale_beyond_float16_is_an_error() -> None:
-    layout = PackedLayout(16, 16, 4, 16, False)
-    members = {"codes": np.zeros((16, 1, 8), np.uint8), "scales": np.full((16, 1), 1e6, np.float32)}
-    with pytest.raises(CheckpointError, match=r"a scale of 1e\+06 is too large for float16"):
+@pytest.mark.parametrize(("scale", "found"), [(1e6, r"scale of 1e\+06"), (1e3, r"minimum of 1e\+06")])
+def test_a_number_beyond_float16_is_an_error(scale: float, found: str) -> None:
+    layout = PackedLayout(16, 16, 4, 16, PackedZero.MINIMUM)
+    members = {"codes": np.zeros((16, 1, 8), np.uint8), "scales": np.full((16, 1), scale, np.float32)}
+    members["zero_points"] = np.full((16, 1), 1e3, np.float32)
+    with pytest.raises(CheckpointError, match=f"a {found} is too large for float16"):
         pack(members, layout)

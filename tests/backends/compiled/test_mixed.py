@@ -1,9 +1,11 @@
 """Matrices of unlike bits and blocks in one region, with scales that are stored in float16."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from llmc.artifact.store import open_artifact
@@ -28,10 +30,12 @@ from llmc.validate.weights import read_stored
 from tests.backends.compiled.graphs import (
     Array,
     GraphBuilder,
+    code_units,
     open_session,
     quantize_activations,
     quantized,
     usable_sets,
+    with_minima,
     write_compiled,
 )
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
@@ -92,6 +96,44 @@ def test_bits_of_every_kind_in_one_region(case: str, isa: InstructionSet, tmp_pa
             assert np.quantile(errors, 0.25) < 1e-6
 
 
+@pytest.mark.parametrize("isa", usable_sets(), ids=lambda isa: isa.name)
+def test_codes_with_float_minima(isa: InstructionSet, tmp_path: Path) -> None:
+    """Read back and looked up they are code * scale + minimum to the last bit, few rows and many."""
+    builder, outputs, tables = GraphBuilder(), [], {}
+    builder.inputs.append(builder.value("input_ids", ["batch", "sequence"], ir.DataType.INT64))
+    for bits, block in ((4, 32), (8, 32), (4, 16)):
+        name = f"table{bits}by{block}"
+        blocks, values = with_minima(VOCAB, 64, bits, block)
+        tables[f"{name}.packed"] = (block, values)
+        weights = builder.packed(blocks, name)
+        rows = builder.embed(builder.inputs[0], blocks, name, weights)
+        outputs += [rows, builder.matmul(rows, blocks, name, weights)]
+    made = write_compiled(builder.finish(outputs), tmp_path, isa)
+    assert (made.regions, made.outside) == (1, ())
+    for packed in ir.load(tmp_path / "model.onnx").graph.initializers.values():
+        _, values = tables[str(packed.name)]
+        np.testing.assert_array_equal(open_packed(packed).rows(0, VOCAB), values)
+        np.testing.assert_array_equal(open_packed(packed).rows(17, 30), values[17:30])
+    session = open_session(tmp_path)
+    for tokens in (1, 7, 70):
+        ids = np.random.default_rng(tokens).integers(0, VOCAB, (1, tokens))
+        found = session.run(None, {"input_ids": ids})
+        for (block, values), rows, logits in zip(tables.values(), found[0::2], found[1::2], strict=True):
+            np.testing.assert_array_equal(rows, values[ids])
+            product = quantize_activations(rows, block) @ values.T.astype(np.float64)
+            errors = np.linalg.norm(logits - product, axis=-1) / np.linalg.norm(product, axis=-1)
+            assert np.quantile(errors, 0.25) < 2e-6
+
+
+def test_eight_bits_with_integer_zero_points() -> None:
+    builder = GraphBuilder()
+    blocks = quantized(np.ones((16, 32), np.float32), 8, 32, False)
+    out = builder.matmul(builder.input("x", 32), blocks, "w")
+    with pytest.raises(UnsupportedError) as caught:
+        compile_kernels(builder.finish([out]), usable_sets()[0], find_compiler())
+    assert caught.value.hint == "MatMulNBits: 8-bit weights have integer zero points"
+
+
 def test_scales_of_another_matrix() -> None:
     """Packing takes them from where the codes are, so that others would be left out."""
     builder = GraphBuilder()
@@ -126,27 +168,72 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", folder, tokenizer=True, eos_token_id=EOS, tie_word_embeddings=True)
 
 
+@pytest.fixture(scope="module")
+def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """Artifacts of a target with kernels and without, both over a float32 cache, each built once."""
+    folder = tmp_path_factory.mktemp("built")
+    ways = {
+        "compiled": {"kv_cache": CacheType.FLOAT32},
+        "plain": {"kernels": "onnxruntime", "kv_cache": None},
+    }
+
+    def make(target: str) -> list[Path]:
+        outputs = [folder / f"{target}-{name}" for name in ways]
+        for output, changes in zip(outputs, ways.values(), strict=True):
+            plan = plan_build(str(model), target=target, profile="local", output=output, verify=False)
+            if not output.exists():
+                changed = plan.target.model_copy(update=changes)
+                build(plan.model_copy(update={"target": changed}), SilentProgress())
+        return outputs
+
+    return make
+
+
+#: Codes between an activation and the nearest border below which the last bits of a sum may move it over:
+#: seven times the most that was seen (2 targets, 10 seeds, with AVX-512 and with AVX2).
+BORDER = 2e-4
+
+
+class Borders:
+    """The activations of every product of a plain artifact, beside the borders where they are rounded."""
+
+    def __init__(self, folder: Path) -> None:
+        model = ir.load(folder / "model.onnx")
+        products = [node for node in model.graph if node.op_type == "MatMulNBits"]
+        self.blocks = {str(n.inputs[0].name): n.attributes["block_size"].as_int() for n in products}
+        model.graph.outputs.extend(dict.fromkeys(node.inputs[0] for node in products))
+        options = ort.SessionOptions()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        )
+        self.session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+
+    def distance(self, ids: Array, mask: Array, pasts: dict[str, object]) -> float:
+        """Of the activation that is nearest to a border, in codes, in one step."""
+        feeds = {
+            **pasts,
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask),
+        }
+        rows = self.session.run_with_ort_values(list(self.blocks), feeds)
+        codes = (code_units(x.numpy(), block) for x, block in zip(rows, self.blocks.values(), strict=True))
+        return min(float(np.abs(np.abs(x - np.rint(x)) - 0.5).min()) for x in codes)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("target", ["cpu-mixed-compiled", "cpu-int8-compiled"])
-def test_a_target_with_kernels_and_without(target: str, model: Path, tmp_path: Path) -> None:
+def test_a_target_with_kernels_and_without(
+    target: str, seed: int, built: Callable[[str], list[Path]], model: Path
+) -> None:
     """Weights are the same to the last bit; products round activations alike and sum in another order."""
-    plan = plan_build(str(model), target=target, profile="local", output=tmp_path / "compiled", verify=False)
-    plain = {"kernels": "onnxruntime", "kv_cache": None}
-    plans = [
-        plan.model_copy(update={"target": plan.target.model_copy(update=changes), "output": tmp_path / name})
-        for name, changes in (("compiled", {"kv_cache": CacheType.FLOAT32}), ("plain", plain))
-    ]
+    folders = built(target)
     found = []
-    for each in plans:
-        build(each, SilentProgress())
-        manifest = open_artifact(each.output).manifest
-        sources = artifact_sources(open_checkpoint(str(model)), each.target, each.output, SilentProgress())
-        session = OrtModel(each.output, manifest.interface, threads=1, share_buffer=True)
-        ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (1, 50))
-        # No more tokens at once than attention takes in float32.
-        steps = [session.prefill(ids[:, :SAME_TOKENS], steps=42)]
-        steps += [session.decode(ids[:, i : i + 1]) for i in range(SAME_TOKENS, 50)]
-        found.append((manifest, read_stored(each.output, sources), np.concatenate(steps, axis=1)))
-    (compiled, stored, logits), (other, expected, reference) = found
+    for folder in folders:
+        artifact = open_artifact(folder).manifest
+        sources = artifact_sources(open_checkpoint(str(model)), artifact.target, folder, SilentProgress())
+        session = OrtModel(folder, artifact.interface, threads=1, share_buffer=False)
+        found.append((artifact, read_stored(folder, sources), session))
+    (compiled, stored, kernels), (other, expected, plain) = found
     assert compiled.weights == other.weights
     assert set(stored) == set(expected)
     for name, tensor in expected.items():
@@ -154,7 +241,33 @@ def test_a_target_with_kernels_and_without(target: str, model: Path, tmp_path: P
     assert compiled.kernels is not None
     assert compiled.kernels.regions == 1
     assert not {left.operator for left in compiled.kernels.outside} & {"MatMulNBits", "Reshape"}
-    errors = np.linalg.norm(logits - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
-    # A code on a border is rounded to the other side now and then, and the tokens after it see that.
-    assert np.median(errors) < 1e-5
+    ids = np.random.default_rng(seed).integers(0, VOCAB_SIZE, (1, 100))
+    errors, distances = compare_steps(kernels, plain, Borders(folders[1]), ids)
+    clear = distances > BORDER
+    assert np.count_nonzero(clear) >= 20
+    assert errors[clear].max() < 1e-5
     assert errors.max() < 0.05
+
+
+def compare_steps(kernels: OrtModel, plain: OrtModel, borders: Borders, ids: Array) -> tuple[Array, Array]:
+    """Difference of logits, keys and values of each step, and the distance of its activations from a border.
+
+    Each step begins with the same cache on both sides, so that a code that is rounded to the other side
+    changes nothing in later steps. The first has as many tokens as attention takes in float32.
+    """
+    names = [n for slot in plain.interface.cache for n in (slot.past_key, slot.past_value)]
+    errors, distances = [], []
+    for step in np.split(ids, np.arange(SAME_TOKENS, ids.shape[1]), axis=1):
+        first = not errors
+        before = plain.state()
+        expected = plain.prefill(step, steps=0) if first else plain.decode(step)
+        if not first:
+            kernels.restore(before)
+        logits = kernels.prefill(step, steps=0) if first else kernels.decode(step)
+        found, wanted = ([x.numpy() for x in model.state().cache] for model in (kernels, plain))
+        pairs = zip([logits, *found], [expected, *wanted], strict=True)
+        errors.append(max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs))
+        empty = [ort.OrtValue.ortvalue_from_numpy(x[:, :, :0]) for x in wanted]
+        pasts = dict(zip(names, empty if first else before.cache, strict=True))
+        distances.append(borders.distance(step, plain.state().mask, pasts))
+    return np.array(errors), np.array(distances)
