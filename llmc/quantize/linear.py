@@ -270,7 +270,10 @@ class _Operands:
         self.zero_points = None
         if stored is not None and stored.float_zeros:
             shape = (self.out_features, self.blocks)
+            before = self.nbytes
             self.zero_points = initializer("zero_points", ir.DataType.FLOAT, shape)
+            # Backends store the minimum, in the type of the scales.
+            self.nbytes = before + self.out_features * self.blocks * int(kind.itemsize)
         elif not scheme.symmetric:
             packed = -(-self.blocks * scheme.bits // 8)
             self.zero_points = initializer("zero_points", ir.DataType.UINT8, (self.out_features, packed))
