@@ -1,13 +1,73 @@
 """An artifact as onnxruntime-genai serves it: its tokenizer, its chat template, and text."""
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmc.artifact.text import Messages, TextRecord
 from llmc.errors import ParityError, ResourceError
+
+
+class ServedTokenizer:
+    """onnxruntime-genai's own tokenizer, for texts with the tokens that stand before and after them.
+
+    Args:
+        tokenizer: An `onnxruntime_genai.Tokenizer`.
+        record: The artifact's facts: which special tokens the runtime does not add.
+    """
+
+    def __init__(self, tokenizer: Any, record: TextRecord) -> None:
+        self._tokenizer = tokenizer
+        self._composes = record.composes
+        self._around = ((), ()) if record.adds_special_tokens else (record.before, record.after)
+        if record.adds_special_tokens:
+            tokenizer.update_options(add_special_tokens="true")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, composed first where the record says so.
+
+        Raises:
+            ParityError: The runtime cannot read it.
+        """
+        if self._composes:
+            text = unicodedata.normalize("NFC", text)
+        try:
+            ids = [int(t) for t in self._tokenizer.encode(text)]
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot encode {text[:40]!r}: {error}") from error
+        before, after = self._around
+        return [*before, *ids, *after]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        Raises:
+            ParityError: The runtime cannot write it.
+        """
+        if not ids:
+            return ""
+        try:
+            return str(self._tokenizer.decode(np.array(ids, np.int32)))
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot decode {list(ids)[:20]}: {error}") from error
+
+    def render_chat(self, messages: Messages, ask: bool) -> str | None:
+        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
+
+        Raises:
+            ParityError: The template cannot be rendered.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                json.dumps(list(messages)), add_generation_prompt=ask
+            )
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot render the chat template: {error}") from error
+        return text
 
 
 class Served:
@@ -15,13 +75,14 @@ class Served:
 
     Args:
         folder: The artifact, with genai_config.json and tokenizer files.
+        record: How it turns text into tokens; where the runtime does not, its tokenizer is not opened.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
         ParityError: It cannot load the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: TextRecord) -> None:
         try:
             import onnxruntime_genai as og
         except ImportError as error:
@@ -36,27 +97,10 @@ class Served:
             config = og.Config(str(folder))
             config.clear_providers()
             self._model = og.Model(config)
-            self._tokenizer = og.Tokenizer(self._model)
+            opened = og.Tokenizer(self._model) if record.served else None
         except Exception as error:
             raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with whatever the tokenizer puts before it."""
-        return [int(t) for t in self._tokenizer.encode(text)]
-
-    def render_chat(self, messages: Sequence[dict[str, str]], *, ask: bool) -> str:
-        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
-
-        Raises:
-            ParityError: The template cannot be rendered.
-        """
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                json.dumps(list(messages)), add_generation_prompt=ask
-            )
-        except Exception as error:
-            raise ParityError(f"onnxruntime-genai cannot render the chat template: {error}") from error
-        return text
+        self.tokenizer = None if opened is None else ServedTokenizer(opened, record)
 
     def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
         """New tokens after `ids`, greedy unless `search` says otherwise; without the end token.

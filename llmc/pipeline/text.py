@@ -1,0 +1,242 @@
+"""The first thing that a build finds out: whether text becomes the original's tokens in every runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact.text import TextCodec, TextRecord
+from llmc.config import Backend, BuildPlan
+from llmc.errors import ConfigError, LlmcError, ParityError, UnsupportedError
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.checkpoint import Checkpoint
+
+TOKEN_IDS = (
+    "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
+)
+_TEMPLATE = "--chat-template FILE takes a Jinja template of your own in its place"
+
+
+def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: Progress) -> TextRecord:
+    """Write the tokenizer's files into `folder`, and try what every runtime makes of them.
+
+    Returns:
+        How the artifact turns text into tokens.
+
+    Raises:
+        CheckpointError: There is no tokenizer, it cannot be read, or it has tokens that the model lacks.
+        UnsupportedError: A runtime gives other tokens or another text than transformers.
+    """
+    from llmc.backends.genai import serving_tokens
+    from llmc.checkpoint.generation import describe_unserved
+    from llmc.checkpoint.token_ids import require_rows
+    from llmc.checkpoint.tokenizer import plain_template
+
+    tokenizer = checkpoint.tokenizer()
+    for note in require_rows(checkpoint, tokenizer):
+        progress.note(note)
+    if (unserved := describe_unserved(checkpoint.generation_config())) is not None:
+        progress.note(unserved)
+    checkpoint.save_tokenizer(folder, tokenizer)
+    before, after = _around(tokenizer)
+    record = TextRecord(
+        chat=plain_template(tokenizer) is not None,
+        cleans_up=_cleans_up(tokenizer),
+        before=before,
+        after=after,
+        composes=_composes(tokenizer),
+        chat_template=checkpoint.chat_template,
+    )
+    if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
+        others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
+        progress.note(f"of the checkpoint's chat templates, default is used and not {others}")
+    _require_own(folder, record, tokenizer)
+    if plan.target.backend is not Backend.ONNXRUNTIME:
+        return record
+    rows = checkpoint.config.get_text_config(decoder=True).vocab_size
+    serving_tokens(folder, checkpoint.config, checkpoint.generation_config(), rows)
+    return _try_runtime(folder, record, tokenizer, plan, progress)
+
+
+def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that a tokenizer puts before a text and after it."""
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether transformers removes spaces before punctuation, as it does for old tokenizers."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    forced = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
+    return bool(forced) or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+
+
+def _composes(tokenizer: Any) -> bool:
+    """Whether the tokenizer composes characters (NFC) first, and nothing else."""
+    return type(tokenizer.backend_tokenizer.normalizer).__name__ == "NFC"
+
+
+def _texts(tokenizer: Any) -> list[str]:
+    from llmc.data import eval_text, prompts
+    from llmc.validate.tokens import sample_texts
+
+    return sample_texts(tokenizer, eval_text(), prompts())
+
+
+def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
+    """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
+    from llmc.validate.tokens import artifact_sides, compare_chats, compare_texts, load_own, original_side
+
+    try:
+        original = original_side(tokenizer)
+        sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
+        different = compare_texts(original, sides, _texts(tokenizer)) or compare_chats(original, sides)[1]
+    except (ParityError, ConfigError) as error:
+        different = [error.fact]
+    if different:
+        raise UnsupportedError(
+            f"the tokenizer, a {type(tokenizer).__name__}, is not what its files say: {_short(different[0])}",
+            hint="save it with transformers' save_pretrained as a tokenizer.json that is complete",
+        )
+
+
+def _try_runtime(
+    folder: Path, record: TextRecord, tokenizer: Any, plan: BuildPlan, progress: Progress
+) -> TextRecord:
+    """Try onnxruntime-genai's own tokenizer on the files."""
+    try:
+        import onnxruntime_genai as og
+    except ImportError:
+        from llmc.backends.runtime_tokenizer import CLASSES
+
+        _write_settings(folder, record, tokenizer, CLASSES[0])
+        progress.note("onnxruntime-genai is not installed here: what its tokenizer does was not tried")
+        return record
+    with progress.stage("tokenizer files"):
+        problem, found = _choose_class(og, folder, record, tokenizer)
+    if problem is None:
+        for note in _runtime_notes(found):
+            progress.note(note)
+        return found
+    if not plan.token_ids:
+        raise problem
+    progress.note(f"verified by token ids: {problem.fact}")
+    return found.model_copy(update={"served": False, "reason": problem.fact})
+
+
+def _runtime_notes(record: TextRecord) -> list[str]:
+    """What must be known by whoever gives onnxruntime-genai's tokenizer a text."""
+    notes = []
+    if not record.adds_special_tokens:
+        notes.append(
+            "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts around "
+            f"a text, {list(record.before)} before and {list(record.after)} after: llmc run puts them there"
+        )
+    if record.composes:
+        notes.append(
+            "onnxruntime-genai's tokenizer leaves out the step that composes characters (NFC): llmc run has "
+            "it, a server must do it to text that is not composed"
+        )
+    return notes
+
+
+def _choose_class(
+    og: Any, folder: Path, record: TextRecord, tokenizer: Any
+) -> tuple[LlmcError | None, TextRecord]:
+    """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
+    from llmc.backends.runtime_tokenizer import CLASSES, open_runtime_tokenizer
+
+    first: LlmcError | None = None
+    for name in dict.fromkeys((type(tokenizer).__name__, *CLASSES)):
+        _write_settings(folder, record, tokenizer, name)
+        try:
+            opened = open_runtime_tokenizer(og, folder)
+        except RuntimeError as error:  # all that the bindings raise
+            problem: LlmcError | None = _unreadable(tokenizer, str(error))
+            found = record
+        else:
+            problem, found = _compare(opened, record, tokenizer)
+        if problem is None:
+            return None, found
+        if first is None or "Unsupported tokenizer class" in first.fact:
+            first = problem
+    _write_settings(folder, record, tokenizer, CLASSES[0])
+    return first, record
+
+
+def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str) -> None:
+    from llmc.backends.runtime_tokenizer import write_runtime_settings
+    from llmc.checkpoint.tokenizer import plain_template
+
+    write_runtime_settings(
+        folder,
+        tokenizer,
+        name,
+        plain_template(tokenizer),
+        before=bool(record.before),
+        after=bool(record.after),
+    )
+
+
+def _compare(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+    """What the runtime does otherwise than the original, if it does; and which special tokens it adds."""
+    from llmc.validate.served import ServedTokenizer
+    from llmc.validate.tokens import Side, compare_chats, compare_texts, original_side
+
+    original, texts = original_side(tokenizer), _texts(tokenizer)
+    apart = record.model_copy(update={"adds_special_tokens": False})
+    different: list[str] = []
+    for facts in (apart, record):  # the options of the first are those that an opened tokenizer begins with
+        served = ServedTokenizer(opened, facts)
+        side = Side("onnxruntime-genai", served.encode, served.decode, served.render_chat)
+        try:
+            different = compare_texts(original, [side], texts)
+        except ParityError as error:
+            different = [error.fact]
+        if different and facts is apart:
+            return _unequal(tokenizer, different[0]), record
+    found = apart if different else record
+    try:
+        chats = compare_chats(original, [side])[1] if record.chat else []
+    except ParityError as error:
+        chats = [error.fact.removeprefix("onnxruntime-genai cannot render the chat template: ")]
+    if chats:
+        problem = UnsupportedError(
+            f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
+            hint=f"{_TEMPLATE}; {TOKEN_IDS}",
+        )
+        return problem, found
+    return None, found
+
+
+def _unreadable(tokenizer: Any, said: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"onnxruntime-genai cannot read this tokenizer ({_kind(tokenizer)}): {_short(said)}", hint=TOKEN_IDS
+    )
+
+
+def _unequal(tokenizer: Any, difference: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"onnxruntime-genai does not give this tokenizer's tokens ({_kind(tokenizer)}): {_short(difference)}",
+        hint=TOKEN_IDS,
+    )
+
+
+def _kind(tokenizer: Any) -> str:
+    """The parts of a tokenizer by the names of the library `tokenizers`."""
+    inner = tokenizer.backend_tokenizer
+    parts = (inner.model, inner.normalizer, inner.pre_tokenizer)
+    return ", ".join(type(part).__name__ for part in parts if part is not None)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
