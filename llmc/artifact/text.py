@@ -6,11 +6,14 @@ through llmc (`llmc run`, engines, the parity gate) gives the same tokens and th
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmc.errors import ConfigError
 
@@ -33,6 +36,30 @@ _CLEAN_UP = (
 )
 #: What a decoder writes for bytes that are not (yet) UTF-8.
 _UNFINISHED = "\ufffd"
+#: Token of one byte, in vocabularies of SentencePiece.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+class TextKind(StrEnum):
+    """Kinds of rare texts that a runtime may treat in its own way, by the words for the user."""
+
+    LEADING_SPACE = "texts that begin with a space"
+    SPECIAL_TOKENS = "texts with special tokens in them"
+    NOT_COMPOSED = "texts whose characters are not composed (Unicode NFC)"
+
+
+def text_kinds(text: str, special_tokens: Sequence[str]) -> set[TextKind]:
+    """Find the kinds that a text is of; none for most texts.
+
+    Args:
+        special_tokens: The tokenizer's, as they are written.
+    """
+    found = {
+        TextKind.LEADING_SPACE: text[:1].isspace(),
+        TextKind.SPECIAL_TOKENS: any(token in text for token in special_tokens),
+        TextKind.NOT_COMPOSED: not unicodedata.is_normalized("NFC", text),
+    }
+    return {kind for kind, holds in found.items() if holds}
 
 
 class TextRecord(BaseModel):
@@ -47,8 +74,7 @@ class TextRecord(BaseModel):
             the artifact is verified by token ids.
         reason: Why it does not; None where it does.
         adds_special_tokens: Whether onnxruntime-genai adds `before` and `after` if it is asked to.
-        composes: Whether text must be in Unicode's composed form (NFC) before it is given to
-            onnxruntime-genai's tokenizer, which leaves out that step.
+        exceptions: Kinds of texts of which onnxruntime-genai's tokenizer makes other tokens.
         chat_template: The template that the user gave in the place of the checkpoint's; None for none.
     """
 
@@ -61,7 +87,7 @@ class TextRecord(BaseModel):
     served: bool = True
     reason: str | None = None
     adds_special_tokens: bool = True
-    composes: bool = False
+    exceptions: tuple[Annotated[TextKind, Field(strict=False)], ...] = ()
     chat_template: str | None = None
 
 
@@ -86,6 +112,7 @@ class TextCodec:
             raise ConfigError(f"{path} cannot be read: {error}", hint="build the artifact again") from error
         self._tokenizer.no_truncation()  # as transformers calls it
         self._tokenizer.no_padding()
+        self._falls_back = "ByteFallback" in str(self._tokenizer.decoder)
         self.folder = folder
         self.record = record
 
@@ -136,6 +163,10 @@ class TextCodec:
                 text = text.replace(old, new)
         return text
 
+    def is_open(self, token: int) -> bool:
+        """Whether the text of `token` depends on the next: a byte of a run that may be UTF-8 as a whole."""
+        return self._falls_back and _BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+
     def stream(self) -> TextStream:
         """Begin a text that comes token by token."""
         return TextStream(self)
@@ -153,6 +184,8 @@ class TextStream:
     def step(self, token: int) -> str:
         """The text that `token` completes; empty in the middle of a character."""
         self._ids.append(token)
+        if self._codec.is_open(token):
+            return ""
         before = self._codec.decode(self._ids[self._start : self._end])
         now = self._codec.decode(self._ids[self._start :])
         if len(now) <= len(before) or now.endswith(_UNFINISHED) or not now.startswith(before):

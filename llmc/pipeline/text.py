@@ -46,7 +46,6 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
         cleans_up=_cleans_up(tokenizer),
         before=before,
         after=after,
-        composes=_composes(tokenizer),
         chat_template=checkpoint.chat_template,
     )
     if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
@@ -79,11 +78,6 @@ def _cleans_up(tokenizer: Any) -> bool:
     return bool(forced) or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
 
 
-def _composes(tokenizer: Any) -> bool:
-    """Whether the tokenizer composes characters (NFC) first, and nothing else."""
-    return type(tokenizer.backend_tokenizer.normalizer).__name__ == "NFC"
-
-
 def _texts(tokenizer: Any) -> list[str]:
     from llmc.data import eval_text, prompts
     from llmc.validate.tokens import sample_texts
@@ -98,7 +92,8 @@ def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
     try:
         original = original_side(tokenizer)
         sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
-        different = compare_texts(original, sides, _texts(tokenizer)) or compare_chats(original, sides)[1]
+        texts = compare_texts(original, sides, _texts(tokenizer), tokenizer.all_special_tokens)
+        different = list(texts.values()) or compare_chats(original, sides)[1]
     except (ParityError, ConfigError) as error:
         different = [error.fact]
     if different:
@@ -140,10 +135,10 @@ def _runtime_notes(record: TextRecord) -> list[str]:
             "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts around "
             f"a text, {list(record.before)} before and {list(record.after)} after: llmc run puts them there"
         )
-    if record.composes:
+    if record.exceptions:
         notes.append(
-            "onnxruntime-genai's tokenizer leaves out the step that composes characters (NFC): llmc run has "
-            "it, a server must do it to text that is not composed"
+            "onnxruntime-genai's own tokenizer makes other tokens than transformers and llmc run of "
+            + ", ".join(record.exceptions)
         )
     return notes
 
@@ -187,34 +182,51 @@ def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str)
 
 
 def _compare(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
-    """What the runtime does otherwise than the original, if it does; and which special tokens it adds."""
+    """What the runtime does otherwise than the original, if that is common; and the rare cases."""
     from llmc.validate.served import ServedTokenizer
-    from llmc.validate.tokens import Side, compare_chats, compare_texts, original_side
+    from llmc.validate.tokens import compare_chats, original_side, runtime_side
 
-    original, texts = original_side(tokenizer), _texts(tokenizer)
+    original = original_side(tokenizer)
     apart = record.model_copy(update={"adds_special_tokens": False})
-    different: list[str] = []
-    for facts in (apart, record):  # the options of the first are those that an opened tokenizer begins with
-        served = ServedTokenizer(opened, facts)
-        side = Side("onnxruntime-genai", served.encode, served.decode, served.render_chat)
-        try:
-            different = compare_texts(original, [side], texts)
-        except ParityError as error:
-            different = [error.fact]
-        if different and facts is apart:
-            return _unequal(tokenizer, different[0]), record
-    found = apart if different else record
+    problem, found = _compare_texts(opened, apart, tokenizer)
+    if problem is not None:
+        return problem, found
+    whole, with_special_tokens = _compare_texts(opened, record, tokenizer)
+    if whole is None and with_special_tokens.exceptions == found.exceptions:
+        found = with_special_tokens
+    side = runtime_side(ServedTokenizer(opened, found))
     try:
         chats = compare_chats(original, [side])[1] if record.chat else []
     except ParityError as error:
         chats = [error.fact.removeprefix("onnxruntime-genai cannot render the chat template: ")]
-    if chats:
-        problem = UnsupportedError(
-            f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
-            hint=f"{_TEMPLATE}; {TOKEN_IDS}",
-        )
-        return problem, found
-    return None, found
+    if not chats:
+        return None, found
+    if " is [" in chats[0]:
+        return _unequal(tokenizer, chats[0]), found
+    problem = UnsupportedError(
+        f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
+        hint=f"{_TEMPLATE}; {TOKEN_IDS}",
+    )
+    return problem, found
+
+
+def _compare_texts(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+    """Compare texts; differences in rare kinds alone become the record's exceptions."""
+    from llmc.artifact.text import text_kinds
+    from llmc.validate.served import ServedTokenizer
+    from llmc.validate.tokens import compare_texts, original_side, runtime_side
+
+    side, special = runtime_side(ServedTokenizer(opened, record)), tokenizer.all_special_tokens
+    try:
+        different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
+    except ParityError as error:
+        return _unequal(tokenizer, error.fact), record
+    kinds = {text: text_kinds(text, special) for text in different}
+    common = next((text for text in different if not kinds[text]), None)
+    if common is not None:
+        return _unequal(tokenizer, different[common]), record
+    exceptions = tuple(sorted(set().union(*kinds.values())))
+    return None, record.model_copy(update={"exceptions": exceptions})
 
 
 def _unreadable(tokenizer: Any, said: str) -> UnsupportedError:

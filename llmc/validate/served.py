@@ -1,7 +1,6 @@
 """An artifact as onnxruntime-genai serves it: its tokenizer, its chat template, and text."""
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,33 @@ class ServedTokenizer:
 
     def __init__(self, tokenizer: Any, record: TextRecord) -> None:
         self._tokenizer = tokenizer
-        self._composes = record.composes
+        self.exceptions = frozenset(record.exceptions)
         self._around = ((), ()) if record.adds_special_tokens else (record.before, record.after)
-        if record.adds_special_tokens:
-            tokenizer.update_options(add_special_tokens="true")
+        self._adds = record.adds_special_tokens
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, composed first where the record says so.
+        """Token ids of a text.
 
         Raises:
             ParityError: The runtime cannot read it.
         """
-        if self._composes:
-            text = unicodedata.normalize("NFC", text)
+        before, after = self._around
+        return [*before, *self._encode(text, special=self._adds), *after]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what a chat template gave.
+
+        Raises:
+            ParityError: The runtime cannot read it.
+        """
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
         try:
-            ids = [int(t) for t in self._tokenizer.encode(text)]
+            self._tokenizer.update_options(add_special_tokens="true" if special else "false")
+            return [int(t) for t in self._tokenizer.encode(text)]
         except Exception as error:
             raise ParityError(f"onnxruntime-genai cannot encode {text[:40]!r}: {error}") from error
-        before, after = self._around
-        return [*before, *ids, *after]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens.
