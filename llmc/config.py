@@ -1,7 +1,6 @@
 """What a build is asked to do: `Target` (intent) and `BuildPlan`; facts on hardware are `llmc.profile`'s.
 
-All are strict and frozen, and come from YAML through `llmc.catalog`. A variant is
-`target.model_copy(update=…)`.
+All are strict and frozen, and come from YAML through `llmc.catalog`; `model_copy` makes a variant.
 """
 
 from enum import StrEnum
@@ -417,9 +416,7 @@ class Target(_Strict):
         if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":
-            raise ValueError(
-                "kv_cache goes with kernels: compiled; elsewhere the KV cache is of the type dtype"
-            )
+            raise ValueError("kv_cache goes with kernels: compiled; elsewhere it is of the type dtype")
         if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
         if self.lookup is not None and (self.backend is Backend.TENSORRT or self.logits == "last"):
@@ -437,8 +434,9 @@ class BuildPlan(_Strict):
         also: Further hardware that the artifact is to run on; engines alone are built for several.
         output: Directory of the artifact.
         verify: Run the parity gate after building.
-        eval_text: Files of text for perplexity and KL divergence, `-` for standard input; none for the
-            one that ships.
+        eval_text: Files of evaluation text, `-` for standard input; none for the one that ships.
+        chat_template: Jinja template in the place of the checkpoint's own; None for that.
+        token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
     """
 
     model: str
@@ -448,3 +446,5 @@ class BuildPlan(_Strict):
     output: Path
     verify: bool = True
     eval_text: tuple[str, ...] = ()
+    chat_template: str | None = None
+    token_ids: bool = False

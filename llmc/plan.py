@@ -18,6 +18,8 @@ def plan_build(
     verify: bool = True,
     eval_text: Sequence[str] = (),
     path: Path | None = None,
+    chat_template: Path | None = None,
+    token_ids: bool = False,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
 
@@ -25,6 +27,8 @@ def plan_build(
         profile: One name, or several with commas between them.
         output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
         path: Folder of the user's own targets and profiles, searched first.
+        chat_template: File with a Jinja template in the place of the checkpoint's own.
+        token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -49,7 +53,19 @@ def plan_build(
         output=output if output is not None else default_output(model, target, profile),
         verify=verify,
         eval_text=tuple(eval_text),
+        chat_template=None if chat_template is None else _read_template(chat_template),
+        token_ids=token_ids,
     )
+
+
+def _read_template(file: Path) -> str:
+    try:
+        template = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat template {file} cannot be read: {error}") from error
+    if not template.strip():
+        raise ConfigError(f"chat template {file} is empty", hint="name a file with a Jinja template")
+    return template
 
 
 def default_output(model: str, target: str, profile: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
+from llmc.artifact.text import TextRecord
 from llmc.artifact.verdict import MISSED, CheckStatus
 from llmc.config import Metric, Target, WeightRole
 from llmc.errors import ConfigError
@@ -212,6 +213,7 @@ class Manifest(_Strict):
         tools: Versions by name, such as torch and onnxruntime.
         files: Every file by its path inside the artifact, `reports/` and the manifest left out.
         also: Further hardware that the artifact is for.
+        text: How text becomes tokens, and whether onnxruntime-genai's tokenizer does the same.
         pruned: Of targets that prune.
         kernels: Of targets with compiled kernels.
         engines: TensorRT engines, built or pending.
@@ -230,6 +232,7 @@ class Manifest(_Strict):
     files: dict[FileName, FileDigest]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
+    text: TextRecord = TextRecord()
     pruned: PruneRecord | None = None
     kernels: KernelRecord | None = None
     engines: tuple[EngineRecord, ...] = ()

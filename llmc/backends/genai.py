@@ -99,14 +99,7 @@ def write_genai_config(
     if library is not None:
         options["custom_ops_library"] = library
     context = interface.max_length or _UNBOUNDED_CONTEXT
-    tokens = special_tokens(folder, config, generation_config, vocab)
-    if "eos_token_id" not in tokens:
-        raise UnsupportedError(
-            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
-            f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
-            hint="set eos_token_id in the checkpoint's generation_config.json",
-        )
-    model = tokens | {
+    model = serving_tokens(folder, config, generation_config, vocab) | {
         "type": _MODEL_TYPE,
         "vocab_size": vocab,
         "context_length": context,
@@ -130,6 +123,24 @@ def write_genai_config(
         sections["speculative"] = speculative_options(lookup)
     text = json.dumps(sections, indent=2, sort_keys=True) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
+
+
+def serving_tokens(
+    folder: Path, config: Any, generation_config: Any, vocab: int
+) -> dict[str, list[int] | int]:
+    """`special_tokens` with an end of the sequence, which the runtime needs.
+
+    Raises:
+        UnsupportedError: Nothing names a token that ends a text.
+    """
+    tokens = special_tokens(folder, config, generation_config, vocab)
+    if "eos_token_id" not in tokens:
+        raise UnsupportedError(
+            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
+            f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
+            hint="set eos_token_id in the checkpoint's generation_config.json",
+        )
+    return tokens
 
 
 def _search(generation_config: Any, vocab: int) -> dict[str, object]:

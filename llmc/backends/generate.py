@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.artifact.manifest import MODEL
+from llmc.artifact.text import Messages, TextCodec, TextRecord
 from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
@@ -37,40 +38,49 @@ def generate_text(
     prompt: str,
     max_tokens: int,
     emit: Callable[[str], None],
-    chat: bool,
+    text: TextRecord,
     lookup: int | None = None,
 ) -> Generated:
     """Continue `prompt` greedily, handing on each piece of text as soon as it is there.
 
     Args:
         folder: An artifact.
+        prompt: The user's message; put into the artifact's chat template where it has one.
         max_tokens: New tokens at most; less where the model's context ends before.
         emit: Takes each piece of the answer, in order.
-        chat: Put the prompt into the artifact's chat template as the user's message; without effect
-            where it has none.
+        text: How the artifact turns text into tokens.
         lookup: Tokens drafted in a step by prompt lookup; None leaves it to the artifact, which mostly
             drafts none.
 
     Raises:
-        ConfigError: The folder cannot be served, no token is asked for, or the prompt is empty or
-            longer than the context.
+        ConfigError: The folder cannot be served, no token is asked for, or the prompt has no token, one that
+            the model does not have, or more than the context.
         UnsupportedError: The graph cannot verify drafts.
         ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
     """
     og, model = _load(folder, lookup)
-    with _runtime_errors(folder):
-        tokenizer = og.Tokenizer(model)
-        if chat and _has_chat_template(folder):
-            messages = json.dumps([{"role": "user", "content": prompt}])
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        ids = [int(i) for i in tokenizer.encode(prompt)]
-        stream = tokenizer.create_stream()
+    codec = TextCodec(folder, text)
 
-    def hand_on(token: int) -> None:
-        if text := stream.decode(token):
-            emit(text)
+    def render(messages: Messages) -> str:
+        if not text.served:
+            return codec.render(messages)
+        with _runtime_errors(folder):
+            tokenizer = og.Tokenizer(model)
+            rendered: str = tokenizer.apply_chat_template(
+                json.dumps(list(messages)), add_generation_prompt=True
+            )
+        return rendered
 
-    return _generate(og, model, folder, ids, max_tokens, lookup, hand_on)
+    ids = codec.encode_prompt(prompt, render)
+    stream = codec.stream()
+
+    def hand_on(piece: str) -> None:
+        if piece:
+            emit(piece)
+
+    made = _generate(og, model, folder, ids, max_tokens, lookup, lambda token: hand_on(stream.step(token)))
+    hand_on(stream.finish())
+    return made
 
 
 def generate_tokens(folder: Path, ids: Sequence[int], max_new: int, lookup: int | None = None) -> list[int]:
@@ -113,6 +123,7 @@ def _generate(
         raise ConfigError(f"{max_new} new tokens are asked for", hint="ask for 1 or more")
     if not ids:
         raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
+    _require_rows(ids, config["vocab_size"])
     if len(ids) >= context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens; {folder} has a context of {context}",
@@ -200,11 +211,14 @@ def _genai_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _has_chat_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (
-        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
-    )
+def _require_rows(ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse tokens beyond the embedding, which some tokenizers have for other modalities."""
+    beyond = [i for i in ids if not 0 <= i < vocabulary]
+    if beyond:
+        raise ConfigError(
+            f"the prompt has token {beyond[0]}; the model's embedding has {vocabulary} rows",
+            hint="leave the special token that stands for it out of the prompt",
+        )
 
 
 def _has_nvidia_gpu() -> bool:

@@ -1,15 +1,12 @@
 """Greedy tokens and text over a KV cache of fixed length."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from llmc.artifact.text import TextCodec
 from llmc.errors import ConfigError
 from llmc.graph.static_session import StaticSession
-
-_TOKENIZER = "tokenizer.json"
 
 
 def generate_greedy(
@@ -62,8 +59,7 @@ def generate_greedy(
 
 def stream_text(
     session: StaticSession,
-    tokenizer: Any,
-    folder: Path,
+    codec: TextCodec,
     prompt: str,
     max_tokens: int,
     stop: Sequence[int],
@@ -72,8 +68,7 @@ def stream_text(
     """Answer `prompt` greedily, handing on each piece of text as soon as it is there.
 
     Args:
-        tokenizer: transformers' tokenizer of the model; its chat template is used if it has one.
-        folder: The artifact, with its tokenizer.json.
+        codec: The artifact's tokenizer; the prompt is put into its chat template if it has one.
         max_tokens: New tokens at most; fewer where the KV cache is full before.
         stop: Tokens that end the answer.
         emit: Takes each piece of the answer, in order.
@@ -85,23 +80,14 @@ def stream_text(
         ConfigError: As for `generate_greedy`.
         ParityError: The model fails.
     """
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import DecodeStream
-
-    codec = Tokenizer.from_file(str(folder / _TOKENIZER))
-    stream = DecodeStream(skip_special_tokens=True)
+    stream = codec.stream()
     count = 0
-    for (token,) in generate_greedy(session, [encode_prompt(tokenizer, prompt)], max_tokens, stop):
+    for (token,) in generate_greedy(session, [codec.encode_prompt(prompt, codec.render)], max_tokens, stop):
+        if token is None:
+            continue
         count += 1
-        if text := stream.step(codec, token):
+        if text := stream.step(token):
             emit(text)
+    if text := stream.finish():
+        emit(text)
     return count
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of `prompt` as the user's message, or as it is where there is no chat template."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

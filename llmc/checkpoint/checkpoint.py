@@ -48,6 +48,7 @@ class Checkpoint:
         notes: Sentences for the user about what was left out of the input or read in an unusual way.
         beside: Tensors of a multimodal model that do not belong to its language model, by the module that
             they are in, e.g. `model.vision_tower`.
+        chat_template: Template that the user gave in the place of the tokenizer's own; None for none.
     """
 
     ref: str
@@ -62,6 +63,7 @@ class Checkpoint:
     altered: str = ""
     notes: tuple[str, ...] = ()
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def name(self) -> str:
@@ -104,26 +106,35 @@ class Checkpoint:
         tokenizer.require_tokenizer(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as transformers loads it.
+        """The tokenizer as transformers loads it, with `chat_template` if that is given.
 
         Raises:
             CheckpointError: There is none, or it cannot be read.
+            UnsupportedError: It is code that comes with the model.
         """
-        return tokenizer.load_tokenizer(self.path)
+        return tokenizer.load_tokenizer(self.path, self.chat_template)
 
-    def save_tokenizer(self, folder: Path) -> tuple[Path, ...]:
+    def save_tokenizer(self, folder: Path, loaded: PreTrainedTokenizerBase | None = None) -> tuple[Path, ...]:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
 
-        Files of a Hugging Face folder are copied as they are; a tokenizer.json is made where it is
-        missing, and for a GGUF. The same checkpoint gives the same bytes.
+        Files of a Hugging Face folder are copied, unless transformers makes another tokenizer of them than
+        they say: then tokenizer.json is what it made, and tokenizer_config.json names its class. A
+        tokenizer.json is made where it is missing, and for a GGUF. The same checkpoint gives the same bytes.
+
+        Args:
+            loaded: What `tokenizer` gave; None to load it.
 
         Returns:
             The files written, sorted by name.
 
         Raises:
             CheckpointError: There is no tokenizer, or it cannot be read.
+            UnsupportedError: It cannot be written as tokenizer.json.
         """
-        return tokenizer.save_tokenizer(self.path, folder)
+        self.require_tokenizer()
+        return tokenizer.save_tokenizer(
+            self.path, folder, self.tokenizer() if loaded is None else loaded, self.chat_template
+        )
 
     def generation_config(self) -> GenerationConfig:
         """Sampling defaults and special token ids: generation_config.json, or from the config."""

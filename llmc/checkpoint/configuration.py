@@ -61,7 +61,10 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
         try:
             return GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{path / 'generation_config.json'} cannot be read: {_first_line(error)}",
+                hint="correct it, or remove it to take the settings of config.json",
+            ) from error
     return GenerationConfig.from_model_config(config)
 
 

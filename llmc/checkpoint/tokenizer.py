@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.text import TOKENIZER
 from llmc.checkpoint.gguf_header import GgufHeader
-from llmc.errors import CheckpointError, ResourceError
+from llmc.errors import CheckpointError, ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +35,17 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_FILES = (*_VOCABULARIES, *_COMPANIONS)
 _SPECIAL_TOKENS = "special_tokens_map.json"
+_CONFIG = "tokenizer_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+#: transformers' name for a tokenizer that is its tokenizer.json and nothing else, in all of its releases.
+_GENERIC = "PreTrainedTokenizerFast"
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of a Hugging Face folder that belong to its tokenizer."""
-    return [folder / name for name in (*_VOCABULARIES, *_COMPANIONS) if (folder / name).is_file()]
+    return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def require_tokenizer(path: Path) -> None:
@@ -74,8 +80,12 @@ def _require_sentencepiece(path: Path) -> None:
             )
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or GGUF file, through `AutoTokenizer`."""
+def load_tokenizer(path: Path, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or GGUF file, through `AutoTokenizer`.
+
+    Args:
+        template: Chat template in the place of its own; None to leave its own.
+    """
     require_tokenizer(path)
 
     from transformers import AutoTokenizer
@@ -87,33 +97,116 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False, **source
         )
     except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
+        _refuse_code(folder / _CONFIG, error)
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
-def save_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
+def _refuse_code(file: Path, error: Exception) -> None:
+    """Raise `UnsupportedError` where a tokenizer is code that comes with the model."""
+    settings = _read_settings(file)
+    if settings.get("auto_map"):
+        raise UnsupportedError(
+            f"{file} names the tokenizer class {settings.get('tokenizer_class')} of code that comes with the "
+            "model, which is not run",
+            hint=f"remove auto_map and tokenizer_class from {file.name} if its tokenizer.json is complete",
+        ) from error
+
+
+def plain_template(tokenizer: Any) -> str | None:
+    """The chat template of a conversation without tools; None where there is none."""
+    stated = tokenizer.chat_template
+    template: str | None = stated.get("default") if isinstance(stated, dict) else stated
+    return template or None
+
+
+def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | None) -> tuple[Path, ...]:
     """Write the tokenizer's files into `folder`; see `Checkpoint.save_tokenizer`."""
-    require_tokenizer(path)
     folder.mkdir(parents=True, exist_ok=True)
-    written: set[Path] = set()
     copied = tokenizer_files(path) if path.is_dir() else []
-    names = {file.name for file in copied}
-    if "tokenizer.json" not in names:
-        written.update(_save_converted(path, folder))
+    if TOKENIZER not in {file.name for file in copied}:
+        _save_converted(tokenizer, folder)
     for file in copied:
-        written.add(Path(shutil.copyfile(file, folder / file.name)))
-    return tuple(sorted(written))
+        shutil.copyfile(file, folder / file.name)
+    if not (folder / TOKENIZER).is_file():
+        raise UnsupportedError(
+            f"the tokenizer of {path} is a {type(tokenizer).__name__}, which transformers cannot write as "
+            f"{TOKENIZER}",
+            hint=f"put a {TOKENIZER} into the checkpoint's folder",
+        )
+    _write_vocabulary(tokenizer, folder / TOKENIZER)
+    if template is not None:
+        for name in _TEMPLATES:
+            (folder / name).unlink(missing_ok=True)
+        (folder / _TEMPLATES[0]).write_text(template, encoding="utf-8")
+    _write_settings(tokenizer, folder / _CONFIG, given=template is not None)
+    return tuple(sorted(file for name in _FILES if (file := folder / name).is_file()))
 
 
-def _save_converted(path: Path, folder: Path) -> list[Path]:
-    tokenizer = load_tokenizer(path)
+def _write_vocabulary(tokenizer: Any, file: Path) -> None:
+    """Replace a tokenizer.json that is not what transformers makes of it.
+
+    Some classes build parts of the tokenizer anew, or add tokens that tokenizer_config.json names.
+    """
+    from tokenizers import Tokenizer
+
+    def plain(inner: Any) -> str:
+        inner.no_truncation()
+        inner.no_padding()
+        return str(inner.to_str())
+
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return
+    whole = plain(Tokenizer.from_str(inner.to_str()))
+    if plain(Tokenizer.from_file(str(file))) != whole:
+        file.write_text(whole, encoding="utf-8")
+
+
+def _write_settings(tokenizer: Any, file: Path, *, given: bool) -> None:
+    """Write tokenizer_config.json with the class that transformers took, where it does not name that.
+
+    Without the checkpoint's config.json beside it, transformers would guess another.
+
+    Args:
+        given: Whether the chat template is one that the user gave, which has a file of its own.
+    """
+    settings = _read_settings(file)
+    before = dict(settings)
+    settings.pop("auto_map", None)
+    if given or settings.get("chat_template", "") is None:
+        settings.pop("chat_template", None)
+    name, stated = type(tokenizer).__name__, settings.get("tokenizer_class")
+    if not isinstance(stated, str) or _bare_class(stated) != _bare_class(name):
+        settings["tokenizer_class"] = _GENERIC if _bare_class(name) == _bare_class(_GENERIC) else name
+    if settings != before or not file.is_file():
+        text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        file.write_text(text, encoding="utf-8")
+
+
+def _bare_class(name: str) -> str:
+    """One name for what transformers 4 and 5 call a class."""
+    return _GENERIC if name == "TokenizersBackend" else f"{name.removesuffix('Fast')}Fast"
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} holds a {type(settings).__name__}, not a JSON object")
+    return settings
+
+
+def _save_converted(tokenizer: Any, folder: Path) -> None:
     # How it was loaded is no property of the tokenizer, and would differ between machines.
     for key in ("local_files_only", "is_local", "name_or_path", "gguf_file"):
         tokenizer.init_kwargs.pop(key, None)
-    saved = [Path(name) for name in tokenizer.save_pretrained(folder)]
-    special = folder / _SPECIAL_TOKENS
-    special.write_text(
+    tokenizer.save_pretrained(folder)
+    (folder / _SPECIAL_TOKENS).write_text(
         json.dumps(tokenizer.special_tokens_map, indent=2, ensure_ascii=False, sort_keys=True) + "\n",
         encoding="utf-8",
     )
-    return [file for file in (*saved, special) if file.is_file()]

@@ -51,6 +51,18 @@ def build(
     ] = None,
     eval_text: EvalText = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the parity gate.")] = False,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template in the place of the model's own."),
+    ] = None,
+    token_ids: Annotated[
+        bool,
+        typer.Option(
+            "--token-ids",
+            help="Build although onnxruntime-genai's tokenizer does not give the model's tokens; `llmc run` "
+            "then makes them as transformers does.",
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -82,6 +94,8 @@ def build(
         verify=not no_verify,
         eval_text=eval_text or (),
         path=path,
+        chat_template=chat_template,
+        token_ids=token_ids,
     )
     from llmc import pipeline
 

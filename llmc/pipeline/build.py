@@ -20,12 +20,14 @@ from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
+from llmc.pipeline.text import write_text
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, PruneRecord, State
+    from llmc.artifact.text import TextRecord
     from llmc.artifact.verdict import Verdict
     from llmc.checkpoint import Checkpoint
 
@@ -53,12 +55,13 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     kernels = KernelStage.prepare(plan.target, plan.profile)
     engine_plans = plan_all_engines(plan)
     with progress.stage("checkpoint"):
-        checkpoint = open_checkpoint(plan.model)
+        checkpoint = replace(open_checkpoint(plan.model), chat_template=plan.chat_template)
         checkpoint.require_tokenizer()
         for note in checkpoint.notes:
             progress.note(note)
     with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
         digest = background.submit(checkpoint.digest)
+        text = write_text(checkpoint, plan, stage.path, progress)
         pruned = prune(checkpoint, plan.target, progress)
         compiled = compile_graph(pruned.checkpoint, plan.target, progress)
         text_only = checkpoint.text_only_note(compiled.leftovers)
@@ -78,7 +81,6 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 progress.note(f"write: {note}")
             if scales_channels(plan.target):
                 write_smoothing(stage.path, compiled.smoothing)
-            checkpoint.save_tokenizer(stage.path)
             if plan.target.backend is Backend.ONNXRUNTIME:
                 _write_genai_config(stage.path, plan, pruned.checkpoint, compiled, record)
             else:
@@ -103,6 +105,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 sources=compiled.sources,
                 compiled=pruned.checkpoint,
                 weights=compiled.weights,
+                text=text,
             )
             gate = measure_parity(subject, plan.eval_text, progress)
             name = plan.profile.name
@@ -114,6 +117,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         manifest = _manifest(
             plan,
             checkpoint,
+            text,
             pruned.record,
             compiled,
             digest.result(),
@@ -175,6 +179,7 @@ def _require_fit(plan: BuildPlan) -> None:
 def _manifest(
     plan: BuildPlan,
     checkpoint: Checkpoint,
+    text: TextRecord,
     pruned: PruneRecord | None,
     compiled: Compiled,
     digest: str,
@@ -210,6 +215,7 @@ def _manifest(
         files=files,
         passes=pass_records(compiled.passes),
         weights=compiled.weights,
+        text=text,
         pruned=pruned,
         kernels=kernels,
         engines=engines,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmc.artifact.latency import Latency
     from llmc.artifact.manifest import WeightRecord
     from llmc.artifact.store import Artifact
+    from llmc.artifact.text import TextCodec, TextRecord
     from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
@@ -56,6 +57,7 @@ class Subject:
         model_digest: Its digest.
         sources: What each weight is made of, by the name of its initializer before quantization.
         compiled: What was compiled: the original, or what pruning left of it.
+        text: How the artifact turns text into tokens.
         damaged: What is wrong with the files by the manifest.
         engine: An engine to execute here; None measures the graph.
         tasks: Multiple-choice tasks to answer as well.
@@ -70,6 +72,7 @@ class Subject:
     model_digest: str
     sources: Mapping[str, Rows]
     compiled: Checkpoint
+    text: TextRecord
     damaged: Sequence[str] = ()
     engine: EngineRecord | None = None
     tasks: Tasks | None = None
@@ -182,13 +185,15 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
             made.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
         made.append(_interface_holds(subject.interface, where))
-        served = Served(folder)
-        made += measure_tokens(folder, served, tokenizer, text, prompts())
+        served = Served(folder, subject.text)
+        codec = _open_codec(subject)
+        read_by = f"{served.where}, and transformers"
+        made += measure_tokens(folder, codec, served.tokenizer, tokenizer, text, prompts(), read_by)
     drawn: tuple[ServedText, ...] = ()
     if not weights.unread:
         with progress.stage("generation"):
             try:
-                drawn = served_texts(served, tokenizer, prompts())
+                drawn = served_texts(served, codec, tokenizer, prompts())
             except ParityError as error:
                 made += broken(GENERATED, error, served.where)
     served_where = served.where
@@ -226,6 +231,20 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     with progress.stage("quality"):
         made += measure_quality(model, original, windows, rounding=rounding)
     _measure_tasks(subject, model, original, progress, made)
+
+
+def _open_codec(subject: Subject) -> TextCodec:
+    """The artifact's tokenizer, as `llmc run` uses it.
+
+    Raises:
+        ParityError: It cannot be read.
+    """
+    from llmc.artifact.text import TextCodec
+
+    try:
+        return TextCodec(subject.folder, subject.text)
+    except ConfigError as error:
+        raise ParityError(error.fact) from error
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
@@ -269,7 +288,8 @@ def _measure_static(
     with progress.stage("tokenizer"):
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
-        made += measure_tokens(subject.folder, None, tokenizer, text, prompts())
+        codec = _open_codec(subject)
+        made += measure_tokens(subject.folder, codec, None, tokenizer, text, prompts(), "transformers")
     original = remember(checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint))
     windows = plan_windows(subject.interface, tokens, start)
     heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
@@ -437,7 +457,9 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    checkpoint = open_checkpoint(against or manifest.model.ref)
+    checkpoint = replace(
+        open_checkpoint(against or manifest.model.ref), chat_template=manifest.text.chat_template
+    )
     digest = checkpoint.digest()
     if digest != manifest.model.digest and not force:
         raise ConfigError(

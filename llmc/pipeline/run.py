@@ -124,7 +124,7 @@ def run(
 
     if lookup is not None:
         require_draft(lookup, compiled=manifest.kernels is not None)
-    made = generate_text(path, prompt, max_tokens, take, chat=True, lookup=lookup)
+    made = generate_text(path, prompt, max_tokens, take, manifest.text, lookup)
     if lookup is None:
         return _result(pieces, made.tokens, made.steps, None)
     figures = LookupFigures(
@@ -161,15 +161,15 @@ def _run_engine(
     progress: Progress,
 ) -> int:
     """New tokens that the artifact's engine made."""
+    from llmc.artifact.text import TextCodec
     from llmc.backends.greedy import stream_text
     from llmc.backends.special_tokens import read_stop_tokens
     from llmc.backends.tensorrt_session import EngineSession
-    from llmc.checkpoint.tokenizer import load_tokenizer
     from llmc.pipeline.engines import require_engine
 
     session = EngineSession(path, require_engine(manifest), manifest.interface)
     stop = read_stop_tokens(path)
-    tokens = stream_text(session, load_tokenizer(path), path, prompt, max_tokens, stop, emit)
+    tokens = stream_text(session, TextCodec(path, manifest.text), prompt, max_tokens, stop, emit)
     for note in session.notes:
         progress.note(note)
     return tokens

@@ -67,6 +67,7 @@ def verify(
         model_digest=digest,
         sources=sources,
         compiled=compiled,
+        text=manifest.text,
         damaged=damaged,
         engine=host_engine(manifest, progress),
         tasks=loaded,

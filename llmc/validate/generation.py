@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.artifact.text import TextCodec
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.measure import measure, measured
@@ -58,10 +59,13 @@ class ServedText:
     sampled: tuple[list[int], ...]
 
 
-def served_texts(served: Served, tokenizer: Any, prompts: Sequence[str]) -> tuple[ServedText, ...]:
+def served_texts(
+    served: Served, codec: TextCodec, tokenizer: Any, prompts: Sequence[str]
+) -> tuple[ServedText, ...]:
     """Greedy and sampled text, penalties and sampling of the generation config off.
 
     Args:
+        codec: The artifact's tokenizer, as `llmc run` uses it.
         tokenizer: The original's.
 
     Raises:
@@ -74,7 +78,7 @@ def served_texts(served: Served, tokenizer: Any, prompts: Sequence[str]) -> tupl
         runs = 2 if number < SAMPLED_PROMPTS else 0
         made.append(
             ServedText(
-                encoded=served.encode(prompt),
+                encoded=codec.encode(prompt),
                 continuation=served.generate(ids, NEW_TOKENS),
                 sampled=tuple(served.generate(ids, NEW_TOKENS, **options) for _ in range(runs)),
             )

@@ -7,7 +7,74 @@ from typing import Any
 
 import numpy as np
 
+from llmc.artifact.text import Messages, TextRecord
 from llmc.errors import ParityError, ResourceError
+
+
+class ServedTokenizer:
+    """onnxruntime-genai's own tokenizer, for texts with the tokens that stand before and after them.
+
+    Args:
+        tokenizer: An `onnxruntime_genai.Tokenizer`.
+        record: The artifact's facts: which special tokens the runtime does not add.
+    """
+
+    def __init__(self, tokenizer: Any, record: TextRecord) -> None:
+        self._tokenizer = tokenizer
+        self.exceptions = frozenset(record.exceptions)
+        self._around = ((), ()) if record.adds_special_tokens else (record.before, record.after)
+        self._adds = record.adds_special_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            ParityError: The runtime cannot read it.
+        """
+        before, after = self._around
+        return [*before, *self._encode(text, special=self._adds), *after]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what a chat template gave.
+
+        Raises:
+            ParityError: The runtime cannot read it.
+        """
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            self._tokenizer.update_options(add_special_tokens="true" if special else "false")
+            return [int(t) for t in self._tokenizer.encode(text)]
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot encode {text[:40]!r}: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        Raises:
+            ParityError: The runtime cannot write it.
+        """
+        if not ids:
+            return ""
+        try:
+            return str(self._tokenizer.decode(np.array(ids, np.int32)))
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot decode {list(ids)[:20]}: {error}") from error
+
+    def render_chat(self, messages: Messages, ask: bool) -> str | None:
+        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
+
+        Raises:
+            ParityError: The template cannot be rendered.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                json.dumps(list(messages)), add_generation_prompt=ask
+            )
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot render the chat template: {error}") from error
+        return text
 
 
 class Served:
@@ -15,13 +82,14 @@ class Served:
 
     Args:
         folder: The artifact, with genai_config.json and tokenizer files.
+        record: How it turns text into tokens; where the runtime does not, its tokenizer is not opened.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
         ParityError: It cannot load the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: TextRecord) -> None:
         try:
             import onnxruntime_genai as og
         except ImportError as error:
@@ -36,27 +104,10 @@ class Served:
             config = og.Config(str(folder))
             config.clear_providers()
             self._model = og.Model(config)
-            self._tokenizer = og.Tokenizer(self._model)
+            opened = og.Tokenizer(self._model) if record.served else None
         except Exception as error:
             raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with whatever the tokenizer puts before it."""
-        return [int(t) for t in self._tokenizer.encode(text)]
-
-    def render_chat(self, messages: Sequence[dict[str, str]], *, ask: bool) -> str:
-        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
-
-        Raises:
-            ParityError: The template cannot be rendered.
-        """
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                json.dumps(list(messages)), add_generation_prompt=ask
-            )
-        except Exception as error:
-            raise ParityError(f"onnxruntime-genai cannot render the chat template: {error}") from error
-        return text
+        self.tokenizer = None if opened is None else ServedTokenizer(opened, record)
 
     def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
         """New tokens after `ids`, greedy unless `search` says otherwise; without the end token.

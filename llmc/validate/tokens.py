@@ -1,16 +1,18 @@
-"""Tokenizer and chat template of an artifact against golden token ids of the original."""
+"""Tokenizer and chat template of an artifact against those of the original."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmc.artifact.text import Messages, TextCodec, TextKind, text_kinds
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.validate.measure import measure, measured, unmeasured
-from llmc.validate.served import Served
+from llmc.validate.served import ServedTokenizer
 
 #: What tokenizers are known to disagree on.
 HARD_TEXTS = (
@@ -28,6 +30,9 @@ HARD_TEXTS = (
     "http://example.org/a?b=c&d=%20#e",
     "CamelCase snake_case kebab-case",
     "I'll you're don't WE'VE",
+    " a leading space",
+    "x\u0301y pH NaOH eBay",
+    "हिन्दी ไทย",
 )
 #: Characters of the evaluation text in each piece that is encoded, and how many pieces.
 PIECE = 400
@@ -41,85 +46,214 @@ CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "assistant", "content": "Hello!"},
         {"role": "user", "content": "<b>1 < 2</b> & 'so'"},
     ),
+    ({"role": "user", "content": 'He said "naïve 日本 🙂" \\\\ {{ x }}'},),
 )
 
 
-def measure_tokens(
-    folder: Path, served: Served | None, tokenizer: Any, text: str, prompts: Sequence[str]
-) -> tuple[Measurement, ...]:
-    """TOKENIZER_EQUAL: share of texts with the original's token ids; CHAT_EQUAL: of conversations.
-
-    Both through onnxruntime-genai and through transformers from the artifact's own files. Texts with
-    characters that the original's vocabulary does not have are left out.
+@dataclass(frozen=True)
+class Side:
+    """One of the ways from text to tokens and back.
 
     Args:
-        served: The artifact in onnxruntime-genai; None for one that it does not serve.
-        tokenizer: The original's transformers tokenizer.
-        text: The evaluation text, of which pieces are encoded.
+        name: What reads the tokenizer's files.
+        encode: Token ids of a text, with what stands before and after it.
+        decode: The text of token ids, without special tokens.
+        render: The chat template's text for messages, with the beginning of an answer if the second argument
+            says so; None where the template refuses them.
+        encode_rendered: Token ids of such a text.
+        exceptions: Kinds of texts that it is known to encode otherwise, which are left out.
+    """
+
+    name: str
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    render: Callable[[Messages, bool], str | None] | None
+    encode_rendered: Callable[[str], list[int]]
+    exceptions: frozenset[TextKind] = frozenset()
+
+
+def artifact_sides(own: Any, codec: TextCodec, served: ServedTokenizer | None) -> tuple[Side, ...]:
+    """The ways that an artifact offers: transformers over its files, `llmc run`, and onnxruntime-genai.
+
+    Args:
+        own: transformers' tokenizer from the artifact's files.
+        codec: The artifact's tokenizer, as `llmc run` and engines use it.
+        served: onnxruntime-genai's tokenizer; None for one that does not serve its text.
+    """
+    sides = [
+        original_side(own, "transformers"),
+        Side("llmc run", codec.encode, codec.decode, None, codec.encode_rendered),
+    ]
+    if served is not None:
+        sides.append(runtime_side(served))
+    return tuple(sides)
+
+
+def runtime_side(served: ServedTokenizer) -> Side:
+    """onnxruntime-genai's own tokenizer."""
+    return Side(
+        "onnxruntime-genai",
+        served.encode,
+        served.decode,
+        served.render_chat,
+        served.encode_rendered,
+        served.exceptions,
+    )
+
+
+def original_side(tokenizer: Any, name: str = "the original") -> Side:
+    """A tokenizer of transformers."""
+    return Side(
+        name,
+        lambda text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]],
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        partial(_render, tokenizer),
+        lambda text: [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]],
+    )
+
+
+def sample_texts(tokenizer: Any, text: str, prompts: Sequence[str]) -> list[str]:
+    """Texts that show how a tokenizer works: hard ones, prompts, pieces of `text`, and its special tokens.
+
+    Texts with characters that the tokenizer does not have are left out.
+
+    Args:
+        tokenizer: The original's.
+        text: The evaluation text.
     """
     step = max(PIECE, len(text) // PIECES)
     pieces = [text[at : at + PIECE] for at in range(0, len(text), step)]
     specials = [f"a{token} b{token}" for token in tokenizer.all_special_tokens[:8]]
-    texts = [t for t in (*HARD_TEXTS, *prompts, *pieces, *specials) if _represents(tokenizer, t)]
-    where = "transformers" if served is None else f"{served.where}, and transformers"
-    return (
-        *measure(
-            (Metric.TOKENIZER_EQUAL,), where, lambda: (_tokenizer(folder, served, tokenizer, texts, where),)
-        ),
-        *measure((Metric.CHAT_EQUAL,), where, lambda: (_chat(folder, served, tokenizer, where),)),
-    )
+    return [t for t in (*HARD_TEXTS, *prompts, *pieces, *specials) if _represents(tokenizer, t)]
+
+
+def compare_texts(
+    original: Side, sides: Sequence[Side], texts: Sequence[str], special_tokens: Sequence[str]
+) -> dict[str, str]:
+    """What differs from the original in tokens, or in the text that they give back: a sentence by text.
+
+    Args:
+        special_tokens: The original's, as they are written.
+
+    Raises:
+        ParityError: A side cannot read a text.
+    """
+    different = {}
+    for text in texts:
+        golden, kinds = original.encode(text), text_kinds(text, special_tokens)
+        back = original.decode(golden)
+        wrong = []
+        for side in sides:
+            if kinds & side.exceptions:
+                continue
+            if (ids := side.encode(text)) != golden:
+                wrong.append(f"{side.name}: {ids}")
+            elif back and (made := side.decode(golden)) != back:
+                wrong.append(f"{side.name} decodes it as {_short(made)}, the original as {_short(back)}")
+        if wrong:
+            different[text] = f"{_short(text)} is {golden} in the original; {'; '.join(wrong)}"
+    return different
+
+
+def compare_chats(original: Side, sides: Sequence[Side]) -> tuple[int, list[str]]:
+    """Conversations that the original's template takes, and what differs from it, a sentence for each.
+
+    Raises:
+        ParityError: A side cannot render the template.
+    """
+    different, count = [], 0
+    for messages in CONVERSATIONS:
+        for ask in (True, False):
+            golden = original.render(messages, ask) if original.render is not None else None
+            if golden is None:  # the template refuses this conversation: a system message, say
+                continue
+            count += 1
+            ids = original.encode_rendered(golden)
+            for side in sides:
+                if side.render is not None and (made := side.render(messages, ask)) != golden:
+                    different.append(f"{side.name} renders {made!r}, the original {golden!r}")
+                    break
+                if (tokens := side.encode_rendered(golden)) != ids:
+                    different.append(f"{golden!r} is {ids} in the original; {side.name}: {tokens}")
+                    break
+    return count, different
+
+
+def measure_tokens(
+    folder: Path,
+    codec: TextCodec,
+    served: ServedTokenizer | None,
+    tokenizer: Any,
+    text: str,
+    prompts: Sequence[str],
+    where: str,
+) -> tuple[Measurement, ...]:
+    """TOKENIZER_EQUAL: share of texts with the original's tokens and text; CHAT_EQUAL: of conversations.
+
+    Every way that the artifact offers is held to the original; see `artifact_sides` and `sample_texts`. A
+    vocabulary that differs in any token counts as a text that differs.
+
+    Args:
+        codec: The artifact's tokenizer, as `llmc run` and engines use it.
+        served: onnxruntime-genai's tokenizer; None where that does not serve the artifact's text.
+        tokenizer: The original's transformers tokenizer.
+        text: The evaluation text, of which pieces are encoded.
+        where: What reads the artifact.
+    """
+
+    def take() -> tuple[Measurement, ...]:
+        own = load_own(folder)
+        sides = artifact_sides(own, codec, served)
+        return (
+            *measure(
+                (Metric.TOKENIZER_EQUAL,), where, lambda: (_tokenizer(own, sides, tokenizer, texts, where),)
+            ),
+            *measure((Metric.CHAT_EQUAL,), where, lambda: (_chat(sides, codec, tokenizer, where),)),
+        )
+
+    texts = sample_texts(tokenizer, text, prompts)
+    return measure((Metric.TOKENIZER_EQUAL, Metric.CHAT_EQUAL), where, take)
 
 
 def _tokenizer(
-    folder: Path, served: Served | None, tokenizer: Any, texts: Sequence[str], where: str
+    own: Any, sides: Sequence[Side], tokenizer: Any, texts: Sequence[str], where: str
 ) -> Measurement:
-    own = _load(folder)
-    different = []
-    for text in texts:
-        golden = [int(t) for t in tokenizer(text, verbose=False)["input_ids"]]
-        sides = {"transformers": [int(t) for t in own(text, verbose=False)["input_ids"]]}
-        if served is not None:
-            sides["onnxruntime-genai"] = served.encode(text)
-        wrong = [f"{side}: {ids}" for side, ids in sides.items() if ids != golden]
-        if wrong:
-            different.append(f"{_short(text)} is {golden} in the original; {'; '.join(wrong)}")
+    found = compare_texts(original_side(tokenizer), sides, texts, tokenizer.all_special_tokens)
+    different = list(found.values())
+    other = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
+    if other:
+        different.append(
+            f"the vocabulary differs: {other[0][0]!r} with id {other[0][1]} is in one of the two"
+        )
     detail = "; ".join([f"{len(texts)} texts", *different[:2]])
-    return measured(Metric.TOKENIZER_EQUAL, 1 - len(different) / len(texts), detail, where)
+    return measured(Metric.TOKENIZER_EQUAL, 1 - min(1.0, len(different) / len(texts)), detail, where)
 
 
-def _chat(folder: Path, served: Served | None, tokenizer: Any, where: str) -> Measurement:
-    own = _load(folder)
-    if not tokenizer.chat_template:
-        if own.chat_template:
+def _chat(sides: Sequence[Side], codec: TextCodec, tokenizer: Any, where: str) -> Measurement:
+    count, different = compare_chats(original_side(tokenizer), sides)
+    if not count:
+        if codec.record.chat or any(_renders(side) for side in sides):
             return measured(
                 Metric.CHAT_EQUAL, 0.0, "the artifact has a chat template, the original has none", where
             )
         status = MeasurementStatus.NOT_APPLICABLE
         return unmeasured(Metric.CHAT_EQUAL, status, "the original has no chat template", where)
-    different, count = [], 0
-    for messages in CONVERSATIONS:
-        for ask in (True, False):
-            golden = _render(tokenizer, messages, ask)
-            if golden is None:  # the template refuses this conversation: a system message, say
-                continue
-            count += 1
-            sides: dict[str, Callable[[], str | None]] = {
-                "transformers": partial(_render, own, messages, ask)
-            }
-            if served is not None:
-                sides["onnxruntime-genai"] = partial(served.render_chat, messages, ask=ask)
-            for side, render in sides.items():
-                made = render()
-                if made != golden:
-                    different.append(f"{side} renders {made!r}, the original {golden!r}")
-                    break
+    if not codec.record.chat:
+        return measured(Metric.CHAT_EQUAL, 0.0, "the original has a chat template, llmc run uses none", where)
     detail = "; ".join([f"{count} conversations", *different[:1]])
-    share = 1 - len(different) / count if count else 0.0
-    return measured(Metric.CHAT_EQUAL, share, detail, where)
+    return measured(Metric.CHAT_EQUAL, 1 - len(different) / count, detail, where)
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool) -> str | None:
-    """The template's text; None where the template refuses the conversation."""
+def _renders(side: Side) -> bool:
+    """Whether a side makes a text of a conversation."""
+    try:
+        return side.render is not None and side.render(CONVERSATIONS[0], True) is not None
+    except ParityError:
+        return False
+
+
+def _render(tokenizer: Any, messages: Messages, ask: bool) -> str | None:
+    """The template's text; None where there is no template, or it refuses the conversation."""
     from jinja2 import TemplateError
 
     try:
@@ -137,7 +271,12 @@ def _represents(tokenizer: Any, text: str) -> bool:
     return plain[0] == plain[1]
 
 
-def _load(folder: Path) -> Any:
+def load_own(folder: Path) -> Any:
+    """The tokenizer of an artifact's files, by transformers.
+
+    Raises:
+        ParityError: It cannot read them.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -1,14 +1,14 @@
 """Greedy generation over lowered graphs: pieces, stop tokens, batches, the cache's end, text."""
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmc.backends.greedy import encode_prompt, generate_greedy, stream_text
+from llmc.artifact.text import TextCodec, TextRecord
+from llmc.backends.greedy import generate_greedy, stream_text
 from llmc.config import Dtype
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
@@ -103,11 +103,9 @@ def test_a_graph_without_a_fixed_cache_is_refused(graph: tuple[Path, Interface])
 def test_text_comes_as_it_is_made(session: StaticSession, tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path, tokenizer=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = encode_prompt(tokenizer, "the river")
-    wanted = tokenizer.decode(_original(ids, 8), skip_special_tokens=True)
-    pieces: list[str] = []
-    stream_text(session, tokenizer, folder, "the river", 8, (), pieces.append)
-    assert "".join(pieces) == wanted
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    assert encode_prompt(tokenizer, "a") == tokenizer("[a]", add_special_tokens=False)["input_ids"]
-    assert next(islice(generate_greedy(session, [encode_prompt(tokenizer, "a")], 1, ()), 1)) is not None
+    for record in (TextRecord(), TextRecord(chat=True)):
+        codec = TextCodec(folder, record)
+        ids = codec.encode_prompt("the river", codec.render)
+        pieces: list[str] = []
+        assert stream_text(session, codec, "the river", 8, (), pieces.append) == 8
+        assert "".join(pieces) == tokenizer.decode(_original(ids, 8), skip_special_tokens=True)

@@ -12,6 +12,7 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig
 
 from llmc.artifact.store import open_artifact
+from llmc.artifact.text import TextRecord
 from llmc.backends.genai import write_genai_config
 from llmc.backends.generate import Generated, generate_text, generate_tokens
 from llmc.backends.lookup import piece_length, require_draft, verifying_model
@@ -133,7 +134,9 @@ def test_what_was_drafted_is_counted(artifact: Path) -> None:
     texts: list[str] = []
     for lookup in (None, DRAFT):
         pieces: list[str] = []
-        made.append(generate_text(artifact, "the river the river the", 120, pieces.append, False, lookup))
+        made.append(
+            generate_text(artifact, "the river the river the", 120, pieces.append, TextRecord(), lookup)
+        )
         texts.append("".join(pieces))
     plain, drafted = made
     assert texts[0] == texts[1]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmc import data
+from llmc.artifact.text import TextCodec, TextRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
@@ -28,8 +29,9 @@ PROMPTS = ("The sea", "def mean(values):", "Once", "A list of", "Water boils")
 def generate(
     folder: Path, reference: TorchModel, prompts: tuple[str, ...] = PROMPTS, stop: tuple[int, ...] = (END,)
 ) -> dict[Metric, Measurement]:
-    served = Served(folder)
-    made = served_texts(served, tiny_tokenizer(), prompts)
+    served = Served(folder, TextRecord())
+    codec = TextCodec(folder, TextRecord())
+    made = served_texts(served, codec, tiny_tokenizer(), prompts)
     texts = original_texts(reference, tiny_tokenizer(), prompts, stop)
     return {m.metric: m for m in measure_generation(made, texts, reference, stop, served.where)}
 
@@ -91,7 +93,7 @@ def test_folder_that_is_not_served(llama: Any, tmp_path: Path) -> None:
     write_artifact(llama, tmp_path, SERVED, share_buffer=False)
     (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ParityError, match="cannot load"):
-        Served(tmp_path)
+        Served(tmp_path, TextRecord())
 
 
 def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""tokenizer_module.json: what onnxruntime-genai reads of a tokenizer over tokenizer_config.json.
+
+The runtime (onnxruntime-extensions, operators/tokenizer/tokenizer_jsconfig.hpp) reads tokenizer_config.json
+with stricter types than transformers writes, and then puts the keys of tokenizer_module.json over it.
+transformers does not read that file, so that the runtime's form of the settings can stand beside the
+checkpoint's own. Observed with onnxruntime-genai 0.18:
+
+- `tokenizer_class` chooses the algorithm from a fixed list of names; a few names change it further.
+- `add_bos_token` and `add_eos_token`, where both are stated, decide what `add_special_tokens` adds.
+- `chat_template` must be a string.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmc.artifact.manifest import MODEL
+from llmc.backends.genai import GENAI_CONFIG
+
+RUNTIME_SETTINGS = "tokenizer_module.json"
+#: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
+CLASSES = ("TokenizersBackend", "Qwen2Tokenizer", "XLMRobertaTokenizer")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def write_runtime_settings(
+    folder: Path, tokenizer: Any, name: str, template: str | None, *, before: bool, after: bool
+) -> Path:
+    """Write tokenizer_module.json beside the tokenizer's files.
+
+    Args:
+        tokenizer: The original's, by transformers.
+        name: Class that the runtime is told.
+        template: Chat template of a plain conversation; None for none.
+        before: Whether the token of the beginning stands before a text.
+        after: Whether the token of the end stands after it.
+    """
+    settings: dict[str, object] = {key: getattr(tokenizer, key) or "" for key in _SPECIAL}
+    settings |= {
+        "tokenizer_class": name,
+        "chat_template": template or "",
+        "add_bos_token": before,
+        "add_eos_token": after,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1e30,
+        "tiktoken_file": "",
+    }
+    path = folder / RUNTIME_SETTINGS
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def open_runtime_tokenizer(og: Any, folder: Path) -> Any:
+    """Open the tokenizer of a folder that has no model yet, beside a model of one operator.
+
+    Args:
+        og: The module onnxruntime_genai.
+        folder: The tokenizer's files; the model lies in a folder inside while it is opened.
+
+    Returns:
+        An `onnxruntime_genai.Tokenizer`, which keeps its model.
+
+    Raises:
+        RuntimeError: The runtime cannot read the tokenizer, with its own words.
+    """
+    with TemporaryDirectory(dir=folder) as inside:
+        _write_minimal_model(Path(inside))
+        return og.Tokenizer(og.Model(inside))
+
+
+def _write_minimal_model(folder: Path) -> None:
+    """A decoder of one token and one layer, and a genai_config.json for the tokenizer in the folder above."""
+    import numpy as np
+    import onnx_ir as ir
+
+    def value(name: str, kind: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+
+    def node(operator: str, inputs: list[ir.Value], output: ir.Value, **attributes: int) -> ir.Node:
+        return ir.node(operator, inputs, attributes, outputs=[output])
+
+    floats, integers = ir.DataType.FLOAT, ir.DataType.INT64
+    ids = value("input_ids", integers, "batch", "sequence")
+    mask = value("attention_mask", integers, "batch", "total")
+    past = [value(f"past_key_values.0.{part}", floats, "batch", 1, "past", 1) for part in ("key", "value")]
+    present = [value(f"present.0.{part}", floats, "batch", 1, "past", 1) for part in ("key", "value")]
+    cast, logits = value("cast", floats, "batch", "sequence"), value("logits", floats, "batch", "sequence", 1)
+    axis = ir.Value(name="axis", const_value=ir.tensor(np.array([2], np.int64), name="axis"))
+    nodes = [
+        node("Cast", [ids], cast, to=ir.DataType.FLOAT.value),
+        node("Unsqueeze", [cast, axis], logits),
+        *(node("Identity", [old], new) for old, new in zip(past, present, strict=True)),
+    ]
+    graph = ir.Graph(
+        [ids, mask, *past],
+        [logits, *present],
+        nodes=nodes,
+        initializers=[axis],
+        opset_imports={"": 21},
+        name="tokenizer",
+    )
+    ir.save(ir.Model(graph, ir_version=10), folder / MODEL)
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": MODEL,
+        "head_size": 1,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "inputs": {
+            "input_ids": ids.name,
+            "attention_mask": mask.name,
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": logits.name,
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        "vocab_size": 1,
+        "context_length": 8,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tokenizer_dir": "..",
+        "decoder": decoder,
+    }
+    config = {"model": model, "search": {"max_length": 8}}
+    (folder / GENAI_CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -1,0 +1,254 @@
+"""The first thing that a build finds out: whether text becomes the original's tokens in every runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact.text import TextCodec, TextRecord
+from llmc.config import Backend, BuildPlan
+from llmc.errors import ConfigError, LlmcError, ParityError, UnsupportedError
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.checkpoint import Checkpoint
+
+TOKEN_IDS = (
+    "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
+)
+_TEMPLATE = "--chat-template FILE takes a Jinja template of your own in its place"
+
+
+def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: Progress) -> TextRecord:
+    """Write the tokenizer's files into `folder`, and try what every runtime makes of them.
+
+    Returns:
+        How the artifact turns text into tokens.
+
+    Raises:
+        CheckpointError: There is no tokenizer, it cannot be read, or it has tokens that the model lacks.
+        UnsupportedError: A runtime gives other tokens or another text than transformers.
+    """
+    from llmc.backends.genai import serving_tokens
+    from llmc.checkpoint.generation import describe_unserved
+    from llmc.checkpoint.token_ids import require_rows
+    from llmc.checkpoint.tokenizer import plain_template
+
+    tokenizer = checkpoint.tokenizer()
+    for note in require_rows(checkpoint, tokenizer):
+        progress.note(note)
+    if (unserved := describe_unserved(checkpoint.generation_config())) is not None:
+        progress.note(unserved)
+    checkpoint.save_tokenizer(folder, tokenizer)
+    before, after = _around(tokenizer)
+    record = TextRecord(
+        chat=plain_template(tokenizer) is not None,
+        cleans_up=_cleans_up(tokenizer),
+        before=before,
+        after=after,
+        chat_template=checkpoint.chat_template,
+    )
+    if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
+        others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
+        progress.note(f"of the checkpoint's chat templates, default is used and not {others}")
+    _require_own(folder, record, tokenizer)
+    if plan.target.backend is not Backend.ONNXRUNTIME:
+        return record
+    rows = checkpoint.config.get_text_config(decoder=True).vocab_size
+    serving_tokens(folder, checkpoint.config, checkpoint.generation_config(), rows)
+    return _try_runtime(folder, record, tokenizer, plan, progress)
+
+
+def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that a tokenizer puts before a text and after it."""
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+
+
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether transformers removes spaces before punctuation, as it does for old tokenizers."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    forced = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
+    return bool(forced) or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+
+
+def _texts(tokenizer: Any) -> list[str]:
+    from llmc.data import eval_text, prompts
+    from llmc.validate.tokens import sample_texts
+
+    return sample_texts(tokenizer, eval_text(), prompts())
+
+
+def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
+    """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
+    from llmc.validate.tokens import artifact_sides, compare_chats, compare_texts, load_own, original_side
+
+    try:
+        original = original_side(tokenizer)
+        sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
+        texts = compare_texts(original, sides, _texts(tokenizer), tokenizer.all_special_tokens)
+        different = list(texts.values()) or compare_chats(original, sides)[1]
+    except (ParityError, ConfigError) as error:
+        different = [error.fact]
+    if different:
+        raise UnsupportedError(
+            f"the tokenizer, a {type(tokenizer).__name__}, is not what its files say: {_short(different[0])}",
+            hint="save it with transformers' save_pretrained as a tokenizer.json that is complete",
+        )
+
+
+def _try_runtime(
+    folder: Path, record: TextRecord, tokenizer: Any, plan: BuildPlan, progress: Progress
+) -> TextRecord:
+    """Try onnxruntime-genai's own tokenizer on the files."""
+    try:
+        import onnxruntime_genai as og
+    except ImportError:
+        from llmc.backends.runtime_tokenizer import CLASSES
+
+        _write_settings(folder, record, tokenizer, CLASSES[0])
+        progress.note("onnxruntime-genai is not installed here: what its tokenizer does was not tried")
+        return record
+    with progress.stage("tokenizer files"):
+        problem, found = _choose_class(og, folder, record, tokenizer)
+    if problem is None:
+        for note in _runtime_notes(found):
+            progress.note(note)
+        return found
+    if not plan.token_ids:
+        raise problem
+    progress.note(f"verified by token ids: {problem.fact}")
+    return found.model_copy(update={"served": False, "reason": problem.fact})
+
+
+def _runtime_notes(record: TextRecord) -> list[str]:
+    """What must be known by whoever gives onnxruntime-genai's tokenizer a text."""
+    notes = []
+    if not record.adds_special_tokens:
+        notes.append(
+            "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts around "
+            f"a text, {list(record.before)} before and {list(record.after)} after: llmc run puts them there"
+        )
+    if record.exceptions:
+        notes.append(
+            "onnxruntime-genai's own tokenizer makes other tokens than transformers and llmc run of "
+            + ", ".join(record.exceptions)
+        )
+    return notes
+
+
+def _choose_class(
+    og: Any, folder: Path, record: TextRecord, tokenizer: Any
+) -> tuple[LlmcError | None, TextRecord]:
+    """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
+    from llmc.backends.runtime_tokenizer import CLASSES, open_runtime_tokenizer
+
+    first: LlmcError | None = None
+    for name in dict.fromkeys((type(tokenizer).__name__, *CLASSES)):
+        _write_settings(folder, record, tokenizer, name)
+        try:
+            opened = open_runtime_tokenizer(og, folder)
+        except RuntimeError as error:  # all that the bindings raise
+            problem: LlmcError | None = _unreadable(tokenizer, str(error))
+            found = record
+        else:
+            problem, found = _compare(opened, record, tokenizer)
+        if problem is None:
+            return None, found
+        if first is None or "Unsupported tokenizer class" in first.fact:
+            first = problem
+    _write_settings(folder, record, tokenizer, CLASSES[0])
+    return first, record
+
+
+def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str) -> None:
+    from llmc.backends.runtime_tokenizer import write_runtime_settings
+    from llmc.checkpoint.tokenizer import plain_template
+
+    write_runtime_settings(
+        folder,
+        tokenizer,
+        name,
+        plain_template(tokenizer),
+        before=bool(record.before),
+        after=bool(record.after),
+    )
+
+
+def _compare(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+    """What the runtime does otherwise than the original, if that is common; and the rare cases."""
+    from llmc.validate.served import ServedTokenizer
+    from llmc.validate.tokens import compare_chats, original_side, runtime_side
+
+    original = original_side(tokenizer)
+    apart = record.model_copy(update={"adds_special_tokens": False})
+    problem, found = _compare_texts(opened, apart, tokenizer)
+    if problem is not None:
+        return problem, found
+    whole, with_special_tokens = _compare_texts(opened, record, tokenizer)
+    if whole is None and with_special_tokens.exceptions == found.exceptions:
+        found = with_special_tokens
+    side = runtime_side(ServedTokenizer(opened, found))
+    try:
+        chats = compare_chats(original, [side])[1] if record.chat else []
+    except ParityError as error:
+        chats = [error.fact.removeprefix("onnxruntime-genai cannot render the chat template: ")]
+    if not chats:
+        return None, found
+    if " is [" in chats[0]:
+        return _unequal(tokenizer, chats[0]), found
+    problem = UnsupportedError(
+        f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
+        hint=f"{_TEMPLATE}; {TOKEN_IDS}",
+    )
+    return problem, found
+
+
+def _compare_texts(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+    """Compare texts; differences in rare kinds alone become the record's exceptions."""
+    from llmc.artifact.text import text_kinds
+    from llmc.validate.served import ServedTokenizer
+    from llmc.validate.tokens import compare_texts, original_side, runtime_side
+
+    side, special = runtime_side(ServedTokenizer(opened, record)), tokenizer.all_special_tokens
+    try:
+        different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
+    except ParityError as error:
+        return _unequal(tokenizer, error.fact), record
+    kinds = {text: text_kinds(text, special) for text in different}
+    common = next((text for text in different if not kinds[text]), None)
+    if common is not None:
+        return _unequal(tokenizer, different[common]), record
+    exceptions = tuple(sorted(set().union(*kinds.values())))
+    return None, record.model_copy(update={"exceptions": exceptions})
+
+
+def _unreadable(tokenizer: Any, said: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"onnxruntime-genai cannot read this tokenizer ({_kind(tokenizer)}): {_short(said)}", hint=TOKEN_IDS
+    )
+
+
+def _unequal(tokenizer: Any, difference: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"onnxruntime-genai does not give this tokenizer's tokens ({_kind(tokenizer)}): {_short(difference)}",
+        hint=TOKEN_IDS,
+    )
+
+
+def _kind(tokenizer: Any) -> str:
+    """The parts of a tokenizer by the names of the library `tokenizers`."""
+    inner = tokenizer.backend_tokenizer
+    parts = (inner.model, inner.normalizer, inner.pre_tokenizer)
+    return ", ".join(type(part).__name__ for part in parts if part is not None)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
