@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llmc.config import Metric, Provider
 from llmc.errors import ResourceError
 from llmc.machine import detect_profile
-from llmc.pipeline.gate import GateResult, latency_gates, open_pair
+from llmc.pipeline.gate import GateResult, latency_gates
 from llmc.pipeline.kernels import require_kernels
-from llmc.pipeline.original import read_text, tokenize
+from llmc.pipeline.original import open_pair, read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.profile import Profile
 from llmc.progress import Progress

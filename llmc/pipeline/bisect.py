@@ -98,7 +98,7 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
         ParityError: A graph cannot be run.
         UnsupportedError: The target computes in another type than the original.
     """
-    from llmc.pipeline.gate import open_pair
+    from llmc.pipeline.original import open_pair
     from llmc.pipeline.prune import reopen
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.latency import Latency
     from llmc.artifact.manifest import WeightRecord
-    from llmc.artifact.store import Artifact
     from llmc.artifact.text import TextCodec, TextRecord
     from llmc.artifact.verdict import Measurement, Verdict
     from llmc.checkpoint import Checkpoint
@@ -439,32 +438,3 @@ def _is_large(checkpoint: Checkpoint) -> bool:
     """Whether the original in float32 would take more than half of the memory that is free."""
     free = available_memory()
     return free is not None and checkpoint.reference_bytes() > free // 2
-
-
-def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact, Checkpoint, str]:
-    """An artifact, the original it is to be compared with, and the original's digest.
-
-    Args:
-        against: The original; None for the one that the manifest names.
-        force: Take an original of another digest than the manifest's.
-
-    Raises:
-        ConfigError: There is no artifact, or the original is not the artifact's.
-        CheckpointError: The original cannot be opened.
-    """
-    from llmc.artifact.store import open_artifact
-    from llmc.checkpoint import open_checkpoint
-
-    artifact = open_artifact(path)
-    manifest = artifact.manifest
-    checkpoint = replace(
-        open_checkpoint(against or manifest.model.ref), chat_template=manifest.text.chat_template
-    )
-    digest = checkpoint.digest()
-    if digest != manifest.model.digest and not force:
-        raise ConfigError(
-            f"{checkpoint.ref} is not the model that {path} was built from: its digest is {digest[:12]}…,"
-            f" the manifest says {manifest.model.digest[:12]}…",
-            hint="name the original with --against, or compare them all the same with --force",
-        )
-    return artifact, checkpoint, digest

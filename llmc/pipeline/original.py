@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmc.artifact.store import Artifact
     from llmc.checkpoint import Checkpoint
     from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
@@ -93,3 +95,32 @@ def rope_switches(config: Any) -> tuple[int, ...]:
     groups = [stated, *(v for v in stated.values() if isinstance(v, dict))]
     found = {g.get("original_max_position_embeddings") for g in groups}
     return tuple(sorted(int(n) for n in found if isinstance(n, int) and n > 1))
+
+
+def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact, Checkpoint, str]:
+    """An artifact, the original it is to be compared with, and the original's digest.
+
+    Args:
+        against: The original; None for the one that the manifest names.
+        force: Take an original of another digest than the manifest's.
+
+    Raises:
+        ConfigError: There is no artifact, or the original is not the artifact's.
+        CheckpointError: The original cannot be opened.
+    """
+    from llmc.artifact.store import open_artifact
+    from llmc.checkpoint import open_checkpoint
+
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    checkpoint = replace(
+        open_checkpoint(against or manifest.model.ref), chat_template=manifest.text.chat_template
+    )
+    digest = checkpoint.digest()
+    if digest != manifest.model.digest and not force:
+        raise ConfigError(
+            f"{checkpoint.ref} is not the model that {path} was built from: its digest is {digest[:12]}…,"
+            f" the manifest says {manifest.model.digest[:12]}…",
+            hint="name the original with --against, or compare them all the same with --force",
+        )
+    return artifact, checkpoint, digest

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
-from llmc.pipeline.gate import Subject, measure_parity, open_pair
+from llmc.pipeline.gate import Subject, measure_parity
 from llmc.pipeline.kernels import require_kernels
+from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.progress import Progress
