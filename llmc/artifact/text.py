@@ -90,6 +90,23 @@ class TextRecord(BaseModel):
     exceptions: tuple[Annotated[TextKind, Field(strict=False)], ...] = ()
     chat_template: str | None = None
 
+    def describe(self) -> tuple[str, ...]:
+        """What a server with onnxruntime-genai must know, a sentence each; mostly nothing."""
+        if not self.served:
+            return (f"onnxruntime-genai does not serve its text: {self.reason}",)
+        told = []
+        if not self.adds_special_tokens:
+            told.append(
+                "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts "
+                f"around a text, {list(self.before)} before and {list(self.after)} after: llmc run does"
+            )
+        if self.exceptions:
+            told.append(
+                "onnxruntime-genai's own tokenizer makes other tokens than transformers and llmc run of "
+                + ", ".join(self.exceptions)
+            )
+        return tuple(told)
+
 
 class TextCodec:
     """The tokenizer of an artifact.
@@ -164,8 +181,14 @@ class TextCodec:
         return text
 
     def is_open(self, token: int) -> bool:
-        """Whether the text of `token` depends on the next: a byte of a run that may be UTF-8 as a whole."""
-        return self._falls_back and _BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+        """Whether the text of `token` depends on the next: a byte of a run that may be UTF-8 as a whole.
+
+        Special tokens, which are left out of the text, do not end such a run.
+        """
+        if not self._falls_back:
+            return False
+        name = self._tokenizer.id_to_token(token) or ""
+        return _BYTE.fullmatch(name) is not None or not self.decode([token])
 
     def stream(self) -> TextStream:
         """Begin a text that comes token by token."""

@@ -116,6 +116,12 @@ class Verdict(_Strict):
         """The checks that failed or cannot be decided."""
         return tuple(c for c in self.checks if c.status in MISSED)
 
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """What was said of the checks without a figure, such as a runtime's error; each once."""
+        broken = (c for c in self.missed if c.value is not None and math.isnan(c.value))
+        return tuple(dict.fromkeys(c.detail for c in broken))
+
 
 class Change(_Strict):
     """One figure beside the same of an earlier report.

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.genai import GENAI_CONFIG
+from llmc.backends.tokenizer_worker import Answers, Question, ask_runtime
 
 RUNTIME_SETTINGS = "tokenizer_module.json"
 #: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
@@ -54,22 +55,18 @@ def write_runtime_settings(
     return path
 
 
-def open_runtime_tokenizer(og: Any, folder: Path) -> Any:
-    """Open the tokenizer of a folder that has no model yet, beside a model of one operator.
+def try_runtime_tokenizer(folder: Path, question: Question) -> Answers:
+    """Ask the runtime about a tokenizer without its model, beside a model of one operator.
 
     Args:
-        og: The module onnxruntime_genai.
-        folder: The tokenizer's files; the model lies in a folder inside while it is opened.
-
-    Returns:
-        An `onnxruntime_genai.Tokenizer`, which keeps its model.
+        folder: The tokenizer's files; the model lies in a folder inside for as long as this takes.
 
     Raises:
-        RuntimeError: The runtime cannot read the tokenizer, with its own words.
+        ParityError: As for `ask_runtime`.
     """
     with TemporaryDirectory(dir=folder) as inside:
         _write_minimal_model(Path(inside))
-        return og.Tokenizer(og.Model(inside))
+        return ask_runtime(Path(inside), question)
 
 
 def _write_minimal_model(folder: Path) -> None:

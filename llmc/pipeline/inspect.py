@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MANIFEST, PassRecord, PruneRecord, WeightRecord
+from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
 from llmc.graph.interface import Interface
@@ -30,7 +31,8 @@ class Inspection(BaseModel):
         engines: TensorRT engines, built and pending; empty for a model.
         files: Size of every file in bytes; empty for a model.
         bits_per_weight: Stored bits over matrix elements; None for a model.
-        notes: What tracing wants a reader to know.
+        text: How an artifact turns text into tokens; None for a model.
+        notes: What a reader must know: of a model by tracing it, of an artifact about its text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +42,7 @@ class Inspection(BaseModel):
     state: str | None
     interface: Interface
     pruned: PruneRecord | None = None
+    text: TextRecord | None = None
     operators: dict[str, int]
     passes: tuple[PassRecord, ...]
     weights: tuple[WeightRecord, ...]
@@ -102,13 +105,14 @@ def _inspect_artifact(path: Path) -> Inspection:
         state=manifest.state.value,
         interface=manifest.interface,
         pruned=manifest.pruned,
+        text=manifest.text,
         operators=count_operators(path / MODEL),
         passes=manifest.passes,
         weights=manifest.weights,
         engines=manifest.engines,
         files={name: f.bytes for name, f in manifest.files.items()},
         bits_per_weight=8 * sum(w.bytes for w in manifest.weights) / elements if elements else None,
-        notes=(),
+        notes=(*manifest.model.notes, *manifest.text.describe()),
     )
 
 

@@ -20,6 +20,7 @@ from llmc.pipeline.gate import LATENCY, GateResult
 from llmc.progress import Progress
 from llmc.report import (
     Report,
+    format_figure,
     render_changes,
     render_text,
     write_html,
@@ -63,6 +64,7 @@ class BuildResult(BaseModel):
         ]
         if manifest.pruned is not None:
             lines.append(f"  {manifest.pruned.render()}")
+        lines += [f"  {line}" for line in manifest.text.describe()]
         if self.verdict is not None:
             lines += render_checks(self.verdict)
         lines += render_engines(manifest)
@@ -120,15 +122,15 @@ def render_engines(manifest: Manifest) -> list[str]:
 
 
 def render_checks(verdict: Verdict) -> list[str]:
-    """One line per gate: metric, value, bound, outcome."""
+    """One line per gate: metric, value, bound, outcome; and why those without a figure have none."""
     lines = []
     for check in verdict.checks:
-        value = "not measured" if check.value is None else f"{check.value:.4g}"
+        value = "not measured" if check.value is None else format_figure(check.value)
         bound = "" if check.bound is None else f"  ({check.direction} {check.bound:g})"
         if check.status is CheckStatus.NOT_APPLICABLE:
             value, bound = check.detail, ""
         lines.append(f"  {check.status.value:15} {check.metric.value:24} {value}{bound}")
-    return lines
+    return lines + [f"  no figure: {cause}" for cause in verdict.causes]
 
 
 def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
@@ -150,6 +152,7 @@ def _missed(verdict: Verdict) -> str:
         parts.append(f"the artifact misses {count} of its gates: {named[CheckStatus.FAIL]}")
     if named[CheckStatus.UNDECIDED]:
         parts.append(f"too little text to decide: {named[CheckStatus.UNDECIDED]}")
+    parts += verdict.causes
     return "; ".join(parts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,9 @@ from llmc.errors import ConfigError, LlmcError, ParityError, UnsupportedError
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.backends.tokenizer_worker import Answers, Question
     from llmc.checkpoint import Checkpoint
+    from llmc.validate.tokens import Side
 
 TOKEN_IDS = (
     "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
@@ -87,13 +91,21 @@ def _texts(tokenizer: Any) -> list[str]:
 
 def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
     """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
-    from llmc.validate.tokens import artifact_sides, compare_chats, compare_texts, load_own, original_side
+    from llmc.validate.tokens import (
+        artifact_sides,
+        compare_chats,
+        compare_texts,
+        load_own,
+        original_side,
+        represents,
+    )
 
+    known = partial(represents, tokenizer)
     try:
         original = original_side(tokenizer)
         sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
         texts = compare_texts(original, sides, _texts(tokenizer), tokenizer.all_special_tokens)
-        different = list(texts.values()) or compare_chats(original, sides)[1]
+        different = list(texts.values()) or compare_chats(original, sides, known)[1]
     except (ParityError, ConfigError) as error:
         different = [error.fact]
     if different:
@@ -107,64 +119,59 @@ def _try_runtime(
     folder: Path, record: TextRecord, tokenizer: Any, plan: BuildPlan, progress: Progress
 ) -> TextRecord:
     """Try onnxruntime-genai's own tokenizer on the files."""
-    try:
-        import onnxruntime_genai as og
-    except ImportError:
-        from llmc.backends.runtime_tokenizer import CLASSES
+    from llmc.backends.runtime_tokenizer import CLASSES
 
+    if find_spec("onnxruntime_genai") is None:
         _write_settings(folder, record, tokenizer, CLASSES[0])
         progress.note("onnxruntime-genai is not installed here: what its tokenizer does was not tried")
         return record
     with progress.stage("tokenizer files"):
-        problem, found = _choose_class(og, folder, record, tokenizer)
-    if problem is None:
-        for note in _runtime_notes(found):
-            progress.note(note)
-        return found
-    if not plan.token_ids:
-        raise problem
-    progress.note(f"verified by token ids: {problem.fact}")
-    return found.model_copy(update={"served": False, "reason": problem.fact})
+        problem, found = _choose_class(folder, record, tokenizer)
+    if problem is not None:
+        if not plan.token_ids:
+            raise problem
+        found = found.model_copy(update={"served": False, "reason": problem.fact})
+    for note in found.describe():
+        progress.note(note)
+    return found
 
 
-def _runtime_notes(record: TextRecord) -> list[str]:
-    """What must be known by whoever gives onnxruntime-genai's tokenizer a text."""
-    notes = []
-    if not record.adds_special_tokens:
-        notes.append(
-            "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts around "
-            f"a text, {list(record.before)} before and {list(record.after)} after: llmc run puts them there"
-        )
-    if record.exceptions:
-        notes.append(
-            "onnxruntime-genai's own tokenizer makes other tokens than transformers and llmc run of "
-            + ", ".join(record.exceptions)
-        )
-    return notes
-
-
-def _choose_class(
-    og: Any, folder: Path, record: TextRecord, tokenizer: Any
-) -> tuple[LlmcError | None, TextRecord]:
+def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
-    from llmc.backends.runtime_tokenizer import CLASSES, open_runtime_tokenizer
+    from llmc.backends.runtime_tokenizer import CLASSES, try_runtime_tokenizer
 
     first: LlmcError | None = None
+    question = _question(record, tokenizer)
     for name in dict.fromkeys((type(tokenizer).__name__, *CLASSES)):
         _write_settings(folder, record, tokenizer, name)
+        found = record
         try:
-            opened = open_runtime_tokenizer(og, folder)
-        except RuntimeError as error:  # all that the bindings raise
-            problem: LlmcError | None = _unreadable(tokenizer, str(error))
-            found = record
+            answers = try_runtime_tokenizer(folder, question)
+        except ParityError as error:
+            problem: LlmcError | None = _unreadable(tokenizer, error.fact)
         else:
-            problem, found = _compare(opened, record, tokenizer)
+            problem, found = _compare(answers, record, tokenizer)
         if problem is None:
             return None, found
         if first is None or "Unsupported tokenizer class" in first.fact:
             first = problem
     _write_settings(folder, record, tokenizer, CLASSES[0])
     return first, record
+
+
+def _question(record: TextRecord, tokenizer: Any) -> Question:
+    """All that the runtime is compared in."""
+    from llmc.backends.tokenizer_worker import Question
+    from llmc.validate.tokens import CONVERSATIONS, original_side
+
+    original, texts = original_side(tokenizer), _texts(tokenizer)
+    chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)] if record.chat else []
+    rendered = [original.render(*chat) for chat in chats] if original.render is not None else []
+    return Question(
+        texts=list(dict.fromkeys([*texts, *(text for text in rendered if text is not None)])),
+        ids=[original.encode(text) for text in texts],
+        chats=chats,
+    )
 
 
 def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str) -> None:
@@ -181,27 +188,26 @@ def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str)
     )
 
 
-def _compare(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+def _compare(answers: Answers, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """What the runtime does otherwise than the original, if that is common; and the rare cases."""
-    from llmc.validate.served import ServedTokenizer
-    from llmc.validate.tokens import compare_chats, original_side, runtime_side
+    from llmc.validate.tokens import compare_chats, original_side, represents
 
-    original = original_side(tokenizer)
     apart = record.model_copy(update={"adds_special_tokens": False})
-    problem, found = _compare_texts(opened, apart, tokenizer)
+    problem, found = _compare_texts(answers, apart, tokenizer)
     if problem is not None:
         return problem, found
-    whole, with_special_tokens = _compare_texts(opened, record, tokenizer)
+    whole, with_special_tokens = _compare_texts(answers, record, tokenizer)
     if whole is None and with_special_tokens.exceptions == found.exceptions:
         found = with_special_tokens
-    side = runtime_side(ServedTokenizer(opened, found))
     try:
-        chats = compare_chats(original, [side])[1] if record.chat else []
+        side = _side(answers, found)
+        original, known = original_side(tokenizer), partial(represents, tokenizer)
+        chats = compare_chats(original, [side], known)[1] if record.chat else []
     except ParityError as error:
-        chats = [error.fact.removeprefix("onnxruntime-genai cannot render the chat template: ")]
+        chats = [error.fact]
     if not chats:
         return None, found
-    if " is [" in chats[0]:
+    if " in the original; " in chats[0]:
         return _unequal(tokenizer, chats[0]), found
     problem = UnsupportedError(
         f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
@@ -210,13 +216,14 @@ def _compare(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError
     return problem, found
 
 
-def _compare_texts(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
+def _compare_texts(
+    answers: Answers, record: TextRecord, tokenizer: Any
+) -> tuple[LlmcError | None, TextRecord]:
     """Compare texts; differences in rare kinds alone become the record's exceptions."""
     from llmc.artifact.text import text_kinds
-    from llmc.validate.served import ServedTokenizer
-    from llmc.validate.tokens import compare_texts, original_side, runtime_side
+    from llmc.validate.tokens import compare_texts, original_side
 
-    side, special = runtime_side(ServedTokenizer(opened, record)), tokenizer.all_special_tokens
+    side, special = _side(answers, record), tokenizer.all_special_tokens
     try:
         different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
     except ParityError as error:
@@ -227,6 +234,24 @@ def _compare_texts(opened: Any, record: TextRecord, tokenizer: Any) -> tuple[Llm
         return _unequal(tokenizer, different[common]), record
     exceptions = tuple(sorted(set().union(*kinds.values())))
     return None, record.model_copy(update={"exceptions": exceptions})
+
+
+def _side(answers: Answers, record: TextRecord) -> Side:
+    """The runtime's answers as a way from text to tokens."""
+    from llmc.validate.tokens import Side
+
+    def encode(text: str) -> list[int]:
+        if record.adds_special_tokens:
+            return answers.encode(text, special=True)
+        return [*record.before, *answers.encode(text, special=False), *record.after]
+
+    return Side(
+        "onnxruntime-genai",
+        encode,
+        answers.decode,
+        answers.render,
+        lambda text: answers.encode(text, special=False),
+    )
 
 
 def _unreadable(tokenizer: Any, said: str) -> UnsupportedError:

@@ -2,6 +2,7 @@
 
 from llmc.report.comparison import compare_reports, parse_allowed, render_changes
 from llmc.report.document import Report, read_report, write_json
+from llmc.report.figures import format_figure
 from llmc.report.front import render_front, write_tuning
 from llmc.report.html import render_html, write_html
 from llmc.report.junit import write_junit
@@ -11,6 +12,7 @@ from llmc.report.text import render_text
 __all__ = [
     "Report",
     "compare_reports",
+    "format_figure",
     "parse_allowed",
     "read_report",
     "render_changes",

@@ -1,5 +1,6 @@
 """How figures are written for people."""
 
+import math
 from collections.abc import Iterator
 
 from llmc.artifact.latency import DecodeLatency
@@ -7,8 +8,10 @@ from llmc.artifact.verdict import Check, Measurement
 
 
 def format_figure(value: float | None) -> str:
-    """Four significant digits; `-` for a figure there is not."""
-    return "-" if value is None else f"{value:.4g}"
+    """Four significant digits; `-` for a figure there is not, and words for one that could not be taken."""
+    if value is None:
+        return "-"
+    return "no figure" if math.isnan(value) else f"{value:.4g}"
 
 
 def format_estimate(value: float | None, low: float | None, high: float | None) -> str:

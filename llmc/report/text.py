@@ -38,6 +38,8 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
             console.print(Text(line))
     failed = [str(c.metric) for c in report.verdict.missed]
     outcome = "passed" if report.verdict.passed else f"FAILED: {', '.join(failed)}"
+    for cause in report.verdict.causes:
+        console.print(Text(f"no figure: {cause}"))
     if report.pruned is not None:
         console.print(Text(report.pruned))
     console.print(Text(f"{report.title}: {outcome}"))

@@ -164,8 +164,14 @@ def test_a_graph_that_cannot_be_loaded_misses_every_gate(tmp_path: Path) -> None
     plan = _plan(model, tmp_path / "out", verify=False)
     result = build(plan, SilentProgress())
     (result.path / "model.onnx").write_bytes(b"no graph")
-    report = verify(result.path, None, (), SilentProgress()).report
+    checked = verify(result.path, None, (), SilentProgress())
+    report, failure = checked.report, checked.failure()
+    said = "cannot load"
     assert not report.verdict.passed
+    assert said in checked.render()
+    assert "nan" not in checked.render()
+    assert failure is not None
+    assert said in failure.fact
     missed = {c.metric for c in report.verdict.missed}
     assert missed >= {Metric.FILES, Metric.INTERFACE, Metric.PREFILL_MAX_ABS, Metric.GENERATE_EQUAL}
     assert {m.metric for m in report.measurements} >= {g.metric for g in parity_gates(plan.target)}

@@ -152,7 +152,7 @@ def test_junit(report: Report, tmp_path: Path) -> None:
         "llmc.generate.equal_fraction",
     }
     failure = cases["llmc.decode.max_abs"].find("failure")
-    assert failure.get("message") == "nan, gate <= 0.001"
+    assert failure.get("message") == "no figure, gate <= 0.001"
     assert "because of [rounding] & <order>" in failure.text
     # The schema's order within a testcase: skipped or failure, then system-out.
     assert [e.tag for e in cases["llmc.decode.max_abs"]] == ["failure", "system-out"]
@@ -212,7 +212,7 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
     lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "## demo cpu-int4@local: FAILED"
     assert "| prefill.max_abs | 0.0002 | <= 0.001 | pass |" in lines
-    assert "| decode.max_abs | nan | <= 0.001 | **FAIL** |" in lines
+    assert "| decode.max_abs | no figure | <= 0.001 | **FAIL** |" in lines
     assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
     assert any(line.startswith("| next token at 128 | 10 / 12 / 12.5 | 10 | 0.500") for line in lines)
     assert "At 128: 0.31 J per token, the original 1.27, processor (RAPL package-0)" in lines
