@@ -68,8 +68,15 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
     return GenerationConfig.from_model_config(config)
 
 
-def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The model as transformers loads it: float32, eval mode, CPU."""
+def load_reference(path: Path, config: PreTrainedConfig | None, attention: str) -> PreTrainedModel:
+    """The model as transformers loads it: float32, eval mode, CPU.
+
+    Args:
+        config: Its config; None to let transformers read that as well.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
     import torch
     from transformers import GgufConfig
 
