@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.errors import CheckpointError
+from llmc.checkpoint.configuration import load_with_transformers
+from llmc.errors import CheckpointError, count_names
 from llmc.graph.weights import Array, StoredRows, row_chunks
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from llmc.checkpoint.checkpoint import Checkpoint
 
@@ -40,36 +40,29 @@ def compare_loaders(checkpoint: Checkpoint) -> Agreement:
     """Load the checkpoint by `from_pretrained`, and compare each parameter with what `checkpoint` reads.
 
     Values must be equal as float32. Of a quantized folder they may differ by the rounding of what
-    transformers dequantizes, and what transformers keeps in codes is not compared. Takes the memory of the
-    model in float32.
+    transformers dequantizes; what it keeps in codes, or does not understand, is not compared. Takes the
+    memory of the model in float32.
     """
     if checkpoint.reader_only:
         return Agreement(left_out=checkpoint.reader_only)
-    optional = checkpoint.quantization is not None or checkpoint.path.is_file()
     try:
-        model = checkpoint.load_with_transformers()
+        model, info = load_with_transformers(checkpoint.path, checkpoint.config)
     except CheckpointError as error:
-        return Agreement(left_out=error.fact) if optional else Agreement((error.fact,))
-    except Exception as error:  # quantizers of transformers raise whatever a missing package leads to
-        if not optional:
-            raise
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Agreement(left_out=f"transformers cannot load it here ({told})")
-    tolerance = 0.0 if checkpoint.quantization is None else _BFLOAT16_ROUNDING
-    return _compare(checkpoint, model, tolerance)
+        return Agreement(left_out=error.fact)
+    if checkpoint.quantization is None:
+        return _compare(checkpoint, dict(model.state_dict()), 0.0)
+    unread = set(info["unexpected_keys"]) - set(checkpoint.unused)
+    if unread:
+        return Agreement(left_out=f"transformers does not read {count_names(sorted(unread))}")
+    return _compare(checkpoint, dict(model.state_dict()), _BFLOAT16_ROUNDING)
 
 
-def _compare(checkpoint: Checkpoint, model: PreTrainedModel, tolerance: float) -> Agreement:
-    theirs: dict[str, torch.Tensor] = dict(model.state_dict())
-    infos = checkpoint.tensors.infos()
-    mismatches, packed, compared = [], [], 0
-    for name, source in {**{name: name for name in infos}, **checkpoint.tied}.items():
-        info, value = infos[source], theirs.get(name)
-        plain = value is not None and value.element_size() > 1 and value.is_floating_point()
-        if checkpoint.quantization is not None and not (
-            value is not None and plain and tuple(value.shape) == info.shape
-        ):
-            packed.append(name)
+def _compare(checkpoint: Checkpoint, theirs: Mapping[str, torch.Tensor], tolerance: float) -> Agreement:
+    mismatches, in_codes, compared = [], [], 0
+    for name, source in {**{name: name for name in checkpoint.tensors.infos()}, **checkpoint.tied}.items():
+        info, value = checkpoint.tensors.infos()[source], theirs.get(name)
+        if tolerance and not _has_values(value, info.shape):
+            in_codes.append(name)
             continue
         compared += 1
         if value is None:
@@ -82,15 +75,20 @@ def _compare(checkpoint: Checkpoint, model: PreTrainedModel, tolerance: float) -
             differing = sum(_differing(StoredRows(checkpoint.tensors, info), value, tolerance))
             if differing:
                 mismatches.append(f"{differing} of {value.numel()} values of {name} differ")
-    left_out = f"transformers keeps {len(packed)} of its tensors in codes" if packed else ""
+    left_out = f"transformers keeps {len(in_codes)} of its tensors in codes" if in_codes else ""
     return Agreement(tuple(mismatches), compared, left_out)
+
+
+def _has_values(value: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has values rather than codes: floats of 16 bits or more, as many as expected."""
+    if value is None or tuple(value.shape) != shape:
+        return False
+    return value.is_floating_point() and value.element_size() > 1
 
 
 def _differing(rows: StoredRows, value: Any, tolerance: float) -> Iterator[int]:
     """How many values differ, range of rows by range of rows."""
-    import torch
-
     for start, stop in row_chunks(rows):
-        part: Array = (value[start:stop] if rows.shape else value).to(torch.float32).numpy()
+        part: Array = (value[start:stop] if rows.shape else value).float().numpy()
         ours = rows.rows(start, stop).astype(np.float32)
         yield int(np.count_nonzero(~(np.abs(ours - part) <= tolerance * np.abs(part))))

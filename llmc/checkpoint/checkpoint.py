@@ -158,14 +158,6 @@ class Checkpoint:
             return fill_model(self.config, self.tensors, self.tied, attention)
         return configuration.load_reference(self.path, self.config, attention)
 
-    def load_with_transformers(self) -> PreTrainedModel:
-        """The model by transformers' own reading of config and weights, its quantizers included.
-
-        Raises:
-            CheckpointError: transformers cannot load it.
-        """
-        return configuration.load_reference(self.path, self.config if self.path.is_file() else None, "eager")
-
     def compare_loaders(self) -> Agreement:
         """Compare every parameter with that of transformers' own loader; see `llmc.checkpoint.agreement`."""
         return compare_loaders(self)

@@ -165,9 +165,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         )
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
-    with progress.stage("original by transformers' loader"):
-        made.append(measure_loaders(checkpoint, subject.model_digest))
-    release_memory()
+    made.append(measure_loaders(checkpoint, subject.model_digest, progress))
     heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
     with progress.stage("settings"):
@@ -285,9 +283,7 @@ def _measure_static(
     made.append(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
-    with progress.stage("original by transformers' loader"):
-        made.append(measure_loaders(checkpoint, subject.model_digest))
-    release_memory()
+    made.append(measure_loaders(checkpoint, subject.model_digest, progress))
     with progress.stage("weights"):
         weights = _compare_weights(subject)
         made += weights.measurements

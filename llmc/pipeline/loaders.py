@@ -12,8 +12,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric
-from llmc.machine import available_memory
+from llmc.machine import available_memory, release_memory
 from llmc.pipeline.compile import code_digest
+from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
@@ -24,7 +25,7 @@ _CACHE_BYTES = 1 << 24
 _WHERE = "transformers' from_pretrained"
 
 
-def measure_loaders(checkpoint: Checkpoint, model_digest: str) -> Measurement:
+def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progress) -> Measurement:
     """How many parameters transformers' own loader gives another value than llmc's reader.
 
     Not applicable where transformers cannot load the checkpoint, or where its model does not fit in half of
@@ -37,7 +38,9 @@ def measure_loaders(checkpoint: Checkpoint, model_digest: str) -> Measurement:
     from llmc.validate.measure import measured, unmeasured
 
     free, needed = available_memory(), checkpoint.reference_bytes()
-    found = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
+    with progress.stage("original by transformers' loader"):
+        found = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
+    release_memory()
     if found is None:
         why = f"{2 * needed / 1e9:.1f} GB needed, {(free or 0) / 1e9:.1f} GB free"
     elif not found.compared and not found.mismatches:
