@@ -43,6 +43,7 @@ class Metric(StrEnum):
     """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
 
     FILES = "files.mismatches"
+    ORIGINAL = "original.mismatches"
     INTERFACE = "interface.mismatches"
     SERVING = "serving.mismatches"
     TOKENIZER_EQUAL = "tokenizer.equal_fraction"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.architecture import beside_language_model
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
+from llmc.checkpoint.agreement import Agreement, compare_loaders
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
 from llmc.checkpoint.leftovers import explain_leftovers
@@ -49,6 +50,7 @@ class Checkpoint:
         beside: Tensors of a multimodal model that do not belong to its language model, by the module that
             they are in, e.g. `model.vision_tower`.
         chat_template: Template that the user gave in the place of the tokenizer's own; None for none.
+        reader_only: Why transformers' `from_pretrained` does not give this model; empty if it does.
     """
 
     ref: str
@@ -64,6 +66,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chat_template: str | None = None
+    reader_only: str = ""
 
     @property
     def name(self) -> str:
@@ -145,14 +148,19 @@ class Checkpoint:
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer; so is a pruned model.
+        folder is filled by our reader, and needs no package of its quantizer; so is a model that was pruned
+        or that only we can read.
 
         Raises:
             CheckpointError: transformers cannot load it.
         """
-        if self.quantization is not None or self.altered:
+        if self.quantization is not None or self.altered or self.reader_only:
             return fill_model(self.config, self.tensors, self.tied, attention)
         return configuration.load_reference(self.path, self.config, attention)
+
+    def compare_loaders(self) -> Agreement:
+        """Compare every parameter with that of transformers' own loader; see `llmc.checkpoint.agreement`."""
+        return compare_loaders(self)
 
     def fill_reference(self) -> PreTrainedModel:
         """The same model by the same code, float32, eager attention, with the memory of its weights alone.
@@ -209,6 +217,7 @@ def open_checkpoint(ref: str) -> Checkpoint:
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
         notes = explain_leftovers(dropped, source.files, model)
+        reader_only = ""
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files
@@ -216,7 +225,7 @@ def open_checkpoint(ref: str) -> Checkpoint:
         quantization = read.quantization
         mapping = conversion.model_mapping(model)
         raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))
-        dropped, notes = {}, (*read.notes, *renamed)
+        dropped, notes, reader_only = {}, (*read.notes, *renamed), "".join(renamed)
         converted = conversion.convert_store(raw, model, mapping)
     return Checkpoint(
         ref=ref,
@@ -230,4 +239,5 @@ def open_checkpoint(ref: str) -> Checkpoint:
         quantization=quantization,
         notes=(*notes, *explain_leftovers(converted.unused, raw, model)),
         beside=beside_language_model(model, list(converted.store.infos())),
+        reader_only=reader_only,
     )

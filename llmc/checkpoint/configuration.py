@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,41 +69,67 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
 
 
 def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The model as transformers loads it: float32, eval mode, CPU."""
-    import torch
-    from transformers import GgufConfig
+    """The model as transformers loads it: float32, eval mode, CPU.
 
-    source: dict[str, Any] = {}
-    if path.is_file():
-        source = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        with _without_bars():
-            model: Any = auto_class(config).from_pretrained(
-                path.parent if path.is_file() else path,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                local_files_only=True,
-                trust_remote_code=False,
-                **source,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load {path}: {error}") from error
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    model: Any = _from_pretrained(path, auto_class(config), config=config, attn_implementation=attention)
     reference: PreTrainedModel = model.eval()
     return reference
 
 
+def load_with_transformers(path: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model by transformers' own reading of config and weights, and what it says of the names.
+
+    Its quantizers are in use where their packages are installed.
+
+    Args:
+        config: Chooses the class, and is the model's own for a GGUF alone.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    own = {"config": config} if path.is_file() else {}
+    made: tuple[PreTrainedModel, Mapping[str, Any]]
+    made = _from_pretrained(path, auto_class(config), **own, output_loading_info=True)
+    return made
+
+
+def _from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
+    import torch
+    from transformers import GgufConfig
+
+    if path.is_file():
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        with _quiet():
+            return kind.from_pretrained(
+                path.parent if path.is_file() else path,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # quantizers of transformers raise whatever a missing package leads to
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from error
+
+
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal, where llmc's own progress is."""
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and reports off the terminal, where llmc's own progress is."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -11,6 +11,7 @@ from llmc.config import Gate, Metric, Target
 from llmc.errors import ConfigError, ParityError
 from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
+from llmc.pipeline.loaders import measure_loaders
 from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
 from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
 from llmc.progress import Progress
@@ -164,6 +165,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         )
         tokenizer = checkpoint.tokenizer()
         tokens, start = tokenize(tokenizer, text)
+    made.append(measure_loaders(checkpoint, subject.model_digest, progress))
     heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
     switches = rope_switches(checkpoint.config)
     with progress.stage("settings"):
@@ -281,6 +283,7 @@ def _measure_static(
     made.append(
         mismatches(Metric.FILES, subject.damaged, "all as the manifest says", "sha256, from the files")
     )
+    made.append(measure_loaders(checkpoint, subject.model_digest, progress))
     with progress.stage("weights"):
         weights = _compare_weights(subject)
         made += weights.measurements

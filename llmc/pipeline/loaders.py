@@ -1,0 +1,78 @@
+"""Whether the original is the one that a user of transformers has: its own loader against llmc's reader.
+
+Everything else that the gate measures starts from what llmc reads, on both sides; a mistake in reading would
+cancel out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from llmc.config import Metric
+from llmc.machine import available_memory, release_memory
+from llmc.pipeline.compile import code_digest
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.verdict import Measurement
+    from llmc.checkpoint import Checkpoint
+    from llmc.checkpoint.agreement import Agreement
+
+_CACHE_BYTES = 1 << 24
+_WHERE = "transformers' from_pretrained"
+
+
+def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progress) -> Measurement:
+    """How many parameters transformers' own loader gives another value than llmc's reader.
+
+    Not applicable where transformers cannot load the checkpoint, or where its model does not fit in half of
+    the free memory. A comparison that was made is remembered by everything it depends on.
+
+    Args:
+        model_digest: Of the checkpoint.
+    """
+    from llmc.artifact.verdict import MeasurementStatus
+    from llmc.validate.measure import measured, unmeasured
+
+    free, needed = available_memory(), checkpoint.reference_bytes()
+    with progress.stage("original by transformers' loader"):
+        found = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
+    release_memory()
+    if found is None:
+        why = f"{2 * needed / 1e9:.1f} GB needed, {(free or 0) / 1e9:.1f} GB free"
+    elif not found.compared and not found.mismatches:
+        why = found.left_out
+    else:
+        detail = "; ".join(found.mismatches) or f"{found.compared} parameters are equal"
+        if found.left_out:
+            detail += f"; {found.left_out}, which are not compared"
+        return measured(Metric.ORIGINAL, float(len(found.mismatches)), detail, _WHERE)
+    detail = f"not compared with transformers' own loader: {why}"
+    return unmeasured(Metric.ORIGINAL, MeasurementStatus.NOT_APPLICABLE, detail, _WHERE)
+
+
+def _recall(checkpoint: Checkpoint, model_digest: str, *, fits: bool) -> Agreement | None:
+    """The comparison from the cache, or made now if it `fits`."""
+    from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+    from llmc.checkpoint.agreement import Agreement
+
+    facts = {
+        "model": model_digest,
+        "reader": code_digest("llmc.checkpoint"),
+        **{name: version(name) for name in ("torch", "transformers", "safetensors", "gguf")},
+    }
+    cache = StageCache(default_cache_folder() / "loaders", _CACHE_BYTES)
+    key = content_key("loaders", facts)
+    known = cache.get(key)
+    if known is not None:
+        stored = json.loads(known)
+        return Agreement(tuple(stored["mismatches"]), stored["compared"], stored["left_out"])
+    if not fits:
+        return None
+    made = checkpoint.compare_loaders()
+    if made.compared:
+        cache.put(key, json.dumps(asdict(made)).encode())
+    return made
