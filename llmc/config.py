@@ -102,8 +102,7 @@ class PassSpec(_Strict):
 
     Args:
         name: Registered name of the pass.
-        per_layer: Exact count or [least, most] that it must apply per decoder layer; refusals whose
-            code is in `accept` count as applied. None: not asserted.
+        per_layer: Times that it must apply per decoder layer, or [least, most]; accepted refusals count.
         accept: Codes of refusals that are fine on this target; any other refusal fails the build.
     """
 
@@ -380,8 +379,7 @@ class Target(_Strict):
     `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
 
     Args:
-        kernels: `compiled` generates operators for the model and the profile's CPU, and leaves to ONNX
-            Runtime what they cannot take.
+        kernels: `compiled` generates operators for the model and the profile's CPU, where they fit.
         kv_cache: Element type of the KV cache, for `compiled` kernels alone; elsewhere it is `dtype`.
         prune: What is left out of the model; parity is to the model without it, quality to the original.
         lookup: Tokens that onnxruntime-genai drafts in a step by prompt lookup, whoever serves the
@@ -430,6 +428,7 @@ class BuildPlan(_Strict):
 
     Args:
         model: As the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
+        adapter: Folder or hub id of a LoRA adapter that is merged into the model; None for none.
         target: The intent.
         profile: The hardware.
         also: Further hardware that the artifact is to run on; engines alone are built for several.
@@ -441,6 +440,7 @@ class BuildPlan(_Strict):
     """
 
     model: str
+    adapter: str | None = None
     target: Target
     profile: Profile
     also: tuple[Profile, ...] = ()

@@ -20,6 +20,7 @@ def plan_build(
     path: Path | None = None,
     chat_template: Path | None = None,
     token_ids: bool = False,
+    adapter: str | None = None,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
 
@@ -29,6 +30,7 @@ def plan_build(
         path: Folder of the user's own targets and profiles, searched first.
         chat_template: File with a Jinja template in the place of the checkpoint's own.
         token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
+        adapter: Folder or hub id of a LoRA adapter that is merged into the model.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -47,10 +49,11 @@ def plan_build(
     first, *also = (load_profile_for(resolved, name, path) for name in names)
     return BuildPlan(
         model=model,
+        adapter=adapter,
         target=resolved,
         profile=first,
         also=tuple(also),
-        output=output if output is not None else default_output(model, target, profile),
+        output=output if output is not None else default_output(model, target, profile, adapter),
         verify=verify,
         eval_text=tuple(eval_text),
         chat_template=None if chat_template is None else _read_template(chat_template),
@@ -68,18 +71,22 @@ def _read_template(file: Path) -> str:
     return template
 
 
-def default_output(model: str, target: str, profile: str) -> Path:
+def default_output(model: str, target: str, profile: str, adapter: str | None = None) -> Path:
     """`artifacts/<model>/<target>@<profile>`, the model by the last part of its path or its hub id.
+
+    A model with an adapter is `<model>+<adapter>`.
 
     A hub id keeps its owner and revision: `org/name@rev` becomes `org--name@rev`; several profiles
     stand with a plus between them.
     """
-    local = Path(model)
-    if local.is_dir():
-        name = local.resolve().name
-    elif local.suffix.lower() == ".gguf":
-        name = local.stem
-    else:
-        name = model.replace("/", "--")
+    name = _name_of(model) if adapter is None else f"{_name_of(model)}+{_name_of(adapter)}"
     safe = re.sub(r"[^\w.@+-]+", "-", name).strip("-.") or "model"
     return Path("artifacts") / safe / f"{target}@{profile.replace(',', '+')}"
+
+
+def _name_of(ref: str) -> str:
+    """The last part of a path, or a whole hub id with its slash as two dashes."""
+    local = Path(ref)
+    if local.is_dir():
+        return local.resolve().name
+    return local.stem if local.suffix.lower() == ".gguf" else ref.replace("/", "--")

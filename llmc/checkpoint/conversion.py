@@ -142,13 +142,35 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
 
 def name_check(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], bool]:
     """Whether a name in the files leads to a parameter or buffer of `model`."""
+    expected = set(model.state_dict())
+    rename = _renaming(model, mapping)
+    return lambda name: rename(name)[0] in expected
+
+
+def rename_to_model(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], str | None]:
+    """The parameter or buffer of `model` that a name in files stands for.
+
+    None for a name without one, and for one that transformers joins with others into a parameter.
+    """
+    expected = set(model.state_dict())
+    rename = _renaming(model, mapping)
+
+    def find(name: str) -> str | None:
+        target, joined = rename(name)
+        return target if target in expected and joined is None else None
+
+    return find
+
+
+def _renaming(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], tuple[str, str | None]]:
+    """From a name in the files to the model's, and the pattern of the converter that takes it, if any."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     expected = dict(model.state_dict())
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
-    return lambda name: rename_source_key(name, renamings, converters, prefix, expected)[0] in expected
+    return lambda name: rename_source_key(name, renamings, converters, prefix, expected)
 
 
 def _check_types(

@@ -14,6 +14,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<rev
 
 _DESCRIPTION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHT_PATTERNS = ("*.safetensors",)
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,24 @@ def locate(ref: str) -> Location:
         )
     repository = Repository(match["id"], match["revision"])
     return Location(_download(repository, _DESCRIPTION_PATTERNS), repository)
+
+
+def locate_adapter(ref: str) -> Path:
+    """Find the folder of the adapter that `ref` names: a folder here, or a hub id, which is fetched.
+
+    Raises:
+        CheckpointError: Nothing is there, it is a file, or the hub cannot be reached.
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    match = _HUB_ID.fullmatch(ref)
+    if path.is_file() or match is None or path.suffix == ".gguf":
+        raise CheckpointError(
+            f"the adapter {ref} is a file" if path.is_file() else f"the adapter {ref} does not exist",
+            hint="an adapter is a folder with adapter_config.json and adapter_model.safetensors, or a hub id",
+        )
+    return _download(Repository(match["id"], match["revision"]), (*_DESCRIPTION_PATTERNS, _ADAPTER_WEIGHTS))
 
 
 def download_weights(repository: Repository) -> None:

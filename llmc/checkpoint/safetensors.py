@@ -90,6 +90,16 @@ class SafetensorsStore:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
     @classmethod
+    def open_file(cls, file: Path) -> "SafetensorsStore":
+        """Read the header of one file.
+
+        Raises:
+            CheckpointError: It is truncated or damaged.
+            UnsupportedError: A tensor in a type that is not read.
+        """
+        return cls((file,), _read_header(file))
+
+    @classmethod
     def _open_sharded(cls, folder: Path) -> "SafetensorsStore":
         index = folder / INDEX
         try:

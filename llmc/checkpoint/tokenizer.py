@@ -48,6 +48,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that defines a vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 def require_tokenizer(path: Path) -> None:
     """Check that a folder or GGUF file holds a tokenizer that can be read here.
 
@@ -58,7 +63,7 @@ def require_tokenizer(path: Path) -> None:
     if path.is_file():
         found = "tokenizer.ggml.tokens" in GgufHeader.parse(path).array_lengths
     else:
-        found = any((path / name).is_file() for name in _VOCABULARIES)
+        found = has_tokenizer(path)
     if not found:
         raise CheckpointError(
             f"{path} has no tokenizer",

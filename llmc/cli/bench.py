@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Against, Artifact, Force, Json, Report
+from llmc.cli.options import Against, Artifact, Force, Json, OriginalAdapter, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 def bench(
     artifact: Artifact,
     against: Against = None,
+    adapter: OriginalAdapter = None,
     force: Force = False,
     report: Report = None,
     previous: Annotated[
@@ -35,5 +36,13 @@ def bench(
     """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
     from llmc import pipeline
 
-    made = pipeline.bench(artifact, against, open_progress(), force=force, folder=report, previous=previous)
+    made = pipeline.bench(
+        artifact,
+        against,
+        open_progress(),
+        force=force,
+        folder=report,
+        previous=previous,
+        adapter=adapter,
+    )
     emit(made, as_json=as_json)

@@ -2,7 +2,7 @@
 
 import typer
 
-from llmc.cli.options import Against, Artifact, Force, Json
+from llmc.cli.options import Against, Artifact, Force, Json, OriginalAdapter
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -17,8 +17,15 @@ def register(app: typer.Typer) -> None:
     )(bisect)
 
 
-def bisect(artifact: Artifact, against: Against = None, force: Force = False, as_json: Json = False) -> None:
+def bisect(
+    artifact: Artifact,
+    against: Against = None,
+    adapter: OriginalAdapter = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Find the first layer and operator where ARTIFACT parts from the original, and the step that did it."""
     from llmc import pipeline
 
-    emit(pipeline.bisect(artifact, against, open_progress(), force=force), as_json=as_json)
+    made = pipeline.bisect(artifact, against, open_progress(), force=force, adapter=adapter)
+    emit(made, as_json=as_json)

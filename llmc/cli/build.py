@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import EvalText, Json, Model, SearchPath
+from llmc.cli.options import Adapter, EvalText, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "llmc build demo",
             "llmc build ./my-model --target cpu-int8 -o artifacts/mine",
+            "llmc build ./base --adapter ./lora",
             "llmc build org/model@main --target cuda-int4 --profile l4 --no-verify",
             "llmc build demo --target tensorrt-fp16 --profile rtx-4090,rtx-3090",
             "llmc build model.gguf --json > build.json",
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def build(
     model: Model,
+    adapter: Adapter = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +98,7 @@ def build(
         path=path,
         chat_template=chat_template,
         token_ids=token_ids,
+        adapter=adapter,
     )
     from llmc import pipeline
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Json, Model, SearchPath
+from llmc.cli.options import Adapter, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -28,6 +28,7 @@ def check(
     profile: Annotated[
         str, typer.Option(metavar="NAME", help="For which GPU: `llmc profiles`; several with commas.")
     ],
+    adapter: Adapter = None,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def check(
     """
     from llmc.plan import plan_build
 
-    plan = plan_build(model, target=target, profile=profile, path=path)
+    plan = plan_build(model, target=target, profile=profile, path=path, adapter=adapter)
     from llmc import pipeline
 
     emit(pipeline.check(plan, open_progress()), as_json=as_json)

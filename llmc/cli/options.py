@@ -17,6 +17,21 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADAPTER",
+        help="LoRA adapter in peft's layout that is merged into MODEL: a folder, or a hub id.",
+    ),
+]
+OriginalAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER",
+        help="What is merged into the original, where it is not what the manifest names; `none` for nothing.",
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="The original, where it is not what the manifest names."),

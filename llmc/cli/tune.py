@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import EvalText, Json, Model, SearchPath
+from llmc.cli.options import Adapter, EvalText, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 
 def tune(
     model: Model,
+    adapter: Adapter = None,
     target: Annotated[
         str,
         typer.Option(
@@ -82,7 +83,8 @@ def tune(
     from llmc.plan import default_output
 
     first = target.split(",")[0]
-    place = output or default_output(model, first, profile).parent / "targets" / f"{first}-tuned.yaml"
+    folder = default_output(model, first, profile, adapter).parent / "targets"
+    place = output or folder / f"{first}-tuned.yaml"
     plan = pipeline.plan_tune(
         model,
         targets=target,
@@ -96,5 +98,6 @@ def tune(
         report=report,
         eval_text=eval_text or (),
         path=path,
+        adapter=adapter,
     )
     emit(pipeline.tune(plan, open_progress()), as_json=as_json)

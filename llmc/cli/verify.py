@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Against, Allow, Artifact, EvalText, Force, Json, Report
+from llmc.cli.options import Against, Allow, Artifact, EvalText, Force, Json, OriginalAdapter, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 def verify(
     artifact: Artifact,
     against: Against = None,
+    adapter: OriginalAdapter = None,
     eval_text: EvalText = None,
     force: Force = False,
     report: Report = None,
@@ -59,6 +60,7 @@ def verify(
         eval_text or (),
         open_progress(),
         force=force,
+        adapter=adapter,
         folder=report,
         baseline=baseline,
         allow=tuple(allow or ()),

@@ -32,15 +32,17 @@ class OriginalLoader:
     Args:
         ref: The checkpoint.
         dtype: Type that it computes in on the GPU; None leaves it on the CPU, in float32.
+        adapter: What is merged into it.
     """
 
     ref: str
     dtype: str | None = None
+    adapter: str | None = None
 
     def __call__(self) -> Any:
         from llmc.checkpoint import open_checkpoint
 
-        model: Any = open_checkpoint(self.ref).load_reference("sdpa")
+        model: Any = open_checkpoint(self.ref, self.adapter).load_reference("sdpa")
         if self.dtype is None:
             return model
         import torch
@@ -56,6 +58,7 @@ def bench(
     force: bool = False,
     folder: Path | None = None,
     previous: Path | None = None,
+    adapter: str | None = None,
 ) -> GateReport:
     """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
 
@@ -65,6 +68,7 @@ def bench(
         force: Take an original that the artifact was not built from.
         folder: Where the report goes in all its forms; None for nowhere.
         previous: An earlier artifact, timed in turn with this one.
+        adapter: As `open_pair`.
 
     Raises:
         ConfigError: `previous` is no artifact, or is damaged.
@@ -79,14 +83,15 @@ def bench(
     if folder is not None:
         require_folder(folder)
     with progress.stage("artifact"):
-        artifact, checkpoint, _ = open_pair(path, against, force=force)
+        artifact, checkpoint, _ = open_pair(path, against, force=force, adapter=adapter)
         earlier = None if previous is None else open_artifact(previous)
         timed = _timed(artifact)
         rival = None if earlier is None else _timed(earlier)
     manifest = artifact.manifest
     with progress.stage("load the original"):
         tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
-        load = OriginalLoader(checkpoint.ref, _original_dtype(manifest))
+        merged = checkpoint.adapter.ref if checkpoint.adapter is not None else None
+        load = OriginalLoader(checkpoint.ref, _original_dtype(manifest), merged)
         reference = TorchModel(load())
     with progress.stage("latency"):
         latency = measure_latency(

@@ -82,7 +82,14 @@ class BisectResult(BaseModel):
         return None
 
 
-def bisect(path: Path, against: str | None, progress: Progress, *, force: bool = False) -> BisectResult:
+def bisect(
+    path: Path,
+    against: str | None,
+    progress: Progress,
+    *,
+    force: bool = False,
+    adapter: str | None = None,
+) -> BisectResult:
     """Compare intermediate values step by step: original, trace, each pass, files of the artifact.
 
     Every step's graph is written to a temporary folder and run on one short prompt; only the values of
@@ -93,6 +100,7 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
         path: An artifact.
         against: The original; None for the one that the manifest names.
         force: Take an original that the artifact was not built from.
+        adapter: As `open_pair`.
 
     Raises:
         ParityError: A graph cannot be run.
@@ -103,7 +111,7 @@ def bisect(path: Path, against: str | None, progress: Progress, *, force: bool =
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
-        artifact, original, _ = open_pair(path, against, force=force)
+        artifact, original, _ = open_pair(path, against, force=force, adapter=adapter)
         target = artifact.manifest.target
         if target.dtype is not Dtype.FLOAT32:
             raise UnsupportedError(

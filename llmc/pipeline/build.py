@@ -55,8 +55,11 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     kernels = KernelStage.prepare(plan.target, plan.profile)
     engine_plans = plan_all_engines(plan)
     with progress.stage("checkpoint"):
-        checkpoint = replace(open_checkpoint(plan.model), chat_template=plan.chat_template)
+        opened = open_checkpoint(plan.model, plan.adapter)
+        checkpoint = replace(opened, chat_template=plan.chat_template)
         checkpoint.require_tokenizer()
+        if checkpoint.adapter is not None:
+            progress.note(checkpoint.adapter.render())
         for note in checkpoint.notes:
             progress.note(note)
     with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
@@ -206,6 +209,7 @@ def _manifest(
             model_type=checkpoint.config.model_type,
             parameters=count_parameters(checkpoint),
             notes=checkpoint.notes,
+            adapter=checkpoint.adapter,
         ),
         target=plan.target,
         profile=plan.profile,

@@ -101,7 +101,7 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
         )
     trt = load_library(Library.RTX)
     obstacles = _unsupported_profiles(plan)
-    checkpoint = open_checkpoint(plan.model)
+    checkpoint = open_checkpoint(plan.model, plan.adapter)
     result = CheckResult(
         architecture=checkpoint.architecture,
         target=plan.target.name,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.manifest import MANIFEST, PassRecord, PruneRecord, WeightRecord
+from llmc.artifact.manifest import MANIFEST, AdapterRecord, PassRecord, PruneRecord, WeightRecord
 from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
@@ -25,6 +25,7 @@ class Inspection(BaseModel):
     Args:
         kind: Artifact, or the canonical graph of a model.
         operators: Nodes of the graph by operator, `domain::name` outside of the standard domain.
+        adapter: What was merged into the model; None for nothing.
         pruned: What was left out of the model; None for nothing.
         passes: What each pass did; empty for a model.
         weights: How every matrix is stored; empty for a model.
@@ -41,6 +42,7 @@ class Inspection(BaseModel):
     architecture: str
     state: str | None
     interface: Interface
+    adapter: AdapterRecord | None = None
     pruned: PruneRecord | None = None
     text: TextRecord | None = None
     operators: dict[str, int]
@@ -54,7 +56,7 @@ class Inspection(BaseModel):
     def render(self) -> str:
         """Text for a terminal."""
         lines = [f"{self.architecture} ({self.state or self.kind})"]
-        lines += [] if self.pruned is None else [self.pruned.render()]
+        lines += [each.render() for each in (self.adapter, self.pruned) if each is not None]
         lines += ["", "operators"]
         lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
         if self.passes:
@@ -104,6 +106,7 @@ def _inspect_artifact(path: Path) -> Inspection:
         architecture=manifest.model.architecture,
         state=manifest.state.value,
         interface=manifest.interface,
+        adapter=manifest.model.adapter,
         pruned=manifest.pruned,
         text=manifest.text,
         operators=count_operators(path / MODEL),

@@ -97,12 +97,16 @@ def rope_switches(config: Any) -> tuple[int, ...]:
     return tuple(sorted(int(n) for n in found if isinstance(n, int) and n > 1))
 
 
-def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact, Checkpoint, str]:
+def open_pair(
+    path: Path, against: str | None, *, force: bool, adapter: str | None = None
+) -> tuple[Artifact, Checkpoint, str]:
     """An artifact, the original it is to be compared with, and the original's digest.
 
     Args:
         against: The original; None for the one that the manifest names.
         force: Take an original of another digest than the manifest's.
+        adapter: What is merged into the original: a folder or hub id, `none` for nothing; None for what the
+            manifest names.
 
     Raises:
         ConfigError: There is no artifact, or the original is not the artifact's.
@@ -113,8 +117,11 @@ def open_pair(path: Path, against: str | None, *, force: bool) -> tuple[Artifact
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
+    merged = manifest.model.adapter
+    named = adapter if adapter is not None or merged is None else merged.ref
     checkpoint = replace(
-        open_checkpoint(against or manifest.model.ref), chat_template=manifest.text.chat_template
+        open_checkpoint(against or manifest.model.ref, None if named == "none" else named),
+        chat_template=manifest.text.chat_template,
     )
     digest = checkpoint.digest()
     if digest != manifest.model.digest and not force:

@@ -62,6 +62,8 @@ class BuildResult(BaseModel):
             f"  {manifest.model.architecture} for {manifest.target.name} on {manifest.profile.device}: "
             f"{total / 1e6:.0f} MB, {manifest.state.value}",
         ]
+        if manifest.model.adapter is not None:
+            lines.append(f"  {manifest.model.adapter.render()}")
         if manifest.pruned is not None:
             lines.append(f"  {manifest.pruned.render()}")
         lines += [f"  {line}" for line in manifest.text.describe()]

@@ -111,7 +111,7 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     if plan.report is not None:
         require_folder(plan.report)
     with progress.stage("checkpoint"):
-        checkpoint = open_checkpoint(plan.model)
+        checkpoint = open_checkpoint(plan.model, plan.adapter)
         checkpoint.require_tokenizer()
     home = default_cache_folder() / "tune"
     bench = Workbench(
@@ -317,6 +317,7 @@ class _Run:
         result = build(
             BuildPlan(
                 model=plan.model,
+                adapter=plan.adapter,
                 target=target.model_copy(update={"gates": strict}),
                 profile=plan.profile,
                 output=self.bench.folder / "chosen",

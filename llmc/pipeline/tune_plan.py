@@ -24,6 +24,7 @@ class TunePlan:
 
     Args:
         model: As the user wrote it.
+        adapter: As `BuildPlan`.
         bases: Targets that candidates are made from; times are ratios to the first.
         profile: The hardware; candidates run on the machine at hand.
         constraints: What is asked of the target that is taken.
@@ -45,6 +46,7 @@ class TunePlan:
     report: Path | None
     eval_text: tuple[str, ...]
     levels: tuple[Level, ...]
+    adapter: str | None = None
 
 
 def parse_seconds(text: str) -> float:
@@ -74,6 +76,7 @@ def plan_tune(
     report: Path | None = None,
     eval_text: Sequence[str] = (),
     path: Path | None = None,
+    adapter: str | None = None,
 ) -> TunePlan:
     """Resolve names and figures as a user gives them.
 
@@ -103,4 +106,5 @@ def plan_tune(
         report=report,
         eval_text=tuple(eval_text),
         levels=LEVELS,
+        adapter=adapter,
     )

@@ -27,6 +27,7 @@ def verify(
     each_pass: bool = False,
     tasks: Sequence[str] = (),
     task_items: int | None = None,
+    adapter: str | None = None,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
 
@@ -36,6 +37,7 @@ def verify(
         each_pass: Run the graph before and after every pass as well.
         path: An artifact.
         against: The original; None for the one that the manifest names.
+        adapter: As `open_pair`.
         eval_text: Files with the user's text; none for the one that ships.
         force: Take an original that the artifact was not built from.
         folder: Where the report goes in all its forms; None for nowhere.
@@ -53,7 +55,7 @@ def verify(
     earlier = None if baseline is None else read_report(baseline)
     loaded = load_tasks(tasks, task_items) if tasks else None
     with progress.stage("artifact"):
-        artifact, checkpoint, digest = open_pair(path, against, force=force)
+        artifact, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
         require_kernels(artifact)
         damaged = damaged_files(artifact)
     manifest = artifact.manifest

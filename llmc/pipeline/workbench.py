@@ -186,8 +186,10 @@ class Workbench:
         """Build without holding the gates."""
         from llmc.artifact.store import open_artifact
 
+        merged = self.checkpoint.adapter
         plan = BuildPlan(
             model=self.checkpoint.ref,
+            adapter=merged.ref if merged is not None else None,
             target=target,
             profile=self.profile,
             output=self.folder / name,
