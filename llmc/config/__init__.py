@@ -5,15 +5,21 @@ All are strict and frozen, and come from YAML through `llmc.catalog`; `model_cop
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from llmc.config.base import CalibrationText as CalibrationText
+from llmc.config.base import Rule as Rule
+from llmc.config.base import Scheme as Scheme
+from llmc.config.base import Strict
+from llmc.config.base import WeightRole as WeightRole
+from llmc.config.engine import Engine as Engine
+from llmc.config.engine import EngineRule as EngineRule
+from llmc.config.engine import EngineScheme as EngineScheme
+from llmc.config.engine import Span as Span
+from llmc.config.engine import WeightFormat as WeightFormat
 from llmc.profile import Profile
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Provider(StrEnum):
@@ -76,7 +82,7 @@ class Metric(StrEnum):
     PREVIOUS_RATIO = "latency.previous_ratio"
 
 
-class Gate(_Strict):
+class Gate(Strict):
     """One threshold on one metric, with the reason for its value.
 
     Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
@@ -97,7 +103,7 @@ class Gate(_Strict):
         return self
 
 
-class PassSpec(_Strict):
+class PassSpec(Strict):
     """One pass of a target, and how often it must apply.
 
     Args:
@@ -111,23 +117,7 @@ class PassSpec(_Strict):
     accept: tuple[str, ...] = ()
 
 
-class WeightRole(StrEnum):
-    """What a matrix is for, which decides its bits.
-
-    RESIDUAL is a projection whose result is added to the residual stream (of attention's output, down
-    in the MLP); ROUTER chooses experts, EXPERTS are the stacked matrices of a layer of them; LINEAR is
-    any other linear layer.
-    """
-
-    EMBEDDING = "embedding"
-    LM_HEAD = "lm_head"
-    RESIDUAL = "residual"
-    ROUTER = "router"
-    EXPERTS = "experts"
-    LINEAR = "linear"
-
-
-class WeightScheme(_Strict):
+class WeightScheme(Strict):
     """How one matrix is stored: integers by block along the input features.
 
     Args:
@@ -144,33 +134,10 @@ class WeightScheme(_Strict):
     method: Literal["rtn", "mse", "gptq"]
 
 
-Scheme = TypeVar("Scheme", bound=BaseModel)
-
-
-class Rule(_Strict, Generic[Scheme]):
-    """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
-
-    role: Annotated[WeightRole, Field(strict=False)] | None = None
-    match: str = "*"
-    scheme: Scheme | None
-
-
 WeightRule = Rule[WeightScheme]
 
 
-class CalibrationText(_Strict):
-    """How much of the text that ships for calibration the model is run on.
-
-    Args:
-        window_tokens: Tokens of one window; windows do not overlap.
-        max_windows: Most windows; fewer if the text has no more.
-    """
-
-    window_tokens: Annotated[int, Field(ge=16)]
-    max_windows: Annotated[int, Field(ge=1)]
-
-
-class NeuronPruning(_Strict):
+class NeuronPruning(Strict):
     """Neurons of every MLP that are left out.
 
     Args:
@@ -182,7 +149,7 @@ class NeuronPruning(_Strict):
     multiple: Annotated[int, Field(ge=1)]
 
 
-class Pruning(_Strict):
+class Pruning(Strict):
     """What is left out of the model before it is quantized, chosen by what calibration text shows of it.
 
     Args:
@@ -208,7 +175,7 @@ class Pruning(_Strict):
         return self
 
 
-class Allocation(_Strict):
+class Allocation(Strict):
     """Mixed precision: how many bits each matrix gets, solved from how much the model's answers need them.
 
     Exactly one of `budget_bits` and `max_kl` is given.
@@ -233,7 +200,7 @@ class Allocation(_Strict):
         return self
 
 
-class Quantization(_Strict):
+class Quantization(Strict):
     """Weight-only quantization of a target.
 
     Args:
@@ -273,107 +240,7 @@ class Backend(StrEnum):
     TENSORRT = "tensorrt"
 
 
-class WeightFormat(StrEnum):
-    """Type of a quantized matrix inside of a TensorRT graph; all of them are symmetric."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-    FP8 = "fp8"
-    NVFP4 = "nvfp4"
-
-
-class EngineScheme(_Strict):
-    """How one matrix of an engine is stored, and in which type its products are computed.
-
-    Args:
-        format: int8 and fp8 have a scale per output feature; int4 one per block; nvfp4 one per block of 16
-            in fp8, times one per tensor.
-        block_size: Input features that share a scale; int4 alone, where it is required.
-        activations: `float`: products are computed in the graph's type. `static`: activations are stored in
-            `format` too, by one scale each that calibration text decides (int8 and fp8). `dynamic`: in
-            nvfp4, by block as they come.
-    """
-
-    format: Annotated[WeightFormat, Field(strict=False)]
-    block_size: Literal[16, 32, 64, 128] | None = None
-    activations: Literal["float", "static", "dynamic"] = "float"
-
-    @property
-    def bits(self) -> int:
-        """Of one code."""
-        return 4 if self.format in (WeightFormat.INT4, WeightFormat.NVFP4) else 8
-
-    @property
-    def symmetric(self) -> bool:
-        """True: TensorRT takes no zero points."""
-        return True
-
-    @model_validator(mode="after")
-    def _blocks(self) -> "EngineScheme":
-        if (self.format is WeightFormat.INT4) != (self.block_size is not None):
-            raise ValueError("block_size goes with int4, which needs it, and with no other format")
-        taken = {
-            "float",
-            {WeightFormat.INT4: "float", WeightFormat.NVFP4: "dynamic"}.get(self.format, "static"),
-        }
-        if self.activations not in taken:
-            options = " or ".join(sorted(taken))
-            raise ValueError(f"{self.format.value} takes activations {options}, not {self.activations}")
-        return self
-
-
-EngineRule = Rule[EngineScheme]
-
-
-class Span(_Strict):
-    """Sizes of one dynamic dimension: the least, the one to be fastest at, and the most."""
-
-    least: Annotated[int, Field(ge=1)]
-    typical: int
-    most: int
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Span":
-        if not self.least <= self.typical <= self.most:
-            raise ValueError(
-                f"least {self.least}, typical {self.typical} and most {self.most} must be in ascending order"
-            )
-        return self
-
-
-class Engine(_Strict):
-    """What a TensorRT engine is built for.
-
-    Args:
-        kv_capacity: Slots of the KV cache, and so the longest prompt and answer together.
-        batch: Rows of a batch, in prefill and decode.
-        prefill: New tokens of a row in one prefill step; decode always takes one.
-        weights: Which matrices are quantized, and how.
-        calibration: Text for activations that are quantized; None if no rule quantizes any.
-        least_activation_db: Activations whose signal-to-noise ratio on that text is lower as quantized stay
-            in float, and so do the products that read them; None keeps none.
-    """
-
-    kv_capacity: Annotated[int, Field(ge=2)]
-    batch: Span
-    prefill: Span
-    weights: tuple[EngineRule, ...] = ()
-    calibration: CalibrationText | None = None
-    least_activation_db: float | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Engine":
-        wanted = any(rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights)
-        if wanted != (self.calibration is not None):
-            raise ValueError("give calibration if and only if a rule quantizes activations")
-        if self.prefill.most > self.kv_capacity:
-            raise ValueError(
-                f"prefill of {self.prefill.most} tokens does not fit kv_capacity {self.kv_capacity}"
-            )
-        return self
-
-
-class Target(_Strict):
+class Target(Strict):
     """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`.
 
     `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
@@ -423,7 +290,7 @@ class Target(_Strict):
         return self
 
 
-class BuildPlan(_Strict):
+class BuildPlan(Strict):
     """One build, fully resolved.
 
     Args:
