@@ -24,7 +24,7 @@ from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
 from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
-from llmc.quantize.stored import KEPT, StoredMatrix, find_stored, is_stored
+from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
 
@@ -104,7 +104,7 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
     if rows is None:
         return _Decision(scheme)
     if scheme is None:
-        return _Decision(None, origin="made floats" if is_stored(rows) else None)
+        return _Decision(None, origin=MADE_FLOATS if is_stored(rows) else None)
     found = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
     if isinstance(found, StoredMatrix):
         rounded = "" if found.is_exact(scale_type(quantization, dtype)) else ", scales rounded to float16"

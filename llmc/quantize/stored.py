@@ -31,6 +31,7 @@ _BLOCK_SIZES = (128, 64, 32, 16)
 _STEP = 1 << 22
 #: What became of a checkpoint's codes.
 KEPT = "kept"
+MADE_FLOATS = "made floats"
 
 
 @dataclass(frozen=True)
