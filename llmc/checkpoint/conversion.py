@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from llmc.checkpoint.ranges import WholeValues
 from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
+from llmc.checkpoint.stacks import stack_codes
 from llmc.checkpoint.ties import equal_rows, resolve_ties
 from llmc.errors import CheckpointError, UnsupportedError, count_names
 from llmc.graph.weights import Array, TensorInfo, WeightStore
@@ -237,8 +238,20 @@ def _plan(
         produced = {name: info for name, info in made.items() if name in expected}
         conversion = _Conversion(first, converter, sources, _is_by_row(converter, sources, produced))
         conversions.update(dict.fromkeys(produced, conversion))
-        infos.update(produced)
+        infos.update({name: _with_codes(raw, model, conversion, info) for name, info in produced.items()})
     return renamed, conversions, infos, unused
+
+
+def _with_codes(
+    raw: WeightStore, model: PreTrainedModel, conversion: _Conversion, info: TensorInfo
+) -> TensorInfo:
+    """A stack of quantized experts, with their codes."""
+    if info.codes is None or not conversion.by_row:
+        return info
+    order = [pattern for pattern in conversion.converter.source_patterns if pattern in conversion.sources]
+    patterns = [conversion.sources[pattern] for pattern in order]
+    alone = ConvertedStore(raw, model, {}, {info.name: conversion}, {info.name: info})
+    return replace(info, codes=stack_codes(raw, patterns, info.shape, lambda: alone.read(info.name, 0, 1)))
 
 
 def _infos_of(raw: WeightStore, renamed: Mapping[str, str]) -> dict[str, TensorInfo]:

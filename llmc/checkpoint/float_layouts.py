@@ -23,7 +23,7 @@ import numpy as np
 from llmc.checkpoint.quantization import ModuleFormat
 from llmc.checkpoint.source import Source
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, CodeGrid, CodeRows
+from llmc.graph.weights import Array, CodeGrid, CodeRows, StackGrid
 
 #: Parts that hold the JSON of bitsandbytes.
 BNB_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -49,6 +49,12 @@ def _scales(source: Source, part: str, start: int = 0, stop: int | None = None) 
 def _halves(packed: Array) -> Array:
     """Bytes (…, n) as their halves, the low one first, (…, 2 n)."""
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _fp4_codes(packed: Array, scales: Array) -> CodeRows:
+    """E2M1 values (n, K / 2) as codes of 8 bits: twice the values, with half the scales (n, groups)."""
+    codes = _E2M1_DOUBLED[_halves(packed)].view(np.uint8) ^ np.uint8(128)
+    return CodeRows(codes, np.full(scales.shape, 128, np.uint8), scales * np.float32(0.5))
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,7 @@ class Fp4Matrix:
 
     def read(self, start: int, stop: int) -> CodeRows:
         """Outputs start:stop as codes of 8 bits: twice the values, with half the scales."""
-        doubled = _E2M1_DOUBLED[_halves(self.source.read(self.part, start, stop))]
-        codes = doubled.view(np.uint8) ^ np.uint8(128)
-        scales = self._by_block(start, stop) * np.float32(0.5)
-        return CodeRows(codes, np.full(scales.shape, 128, np.uint8), scales)
+        return _fp4_codes(self.source.read(self.part, start, stop), self._by_block(start, stop))
 
     def rows(self, start: int, stop: int) -> Array:
         """Outputs start:stop, float32 (n, K)."""
@@ -210,9 +213,19 @@ class Fp4Experts:
         values = (doubled * scales[..., None]).reshape(experts, outputs, inputs)
         return np.ascontiguousarray(values.swapaxes(1, 2))
 
+    def read(self, start: int, stop: int) -> CodeRows:
+        """Outputs start:stop of all experts, one expert's after the other's, as codes of 8 bits."""
+        _, inputs, outputs = self.shape
+        first, last = start // outputs, -(-stop // outputs)
+        here = slice(start - first * outputs, stop - first * outputs)
+        packed = self.source.read("blocks", first, last).reshape(-1, inputs // 2)[here]
+        scales = _scales(self.source, "scales", first, last).reshape(-1, inputs // 32)[here]
+        return _fp4_codes(packed, scales)
+
     def grid(self) -> CodeGrid | str:
-        """Why the codes are not kept."""
-        return "experts are stacked"
+        """The values as integers of 8 bits."""
+        outputs, wide = self.shape[2], np.dtype(np.float32)
+        return StackGrid(8, 32, True, wide, self.read, outputs=outputs, inputs_first=True)
 
 
 def mxfp4_experts(source: Source, form: ModuleFormat) -> Fp4Experts:

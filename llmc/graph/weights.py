@@ -59,6 +59,19 @@ class CodeGrid:
     turned: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class StackGrid(CodeGrid):
+    """Codes of stacked matrices as of one, (experts * N, K): one expert after the other.
+
+    Args:
+        outputs: N.
+        inputs_first: The tensor is (experts, K, N), and its codes are by output all the same.
+    """
+
+    outputs: int
+    inputs_first: bool
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Name, shape and element type of a stored tensor, without its data.

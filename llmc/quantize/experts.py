@@ -2,9 +2,10 @@
 
 QMoE has one block size for both matrices, which must divide the input features of either. Where a rule's
 block size does not, the next smaller one that does is taken; where none does, the experts stay in float.
+Codes of the checkpoint are kept where both matrices have them in blocks that fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,8 +16,10 @@ from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
+from llmc.quantize.blocks import ScaleType
 from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
-from llmc.quantize.stored import MADE_FLOATS, is_stored
+from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored
+from llmc.quantize.stored_experts import find_stored_experts
 from llmc.quantize.stream import quantize_stack
 
 #: Block sizes that QMoE and our schemes have in common, largest first.
@@ -40,14 +43,19 @@ def quantize_experts(
     notes: dict[str, None] = {}
     for node in [n for n in graph.graph if n.op_type == "MoE" and n.domain == DOMAIN]:
         weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
-        scheme = _fitting(quantization, weights, notes)
+        scheme, stored = _decide(quantization, weights, notes)
         if scheme is None:
-            tensors += [_describe(value, None, _tensor(value).nbytes) for value in weights]
+            tensors += [_describe(value, None, _tensor(value).nbytes, MADE_FLOATS) for value in weights]
             continue
-        operands = [_Operands(graph.graph, value, scheme, dtype) for value in weights]
+        kept: Sequence[StoredMatrix | None] = (None, None) if isinstance(stored, str | None) else stored
+        operands = [
+            _Operands(graph.graph, value, scheme, dtype, matrix)
+            for value, matrix in zip(weights, kept, strict=True)
+        ]
         _replace_node(graph.graph, node, operands, quantization.accuracy_level)
         for value, made in zip(weights, operands, strict=True):
-            tensors.append(_describe(value, scheme, made.nbytes))
+            origin = made.origin or f"quantized again ({stored})"
+            tensors.append(_describe(value, scheme, made.nbytes, origin))
             if not value.uses():
                 del graph.graph.initializers[str(value.name)]
     return tensors, tuple(notes)
@@ -57,40 +65,64 @@ def _tensor(value: ir.Value) -> LazyWeight:
     return cast(LazyWeight, value.const_value)
 
 
-def _describe(value: ir.Value, scheme: WeightScheme | None, size: int) -> QuantizedTensor:
+def _describe(value: ir.Value, scheme: WeightScheme | None, size: int, origin: str) -> QuantizedTensor:
     shape = tuple(_tensor(value).shape.numpy())
-    rows, origin = _tensor(value).rows, None
-    if rows is not None and is_stored(rows):
-        origin = MADE_FLOATS if scheme is None else "quantized again (experts are stacked)"
-    return QuantizedTensor(str(value.name), WeightRole.EXPERTS, shape, scheme, size, origin)
+    rows = _tensor(value).rows
+    stored = rows is not None and is_stored(rows)
+    return QuantizedTensor(
+        str(value.name), WeightRole.EXPERTS, shape, scheme, size, origin if stored else None
+    )
+
+
+def _decide(
+    quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
+) -> tuple[WeightScheme | None, tuple[StoredMatrix, ...] | str | None]:
+    """The scheme of both matrices, None for float, and the checkpoint's codes, or why they are not kept."""
+    wanted = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
+    if wanted is None:
+        return None, None
+    widths = [int(_tensor(value).shape.numpy()[-1]) for value in weights]
+    sizes = [size for size in _BLOCK_SIZES if not any(width % size for width in widths)]
+    stacks = [rows for value in weights if (rows := _tensor(value).rows) is not None]
+    stored = find_stored_experts(stacks, wanted, sizes) if len(stacks) == len(weights) else None
+    if isinstance(stored, tuple):
+        return stored[0].scheme, stored
+    return _fitting(wanted, widths, sizes, notes), stored
 
 
 def _fitting(
-    quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
+    wanted: WeightScheme, widths: list[int], sizes: list[int], notes: dict[str, None]
 ) -> WeightScheme | None:
-    """The scheme of the first matrix's rule, its block size made to divide; None for float."""
-    wanted = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
-    if wanted is None:
+    """The scheme of a rule with a block size that divides; None for float."""
+    size = next((size for size in sizes if size <= wanted.block_size), None)
+    if size is None:
+        notes[
+            f"experts stay in float: {widths[0]} and {widths[1]} input features have no block size in common"
+        ] = None
         return None
-    widths = [int(_tensor(value).shape.numpy()[-1]) for value in weights]
-    for size in _BLOCK_SIZES:
-        if size <= wanted.block_size and not any(width % size for width in widths):
-            if size != wanted.block_size:
-                notes[
-                    f"experts are stored by block of {size}: {wanted.block_size} does not divide both "
-                    f"{widths[0]} and {widths[1]} input features"
-                ] = None
-            return wanted.model_copy(update={"block_size": size})
-    notes[
-        f"experts stay in float: {widths[0]} and {widths[1]} input features have no block size in common"
-    ] = None
-    return None
+    if size != wanted.block_size:
+        notes[
+            f"experts are stored by block of {size}: {wanted.block_size} does not divide both "
+            f"{widths[0]} and {widths[1]} input features"
+        ] = None
+    return wanted.model_copy(update={"block_size": size})
 
 
 class _Operands:
-    """The initializers of one stack of matrices."""
+    """The initializers of one stack of matrices.
 
-    def __init__(self, graph: ir.Graph, value: ir.Value, scheme: WeightScheme, dtype: Dtype) -> None:
+    Attributes:
+        origin: What becomes of the checkpoint's codes; empty if they are not kept.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        value: ir.Value,
+        scheme: WeightScheme,
+        dtype: Dtype,
+        stored: StoredMatrix | None,
+    ) -> None:
         tensor = _tensor(value)
         if tensor.rows is None:
             raise UnsupportedError(
@@ -101,7 +133,11 @@ class _Operands:
         experts, out_features, in_features = (int(d) for d in tensor.shape.numpy())
         blocks = in_features // scheme.block_size
         scale_dtype = ir.DataType.FLOAT if dtype is Dtype.FLOAT32 else ir.DataType.FLOAT16
-        compute = _Compute(tensor.rows, scheme, scale_dtype, str(value.name))
+        scale_type = np.float32 if scale_dtype is ir.DataType.FLOAT else np.float16
+        compute = _Compute(tensor.rows, scheme, scale_type, str(value.name), stored)
+        self.origin = "" if stored is None else KEPT
+        if stored is not None and not stored.is_exact(scale_type):
+            self.origin += ", scales rounded to float16"
         group = WeightGroup(tensor.rows.sources, compute)
 
         def initializer(key: str, kind: ir.DataType, width: int) -> ir.Value:
@@ -125,12 +161,15 @@ class _Compute:
 
     rows: Rows
     scheme: WeightScheme
-    scale_dtype: ir.DataType
+    scale_type: ScaleType
     name: str
+    stored: StoredMatrix | None
 
     def __call__(self) -> Mapping[str, Array]:
-        scale_type = np.float32 if self.scale_dtype is ir.DataType.FLOAT else np.float16
-        blocks = quantize_stack(self.rows, self.scheme, scale_type, name=self.name)
+        if self.stored is not None:
+            blocks = self.stored.pack(self.scale_type, self.name)
+        else:
+            blocks = quantize_stack(self.rows, self.scheme, self.scale_type, name=self.name)
         lead = self.rows.shape[:2]
         members = {"codes": blocks.codes.reshape(*lead, -1), "scales": blocks.scales.reshape(*lead, -1)}
         if blocks.zero_points is not None:

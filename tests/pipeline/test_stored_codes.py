@@ -20,6 +20,8 @@ from llmc.quantize import calibrate, encode
 from llmc.validate.weights import read_stored
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
 from tests.checkpoint.test_quantized import LAYOUTS
+from tests.checkpoint.test_quantized_formats import write_gpt_oss
+from tests.models import EOS
 from tests.notes import Notes
 
 METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS)
@@ -143,16 +145,43 @@ def test_other_targets(target: str, profile: str, origin: str, tmp_path: Path) -
     assert {w.origin for w in result.manifest.weights if "layers" in w.name} == {origin}
 
 
-def test_experts_are_quantized_again_with_the_values_of_the_files(tmp_path: Path) -> None:
-    config, pack, drawn = LAYOUTS["gptq"]
+def check_experts(result: BuildResult, plan: BuildPlan, bits: int) -> None:
+    """The two stacks of the artifact have the checkpoint's codes: they read as its values do."""
+    sources = artifact_sources(open_checkpoint(plan.model), plan.target, result.path, SilentProgress())
+    kept = {w.name: sources[w.name] for w in find_kept(result) if "experts" in w.name}
+    assert [w.bits for w in find_kept(result) if w.name in kept] == [bits] * 2
+    for name, tensor in read_stored(result.path, kept).items():
+        np.testing.assert_array_equal(tensor.whole(), read_all(kept[name]).astype(np.float32))
+
+
+@pytest.mark.parametrize(("layout", "bits"), [("gptq", 4), ("awq", 4), ("compressed-int8", 8)])
+def test_codes_of_experts_are_kept(layout: str, bits: int, tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS[layout]
     values = write_codes(tmp_path / "model", config, pack, "qwen3_moe", **drawn)
     name = "model.layers.0.mlp.experts.down_proj"
     stacked = np.stack([values[f"model.layers.0.mlp.experts.{i}.down_proj.weight"] for i in range(4)])
     np.testing.assert_array_equal(open_checkpoint(str(tmp_path / "model")).tensors.read(name), stacked)
+    plan = make_plan(tmp_path / "model", verify=layout == "gptq")
+    result = build(plan, SilentProgress())
+    assert result.failure() is None
+    check_experts(result, plan, bits)
+
+
+@pytest.mark.parametrize("target", ["cpu-int4", "cpu-int8"])
+def test_experts_of_gpt_oss_are_kept_without_loss(target: str, tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    plan = make_plan(tmp_path / "model", target, verify=target == "cpu-int8")
+    result = build(plan, SilentProgress())
+    assert result.failure() is None
+    check_experts(result, plan, 8)
+
+
+def test_experts_in_scattered_groups_are_quantized_again(tmp_path: Path) -> None:
+    config, pack, drawn = LAYOUTS["gptq-desc-act"]
+    write_codes(tmp_path / "model", config, pack, "qwen3_moe", **drawn)
     result = build(make_plan(tmp_path / "model"), SilentProgress())
-    origins = {w.name: w.origin for w in result.manifest.weights}
-    assert origins[name] == "quantized again (experts are stacked)"
-    assert origins["model.layers.0.self_attn.o_proj.weight"] == "kept"
+    origins = {w.origin for w in result.manifest.weights if "experts" in w.name}
+    assert origins == {"quantized again (its groups are scattered along the inputs (desc_act or actorder))"}
 
 
 def test_calibration_leaves_kept_codes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
