@@ -105,3 +105,13 @@ def test_other_targets(target: str, error: float, tmp_path: Path) -> None:
     matrices = {w.name: sources[w.name] for w in result.manifest.weights}
     for name, tensor in read_stored(result.path, matrices).items():
         np.testing.assert_allclose(tensor.whole(), read_all(sources[name]), rtol=1e-3 if error else 0)
+
+
+def test_compiled_kernels_hold_the_codes(tmp_path: Path) -> None:
+    kinds = {"token_embd.weight": Kind.Q8_0, "attn_v.weight": Kind.Q5_1, "ffn_down.weight": Kind.Q5_0}
+    file = write_gguf(tmp_path / "m.gguf", kind=Kind.Q4_1, kinds=kinds)
+    result = build(make_plan(file, "cpu-int4-compiled"), SilentProgress())
+    assert origins(result) == {"kept"}
+    assert result.manifest.kernels is not None
+    assert not [left for left in result.manifest.kernels.outside if left.operator == "MatMulNBits"]
+    assert worst_error(result, file, "cpu-int4-compiled") == 0
