@@ -78,7 +78,7 @@ def default_output(model: str, target: str, profile: str) -> Path:
     if local.is_dir():
         name = local.resolve().name
     elif local.suffix.lower() == ".gguf":
-        name = local.stem
+        name = re.sub(r"-\d{5}-of-\d{5}$", "", local.stem)  # a part of a split model
     else:
         name = model.replace("/", "--")
     safe = re.sub(r"[^\w.@+-]+", "-", name).strip("-.") or "model"

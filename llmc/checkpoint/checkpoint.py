@@ -13,6 +13,7 @@ from llmc.architecture import beside_language_model
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import read_quantized
@@ -78,8 +79,7 @@ class Checkpoint:
         """
         described = [self.path / name for name in (*configuration.CONFIG_FILES, *SIDE_FILES)]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
-        read = [self.path] if self.path.is_file() else [f for f in files if f.is_file()]
-        digest = digest_files(read)
+        digest = digest_files([file for file in files if file.is_file()])
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
     def text_only_note(self, leftovers: Sequence[str]) -> str | None:
@@ -145,12 +145,14 @@ class Checkpoint:
 
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer; so is a pruned model.
+        folder is filled by our reader, and needs no package of its quantizer; so are a pruned model and
+        a GGUF in several parts.
 
         Raises:
             CheckpointError: transformers cannot load it.
         """
-        if self.quantization is not None or self.altered:
+        in_parts = self.path.is_file() and len(self.weight_files) > 1
+        if self.quantization is not None or self.altered or in_parts:
             return fill_model(self.config, self.tensors, self.tied, attention)
         return configuration.load_reference(self.path, self.config, attention)
 
@@ -203,9 +205,10 @@ def open_checkpoint(ref: str) -> Checkpoint:
     files: tuple[Path, ...]
     quantization = None
     if found.path.is_file():
-        source = gguf.open_gguf(found.path, model)
+        header = GgufHeader.parse(found.path)
+        source = gguf.open_gguf(header, model)
         converted = conversion.convert_store(source.store, model, source.mapping)
-        files = (found.path,)
+        files = header.files
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
         notes = explain_leftovers(dropped, source.files, model)
