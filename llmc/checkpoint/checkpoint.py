@@ -14,6 +14,7 @@ from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
 from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.gguf_tokenizer import tokenizer_notes
 from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import read_quantized
@@ -211,7 +212,7 @@ def open_checkpoint(ref: str) -> Checkpoint:
         files = header.files
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
-        notes = explain_leftovers(dropped, source.files, model)
+        notes = (*explain_leftovers(dropped, source.files, model), *tokenizer_notes(header))
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files

@@ -123,7 +123,6 @@ def write_gguf(
     """
     writer = GGUFWriter(str(file), architecture)
     _add_metadata(writer, architecture, scale)
-    add_facts(writer, architecture, facts or {})
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
     if vocabulary:
@@ -134,6 +133,7 @@ def write_gguf(
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(250)
         writer.add_eos_token_id(251)
+    add_facts(writer, architecture, facts or {})
     layer = LAYER.get(architecture, LAYER["llama"])
     shapes = TOP.get(architecture, _TOP) | {
         f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer.items()
