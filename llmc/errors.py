@@ -87,3 +87,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def count_names(names: Sequence[str]) -> str:
     """The first of several names, and how many there are beside it."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def first_lines(error: Exception) -> str:
+    """The type and the first two lines of a foreign exception, for the end of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

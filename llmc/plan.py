@@ -89,4 +89,6 @@ def _name_of(ref: str) -> str:
     local = Path(ref)
     if local.is_dir():
         return local.resolve().name
-    return local.stem if local.suffix.lower() == ".gguf" else ref.replace("/", "--")
+    if local.suffix.lower() != ".gguf":
+        return ref.replace("/", "--")
+    return re.sub(r"-\d{5}-of-\d{5}$", "", local.stem)  # a part of a split model

@@ -16,6 +16,8 @@ from llmc.checkpoint.adapter import AdaptedStore, Merge, open_adapter, plan_merg
 from llmc.checkpoint.agreement import Agreement, compare_loaders
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.gguf_tokenizer import tokenizer_notes
 from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import read_quantized
@@ -89,8 +91,7 @@ class Checkpoint:
         """
         described = [self.path / name for name in (*configuration.CONFIG_FILES, *SIDE_FILES)]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
-        read = [self.path] if self.path.is_file() else [f for f in files if f.is_file()]
-        digest = digest_files(read)
+        digest = digest_files([file for file in files if file.is_file()])
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
     def text_only_note(self, leftovers: Sequence[str]) -> str | None:
@@ -158,7 +159,7 @@ class Checkpoint:
         What a user of transformers has, with its time to load and its memory. `eager` is right for every
         model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
         folder is filled by our reader, and needs no package of its quantizer; so is a model that was pruned,
-        that has an adapter, or that only we can read.
+        that has an adapter, or that only we can read (`reader_only`).
 
         Raises:
             CheckpointError: transformers cannot load it.
@@ -223,13 +224,14 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
     files: tuple[Path, ...]
     quantization = None
     if found.path.is_file():
-        source = gguf.open_gguf(found.path, model)
+        header = GgufHeader.parse(found.path)
+        source = gguf.open_gguf(header, model)
         mapping = source.mapping
-        files = (found.path,)
+        files = header.files
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
-        notes = explain_leftovers(dropped, source.files, model)
-        reader_only = ""
+        notes = (*explain_leftovers(dropped, source.files, model), *tokenizer_notes(header))
+        reader_only = "transformers reads no GGUF model in parts" if len(files) > 1 else ""
     else:
         store = SafetensorsStore.open(found.path)
         files = store.files

@@ -6,21 +6,22 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import auto_class, is_multimodal
 from llmc.checkpoint.declared import Declaration, find_declarations
+from llmc.checkpoint.gguf_config import load_gguf_config
 from llmc.checkpoint.gguf_header import GgufHeader
-from llmc.checkpoint.gguf_outline import write_outline
+from llmc.checkpoint.location import whole_models
 from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
 from llmc.checkpoint.rotary import refuse_contradiction, refuse_unknown_type
-from llmc.errors import CheckpointError, UnsupportedError, did_you_mean
+from llmc.errors import CheckpointError, UnsupportedError, did_you_mean, first_lines
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 CONFIG_FILES = ("config.json", "generation_config.json")
+_LISTED = 5  # names of files in a message
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -30,7 +31,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         CheckpointError: No config, or one that cannot be read.
         UnsupportedError: Unknown architecture, encoder or encoder-decoder.
     """
-    config = _gguf_config(path) if path.is_file() else _folder_config(path)
+    config = load_gguf_config(GgufHeader.parse(path)) if path.is_file() else _folder_config(path)
     config.name_or_path = ""  # where it lay is no property of the model
     _refuse_other_than_causal(config)
     return config
@@ -62,7 +63,7 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
             return GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path / 'generation_config.json'} cannot be read: {_first_line(error)}",
+                f"{path / 'generation_config.json'} cannot be read: {first_lines(error)}",
                 hint="correct it, or remove it to take the settings of config.json",
             ) from error
     return GenerationConfig.from_model_config(config)
@@ -114,7 +115,7 @@ def _from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # quantizers of transformers raise whatever a missing package leads to
-        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"transformers cannot load {path}: {first_lines(error)}") from error
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the config classes of transformers raise whatever their validators do
         raise CheckpointError(
-            f"{file} is not a valid config of {model_type}: {_first_line(error)}"
+            f"{file} is not a valid config of {model_type}: {first_lines(error)}"
         ) from error
     refuse_cross_attention(config)
     refuse_unknown_type(config)
@@ -170,11 +171,12 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        gguf = sorted(p.name for p in file.parent.glob("*.gguf"))
+        models = whole_models(file.parent)
+        listed = ", ".join(models[1:_LISTED]) + (" …" if len(models) > _LISTED else "")
         raise CheckpointError(
-            f"{file.parent} has no config.json",
-            hint=f"give the file: {file.parent / gguf[0]}"
-            if gguf
+            f"{file.parent} has no config.json" + (f"; its GGUF models: {len(models)}" if models else ""),
+            hint=f"give the file: {file.parent / models[0]}" + (f" (or {listed})" if listed else "")
+            if models
             else "give the folder that holds config.json",
         )
     try:
@@ -184,47 +186,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
     return fields
-
-
-def _gguf_config(file: Path) -> PreTrainedConfig:
-    header = GgufHeader.parse(file)
-
-    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
-    from transformers.modeling_gguf_pytorch_utils import (
-        GGUF_SUPPORTED_ARCHITECTURES,
-        GGUF_TO_TRANSFORMERS_MAPPING,
-    )
-
-    # The other architectures are read by a fast reader, or take the vocabulary's size from the tokens.
-    known: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
-    keys = known.get(header.architecture, {})
-    outlined = header.architecture not in GGUF_CONFIG_ARCHS and "vocab_size" in keys
-    try:
-        if not outlined:
-            return _transformers_gguf_config(file)
-        with TemporaryDirectory() as folder:
-            outline = Path(folder) / "outline.gguf"
-            write_outline(file, header, outline)
-            return _transformers_gguf_config(outline)
-    except Exception as error:  # transformers raises ValueError, KeyError or a validator's own type
-        readable = {*GGUF_CONFIG_ARCHS, *GGUF_SUPPORTED_ARCHITECTURES}
-        if "not supported" in str(error) or header.architecture not in readable:
-            raise UnsupportedError(
-                f"{file} is a GGUF of architecture {header.architecture}, which transformers cannot read",
-                hint="compile the original Hugging Face checkpoint instead",
-            ) from error
-        raise CheckpointError(
-            f"{file} does not describe a {header.architecture} model: {_first_line(error)}"
-        ) from error
-
-
-def _transformers_gguf_config(file: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        file.parent, gguf_file=file.name, local_files_only=True
-    )
-    return config
 
 
 def _refuse_other_than_causal(config: PreTrainedConfig) -> None:
@@ -241,8 +202,3 @@ def _refuse_other_than_causal(config: PreTrainedConfig) -> None:
         raise UnsupportedError(f"{kind} has no causal language model in transformers", hint=hint)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
         raise UnsupportedError(f"{kind} with is_decoder = false is an encoder-only model", hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

@@ -22,6 +22,7 @@ from llmc.checkpoint import conversion
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.gguf_codes import block_codes
 from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
+from llmc.checkpoint.gguf_rope import ROPE_TENSORS, check_rotary
 from llmc.checkpoint.ranges import WholeValues, read_range, row_range
 from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
 from llmc.errors import CheckpointError, UnsupportedError
@@ -50,17 +51,17 @@ class GgufSource:
     dropped: tuple[str, ...] = ()
 
 
-def open_gguf(file: Path, model: PreTrainedModel) -> GgufSource:
-    """The tensors of `file` for `model`, none of them read.
+def open_gguf(header: GgufHeader, model: PreTrainedModel) -> GgufSource:
+    """The tensors of a GGUF model for `model`, none of them read but the factors of rotary frequencies.
 
     Raises:
-        CheckpointError: Not a GGUF file, damaged, or not of this model.
-        UnsupportedError: An architecture or a quantization that is not read.
+        CheckpointError: Damaged, or not of this model.
+        UnsupportedError: An architecture, a quantization or a rotary embedding that is not taken.
     """
     from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
-    header = GgufHeader.parse(file)
-    blocks = BlockStore(file, header)
+    check_rotary(header, model)
+    blocks = BlockStore(header.files[0], header)
     if is_gguf_arch_supported(header.architecture):
         return GgufSource(blocks, get_gguf_conversion_mapping(header.architecture, model.config), blocks)
     processed = ProcessedStore.open(blocks, header.architecture, model)
@@ -68,24 +69,30 @@ def open_gguf(file: Path, model: PreTrainedModel) -> GgufSource:
 
 
 class BlockStore:
-    """A `WeightStore` over a GGUF file, under the names in the file, as float32."""
+    """A `WeightStore` over a GGUF model, under the names in its files, as float32.
+
+    Factors of rotary frequencies are left to the config.
+    """
 
     def __init__(self, file: Path, header: GgufHeader) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
         self.file = file
         self._finite = FiniteCheck()
-        self._tensors = {tensor.name: tensor for tensor in header.tensors}
+        self._tensors = {tensor.name: tensor for tensor in header.tensors if tensor.name not in ROPE_TENSORS}
         self._infos = MappingProxyType(
-            {t.name: TensorInfo(t.name, t.shape, ir.DataType.FLOAT, self._codes(t)) for t in header.tensors}
+            {
+                name: TensorInfo(name, tensor.shape, ir.DataType.FLOAT, self._codes(tensor))
+                for name, tensor in self._tensors.items()
+            }
         )
-        for tensor in header.tensors:
+        for tensor in self._tensors.values():
             kind = GGMLQuantizationType(tensor.type_id)
             try:
                 quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
             except NotImplementedError as error:
                 raise UnsupportedError(
-                    f"{tensor.name} in {file} is stored as {kind.name}, "
+                    f"{tensor.name} in {tensor.file} is stored as {kind.name}, "
                     f"which the gguf package cannot dequantize",
                     hint="use another quantization of the model",
                 ) from error
@@ -110,7 +117,7 @@ class BlockStore:
     def _read_bytes(self, tensor: GgufTensor, start: int, stop: int) -> Array:
         """Rows start:stop as the file has them, uint8 (stop - start, bytes of a row)."""
         stored = (tensor.shape[0] if tensor.shape else 1, tensor.row_bytes)
-        return read_range(self.file, tensor.offset, np.dtype(np.uint8), stored, start, stop)
+        return read_range(tensor.file, tensor.offset, np.dtype(np.uint8), stored, start, stop)
 
     def _codes(self, tensor: GgufTensor) -> Callable[[], CodeGrid | str] | None:
         """What `TensorInfo.codes` says of a tensor."""

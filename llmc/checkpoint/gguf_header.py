@@ -1,4 +1,4 @@
-"""The header of a GGUF file: architecture and tensor table, checked against the file's size.
+"""The header of a GGUF model: architecture and tensor table, checked against the files' sizes.
 
 Format: magic, version, counts, key/value pairs, tensor table, aligned data, little-endian
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). `gguf.GGUFReader` builds a numpy view
@@ -8,17 +8,24 @@ per string of the vocabulary, seconds for a usual one; this walks over them in m
 import math
 import mmap
 import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.checkpoint.gguf_parts import all_parts
 from llmc.errors import CheckpointError, UnsupportedError
 
+_MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 8
+_KEPT_ELEMENTS = 4096  # longest numeric array that the parsed metadata holds, e.g. one value a layer
+_SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,29 @@ class GgufTensor:
     Args:
         shape: Slowest dimension first, as numpy has it; the file has it the other way round.
         type_id: ggml type, a `gguf.GGMLQuantizationType`.
-        offset: First byte in the file.
+        file: The file that holds the values, one of the model's parts.
+        offset: First byte in that file.
         row_bytes: Bytes of all elements with one index along axis 0.
     """
 
     name: str
     shape: tuple[int, ...]
     type_id: int
+    file: Path
     offset: int
     row_bytes: int
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """What a GGUF model says of itself, in one file or in several parts.
 
     Args:
-        metadata: Scalars and strings by key; arrays are left out.
+        metadata: Scalars, strings and short numeric arrays by key; other arrays are left out.
         array_lengths: Elements of each array, by key.
-        spans: First byte and end of each key/value pair in the file, key included.
-        tensors: The tensor table in file order.
+        spans: First byte and end of each key/value pair in the first file, key included.
+        tensors: The tensor tables in file order.
+        files: The files of the model in order.
     """
 
     architecture: str
@@ -55,38 +65,84 @@ class GgufHeader:
     array_lengths: dict[str, int]
     spans: dict[str, tuple[int, int]]
     tensors: tuple[GgufTensor, ...]
+    files: tuple[Path, ...]
 
     @classmethod
     def parse(cls, file: Path) -> "GgufHeader":
-        """Read the header of `file`.
+        """Read the header of `file`, and those of the other parts where it is one of several.
 
         Raises:
-            CheckpointError: Not a GGUF file, damaged, or shorter than its tensor table says.
-            UnsupportedError: A version or a tensor type that is not read.
+            CheckpointError: Not a GGUF file, damaged, shorter than its tensor table says, or a part whose
+                other parts are missing or belong to another model.
+            UnsupportedError: A version, a byte order or a tensor type that is not read.
         """
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise CheckpointError(f"{file} is not a GGUF file (it does not start with GGUF)")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as blob:
-                cursor = _Cursor(blob, file)
-                header = cls._parse(cursor)
-        for tensor in header.tensors:
+        asked = _Part.read(file)
+        count = asked.metadata.get(_SPLIT_COUNT, 1)
+        parts = [asked] if count in (0, 1) else _read_set(asked)
+        first = parts[0]
+        architecture = first.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise CheckpointError(f"{first.file} names no architecture", hint="download it again")
+        tensors = tuple(tensor for part in parts for tensor in part.tensors)
+        repeated = [name for name, n in Counter(t.name for t in tensors).items() if n > 1]
+        if repeated:
+            raise CheckpointError(f"{first.file} has tensor {repeated[0]} twice", hint="download it again")
+        return cls(
+            architecture,
+            first.metadata,
+            first.array_lengths,
+            first.spans,
+            tensors,
+            tuple(part.file for part in parts),
+        )
+
+    def value(self, key: str) -> Any:
+        """The value of `KEY` or `ARCHITECTURE.KEY`; None where the file does not state it."""
+        return self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
+
+    def states(self, key: str) -> bool:
+        """Whether the file has `key`, an array included."""
+        return key in self.metadata or key in self.array_lengths
+
+    def array(self, key: str) -> list[Any]:
+        """All elements of the array under `key`; empty where the file does not have it."""
+        if key not in self.array_lengths:
+            return []
+        with _mapped(self.files[0]) as blob:
+            cursor = _Cursor(blob, self.files[0], self.spans[key][0])
+            cursor.string()
+            cursor.unpack("I")
+            return cursor.array()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The header of one file."""
+
+    file: Path
+    metadata: dict[str, Any]
+    array_lengths: dict[str, int]
+    spans: dict[str, tuple[int, int]]
+    tensors: tuple[GgufTensor, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> "_Part":
+        with _mapped(file) as blob:
+            part = cls._parse(_Cursor(blob, file, len(_MAGIC)))
+            size = len(blob)
+        for tensor in part.tensors:
             end = tensor.offset + tensor.row_bytes * (tensor.shape[0] if tensor.shape else 1)
             if end > size:
                 raise CheckpointError(
                     f"{file} is truncated: {tensor.name} ends at byte {end}, the file at {size}",
                     hint="download it again",
                 )
-        return header
+        return part
 
     @classmethod
-    def _parse(cls, cursor: "_Cursor") -> "GgufHeader":
-        version, tensor_count, pair_count = cursor.unpack("IQQ")
-        if version not in _VERSIONS:
-            raise UnsupportedError(
-                f"{cursor.file} is GGUF version {version}; read are {' and '.join(map(str, _VERSIONS))}"
-            )
+    def _parse(cls, cursor: "_Cursor") -> "_Part":
+        _check_version(cursor.file, cursor.unpack("I")[0])
+        tensor_count, pair_count = cursor.unpack("QQ")
         metadata: dict[str, Any] = {}
         lengths: dict[str, int] = {}
         spans: dict[str, tuple[int, int]] = {}
@@ -95,29 +151,80 @@ class GgufHeader:
             key = cursor.string()
             (kind,) = cursor.unpack("I")
             if kind == _ARRAY:
+                at = cursor.position
                 lengths[key] = cursor.skip_array()
+                if lengths[key] <= _KEPT_ELEMENTS:
+                    metadata |= cursor.short_array(key, at)
             else:
                 metadata[key] = cursor.value(kind)
             spans[key] = (start, cursor.position)
         table = [cursor.table_entry() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or not isinstance(alignment, int) or alignment <= 0:
-            raise CheckpointError(f"{cursor.file} names no architecture, or an alignment that is none")
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise CheckpointError(f"{cursor.file} has a general.alignment of {alignment!r}")
         data = -(-cursor.position // alignment) * alignment
+        file = cursor.file
         tensors = tuple(
-            GgufTensor(name, shape, kind, data + offset, _row_bytes(cursor.file, name, shape, kind))
+            GgufTensor(name, shape, kind, file, data + offset, _row_bytes(file, name, shape, kind))
             for name, shape, kind, offset in table
         )
-        return cls(architecture, metadata, lengths, spans, tensors)
+        return cls(file, metadata, lengths, spans, tensors)
+
+
+def _read_set(asked: _Part) -> list[_Part]:
+    """Read the other parts of the model and check that all of them are of one set."""
+    files = all_parts(asked.file)
+    parts = [asked if file == asked.file else _Part.read(file) for file in files]
+    for number, part in enumerate(parts):
+        stated = (part.metadata.get(_SPLIT_NO), part.metadata.get(_SPLIT_COUNT))
+        if stated != (number, len(files)):
+            raise CheckpointError(
+                f"{part.file} is part {stated[0]} of {stated[1]} by split.no (from 0) and split.count, "
+                f"and part {number} of {len(files)} by its name",
+                hint="give all parts the names that they were published under",
+            )
+    total = parts[0].metadata.get(_SPLIT_TENSORS)
+    found = sum(len(part.tensors) for part in parts)
+    if total is not None and total != found:
+        raise CheckpointError(
+            f"{parts[0].file} is split, its {len(files)} parts have {found} tensors, "
+            f"and split.tensors.count is {total}",
+            hint="download all parts again; they must be of the same model",
+        )
+    return parts
+
+
+def _check_version(file: Path, version: int) -> None:
+    if version in _VERSIONS:
+        return
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
+        raise UnsupportedError(
+            f"{file} is a big-endian GGUF file, and only little-endian ones are read",
+            hint="convert it with gguf-convert-endian of the gguf package, or take a little-endian file",
+        )
+    raise UnsupportedError(
+        f"{file} is GGUF version {version}; read are {' and '.join(map(str, _VERSIONS))}",
+        hint="convert the original model again with a current llama.cpp"
+        if version == 1
+        else "upgrade llmc, or take a file of an earlier version",
+    )
+
+
+@contextmanager
+def _mapped(file: Path) -> Iterator[mmap.mmap]:
+    with file.open("rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            raise CheckpointError(f"{file} is not a GGUF file (it does not start with GGUF)")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as blob:
+            yield blob
 
 
 class _Cursor:
     """A position in the header; every read beyond the end of the file is a `CheckpointError`."""
 
-    def __init__(self, blob: mmap.mmap, file: Path) -> None:
+    def __init__(self, blob: mmap.mmap, file: Path, position: int) -> None:
         self.file = file
-        self.position = 4
+        self.position = position
         self._blob = blob
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
@@ -157,6 +264,23 @@ class _Cursor:
         else:
             raise self._damaged()
         return int(count)
+
+    def short_array(self, key: str, at: int) -> dict[str, Any]:
+        """The numeric array that begins at byte `at`, by its key; nothing for strings and nested ones."""
+        after, self.position = self.position, at
+        (kind,) = self.unpack("I")
+        self.position = at
+        values = {key: self.array()} if kind in _SCALARS else {}
+        self.position = after
+        return values
+
+    def array(self) -> list[Any]:
+        kind, count = self.unpack("IQ")
+        if kind in _SCALARS:
+            return list(self.unpack(f"{count}{_SCALARS[kind]}"))
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        raise self._damaged()
 
     def table_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string()

@@ -87,7 +87,7 @@ def _predicts_further(tensor: Leftover) -> bool:
     Such a module has a name of its own, or is a layer after the config's last. A layer counts only where
     it has the norm of the embedding that it takes, which no other decoder layer has.
     """
-    if re.search(r"(^|\.)(mtp|mtp_\w+|nextn)\.", tensor.name):
+    if any(re.search(r"(^|\.)(mtp|mtp_\w+|nextn)\.", name) for name in (tensor.name, tensor.target)):
         return True
     if tensor.beyond is None:
         return False
@@ -106,7 +106,10 @@ def _is_ignored_by_transformers(tensor: Leftover) -> bool:
 #: What may be left out. The first kind that has a tensor names it in the note.
 KINDS: tuple[Kind, ...] = (
     Kind("layers for multi-token prediction, which only speculative decoding uses", "", _predicts_further),
-    Kind("stored rotary tables, which the config determines", r"(^|\.)rotary_\w*emb\.(original_)?inv_freq$"),
+    Kind(
+        "stored rotary tables, which the config determines",
+        r"(^|\.)(rotary_\w*emb\.(original_)?inv_freq|attn_rot_embd(\.weight)?)$",
+    ),
     Kind(
         "causal masks, which the model makes itself",
         r"(^|\.)\w*(attn|attention)\.(masked_)?bias$|(^|\.)causal_mask$",

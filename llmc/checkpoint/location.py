@@ -1,10 +1,13 @@
 """From what the user wrote to a folder or file on this machine."""
 
+import glob
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.checkpoint.gguf_parts import first_part, model_stem
 from llmc.errors import CheckpointError
 
 DEMO = "demo"
@@ -15,6 +18,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<rev
 _DESCRIPTION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHT_PATTERNS = ("*.safetensors",)
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_LISTED = 5  # names of files in a message
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a checkpoint lies: a Hugging Face folder or a GGUF file.
+    """Where a checkpoint lies: a Hugging Face folder or a GGUF file, the first of its parts.
 
     `repository` is set where the folder is a hub snapshot whose weights may not be there yet.
     """
@@ -49,18 +53,25 @@ def locate(ref: str) -> Location:
         return Location(path)
     if path.is_file():
         if path.suffix == ".gguf":
-            return Location(path)
+            first = first_part(path)
+            return Location(first if first.is_file() else path)
         raise CheckpointError(
             f"{ref} is a file and not a .gguf", hint="give the folder that holds config.json, or a .gguf file"
         )
     match = _HUB_ID.fullmatch(ref)
     if match is None or path.suffix == ".gguf":
+        parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf"))
         raise CheckpointError(
             f"{ref} does not exist",
-            hint="a model is a Hugging Face folder, a hub id (owner/name), a .gguf file, or demo",
+            hint=f"the model is split into parts; name the first: {parts[0]}"
+            if parts
+            else "a model is a Hugging Face folder, a hub id (owner/name), a .gguf file, or demo",
         )
     repository = Repository(match["id"], match["revision"])
-    return Location(_download(repository, _DESCRIPTION_PATTERNS), repository)
+    folder = _download(repository, _DESCRIPTION_PATTERNS)
+    if not (folder / "config.json").is_file():
+        _refuse_gguf_repository(repository)
+    return Location(folder, repository)
 
 
 def locate_adapter(ref: str) -> Path:
@@ -86,11 +97,40 @@ def download_weights(repository: Repository) -> None:
     _download(repository, _WEIGHT_PATTERNS)
 
 
+def whole_models(folder: Path) -> list[str]:
+    """Names of the GGUF files of a folder that open as a model of their own, sorted."""
+    return one_per_model([file.name for file in folder.glob("*.gguf")])
+
+
+def one_per_model(names: Iterable[str]) -> list[str]:
+    """GGUF files by name, sorted, with the first part of a split model in the place of all its parts."""
+    files = [name for name in names if name.lower().endswith(".gguf")]
+    return sorted({first_part(Path(name)).as_posix() for name in files})
+
+
+def _refuse_gguf_repository(repository: Repository) -> None:
+    """Raise `CheckpointError` for a repository that publishes GGUF files and no config.json."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = one_per_model(list_repo_files(repository.repo_id, revision=repository.revision))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return  # the missing config.json is told by whoever reads it
+    if names:
+        shown = ", ".join(names[:_LISTED]) + (" …" if len(names) > _LISTED else "")
+        raise CheckpointError(
+            f"{repository.repo_id} has no config.json; it publishes {len(names)} GGUF models: {shown}",
+            hint=f"download one with `hf download {repository.repo_id} {names[0]} --local-dir .` "
+            "and give the file",
+        )
+
+
 def short_name(ref: str, path: Path) -> str:
     """The part of a reference that names the model."""
     match = _HUB_ID.fullmatch(ref)
     if path.is_file():
-        return path.stem
+        return model_stem(path)
     if match is not None and not Path(ref).expanduser().exists():
         return match["id"].rpartition("/")[2]
     return path.resolve().name

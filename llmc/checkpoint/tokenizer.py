@@ -6,10 +6,13 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TOKENIZER
 from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary
+from llmc.checkpoint.gguf_tokenizer_files import tokenizer_texts
 from llmc.errors import CheckpointError, ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -54,17 +57,22 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def require_tokenizer(path: Path) -> None:
-    """Check that a folder or GGUF file holds a tokenizer that can be read here.
+    """Check by names and headers alone that a folder or GGUF file holds a tokenizer that can be read here.
 
     Raises:
         CheckpointError: There is none.
+        UnsupportedError: A GGUF holds one of a kind that is not built.
         ResourceError: The package that reads it is missing.
     """
     if path.is_file():
-        found = "tokenizer.ggml.tokens" in GgufHeader.parse(path).array_lengths
-    else:
-        found = has_tokenizer(path)
-    if not found:
+        header = GgufHeader.parse(path)
+        if not has_vocabulary(header):
+            raise CheckpointError(
+                f"{path} has no tokenizer (its metadata holds no vocabulary)",
+                hint="take a GGUF that was converted with its vocabulary",
+            )
+        check_tokenizer(header)
+    elif not has_tokenizer(path):
         raise CheckpointError(
             f"{path} has no tokenizer",
             hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
@@ -92,20 +100,30 @@ def load_tokenizer(path: Path, template: str | None = None) -> PreTrainedTokeniz
         template: Chat template in the place of its own; None to leave its own.
     """
     require_tokenizer(path)
+    if path.is_file():
+        with TemporaryDirectory() as folder:
+            for name, text in tokenizer_texts(GgufHeader.parse(path)).items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            tokenizer = _load_folder(Path(folder), path)
+        tokenizer.name_or_path = ""
+    else:
+        tokenizer = _load_folder(path, path)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
+
+def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
+    """Load from the files of `folder`; `named` is what the user gave."""
     from transformers import AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
-    folder = path.parent if path.is_file() else path
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **source
+            folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
         _refuse_code(folder / _CONFIG, error)
-        raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
-    if template is not None:
-        tokenizer.chat_template = template
+        raise CheckpointError(f"the tokenizer of {named} cannot be read: {error}") from error
     return tokenizer
 
 
@@ -208,7 +226,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 def _save_converted(tokenizer: Any, folder: Path) -> None:
     # How it was loaded is no property of the tokenizer, and would differ between machines.
-    for key in ("local_files_only", "is_local", "name_or_path", "gguf_file"):
+    for key in ("local_files_only", "is_local", "name_or_path"):
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)
     (folder / _SPECIAL_TOKENS).write_text(

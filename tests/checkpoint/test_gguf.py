@@ -46,7 +46,7 @@ def test_equals_from_pretrained_by_architecture(
 
 def test_mapping_of_the_newer_kind_is_preferred(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", "lfm2")
-    source = gguf.open_gguf(file, build_skeleton(configuration.load_config(file)))
+    source = gguf.open_gguf(GgufHeader.parse(file), build_skeleton(configuration.load_config(file)))
     assert "blk.0.shortconv.conv.weight" in source.store.infos()
     assert source.mapping
 
@@ -77,7 +77,7 @@ def test_untouched_tensor_is_read_by_row(tmp_path: Path, monkeypatch: pytest.Mon
     assert counts == [3 * HIDDEN // 32 * 34]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3moe", "lfm2"])
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 def test_config_is_that_of_the_whole_file(architecture: str, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", architecture)
     whole = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
 HIDDEN, HEADS, KV_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
-EXPERTS, EXPERT_INNER = 4, 768  # transformers takes the width of qwen3moe experts from no key
+EXPERTS, EXPERT_INNER = 4, 96
 TOKENS = [f"t{i}" for i in range(250)] + ["<s>", "</s>", "a", "b", "ab", "c"]
 
 _KV = HIDDEN // HEADS * KV_HEADS
@@ -33,6 +34,14 @@ LAYER: dict[str, dict[str, tuple[int, ...]]] = {
     "gemma2": _ATTENTION
     | _GATED
     | {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)},
+    "gemma3": _ATTENTION
+    | _GATED
+    | {
+        "attn_q_norm.weight": (HIDDEN // HEADS,),
+        "attn_k_norm.weight": (HIDDEN // HEADS,),
+        "post_attention_norm.weight": (HIDDEN,),
+        "post_ffw_norm.weight": (HIDDEN,),
+    },
     "qwen3moe": _ATTENTION
     | {
         "attn_q_norm.weight": (HIDDEN // HEADS,),
@@ -99,6 +108,8 @@ def write_gguf(
     vocabulary: bool = True,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
     scale: int = 1,
+    facts: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """A tiny model with random weights: matrices in `kind`, vectors and convolutions in F32.
 
@@ -107,9 +118,13 @@ def write_gguf(
     Args:
         kinds: Types of tensors whose name ends so, in the place of `kind`.
         scale: Every width is that many times as large, for types with blocks of 256.
+        facts: More metadata by key, `ARCHITECTURE.` left out, in the place of what is stated by default.
+        tensors: More tensors, stored as they are.
     """
     writer = GGUFWriter(str(file), architecture)
     _add_metadata(writer, architecture, scale)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     if vocabulary:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
@@ -118,6 +133,7 @@ def write_gguf(
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(250)
         writer.add_eos_token_id(251)
+    add_facts(writer, architecture, facts or {})
     layer = LAYER.get(architecture, LAYER["llama"])
     shapes = TOP.get(architecture, _TOP) | {
         f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer.items()
@@ -155,6 +171,16 @@ def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int 
     return raw
 
 
+def add_facts(writer: GGUFWriter, architecture: str, facts: Mapping[str, Any]) -> None:
+    """Add metadata by key, with the architecture in front unless the key is of the file."""
+    for name, value in facts.items():
+        whole = name.startswith(("general.", "tokenizer.", "split."))
+        key = name if whole else f"{architecture}.{name}"
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        writer.kv_data[0].pop(key, None)
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
 def tensor_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """What `write_gguf` stores as `name`, before quantization."""
     return np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
@@ -165,7 +191,8 @@ def _add_metadata(writer: GGUFWriter, architecture: str, scale: int) -> None:
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN * scale)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER * scale)
+    inner = 4 * HIDDEN if architecture in ("gpt2", "bloom") else INNER
+    writer.add_feed_forward_length(inner * scale)
     writer.add_head_count(HEADS)
     writer.add_rope_freq_base(10000.0)
     if architecture in ("gpt2", "bloom"):

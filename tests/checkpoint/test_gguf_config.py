@@ -1,0 +1,98 @@
+"""Metadata and tensors of GGUF files: applied, known to change nothing, or refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.checkpoint import open_checkpoint
+from llmc.errors import UnsupportedError
+from tests.checkpoint.tiny_gguf import HEADS, HIDDEN, LAYERS, write_gguf
+
+
+@pytest.mark.parametrize(
+    ("architecture", "facts", "field", "value"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 20.0}, "attn_logit_softcapping", 20.0),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping", None),
+        ("gemma2", {}, "query_pre_attn_scalar", HIDDEN // HEADS),
+        ("gemma2", {"attention.scale": 0.125}, "query_pre_attn_scalar", 64),
+        ("gemma3", {"attention.sliding_window": 32}, "sliding_window", 32),
+        (
+            "gemma3",
+            {"attention.sliding_window_pattern": [False, True]},
+            "layer_types",
+            ["full_attention", "sliding_attention"],
+        ),
+        ("qwen3moe", {"expert_feed_forward_length": 96}, "moe_intermediate_size", 96),
+        ("qwen3moe", {"expert_weights_norm": False}, "norm_topk_prob", False),
+        ("llama", {"attention.layer_norm_rms_epsilon": 0.5}, "rms_norm_eps", 0.5),
+        ("llama", {"attention.head_count_kv": [2] * LAYERS}, "num_key_value_heads", 2),
+    ],
+)
+def test_key_reaches_the_config(
+    architecture: str, facts: dict[str, Any], field: str, value: object, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", architecture, facts=facts)))
+    assert getattr(checkpoint.config, field) == value
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"attention.value_length": HIDDEN // HEADS, "attention.causal": True, "pooling_type": 0},
+        {"logit_scale": 1.0, "residual_scale": 0.0, "expert_count": 0, "attention.clamp_kqv": 0.0},
+        {"vocab_size": 256, "tensor_data_layout": "Meta AI original pth", "expert_weights_scale": 1.0},
+        {"general.tags": ["a"], "tokenizer.ggml.eot_token_id": 251},
+    ],
+)
+def test_key_that_changes_nothing(facts: dict[str, Any], tmp_path: Path) -> None:
+    assert open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts))).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"attention.scale": 0.5}, r"llama\.attention\.scale = 0\.5, which llmc does not know"),
+        ({"attention.sliding_window": 64}, r"llama\.attention\.sliding_window = 64"),
+        ({"attn_logit_softcapping": 30.0}, r"llama\.attn_logit_softcapping = 30\.0"),
+        ({"logit_scale": 0.25}, r"llama\.logit_scale = 0\.25"),
+        ({"residual_scale": 0.5}, r"llama\.residual_scale = 0\.5"),
+        ({"embedding_scale": 12.0}, r"llama\.embedding_scale = 12\.0"),
+        ({"attention.clamp_kqv": 8.0}, r"llama\.attention\.clamp_kqv = 8\.0"),
+        ({"expert_count": 4, "expert_used_count": 2}, r"llama\.expert_count = 4"),
+        ({"attention.value_length": 8}, r"llama\.attention\.value_length = 8"),
+        ({"attention.head_count_kv": [2, 1]}, r"llama\.attention\.head_count_kv = an array"),
+        ({"some_new_factor": 1.5}, r"llama\.some_new_factor = 1\.5"),
+        ({"some_new_list": ["a", "b"]}, r"llama\.some_new_list = an array"),
+        ({"nextn_predict_layers": 1}, r"llama\.nextn_predict_layers = 1"),
+        ({"pooling_type": 1}, r"embedding or ranking model: llama\.pooling_type = 1 \(mean\)"),
+        ({"attention.causal": False}, r"attends in both directions"),
+        ({"general.type": "adapter"}, "holds a LoRA adapter"),
+        ({"general.type": "mmproj"}, "holds the encoder of images or sound"),
+    ],
+)
+def test_key_that_is_not_understood(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts)))
+    assert caught.value.hint is not None
+
+
+def test_stored_rotary_tables_are_left_out_and_told(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_rot_embd": np.ones(HIDDEN // HEADS // 2, np.float32)}
+    notes = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors=tensors))).notes
+    assert notes == ("Not used: blk.0.attn_rot_embd (stored rotary tables, which the config determines).",)
+
+
+def test_biases_of_all_projections_are_taken(tmp_path: Path) -> None:
+    sizes = {"attn_q": HIDDEN, "attn_k": HIDDEN // 2, "attn_v": HIDDEN // 2, "attn_output": HIDDEN}
+    tensors = {
+        f"blk.{i}.{name}.bias": np.arange(size, dtype=np.float32)
+        for i in range(LAYERS)
+        for name, size in sizes.items()
+    }
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors=tensors)))
+    assert checkpoint.config.attention_bias
+    bias = checkpoint.tensors.read("model.layers.1.self_attn.o_proj.bias")
+    np.testing.assert_array_equal(bias, np.arange(HIDDEN))
