@@ -322,6 +322,7 @@ class _Run:
                 profile=plan.profile,
                 output=self.bench.folder / "chosen",
                 eval_text=(str(self.bench.folder / _TEXT),),
+                token_ids=True,
             ),
             SilentProgress(),
         )

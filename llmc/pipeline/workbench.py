@@ -194,6 +194,7 @@ class Workbench:
             profile=self.profile,
             output=self.folder / name,
             verify=False,
+            token_ids=True,  # candidates are compared by token ids
         )
         return open_artifact(build(plan, SilentProgress()).path)
 
