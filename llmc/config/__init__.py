@@ -178,13 +178,11 @@ class Pruning(Strict):
 class Allocation(Strict):
     """Mixed precision: how many bits each matrix gets, solved from how much the model's answers need them.
 
-    Exactly one of `budget_bits` and `max_kl` is given.
-
     Args:
         choices: Schemes that a matrix can get; that of its rule is one more.
         text: Calibration text that sensitivities are measured on.
         budget_bits: Most stored bits by element over all matrices of the model, scales and zero points
-            included; within it the least predicted KL divergence is sought.
+            included; within it the least predicted KL divergence is sought. Not with `max_kl`.
         max_kl: Most predicted KL divergence, nats per token; within it the fewest bytes are sought.
     """
 
