@@ -16,6 +16,7 @@ from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, Sta
 from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
 from llmc.config import Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
+from llmc.pipeline.advice import advise, explain_missed
 from llmc.pipeline.gate import LATENCY, GateResult
 from llmc.progress import Progress
 from llmc.report import (
@@ -69,6 +70,7 @@ class BuildResult(BaseModel):
         lines += [f"  {line}" for line in manifest.text.describe()]
         if self.verdict is not None:
             lines += render_checks(self.verdict)
+            lines += [f"  {line}" for line in explain_missed(self.verdict.missed)]
         lines += render_engines(manifest)
         lines += [forecast.render() for forecast in self.forecasts]
         memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
@@ -90,7 +92,9 @@ class BuildResult(BaseModel):
 
     def failure(self) -> LlmcError | None:
         """A parity error if a gate failed."""
-        return parity_failure(self.verdict, f"kept for inspection at {self.path}")
+        kept = f"kept for inspection at {self.path}"
+        advice = None if self.verdict is None else advise(self.manifest.target, self.verdict)
+        return parity_failure(self.verdict, kept if advice is None else f"{advice}; {kept}")
 
 
 def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progress: Progress) -> BuildResult:
@@ -159,11 +163,16 @@ def _missed(verdict: Verdict) -> str:
 
 
 class GateReport(BaseModel):
-    """A report as a command's result: its document as data, its tables as text."""
+    """A report as a command's result: its document as data, its tables as text.
+
+    Args:
+        advice: What to do about gates on quality that were missed, for the hint of the error.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     report: Report
+    advice: str | None = None
 
     def model_dump_json(self, *, indent: int | None = None, **_: object) -> str:
         """The report's own document."""
@@ -182,7 +191,7 @@ class GateReport(BaseModel):
         if verdict.passed:
             return regression_failure(self.report.changes)
         kind = LatencyError if all(c.metric in LATENCY for c in verdict.missed) else ParityError
-        return kind(_missed(verdict), hint="see the table for the figures")
+        return kind(_missed(verdict), hint=self.advice or "see the table for the figures")
 
 
 def gate_report(

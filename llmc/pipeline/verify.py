@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmc.pipeline.advice import advise
 from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import Subject, measure_parity
@@ -83,4 +84,4 @@ def verify(
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:
         write_all(report, folder)
-    return GateReport(report=report)
+    return GateReport(report=report, advice=advise(manifest.target, report.verdict))

@@ -1,0 +1,67 @@
+"""What to do about an artifact that misses its gates on quality."""
+
+from collections.abc import Sequence
+
+from llmc.artifact.verdict import Check, Verdict
+from llmc.catalog import list_targets
+from llmc.config import Metric, Target
+
+_QUALITY = (Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO)
+_FLOAT_BITS = 16.0
+
+
+def advise(target: Target, verdict: Verdict) -> str | None:
+    """A sentence on the shipped target that would hold, or on where to look; None where neither is known.
+
+    Args:
+        target: The target whose gates were missed.
+        verdict: Its verdict, with the measured KL divergence among the checks.
+    """
+    missed = {check.metric for check in verdict.missed}
+    if Metric.TEXT_KL_RATIO in missed:
+        return "it loses more than plain rounding to the same bits: llmc bisect ARTIFACT finds the step"
+    if not missed or not missed <= set(_QUALITY):
+        return None
+    divergence = next((c.value for c in verdict.checks if c.metric is Metric.TEXT_KL_MEAN), None)
+    if divergence is None:
+        return None
+    shipped = [each.document for each in list_targets()]
+    for finer in sorted(shipped, key=stored_bits):
+        if not _is_alike(finer, target) or stored_bits(finer) <= stored_bits(target):
+            continue
+        # Each bit halves the steps, and with them the error; the divergence goes with its square.
+        expected = divergence * 4.0 ** (stored_bits(target) - stored_bits(finer))
+        bound = next((g.max for g in finer.gates if g.metric is Metric.TEXT_KL_MEAN), None)
+        if bound is not None and expected <= bound:
+            return (
+                f"--target {finer.name} would hold: as each bit more quarters the divergence, "
+                f"{expected:.2g} nats are expected of it, and {bound:g} allowed"
+            )
+    return None
+
+
+def explain_missed(checks: Sequence[Check]) -> list[str]:
+    """For each missed check that has a figure: how it was measured, and where its bound comes from."""
+    return [
+        f"{c.metric.value}: {c.detail}; the bound: {c.reason}"
+        for c in checks
+        if c.value is not None and c.value == c.value and c.bound is not None
+    ]
+
+
+def stored_bits(target: Target) -> float:
+    """Bits of a weight of most matrices, scales aside; 16 for floats of any width."""
+    if target.engine is not None:
+        bits = [rule.scheme.bits for rule in target.engine.weights if rule.scheme is not None]
+        return float(min(bits, default=_FLOAT_BITS))
+    if target.quantize is None:
+        return _FLOAT_BITS
+    if target.quantize.allocation is not None and target.quantize.allocation.budget_bits is not None:
+        return target.quantize.allocation.budget_bits
+    schemes = [rule.scheme.bits for rule in target.quantize.rules if rule.scheme is not None]
+    return float(min(schemes, default=_FLOAT_BITS))
+
+
+def _is_alike(one: Target, other: Target) -> bool:
+    """Whether two targets run on the same hardware by the same runtime."""
+    return (one.backend, one.provider, one.kernels) == (other.backend, other.provider, other.kernels)
