@@ -123,12 +123,39 @@ def available_memory() -> int | None:
     return min(1024 * int(stated), total)
 
 
+#: Bytes of growth from which on collecting garbage is worth its time.
+_WORTH_RELEASING = 64 << 20
+
+
+class _Resident:
+    """Resident memory after the last release, in bytes."""
+
+    kept = 0
+
+
 def release_memory() -> None:
     """Collect garbage, and give what the C library keeps of freed memory back to the system.
 
     glibc keeps freed blocks below 32 MB for itself, which is most of a model. Does nothing more than
-    collecting where the C library has no `malloc_trim`.
+    collecting where the C library has no `malloc_trim`, and nothing at all while the process has grown by
+    less than 64 MB since the last release: a collection walks over some millions of objects of torch and
+    onnx, half a second of work, whatever there is to free.
     """
+    resident = _resident_bytes()
+    if resident is not None and resident < _Resident.kept + _WORTH_RELEASING:
+        return
+    collect_garbage()
+    _Resident.kept = _resident_bytes() or 0
+
+
+def _resident_bytes() -> int | None:
+    """Memory of this process that is resident; None where the system does not tell."""
+    pages = _read("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
+
+
+def collect_garbage() -> None:
+    """Do what `release_memory` does, whether it is worth its time or not."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -140,3 +140,12 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert held.sum() == 1 << 17
     if platform.libc_ver()[0] == "glibc":
         assert resident() < before - (100 << 20)
+
+
+def test_nothing_is_collected_while_memory_has_hardly_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[int] = []
+    monkeypatch.setattr(machine.gc, "collect", lambda: collected.append(1))
+    held = np.ones(20 << 20)  # 160 MB
+    machine.release_memory()
+    machine.release_memory()
+    assert (held[0], len(collected)) == (1, 1)

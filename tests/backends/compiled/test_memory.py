@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from llmc.artifact.store import open_artifact
-from llmc.machine import release_memory
+from llmc.machine import collect_garbage
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -34,7 +34,7 @@ def test_thousands_of_steps_leave_nothing_behind(tmp_path: Path) -> None:
             model.prefill(ids[:, : 1 + i % 40], steps=3)
             for _ in range(3):
                 model.decode(ids[:, :1])
-        release_memory()  # so that what is left behind finds no room that was freed before
+        collect_garbage()  # so that what is left behind finds no room that was freed before
         return resident_bytes()[1] or 0
 
     half = run(STEPS // 2)
