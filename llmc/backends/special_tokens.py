@@ -16,8 +16,9 @@ def special_tokens(
 ) -> dict[str, list[int] | int]:
     """End-of-sequence ids, padding id and the id of the beginning, each where it is known.
 
-    The generation config decides, then the model's config. Where nobody wrote a generation config,
-    the tokenizer's end of sequence is added: a chat model's config often names only the end of text.
+    The generation config decides, then the model's config. Where nobody wrote a generation config, or none of
+    its ends is in the vocabulary, the tokenizer's end of sequence is added: a chat model's config often names
+    only the end of text, and small models keep the default of a larger vocabulary.
 
     Args:
         folder: Directory with the tokenizer files.
@@ -30,7 +31,7 @@ def special_tokens(
         name: [i for i in _ids(sources, f"{name}_token_id") if 0 <= i < vocab]
         for name in ("bos", "eos", "pad")
     }
-    if generation_config is None or generation_config._from_model_config:
+    if generation_config is None or generation_config._from_model_config or not known["eos"]:
         ends = _tokenizer_eos(folder)
         known["eos"] += [i for i in ends if i < vocab and i not in known["eos"]]
     tokens: dict[str, list[int] | int] = {}

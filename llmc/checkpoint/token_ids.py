@@ -22,15 +22,14 @@ def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
         tokenizer: The checkpoint's, by transformers.
 
     Returns:
-        Sentences for the user about special tokens that the model does not have.
+        Sentences for the user about tokens that the model does not have.
 
     Raises:
-        CheckpointError: A token that ordinary text can become, or one that begins or ends every text, has
-            none.
+        CheckpointError: A token that ordinary text can become, one that stands around every text, or every
+            end of a text has none.
     """
     rows = checkpoint.config.get_text_config(decoder=True).vocab_size
-    for name in ("bos", "eos"):
-        _require_stated(checkpoint, tokenizer, name, rows)
+    notes = _stated_beyond(checkpoint, tokenizer, rows)
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     around = set(tokenizer("a", verbose=False)["input_ids"])
     decoder = tokenizer.added_tokens_decoder
@@ -43,28 +42,36 @@ def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
             hint=_HINT,
         )
     if not beyond:
-        return ()
+        return tuple(notes)
     told = ", ".join(f"{token} ({i})" for i, token in beyond[:3])
     more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
-    return (f"the model's embedding of {rows} rows has none for the special tokens {told}{more}",)
+    notes.append(f"the model's embedding of {rows} rows has none for the special tokens {told}{more}")
+    return tuple(notes)
 
 
-def _require_stated(checkpoint: Checkpoint, tokenizer: Any, name: str, rows: int) -> None:
-    """Refuse a token of the beginning or the end of which every stated id is beyond the embedding."""
-    inner = checkpoint.config.get_text_config(decoder=True)
+def _stated_beyond(checkpoint: Checkpoint, tokenizer: Any, rows: int) -> list[str]:
+    """Sentences on tokens of the beginning and the end that are stated beyond the embedding.
+
+    Raises:
+        CheckpointError: So is every end of a text, the tokenizer's own included.
+    """
     sources = {
         "generation_config.json": checkpoint.generation_config(),
         "config.json": checkpoint.config,
-        "its text part": inner,
+        "the text part of config.json": checkpoint.config.get_text_config(decoder=True),
     }
-    for source, settings in sources.items():
-        stated = getattr(settings, f"{name}_token_id", None)
-        ids: list[int] = stated if isinstance(stated, list) else [] if stated is None else [stated]
-        if ids and min(ids) >= rows:
-            token = tokenizer.convert_ids_to_tokens(ids[0])
-            raise CheckpointError(
-                f"{name}_token_id is {stated} in {source}"
-                + (f" ({token!r} in the tokenizer)" if token else "")
-                + f"; the model's embedding has {rows} rows",
-                hint=_HINT,
-            )
+    notes = []
+    for name in ("bos", "eos"):
+        stated = {source: getattr(settings, f"{name}_token_id", None) for source, settings in sources.items()}
+        source, value = next(((s, v) for s, v in stated.items() if v is not None), ("", None))
+        ids: list[int] = value if isinstance(value, list) else [] if value is None else [value]
+        if not ids or min(ids) < rows:
+            continue
+        token = tokenizer.convert_ids_to_tokens(ids[0])
+        fact = f"{name}_token_id is {value} in {source}" + (f" ({token!r} in the tokenizer)" if token else "")
+        fact = f"{fact}; the model's embedding has {rows} rows"
+        own = tokenizer.eos_token_id
+        if name == "eos" and (own is None or own >= rows):
+            raise CheckpointError(fact, hint=_HINT)
+        notes.append(fact)
+    return notes

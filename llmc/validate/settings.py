@@ -43,7 +43,8 @@ def describe_original(config: Any, generation_config: Any, tokenizer: Any) -> Or
     inner = config.get_text_config(decoder=True)
     vocabulary = inner.vocab_size
     stop = _first_ids((generation_config, config, inner), "eos_token_id")
-    if generation_config._from_model_config and tokenizer.eos_token_id is not None:
+    unstated = generation_config._from_model_config or not any(0 <= t < vocabulary for t in stop)
+    if unstated and tokenizer.eos_token_id is not None:
         stop = (*stop, tokenizer.eos_token_id)
     bos = _first_ids((generation_config, config, inner), "bos_token_id")
     stated = {name: getattr(generation_config, name, None) for name in _SAMPLING}

@@ -1,6 +1,7 @@
 """From text to tokens and back: a tokenizer is served as transformers has it, or refused at once."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,11 @@ def test_tokens_beyond_the_embedding_are_named(tmp_path: Path) -> None:
     told = f"the model's embedding of {n} rows has none for the special tokens <image> ({n})"
     assert examine(tmp_path)[1][0] == told
     edit(tmp_path / "generation_config.json", eos_token_id=n)
-    said = rf"eos_token_id is {n} in generation_config.json \('<image>' in the tokenizer\); .* {n} rows"
-    with pytest.raises(CheckpointError, match=said):
+    said = f"eos_token_id is {n} in generation_config.json ('<image>' in the tokenizer); "
+    said += f"the model's embedding has {n} rows"
+    assert said in examine(tmp_path)[1]  # the tokenizer's own end is inside
+    edit(tmp_path / "tokenizer_config.json", eos_token="<image>")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
         examine(tmp_path)
 
 
