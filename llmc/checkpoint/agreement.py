@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.checkpoint.configuration import load_with_transformers
+from llmc.checkpoint.own_loader import load_with_transformers
 from llmc.errors import CheckpointError, count_names
 from llmc.graph.weights import Array, StoredRows, row_chunks
 
@@ -43,8 +43,8 @@ def compare_loaders(checkpoint: Checkpoint) -> Agreement:
     transformers dequantizes; what it keeps in codes, or does not understand, is not compared. Takes the
     memory of the model in float32.
     """
-    if checkpoint.reader_only:
-        return Agreement(left_out=checkpoint.reader_only)
+    if checkpoint.reader_only or checkpoint.altered:
+        return Agreement(left_out=checkpoint.reader_only or "an adapter was merged into the model")
     try:
         model, info = load_with_transformers(checkpoint.path, checkpoint.config)
     except CheckpointError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,52 +76,57 @@ def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreT
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    model: Any = _from_pretrained(path, auto_class(config), config=config, attn_implementation=attention)
+    model: Any = from_pretrained(path, auto_class(config), config=config, attn_implementation=attention)
     reference: PreTrainedModel = model.eval()
     return reference
 
 
-def load_with_transformers(path: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model by transformers' own reading of config and weights, and what it says of the names.
-
-    Its quantizers are in use where their packages are installed.
+def from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
+    """What `kind.from_pretrained` makes of a folder or GGUF file in float32, without a word on the terminal.
 
     Args:
-        config: Chooses the class, and is the model's own for a GGUF alone.
+        kind: An `AutoModelFor…` class.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    own = {"config": config} if path.is_file() else {}
-    made: tuple[PreTrainedModel, Mapping[str, Any]]
-    made = _from_pretrained(path, auto_class(config), **own, output_loading_info=True)
-    return made
-
-
-def _from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
     import torch
     from transformers import GgufConfig
 
     if path.is_file():
         options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    with loading(path):
+        return kind.from_pretrained(
+            path.parent if path.is_file() else path,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Have transformers load `path` without a word on the terminal.
+
+    Raises:
+        CheckpointError: transformers raised; its quantizers raise anything where a package is missing.
+    """
     try:
         with _quiet():
-            return kind.from_pretrained(
-                path.parent if path.is_file() else path,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                **options,
-            )
-    except MemoryError:
+            yield
+    except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # quantizers of transformers raise whatever a missing package leads to
+    except Exception as error:
         raise CheckpointError(f"transformers cannot load {path}: {first_lines(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports off the terminal, where llmc's own progress is."""
+    """Keep transformers' bars and reports off the terminal, where llmc's own progress is.
+
+    Some of its bars heed no setting, so that nothing is written to standard error meanwhile.
+    """
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -128,7 +134,8 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:

@@ -172,7 +172,7 @@ class ProcessedStore:
         processor_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         processor = processor_of(config=model.config.to_dict())
         try:
-            names: dict[str, str] = get_gguf_hf_weights_map(_names_of(model), processor)
+            names: dict[str, str] = get_gguf_hf_weights_map(names_of(model), processor)
         except NotImplementedError as error:
             raise UnsupportedError(
                 f"{blocks.file} is a GGUF of architecture {architecture}, "
@@ -244,7 +244,7 @@ class _Names:
         return list(self.children)
 
 
-def _names_of(model: PreTrainedModel) -> _Names:
+def names_of(model: PreTrainedModel) -> _Names:
     base = _Names(model.config, model.base_model.state_dict())
     return _Names(model.config, model.state_dict(), ((model.base_model_prefix, base),))
 

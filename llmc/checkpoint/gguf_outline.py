@@ -1,20 +1,23 @@
-"""A small GGUF file that describes the same model as a large one, or as several parts.
+"""GGUF files that describe the same model as a large one, or as several parts, without its vocabulary.
 
 transformers reads a model's config out of a GGUF file with `gguf.GGUFReader`, which takes seconds for
 a usual vocabulary and needs none of it. The outline has every key but the tokenizer's arrays, and
-every tensor's name over a single element.
+every tensor's name over a single element; the copy has every tensor whole.
 """
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
-from llmc.checkpoint.gguf_header import GgufHeader
+from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
 
 _EMBEDDING = "token_embd.weight"
 _VERSION = 3
 _UINT32 = 4
 _F32 = 0
 _ALIGNMENT_KEY = "general.alignment"
+_ALIGNMENT = 32  # where the key is absent
+_PIECE = 16 << 20
 
 
 def write_outline(header: GgufHeader, target: Path) -> None:
@@ -22,6 +25,30 @@ def write_outline(header: GgufHeader, target: Path) -> None:
 
     Where the file states no vocabulary size, the number of embeddings is added as one.
     """
+    table = [_string(t.name) + struct.pack("<IQIQ", 1, 1, _F32, 0) for t in header.tensors]
+    body = _head(header, table)
+    target.write_bytes(body + bytes(-len(body) % _ALIGNMENT) + bytes(_ALIGNMENT))
+
+
+def write_copy(header: GgufHeader, target: Path) -> None:
+    """Write the model to `target`, all of its parts as one file, without the tokenizer's arrays."""
+    table, offset = [], 0
+    for tensor in header.tensors:
+        dimensions = tensor.shape[::-1]
+        form = f"<I{len(dimensions)}QIQ"
+        table.append(
+            _string(tensor.name) + struct.pack(form, len(dimensions), *dimensions, tensor.type_id, offset)
+        )
+        offset += -(-_byte_count(tensor) // _ALIGNMENT) * _ALIGNMENT
+    body = _head(header, table)
+    with target.open("wb") as stream:
+        stream.write(body + bytes(-len(body) % _ALIGNMENT))
+        for tensor in header.tensors:
+            _copy_values(tensor, stream)
+
+
+def _head(header: GgufHeader, table: list[bytes]) -> bytes:
+    """What stands before the tensors' values."""
     dropped = {key for key in header.array_lengths if key.startswith("tokenizer.")} | {_ALIGNMENT_KEY}
     pairs = []
     with header.files[0].open("rb") as stream:
@@ -33,10 +60,21 @@ def write_outline(header: GgufHeader, target: Path) -> None:
     rows = [t.shape[0] for t in header.tensors if t.name == _EMBEDDING and t.shape]
     if size_key not in header.metadata and rows:
         pairs.append(_string(size_key) + struct.pack("<II", _UINT32, rows[0]))
-    table = [_string(t.name) + struct.pack("<IQIQ", 1, 1, _F32, 0) for t in header.tensors]
-    head = b"GGUF" + struct.pack("<IQQ", _VERSION, len(table), len(pairs))
-    body = b"".join([head, *pairs, *table])
-    target.write_bytes(body + bytes(-len(body) % 32) + bytes(32))
+    return b"".join([b"GGUF" + struct.pack("<IQQ", _VERSION, len(table), len(pairs)), *pairs, *table])
+
+
+def _copy_values(tensor: GgufTensor, target: BinaryIO) -> None:
+    left = _byte_count(tensor)
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.offset)
+        while left and (piece := source.read(min(left, _PIECE))):
+            target.write(piece)
+            left -= len(piece)
+    target.write(bytes(-_byte_count(tensor) % _ALIGNMENT))
+
+
+def _byte_count(tensor: GgufTensor) -> int:
+    return tensor.row_bytes * (tensor.shape[0] if tensor.shape else 1)
 
 
 def _string(text: str) -> bytes:
