@@ -21,8 +21,9 @@ from functools import cached_property
 import numpy as np
 
 from llmc.checkpoint.quantization import ModuleFormat
+from llmc.checkpoint.recipes import FLOAT_HINT
 from llmc.checkpoint.source import Source
-from llmc.errors import CheckpointError
+from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import Array, CodeGrid, CodeRows, StackGrid
 
 #: Parts that hold the JSON of bitsandbytes.
@@ -55,6 +56,19 @@ def _fp4_codes(packed: Array, scales: Array) -> CodeRows:
     """E2M1 values (n, K / 2) as codes of 8 bits: twice the values, with half the scales (n, groups)."""
     codes = _E2M1_DOUBLED[_halves(packed)].view(np.uint8) ^ np.uint8(128)
     return CodeRows(codes, np.full(scales.shape, 128, np.uint8), scales * np.float32(0.5))
+
+
+def require_no_zero_points(source: Source) -> None:
+    """Check that floats, which have no zero points, have none other than 0.
+
+    Raises:
+        UnsupportedError: They have.
+    """
+    part = "weight_zero_point"
+    if source.has(part) and source.read(part).astype(np.float32).any():
+        raise UnsupportedError(
+            f"{source.module}.{part} has zero points for small floats, which are not read", hint=FLOAT_HINT
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +239,7 @@ class Fp4Experts:
     def grid(self) -> CodeGrid | str:
         """The values as integers of 8 bits."""
         outputs, wide = self.shape[2], np.dtype(np.float32)
-        return StackGrid(8, 32, True, wide, self.read, outputs=outputs, inputs_first=True)
+        return StackGrid(8, 32, True, wide, self.read, outputs=outputs, turned=True)
 
 
 def mxfp4_experts(source: Source, form: ModuleFormat) -> Fp4Experts:

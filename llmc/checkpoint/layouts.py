@@ -211,6 +211,7 @@ def compressed_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
     bits, packed = form.bits, source.has("weight_packed")
     if packed:
         outputs, inputs = (int(size) for size in source.read("weight_shape"))
+        bits = _packed_bits(source, bits, inputs)
         source.require("weight_packed", (outputs, -(-inputs * bits // 32)))
     else:
         outputs, inputs = source.matrix("weight")
@@ -251,6 +252,13 @@ def compressed_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
         source.dtype("weight_scale"),
         "weight_g_idx" if source.has("weight_g_idx") else None,
     )
+
+
+def _packed_bits(source: Source, wanted: int, inputs: int) -> int:
+    """Bits of packed codes: what the config says where it fits, else what the number of words says."""
+    words = source.matrix("weight_packed")[1]
+    fitting = [bits for bits in range(2, 9) if -(-inputs * bits // 32) == words]
+    return wanted if wanted in fitting or len(fitting) != 1 else fitting[0]
 
 
 def modelopt_int4_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
@@ -323,18 +331,29 @@ class AffineMatrix:
     bits: int
     group_size: int
 
+    def read(self, start: int, stop: int) -> CodeRows:
+        """Outputs start:stop, as they are stored."""
+        codes, scales, biases = self._parts(start, stop)
+        return CodeRows(codes, np.zeros(scales.shape, np.uint8), scales, biases)
+
     def rows(self, start: int, stop: int) -> Array:
         """Outputs start:stop, float32 (n, K)."""
-        scales = self.source.read("scales", start, stop).astype(np.float32)
-        biases = self.source.read("biases", start, stop).astype(np.float32)
-        codes = unpack_words(self.source.read("weight", start, stop), self.bits, self.shape[1])
-        values = codes.reshape(stop - start, -1, self.group_size) * scales[:, :, None]
-        values += biases[:, :, None]
+        codes, scales, biases = self._parts(start, stop)
+        values: Array = codes.reshape(stop - start, -1, self.group_size).astype(np.float32)
+        values *= scales.astype(np.float32)[:, :, None]
+        values += biases.astype(np.float32)[:, :, None]
         return values.reshape(stop - start, -1)
 
     def grid(self) -> CodeGrid | str:
-        """Why its codes are not kept."""
-        return "its zero points are no integers"
+        """The codes, with the biases as minimums."""
+        kind = self.source.dtype("scales")
+        return CodeGrid(self.bits, self.group_size, False, kind, self.read, minimums=True)
+
+    def _parts(self, start: int, stop: int) -> tuple[Array, Array, Array]:
+        words, scales, biases = (
+            self.source.read(part, start, stop) for part in ("weight", "scales", "biases")
+        )
+        return unpack_words(words, self.bits, self.shape[1]), scales, biases
 
 
 def affine_matrix(source: Source, form: ModuleFormat) -> AffineMatrix:

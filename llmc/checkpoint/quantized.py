@@ -52,7 +52,15 @@ class _Kind:
 
 
 _COMPRESSED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_FP4 = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")
+_FP8 = ("weight", "weight_scale", "weight_scale_inv", "weight_zero_point")
+_FP4 = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_global_scale",
+    "weight_zero_point",
+)
 _BNB = tuple(f"weight.{p}" for p in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"))
 
 _KINDS: Mapping[Layout, _Kind] = {
@@ -61,7 +69,7 @@ _KINDS: Mapping[Layout, _Kind] = {
     Layout.INT8: _Kind(_COMPRESSED, layouts.compressed_matrix),
     Layout.INT4_BY_OUTPUT: _Kind(("weight", "weight_scale"), layouts.modelopt_int4_matrix),
     Layout.AFFINE: _Kind(("weight", "scales", "biases"), layouts.affine_matrix),
-    Layout.FP8: _Kind(("weight", "weight_scale", "weight_scale_inv"), float_layouts.fp8_matrix),
+    Layout.FP8: _Kind(_FP8, float_layouts.fp8_matrix),
     Layout.NVFP4: _Kind(_FP4, float_layouts.nvfp4_matrix),
     Layout.MXFP4: _Kind(_FP4, float_layouts.mxfp4_matrix),
     Layout.MXFP4_EXPERTS: _Kind(("blocks", "scales"), float_layouts.mxfp4_experts),
@@ -274,6 +282,8 @@ def _matrix(
         return layouts.gptq_matrix(source, form, offset, symmetric=quantization.symmetric), _GPTQ_PARTS
     if layout is Layout.INT8 and quantization.method is Method.MODELOPT:
         form = replace(form, bits=8)
+    if layout in {Layout.FP8, Layout.NVFP4, Layout.MXFP4}:
+        float_layouts.require_no_zero_points(source)
     kind = _KINDS[layout]
     return kind.build(source, form), kind.parts
 
@@ -286,7 +296,8 @@ def _refuse_codes(infos: Mapping[str, TensorInfo]) -> None:
     """
     for name, info in infos.items():
         part = name.rpartition(".")[2]
-        if info.dtype in _FLOAT8 or part in {"qweight", "weight_packed"}:
+        aside = part.endswith(("scale", "zero_point"))
+        if (info.dtype in _FLOAT8 and not aside) or part in {"qweight", "weight_packed"}:
             raise UnsupportedError(
                 f"{name} is stored as {info.dtype.name}, and nothing in the folder says how it was quantized",
                 hint=FLOAT_HINT,

@@ -30,6 +30,8 @@ def stack_codes(
         first = grids[0][0]
         if len({(g.bits, g.group_size, g.scale_dtype) for g, _ in grids}) > 1:
             return "its experts are quantized differently"
+        if any(grid.minimums or grid.turned for grid, _ in grids):
+            return "its experts have no integers for zero points"
         outputs = sum(info.shape[0] for info in experts[0])
         symmetric = all(grid.symmetric for grid, _ in grids)
         stack = StackGrid(
@@ -39,7 +41,6 @@ def stack_codes(
             first.scale_dtype,
             _reader(grids),
             outputs=outputs,
-            inputs_first=False,
         )
         if shape[1:] != (outputs, experts[0][0].shape[1]) or not np.array_equal(_values(stack), read()[0]):
             return "its experts are rearranged"

@@ -46,7 +46,7 @@ class CodeGrid:
         minimums: Whether a group has a minimum in the place of a zero point.
         compact: The checkpoint has its scales in fewer bits than `scale_dtype`, as products of small numbers;
             they are stored as float16, since all their digits would take more room than the checkpoint.
-        turned: The tensor has the inputs first, (K, N), and its codes are by output all the same.
+        turned: The tensor has the inputs first, (…, K, N), and its codes are by output all the same.
     """
 
     bits: int
@@ -65,11 +65,9 @@ class StackGrid(CodeGrid):
 
     Args:
         outputs: N.
-        inputs_first: The tensor is (experts, K, N), and its codes are by output all the same.
     """
 
     outputs: int
-    inputs_first: bool
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def _grid_of(rows: Rows) -> CodeGrid | str:
     grid = rows.info.codes()
     if isinstance(grid, str):
         return grid
-    if not isinstance(grid, StackGrid) or grid.inputs_first is not transposed:
+    if not isinstance(grid, StackGrid):
+        return "its codes are not read by expert"
+    if grid.turned is not transposed:
         return "its inputs come first"
     return _interleaved(grid) if interleave else grid
 

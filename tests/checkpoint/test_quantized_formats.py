@@ -34,6 +34,7 @@ Pack = Callable[[tuple[int, int]], formats.Packed]
 MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 MLX = {"group_size": 32, "bits": 4}
+FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 
 FORMATS: dict[str, tuple[Mapping[str, Any], Pack]] = {
     "modelopt-nvfp4": (MODELOPT, partial(formats.pack_nvfp4, divides=False)),
@@ -299,6 +300,16 @@ def test_the_declaration_that_fits_the_codes_counts(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path)).notes == (
         "config.json says awq, but the files hold what quantize_config.json says (gptq), and are read so.",
     )
+
+
+def test_zero_points_of_floats_must_be_zero(tmp_path: Path) -> None:
+    values = save(tmp_path, FP8, pack_fp8)
+    name = "self_attn.q_proj.weight_zero_point"
+    add_tensor(tmp_path, name, np.zeros((), np.int8))
+    check(tmp_path, values)
+    add_tensor(tmp_path, name, np.ones((), np.int8))
+    with pytest.raises(UnsupportedError, match=r"q_proj.weight_zero_point has zero points for small floats"):
+        open_checkpoint(str(tmp_path))
 
 
 def test_bits_and_groups_are_those_of_the_codes(tmp_path: Path) -> None:
