@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import auto_class, is_multimodal
 from llmc.checkpoint.declared import Declaration, find_declarations
-from llmc.checkpoint.gguf_config import load_gguf_config
+from llmc.checkpoint.gguf_config import load_gguf_config, stop_tokens
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.location import whole_models
 from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
@@ -56,7 +56,10 @@ def load_declarations(path: Path) -> tuple[Declaration, ...]:
 
 
 def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
-    """generation_config.json of the folder, or what the config says where there is none."""
+    """generation_config.json of the folder, or what the config says where there is none.
+
+    A GGUF model stops at its end-of-turn and end-of-message tokens as well, as llama.cpp has it.
+    """
     from transformers import GenerationConfig
 
     if path.is_dir() and (path / "generation_config.json").is_file():
@@ -67,7 +70,11 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
                 f"{path / 'generation_config.json'} cannot be read: {first_lines(error)}",
                 hint="correct it, or remove it to take the settings of config.json",
             ) from error
-    return GenerationConfig.from_model_config(config)
+    settings = GenerationConfig.from_model_config(config)
+    ends = stop_tokens(GgufHeader.parse(path)) if path.is_file() else []
+    if len(ends) > 1:
+        settings.eos_token_id = ends
+    return settings
 
 
 def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:

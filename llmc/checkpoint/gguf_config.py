@@ -123,6 +123,12 @@ def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     return config
 
 
+def stop_tokens(header: GgufHeader) -> list[int]:
+    """Ids that end a text, a turn or a message, as the file states them, without repetition."""
+    stated = [header.value(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(index for index in stated if index is not None))
+
+
 def _refuse_kinds(header: GgufHeader) -> None:
     """Refuse files that hold something else than a whole causal language model."""
     file, kind = header.files[0], header.value("general.type")

@@ -96,3 +96,9 @@ def test_biases_of_all_projections_are_taken(tmp_path: Path) -> None:
     assert checkpoint.config.attention_bias
     bias = checkpoint.tensors.read("model.layers.1.self_attn.o_proj.bias")
     np.testing.assert_array_equal(bias, np.arange(HIDDEN))
+
+
+@pytest.mark.parametrize(("facts", "ends"), [({}, 251), ({"tokenizer.ggml.eot_token_id": 255}, [251, 255])])
+def test_generation_ends_at_the_end_of_a_turn(facts: dict[str, Any], ends: object, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts)))
+    assert checkpoint.generation_config().eos_token_id == ends
