@@ -149,7 +149,8 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
     """Write the tokenizer's files into `folder`; see `Checkpoint.save_tokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
     copied = tokenizer_files(path) if path.is_dir() else []
-    if TOKENIZER not in {file.name for file in copied}:
+    made = TOKENIZER not in {file.name for file in copied}
+    if made:
         _save_converted(tokenizer, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
@@ -159,7 +160,7 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
             f"{TOKENIZER}",
             hint=f"put a {TOKENIZER} into the checkpoint's folder",
         )
-    _write_vocabulary(tokenizer, folder / TOKENIZER)
+    _write_vocabulary(tokenizer, folder / TOKENIZER, made=made)
     if template is not None:
         for name in _TEMPLATES:
             (folder / name).unlink(missing_ok=True)
@@ -168,10 +169,13 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
     return tuple(sorted(file for name in _FILES if (file := folder / name).is_file()))
 
 
-def _write_vocabulary(tokenizer: Any, file: Path) -> None:
+def _write_vocabulary(tokenizer: Any, file: Path, *, made: bool) -> None:
     """Replace a tokenizer.json that is not what transformers makes of it.
 
     Some classes build parts of the tokenizer anew, or add tokens that tokenizer_config.json names.
+
+    Args:
+        made: Whether transformers wrote it, which indents it to more than twice its size.
     """
     from tokenizers import Tokenizer
 
@@ -184,7 +188,7 @@ def _write_vocabulary(tokenizer: Any, file: Path) -> None:
     if inner is None:
         return
     whole = plain(Tokenizer.from_str(inner.to_str()))
-    if plain(Tokenizer.from_file(str(file))) != whole:
+    if made or plain(Tokenizer.from_file(str(file))) != whole:
         file.write_text(whole, encoding="utf-8")
 
 
