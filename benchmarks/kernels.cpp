@@ -50,7 +50,7 @@ void product(const char* name, int32_t outputs, int copies, int64_t rows) {
   Op quantize{};
   quantize.a = {0, M::K, 0};
   quantize.out = {M::K, M::Q::width, 0};
-  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Q::width>(run, quantize, row);
+  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, quantize, row);
   Op op{};
   op.a = quantize.out;
   op.out = {M::K + M::Q::width, outputs, 0};
@@ -72,7 +72,7 @@ void quantized_row() {
   Op op{};
   op.a = {0, M::K, 0};
   op.out = {M::K, M::Q::width, 0};
-  std::printf("a row of 576 quantized: %.3f us\n", microseconds(100000, [&] { quantize_row<M::K, M::B, M::Q::width>(run, op, 0); }));
+  std::printf("a row of 576 quantized: %.3f us\n", microseconds(100000, [&] { quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, op, 0); }));
 }
 
 struct All {

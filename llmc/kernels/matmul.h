@@ -1,4 +1,4 @@
-// Products with weights of 4 or 8 bits by block, activations quantized to 8 bits by block.
+// Products with weights of 4 or 8 bits by block, activations quantized to 8 or 16 bits by block.
 //
 // Weights come packed in groups of 16 outputs. A group holds, each from a multiple of 64 bytes on counted from the
 // group's own start only for the codes:
@@ -23,29 +23,32 @@ constexpr int round_up(int n, int m) { return (n + m - 1) / m * m; }
 /// the sums times their scales (float32). These are the sums of what the codes stand for, not of the activations: so
 /// the error of a product is that of each activation times the weight, as without a minimum; with the exact sum it
 /// would be times the weight above the minimum, which is larger.
-template <int K, int B>
+/// With two parts a code has 16 bits and is 256 times that of the first part plus that of the second.
+template <int K, int B, int Parts>
 struct Quantized {
   static constexpr int blocks = (K + B - 1) / B;
-  static constexpr int width = round_up(blocks * B / 4 + 3 * blocks, kLanes);  // in floats
+  static constexpr int largest = Parts == 1 ? 127 : 127 * 256;                         // code
+  static constexpr int scales_at = Parts * blocks * B / 4;                             // in floats
+  static constexpr int width = round_up(scales_at + 3 * blocks, kLanes);
 
-  static const int8_t* codes(const float* row) { return reinterpret_cast<const int8_t*>(row); }
-  static const float* scales(const float* row) { return row + blocks * B / 4; }
-  static const int32_t* sums(const float* row) {
-    return reinterpret_cast<const int32_t*>(row + blocks * B / 4 + blocks);
+  static const int8_t* codes(const float* row, int part = 0) {
+    return reinterpret_cast<const int8_t*>(row) + part * blocks * B;
   }
-  static const float* totals(const float* row) { return row + blocks * B / 4 + 2 * blocks; }
+  static const float* scales(const float* row) { return row + scales_at; }
+  static const int32_t* sums(const float* row) { return reinterpret_cast<const int32_t*>(row + scales_at + blocks); }
+  static const float* totals(const float* row) { return row + scales_at + 2 * blocks; }
 };
 
-/// Quantize a row by block: code = nearest(x * 127 / max|x|). With many rows the codes are stored `kStoredAbove` above
-/// their value. Width: floats that the result has room for.
-template <int K, int B, int Width>
+/// Quantize a row by block: code = nearest(x * largest / max|x|). With many rows the codes are stored `kStoredAbove`
+/// above their value. Width: floats that the result has room for.
+template <int K, int B, int Parts, int Width>
 void quantize_row(const Run& run, const Op& op, int64_t row) {
-  using Q = Quantized<K, B>;
+  using Q = Quantized<K, B, Parts>;
   static_assert(Width >= Q::width, "region.py gives too little room");
   const float* x = run.at(op.a, row);
   float* out = run.at(op.out, row);
   int8_t* codes = reinterpret_cast<int8_t*>(out);
-  float* scales = out + Q::blocks * B / 4;
+  float* scales = out + Q::scales_at;
   int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
   float* products = scales + 2 * Q::blocks;
   const I flip = all(run.rows(op.space) >= kManyRows ? kStoredAbove : 0);
@@ -59,14 +62,22 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
     for (int i = 0; i < count; i++)
       for (int v = 0; v < B / kLanes; v++) tops[i] = max(tops[i], abs(numbers(i, v)));
     const F peaks = fold(tops, [](F p, F q) { return max(p, q); });
-    const F inverse = peaks > all(1e-30f) ? all(127.0f) / peaks : F{};
-    const F scale = peaks > all(1e-30f) ? peaks / all(127.0f) : F{};
+    const F most = all(static_cast<float>(Q::largest));
+    const F inverse = peaks > all(1e-30f) ? most / peaks : F{};
+    const F scale = peaks > all(1e-30f) ? peaks / most : F{};
     I totals[kLanes] = {};
     for (int i = 0; i < count; i++) {
       for (int v = 0; v < B / kLanes; v++) {
         const I code = nearest(numbers(i, v) * all(inverse[i]));
         totals[i] += code;
-        *reinterpret_cast<B16Any*>(codes + (b + i) * B + v * kLanes) = __builtin_convertvector(code + flip, B16);
+        int8_t* const to = codes + (b + i) * B + v * kLanes;
+        if constexpr (Parts == 1) {
+          store_bytes(to, code + flip);
+        } else {
+          const I first = (code + all(128)) >> 8;
+          store_bytes(to, first + flip);
+          store_bytes(to + Q::blocks * B, code - (first << 8) + flip);
+        }
       }
     }
     const I sum = fold(totals, [](I p, I q) { return p + q; });
@@ -80,11 +91,12 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
 /// Bytes between what a product reads and what it asks memory for.
 constexpr int kPrefetched = 12 << 10;
 
-template <int K_, int B_, int Bits_, Zero Zero_>
+/// Parts: of the activations' codes.
+template <int K_, int B_, int Bits_, Zero Zero_, int Parts_ = 1>
 struct Matmul {
-  static constexpr int K = K_, B = B_, Bits = Bits_;
+  static constexpr int K = K_, B = B_, Bits = Bits_, Parts = Parts_;
   static constexpr bool Codes = Zero_ == Zero::kCode, Minimum = Zero_ == Zero::kMinimum;
-  using Q = Quantized<K, B>;
+  using Q = Quantized<K, B, Parts>;
   static constexpr int blocks = Q::blocks;
   static constexpr int registers = B / 4;                    // unpacked, of a block
   static constexpr int block_bytes = B * kLanes * Bits / 8;  // codes of a block
@@ -153,11 +165,11 @@ struct Matmul {
     const uint8_t* codes = group;
     for (int b = 0; b < blocks; b++, codes += block_bytes) {
       for (int i = 0; i < lines_of_block; i++) __builtin_prefetch(group + kPrefetched + (b * lines_of_block + i) * 64);
-      I low[Rows], high[Rows];
+      I low[Rows][Parts], high[Rows][Parts];
       const I zeros = Codes ? load_nibbles(group + zeros_at + b * (kLanes / 2)) : all(1 << (Bits - 1));
       for (int r = 0; r < Rows; r++) {
-        low[r] = Minimum ? I{} : -(zeros * all(Q::sums(a[r])[b]));
-        high[r] = I{};
+        for (int p = 0; p < Parts; p++) low[r][p] = high[r][p] = I{};
+        if (!Minimum) low[r][Parts - 1] = -(zeros * all(Q::sums(a[r])[b]));
       }
       for (int j = 0; j < registers; j += 2) {
         I first, second;
@@ -170,14 +182,20 @@ struct Matmul {
           second = load_ints(codes + j * 64 + 64);
         }
         for (int r = 0; r < Rows; r++) {
-          int32_t x[2];
-          std::memcpy(x, Q::codes(a[r]) + b * B + j * 4, 8);
-          low[r] = dot<Bits>(low[r], first, all(x[0]));
-          high[r] = dot<Bits>(high[r], second, all(x[1]));
+          for (int p = 0; p < Parts; p++) {
+            int32_t x[2];
+            std::memcpy(x, Q::codes(a[r], p) + b * B + j * 4, 8);
+            low[r][p] = dot<Bits>(low[r][p], first, all(x[0]));
+            high[r][p] = dot<Bits>(high[r][p], second, all(x[1]));
+          }
         }
       }
       const F scale = scales(group, b);
-      for (int r = 0; r < Rows; r++) total[r] += to_float(low[r] + high[r]) * (scale * all(Q::scales(a[r])[b]));
+      for (int r = 0; r < Rows; r++) {
+        I sum = low[r][0] + high[r][0];
+        if constexpr (Parts == 2) sum = (sum << 8) + (low[r][1] + high[r][1]);
+        total[r] += to_float(sum) * (scale * all(Q::scales(a[r])[b]));
+      }
       if constexpr (Minimum) {
         const F minimum = minima(group, b);
         for (int r = 0; r < Rows; r++) total[r] += minimum * all(Q::totals(a[r])[b]);
@@ -261,18 +279,20 @@ struct Matmul {
     for (int b = 0; b < blocks; b++) {
       const int at = b * strip_block;
       I c[Groups][Rows];
-      for (int s = 0; s < Groups; s++) {
-        const I start = load_ints(strips[s] + at + registers * 64);
-        for (int r = 0; r < Rows; r++) c[s][r] = start;
-      }
-      for (int j = 0; j < registers; j++) {
-        I w[Groups];
-        for (int s = 0; s < Groups; s++) w[s] = load_ints(strips[s] + at + j * 64);
-        for (int r = 0; r < Rows; r++) {
-          int32_t x;
-          std::memcpy(&x, Q::codes(a[r]) + b * B + j * 4, 4);
-          const I wide = all(x);
-          for (int s = 0; s < Groups; s++) c[s][r] = dot_stored < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+      for (int p = 0; p < Parts; p++) {
+        for (int s = 0; s < Groups; s++) {
+          const I start = load_ints(strips[s] + at + registers * 64);
+          for (int r = 0; r < Rows; r++) c[s][r] = p == 0 ? start : (c[s][r] << 8) + start;
+        }
+        for (int j = 0; j < registers; j++) {
+          I w[Groups];
+          for (int s = 0; s < Groups; s++) w[s] = load_ints(strips[s] + at + j * 64);
+          for (int r = 0; r < Rows; r++) {
+            int32_t x;
+            std::memcpy(&x, Q::codes(a[r], p) + b * B + j * 4, 4);
+            const I wide = all(x);
+            for (int s = 0; s < Groups; s++) c[s][r] = dot_stored < Bits == 4 ? 5 : 8 > (c[s][r], wide, w[s]);
+          }
         }
       }
       for (int s = 0; s < Groups; s++) {

@@ -39,6 +39,8 @@ inline F load(const float* p) { return *reinterpret_cast<const FAny*>(p); }
 inline void store(float* p, F v) { *reinterpret_cast<FAny*>(p) = v; }
 inline I load_ints(const void* p) { return *static_cast<const IAny*>(p); }
 inline void store_ints(void* p, I v) { *static_cast<IAny*>(p) = v; }
+/// The low byte of each lane.
+inline void store_bytes(void* p, I v) { *static_cast<B16Any*>(p) = __builtin_convertvector(v, B16); }
 inline F all(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline I all(int32_t x) { return I{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline F to_float(I v) { return __builtin_convertvector(v, F); }

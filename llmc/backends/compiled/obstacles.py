@@ -8,6 +8,7 @@ from llmc.backends.compiled.expressions import BINARY, UNARY
 from llmc.backends.compiled.operands import (
     MICROSOFT,
     NORMS,
+    PARTS,
     codes_of,
     dims_of,
     embedding_layout,
@@ -54,7 +55,7 @@ def _check_matmul(node: ir.Node) -> str | None:
         return "it has group indices or a bias of its own"
     if width_of(given(node.inputs[0])) == 0 or width_of(node.outputs[0]) == 0:
         return "its operand is no row of features per token"
-    if node.attributes.get_int("accuracy_level", 0) != 4:
+    if node.attributes.get_int("accuracy_level", 0) not in PARTS:
         return "its activations are not to be quantized"
     return _check_weights(node, layout_of(node), given(node.inputs[1]))
 

@@ -10,6 +10,7 @@ from llmc.backends.compiled.expressions import BINARY, MOST_PLACES, UNARY, Expre
 from llmc.backends.compiled.operands import (
     MICROSOFT,
     NORMS,
+    PARTS,
     codes_of,
     dims_of,
     embedding_layout,
@@ -67,7 +68,7 @@ class RegionBuilder:
     total: ir.Value | None = None
     _places: dict[ir.Value, Place] = field(default_factory=dict)
     _pending: dict[ir.Value, Expression] = field(default_factory=dict)
-    _quantized: dict[tuple[Place, int], Place] = field(default_factory=dict)
+    _quantized: dict[tuple[Place, int, int], Place] = field(default_factory=dict)
 
     def build(self) -> None:
         """Fill the program, and number the tensors of the operator."""
@@ -238,9 +239,10 @@ class RegionBuilder:
         layout = layout_of(node)
         source, output = given(node.inputs[0]), node.outputs[0]
         space = space_of(output)
-        kind = _matmul_type(layout)
+        parts = PARTS[node.attributes["accuracy_level"].as_int()]
+        kind = _matmul_type(layout, parts)
         weight = self.packed_weight(given(node.inputs[1]), layout)
-        activation = self._quantize(self._place(source), layout)
+        activation = self._quantize(self._place(source), layout, parts)
         fields: Fields = {
             "chunks": f"{kind}::chunks",
             "chunk": f"{kind}::chunk",
@@ -252,12 +254,12 @@ class RegionBuilder:
         }
         self.program.operations.append(Operation("chunk", space, fields, scratch=f"{kind}::scratch"))
 
-    def _quantize(self, place: Place, layout: PackedLayout) -> Place:
-        key = (place, layout.block)
+    def _quantize(self, place: Place, layout: PackedLayout, parts: int) -> Place:
+        key = (place, layout.block, parts)
         if key not in self._quantized:
-            width = layout.blocks * layout.block // 4 + 3 * layout.blocks
+            width = parts * layout.blocks * layout.block // 4 + 3 * layout.blocks
             out = self.temporary(width, place.space)
-            row = f"quantize_row<{layout.k}, {layout.block}, {out.stride}>"
+            row = f"quantize_row<{layout.k}, {layout.block}, {parts}, {out.stride}>"
             self.program.operations.append(
                 Operation("row", place.space, {"row": row, "a": place, "out": out})
             )
@@ -267,7 +269,7 @@ class RegionBuilder:
     def embed(self, node: ir.Node) -> None:
         codes = codes_of(node)
         layout = embedding_layout(node)
-        kind = _matmul_type(layout)
+        kind = _matmul_type(layout, 1)
         fields: Fields = {
             "row": f"embed_row<{kind}>",
             "check": "check_ids",
@@ -358,9 +360,9 @@ class RegionBuilder:
         emit(Operation("row", "kTokens", {**common, "row": f"{kind}::combine", "out": output}))
 
 
-def _matmul_type(layout: PackedLayout) -> str:
+def _matmul_type(layout: PackedLayout, parts: int) -> str:
     """The C++ type of products with a packed matrix."""
-    return f"Matmul<{layout.k}, {layout.block}, {layout.bits}, Zero::k{layout.zero.name.title()}>"
+    return f"Matmul<{layout.k}, {layout.block}, {layout.bits}, Zero::k{layout.zero.name.title()}, {parts}>"
 
 
 _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {

@@ -100,7 +100,12 @@ class GraphBuilder:
         )
 
     def matmul(
-        self, x: ir.Value, blocks: PackedBlocks, name: str, weights: list[ir.Value] | None = None
+        self,
+        x: ir.Value,
+        blocks: PackedBlocks,
+        name: str,
+        weights: list[ir.Value] | None = None,
+        level: int = 4,
     ) -> ir.Value:
         """A product; `weights` are the initializers where another operator reads them as well."""
         scheme, n = blocks.scheme, len(blocks.codes)
@@ -114,7 +119,7 @@ class GraphBuilder:
             N=n,
             bits=scheme.bits,
             block_size=scheme.block_size,
-            accuracy_level=4,
+            accuracy_level=level,
         )
 
     def finish(self, outputs: list[ir.Value]) -> Graph:
@@ -152,14 +157,14 @@ def code_units(x: Array, block: int) -> Array:
     return codes
 
 
-def quantize_activations(x: Array, block: int) -> Array:
-    """What a product sees of rows (…, K): int8 by block, as float64."""
-    codes, scales = _scaled(x, block)
+def quantize_activations(x: Array, block: int, largest: int = 127) -> Array:
+    """What a product sees of rows (…, K), integers by block up to `largest`, as float64."""
+    codes, scales = _scaled(x, block, largest)
     rows = np.rint(codes).astype(np.float64) * scales
     return rows.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
-def _scaled(x: Array, block: int) -> tuple[Array, Array]:
+def _scaled(x: Array, block: int, largest: int = 127) -> tuple[Array, Array]:
     k = x.shape[-1]
     blocks = count_blocks(k, block)
     padded = np.zeros((*x.shape[:-1], blocks * block), np.float32)
@@ -167,6 +172,6 @@ def _scaled(x: Array, block: int) -> tuple[Array, Array]:
     cut = padded.reshape(*x.shape[:-1], blocks, block)
     peak = np.abs(cut).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        codes = np.where(peak > 1e-30, cut * (np.float32(127) / peak), 0)
-        scales = np.where(peak > 1e-30, peak / np.float32(127), 0)
+        codes = np.where(peak > 1e-30, cut * (np.float32(largest) / peak), 0)
+        scales = np.where(peak > 1e-30, peak / np.float32(largest), 0)
     return codes, scales

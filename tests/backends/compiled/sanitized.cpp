@@ -95,7 +95,7 @@ void product(int64_t rows, int32_t outputs) {
   Op quantize{};
   quantize.a = {0, stride, 0};
   quantize.out = {stride, M::Q::width, 0};
-  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Q::width>(run, quantize, row);
+  for (int64_t row = 0; row < rows; row++) quantize_row<M::K, M::B, M::Parts, M::Q::width>(run, quantize, row);
   Op op{};
   op.chunks = M::chunks;
   op.chunk = M::chunk;
@@ -175,6 +175,8 @@ int main(int count, char** names) {
     product<llmc::Matmul<144, 128, 4, Zero::kCode>>(rows, 17);
     product<llmc::Matmul<80, 32, 4, Zero::kMinimum>>(rows, 40);
     product<llmc::Matmul<48, 16, 8, Zero::kMinimum>>(rows, 17);
+    product<llmc::Matmul<80, 32, 4, Zero::kCode, 2>>(rows, 40);
+    product<llmc::Matmul<144, 128, 8, Zero::kMiddle, 2>>(rows, 17);
   }
   attend_all<llmc::Attention<6, 2, 32, 32, false>>(6, 2, 32);
   attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::HalfRows>>(6, 2, 32);

@@ -27,17 +27,21 @@ from tests.backends.compiled.graphs import (
 )
 
 K = 80
-#: (outputs, bits, block, symmetric or "minimum"); 80 inputs fill no number of blocks of 32 or 64.
-CASES: list[tuple[int, int, int, bool | str]] = [
-    (48, 4, 32, False),
-    (17, 4, 64, False),
-    (33, 4, 16, True),
-    (20, 8, 32, True),
-    (16, 4, 128, False),
-    (16, 8, 16, True),
-    (33, 4, 32, "minimum"),
-    (17, 8, 32, "minimum"),
-    (16, 4, 16, "minimum"),
+#: Outputs, bits, block, symmetric or "minimum", largest code of an activation; 80 inputs fill no number of
+#: blocks of 32 or 64.
+CASES: list[tuple[int, int, int, bool | str, int]] = [
+    (48, 4, 32, False, 127),
+    (17, 4, 64, False, 127),
+    (33, 4, 16, True, 127),
+    (20, 8, 32, True, 127),
+    (16, 4, 128, False, 127),
+    (16, 8, 16, True, 127),
+    (33, 4, 32, "minimum", 127),
+    (17, 8, 32, "minimum", 127),
+    (16, 4, 16, "minimum", 127),
+    (17, 4, 32, False, 127 * 256),
+    (33, 8, 128, True, 127 * 256),
+    (16, 8, 32, "minimum", 127 * 256),
 ]
 
 
@@ -57,7 +61,7 @@ class Products:
         return self.session.run(None, {"x": x.astype(np.float32)})  # type: ignore[attr-defined, no-any-return]
 
     def expected(self, x: Array) -> list[Array]:
-        rows = [quantize_activations(x.astype(np.float32), block) for _, _, block, _ in CASES]
+        rows = [quantize_activations(x.astype(np.float32), block, most) for _, _, block, _, most in CASES]
         return [a @ w.T for a, w in zip(rows, self.weights, strict=True)]
 
 
@@ -68,14 +72,15 @@ def products(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     builder = GraphBuilder()
     x = builder.input("x", K)
     outputs, weights = [], []
-    for index, (n, bits, block, kind) in enumerate(CASES):
+    for index, (n, bits, block, kind, most) in enumerate(CASES):
+        level = 4 if most == 127 else 2
         if kind == "minimum":
             blocks, values = with_minima(n, K, bits, block, seed=index)
         else:
             blocks = quantized(rng.standard_normal((n, K)).astype(np.float32), bits, block, bool(kind))
             values = half_scales(blocks)
         weights.append(values.astype(np.float64))
-        outputs.append(builder.matmul(x, blocks, f"w{index}"))
+        outputs.append(builder.matmul(x, blocks, f"w{index}", level=level))
     folder = tmp_path_factory.mktemp("products")
     made = write_compiled(builder.finish(outputs), folder, isa)
     assert (made.regions, made.nodes, made.outside) == (1, len(CASES), ())
@@ -114,6 +119,15 @@ def test_shapes(products: Products, batch: int, sequence: int, seed: int, power:
         # The reference rounds a value that lies on a border now and then to the other side.
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         assert error < 2e-3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_activations_of_16_bits_are_nearly_exact(products: Products, rows: int) -> None:
+    x = np.random.default_rng(rows).standard_normal((1, rows, K)).astype(np.float32)
+    for found, weights, (*_, most) in zip(products.run(x), products.weights, CASES, strict=True):
+        exact = x @ weights.T
+        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        assert error < 5e-5 if most > 127 else 1e-3 < error < 2e-2
 
 
 def test_results_do_not_depend_on_the_rows_beside(products: Products) -> None:
