@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
@@ -101,8 +103,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
                 if isinstance(cause, (LlmcError, NotStampableError)):
                     raise cause from None
                 raise UnsupportedError(
-                    f"{type(model).__name__} cannot be traced: {type(cause).__name__}: "
-                    f"{str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}",
+                    f"{type(model).__name__} cannot be traced: {_reason(cause)}",
                     hint="run with --debug for the full traceback",
                 ) from error
             check_indices()
@@ -257,6 +258,20 @@ def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _reason(cause: BaseException) -> str:
+    """Why a trace failed; where the model branches on values of a step, the line that does."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if isinstance(cause, GuardOnDataDependentSymNode):
+        frames = traceback.extract_tb(cause.__traceback__)
+        own = [f for f in frames if "torch" not in Path(f.filename).parts]
+        if own:
+            place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+            return f"its code depends on the values of a step at {place}: {own[-1].line}"
+    message = str(cause).strip() or "no message"
+    return f"{type(cause).__name__}: {message.splitlines()[0]}"
 
 
 @contextmanager

@@ -104,6 +104,8 @@ class Parity:
             differences[length] = max_abs(logits, expected[0], f"prefill of {length} tokens")
         lengths = sorted(differences)
         detail = f"prompts of {_listed(lengths)} tokens, {'every' if self._every() else 'last'} position"
+        if unseen := [at for at in self.lengths if at not in self.switches and longest < at < self._limit()]:
+            detail += f"; not around {_listed(unseen)}, where nothing switches"
         figures = {f"length_{n}": value for n, value in differences.items()}
         worst = max(differences.values())
         return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from llmc.config import Dtype
+from llmc.errors import UnsupportedError
 from llmc.trace import trace_model
 from tests.models import longrope, tiny_config
 
@@ -22,6 +23,12 @@ def test_whether_generate_drops_the_cache_at_the_switch(
     graph = trace_model(tiny_config(model_type, **fields), Dtype.FLOAT32)
     assert graph.restart == restart
     assert graph.max_length == 256
+
+
+def test_code_that_branches_on_the_length_is_named() -> None:
+    rope = longrope(64) | {"short_mscale": 1.1, "long_mscale": 1.3}
+    with pytest.raises(UnsupportedError, match=r"depends on the values of a step at modeling_phimoe\.py:"):
+        trace_model(tiny_config("phimoe", rope_parameters=rope), Dtype.FLOAT32)
 
 
 def test_dynamic_scaling_is_held_up_to_the_length_where_it_begins() -> None:

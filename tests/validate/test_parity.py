@@ -203,6 +203,18 @@ def test_a_model_too_short_for_a_level_is_not_measured_and_fails(
     assert failures(found) == {RAGGED}
 
 
+def test_both_sides_of_every_switch_and_what_is_not_looked_at(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
+    parity = Parity(model, TorchModel(llama), tokens, 1 << 10, switches=(130, 159), lengths=(100, 130, 140))
+    prefill, decode = parity.prefill()[0], parity.decode()[0]
+    longest = {"length_1", "length_2", "length_17", "length_99", "length_100", "length_101", "length_110"}
+    assert prefill.figures.keys() == longest | {"length_128", "length_131", "length_157", "length_160"}
+    assert prefill.detail.endswith("not around 140, where nothing switches")
+    assert {"prompt_128", "prompt_131", "prompt_157", "prompt_160"} < decode.figures.keys()
+
+
 def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
     with pytest.raises(ConfigError, match="given 1 tokens to make prompts of"):
