@@ -169,6 +169,18 @@ def tiny_multimodal_fields(model_type: str) -> dict[str, Any]:
     }
 
 
+def longrope(switch: int) -> dict[str, Any]:
+    """Rotary embedding of a tiny model that takes its long factors beyond `switch` tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        "original_max_position_embeddings": switch,
+    }
+
+
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """A config of `model_type` with hidden size 64, 3 layers, 4 heads of 16, vocabulary 256.
 

@@ -4,7 +4,8 @@ The keys are those that onnxruntime-genai 0.18 parses (its src/config.h); it ref
 What the runtime does, as observed with 0.18.0:
 
 - `model.type` must be on its list; "decoder" takes any decoder-only graph, with none of the special
-  cases that it has for some architectures.
+  cases that it has for some architectures. One of them is wanted where the model has it: "phimoe" and
+  "phi3small" compute the KV cache of a single sequence anew when its length passes 4,096 or 8,192.
 - A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
   new token; `position_ids`, fed only if the graph has them, count from 0 in each row, 0 at padding,
   and go on from the row's own length.
@@ -33,10 +34,10 @@ from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.switches import runtime_type
 
 GENAI_CONFIG = "genai_config.json"
 
-_MODEL_TYPE = "decoder"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 #: What a model without a bound on positions is given, since the runtime asks for one.
 _UNBOUNDED_CONTEXT = 1 << 20
@@ -100,7 +101,7 @@ def write_genai_config(
         options["custom_ops_library"] = library
     context = interface.max_length or _UNBOUNDED_CONTEXT
     model = serving_tokens(folder, config, generation_config, vocab) | {
-        "type": _MODEL_TYPE,
+        "type": runtime_type(interface.restart),
         "vocab_size": vocab,
         "context_length": context,
         "decoder": {

@@ -58,6 +58,8 @@ class Interface(_Frozen):
         padding: The side on which the shorter rows of a ragged batch are padded; "none" if rows must be
             of equal length.
         max_length: Largest total length the model knows positions for; None if unbounded.
+        restart: Total length beyond which the runtime has to compute the KV cache anew from all tokens, once,
+            as the original's `generate` does; None if never.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -67,6 +69,7 @@ class Interface(_Frozen):
     position_ids: bool
     padding: Padding
     max_length: int | None
+    restart: int | None = None
 
     @property
     def static_cache(self) -> bool:

@@ -44,6 +44,8 @@ class Graph:
         logits: Whether `logits` has every position or only the last one.
         padding: Side on which a ragged batch may be padded; "none" if rows must be of equal length.
         max_length: Largest total length the model knows positions for; None if unbounded.
+        restart: Total length beyond which whoever serves the graph has to compute the KV cache anew, as the
+            original's `generate` does; None if never.
         aliases: For a weight that several parameters share, all their names, by initializer name.
         notes: What tracing and passes want a reader to know.
     """
@@ -54,6 +56,7 @@ class Graph:
     logits: Literal["last", "all"] = "all"
     padding: Padding = "any"
     max_length: int | None = None
+    restart: int | None = None
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -72,6 +75,7 @@ class Graph:
             position_ids=any(spec.name == "position_ids" for spec in inputs),
             padding=self.padding,
             max_length=self.max_length,
+            restart=self.restart,
         )
 
     def unbound(self) -> Iterator[ir.Value]:

@@ -36,6 +36,7 @@ def dump_graph(graph: Graph) -> bytes:
             "logits": graph.logits,
             "padding": graph.padding,
             "max_length": graph.max_length,
+            "restart": graph.restart,
             "aliases": {k: list(v) for k, v in graph.aliases.items()},
             "notes": graph.notes,
         },
@@ -67,6 +68,7 @@ def load_graph(data: bytes) -> Graph:
         logits=facts["logits"],
         padding=facts["padding"],
         max_length=facts["max_length"],
+        restart=facts["restart"],
         aliases={k: tuple(v) for k, v in facts["aliases"].items()},
         notes=facts["notes"],
     )

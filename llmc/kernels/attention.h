@@ -54,6 +54,10 @@ struct Attention {
     return run.tensor<uint8_t>(tensor) + ((b * KvHeads + head) * slots + position) * Rows::bytes;
   }
 
+  static int64_t shift(const Run& run, const Op& op) {
+    return op.shift < 0 ? 0 : *run.tensor<const int64_t>(op.shift);
+  }
+
   static const char* check(const Run& run, const Op& op) {
     if (run.total < run.sequence) return "total_sequence_length is below the number of tokens of this step";
     for (int64_t b = 0; b < run.batch; b++) {
@@ -62,7 +66,7 @@ struct Attention {
       if (total > run.total || past + run.sequence > run.shapes[op.cache[2]].dims[2])
         return "the KV cache has fewer slots than seqlens_k asks for";
       if (past > run.shapes[op.cache[0]].dims[2]) return "seqlens_k counts more tokens than the past has slots";
-      if (Rotated > 0 && past + run.sequence > op.limit) return "a position is beyond the tables of the rotary embedding";
+      if (Rotated > 0 && past + run.sequence + shift(run, op) > op.limit) return "a position is beyond the tables of the rotary embedding";
     }
     for (int i = 0; i < 4; i++) {
       const Shape& shape = run.shapes[op.cache[i]];
@@ -105,8 +109,9 @@ struct Attention {
 
   static void rotate(const Run& run, const Op& op, const float* from, float* to, int64_t position) {
     constexpr int half = Rotated / 2;
-    const float* cos = Rotated ? run.tensor<const float>(op.cos) + position * half : nullptr;
-    const float* sin = Rotated ? run.tensor<const float>(op.sin) + position * half : nullptr;
+    const int64_t row = Rotated ? position + shift(run, op) : 0;
+    const float* cos = Rotated ? run.tensor<const float>(op.cos) + row * half : nullptr;
+    const float* sin = Rotated ? run.tensor<const float>(op.sin) + row * half : nullptr;
     for (int i = 0; i < half; i++) {
       const int low = Interleaved ? 2 * i : i, high = Interleaved ? 2 * i + 1 : i + half;
       const float x = from[low], y = from[high];

@@ -1,9 +1,11 @@
 """Values that depend on positions alone, such as cosines and sines of rotary embeddings, as tables.
 
-Nothing here knows a kind of rotary embedding: the graph's own operators are run for every position.
+Nothing here knows a kind of rotary embedding: the graph's own operators are run for every position. Where a
+condition on the whole step decides between two sets of values, such as its largest position against the
+length of the original training, the table has the rows of both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,9 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 #: Positions of the check that order and company do not matter.
 _PROBE = 64
 
+#: Values of a graph that are taken to be constant.
+Fixed = Mapping[ir.Value, bool]
+
 
 @dataclass(frozen=True)
 class Declined:
@@ -26,6 +31,20 @@ class Declined:
 
     code: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values by position.
+
+    Args:
+        rows: (switch + length, width) float32.
+        switch: Steps whose largest position is below it read row `position`, all others row
+            `switch + position`; 0 where there is one set of values.
+    """
+
+    rows: Array
+    switch: int = 0
 
 
 @dataclass
@@ -41,16 +60,16 @@ class PositionTables:
     length: int
     _keys: dict[ir.Value, int] = field(default_factory=dict)
     _numbers: dict[object, int] = field(default_factory=dict)
-    _tables: dict[int, Array | Declined] = field(default_factory=dict)
+    _tables: dict[int, Table | Declined] = field(default_factory=dict)
 
-    def table(self, value: ir.Value, width: int) -> Array | Declined:
-        """Rows (length, width) of `value`, which has `width` elements per batch row and position."""
+    def table(self, value: ir.Value, width: int) -> Table | Declined:
+        """The table of `value`, which has `width` elements per batch row and position."""
         key = self._key(value)
         if key not in self._tables:
             self._tables[key] = self._compute(value, width)
         table = self._tables[key]
-        if not isinstance(table, Declined) and table.shape[1] != width:
-            reason = f"{value.name} has {table.shape[1]} elements a position, not {width}"
+        if not isinstance(table, Declined) and table.rows.shape[1] != width:
+            reason = f"{value.name} has {table.rows.shape[1]} elements a position, not {width}"
             return Declined("rotary-shape", reason)
         return table
 
@@ -77,19 +96,65 @@ class PositionTables:
             identity = (node.domain, node.op_type, inputs, attributes, node.outputs.index(value))
         return self._numbers.setdefault(identity, len(self._numbers))
 
-    def _compute(self, value: ir.Value, width: int) -> Array | Declined:
+    def _compute(self, value: ir.Value, width: int) -> Table | Declined:
         nodes = self._ancestors(value)
         if isinstance(nodes, Declined):
             return nodes
-        import onnxruntime as ort
+        conditions = _conditions(nodes)
+        if len({self._key(c) for c in conditions}) != 1:
+            return self._whole(value, width, {})
+        at = self._switch(conditions[0])
+        if isinstance(at, Declined):
+            return at
+        if at in (0, self.length):
+            return self._whole(value, width, dict.fromkeys(conditions, at == 0))
+        below, beyond = (self._whole(value, width, dict.fromkeys(conditions, c)) for c in (False, True))
+        if isinstance(below, Declined) or isinstance(beyond, Declined):
+            return below if isinstance(below, Declined) else beyond
+        table = Table(np.concatenate([below.rows[:at], beyond.rows]), at)
+        return table if self._agrees(value, table) else _depends_on_others(value)
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        data = ir.to_proto(_extract(value, nodes, self.graph)).SerializeToString()
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    def _switch(self, condition: ir.Value) -> int | Declined:
+        """The least position at which `condition` holds; `length` if it holds at none."""
+        nodes = self._ancestors(condition)
+        if isinstance(nodes, Declined):
+            return nodes
+        run = _session(condition, nodes, self.graph, {})
+
+        def holds(position: int) -> bool:
+            return bool(run(np.array([[position]], np.int64)).reshape(()))
+
+        low, high = 0, self.length
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        probes = np.random.default_rng(0).integers(0, self.length, _PROBE).tolist()
+        if any(holds(position) != (position >= low) for position in probes):
+            return Declined("rotary-order", f"{condition.name} holds at some positions and not beyond them")
+        return low
+
+    def _agrees(self, value: ir.Value, table: Table) -> bool:
+        """Whether the graph itself gives the rows of `table` on both sides of its switch."""
+        nodes = self._ancestors(value)
+        if isinstance(nodes, Declined):
+            return False
+        run, at = _session(value, nodes, self.graph, {}), table.switch
+        random = np.random.default_rng(0)
+        below = np.append(random.integers(0, at, _PROBE - 1), at - 1)
+        beyond = np.append(random.integers(0, self.length, _PROBE - 1), at)
+        return np.array_equal(run(below[None]).reshape(_PROBE, -1), table.rows[below]) and np.array_equal(
+            run(beyond[None]).reshape(_PROBE, -1), table.rows[at + beyond]
+        )
+
+    def _whole(self, value: ir.Value, width: int, fixed: Fixed) -> Table | Declined:
+        """The table of `value` where `fixed` are constant, rows (length, width)."""
+        nodes = self._ancestors(value, fixed)
+        if isinstance(nodes, Declined):
+            return nodes
+        session = _session(value, nodes, self.graph, fixed)
 
         def run(positions: Array) -> Array | None:
-            result: Array = session.run(None, {"position_ids": positions})[0]
+            result = session(positions)
             return result.reshape(-1, width) if result.size == positions.size * width else None
 
         table = np.empty((self.length, width), np.float32)
@@ -104,17 +169,17 @@ class PositionTables:
         for probe in (few[None], random.integers(0, self.length, (2, _PROBE), dtype=np.int64)):
             rows = run(probe)
             if rows is None or not np.array_equal(rows, table[probe.reshape(-1)]):
-                return Declined(
-                    "rotary-order", f"{value.name} at one position depends on the other positions of the step"
-                )
-        return table
+                return _depends_on_others(value)
+        return Table(table)
 
-    def _ancestors(self, value: ir.Value) -> list[ir.Node] | Declined:
-        """The nodes that `value` is computed by, in graph order."""
+    def _ancestors(self, value: ir.Value, fixed: Fixed | None = None) -> list[ir.Node] | Declined:
+        """The nodes that `value` is computed by where `fixed` are constant, in graph order."""
         seen: set[ir.Node] = set()
         pending = [value]
         while pending:
             current = pending.pop()
+            if fixed is not None and current in fixed:
+                continue
             node = current.producer()
             if node is not None:
                 if node not in seen:
@@ -130,6 +195,43 @@ class PositionTables:
         return _in_order(seen)
 
 
+def _depends_on_others(value: ir.Value) -> Declined:
+    return Declined(
+        "rotary-order", f"{value.name} at one position depends on the other positions of the step"
+    )
+
+
+def _conditions(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    """Computed conditions of one element that decide between two values."""
+    found = [n.inputs[0] for n in nodes if n.op_type == "Where"]
+    return [
+        c
+        for c in dict.fromkeys(found)
+        if c is not None
+        and c.producer() in set(nodes)
+        and c.shape is not None
+        and all(d == 1 for d in c.shape)
+    ]
+
+
+def _session(
+    value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed
+) -> Callable[[Array], Array]:
+    """Computes `value` from positions (batch, sequence) int64."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    data = ir.to_proto(_extract(value, nodes, graph, fixed)).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(positions: Array) -> Array:
+        result: Array = session.run(None, {"position_ids": positions})[0]
+        return result
+
+    return run
+
+
 def _reads_positions(node: ir.Node) -> bool:
     return any(v is not None and v.producer() is None and v.name == "position_ids" for v in node.inputs)
 
@@ -141,7 +243,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
     while pending:
         node = pending[-1]
         makers = (v.producer() for v in node.inputs if v is not None)
-        missing = [m for m in makers if m is not None and m not in done]
+        missing = [m for m in makers if m in nodes and m not in done]
         if node in done or not missing:
             pending.pop()
             done.setdefault(node)
@@ -150,7 +252,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
     return list(done)
 
 
-def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.Model:
+def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed) -> ir.Model:
     """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value`, in float32."""
     positions = ir.Value(
         name="position_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64)
@@ -165,6 +267,8 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.M
             copies[source] = positions
         else:
             data = None if source.const_value is None else _widen(source.const_value)
+            if source in fixed:
+                data = ir.tensor(np.full([1] * len(source.shape or ()), fixed[source]), name=source.name)
             kind = source.type if data is None else ir.TensorType(data.dtype)
             copies[source] = ir.Value(name=source.name, shape=source.shape, type=kind, const_value=data)
             constants.append(copies[source])
@@ -179,7 +283,8 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> ir.M
         made.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
     made.append(ir.node("Identity", [copies[value]]))
     result = made[-1].outputs[0]
-    result.name, result.shape, result.dtype = "rows", value.shape, ir.DataType.FLOAT
+    result.name, result.shape = "rows", value.shape
+    result.dtype = value.dtype if value.dtype is ir.DataType.BOOL else ir.DataType.FLOAT
     extracted = ir.Graph(
         [positions],
         [result],

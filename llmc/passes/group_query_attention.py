@@ -4,7 +4,8 @@ The operator keeps the tokens of a row of a batch together from slot 0: it takes
 tokens of each row, not a mask, and appends at the row's own end. Ragged batches are therefore padded on
 the right, and positions are those that the mask implies. Its sliding window, softcap and sinks mean what
 the dialect's do. Where query and key come from rotary embeddings with the same tables, it rotates them
-itself; the positions are then its own, and `position_ids` may be no input any more.
+itself; the positions are then its own, and `position_ids` may be no input any more. An embedding whose
+positions are shifted as a whole, beyond a switch of its frequencies, gives the operator its positions.
 
 What ONNX Runtime 1.31 does on a CPU: several tokens at once on a past that is not empty need a batch of
 1; widths of heads are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
@@ -133,11 +134,15 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Rotary:
-    """Tables (positions, rotated / 2) of a rotary embedding that the operator applies itself."""
+    """Tables (positions, rotated / 2) of a rotary embedding that the operator applies itself.
+
+    `positions` are rows of the tables for each token; None where they are the tokens' own positions.
+    """
 
     cos: ir.Value
     sin: ir.Value
     interleaved: int
+    positions: ir.Value | None
 
 
 def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str | None]:
@@ -153,12 +158,21 @@ def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str 
     _, positions, cos, sin = first.inputs
     if not same or cos is None or sin is None:
         return None, "query and key are rotated by different tables"
-    if positions is None or positions.name != "position_ids" or not positions.is_graph_input():
+    if positions is None or not _are_positions(positions):
         return None, "positions are not the input position_ids"
     columns = dims_of(cos)[-1]
     if not isinstance(columns, int) or columns % _WIDTH_MULTIPLE:
         return None, f"its tables have {columns} columns; the operator takes multiples of {_WIDTH_MULTIPLE}"
-    return _Rotary(cos, sin, int_attribute(first, "interleaved", 0)), None
+    shifted = None if positions.is_graph_input() else positions
+    return _Rotary(cos, sin, int_attribute(first, "interleaved", 0), shifted), None
+
+
+def _are_positions(value: ir.Value) -> bool:
+    """Whether `value` is the input position_ids, or that shifted by one number for all tokens."""
+    if (shifted := made_by(value, "Add")) is not None:
+        source, shift = shifted.inputs
+        return source is not None and _are_positions(source) and shift is not None and not dims_of(shift)
+    return value.name == "position_ids" and value.is_graph_input()
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
@@ -187,6 +201,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
     if rotary is not None:
         attributes |= {"do_rotary": 1, "rotary_interleaved": rotary.interleaved}
         inputs += [rotary.cos, rotary.sin]
+        inputs += [rotary.positions] if rotary.positions is not None else []
     if len(node.inputs) > 6:
         inputs += [None] * (11 - len(inputs)) + [node.inputs[6]]
     made = site.emit(

@@ -5,6 +5,9 @@
 `rotate` takes the halves (x1, x2) to (-x2, x1), or every pair of neighbours likewise (interleaved).
 Where only the first part of a head is rotated, the rest is passed through. The tables of cos and sin,
 (positions, rotated / 2), are computed by the graph itself, whatever the kind of embedding.
+
+An embedding that has other frequencies where the step's largest position is beyond a length (LongRoPE) has
+the rows of both in its tables, and its positions are shifted to the second ones there.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +18,6 @@ import onnx_ir as ir
 
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.graph.weights import Array
 from llmc.passes._match import (
     MICROSOFT,
     dims_of,
@@ -30,7 +32,7 @@ from llmc.passes._match import (
     uncast,
     width_of,
 )
-from llmc.passes._positions import Declined, PositionTables
+from llmc.passes._positions import Declined, PositionTables, Table
 from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 OPERATOR = "RotaryEmbedding"
@@ -123,17 +125,21 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
         return Declined(
             "rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width"
         )
-    halves = [_half_table(tables, rotation, value) for value in (rotation.cos, rotation.sin)]
-    caches = []
-    for table, hint in zip(halves, ("rotary_cos", "rotary_sin"), strict=True):
-        if isinstance(table, Declined):
-            return table
-        caches.append(_in_type(graph, add_constant(graph, table, hint), dtype))
+    cos, sin = (_half_table(tables, rotation, value) for value in (rotation.cos, rotation.sin))
+    if isinstance(cos, Declined) or isinstance(sin, Declined):
+        return cos if isinstance(cos, Declined) else sin if isinstance(sin, Declined) else None
+    if cos.switch != sin.switch:
+        reason = f"cosines switch at position {cos.switch}, sines at {sin.switch}"
+        return Declined("rotary-order", reason)
+    caches = [
+        _in_type(graph, add_constant(graph, table.rows, hint), dtype)
+        for table, hint in ((cos, "rotary_cos"), (sin, "rotary_sin"))
+    ]
     attributes = {"interleaved": int(rotation.interleaved), "num_heads": heads}
     if rotation.rotated != width:
         attributes["rotary_embedding_dim"] = rotation.rotated
     site, name = Site(graph, rotation.node), f"{output.name}/rotary"
-    positions = next(v for v in graph.inputs if v.name == "position_ids")
+    positions = rotary_positions(graph, cos.switch)
     value = source
     if heads_axis == 2:
         flat = add_constant(graph, np.array([0, 0, heads * width], np.int64), "shape")
@@ -145,6 +151,31 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
         made = site.emit("Reshape", [made, split], f"{name}/heads", like=source).outputs[0]
     take_over(output, made)
     return None
+
+
+def rotary_positions(graph: ir.Graph, switch: int) -> ir.Value:
+    """Rows of a `Table` for the positions of the step, (batch, sequence) int64."""
+    positions = next(v for v in graph.inputs if v.name == "position_ids")
+    if not switch:
+        return positions
+    name = f"rotary/positions_{switch}"
+    known = next((n.outputs[0] for n, _ in positions.uses() if n.outputs[0].name == name), None)
+    if known is not None:
+        return known
+    site = Site(graph, graph[0])
+
+    def emit(op: str, inputs: list[ir.Value], part: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
+        node = site.emit(op, inputs, f"{name}/{part}", attributes=attributes, shape=[], dtype=dtype)
+        node.metadata_props.clear()
+        return node.outputs[0]
+
+    at, none = (add_constant(graph, np.array(n, np.int64), "switch") for n in (switch, 0))
+    largest = emit("ReduceMax", [positions], "largest", ir.DataType.INT64, keepdims=0)
+    beyond = emit("GreaterOrEqual", [largest, at], "beyond", ir.DataType.BOOL)
+    shift = emit("Where", [beyond, at, none], "shift", ir.DataType.INT64)
+    shifted = site.emit("Add", [positions, shift], name, like=positions)
+    shifted.metadata_props.clear()
+    return shifted.outputs[0]
 
 
 def _in_type(graph: ir.Graph, table: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -169,7 +200,7 @@ def _static(dims: list[int | str], axis: int | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Array | Declined:
+def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Table | Declined:
     """One column per pair of rotated elements, (positions, rotated / 2) float32."""
     pairs = rotation.rotated // 2
     if rotation.halved:
@@ -178,12 +209,12 @@ def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> 
     if isinstance(table, Declined):
         return table
     if rotation.interleaved:
-        first, second = table[:, 0::2], table[:, 1::2]
+        first, second = table.rows[:, 0::2], table.rows[:, 1::2]
     else:
-        first, second = table[:, :pairs], table[:, pairs:]
+        first, second = table.rows[:, :pairs], table.rows[:, pairs:]
     if not np.array_equal(first, second):
         return Declined("rotary-halves", f"{value.name} turns the two elements of a pair by different angles")
-    return np.ascontiguousarray(first)
+    return Table(np.ascontiguousarray(first), table.switch)
 
 
 def _match(node: ir.Node) -> Iterator[Rotation]:

@@ -12,6 +12,7 @@ from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.compile import trace
+from llmc.pipeline.context import limit_context
 from llmc.pipeline.original import read_text, tokenize
 from llmc.progress import Progress
 
@@ -200,6 +201,7 @@ def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterat
     from llmc.quantize.linear import quantize_weights
 
     graph = trace(checkpoint, target.dtype, progress)
+    limit_context(graph, checkpoint.config, target)
     graph.bind(checkpoint.tensors, checkpoint.tied)
     yield "trace", graph
     for spec in target.passes:

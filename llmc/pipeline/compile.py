@@ -16,6 +16,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.weights import Array, LazyWeight, Rows
+from llmc.pipeline.context import limit_context
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -121,11 +122,12 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
     with progress.stage("trace"):
         graph = trace(checkpoint, target.dtype, progress)
-        for note in graph.notes:
+        limit = limit_context(graph, checkpoint.config, target)
+        for note in (*graph.notes, *(() if limit is None else (limit,))):
             progress.note(f"trace: {note}")
         leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
         if target.engine is not None:
-            fix_length(graph, target.engine.kv_capacity)
+            fix_length(graph, target.engine.kv_capacity, limit)
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
@@ -257,15 +259,19 @@ def _sources(graph: Graph) -> dict[str, Rows]:
     return found
 
 
-def fix_length(graph: Graph, capacity: int) -> None:
+def fix_length(graph: Graph, capacity: int, limit: str | None = None) -> None:
     """Give the KV cache its fixed number of slots.
+
+    Args:
+        limit: Why the model has fewer positions than its configuration says.
 
     Raises:
         UnsupportedError: The model has fewer positions.
     """
     if graph.max_length is not None and capacity > graph.max_length:
+        fact = limit or f"the model has {graph.max_length} positions"
         raise UnsupportedError(
-            f"the target's kv_capacity is {capacity}, and the model has {graph.max_length} positions",
+            f"the target's kv_capacity is {capacity}, and {fact}",
             hint=f"copy the target and set kv_capacity to {graph.max_length} or less",
         )
     graph.max_length = capacity

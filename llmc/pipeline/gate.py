@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Gate, Metric, Target
 from llmc.errors import ConfigError, ParityError
+from llmc.graph.switches import rope_switches, trained_lengths
 from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.loaders import measure_loaders
-from llmc.pipeline.original import read_text, remember, rope_switches, tokenize
+from llmc.pipeline.original import read_text, remember, tokenize
 from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
 from llmc.progress import Progress
 
@@ -146,9 +147,8 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         ParityError: The artifact cannot be loaded, so that nothing further can be measured.
     """
     from llmc.data import prompts
+    from llmc.validate import generation
     from llmc.validate.blank import BlankSession
-    from llmc.validate.generation import METRICS as GENERATED
-    from llmc.validate.generation import ServedText, measure_generation, original_texts, served_texts
     from llmc.validate.measure import broken, measured, mismatches
     from llmc.validate.parity import Parity
     from llmc.validate.quality import YARDSTICK_WINDOWS, measure_quality, plan_windows
@@ -167,7 +167,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         tokens, start = tokenize(tokenizer, text)
     made.append(measure_loaders(checkpoint, subject.model_digest, progress))
     heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
-    switches = rope_switches(checkpoint.config)
+    switches, lengths = rope_switches(checkpoint.config), trained_lengths(checkpoint.config)
     with progress.stage("settings"):
         stated = describe_original(checkpoint.config, checkpoint.generation_config(), tokenizer)
         made.append(compare_settings(folder, stated, subject.interface))
@@ -190,13 +190,14 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         codec = _open_codec(subject)
         read_by = f"{served.where}, and transformers"
         made += measure_tokens(folder, codec, served.tokenizer, tokenizer, text, prompts(), read_by)
-    drawn: tuple[ServedText, ...] = ()
+    asked = generation.fitting_prompts(prompts(), tokenizer, subject.interface.max_length)
+    drawn: tuple[generation.ServedText, ...] = ()
     if not weights.unread:
         with progress.stage("generation"):
             try:
-                drawn = served_texts(served, codec, tokenizer, prompts())
+                drawn = generation.served_texts(served, codec, tokenizer, asked)
             except ParityError as error:
-                made += broken(GENERATED, error, served.where)
+                made += broken(generation.METRICS, error, served.where)
     served_where = served.where
     del served  # out of memory before the original comes in
     release_memory()
@@ -204,7 +205,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     with progress.stage("original"):
         windows = plan_windows(subject.interface, tokens, start)
         windows.prepare(original)
-        texts = original_texts(original, tokenizer, prompts(), stated.stop)
+        texts = generation.original_texts(original, tokenizer, asked, stated.stop)
     release_memory()
     own = _own(subject, original, weights)
     rounding = None
@@ -214,8 +215,8 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     else:
         with progress.stage("original with the artifact's weights"):
             if drawn:
-                made += measure_generation(drawn, texts, own, stated.stop, served_where)
-            Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
+                made += generation.measure_generation(drawn, texts, own, stated.stop, served_where)
+            Parity(BlankSession(subject.interface), own, tokens, heads, switches, lengths).measure()
             original.release()
         rounding = _rounding(subject, own)
         if rounding is not None:
@@ -225,7 +226,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         own.release()
         release_memory()
         with progress.stage("parity"):
-            made += Parity(session(exact=True), own, tokens, heads, switches).measure()
+            made += Parity(session(exact=True), own, tokens, heads, switches, lengths).measure()
         own.release()
     release_memory()
     model = session(exact=False)
@@ -295,16 +296,16 @@ def _measure_static(
     original = remember(checkpoint, subject.model_digest, "", lambda: load_original(subject.checkpoint))
     windows = plan_windows(subject.interface, tokens, start)
     heads = subject.compiled.config.get_text_config(decoder=True).num_attention_heads
-    switches = rope_switches(checkpoint.config)
+    switches, lengths = rope_switches(checkpoint.config), trained_lengths(checkpoint.config)
     rows = _most_rows(subject)
     with progress.stage("original"):
         windows.prepare(original)
         if subject.engine is not None:
-            Parity(BlankSession(subject.interface), original, tokens, heads, switches, rows).decode()
+            Parity(BlankSession(subject.interface), original, tokens, heads, switches, lengths, rows).decode()
     own = _own(subject, original, weights)
     with progress.stage("original with the artifact's weights"):
         if not weights.unread:
-            Parity(BlankSession(subject.interface), own, tokens, heads, switches).measure()
+            Parity(BlankSession(subject.interface), own, tokens, heads, switches, lengths).measure()
         original.release()
         own.release()
     release_memory()
@@ -318,14 +319,14 @@ def _measure_static(
         if weights.unread:
             levels = _not_comparable(weights.unread, graph.where)
         else:
-            levels = Parity(graph, own, tokens, heads, switches).measure()
+            levels = Parity(graph, own, tokens, heads, switches, lengths).measure()
         own.release()
     del graph
     release_memory()
     model = _open_static(subject)
     if subject.engine is not None:
         with progress.stage("engine"):
-            steps = Parity(model, original, tokens, heads, switches, rows).decode()
+            steps = Parity(model, original, tokens, heads, switches, lengths, rows).decode()
             original.release()
         levels = tuple(m for m in levels if m.metric is not Metric.DECODE_TOP1)
         levels += tuple(m for m in steps if m.metric is Metric.DECODE_TOP1)

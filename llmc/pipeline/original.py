@@ -75,6 +75,7 @@ def remember(
     from importlib.metadata import version
 
     from llmc.artifact.cache import StageCache, default_cache_folder
+    from llmc.graph.switches import rope_switches
     from llmc.validate.reference import sliding_window
     from llmc.validate.remembered import RememberedModel
 
@@ -86,15 +87,8 @@ def remember(
         "arithmetic": "float32 eager",
     }
     cache = StageCache(default_cache_folder() / "reference", CACHE_BYTES)
-    return RememberedModel(load, cache, facts, sliding_window(checkpoint.config))
-
-
-def rope_switches(config: Any) -> tuple[int, ...]:
-    """Lengths at which a rotary embedding changes its frequencies: where the original training ended."""
-    stated = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    groups = [stated, *(v for v in stated.values() if isinstance(v, dict))]
-    found = {g.get("original_max_position_embeddings") for g in groups}
-    return tuple(sorted(int(n) for n in found if isinstance(n, int) and n > 1))
+    config = checkpoint.config
+    return RememberedModel(load, cache, facts, sliding_window(config), rope_switches(config))
 
 
 def open_pair(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.skeleton import build_skeleton, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
+from llmc.trace.switches import hold_frequencies, restart_length
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +41,9 @@ class Exported:
             data of other buffers is real.
         stack: Decoder layers, with the stubs still to be expanded.
         layer_buffers: Buffers of every layer, by qualified name, as arrays.
+        held: Largest length up to which the model keeps its rotary frequencies, which the trace holds; None
+            where they do not grow with the length.
+        restart: Length at which the model's `generate` drops the KV cache; None if it never does.
     """
 
     model: ir.Model
@@ -45,6 +52,8 @@ class Exported:
     capture: Capture
     aliases: dict[str, tuple[str, ...]]
     layer_buffers: dict[str, Any]
+    held: int | None
+    restart: int | None
 
 
 def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool) -> Exported:
@@ -64,6 +73,8 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
 
     with _quiet():
         model = build_skeleton(config, dtype, captured=captured)
+        held = hold_frequencies(model)
+        restart = restart_length(model, rope_switches(config))
         aliases = parameter_aliases(model)
         parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
@@ -92,8 +103,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
                 if isinstance(cause, (LlmcError, NotStampableError)):
                     raise cause from None
                 raise UnsupportedError(
-                    f"{type(model).__name__} cannot be traced: {type(cause).__name__}: "
-                    f"{str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}",
+                    f"{type(model).__name__} cannot be traced: {_reason(cause)}",
                     hint="run with --debug for the full traceback",
                 ) from error
             check_indices()
@@ -101,7 +111,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             check(capture, stack, type(model).__name__)
             fold_runs(program)
             onnx = _translate(program)
-    return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers)
+    return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers, held, restart)
 
 
 def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, *, captured: bool) -> Any:
@@ -248,6 +258,20 @@ def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _reason(cause: BaseException) -> str:
+    """Why a trace failed; where the model branches on values of a step, the line that does."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if isinstance(cause, GuardOnDataDependentSymNode):
+        frames = traceback.extract_tb(cause.__traceback__)
+        own = [f for f in frames if "torch" not in Path(f.filename).parts]
+        if own:
+            place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+            return f"its code depends on the values of a step at {place}: {own[-1].line}"
+    message = str(cause).strip() or "no message"
+    return f"{type(cause).__name__}: {message.splitlines()[0]}"
 
 
 @contextmanager

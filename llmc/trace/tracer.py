@@ -95,13 +95,20 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     graph.name = "decoder"
     for reason, count in exported.capture.dense_experts.items():
         notes.append(f"experts traced as dense products in {count} layers, kept in float: {reason}")
-    limits = [n for n in (stated_positions(config), table_positions(graph)) if n is not None]
+    if exported.held is not None:
+        notes.append(
+            f"the rotary embedding scales its frequencies with the length beyond {exported.held} tokens "
+            "(dynamic NTK); the context ends there"
+        )
+    lengths = (stated_positions(config), table_positions(graph), exported.held)
+    limits = [n for n in lengths if n is not None]
     result = Graph(
         model=model,
         cache=cache,
         layers=len(exported.stack.names) or len(cache),
         padding=padding,
         max_length=min(limits, default=None),
+        restart=exported.restart,
         aliases=exported.aliases,
         notes=notes,
     )

@@ -44,6 +44,18 @@ def original_texts(
     return tuple(made)
 
 
+def fitting_prompts(prompts: Sequence[str], tokenizer: Any, context: int | None) -> tuple[str, ...]:
+    """The prompts, shortened where their tokens and NEW_TOKENS are more than `context`."""
+    made = []
+    for prompt in prompts:
+        while context is not None and len(prompt) > 1:
+            if len(tokenizer(prompt, verbose=False)["input_ids"]) + NEW_TOKENS <= context:
+                break
+            prompt = prompt[: len(prompt) // 2]
+        made.append(prompt)
+    return tuple(made)
+
+
 @dataclass(frozen=True)
 class ServedText:
     """What the artifact makes of a prompt.
@@ -159,7 +171,7 @@ def _first_difference(made: Sequence[int], expected: Sequence[int]) -> int | Non
 def _gap(own_weights: Reference, ids: list[int], made: list[int], stop: Sequence[int]) -> float:
     """The most by which another next token is preferred to the one that was generated."""
     sequence = np.array([*ids, *made], np.int64)
-    logits = own_weights.logits(sequence, keep=len(made) + 1)
+    logits = own_weights.logits(sequence, keep=len(made) + 1, pieces=(len(ids),))
     chosen = [float(row[token]) for row, token in zip(logits, made, strict=False)]
     if len(made) < NEW_TOKENS:  # it ended there: one of the end tokens was the choice
         chosen.append(max((float(logits[-1][token]) for token in stop), default=-np.inf))
@@ -173,7 +185,8 @@ def _stray(sampled: Sequence[list[int]], own_weights: Reference, ids: list[int])
         return f"differs between two runs of one seed from new token {at + 1} on"
     if not first:
         return None
-    logits = own_weights.logits(np.array([*ids, *first], np.int64), keep=len(first) + 1)
+    sequence = np.array([*ids, *first], np.int64)
+    logits = own_weights.logits(sequence, keep=len(first) + 1, pieces=(len(ids),))
     for step, token in enumerate(first):
         rank = int((logits[step] > logits[step][token]).sum())
         if rank >= 2 * TOP_K:

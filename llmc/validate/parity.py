@@ -9,6 +9,7 @@ import numpy as np
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
+from llmc.validate.attention import SCORE_BYTES
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import max_abs, measure, measured, require_comparable, unmeasured
 from llmc.validate.ragged import Row, compare_ragged
@@ -25,13 +26,13 @@ DECODE_PROMPTS = (1, 16, 100)
 DECODE_STEPS = 64
 #: Sizes of the pieces that a prompt is prefilled in, one after the other over the same cache.
 CHUNKS = (7, 1, 16, 2, 40)
-#: Most bytes of float32 attention scores that the original's eager attention may make in one layer.
-SCORE_BYTES = 48 << 20
 #: Row lengths and steps of the ragged batch.
 RAGGED_LENGTHS = (11, 2, 19, 5)
 RAGGED_STEPS = 8
 #: Decode steps after a prompt around or beyond a sliding window.
 WINDOW_STEPS = 6
+#: Decode steps after a prompt just before or beyond a switch.
+SWITCH_STEPS = 4
 #: How far a prompt goes beyond a sliding window, at most.
 WINDOW_EXCESS = 64
 #: Teacher-forced steps at the end of the longest context, where the KV cache is narrower than the logits.
@@ -48,7 +49,8 @@ class Parity:
         tokens: (n,) int64 token ids below the vocabulary size, repeated where a prompt needs more;
             text makes better prompts than noise.
         heads: Attention heads of the original, which bound the longest prompt by memory.
-        switches: Total lengths at which the rotary embedding of the original changes.
+        switches: Total lengths beyond which the original computes otherwise; both sides of each are measured.
+        lengths: Further lengths to look around, as far as the longest prompt goes.
         rows: Most rows of a batch that the artifact takes; None for any number.
 
     Raises:
@@ -60,6 +62,7 @@ class Parity:
     tokens: Array
     heads: int = 1
     switches: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,10 +86,10 @@ class Parity:
     def prefill(self) -> tuple[Measurement, ...]:
         """Largest difference over prompts of several lengths, each in one run from an empty cache.
 
-        Among them are the longest that there is room for, and those around a switch of the rotary
-        embedding.
+        Among them are the longest that there is room for, and those just before and beyond every switch,
+        however long.
         """
-        around = {at + step for at in self.switches for step in (-1, 0, 1)}
+        around = {at + step for at in self.lengths for step in (-1, 0, 1)}
         longest = self._longest()
         lengths = sorted(n for n in {*PREFILL_LENGTHS, *around, longest} if n <= longest)
         differences = {}
@@ -95,7 +98,14 @@ class Parity:
             expected = self.reference.logits(prompt, keep=length if self._every() else 1)
             logits = self.model.prefill(prompt[None], steps=0)[0]
             differences[length] = max_abs(logits, expected, f"prefill of {length} tokens")
+        for length, steps in self._beside_switches():
+            sequence, expected = self._continued(length, steps)
+            logits = self.model.prefill(sequence[None, :length], steps=0)[0, -1]
+            differences[length] = max_abs(logits, expected[0], f"prefill of {length} tokens")
+        lengths = sorted(differences)
         detail = f"prompts of {_listed(lengths)} tokens, {'every' if self._every() else 'last'} position"
+        if unseen := [at for at in self.lengths if at not in self.switches and longest < at < self._limit()]:
+            detail += f"; not around {_listed(unseen)}, where nothing switches"
         figures = {f"length_{n}": value for n, value in differences.items()}
         worst = max(differences.values())
         return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)
@@ -110,7 +120,7 @@ class Parity:
             return (self._not_measured(Metric.CHUNKS_MAX_ABS, MeasurementStatus.NOT_MEASURED, why),)
         ends = np.cumsum(pieces)
         prompt = self._cut(int(ends[-1]), 3)
-        expected = self.reference.logits(prompt, keep=len(prompt))
+        expected = self.reference.logits(prompt, keep=len(prompt), pieces=pieces)
         self.model.prefill(prompt[None, : pieces[0]], steps=len(prompt) - pieces[0])
         figures = {}
         for start, end in pairwise(int(e) for e in ends):
@@ -127,26 +137,34 @@ class Parity:
         """Largest difference, and share of equal argmax, over cached steps.
 
         Each step is fed the original's greedy token whatever the artifact would have chosen, so that
-        an early difference does not hide a later one.
+        an early difference does not hide a later one. Further prompts end just before each switch, which the
+        steps cross, and just beyond it.
         """
         metrics = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
-        prompts = [n for n in DECODE_PROMPTS if n + DECODE_STEPS <= self._limit()]
-        if not prompts:
-            why = f"the model ends at {self._limit()} positions, {DECODE_STEPS} steps do not fit"
+        steps = min(DECODE_STEPS, self._limit() // 2)
+        prompts = [n for n in DECODE_PROMPTS if n + steps <= self._limit()]
+        if steps < 1:
+            why = f"the model ends at {self._limit()} positions, no step fits"
             return tuple(self._not_measured(m, MeasurementStatus.NOT_MEASURED, why) for m in metrics)
         differences, equal = {}, []
         for length in prompts:
             prompt = self._cut(length, length)
-            sequence = np.concatenate([prompt, self.reference.greedy(prompt, DECODE_STEPS)])
-            expected = self.reference.logits(sequence, keep=DECODE_STEPS)
+            sequence = np.concatenate([prompt, self.reference.greedy(prompt, steps)])
+            expected = self.reference.logits(sequence, keep=steps, pieces=(length,))
             worst = 0.0
-            self.model.prefill(prompt[None], steps=DECODE_STEPS)
+            self.model.prefill(prompt[None], steps=steps)
             for step, (token, wanted) in enumerate(zip(sequence[length:], expected, strict=True)):
                 logits = self.model.decode(token.reshape(1, 1))[0, -1]
                 worst = max(worst, max_abs(logits, wanted, f"decode step {step + 1} after {length} tokens"))
                 equal.append(int(logits.argmax()) == int(wanted.argmax()))
             differences[length] = worst
-        detail = f"{DECODE_STEPS} teacher-forced steps after prompts of {_listed(prompts)} tokens"
+        for length, further in self._beside_switches():
+            differences[length] = self._alone(length, further, "a switch of the rotary embedding")
+        detail = f"{steps} teacher-forced steps after prompts of {_listed(prompts)} tokens"
+        if beside := self._beside_switches():
+            detail += (
+                f", and around switches {_listed(self.switches)} after {_listed([n for n, _ in beside])}"
+            )
         figures = {f"prompt_{n}": value for n, value in differences.items()}
         share = float(np.mean(equal))
         return (
@@ -209,10 +227,12 @@ class Parity:
         for window in windows:
             for prompt in sorted({max(1, window - 1), window, window + 1}):
                 if prompt + WINDOW_STEPS <= limit:
-                    figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
+                    worst = self._alone(prompt, WINDOW_STEPS, f"window {window}")
+                    figures[f"window_{window}_prompt_{prompt}"] = worst
             crossing, beyond = max(1, window - 2), window + 1 + min(window // 2, WINDOW_EXCESS)
             for prompt in (min(crossing, longest), min(beyond, longest)):
-                figures[f"window_{window}_prompt_{prompt}"] = self._alone(prompt, f"window {window}")
+                worst = self._alone(prompt, WINDOW_STEPS, f"window {window}")
+                figures[f"window_{window}_prompt_{prompt}"] = worst
             lengths = [min(n, longest) for n in (max(2, window - 1), window + 3, max(2, window // 2))]
             lengths = lengths[: self.rows]
             rows = list(self._rows(lengths, WINDOW_STEPS))
@@ -237,7 +257,7 @@ class Parity:
             why = f"{CACHE_STEPS} steps do not fit into {self._longest()} positions"
             return tuple(self._not_measured(m, MeasurementStatus.NOT_MEASURED, why) for m in CACHE)
         sequence = self._cut(prompt + CACHE_STEPS, 0)
-        expected = self.reference.logits(sequence, keep=CACHE_STEPS)
+        expected = self.reference.logits(sequence, keep=CACHE_STEPS, pieces=(prompt,))
         self.model.prefill(sequence[None, :prompt], steps=CACHE_STEPS)
         kl = []
         for step in range(CACHE_STEPS):
@@ -261,23 +281,33 @@ class Parity:
         pasts = [name for slot in interface.cache for name in (slot.past_key, slot.past_value)]
         return any(sizes[name] < sizes["logits"] for name in pasts)
 
-    def _alone(self, prompt: int, what: str) -> float:
-        """Largest difference after a prompt and over WINDOW_STEPS decode steps, batch 1."""
-        sequence = self._cut(prompt + WINDOW_STEPS, prompt)
-        expected = self.reference.logits(sequence, keep=WINDOW_STEPS + 1)
-        logits = self.model.prefill(sequence[None, :prompt], steps=WINDOW_STEPS)
+    def _alone(self, prompt: int, steps: int, what: str) -> float:
+        """Largest difference after a prompt and over some decode steps, batch 1."""
+        sequence, expected = self._continued(prompt, steps)
+        logits = self.model.prefill(sequence[None, :prompt], steps=steps)
         worst = max_abs(logits[0, -1], expected[0], f"prefill of {prompt} tokens, {what}")
-        for step in range(WINDOW_STEPS):
+        for step in range(steps):
             logits = self.model.decode(sequence[None, prompt + step : prompt + step + 1])
             place = f"position {prompt + step}, {what}"
             worst = max(worst, max_abs(logits[0, -1], expected[step + 1], place))
         return worst
 
+    def _continued(self, prompt: int, steps: int) -> tuple[Array, Array]:
+        """A prompt with `steps` further tokens, and the original's logits from the prompt's last token on."""
+        sequence = self._cut(prompt + steps, prompt)
+        return sequence, self.reference.logits(sequence, keep=steps + 1, pieces=(prompt,))
+
+    def _beside_switches(self) -> list[tuple[int, int]]:
+        """(prompt, steps) where the steps cross a switch, and where the prompt itself ends beyond it."""
+        limit = self._limit()
+        prompts = [n for at in self.switches for n in (at - SWITCH_STEPS // 2, at + 1) if 0 < n <= limit]
+        return [(n, min(SWITCH_STEPS, limit - n)) for n in prompts]
+
     def _rows(self, lengths: Sequence[int], steps: int) -> Iterator[Row]:
         for i, length in enumerate(lengths):
             tokens = self._cut(length + steps, 31 * i)
             keep = length + steps if self._every() else steps + 1
-            yield Row(tokens, self.reference.logits(tokens, keep=keep), length)
+            yield Row(tokens, self.reference.logits(tokens, keep=keep, pieces=(length,)), length)
 
     def _cut(self, length: int, offset: int) -> Array:
         """`length` tokens from `offset` on, from the start again after the last."""

@@ -79,7 +79,7 @@ class Windows:
     def prepare(self, reference: Reference) -> None:
         """Have the original answer all that `measure_quality` will ask of it."""
         for row in self.tokens:
-            reference.prepare(row[:-1], keep=self.steps)
+            reference.prepare(row[:-1], keep=self.steps, pieces=(self.prefix,))
 
     def _stride(self, count: int) -> int:
         return max(1, len(self.tokens) // count)
@@ -154,7 +154,7 @@ def measure_quality(
 
     Of each window the first tokens are prefilled and the rest decoded one by one, which is how an
     artifact serves, whatever logits it returns; several windows go as one batch. The original sees
-    each window in one forward pass.
+    each window in one forward pass, unless it has a switch within.
 
     Args:
         rows: Most rows of a batch that the model takes; None for any number.
@@ -167,7 +167,8 @@ def measure_quality(
 
     def take() -> tuple[Measurement, ...]:
         parts = []
-        vocabulary = reference.distributions(windows.tokens[0, :-1], keep=windows.steps).codes.shape[1]
+        first = reference.distributions(windows.tokens[0, :-1], keep=windows.steps, pieces=(windows.prefix,))
+        vocabulary = first.codes.shape[1]
         batch = max(1, DISTRIBUTION_BYTES // (2 * windows.steps * vocabulary))
         batch = batch if rows is None else min(batch, rows)
         for i in range(0, len(windows.tokens), batch):
@@ -206,7 +207,8 @@ def _compare(model: Session, reference: Reference, windows: Array, prefix: int) 
     length = windows.shape[1]
     totals = _Totals()
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
-    expected = [reference.distributions(row[:-1], keep=length - prefix) for row in windows]
+    steps = length - prefix
+    expected = [reference.distributions(row[:-1], keep=steps, pieces=(prefix,)) for row in windows]
     shape = (len(windows), expected[0].codes.shape[1])
     logits = model.prefill(windows[:, :prefix], steps=length - prefix - 1)[:, -1]
     for step in range(length - prefix):

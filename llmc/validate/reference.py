@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmc.errors import ParityError, UnsupportedError
+from llmc.graph.switches import crosses, rope_switches
+from llmc.validate.attention import attention_by_rows
 from llmc.validate.distribution import Distributions, log_softmax
 
 Array = np.ndarray
@@ -31,15 +33,20 @@ class Reference(Protocol):
         """The config's sliding window in positions; None if it has none."""
         ...
 
-    def logits(self, input_ids: Array, *, keep: int) -> Array:
-        """Logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32."""
+    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
+        """Logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32.
+
+        Args:
+            pieces: Tokens of the first steps over one KV cache, the rest being given one by one; none for all
+                of them at once. Where the model has no switch within, the steps make no difference.
+        """
         ...
 
-    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
+    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
         """What follows each of the last `keep` positions of input_ids (sequence,)."""
         ...
 
-    def prepare(self, input_ids: Array, *, keep: int) -> None:
+    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
         """Know `distributions` of these before they are asked for."""
         ...
 
@@ -72,6 +79,7 @@ class TorchModel:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._cache: Any = None
+        self._switches = rope_switches(model.config)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -92,12 +100,13 @@ class TorchModel:
             return f"{told}, {torch.cuda.get_device_name(parameter.device)}"
         return told
 
-    def logits(self, input_ids: Array, *, keep: int) -> Array:
-        """Logits of a whole sequence in one forward pass without a cache.
+    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
+        """Logits of a whole sequence in one forward pass without a cache, or in steps that cross a switch.
 
         Args:
             input_ids: (sequence,) int64.
             keep: How many of the last positions to return.
+            pieces: As `Reference.logits` says.
 
         Returns:
             (keep, vocabulary) float32.
@@ -105,22 +114,41 @@ class TorchModel:
         Raises:
             ParityError: The original itself gives NaN or infinity, so nothing can be held against it.
         """
-        import torch
-
-        with torch.inference_mode(), _failures(len(input_ids)):
-            out = self.model(
-                input_ids=torch.from_numpy(input_ids[None].copy()), use_cache=False, **self._keep(keep)
-            )
-        values: Array = out.logits[0, -keep:].float().numpy()
+        total = len(input_ids)
+        if crosses(pieces, total, self._switches):
+            steps = (*pieces, *[1] * (total - sum(pieces)))
+        else:
+            steps = (total,)
+        values = self._logits(input_ids, steps, keep)
         if not np.isfinite(values).all():
             raise ParityError(f"the original's own logits are not finite for {len(input_ids)} tokens")
         return values
 
-    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
-        """What follows each of the last `keep` positions, from one forward pass as for `logits`."""
-        return Distributions.of_logits(self.logits(input_ids, keep=keep))
+    def _logits(self, input_ids: Array, steps: Sequence[int], keep: int) -> Array:
+        import torch
 
-    def prepare(self, input_ids: Array, *, keep: int) -> None:
+        first, start, cache = len(input_ids) - keep, 0, None
+        parts: list[Array] = []
+        for step in steps:
+            ids, end = torch.from_numpy(input_ids[None, start : start + step].copy()), start + step
+            wanted = end - max(start, first)
+            with torch.inference_mode(), _failures(end), attention_by_rows(self.model, step, end):
+                out = self.model(
+                    input_ids=ids,
+                    past_key_values=cache,
+                    use_cache=len(steps) > 1,
+                    **self._keep(max(1, wanted)),
+                )
+            if wanted > 0:
+                parts.append(out.logits[0, -wanted:].float().numpy())
+            start, cache = end, out.past_key_values if len(steps) > 1 else None
+        return np.concatenate(parts)
+
+    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
+        """What follows each of the last `keep` positions, from steps as for `logits`."""
+        return Distributions.of_logits(self.logits(input_ids, keep=keep, pieces=pieces))
+
+    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
         """Nothing: answers are computed when they are asked for."""
 
     def greedy(self, input_ids: Array, steps: int) -> Array:

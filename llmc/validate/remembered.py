@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
+from llmc.graph.switches import crosses
 from llmc.validate.distribution import Distributions
 from llmc.validate.reference import Score, TorchModel
 
@@ -20,6 +21,7 @@ class RememberedModel:
         cache: Where answers are kept, each by the digest of everything that it depends on.
         facts: What all answers depend on: digests of the weights, versions of what computes them.
         window: The config's sliding window.
+        switches: Lengths at which it begins to compute otherwise, so that the steps are part of a question.
     """
 
     def __init__(
@@ -28,32 +30,36 @@ class RememberedModel:
         cache: StageCache,
         facts: Mapping[str, object],
         window: int | None,
+        switches: Sequence[int] = (),
     ) -> None:
         self._load = load
         self._cache = cache
         self._facts = dict(facts)
         self._model: TorchModel | None = None
         self.window = window
+        self._switches = tuple(switches)
 
-    def logits(self, input_ids: Array, *, keep: int) -> Array:
+    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
         """As `TorchModel.logits`."""
-        data = self._recall(
-            "logits",
-            input_ids,
-            [keep],
-            lambda model: np.ascontiguousarray(model.logits(input_ids, keep=keep), np.float32).tobytes(),
-        )
+
+        def ask(model: TorchModel) -> bytes:
+            logits = model.logits(input_ids, keep=keep, pieces=pieces)
+            return np.ascontiguousarray(logits, np.float32).tobytes()
+
+        data = self._recall("logits", input_ids, self._settings(input_ids, keep, pieces), ask)
         return np.frombuffer(data, np.float32).reshape(keep, -1).copy()
 
-    def distributions(self, input_ids: Array, *, keep: int) -> Distributions:
+    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
         """As `TorchModel.distributions`."""
-        data = self._recall("distributions", input_ids, [keep], _ask_distributions(input_ids, keep))
+        settings = self._settings(input_ids, keep, pieces)
+        data = self._recall("distributions", input_ids, settings, _ask_distributions(input_ids, keep, pieces))
         return Distributions.from_bytes(data, keep)
 
-    def prepare(self, input_ids: Array, *, keep: int) -> None:
+    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
         """Have the answer of `distributions` in the cache, so that the model can be released."""
-        if not self._cache.holds(self._key("distributions", input_ids, [keep])):
-            self.distributions(input_ids, keep=keep)
+        settings = self._settings(input_ids, keep, pieces)
+        if not self._cache.holds(self._key("distributions", input_ids, settings)):
+            self.distributions(input_ids, keep=keep, pieces=pieces)
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """As `TorchModel.greedy`."""
@@ -85,6 +91,10 @@ class RememberedModel:
         model, self._model = self._model, None
         return model
 
+    def _settings(self, input_ids: Array, keep: int, pieces: Sequence[int]) -> list[int]:
+        """What a question's answer depends on besides its tokens."""
+        return [keep, *(pieces if crosses(pieces, len(input_ids), self._switches) else ())]
+
     def _key(self, what: str, input_ids: Array, settings: list[int]) -> str:
         tokens = hashlib.sha256(input_ids.astype(np.int64).tobytes()).hexdigest()
         facts = {**self._facts, "what": what, "tokens": tokens, "settings": settings}
@@ -111,5 +121,5 @@ def _ask_score(prompt: Array, choice: Array) -> Callable[[TorchModel], bytes]:
     return ask
 
 
-def _ask_distributions(input_ids: Array, keep: int) -> Callable[[TorchModel], bytes]:
-    return lambda model: model.distributions(input_ids, keep=keep).to_bytes()
+def _ask_distributions(input_ids: Array, keep: int, pieces: Sequence[int]) -> Callable[[TorchModel], bytes]:
+    return lambda model: model.distributions(input_ids, keep=keep, pieces=pieces).to_bytes()

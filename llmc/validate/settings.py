@@ -9,6 +9,7 @@ from typing import Any
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.graph.interface import Interface
+from llmc.graph.switches import runtime_type
 from llmc.validate.measure import mismatches
 
 _FILE = "genai_config.json"
@@ -88,6 +89,7 @@ def _differences(
     expect("model.vocab_size", model["vocab_size"], logits.shape[-1])
     if not 0 <= model["pad_token_id"] < model["vocab_size"]:
         found.append(f"model.pad_token_id is {model['pad_token_id']}, outside of the vocabulary")
+    expect("model.type", model["type"], runtime_type(interface.restart))
     if interface.max_length is not None:
         expect("model.context_length", model["context_length"], interface.max_length)
     if search["max_length"] > model["context_length"]:

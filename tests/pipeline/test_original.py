@@ -8,8 +8,8 @@ import pytest
 
 from llmc.data import eval_text
 from llmc.errors import ConfigError
-from llmc.pipeline.original import read_text, rope_switches, tokenize
-from tests.models import save_tiny_tokenizer, tiny_config
+from llmc.pipeline.original import read_text, tokenize
+from tests.models import save_tiny_tokenizer
 
 
 def test_several_files_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,16 +37,3 @@ def test_empty_text(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save_tiny_tokenizer(tmp_path))
     with pytest.raises(ConfigError, match="the evaluation text is empty"):
         tokenize(tokenizer, "")
-
-
-def test_rope_switches() -> None:
-    assert rope_switches(tiny_config("llama")) == ()
-    parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    assert rope_switches(tiny_config("llama", rope_parameters=parameters)) == (64,)

@@ -196,10 +196,23 @@ def test_no_window_is_not_applicable(llama: Any, tokens: np.ndarray, tmp_path: P
 def test_a_model_too_short_for_a_level_is_not_measured_and_fails(
     llama: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:
-    found = take(llama, tmp_path, tokens, replace(Variant(), max_length=20))
-    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_17", "length_20"}
-    assert found[DECODE].status is MeasurementStatus.NOT_MEASURED
-    assert failures(found) == {DECODE, TOP1}
+    found = take(llama, tmp_path, tokens, replace(Variant(), max_length=12))
+    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_12"}
+    assert found[DECODE].detail == "6 teacher-forced steps after prompts of 1 tokens"
+    assert found[RAGGED].status is MeasurementStatus.NOT_MEASURED
+    assert failures(found) == {RAGGED}
+
+
+def test_both_sides_of_every_switch_and_what_is_not_looked_at(
+    llama: Any, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
+    parity = Parity(model, TorchModel(llama), tokens, 1 << 10, switches=(130, 159), lengths=(100, 130, 140))
+    prefill, decode = parity.prefill()[0], parity.decode()[0]
+    longest = {"length_1", "length_2", "length_17", "length_99", "length_100", "length_101", "length_110"}
+    assert prefill.figures.keys() == longest | {"length_128", "length_131", "length_157", "length_160"}
+    assert prefill.detail.endswith("not around 140, where nothing switches")
+    assert {"prompt_128", "prompt_131", "prompt_157", "prompt_160"} < decode.figures.keys()
 
 
 def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from llmc.backends.compiled.operands import (
     layout_of,
     scalar_of,
     scales_of,
+    shift_of,
     slice_bounds,
     space_of,
     width_of,
@@ -152,8 +153,10 @@ def _check_reshape(node: ir.Node) -> str | None:
 
 
 def _check_attention(node: ir.Node) -> str | None:
-    if any(v is not None for v in node.inputs[9:]):
-        return "it has position ids, a bias or sinks"
+    if any(v is not None for v in node.inputs[10:]):
+        return "it has a bias or sinks"
+    if len(node.inputs) > 9 and node.inputs[9] is not None and shift_of(node) is None:
+        return "its position ids are not those of the mask"
     if node.attributes.get_int("smooth_softmax", 0):
         return "it has a smooth softmax"
     past = given(node.inputs[3])

@@ -60,6 +60,20 @@ def slice_bounds(node: ir.Node) -> tuple[int, int] | None:
     return low, high
 
 
+def shift_of(node: ir.Node) -> ir.Value | None:
+    """What is added to the positions of an attention's tokens for the rows of its rotary tables, int64 ().
+
+    None where nothing is, or where its position ids are made otherwise.
+    """
+    positions = node.inputs[9] if len(node.inputs) > 9 else None
+    made = None if positions is None else positions.producer()
+    if made is None or made.op_type != "Add":
+        return None
+    source, shift = (given(v) for v in made.inputs)
+    plain = source.name == "position_ids" and source.is_graph_input()
+    return shift if plain and dims_of(shift) == [] and shift.dtype is ir.DataType.INT64 else None
+
+
 def given(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise ValueError("an operand that was checked is missing")

@@ -83,7 +83,7 @@ class Operation:
 #: Members of llmc::Op in their order.
 _FIELDS = (
     *("check", "row", "chunks", "chunk", "ahead", "space", "out", "a", "b", "c", "weight", "bias", "n", "k"),
-    *("x", "y", "cache", "lengths", "cos", "sin", "window", "limit"),
+    *("x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "limit"),
 )
 
 

@@ -18,6 +18,7 @@ from llmc.backends.compiled.operands import (
     layout_of,
     lazy_of,
     scalar_of,
+    shift_of,
     slice_bounds,
     space_of,
     width_of,
@@ -324,6 +325,9 @@ class RegionBuilder:
             positions, half = (int(d) for d in dims_of(cos))
             rotated, interleaved = 2 * half, bool(node.attributes.get_int("rotary_interleaved", 0))
             fields |= {"cos": self.weight(cos), "sin": self.weight(sin), "limit": positions}
+            shift = shift_of(node)
+            if shift is not None:
+                fields["shift"] = self.input(shift)
         geometry = f"{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}"
         kind = f"Attention<{geometry}, {ROWS[self.cache]}>"
         caches = [self.input(past_key), self.input(past_value)]

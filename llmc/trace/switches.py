@@ -1,0 +1,60 @@
+"""What a model does at lengths beyond which it would compute otherwise, as far as its own code tells.
+
+A dynamic rotary embedding (dynamic NTK scaling) computes its frequencies from the longest step that it has
+seen, once that exceeds the positions of the configuration. Up to there they are constant, and a trace holds
+them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_DYNAMIC = "dynamic"
+
+
+def hold_frequencies(model: torch.nn.Module) -> int | None:
+    """Make every dynamic rotary embedding keep the frequencies that it begins with.
+
+    Returns:
+        The largest length up to which the model itself keeps them; None without such an embedding.
+    """
+    lengths = []
+    module: Any
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = kind if isinstance(kind, dict) else {None: kind}
+        if not any(isinstance(k, str) and _DYNAMIC in k for k in kinds.values()):
+            continue
+        held = {layer: "default" if k and _DYNAMIC in k else k for layer, k in kinds.items()}
+        module.rope_type = held if isinstance(kind, dict) else held[None]
+        lengths.append(int(module.max_seq_len_cached))
+    return min(lengths, default=None)
+
+
+def restart_length(model: Any, switches: Sequence[int]) -> int | None:
+    """The first switch at which `generate` drops the KV cache and computes all tokens anew; None if none.
+
+    The model's own `prepare_inputs_for_generation` is asked, with a cache of as many tokens.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    for at in sorted(switches):
+        cache = DynamicCache()
+        keys = torch.zeros(1, 1, at, 1)
+        cache.update(keys, keys, 0)
+        tokens = torch.zeros(1, at + 1, dtype=torch.long)
+        prepared = model.prepare_inputs_for_generation(
+            tokens,
+            past_key_values=cache,
+            attention_mask=torch.ones_like(tokens),
+            use_cache=True,
+            next_sequence_length=1,
+        )
+        if prepared.get("past_key_values") is None:
+            return at
+    return None
