@@ -172,7 +172,8 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
 def _write_vocabulary(tokenizer: Any, file: Path, *, made: bool) -> None:
     """Replace a tokenizer.json that is not what transformers makes of it.
 
-    Some classes build parts of the tokenizer anew, or add tokens that tokenizer_config.json names.
+    Some classes build parts of the tokenizer anew, or add tokens that tokenizer_config.json names; an added
+    token whose id leaves a gap gets the next free one.
 
     Args:
         made: Whether transformers wrote it, which indents it to more than twice its size.
@@ -188,7 +189,9 @@ def _write_vocabulary(tokenizer: Any, file: Path, *, made: bool) -> None:
     if inner is None:
         return
     whole = plain(Tokenizer.from_str(inner.to_str()))
-    if made or plain(Tokenizer.from_file(str(file))) != whole:
+    stated = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
+    moved = any(inner.token_to_id(token["content"]) != token["id"] for token in stated)
+    if made or moved or plain(Tokenizer.from_file(str(file))) != whole:
         file.write_text(whole, encoding="utf-8")
 
 

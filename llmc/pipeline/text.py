@@ -98,13 +98,14 @@ def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
         load_own,
         original_side,
         represents,
+        special_tokens,
     )
 
     known = partial(represents, tokenizer)
     try:
         original = original_side(tokenizer)
         sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
-        texts = compare_texts(original, sides, _texts(tokenizer), tokenizer.all_special_tokens)
+        texts = compare_texts(original, sides, _texts(tokenizer), special_tokens(tokenizer))
         different = list(texts.values()) or compare_chats(original, sides, known)[1]
     except (ParityError, ConfigError) as error:
         different = [error.fact]
@@ -221,9 +222,9 @@ def _compare_texts(
 ) -> tuple[LlmcError | None, TextRecord]:
     """Compare texts; differences in rare kinds alone become the record's exceptions."""
     from llmc.artifact.text import text_kinds
-    from llmc.validate.tokens import compare_texts, original_side
+    from llmc.validate.tokens import compare_texts, original_side, special_tokens
 
-    side, special = _side(answers, record), tokenizer.all_special_tokens
+    side, special = _side(answers, record), special_tokens(tokenizer)
     try:
         different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
     except ParityError as error:

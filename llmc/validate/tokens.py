@@ -126,7 +126,9 @@ def sample_texts(tokenizer: Any, text: str, prompts: Sequence[str]) -> list[str]
     """
     step = max(PIECE, len(text) // PIECES)
     pieces = [text[at : at + PIECE] for at in range(0, len(text), step)]
-    specials = [f"a{token} b{token}" for token in tokenizer.all_special_tokens[:8]]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    tokens = dict.fromkeys([*tokenizer.all_special_tokens[:8], *added[:4], *added[-4:]])
+    specials = [f"a{token} b{token}" for token in tokens]
     texts = [t for t in (*HARD_TEXTS, *prompts, *pieces, *specials) if represents(tokenizer, t)]
     if len(texts) >= FEWEST:
         return texts
@@ -140,6 +142,12 @@ def _own_texts(tokenizer: Any) -> list[str]:
     draw = random.Random(0)
     ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     return [tokenizer.decode(draw.choices(ids, k=12)) for _ in range(FEWEST)]
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Special tokens of a tokenizer of transformers as they are written, unnamed ones included."""
+    added = tokenizer.added_tokens_decoder.values()
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)]))
 
 
 def compare_texts(
@@ -238,7 +246,7 @@ def measure_tokens(
 def _tokenizer(
     own: Any, sides: Sequence[Side], codec: TextCodec, tokenizer: Any, texts: Sequence[str], where: str
 ) -> Measurement:
-    found = compare_texts(original_side(tokenizer), sides, texts, tokenizer.all_special_tokens)
+    found = compare_texts(original_side(tokenizer), sides, texts, special_tokens(tokenizer))
     different = list(found.values())
     other = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
     if other:

@@ -186,6 +186,15 @@ def _add_token(folder: Path, content: str, *, special: bool) -> int:
     return beyond
 
 
+def test_an_added_token_behind_a_gap_has_the_id_that_transformers_gives_it(tmp_path: Path) -> None:
+    n = _add_token(tmp_path, "river", special=False)
+    save_model(tmp_path / "more", rows=n + 9)
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    edit(tmp_path / "more" / "tokenizer.json", added_tokens=[*tokens[:-1], {**tokens[-1], "id": n + 5}])
+    assert examine(tmp_path / "more")[0].served
+    assert AutoTokenizer.from_pretrained(tmp_path / "more" / "out")("river")["input_ids"] == [n]
+
+
 def test_tokens_beyond_the_embedding_are_named(tmp_path: Path) -> None:
     n = _add_token(tmp_path, "<image>", special=True)
     told = f"the model's embedding of {n} rows has none for the special tokens <image> ({n})"
