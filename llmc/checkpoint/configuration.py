@@ -172,7 +172,8 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the config classes of transformers raise whatever their validators do
         raise CheckpointError(
-            f"{file} is not a valid config of {model_type}: {first_lines(error)}"
+            f"{file} is not a valid config of {model_type}: {first_lines(error)}",
+            hint="correct the field that is named in it: transformers does not take the config as it is",
         ) from error
     refuse_cross_attention(config)
     refuse_unknown_type(config)
