@@ -284,7 +284,7 @@ def test_an_artifact_that_is_verified_by_token_ids_says_so(tmp_path: Path) -> No
 
 
 def test_a_template_that_was_given_is_part_of_the_original_ever_after(tmp_path: Path) -> None:
-    from llmc.pipeline.gate import open_pair
+    from llmc.pipeline.original import open_pair
 
     (tmp_path / "own.jinja").write_text(CHAT)
     save_model(tmp_path / "model", chat_template=REPLACE)
