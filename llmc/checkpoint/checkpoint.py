@@ -239,7 +239,7 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
         quantization = read.quantization
         mapping = conversion.model_mapping(model)
         raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))
-        dropped, notes, reader_only = {}, (*read.notes, *renamed), "".join(renamed)
+        dropped, notes, reader_only = {}, (*store.notes, *read.notes, *renamed), "".join(renamed)
     merge = None if added is None else plan_merge(added, ref, model, raw)
     if merge is not None and merge.files:
         raw = AdaptedStore(raw, merge.files)

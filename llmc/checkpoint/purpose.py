@@ -39,7 +39,8 @@ def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
         UnsupportedError: It is an embedding model, a classifier, a reranker or a reward model.
     """
     hint = "llmc compiles causal language models, which predict the next token"
-    for name in fields.get("architectures") or ():
+    stated = fields.get("architectures")
+    for name in stated if isinstance(stated, list) else [stated or ""]:
         purpose = _purpose(str(name), str(fields.get("model_type")))
         if purpose is not None:
             raise UnsupportedError(f"{folder} holds a {name}, which {purpose}", hint=hint)

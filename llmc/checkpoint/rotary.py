@@ -21,8 +21,8 @@ def refuse_contradiction(file: str, fields: Mapping[str, Any]) -> None:
         CheckpointError: They do not.
     """
     for place, group in _groups(fields):
-        old, new = group.get("type"), group.get("rope_type")
-        if old is not None and new is not None and _OLD_NAMES.get(old, old) != _OLD_NAMES.get(new, new):
+        old, new = (str(group.get(key, "")) for key in ("type", "rope_type"))
+        if old and new and _OLD_NAMES.get(old, old) != _OLD_NAMES.get(new, new):
             raise CheckpointError(
                 f"{place} of {file} says type {old} and rope_type {new}",
                 hint="leave the one that the model was trained with",
@@ -41,7 +41,7 @@ def refuse_unknown_type(config: PreTrainedConfig) -> None:
     stated = getattr(text, "rope_parameters", None) or {}
     known = {"default", "axial", *ROPE_INIT_FUNCTIONS}
     for group in (stated, *(value for value in stated.values() if isinstance(value, dict))):
-        kind = group.get("rope_type", "default")
+        kind = str(group.get("rope_type", "default"))
         if kind not in known:
             raise UnsupportedError(
                 f"the rotary embedding of this {config.model_type} config is of rope_type {kind}, which "

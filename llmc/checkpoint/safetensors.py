@@ -22,7 +22,7 @@ import onnx_ir as ir
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.ranges import read_range, row_range
 from llmc.checkpoint.ties import equal_rows
-from llmc.errors import CheckpointError, UnsupportedError
+from llmc.errors import CheckpointError, UnsupportedError, count_names
 from llmc.graph.weights import Array, TensorInfo
 
 SINGLE = "model.safetensors"
@@ -61,10 +61,17 @@ class _Stored:
 
 
 class SafetensorsStore:
-    """A `WeightStore` over one or several safetensors files, under the names in the files."""
+    """A `WeightStore` over one or several safetensors files, under the names in the files.
 
-    def __init__(self, files: tuple[Path, ...], tensors: Mapping[str, _Stored]) -> None:
+    Args:
+        notes: Sentences for the user about files that are not read.
+    """
+
+    def __init__(
+        self, files: tuple[Path, ...], tensors: Mapping[str, _Stored], notes: tuple[str, ...] = ()
+    ) -> None:
         self.files = files
+        self.notes = notes
         self._tensors = tensors
         self._infos = MappingProxyType({name: t.info for name, t in tensors.items()})
         self._finite = FiniteCheck()
@@ -78,7 +85,7 @@ class SafetensorsStore:
             UnsupportedError: A tensor in a type that is not read, such as packed fp4.
         """
         if (folder / SINGLE).is_file():
-            return cls((folder / SINGLE,), _read_header(folder / SINGLE))
+            return cls((folder / SINGLE,), _read_header(folder / SINGLE), _unread_shards(folder))
         if (folder / INDEX).is_file():
             return cls._open_sharded(folder)
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
@@ -133,6 +140,14 @@ class SafetensorsStore:
         stored = self._tensors[name]
         low, _ = row_range(stored.info.shape, start, stop)
         return self._finite.check(name, low, stored.read(start, stop))
+
+
+def _unread_shards(folder: Path) -> tuple[str, ...]:
+    """A note where shards lie beside the one file that is read, as by transformers."""
+    shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
+    if not shards:
+        return ()
+    return (f"Not used: {count_names(shards)}, since {SINGLE} lies beside them and is read first.",)
 
 
 def _check_placed(shard: Path, held: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:

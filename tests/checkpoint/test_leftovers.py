@@ -100,6 +100,13 @@ def test_half_of_the_layers(models: Callable[[str], Path], with_tensors: Callabl
     refused(edit_config(with_tensors("gpt2", {}), n_layer=2), "have 3 decoder layers and config.json says 2")
 
 
+def test_shards_beside_the_whole_file(with_tensors: Callable[..., Path]) -> None:
+    folder = with_tensors("llama", {})
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
+    (note,) = opened(folder).notes
+    assert "model-00001-of-00001.safetensors, since model.safetensors" in note
+
+
 def test_a_copy_of_a_parameter_is_no_leftover(with_tensors: Callable[..., Path]) -> None:
     folder = with_tensors("llama", {})
     tensors = load_file(folder / "model.safetensors")

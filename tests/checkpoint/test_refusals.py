@@ -153,6 +153,7 @@ def test_cross_attention(config: dict[str, object], layers: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("scaling", "message", "kind"),
     [
+        ({"rope_type": ["linear"]}, r"is of rope_type \['linear'\]", UnsupportedError),
         ({"type": "su2", "factor": 2.0}, "rope_type su2, .* it has .*linear, llama3", UnsupportedError),
         (
             {"type": "linear", "rope_type": "yarn", "factor": 4.0},
