@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,11 +40,15 @@ def compare_loaders(checkpoint: Checkpoint) -> Agreement:
     """Load the checkpoint by `from_pretrained`, and compare each parameter with what `checkpoint` reads.
 
     Values must be equal as float32. Of a quantized folder they may differ by the rounding of what
-    transformers dequantizes; what it keeps in codes, or does not understand, is not compared. Takes the
-    memory of the model in float32.
+    transformers dequantizes; what it keeps in codes, or does not understand, is not compared. Of a model
+    with an adapter the model without it is compared. Takes the memory of the model in float32.
     """
-    if checkpoint.reader_only or checkpoint.altered:
-        return Agreement(left_out=checkpoint.reader_only or "an adapter was merged into the model")
+    if checkpoint.base is not None:
+        found = compare_loaders(checkpoint.base)
+        told = filter(None, [found.left_out, "the adapter's changes"])
+        return replace(found, left_out="; ".join(told))
+    if checkpoint.reader_only:
+        return Agreement(left_out=checkpoint.reader_only)
     try:
         model, info = load_with_transformers(checkpoint.path, checkpoint.config)
     except CheckpointError as error:

@@ -53,6 +53,7 @@ class Checkpoint:
             nothing.
         notes: Sentences for the user about what was left out of the input or read in an unusual way.
         adapter: What was merged into the files' model; None for nothing.
+        base: The files' model without `adapter`; None where that is None.
         tokenizer_path: Where the tokenizer lies if not in `path`.
         beside: Tensors of a multimodal model that do not belong to its language model, by the module that
             they are in, e.g. `model.vision_tower`.
@@ -72,6 +73,7 @@ class Checkpoint:
     altered: str = ""
     notes: tuple[str, ...] = ()
     adapter: AdapterRecord | None = None
+    base: Checkpoint | None = None
     tokenizer_path: Path | None = None
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chat_template: str | None = None
@@ -280,5 +282,6 @@ def _merged(base: Checkpoint, merge: Merge) -> Checkpoint:
         altered=adapter.digest,
         notes=(*base.notes, *merge.notes, *merged.notes, *merge.tokenizer_notes(base.path)),
         adapter=merge.record,
+        base=base,
         tokenizer_path=adapter.path if adapter.has_tokenizer else None,
     )

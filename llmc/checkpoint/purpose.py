@@ -54,9 +54,14 @@ def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _purpose(name: str, model_type: str) -> str | None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
 
-    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type):
+    writers = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if name in [mapping.get(model_type) for mapping in writers]:
         return None
     for pattern, purpose in _OTHER_HEADS:
         if re.search(pattern, name):

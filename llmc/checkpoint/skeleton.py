@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Literal
 
 from llmc.architecture import auto_class
@@ -28,7 +29,19 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             f"transformers cannot build a causal language model from this {config.model_type} config: "
             f"{type(error).__name__}: {error}"
         ) from error
+    _require_text_alone(model)
     return model
+
+
+def _require_text_alone(model: PreTrainedModel) -> None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in plain]
+    if others := [name for name in needed if name != "input_ids"]:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not run on text alone: it needs {' and '.join(others)}",
+            hint="multimodal models that put images among the tokens are built from text",
+        )
 
 
 def build_hollow(config: PreTrainedConfig, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:

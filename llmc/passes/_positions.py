@@ -184,7 +184,7 @@ class PositionTables:
             if node is not None:
                 if node not in seen:
                     seen.add(node)
-                    pending.extend(v for v in node.inputs if v is not None)
+                    pending.extend(v for v in node.inputs if v is not None and not _counts_rows(node))
             elif isinstance(current.const_value, LazyWeight):
                 return Declined("rotary-weights", f"{value.name} is computed from weight {current.name}")
             elif constant_of(current) is None and current.name != "position_ids":
@@ -232,6 +232,16 @@ def _session(
     return run
 
 
+def _counts_rows(node: ir.Node) -> bool:
+    """Whether a node gives the batch size, as the first dimension of an input of the graph.
+
+    Every input of the graph has it, `position_ids` too.
+    """
+    source = node.inputs[0] if node.op_type == "Shape" else None
+    start, end = (node.attributes.get_int(name, 0) for name in ("start", "end"))
+    return source is not None and source.is_graph_input() and (start, end) == (0, 1)
+
+
 def _reads_positions(node: ir.Node) -> bool:
     return any(v is not None and v.producer() is None and v.name == "position_ids" for v in node.inputs)
 
@@ -276,7 +286,7 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: 
 
     made = []
     for node in nodes:
-        inputs = [copy_of(v) for v in node.inputs]
+        inputs = [positions] if _counts_rows(node) else [copy_of(v) for v in node.inputs]
         outputs = [ir.Value(name=o.name) for o in node.outputs]
         copies.update(zip(node.outputs, outputs, strict=True))
         attributes = [_widen_attribute(a) for a in node.attributes.values()]

@@ -106,6 +106,7 @@ def test_unknown_model_type(tmp_path: Path) -> None:
         ({"model_type": "deberta-v2"}, "no causal language model"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "voxtral"}, "no causal language model"),
+        ({"model_type": "blip-2"}, "does not run on text alone: it needs pixel_values"),
     ],
 )
 def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A LoRA adapter from the command's plan to the verified artifact, and back to the adapter."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def test_it_is_merged_recorded_and_found_again(tmp_path: Path, monkeypatch: pyte
     said = f"adapter {adapter}: LoRA of rank 4, alpha 16 merged into 3 modules (q_proj 3)"
     assert result.manifest.state is State.VERIFIED
     assert said in notes.notes
+    measured = json.loads((out / "reports" / "parity.json").read_text())["measurements"]
+    loaders = next(each["detail"] for each in measured if each["metric"] == "original.mismatches")
+    assert loaders.endswith("parameters are equal; the adapter's changes, which are not compared")
     assert said in result.render()
     assert said in inspect(str(out)).render()
 

@@ -33,6 +33,8 @@ def test_it_is_verified_and_the_build_says_what_was_left_out(
     said = f"text only: {count} tensors of model.visual are left out"
     assert (manifest.state, manifest.model.notes) == (State.VERIFIED, (said,))
     assert [n for n in notes.notes if "left out" in n or "does not use" in n] == [said]
+    applied = {record.name: record.applied for record in manifest.passes}
+    assert (applied["rotary"], applied["group-query-attention"]) == (6, 3)
     assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
 
 
