@@ -15,10 +15,15 @@ _COMPILED, _PLAIN, _GPU = "cpu-mixed-compiled", "cpu-mixed", "cuda-int4"
 
 @dataclass(frozen=True)
 class Choice:
-    """A target, and a sentence on why it was taken."""
+    """A target, and a sentence on why it was taken.
+
+    Args:
+        otherwise: Target for a model that kernels cannot give what `target` asks of them.
+    """
 
     target: str
     reason: str
+    otherwise: str | None = None
 
 
 def choose_target(profile: str, path: Path | None = None) -> Choice:
@@ -37,7 +42,8 @@ def choose_target(profile: str, path: Path | None = None) -> Choice:
         return Choice(_GPU, f"target {_GPU}, the default for a GPU; llmc targets lists the others")
     lacking = _lacks_kernels(hardware)
     if lacking is None:
-        return Choice(_COMPILED, f"target {_COMPILED}, the default where kernels can be compiled")
+        reason = f"target {_COMPILED}, the default where kernels can be compiled"
+        return Choice(_COMPILED, reason, otherwise=_PLAIN)
     return Choice(_PLAIN, f"target {_PLAIN}, the default without compiled kernels: {lacking}")
 
 

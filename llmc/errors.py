@@ -57,6 +57,10 @@ class GraphError(UnsupportedError):
     """A graph breaks one of its invariants, or a pass broke it (exit code 3)."""
 
 
+class KernelError(UnsupportedError):
+    """Compiled kernels cannot give this model what the target asks of them (exit code 3)."""
+
+
 class ResourceError(LlmcError):
     """Memory, disk or a runtime is missing (exit code 4)."""
 

@@ -1,12 +1,15 @@
 """The target of a build that names none."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from llmc.catalog import list_targets
+from llmc.cli import main
 from llmc.defaults import choose_target
 from llmc.errors import ConfigError
+from tests.models import EOS, save_tiny_model
 
 
 def test_kernels_are_compiled_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +48,13 @@ def test_every_default_ships() -> None:
 def test_an_unknown_profile() -> None:
     with pytest.raises(ConfigError, match="no profile is named nowhere"):
         choose_target("nowhere")
+
+
+def test_a_model_that_kernels_do_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model("gpt_oss", tmp_path / "m", tokenizer=True, eos_token_id=EOS, num_hidden_layers=1)
+    with pytest.raises(SystemExit) as caught:
+        main(("build", str(model), "-o", str(tmp_path / "out"), "--no-verify"))
+    assert caught.value.code == 0
+    told = capsys.readouterr().err
+    assert "bias or sinks; building target cpu-mixed instead" in told
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["target"]["name"] == "cpu-mixed"

@@ -41,7 +41,7 @@ def load_config(path: Path) -> PreTrainedConfig:
 def load_declarations(path: Path) -> tuple[Declaration, ...]:
     """What a Hugging Face folder says about the quantization of its weights; empty for floats and for a GGUF.
 
-    The first declaration is parsed, so that a method that is not read is refused before weights are fetched.
+    That of config.json is parsed, so that a method that is not read is refused before weights are fetched.
 
     Raises:
         CheckpointError: No config.json, or one that is damaged.
@@ -50,7 +50,7 @@ def load_declarations(path: Path) -> tuple[Declaration, ...]:
     if path.is_file():
         return ()
     declared = find_declarations(path, _read_json(path / "config.json"))
-    if declared:
+    if declared and declared[0].source == "config.json":
         declared[0].parse()
     return declared
 

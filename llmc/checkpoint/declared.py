@@ -118,4 +118,8 @@ def _side_file(file: Path, method: str | None) -> Mapping[str, Any]:
         fields = inner if inner.get("quant_algo") else {}
     if not fields:
         return {}
-    return fields if method is None or "quant_method" in fields else {"quant_method": method, **fields}
+    return (
+        fields
+        if method is None or {"quant_method", "method"} & fields.keys()
+        else {"quant_method": method, **fields}
+    )

@@ -63,7 +63,7 @@ _MODELOPT = {
 
 def method_name(fields: Mapping[str, Any]) -> str:
     """The method that `fields` name, by its usual name where it is one that is read."""
-    name = str(fields.get("quant_method") or "an unnamed method")
+    name = str(fields.get("quant_method") or fields.get("method") or "an unnamed method")
     return _ALIASES.get(name, name)
 
 
@@ -90,7 +90,7 @@ def parse_quantization(
 
 
 def _parse_gptq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    layout = fields.get("checkpoint_format")
+    layout = fields.get("checkpoint_format") or fields.get("format")
     if layout not in {None, "gptq", "gptq_v2"} or fields.get("is_marlin_format"):
         raise _unknown(folder, "gptq", f"layout {layout if layout not in {None, 'gptq'} else 'marlin'}")
     bits = _bits(fields["bits"], (2, 3, 4, 8), folder, "gptq")
@@ -114,7 +114,8 @@ def _dynamic(rules: Mapping[str, Any], bits: int, group_size: Any) -> _Targets:
 
 
 def _parse_awq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    version = str(fields.get("version") or "gemm").lower()
+    stated = (fields.get(key) for key in ("version", "checkpoint_format", "format"))
+    version = next((str(name).lower() for name in stated if name), "gemm")
     if version != "gemm":
         raise _unknown(folder, "awq", f"layout {version}")
     bits = fields["bits"] if "bits" in fields else fields["w_bit"]

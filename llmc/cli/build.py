@@ -1,5 +1,6 @@
 """`llmc build`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,7 @@ def build(
 
         emit(pipeline.resume(Path(model), open_progress()), as_json=as_json)
         return
+    from llmc.errors import KernelError
     from llmc.plan import plan_build
 
     choice = None
@@ -88,9 +90,9 @@ def build(
 
         choice = choose_target(profile, path)
         target = choice.target
-    plan = plan_build(
+    plan_for = partial(
+        plan_build,
         model,
-        target=target,
         profile=profile,
         output=output,
         verify=not no_verify,
@@ -100,9 +102,17 @@ def build(
         token_ids=token_ids,
         adapter=adapter,
     )
+    plan = plan_for(target=target)
     from llmc import pipeline
 
     progress = open_progress()
     if choice is not None:
         progress.note(choice.reason)
-    emit(pipeline.build(plan, progress), as_json=as_json)
+    try:
+        result = pipeline.build(plan, progress)
+    except KernelError as error:
+        if choice is None or choice.otherwise is None:
+            raise
+        progress.note(f"{error.fact}; building target {choice.otherwise} instead")
+        result = pipeline.build(plan_for(target=choice.otherwise), progress)
+    emit(result, as_json=as_json)

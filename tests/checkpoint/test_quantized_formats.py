@@ -293,6 +293,12 @@ def test_floats_that_are_said_to_be_quantized_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_side_files_of_other_tools_do_not_matter_to_floats(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    (tmp_path / "quantization_config.json").write_text(json.dumps({"ratio": 0.8}))
+    assert "quantization_config.json says" in open_checkpoint(str(tmp_path)).notes[0]
+
+
 def test_the_declaration_that_fits_the_codes_counts(tmp_path: Path) -> None:
     values = write_codes(tmp_path, {"quant_method": "awq", "bits": 4, "group_size": 64}, pack_gptq())
     (tmp_path / "quantize_config.json").write_text(json.dumps(gptq_config()))

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.operands import MICROSOFT, dims_of
 from llmc.config import CacheType
-from llmc.errors import UnsupportedError
+from llmc.errors import KernelError
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import Graph
 
@@ -25,7 +25,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         reasons: Why nodes stay with ONNX Runtime.
 
     Raises:
-        UnsupportedError: ONNX Runtime's operators read the past of some layer.
+        KernelError: ONNX Runtime's operators read the past of some layer.
     """
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
     left = [slot for slot in graph.cache if not {values[slot.past_key], values[slot.past_value]} <= held]
@@ -33,7 +33,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         attention = (MICROSOFT, "GroupQueryAttention")
         whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
         why = whys[0] if whys else "it is in plain operators"
-        raise UnsupportedError(
+        raise KernelError(
             f"a KV cache in {cache.value} needs compiled attention in every layer; {len(left)} of "
             f"{len(graph.cache)} stay with ONNX Runtime: {why}",
             hint="use kv_cache: float32",
