@@ -214,7 +214,9 @@ class Quantization(Strict):
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
-    kept_accuracy: dict[Annotated[WeightRole, Field(strict=False)], Literal[0, 1, 2, 3, 4]] = {}
+    kept_accuracy: dict[Annotated[WeightRole, Field(strict=False)], Literal[0, 1, 2, 3, 4]] = Field(
+        default_factory=dict
+    )
     scales: Literal["activations", "float16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None

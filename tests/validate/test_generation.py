@@ -110,6 +110,7 @@ def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
     )
     areas = ("prefill", "chunks", "decode", "ragged", "window", "text", "generate")
     assert {m.metric for m in made} == {m for m in Metric if m.partition(".")[0] in areas}
+    made = tuple(m for m in made if m.metric is not Metric.TEXT_KL_RATIO)  # nothing here is quantized
     assert all(m.status is MeasurementStatus.MEASURED and math.isfinite(m.value) for m in made)
 
 

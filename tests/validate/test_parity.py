@@ -23,7 +23,12 @@ from .decoder import Variant, write_decoder
 PREFILL, DECODE, TOP1 = Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1
 CHUNKS, RAGGED, WINDOW = Metric.CHUNKS_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS
 KL, TEXT_TOP1, PERPLEXITY = Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO
-UNGATED = {Metric.TEXT_KL_P99, Metric.TEXT_KL_MAX, Metric.TEXT_TOP5}  # NaN fails without a gate
+UNGATED = {
+    Metric.TEXT_KL_P99,
+    Metric.TEXT_KL_MAX,
+    Metric.TEXT_TOP5,
+    Metric.TEXT_KL_RATIO,
+}  # NaN fails without a gate
 EVERY = {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW, KL, TEXT_TOP1, PERPLEXITY, *UNGATED}
 
 WHY = "tiny random model in float32"
