@@ -290,6 +290,7 @@ def refused(
         ({"peft_type": "ADALORA"}, "is of kind ADALORA; LORA is merged"),
         ({"peft_type": "PROMPT_TUNING"}, "of kind PROMPT_TUNING"),
         ({"peft_type": None, "fine_tune_type": "lora"}, "not in peft's layout: it has no peft_type"),
+        ({"task_type": "SEQ_CLS"}, "was trained for SEQ_CLS"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialized by pissa_niter_4, which changes the base"),
         ({"layer_replication": [[0, 2]]}, "uses layer_replication, which is not merged"),
         ({"something_new": True}, "uses something_new"),
@@ -297,7 +298,7 @@ def refused(
 )
 def test_kinds_that_are_not_merged(fields: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:
     hint = refused(llama, save_adapter(tmp_path, on_q(), **fields), message, UnsupportedError)
-    assert "merge_and_unload" in hint
+    assert "merge_and_unload" in hint or "task_type" in fields
 
 
 @pytest.mark.parametrize(
@@ -306,6 +307,7 @@ def test_kinds_that_are_not_merged(fields: dict[str, Any], message: str, llama: 
         (on_q(4), {}, "changes model.layers.3.self_attn.q_proj.weight, which the base does not have"),
         (on_q(2), {"target_modules": ["q_proj"]}, "has nothing for model.layers.2.self_attn.q_proj"),
         (on_q(2), {"target_modules": r".*\.q_proj"}, "has nothing for model.layers.2.self_attn.q_proj"),
+        (on_q(), {"target_modules": "all-linear"}, "has nothing for model.layers.0.self_attn.k_proj"),
         (on_q(), {"r": 8}, r"lora_A.weight of .* has shape \[4, 64\], and \[8, 64\]"),
         (low_rank(Q.format(0), 64, 32), {}, r"has shape \[4, 32\], and \[4, 64\]"),
         ({k: v for k, v in on_q().items() if "lora_A" in k}, {}, "has only lora_A of model.layers.0"),

@@ -21,16 +21,27 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained) and build the merged model"
+#: Value of `target_modules` for every linear layer but the head.
+ALL_LINEAR = "all-linear"
 #: Fields that are read.
 _READ = frozenset(
-    {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    {
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+    }
     | {"use_rslora", "use_dora", "target_modules", "exclude_modules", "target_parameters", "modules_to_save"}
     | {"layers_to_transform", "layers_pattern", "trainable_token_indices", "ensure_weight_tying"}
     | {"init_lora_weights"}
 )
 #: Fields about training, or that the tensors and the base's modules say again.
 _NEUTRAL = frozenset(
-    {"auto_mapping", "inference_mode", "task_type", "lora_dropout", "fan_in_fan_out", "bias", "peft_version"}
+    {"auto_mapping", "inference_mode", "lora_dropout", "fan_in_fan_out", "bias", "peft_version"}
     | {"runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}
     | {"megatron_config", "megatron_core", "qalora_group_size", "lora_bias", "_custom_modules"}
 )
@@ -97,6 +108,8 @@ class LoraConfig:
             re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved
         ):
             return False
+        if self.targets == ALL_LINEAR:
+            return True
         if not _names(self.targets, module):
             return False
         if self.layers is None or isinstance(self.targets, str) or module in self.targets:
@@ -123,6 +136,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     if kind != "LORA":
         told = f"of kind {kind}" if kind else "not in peft's layout: it has no peft_type"
         raise UnsupportedError(f"the adapter {folder} is {told}; LORA is merged", hint=_MERGE)
+    task = fields.get("task_type")
+    if task not in (None, "", "CAUSAL_LM"):
+        raise UnsupportedError(
+            f"the adapter {folder} was trained for {task}, and llmc builds causal language models (CAUSAL_LM)"
+        )
     _refuse_unknown(fields, folder)
     try:
         return _parse(fields)

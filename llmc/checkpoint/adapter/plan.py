@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.manifest import AdapterRecord
+from llmc.checkpoint.adapter.config import ALL_LINEAR
 from llmc.checkpoint.adapter.folder import Adapter
 from llmc.checkpoint.adapter.low_rank import (
     ExpertLowRankRows,
@@ -130,11 +131,13 @@ class _Planner:
         import torch
         from transformers.pytorch_utils import Conv1D
 
-        if self._config.targets == "all-linear":
-            return
+        linear: tuple[type, ...] = (torch.nn.Linear, Conv1D)
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        every = self._config.targets == ALL_LINEAR
+        kinds = linear if every else (*linear, torch.nn.Embedding)
         for name, module in self._model.named_modules():
-            kind = isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-            if kind and name not in self.merged and self._config.adapts(name):
+            candidate = isinstance(module, kinds) and not (every and module is head)
+            if candidate and name not in self.merged and self._config.adapts(name):
                 raise CheckpointError(
                     f"{self._whose} has nothing for {name}, which its target_modules name",
                     hint="an adapter fits the model that it was trained on",
