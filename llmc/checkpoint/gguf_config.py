@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,7 @@ def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     fields, read = _transformers_fields(header)
     config_class = _config_class(header, fields["model_type"])
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    _check_blocks(header)
     stated = _stated_fields(header, read, known)
     fields |= _implied_fields(header, known) | {field: value for field, (_, value) in stated.items()}
     config = _make(header, config_class, fields)
@@ -159,6 +161,19 @@ def _refuse_kinds(header: GgufHeader) -> None:
             f"{file} is a Falcon with {header.value('attention.head_count_kv')} heads of keys, "
             "whose joined projection transformers does not put back into order",
             hint=_ORIGINAL,
+        )
+
+
+def _check_blocks(header: GgufHeader) -> None:
+    """Compare the number of blocks that the metadata states with the tensors."""
+    found = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in header.tensors]
+    count = 1 + max((int(match[1]) for match in found if match is not None), default=-1)
+    stated = header.value("block_count")
+    if count and stated != count:
+        raise CheckpointError(
+            f"{header.files[0]} has tensors of {count} blocks, "
+            f"and {header.architecture}.block_count is {stated}",
+            hint="download it again, or convert the original model again",
         )
 
 
@@ -330,6 +345,8 @@ def _layer_types(header: GgufHeader, pattern: Any, known: set[str]) -> list[str]
     """Layer by layer: every `pattern`th is global, or those that a list of flags does not mark as sliding."""
     count = header.value("block_count")
     if "layer_types" not in known or not count or (isinstance(pattern, list) and len(pattern) != count):
+        raise _not_applied(header, f"{header.architecture}.attention.sliding_window_pattern", pattern)
+    if not isinstance(pattern, list | int):
         raise _not_applied(header, f"{header.architecture}.attention.sliding_window_pattern", pattern)
     slides = pattern if isinstance(pattern, list) else [bool((i + 1) % max(pattern, 1)) for i in range(count)]
     return ["sliding_attention" if flag else "full_attention" for flag in slides]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.checkpoint.gguf_parts import all_parts
+from llmc.checkpoint.gguf_types import check_types
 from llmc.errors import CheckpointError, UnsupportedError
 
 _MAGIC = b"GGUF"
@@ -83,6 +84,7 @@ class GgufHeader:
         architecture = first.metadata.get("general.architecture")
         if not isinstance(architecture, str):
             raise CheckpointError(f"{first.file} names no architecture", hint="download it again")
+        check_types(first.file, architecture, first.metadata)
         tensors = tuple(tensor for part in parts for tensor in part.tensors)
         repeated = [name for name, n in Counter(t.name for t in tensors).items() if n > 1]
         if repeated:

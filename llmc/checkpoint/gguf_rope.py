@@ -211,6 +211,12 @@ def read_rotary(header: GgufHeader) -> Rotary:
             hint="compile the original Hugging Face checkpoint instead",
         )
     context = header.value("rope.scaling.original_context_length") or header.value("context_length") or 0
+    if factor <= 0 or dimensions < 2 or (kind == "yarn" and context < 1):
+        raise CheckpointError(
+            f"{header.files[0]} has a rotary embedding of {dimensions} dimensions, "
+            f"scaled by a factor of {factor} from a context of {context} tokens",
+            hint="convert the original model again",
+        )
     extrapolation = header.value("rope.scaling.yarn_ext_factor")
     if extrapolation is None or extrapolation < 0:
         extrapolation = 1.0 if kind == "yarn" else 0.0
@@ -316,7 +322,8 @@ def _refuse_unknown(header: GgufHeader) -> None:
         if not key.startswith(prefix):
             continue
         suffix = key.removeprefix(prefix)
-        if suffix == "dimension_sections" and (not any(value) or header.architecture.startswith("qwen35")):
+        sections = suffix == "dimension_sections" and isinstance(value, list)
+        if sections and (not any(value) or header.architecture.startswith("qwen35")):
             continue
         if suffix not in _READ and value != _NEUTRAL.get(suffix):
             raise UnsupportedError(

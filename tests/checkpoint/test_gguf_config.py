@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmc.checkpoint import open_checkpoint
-from llmc.errors import UnsupportedError
+from llmc.errors import CheckpointError, UnsupportedError
 from tests.checkpoint.tiny_gguf import HEADS, HIDDEN, LAYERS, write_gguf
 
 
@@ -102,3 +102,23 @@ def test_biases_of_all_projections_are_taken(tmp_path: Path) -> None:
 def test_generation_ends_at_the_end_of_a_turn(facts: dict[str, Any], ends: object, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts)))
     assert checkpoint.generation_config().eos_token_id == ends
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"rope.scaling.factor": "x"}, r"rope\.scaling\.factor = 'x', which must be a number"),
+        ({"rope.freq_base": 0.0}, r"rope\.freq_base = 0\.0, which must be a number above 0"),
+        ({"rope.scaling.attn_factor": float("nan")}, "= nan, which must be a number"),
+        ({"embedding_length": "64"}, "which must be a whole number"),
+        ({"tokenizer.ggml.bos_token_id": [1, 2]}, r"bos_token_id = an array, which must be a whole number"),
+        ({"tokenizer.ggml.add_bos_token": 1.5}, "which must be true or false"),
+        ({"tokenizer.ggml.pre": 3}, "which must be a text"),
+        ({"block_count": 2**31}, r"has tensors of 2 blocks, and llama\.block_count is 2147483648"),
+        ({"block_count": 1}, r"has tensors of 2 blocks, and llama\.block_count is 1"),
+        ({"rope.dimension_count": 1}, "a rotary embedding of 1 dimensions"),
+    ],
+)
+def test_value_that_no_key_can_have(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts)))
