@@ -202,10 +202,10 @@ class Quantization(Strict):
     """Weight-only quantization of a target.
 
     Args:
-        accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 4 int8 activations by block.
-        scales: Type that scales are stored in. `activations`: that of the activations, which the operators
-            take; `float16`: in half as many bytes where that is float32, made float32 when a session starts.
-            Experts have the former.
+        accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 2 fp16 (kernels: int16), 4 int8 activations.
+        kept_accuracy: The same, by role, for codes kept from the checkpoint, which lose nothing else.
+        scales: Type that scales are stored in: that of the `activations`, as operators take them, or
+            `float16`, made float32 when a session starts. Experts have the former.
         rules: Tried in order, per matrix.
         calibration: Text for methods that need it; None if nothing has such a method.
         scale_channels: Scale channels of activations before their weights are calibrated, where that costs
@@ -214,6 +214,9 @@ class Quantization(Strict):
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
+    kept_accuracy: dict[Annotated[WeightRole, Field(strict=False)], Literal[0, 1, 2, 3, 4]] = Field(
+        default_factory=dict
+    )
     scales: Literal["activations", "float16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None

@@ -200,6 +200,7 @@ def _with_weights(
     quantize = Quantization.model_validate(
         {
             "accuracy_level": level,
+            "kept_accuracy": stated.kept_accuracy if level == stated.accuracy_level else {},
             "scales": stated.scales,
             "rules": tuple(rules),
             "calibration": (stated.calibration or _CALIBRATION) if calibrated else None,

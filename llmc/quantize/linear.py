@@ -197,8 +197,11 @@ def quantize_weights(
             if decision.stored is not None:
                 kept_as = decision.stored.storage_type(kept_as)
             operands = _Operands(graph.graph, matrix, scheme, dtype, kept_as, calibration, decision.stored)
+            level = quantization.accuracy_level
+            if decision.stored is not None:
+                level = quantization.kept_accuracy.get(matrix.role, level)
             for linear in matrix.linears:
-                _replace_linear(graph.graph, linear, operands, quantization.accuracy_level)
+                _replace_linear(graph.graph, linear, operands, level)
             for embedding in matrix.embeddings:
                 _replace_embedding(graph.graph, embedding, operands)
             if not matrix.weight.uses():

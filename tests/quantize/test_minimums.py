@@ -8,12 +8,12 @@ import pytest
 
 from llmc.backends.minimums import split_minimums
 from llmc.backends.ort import write_model
-from llmc.config import Dtype
+from llmc.config import Dtype, WeightRole
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, TensorInfo
 from llmc.quantize.linear import quantize_weights
 from llmc.validate.weights import read_stored
-from tests.quantize.test_linear import IDS, Tensors, decoder, everything, run
+from tests.quantize.test_linear import IDS, Tensors, decoder, everything, random, run
 from tests.quantize.test_stored import minimum_rows
 
 WIDTH = 96
@@ -29,7 +29,7 @@ class CodedTensors(Tensors):
 
     def infos(self) -> dict[str, TensorInfo]:
         plain = super().infos()
-        return {n: TensorInfo(n, i.shape, i.dtype, self._codes[n]) for n, i in plain.items()}
+        return {n: TensorInfo(n, i.shape, i.dtype, self._codes.get(n)) for n, i in plain.items()}
 
 
 def coded_decoder(
@@ -54,6 +54,16 @@ def test_zero_points_are_float_operands() -> None:
         assert zeros.dtype is ir.DataType.FLOAT
         assert zeros.shape is not None
         assert zeros.shape.numpy() == (50 if "proj" not in str(zeros.name) else WIDTH, WIDTH // 32)
+
+
+def test_products_with_kept_codes_have_an_accuracy_of_their_own() -> None:
+    store = CodedTensors({"embed": (50, WIDTH), "proj": (WIDTH, WIDTH)}, 4, 32)
+    store.arrays["head"] = random(50, WIDTH)
+    graph = decoder(store)
+    stated = everything(4).model_copy(update={"kept_accuracy": dict.fromkeys(WeightRole, 2)})
+    quantize_weights(graph, stated, Dtype.FLOAT32)
+    products = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+    assert [node.attributes["accuracy_level"].as_int() for node in products] == [2, 4]
 
 
 @pytest.mark.parametrize("tied", [True, False])

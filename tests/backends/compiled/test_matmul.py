@@ -121,6 +121,15 @@ def test_shapes(products: Products, batch: int, sequence: int, seed: int, power:
         assert error < 2e-3
 
 
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_activations_of_16_bits_are_nearly_exact(products: Products, rows: int) -> None:
+    x = np.random.default_rng(rows).standard_normal((1, rows, K)).astype(np.float32)
+    for found, weights, (*_, most) in zip(products.run(x), products.weights, CASES, strict=True):
+        exact = x @ weights.T
+        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        assert error < 5e-5 if most > 127 else 1e-3 < error < 2e-2
+
+
 def test_results_do_not_depend_on_the_rows_beside(products: Products) -> None:
     x = np.random.default_rng(1).standard_normal((1, 70, K))
     whole = products.run(x)
