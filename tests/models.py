@@ -145,17 +145,15 @@ _MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model_type": "llama"},
         {**_TOWER, "num_hidden_layers": 5, "model_type": "clip_vision_model", "projection_dim": 16},
     ),
-    "mistral3": ({"model_type": "mistral"}, {**_TOWER, "model_type": "pixtral", "head_dim": 16}),
     "gemma3": (
         {"model_type": "gemma3_text", **_FEATURES["gemma3_text"]},
         {**_TOWER, "model_type": "siglip_vision_model"},
     ),
 }
-MULTIMODAL_TYPES = tuple(_MULTIMODAL)
 
 
 def tiny_multimodal_fields(model_type: str) -> dict[str, Any]:
-    """Overrides of `tiny_config` for one of `MULTIMODAL_TYPES`; the tower has more layers than the text."""
+    """Overrides of `tiny_config` for a multimodal model; the tower has more layers than the text."""
     from transformers import CONFIG_MAPPING
 
     text, tower = _MULTIMODAL[model_type]

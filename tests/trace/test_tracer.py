@@ -15,7 +15,7 @@ from llmc.graph import dialect
 from llmc.graph.model import Graph, Placeholder, layer_of
 from llmc.trace import trace_model
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
-from tests.models import MULTIMODAL_TYPES, build_tiny_model, tiny_config, tiny_multimodal_fields
+from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.runtime import StateStore, run_steps
 
 
@@ -95,7 +95,7 @@ def test_padding_and_positions_are_read_off_the_graph(
     assert positions is None or graph.max_length == positions
 
 
-@pytest.mark.parametrize("model_type", MULTIMODAL_TYPES)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava", "gemma3"])
 def test_a_multimodal_model_is_traced_from_text_alone(model_type: str) -> None:
     graph, difference = _trace_and_compare(model_type, **tiny_multimodal_fields(model_type))
     assert difference <= 1e-4
