@@ -45,7 +45,6 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "logit_scale": ("logit_scale",),
-    "use_parallel_residual": ("use_parallel_residual",),
 }
 
 # Values of a key under which the model computes what it would without it.
@@ -87,7 +86,10 @@ _WIDTHS = {
     "shared_expert_intermediate_size": ("blk.0.ffn_gate_shexp.weight", 0),
 }
 
-_DESCRIPTIVE = frozenset({"block_count", "embedding_length", "tensor_data_layout", "vocab_size"})
+# Of StableLM's residuals the tensors decide, since converters state the key for all of its models.
+_DESCRIPTIVE = frozenset(
+    {"block_count", "embedding_length", "tensor_data_layout", "use_parallel_residual", "vocab_size"}
+)
 _SPECIAL = frozenset({"attention.sliding_window_pattern"})  # read by `_implied_fields`
 _OFF_WHEN_ZERO = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
 _POOLING = {1: "mean", 2: "the first token", 3: "the last token", 4: "ranking"}
@@ -110,6 +112,7 @@ def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     _check_blocks(header)
     stated = _stated_fields(header, read, known)
+    fields |= _unstated_tokens(config_class, fields)
     fields |= _implied_fields(header, known) | {field: value for field, (_, value) in stated.items()}
     config = _make(header, config_class, fields)
     rope = rope_parameters(header, config)
@@ -253,6 +256,15 @@ def _config_class(header: GgufHeader, model_type: str) -> type[PreTrainedConfig]
         )
     found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     return found
+
+
+def _unstated_tokens(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of tokens that the file does not name and the class puts beyond the vocabulary: none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: defaults.get(name) for name in names if name not in fields}
+    rows = fields.get("vocab_size", 0)
+    return {name: None for name, index in ids.items() if isinstance(index, int) and index >= rows}
 
 
 def _stated_fields(header: GgufHeader, read: set[str], known: set[str]) -> dict[str, tuple[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import CheckpointError, UnsupportedError
-from tests.checkpoint.tiny_gguf import HEADS, HIDDEN, LAYERS, write_gguf
+from tests.checkpoint.tiny_gguf import HEADS, HIDDEN, INNER, LAYER, LAYERS, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,12 @@ def test_generation_ends_at_the_end_of_a_turn(facts: dict[str, Any], ends: objec
 def test_value_that_no_key_can_have(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=facts)))
+
+
+def test_default_token_beyond_the_vocabulary_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = {"attn_qkv.weight": (2 * HIDDEN, HIDDEN), "ffn_up.weight": (2 * INNER, HIDDEN)}
+    kept = ("attn_norm.weight", "ffn_norm.weight", "attn_output.weight", "ffn_down.weight")
+    layer = {name: LAYER["llama"][name] for name in kept}
+    monkeypatch.setitem(LAYER, "phi3", layer | fused)
+    config = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", "phi3"))).config
+    assert (config.pad_token_id, config.eos_token_id) == (None, 251)
