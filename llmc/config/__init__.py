@@ -205,7 +205,8 @@ class Quantization(Strict):
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 2 fp16 (kernels: int16), 4 int8 activations.
         kept_accuracy: The same, by role, for codes kept from the checkpoint, which lose nothing else.
         scales: Type that scales are stored in: that of the `activations`, as operators take them, or
-            `float16`, made float32 when a session starts. Experts have the former.
+            `float16`, made float32 when a session starts. Experts have the former; scales that a checkpoint
+            has in float16 stay so where its codes are kept.
         rules: Tried in order, per matrix.
         calibration: Text for methods that need it; None if nothing has such a method.
         scale_channels: Scale channels of activations before their weights are calibrated, where that costs
