@@ -49,8 +49,9 @@ def minimum_rows(seed: int, shape: tuple[int, int], bits: int, group: int) -> tu
     """A tensor of code * scale + minimum with float16 scales, one of which is 0, and its values."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
-    scales, minimums = (rng.normal(0, 0.01, (shape[0], shape[1] // group)).astype(np.float16) for _ in "sm")
+    scales, shifts = (rng.normal(0, 0.01, (shape[0], shape[1] // group)).astype(np.float16) for _ in "sm")
     scales[1, 0] = 0
+    minimums = shifts - scales * np.float16(1 << (bits - 1))
     wide, low = (np.repeat(x.astype(np.float32), group, axis=1) for x in (scales, minimums))
     values = codes * wide + low
 
