@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.checkpoint.finite import FiniteCheck
+from llmc.checkpoint.location import whole_models
 from llmc.checkpoint.ranges import read_range, row_range
 from llmc.checkpoint.ties import equal_rows
 from llmc.errors import CheckpointError, UnsupportedError, count_names
@@ -94,7 +95,11 @@ class SafetensorsStore:
                 f"{folder} holds only pickled weights ({pickled[0]}), which are not loaded",
                 hint="load it with transformers once and `save_pretrained` it as safetensors",
             )
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        models = whole_models(folder)
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}",
+            hint=f"give the GGUF file: {folder / models[0]}" if models else None,
+        )
 
     @classmethod
     def open_file(cls, file: Path) -> "SafetensorsStore":

@@ -120,6 +120,14 @@ def test_folder_names_its_models(tmp_path: Path) -> None:
     assert caught.value.hint == f"give the file: {tmp_path}/m-00001-of-00003.gguf (or other.gguf)"
 
 
+def test_config_without_weights_names_the_model(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf")
+    open_checkpoint(str(file)).config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has neither model") as caught:
+        open_checkpoint(str(tmp_path))
+    assert caught.value.hint == f"give the GGUF file: {file}"
+
+
 def test_output_is_named_after_the_model() -> None:
     assert default_output("a/m-00002-of-00003.gguf", "t", "p") == Path("artifacts/m/t@p")
 
