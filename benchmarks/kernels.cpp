@@ -107,6 +107,10 @@ int main() {
   for (int rows : {1, 4, 8, 16, 32, 256})
     product<Matmul<576, 32, 4, Zero::kCode>>("576 x 3072, block 32", 3072, rows > 64 ? 2 : 60, rows);
   for (int rows : {1, 256}) product<Matmul<1536, 64, 4, Zero::kCode>>("1536 x 576, block 64", 576, rows > 64 ? 4 : 150, rows);
+  for (int rows : {1, 256}) {
+    product<Matmul<576, 32, 4, Zero::kMinimum>>("576 x 3072, block 32, minima", 3072, rows > 64 ? 2 : 60, rows);
+    product<Matmul<576, 32, 4, Zero::kMinimum, 2>>("the same, 16-bit activations", 3072, rows > 64 ? 2 : 60, rows);
+  }
   quantized_row();
   attention();
 }
