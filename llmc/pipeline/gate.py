@@ -410,9 +410,11 @@ def _rounding(subject: Subject, own: RememberedModel) -> RememberedModel | None:
 
     def load() -> TorchModel:
         loaded = own.release()
-        if loaded is None and not _is_large(subject.compiled):
-            loaded = load_original(subject.compiled)
-        return load_rounded(loaded, subject.compiled, subject.sources, plans)
+        if _is_large(subject.compiled):
+            return load_rounded(None, subject.compiled, subject.sources, plans)
+        return load_rounded(
+            loaded or load_original(subject.compiled), subject.compiled, subject.sources, plans
+        )
 
     return _remember(subject, digest_roundings(plans), load)
 
