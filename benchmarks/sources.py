@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("demo", "rescaled", "llama-1b", "tiny")
+NAMES = ("demo", "rescaled", "llama-1b", "gemma3-270m", "tiny")
 
 
 def checkpoint(name: str, cache: Path) -> Path:
