@@ -13,17 +13,24 @@ checkpoint's own. Observed with onnxruntime-genai 0.18:
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import MODEL
+from llmc.artifact.provenance import tool_versions
+from llmc.artifact.store import digest_file
+from llmc.backends import tokenizer_worker
 from llmc.backends.genai import GENAI_CONFIG
-from llmc.backends.tokenizer_worker import Answers, Question, ask_runtime
+from llmc.backends.tokenizer_worker import Answers, Question
 
 RUNTIME_SETTINGS = "tokenizer_module.json"
 #: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
 CLASSES = ("TokenizersBackend", "Qwen2Tokenizer", "XLMRobertaTokenizer")
+#: Most bytes of answers that are kept.
+_CACHE_BYTES = 256 << 20
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -58,15 +65,32 @@ def write_runtime_settings(
 def try_runtime_tokenizer(folder: Path, question: Question) -> Answers:
     """Ask the runtime about a tokenizer without its model, beside a model of one operator.
 
+    Answers are kept in the cache by the files, the question and the release of the runtime: a process that
+    reads a vocabulary of 262,144 tokens takes seconds, and a model is built for several targets.
+
     Args:
         folder: The tokenizer's files; the model lies in a folder inside for as long as this takes.
 
     Raises:
         ParityError: As for `ask_runtime`.
     """
+    cache = StageCache(default_cache_folder() / "tokenizers", _CACHE_BYTES)
+    own = [Path(__file__), Path(str(tokenizer_worker.__file__))]
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    facts = {
+        "files": {file.name: digest_file(file).sha256 for file in (*files, *own)},
+        "question": asdict(question),
+        "tools": tool_versions(),
+    }
+    key = content_key("runtime tokenizer", facts)
+    known = cache.get(key)
+    if known is not None:
+        return Answers.read(question, json.loads(known))
     with TemporaryDirectory(dir=folder) as inside:
         _write_minimal_model(Path(inside))
-        return ask_runtime(Path(inside), question)
+        data = tokenizer_worker.ask_runtime(Path(inside), question)
+    cache.put(key, json.dumps(data).encode())
+    return Answers.read(question, data)
 
 
 def _write_minimal_model(folder: Path) -> None:

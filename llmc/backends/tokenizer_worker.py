@@ -48,6 +48,17 @@ class Answers:
         chats = [_key(messages, ask) for messages, ask in question.chats]
         self._rendered = dict(zip(chats, data["rendered"], strict=True))
 
+    @classmethod
+    def read(cls, question: Question, data: dict[str, list[Any]]) -> Answers:
+        """The answers in what `ask_runtime` returned for a question.
+
+        Raises:
+            ParityError: The runtime cannot read the tokenizer, with its own words.
+        """
+        if "failure" in data:
+            raise ParityError(str(data["failure"]))
+        return cls(question, data)
+
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text of the question."""
         ids: list[int] = _value((self._whole if special else self._plain)[text])
@@ -62,14 +73,17 @@ class Answers:
         return str(_value(self._rendered[_key(messages, ask)]))
 
 
-def ask_runtime(folder: Path, question: Question) -> Answers:
+def ask_runtime(folder: Path, question: Question) -> dict[str, list[Any]]:
     """Ask onnxruntime-genai about the tokenizer of a model folder, in a process of its own.
 
     Args:
         folder: With genai_config.json, which may name another folder for the tokenizer.
 
+    Returns:
+        What `Answers.read` takes.
+
     Raises:
-        ParityError: The runtime cannot read the tokenizer, with its own words, or ended the process.
+        ParityError: The runtime ended the process, or gave no answer in time.
     """
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
     asked = {
@@ -94,10 +108,8 @@ def ask_runtime(folder: Path, question: Question) -> Answers:
         said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise ParityError(f"onnxruntime-genai ended its process with {how}: {said[0]}")
-    data = json.loads(done.stdout.splitlines()[-1])
-    if "failure" in data:
-        raise ParityError(data["failure"])
-    return Answers(question, data)
+    data: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
+    return data
 
 
 def main() -> None:
