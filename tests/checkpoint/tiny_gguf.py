@@ -108,6 +108,7 @@ def write_gguf(
     vocabulary: bool = True,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
     scale: int = 1,
+    deviation: float = 1.0,
     facts: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
@@ -118,6 +119,7 @@ def write_gguf(
     Args:
         kinds: Types of tensors whose name ends so, in the place of `kind`.
         scale: Every width is that many times as large, for types with blocks of 256.
+        deviation: Of the values of matrices.
         facts: More metadata by key, `ARCHITECTURE.` left out, in the place of what is stated by default.
         tensors: More tensors, stored as they are.
     """
@@ -142,7 +144,7 @@ def write_gguf(
         if name == omit:
             continue
         shape = tuple(size if size == len(TOKENS) else size * scale for size in shape)
-        values = tensor_values(name, shape)
+        values = tensor_values(name, shape) * np.float32(1.0 if len(shape) == 1 else deviation)
         own = next((k for end, k in (kinds or {}).items() if name.endswith(end)), kind)
         if len(shape) == 1 or shape[-1] % 32 or own == GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
