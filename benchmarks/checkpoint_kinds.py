@@ -375,7 +375,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     *(
         Kind(f"gguf/{name}", partial(gguf, type_=name, scale=8 if name.endswith("_K") else 2))
-        for name in ("F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_K", "Q6_K", "NVFP4")
+        for name in ("F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL")
     ),
     Kind("gguf/Q4_1 on cpu-int4", partial(gguf, type_="Q4_1"), told="kept for", target="cpu-int4"),
     Kind("gguf/yarn", partial(gguf, facts=GGUF_YARN, rope={"rope_type": "yarn", **YARN})),
