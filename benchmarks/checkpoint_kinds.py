@@ -345,6 +345,9 @@ KINDS: tuple[Kind, ...] = (
     Kind("text/class null", partial(text, lambda _: None, tokenizer_class=None)),
     Kind("text/no settings", partial(text, lambda folder: (folder / "tokenizer_config.json").unlink())),
     Kind("text/template's method", partial(text, lambda _: None, chat_template=REPLACE), "method: replace"),
+    Kind(
+        "text/template's syntax", partial(text, lambda _: None, chat_template="{{ messages"), "TemplateSyntax"
+    ),
     Kind("text/--chat-template", own_template),
     *(
         Kind(f"text/{kind}", partial(text, partial(replace_tokenizer, kind=kind)), f"(?i){kind}")
