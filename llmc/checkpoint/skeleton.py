@@ -27,7 +27,8 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # model code of transformers; whatever it raises, the model cannot be had
         raise UnsupportedError(
             f"transformers cannot build a causal language model from this {config.model_type} config: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}",
+            hint="take the config.json that belongs to the weights, or correct the field that is meant",
         ) from error
     _require_text_alone(model)
     return model

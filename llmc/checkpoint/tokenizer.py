@@ -13,7 +13,7 @@ from llmc.artifact.text import TOKENIZER
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary
 from llmc.checkpoint.gguf_tokenizer_files import tokenizer_texts
-from llmc.errors import CheckpointError, ResourceError, UnsupportedError
+from llmc.errors import CheckpointError, ResourceError, UnsupportedError, first_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ _COMPANIONS = (
 _FILES = (*_VOCABULARIES, *_COMPANIONS)
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _CONFIG = "tokenizer_config.json"
+_AGAIN = "download tokenizer.json and tokenizer_config.json again"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 #: transformers' name for a tokenizer that is its tokenizer.json and nothing else, in all of its releases.
 _GENERIC = "PreTrainedTokenizerFast"
@@ -123,7 +124,10 @@ def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
         _refuse_code(folder / _CONFIG, error)
-        raise CheckpointError(f"the tokenizer of {named} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the tokenizer of {named} cannot be read: {first_lines(error)}",
+            hint=_AGAIN,
+        ) from error
     return tokenizer
 
 
@@ -225,9 +229,9 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        raise CheckpointError(f"{file} is not JSON: {error}", hint=_AGAIN) from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} holds a {type(settings).__name__}, not a JSON object")
+        raise CheckpointError(f"{file} holds a {type(settings).__name__}, not a JSON object", hint=_AGAIN)
     return settings
 
 

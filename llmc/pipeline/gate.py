@@ -190,12 +190,13 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         codec = _open_codec(subject)
         read_by = f"{served.where}, and transformers"
         made += measure_tokens(folder, codec, served.tokenizer, tokenizer, text, prompts(), read_by)
+    count = generation.new_tokens(subject.interface.max_length)
     asked = generation.fitting_prompts(prompts(), tokenizer, subject.interface.max_length)
     drawn: tuple[generation.ServedText, ...] = ()
     if not weights.unread:
         with progress.stage("generation"):
             try:
-                drawn = generation.served_texts(served, codec, tokenizer, asked)
+                drawn = generation.served_texts(served, codec, tokenizer, asked, count)
             except ParityError as error:
                 made += broken(generation.METRICS, error, served.where)
     served_where = served.where
@@ -205,7 +206,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
     with progress.stage("original"):
         windows = plan_windows(subject.interface, tokens, start)
         windows.prepare(original)
-        texts = generation.original_texts(original, tokenizer, asked, stated.stop)
+        texts = generation.original_texts(original, tokenizer, asked, stated.stop, count)
     release_memory()
     own = _own(subject, original, weights)
     rounding = None

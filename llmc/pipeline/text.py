@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TextCodec, TextRecord
 from llmc.config import Backend, BuildPlan
-from llmc.errors import ConfigError, LlmcError, ParityError, UnsupportedError
+from llmc.errors import CheckpointError, ConfigError, LlmcError, ParityError, UnsupportedError, first_lines
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
         How the artifact turns text into tokens.
 
     Raises:
-        CheckpointError: There is no tokenizer, it cannot be read, or it has tokens that the model lacks.
+        CheckpointError: There is no tokenizer, it cannot be read, it has tokens that the model lacks, or the
+            chat template renders nothing.
         UnsupportedError: A runtime gives other tokens or another text than transformers.
     """
     from llmc.backends.genai import serving_tokens
@@ -55,12 +56,26 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
         others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
         progress.note(f"of the checkpoint's chat templates, default is used and not {others}")
+    if record.chat:
+        _require_template(tokenizer)
     _require_own(folder, record, tokenizer)
     if plan.target.backend is not Backend.ONNXRUNTIME:
         return record
     rows = checkpoint.config.get_text_config(decoder=True).vocab_size
     serving_tokens(folder, checkpoint.config, checkpoint.generation_config(), rows)
     return _try_runtime(folder, record, tokenizer, plan, progress)
+
+
+def _require_template(tokenizer: Any) -> None:
+    """Refuse a chat template that takes no message of a user: `llmc run` puts every prompt into it."""
+    messages = [{"role": "user", "content": "Name three rivers."}]
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # Jinja passes on whatever an expression of the template raises
+        raise CheckpointError(
+            f"the chat template does not render a user's message in transformers: {first_lines(error)}",
+            hint=f"correct it; {_TEMPLATE}",
+        ) from error
 
 
 def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

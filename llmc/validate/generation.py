@@ -32,24 +32,33 @@ class OriginalText:
     continuation: list[int]
 
 
+def new_tokens(context: int | None) -> int:
+    """New tokens for each prompt: NEW_TOKENS, or half of the context where that is less."""
+    return NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context // 2))
+
+
 def original_texts(
-    original: Reference, tokenizer: Any, prompts: Sequence[str], stop: Sequence[int]
+    original: Reference, tokenizer: Any, prompts: Sequence[str], stop: Sequence[int], count: int = NEW_TOKENS
 ) -> tuple[OriginalText, ...]:
-    """What the original makes of each prompt with its own tokenizer and end tokens `stop`."""
+    """What the original makes of each prompt with its own tokenizer and end tokens `stop`.
+
+    Args:
+        count: New tokens at most.
+    """
     made = []
     for prompt in prompts:
         ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
-        continuation = original.generate(np.array(ids, np.int64), NEW_TOKENS, stop).tolist()
+        continuation = original.generate(np.array(ids, np.int64), count, stop).tolist()
         made.append(OriginalText(prompt, ids, continuation))
     return tuple(made)
 
 
 def fitting_prompts(prompts: Sequence[str], tokenizer: Any, context: int | None) -> tuple[str, ...]:
-    """The prompts, shortened where their tokens and NEW_TOKENS are more than `context`."""
+    """The prompts, shortened where their tokens and the new ones are more than `context`."""
     made = []
     for prompt in prompts:
         while context is not None and len(prompt) > 1:
-            if len(tokenizer(prompt, verbose=False)["input_ids"]) + NEW_TOKENS <= context:
+            if len(tokenizer(prompt, verbose=False)["input_ids"]) + new_tokens(context) <= context:
                 break
             prompt = prompt[: len(prompt) // 2]
         made.append(prompt)
@@ -72,13 +81,14 @@ class ServedText:
 
 
 def served_texts(
-    served: Served, codec: TextCodec, tokenizer: Any, prompts: Sequence[str]
+    served: Served, codec: TextCodec, tokenizer: Any, prompts: Sequence[str], count: int = NEW_TOKENS
 ) -> tuple[ServedText, ...]:
     """Greedy and sampled text, penalties and sampling of the generation config off.
 
     Args:
         codec: The artifact's tokenizer, as `llmc run` uses it.
         tokenizer: The original's.
+        count: New tokens at most.
 
     Raises:
         ParityError: The runtime fails.
@@ -91,8 +101,8 @@ def served_texts(
         made.append(
             ServedText(
                 encoded=codec.encode(prompt),
-                continuation=served.generate(ids, NEW_TOKENS),
-                sampled=tuple(served.generate(ids, NEW_TOKENS, **options) for _ in range(runs)),
+                continuation=served.generate(ids, count),
+                sampled=tuple(served.generate(ids, count, **options) for _ in range(runs)),
             )
         )
     return tuple(made)

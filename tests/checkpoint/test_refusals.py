@@ -182,7 +182,8 @@ def test_rope_type_in_two_spellings(llama: Path, damaged: Callable[[Path], Path]
 
 def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = edit_config(damaged(llama), hidden_act="no_such_function")
-    refused(folder, "cannot build a causal language model", UnsupportedError)
+    error = refused(folder, "cannot build a causal language model", UnsupportedError)
+    assert "config.json" in str(error.hint)
 
 
 def test_no_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:

@@ -108,6 +108,7 @@ def write_gguf(
     vocabulary: bool = True,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
     scale: int = 1,
+    deviation: float = 1.0,
     facts: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
@@ -118,6 +119,7 @@ def write_gguf(
     Args:
         kinds: Types of tensors whose name ends so, in the place of `kind`.
         scale: Every width is that many times as large, for types with blocks of 256.
+        deviation: Of the values of matrices; scales of random blocks are that many times as large.
         facts: More metadata by key, `ARCHITECTURE.` left out, in the place of what is stated by default.
         tensors: More tensors, stored as they are.
     """
@@ -142,12 +144,12 @@ def write_gguf(
         if name == omit:
             continue
         shape = tuple(size if size == len(TOKENS) else size * scale for size in shape)
-        values = tensor_values(name, shape)
+        values = tensor_values(name, shape) * np.float32(1.0 if len(shape) == 1 else deviation)
         own = next((k for end, k in (kinds or {}).items() if name.endswith(end)), kind)
         if len(shape) == 1 or shape[-1] % 32 or own == GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
         elif own in SCALES_AT:
-            writer.add_tensor(name, random_blocks(own, shape), raw_dtype=own)
+            writer.add_tensor(name, random_blocks(own, shape, deviation=deviation), raw_dtype=own)
         else:
             writer.add_tensor(name, quantize(values, own), raw_dtype=own)
     writer.write_header_to_file()
@@ -157,15 +159,20 @@ def write_gguf(
     return file
 
 
-def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Random bytes of a tensor of a type that the gguf package does not write, with scales of about 0.01."""
+def random_blocks(
+    kind: GGMLQuantizationType, shape: tuple[int, ...], seed: int = 0, deviation: float = 1.0
+) -> np.ndarray:
+    """Random bytes of a tensor of a type that the gguf package does not write.
+
+    Scales are about `deviation` times 0.01, or 0.0002 in blocks of 256, which have further factors.
+    """
     block, size = GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng([seed, *shape])
     raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8)
     blocks = raw.reshape(-1, size)
     for at in SCALES_AT[kind]:
-        scales = rng.normal(0, 2e-4 if block == 256 else 1e-2, (len(blocks), 1)).astype(np.float16)
-        blocks[:, at : at + 2] = scales.view(np.uint8)
+        scales = deviation * rng.normal(0, 2e-4 if block == 256 else 1e-2, (len(blocks), 1))
+        blocks[:, at : at + 2] = scales.astype(np.float16).view(np.uint8)
     if kind is GGMLQuantizationType.NVFP4:
         blocks[:, :4] &= 0x3F
     return raw

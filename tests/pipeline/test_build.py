@@ -323,3 +323,10 @@ def test_a_padded_last_block_is_read_back_without_its_padding(tied: bool, tmp_pa
     plan = _plan(model, tmp_path / "out", target="cpu-int8", quantize=quantize, gates=gates)
     result = build(plan, SilentProgress())
     assert result.failure() is None
+
+
+def test_a_context_shorter_than_what_the_gate_generates(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 1, "max_position_embeddings": 24, "eos_token_id": EOS}
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, **fields)
+    result = build(_plan(model, tmp_path / "out"), SilentProgress())
+    assert result.manifest.state is State.VERIFIED

@@ -168,6 +168,21 @@ def test_a_template_beyond_the_runtime_can_be_replaced(tmp_path: Path) -> None:
         examine(tmp_path, chat_template=tmp_path / "none.jinja")
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
+        ("{{ raise_exception('tools alone') }}", "tools alone"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+    ],
+)
+def test_a_template_that_renders_no_message_is_refused(template: str, said: str, tmp_path: Path) -> None:
+    save_model(tmp_path, chat_template=template)
+    with pytest.raises(CheckpointError, match=f"does not render a user's message .*{said}") as caught:
+        examine(tmp_path)
+    assert "--chat-template FILE" in str(caught.value.hint)
+
+
 def test_a_tokenizer_of_remote_code_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, tokenizer_class="Remote", auto_map={"AutoTokenizer": ["x.Remote", None]})
     with pytest.raises(UnsupportedError, match=r"names the tokenizer class Remote of code") as caught:
