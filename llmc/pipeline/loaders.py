@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint.agreement import Agreement
 
 _CACHE_BYTES = 1 << 24
-_WHERE = "transformers' from_pretrained"
+_WHERE = "transformers' from_pretrained, from the files"
 
 
 def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progress) -> Measurement:

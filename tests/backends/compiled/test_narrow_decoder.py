@@ -1,6 +1,7 @@
 """A whole tiny decoder over an int8 KV cache: its interface, onnxruntime-genai, and what the gate sees."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Served:
     model: OrtModel
     window: int | None = None
 
-    def logits(self, input_ids: Array, *, keep: int) -> Array:
+    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
         first = len(input_ids) - keep
         self.model.prefill(input_ids[None, :first], steps=keep)
         return np.concatenate([self.model.decode(x.reshape(1, 1))[0] for x in input_ids[first:]])
