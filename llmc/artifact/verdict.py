@@ -45,6 +45,8 @@ class Measurement(_Strict):
         low: Lower end of the 95 % confidence interval; None for a figure that is not an estimate.
         high: Upper end, likewise.
         pairs: A sample of what the figure rests on: the original's value and the artifact's.
+        tolerance: What of the figure the original's own rounding explains, in its unit; a gate with a smaller
+            bound allows this much.
     """
 
     metric: Metric
@@ -56,6 +58,7 @@ class Measurement(_Strict):
     low: Figure | None = None
     high: Figure | None = None
     pairs: tuple[tuple[Figure, Figure], ...] = ()
+    tolerance: Figure | None = None
 
     @model_validator(mode="after")
     def _value_if_measured(self) -> "Measurement":

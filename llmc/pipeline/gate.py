@@ -14,7 +14,7 @@ from llmc.machine import available_memory, release_memory
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.loaders import measure_loaders
 from llmc.pipeline.original import read_text, remember, tokenize
-from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
+from llmc.pipeline.rounding import allow_own_rounding, digest_roundings, load_rounded, plan_roundings
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         own.release()
         release_memory()
         with progress.stage("parity"):
-            made += Parity(session(exact=True), own, tokens, heads, switches, lengths).measure()
+            levels = Parity(session(exact=True), own, tokens, heads, switches, lengths).measure()
+            made += allow_own_rounding(subject.target, own, tokens, levels, _is_large(subject.compiled))
         own.release()
     release_memory()
     model = session(exact=False)
@@ -321,6 +322,7 @@ def _measure_static(
             levels = _not_comparable(weights.unread, graph.where)
         else:
             levels = Parity(graph, own, tokens, heads, switches, lengths).measure()
+            levels = allow_own_rounding(subject.target, own, tokens, levels, _is_large(subject.compiled))
         own.release()
     del graph
     release_memory()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.config import Metric, Target
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
+    from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.weights import Rows
     from llmc.validate.reference import TorchModel
+    from llmc.validate.remembered import RememberedModel
     from llmc.validate.yardstick import Rounding
 
 
@@ -59,3 +61,20 @@ def load_rounded(
     for name, matrix in rounded.items():
         loaded.set_parameters(dict(parameters(rows[name], matrix.whole())))
     return loaded
+
+
+def allow_own_rounding(
+    target: Target, own: RememberedModel, tokens: Any, levels: Sequence[Measurement], large: bool
+) -> tuple[Measurement, ...]:
+    """The parity levels, with what the original's own rounding explains where one of them misses its bound.
+
+    Args:
+        own: The original with the artifact's weights.
+        tokens: The evaluation text, (n,) int64.
+        large: Whether the original is streamed, so that single steps would cost a pass over its weights each.
+    """
+    from llmc.validate.conditioning import allow_rounding, exceeds
+
+    if large or not exceeds(target.gates, levels):
+        return tuple(levels)
+    return tuple(allow_rounding(levels, own.conditioning(tokens)))

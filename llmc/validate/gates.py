@@ -67,14 +67,16 @@ def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
     ends = [measurement.value] if measurement.low is None else [measurement.low, measurement.high]
     if gate.metric in _NOISY and measurement.low is not None:
         ends = [measurement.low if gate.max is not None else measurement.high]
-    within = {_within(gate, end) for end in ends if end is not None}
+    within = {_within(gate, end, measurement.tolerance or 0.0) for end in ends if end is not None}
     if len(within) == 2:
         return CheckStatus.UNDECIDED
     return CheckStatus.PASS if within == {True} else CheckStatus.FAIL
 
 
-def _within(gate: Gate, value: float) -> bool:
-    return value <= gate.max if gate.max is not None else gate.min is not None and value >= gate.min
+def _within(gate: Gate, value: float, tolerance: float) -> bool:
+    if gate.max is not None:
+        return value <= max(gate.max, tolerance)
+    return gate.min is not None and value >= gate.min
 
 
 def _usable(metric: Metric, value: float) -> bool:

@@ -124,6 +124,10 @@ class TorchModel:
             raise ParityError(f"the original's own logits are not finite for {len(input_ids)} tokens")
         return values
 
+    def stepped_logits(self, input_ids: Array, *, keep: int) -> Array:
+        """Logits of the last `keep` positions, each given alone over the cache of those before it."""
+        return self._logits(input_ids, (len(input_ids) - keep, *[1] * keep), keep)
+
     def _logits(self, input_ids: Array, steps: Sequence[int], keep: int) -> Array:
         import torch
 

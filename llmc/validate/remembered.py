@@ -7,6 +7,7 @@ import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
 from llmc.graph.switches import crosses
+from llmc.validate.conditioning import STEPS, TOKENS, Conditioning, measure_conditioning
 from llmc.validate.distribution import Distributions
 from llmc.validate.reference import Score, TorchModel
 
@@ -85,6 +86,17 @@ class RememberedModel:
         )
         log_likelihood, greedy = np.frombuffer(data, np.float64).tolist()
         return Score(log_likelihood, bool(greedy))
+
+    def conditioning(self, tokens: Array) -> Conditioning:
+        """How far rounding moves the model itself, as `measure_conditioning` finds it."""
+
+        def ask(model: TorchModel) -> bytes:
+            found = measure_conditioning(model, tokens)
+            return np.array([found.difference, found.largest], np.float64).tobytes()
+
+        data = self._recall("conditioning", tokens, [TOKENS, STEPS], ask)
+        difference, largest = np.frombuffer(data, np.float64).tolist()
+        return Conditioning(difference, largest)
 
     def release(self) -> TorchModel | None:
         """Let go of the model, and hand it over if it was loaded; a later question loads it again."""
