@@ -228,7 +228,7 @@ def _measure(subject: Subject, eval_text: Sequence[str], progress: Progress, mad
         release_memory()
         with progress.stage("parity"):
             levels = Parity(session(exact=True), own, tokens, heads, switches, lengths).measure()
-            made += allow_own_rounding(subject.target, own, tokens, levels, _is_large(subject.compiled))
+            made += allow_own_rounding(subject, own, tokens, levels, _is_large(subject.compiled))
         own.release()
     release_memory()
     model = session(exact=False)
@@ -322,7 +322,7 @@ def _measure_static(
             levels = _not_comparable(weights.unread, graph.where)
         else:
             levels = Parity(graph, own, tokens, heads, switches, lengths).measure()
-            levels = allow_own_rounding(subject.target, own, tokens, levels, _is_large(subject.compiled))
+            levels = allow_own_rounding(subject, own, tokens, levels, _is_large(subject.compiled))
         own.release()
     del graph
     release_memory()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.weights import Rows
+    from llmc.pipeline.gate import Subject
     from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.yardstick import Rounding
@@ -64,7 +65,7 @@ def load_rounded(
 
 
 def allow_own_rounding(
-    target: Target, own: RememberedModel, tokens: Any, levels: Sequence[Measurement], large: bool
+    subject: Subject, own: RememberedModel, tokens: Any, levels: Sequence[Measurement], large: bool
 ) -> tuple[Measurement, ...]:
     """The parity levels, with what the original's own rounding explains where one of them misses its bound.
 
@@ -75,6 +76,6 @@ def allow_own_rounding(
     """
     from llmc.validate.conditioning import allow_rounding, exceeds
 
-    if large or not exceeds(target.gates, levels):
+    if large or not exceeds(subject.target.gates, levels):
         return tuple(levels)
-    return tuple(allow_rounding(levels, own.conditioning(tokens)))
+    return tuple(allow_rounding(levels, own.conditioning(tokens, subject.interface.max_length)))

@@ -24,9 +24,9 @@ LEVELS = (
     Metric.RAGGED_MAX_ABS,
     Metric.WINDOW_MAX_ABS,
 )
-#: Tokens of the text that are compared, of which the last STEPS come one by one.
-TOKENS, STEPS = 96, 48
-#: How many times the original's own difference is let through: a sample of 48 steps knows it roughly.
+#: Tokens before the steps that are compared, and how many steps: those of the decode level.
+PROMPTS, STEPS = (1, 16, 100), 64
+#: How many times the original's own difference is let through, which other sums of the same terms may reach.
 _TIMES = 4.0
 #: Share of the largest logit beyond which nothing is put down to rounding.
 _MOST = 1e-3
@@ -50,13 +50,25 @@ class Conditioning:
         return min(_TIMES * self.difference, _MOST * self.largest)
 
 
-def measure_conditioning(model: TorchModel, tokens: Array) -> Conditioning:
-    """Compare the original's one pass over the beginning of `tokens` (n,) with the same in single steps."""
-    sequence = tokens[: min(TOKENS, len(tokens))]
-    keep = min(STEPS, len(sequence) - 1)
-    whole = model.logits(sequence, keep=keep)
-    stepped = model.stepped_logits(sequence, keep=keep)
-    return Conditioning(float(np.abs(whole - stepped).max()), float(np.abs(whole).max()))
+def measure_conditioning(model: TorchModel, tokens: Array, limit: int | None) -> Conditioning:
+    """Compare the original's one pass over its own greedy text with the same text in single steps.
+
+    Args:
+        tokens: The evaluation text (n,) int64, of which prompts are cut.
+        limit: Most positions of the model; None for any number.
+    """
+    difference = largest = 0.0
+    for length in PROMPTS:
+        steps = STEPS if limit is None else min(STEPS, limit - length)
+        if steps < 1:
+            continue
+        prompt = np.take(tokens, np.arange(length, 2 * length), mode="wrap")
+        sequence = np.concatenate([prompt, model.greedy(prompt, steps)])
+        whole = model.logits(sequence, keep=steps)
+        stepped = model.stepped_logits(sequence, keep=steps)
+        difference = max(difference, float(np.abs(whole - stepped).max()))
+        largest = max(largest, float(np.abs(whole).max()))
+    return Conditioning(difference, largest)
 
 
 def exceeds(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> bool:

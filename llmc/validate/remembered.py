@@ -7,7 +7,7 @@ import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
 from llmc.graph.switches import crosses
-from llmc.validate.conditioning import STEPS, TOKENS, Conditioning, measure_conditioning
+from llmc.validate.conditioning import PROMPTS, STEPS, Conditioning, measure_conditioning
 from llmc.validate.distribution import Distributions
 from llmc.validate.reference import Score, TorchModel
 
@@ -87,14 +87,14 @@ class RememberedModel:
         log_likelihood, greedy = np.frombuffer(data, np.float64).tolist()
         return Score(log_likelihood, bool(greedy))
 
-    def conditioning(self, tokens: Array) -> Conditioning:
+    def conditioning(self, tokens: Array, limit: int | None) -> Conditioning:
         """How far rounding moves the model itself, as `measure_conditioning` finds it."""
 
         def ask(model: TorchModel) -> bytes:
-            found = measure_conditioning(model, tokens)
+            found = measure_conditioning(model, tokens, limit)
             return np.array([found.difference, found.largest], np.float64).tobytes()
 
-        data = self._recall("conditioning", tokens, [TOKENS, STEPS], ask)
+        data = self._recall("conditioning", tokens, [*PROMPTS, STEPS, limit or 0], ask)
         difference, largest = np.frombuffer(data, np.float64).tolist()
         return Conditioning(difference, largest)
 

@@ -48,16 +48,16 @@ def test_it_is_asked_only_where_a_bound_is_missed() -> None:
 
 
 def test_a_trained_model_is_hardly_moved(llama: Any, tokens: np.ndarray) -> None:
-    found = measure_conditioning(TorchModel(llama), tokens)
+    found = measure_conditioning(TorchModel(llama), tokens, 256)
     assert 0 < found.difference < 1e-5
     assert found.tolerance < 1e-4
 
 
 def test_a_model_of_large_logits_is_moved_more(tokens: np.ndarray) -> None:
     model = build("LlamaConfig")
-    small = measure_conditioning(TorchModel(model), tokens)
+    small = measure_conditioning(TorchModel(model), tokens, None)
     with torch.no_grad():
         model.lm_head.weight.mul_(1000)
-    large = measure_conditioning(TorchModel(model), tokens)
+    large = measure_conditioning(TorchModel(model), tokens, None)
     assert large.largest == pytest.approx(1000 * small.largest, rel=1e-3)
     assert large.difference > 100 * small.difference
