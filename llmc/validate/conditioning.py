@@ -28,6 +28,9 @@ LEVELS = (
 PROMPTS, STEPS = (1, 16, 100), 64
 #: How many times the original's own difference is let through, which other sums of the same terms may reach.
 _TIMES = 4.0
+#: Logits. What is put down to rounding is at least this: a model that rounding moves by less than a quarter of it
+#: is held to its bounds as they are.
+_LEAST = 1e-3
 #: Share of the largest logit beyond which nothing is put down to rounding.
 _MOST = 1e-3
 
@@ -46,8 +49,9 @@ class Conditioning:
 
     @property
     def tolerance(self) -> float:
-        """Largest difference of a logit that is put down to rounding."""
-        return min(_TIMES * self.difference, _MOST * self.largest)
+        """Largest difference of a logit that is put down to rounding; 0 for a model that it hardly moves."""
+        found = min(_TIMES * self.difference, _MOST * self.largest)
+        return found if found >= _LEAST else 0.0
 
 
 def measure_conditioning(model: TorchModel, tokens: Array, limit: int | None) -> Conditioning:
@@ -88,7 +92,7 @@ def allow_rounding(measurements: Sequence[Measurement], found: Conditioning) -> 
     )
     return [
         m.model_copy(update={"tolerance": found.tolerance, "detail": f"{m.detail}; {told}"})
-        if m.metric in LEVELS and m.value is not None
+        if m.metric in LEVELS and m.value is not None and found.tolerance > 0
         else m
         for m in measurements
     ]

@@ -31,6 +31,7 @@ def judge(value: float, found: Conditioning) -> CheckStatus:
         (2e-3, 1e-3, 1.0, False),  # a thousandth of the largest logit is the most
         (2e-3, 1e-5, 30.0, False),
         (9e-4, 0.0, 30.0, True),  # the bound itself stays
+        (1.1e-3, 2.4e-4, 30.0, False),  # a model that rounding hardly moves
     ],
 )
 def test_what_is_put_down_to_rounding(value: float, difference: float, largest: float, passes: bool) -> None:
@@ -50,7 +51,7 @@ def test_it_is_asked_only_where_a_bound_is_missed() -> None:
 def test_a_trained_model_is_hardly_moved(llama: Any, tokens: np.ndarray) -> None:
     found = measure_conditioning(TorchModel(llama), tokens, 256)
     assert 0 < found.difference < 1e-5
-    assert found.tolerance < 1e-4
+    assert found.tolerance == 0
 
 
 def test_a_model_of_large_logits_is_moved_more(tokens: np.ndarray) -> None:
