@@ -28,8 +28,8 @@ LEVELS = (
 PROMPTS, STEPS = (1, 16, 100), 64
 #: How many times the original's own difference is let through, which other sums of the same terms may reach.
 _TIMES = 4.0
-#: Logits. What is put down to rounding is at least this: a model that rounding moves by less than a quarter of it
-#: is held to its bounds as they are.
+#: Logits. What is put down to rounding is at least this: a model that rounding moves by less than a quarter
+#: of it is held to its bounds as they are.
 _LEAST = 1e-3
 #: Share of the largest logit beyond which nothing is put down to rounding.
 _MOST = 1e-3
