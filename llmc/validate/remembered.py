@@ -92,11 +92,10 @@ class RememberedModel:
 
         def ask(model: TorchModel) -> bytes:
             found = measure_conditioning(model, tokens, limit)
-            return np.array([found.difference, found.largest], np.float64).tobytes()
+            return np.array([found.difference, found.largest, found.spread], np.float64).tobytes()
 
-        data = self._recall("conditioning", tokens, [*PROMPTS, STEPS, limit or 0], ask)
-        difference, largest = np.frombuffer(data, np.float64).tolist()
-        return Conditioning(difference, largest)
+        data = self._recall("conditioning and spread", tokens, [*PROMPTS, STEPS, limit or 0], ask)
+        return Conditioning(*np.frombuffer(data, np.float64).tolist())
 
     def release(self) -> TorchModel | None:
         """Let go of the model, and hand it over if it was loaded; a later question loads it again."""
