@@ -52,7 +52,7 @@ def language_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def beside_language_model(model: torch.nn.Module, names: list[str]) -> dict[str, list[str]]:
-    """Those of `names` that belong to neither the language model nor its head, by the module they are in.
+    """Group the `names` that belong to neither the language model nor its head, by the module they are in.
 
     Args:
         names: Parameters and buffers of `model`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import auto_class, is_multimodal
 from llmc.checkpoint.declared import Declaration, find_declarations
+from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.gguf_config import load_gguf_config, stop_tokens
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.location import whole_models
@@ -41,7 +41,8 @@ def load_config(path: Path) -> PreTrainedConfig:
 def load_declarations(path: Path) -> tuple[Declaration, ...]:
     """What a Hugging Face folder says about the quantization of its weights; empty for floats and for a GGUF.
 
-    That of config.json is parsed, so that a method that is not read is refused before weights are fetched.
+    The declaration in config.json is parsed here, so that an unsupported method is refused before weights are
+    fetched.
 
     Raises:
         CheckpointError: No config.json, or one that is damaged.
@@ -194,13 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             if models
             else "give the folder that holds config.json",
         )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
-    return fields
+    return read_fields(file)
 
 
 def _refuse_other_than_causal(config: PreTrainedConfig) -> None:

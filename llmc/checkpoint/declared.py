@@ -4,12 +4,12 @@ config.json comes first. The side files are those of older releases (AutoGPTQ's 
 AutoAWQ's quant_config.json) and of ModelOpt (hf_quant_config.json), which long wrote no key into config.json.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.recipes import method_name, parse_quantization
 from llmc.errors import CheckpointError
@@ -107,12 +107,7 @@ def _side_file(file: Path, method: str | None) -> Mapping[str, Any]:
     """The fields of a side file; nothing if it is missing or says that nothing is quantized."""
     if not file.is_file():
         return {}
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
+    fields = read_fields(file)
     if method == "modelopt":
         inner = fields.get("quantization") or fields
         fields = inner if inner.get("quant_algo") else {}

@@ -4,7 +4,7 @@ Every type listed here stores a weight as code * scale, or code * scale + minimu
 (`block_q4_0` and its neighbours in ggml-common.h, https://github.com/ggml-org/ggml); the package `gguf`
 unpacks them in NumPy. Codes are what that gives for the same bytes with every scale set to 1, so that the
 order of bits is known in one place. The codebooks of IQ4 and FP4 have integer entries (FP4 doubled), and are
-codes of 8 bits. Those of IQ1, IQ2 and IQ3 are points of a lattice with signs and are left out.
+codes of 8 bits. IQ1, IQ2 and IQ3 store points of a lattice with signs; they are not read as codes.
 """
 
 from collections.abc import Callable, Mapping

@@ -67,7 +67,7 @@ def _key(header: GgufHeader) -> str:
 
 def _make(header: GgufHeader) -> dict[str, str]:
     tokenizer = gguf_tokenizer.build_tokenizer(header)
-    for key in _OF_THE_LOADING:  # how it was loaded is no property of the tokenizer
+    for key in _OF_THE_LOADING:  # the way it was loaded is not a property of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     with TemporaryDirectory() as folder:
         saved = [Path(name) for name in tokenizer.save_pretrained(folder)]

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TOKENIZER
+from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary
 from llmc.checkpoint.gguf_tokenizer_files import tokenizer_texts
@@ -226,13 +227,7 @@ def _bare_class(name: str) -> str:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}", hint=_AGAIN) from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} holds a {type(settings).__name__}, not a JSON object", hint=_AGAIN)
-    return settings
+    return read_fields(file) if file.is_file() else {}
 
 
 def _save_converted(tokenizer: Any, folder: Path) -> None:

@@ -6,7 +6,6 @@ either merged or refused by its name, and so is a field that is not known here: 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.checkpoint.fields import read_fields
 from llmc.errors import CheckpointError, UnsupportedError
 
 CONFIG = "adapter_config.json"
@@ -163,13 +163,7 @@ def _read_fields(file: Path) -> dict[str, Any]:
             if inside
             else "give the folder that peft's save_pretrained wrote",
         )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
-    return fields
+    return read_fields(file)
 
 
 def _refuse_unknown(fields: Mapping[str, Any], folder: Path) -> None:
