@@ -21,6 +21,7 @@ def plan_build(
     chat_template: Path | None = None,
     token_ids: bool = False,
     adapter: str | None = None,
+    every_check: bool = False,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
 
@@ -31,6 +32,7 @@ def plan_build(
         chat_template: File with a Jinja template in the place of the checkpoint's own.
         token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
         adapter: Folder or hub id of a LoRA adapter that is merged into the model.
+        every_check: Measure everything although a cheap check has missed its gate.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -58,6 +60,7 @@ def plan_build(
         eval_text=tuple(eval_text),
         chat_template=None if chat_template is None else _read_template(chat_template),
         token_ids=token_ids,
+        every_check=every_check,
     )
 
 

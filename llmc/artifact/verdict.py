@@ -73,11 +73,12 @@ class CheckStatus(StrEnum):
     PASS = "pass"
     FAIL = "fail"
     UNDECIDED = "undecided"
+    NOT_MEASURED = "not measured"
     NOT_APPLICABLE = "not applicable"
 
 
-#: A check that failed, and one that there is too little text to decide.
-MISSED = (CheckStatus.FAIL, CheckStatus.UNDECIDED)
+#: A check that failed, one that there is too little text to decide, and one without a figure.
+MISSED = (CheckStatus.FAIL, CheckStatus.UNDECIDED, CheckStatus.NOT_MEASURED)
 
 
 class Check(_Strict):
@@ -116,7 +117,7 @@ class Verdict(_Strict):
 
     @property
     def missed(self) -> tuple[Check, ...]:
-        """The checks that failed or cannot be decided."""
+        """The checks that failed, cannot be decided or were not measured."""
         return tuple(c for c in self.checks if c.status in MISSED)
 
     @property

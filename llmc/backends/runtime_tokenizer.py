@@ -13,6 +13,7 @@ checkpoint's own. Observed with onnxruntime-genai 0.18:
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from llmc.artifact.store import digest_file
 from llmc.backends import tokenizer_worker
 from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.tokenizer_worker import Answers, Question
+from llmc.errors import ParityError, ResourceError
 
 RUNTIME_SETTINGS = "tokenizer_module.json"
 #: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
@@ -87,14 +89,42 @@ def try_runtime_tokenizer(folder: Path, question: Question) -> Answers:
     if known is not None:
         return Answers.read(question, json.loads(known))
     with TemporaryDirectory(dir=folder) as inside:
-        _write_minimal_model(Path(inside))
+        _write_minimal_model(Path(inside), folder)
         data = tokenizer_worker.ask_runtime(Path(inside), question)
     cache.put(key, json.dumps(data).encode())
     return Answers.read(question, data)
 
 
-def _write_minimal_model(folder: Path) -> None:
-    """A decoder of one token and one layer, and a genai_config.json for the tokenizer in the folder above."""
+def open_runtime_tokenizer(folder: Path) -> Any:
+    """The `onnxruntime_genai.Tokenizer` of an artifact's files; the artifact's graph is not loaded.
+
+    Raises:
+        ResourceError: onnxruntime-genai is not installed.
+        ParityError: It cannot read the tokenizer.
+    """
+    try:
+        import onnxruntime_genai as og
+    except ImportError as error:
+        raise ResourceError(
+            "onnxruntime-genai is not installed, its tokenizer cannot be compared with the original's",
+            hint="pip install onnxruntime-genai-cuda (x86-64) or onnxruntime-genai (elsewhere)",
+        ) from error
+    with TemporaryDirectory() as apart:
+        _write_minimal_model(Path(apart), folder)
+        try:
+            return og.Tokenizer(og.Model(apart))
+        except RuntimeError as error:  # all that the bindings raise
+            raise ParityError(
+                f"onnxruntime-genai {og.__version__} cannot read the tokenizer of {folder}: {error}"
+            ) from error
+
+
+def _write_minimal_model(folder: Path, tokenizer: Path) -> None:
+    """Write a decoder of one token and one layer, and a genai_config.json with a tokenizer of another folder.
+
+    Args:
+        tokenizer: Folder of the tokenizer's files, which the runtime finds from `folder`.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -149,7 +179,7 @@ def _write_minimal_model(folder: Path) -> None:
         "context_length": 8,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        "tokenizer_dir": "..",
+        "tokenizer_dir": os.path.relpath(tokenizer.resolve(), folder.resolve()),
         "decoder": decoder,
     }
     config = {"model": model, "search": {"max_length": 8}}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Adapter, EvalText, Json, Model, SearchPath
+from llmc.cli.options import Adapter, EvalText, Every, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -54,6 +54,7 @@ def build(
     ] = None,
     eval_text: EvalText = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the parity gate.")] = False,
+    every: Every = False,
     chat_template: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Jinja template in the place of the model's own."),
@@ -101,6 +102,7 @@ def build(
         chat_template=chat_template,
         token_ids=token_ids,
         adapter=adapter,
+        every_check=every,
     )
     plan = plan_for(target=target)
     from llmc import pipeline

@@ -58,6 +58,13 @@ Allow = Annotated[
         "with a confidence interval may not be worse beyond it.",
     ),
 ]
+Every = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        help="Measure everything although files, settings, tokenizer or weights have missed their gates.",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
 ]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Against, Allow, Artifact, EvalText, Force, Json, OriginalAdapter, Report
+from llmc.cli.options import Against, Allow, Artifact, EvalText, Every, Force, Json, OriginalAdapter, Report
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -49,6 +49,7 @@ def verify(
         int | None,
         typer.Option(metavar="N", min=2, help="Only the first N items of each task.", show_default=False),
     ] = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
@@ -67,5 +68,6 @@ def verify(
         each_pass=each_pass,
         tasks=tuple(task or ()),
         task_items=task_items,
+        every=every,
     )
     emit(made, as_json=as_json)

@@ -306,6 +306,7 @@ class BuildPlan(Strict):
         eval_text: Files of evaluation text, `-` for standard input; none for the one that ships.
         chat_template: Jinja template in the place of the checkpoint's own; None for that.
         token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
+        every_check: Measure everything although a cheap check of the gate has missed.
     """
 
     model: str
@@ -318,3 +319,4 @@ class BuildPlan(Strict):
     eval_text: tuple[str, ...] = ()
     chat_template: str | None = None
     token_ids: bool = False
+    every_check: bool = False

@@ -15,11 +15,12 @@ from llmc.config import Backend, BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
-from llmc.pipeline.gate import GateResult, Subject, measure_parity
+from llmc.pipeline.gate import GateResult, measure_parity
 from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
+from llmc.pipeline.subject import Subject
 from llmc.pipeline.text import write_text
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
@@ -110,7 +111,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 weights=compiled.weights,
                 text=text,
             )
-            gate = measure_parity(subject, plan.eval_text, progress)
+            gate = measure_parity(subject, plan.eval_text, progress, every=plan.every_check)
             name = plan.profile.name
             report = gate_report(
                 plan.model, plan.target, name, gate, pruned.record, compiled.weights, stage.path

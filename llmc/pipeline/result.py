@@ -149,15 +149,19 @@ def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
 def _missed(verdict: Verdict) -> str:
     """One sentence on the gates that were missed, and on those that cannot be decided."""
     named = {
-        status: ", ".join(c.metric.value for c in verdict.missed if c.status is status)
-        for status in (CheckStatus.FAIL, CheckStatus.UNDECIDED)
+        status: [c.metric.value for c in verdict.missed if c.status is status]
+        for status in (CheckStatus.FAIL, CheckStatus.UNDECIDED, CheckStatus.NOT_MEASURED)
     }
+    failed, undecided, left = named.values()
     parts = []
-    if named[CheckStatus.FAIL]:
-        count = sum(c.status is CheckStatus.FAIL for c in verdict.missed)
-        parts.append(f"the artifact misses {count} of its gates: {named[CheckStatus.FAIL]}")
-    if named[CheckStatus.UNDECIDED]:
-        parts.append(f"too little text to decide: {named[CheckStatus.UNDECIDED]}")
+    if failed:
+        parts.append(f"the artifact misses {len(failed)} of its gates: {', '.join(failed)}")
+    if undecided:
+        parts.append(f"too little text to decide: {', '.join(undecided)}")
+    if left and failed:
+        parts.append(f"{len(left)} gates were not measured")
+    elif left:
+        parts.append(f"not measured: {', '.join(left)}")
     parts += verdict.causes
     return "; ".join(parts)
 

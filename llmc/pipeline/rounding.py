@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.graph.weights import Rows
-    from llmc.pipeline.gate import Subject
+    from llmc.pipeline.subject import Subject
     from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.yardstick import Rounding

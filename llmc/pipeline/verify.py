@@ -1,18 +1,27 @@
 """`llmc verify`: the parity gate again."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.pipeline.advice import advise
 from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
-from llmc.pipeline.gate import Subject, measure_parity
+from llmc.pipeline.gate import hold_files, measure_parity
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
+from llmc.pipeline.subject import Subject
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
+
+if TYPE_CHECKING:
+    from llmc.artifact.store import Artifact
+    from llmc.checkpoint import Checkpoint
+    from llmc.validate.tasks import Tasks
 
 
 def verify(
@@ -28,6 +37,7 @@ def verify(
     each_pass: bool = False,
     tasks: Sequence[str] = (),
     task_items: int | None = None,
+    every: bool = False,
     adapter: str | None = None,
 ) -> GateReport:
     """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
@@ -45,6 +55,7 @@ def verify(
         baseline: report.json of an earlier artifact that this one may not be worse than.
         tasks: Multiple-choice tasks of lm-evaluation-harness, by name or YAML file.
         task_items: Most items of each task.
+        every: Measure everything although a check that reads files alone has missed its gate.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
     from llmc.artifact.store import damaged_files
@@ -59,25 +70,12 @@ def verify(
         artifact, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
         require_kernels(artifact)
         damaged = damaged_files(artifact)
+    if damaged and not every:
+        gate = hold_files(artifact.manifest.target, damaged)
+    else:
+        subject = _subject(artifact, checkpoint, digest, loaded, progress)
+        gate = measure_parity(subject, eval_text, progress, damaged=damaged, each_pass=each_pass, every=every)
     manifest = artifact.manifest
-    compiled = reopen(checkpoint, manifest.target, path, progress)
-    sources = artifact_sources(compiled, manifest.target, path, progress)
-    subject = Subject(
-        folder=path,
-        interface=manifest.interface,
-        target=manifest.target,
-        threads=manifest.profile.threads,
-        checkpoint=checkpoint,
-        model_digest=digest,
-        sources=sources,
-        compiled=compiled,
-        text=manifest.text,
-        damaged=damaged,
-        engine=host_engine(manifest, progress),
-        tasks=loaded,
-        weights=manifest.weights,
-    )
-    gate = measure_parity(subject, eval_text, progress, each_pass=each_pass)
     profile, pruned = manifest.profile.name, manifest.pruned
     report = gate_report(checkpoint.ref, manifest.target, profile, gate, pruned, manifest.weights, path)
     if earlier is not None:
@@ -85,3 +83,25 @@ def verify(
     if folder is not None:
         write_all(report, folder)
     return GateReport(report=report, advice=advise(manifest.target, report.verdict))
+
+
+def _subject(
+    artifact: Artifact, checkpoint: Checkpoint, digest: str, tasks: Tasks | None, progress: Progress
+) -> Subject:
+    """What is measured of an artifact on this machine, against which original."""
+    path, manifest = artifact.path, artifact.manifest
+    compiled = reopen(checkpoint, manifest.target, path, progress)
+    return Subject(
+        folder=path,
+        interface=manifest.interface,
+        target=manifest.target,
+        threads=manifest.profile.threads,
+        checkpoint=checkpoint,
+        model_digest=digest,
+        sources=artifact_sources(compiled, manifest.target, path, progress),
+        compiled=compiled,
+        text=manifest.text,
+        engine=host_engine(manifest, progress),
+        tasks=tasks,
+        weights=manifest.weights,
+    )

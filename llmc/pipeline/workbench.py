@@ -21,9 +21,9 @@ from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedEr
 from llmc.machine import detect_cpu, release_memory
 from llmc.pipeline.build import build
 from llmc.pipeline.candidates import describe
-from llmc.pipeline.gate import load_original
 from llmc.pipeline.original import remember, tokenize
 from llmc.pipeline.reports import stored_bytes
+from llmc.pipeline.subject import load_original
 from llmc.profile import Profile
 from llmc.progress import SilentProgress
 

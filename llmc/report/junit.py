@@ -49,7 +49,7 @@ def _add_check(suite: ET.Element, check: Check) -> None:
     case = _case(suite, check.metric)
     figure = f"{format_estimate(check.value, check.low, check.high)}, gate {format_bound(check)}"
     if check.status in MISSED:
-        kind = "gate" if check.status is CheckStatus.FAIL else "undecided"
+        kind = "gate" if check.status is CheckStatus.FAIL else check.status.value
         failure = ET.SubElement(case, "failure", message=_clean(figure), type=kind)
         failure.text = _clean(f"{check.detail}\n{check.reason}")
     elif check.status is CheckStatus.NOT_APPLICABLE:

@@ -11,6 +11,7 @@ _MARKS = {
     CheckStatus.PASS: "pass",
     CheckStatus.FAIL: "**FAIL**",
     CheckStatus.UNDECIDED: "**undecided**",
+    CheckStatus.NOT_MEASURED: "**not measured**",
     CheckStatus.NOT_APPLICABLE: "not applicable",
 }
 

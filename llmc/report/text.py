@@ -15,6 +15,7 @@ _COLOURS = {
     CheckStatus.PASS: "green",
     CheckStatus.FAIL: "red",
     CheckStatus.UNDECIDED: "red",
+    CheckStatus.NOT_MEASURED: "red",
     CheckStatus.NOT_APPLICABLE: "dim",
 }
 

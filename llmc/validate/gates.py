@@ -14,9 +14,9 @@ _DECIBELS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
 def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verdict:
     """Hold every gate against the measurement of its metric.
 
-    A gate fails if its metric exceeds the bound, is NaN or infinite, or was not measured; only a
-    metric that does not apply to the model (no sliding window) is let through. An estimate passes if
-    its whole confidence interval keeps the bound, fails if none of it does, and is undecided in
+    A gate fails if its metric exceeds the bound, or is NaN or infinite. A metric that was not measured is no
+    pass either; only one that does not apply to the model (no sliding window) is let through. An estimate
+    passes if its whole confidence interval keeps the bound, fails if none of it does, and is undecided in
     between, which is not a pass. A measurement that is NaN or infinite fails even where no gate asks
     for it.
 
@@ -39,12 +39,14 @@ def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verd
 
 
 def _check(gate: Gate, measurement: Measurement | None) -> Check:
-    status = CheckStatus.FAIL
-    if measurement is not None:
-        if measurement.status is MeasurementStatus.NOT_APPLICABLE:
-            status = CheckStatus.NOT_APPLICABLE
-        elif measurement.value is not None and _usable(measurement.metric, measurement.value):
-            status = _judge(gate, measurement)
+    if measurement is None or measurement.status is MeasurementStatus.NOT_MEASURED:
+        status = CheckStatus.NOT_MEASURED
+    elif measurement.status is MeasurementStatus.NOT_APPLICABLE:
+        status = CheckStatus.NOT_APPLICABLE
+    elif measurement.value is not None and _usable(measurement.metric, measurement.value):
+        status = _judge(gate, measurement)
+    else:
+        status = CheckStatus.FAIL
     return Check(
         metric=gate.metric,
         value=None if measurement is None else measurement.value,

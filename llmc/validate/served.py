@@ -81,15 +81,14 @@ class Served:
     """A folder loaded by onnxruntime-genai on the CPU, whatever provider its genai_config.json names.
 
     Args:
-        folder: The artifact, with genai_config.json and tokenizer files.
-        record: How it turns text into tokens; where the runtime does not, its tokenizer is not opened.
+        folder: The artifact, with genai_config.json.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
         ParityError: It cannot load the folder.
     """
 
-    def __init__(self, folder: Path, record: TextRecord) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             import onnxruntime_genai as og
         except ImportError as error:
@@ -104,10 +103,8 @@ class Served:
             config = og.Config(str(folder))
             config.clear_providers()
             self._model = og.Model(config)
-            opened = og.Tokenizer(self._model) if record.served else None
         except Exception as error:
             raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
-        self.tokenizer = None if opened is None else ServedTokenizer(opened, record)
 
     def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
         """New tokens after `ids`, greedy unless `search` says otherwise; without the end token.

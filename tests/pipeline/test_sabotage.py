@@ -69,7 +69,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
 
 def _check(folder: Path, artifacts: dict[str, Path]) -> dict[Metric, CheckStatus]:
     text = artifacts["float"].parent / "text"
-    report = verify(folder, None, (str(text),), SilentProgress()).report
+    report = verify(folder, None, (str(text),), SilentProgress(), every=True).report
     assert report.verdict.passed == (not report.verdict.missed)
     return {c.metric: c.status for c in report.verdict.checks}
 
@@ -95,13 +95,44 @@ def test_a_broken_artifact_fails_the_right_check(
     assert expected <= missed
 
 
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("a weight changed on disk", {Metric.FILES}),
+        ("end token missing", {Metric.FILES, Metric.SERVING, Metric.TOKENIZER_EQUAL, Metric.CHAT_EQUAL}),
+    ],
+)
+def test_a_cheap_check_that_misses_ends_the_run(
+    name: str,
+    reached: set[Metric],
+    artifacts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is loaded after it, and what was not measured is no pass."""
+    sabotage = next(s for s in SABOTAGES if s.name == name)
+    folder = copy_artifact(artifacts[sabotage.artifact], tmp_path / "broken")
+    sabotage.apply(folder)
+    if sabotage.sealed:
+        reseal(folder)
+    monkeypatch.setattr(Checkpoint, "fill_reference", None)
+    monkeypatch.setattr("llmc.validate.session.open_session", None)
+    text = str(artifacts["float"].parent / "text")
+    verdict = verify(folder, None, (text,), SilentProgress()).report.verdict
+    assert {c.metric for c in verdict.checks if c.status is not CheckStatus.NOT_MEASURED} == reached
+    assert not verdict.passed
+    left = next(c for c in verdict.checks if c.metric is Metric.TEXT_KL_MEAN)
+    missed = next(c.metric for c in verdict.checks if c.status is CheckStatus.FAIL)
+    assert left.detail == f"{missed} missed its gate before; --all measures this as well"
+
+
 def test_another_model_is_refused_unless_forced(artifacts: dict[str, Path], tmp_path: Path) -> None:
     other = save_tiny_model("mistral", tmp_path / "other", tokenizer=True, tie_word_embeddings=True, seed=1)
     text = (str(artifacts["float"].parent / "text"),)
     with pytest.raises(ConfigError, match=r"other is not the model that .*float was built from") as caught:
         verify(artifacts["float"], str(other), text, SilentProgress())
     assert "--force" in str(caught.value.hint)
-    report = verify(artifacts["float"], str(other), text, SilentProgress(), force=True).report
+    report = verify(artifacts["float"], str(other), text, SilentProgress(), force=True, every=True).report
     assert {Metric.WEIGHTS_SNR, Metric.TEXT_KL_MEAN} <= {c.metric for c in report.verdict.missed}
 
 
@@ -189,7 +220,7 @@ def test_weights_that_are_not_read_back_leave_levels_unmeasured(
         node.input[1] = edit.constant("packed", edit.array(node.input[1]))
     reseal(folder)
     text = str(artifacts["float"].parent / "text")
-    made = verify(folder, None, (text,), SilentProgress()).report
+    made = verify(folder, None, (text,), SilentProgress(), every=True).report
     unmeasured = {m.metric for m in made.measurements if m.status is MeasurementStatus.NOT_MEASURED}
     assert PARITY | {Metric.GENERATE_GAP, Metric.GENERATE_SEEDED} <= unmeasured
     assert {c.metric for c in made.verdict.missed} >= PARITY
@@ -246,7 +277,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     whole = verify(artifacts["int4"], None, text, SilentProgress()).report
     loaded: list[str] = []
     monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
-    monkeypatch.setattr("llmc.pipeline.gate.available_memory", lambda: 1000)
+    monkeypatch.setattr("llmc.pipeline.subject.available_memory", lambda: 1000)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
     assert loaded == []

@@ -29,7 +29,7 @@ PROMPTS = ("The sea", "def mean(values):", "Once", "A list of", "Water boils")
 def generate(
     folder: Path, reference: TorchModel, prompts: tuple[str, ...] = PROMPTS, stop: tuple[int, ...] = (END,)
 ) -> dict[Metric, Measurement]:
-    served = Served(folder, TextRecord())
+    served = Served(folder)
     codec = TextCodec(folder, TextRecord())
     made = served_texts(served, codec, tiny_tokenizer(), prompts)
     texts = original_texts(reference, tiny_tokenizer(), prompts, stop)
@@ -93,7 +93,7 @@ def test_folder_that_is_not_served(llama: Any, tmp_path: Path) -> None:
     write_artifact(llama, tmp_path, SERVED, share_buffer=False)
     (tmp_path / "genai_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ParityError, match="cannot load"):
-        Served(tmp_path, TextRecord())
+        Served(tmp_path)
 
 
 def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:

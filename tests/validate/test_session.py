@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.text import TextRecord
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError
 from llmc.validate.served import Served
 from llmc.validate.session import OrtModel, shares_buffer
@@ -144,6 +143,6 @@ def test_a_runtime_that_is_not_installed(llama: Any, tmp_path: Path, monkeypatch
     assert "pip install onnxruntime" in str(caught.value.hint)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(ResourceError, match="onnxruntime-genai is not installed") as caught:
-        Served(tmp_path, TextRecord())
+        Served(tmp_path)
     assert caught.value.exit_code is ExitCode.RESOURCES
     assert "pip install onnxruntime-genai" in str(caught.value.hint)

@@ -1,0 +1,223 @@
+"""Steps of the gate that execute an artifact: its text, its logits and its quality beside the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmc.config import Metric
+from llmc.errors import ParityError
+from llmc.machine import release_memory
+from llmc.pipeline.gate_run import Run
+from llmc.pipeline.rounding import allow_own_rounding
+from llmc.pipeline.subject import is_large, open_rounding
+
+if TYPE_CHECKING:
+    from llmc.artifact.verdict import Measurement
+    from llmc.graph.interface import Interface
+    from llmc.graph.static_session import StaticSession
+    from llmc.validate.generation import ServedText
+    from llmc.validate.session import OrtModel, Session
+
+
+def measure_served(run: Run) -> None:
+    """Measure an artifact that onnxruntime-genai serves, as it serves it.
+
+    Raises:
+        ParityError: The artifact cannot be loaded, so that nothing further can be measured.
+    """
+    from llmc.data import prompts
+    from llmc.validate import generation
+    from llmc.validate.blank import BlankSession
+    from llmc.validate.quality import YARDSTICK_WINDOWS, measure_quality
+
+    where = _require_interface(run)
+    limit = run.subject.interface.max_length
+    count = generation.new_tokens(limit)
+    asked = generation.fitting_prompts(prompts(), run.tokenizer, limit)
+    drawn, runtime = _serve(run, asked, count)
+    release_memory()
+    with run.progress.stage("original"):
+        run.windows.prepare(run.original)
+        texts = generation.original_texts(run.original, run.tokenizer, asked, run.stated.stop, count)
+    release_memory()
+    rounding = None
+    if run.weights.unread:
+        run.found += _not_comparable(run.weights.unread, where)
+        run.original.release()
+    else:
+        with run.progress.stage("original with the artifact's weights"):
+            if drawn:
+                run.found += generation.measure_generation(drawn, texts, run.own, run.stated.stop, runtime)
+            run.parity(BlankSession(run.subject.interface), run.own).measure()
+            run.original.release()
+        rounding = open_rounding(run.subject, run.own)
+        if rounding is not None:
+            with run.progress.stage("original with rounded weights"):
+                run.windows.sample(YARDSTICK_WINDOWS).prepare(rounding)
+                rounding.release()
+        run.own.release()
+        release_memory()
+        with run.progress.stage("parity"):
+            run.found += _levels(run, _open_graph(run, exact=True))
+    release_memory()
+    model = _open_graph(run, exact=False)
+    with run.progress.stage("quality"):
+        run.found += measure_quality(model, run.original, run.windows, rounding=rounding)
+    _measure_tasks(run, model)
+
+
+def measure_static(run: Run) -> None:
+    """Measure the graph that engines are parsed from, and the engine where its GPU is at hand.
+
+    Parity is the graph's, in float32 and with the artifact's weights on both sides. Quality and the choice of
+    tokens step by step are the engine's, or else those of the graph in its own types.
+
+    Raises:
+        ParityError: TensorRT or onnxruntime cannot load it.
+    """
+    from llmc.validate.blank import BlankSession
+    from llmc.validate.measure import measured
+    from llmc.validate.quality import measure_quality
+    from llmc.validate.static_session import StaticOrtModel
+
+    subject, rows = run.subject, _most_rows(run)
+    with run.progress.stage("original"):
+        run.windows.prepare(run.original)
+        if subject.engine is not None:
+            run.parity(BlankSession(subject.interface), run.original, rows).decode()
+    with run.progress.stage("original with the artifact's weights"):
+        if not run.weights.unread:
+            run.parity(BlankSession(subject.interface), run.own).measure()
+        run.original.release()
+        run.own.release()
+    release_memory()
+    with run.progress.stage("parity"):
+        try:
+            graph = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, exact=True)
+        except ParityError as error:
+            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            raise
+        run.found.append(_interface_holds(subject.interface, graph.where))
+        if run.weights.unread:
+            levels = _not_comparable(run.weights.unread, graph.where)
+        else:
+            levels = _levels(run, graph)
+    del graph
+    release_memory()
+    model = _open_static(run)
+    if subject.engine is not None:
+        with run.progress.stage("engine"):
+            steps = run.parity(model, run.original, rows).decode()
+            run.original.release()
+        levels = tuple(m for m in levels if m.metric is not Metric.DECODE_TOP1)
+        levels += tuple(m for m in steps if m.metric is Metric.DECODE_TOP1)
+    run.found += levels
+    with run.progress.stage("quality"):
+        run.found += measure_quality(model, run.original, run.windows, rows)
+    _measure_tasks(run, model)
+
+
+def _open_graph(run: Run, *, exact: bool) -> OrtModel:
+    from llmc.validate.session import OrtModel, shares_buffer
+
+    subject = run.subject
+    share = shares_buffer(subject.folder)
+    return OrtModel(
+        subject.folder, subject.interface, threads=subject.threads, share_buffer=share, exact=exact
+    )
+
+
+def _require_interface(run: Run) -> str:
+    """Load the graph once and let go of it; what executes it.
+
+    Raises:
+        ParityError: onnxruntime cannot load it, or it has another interface.
+    """
+    from llmc.validate.measure import measured
+
+    with run.progress.stage("interface"):
+        try:
+            where = _open_graph(run, exact=False).where
+        except ParityError as error:
+            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            raise
+        run.found.append(_interface_holds(run.subject.interface, where))
+    return where
+
+
+def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText, ...], str]:
+    """Text that onnxruntime-genai makes of each prompt, and its name; none where nothing can judge it.
+
+    Raises:
+        ParityError: The runtime cannot load the folder.
+        ResourceError: It is not installed.
+    """
+    from llmc.validate import generation
+    from llmc.validate.measure import broken
+    from llmc.validate.served import Served
+
+    with run.progress.stage("generation"):
+        served = Served(run.subject.folder)
+        if run.weights.unread:
+            return (), served.where
+        try:
+            drawn = generation.served_texts(served, run.codec, run.tokenizer, asked, count)
+        except ParityError as error:
+            run.found += broken(generation.METRICS, error, served.where)
+            drawn = ()
+        return drawn, served.where
+
+
+def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
+    """The parity levels against the original with the artifact's weights, which is released."""
+    levels = run.parity(model, run.own).measure()
+    large = is_large(run.subject.compiled)
+    levels = allow_own_rounding(run.subject, run.own, run.tokens, levels, large)
+    run.own.release()
+    return levels
+
+
+def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
+    """Levels that need the original with the artifact's weights, where those cannot be read: no pass."""
+    from llmc.artifact.verdict import MeasurementStatus
+    from llmc.validate.measure import unmeasured
+
+    why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
+    areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
+    status = MeasurementStatus.NOT_MEASURED
+    return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
+
+
+def _measure_tasks(run: Run, model: Session) -> None:
+    from llmc.validate.tasks import measure_tasks
+
+    if run.subject.tasks is not None:
+        with run.progress.stage("tasks"):
+            run.found.append(measure_tasks(model, run.original, run.tokenizer, run.subject.tasks))
+
+
+def _most_rows(run: Run) -> int | None:
+    """Most rows of a batch that an engine takes; None for its graph, which takes any number."""
+    settings = run.subject.target.engine
+    return None if run.subject.engine is None or settings is None else settings.batch.most
+
+
+def _open_static(run: Run) -> StaticSession:
+    """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take."""
+    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.validate.static_session import StaticOrtModel
+
+    subject = run.subject
+    if subject.engine is not None:
+        return EngineSession(subject.folder, subject.engine, subject.interface)
+    settings = subject.target.engine
+    most = None if settings is None else settings.prefill.most
+    return StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, most=most)
+
+
+def _interface_holds(interface: Interface, where: str) -> Measurement:
+    from llmc.validate.measure import mismatches
+
+    told = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
+    return mismatches(Metric.INTERFACE, (), told, where)

@@ -1,0 +1,133 @@
+"""One run of the gate: what its steps share, each made when a step first asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import ConfigError, ParityError
+from llmc.pipeline.original import tokenize
+from llmc.pipeline.subject import Subject, open_original, open_own
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.text import TextCodec
+    from llmc.artifact.verdict import Measurement
+    from llmc.validate.parity import Parity
+    from llmc.validate.quality import Windows
+    from llmc.validate.reference import Reference
+    from llmc.validate.remembered import RememberedModel
+    from llmc.validate.session import Session
+    from llmc.validate.settings import Original
+    from llmc.validate.weights import WeightParity
+
+
+@dataclass
+class Run:
+    """The state of one run.
+
+    Args:
+        text: The evaluation text.
+        found: Measurements, appended as they are taken.
+    """
+
+    subject: Subject
+    text: str
+    progress: Progress
+    found: list[Measurement] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The original's tokenizer, by transformers."""
+        return self.subject.checkpoint.tokenizer()
+
+    @cached_property
+    def _tokenized(self) -> tuple[Any, tuple[int, ...]]:
+        return tokenize(self.tokenizer, self.text)
+
+    @property
+    def tokens(self) -> Any:
+        """Token ids of the evaluation text, (n,) int64.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        return self._tokenized[0]
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        """The artifact's tokenizer, as `llmc run` uses it.
+
+        Raises:
+            ParityError: It cannot be read.
+        """
+        from llmc.artifact.text import TextCodec
+
+        try:
+            return TextCodec(self.subject.folder, self.subject.text)
+        except ConfigError as error:
+            raise ParityError(error.fact) from error
+
+    @cached_property
+    def stated(self) -> Original:
+        """What the original says of serving it."""
+        from llmc.validate.settings import describe_original
+
+        checkpoint = self.subject.checkpoint
+        return describe_original(checkpoint.config, checkpoint.generation_config(), self.tokenizer)
+
+    @cached_property
+    def weights(self) -> WeightParity:
+        """What became of the weights; broken measurements where they cannot be read."""
+        from llmc.validate.measure import broken
+        from llmc.validate.weights import METRICS, WeightParity, compare_weights
+
+        try:
+            return compare_weights(self.subject.folder, self.subject.sources)
+        except ParityError as error:
+            return WeightParity(broken(METRICS, error, "numpy, from the files"), "", ())
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Pieces of the evaluation text that quality is measured on.
+
+        Raises:
+            ConfigError: The text is too short.
+        """
+        from llmc.validate.quality import plan_windows
+
+        return plan_windows(self.subject.interface, *self._tokenized)
+
+    def require_windows(self) -> None:
+        """Find out whether the evaluation text is long enough, before work that it would be the end of.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        _ = self.windows
+
+    @cached_property
+    def original(self) -> RememberedModel:
+        """The original."""
+        return open_original(self.subject)
+
+    @cached_property
+    def own(self) -> RememberedModel:
+        """The original with the artifact's own weights."""
+        return open_own(self.subject, self.original, self.weights)
+
+    def parity(self, model: Session, reference: Reference, rows: int | None = None) -> Parity:
+        """The parity levels of a model against a reference.
+
+        Args:
+            rows: Most rows of a batch that the model takes; None for any number.
+        """
+        from llmc.graph.switches import rope_switches, trained_lengths
+        from llmc.validate.parity import Parity
+
+        config = self.subject.checkpoint.config
+        heads = self.subject.compiled.config.get_text_config(decoder=True).num_attention_heads
+        return Parity(
+            model, reference, self.tokens, heads, rope_switches(config), trained_lengths(config), rows
+        )
