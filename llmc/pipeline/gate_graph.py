@@ -9,7 +9,7 @@ from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.machine import release_memory
 from llmc.pipeline.gate_run import Run
-from llmc.pipeline.rounding import allow_own_rounding
+from llmc.pipeline.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.subject import is_large, open_rounding
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def measure_served(run: Run) -> None:
     release_memory()
     model = _open_graph(run, exact=False)
     with run.progress.stage("quality"):
-        run.found += measure_quality(model, run.original, run.windows, rounding=rounding)
+        unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
+        run.found += measure_quality(model, run.original, run.windows, rounding=rounding, unstable=unstable)
     _measure_tasks(run, model)
 
 
@@ -114,7 +115,8 @@ def measure_static(run: Run) -> None:
         levels += tuple(m for m in steps if m.metric is Metric.DECODE_TOP1)
     run.found += levels
     with run.progress.stage("quality"):
-        run.found += measure_quality(model, run.original, run.windows, rows)
+        unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
+        run.found += measure_quality(model, run.original, run.windows, rows, unstable=unstable)
     _measure_tasks(run, model)
 
 

@@ -81,3 +81,15 @@ def allow_own_rounding(
     found = own.conditioning(tokens, subject.interface.max_length)
     compiled = subject.target.kernels == "compiled"
     return tuple(allow_rounding(levels, found, rounds_activations=compiled))
+
+
+def bound_on_divergence(
+    subject: Subject, original: RememberedModel, large: bool
+) -> tuple[RememberedModel, float] | None:
+    """The original and the target's bound on mean KL divergence, to find what rounding alone moves by more.
+
+    Args:
+        large: Whether the original is streamed, so that each question costs a pass over its weights.
+    """
+    bounds = [gate.max for gate in subject.target.gates if gate.metric is Metric.TEXT_KL_MEAN]
+    return None if large or not bounds or bounds[0] is None else (original, bounds[0])

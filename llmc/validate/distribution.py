@@ -14,6 +14,8 @@ Array = np.ndarray
 #: Likeliest tokens that are named exactly.
 TOP = 5
 _STEPS_PER_NAT = 2048
+#: Nats. What is less likely than this is not told apart.
+LEAST_LIKELY = np.iinfo(np.uint16).max / _STEPS_PER_NAT
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ KL divergence is that of the artifact's next-token distribution q from the origi
 sum p (log p - log q) in nats (Kullback and Leibler 1951); perplexity is exp of the mean negative
 log-likelihood of the next token (Jelinek et al. 1977). Sums are in float64. Top-1 agreement is
 the share of tokens with the same most likely next token, top-5 the share of the original's five most
-likely that are among the artifact's five. Means have 95 % confidence intervals over the windows.
+likely that are among the artifact's five. A token less likely than 1e-14 counts as just that on both sides.
+Means have 95 % confidence intervals over the windows.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
-from llmc.validate.distribution import TOP, Distributions, log_softmax
+from llmc.validate.distribution import LEAST_LIKELY, TOP, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.reference import Reference
+from llmc.validate.sensitivity import SensitiveReference, find_unstable
 from llmc.validate.session import Session
 from llmc.validate.yardstick import compare_with_rounding, divergence
 
@@ -109,8 +111,8 @@ class _Totals:
                     kl,
                     float(row.argmax() == top[0]),
                     float(np.mean(among)),
-                    -float(q[target]),
-                    -float(p[target]),
+                    min(-float(q[target]), LEAST_LIKELY),
+                    min(-float(p[target]), LEAST_LIKELY),
                 )
             )
         series = (self.kl, self.top1, self.top5, self.loss, self.loss_original)
@@ -149,6 +151,7 @@ def measure_quality(
     windows: Windows,
     rows: int | None = None,
     rounding: Reference | None = None,
+    unstable: tuple[SensitiveReference, float] | None = None,
 ) -> tuple[Measurement, ...]:
     """KL divergence, agreement and perplexity ratio on a text.
 
@@ -160,6 +163,8 @@ def measure_quality(
         rows: Most rows of a batch that the model takes; None for any number.
         rounding: The original with plainly rounded weights (`llmc.validate.yardstick`); None compares
             with no yardstick.
+        unstable: Where the mean KL divergence may exceed this bound, positions that rounding alone moves by
+            more are left out of all figures, as the original finds them; None leaves none out.
 
     Returns:
         One measurement for each of METRICS.
@@ -174,7 +179,10 @@ def measure_quality(
         for i in range(0, len(windows.tokens), batch):
             parts.append(_compare(model, reference, windows.tokens[i : i + batch], windows.prefix))
         figures = np.concatenate(parts, axis=1)
-        made = _measurements(figures, windows.tokens.shape[1], model.where)
+        left_out = np.zeros(figures[0].shape, bool)
+        if unstable is not None and mean_interval(figures[0].mean(axis=1).tolist())[1] > unstable[1]:
+            left_out = find_unstable(unstable[0], windows.tokens, figures[0], unstable[1])
+        made = _measurements(figures, left_out, windows.tokens.shape[1], model.where)
         if rounding is None:
             why = "no matrix is stored as integers by block, or the target has no gate on it"
             status = MeasurementStatus.NOT_APPLICABLE
@@ -221,15 +229,29 @@ def _compare(model: Session, reference: Reference, windows: Array, prefix: int) 
     return np.stack([np.stack(part, axis=1) for part in series])
 
 
-def _measurements(figures: Array, length: int, where: str) -> tuple[Measurement, ...]:
-    """From figures (5, windows, steps) to one measurement for each of METRICS but the last."""
-    kl, top1, top5, loss, loss_original = figures
-    windows, steps = kl.shape
-    detail = f"{kl.size} tokens in {windows} windows of {length}, decoded one by one"
+def _measurements(figures: Array, left_out: Array, length: int, where: str) -> tuple[Measurement, ...]:
+    """From figures (5, windows, steps) to one measurement for each of METRICS but the last.
+
+    Args:
+        left_out: (windows, steps) bool, positions that count for nothing.
+    """
+    windows, steps = left_out.shape
+    tokens = left_out.size - np.count_nonzero(left_out)
+    detail = f"{tokens} tokens in {windows} windows of {length}, decoded one by one"
+    if left_out.any():
+        detail += (
+            f"; {np.count_nonzero(left_out)} more are left out, where rounding alone moves the original by "
+            "more than the bound"
+        )
+    # Each of them gets the mean of its window, which leaves the means over windows as they are without it.
+    weights = np.broadcast_to(~left_out, figures.shape)
+    averages = np.sum(figures, axis=2, keepdims=True, where=weights) / np.maximum(
+        1, np.count_nonzero(weights, axis=2, keepdims=True)
+    )
+    kl, top1, top5, loss, loss_original = np.where(left_out, averages, figures)
     means = [mean_interval(x.mean(axis=1).tolist()) for x in (kl, top1, top5, loss - loss_original)]
-    with np.errstate(over="ignore"):  # an infinite perplexity fails its gate
-        original, artifact = np.exp(np.array([loss_original.mean(), loss.mean()]))
-        ratio_interval = tuple(float(v) for v in np.exp(np.array(means[3])))
+    original, artifact = np.exp(np.array([loss_original.mean(), loss.mean()]))
+    ratio_interval = tuple(float(v) for v in np.exp(np.array(means[3])))
     perplexities = {"perplexity_original": float(original), "perplexity_artifact": float(artifact)}
     # Along the text: how what is lost grows with the cache.
     cuts = np.linspace(0, steps, min(steps, 16) + 1).astype(int)
@@ -238,14 +260,14 @@ def _measurements(figures: Array, length: int, where: str) -> tuple[Measurement,
     sample = np.stack([-loss_original.ravel(), -loss.ravel()], axis=1)[:: max(1, loss.size // PAIRS)]
     perplexity = measured(
         METRICS[5],
-        float(artifact / original),
+        float(np.exp((loss - loss_original).mean())),
         detail,
         where,
         perplexities,
         (ratio_interval[0], ratio_interval[1]),
     )
     return (
-        measured(METRICS[0], float(kl.mean()), detail, where, along | {"tokens": float(kl.size)}, means[0]),
+        measured(METRICS[0], float(kl.mean()), detail, where, along | {"tokens": float(tokens)}, means[0]),
         measured(METRICS[1], float(np.percentile(kl, 99)), detail, where),
         measured(METRICS[2], float(kl.max()), detail, where),
         measured(METRICS[3], float(top1.mean()), detail, where, interval=means[1]),

@@ -10,6 +10,7 @@ from llmc.graph.switches import crosses
 from llmc.validate.conditioning import PROMPTS, STEPS, Conditioning, measure_conditioning
 from llmc.validate.distribution import Distributions
 from llmc.validate.reference import Score, TorchModel
+from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
 
 Array = np.ndarray
 
@@ -96,6 +97,16 @@ class RememberedModel:
 
         data = self._recall("conditioning and spread", tokens, [*PROMPTS, STEPS, limit or 0], ask)
         return Conditioning(*np.frombuffer(data, np.float64).tolist())
+
+    def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
+        """As `measure_sensitivity`."""
+
+        def ask(model: TorchModel) -> bytes:
+            found = measure_sensitivity(model, input_ids, keep=keep)
+            return np.stack([found.logits, found.kl]).tobytes()
+
+        data = self._recall("sensitivity", input_ids, [keep, DRAWS], ask)
+        return Sensitivity(*np.frombuffer(data, np.float64).reshape(2, keep))
 
     def release(self) -> TorchModel | None:
         """Let go of the model, and hand it over if it was loaded; a later question loads it again."""

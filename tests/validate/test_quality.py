@@ -114,15 +114,15 @@ def test_distributions_lose_next_to_nothing() -> None:
         np.testing.assert_array_equal(kept.top[at], np.argsort(-logits[at])[:5])
 
 
-def test_infinite_perplexity_is_no_pass(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
-    """Logits so large that the right token has no probability left: a figure, and not a good one."""
+def test_probabilities_of_nothing_are_told_as_1e_14(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    """Logits so large that the right token has no probability left: a finite figure, and not a good one."""
     variant = Variant(logits="last", max_length=64, scale_weight=("lm_head.weight", 1e4))
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, variant), threads=1, share_buffer=False)
     made = {
         m.metric: m
         for m in measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
     }
-    assert made[Metric.TEXT_PERPLEXITY_RATIO].value == math.inf
+    assert 1e6 < made[Metric.TEXT_PERPLEXITY_RATIO].value < math.inf
     assert made[Metric.TEXT_KL_MEAN].value > 100
 
 

@@ -1,0 +1,115 @@
+"""How far rounding in float32 moves the original at single positions.
+
+Most positions of a trained model move by 1e-5 logits when sums are taken in another order. Where a softmax
+weighs two scores that are nearly equal and huge, or an expert is chosen by a hair, the same change decides
+what comes out, and the logits of that one position move by whole numbers. No other program of the model can
+be held to them. Such positions are found as in stochastic arithmetic (Vignes 1993): the original is run
+again with every module's output changed at random by as much as one rounding may.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmc.validate.distribution import log_softmax
+
+Array = np.ndarray
+
+#: Runs with random rounding; the worst of them counts.
+DRAWS = 4
+#: One unit in the last place of float32, relative.
+_ULP = 2.0**-23
+#: Share of the positions of a measurement that may be left out.
+MOST_LEFT_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What rounding alone does to some positions of a text.
+
+    Args:
+        logits: (positions,), largest change of a logit.
+        kl: (positions,), KL divergence of the changed distribution, nats.
+    """
+
+    logits: Array
+    kl: Array
+
+
+class SensitiveReference(Protocol):
+    """An original that can be asked for it."""
+
+    def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
+        """Of the last `keep` positions of input_ids (sequence,)."""
+        ...
+
+
+def measure_sensitivity(model: Any, input_ids: Array, *, keep: int) -> Sensitivity:
+    """Run the original with random rounding, and compare with what it gives otherwise.
+
+    Args:
+        model: The original, a `TorchModel`.
+        input_ids: (sequence,) int64.
+        keep: How many of the last positions are asked for.
+    """
+    exact = model.logits(input_ids, keep=keep)
+    p = log_softmax(exact.astype(np.float64))
+    logits, kl = np.zeros(keep), np.zeros(keep)
+    for seed in range(DRAWS):
+        with _random_rounding(model.model, seed):
+            moved = model.logits(input_ids, keep=keep)
+        logits = np.maximum(logits, np.abs(moved - exact).max(axis=1))
+        divergence = np.exp(p) * (p - log_softmax(moved.astype(np.float64)))
+        kl = np.maximum(kl, divergence.sum(axis=1))
+    return Sensitivity(logits, kl)
+
+
+def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, bound: float) -> Array:
+    """Which positions of some windows rounding alone moves by more than a bound on KL divergence.
+
+    Windows are asked in the order of their worst position, until one has none that rounding explains.
+
+    Args:
+        windows: (windows, tokens) int64.
+        kl: (windows, steps) of the artifact, for the next token after each of the last positions but one.
+        bound: Nats per token.
+
+    Returns:
+        (windows, steps) bool; nothing where it would be more than MOST_LEFT_OUT of them.
+    """
+    unstable = np.zeros(kl.shape, bool)
+    for at in np.argsort(-kl.max(axis=1)):
+        if kl[at].max() <= bound:
+            break
+        moved = reference.sensitivity(windows[at, :-1], keep=kl.shape[1]).kl
+        unstable[at] = moved > bound
+        if not (unstable[at] & (kl[at] > bound)).any():
+            break
+    return unstable if unstable.mean() <= MOST_LEFT_OUT else np.zeros(kl.shape, bool)
+
+
+@contextmanager
+def _random_rounding(model: Any, seed: int) -> Iterator[None]:
+    """Within this context every module without parts changes what it gives by about one rounding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            return value * (1 + _ULP * noise)
+        if type(value) in (tuple, list):
+            return type(value)(change(part) for part in value)
+        return value
+
+    parts: Sequence[Any] = [module for module in model.modules() if not any(module.children())]
+    hooks = [part.register_forward_hook(lambda _, __, output: change(output)) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
