@@ -54,16 +54,9 @@ def calibrate(
         CheckpointError: Weights or activations that are not finite.
         UnsupportedError: The model cannot be run layer by layer.
     """
-    import numpy as np
-
     from llmc.quantize.calibrate import Calibrator
 
-    facts = {
-        "scales": np.dtype(scale_type).name,
-        "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
-        "channels": [[*plan.sources] for plan in channels],
-    }
-    subject = prepare(checkpoint, text, "gptq", facts)
+    subject = prepare(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
     calibrator = Calibrator(
         subject.model,
         subject.layers,
@@ -75,6 +68,39 @@ def calibrate(
         channels,
     )
     return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+
+
+def recall_calibration(
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    scale_type: ScaleType,
+    schemes: Mapping[str, WeightScheme],
+    channels: Sequence[ChannelPlan],
+) -> Calibration | None:
+    """What `calibrate` gave for the same arguments, if the cache has all of it; None if it does not.
+
+    Raises:
+        UnsupportedError: The model cannot be run layer by layer.
+    """
+    from llmc.quantize.calibrate import read_calibration
+    from llmc.quantize.walk import finished_files
+
+    subject = _plan(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
+    files = finished_files(subject.folder, len(subject.layers))
+    return None if files is None else read_calibration(files, schemes)
+
+
+def _facts(
+    scale_type: ScaleType, schemes: Mapping[str, WeightScheme], channels: Sequence[ChannelPlan]
+) -> dict[str, Any]:
+    """What the results of a calibration depend on, besides the checkpoint and the text."""
+    import numpy as np
+
+    return {
+        "scales": np.dtype(scale_type).name,
+        "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
+        "channels": [[*plan.sources] for plan in channels],
+    }
 
 
 def observe(
@@ -91,13 +117,32 @@ def observe(
     from llmc.quantize.activations import ActivationTask, read_activations
     from llmc.quantize.walk import LayerWalk
 
-    facts = {"plans": [[*plan.sources, plan.kind.value, plan.foldable] for plan in plans]}
-    subject = prepare(checkpoint, text, "activations", facts)
+    subject = prepare(checkpoint, text, "activations", _input_facts(plans))
     tied = dict(checkpoint.tied)
     walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
     task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
     files = walk.run(subject.windows, task, lambda line: progress.note(f"calibrate: {line}"))
     return read_activations(files)
+
+
+def recall_activations(
+    checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan]
+) -> Activations | None:
+    """What `observe` found for the same arguments, if the cache has all of it; None if it does not.
+
+    Raises:
+        UnsupportedError: The model cannot be run layer by layer.
+    """
+    from llmc.quantize.activations import read_activations
+    from llmc.quantize.walk import finished_files
+
+    subject = _plan(checkpoint, text, "activations", _input_facts(plans))
+    files = finished_files(subject.folder, len(subject.layers))
+    return None if files is None else read_activations(files)
+
+
+def _input_facts(plans: Sequence[InputPlan]) -> dict[str, Any]:
+    return {"plans": [[*plan.sources, plan.kind.value, plan.foldable] for plan in plans]}
 
 
 def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Activations:
@@ -187,6 +232,19 @@ def prepare(
     Args:
         shelf: One of those with a limit of their own.
     """
+    subject = _plan(checkpoint, text, purpose, facts, shelf)
+    _make_room(subject.folder, _KEPT[shelf])
+    return subject
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    purpose: str,
+    facts: Mapping[str, Any],
+    shelf: str = "calibration",
+) -> Subject:
+    """`prepare` without making the folder."""
     from llmc.artifact.cache import default_cache_folder
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
@@ -203,7 +261,6 @@ def prepare(
             f"{checkpoint.architecture} has no list of decoder layers that could be walked"
         )
     folder = default_cache_folder() / shelf / calibration_key(checkpoint, purpose, windows, facts)
-    _make_room(folder, _KEPT[shelf])
     return Subject(model, layers, windows, folder)
 
 

@@ -63,6 +63,29 @@ class Calibration:
         return PackedBlocks(codes, scales, zeros, shape[1], scheme)
 
 
+def read_calibration(paths: Sequence[Path], schemes: Mapping[str, WeightScheme]) -> Calibration:
+    """What a `Calibrator` kept.
+
+    Args:
+        paths: Its files, layer by layer and for the head.
+        schemes: How each tensor of the checkpoint was to be quantized.
+    """
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    widths: dict[str, int] = {}
+    smoothing: dict[str, Array] = {}
+    for path in paths:
+        with safe_open(path, "np") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                if key.endswith(".width"):
+                    name = key.removesuffix(".width")
+                    files[name], widths[name] = path, int(file.get_tensor(key)[0])
+                elif key.endswith(".smoothing"):
+                    smoothing[key.removesuffix(".smoothing")] = file.get_tensor(key)
+    return Calibration(files, schemes, widths, smoothing)
+
+
 class Calibrator:
     """Quantizes the linear layers of one model on calibration text.
 
@@ -113,20 +136,7 @@ class Calibrator:
             CheckpointError: Weights or activations are not finite.
             ResourceError: Disk full.
         """
-        from safetensors import safe_open
-
-        files: dict[str, Path] = {}
-        widths: dict[str, int] = {}
-        smoothing: dict[str, Array] = {}
-        for path in self._walk.run(windows, self, note):
-            with safe_open(path, "np") as file:
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    if key.endswith(".width"):
-                        name = key.removesuffix(".width")
-                        files[name], widths[name] = path, int(file.get_tensor(key)[0])
-                    elif key.endswith(".smoothing"):
-                        smoothing[key.removesuffix(".smoothing")] = file.get_tensor(key)
-        return Calibration(files, self._schemes, widths, smoothing)
+        return read_calibration(self._walk.run(windows, self, note), self._schemes)
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 #: Fewest tokens that anything may rest on.
 LEAST_TOKENS = 256
 _STATES = "states"
+_HEAD = "head"
+
+
+def finished_files(folder: Path, layers: int) -> list[Path] | None:
+    """The files of a finished `LayerWalk.run` over a model of so many layers; None if one is missing."""
+    files = [folder / f"{stem}.safetensors" for stem in (*(f"layer-{i}" for i in range(layers)), _HEAD)]
+    return files if all(file.is_file() for file in files) else None
 
 
 class LayerTask(Protocol):
@@ -108,9 +115,9 @@ class LayerWalk:
             states = self._load_states(done) if done else None
             for index in range(done, len(self.layers)):
                 states = self._walk_layer(index, windows, states, task)
-            if not self._file("head").is_file():
+            if not self._file(_HEAD).is_file():
                 self._walk_head(windows, states, task)
-        return [self._file(f"layer-{i}") for i in range(len(self.layers))] + [self._file("head")]
+        return [self._file(f"layer-{i}") for i in range(len(self.layers))] + [self._file(_HEAD)]
 
     def _walk_layer(self, index: int, windows: Array, states: list[Any] | None, task: LayerTask) -> list[Any]:
         layer, name = self.layers[index], self._names[index]
@@ -135,7 +142,7 @@ class LayerWalk:
             for i, row in enumerate(windows):
                 with replacing_input(last, _at(states, i)):
                     self._call(row)
-        self._keep("head", task.conclude("", self.model))
+        self._keep(_HEAD, task.conclude("", self.model))
 
     def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
         """What `layer` is given for one window, `state` if that is known, and what it returns."""
