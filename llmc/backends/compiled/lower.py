@@ -59,10 +59,44 @@ class CompiledKernels:
     source: str
 
 
+@dataclass(frozen=True)
+class KernelSource:
+    """The program of a graph's regions, not yet compiled; see `CompiledKernels` for the other fields."""
+
+    text: str
+    regions: int
+    nodes: int
+    outside: tuple[tuple[str, str, int], ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
 def compile_kernels(
     graph: Graph, isa: InstructionSet, compiler: Compiler, cache: CacheType = CacheType.FLOAT32
 ) -> CompiledKernels:
     """Replace what kernels can take by operators of domain `llmc.compiled`, and compile them.
+
+    Raises:
+        UnsupportedError: As `lower_kernels`.
+        ResourceError: The compiler fails.
+    """
+    source = lower_kernels(graph, cache)
+    return CompiledKernels(
+        library=compile_source(source.text, isa, compiler),
+        regions=source.regions,
+        nodes=source.nodes,
+        outside=source.outside,
+        compiler=compiler.version,
+        isa=isa.name,
+        source=source.digest,
+    )
+
+
+def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelSource:
+    """Replace what kernels can take by operators of domain `llmc.compiled`, and generate their program.
 
     Args:
         graph: Lowered and quantized; changed in place. Weights are packed when they are written.
@@ -71,7 +105,6 @@ def compile_kernels(
     Raises:
         UnsupportedError: There is nothing for kernels in the graph, or they cannot hold the cache of every
             layer in its type.
-        ResourceError: The compiler fails.
     """
     levels, reasons = _levels(graph.graph)
     groups: dict[int, list[ir.Node]] = {}
@@ -101,15 +134,11 @@ def compile_kernels(
     _drop_unread(graph.graph)
     graph.graph.sort()
     graph.graph.opset_imports[DOMAIN] = 1
-    source = _source(builders, texts)
-    return CompiledKernels(
-        library=_compile(source, isa, compiler),
+    return KernelSource(
+        text=_source(builders, texts),
         regions=len(builders),
         nodes=replaced,
         outside=tuple((*why, count) for why, count in sorted(_left(graph.graph, reasons).items())),
-        compiler=compiler.version,
-        isa=isa.name,
-        source=hashlib.sha256(source.encode()).hexdigest(),
     )
 
 
@@ -253,7 +282,8 @@ extern const int32_t llmc_region_count = {len(texts)};
 """
 
 
-def _compile(source: str, isa: InstructionSet, compiler: Compiler) -> bytes:
+def compile_source(source: str, isa: InstructionSet, compiler: Compiler) -> bytes:
+    """Compile a generated program; see `compile_library` for its errors."""
     folder = files("llmc") / "kernels"
     sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
