@@ -18,13 +18,15 @@ from llmc.artifact.verdict import CheckStatus
 from llmc.pipeline import verify
 from llmc.progress import SilentProgress
 from tests.pipeline.sabotage import SABOTAGES, copy_artifact, reseal
+from tests.pipeline.sabotage_contents import CONTENT_SABOTAGES
 from tests.pipeline.test_sabotage import TEXT, build_good
 
 HEADER = """# What was done to a good artifact, and which checks failed
 
-From `python benchmarks/sabotage.py`: a tiny mistral with a sliding window of 8, as `cpu-fp32` (float) and as
-`cpu-int4`. The test suite holds that the checks in bold fail. Unless a row says otherwise the manifest was
-made to describe the changed files, so that no digest gives the change away.
+From `python benchmarks/sabotage.py`: a tiny mistral with a sliding window of 8, as `cpu-fp32` (float), as
+`cpu-int4` and as `cpu-int4-compiled` (compiled). The test suite holds that the checks in bold fail. Unless a
+row says otherwise the manifest was made to describe the changed files, so that no digest gives the change
+away.
 
 | sabotage | artifact | checks that failed |
 |---|---|---|"""
@@ -38,7 +40,7 @@ def main() -> None:
         os.environ["LLMC_CACHE"] = str(root / "cache")
         good = build_good(root)
         (root / "text").write_text(TEXT, encoding="utf-8")
-        for sabotage in SABOTAGES:
+        for sabotage in (*SABOTAGES, *CONTENT_SABOTAGES):
             folder = copy_artifact(good[sabotage.artifact], root / "broken")
             sabotage.apply(folder)
             if sabotage.sealed:

@@ -49,11 +49,13 @@ class Metric(StrEnum):
     """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
 
     FILES = "files.mismatches"
+    GRAPH = "graph.mismatches"
     ORIGINAL = "original.mismatches"
     INTERFACE = "interface.mismatches"
     SERVING = "serving.mismatches"
     TOKENIZER_EQUAL = "tokenizer.equal_fraction"
     CHAT_EQUAL = "chat.equal_fraction"
+    WEIGHTS_EXACT = "weights.mismatches"
     WEIGHTS_SNR = "weights.snr_db"
     WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
     WEIGHTS_MAX_STEPS = "weights.max_steps"

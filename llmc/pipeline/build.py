@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from llmc.pipeline.gate import GateResult, measure_parity
 from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
+from llmc.pipeline.rebuild import Rebuilt, finish_graph
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.pipeline.subject import Subject
 from llmc.pipeline.text import write_text
@@ -44,9 +46,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     """
     from llmc.artifact.manifest import REPORTS
     from llmc.artifact.store import digest_files, staging
-    from llmc.backends.minimums import split_minimums
     from llmc.backends.ort import write_model
-    from llmc.backends.rotary_tables import compute_tables, find_pairs
     from llmc.backends.special_tokens import write_generation_config
     from llmc.checkpoint import open_checkpoint
     from llmc.pipeline.calibrate import write_activations
@@ -72,12 +72,8 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         for note in _leftover_notes(checkpoint, compiled.leftovers, text_only):
             progress.note(note)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *filter(None, [text_only])))
-        onnxruntime = plan.target.backend is Backend.ONNXRUNTIME
-        tables = find_pairs(compiled.graph) if onnxruntime else []
-        record = kernels.run(compiled.graph, stage.path, progress) if kernels is not None else None
-        if onnxruntime:
-            split_minimums(compiled.graph)
-            compute_tables(compiled.graph, tables)
+        put = None if kernels is None else partial(kernels.run, folder=stage.path, progress=progress)
+        record = finish_graph(compiled.graph, plan.target, put)
         interface = compiled.graph.interface()
         with progress.stage("write"):
             known = write_model(compiled.graph.model, stage.path, progress.advance)
@@ -106,7 +102,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
                 threads=plan.profile.threads,
                 checkpoint=checkpoint,
                 model_digest=digest.result(),
-                sources=compiled.sources,
+                rebuilt=Rebuilt(compiled.graph, compiled.sources),
                 compiled=pruned.checkpoint,
                 weights=compiled.weights,
                 text=text,

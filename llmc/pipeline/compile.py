@@ -131,7 +131,7 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
-    return Lowered(graph, tuple(reports), leftovers, _sources(graph))
+    return Lowered(graph, tuple(reports), leftovers, graph_sources(graph))
 
 
 def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
@@ -168,7 +168,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
     smoothing = {} if calibration is None else calibration.smoothing
     with progress.stage("quantize"):
         scale_graph(lowered.graph, smoothing)
-        sources = _sources(lowered.graph)
+        sources = graph_sources(lowered.graph)
         stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
         for note in (*stored.notes, *origin_notes(stored.tensors)):
             progress.note(f"quantize: {note}")
@@ -205,7 +205,7 @@ def _compile_for_engine(
             require_range(activations, target.dtype, progress)
     with progress.stage("quantize"):
         scale_graph(graph, activations.smoothing)
-        sources = _sources(graph)
+        sources = graph_sources(graph)
         tensors, kept = quantize_for_engine(
             graph, engine.weights, activations.ranges, engine.least_activation_db
         )
@@ -222,26 +222,6 @@ def _compile_for_engine(
     )
 
 
-def artifact_sources(
-    checkpoint: Checkpoint, target: Target, folder: Path, progress: Progress
-) -> Mapping[str, Rows]:
-    """What each weight of the artifact in `folder` is made of, by its initializer's name before quantization.
-
-    Raises:
-        UnsupportedError: As `lower_graph`.
-        CheckpointError: As `lower_graph`.
-        ParityError: What the artifact says it did to its weights cannot be read.
-    """
-    from llmc.quantize.activations import read_smoothing
-    from llmc.quantize.fold import scale_graph
-
-    lowered = lower_graph(checkpoint, target, progress)
-    if not scales_channels(target):
-        return lowered.sources
-    scale_graph(lowered.graph, read_smoothing(folder))
-    return _sources(lowered.graph)
-
-
 def scales_channels(target: Target) -> bool:
     """Whether calibration decides what channels are divided by; its decisions are kept in the artifact."""
     if target.engine is not None:
@@ -249,7 +229,7 @@ def scales_channels(target: Target) -> bool:
     return target.quantize is not None and target.quantize.scale_channels
 
 
-def _sources(graph: Graph) -> dict[str, Rows]:
+def graph_sources(graph: Graph) -> dict[str, Rows]:
     """Rows of every weight that some node reads."""
     found: dict[str, Rows] = {}
     for value in graph.graph.initializers.values():

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import ConfigError, ParityError
+from llmc.pipeline.contents import compare_contents
 from llmc.pipeline.original import tokenize
 from llmc.pipeline.subject import Subject, open_original, open_own
 from llmc.progress import Progress
@@ -80,13 +81,7 @@ class Run:
     @cached_property
     def weights(self) -> WeightParity:
         """What became of the weights; broken measurements where they cannot be read."""
-        from llmc.validate.measure import broken
-        from llmc.validate.weights import METRICS, WeightParity, compare_weights
-
-        try:
-            return compare_weights(self.subject.folder, self.subject.sources)
-        except ParityError as error:
-            return WeightParity(broken(METRICS, error, "numpy, from the files"), "", ())
+        return compare_contents(self.subject)
 
     @cached_property
     def windows(self) -> Windows:

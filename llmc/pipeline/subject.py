@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
     from llmc.graph.weights import Rows
+    from llmc.pipeline.rebuild import Rebuilt
     from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.tasks import Tasks
@@ -36,12 +37,13 @@ class Subject:
         threads: Intra-op threads of the artifact; None leaves them to the runtime.
         checkpoint: The original.
         model_digest: Its digest.
-        sources: What each weight is made of, by the name of its initializer before quantization.
+        rebuilt: What a build gives here.
         compiled: What was compiled: the original, or what pruning left of it.
         text: How the artifact turns text into tokens.
         engine: An engine to execute here; None measures the graph.
         tasks: Multiple-choice tasks to answer as well.
         weights: How every matrix is stored.
+        built_otherwise: Why a build here may give another graph; None where it gives the same.
     """
 
     folder: Path
@@ -50,12 +52,18 @@ class Subject:
     threads: int | None
     checkpoint: Checkpoint
     model_digest: str
-    sources: Mapping[str, Rows]
+    rebuilt: Rebuilt
     compiled: Checkpoint
     text: TextRecord
     engine: EngineRecord | None = None
     tasks: Tasks | None = None
     weights: Sequence[WeightRecord] = ()
+    built_otherwise: str | None = None
+
+    @property
+    def sources(self) -> Mapping[str, Rows]:
+        """What each weight is made of, by the name of its initializer before quantization."""
+        return self.rebuilt.sources
 
     @property
     def runtime(self) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.pipeline.advice import advise
-from llmc.pipeline.compile import artifact_sources
 from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import hold_files, measure_parity
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
+from llmc.pipeline.rebuild import explain_versions, rebuild
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.subject import Subject
 from llmc.progress import Progress
@@ -91,6 +91,7 @@ def _subject(
     """What is measured of an artifact on this machine, against which original."""
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
+    rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)
     return Subject(
         folder=path,
         interface=manifest.interface,
@@ -98,10 +99,11 @@ def _subject(
         threads=manifest.profile.threads,
         checkpoint=checkpoint,
         model_digest=digest,
-        sources=artifact_sources(compiled, manifest.target, path, progress),
+        rebuilt=rebuilt,
         compiled=compiled,
         text=manifest.text,
         engine=host_engine(manifest, progress),
         tasks=tasks,
         weights=manifest.weights,
+        built_otherwise=explain_versions(manifest, rebuilt),
     )

@@ -380,7 +380,7 @@ class Sabotage:
 
     Args:
         name: What is done, in words.
-        artifact: Which good one: `float` or `int4`.
+        artifact: Which good one: `float`, `int4` or `compiled`.
         apply: Does it.
         caught: Checks that must fail; others may.
         sealed: Whether the manifest describes the changed files, so that their digests tell nothing.

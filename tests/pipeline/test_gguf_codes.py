@@ -10,7 +10,7 @@ from llmc.artifact.manifest import State
 from llmc.checkpoint import open_checkpoint
 from llmc.graph.weights import read_all
 from llmc.pipeline import build
-from llmc.pipeline.compile import artifact_sources
+from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
 from llmc.progress import SilentProgress
 from llmc.validate.weights import read_stored
@@ -36,7 +36,7 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def worst_error(result: BuildResult, file: Path, target: str) -> float:
     """The largest error of a weight, relative to the largest weight of its matrix."""
     plan = make_plan(file, target)
-    sources = artifact_sources(open_checkpoint(str(file)), plan.target, result.path, SilentProgress())
+    sources = rebuild(open_checkpoint(str(file)), plan.target, (), result.path, SilentProgress()).sources
     matrices = {w.name: sources[w.name] for w in result.manifest.weights}
     errors = []
     for name, tensor in read_stored(result.path, matrices).items():
@@ -101,7 +101,7 @@ def test_other_targets(target: str, error: float, tmp_path: Path) -> None:
     plan = make_plan(file, target, profile="l4" if target == "cuda-int4" else "local")
     result = build(plan, SilentProgress())
     assert origins(result) == {"made floats" if target == "cpu-fp32" else "kept"}
-    sources = artifact_sources(open_checkpoint(str(file)), plan.target, result.path, SilentProgress())
+    sources = rebuild(open_checkpoint(str(file)), plan.target, (), result.path, SilentProgress()).sources
     matrices = {w.name: sources[w.name] for w in result.manifest.weights}
     for name, tensor in read_stored(result.path, matrices).items():
         np.testing.assert_allclose(tensor.whole(), read_all(sources[name]), rtol=1e-3 if error else 0)

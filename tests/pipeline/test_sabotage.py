@@ -18,6 +18,7 @@ from tests.models import save_tiny_model
 from tests.validate.questions import write_task
 
 from .sabotage import PARITY, SABOTAGES, Edit, Sabotage, copy_artifact, reseal
+from .sabotage_contents import CONTENT_SABOTAGES
 
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
 #: A random model of three layers loses more to 4 bits than the targets allow a trained one.
@@ -38,12 +39,12 @@ def _gates(gates: tuple[Gate, ...]) -> Iterator[Gate]:
 
 
 def build_good(root: Path) -> dict[str, Path]:
-    """One artifact in float32 and one in 4 bits of the same tiny model, below `root`."""
+    """One artifact in float32, and two in 4 bits, of the same tiny model, below `root`."""
     built = {}
     model = save_tiny_model("mistral", root / "model", tokenizer=True, tie_word_embeddings=True)
-    for name, target in (("float", "cpu-fp32"), ("int4", "cpu-int4")):
+    for name, target in (("float", "cpu-fp32"), ("int4", "cpu-int4"), ("compiled", "cpu-int4-compiled")):
         plan = plan_build(str(model), target=target, profile="local", output=root / name, verify=False)
-        gates = tuple(_gates(plan.target.gates)) if name == "int4" else plan.target.gates
+        gates = plan.target.gates if name == "float" else tuple(_gates(plan.target.gates))
         changes = {
             "target": plan.target.model_copy(update={"gates": gates}),
             "profile": plan.profile.model_copy(update={"threads": 1}),
@@ -67,14 +68,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
     torch.set_num_threads(threads)
 
 
-def _check(folder: Path, artifacts: dict[str, Path]) -> dict[Metric, CheckStatus]:
+def _check(folder: Path, artifacts: dict[str, Path], *, every: bool = True) -> dict[Metric, CheckStatus]:
     text = artifacts["float"].parent / "text"
-    report = verify(folder, None, (str(text),), SilentProgress(), every=True).report
+    report = verify(folder, None, (str(text),), SilentProgress(), every=every).report
     assert report.verdict.passed == (not report.verdict.missed)
     return {c.metric: c.status for c in report.verdict.checks}
 
 
-@pytest.mark.parametrize("name", ["float", "int4"])
+@pytest.mark.parametrize("name", ["float", "int4", "compiled"])
 def test_a_good_artifact_passes(name: str, artifacts: dict[str, Path]) -> None:
     found = _check(artifacts[name], artifacts)
     assert {m for m, s in found.items() if s is not CheckStatus.PASS} == set()
@@ -126,6 +127,18 @@ def test_a_cheap_check_that_misses_ends_the_run(
     assert left.detail == f"{missed} missed its gate before; --all measures this as well"
 
 
+@pytest.mark.parametrize("sabotage", CONTENT_SABOTAGES, ids=lambda s: f"{s.name} ({s.artifact})")
+def test_what_no_build_gives_fails_before_anything_is_loaded(
+    sabotage: Sabotage, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copy_artifact(artifacts[sabotage.artifact], tmp_path / "broken")
+    sabotage.apply(folder)
+    reseal(folder)
+    found = _check(folder, artifacts, every=False)
+    assert sabotage.caught <= {m for m, s in found.items() if s is CheckStatus.FAIL}
+    assert found[Metric.PREFILL_MAX_ABS] is CheckStatus.NOT_MEASURED
+
+
 def test_another_model_is_refused_unless_forced(artifacts: dict[str, Path], tmp_path: Path) -> None:
     other = save_tiny_model("mistral", tmp_path / "other", tokenizer=True, tie_word_embeddings=True, seed=1)
     text = (str(artifacts["float"].parent / "text"),)
@@ -155,7 +168,7 @@ def test_reports_in_all_forms(artifacts: dict[str, Path], tmp_path: Path) -> Non
 def test_a_release_that_is_worse_than_the_last(artifacts: dict[str, Path], tmp_path: Path) -> None:
     """The report of the float artifact as the baseline of the 4-bit one, and the other way round."""
     text = (str(artifacts["float"].parent / "text"),)
-    for name in artifacts:
+    for name in ("float", "int4"):
         verify(artifacts[name], None, text, SilentProgress(), folder=tmp_path / name)
     last = tmp_path / "float" / "report.json"
     worse = verify(artifacts["int4"], None, text, SilentProgress(), folder=tmp_path / "new", baseline=last)
@@ -177,7 +190,7 @@ def test_a_release_that_is_worse_than_the_last(artifacts: dict[str, Path], tmp_p
 
 def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path: Path) -> None:
     text = (str(artifacts["float"].parent / "text"),)
-    folders = {name: copy_artifact(path, tmp_path / name) for name, path in artifacts.items()}
+    folders = {name: copy_artifact(artifacts[name], tmp_path / name) for name in ("float", "int4")}
     with pytest.raises(ConfigError, match="float has no report"):
         compare(folders["float"], folders["int4"], ())
     for folder in folders.values():

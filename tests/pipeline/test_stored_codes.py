@@ -13,7 +13,7 @@ from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric
 from llmc.graph.weights import Array, read_all
 from llmc.pipeline import build, inspect
-from llmc.pipeline.compile import artifact_sources
+from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -60,7 +60,7 @@ def find_kept(result: BuildResult) -> list[WeightRecord]:
 
 def check_kept(result: BuildResult, plan: BuildPlan, values: Mapping[str, Array], count: int) -> None:
     """Matrices that are said to be kept hold `values`, and there are `count` of them."""
-    sources = artifact_sources(open_checkpoint(plan.model), plan.target, result.path, SilentProgress())
+    sources = rebuild(open_checkpoint(plan.model), plan.target, (), result.path, SilentProgress()).sources
     kept = {w.name: sources[w.name] for w in find_kept(result)}
     assert len(kept) == count
     for name, tensor in read_stored(result.path, kept).items():
@@ -149,7 +149,7 @@ def test_other_targets(target: str, profile: str, origin: str, tmp_path: Path) -
 
 def check_experts(result: BuildResult, plan: BuildPlan, bits: int) -> None:
     """The two stacks of the artifact have the checkpoint's codes: they read as its values do."""
-    sources = artifact_sources(open_checkpoint(plan.model), plan.target, result.path, SilentProgress())
+    sources = rebuild(open_checkpoint(plan.model), plan.target, (), result.path, SilentProgress()).sources
     kept = {w.name: sources[w.name] for w in find_kept(result) if "experts" in w.name}
     assert [w.bits for w in find_kept(result) if w.name in kept] == [bits] * 2
     for name, tensor in read_stored(result.path, kept).items():
@@ -161,7 +161,7 @@ def test_codes_of_mlx_are_kept_with_their_biases(tmp_path: Path) -> None:
     values = write_folder(tmp_path / "model", {"group_size": 32, "bits": 4}, lambda _, shape: pack(shape))
     plan = make_plan(tmp_path / "model")
     result = build(plan, SilentProgress())
-    sources = artifact_sources(open_checkpoint(plan.model), plan.target, result.path, SilentProgress())
+    sources = rebuild(open_checkpoint(plan.model), plan.target, (), result.path, SilentProgress()).sources
     kept = {w.name: sources[w.name] for w in find_kept(result)}
     assert len(kept) == MATRICES
     for name, tensor in read_stored(result.path, kept).items():

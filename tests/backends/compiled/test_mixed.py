@@ -18,7 +18,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.pipeline import build
-from llmc.pipeline.compile import artifact_sources
+from llmc.pipeline.rebuild import rebuild
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.blocks import dequantize_blocks
@@ -230,7 +230,7 @@ def test_a_target_with_kernels_and_without(
     found = []
     for folder in folders:
         artifact = open_artifact(folder).manifest
-        sources = artifact_sources(open_checkpoint(str(model)), artifact.target, folder, SilentProgress())
+        sources = rebuild(open_checkpoint(str(model)), artifact.target, (), folder, SilentProgress()).sources
         session = OrtModel(folder, artifact.interface, threads=1, share_buffer=False)
         found.append((artifact, read_stored(folder, sources), session))
     (compiled, stored, kernels), (other, expected, plain) = found

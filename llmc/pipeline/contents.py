@@ -1,0 +1,43 @@
+"""What an artifact's graph holds, against what a build makes of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmc.config import Metric
+from llmc.errors import ParityError
+
+if TYPE_CHECKING:
+    from llmc.artifact.verdict import Measurement
+    from llmc.pipeline.subject import Subject
+    from llmc.validate.weights import WeightParity
+
+_WHERE = "numpy, from the files"
+
+
+def compare_contents(subject: Subject) -> WeightParity:
+    """Hold the weights of an artifact to the checkpoint, and all of its graph to what a build gives."""
+    from dataclasses import replace
+
+    from llmc.validate.measure import broken
+    from llmc.validate.weights import METRICS, WeightParity, compare_weights
+
+    try:
+        found = compare_weights(subject.folder, subject.sources)
+    except ParityError as error:
+        found = WeightParity(broken(METRICS, error, _WHERE), "", ())
+    return replace(found, measurements=(*_measure_exact(subject), *found.measurements))
+
+
+def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
+    from llmc.validate.exact import measure_graph, measure_tensors
+    from llmc.validate.measure import broken
+
+    rebuilt = subject.rebuilt
+    try:
+        return (
+            measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise),
+            measure_tensors(subject.folder, rebuilt.graph.graph, rebuilt.calibrated),
+        )
+    except ParityError as error:
+        return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)
