@@ -1,28 +1,37 @@
-"""One build at a time for one output."""
+"""One process at a time for one output.
 
+The lock is an `flock` on a file beside the output: the operating system drops it when its process ends. Where
+the file system has no such locks (some kinds of NFS, Lustre and FUSE), the file itself is the lock: it is
+created exclusively, and holds the name of the host and the id of the process, by which a stale one is told.
+"""
+
+import errno
 import os
+import re
+import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmc.errors import ConfigError
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_MOST_BYTES = 512
+_HOLDER = re.compile(rb"llmc process (\d+) on (\S+)\n")
+
 
 @contextmanager
 def output_lock(lock: Path, output: Path) -> Iterator[None]:
-    """Hold `lock` while `output` is being built.
+    """Hold `lock` while `output` is being changed, and remove the file at the end.
 
-    The operating system drops an `flock` when its process ends, so that the lock file of a killed
-    build is no obstacle. The file is removed at the end; whoever opened it meanwhile notices that
-    it is gone and takes a new one.
+    A file that llmc did not write is left as it is, and no link is followed.
 
     Raises:
-        ConfigError: Another process, named by its id, is building the same output.
+        ConfigError: Another process, named by its id, uses the output; or `lock` is not a lock file.
     """
     descriptor = _acquire(lock, output)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         lock.unlink(missing_ok=True)
@@ -30,26 +39,118 @@ def output_lock(lock: Path, output: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path, output: Path) -> int:
+    while True:
+        descriptor, created = _open(lock)
+        try:
+            if _hold(descriptor, lock, output, created=created) and _is_current(descriptor, lock):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _open(lock: Path) -> tuple[int, bool]:
+    """A descriptor of the lock file, and whether this process created it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    while True:
+        try:
+            return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            pass
+        try:
+            descriptor = os.open(lock, flags)
+        except FileNotFoundError:  # its holder removed it meanwhile
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+                raise
+            raise _foreign(lock) from error
+        status = os.fstat(descriptor)
+        text = os.pread(descriptor, _MOST_BYTES, 0) if stat.S_ISREG(status.st_mode) else b"?"
+        if status.st_nlink > 1 or (text and not _HOLDER.fullmatch(text)):
+            os.close(descriptor)
+            raise _foreign(lock)
+        return descriptor, False
+
+
+def _foreign(lock: Path) -> ConfigError:
+    return ConfigError(
+        f"{lock} is in the place of a lock file, and llmc did not write it", hint="move it elsewhere"
+    )
+
+
+def _hold(descriptor: int, lock: Path, output: Path, *, created: bool) -> bool:
+    """Take the lock; False if it was stale and is now removed, so that another attempt can succeed.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
     import fcntl
 
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise ConfigError(
-                f"output directory {output} is in use by another build (process {holder})",
-                hint="wait until it is done, or choose another output",
-            ) from error
-        if _is_current(descriptor, lock):
-            return descriptor
-        os.close(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(output, _holder(descriptor)) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return created or _take_over(descriptor, lock, output)
+    return True
+
+
+def _take_over(descriptor: int, lock: Path, output: Path) -> bool:
+    """Remove the lock file of a process of this host that has ended.
+
+    Raises:
+        ConfigError: Its process runs, or cannot be asked since it is on another host.
+    """
+    holder = _holder(descriptor)
+    if holder is None or holder[1] != _host() or _runs(holder[0]):
+        raise _in_use(output, holder, f"; if that process has ended, remove {lock}")
+    if _is_current(descriptor, lock):
+        lock.unlink(missing_ok=True)
+    return False
+
+
+def _in_use(output: Path, holder: tuple[int, str] | None, more: str = "") -> ConfigError:
+    who = "unknown" if holder is None else str(holder[0])
+    if holder is not None and holder[1] != _host():
+        who += f" on {holder[1]}"
+    return ConfigError(
+        f"output directory {output} is in use by another build (process {who})",
+        hint=f"wait until it is done, or choose another output{more}",
+    )
+
+
+def _holder(descriptor: int) -> tuple[int, str] | None:
+    """Process and host that the file names; None if it was not signed yet."""
+    found = _HOLDER.fullmatch(os.pread(descriptor, _MOST_BYTES, 0))
+    return None if found is None else (int(found[1]), found[2].decode(errors="replace"))
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"llmc process {os.getpid()} on {_host()}\n".encode(), 0)
+
+
+def _host() -> str:
+    return re.sub(r"\s", "_", socket.gethostname()) or "unnamed"
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def _is_current(descriptor: int, lock: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock, follow_symlinks=False))
     except FileNotFoundError:
         return False

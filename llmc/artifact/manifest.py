@@ -267,6 +267,7 @@ class Manifest(_Strict):
         engines: TensorRT engines, built or pending.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
             speak of the graph that the engines are parsed from, and each says where it was measured.
+        unfinished: Why the gates that were to run have no outcome; None if they have one or were not to run.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -286,10 +287,13 @@ class Manifest(_Strict):
     engines: tuple[EngineRecord, ...] = ()
     state: State
     checks: tuple[CheckRecord, ...] = ()
+    unfinished: str | None = None
 
     @model_validator(mode="after")
     def _state_fits_checks(self) -> "Manifest":
         missed = ", ".join(check.metric.value for check in self.checks if check.status in MISSED)
+        if self.checks and self.unfinished is not None:
+            raise ValueError(f"checks ran, and are said to be unfinished: {self.unfinished}")
         match self.state:
             case State.VERIFIED if missed:
                 raise ValueError(f"state is verified, but {missed} did not pass")

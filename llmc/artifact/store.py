@@ -1,22 +1,22 @@
-"""Artifacts on disk: written beside their place and swapped in whole, opened, checked.
+"""Artifacts on disk: written beside their place and put there whole, opened, checked.
 
-Beside an output `NAME` there may be, while a build runs or after it was killed:
-`.NAME.lock`, `.NAME.staging-*` (being written) and `.NAME.previous` (what the swap replaces);
-and `NAME.failed`, an artifact that was kept though it failed its gates.
+Beside an output `NAME` there may be `NAME.unverified`, a finished artifact whose gates are not decided while
+another one stands at `NAME`; and `NAME.failed`, one that was kept though it failed its gates. What lies there
+while a build runs is in `llmc.artifact.workplace`.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmc.artifact.disk import access_errors, require_space, space_errors
-from llmc.artifact.lock import output_lock
-from llmc.artifact.manifest import MANIFEST, REPORTS, FileDigest, Manifest, parse_manifest
+from llmc.artifact.manifest import MANIFEST, REPORTS, FileDigest, Manifest, State, parse_manifest
+from llmc.artifact.workplace import Place, holding, make_work_folder, move, tidy, write_manifest
 from llmc.errors import ConfigError
 
 _CHUNK = 1 << 20
@@ -30,17 +30,31 @@ class Artifact:
     manifest: Manifest
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staging:
     """A directory that will be an artifact.
 
     Args:
-        path: Write the files here.
-        output: Where the artifact will be.
+        path: Write the files here; where the artifact is, once it was kept or committed.
+        output: Where a verified artifact will be.
+        work: The work folder.
     """
 
     path: Path
     output: Path
+    work: Path
+
+    def keep_unverified(self, manifest: Manifest) -> Artifact:
+        """Keep the directory, finished but for its gates.
+
+        It is at the output where there is none, or none but one whose gates were never decided; else at
+        `<output>.unverified`, so that what stands at the output stays.
+
+        Raises:
+            ResourceError: No space for the manifest.
+        """
+        free = not self.output.exists() or not any(self.output.iterdir()) or _is_unfinished(self.output)
+        return self._put(manifest, Place.OUTPUT if free else Place.UNVERIFIED)
 
     def commit(self, manifest: Manifest) -> Artifact:
         """Write the manifest, and put the directory in the place of whatever was there before.
@@ -48,24 +62,20 @@ class Staging:
         Raises:
             ResourceError: No space for the manifest; what was there before is untouched.
         """
-        return self._finish(manifest, self.output)
+        return self._put(manifest, Place.OUTPUT)
 
     def keep_failed(self, manifest: Manifest) -> Artifact:
-        """Keep the directory as `<output>.failed` for inspection; the output itself is untouched."""
-        return self._finish(manifest, failed_path(self.output))
+        """Keep the directory as `<output>.failed` for inspection; no other artifact is touched."""
+        return self._put(manifest, Place.FAILED)
 
-    def _finish(self, manifest: Manifest, place: Path) -> Artifact:
-        with space_errors(place):
-            _write_synced(self.path / MANIFEST, manifest.to_json())
-            _sync_directory(self.path)
-            _swap(self.path, place)
-            _sync_directory(place.parent)
-        return Artifact(place, manifest)
-
-
-def failed_path(output: Path) -> Path:
-    """Where an artifact is kept that failed its gates."""
-    return output.with_name(f"{output.name}.failed")
+    def _put(self, manifest: Manifest, place: Place) -> Artifact:
+        destination = place.beside(self.output)
+        with space_errors(destination), access_errors(destination):
+            if self.path == destination:
+                write_manifest(self.path, manifest.to_json())
+            else:
+                self.path = move(self.path, self.work, self.output, place, manifest.to_json())
+        return Artifact(self.path, manifest)
 
 
 @contextmanager
@@ -89,18 +99,35 @@ def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
     with space_errors(output), ExitStack() as stack:
         with access_errors(output):
             _make_parent(output)
-            stack.enter_context(output_lock(output.with_name(f".{output.name}.lock"), output))
-            _recover(output)
+            stack.enter_context(holding(output))
             _refuse_foreign(output)
-            _refuse_foreign(failed_path(output))
             require_space(output.parent, needed)
-            path = output.with_name(f"{_staging_prefix(output)}{os.getpid()}")
-            path.mkdir()
-        try:
-            yield Staging(path, output)
-        finally:
-            if path.exists():
-                shutil.rmtree(path)
+            work = make_work_folder(output)
+        stack.callback(shutil.rmtree, work)
+        draft = Staging(work / "new", output, work)
+        draft.path.mkdir()
+        yield draft
+
+
+@contextmanager
+def reopened(artifact: Artifact) -> Iterator[Staging]:
+    """An artifact whose gates were not decided, to be committed or kept as failed.
+
+    Raises:
+        ConfigError: It is being built, it has changed since it was opened, or it cannot be written to.
+    """
+    path = artifact.path.resolve()
+    beside = f".{Place.UNVERIFIED.value}"
+    output = path.with_name(path.name.removesuffix(beside)) if path.name != beside else path
+    with space_errors(output), ExitStack() as stack:
+        with access_errors(output):
+            stack.enter_context(holding(output))
+            _refuse_foreign(output)
+            if open_artifact(path).manifest != artifact.manifest:
+                raise ConfigError(f"{path} has changed meanwhile", hint="run the command again")
+            work = make_work_folder(output)
+        stack.callback(shutil.rmtree, work)
+        yield Staging(path, output, work)
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -109,6 +136,7 @@ def open_artifact(path: Path) -> Artifact:
     Raises:
         ConfigError: No such directory, no manifest in it, a damaged one, or one of a newer schema.
     """
+    tidy(path)
     manifest = path / MANIFEST
     if not path.is_dir():
         raise ConfigError(f"there is no artifact at {path}", hint="llmc build makes one")
@@ -134,11 +162,8 @@ def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
         ResourceError: No space for it; the one that was there is untouched.
     """
     path = artifact.path.resolve()
-    new = path / f".{MANIFEST}.new"
-    with output_lock(path.with_name(f".{path.name}.lock"), path), space_errors(path):
-        _write_synced(new, manifest.to_json())
-        new.replace(path / MANIFEST)
-        _sync_directory(path)
+    with space_errors(path), access_errors(path), holding(path):
+        write_manifest(path, manifest.to_json())
     return Artifact(artifact.path, manifest)
 
 
@@ -197,78 +222,46 @@ def _make_parent(output: Path) -> None:
         raise ConfigError(f"{output} cannot be an output directory: {error.filename} is a file") from error
 
 
-def _recover(output: Path) -> None:
-    """Undo what a killed build left; only ever called under the output's lock."""
-    for place in (output, failed_path(output)):
-        previous = _previous_path(place)
-        if not previous.exists():
+def _refuse_foreign(output: Path) -> None:
+    """Never replace what was not made by a build of this output.
+
+    What stands beside it is one only if its manifest says so: it may be the output of another build.
+    """
+    for place in Place:
+        found = place.beside(output)
+        if not found.exists():
             continue
-        if place.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(place)
-    prefix = _staging_prefix(output)
-    for entry in list(output.parent.iterdir()):
-        if entry.name.startswith(prefix):
-            shutil.rmtree(entry)
-
-
-def _staging_prefix(output: Path) -> str:
-    return f".{output.name}.staging-"
-
-
-def _refuse_foreign(place: Path) -> None:
-    """Never replace what was not made by a build."""
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise ConfigError(f"output {place} is a file", hint="choose a directory")
-    if any(place.iterdir()) and not _looks_built(place / MANIFEST):
-        raise ConfigError(
-            f"output directory {place} is not empty and is not an artifact",
-            hint="choose another output, or remove it yourself",
+        if not found.is_dir():
+            raise ConfigError(f"output {found} is a file", hint="choose a directory")
+        if any(found.iterdir()) and not _looks_built(found):
+            raise ConfigError(
+                f"output directory {found} is not empty and is not an artifact",
+                hint="choose another output, or remove it yourself",
+            )
+        taken = (place is Place.UNVERIFIED and not _is_unfinished(found)) or (
+            place is Place.FAILED and _stated(found).get("state") != State.FAILED.value
         )
+        if any(found.iterdir()) and taken:
+            raise ConfigError(
+                f"{found} is an artifact of its own, and where a build of {output} keeps one that is "
+                f"{'not verified' if place is Place.UNVERIFIED else 'failed'}",
+                hint="choose another output, or move it elsewhere",
+            )
 
 
-def _looks_built(manifest: Path) -> bool:
-    if not manifest.is_file():
-        return False
+def _looks_built(folder: Path) -> bool:
+    return {"schema_version", "llmc_version"} <= _stated(folder).keys()
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether the gates of the artifact in `folder` were to run, and were not decided."""
+    return _looks_built(folder) and _stated(folder).get("unfinished") is not None
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """What the manifest in `folder` states, unchecked; nothing if there is none."""
     try:
-        data = json.loads(manifest.read_bytes())
-    except ValueError:
-        return False
-    return isinstance(data, dict) and {"schema_version", "llmc_version"} <= data.keys()
-
-
-def _previous_path(output: Path) -> Path:
-    return output.with_name(f".{output.name}.previous")
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; on any failure what was at `place` is there again."""
-    previous = _previous_path(place)
-    if place.exists():
-        place.rename(previous)
-    try:
-        new.rename(place)
-    except BaseException:
-        if previous.exists():
-            previous.rename(place)
-        raise
-    if previous.exists():
-        shutil.rmtree(previous)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        data = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError):
+        return {}
+    return data if isinstance(data, dict) else {}

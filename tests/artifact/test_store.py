@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.disk import require_space, space_errors
-from llmc.artifact.manifest import FileDigest, Manifest
+from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
 from llmc.artifact.store import check_files, digest_file, digest_files, open_artifact, staging
+from llmc.artifact.verdict import CheckStatus
+from llmc.artifact.workplace import lock_path
+from llmc.config import Metric
 from llmc.errors import ConfigError, ExitCode, ResourceError
 
 MakeManifest = Callable[..., Manifest]
@@ -84,19 +87,24 @@ def test_a_build_that_does_not_commit_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exchange", [True, False])
 def test_a_failed_swap_restores_the_old_artifact(
-    tmp_path: Path, build: Build, make_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, build: Build, make_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     build(tmp_path / "model", b"one")
     before = snapshot(tmp_path)
     rename = Path.rename
 
-    def refuse_new(source: Path, target: Path) -> Path:
-        if ".staging-" in source.name:
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name.startswith("output-") and target.name == "model":
             raise KeyboardInterrupt
         return rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", refuse_new)
+    def refuse_exchange(*_: Path) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmc.artifact.exchange._exchange", refuse_exchange if exchange else lambda *_: False)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(KeyboardInterrupt), staging(tmp_path / "model") as draft:
         draft.commit(make_manifest())
     assert snapshot(tmp_path) == before
@@ -106,10 +114,11 @@ def test_a_failed_artifact_is_kept_beside_the_old_one(
     tmp_path: Path, build: Build, make_manifest: MakeManifest
 ) -> None:
     build(tmp_path / "model", b"good")
+    missed = CheckRecord(metric=Metric.PREFILL_MAX_ABS, status=CheckStatus.FAIL, where="onnxruntime")
     for contents in (b"bad", b"worse"):
         with staging(tmp_path / "model") as draft:
             (draft.path / "model.onnx").write_bytes(contents)
-            kept = draft.keep_failed(make_manifest())
+            kept = draft.keep_failed(make_manifest(state=State.FAILED, checks=(missed,)))
     assert kept.path == tmp_path / "model.failed"
     assert (kept.path / "model.onnx").read_bytes() == b"worse"
     assert (tmp_path / "model" / "model.onnx").read_bytes() == b"good"
@@ -151,7 +160,7 @@ def test_a_killed_build_leaves_the_old_artifact_and_is_cleaned_up_after(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert snapshot(tmp_path / "model") == before
-    assert len(list(tmp_path.glob(".model.staging-*"))) == 1
+    assert len(list(tmp_path.glob(".llmc-*/new"))) == 1
     build(tmp_path / "model", b"two")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "model.onnx").read_bytes() == b"two"
@@ -170,7 +179,7 @@ def test_an_output_in_use_is_refused(
     with pytest.raises(ConfigError, match=fact) as caught:
         build(tmp_path / "model", b"two")
     assert caught.value.exit_code is ExitCode.USAGE
-    assert len(list(tmp_path.glob(".model.staging-*"))) == 1, "the running build lost its directory"
+    assert len(list(tmp_path.glob(".llmc-*/new"))) == 1, "the running build lost its directory"
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(
@@ -178,27 +187,9 @@ def test_the_lock_of_a_dead_process_is_taken_over(
 ) -> None:
     other_build.kill()
     other_build.wait()
-    assert (tmp_path / ".model.lock").exists()
+    assert lock_path(tmp_path / "model").exists()
     build(tmp_path / "model", b"one")
     assert open_artifact(tmp_path / "model").manifest.files["model.onnx"].bytes == 3
-
-
-def test_a_build_killed_within_the_swap_is_undone(tmp_path: Path, build: Build) -> None:
-    build(tmp_path / "model", b"one")
-    (tmp_path / "model").rename(tmp_path / ".model.previous")
-    with staging(tmp_path / "model"):
-        assert (tmp_path / "model" / "model.onnx").read_bytes() == b"one"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_build_killed_after_the_swap_loses_only_what_was_replaced(tmp_path: Path, build: Build) -> None:
-    build(tmp_path / "old", b"one")
-    build(tmp_path / "model", b"two")
-    (tmp_path / "old").rename(tmp_path / ".model.previous")
-    with staging(tmp_path / "model"):
-        pass
-    assert (tmp_path / "model" / "model.onnx").read_bytes() == b"two"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("place", ["model", "model.failed"])

@@ -1,0 +1,188 @@
+"""The hidden folder beside an output in which an artifact is written, and recovery where its process died.
+
+Beside an output `NAME`, with the digest `D` of that name, there are while a process changes the output, or
+after it was killed:
+
+- `.llmc-D.lock`, the lock;
+- `.llmc-D-RANDOM/`, a work folder, with `owner` (the output's name, so that no other is taken for it), `new/`
+  (an artifact being written), `PLACE-DIGEST/` (a finished one on its way to a place, by the digest of its
+  manifest) and `old-PLACE/` (what it replaces).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+from llmc.artifact.disk import sync_folder
+from llmc.artifact.exchange import put_in_place
+from llmc.artifact.lock import output_lock
+from llmc.artifact.manifest import MANIFEST
+from llmc.errors import ConfigError
+
+_OWNER = "owner"
+_PARTIAL = f".{MANIFEST}.new"
+_FINISHED = re.compile(r"(output|unverified|failed)-([0-9a-f]{64})")
+
+
+class Place(StrEnum):
+    """Where an artifact may come to stand."""
+
+    OUTPUT = "output"
+    UNVERIFIED = "unverified"
+    FAILED = "failed"
+
+    def beside(self, output: Path) -> Path:
+        """The folder of this place for an output."""
+        return output if self is Place.OUTPUT else output.with_name(f"{output.name}.{self.value}")
+
+
+def lock_path(output: Path) -> Path:
+    """The lock file of an output."""
+    return output.with_name(f"{_prefix(output)}.lock")
+
+
+def make_work_folder(output: Path) -> Path:
+    """A new work folder of an output; only under its lock."""
+    while True:
+        work = output.with_name(f"{_prefix(output)}-{secrets.token_hex(4)}")
+        try:
+            work.mkdir()
+        except FileExistsError:
+            continue
+        (work / _OWNER).write_text(output.name, encoding="utf-8", errors="surrogateescape")
+        return work
+
+
+def move(source: Path, work: Path, output: Path, place: Place, manifest: str) -> Path:
+    """Give the folder `source` this manifest and put it to a place; only under the output's lock.
+
+    Killed at any moment, `recover` finishes it or undoes it.
+
+    Returns:
+        The folder of the place.
+    """
+    destination = place.beside(output)
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    entry = work / f"{place.value}-{digest}"
+    source.rename(entry)
+    try:
+        write_manifest(entry, manifest)
+        put_in_place(entry, destination, work / f"old-{place.value}")
+    except BaseException:
+        if entry.exists() and not source.exists() and _digest(destination) != digest:
+            entry.rename(source)
+        raise
+    sync_folder(output.parent)
+    return destination
+
+
+def write_manifest(folder: Path, text: str) -> None:
+    """Replace the manifest in `folder`, with everything on the disk afterwards."""
+    partial = folder / _PARTIAL
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / MANIFEST)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+
+
+def recover(output: Path) -> None:
+    """Finish or undo what a killed process left of an output, and remove the rest; only under its lock."""
+    for work in _work_folders(output):
+        entries = [(entry, _FINISHED.fullmatch(entry.name)) for entry in work.iterdir()]
+        for entry, finished in entries:
+            if finished is not None:
+                _bring_on(entry, Place(finished[1]), finished[2], work, output)
+        for place in Place:
+            old = work / f"old-{place.value}"
+            if old.exists() and not place.beside(output).exists():
+                old.rename(place.beside(output))
+        shutil.rmtree(work)
+    for place in Place:
+        (place.beside(output) / _PARTIAL).unlink(missing_ok=True)
+
+
+def _bring_on(entry: Path, place: Place, digest: str, work: Path, output: Path) -> None:
+    """What a killed `move` left under the name that says where it was to go."""
+    if _digest(place.beside(output)) == digest:  # `entry` is what was replaced
+        return
+    if _digest(entry) == digest:
+        aside = work / f"older-{place.value}"
+        put_in_place(entry, place.beside(output), aside)
+    elif (entry / MANIFEST).is_file():  # its verdict was not written: it stays unverified
+        kept = Place.UNVERIFIED if output.exists() else Place.OUTPUT
+        put_in_place(entry, kept.beside(output), work / f"older-{kept.value}")
+
+
+def tidy(path: Path) -> None:
+    """Recover what was left of the output that a folder belongs to, if nobody is at work on it.
+
+    What cannot be tidied, since another process holds it or this one may not write there, is left.
+    """
+    path = path.resolve()
+    beside = (Place.UNVERIFIED, Place.FAILED)
+    outputs = [path, *(path.with_name(path.name.removesuffix(f".{place.value}")) for place in beside)]
+    for output in dict.fromkeys(outputs):
+        try:
+            if _is_littered(output):
+                with output_lock(lock_path(output), output):
+                    recover(output)
+        except (ConfigError, OSError):
+            continue
+
+
+@contextmanager
+def holding(output: Path) -> Iterator[None]:
+    """Hold an output's lock, with nothing left there of a killed process.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with output_lock(lock_path(output), output):
+        recover(output)
+        yield
+
+
+def _is_littered(output: Path) -> bool:
+    prefix = _prefix(output)
+    with os.scandir(output.parent) as entries:
+        return any(entry.name.startswith(prefix) for entry in entries)
+
+
+def _work_folders(output: Path) -> list[Path]:
+    """Work folders of an output, those of another one left out."""
+    prefix = f"{_prefix(output)}-"
+    found = [p for p in output.parent.iterdir() if p.name.startswith(prefix)]
+    return [p for p in found if p.is_dir() and not p.is_symlink() and _is_of(p, output)]
+
+
+def _is_of(work: Path, output: Path) -> bool:
+    """Whether a folder says that it is of an output, or its process died before it could write that."""
+    owner = work / _OWNER
+    named = owner.is_file() and not owner.is_symlink()
+    text = owner.read_text(encoding="utf-8", errors="surrogateescape") if named else ""
+    return text == output.name or (not text and all(entry == owner for entry in work.iterdir()))
+
+
+def _prefix(output: Path) -> str:
+    return f".llmc-{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]}"
+
+
+def _digest(folder: Path) -> str | None:
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
