@@ -68,13 +68,22 @@ class Staging:
         """Keep the directory as `<output>.failed` for inspection; no other artifact is touched."""
         return self._put(manifest, Place.FAILED)
 
+    def restate(self, manifest: Manifest) -> Artifact:
+        """Replace the manifest of the artifact where it is.
+
+        Raises:
+            ResourceError: No space for the manifest; the earlier one is untouched.
+        """
+        with space_errors(self.path), access_errors(self.path):
+            write_manifest(self.path, manifest.to_json())
+        return Artifact(self.path, manifest)
+
     def _put(self, manifest: Manifest, place: Place) -> Artifact:
         destination = place.beside(self.output)
+        if self.path == destination:
+            return self.restate(manifest)
         with space_errors(destination), access_errors(destination):
-            if self.path == destination:
-                write_manifest(self.path, manifest.to_json())
-            else:
-                self.path = move(self.path, self.work, self.output, place, manifest.to_json())
+            self.path = move(self.path, self.work, self.output, place, manifest.to_json())
         return Artifact(self.path, manifest)
 
 

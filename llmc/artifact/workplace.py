@@ -112,7 +112,8 @@ def recover(output: Path) -> None:
                 old.rename(place.beside(output))
         shutil.rmtree(work)
     for place in Place:
-        (place.beside(output) / _PARTIAL).unlink(missing_ok=True)
+        if place.beside(output).is_dir():
+            (place.beside(output) / _PARTIAL).unlink(missing_ok=True)
 
 
 def _bring_on(entry: Path, place: Place, digest: str, work: Path, output: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
 from llmc.artifact.decisions import write_decisions
+from llmc.artifact.disk import replace_text
+from llmc.artifact.manifest import REPORTS
 from llmc.config import Backend, BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
-from llmc.pipeline.gate import GateResult, measure_parity
+from llmc.pipeline.gate import measure_parity
 from llmc.pipeline.kernels import KernelStage
 from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
@@ -24,33 +27,51 @@ from llmc.pipeline.rebuild import Rebuilt, finish_graph
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
 from llmc.pipeline.subject import Subject
 from llmc.pipeline.text import write_text
+from llmc.pipeline.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
+    from llmc.artifact.forecast import Forecast
     from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, PruneRecord, State
+    from llmc.artifact.store import Artifact, Staging
     from llmc.artifact.text import TextRecord
     from llmc.artifact.verdict import Verdict
+    from llmc.backends.tensorrt_support import EnginePlan
     from llmc.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was written into a folder: an artifact but for the outcome of its gates.
+
+    Args:
+        manifest: Its manifest, without an outcome.
+        forecasts: Bounds by profile for engines.
+        subject: What the gates measure; None if they are not to run, or cannot run here.
+        pruned: What was left out of the model.
+    """
+
+    manifest: Manifest
+    forecasts: tuple[Forecast, ...]
+    subject: Subject | None
+    pruned: PruneRecord | None
 
 
 def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     """Compile a model for a target and a profile, verify it, and put the artifact in its place.
 
-    What stood at the output before stays until the new artifact is complete. An artifact that misses
-    a gate is kept as `<output>.failed` and the result says so.
+    What stood at the output before stays until the new artifact is complete and verified. An artifact that
+    misses a gate is kept as `<output>.failed` and the result says so. Where the gates are interrupted or
+    cannot run, what was built is kept with the state "built, not verified": at the output if none is there,
+    else as `<output>.unverified`; `llmc verify` finishes it.
 
     Raises:
-        LlmcError: Any of its kinds; nothing is left behind.
+        LlmcError: Any of its kinds; before the gates nothing is left behind.
     """
-    from llmc.artifact.manifest import REPORTS
-    from llmc.artifact.store import digest_files, staging
-    from llmc.backends.ort import write_model
-    from llmc.backends.special_tokens import write_generation_config
+    from llmc.artifact.store import staging
     from llmc.checkpoint import open_checkpoint
-    from llmc.pipeline.calibrate import write_activations
-    from llmc.quantize.activations import write_smoothing
 
     _require_fit(plan)
     kernels = KernelStage.prepare(plan.target, plan.profile)
@@ -63,76 +84,111 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             progress.note(checkpoint.adapter.render())
         for note in checkpoint.notes:
             progress.note(note)
-    with ThreadPoolExecutor(1) as background, staging(plan.output) as stage:
+    with ExitStack() as stack:
+        background = ThreadPoolExecutor(1)
+        stack.callback(background.shutdown, wait=False, cancel_futures=True)
+        stage = stack.enter_context(staging(plan.output))
         digest = background.submit(checkpoint.digest)
-        text = write_text(checkpoint, plan, stage.path, progress)
-        pruned = prune(checkpoint, plan.target, progress)
-        compiled = compile_graph(pruned.checkpoint, plan.target, progress)
-        text_only = checkpoint.text_only_note(compiled.leftovers)
-        for note in _leftover_notes(checkpoint, compiled.leftovers, text_only):
-            progress.note(note)
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *filter(None, [text_only])))
-        put = None if kernels is None else partial(kernels.run, folder=stage.path, progress=progress)
-        record = finish_graph(compiled.graph, plan.target, put)
-        interface = compiled.graph.interface()
-        with progress.stage("write"):
-            known = write_model(compiled.graph.model, stage.path, progress.advance)
-            for note in loss_notes(stage.path, compiled.weights, compiled.sources):
-                progress.note(f"write: {note}")
-            if scales_channels(plan.target):
-                write_smoothing(stage.path, compiled.smoothing)
-            if plan.target.backend is Backend.ONNXRUNTIME:
-                _write_genai_config(stage.path, plan, pruned.checkpoint, compiled, record)
-            else:
-                settings = checkpoint.generation_config()
-                write_generation_config(stage.path, checkpoint.config, settings, interface.vocabulary)
-        engines, engine_files = write_engines(stage.path, plan.target, interface, engine_plans, progress)
-        gate = None
-        reports = stage.path / REPORTS
-        reports.mkdir()
-        write_activations(compiled, reports)
-        if pruned.record is not None:
-            write_decisions(pruned.decisions, pruned.influence, stage.path, reports)
-        executable = kernels is None or kernels.runs_here
-        if plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans):
-            subject = Subject(
-                folder=stage.path,
-                interface=interface,
-                target=plan.target,
-                threads=plan.profile.threads,
-                checkpoint=checkpoint,
-                model_digest=digest.result(),
-                rebuilt=Rebuilt(compiled.graph, compiled.sources),
-                compiled=pruned.checkpoint,
-                weights=compiled.weights,
-                text=text,
-            )
-            gate = measure_parity(subject, plan.eval_text, progress, every=plan.every_check)
-            name = plan.profile.name
-            report = gate_report(
-                plan.model, plan.target, name, gate, pruned.record, compiled.weights, stage.path
-            )
-            write_report(report, reports, "parity")
-        files = digest_files(stage.path, {**known, **engine_files})
-        manifest = _manifest(
-            plan,
-            checkpoint,
-            text,
-            pruned.record,
-            compiled,
-            digest.result(),
-            files,
-            engines,
-            gate,
-            record,
-            executable,
+        built = _write(plan, checkpoint, kernels, engine_plans, stage.path, digest, progress)
+        _write_stages(progress, stage.path / REPORTS / "build.json")
+        verdict = None
+        if built.subject is None:
+            artifact = stage.commit(built.manifest)
+        else:
+            artifact, verdict = _hold_gates(plan, built, built.subject, stage, progress)
+    result = build_result(artifact.path, artifact.manifest, verdict, progress)
+    return result.model_copy(update={"forecasts": built.forecasts})
+
+
+def _hold_gates(
+    plan: BuildPlan, built: Built, subject: Subject, stage: Staging, progress: Progress
+) -> tuple[Artifact, Verdict]:
+    """Keep what was built as unverified, measure it there, and put it where its verdict says."""
+    unfinished = built.manifest.model_copy(update={"unfinished": BEGUN})
+    kept = stage.keep_unverified(unfinished)
+    reports = kept.path / REPORTS
+    with explaining(stage, unfinished, plan.eval_text, progress):
+        gate = measure_parity(
+            replace(subject, folder=kept.path), plan.eval_text, progress, every=plan.every_check
         )
-        forecasts = write_forecasts(plan, manifest, reports)
+        name, weights = plan.profile.name, built.manifest.weights
+        report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, kept.path)
+        write_report(report, reports, "parity")
         _write_stages(progress, reports / "build.json")
-        failed = gate is not None and not gate.verdict.passed
-        artifact = stage.keep_failed(manifest) if failed else stage.commit(manifest)
-    result = build_result(artifact.path, manifest, gate.verdict if gate else None, progress)
-    return result.model_copy(update={"forecasts": forecasts})
+        return put_by_verdict(stage, record_verdict(built.manifest, gate.verdict)), gate.verdict
+
+
+def _write(
+    plan: BuildPlan,
+    opened: Checkpoint,
+    kernels: KernelStage | None,
+    engine_plans: tuple[EnginePlan, ...],
+    folder: Path,
+    digest: Future[str],
+    progress: Progress,
+) -> Built:
+    """Compile the model, and write every file of the artifact but its manifest into `folder`."""
+    from llmc.artifact.store import digest_files
+    from llmc.backends.ort import write_model
+    from llmc.backends.special_tokens import write_generation_config
+    from llmc.pipeline.calibrate import write_activations
+    from llmc.quantize.activations import write_smoothing
+
+    text = write_text(opened, plan, folder, progress)
+    pruned = prune(opened, plan.target, progress)
+    compiled = compile_graph(pruned.checkpoint, plan.target, progress)
+    text_only = opened.text_only_note(compiled.leftovers)
+    for note in _leftover_notes(opened, compiled.leftovers, text_only):
+        progress.note(note)
+    checkpoint = replace(opened, notes=(*opened.notes, *filter(None, [text_only])))
+    put = None if kernels is None else partial(kernels.run, folder=folder, progress=progress)
+    record = finish_graph(compiled.graph, plan.target, put)
+    interface = compiled.graph.interface()
+    with progress.stage("write"):
+        known = write_model(compiled.graph.model, folder, progress.advance)
+        for note in loss_notes(folder, compiled.weights, compiled.sources):
+            progress.note(f"write: {note}")
+        if scales_channels(plan.target):
+            write_smoothing(folder, compiled.smoothing)
+        if plan.target.backend is Backend.ONNXRUNTIME:
+            _write_genai_config(folder, plan, pruned.checkpoint, compiled, record)
+        else:
+            settings = checkpoint.generation_config()
+            write_generation_config(folder, checkpoint.config, settings, interface.vocabulary)
+    engines, engine_files = write_engines(folder, plan.target, interface, engine_plans, progress)
+    reports = folder / REPORTS
+    reports.mkdir()
+    write_activations(compiled, reports)
+    if pruned.record is not None:
+        write_decisions(pruned.decisions, pruned.influence, folder, reports)
+    executable = kernels is None or kernels.runs_here
+    manifest = _manifest(
+        plan,
+        checkpoint,
+        text,
+        pruned.record,
+        compiled,
+        digest.result(),
+        digest_files(folder, {**known, **engine_files}),
+        engines,
+        record,
+        executable,
+    )
+    gated = plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans)
+    subject = Subject(
+        folder=folder,
+        interface=interface,
+        target=plan.target,
+        threads=plan.profile.threads,
+        checkpoint=checkpoint,
+        model_digest=digest.result(),
+        rebuilt=Rebuilt(compiled.graph, compiled.sources),
+        compiled=pruned.checkpoint,
+        weights=compiled.weights,
+        text=text,
+    )
+    forecasts = write_forecasts(plan, manifest, reports)
+    return Built(manifest, forecasts, subject if gated else None, pruned.record)
 
 
 def _leftover_notes(checkpoint: Checkpoint, leftovers: Sequence[str], text_only: str | None) -> list[str]:
@@ -185,18 +241,12 @@ def _manifest(
     digest: str,
     files: dict[str, FileDigest],
     engines: tuple[EngineRecord, ...],
-    gate: GateResult | None,
     kernels: KernelRecord | None,
     executable: bool,
 ) -> Manifest:
-    from llmc.artifact.manifest import CheckRecord, Manifest, ModelFacts
+    from llmc.artifact.manifest import Manifest, ModelFacts
     from llmc.artifact.provenance import tool_versions
 
-    verdict = gate.verdict if gate is not None else None
-    checks = tuple(
-        CheckRecord(metric=c.metric, status=c.status, where=c.where)
-        for c in (verdict.checks if verdict is not None else ())
-    )
     return Manifest(
         llmc_version=__version__,
         model=ModelFacts(
@@ -220,23 +270,19 @@ def _manifest(
         pruned=pruned,
         kernels=kernels,
         engines=engines,
-        state=_state(plan, engines, verdict, executable),
-        checks=checks,
+        state=_state(plan, engines, executable),
     )
 
 
-def _state(
-    plan: BuildPlan, engines: tuple[EngineRecord, ...], verdict: Verdict | None, executable: bool
-) -> State:
+def _state(plan: BuildPlan, engines: tuple[EngineRecord, ...], executable: bool) -> State:
+    """What is known before any gate was held."""
     from llmc.artifact.manifest import State
 
-    if verdict is not None and not verdict.passed:
-        return State.FAILED
     if any(engine.file is None for engine in engines):
         return State.ENGINE_PENDING
     if plan.target.provider is not Provider.CPU or not executable:
         return State.NOT_EXECUTED
-    return State.NOT_VERIFIED if verdict is None else State.VERIFIED
+    return State.NOT_VERIFIED
 
 
 def _write_stages(progress: Progress, path: Path) -> None:
@@ -244,4 +290,4 @@ def _write_stages(progress: Progress, path: Path) -> None:
     stages: list[dict[str, Any]] = [
         {"name": r.name, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes} for r in progress.records
     ]
-    path.write_text(json.dumps({"stages": stages}, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps({"stages": stages}, indent=2) + "\n")

@@ -15,6 +15,7 @@ from llmc.pipeline.prune import reopen
 from llmc.pipeline.rebuild import explain_versions, rebuild
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.subject import Subject
+from llmc.pipeline.unfinished import finish
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
 
@@ -40,7 +41,10 @@ def verify(
     every: bool = False,
     adapter: str | None = None,
 ) -> GateReport:
-    """Hold an artifact to its target's parity gates on this machine; the artifact is not changed.
+    """Hold an artifact to its target's parity gates on this machine.
+
+    The artifact is not changed, unless the gate of its build was interrupted: it then gets its outcome, and
+    comes to its place or to `<output>.failed`.
 
     An engine is executed where its GPU is at hand; elsewhere the graph that it is parsed from is measured.
 
@@ -82,6 +86,8 @@ def verify(
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:
         write_all(report, folder)
+    if manifest.unfinished is not None and digest == manifest.model.digest:
+        finish(artifact, gate.verdict, report, progress)
     return GateReport(report=report, advice=advise(manifest.target, report.verdict))
 
 

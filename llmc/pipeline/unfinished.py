@@ -1,0 +1,109 @@
+"""Artifacts whose gates have no outcome yet: kept when the gate is interrupted, finished by `llmc verify`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llmc.artifact.manifest import REPORTS, CheckRecord, Manifest, State
+from llmc.artifact.verdict import MISSED
+from llmc.config import Metric
+from llmc.errors import LlmcError, ResourceError, first_lines
+from llmc.pipeline.result import write_report
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.store import Artifact, Staging
+    from llmc.artifact.verdict import Verdict
+    from llmc.report import Report
+
+#: What a manifest says while the gate runs, and after a process that could say nothing more.
+BEGUN = "the gates were begun and not finished"
+#: How libraries in C++ say that there is no memory.
+_NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "Failed to allocate memory")
+
+
+@contextmanager
+def explaining(
+    stage: Staging, manifest: Manifest, eval_text: Sequence[str], progress: Progress
+) -> Iterator[None]:
+    """Say why the gates of a kept artifact have no outcome, where they are interrupted or cannot run.
+
+    Args:
+        stage: Where it was kept.
+        manifest: Its manifest.
+        eval_text: Files with the user's text, for the command that goes on.
+
+    Raises:
+        ResourceError: No memory is left.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not stage.path.exists():  # interrupted just when it came to its place
+            raise
+        reason = _reason(error)
+        progress.note(
+            f"built, not verified: {stage.path} is kept; {_command(stage, eval_text)} goes on from what was "
+            "measured"
+        )
+        try:
+            stage.restate(manifest.model_copy(update={"unfinished": f"{BEGUN}: {reason}"}))
+        except LlmcError as unwritten:  # it says already that they were not finished
+            progress.note(f"the reason is not in its manifest: {unwritten.fact}")
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            raise ResourceError(
+                f"the gates ran out of memory: {reason}", hint="end other programs, or take a larger machine"
+            ) from error
+        raise
+
+
+def _command(stage: Staging, eval_text: Sequence[str]) -> str:
+    texts = [part for name in eval_text for part in ("--eval-text", name)]
+    return shlex.join(["llmc", "verify", str(stage.path), *texts])
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in one line."""
+    if isinstance(error, LlmcError):
+        return error.fact
+    if isinstance(error, Exception):
+        return first_lines(error)
+    return str(error) or "interrupted"
+
+
+def record_verdict(manifest: Manifest, verdict: Verdict) -> Manifest:
+    """The manifest of an artifact whose gates were decided."""
+    checks = tuple(
+        CheckRecord(metric=c.metric, status=c.status, where=c.where)
+        for c in verdict.checks
+        if c.metric is not Metric.PASSES_MAX_ABS  # asked for by an option of `llmc verify`
+    )
+    state = State.VERIFIED if manifest.state is State.NOT_VERIFIED else manifest.state
+    if any(check.status in MISSED for check in checks):
+        state = State.FAILED
+    fields = {name: getattr(manifest, name) for name in Manifest.model_fields}
+    return Manifest(**{**fields, "state": state, "checks": checks, "unfinished": None})
+
+
+def put_by_verdict(stage: Staging, manifest: Manifest) -> Artifact:
+    """Put an artifact in its place, or keep it as failed."""
+    return stage.keep_failed(manifest) if manifest.state is State.FAILED else stage.commit(manifest)
+
+
+def finish(artifact: Artifact, verdict: Verdict, report: Report, progress: Progress) -> Artifact:
+    """Give an artifact that was kept without an outcome its outcome, as its build would have.
+
+    Raises:
+        ConfigError: It is being built, has changed since it was opened, or cannot be written to.
+    """
+    from llmc.artifact.store import reopened
+
+    manifest = record_verdict(artifact.manifest, verdict)
+    with reopened(artifact) as stage:
+        write_report(report, artifact.path / REPORTS, "parity")
+        finished = put_by_verdict(stage, manifest)
+    progress.note(f"{manifest.state.value}: {finished.path}")
+    return finished
