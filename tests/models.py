@@ -150,10 +150,11 @@ _MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**_TOWER, "model_type": "siglip_vision_model"},
     ),
 }
+MULTIMODAL_TYPES = tuple(_MULTIMODAL)
 
 
 def tiny_multimodal_fields(model_type: str) -> dict[str, Any]:
-    """Overrides of `tiny_config` for a multimodal model; the tower has more layers than the text."""
+    """Overrides of `tiny_config` for one of `MULTIMODAL_TYPES`; the tower has more layers than the text."""
     from transformers import CONFIG_MAPPING
 
     text, tower = _MULTIMODAL[model_type]
