@@ -17,6 +17,9 @@ from llmc.errors import ConfigError, did_you_mean
 
 Document = TypeVar("Document", bound=BaseModel)
 
+_LARGEST = 1 << 20  # bytes of a file; the largest that ships has 6,000
+_MOST_NODES = 100_000  # keys and values of a document
+
 
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema)."""
@@ -35,32 +38,72 @@ for _tag, _pattern, _first in (
 
 def load_document(path: Path, model: type[Document]) -> Document:
     """The file as a `model`; ConfigError with file, line and dotted key if it is not one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    loader = _CoreLoader(text)
+    loader = _CoreLoader(_read_text(path))
     try:
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path} is empty", hint="copy one that ships and edit it")
         _refuse_duplicate_keys(path, node)
+        _refuse_expansion(path, node)
         data = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{place} is not valid YAML: {problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # an integer of thousands of digits is a ValueError
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply", hint="copy one that ships and edit it") from error
     finally:
         loader.dispose()
     try:
-        return model.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(data, allow_nan=False))
     except ValidationError as error:
         raise _config_error(path, node, model, error) from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} uses a YAML tag or alias that JSON cannot express: {error}") from error
+        raise ConfigError(f"{path} holds what JSON cannot express: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise ConfigError(f"{path} has {size:,} bytes, and such a file has {_LARGEST:,} at most")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _refuse_expansion(path: Path, root: yaml.Node) -> None:
+    """Refuse aliases that stand for more than a document may hold, or for what they are part of.
+
+    A short file of aliases of aliases stands for gigabytes; nodes are counted here without expanding them.
+    """
+    counts: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def count(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: this node is an alias of itself")
+        if id(node) not in counts:
+            open_nodes.add(id(node))
+            counts[id(node)] = 1 + sum(map(count, _children(node)))
+            open_nodes.remove(id(node))
+        return counts[id(node)]
+
+    total = count(root)
+    if total > _MOST_NODES:
+        raise ConfigError(
+            f"{path} stands for {total:,} values with its aliases expanded; {_MOST_NODES:,} is the most",
+            hint="write out what the aliases are meant to repeat",
+        )
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:

@@ -1,5 +1,6 @@
 """YAML into strict models: what is read, and what each error says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_types_stay_strict(tmp_path: Path) -> None:
         ("logits: last", "name: again", "mine.yaml:7: key name was given in line 2 already", None),
         ("logits: last", "logits: last: x", "mine.yaml:7 is not valid YAML: mapping values", None),
         ("logits: last", "logits: !!set {a}", "cannot express", None),
-        ("summary: a target", "summary: &x [*x]", "alias that JSON cannot express", None),
+        ("summary: a target", "summary: &x [*x]", "mine.yaml:3: this node is an alias of itself", None),
         (GOOD, "", "mine.yaml is empty", "copy one that ships"),
         (GOOD, "just words", "the document is 'just words'", None),
     ],
@@ -109,6 +110,23 @@ def test_unreadable(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_document(tmp_path / "latin.yaml", Target)
+
+
+BOMB = "\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]" for i in range(1, 40))])
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        (BOMB, "values with its aliases expanded; 100,000 is the most"),
+        ("[" * 5000, "nested too deeply"),
+        (f"name: {'1' * 5000}", "is not valid YAML: .*digits"),
+        (GOOD.replace("1e-3", "1e999"), "holds what JSON cannot express: Out of range"),
+        ("#" * (1 << 21), "has 2,097,152 bytes"),
+    ],
+)
+def test_hostile_documents(text: str, fact: str, tmp_path: Path) -> None:
+    assert re.search(fact, refusal(tmp_path, text).fact)
 
 
 def test_a_profile_needs_its_sources(tmp_path: Path) -> None:
