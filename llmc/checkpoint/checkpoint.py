@@ -22,7 +22,8 @@ from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import read_quantized
 from llmc.checkpoint.reference import fill_model, stream_model
-from llmc.checkpoint.safetensors import SafetensorsStore
+from llmc.checkpoint.safetensors import SafetensorsStore, has_weights
+from llmc.checkpoint.sizes import require_stored
 from llmc.checkpoint.skeleton import build_skeleton
 from llmc.checkpoint.wrappers import unwrap
 from llmc.graph.weights import Array, WeightStore
@@ -222,11 +223,12 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
     config = configuration.load_config(found.path)
     if found.repository is not None:
         location.download_weights(found.repository)
-    model = build_skeleton(config)
     files: tuple[Path, ...]
     quantization = None
     if found.path.is_file():
         header = GgufHeader.parse(found.path)
+        require_stored(found.path, config, [tensor.shape for tensor in header.tensors])
+        model = build_skeleton(config)
         source = gguf.open_gguf(header, model)
         mapping = source.mapping
         files = header.files
@@ -235,9 +237,13 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
         notes = (*explain_leftovers(dropped, source.files, model), *tokenizer_notes(header))
         reader_only = "transformers reads no GGUF model in parts" if len(files) > 1 else ""
     else:
+        if not has_weights(found.path):
+            build_skeleton(config)  # what no weights could mend is told before they are missed
         store = SafetensorsStore.open(found.path)
         files = store.files
         read = read_quantized(store, declared, found.path)
+        require_stored(found.path, config, [info.shape for info in read.store.infos().values()])
+        model = build_skeleton(config)
         quantization = read.quantization
         mapping = conversion.model_mapping(model)
         raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))

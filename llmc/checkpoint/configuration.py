@@ -14,8 +14,9 @@ from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.gguf_config import load_gguf_config, stop_tokens
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.location import whole_models
-from llmc.checkpoint.purpose import refuse_cross_attention, refuse_other_purpose
-from llmc.checkpoint.rotary import refuse_contradiction, refuse_unknown_type
+from llmc.checkpoint.purpose import refuse_both_directions, refuse_cross_attention, refuse_other_purpose
+from llmc.checkpoint.rotary import refuse_contradiction, refuse_unknown_type, refuse_wrong_numbers
+from llmc.checkpoint.sizes import refuse_impossible
 from llmc.errors import CheckpointError, UnsupportedError, did_you_mean, first_lines
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{file} has no model_type", hint="it must be the config of a transformers model"
         )
+    refuse_impossible(str(file), fields)
 
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -169,6 +171,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         )
     refuse_other_purpose(folder, fields)
     refuse_contradiction(str(file), fields)
+    refuse_wrong_numbers(str(file), fields)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the config classes of transformers raise whatever their validators do
@@ -177,12 +180,25 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
             hint="correct the field that is named in it: transformers does not take the config as it is",
         ) from error
     refuse_cross_attention(config)
+    refuse_both_directions(config)
     refuse_unknown_type(config)
-    # transformers' model is that of the dequantized weights.
     for part in (config, config.get_text_config(decoder=True)):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+        _leave_out_settings(part)
     return config
+
+
+def _leave_out_settings(config: Any) -> None:
+    """Remove what says how a model is run or stored, and not what it computes.
+
+    transformers would load the packages and the repositories that implementations are named by, and its model
+    is that of the dequantized weights.
+    """
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = None
+    config._experts_implementation = None
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,22 +1,24 @@
 """JSON objects of a checkpoint: config.json and the files beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import CheckpointError
+from llmc.strict_json import parse_json
 
 
 def read_fields(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        CheckpointError: It is not JSON, or another JSON value.
+        CheckpointError: It cannot be read, is not JSON, or is another JSON value.
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        fields = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CheckpointError(
+            f"{file} is not JSON: {error}", hint="correct it, or download it again"
+        ) from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
     return fields

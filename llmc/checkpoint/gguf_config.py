@@ -107,10 +107,10 @@ def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
             of a GGUF, or with a key that llmc does not know how to apply.
     """
     _refuse_kinds(header)
+    _check_blocks(header)
     fields, read = _transformers_fields(header)
     config_class = _config_class(header, fields["model_type"])
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    _check_blocks(header)
     stated = _stated_fields(header, read, known)
     fields |= _unstated_tokens(config_class, fields)
     fields |= _implied_fields(header, known) | {field: value for field, (_, value) in stated.items()}

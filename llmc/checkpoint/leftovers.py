@@ -108,7 +108,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("layers for multi-token prediction, which only speculative decoding uses", "", _predicts_further),
     Kind(
         "stored rotary tables, which the config determines",
-        r"(^|\.)(rotary_\w*emb\.(original_)?inv_freq|attn_rot_embd(\.weight)?)$",
+        r"(^|\.)(rotary_\w*emb\.((original_)?inv_freq|(cos|sin)_cached)|attn_rot_embd(\.weight)?)$",
     ),
     Kind(
         "causal masks, which the model makes itself",

@@ -24,8 +24,15 @@ _OTHER_HEADS: tuple[tuple[str, str], ...] = (
     (r"ForMultipleChoice$", "chooses between answers"),
     (r"ForQuestionAnswering$", "marks answers in a text"),
     (r"(For\w*Embedding\w*|ForRetrieval|EmbeddingModel)$", "embeds texts"),
+    (r"(Bi|Bidirec\w*|Encoder)(Model|For\w+)?$", "reads a text in both directions"),
+    (r"(MaskedLM|MNTP)$", "fills gaps in a text (an encoder-only model)"),
 )
-_SENTENCE_TRANSFORMERS = ("modules.json", "config_sentence_transformers.json")
+_SENTENCE_TRANSFORMERS = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 
 
 def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -70,6 +77,24 @@ def _purpose(name: str, model_type: str) -> str | None:
     if name in ((bare,) if isinstance(bare, str) else bare or ()):
         return "has no language model head (an embedding model)"
     return None
+
+
+def refuse_both_directions(config: PreTrainedConfig) -> None:
+    """Check that a token attends to those before it alone.
+
+    Raises:
+        UnsupportedError: It attends to those after it too, as in models that embed texts.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    stated = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
+    for key, value in stated.items():
+        found = getattr(text, key, None)
+        if found is value or (key == "use_bidirectional_attention" and found == "all"):
+            raise UnsupportedError(
+                f"{config.model_type} with {key} = {str(found).lower()} attends in both directions: it embeds"
+                " texts and writes none",
+                hint="llmc compiles causal language models, which predict the next token",
+            )
 
 
 def refuse_cross_attention(config: PreTrainedConfig) -> None:

@@ -29,6 +29,25 @@ def refuse_contradiction(file: str, fields: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_wrong_numbers(file: str, fields: Mapping[str, Any]) -> None:
+    """Check that a theta and a factor are above 0: frequencies are divided by them.
+
+    Raises:
+        CheckpointError: One is not.
+    """
+    text = fields.get("text_config")
+    places: list[tuple[str, Mapping[str, Any]]] = [(f"{place}.", group) for place, group in _groups(fields)]
+    places += [("", fields), ("text_config.", text if isinstance(text, dict) else {})]
+    for place, group in places:
+        for key in ("rope_theta", "factor"):
+            value = group.get(key)
+            if (key == "rope_theta" or place) and isinstance(value, int | float) and value <= 0:
+                raise CheckpointError(
+                    f"{place}{key} of {file} is {value}, and frequencies are divided by it",
+                    hint="take the config.json that belongs to the weights",
+                )
+
+
 def refuse_unknown_type(config: PreTrainedConfig) -> None:
     """Check that transformers knows the rope type of a config.
 

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.location import whole_models
 from llmc.checkpoint.ranges import read_range, row_range
@@ -115,10 +116,13 @@ class SafetensorsStore:
     def _open_sharded(cls, folder: Path) -> "SafetensorsStore":
         index = folder / INDEX
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_fields(index)["weight_map"]
             placed = {str(name): str(file) for name, file in weight_map.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files") from error
+        except (KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} is not an index of safetensors files: it has no weight_map",
+                hint="download it again",
+            ) from error
         names = sorted(set(placed.values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -145,6 +149,11 @@ class SafetensorsStore:
         stored = self._tensors[name]
         low, _ = row_range(stored.info.shape, start, stop)
         return self._finite.check(name, low, stored.read(start, stop))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds one safetensors file, or an index of several."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def _unread_shards(folder: Path) -> tuple[str, ...]:

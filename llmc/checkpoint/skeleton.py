@@ -23,7 +23,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     auto = auto_class(config)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config)
+            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     except Exception as error:  # model code of transformers; whatever it raises, the model cannot be had
         raise UnsupportedError(
             f"transformers cannot build a causal language model from this {config.model_type} config: "

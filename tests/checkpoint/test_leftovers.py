@@ -57,6 +57,7 @@ def opened(folder: Path) -> Checkpoint:
         ("llama", {"model.layers.3.enorm.weight": VECTOR, "model.layers.3.mlp.x": MATRIX}, "multi-token"),
         ("llama", {"mtp.layers.0.mlp.up_proj.weight": MATRIX}, "multi-token"),
         ("llama", {f"{LAYER}.rotary_emb.inv_freq": VECTOR[:8]}, "rotary tables"),
+        ("llama", {f"{LAYER}.rotary_emb.cos_cached": VECTOR[:8]}, "rotary tables"),
         ("llama", {f"{LAYER}.q_proj.bias": 0 * VECTOR}, "biases that are zero"),
         ("llama", {"model.vision_tower.patch.weight": MATRIX}, "language model"),
         (

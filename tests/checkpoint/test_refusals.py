@@ -85,6 +85,22 @@ def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds a list"),
         ("{}", "has no model_type"),
+        ("[" * 100_000, "nested too deeply"),
+        (
+            '{"model_type": "llama", "hidden_size": 64, "hidden_size": 128}',
+            "hidden_size is there twice, as 64",
+        ),
+        ('{"model_type": "llama", "rms_norm_eps": NaN}', "rms_norm_eps is nan"),
+        ('{"model_type": "llama", "rms_norm_eps": 1e999}', "rms_norm_eps is inf"),
+        ('{"model_type": "gpt2", "n_layer": 1000000}', "n_layer 1,000,000, and no model"),
+        (
+            '{"model_type": "llama", "num_attention_heads": 0}',
+            "num_attention_heads 0, and it must be at least 1",
+        ),
+        ('{"model_type": "llama", "rope_theta": 0.0}', "rope_theta of .* is 0.0, and frequencies"),
+        ('{"model_type": "llama", "rope_scaling": {"factor": -1, "type": "linear"}}', "factor of .* is -1"),
+        ('{"text_config": {"num_experts": 1000000}, "model_type": "x"}', "text_config.num_experts 1,000,000"),
+        (f'{{"model_type": "llama", "vocab_size": {10**30}}}', "vocab_size of 31 digits"),
         ('{"model_type": "llama", "num_hidden_layers": "many"}', "is not a valid config of llama"),
     ],
 )
@@ -122,6 +138,8 @@ def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Pa
         ("qwen2", "Qwen2ForTokenClassification", "classifies tokens"),
         ("mistral", "MistralModel", "no language model head"),
         ("llama", "SomeCrossEncoder", "ranks texts"),
+        ("llama", "LlamaBidirectionalModel", "reads a text in both directions"),
+        ("mistral", "MistralBiForMNTP", "reads a text in both directions"),
     ],
 )
 def test_other_purpose_by_architecture(model_type: str, name: str, purpose: str, tmp_path: Path) -> None:
@@ -130,9 +148,31 @@ def test_other_purpose_by_architecture(model_type: str, name: str, purpose: str,
     refused(tmp_path, f"holds a {name}, which .*{purpose}", UnsupportedError)
 
 
-@pytest.mark.parametrize("file", ["modules.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "qwen2", "is_causal": False},
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+    ],
+)
+def test_attention_in_both_directions(fields: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    refused(tmp_path, "attends in both directions", UnsupportedError)
+
+
+def test_settings_of_running_and_storing_are_left_out(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    how = {"attn_implementation": "owner/repo", "dtype": "int8", "return_dict": False}
+    config = open_checkpoint(str(edit_config(damaged(llama), **how))).config
+    assert config._attn_implementation == "sdpa"
+    assert config.return_dict
+
+
+@pytest.mark.parametrize(
+    "file", ["modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"]
+)
 def test_embedding_model_by_its_files(file: str, llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = damaged(llama)
+    (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text("[]")
     refused(folder, f"sentence-transformers .it has {file}", UnsupportedError)
 
@@ -184,6 +224,19 @@ def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path
     folder = edit_config(damaged(llama), hidden_act="no_such_function")
     error = refused(folder, "cannot build a causal language model", UnsupportedError)
     assert "config.json" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 9000}, "num_hidden_layers is 9,000 in .*, whose files hold 30 tensors"),
+        ({"hidden_size": 1 << 40, "head_dim": 16}, "hidden_size is 1,099,511,627,776 in .*, and no tensor"),
+    ],
+)
+def test_sizes_that_the_files_do_not_have(
+    sizes: dict[str, int], message: str, llama: Path, damaged: Callable[[Path], Path]
+) -> None:
+    refused(edit_config(damaged(llama), **sizes), message)
 
 
 def test_no_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:
