@@ -10,12 +10,14 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmc.errors import ConfigError
+from llmc.limits import exceeded_limit
 
 TOKENIZER = "tokenizer.json"
 
@@ -165,9 +167,13 @@ class TextCodec:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             )
-            text: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=ask
+            render = partial(
+                tokenizer.apply_chat_template, list(messages), tokenize=False, add_generation_prompt=ask
             )
+            exceeded = exceeded_limit(render)
+            if exceeded is not None:
+                raise ValueError(f"it {exceeded}")
+            text: str = render()
         except (OSError, ValueError, TemplateError) as error:
             raise ConfigError(f"the chat template of {self.folder} cannot be rendered: {error}") from error
         return text

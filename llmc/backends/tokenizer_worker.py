@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +19,11 @@ from typing import Any
 
 from llmc.errors import ParityError
 
-_SECONDS = 120
+_SECONDS, _CPU_SECONDS = 300, 30
+
+
+class NoAnswerError(ParityError):
+    """The runtime did not end: a regex of the tokenizer or its chat template may never do."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,9 @@ def ask_runtime(folder: Path, question: Question) -> dict[str, list[Any]]:
             timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        raise ParityError(f"onnxruntime-genai gave no answer within {_SECONDS} s") from error
+        raise NoAnswerError(f"onnxruntime-genai gave no answer within {_SECONDS} s") from error
+    if done.returncode == -signal.SIGXCPU:
+        raise NoAnswerError(f"onnxruntime-genai gave no answer within {_CPU_SECONDS} s of CPU time")
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
@@ -116,6 +124,8 @@ def main() -> None:
     """Entry of the child process."""
     import onnxruntime_genai as og
 
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, hard))
     asked = json.loads(sys.stdin.read())
     try:
         tokenizer = og.Tokenizer(og.Model("."))

@@ -129,7 +129,22 @@ def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {named} cannot be read: {first_lines(error)}",
             hint=_AGAIN,
         ) from error
+    _refuse_dropout(tokenizer, named)
+    if not tokenizer.chat_template:  # an empty text, or an empty list
+        tokenizer.chat_template = None
     return tokenizer
+
+
+def _refuse_dropout(tokenizer: Any, named: Path) -> None:
+    """Refuse a tokenizer that leaves merges out at random, as some are saved after training."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    dropout = getattr(getattr(inner, "model", None), "dropout", None)
+    if dropout:
+        raise CheckpointError(
+            f"the tokenizer of {named} leaves out merges at random (dropout {dropout:g}), so that one text "
+            "becomes other tokens every time",
+            hint=f"set dropout to null in {TOKENIZER}, as it is when a model is used",
+        )
 
 
 def _refuse_code(file: Path, error: Exception) -> None:
@@ -166,9 +181,10 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
             hint=f"put a {TOKENIZER} into the checkpoint's folder",
         )
     _write_vocabulary(tokenizer, folder / TOKENIZER, made=made)
-    if template is not None:
+    if tokenizer.chat_template is None or template is not None:
         for name in _TEMPLATES:
             (folder / name).unlink(missing_ok=True)
+    if template is not None:
         (folder / _TEMPLATES[0]).write_text(template, encoding="utf-8")
     _write_settings(tokenizer, folder / _CONFIG, given=template is not None)
     return tuple(sorted(file for name in _FILES if (file := folder / name).is_file()))
@@ -211,7 +227,7 @@ def _write_settings(tokenizer: Any, file: Path, *, given: bool) -> None:
     settings = _read_settings(file)
     before = dict(settings)
     settings.pop("auto_map", None)
-    if given or settings.get("chat_template", "") is None:
+    if given or not settings.get("chat_template"):
         settings.pop("chat_template", None)
     name, stated = type(tokenizer).__name__, settings.get("tokenizer_class")
     if not isinstance(stated, str) or _bare_class(stated) != _bare_class(name):

@@ -40,6 +40,7 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     from llmc.checkpoint.tokenizer import plain_template
 
     tokenizer = checkpoint.tokenizer()
+    _require_end(tokenizer)
     for note in require_rows(checkpoint, tokenizer):
         progress.note(note)
     if (unserved := describe_unserved(checkpoint.generation_config())) is not None:
@@ -55,7 +56,12 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     )
     if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
         others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
-        progress.note(f"of the checkpoint's chat templates, default is used and not {others}")
+        progress.note(
+            f"of the checkpoint's chat templates, default is used and not {others}"
+            if record.chat
+            else f"none of the checkpoint's chat templates ({others}) is the default: prompts are taken as "
+            "they are, and --chat-template FILE takes one"
+        )
     if record.chat:
         _require_template(tokenizer)
     _require_own(folder, record, tokenizer)
@@ -64,6 +70,27 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     rows = checkpoint.config.get_text_config(decoder=True).vocab_size
     serving_tokens(folder, checkpoint.config, checkpoint.generation_config(), rows)
     return _try_runtime(folder, record, tokenizer, plan, progress)
+
+
+def _require_end(tokenizer: Any) -> None:
+    """Refuse a tokenizer or a chat template that takes too long or too much for what the gate asks of it."""
+    from llmc.limits import exceeded_limit
+    from llmc.validate.tokens import CONVERSATIONS, original_side
+
+    render = original_side(tokenizer).render
+    chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)]
+    found = exceeded_limit(lambda: "".join(render(*chat) or "" for chat in chats)) if render else None
+    if found is not None:
+        raise CheckpointError(
+            f"the chat template {found}, given {len(CONVERSATIONS)} short chats",
+            hint=f"correct it; {_TEMPLATE}",
+        )
+    found = exceeded_limit(lambda: _texts(tokenizer))
+    if found is not None:
+        raise CheckpointError(
+            f"the tokenizer {found}, given short texts",
+            hint="take the tokenizer that belongs to the model; a regex of its pre_tokenizer may never end",
+        )
 
 
 def _require_template(tokenizer: Any) -> None:
@@ -155,6 +182,7 @@ def _try_runtime(
 def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
     from llmc.backends.runtime_tokenizer import CLASSES, try_runtime_tokenizer
+    from llmc.backends.tokenizer_worker import NoAnswerError
 
     first: LlmcError | None = None
     question = _question(record, tokenizer)
@@ -165,6 +193,9 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
             answers = try_runtime_tokenizer(folder, question)
         except ParityError as error:
             problem: LlmcError | None = _unreadable(tokenizer, error.fact)
+            if isinstance(error, NoAnswerError):
+                first = problem
+                break
         else:
             problem, found = _compare(answers, record, tokenizer)
         if problem is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmc import limits
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.artifact.text import TextKind, TextRecord
@@ -46,6 +47,7 @@ def examine(
         ({"chat_template": LISTED}, True),
         ({"chat_template": [{"name": "rag", "template": CHAT}]}, False),
         ({"chat_template": None}, False),
+        ({"chat_template": ""}, False),
         ({"tokenizer_class": None, "bos_token": None}, False),
         ({"tokenizer_class": "SomeNewTokenizer"}, False),
         ({"tokenizer_class": ..., "model_max_length": None, "clean_up_tokenization_spaces": None}, False),
@@ -63,6 +65,11 @@ def test_settings_that_people_publish_are_served(settings: Any, chat: bool, tmp_
 def test_templates_that_are_left_out_are_told(tmp_path: Path) -> None:
     _, notes = examine(save_model(tmp_path, chat_template=LISTED))
     assert "of the checkpoint's chat templates, default is used and not tool_use" in notes
+
+
+def test_templates_without_a_default_are_told(tmp_path: Path) -> None:
+    _, notes = examine(save_model(tmp_path, chat_template=[{"name": "rag", "template": CHAT}]))
+    assert notes[0].startswith("none of the checkpoint's chat templates (rag) is the default")
 
 
 def test_without_settings_the_vocabulary_decides(tmp_path: Path) -> None:
@@ -181,6 +188,35 @@ def test_a_template_that_renders_no_message_is_refused(template: str, said: str,
     with pytest.raises(CheckpointError, match=f"does not render a user's message .*{said}") as caught:
         examine(tmp_path)
     assert "--chat-template FILE" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end within",
+        ),
+        ("{{ 'a' * 10**10 }}", "takes more than 1 GiB of memory"),
+        (
+            "{% if messages[0].role == 'system' %}{{ 'a'.center(10**8) }}{% endif %}",
+            "makes more than .* characters",
+        ),
+    ],
+)
+def test_a_template_without_end_is_refused(
+    template: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    with pytest.raises(CheckpointError, match=f"the chat template {said}"):
+        examine(save_model(tmp_path, chat_template=template))
+
+
+def test_merges_left_out_at_random_are_refused(tmp_path: Path) -> None:
+    model = json.loads((save_model(tmp_path) / "tokenizer.json").read_text())["model"]
+    edit(tmp_path / "tokenizer.json", model=model | {"dropout": 0.1})
+    with pytest.raises(CheckpointError, match=r"leaves out merges at random \(dropout 0.1\)"):
+        examine(tmp_path)
 
 
 def test_a_tokenizer_of_remote_code_is_refused(tmp_path: Path) -> None:
