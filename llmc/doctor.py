@@ -12,7 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from llmc.errors import LlmcError, ResourceError
-from llmc.machine import available_memory_bytes, detect_profile
+from llmc.machine import detect_profile
+from llmc.memory import available_memory
 
 # Distributions a CPU build needs besides the runtimes, with the lowest release that works.
 REQUIRED: dict[str, tuple[int, ...]] = {
@@ -223,7 +224,7 @@ def check_disk(folder: Path) -> Check:
 
 def check_memory() -> Check:
     """Memory available to a new process."""
-    available = available_memory_bytes()
+    available = available_memory()
     if available is None:
         return Check(name="memory", status="absent", detail="this system does not tell")
     detail = f"{available / 1e9:.1f} GB available"

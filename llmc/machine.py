@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from llmc.errors import ResourceError
+from llmc.memory import total_memory
 from llmc.profile import Profile, ProfileKind
 
 LOCAL = "local"
@@ -92,7 +93,7 @@ def detect_cpu(*, measure: bool = False) -> Profile:
     """The CPU: model, instruction sets, physical cores that this process may use, memory."""
     cpuinfo = _read("/proc/cpuinfo")
     threads = usable_cores()
-    memory = total_memory_bytes()
+    memory = total_memory()
     sources: dict[str, str] = {}
     if memory is not None:
         sources["memory_gib"] = "the operating system's total, or the limit of the control group if lower"
@@ -112,15 +113,6 @@ def detect_cpu(*, measure: bool = False) -> Profile:
         bandwidth_gbs=bandwidth,
         sources=sources,
     )
-
-
-def available_memory() -> int | None:
-    """Bytes that a process may still take without swapping; None where the system does not tell."""
-    stated = _field(_read("/proc/meminfo"), "MemAvailable").removesuffix(" kB")
-    total = total_memory_bytes()
-    if not stated.isdecimal() or total is None:
-        return None
-    return min(1024 * int(stated), total)
 
 
 #: Bytes of growth from which on collecting garbage is worth its time.
@@ -183,27 +175,6 @@ def usable_cores() -> int | None:
     if quota.isdecimal() and period.strip().isdecimal():
         count = min(count, max(1, math.ceil(int(quota) / int(period))))
     return count
-
-
-def total_memory_bytes() -> int | None:
-    """Memory that this process may use at most, in bytes; None where the system does not tell."""
-    if os.name != "posix":
-        return None
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def available_memory_bytes() -> int | None:
-    """Memory free for a new build in bytes: MemAvailable, within the control group's limit."""
-    fields = _field(_read("/proc/meminfo"), "MemAvailable").split()
-    if not fields:
-        return None
-    available = int(fields[0]) * 1024
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdecimal() and used.isdecimal():
-        available = min(available, int(limit) - int(used))
-    return available
 
 
 def measure_read_bandwidth(threads: int, *, array_bytes: int = 2**27, passes: int = 8) -> float:

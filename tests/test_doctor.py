@@ -81,7 +81,7 @@ def test_a_flavour_that_does_not_load() -> None:
 
 def test_little_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "DISK_BYTES", 10**18)
-    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(doctor, "available_memory", lambda: 500_000_000)
     disk, memory = doctor.check_disk(tmp_path), doctor.check_memory()
     assert (disk.status, memory.status) == ("problem", "problem")
     assert memory.detail == "0.5 GB available"

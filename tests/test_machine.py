@@ -42,7 +42,6 @@ def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
     names = {
         "cpuinfo": "/proc/cpuinfo",
         "quota": "/sys/fs/cgroup/cpu.max",
-        "limit": "/sys/fs/cgroup/memory.max",
     }
     texts = {names[key]: text for key, text in contents.items()}
     monkeypatch.setattr(machine, "_read", lambda path: texts.get(path, ""))
@@ -74,13 +73,6 @@ def test_cpuinfo_without_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert machine.usable_cores() == 2
     assert machine.detect_cpu().isa == ("asimd", "bf16")
-
-
-def test_memory_within_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    files(monkeypatch, limit="1073741824")
-    assert machine.detect_cpu().memory_gib == 1.0
-    files(monkeypatch, limit="max")
-    assert machine.total_memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_the_first_gpu_is_described() -> None:

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric
-from llmc.machine import available_memory, release_memory
+from llmc.machine import release_memory
+from llmc.memory import available_memory
 from llmc.pipeline.compile import code_digest
 from llmc.progress import Progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.config import Target
-from llmc.machine import available_memory
+from llmc.memory import available_memory
 from llmc.pipeline.original import remember
 from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
 

@@ -1,0 +1,121 @@
+"""How much memory this process may use, and how much of it is free.
+
+A control group bounds what all of its processes hold together, and so does every group above it
+(Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux). Cached pages of files count as
+used there, but Linux gives them up when memory is short, so that they are free; pages of tmpfs are not.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path("/")
+#: Files of a control group: limits, what is used, and the fields of memory.stat that can be given up.
+_V2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+#: Limits of the process, and the line of /proc/self/status with what counts against each.
+_PROCESS_LIMITS = (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"))
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A limit in bytes, and how much of it is used and cannot be given up."""
+
+    limit: int
+    used: int
+
+
+def available_memory(root: Path = _ROOT) -> int | None:
+    """Bytes that this process may still take without swapping; None where the system does not tell.
+
+    The least of what the machine, each control group and the limits of the process (`ulimit -v`, `-d`) leave.
+
+    Args:
+        root: Where /proc and /sys are found.
+    """
+    stated = _size(_field(_read(root / "proc/meminfo"), "MemAvailable"))
+    if stated is None:
+        return None
+    bounds = (*_group_bounds(root), *_process_bounds(root))
+    return max(0, min([stated, *(bound.limit - bound.used for bound in bounds)]))
+
+
+def total_memory(root: Path = _ROOT) -> int | None:
+    """Bytes that this process may use at most, by the machine and its control groups; None if untold."""
+    stated = _size(_field(_read(root / "proc/meminfo"), "MemTotal"))
+    if stated is None:
+        if os.name != "posix":
+            return None
+        stated = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([stated, *(bound.limit for bound in _group_bounds(root))])
+
+
+def _group_bounds(root: Path) -> Iterator[_Bound]:
+    """The limits of the process's control groups and of all groups above them, v2 and v1."""
+    mount = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            # Beside v1 hierarchies, v2 is mounted one level lower, without the memory controller as a rule.
+            yield from _hierarchy(mount, path, _V2)
+            yield from _hierarchy(mount / "unified", path, _V2)
+        elif "memory" in controllers.split(","):
+            yield from _hierarchy(mount / "memory", path, _V1)
+
+
+def _hierarchy(
+    mount: Path, path: str, files: tuple[tuple[str, ...], str, tuple[str, ...]]
+) -> Iterator[_Bound]:
+    """The limits of the group at `path` and those above it.
+
+    Inside a container the path may be the host's and the mount may begin at the container's own group: levels
+    that are not there are passed over.
+    """
+    limits, usage, reclaimable = files
+    group = Path(path.lstrip("/"))
+    for level in (group, *group.parents):
+        folder = mount / level
+        used = _size(_read(folder / usage))
+        stated = [_size(_read(folder / name)) for name in limits]
+        limit = min((value for value in stated if value is not None), default=None)
+        if limit is None:
+            continue
+        counts = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines() if " " in line)
+        cached = sum(int(counts.get(name, 0)) for name in reclaimable)
+        yield _Bound(limit, max(0, (used or 0) - cached))
+
+
+def _process_bounds(root: Path) -> Iterator[_Bound]:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    status = _read(root / "proc/self/status")
+    for name, field in _PROCESS_LIMITS:
+        limit, _ = resource.getrlimit(getattr(resource, name))
+        used = _size(_field(status, field))
+        if limit != resource.RLIM_INFINITY and used is not None:
+            yield _Bound(limit, used)
+
+
+def _size(text: str) -> int | None:
+    """Bytes of `1234`, or of `1234 kB`; None for `max` and for nothing."""
+    number, _, unit = text.strip().partition(" ")
+    if not number.isdecimal():
+        return None
+    return int(number) * (1024 if unit == "kB" else 1)
+
+
+def _read(path: Path) -> str:
+    """A file of /proc or /sys, or nothing where this system has none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(text: str, key: str) -> str:
+    """The value of the first `key: value` line, or nothing."""
+    found = (line.partition(":")[2] for line in text.splitlines() if line.startswith(f"{key}:"))
+    return next(found, "").strip()
