@@ -19,6 +19,8 @@ from llmc.config.engine import EngineRule as EngineRule
 from llmc.config.engine import EngineScheme as EngineScheme
 from llmc.config.engine import Span as Span
 from llmc.config.engine import WeightFormat as WeightFormat
+from llmc.config.metrics import Better as Better
+from llmc.config.metrics import Metric as Metric
 from llmc.profile import Profile
 
 
@@ -45,52 +47,10 @@ class CacheType(StrEnum):
     INT8 = "int8"
 
 
-class Metric(StrEnum):
-    """Figures a gate can hold an artifact to; `llmc.validate` defines and measures each."""
-
-    FILES = "files.mismatches"
-    GRAPH = "graph.mismatches"
-    ORIGINAL = "original.mismatches"
-    INTERFACE = "interface.mismatches"
-    SERVING = "serving.mismatches"
-    TOKENIZER_EQUAL = "tokenizer.equal_fraction"
-    CHAT_EQUAL = "chat.equal_fraction"
-    WEIGHTS_EXACT = "weights.mismatches"
-    WEIGHTS_SNR = "weights.snr_db"
-    WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
-    WEIGHTS_MAX_STEPS = "weights.max_steps"
-    PASSES_MAX_ABS = "passes.max_abs"
-    PREFILL_MAX_ABS = "prefill.max_abs"
-    CHUNKS_MAX_ABS = "chunks.max_abs"
-    DECODE_MAX_ABS = "decode.max_abs"
-    RAGGED_MAX_ABS = "ragged.max_abs"
-    WINDOW_MAX_ABS = "window.max_abs"
-    CACHE_KL_MEAN = "cache.kl_mean"
-    CACHE_KL_MAX = "cache.kl_max"
-    DECODE_TOP1 = "decode.top1_agreement"
-    TEXT_KL_MEAN = "text.kl_mean"
-    TEXT_KL_P99 = "text.kl_p99"
-    TEXT_KL_MAX = "text.kl_max"
-    TEXT_TOP1 = "text.top1_agreement"
-    TEXT_TOP5 = "text.top5_agreement"
-    TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
-    TEXT_KL_RATIO = "text.kl_ratio"
-    TASK_ACCURACY_CHANGE = "task.accuracy_change"
-    GENERATE_EQUAL = "generate.equal_fraction"
-    GENERATE_GAP = "generate.logit_gap"
-    GENERATE_SEEDED = "generate.seeded_fraction"
-    TTFT_RATIO = "latency.ttft_ratio"
-    INTER_TOKEN_RATIO = "latency.inter_token_ratio"
-    PREVIOUS_RATIO = "latency.previous_ratio"
-
-
 class Gate(Strict):
     """One threshold on one metric, with the reason for its value.
 
-    Exactly one of `max` and `min` is given. Units: `mismatches` in places that differ, `snr_db` in
-    decibels, `max_steps` in distances of neighbouring codes, `max_abs` and `gap` in logits, `kl` in nats per
-    token, agreements and fractions in 0..1, `accuracy_change` in -1..1 as artifact - original, ratios as
-    artifact / original, `kl_ratio` as artifact / plain rounding, `previous_ratio` as artifact / earlier one.
+    Exactly one of `max` and `min` is given, in the unit of the metric; see `llmc.config.metrics`.
     """
 
     metric: Annotated[Metric, Field(strict=False)]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmc.artifact.latency import Latency
     from llmc.artifact.verdict import Measurement, Verdict
 
-LATENCY = frozenset({Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO})
+LATENCY = frozenset(metric for metric in Metric if metric.area == "latency")
 
 Step = Callable[[Run], None]
 

@@ -188,7 +188,7 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
     why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
     areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
     status = MeasurementStatus.NOT_MEASURED
-    return tuple(unmeasured(m, status, why, where) for m in Metric if m.value.partition(".")[0] in areas)
+    return tuple(unmeasured(m, status, why, where) for m in Metric if m.area in areas)
 
 
 def _measure_tasks(run: Run, model: Session) -> None:

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
 
 #: Metrics of what a candidate may lose, which tuning is there to change.
-_QUALITY = ("text.", "weights.")
+_QUALITY = ("text", "weights")
 
 
 def _is_quality(gate: Gate) -> bool:
     """Whether a gate bounds what quantization loses, and not what a right graph computes."""
-    return gate.metric.value.startswith(_QUALITY)
+    return gate.metric.area in _QUALITY
 
 
 def strict_gates(gates: Sequence[Gate], max_kl: float | None) -> tuple[Gate, ...]:

@@ -3,26 +3,11 @@
 from collections.abc import Mapping
 
 from llmc.artifact.verdict import Change, CheckStatus, Measurement
-from llmc.config import Metric
+from llmc.config import Better, Metric
 from llmc.errors import ConfigError, did_you_mean
 from llmc.report.document import Report
 from llmc.report.figures import format_estimate, format_figure
 
-#: Figures of which more is better.
-_MORE_IS_BETTER = frozenset(
-    {
-        Metric.TOKENIZER_EQUAL,
-        Metric.CHAT_EQUAL,
-        Metric.WEIGHTS_SNR,
-        Metric.WEIGHTS_BLOCK_SNR,
-        Metric.DECODE_TOP1,
-        Metric.TEXT_TOP1,
-        Metric.TEXT_TOP5,
-        Metric.TASK_ACCURACY_CHANGE,
-        Metric.GENERATE_EQUAL,
-        Metric.GENERATE_SEEDED,
-    }
-)
 SIZE = "size"
 CHECKS = "checks"
 
@@ -68,7 +53,7 @@ def compare_reports(before: Report, after: Report, allowed: Mapping[str, float])
 
 
 def _is_time(metric: Metric) -> bool:
-    return metric.value.startswith("latency.")
+    return metric.area == "latency"
 
 
 def _size(before: int, after: int, allowed: float | None) -> Change:
@@ -85,7 +70,7 @@ def _change(
     metric: Metric, old: Measurement | None, new: Measurement | None, allowed: float | None
 ) -> Change:
     before, after = (None if m is None else m.value for m in (old, new))
-    sign = -1 if metric in _MORE_IS_BETTER else 1
+    sign = -1 if metric.definition.better is Better.MORE else 1
     why = None
     if old is not None and before is not None:
         if new is None:

@@ -45,7 +45,7 @@ def draw_pictures(report: Report) -> dict[str, str]:
     if along:
         draw("KL divergence along the text, nats per token", lambda ax: _along(ax, along))
     levels = {
-        m.metric.value.partition(".")[0]: values
+        m.metric.area: values
         for m in report.measurements
         if m.metric.value.endswith("max_abs") and (values := [v for v in _figures(m).values() if v > 0])
     }

@@ -7,9 +7,6 @@ from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementSt
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 
-_NOISY = (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO, Metric.PREVIOUS_RATIO)
-_DECIBELS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR)
-
 
 def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verdict:
     """Hold every gate against the measurement of its metric.
@@ -67,7 +64,7 @@ def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
     A latency gate fails only past the noise of the machine: a release is not held up by what else ran.
     """
     ends = [measurement.value] if measurement.low is None else [measurement.low, measurement.high]
-    if gate.metric in _NOISY and measurement.low is not None:
+    if gate.metric.definition.noisy and measurement.low is not None:
         ends = [measurement.low if gate.max is not None else measurement.high]
     within = {_within(gate, end, measurement.tolerance or 0.0) for end in ends if end is not None}
     if len(within) == 2:
@@ -83,7 +80,7 @@ def _within(gate: Gate, value: float, tolerance: float) -> bool:
 
 def _usable(metric: Metric, value: float) -> bool:
     """Finite; or the infinite ratio of a signal to no noise at all."""
-    return math.isfinite(value) or (metric in _DECIBELS and value == math.inf)
+    return math.isfinite(value) or (metric.definition.may_be_infinite and value == math.inf)
 
 
 def _failed_without_gate(measurement: Measurement) -> Check:
