@@ -176,30 +176,6 @@ def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
     return Artifact(artifact.path, manifest)
 
 
-def check_files(artifact: Artifact) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        ConfigError: Files are missing or changed; all are named.
-    """
-    if wrong := damaged_files(artifact):
-        raise ConfigError(f"{artifact.path} is damaged: {'; '.join(wrong)}", hint="build the artifact again")
-
-
-def damaged_files(artifact: Artifact) -> list[str]:
-    """What is wrong with the files of an artifact by its manifest, one sentence each."""
-    wrong = []
-    for name, recorded in sorted(artifact.manifest.files.items()):
-        path = artifact.path / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != recorded.bytes:
-            wrong.append(f"{name} has {size} bytes instead of {recorded.bytes}")
-        elif digest_file(path).sha256 != recorded.sha256:
-            wrong.append(f"{name} has changed")
-    return wrong
-
-
 def digest_files(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
     """Digests of all files below `folder` but `reports/` and the manifest, for `Manifest.files`.
 

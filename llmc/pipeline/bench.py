@@ -119,7 +119,7 @@ def _timed(artifact: Artifact) -> Timed:
         ConfigError: It is damaged.
         ResourceError: It is for hardware that this machine has not.
     """
-    from llmc.artifact.store import check_files
+    from llmc.artifact.integrity import require_intact
     from llmc.backends.tensorrt_session import EngineSession
     from llmc.pipeline.engines import require_engine
     from llmc.validate.latency import Timed
@@ -130,7 +130,7 @@ def _timed(artifact: Artifact) -> Timed:
     interface, target = manifest.interface, manifest.target
     if target.engine is not None:
         record = require_engine(manifest)
-        check_files(artifact)
+        require_intact(artifact)
         session = partial(EngineSession, path, record, interface)
         return Timed(session, record.library, interface, record.weight_bytes or 0, target.engine.batch.most)
     if target.provider is not Provider.CPU:
@@ -139,7 +139,7 @@ def _timed(artifact: Artifact) -> Timed:
             hint="llmc verify measures the numbers of its graph on the CPU",
         )
     require_kernels(artifact)
-    check_files(artifact)
+    require_intact(artifact)
     threads = _threads(manifest)
     model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))
     return Timed(model, "onnxruntime", interface, streamed_weight_bytes(path))

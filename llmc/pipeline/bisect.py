@@ -107,12 +107,14 @@ def bisect(
         ParityError: A graph cannot be run.
         UnsupportedError: The target computes in another type than the original.
     """
+    from llmc.artifact.integrity import require_vouched
     from llmc.pipeline.original import open_pair
     from llmc.pipeline.prune import reopen
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
         artifact, original, _ = open_pair(path, against, force=force, adapter=adapter)
+        require_vouched(artifact)
         target = artifact.manifest.target
         if target.dtype is not Dtype.FLOAT32:
             raise UnsupportedError(

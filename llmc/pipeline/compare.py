@@ -64,13 +64,16 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
         allow: `NAME=PERCENT`, by how much a figure may become worse.
 
     Raises:
-        ConfigError: One is no artifact or has no report, or they are of different models.
+        ConfigError: One is no artifact, is damaged or has no report, or they are of different models.
     """
+    from llmc.artifact.integrity import require_intact
     from llmc.artifact.manifest import MODEL
     from llmc.artifact.store import open_artifact
 
     allowed = parse_allowed(allow)
     old, new = open_artifact(before), open_artifact(after)
+    for artifact in (old, new):
+        require_intact(artifact)
     if old.manifest.model.digest != new.manifest.model.digest:
         raise ConfigError(
             f"{before} is made of {old.manifest.model.ref} and {after} of {new.manifest.model.ref},"

@@ -105,12 +105,13 @@ def resume(path: Path, progress: Progress) -> BuildResult:
             is as it was.
         UnsupportedError: TensorRT refuses the graph.
     """
+    from llmc.artifact.integrity import require_intact
     from llmc.artifact.manifest import State
-    from llmc.artifact.store import check_files, open_artifact, update_manifest
+    from llmc.artifact.store import open_artifact, update_manifest
 
     with progress.stage("artifact"):
         artifact = open_artifact(path)
-        check_files(artifact)
+        require_intact(artifact)
     manifest = artifact.manifest
     waiting = [record for record in manifest.engines if record.file is None]
     if not waiting:

@@ -22,10 +22,14 @@ from llmc.pipeline.subject import Subject, open_compiled
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.artifact.integrity import Damage
     from llmc.artifact.latency import Latency
     from llmc.artifact.verdict import Measurement, Verdict
 
 LATENCY = frozenset(metric for metric in Metric if metric.area == "latency")
+
+#: Why a metric was not measured.
+_AHEAD = "{} missed its gate before; --all measures this as well"
 
 Step = Callable[[Run], None]
 
@@ -49,13 +53,12 @@ def latency_gates(target: Target) -> tuple[Gate, ...]:
     return tuple(gate for gate in target.gates if gate.metric in LATENCY)
 
 
-def hold_files(target: Target, damaged: Sequence[str]) -> GateResult:
-    """The verdict on an artifact whose files are not those of its manifest: nothing else is measured.
-
-    Args:
-        damaged: What is wrong with the files, a sentence each; at least one.
-    """
-    return _conclude(parity_gates(target), [_compare_files(damaged)])
+def hold_files(target: Target, damage: Damage) -> GateResult:
+    """The verdict on an artifact whose files are not those of its manifest: nothing else is measured."""
+    why = _AHEAD.format(Metric.FILES)
+    if damage.code:
+        why = "nothing is executed that the manifest does not vouch for"
+    return _conclude(parity_gates(target), [_compare_files(damage)], why)
 
 
 def measure_parity(
@@ -63,7 +66,7 @@ def measure_parity(
     eval_text: Sequence[str],
     progress: Progress,
     *,
-    damaged: Sequence[str] = (),
+    damage: Damage | None = None,
     each_pass: bool = False,
     every: bool = False,
 ) -> GateResult:
@@ -79,7 +82,7 @@ def measure_parity(
 
     Args:
         eval_text: Files with the user's text; none for the one that ships.
-        damaged: What is wrong with the files by the manifest, a sentence each.
+        damage: What is wrong with the files by the manifest; None for files that were written just now.
         each_pass: Hold every pass to the target's bound on prefill, the graph after it against the graph
             before it.
         every: Go on after a check that reads files alone has missed its gate.
@@ -88,6 +91,7 @@ def measure_parity(
         ConfigError: The text cannot be read, or is too short.
         ResourceError: A runtime is missing.
     """
+    from llmc.validate.gates import evaluate
     from llmc.validate.measure import broken
 
     gates = parity_gates(subject.target)
@@ -97,19 +101,20 @@ def measure_parity(
             for gate in gates
             if gate.metric is Metric.PREFILL_MAX_ABS
         )
-    run = Run(subject, read_text(eval_text), progress, [_compare_files(damaged)])
+    run = Run(subject, read_text(eval_text), progress, [_compare_files(damage)])
     run.require_windows()
     try:
         for phase in _phases(subject, each_pass=each_pass):
-            if not every and _first_missed(gates, run.found) is not None:
-                break
+            missed = _first_missed(gates, run.found)
+            if missed is not None and not every:
+                return _conclude(gates, run.found, _AHEAD.format(missed))
             for step in phase:
                 step(run)
     except ParityError as error:
         taken = {m.metric for m in run.found}
         left = tuple(gate.metric for gate in gates if gate.metric not in taken)
         run.found += broken(left, error, subject.runtime)
-    return _conclude(gates, run.found)
+    return GateResult(tuple(run.found), evaluate(gates, run.found))
 
 
 def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...]:
@@ -125,10 +130,11 @@ def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...
     )
 
 
-def _compare_files(damaged: Sequence[str]) -> Measurement:
+def _compare_files(damage: Damage | None) -> Measurement:
     from llmc.validate.measure import mismatches
 
-    return mismatches(Metric.FILES, damaged, "all as the manifest says", "sha256, from the files")
+    found = () if damage is None else damage.all
+    return mismatches(Metric.FILES, found, "all as the manifest says", "sha256, from the files")
 
 
 def _compare_loaders(run: Run) -> None:
@@ -150,16 +156,17 @@ def _first_missed(gates: Sequence[Gate], found: Sequence[Measurement]) -> Metric
     return next((check.metric for check in missed if check.value is not None), None)
 
 
-def _conclude(gates: Sequence[Gate], found: Sequence[Measurement]) -> GateResult:
-    """The verdict; gates whose metric was not reached are said to be not measured, which is no pass."""
+def _conclude(gates: Sequence[Gate], found: Sequence[Measurement], why: str) -> GateResult:
+    """The verdict of a run that ends early.
+
+    Args:
+        why: What is said of every gate whose metric was not reached, which is no pass.
+    """
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.gates import evaluate
     from llmc.validate.measure import unmeasured
 
     taken = {m.metric for m in found}
-    missed = _first_missed(gates, found)
-    why = f"{missed} missed its gate before; --all measures this as well"
     status = MeasurementStatus.NOT_MEASURED
-    left = [gate.metric for gate in gates if gate.metric not in taken] if missed is not None else []
-    measurements = (*found, *(unmeasured(metric, status, why, "nowhere") for metric in left))
-    return GateResult(measurements, evaluate(gates, measurements))
+    left = [unmeasured(g.metric, status, why, "nowhere") for g in gates if g.metric not in taken]
+    return GateResult((*found, *left), evaluate(gates, (*found, *left)))

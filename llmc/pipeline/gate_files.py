@@ -33,7 +33,7 @@ def compare_tokenizer(run: Run) -> None:
 
     folder, record = run.subject.folder, run.subject.text
     by_runtime = record.served and not run.subject.interface.static_cache
-    readers = "onnxruntime-genai, and transformers" if by_runtime else "transformers"
+    readers = "onnxruntime-genai on the CPU, and transformers" if by_runtime else "transformers"
 
     def take() -> tuple[Measurement, ...]:
         served = ServedTokenizer(open_runtime_tokenizer(folder), record) if by_runtime else None

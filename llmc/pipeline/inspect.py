@@ -24,13 +24,15 @@ class Inspection(BaseModel):
 
     Args:
         kind: Artifact, or the canonical graph of a model.
-        operators: Nodes of the graph by operator, `domain::name` outside of the standard domain.
+        operators: Nodes of the graph by operator, `domain::name` outside of the standard domain; empty for a
+            damaged artifact, whose graph is not read.
         adapter: What was merged into the model; None for nothing.
         pruned: What was left out of the model; None for nothing.
         passes: What each pass did; empty for a model.
         weights: How every matrix is stored; empty for a model.
         engines: TensorRT engines, built and pending; empty for a model.
         files: Size of every file in bytes; empty for a model.
+        damage: What is wrong with the files by the manifest, a sentence each; empty for a model.
         bits_per_weight: Stored bits over matrix elements; None for a model.
         text: How an artifact turns text into tokens; None for a model.
         notes: What a reader must know: of a model by tracing it, of an artifact about its text.
@@ -50,12 +52,14 @@ class Inspection(BaseModel):
     weights: tuple[WeightRecord, ...]
     engines: tuple[EngineRecord, ...]
     files: dict[str, int]
+    damage: tuple[str, ...] = ()
     bits_per_weight: float | None
     notes: tuple[str, ...]
 
     def render(self) -> str:
         """Text for a terminal."""
         lines = [f"{self.architecture} ({self.state or self.kind})"]
+        lines += [f"DAMAGED, not what the manifest describes: {wrong}" for wrong in self.damage]
         lines += [each.render() for each in (self.adapter, self.pruned) if each is not None]
         lines += ["", "operators"]
         lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
@@ -96,10 +100,12 @@ def inspect(reference: str) -> Inspection:
 
 
 def _inspect_artifact(path: Path) -> Inspection:
+    from llmc.artifact.integrity import find_damage
     from llmc.artifact.manifest import MODEL
     from llmc.artifact.store import open_artifact
 
-    manifest = open_artifact(path).manifest
+    artifact = open_artifact(path)
+    manifest, damage = artifact.manifest, find_damage(artifact, remember=True)
     elements = sum(_product(w.shape) for w in manifest.weights)
     return Inspection(
         kind="artifact",
@@ -109,7 +115,8 @@ def _inspect_artifact(path: Path) -> Inspection:
         adapter=manifest.model.adapter,
         pruned=manifest.pruned,
         text=manifest.text,
-        operators=count_operators(path / MODEL),
+        operators={} if damage.all else count_operators(path / MODEL),
+        damage=damage.all,
         passes=manifest.passes,
         weights=manifest.weights,
         engines=manifest.engines,

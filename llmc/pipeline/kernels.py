@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.config import CacheType, Target
-from llmc.errors import ConfigError, ResourceError
+from llmc.errors import ResourceError
 from llmc.profile import Profile
 from llmc.progress import Progress
 
@@ -73,13 +73,11 @@ class KernelStage:
 
 
 def require_kernels(artifact: Artifact) -> None:
-    """Before an artifact is loaded: its kernels are those of its manifest, and this CPU can execute them.
+    """Find out whether this CPU can execute an artifact's kernels, before it is loaded.
 
     Raises:
         ResourceError: They are for another architecture, or for instructions that this CPU lacks.
-        ConfigError: The library is missing or has another digest than the manifest says.
     """
-    from llmc.artifact.store import digest_file
     from llmc.backends.compiled.isa import INSTRUCTION_SETS
 
     record = artifact.manifest.kernels
@@ -97,10 +95,6 @@ def require_kernels(artifact: Artifact) -> None:
             f"the kernels of {artifact.path} are compiled for {isa.machine} CPUs with {isa.name}; {misfit}",
             hint="copy it to such a machine, or build it for this one with --profile local",
         )
-    library = artifact.path / record.library
-    if not library.is_file() or digest_file(library) != artifact.manifest.files[record.library]:
-        state = "is not the library that the manifest describes" if library.is_file() else "is missing"
-        raise ConfigError(f"{artifact.path} is damaged: {record.library} {state}", hint="build it again")
 
 
 def _misfit(isa: InstructionSet) -> str | None:

@@ -98,11 +98,13 @@ def run(
         ResourceError: The runtime, the GPU or the CPU that it needs is missing.
         ParityError: The engine fails, or is not what the manifest says.
     """
+    from llmc.artifact.integrity import require_intact
     from llmc.artifact.store import open_artifact
     from llmc.pipeline.kernels import require_kernels
 
     artifact = open_artifact(path)
     manifest = artifact.manifest
+    require_intact(artifact)
     require_kernels(artifact)
     pieces: list[str] = []
 

@@ -62,7 +62,8 @@ def verify(
         every: Measure everything although a check that reads files alone has missed its gate.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
-    from llmc.artifact.store import damaged_files
+    from llmc.artifact.integrity import find_damage
+    from llmc.artifact.store import open_artifact
     from llmc.validate.tasks import load_tasks
 
     if folder is not None:
@@ -70,18 +71,21 @@ def verify(
     allowed = parse_allowed(allow)
     earlier = None if baseline is None else read_report(baseline)
     loaded = load_tasks(tasks, task_items) if tasks else None
-    with progress.stage("artifact"):
-        artifact, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
-        require_kernels(artifact)
-        damaged = damaged_files(artifact)
-    if damaged and not every:
-        gate = hold_files(artifact.manifest.target, damaged)
-    else:
-        subject = _subject(artifact, checkpoint, digest, loaded, progress)
-        gate = measure_parity(subject, eval_text, progress, damaged=damaged, each_pass=each_pass, every=every)
+    with progress.stage("files"):
+        artifact = open_artifact(path)
+        damage = find_damage(artifact)
     manifest = artifact.manifest
+    if damage.code or (damage.all and not every):
+        gate = hold_files(manifest.target, damage)
+    else:
+        require_kernels(artifact)
+        with progress.stage("artifact"):
+            _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
+        subject = _subject(artifact, checkpoint, digest, loaded, progress)
+        gate = measure_parity(subject, eval_text, progress, damage=damage, each_pass=each_pass, every=every)
     profile, pruned = manifest.profile.name, manifest.pruned
-    report = gate_report(checkpoint.ref, manifest.target, profile, gate, pruned, manifest.weights, path)
+    model = against or manifest.model.ref
+    report = gate_report(model, manifest.target, profile, gate, pruned, manifest.weights, path)
     if earlier is not None:
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.disk import require_space, space_errors
+from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
-from llmc.artifact.store import check_files, digest_file, digest_files, open_artifact, staging
+from llmc.artifact.store import digest_file, digest_files, open_artifact, staging
 from llmc.artifact.verdict import CheckStatus
 from llmc.artifact.workplace import lock_path
 from llmc.config import Metric
@@ -45,7 +46,7 @@ def test_a_build_leaves_the_artifact_and_nothing_else(tmp_path: Path, build: Bui
     assert [p.name for p in output.parent.iterdir()] == ["model"]
     artifact = open_artifact(output)
     assert artifact.manifest.files == {"model.onnx": digest_file(output / "model.onnx")}
-    check_files(artifact)
+    require_intact(artifact)
 
 
 def test_a_second_build_replaces_the_first_whole(tmp_path: Path, build: Build) -> None:
@@ -211,7 +212,7 @@ def test_a_directory_that_is_no_artifact_is_refused(
 def test_an_empty_directory_is_taken(tmp_path: Path, build: Build) -> None:
     (tmp_path / "model").mkdir()
     build(tmp_path / "model", b"one")
-    check_files(open_artifact(tmp_path / "model"))
+    require_intact(open_artifact(tmp_path / "model"))
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, build: Build) -> None:
@@ -286,7 +287,7 @@ def test_changed_and_missing_files_are_all_named(tmp_path: Path, make_manifest: 
     (model / "c.onnx").unlink()
     fact = r"b\.onnx has 5 bytes instead of 4; c\.onnx is missing"
     with pytest.raises(ConfigError, match=rf"model is damaged: a\.onnx has changed; {fact}$"):
-        check_files(open_artifact(model))
+        require_intact(open_artifact(model))
 
 
 def test_digests_leave_out_reports_and_the_manifest_and_trust_what_is_known(tmp_path: Path) -> None:

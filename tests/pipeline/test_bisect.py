@@ -9,13 +9,14 @@ import pytest
 
 import llmc.passes
 from llmc.artifact.store import open_artifact
-from llmc.artifact.verdict import CheckStatus
+from llmc.artifact.verdict import CheckStatus, Measurement
 from llmc.catalog import load_target
 from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.errors import UnsupportedError
 from llmc.pipeline import bisect, build, verify
 from llmc.pipeline.bisect import measure_passes
+from llmc.pipeline.result import GateReport
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.validate.reference import TorchModel
@@ -65,14 +66,17 @@ def test_a_weight_changed_in_the_files(artifact: Path, tmp_path: Path) -> None:
     assert found.relative == pytest.approx(0.1, rel=0.2)
 
 
+def _passes(result: GateReport) -> Measurement:
+    return next(m for m in result.report.measurements if m.metric is Metric.PASSES_MAX_ABS)
+
+
 def test_a_fault_in_a_pass(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass for norms forgets the epsilon of layer 1."""
     known = {**llmc.passes.registered_passes(), "rms-norm": WrongNorms(1)}
     monkeypatch.setattr(llmc.passes, "registered_passes", lambda: known)
     (artifact.parent / "text").write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
     text = (str(artifact.parent / "text"),)
-    checked = verify(artifact, None, text, SilentProgress(), each_pass=True).report.measurements[0]
-    assert checked.metric is Metric.PASSES_MAX_ABS
+    checked = _passes(verify(artifact, None, text, SilentProgress(), each_pass=True))
     assert checked.figures["rms-norm"] > 1e-2
     assert max(v for n, v in checked.figures.items() if n != "rms-norm") < 1e-4
     assert "the worst is rms-norm" in checked.detail
@@ -99,10 +103,10 @@ def test_a_fault_in_the_trace(artifact: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))  # with no answers of the right original
     text = tmp_path / "text"
     text.write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
-    made = verify(artifact, None, (str(text),), SilentProgress(), each_pass=True).report
-    assert made.measurements[0].figures["trace"] > 1e-2
-    assert max(v for name, v in made.measurements[0].figures.items() if name != "trace") < 1e-4
-    assert "the worst is trace" in made.measurements[0].detail
+    checked = _passes(verify(artifact, None, (str(text),), SilentProgress(), each_pass=True))
+    assert checked.figures["trace"] > 1e-2
+    assert max(v for name, v in checked.figures.items() if name != "trace") < 1e-4
+    assert "the worst is trace" in checked.detail
     found = bisect(artifact, None, SilentProgress()).divergence
     assert found is not None
     assert (found.step, found.layer, found.operator) == ("trace", 1, "MatMul")
@@ -111,12 +115,13 @@ def test_a_fault_in_the_trace(artifact: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_every_pass_of_a_good_target_keeps_the_numbers(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
-    made = verify(artifact, None, (str(tmp_path / "text"),), SilentProgress(), each_pass=True).report
+    result = verify(artifact, None, (str(tmp_path / "text"),), SilentProgress(), each_pass=True)
+    made, figures = result.report, _passes(result).figures
     check = next(c for c in made.verdict.checks if c.metric is Metric.PASSES_MAX_ABS)
     prefill = next(c for c in made.verdict.checks if c.metric is Metric.PREFILL_MAX_ABS)
     assert (check.status, check.bound) == (CheckStatus.PASS, prefill.bound)
-    assert len(made.measurements[0].figures) == 1 + len(open_artifact(artifact).manifest.target.passes)
-    assert 0 < made.measurements[0].figures["trace"] < 1e-4
+    assert len(figures) == 1 + len(open_artifact(artifact).manifest.target.passes)
+    assert 0 < figures["trace"] < 1e-4
 
 
 def test_targets_that_cannot_be_bisected(artifact: Path, tmp_path: Path) -> None:

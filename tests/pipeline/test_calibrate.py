@@ -81,7 +81,7 @@ def test_activations_are_smoothed_and_quantized_and_verify_knows_it(tmp_path: Pa
     kept = load_file(tmp_path / "out/smoothing.safetensors")
     kept["model.layers.1.self_attn.q_proj.weight"][3] *= 2
     save_file(kept, tmp_path / "out/smoothing.safetensors")
-    spoilt = verify(tmp_path / "out", None, (), SilentProgress())
+    spoilt = verify(tmp_path / "out", None, (), SilentProgress(), every=True)
     assert "weights.block_snr_db" in str(spoilt.failure())
 
 

@@ -10,8 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
-from llmc.artifact.store import check_files, open_artifact
+from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet, choose_isa
 from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
 from llmc.backends.generate import generate_tokens
@@ -277,7 +278,7 @@ def test_a_changed_library_is_found(built: Build, tmp_path: Path) -> None:
     library = copy / "kernels.so"
     library.write_bytes(library.read_bytes()[:-1] + b"x")
     with pytest.raises(ConfigError, match=r"is damaged: kernels\.so has changed"):
-        check_files(open_artifact(copy))
+        require_intact(open_artifact(copy))
 
 
 def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""Whether the files of an artifact are those that its manifest vouches for, before any of them is opened.
+
+Code is held to more than a digest. A library is executed only if the manifest names it as the artifact's
+kernels, and nothing in the artifact may name a file outside of its folder: not genai_config.json, whose
+`custom_ops_library` onnxruntime-genai loads from wherever it points, not the external data of a graph, and no
+symbolic link. A checkpoint may consist of links, as the hub's cache does; an artifact may not.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.manifest import MANIFEST, REPORTS, FileDigest, Manifest
+from llmc.artifact.store import Artifact, digest_file
+from llmc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+_GENAI_CONFIG = "genai_config.json"
+_LIBRARY_KEY = "custom_ops_library"
+_LIBRARIES = (".so", ".dll", ".dylib", ".engine", ".plan")
+#: Smaller files are read each time.
+_REMEMBERED_BYTES = 1 << 20
+#: A file that changed so recently may change again within the resolution of its times.
+_SETTLED_SECONDS = 2.0
+_CACHE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with an artifact's files, a sentence each.
+
+    Args:
+        files: Files that are missing, changed, not listed or not inside the folder.
+        code: What would be executed or read from outside without the manifest vouching for it: such an
+            artifact is not opened, whatever the user allows.
+    """
+
+    files: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every sentence."""
+        return self.files + self.code
+
+
+def require_intact(artifact: Artifact) -> None:
+    """Hold every file to the manifest before an artifact is executed.
+
+    Raises:
+        ConfigError: Files are missing or changed, or lie or point outside; all are named.
+    """
+    damage = find_damage(artifact, remember=True)
+    if damage.all:
+        raise ConfigError(
+            f"{artifact.path} is damaged: {'; '.join(damage.all)}", hint="build the artifact again"
+        )
+
+
+def require_vouched(artifact: Artifact) -> None:
+    """Hold what would be executed to the manifest, where other files may differ from it.
+
+    Raises:
+        ConfigError: A library or a path is not the manifest's; all are named.
+    """
+    code = find_damage(artifact, remember=True).code
+    if code:
+        raise ConfigError(
+            f"{artifact.path} is not opened, it names code or files that its manifest does not vouch for: "
+            f"{'; '.join(code)}",
+            hint="build the artifact again",
+        )
+
+
+def find_damage(artifact: Artifact, *, remember: bool = False) -> Damage:
+    """Compare an artifact with its manifest, small files and code first.
+
+    Args:
+        remember: Take the digest of a large file from the cache if the file has the inode, size and times
+            that it had when its digest was last computed. Libraries are read each time.
+    """
+    files: list[str] = []
+    code: list[str] = []
+    for name, recorded in sorted(artifact.manifest.files.items(), key=lambda item: item[1].bytes):
+        executed = _is_library(name)
+        wrong = _compare(artifact.path, name, recorded, remember=remember and not executed)
+        if wrong is not None:
+            (code if executed else files).append(wrong)
+    files += _unlisted(artifact)
+    code += _unvouched(artifact.path, artifact.manifest)
+    return Damage(tuple(files), tuple(code))
+
+
+def _unlisted(artifact: Artifact) -> Iterator[str]:
+    """Files that the manifest does not list, but for itself and reports; and links that lead out."""
+    for path in sorted(artifact.path.rglob("*")):
+        name = path.relative_to(artifact.path).as_posix()
+        if name in artifact.manifest.files:
+            continue
+        if _leaves(artifact.path, name):
+            yield f"{name} is a link to what lies outside of the artifact"
+        elif not path.is_dir() and name != MANIFEST and not name.startswith(f"{REPORTS}/"):
+            yield f"{name} is not listed in the manifest"
+
+
+def _compare(folder: Path, name: str, recorded: FileDigest, *, remember: bool) -> str | None:
+    """What is wrong with one file; None if nothing is."""
+    path = folder / name
+    if _leaves(folder, name):
+        return f"{name} is a link to a file outside of the artifact"
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != recorded.bytes:
+        return f"{name} has {size} bytes instead of {recorded.bytes}"
+    digest = _remembered_digest(path) if remember and size >= _REMEMBERED_BYTES else digest_file(path).sha256
+    return None if digest == recorded.sha256 else f"{name} has changed"
+
+
+def _leaves(folder: Path, name: str) -> bool:
+    """Whether a link on the way to a file leads out of the folder."""
+    return not (folder / name).resolve().is_relative_to(folder.resolve())
+
+
+def _remembered_digest(path: Path) -> str:
+    """sha256 of a file, from the cache where nothing was written to it since."""
+    cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
+    before = _identity(path)
+    key = content_key("digest", before)
+    known = cache.get(key)
+    if known is not None:
+        return known.decode()
+    digest = digest_file(path).sha256
+    if _identity(path) == before and time.time() - path.stat().st_ctime > _SETTLED_SECONDS:
+        cache.put(key, digest.encode())
+    return digest
+
+
+def _identity(path: Path) -> dict[str, int]:
+    """What changes with any write to a file: no program can set the time of its last change of status."""
+    status = path.stat()
+    names = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    return {name: int(getattr(status, name)) for name in names}
+
+
+def _unvouched(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What the files name that the manifest does not vouch for."""
+    if (folder / _GENAI_CONFIG).is_file() and not _leaves(folder, _GENAI_CONFIG):
+        yield from _named_by_config(folder / _GENAI_CONFIG, manifest)
+    for engine in manifest.engines:
+        if engine.file is not None and engine.file not in manifest.files:
+            yield f"the manifest has no digest of engine {engine.file}"
+    kernels = manifest.kernels
+    if kernels is not None and kernels.library not in manifest.files:
+        yield f"the manifest has no digest of library {kernels.library}"
+    for name in manifest.files:
+        if name.endswith(".onnx") and (folder / name).is_file() and not _leaves(folder, name):
+            yield from _external_data(folder, name, manifest)
+
+
+def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Paths in genai_config.json that lead elsewhere, and libraries that are not the artifact's kernels."""
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        yield f"{path.name} cannot be read: {error}"
+        return
+    vouched = None if manifest.kernels is None else manifest.kernels.library
+    for key, value in _strings(pairs):
+        if key == _LIBRARY_KEY or _is_library(value):
+            if value != vouched:
+                yield f"{path.name} names the library {value}, which the manifest does not"
+        elif _is_outside(value):
+            yield f"{path.name} names {value} as {key}, outside of the artifact"
+        elif key.endswith("filename") and value not in manifest.files:
+            yield f"{path.name} names {value} as {key}, which the manifest does not"
+
+
+def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a JSON document with its key, those of keys that occur twice as well."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, list):
+        for item in node:
+            if isinstance(item, tuple):
+                yield from _strings(item[1], item[0])
+            else:
+                yield from _strings(item, key)
+
+
+def _external_data(folder: Path, name: str, manifest: Manifest) -> Iterator[str]:
+    """Files that tensors of a graph are read from and that the manifest does not list."""
+    for location in _locations(folder / name):
+        inside = str(PurePosixPath(name).parent / location)
+        if _is_outside(location):
+            yield f"{name} reads tensors from {location}, outside of the artifact"
+        elif inside not in manifest.files:
+            yield f"{name} reads tensors from {location}, which the manifest does not list"
+
+
+def _locations(path: Path) -> Iterable[str]:
+    """Where the tensors of an ONNX file lie, each place once; remembered by the file's digest."""
+    cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
+    key = content_key("external data", {"graph": digest_file(path).sha256})
+    known = cache.get(key)
+    if known is not None:
+        return [str(location) for location in json.loads(known)]
+    from google.protobuf.message import DecodeError
+    from onnx import load
+
+    try:
+        model = load(path, load_external_data=False)
+    except DecodeError:  # what executes the graph says why it cannot be read
+        return []
+    found = list(dict.fromkeys(_entries(model)))
+    cache.put(key, json.dumps(found).encode())
+    return found
+
+
+def _entries(message: "Message") -> Iterator[str]:
+    """Values of `location` in the external data of every tensor of a protobuf message, however deep.
+
+    By TensorProto of onnx.proto; subgraphs, functions and sparse tensors are messages like any other.
+    """
+    from google.protobuf.message import Message
+
+    for field, value in message.ListFields():
+        if field.name == "external_data":
+            yield from (entry.value for entry in value if entry.key == "location")
+        elif field.message_type is not None:
+            for inner in (value,) if isinstance(value, Message) else value:
+                yield from _entries(inner)
+
+
+def _is_library(name: str) -> bool:
+    return name.lower().endswith(_LIBRARIES) or ".so." in name.lower()
+
+
+def _is_outside(name: str) -> bool:
+    """Whether a path is absolute or leads upwards, by the rules of any system."""
+    windows = PureWindowsPath(name)
+    return bool(windows.anchor) or name.startswith("/") or ".." in windows.parts
