@@ -13,13 +13,14 @@ PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
 STATIONS = ("checkpoint", "trace", "passes", "quantize", "backends", "validate", "report")
-BASE = {"errors", "profile", "config", "strict_json", "limits"}
+BASE = {"errors", "profile", "config", "strict_json", "limits", "memory"}
 
 # What each part of the package may import besides itself; every part is listed.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "strict_json": set(),
     "limits": set(),
+    "memory": set(),
     "architecture": set(),
     "progress": set(),
     "data": {"errors"},
