@@ -6,6 +6,7 @@ auto-round's `export_to_autoround` for `packing_format` and `extra_config`; Mode
 for `quant_algo`; mlx-lm's `utils.py` for the key `quantization`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ _MODELOPT = {
 
 def method_name(fields: Mapping[str, Any]) -> str:
     """The method that `fields` name, by its usual name where it is one that is read."""
-    name = str(fields.get("quant_method") or fields.get("method") or "an unnamed method")
+    name = str(fields.get("quant_method") or fields.get("method") or "an unnamed method").lower()
     return _ALIASES.get(name, name)
 
 
@@ -82,11 +83,28 @@ def parse_quantization(
             f"{folder} is quantized by {name}; read are {', '.join(Method)}", hint=FLOAT_HINT
         )
     try:
+        _refuse_rotation(fields, folder, name)
         parsed = _PARSERS[Method(name)](fields, folder)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         where = "quantization_config" if source == "config.json" else source
-        raise CheckpointError(f"{where} of {folder} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{where} of {folder} is damaged: {type(error).__name__}: {error}", hint=FLOAT_HINT
+        ) from error
     return replace(parsed, source=source)
+
+
+def _refuse_rotation(fields: Mapping[str, Any], folder: Path, method: str) -> None:
+    """Refuse weights that belong to rotated activations, which llmc's models do not have.
+
+    Rotations of compressed-tensors at the side of a weight are part of the stored weight already.
+    """
+    for key, value in fields.items():
+        if not value or not re.search("transform_config|rotat|hadamard", key):
+            continue
+        groups = value.get("config_groups") if isinstance(value, dict) else None
+        uses = [use for group in (groups or {}).values() for use in group.get("apply") or ()]
+        if groups is None or any(not str(use.get("location")).startswith("weight_") for use in uses):
+            raise _unknown(folder, method, f"rotated activations ({key})")
 
 
 def _parse_gptq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:

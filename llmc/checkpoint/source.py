@@ -30,7 +30,10 @@ class Source:
     def shape(self, part: str) -> tuple[int, ...]:
         """Raises CheckpointError: The files lack it."""
         if not self.has(part):
-            raise CheckpointError(f"the files lack {self._name(part)}, which a quantized module needs")
+            raise CheckpointError(
+                f"the files lack {self._name(part)}, which a quantized module needs",
+                hint="download the files again; if it is not published, compile the original in float instead",
+            )
         return self._raw.infos()[self._name(part)].shape
 
     def matrix(self, part: str) -> tuple[int, int]:

@@ -141,6 +141,17 @@ def test_scales_in_bfloat16(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read.read(name), expected)
 
 
+def rotation(location: str) -> dict[str, Any]:
+    use = {"targets": ["Linear"], "location": location, "inverse": False}
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": [use]}}}
+
+
+def test_rotations_of_weights_are_part_of_them(tmp_path: Path) -> None:
+    config = compressed_config("pack-quantized", **PACKED) | {"transform_config": rotation("weight_input")}
+    write_codes(tmp_path, config, pack_compressed, symmetric=True)
+    assert open_checkpoint(str(tmp_path)).quantization is not None
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -159,6 +170,11 @@ def test_scales_in_bfloat16(tmp_path: Path) -> None:
             compressed_config("pack-quantized", **PACKED) | {"sparsity_config": {"format": "sparse-24"}},
             "in sparse format sparse-24",
         ),
+        (
+            compressed_config("pack-quantized", **PACKED) | {"transform_config": rotation("input")},
+            r"in rotated activations \(transform_config\)",
+        ),
+        (gptq_config(hadamard_size=64), r"by gptq in rotated activations \(hadamard_size\)"),
     ],
 )
 def test_other_layouts_are_refused(config: Mapping[str, Any], message: str, tmp_path: Path) -> None:
