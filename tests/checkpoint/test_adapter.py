@@ -308,6 +308,11 @@ def test_kinds_that_are_not_merged(fields: dict[str, Any], message: str, llama: 
         (on_q(2), {"target_modules": ["q_proj"]}, "has nothing for model.layers.2.self_attn.q_proj"),
         (on_q(2), {"target_modules": r".*\.q_proj"}, "has nothing for model.layers.2.self_attn.q_proj"),
         (on_q(), {"target_modules": "all-linear"}, "has nothing for model.layers.0.self_attn.k_proj"),
+        (
+            on_q(),
+            {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+            "has matrices for model.layers.0.self_attn.q_proj, which its target_modules",
+        ),
         (on_q(), {"r": 8}, r"lora_A.weight of .* has shape \[4, 64\], and \[8, 64\]"),
         (low_rank(Q.format(0), 64, 32), {}, r"has shape \[4, 32\], and \[4, 64\]"),
         ({k: v for k, v in on_q().items() if "lora_A" in k}, {}, "has only lora_A of model.layers.0"),

@@ -139,13 +139,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     task = fields.get("task_type")
     if task not in (None, "", "CAUSAL_LM"):
         raise UnsupportedError(
-            f"the adapter {folder} was trained for {task}, and llmc builds causal language models (CAUSAL_LM)"
+            f"the adapter {folder} was trained for {task}, and llmc builds causal language models (CAUSAL_LM)",
+            hint="take an adapter of a causal language model",
         )
     _refuse_unknown(fields, folder)
     try:
         return _parse(fields)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{file} is damaged: {type(error).__name__}: {error}", hint="save the adapter again with peft"
+        ) from error
 
 
 def base_of(folder: Path) -> str | None:

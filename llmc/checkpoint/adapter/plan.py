@@ -101,6 +101,7 @@ class _Planner:
             )
         place, key, transposed = self._place_of(module)
         shape = self._shape(place)
+        self._require_named(key)
         rank, scale = self._config.rank_of(key), self._config.scale_of(key)
         a, b = (self._adapter.rows(module.parts[part]) for part in (Part.A, Part.B))
         self.sizes.add((rank, self._config.alpha_of(key)))
@@ -121,6 +122,15 @@ class _Planner:
             bias = self._adapter.rows(module.parts[Part.B_BIAS])
             place = self._names.require(f"{module.module}.bias", self._whose)
             self._add(place, lambda rows: SumRows(rows, bias, scale))
+
+    def _require_named(self, key: str) -> None:
+        """Check that the config names a module that has matrices: peft leaves others out."""
+        if self._config.targets and not self._config.adapts(key) and not self._names_parameter(key):
+            raise CheckpointError(
+                f"{self._whose} has matrices for {key}, which its target_modules and layers_to_transform do not "
+                "name",
+                hint="adapter_config.json and the matrices must be of one training: save the adapter again",
+            )
 
     def require_all(self) -> None:
         """Check that every module that the config names has matrices.
