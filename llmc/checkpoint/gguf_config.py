@@ -381,8 +381,11 @@ def _uniform(value: Any) -> Any:
 
 
 def _not_described(header: GgufHeader, error: Exception) -> CheckpointError:
+    sizes = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv")
+    stated = ", ".join(f"{key} = {header.value(key)}" for key in sizes)
     return CheckpointError(
-        f"{header.files[0]} does not describe a {header.architecture} model: {first_lines(error)}"
+        f"{header.files[0]} does not describe a {header.architecture} model ({stated}): {first_lines(error)}",
+        hint="download it again, or convert the original model again",
     )
 
 

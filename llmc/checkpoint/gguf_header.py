@@ -216,7 +216,9 @@ def _check_version(file: Path, version: int) -> None:
 def _mapped(file: Path) -> Iterator[mmap.mmap]:
     with file.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:
-            raise CheckpointError(f"{file} is not a GGUF file (it does not start with GGUF)")
+            raise CheckpointError(
+                f"{file} is not a GGUF file (it does not start with GGUF)", hint="download it again"
+            )
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as blob:
             yield blob
 

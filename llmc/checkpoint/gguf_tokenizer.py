@@ -37,6 +37,9 @@ _KNOWN = re.compile(
     r"|chat_template(s|\.\w+)?|huggingface\.json|rwkv\.world"
 )
 
+#: Words in other keys that say what is done to a text before it is cut.
+_CHANGES_TOKENS = re.compile("normaliz|lowercase|accents|whitespace|prefix|suffix|merges|fallback")
+
 
 @dataclass(frozen=True)
 class Special:
@@ -90,8 +93,9 @@ def check_tokenizer(header: GgufHeader) -> None:
     refused = ["add_sep_token"]
     if kind == _SENTENCEPIECE:
         refused += ["remove_extra_whitespaces", "precompiled_charsmap"]
-    for name in refused:
-        key = f"tokenizer.ggml.{name}"
+    keys = [f"tokenizer.ggml.{name}" for name in refused]
+    keys += [key for key in _unknown(header) if _CHANGES_TOKENS.search(key) and header.metadata.get(key)]
+    for key in keys:
         if header.value(key) or header.array_lengths.get(key):
             raise UnsupportedError(
                 f"{file} has {key}, which llmc does not know how to apply to a tokenizer of the kind {kind}",
@@ -108,10 +112,15 @@ def tokenizer_notes(header: GgufHeader) -> tuple[str, ...]:
     if named:
         names = ", ".join(key.removeprefix("tokenizer.chat_template.") for key in named)
         notes.append(f"chat templates beside the default one are left out: {names}")
-    for key in header.spans:
-        if key.startswith("tokenizer.") and not _KNOWN.fullmatch(key.removeprefix("tokenizer.")):
-            notes.append(f"{key} of the GGUF is not applied")
+    notes += [f"{key} of the GGUF is not applied" for key in _unknown(header)]
     return tuple(notes)
+
+
+def _unknown(header: GgufHeader) -> list[str]:
+    """Keys of the tokenizer that are not read."""
+    prefix = "tokenizer."
+    own = [key for key in header.spans if key.startswith(prefix)]
+    return [key for key in own if not _KNOWN.fullmatch(key.removeprefix(prefix))]
 
 
 def pre_tokenizer(header: GgufHeader) -> PreTokenizer:
@@ -141,7 +150,11 @@ def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
     tokens = _tokens(header)
     kinds = header.array("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if len(kinds) != len(tokens):
-        raise CheckpointError(f"{header.files[0]} has {len(tokens)} tokens and {len(kinds)} types of tokens")
+        raise CheckpointError(
+            f"{header.files[0]} has {len(tokens)} tokens (tokenizer.ggml.tokens) and {len(kinds)} types of "
+            "tokens (token_type)",
+            hint=_ORIGINAL,
+        )
     special = _special(header, tokens)
     build = {
         _BYTE_LEVEL: _byte_level,
@@ -153,7 +166,7 @@ def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         made = build(header, tokens, kinds, special)
     except Exception as error:  # tokenizers raises a bare Exception, e.g. for merges of no tokens
         raise CheckpointError(
-            f"the tokenizer of {header.files[0]} cannot be built: {first_lines(error)}"
+            f"the tokenizer of {header.files[0]} cannot be built: {first_lines(error)}", hint=_ORIGINAL
         ) from error
     template = header.value("tokenizer.chat_template")
     if template:

@@ -23,6 +23,7 @@ _COUNT = re.compile(
     r"|\*\.pooling_type|\*\.rope\.dimension_count\w*|\*\.expert_gating_func"
 )
 _NUMBER = re.compile(r"\*\.(\w+\.)*\w*(scale|epsilon|softcapping|factor|multiplier|alpha|scale_linear)")
+_SIZE = re.compile(r"\*\.(block_count|context_length|embedding_length)")
 _POSITIVE = re.compile(r"\*\.rope\.(freq_base\w*|scaling\.yarn_beta_(fast|slow))")
 _BY_LAYER = re.compile(r"\*\.(attention\.head_count(_kv)?|feed_forward_length)")
 
@@ -51,6 +52,7 @@ def _wanted(name: str) -> str | None:
     kinds = {
         "a text": _TEXT,
         "true or false": _FLAG,
+        "a whole number above 0": _SIZE,
         "a whole number": _COUNT,
         "a number above 0": _POSITIVE,
         "a number": _NUMBER,
@@ -64,6 +66,6 @@ def _is(value: Any, wanted: str) -> bool:
     if wanted == "true or false":
         return isinstance(value, bool)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted == "a whole number":
-        return number and isinstance(value, int) and value >= 0
+    if wanted.startswith("a whole number"):
+        return number and isinstance(value, int) and value >= wanted.endswith("above 0")
     return number and (wanted != "a number above 0" or value > 0)

@@ -52,14 +52,14 @@ def locate(ref: str) -> Location:
     if path.is_dir():
         return Location(path)
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             first = first_part(path)
             return Location(first if first.is_file() else path)
         raise CheckpointError(
             f"{ref} is a file and not a .gguf", hint="give the folder that holds config.json, or a .gguf file"
         )
     match = _HUB_ID.fullmatch(ref)
-    if match is None or path.suffix == ".gguf":
+    if match is None or path.suffix.lower() == ".gguf":
         parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf"))
         raise CheckpointError(
             f"{ref} does not exist",
@@ -84,7 +84,7 @@ def locate_adapter(ref: str) -> Path:
     if path.is_dir():
         return path
     match = _HUB_ID.fullmatch(ref)
-    if path.is_file() or match is None or path.suffix == ".gguf":
+    if path.is_file() or match is None or path.suffix.lower() == ".gguf":
         raise CheckpointError(
             f"the adapter {ref} is a file" if path.is_file() else f"the adapter {ref} does not exist",
             hint="an adapter is a folder with adapter_config.json and adapter_model.safetensors, or a hub id",
