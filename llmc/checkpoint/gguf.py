@@ -110,7 +110,8 @@ class BlockStore:
         for at in range(low, high, step):
             end = min(at + step, high)
             raw = self._read_bytes(tensor, at, end)
-            out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
+            with np.errstate(all="ignore"):  # values that are no numbers are refused below
+                out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
         out = out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
         return self._finite.check(name, low, out)
 

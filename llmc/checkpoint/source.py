@@ -32,7 +32,7 @@ class Source:
         if not self.has(part):
             raise CheckpointError(
                 f"the files lack {self._name(part)}, which a quantized module needs",
-                hint="download the files again; if it is not published, compile the original in float instead",
+                hint="download the files again; if they never had it, compile the original in float instead",
             )
         return self._raw.infos()[self._name(part)].shape
 

@@ -139,8 +139,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     task = fields.get("task_type")
     if task not in (None, "", "CAUSAL_LM"):
         raise UnsupportedError(
-            f"the adapter {folder} was trained for {task}, and llmc builds causal language models (CAUSAL_LM)",
-            hint="take an adapter of a causal language model",
+            f"the adapter {folder} was trained for {task}, and llmc builds causal language models",
+            hint="take an adapter with the task_type CAUSAL_LM",
         )
     _refuse_unknown(fields, folder)
     try:

@@ -127,8 +127,8 @@ class _Planner:
         """Check that the config names a module that has matrices: peft leaves others out."""
         if self._config.targets and not self._config.adapts(key) and not self._names_parameter(key):
             raise CheckpointError(
-                f"{self._whose} has matrices for {key}, which its target_modules and layers_to_transform do not "
-                "name",
+                f"{self._whose} has matrices for {key}, which its target_modules and layers_to_transform do "
+                "not name",
                 hint="adapter_config.json and the matrices must be of one training: save the adapter again",
             )
 
