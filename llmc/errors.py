@@ -2,7 +2,7 @@
 
 Exit codes are part of the command line's contract: 2 usage or configuration, 3 model or operator
 not supported on this target, 4 resources (memory, disk, missing runtime), 5 parity gate,
-6 latency gate, 130 interrupted.
+6 latency gate, 129, 130 and 143 interrupted by SIGHUP, Ctrl-C and SIGTERM, 141 standard output closed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,10 @@ class ExitCode(IntEnum):
     RESOURCES = 4
     PARITY = 5
     LATENCY = 6
+    HUNG_UP = 129
     INTERRUPTED = 130
+    OUTPUT_CLOSED = 141
+    TERMINATED = 143
 
 
 class LlmcError(Exception):
@@ -65,6 +68,12 @@ class ResourceError(LlmcError):
     """Memory, disk or a runtime is missing (exit code 4)."""
 
     exit_code = ExitCode.RESOURCES
+
+
+class OutputError(LlmcError):
+    """Nobody reads standard output any more (exit code 141, as shells name an end by SIGPIPE)."""
+
+    exit_code = ExitCode.OUTPUT_CLOSED
 
 
 class ParityError(LlmcError):

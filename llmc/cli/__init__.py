@@ -6,11 +6,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
 
 from llmc.cli.app import app
+from llmc.cli.signals import Stopped, catch_signals
+from llmc.cli.streams import guard_streams
 from llmc.errors import ExitCode, LlmcError
 
 # An exception that is nobody's intention: the code that Python itself would exit with.
@@ -28,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Importing and tracing make millions of objects that stay: looking through them again and again takes a
     # fifth of a build.
     gc.set_threshold(_OBJECTS)
+    with catch_signals() as stopped:
+        code = _run(arguments, state, stopped)
+    raise SystemExit(code)
+
+
+def _run(arguments: Sequence[str] | None, state: dict[str, object], stopped: Stopped) -> int:
+    """Run a command, and say what ended it."""
     try:
         code = app(
             args=list(arguments) if arguments is not None else None,
@@ -36,24 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             obj=state,
         )
         if code == ExitCode.INTERRUPTED:  # typer's answer to KeyboardInterrupt
-            _say("interrupted", None, code)
+            return _say(stopped.words, None, stopped.exit_code)
     except LlmcError as error:
         if state.get("debug"):
             traceback.print_exc()
-        code = _say(error.fact, error.hint, error.exit_code)
+        return _say(error.fact, error.hint, error.exit_code)
     except typer.TyperException as error:
-        code = _say(error.format_message(), "llmc --help, llmc COMMAND --help", error.exit_code)
+        return _say(error.format_message(), "llmc --help, llmc COMMAND --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _say("interrupted", None, ExitCode.INTERRUPTED)
+        return _say(stopped.words, None, stopped.exit_code)
     except Exception as error:  # noqa: BLE001 - the last place that can turn it into words
         if state.get("debug"):
             traceback.print_exc()
-        code = _say(
+        if isinstance(error, MemoryError):
+            return _say(
+                "no memory is left", "end other programs, or use a larger machine", ExitCode.RESOURCES
+            )
+        return _say(
             f"internal error: {type(error).__name__}: {error}",
             "run again as `llmc --debug …` for the traceback, and report it",
             _INTERNAL,
         )
-    raise SystemExit(int(code or 0))
+    return int(code or 0)
 
 
 def program() -> NoReturn:
@@ -61,6 +75,7 @@ def program() -> NoReturn:
 
     What is registered to run at exit runs, and output is flushed, as at any other end.
     """
+    guard_streams()
     code = 0
     try:
         main()
@@ -69,19 +84,21 @@ def program() -> NoReturn:
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        code = _INTERNAL
+    except LlmcError as error:
+        code = code or int(error.exit_code)
+    sys.stderr.flush()
     os._exit(code)
 
 
 def _say(fact: str, hint: str | None, code: int) -> int:
-    sys.stdout.flush()
+    # What cannot be printed has been said by the error that is told here, or is told at the end.
+    with suppress(LlmcError):
+        sys.stdout.flush()
     red, cyan, plain = ("\033[31m", "\033[36m", "\033[0m") if _coloured() else ("", "", "")
     print(f"{red}error:{plain} {fact}", file=sys.stderr)
     if hint is not None:
         print(f"{cyan}hint:{plain} {hint}", file=sys.stderr)
-    return code
+    return int(code)
 
 
 def _coloured() -> bool:

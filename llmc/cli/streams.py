@@ -1,0 +1,80 @@
+"""Standard streams that are closed or full: never a reason to abort what was being built."""
+
+import errno
+import io
+import os
+import sys
+
+from llmc.errors import LlmcError, OutputError, ResourceError
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose failures are typed errors."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _explain(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _explain(error) from error
+
+
+class _Messages(io.TextIOWrapper):
+    """Standard error whose failures are nobody's: what cannot be said is not said."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            return
+
+
+def guard_streams() -> None:
+    """Replace the standard streams by ones that closed pipes and full disks do not turn into internal errors.
+
+    What was closed from the start is opened, so that no file of a build gets its number.
+    """
+    closed = [number for number in range(3) if not _is_open(number)]
+    for number in closed:
+        # The system gives the lowest free number. Of standard output it can only be read: writing fails.
+        os.open(os.devnull, os.O_RDWR if number == 2 else os.O_RDONLY)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = _wrap(_Output, sys.stdout, 1)
+    sys.stderr = _wrap(_Messages, sys.stderr, 2)
+
+
+def _wrap(kind: type[io.TextIOWrapper], stream: object, number: int) -> io.TextIOWrapper:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.flush()
+        return kind(
+            stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or number == 2
+        )
+    return kind(open(number, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _explain(error: OSError) -> LlmcError:
+    if error.errno in (errno.EPIPE, errno.EBADF):
+        return OutputError("standard output is closed: what was to be printed is lost")
+    return ResourceError(
+        f"standard output cannot be written: {error.strerror}", hint="what was built or measured is kept"
+    )
