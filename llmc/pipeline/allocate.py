@@ -97,7 +97,7 @@ def _measure(
 ) -> Mapping[str, Array]:
     import numpy as np
 
-    from llmc.pipeline.calibrate import prepare
+    from llmc.pipeline.calibrate import prepare, walking
     from llmc.quantize.sensitivity import SensitivityWalk
 
     schemes = {
@@ -110,17 +110,21 @@ def _measure(
         "scales": np.dtype(scale_type).name,
         "schemes": {s: [c.model_dump() for c in choices] for s, choices in sorted(schemes.items())},
     }
-    subject = prepare(checkpoint, wanted.text, "sensitivity", facts)
-    walk = SensitivityWalk(
-        subject.model,
-        subject.layers,
-        checkpoint.tensors,
-        dict(checkpoint.tied),
-        subject.folder,
-        schemes,
-        scale_type,
-    )
-    return walk.measure(subject.windows, lambda line: progress.note(f"allocate: {line}"))
+
+    def work() -> Mapping[str, Array]:
+        subject = prepare(checkpoint, wanted.text, "sensitivity", facts)
+        walk = SensitivityWalk(
+            subject.model,
+            subject.layers,
+            checkpoint.tensors,
+            dict(checkpoint.tied),
+            subject.folder,
+            schemes,
+            scale_type,
+        )
+        return walk.measure(subject.windows, lambda line: progress.note(f"allocate: {line}"))
+
+    return walking(work)
 
 
 def _candidates(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmc.config import CalibrationText, Dtype, WeightScheme
 from llmc.errors import UnsupportedError
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from llmc.quantize.awq import ChannelPlan
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
+
+Result = TypeVar("Result")
 
 #: Where what walks find is kept, finished or not, and how many of each; those not used for longest go.
 #: Pruned weights are read from there for as long as a build takes, and a target has up to three recipes.
@@ -56,18 +56,21 @@ def calibrate(
     """
     from llmc.quantize.calibrate import Calibrator
 
-    subject = prepare(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
-    calibrator = Calibrator(
-        subject.model,
-        subject.layers,
-        checkpoint.tensors,
-        dict(checkpoint.tied),
-        schemes,
-        scale_type,
-        subject.folder,
-        channels,
-    )
-    return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+    def work() -> Calibration:
+        subject = prepare(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
+        calibrator = Calibrator(
+            subject.model,
+            subject.layers,
+            checkpoint.tensors,
+            dict(checkpoint.tied),
+            schemes,
+            scale_type,
+            subject.folder,
+            channels,
+        )
+        return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+
+    return walking(work)
 
 
 def recall_calibration(
@@ -117,12 +120,16 @@ def observe(
     from llmc.quantize.activations import ActivationTask, read_activations
     from llmc.quantize.walk import LayerWalk
 
-    subject = prepare(checkpoint, text, "activations", _input_facts(plans))
     tied = dict(checkpoint.tied)
-    walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
-    task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
-    files = walk.run(subject.windows, task, lambda line: progress.note(f"calibrate: {line}"))
-    return read_activations(files)
+
+    def work() -> Activations:
+        subject = prepare(checkpoint, text, "activations", _input_facts(plans))
+        walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
+        task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
+        files = walk.run(subject.windows, task, lambda line: progress.note(f"calibrate: {line}"))
+        return read_activations(files)
+
+    return walking(work)
 
 
 def recall_activations(
@@ -232,9 +239,12 @@ def prepare(
     Args:
         shelf: One of those with a limit of their own.
     """
+    from llmc.artifact.cache import default_cache_folder
+    from llmc.artifact.substitute import working_folder
+
     subject = _plan(checkpoint, text, purpose, facts, shelf)
-    _make_room(subject.folder, _KEPT[shelf])
-    return subject
+    folder = working_folder(default_cache_folder() / shelf, subject.folder.name, _KEPT[shelf])
+    return replace(subject, folder=folder)
 
 
 def _plan(
@@ -246,6 +256,7 @@ def _plan(
 ) -> Subject:
     """`prepare` without making the folder."""
     from llmc.artifact.cache import default_cache_folder
+    from llmc.artifact.substitute import current_folder
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.data import calibration_text
     from llmc.pipeline.original import tokenize
@@ -260,7 +271,8 @@ def _plan(
         raise UnsupportedError(
             f"{checkpoint.architecture} has no list of decoder layers that could be walked"
         )
-    folder = default_cache_folder() / shelf / calibration_key(checkpoint, purpose, windows, facts)
+    key = calibration_key(checkpoint, purpose, windows, facts)
+    folder = current_folder(default_cache_folder() / shelf) / key
     return Subject(model, layers, windows, folder)
 
 
@@ -296,10 +308,13 @@ def calibration_key(checkpoint: Checkpoint, purpose: str, windows: Any, facts: M
     return content_key("calibration", known)
 
 
-def _make_room(folder: Path, kept: int) -> None:
-    """Make `folder`, and remove those beside it that were not used for longest, beyond `kept`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    others = sorted((p for p in folder.parent.iterdir() if p != folder), key=lambda p: p.stat().st_mtime_ns)
-    for old in others[: max(0, len(others) - kept + 1)]:
-        shutil.rmtree(old)
+def walking(work: Callable[[], Result], shelf: str = "calibration") -> Result:
+    """Walk over a model, in temporary folders where the cache has no room for what is kept of it.
+
+    Args:
+        work: Calls `prepare` with this shelf.
+    """
+    from llmc.artifact.cache import default_cache_folder
+    from llmc.artifact.substitute import with_working_folders
+
+    return with_working_folders(default_cache_folder() / shelf, work)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.artifact.decisions import read_decisions
 from llmc.config import NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
-from llmc.pipeline.calibrate import Subject, prepare
+from llmc.pipeline.calibrate import Subject, prepare, walking
 from llmc.pipeline.compile import trace
 from llmc.progress import Progress
 
@@ -71,8 +71,9 @@ def prune(
     """
     if target.prune is None:
         return Pruned(checkpoint)
+    spec = target.prune
     with progress.stage("prune"):
-        made = _Recipes(target, target.prune, progress, decided).run(checkpoint)
+        made = walking(lambda: _Recipes(target, spec, progress, decided).run(checkpoint), _SHELF)
     if made.record is not None:
         progress.note(f"prune: {made.record.render()}")
     return made

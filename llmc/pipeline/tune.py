@@ -103,6 +103,7 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     """
     from llmc.artifact.cache import StageCache, content_key, default_cache_folder
     from llmc.artifact.lock import output_lock
+    from llmc.artifact.substitute import usable_folder
     from llmc.checkpoint import open_checkpoint
 
     optuna = require_optuna()
@@ -113,7 +114,7 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     with progress.stage("checkpoint"):
         checkpoint = open_checkpoint(plan.model, plan.adapter)
         checkpoint.require_tokenizer()
-    home = default_cache_folder() / "tune"
+    home = usable_folder(default_cache_folder() / "tune")
     bench = Workbench(
         checkpoint=checkpoint,
         profile=plan.profile,

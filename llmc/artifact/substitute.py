@@ -1,0 +1,170 @@
+"""Temporary folders in the place of cache folders that cannot be used, and folders for work that goes on."""
+
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from llmc.artifact.disk import space_errors
+from llmc.errors import ResourceError
+
+Result = TypeVar("Result")
+
+_LOGGER = logging.getLogger("llmc")
+#: Where there are no locks: age from which on a folder is not in use.
+_UNUSED_SECONDS = 86400
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+#: By the folder that each stands for; removed when the process ends.
+_SUBSTITUTES: dict[Path, "tempfile.TemporaryDirectory[str]"] = {}
+_TOLD: set[Path] = set()
+#: Descriptors of folders in use: their locks keep others from evicting them until the process ends.
+_IN_USE: dict[Path, int] = {}
+
+
+def tell_once(folder: Path, reason: str) -> None:
+    """Warn that a folder of the cache is not used."""
+    if folder not in _TOLD:
+        _TOLD.add(folder)
+        _LOGGER.warning("goes on without the cache in %s: %s", folder, reason)
+
+
+def have_substitute(folder: Path) -> bool:
+    """Whether a temporary folder stands for `folder`."""
+    return folder in _SUBSTITUTES
+
+
+def substitute(folder: Path) -> Path:
+    """The temporary folder that stands for `folder` as long as this process runs.
+
+    Raises:
+        OSError: There is no place for temporary files either.
+    """
+    if folder not in _SUBSTITUTES:
+        _SUBSTITUTES[folder] = tempfile.TemporaryDirectory(prefix="llmc-cache-", ignore_cleanup_errors=True)
+    return Path(_SUBSTITUTES[folder].name)
+
+
+def current_folder(folder: Path) -> Path:
+    """What stands for `folder` now, made by neither."""
+    return substitute(folder) if have_substitute(folder) else folder
+
+
+def usable_folder(folder: Path) -> Path:
+    """`folder`, made where it is missing, or a temporary one where it cannot be written to.
+
+    It must be this user's, with nobody else allowed to write to it, as are those that are made here.
+    """
+    if have_substitute(folder):
+        return substitute(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat(follow_symlinks=False)
+        if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
+            raise PermissionError(0, "it belongs to another user, or others may write to it")
+        with tempfile.TemporaryFile(dir=folder):
+            os.utime(folder)
+    except OSError as error:
+        tell_once(folder, error.strerror or type(error).__name__)
+        return substitute(folder)
+    return folder
+
+
+def working_folder(shelf: Path, key: str, kept: int) -> Path:
+    """A folder for work that goes on where it was killed, kept from eviction while this process runs.
+
+    Args:
+        shelf: Where such folders are.
+        key: Name of this one.
+        kept: Folders on the shelf beyond which those that were not used for longest are removed.
+
+    Raises:
+        ResourceError: No space.
+    """
+    home = usable_folder(shelf)
+    folder = home / key
+    with space_errors(folder):
+        while folder not in _IN_USE or not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _hold(folder)
+        os.utime(folder)
+    _make_room(home, folder, kept)
+    return folder
+
+
+def with_working_folders(shelf: Path, work: Callable[[], Result]) -> Result:
+    """Do work in folders of a shelf, and once more in temporary ones where the cache has no room for it.
+
+    Args:
+        work: Calls `working_folder`.
+
+    Raises:
+        ResourceError: The place of temporary files has no room either.
+    """
+    try:
+        return work()
+    except (ResourceError, FileNotFoundError) as error:
+        if have_substitute(shelf):
+            raise
+        tell_once(shelf, str(error))
+        substitute(shelf)
+        return work()
+
+
+def _hold(folder: Path) -> None:
+    """Take a shared lock on a folder, where the file system has such locks."""
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # evicted meanwhile
+        return
+    with suppress(OSError):  # no such locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+        os.close(descriptor)
+        return
+    earlier = _IN_USE.pop(folder, None)
+    if earlier is not None:
+        os.close(earlier)
+    _IN_USE[folder] = descriptor
+
+
+def _make_room(home: Path, folder: Path, kept: int) -> None:
+    """Remove the folders that were not used for longest, beyond `kept`, but none that a process uses."""
+    ages = []
+    for other in home.iterdir():
+        try:
+            if other != folder:
+                ages.append((other.stat().st_mtime_ns, other))
+        except FileNotFoundError:  # another process evicted it
+            continue
+    for _, old in sorted(ages)[: max(0, len(ages) - kept + 1)]:
+        _evict(old)
+
+
+def _evict(folder: Path) -> None:
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, or another user's
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        evict = True
+    except BlockingIOError:  # in use
+        evict = False
+    except OSError:  # no such locks
+        evict = time.time() - os.fstat(descriptor).st_mtime > _UNUSED_SECONDS
+    try:
+        if evict:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
