@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.artifact.disk import replace_text
 from llmc.config import Backend, BuildPlan, Target
 from llmc.errors import ConfigError, ResourceError
 from llmc.pipeline.result import BuildResult, build_result
@@ -89,7 +90,7 @@ def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[
         for profile in (plan.profile, *plan.also)
     )
     text = json.dumps([each.model_dump(mode="json") for each in found], indent=2)
-    (folder / "forecast.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / "forecast.json", text + "\n")
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmc.artifact.disk import replace_text
 from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
@@ -54,7 +55,7 @@ class Report(BaseModel):
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON, UTF-8, with a newline at the end; `Report.model_validate_json` reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    replace_text(path, report.model_dump_json(indent=2) + "\n")
 
 
 def read_report(path: Path) -> Report:

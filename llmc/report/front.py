@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmc.artifact.disk import replace_text
 from llmc.artifact.tuning import Candidate, Tuning
 from llmc.report.figures import format_estimate, format_figure
 from llmc.report.html import render_page
@@ -40,7 +41,7 @@ def render_front(tuning: Tuning, *, width: int = 140) -> str:
 def write_tuning(tuning: Tuning, folder: Path) -> None:
     """Write tuning.json and tuning.html into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tuning.json").write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "tuning.json", tuning.model_dump_json(indent=2) + "\n")
     page = render_page(
         "front.html",
         tuning,
@@ -50,7 +51,7 @@ def write_tuning(tuning: Tuning, folder: Path) -> None:
         rows=[row(tuning, c) for c in order_candidates(tuning)],
         notes=notes(tuning),
     )
-    (folder / "tuning.html").write_text(page, encoding="utf-8")
+    replace_text(folder / "tuning.html", page)
 
 
 def order_candidates(tuning: Tuning) -> list[Candidate]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from llmc.artifact.disk import replace_text
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 from llmc.report.pictures import draw_pictures
@@ -14,7 +15,7 @@ from llmc.report.pictures import draw_pictures
 def write_html(report: Report, path: Path) -> None:
     """Write the verdict, pictures and all figures; the report's own JSON is embedded as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_html(report), encoding="utf-8")
+    replace_text(path, render_html(report))
 
 
 def render_html(report: Report) -> str:

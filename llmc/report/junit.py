@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from llmc.artifact.disk import replace_text
 from llmc.artifact.verdict import MISSED, Check, CheckStatus, Measurement
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
@@ -42,7 +43,8 @@ def write_junit(report: Report, path: Path) -> None:
     root.append(suite)
     ET.indent(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ET.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+    text = ET.tostring(root, encoding="unicode")
+    replace_text(path, f"<?xml version='1.0' encoding='utf-8'?>\n{text}")
 
 
 def _add_check(suite: ET.Element, check: Check) -> None:

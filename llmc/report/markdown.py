@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llmc.artifact.disk import replace_text
 from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
@@ -19,7 +20,7 @@ _MARKS = {
 def write_markdown(report: Report, path: Path) -> None:
     """Write the verdict, a table of checks and one of latency."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_markdown(report), encoding="utf-8")
+    replace_text(path, render_markdown(report))
 
 
 def render_markdown(report: Report) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import resource
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from llmc.artifact.latency import (
 )
 from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Metric
-from llmc.errors import ConfigError
+from llmc.errors import ConfigError, ResourceError
 from llmc.report import (
     Report,
     read_report,
     render_html,
     render_text,
+    write_html,
     write_json,
     write_junit,
     write_markdown,
@@ -304,3 +307,25 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
 def test_the_published_schema_is_that_of_the_code() -> None:
     path = Path(__file__).parents[2] / "docs" / "report.schema.json"
     assert json.loads(path.read_text(encoding="utf-8")) == Report.model_json_schema(mode="serialization")
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 4 KiB: the kernel itself refuses, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("write", [write_json, write_junit, write_markdown, write_html])
+def test_a_full_disk_leaves_the_earlier_report(
+    report: Report, tmp_path: Path, write: Callable[[Report, Path], None]
+) -> None:
+    path = tmp_path / "report"
+    path.write_text("the earlier one")
+    with pytest.raises(ResourceError, match="report cannot be written: File too large"):
+        write(report.model_copy(update={"model": "m" * (1 << 13)}), path)
+    assert path.read_text() == "the earlier one"
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
