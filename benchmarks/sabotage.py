@@ -45,7 +45,9 @@ def main() -> None:
             sabotage.apply(folder)
             if sabotage.sealed:
                 reseal(folder)
-            verdict = verify(folder, None, (str(root / "text"),), SilentProgress()).report.verdict
+            verdict = verify(
+                folder, None, (str(root / "text"),), SilentProgress(), every=True, own_gates=True
+            ).report.verdict
             failed = [c.metric for c in verdict.missed if c.status is CheckStatus.FAIL]
             named = ", ".join(f"**{m}**" if m in sabotage.caught else m.value for m in failed)
             how = "" if sabotage.sealed else " (manifest untouched)"

@@ -79,6 +79,25 @@ def load_target(name: str, path: Path | None = None) -> Target:
     return _load(_file_of(name, "targets", path), Target)
 
 
+def read_target(named: str, path: Path | None = None) -> Target:
+    """The target of a YAML file, or of this name.
+
+    Args:
+        named: A file that ends in .yaml or .yml, or the name of a target.
+        path: As `search_folders`.
+
+    Raises:
+        ConfigError: There is none, or its file is not valid.
+    """
+    return _load(Path(named), Target) if named.endswith((".yaml", ".yml")) else load_target(named, path)
+
+
+def find_target(name: str, path: Path | None = None) -> Target | None:
+    """The target of this name; None if there is none."""
+    file = _find("targets", search_folders(path)).get(name)
+    return None if file is None else _load(file, Target)
+
+
 def load_profile(name: str, path: Path | None = None) -> Profile:
     """The profile of this name; `local` is this machine's GPU, or its CPU where it has none."""
     if name == LOCAL:

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Against, Artifact, Force, Json, OriginalAdapter, Report
+from llmc.cli.options import (
+    Against,
+    Artifact,
+    Force,
+    GatesOf,
+    Json,
+    OriginalAdapter,
+    OwnGates,
+    Report,
+    SearchPath,
+)
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -31,6 +41,9 @@ def bench(
         Path | None,
         typer.Option(metavar="ARTIFACT", help="An earlier artifact that this one may not be slower than."),
     ] = None,
+    target: GatesOf = None,
+    path: SearchPath = None,
+    own_gates: OwnGates = False,
     as_json: Json = False,
 ) -> None:
     """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
@@ -44,5 +57,8 @@ def bench(
         folder=report,
         previous=previous,
         adapter=adapter,
+        target=target,
+        search=path,
+        own_gates=own_gates,
     )
     emit(made, as_json=as_json)

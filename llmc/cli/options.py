@@ -65,6 +65,22 @@ Every = Annotated[
         help="Measure everything although files, settings, tokenizer or weights have missed their gates.",
     ),
 ]
+GatesOf = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="NAME|FILE",
+        help="Whose gates are held: `llmc targets`, or a target's YAML file.",
+        show_default="the target that ARTIFACT was built for",
+    ),
+]
+OwnGates = Annotated[
+    bool,
+    typer.Option(
+        "--allow-own-gates",
+        help="Let the gates in ARTIFACT differ from its target's, and hold them where no --target is named.",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
 ]

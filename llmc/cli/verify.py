@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Against, Allow, Artifact, EvalText, Every, Force, Json, OriginalAdapter, Report
+from llmc.cli.options import (
+    Against,
+    Allow,
+    Artifact,
+    EvalText,
+    Every,
+    Force,
+    GatesOf,
+    Json,
+    OriginalAdapter,
+    OwnGates,
+    Report,
+    SearchPath,
+)
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -16,6 +29,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "llmc verify artifacts/demo/cpu-int4@local --report out/",
             "llmc verify artifacts/mine --baseline last/report.json --allow size=2",
+            "llmc verify artifacts/mine --target targets/mine.yaml",
             "llmc verify artifacts/mine --task questions.yaml --report out/",
             "llmc verify artifacts/mine --against ./my-model --eval-text domain.txt --json",
         ),
@@ -50,6 +64,9 @@ def verify(
         typer.Option(metavar="N", min=2, help="Only the first N items of each task.", show_default=False),
     ] = None,
     every: Every = False,
+    target: GatesOf = None,
+    path: SearchPath = None,
+    own_gates: OwnGates = False,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
@@ -62,6 +79,9 @@ def verify(
         open_progress(),
         force=force,
         adapter=adapter,
+        target=target,
+        search=path,
+        own_gates=own_gates,
         folder=report,
         baseline=baseline,
         allow=tuple(allow or ()),

@@ -18,6 +18,7 @@ class Metric(StrEnum):
     """Names of the figures, `area.figure`."""
 
     FILES = "files.mismatches"
+    GATES = "gates.mismatches"
     GRAPH = "graph.mismatches"
     ORIGINAL = "original.mismatches"
     INTERFACE = "interface.mismatches"
@@ -86,6 +87,7 @@ class Definition:
 
 DEFINITIONS = {
     Metric.FILES: Definition("places", Better.LESS),
+    Metric.GATES: Definition("places", Better.LESS),
     Metric.GRAPH: Definition("places", Better.LESS),
     Metric.ORIGINAL: Definition("places", Better.LESS),
     Metric.INTERFACE: Definition("places", Better.LESS),

@@ -15,6 +15,7 @@ from llmc.pipeline.gate import GateResult, latency_gates
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair, read_text, tokenize
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
+from llmc.pipeline.thresholds import choose_thresholds
 from llmc.profile import Profile
 from llmc.progress import Progress
 
@@ -59,6 +60,9 @@ def bench(
     folder: Path | None = None,
     previous: Path | None = None,
     adapter: str | None = None,
+    target: str | None = None,
+    search: Path | None = None,
+    own_gates: bool = False,
 ) -> GateReport:
     """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
 
@@ -69,11 +73,14 @@ def bench(
         folder: Where the report goes in all its forms; None for nowhere.
         previous: An earlier artifact, timed in turn with this one.
         adapter: As `open_pair`.
+        target: As `verify`, for the gates on time.
+        search: As `verify`.
+        own_gates: As `verify`.
 
     Raises:
         ConfigError: `previous` is no artifact, or is damaged.
         ResourceError: An artifact is for hardware that this machine has not.
-        ParityError: An artifact cannot be run.
+        ParityError: An artifact cannot be run, or its gates on time are not those of its target.
     """
     from llmc.artifact.store import open_artifact
     from llmc.validate.gates import evaluate
@@ -82,6 +89,8 @@ def bench(
 
     if folder is not None:
         require_folder(folder)
+    thresholds = choose_thresholds(open_artifact(path).manifest, target, search, own=own_gates, latency=True)
+    thresholds.require()
     with progress.stage("artifact"):
         artifact, checkpoint, _ = open_pair(path, against, force=force, adapter=adapter)
         earlier = None if previous is None else open_artifact(previous)
@@ -104,7 +113,7 @@ def bench(
             schedule=Schedule(),
         )
     measurements = (*ratios(latency), _against(rival, timed, tokens, progress))
-    gate = GateResult(measurements, evaluate(latency_gates(manifest.target), measurements), latency)
+    gate = GateResult(measurements, evaluate(latency_gates(thresholds.target), measurements), latency)
     name = manifest.profile.name
     report = gate_report(checkpoint.ref, manifest.target, name, gate, manifest.pruned, manifest.weights, path)
     if folder is not None:

@@ -19,6 +19,7 @@ from llmc.pipeline.gate_run import Run
 from llmc.pipeline.loaders import measure_loaders
 from llmc.pipeline.original import read_text
 from llmc.pipeline.subject import Subject, open_compiled
+from llmc.pipeline.thresholds import Thresholds, given_thresholds
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,12 +54,19 @@ def latency_gates(target: Target) -> tuple[Gate, ...]:
     return tuple(gate for gate in target.gates if gate.metric in LATENCY)
 
 
-def hold_files(target: Target, damage: Damage) -> GateResult:
-    """The verdict on an artifact whose files are not those of its manifest: nothing else is measured."""
-    why = _AHEAD.format(Metric.FILES)
+def hold_manifest(thresholds: Thresholds, damage: Damage, *, every: bool) -> GateResult | None:
+    """The verdict where the manifest decides it already, before the original is opened; else None.
+
+    Args:
+        thresholds: Where the gates of the subject's target are from; None for a build, which is given them.
+        damage: What is wrong with the files by the manifest.
+        every: As `measure_parity`; code that the manifest does not vouch for is not executed all the same.
+    """
+    found, gates = _ahead(thresholds, damage), parity_gates(thresholds.target)
+    missed = _first_missed(gates, found)
     if damage.code:
-        why = "nothing is executed that the manifest does not vouch for"
-    return _conclude(parity_gates(target), [_compare_files(damage)], why)
+        return _conclude(gates, found, "nothing is executed that the manifest does not vouch for")
+    return None if missed is None or every else _conclude(gates, found, _AHEAD.format(missed))
 
 
 def measure_parity(
@@ -66,6 +74,7 @@ def measure_parity(
     eval_text: Sequence[str],
     progress: Progress,
     *,
+    thresholds: Thresholds | None = None,
     damage: Damage | None = None,
     each_pass: bool = False,
     every: bool = False,
@@ -101,7 +110,8 @@ def measure_parity(
             for gate in gates
             if gate.metric is Metric.PREFILL_MAX_ABS
         )
-    run = Run(subject, read_text(eval_text), progress, [_compare_files(damage)])
+    ahead = _ahead(thresholds or given_thresholds(subject.target), damage)
+    run = Run(subject, read_text(eval_text), progress, ahead)
     run.require_windows()
     try:
         for phase in _phases(subject, each_pass=each_pass):
@@ -130,11 +140,13 @@ def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...
     )
 
 
-def _compare_files(damage: Damage | None) -> Measurement:
+def _ahead(thresholds: Thresholds, damage: Damage | None) -> list[Measurement]:
+    """What the manifest and the files show."""
     from llmc.validate.measure import mismatches
 
     found = () if damage is None else damage.all
-    return mismatches(Metric.FILES, found, "all as the manifest says", "sha256, from the files")
+    files = mismatches(Metric.FILES, found, "all as the manifest says", "sha256, from the files")
+    return [thresholds.compared, files]
 
 
 def _compare_loaders(run: Run) -> None:

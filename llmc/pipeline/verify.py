@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from llmc.pipeline.advice import advise
 from llmc.pipeline.engines import host_engine
-from llmc.pipeline.gate import hold_files, measure_parity
+from llmc.pipeline.gate import hold_manifest, measure_parity
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
 from llmc.pipeline.rebuild import explain_versions, rebuild
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.subject import Subject
+from llmc.pipeline.thresholds import Thresholds, choose_thresholds
 from llmc.pipeline.unfinished import finish
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
@@ -39,9 +40,12 @@ def verify(
     tasks: Sequence[str] = (),
     task_items: int | None = None,
     every: bool = False,
+    target: str | None = None,
+    search: Path | None = None,
+    own_gates: bool = False,
     adapter: str | None = None,
 ) -> GateReport:
-    """Hold an artifact to its target's parity gates on this machine.
+    """Hold an artifact to the parity gates of its target on this machine.
 
     The artifact is not changed, unless the gate of its build was interrupted: it then gets its outcome, and
     comes to its place or to `<output>.failed`.
@@ -60,6 +64,9 @@ def verify(
         tasks: Multiple-choice tasks of lm-evaluation-harness, by name or YAML file.
         task_items: Most items of each task.
         every: Measure everything although a check that reads files alone has missed its gate.
+        target: Target whose gates are held, by name or YAML file; None for the one that the manifest names.
+        search: The user's folder of targets, searched before what ships.
+        own_gates: Let the artifact's own gates differ, and hold them where no target is named.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
     from llmc.artifact.integrity import find_damage
@@ -75,14 +82,22 @@ def verify(
         artifact = open_artifact(path)
         damage = find_damage(artifact)
     manifest = artifact.manifest
-    if damage.code or (damage.all and not every):
-        gate = hold_files(manifest.target, damage)
-    else:
+    thresholds = choose_thresholds(manifest, target, search, own=own_gates)
+    gate, digest = hold_manifest(thresholds, damage, every=every), None
+    if gate is None:
         require_kernels(artifact)
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
-        subject = _subject(artifact, checkpoint, digest, loaded, progress)
-        gate = measure_parity(subject, eval_text, progress, damage=damage, each_pass=each_pass, every=every)
+        subject = _subject(artifact, thresholds, checkpoint, digest, loaded, progress)
+        gate = measure_parity(
+            subject,
+            eval_text,
+            progress,
+            thresholds=thresholds,
+            damage=damage,
+            each_pass=each_pass,
+            every=every,
+        )
     profile, pruned = manifest.profile.name, manifest.pruned
     model = against or manifest.model.ref
     report = gate_report(model, manifest.target, profile, gate, pruned, manifest.weights, path)
@@ -90,13 +105,20 @@ def verify(
         report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
     if folder is not None:
         write_all(report, folder)
-    if manifest.unfinished is not None and digest == manifest.model.digest:
+    decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
+    if manifest.unfinished is not None and decided:
         finish(artifact, gate.verdict, report, progress)
-    return GateReport(report=report, advice=advise(manifest.target, report.verdict))
+    hint = thresholds.hint if thresholds.missed else advise(manifest.target, report.verdict)
+    return GateReport(report=report, advice=hint)
 
 
 def _subject(
-    artifact: Artifact, checkpoint: Checkpoint, digest: str, tasks: Tasks | None, progress: Progress
+    artifact: Artifact,
+    thresholds: Thresholds,
+    checkpoint: Checkpoint,
+    digest: str,
+    tasks: Tasks | None,
+    progress: Progress,
 ) -> Subject:
     """What is measured of an artifact on this machine, against which original."""
     path, manifest = artifact.path, artifact.manifest
@@ -105,7 +127,7 @@ def _subject(
     return Subject(
         folder=path,
         interface=manifest.interface,
-        target=manifest.target,
+        target=thresholds.target,
         threads=manifest.profile.threads,
         checkpoint=checkpoint,
         model_digest=digest,

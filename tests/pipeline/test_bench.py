@@ -35,7 +35,7 @@ def _artifact(model: Path, folder: Path) -> Path:
 def _bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        main(["bench", *arguments])
+        main(["bench", "--allow-own-gates", *arguments])
     captured = capsys.readouterr()
     return caught.value.code, captured.out, captured.err
 

@@ -76,12 +76,12 @@ def test_activations_are_smoothed_and_quantized_and_verify_knows_it(tmp_path: Pa
     assert "model.layers.1.self_attn.q_proj.weight" in facts["smoothed"]
     assert facts["peaks"]["model.layers.1.input_layernorm"] > 50
     assert "smoothing.safetensors" in open_artifact(tmp_path / "out").manifest.files
-    again = verify(tmp_path / "out", None, (), SilentProgress())
+    again = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True)
     assert again.failure() is None
     kept = load_file(tmp_path / "out/smoothing.safetensors")
     kept["model.layers.1.self_attn.q_proj.weight"][3] *= 2
     save_file(kept, tmp_path / "out/smoothing.safetensors")
-    spoilt = verify(tmp_path / "out", None, (), SilentProgress(), every=True)
+    spoilt = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True, every=True)
     assert "weights.block_snr_db" in str(spoilt.failure())
 
 

@@ -89,7 +89,7 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
 
     before = (tmp_path / "out/manifest.json").read_bytes()
     told = StringIO()
-    verified = verify(tmp_path / "out", None, (), PlainProgress(told))
+    verified = verify(tmp_path / "out", None, (), PlainProgress(told), own_gates=True)
     assert verified.failure() is None
     assert not any("tensorrt" in m.where for m in verified.report.measurements)
     assert "the graph is measured on the CPU, and no engine: the artifact holds TensorRT" in told.getvalue()
@@ -114,7 +114,9 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     graph = onnx.load(tmp_path / "out/model.onnx")
     graph.graph.input[0].name = graph.graph.input[0].name + "s"
     onnx.save(graph, tmp_path / "out/model.onnx")
-    missed = verify(tmp_path / "out", None, (), SilentProgress(), every=True).report.verdict.missed
+    missed = verify(
+        tmp_path / "out", None, (), SilentProgress(), own_gates=True, every=True
+    ).report.verdict.missed
     assert {Metric.INTERFACE, Metric.DECODE_MAX_ABS, Metric.TOKENIZER_EQUAL} <= {c.metric for c in missed}
     assert capsys.readouterr().out == ""
 
@@ -155,7 +157,7 @@ def test_where_there_is_the_gpu_its_engine_is_what_runs(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     for command in (
         lambda: run(tmp_path / "out", "hello", 4, print, SilentProgress()),
-        lambda: verify(tmp_path / "out", None, (), SilentProgress()),
+        lambda: verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True),
         lambda: bench(tmp_path / "out", None, SilentProgress()),
     ):
         with pytest.raises(ResourceError, match="cudaGetDeviceProperties of CUDA fails: ") as caught:

@@ -102,7 +102,7 @@ def test_a_build_keeps_what_was_decided_and_verify_takes_it(tmp_path: Path) -> N
     assert told.render() in inspect(str(output)).render()
     assert "nats per token" in (output / "reports/parity.json").read_text()
     assert "influence" in (output / "reports/pruning.json").read_text()
-    assert verify(output, None, (), SilentProgress()).failure() is None
+    assert verify(output, None, (), SilentProgress(), own_gates=True).failure() is None
     decided = load_file(output / PRUNING)
     assert set(decided) == {
         "layers",
@@ -116,10 +116,12 @@ def test_a_build_keeps_what_was_decided_and_verify_takes_it(tmp_path: Path) -> N
     gone = np.setdiff1d(np.arange(96), decided[name])
     decided[name] = np.sort(np.append(decided[name][1:], gone[0]))
     save_file(decided, output / PRUNING)
-    assert "weights.snr_db" in str(verify(output, None, (), SilentProgress(), every=True).failure())
+    assert "weights.snr_db" in str(
+        verify(output, None, (), SilentProgress(), own_gates=True, every=True).failure()
+    )
     save_file({k: v for k, v in decided.items() if k != "layers"}, output / PRUNING)
     with pytest.raises(ParityError, match="the artifact does not say which 2 of 3 layers stay"):
-        verify(output, None, (), SilentProgress(), every=True)
+        verify(output, None, (), SilentProgress(), own_gates=True, every=True)
 
 
 def test_decisions_of_another_machine_are_taken_as_they_are(tmp_path: Path) -> None:

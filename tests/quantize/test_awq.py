@@ -114,4 +114,7 @@ def test_a_built_model_is_the_original_with_scaled_channels(
     scaled = {n.removesuffix(".weight").split(".")[-1] for n in read_smoothing(output)}
     assert scaled == {"q_proj", "gate_proj", "down_proj"}
     (tmp_path / "text").write_text(eval_text()[:4000])
-    assert verify(output, str(model), (str(tmp_path / "text"),), SilentProgress()).failure() is None
+    assert (
+        verify(output, str(model), (str(tmp_path / "text"),), SilentProgress(), own_gates=True).failure()
+        is None
+    )
