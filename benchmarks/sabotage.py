@@ -19,6 +19,7 @@ from llmc.pipeline import verify
 from llmc.progress import SilentProgress
 from tests.pipeline.sabotage import SABOTAGES, copy_artifact, reseal
 from tests.pipeline.sabotage_contents import CONTENT_SABOTAGES
+from tests.pipeline.sabotage_files import FILE_SABOTAGES
 from tests.pipeline.test_sabotage import TEXT, build_good
 
 HEADER = """# What was done to a good artifact, and which checks failed
@@ -40,7 +41,7 @@ def main() -> None:
         os.environ["LLMC_CACHE"] = str(root / "cache")
         good = build_good(root)
         (root / "text").write_text(TEXT, encoding="utf-8")
-        for sabotage in (*SABOTAGES, *CONTENT_SABOTAGES):
+        for sabotage in (*SABOTAGES, *CONTENT_SABOTAGES, *FILE_SABOTAGES):
             folder = copy_artifact(good[sabotage.artifact], root / "broken")
             sabotage.apply(folder)
             if sabotage.sealed:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _GENAI_CONFIG = "genai_config.json"
 _LIBRARY_KEY = "custom_ops_library"
 _LIBRARIES = (".so", ".dll", ".dylib", ".engine", ".plan")
+_REPORTS = (".html", ".json", ".md", ".xml")
 #: Smaller files are read each time.
 _REMEMBERED_BYTES = 1 << 20
 #: A file that changed so recently may change again within the resolution of its times.
@@ -105,8 +106,13 @@ def _unlisted(artifact: Artifact) -> Iterator[str]:
             continue
         if _leaves(artifact.path, name):
             yield f"{name} is a link to what lies outside of the artifact"
-        elif not path.is_dir() and name != MANIFEST and not name.startswith(f"{REPORTS}/"):
+        elif not path.is_dir() and name != MANIFEST and not _is_report(name):
             yield f"{name} is not listed in the manifest"
+
+
+def _is_report(name: str) -> bool:
+    """Whether a file is one of those that llmc writes below `reports/`, to go by its place and its ending."""
+    return name.startswith(f"{REPORTS}/") and name.endswith(_REPORTS)
 
 
 def _compare(folder: Path, name: str, recorded: FileDigest, *, remember: bool) -> str | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
+from llmc.artifact.strict_json import RepeatedNameError, parse_json
 from llmc.artifact.text import TextRecord
 from llmc.artifact.verdict import MISSED, CheckStatus
 from llmc.config import Metric, Target, WeightRole
@@ -327,12 +328,14 @@ def parse_manifest(text: str, source: str) -> Manifest:
         ConfigError: Not JSON, of a newer schema, or not what the schema says.
     """
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{source} is damaged: {error.msg} at line {error.lineno}, column {error.colno}",
             hint="build the artifact again",
         ) from error
+    except RepeatedNameError as error:
+        raise ConfigError(f"{source} is damaged: {error}", hint="build the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
         raise ConfigError(f"{source} is not the manifest of an artifact: it has no schema_version")

@@ -20,6 +20,8 @@ from llmc.artifact.workplace import Place, holding, make_work_folder, move, tidy
 from llmc.errors import ConfigError
 
 _CHUNK = 1 << 20
+#: Endings of the files that llmc writes below `reports/`.
+REPORT_SUFFIXES = (".html", ".json", ".md", ".xml")
 
 
 @dataclass(frozen=True)

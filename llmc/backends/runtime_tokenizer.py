@@ -64,6 +64,16 @@ def write_runtime_settings(
     return path
 
 
+def stated_class(folder: Path) -> str | None:
+    """The class that an artifact's tokenizer_module.json names; None where there is no such file or class."""
+    try:
+        stated = json.loads((folder / RUNTIME_SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = stated.get("tokenizer_class") if isinstance(stated, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def try_runtime_tokenizer(folder: Path, question: Question) -> Answers:
     """Ask the runtime about a tokenizer without its model, beside a model of one operator.
 

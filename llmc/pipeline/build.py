@@ -15,7 +15,7 @@ from llmc import __version__
 from llmc.artifact.decisions import write_decisions
 from llmc.artifact.disk import replace_text
 from llmc.artifact.manifest import REPORTS
-from llmc.config import Backend, BuildPlan, Provider
+from llmc.config import BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
 from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
@@ -25,6 +25,7 @@ from llmc.pipeline.losses import loss_notes
 from llmc.pipeline.prune import count_parameters, prune
 from llmc.pipeline.rebuild import Rebuilt, finish_graph
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
+from llmc.pipeline.serving import write_serving
 from llmc.pipeline.subject import Subject
 from llmc.pipeline.text import write_text
 from llmc.pipeline.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
@@ -130,7 +131,6 @@ def _write(
     """Compile the model, and write every file of the artifact but its manifest into `folder`."""
     from llmc.artifact.store import digest_files
     from llmc.backends.ort import write_model
-    from llmc.backends.special_tokens import write_generation_config
     from llmc.pipeline.calibrate import write_activations
     from llmc.quantize.activations import write_smoothing
 
@@ -150,11 +150,8 @@ def _write(
             progress.note(f"write: {note}")
         if scales_channels(plan.target):
             write_smoothing(folder, compiled.smoothing)
-        if plan.target.backend is Backend.ONNXRUNTIME:
-            _write_genai_config(folder, plan, pruned.checkpoint, compiled, record)
-        else:
-            settings = checkpoint.generation_config()
-            write_generation_config(folder, checkpoint.config, settings, interface.vocabulary)
+        library = None if record is None else record.library
+        write_serving(folder, plan.target, plan.profile.threads, pruned.checkpoint, compiled.graph, library)
     engines, engine_files = write_engines(folder, plan.target, interface, engine_plans, progress)
     reports = folder / REPORTS
     reports.mkdir()
@@ -196,29 +193,6 @@ def _leftover_notes(checkpoint: Checkpoint, leftovers: Sequence[str], text_only:
     towers = {name for names in checkpoint.beside.values() for name in names}
     others = [f"the model does not use tensor {n} of the checkpoint" for n in leftovers if n not in towers]
     return [*filter(None, [text_only]), *others]
-
-
-def _write_genai_config(
-    folder: Path,
-    plan: BuildPlan,
-    checkpoint: Checkpoint,
-    compiled: Compiled,
-    kernels: KernelRecord | None,
-) -> None:
-    from llmc.backends.genai import shares_cache, write_genai_config
-
-    interface = compiled.graph.interface()
-    write_genai_config(
-        folder,
-        checkpoint.config,
-        checkpoint.generation_config(),
-        interface,
-        plan.target.provider,
-        plan.profile.threads,
-        share_cache=shares_cache(compiled.graph.model, interface),
-        library=None if kernels is None else kernels.library,
-        lookup=plan.target.lookup,
-    )
 
 
 def _require_fit(plan: BuildPlan) -> None:

@@ -130,13 +130,12 @@ def measure_parity(
 def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...]:
     """The steps from cheap to costly; a gate that is missed in one phase ends the run before the next."""
     passes = (_measure_passes,) if each_pass else ()
-    if subject.interface.static_cache:
-        return ((compare_tokenizer,), (compare_weights,), (_compare_loaders,), (*passes, measure_static))
+    measure = measure_static if subject.interface.static_cache else measure_served
     return (
         (compare_settings, compare_tokenizer),
         (compare_weights,),
         (_compare_loaders,),
-        (*passes, measure_served),
+        (*passes, measure),
     )
 
 

@@ -12,11 +12,19 @@ if TYPE_CHECKING:
 
 
 def compare_settings(run: Run) -> None:
-    """Hold genai_config.json against the original and the interface."""
+    """Hold the file by which a runtime serves the artifact against the original and what a build derives."""
     from llmc.validate import settings
+    from llmc.validate.measure import mismatches
 
+    subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
-        run.found.append(settings.compare_settings(run.subject.folder, run.stated, run.subject.interface))
+        if subject.interface.static_cache:
+            fine = "generation_config.json and the manifest are what a build derives"
+            run.found.append(mismatches(Metric.SERVING, derived, fine, "json, from the files"))
+        else:
+            run.found.append(
+                settings.compare_settings(subject.folder, run.stated, subject.interface, derived)
+            )
 
 
 def compare_tokenizer(run: Run) -> None:
@@ -32,12 +40,14 @@ def compare_tokenizer(run: Run) -> None:
     from llmc.validate.tokens import measure_tokens
 
     folder, record = run.subject.folder, run.subject.text
-    by_runtime = record.served and not run.subject.interface.static_cache
+    files = run.subject.derived.text
+    # Some files end the process of the runtime: only those that a build wrote are read in this one.
+    by_runtime = record.served and not run.subject.interface.static_cache and not files
     readers = "onnxruntime-genai on the CPU, and transformers" if by_runtime else "transformers"
 
     def take() -> tuple[Measurement, ...]:
         served = ServedTokenizer(open_runtime_tokenizer(folder), record) if by_runtime else None
-        return measure_tokens(folder, run.codec, served, run.tokenizer, run.text, prompts(), readers)
+        return measure_tokens(folder, run.codec, served, run.tokenizer, run.text, prompts(), readers, files)
 
     with run.progress.stage("tokenizer"):
         run.found += measure((Metric.TOKENIZER_EQUAL, Metric.CHAT_EQUAL), readers, take)

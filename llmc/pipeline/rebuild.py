@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llmc.quantize.calibrate import Calibration
 
 Made = TypeVar("Made")
+#: Why nodes are not known where activations are quantized on calibration text.
+UNKNOWN_INPUTS = "what calibration decided on activations is not in the cache"
 #: What the nodes of a graph depend on, by the names of manifests.
 _SHAPING = ("llmc", "torch", "transformers", "onnx-ir", "onnxscript")
 
@@ -119,13 +121,11 @@ def _for_runtime(
     return Rebuilt(graph, sources, calibrated, kernels=kernels, smoothing=smoothing)
 
 
-def explain_versions(manifest: Manifest, rebuilt: Rebuilt) -> str | None:
-    """Why a build here may give another graph than the one of an artifact; None where it gives the same."""
+def explain_versions(manifest: Manifest) -> str | None:
+    """Why a build here may give other files than those of an artifact; None where it gives the same."""
     from llmc import __version__
     from llmc.artifact.provenance import tool_versions
 
-    if not rebuilt.complete:
-        return "what calibration decided on activations is not in the cache"
     here = {"llmc": __version__, **tool_versions()}
     there = {"llmc": manifest.llmc_version, **manifest.tools}
     for name in _SHAPING:

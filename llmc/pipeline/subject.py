@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Target
 from llmc.memory import available_memory
+from llmc.pipeline.derived import NOTHING, Derived
 from llmc.pipeline.original import remember
 from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
 
@@ -44,6 +45,7 @@ class Subject:
         tasks: Multiple-choice tasks to answer as well.
         weights: How every matrix is stored.
         built_otherwise: Why a build here may give another graph; None where it gives the same.
+        derived: What of the files beside the graph is not what a build derives.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Subject:
     tasks: Tasks | None = None
     weights: Sequence[WeightRecord] = ()
     built_otherwise: str | None = None
+    derived: Derived = NOTHING
 
     @property
     def sources(self) -> Mapping[str, Rows]:

@@ -15,7 +15,7 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.backends.tokenizer_worker import Answers, Question
     from llmc.checkpoint import Checkpoint
-    from llmc.validate.tokens import Side
+    from llmc.validate.sides import Side
 
 TOKEN_IDS = (
     "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
@@ -37,7 +37,6 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     from llmc.backends.genai import serving_tokens
     from llmc.checkpoint.generation import describe_unserved
     from llmc.checkpoint.token_ids import require_rows
-    from llmc.checkpoint.tokenizer import plain_template
 
     tokenizer = checkpoint.tokenizer()
     _require_end(tokenizer)
@@ -45,15 +44,7 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
         progress.note(note)
     if (unserved := describe_unserved(checkpoint.generation_config())) is not None:
         progress.note(unserved)
-    checkpoint.save_tokenizer(folder, tokenizer)
-    before, after = _around(tokenizer)
-    record = TextRecord(
-        chat=plain_template(tokenizer) is not None,
-        cleans_up=_cleans_up(tokenizer),
-        before=before,
-        after=after,
-        chat_template=checkpoint.chat_template,
-    )
+    record = save_text(checkpoint, tokenizer, folder)
     if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
         others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
         progress.note(
@@ -75,7 +66,8 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
 def _require_end(tokenizer: Any) -> None:
     """Refuse a tokenizer or a chat template that takes too long or too much for what the gate asks of it."""
     from llmc.limits import exceeded_limit
-    from llmc.validate.tokens import CONVERSATIONS, original_side
+    from llmc.validate.sides import original_side
+    from llmc.validate.tokens import CONVERSATIONS
 
     render = original_side(tokenizer).render
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)]
@@ -91,6 +83,42 @@ def _require_end(tokenizer: Any) -> None:
             f"the tokenizer {found}, given short texts",
             hint="take the tokenizer that belongs to the model; a regex of its pre_tokenizer may never end",
         )
+
+
+def save_text(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TextRecord:
+    """Write the original's tokenizer into `folder`; what it does with a text, as transformers has it."""
+    from llmc.checkpoint.tokenizer import plain_template
+
+    checkpoint.save_tokenizer(folder, tokenizer)
+    before, after = _around(tokenizer)
+    return TextRecord(
+        chat=plain_template(tokenizer) is not None,
+        cleans_up=_cleans_up(tokenizer),
+        before=before,
+        after=after,
+        chat_template=checkpoint.chat_template,
+    )
+
+
+def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, backend: Backend) -> TextRecord:
+    """Write what `write_text` wrote for the artifact in folder `artifact` into `folder`; nothing is tried.
+
+    Args:
+        artifact: States by which of its classes onnxruntime-genai reads the tokenizer.
+
+    Raises:
+        CheckpointError: As `write_text`.
+        UnsupportedError: As `write_text`.
+    """
+    from llmc.backends.runtime_tokenizer import CLASSES, stated_class
+
+    tokenizer = checkpoint.tokenizer()
+    record = save_text(checkpoint, tokenizer, folder)
+    if backend is Backend.ONNXRUNTIME:
+        names = (type(tokenizer).__name__, *CLASSES)
+        stated = stated_class(artifact)
+        _write_settings(folder, record, tokenizer, stated if stated in names else names[0])
+    return record
 
 
 def _require_template(tokenizer: Any) -> None:
@@ -133,15 +161,8 @@ def _texts(tokenizer: Any) -> list[str]:
 
 def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
     """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
-    from llmc.validate.tokens import (
-        artifact_sides,
-        compare_chats,
-        compare_texts,
-        load_own,
-        original_side,
-        represents,
-        special_tokens,
-    )
+    from llmc.validate.sides import artifact_sides, load_own, original_side
+    from llmc.validate.tokens import compare_chats, compare_texts, represents, special_tokens
 
     known = partial(represents, tokenizer)
     try:
@@ -209,7 +230,8 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
 def _question(record: TextRecord, tokenizer: Any) -> Question:
     """All that the runtime is compared in."""
     from llmc.backends.tokenizer_worker import Question
-    from llmc.validate.tokens import CONVERSATIONS, original_side
+    from llmc.validate.sides import original_side
+    from llmc.validate.tokens import CONVERSATIONS
 
     original, texts = original_side(tokenizer), _texts(tokenizer)
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)] if record.chat else []
@@ -237,7 +259,8 @@ def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str)
 
 def _compare(answers: Answers, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """What the runtime does otherwise than the original, if that is common; and the rare cases."""
-    from llmc.validate.tokens import compare_chats, original_side, represents
+    from llmc.validate.sides import original_side
+    from llmc.validate.tokens import compare_chats, represents
 
     apart = record.model_copy(update={"adds_special_tokens": False})
     problem, found = _compare_texts(answers, apart, tokenizer)
@@ -268,7 +291,8 @@ def _compare_texts(
 ) -> tuple[LlmcError | None, TextRecord]:
     """Compare texts; differences in rare kinds alone become the record's exceptions."""
     from llmc.artifact.text import text_kinds
-    from llmc.validate.tokens import compare_texts, original_side, special_tokens
+    from llmc.validate.sides import original_side
+    from llmc.validate.tokens import compare_texts, special_tokens
 
     side, special = _side(answers, record), special_tokens(tokenizer)
     try:
@@ -285,7 +309,7 @@ def _compare_texts(
 
 def _side(answers: Answers, record: TextRecord) -> Side:
     """The runtime's answers as a way from text to tokens."""
-    from llmc.validate.tokens import Side
+    from llmc.validate.sides import Side
 
     def encode(text: str) -> list[int]:
         if record.adds_special_tokens:

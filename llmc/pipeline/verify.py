@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.pipeline.advice import advise
+from llmc.pipeline.derived import compare_derived
 from llmc.pipeline.engines import host_engine
 from llmc.pipeline.gate import hold_manifest, measure_parity
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
-from llmc.pipeline.rebuild import explain_versions, rebuild
+from llmc.pipeline.rebuild import UNKNOWN_INPUTS, explain_versions, rebuild
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.subject import Subject
 from llmc.pipeline.thresholds import Thresholds, choose_thresholds
@@ -124,6 +125,9 @@ def _subject(
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
     rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)
+    otherwise = explain_versions(manifest)
+    with progress.stage("derived files"):
+        derived = compare_derived(path, manifest, checkpoint, compiled, rebuilt, otherwise)
     return Subject(
         folder=path,
         interface=manifest.interface,
@@ -137,5 +141,6 @@ def _subject(
         engine=host_engine(manifest, progress),
         tasks=tasks,
         weights=manifest.weights,
-        built_otherwise=explain_versions(manifest, rebuilt),
+        built_otherwise=otherwise if otherwise is not None or rebuilt.complete else UNKNOWN_INPUTS,
+        derived=derived,
     )

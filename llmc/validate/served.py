@@ -62,6 +62,18 @@ class ServedTokenizer:
         except Exception as error:
             raise ParityError(f"onnxruntime-genai cannot decode {list(ids)[:20]}: {error}") from error
 
+    def stream(self, ids: Sequence[int]) -> str:
+        """The text of token ids that come one by one.
+
+        Raises:
+            ParityError: The runtime cannot write it.
+        """
+        try:
+            stream = self._tokenizer.create_stream()
+            return "".join(str(stream.decode(token)) for token in ids)
+        except Exception as error:
+            raise ParityError(f"onnxruntime-genai cannot stream {list(ids)[:20]}: {error}") from error
+
     def render_chat(self, messages: Messages, ask: bool) -> str | None:
         """The chat template's text for `messages`, with the beginning of an answer if `ask`.
 

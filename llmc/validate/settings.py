@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.graph.interface import Interface
@@ -57,16 +58,22 @@ def describe_original(config: Any, generation_config: Any, tokenizer: Any) -> Or
     )
 
 
-def compare_settings(folder: Path, original: Original, interface: Interface) -> Measurement:
-    """SERVING: how many settings of genai_config.json are not what the original or the graph says."""
+def compare_settings(
+    folder: Path, original: Original, interface: Interface, derived: Sequence[str] = ()
+) -> Measurement:
+    """SERVING: how many settings of genai_config.json are not what the original or the graph says.
+
+    Args:
+        derived: What is not what a build derives, a sentence each.
+    """
     path = folder / _FILE
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
         model, search = stated["model"], stated["search"]
         decoder = model["decoder"]
-        found = list(_differences(model, search, decoder, original, interface))
+        found = [*_differences(model, search, decoder, original, interface), *derived]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = [f"{_FILE} cannot be read: {type(error).__name__}: {error}"]
+        found = [f"{_FILE} cannot be read: {type(error).__name__}: {error}", *derived]
     fine = f"{_FILE}: end tokens {list(original.stop)}, special tokens, sizes, names and sampling"
     return mismatches(Metric.SERVING, found, fine, "json, from the files")
 
@@ -95,6 +102,7 @@ def _differences(
     if search["max_length"] > model["context_length"]:
         found.append(f"search.max_length is {search['max_length']}, beyond the context")
     slot = interface.cache[0]
+    expect("decoder.filename", decoder["filename"], MODEL)
     expect("decoder.num_hidden_layers", decoder["num_hidden_layers"], len(interface.cache))
     expect("decoder.num_key_value_heads", decoder["num_key_value_heads"], slot.kv_heads)
     expect("decoder.head_size", decoder["head_size"], slot.key_width)

@@ -2,17 +2,18 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.text import Messages, TextCodec, TextKind, text_kinds
+from llmc.artifact.text import TextCodec, text_kinds
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
+from llmc.validate.decoding import compare_ids, compare_streams
 from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.served import ServedTokenizer
+from llmc.validate.sides import Side, artifact_sides, load_own, original_side, render_messages
 
 #: What tokenizers are known to disagree on.
 HARD_TEXTS = (
@@ -37,6 +38,8 @@ HARD_TEXTS = (
 #: Characters of the evaluation text in each piece that is encoded, and how many pieces.
 PIECE = 400
 PIECES = 24
+#: Differences that a report tells.
+_TOLD = 3
 #: Texts that are compared at least.
 FEWEST = 30
 
@@ -50,68 +53,35 @@ CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     ),
     ({"role": "user", "content": 'He said "naïve 日本 🙂" \\\\ {{ x }}'},),
 )
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the ways from text to tokens and back.
-
-    Args:
-        name: What reads the tokenizer's files.
-        encode: Token ids of a text, with what stands before and after it.
-        decode: The text of token ids, without special tokens.
-        render: The chat template's text for messages, with the beginning of an answer if the second argument
-            says so; None where the template refuses them.
-        encode_rendered: Token ids of such a text.
-        exceptions: Kinds of texts that it is known to encode otherwise, which are left out.
-    """
-
-    name: str
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    render: Callable[[Messages, bool], str | None] | None
-    encode_rendered: Callable[[str], list[int]]
-    exceptions: frozenset[TextKind] = frozenset()
-
-
-def artifact_sides(own: Any, codec: TextCodec, served: ServedTokenizer | None) -> tuple[Side, ...]:
-    """The ways that an artifact offers: transformers over its files, `llmc run`, and onnxruntime-genai.
-
-    Args:
-        own: transformers' tokenizer from the artifact's files.
-        codec: The artifact's tokenizer, as `llmc run` and engines use it.
-        served: onnxruntime-genai's tokenizer; None for one that does not serve its text.
-    """
-    sides = [
-        original_side(own, "transformers"),
-        Side("llmc run", codec.encode, codec.decode, None, codec.encode_rendered),
-    ]
-    if served is not None:
-        sides.append(runtime_side(served))
-    return tuple(sides)
-
-
-def runtime_side(served: ServedTokenizer) -> Side:
-    """onnxruntime-genai's own tokenizer."""
-    return Side(
-        "onnxruntime-genai",
-        served.encode,
-        served.decode,
-        served.render_chat,
-        served.encode_rendered,
-        served.exceptions,
-    )
-
-
-def original_side(tokenizer: Any, name: str = "the original") -> Side:
-    """A tokenizer of transformers."""
-    return Side(
-        name,
-        lambda text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]],
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        partial(_render, tokenizer),
-        lambda text: [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]],
-    )
+_CALL = {"name": "find_river", "arguments": {"country": "Norway", "longest": True}}
+#: With messages of tools, which transformers' tokenizers are compared on alone.
+TOOL_CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
+    (
+        {"role": "user", "content": "Which river?"},
+        {"role": "tool", "name": "find_river", "content": "Glomma"},
+    ),
+    (
+        {"role": "user", "content": "Which river?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": _CALL}]},
+        {"role": "tool", "name": "find_river", "content": '{"river": "Glomma"}'},
+        {"role": "assistant", "content": "The Glomma."},
+        {"role": "user", "content": "Thanks."},
+    ),
+)
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "find_river",
+            "description": "Find a river.",
+            "parameters": {
+                "type": "object",
+                "properties": {"country": {"type": "string", "description": "Where."}},
+                "required": ["country"],
+            },
+        },
+    },
+)
 
 
 def sample_texts(tokenizer: Any, text: str, prompts: Sequence[str]) -> list[str]:
@@ -207,6 +177,26 @@ def compare_chats(
     return count, different
 
 
+def compare_tools(original: Any, own: Any) -> tuple[int, list[str]]:
+    """Conversations with tools that the original's template takes, and what differs from it.
+
+    Args:
+        original: The original's tokenizer, by transformers.
+        own: That of the artifact's files.
+    """
+    different, count = [], 0
+    conversations = [(messages, None) for messages in TOOL_CONVERSATIONS]
+    for messages, tools in (*conversations, *((m, TOOLS) for m in (CONVERSATIONS[0], *TOOL_CONVERSATIONS))):
+        for ask in (True, False):
+            golden = render_messages(original, messages, ask, tools)
+            if golden is None:
+                continue
+            count += 1
+            if (made := render_messages(own, messages, ask, tools)) != golden:
+                different.append(f"with tools transformers renders {made!r}, the original {golden!r}")
+    return count, different
+
+
 def measure_tokens(
     folder: Path,
     codec: TextCodec,
@@ -215,11 +205,13 @@ def measure_tokens(
     text: str,
     prompts: Sequence[str],
     where: str,
+    files: Sequence[str] = (),
 ) -> tuple[Measurement, ...]:
     """TOKENIZER_EQUAL: share of texts with the original's tokens and text; CHAT_EQUAL: of conversations.
 
     Every way that the artifact offers is held to the original; see `artifact_sides` and `sample_texts`. A
-    vocabulary that differs in any token counts as a text that differs.
+    vocabulary that differs in any token, a run of ids with another text, a text that streams otherwise and a
+    file that differs each count as a text that differs.
 
     Args:
         codec: The artifact's tokenizer, as `llmc run` and engines use it.
@@ -227,13 +219,14 @@ def measure_tokens(
         tokenizer: The original's transformers tokenizer.
         text: The evaluation text, of which pieces are encoded.
         where: What reads the artifact.
+        files: What of its files is not what a build writes, a sentence each.
     """
 
     def take() -> tuple[Measurement, ...]:
         own = load_own(folder)
         sides = artifact_sides(own, codec, served)
-        equal = partial(_tokenizer, own, sides, codec, tokenizer, texts, where)
-        chat = partial(_chat, sides, codec, tokenizer, where)
+        equal = partial(_tokenizer, own, sides, codec, tokenizer, texts, where, files)
+        chat = partial(_chat, own, sides, codec, tokenizer, where)
         return (
             *measure((Metric.TOKENIZER_EQUAL,), where, lambda: (equal(),)),
             *measure((Metric.CHAT_EQUAL,), where, lambda: (chat(),)),
@@ -244,21 +237,33 @@ def measure_tokens(
 
 
 def _tokenizer(
-    own: Any, sides: Sequence[Side], codec: TextCodec, tokenizer: Any, texts: Sequence[str], where: str
+    own: Any,
+    sides: Sequence[Side],
+    codec: TextCodec,
+    tokenizer: Any,
+    texts: Sequence[str],
+    where: str,
+    files: Sequence[str],
 ) -> Measurement:
-    found = compare_texts(original_side(tokenizer), sides, texts, special_tokens(tokenizer))
-    different = list(found.values())
+    original = original_side(tokenizer)
+    found = compare_texts(original, sides, texts, special_tokens(tokenizer))
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    different = [*files, *found.values(), *compare_ids(original, sides, ids)]
+    different += compare_streams(sides, [original.encode_rendered(text) for text in texts])
     other = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
     if other:
         different.append(
             f"the vocabulary differs: {other[0][0]!r} with id {other[0][1]} is in one of the two"
         )
-    detail = "; ".join([f"{len(texts)} texts", *different[:2], *codec.record.describe()])
+    read = f"{len(texts)} texts and {len(ids):,} ids"
+    detail = "; ".join([read, *different[:_TOLD], *codec.record.describe()])
     return measured(Metric.TOKENIZER_EQUAL, 1 - min(1.0, len(different) / len(texts)), detail, where)
 
 
-def _chat(sides: Sequence[Side], codec: TextCodec, tokenizer: Any, where: str) -> Measurement:
+def _chat(own: Any, sides: Sequence[Side], codec: TextCodec, tokenizer: Any, where: str) -> Measurement:
     count, different = compare_chats(original_side(tokenizer), sides, partial(represents, tokenizer))
+    more, otherwise = compare_tools(tokenizer, own)
+    count, different = count + more, [*different, *otherwise]
     if not count:
         if codec.record.chat or any(_renders(side) for side in sides):
             return measured(
@@ -269,6 +274,8 @@ def _chat(sides: Sequence[Side], codec: TextCodec, tokenizer: Any, where: str) -
     if not codec.record.chat:
         return measured(Metric.CHAT_EQUAL, 0.0, "the original has a chat template, llmc run uses none", where)
     detail = "; ".join([f"{count} conversations", *different[:1]])
+    if codec.record.chat_template is not None:
+        detail += "; with the template that was given to the build in the place of the original's"
     return measured(Metric.CHAT_EQUAL, 1 - len(different) / count, detail, where)
 
 
@@ -280,37 +287,12 @@ def _renders(side: Side) -> bool:
         return False
 
 
-def _render(tokenizer: Any, messages: Messages, ask: bool) -> str | None:
-    """The template's text; None where there is no template, or it refuses the conversation."""
-    from jinja2 import TemplateError
-
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except (TemplateError, ValueError):
-        return None
-    return text
-
-
 def represents(tokenizer: Any, text: str) -> bool:
     """Whether the tokenizer gives a text back, but for spaces and compatibility characters."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     back = tokenizer.decode(ids)
     plain = [unicodedata.normalize("NFKC", t).casefold().replace(" ", "") for t in (text, back)]
     return plain[0] == plain[1]
-
-
-def load_own(folder: Path) -> Any:
-    """The tokenizer of an artifact's files, by transformers.
-
-    Raises:
-        ParityError: It cannot read them.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
-        raise ParityError(f"transformers cannot read the tokenizer of {folder}: {error}") from error
 
 
 def _short(text: str) -> str:

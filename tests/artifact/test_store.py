@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.disk import require_space, space_errors
-from llmc.artifact.integrity import require_intact
+from llmc.artifact.integrity import find_damage, require_intact
 from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
 from llmc.artifact.store import digest_file, digest_files, open_artifact, staging
 from llmc.artifact.verdict import CheckStatus
@@ -288,6 +288,19 @@ def test_changed_and_missing_files_are_all_named(tmp_path: Path, make_manifest: 
     fact = r"b\.onnx has 5 bytes instead of 4; c\.onnx is missing"
     with pytest.raises(ConfigError, match=rf"model is damaged: a\.onnx has changed; {fact}$"):
         require_intact(open_artifact(model))
+
+
+def test_files_that_the_manifest_does_not_list_are_named(tmp_path: Path, make_manifest: MakeManifest) -> None:
+    with staging(tmp_path / "model") as draft:
+        draft.commit(make_manifest(files={}))
+    model = tmp_path / "model"
+    for name in ("reports/today/report.json", "reports/junit.xml", "reports/run.so", "more/a.json"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(b"1234")
+    wrong = ("more/a.json", "reports/run.so")
+    assert find_damage(open_artifact(model)).files == tuple(
+        f"{n} is not listed in the manifest" for n in wrong
+    )
 
 
 def test_digests_leave_out_reports_and_the_manifest_and_trust_what_is_known(tmp_path: Path) -> None:

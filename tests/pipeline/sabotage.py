@@ -89,7 +89,7 @@ def copy_artifact(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _edit_json(path: Path, change: Callable[[Any], None]) -> None:
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data), encoding="utf-8")
@@ -177,7 +177,7 @@ def _grow_cache(folder: Path) -> None:
     def change(config: Any) -> None:
         config["search"]["past_present_share_buffer"] = False
 
-    _edit_json(folder / "genai_config.json", change)
+    edit_json(folder / "genai_config.json", change)
 
 
 def cache_off_by_one(folder: Path) -> None:
@@ -275,7 +275,7 @@ def other_tokenizer(folder: Path) -> None:
         vocabulary = data["model"]["vocab"]
         vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
 
-    _edit_json(folder / "tokenizer.json", change)
+    edit_json(folder / "tokenizer.json", change)
 
 
 def other_chat_template(folder: Path) -> None:
@@ -287,14 +287,14 @@ def forget_end_token(folder: Path) -> None:
     def change(config: Any) -> None:
         config["model"]["eos_token_id"] = [0]
 
-    _edit_json(folder / "genai_config.json", change)
+    edit_json(folder / "genai_config.json", change)
 
 
 def other_sampling(folder: Path) -> None:
     def change(config: Any) -> None:
         config["search"]["do_sample"] = True
 
-    _edit_json(folder / "genai_config.json", change)
+    edit_json(folder / "genai_config.json", change)
 
 
 def ignore_window(folder: Path) -> None:

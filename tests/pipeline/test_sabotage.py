@@ -21,6 +21,7 @@ from tests.validate.questions import write_task
 
 from .sabotage import PARITY, SABOTAGES, Edit, Sabotage, copy_artifact, reseal
 from .sabotage_contents import CONTENT_SABOTAGES
+from .sabotage_files import FILE_SABOTAGES
 
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
 #: A random model of three layers loses more to 4 bits than the targets allow a trained one.
@@ -131,7 +132,9 @@ def test_a_cheap_check_that_misses_ends_the_run(
     assert left.detail == f"{missed} missed its gate before; --all measures this as well"
 
 
-@pytest.mark.parametrize("sabotage", CONTENT_SABOTAGES, ids=lambda s: f"{s.name} ({s.artifact})")
+@pytest.mark.parametrize(
+    "sabotage", [*CONTENT_SABOTAGES, *FILE_SABOTAGES], ids=lambda s: f"{s.name} ({s.artifact})"
+)
 def test_what_no_build_gives_fails_before_anything_is_loaded(
     sabotage: Sabotage, artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
