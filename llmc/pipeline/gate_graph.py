@@ -28,8 +28,7 @@ def measure_served(run: Run) -> None:
     """
     from llmc.data import prompts
     from llmc.validate import generation
-    from llmc.validate.blank import BlankSession
-    from llmc.validate.quality import YARDSTICK_WINDOWS, measure_quality
+    from llmc.validate.quality import measure_quality
 
     where = _require_interface(run)
     limit = run.subject.interface.max_length
@@ -38,8 +37,8 @@ def measure_served(run: Run) -> None:
     drawn, runtime = _serve(run, asked, count)
     release_memory()
     with run.progress.stage("original"):
-        run.windows.prepare(run.original)
-        texts = generation.original_texts(run.original, run.tokenizer, asked, run.stated.stop, count)
+        questions = generation.original_questions(drawn, run.stated.stop)
+        run.original.prepare([*run.windows.questions(), *questions], run.progress.advance)
     release_memory()
     rounding = None
     if run.weights.unread:
@@ -47,14 +46,17 @@ def measure_served(run: Run) -> None:
         run.original.release()
     else:
         with run.progress.stage("original with the artifact's weights"):
+            run.own.prepare(generation.own_questions(drawn, run.stated.stop), run.progress.advance)
             if drawn:
-                run.found += generation.measure_generation(drawn, texts, run.own, run.stated.stop, runtime)
-            run.parity(BlankSession(run.subject.interface), run.own).measure()
+                run.found += generation.measure_generation(
+                    drawn, run.original, run.own, run.stated.stop, runtime, count
+                )
+            run.prepare_parity()
             run.original.release()
         rounding = open_rounding(run.subject, run.own)
         if rounding is not None:
             with run.progress.stage("original with rounded weights"):
-                run.windows.sample(YARDSTICK_WINDOWS).prepare(rounding)
+                rounding.prepare(run.windows.yardstick_questions(run.original), run.progress.advance)
                 rounding.release()
         run.own.release()
         release_memory()
@@ -64,7 +66,9 @@ def measure_served(run: Run) -> None:
     model = _open_graph(run, exact=False)
     with run.progress.stage("quality"):
         unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
-        run.found += measure_quality(model, run.original, run.windows, rounding=rounding, unstable=unstable)
+        run.found += measure_quality(
+            model, run.original, run.windows, None, rounding, unstable, run.progress.advance
+        )
     _measure_tasks(run, model)
 
 
@@ -84,12 +88,12 @@ def measure_static(run: Run) -> None:
 
     subject, rows = run.subject, _most_rows(run)
     with run.progress.stage("original"):
-        run.windows.prepare(run.original)
+        run.original.prepare(run.windows.questions(), run.progress.advance)
         if subject.engine is not None:
             run.parity(BlankSession(subject.interface), run.original, rows).decode()
     with run.progress.stage("original with the artifact's weights"):
         if not run.weights.unread:
-            run.parity(BlankSession(subject.interface), run.own).measure()
+            run.prepare_parity()
         run.original.release()
         run.own.release()
     release_memory()
@@ -116,7 +120,9 @@ def measure_static(run: Run) -> None:
     run.found += levels
     with run.progress.stage("quality"):
         unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
-        run.found += measure_quality(model, run.original, run.windows, rows, unstable=unstable)
+        run.found += measure_quality(
+            model, run.original, run.windows, rows, unstable=unstable, advance=run.progress.advance
+        )
     _measure_tasks(run, model)
 
 

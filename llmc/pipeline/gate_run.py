@@ -90,9 +90,10 @@ class Run:
         Raises:
             ConfigError: The text is too short.
         """
-        from llmc.validate.quality import plan_windows
+        from llmc.validate.quality import most_windows, plan_windows
 
-        return plan_windows(self.subject.interface, *self._tokenized)
+        most = most_windows(self.subject.checkpoint.reference_bytes())
+        return plan_windows(self.subject.interface, *self._tokenized, most)
 
     def require_windows(self) -> None:
         """Find out whether the evaluation text is long enough, before work that it would be the end of.
@@ -111,6 +112,17 @@ class Run:
     def own(self) -> RememberedModel:
         """The original with the artifact's own weights."""
         return open_own(self.subject, self.original, self.weights)
+
+    def prepare_parity(self) -> None:
+        """Have the original with the artifact's weights answer what the parity levels will ask of it."""
+        from llmc.validate.blank import BlankSession
+
+        interface = self.subject.interface
+        self.own.prepare_for(
+            interface.vocabulary,
+            lambda reference: self.parity(BlankSession(interface), reference).measure(),
+            self.progress.advance,
+        )
 
     def parity(self, model: Session, reference: Reference, rows: int | None = None) -> Parity:
         """The parity levels of a model against a reference.

@@ -247,7 +247,7 @@ class Workbench:
         from llmc.validate.quality import measure_quality
 
         windows = self._windows.sample(count)
-        windows.prepare(self._original)
+        self._original.prepare(windows.questions())
         self._original.release()
         found = {m.metric: m for m in measure_quality(self._session(artifact), self._original, windows)}
         kl = found[Metric.TEXT_KL_MEAN]

@@ -10,6 +10,7 @@ from llmc.artifact.text import TextCodec
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.measure import measure, measured
+from llmc.validate.questions import Followed, Question, ask_followed, read_followed
 from llmc.validate.reference import Reference
 from llmc.validate.served import Served
 
@@ -23,34 +24,9 @@ TOP_K = 8
 SEED = 7
 
 
-@dataclass(frozen=True)
-class OriginalText:
-    """A prompt, its tokens, and the original's greedy continuation."""
-
-    prompt: str
-    ids: list[int]
-    continuation: list[int]
-
-
 def new_tokens(context: int | None) -> int:
     """New tokens for each prompt: NEW_TOKENS, or half of the context where that is less."""
     return NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context // 2))
-
-
-def original_texts(
-    original: Reference, tokenizer: Any, prompts: Sequence[str], stop: Sequence[int], count: int = NEW_TOKENS
-) -> tuple[OriginalText, ...]:
-    """What the original makes of each prompt with its own tokenizer and end tokens `stop`.
-
-    Args:
-        count: New tokens at most.
-    """
-    made = []
-    for prompt in prompts:
-        ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
-        continuation = original.generate(np.array(ids, np.int64), count, stop).tolist()
-        made.append(OriginalText(prompt, ids, continuation))
-    return tuple(made)
 
 
 def fitting_prompts(prompts: Sequence[str], tokenizer: Any, context: int | None) -> tuple[str, ...]:
@@ -70,11 +46,15 @@ class ServedText:
     """What the artifact makes of a prompt.
 
     Args:
-        encoded: The prompt's tokens by the artifact's tokenizer.
-        continuation: Greedy text after the original's tokens of the prompt.
+        prompt: The prompt.
+        ids: Its tokens by the original's tokenizer.
+        encoded: Its tokens by the artifact's tokenizer.
+        continuation: Greedy text after `ids`.
         sampled: Two samples with one seed; none of the prompts that are not sampled.
     """
 
+    prompt: str
+    ids: list[int]
     encoded: list[int]
     continuation: list[int]
     sampled: tuple[list[int], ...]
@@ -100,6 +80,8 @@ def served_texts(
         runs = 2 if number < SAMPLED_PROMPTS else 0
         made.append(
             ServedText(
+                prompt=prompt,
+                ids=ids,
                 encoded=codec.encode(prompt),
                 continuation=served.generate(ids, count),
                 sampled=tuple(served.generate(ids, count, **options) for _ in range(runs)),
@@ -108,30 +90,44 @@ def served_texts(
     return tuple(made)
 
 
+def original_questions(served: Sequence[ServedText], stop: Sequence[int]) -> list[Question]:
+    """What `measure_generation` asks the original."""
+    return [ask_followed(made.ids, made.continuation, stop) for made in served]
+
+
+def own_questions(served: Sequence[ServedText], stop: Sequence[int]) -> list[Question]:
+    """What `measure_generation` asks the original with the artifact's weights."""
+    sampled = [ask_followed(made.ids, made.sampled[0], stop) for made in served if made.sampled]
+    return [*original_questions(served, stop), *sampled]
+
+
 def measure_generation(
     served: Sequence[ServedText],
-    texts: Sequence[OriginalText],
+    original: Reference,
     own_weights: Reference,
     stop: Sequence[int],
     where: str,
+    count: int = NEW_TOKENS,
 ) -> tuple[Measurement, ...]:
     """Greedy and sampled text, token by token.
 
-    Each side encodes the prompt with its own tokenizer; a prompt that they encode differently counts
-    as unequal.
+    Both references are given the artifact's own text, which shows in one pass whether they would have made
+    the same, and where they part first. Each side encodes the prompt with its own tokenizer; a prompt that
+    they encode differently counts as unequal.
 
     GENERATE_EQUAL is the share of prompts whose greedy text is that of PyTorch. GENERATE_GAP judges
-    greedy text that quantization may have led elsewhere: the original with the artifact's weights is
-    fed the generated text, and the gap is the most by which it prefers another next token, in logits.
-    GENERATE_SEEDED is the share of prompts whose text, sampled with a fixed seed, is the same in two
-    runs and keeps to the 2 * TOP_K likeliest tokens of the original with the artifact's weights.
+    greedy text that quantization may have led elsewhere: the most by which the original with the artifact's
+    weights prefers another next token, in logits. GENERATE_SEEDED is the share of prompts whose text,
+    sampled with a fixed seed, is the same in two runs and keeps to the 2 * TOP_K likeliest tokens of the
+    original with the artifact's weights.
 
     Args:
         served: What the artifact makes of each prompt; at least one.
-        texts: What the original makes of the same prompts.
+        original: The original as it is.
         own_weights: The original with the artifact's weights.
         stop: The original's end tokens.
         where: Runtime of the artifact.
+        count: New tokens at most, as for `served_texts`.
 
     Returns:
         One measurement for each of METRICS.
@@ -139,26 +135,31 @@ def measure_generation(
 
     def take() -> tuple[Measurement, ...]:
         unequal, strayed, gaps = [], [], {}
-        for number, (made, text) in enumerate(zip(served, texts, strict=True)):
-            if made.encoded != text.ids:
+        for number, made in enumerate(served):
+            question = ask_followed(made.ids, made.continuation, stop)
+            if made.encoded != made.ids:
                 unequal.append(
-                    f"{text.prompt!r} is encoded as {made.encoded}, the original's tokens are {text.ids}"
+                    f"{made.prompt!r} is encoded as {made.encoded}, the original's tokens are {made.ids}"
                 )
-            elif (at := _first_difference(made.continuation, text.continuation)) is not None:
-                unequal.append(f"{text.prompt!r} differs from new token {at + 1} on")
-            gaps[f"prompt_{number + 1}"] = _gap(own_weights, text.ids, made.continuation, stop)
-            if made.sampled and (reason := _stray(made.sampled, own_weights, text.ids)):
-                strayed.append(f"{text.prompt!r} {reason}")
+            elif (
+                at := _parting(read_followed(original.ask(question)), made.continuation, count)
+            ) is not None:
+                unequal.append(f"{made.prompt!r} differs from new token {at + 1} on")
+            gap = read_followed(own_weights.ask(question)).gap
+            ended = len(made.continuation) < count  # one of the end tokens was the choice
+            gaps[f"prompt_{number + 1}"] = float(gap[: len(made.continuation) + ended].max(initial=0.0))
+            if made.sampled and (reason := _stray(made, own_weights, stop)):
+                strayed.append(f"{made.prompt!r} {reason}")
         sampled = sum(bool(made.sampled) for made in served)
-        told = f"{len(texts)} prompts, {NEW_TOKENS} new tokens each"
+        told = f"{len(served)} prompts, {count} new tokens each"
         return (
-            _share(METRICS[0], unequal, len(texts), told, where),
+            _share(METRICS[0], unequal, len(served), told, where),
             measured(METRICS[1], max(gaps.values()), told, where, gaps),
             _share(
                 METRICS[2],
                 strayed,
                 sampled,
-                f"{sampled} prompts, {NEW_TOKENS} new tokens each, seed {SEED}, top {TOP_K}",
+                f"{sampled} prompts, {count} new tokens each, seed {SEED}, top {TOP_K}",
                 where,
             ),
         )
@@ -178,27 +179,21 @@ def _first_difference(made: Sequence[int], expected: Sequence[int]) -> int | Non
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(made), len(expected)))
 
 
-def _gap(own_weights: Reference, ids: list[int], made: list[int], stop: Sequence[int]) -> float:
-    """The most by which another next token is preferred to the one that was generated."""
-    sequence = np.array([*ids, *made], np.int64)
-    logits = own_weights.logits(sequence, keep=len(made) + 1, pieces=(len(ids),))
-    chosen = [float(row[token]) for row, token in zip(logits, made, strict=False)]
-    if len(made) < NEW_TOKENS:  # it ended there: one of the end tokens was the choice
-        chosen.append(max((float(logits[-1][token]) for token in stop), default=-np.inf))
-    return max(float(row.max()) - value for row, value in zip(logits, chosen, strict=False))
+def _parting(original: Followed, made: Sequence[int], count: int) -> int | None:
+    """The first new token that the original would have chosen otherwise, the end included; None if none."""
+    others = np.flatnonzero(original.best[:-1] != np.array(made, np.int64))
+    if len(others):
+        return int(others[0])
+    return len(made) if len(made) < count and original.gap[-1] > 0 else None
 
 
-def _stray(sampled: Sequence[list[int]], own_weights: Reference, ids: list[int]) -> str | None:
+def _stray(made: ServedText, own_weights: Reference, stop: Sequence[int]) -> str | None:
     """What is wrong with two samples after a prompt; None if nothing is."""
-    first, second = sampled
+    first, second = made.sampled
     if (at := _first_difference(first, second)) is not None:
         return f"differs between two runs of one seed from new token {at + 1} on"
-    if not first:
-        return None
-    sequence = np.array([*ids, *first], np.int64)
-    logits = own_weights.logits(sequence, keep=len(first) + 1, pieces=(len(ids),))
-    for step, token in enumerate(first):
-        rank = int((logits[step] > logits[step][token]).sum())
-        if rank >= 2 * TOP_K:
-            return f"draws at new token {step + 1} what is the original's choice number {rank + 1}"
+    ranks = read_followed(own_weights.ask(ask_followed(made.ids, first, stop))).rank[: len(first)]
+    far = np.flatnonzero(ranks >= 2 * TOP_K)
+    if len(far):
+        return f"draws at new token {far[0] + 1} what is the original's choice number {ranks[far[0]] + 1}"
     return None

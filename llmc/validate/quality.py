@@ -8,8 +8,9 @@ likely that are among the artifact's five. A token less likely than 1e-14 counts
 Means have 95 % confidence intervals over the windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,13 +19,14 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
-from llmc.validate.distribution import LEAST_LIKELY, TOP, Distributions, log_softmax
+from llmc.validate.distribution import LEAST_LIKELY, TOP, Distribution, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
-from llmc.validate.reference import Reference
+from llmc.validate.questions import Question, ask_distributions, ask_divergence, read_divergence
+from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
 from llmc.validate.session import Session
-from llmc.validate.yardstick import compare_with_rounding, divergence
+from llmc.validate.yardstick import compare_with_rounding
 
 Array = np.ndarray
 
@@ -39,7 +41,11 @@ METRICS = (
 )
 
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
-WINDOWS = 64
+#: Thirty-two give the mean KL divergence of the demo to 5 %. A model of 8 billion parameters spends half a
+#: minute of a core on each side of a window, so that there are twelve of an original beyond LARGE_BYTES.
+WINDOWS = 32
+LARGE_WINDOWS = 12
+LARGE_BYTES = 8 << 30
 WINDOW_TOKENS = 160
 PREFIX_TOKENS = 32
 #: Fewest windows, and fewest tokens in each, that a measurement may rest on.
@@ -49,8 +55,8 @@ LEAST_TOKENS = 16
 YARDSTICK_WINDOWS = 16
 #: Tokens whose log-probabilities on both sides go into the report, about.
 PAIRS = 400
-#: Most bytes of the original's distributions held at a time, which bounds the windows of a batch.
-DISTRIBUTION_BYTES = 224 << 20
+#: Most bytes of the artifact's KV cache, which bounds the windows of a batch.
+CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,27 @@ class Windows:
         """Those of `values` (windows, …) that belong to the windows of `sample(count)`."""
         return values[:: self._stride(count)]
 
-    def prepare(self, reference: Reference) -> None:
-        """Have the original answer all that `measure_quality` will ask of it."""
-        for row in self.tokens:
-            reference.prepare(row[:-1], keep=self.steps, pieces=(self.prefix,))
+    def questions(self) -> list[Question]:
+        """What `measure_quality` asks the original."""
+        return [self._question(row) for row in self.tokens]
+
+    def known(self, reference: Reference) -> list[Distributions]:
+        """What the original holds of the measured tokens of each window."""
+        return [Distributions.from_bytes(reference.ask(question)) for question in self.questions()]
+
+    def yardstick_questions(self, original: Reference) -> list[Question]:
+        """What `measure_quality` asks the original with plainly rounded weights."""
+
+        def known(row: Array) -> Distributions:
+            return Distributions.from_bytes(original.ask(self._question(row)))
+
+        return [
+            ask_divergence(row, self.steps, partial(known, row), (self.prefix,))
+            for row in self.sample(YARDSTICK_WINDOWS).tokens
+        ]
+
+    def _question(self, row: Array) -> Question:
+        return ask_distributions(row, self.steps, (self.prefix,))
 
     def _stride(self, count: int) -> int:
         return max(1, len(self.tokens) // count)
@@ -97,22 +120,20 @@ class _Totals:
     loss: list[Array] = field(default_factory=list)
     loss_original: list[Array] = field(default_factory=list)
 
-    def add(self, original: Sequence[Distributions], at: int, artifact: Array, targets: Array) -> None:
-        """One step: distributions of each row, at `at`; logits (batch, vocabulary); next tokens (batch,)."""
+    def add(self, original: Sequence[Distribution], artifact: Array, targets: Array) -> None:
+        """One step: of each row the original's distribution, logits (vocabulary,), and the next token."""
         figures: list[tuple[float, ...]] = []
         for row, known, target in zip(artifact, original, targets, strict=True):
-            p, q = known.log_probabilities(at), log_softmax(row)
-            top = known.top[at]
+            q = log_softmax(row)
             # A token is among the artifact's five if fewer than five are likelier.
-            among = [np.count_nonzero(row > row[token]) < TOP for token in top]
-            kl = float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            among = row[known.top] >= np.partition(row, -TOP)[-TOP]
             figures.append(
                 (
-                    kl,
-                    float(row.argmax() == top[0]),
+                    known.divergence(q),
+                    float(row.argmax() == known.top[0]),
                     float(np.mean(among)),
                     min(-float(q[target]), LEAST_LIKELY),
-                    min(-float(p[target]), LEAST_LIKELY),
+                    min(-known.target, LEAST_LIKELY),
                 )
             )
         series = (self.kl, self.top1, self.top5, self.loss, self.loss_original)
@@ -120,12 +141,18 @@ class _Totals:
             values.append(part)
 
 
-def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...]) -> Windows:
+def most_windows(original_bytes: int) -> int:
+    """Windows at most, for an original of so many bytes in float32: by its size, whatever machine this is."""
+    return LARGE_WINDOWS if original_bytes > LARGE_BYTES else WINDOWS
+
+
+def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...], most: int = WINDOWS) -> Windows:
     """Cut a text into windows that are spread over it.
 
     Args:
         tokens: (n,) int64, the text without special tokens.
         start: Tokens that the tokenizer puts before a text, such as the beginning-of-sequence token.
+        most: Windows at most.
 
     Raises:
         ConfigError: The text, or the model's positions, are too short.
@@ -142,7 +169,7 @@ def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...]) ->
             " are needed",
             hint="use a longer evaluation text",
         )
-    return Windows(cut_windows(tokens, length - len(start), start), prefix)
+    return Windows(cut_windows(tokens, length - len(start), start, most), prefix)
 
 
 def measure_quality(
@@ -152,6 +179,7 @@ def measure_quality(
     rows: int | None = None,
     rounding: Reference | None = None,
     unstable: tuple[SensitiveReference, float] | None = None,
+    advance: Advance = quietly,
 ) -> tuple[Measurement, ...]:
     """KL divergence, agreement and perplexity ratio on a text.
 
@@ -165,19 +193,25 @@ def measure_quality(
             with no yardstick.
         unstable: Where the mean KL divergence may exceed this bound, positions that rounding alone moves by
             more are left out of all figures, as the original finds them; None leaves none out.
+        advance: Told how many decode steps of how many are done.
 
     Returns:
         One measurement for each of METRICS.
     """
 
     def take() -> tuple[Measurement, ...]:
-        parts = []
-        first = reference.distributions(windows.tokens[0, :-1], keep=windows.steps, pieces=(windows.prefix,))
-        vocabulary = first.codes.shape[1]
-        batch = max(1, DISTRIBUTION_BYTES // (2 * windows.steps * vocabulary))
+        parts, done, count = [], 0, len(windows.tokens)
+        batch = _most_rows(model.interface, windows.tokens.shape[1])
         batch = batch if rows is None else min(batch, rows)
-        for i in range(0, len(windows.tokens), batch):
-            parts.append(_compare(model, reference, windows.tokens[i : i + batch], windows.prefix))
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            advance(done, -(-count // batch) * windows.steps)
+
+        for i in range(0, count, batch):
+            part = Windows(windows.tokens[i : i + batch], windows.prefix)
+            parts.append(_compare(model, part, part.known(reference), step))
         figures = np.concatenate(parts, axis=1)
         left_out = np.zeros(figures[0].shape, bool)
         if unstable is not None and mean_interval(figures[0].mean(axis=1).tolist())[1] > unstable[1]:
@@ -187,46 +221,56 @@ def measure_quality(
             why = "no matrix is stored as integers by block, or the target has no gate on it"
             status = MeasurementStatus.NOT_APPLICABLE
             return (*made, unmeasured(Metric.TEXT_KL_RATIO, status, why, model.where))
-        sample = windows.sample(YARDSTICK_WINDOWS)
-        asked = [
-            [side.distributions(row[:-1], keep=sample.steps) for row in sample.tokens]
-            for side in (reference, rounding)
-        ]
+        plain = [read_divergence(rounding.ask(q)).mean() for q in windows.yardstick_questions(reference)]
         own = windows.sampled(figures[0], YARDSTICK_WINDOWS).mean(axis=1)
-        return (*made, compare_with_rounding(own, divergence(*asked), model.where))
+        return (*made, compare_with_rounding(own, np.array(plain), model.where))
 
     return measure(METRICS, model.where, take)
 
 
-def cut_windows(tokens: Array, length: int, start: tuple[int, ...]) -> Array:
-    """Up to WINDOWS windows of `length` tokens that do not overlap, spread evenly, each after `start`.
+def cut_windows(tokens: Array, length: int, start: tuple[int, ...], most: int = WINDOWS) -> Array:
+    """Up to `most` windows of `length` tokens that do not overlap, spread evenly, each after `start`.
 
     Returns:
         (windows, len(start) + length) int64.
     """
-    count = min(WINDOWS, len(tokens) // length)
+    count = min(most, len(tokens) // length)
     stride = len(tokens) // count
     cut = [tokens[i * stride : i * stride + length] for i in range(count)]
     return np.array([[*start, *window] for window in cut], np.int64)
 
 
-def _compare(model: Session, reference: Reference, windows: Array, prefix: int) -> Array:
-    """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original."""
-    length = windows.shape[1]
-    totals = _Totals()
+def _compare(
+    model: Session, windows: Windows, known: Sequence[Distributions], advance: Callable[[], None]
+) -> Array:
+    """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original.
+
+    Args:
+        known: What the original holds of the measured tokens of each window.
+        advance: Called after each step.
+    """
+    totals, tokens = _Totals(), windows.tokens
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
-    steps = length - prefix
-    expected = [reference.distributions(row[:-1], keep=steps, pieces=(prefix,)) for row in windows]
-    shape = (len(windows), expected[0].codes.shape[1])
-    logits = model.prefill(windows[:, :prefix], steps=length - prefix - 1)[:, -1]
-    for step in range(length - prefix):
-        at = prefix + step
+    logits = model.prefill(tokens[:, : windows.prefix], steps=windows.steps - 1)[:, -1]
+    for step in range(windows.steps):
+        at = windows.prefix + step
         if step > 0:
-            logits = model.decode(windows[:, at - 1 : at])[:, -1]
+            logits = model.decode(tokens[:, at - 1 : at])[:, -1]
+        shape = (len(tokens), known[0].vocabulary)
         require_comparable(logits, shape, f"position {at - 1} of the evaluation text")
-        totals.add(expected, step, logits, windows[:, at])
+        totals.add([each.positions[step] for each in known], logits, tokens[:, at])
+        advance()
     series = (totals.kl, totals.top1, totals.top5, totals.loss, totals.loss_original)
     return np.stack([np.stack(part, axis=1) for part in series])
+
+
+def _most_rows(interface: Interface, length: int) -> int:
+    """Windows of `length` tokens whose KV cache fits in CACHE_BYTES, at least one."""
+    slots = length
+    if interface.static_cache and interface.max_length is not None:
+        slots = interface.max_length
+    values = sum(slot.kv_heads * (slot.key_width + slot.value_width) for slot in interface.cache)
+    return max(1, CACHE_BYTES // max(1, 4 * values * slots))
 
 
 def _measurements(figures: Array, left_out: Array, length: int, where: str) -> tuple[Measurement, ...]:

@@ -2,9 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,17 +11,17 @@ import numpy as np
 from llmc.errors import ParityError, UnsupportedError
 from llmc.graph.switches import crosses, rope_switches
 from llmc.validate.attention import attention_by_rows
-from llmc.validate.distribution import Distributions, log_softmax
+from llmc.validate.questions import Question
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a model holds of a continuation: its log-likelihood in nats, and whether greedy text is this."""
+#: Told how much of how much is done, in a unit of its own.
+Advance = Callable[[int, int], None]
 
-    log_likelihood: float
-    greedy: bool
+
+def quietly(done: int, total: int) -> None:
+    """Tell nobody how much is done."""
 
 
 class Reference(Protocol):
@@ -42,24 +41,20 @@ class Reference(Protocol):
         """
         ...
 
-    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
-        """What follows each of the last `keep` positions of input_ids (sequence,)."""
+    def ask(self, question: Question) -> bytes:
+        """What is kept of the original's logits."""
         ...
 
-    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
-        """Know `distributions` of these before they are asked for."""
+    def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
+        """Know the answers before they are asked for.
+
+        Args:
+            advance: Told how many questions of how many are answered.
+        """
         ...
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
-        ...
-
-    def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
-        """Greedy text after input_ids (sequence,) up to an end token, which is left out."""
-        ...
-
-    def score(self, prompt: Array, choice: Array) -> Score:
-        """What is held of the tokens `choice` (n,) after those of `prompt` (m,), at least one."""
         ...
 
 
@@ -136,7 +131,7 @@ class TorchModel:
         for step in steps:
             ids, end = torch.from_numpy(input_ids[None, start : start + step].copy()), start + step
             wanted = end - max(start, first)
-            with torch.inference_mode(), _failures(end), attention_by_rows(self.model, step, end):
+            with torch.inference_mode(), reporting_failures(end), attention_by_rows(self.model, step, end):
                 out = self.model(
                     input_ids=ids,
                     past_key_values=cache,
@@ -148,12 +143,12 @@ class TorchModel:
             start, cache = end, out.past_key_values if len(steps) > 1 else None
         return np.concatenate(parts)
 
-    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
-        """What follows each of the last `keep` positions, from steps as for `logits`."""
-        return Distributions.of_logits(self.logits(input_ids, keep=keep, pieces=pieces))
+    def ask(self, question: Question) -> bytes:
+        """What is kept of the logits, from steps as for `logits`."""
+        return question.reduce(self.logits(question.input_ids, keep=question.keep, pieces=question.pieces))
 
-    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
-        """Nothing: answers are computed when they are asked for."""
+    def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
+        """Do nothing: answers are computed when they are asked for."""
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
@@ -186,14 +181,6 @@ class TorchModel:
             )
         made: Array = out[0, len(input_ids) :].numpy()
         return made[:-1] if len(made) and made[-1] in stop else made
-
-    def score(self, prompt: Array, choice: Array) -> Score:
-        """Log-likelihood of `choice` (n,) after `prompt` (m,), from one forward pass."""
-        if not len(choice):
-            return Score(0.0, True)
-        logits = self.logits(np.concatenate([prompt, choice])[:-1], keep=len(choice))
-        held = log_softmax(logits)[np.arange(len(choice)), choice]
-        return Score(float(held.sum(dtype=np.float64)), bool((logits.argmax(axis=1) == choice).all()))
 
     def set_parameters(self, values: Mapping[str, Array]) -> None:
         """Replace parameters in place by name; a tied one changes wherever it is used.
@@ -239,7 +226,7 @@ class TorchModel:
         import torch
 
         ids = torch.from_numpy(input_ids.copy())
-        with torch.inference_mode(), _failures(input_ids.shape[1]):
+        with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
             out = self.model(
                 input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
                 past_key_values=self._cache,
@@ -255,7 +242,7 @@ class TorchModel:
 
 
 @contextmanager
-def _failures(tokens: int) -> Iterator[None]:
+def reporting_failures(tokens: int) -> Iterator[None]:
     """What the original's own code raises, as a typed error."""
     try:
         yield

@@ -7,9 +7,10 @@ import numpy as np
 
 from llmc.artifact.cache import StageCache, content_key
 from llmc.graph.switches import crosses
+from llmc.validate.batch import answer
 from llmc.validate.conditioning import PROMPTS, STEPS, Conditioning, measure_conditioning
-from llmc.validate.distribution import Distributions
-from llmc.validate.reference import Score, TorchModel
+from llmc.validate.questions import Question, ask_logits, read_logits
+from llmc.validate.reference import Advance, Reference, TorchModel, quietly
 from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
 
 Array = np.ndarray
@@ -17,6 +18,8 @@ Array = np.ndarray
 
 class RememberedModel:
     """A `Reference` that asks PyTorch only for what it has not been asked before.
+
+    Every answer is kept as soon as it is known, so that a run that was killed goes on where it was.
 
     Args:
         load: Loads the original; called at the first question that the cache cannot answer.
@@ -38,55 +41,58 @@ class RememberedModel:
         self._cache = cache
         self._facts = dict(facts)
         self._model: TorchModel | None = None
+        self._kept: dict[str, bytes] = {}
         self.window = window
         self._switches = tuple(switches)
 
     def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
         """As `TorchModel.logits`."""
+        return read_logits(self.ask(ask_logits(input_ids, keep, pieces)), keep)
 
-        def ask(model: TorchModel) -> bytes:
-            logits = model.logits(input_ids, keep=keep, pieces=pieces)
-            return np.ascontiguousarray(logits, np.float32).tobytes()
+    def ask(self, question: Question) -> bytes:
+        """As `TorchModel.ask`."""
+        return self._recall(self._key_of(question), lambda model: model.ask(question))
 
-        data = self._recall("logits", input_ids, self._settings(input_ids, keep, pieces), ask)
-        return np.frombuffer(data, np.float32).reshape(keep, -1).copy()
+    def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
+        """Have the answers in the cache, so that the model can be released; many of them come from one pass.
 
-    def distributions(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Distributions:
-        """As `TorchModel.distributions`."""
-        settings = self._settings(input_ids, keep, pieces)
-        data = self._recall("distributions", input_ids, settings, _ask_distributions(input_ids, keep, pieces))
-        return Distributions.from_bytes(data, keep)
+        Args:
+            advance: Told how many of the questions that were not answered before are.
+        """
+        asked = {self._key_of(question): question for question in questions}
+        unknown = {key: question for key, question in asked.items() if not self._holds(key)}
+        if not unknown:
+            return
+        keys = list(unknown)
+        advance(0, len(keys))
+        for done, (number, logits) in enumerate(answer(self._loaded(), list(unknown.values())), 1):
+            self._put(keys[number], unknown[keys[number]].reduce(logits))
+            advance(done, len(keys))
 
-    def prepare(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> None:
-        """Have the answer of `distributions` in the cache, so that the model can be released."""
-        settings = self._settings(input_ids, keep, pieces)
-        if not self._cache.holds(self._key("distributions", input_ids, settings)):
-            self.distributions(input_ids, keep=keep, pieces=pieces)
+    def prepare_for(
+        self, vocabulary: int, measure: Callable[[Reference], object], advance: Advance = quietly
+    ) -> None:
+        """Have all answers in the cache that `measure` will ask for, whose questions nobody wrote down.
+
+        It is run with logits of zeros for those that are not known yet, again and again until it asks for
+        nothing new.
+
+        Args:
+            vocabulary: Tokens that logits are of.
+            measure: Asks a reference, for logits that its further questions may depend on.
+        """
+        while True:
+            recorder = _Recorder(self, vocabulary)
+            measure(recorder)
+            if not recorder.unknown:
+                return
+            self.prepare(recorder.unknown, advance)
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """As `TorchModel.greedy`."""
-        data = self._recall(
-            "greedy", input_ids, [steps], lambda model: model.greedy(input_ids, steps).tobytes()
-        )
+        key = self._key("greedy", input_ids, [steps])
+        data = self._recall(key, lambda model: model.greedy(input_ids, steps).tobytes())
         return np.frombuffer(data, np.int64).copy()
-
-    def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
-        """As `TorchModel.generate`."""
-        data = self._recall(
-            "generate",
-            input_ids,
-            [new_tokens, *stop],
-            lambda model: model.generate(input_ids, new_tokens, stop).tobytes(),
-        )
-        return np.frombuffer(data, np.int64).copy()
-
-    def score(self, prompt: Array, choice: Array) -> Score:
-        """As `TorchModel.score`."""
-        data = self._recall(
-            "score", np.concatenate([prompt, choice]), [len(choice)], _ask_score(prompt, choice)
-        )
-        log_likelihood, greedy = np.frombuffer(data, np.float64).tolist()
-        return Score(log_likelihood, bool(greedy))
 
     def conditioning(self, tokens: Array, limit: int | None) -> Conditioning:
         """How far rounding moves the model itself, as `measure_conditioning` finds it."""
@@ -95,8 +101,8 @@ class RememberedModel:
             found = measure_conditioning(model, tokens, limit)
             return np.array([found.difference, found.largest, found.spread], np.float64).tobytes()
 
-        data = self._recall("conditioning and spread", tokens, [*PROMPTS, STEPS, limit or 0], ask)
-        return Conditioning(*np.frombuffer(data, np.float64).tolist())
+        key = self._key("conditioning and spread", tokens, [*PROMPTS, STEPS, limit or 0])
+        return Conditioning(*np.frombuffer(self._recall(key, ask), np.float64).tolist())
 
     def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
         """As `measure_sensitivity`."""
@@ -105,7 +111,7 @@ class RememberedModel:
             found = measure_sensitivity(model, input_ids, keep=keep)
             return np.stack([found.logits, found.kl]).tobytes()
 
-        data = self._recall("sensitivity", input_ids, [keep, DRAWS], ask)
+        data = self._recall(self._key("sensitivity", input_ids, [keep, DRAWS]), ask)
         return Sensitivity(*np.frombuffer(data, np.float64).reshape(2, keep))
 
     def release(self) -> TorchModel | None:
@@ -113,35 +119,63 @@ class RememberedModel:
         model, self._model = self._model, None
         return model
 
-    def _settings(self, input_ids: Array, keep: int, pieces: Sequence[int]) -> list[int]:
-        """What a question's answer depends on besides its tokens."""
-        return [keep, *(pieces if crosses(pieces, len(input_ids), self._switches) else ())]
+    def knows(self, question: Question) -> bool:
+        """Whether the answer is in the cache."""
+        return self._holds(self._key_of(question))
 
-    def _key(self, what: str, input_ids: Array, settings: list[int]) -> str:
+    def _loaded(self) -> TorchModel:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def _key_of(self, question: Question) -> str:
+        crossed = crosses(question.pieces, len(question.input_ids), self._switches)
+        settings = [question.keep, *(question.pieces if crossed else ()), *question.settings]
+        return self._key(question.what, question.input_ids, settings)
+
+    def _key(self, what: str, input_ids: Array, settings: Sequence[str | int]) -> str:
         tokens = hashlib.sha256(input_ids.astype(np.int64).tobytes()).hexdigest()
-        facts = {**self._facts, "what": what, "tokens": tokens, "settings": settings}
+        facts = {**self._facts, "what": what, "tokens": tokens, "settings": list(settings)}
         return content_key("reference", facts)
 
-    def _recall(
-        self, what: str, input_ids: Array, settings: list[int], ask: Callable[[TorchModel], bytes]
-    ) -> bytes:
-        key = self._key(what, input_ids, settings)
-        known = self._cache.get(key)
+    def _recall(self, key: str, ask: Callable[[TorchModel], bytes]) -> bytes:
+        known = self._kept.get(key) or self._cache.get(key)
         if known is None:
-            if self._model is None:
-                self._model = self._load()
-            known = ask(self._model)
-            self._cache.put(key, known)
+            known = ask(self._loaded())
+            self._put(key, known)
         return known
 
+    def _holds(self, key: str) -> bool:
+        return key in self._kept or self._cache.holds(key)
 
-def _ask_score(prompt: Array, choice: Array) -> Callable[[TorchModel], bytes]:
-    def ask(model: TorchModel) -> bytes:
-        made = model.score(prompt, choice)
-        return np.array([made.log_likelihood, made.greedy], np.float64).tobytes()
+    def _put(self, key: str, data: bytes) -> None:
+        """Keep an answer on disk, or in memory where the cache does not take it."""
+        self._cache.put(key, data)
+        if not self._cache.holds(key):
+            self._kept[key] = data
 
-    return ask
 
+class _Recorder:
+    """A `Reference` that answers what is known, and writes down what is not."""
 
-def _ask_distributions(input_ids: Array, keep: int, pieces: Sequence[int]) -> Callable[[TorchModel], bytes]:
-    return lambda model: model.distributions(input_ids, keep=keep, pieces=pieces).to_bytes()
+    def __init__(self, model: RememberedModel, vocabulary: int) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        self.window = model.window
+        self.unknown: list[Question] = []
+
+    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
+        question = ask_logits(input_ids, keep, pieces)
+        if self._model.knows(question):
+            return self._model.logits(input_ids, keep=keep, pieces=pieces)
+        self.unknown.append(question)
+        return np.broadcast_to(np.float32(0), (keep, self._vocabulary))
+
+    def greedy(self, input_ids: Array, steps: int) -> Array:
+        return self._model.greedy(input_ids, steps)
+
+    def ask(self, question: Question) -> bytes:
+        return self._model.ask(question)
+
+    def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
+        """Do nothing: the answers are computed when they are asked for."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from llmc.errors import ConfigError, LlmcError, ResourceError, UnsupportedError
 from llmc.validate.distribution import log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured
-from llmc.validate.reference import Reference, Score
+from llmc.validate.questions import Score, ask_score, read_score
+from llmc.validate.reference import Reference
 from llmc.validate.session import Session
 
 Array = np.ndarray
+
+#: Scores pairs of a prompt and a choice after it.
+_Scorer = Callable[[Sequence[tuple[Array, Array]]], list[Score]]
 
 #: Fewest items that a confidence interval can rest on.
 LEAST_ITEMS = 2
@@ -93,8 +98,8 @@ def measure_tasks(model: Session, reference: Reference, tokenizer: Any, tasks: T
     """
 
     def take() -> tuple[Measurement, ...]:
-        artifact = _answer(tasks, tokenizer, lambda prompt, choice: _score(model, prompt, choice))
-        original = _answer(tasks, tokenizer, reference.score)
+        artifact = _answer(tasks, tokenizer, lambda pairs: [_score(model, *pair) for pair in pairs])
+        original = _answer(tasks, tokenizer, partial(_score_original, reference))
         differences = [artifact[item] - original[item] for item in original]
         figures = {}
         for side, answers in (("artifact", artifact), ("original", original)):
@@ -136,9 +141,7 @@ def _require_choices(name: str, task: Any, items: int | None) -> None:
         )
 
 
-def _answer(
-    tasks: Tasks, tokenizer: Any, score: Callable[[Array, Array], Score]
-) -> dict[tuple[str, int], float]:
+def _answer(tasks: Tasks, tokenizer: Any, score: _Scorer) -> dict[tuple[str, int], float]:
     """1 for each item (task, number) that is answered right, else 0."""
     from lm_eval import evaluate
 
@@ -160,7 +163,7 @@ def _answer(
     return {(name, int(s["doc_id"])): float(s["acc"]) for name, found in samples.items() for s in found}
 
 
-def _adapt(score: Callable[[Array, Array], Score], tokenizer: Any) -> Any:
+def _adapt(score: _Scorer, tokenizer: Any) -> Any:
     """What lm-evaluation-harness calls a model, over a function that scores tokens."""
     from lm_eval.api.model import TemplateLM
 
@@ -180,11 +183,8 @@ def _adapt(score: Callable[[Array, Array], Score], tokenizer: Any) -> Any:
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
-            answers = []
-            for _texts, prompt, choice in requests:
-                made = score(np.array(prompt, np.int64), np.array(choice, np.int64))
-                answers.append((made.log_likelihood, made.greedy))
-            return answers
+            pairs = [(np.array(p, np.int64), np.array(c, np.int64)) for _texts, p, c in requests]
+            return [(made.log_likelihood, made.greedy) for made in score(pairs)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             raise UnsupportedError("a task asks for the likelihood of whole texts; choices alone are scored")
@@ -193,6 +193,12 @@ def _adapt(score: Callable[[Array, Array], Score], tokenizer: Any) -> Any:
             raise UnsupportedError("a task asks for generated text; choices alone are scored")
 
     return Adapter()
+
+
+def _score_original(reference: Reference, pairs: Sequence[tuple[Array, Array]]) -> list[Score]:
+    questions = [ask_score(prompt, choice) if len(choice) else None for prompt, choice in pairs]
+    reference.prepare([q for q in questions if q is not None])
+    return [Score(0.0, True) if q is None else read_score(reference.ask(q)) for q in questions]
 
 
 def _score(model: Session, prompt: Array, choice: Array) -> Score:

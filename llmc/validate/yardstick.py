@@ -6,7 +6,7 @@ each block of neighbouring inputs is rounded to nearest between its least and it
 included), or up to its largest magnitude where the scheme is symmetric.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.graph.weights import Rows
-from llmc.validate.distribution import Distributions
 from llmc.validate.interval import ratio_interval
 from llmc.validate.measure import measured
 from llmc.validate.weights import Stored
@@ -73,16 +72,6 @@ def round_blocks(weights: Array, rounding: Rounding) -> Array:
     codes = np.clip(codes, -most if rounding.symmetric else 0, most)
     rounded: Array = ((codes - zero) * scale).reshape(padded.shape)[:, :inputs]
     return rounded.reshape(weights.shape)
-
-
-def divergence(original: Sequence[Distributions], other: Sequence[Distributions]) -> Array:
-    """Mean KL divergence of `other` from `original` for each window, nats per token, (windows,)."""
-    means = []
-    for ours, theirs in zip(original, other, strict=True):
-        steps = range(len(ours.top))
-        pairs = ((ours.log_probabilities(at), theirs.log_probabilities(at)) for at in steps)
-        means.append(np.mean([(np.exp(p) * (p - q)).sum(dtype=np.float64) for p, q in pairs]))
-    return np.array(means, np.float64)
 
 
 def compare_with_rounding(artifact: Array, rounding: Array, where: str) -> Measurement:

@@ -12,7 +12,7 @@ from llmc.artifact.text import TextCodec, TextRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.validate.generation import measure_generation, original_texts, served_texts
+from llmc.validate.generation import ServedText, measure_generation, served_texts
 from llmc.validate.parity import Parity
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
@@ -32,8 +32,7 @@ def generate(
     served = Served(folder)
     codec = TextCodec(folder, TextRecord())
     made = served_texts(served, codec, tiny_tokenizer(), prompts)
-    texts = original_texts(reference, tiny_tokenizer(), prompts, stop)
-    return {m.metric: m for m in measure_generation(made, texts, reference, stop, served.where)}
+    return {m.metric: m for m in measure_generation(made, reference, reference, stop, served.where)}
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["growing", "shared"])
@@ -69,6 +68,19 @@ def test_other_tokens_are_unequal(llama: Any, tmp_path: Path) -> None:
     found = generate(tmp_path, TorchModel(llama))[Metric.GENERATE_EQUAL]
     assert found.value == 0.8
     assert "'The sea' is encoded as" in found.detail
+
+
+def test_text_is_held_to_that_of_pytorch(llama: Any, tmp_path: Path) -> None:
+    """Other text than PyTorch's own, token by token, is told apart by the token at which it parts."""
+    reference, ids = TorchModel(llama), tiny_tokenizer()("Once")["input_ids"]
+    own = reference.greedy(np.array(ids), 32).tolist()
+    for at in (None, 0, 5, 31):
+        made = [(t + 1) % 256 if i == at else t for i, t in enumerate(own)]
+        served = ServedText("Once", ids, ids, made, (made, made))
+        equal, gap, _ = measure_generation([served], reference, reference, (), "here")
+        assert equal.value == (at is None)
+        assert at is None or f"differs from new token {at + 1} on" in equal.detail
+        assert (gap.value > 1e-3) == (at is not None)
 
 
 def test_end_token_stops_both(llama: Any, tmp_path: Path) -> None:

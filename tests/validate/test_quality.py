@@ -11,7 +11,7 @@ import torch
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
-from llmc.validate.distribution import Distributions, log_softmax
+from llmc.validate.distribution import log_softmax
 from llmc.validate.quality import METRICS, cut_windows, measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
@@ -73,8 +73,9 @@ def test_groups_of_windows_do_not_change_the_figures(
 ) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path, WORSE), threads=1, share_buffer=False)
     together = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
+    per_token = sum(s.kv_heads * (s.key_width + s.value_width) for s in model.interface.cache)
     monkeypatch.setattr(
-        "llmc.validate.quality.DISTRIBUTION_BYTES", 2 * 48 * 256 * 3
+        "llmc.validate.quality.CACHE_BYTES", 4 * per_token * 64 * 3
     )  # three windows at a time
     apart = measure_quality(model, TorchModel(llama), plan_windows(model.interface, tokens, ()))
     for a, b in zip(together, apart, strict=True):
@@ -100,20 +101,6 @@ def test_log_softmax_of_large_logits() -> None:
     assert values[0, 2] == pytest.approx(-2e4, rel=1e-4)
 
 
-def test_distributions_lose_next_to_nothing() -> None:
-    """The divergence of what is kept from what was given, and the five likeliest, exactly."""
-    logits = 4 * np.random.default_rng(3).standard_normal((6, 5000)).astype(np.float32)
-    logits[0, 7] = 60.0  # all others less likely than 1e-14
-    kept = Distributions.from_bytes(Distributions.of_logits(logits).to_bytes(), 6)
-    assert kept.codes.dtype == np.uint16
-    exact = logits.astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
-    for at in range(6):
-        p = kept.log_probabilities(at).astype(np.float64)
-        assert abs((np.exp(exact[at]) * (exact[at] - p)).sum()) < 2e-7
-        np.testing.assert_array_equal(kept.top[at], np.argsort(-logits[at])[:5])
-
-
 def test_probabilities_of_nothing_are_told_as_1e_14(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     """Logits so large that the right token has no probability left: a finite figure, and not a good one."""
     variant = Variant(logits="last", max_length=64, scale_weight=("lm_head.weight", 1e4))
@@ -134,5 +121,5 @@ def test_a_yardstick_of_the_original_itself_has_its_floor(
     windows = plan_windows(model.interface, tokens, ())
     made = {m.metric: m for m in measure_quality(model, original, windows, rounding=original)}
     kl, ratio = made[Metric.TEXT_KL_MEAN], made[Metric.TEXT_KL_RATIO]
-    assert ratio.figures["kl_rounding"] == 0
+    assert abs(ratio.figures["kl_rounding"]) < 1e-7
     assert ratio.value == pytest.approx(kl.value / FLOOR, rel=1e-6)  # fewer than 32 windows: all of them

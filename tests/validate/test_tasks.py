@@ -12,6 +12,7 @@ from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError, ParityError, ResourceError, UnsupportedError
 from llmc.validate.gates import evaluate
+from llmc.validate.questions import Score, ask_score, read_score
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
 from llmc.validate.tasks import _nearest, _score, load_tasks, measure_tasks
@@ -101,16 +102,20 @@ def test_an_artifact_that_answers_worse(
     assert not evaluate([gate], [made]).passed
 
 
+def original(model: Any, prompt: np.ndarray, choice: np.ndarray) -> Score:
+    return read_score(TorchModel(model).ask(ask_score(prompt, choice)))
+
+
 def test_scores_are_those_of_torch(llama: Any, artifact: OrtModel) -> None:
     text, choice = "What bends twice?", " a river"
     prompt = np.array([1, *text.encode()], np.int64)
     tokens = np.array(list(choice.encode()), np.int64)
     expected = held(llama, text, choice)
-    for made in (TorchModel(llama).score(prompt, tokens), _score(artifact, prompt, tokens)):
+    for made in (original(llama, prompt, tokens), _score(artifact, prompt, tokens)):
         assert made.log_likelihood == pytest.approx(expected, abs=1e-3)
         assert not made.greedy
     greedy = TorchModel(llama).greedy(prompt, 3)
-    assert TorchModel(llama).score(prompt, greedy).greedy
+    assert original(llama, prompt, greedy).greedy
     assert _score(artifact, prompt, greedy).greedy
     limit = artifact.interface.max_length
     assert limit is not None

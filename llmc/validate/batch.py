@@ -1,0 +1,133 @@
+"""The original's logits for many sequences at a time, each of which gets what it would get alone.
+
+Sequences stand in one batch with padding behind their ends. In a causal model no token sees what follows it,
+so that no attention mask is needed and padding changes nothing but the sums' rounding. Of every row the head
+computes the positions that were asked for and no others.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ParityError
+from llmc.graph.switches import crosses, rope_switches
+from llmc.validate.attention import attention_by_rows
+from llmc.validate.questions import Question
+from llmc.validate.reference import TorchModel, reporting_failures
+
+Array = np.ndarray
+
+#: Most bytes of activations and logits that one pass holds, about.
+PASS_BYTES = 512 << 20
+#: Tokens whose arithmetic takes as long as a pass costs besides: in memory, and streamed from disk, where
+#: every weight is read and widened once.
+_PASS_TOKENS, _STREAMED_PASS_TOKENS = 16, 320
+#: Arrays as wide as a feed-forward layer that are alive at a time.
+_ALIVE = 3
+
+
+def answer(model: TorchModel, questions: Sequence[Question]) -> Iterator[tuple[int, Array]]:
+    """Each question's number and its logits (keep, vocabulary) float32, as passes over the weights end.
+
+    Raises:
+        ParityError: The original itself gives NaN or infinity.
+        UnsupportedError: The original fails.
+    """
+    switches = rope_switches(model.model.config)
+    together = []
+    for number, question in enumerate(questions):
+        if crosses(question.pieces, len(question.input_ids), switches):
+            yield number, model.logits(question.input_ids, keep=question.keep, pieces=question.pieces)
+        else:
+            together.append(number)
+    for group in plan_passes(model, [questions[number] for number in together], switches):
+        numbers = [together[i] for i in group]
+        for number, logits in zip(numbers, _run(model, [questions[n] for n in numbers]), strict=True):
+            if not np.isfinite(logits).all():
+                length = len(questions[number].input_ids)
+                raise ParityError(f"the original's own logits are not finite for {length} tokens")
+            yield number, logits
+
+
+def plan_passes(
+    model: TorchModel, questions: Sequence[Question], switches: Sequence[int] = ()
+) -> list[list[int]]:
+    """Which questions go into one pass, by number: of like length, and no more than memory has room for.
+
+    A shorter sequence joins a longer one where its padding costs less than a pass of its own; those on other
+    sides of a switch of rotary embeddings never do.
+    """
+    spare = _STREAMED_PASS_TOKENS if _is_streamed(model.model) else _PASS_TOKENS
+    per_token, per_logit = _bytes(model.model.config)
+    passes: list[list[int]] = []
+    longest, used = 0, 0
+    for number in sorted(range(len(questions)), key=lambda i: -len(questions[i].input_ids)):
+        length, keep = len(questions[number].input_ids), questions[number].keep
+        cost = keep * per_logit
+        near = longest - length <= spare and not any(length <= at < longest for at in switches)
+        if not passes or not near or used + longest * per_token + cost > PASS_BYTES:
+            passes.append([])
+            longest, used = length, 0
+        passes[-1].append(number)
+        used += longest * per_token + cost
+    return passes
+
+
+def _run(model: TorchModel, questions: Sequence[Question]) -> list[Array]:
+    """Logits of each question from one pass."""
+    import torch
+
+    longest = max(len(question.input_ids) for question in questions)
+    ids = np.stack([np.pad(q.input_ids, (0, longest - len(q.input_ids)), mode="edge") for q in questions])
+    spans = [(len(q.input_ids) - q.keep, len(q.input_ids)) for q in questions]
+    with (
+        torch.inference_mode(),
+        reporting_failures(longest),
+        attention_by_rows(model.model, len(questions) * longest, longest),
+        _head_of(model.model, spans) as headed,
+    ):
+        logits = model.model(input_ids=torch.from_numpy(ids), use_cache=False).logits
+    if not headed:  # another head than the output embedding: it has computed every position
+        return [logits[row, start:stop].float().numpy() for row, (start, stop) in enumerate(spans)]
+    counts = [stop - start for start, stop in spans]
+    return [part.float().numpy() for part in logits[0].split(counts)]
+
+
+@contextmanager
+def _head_of(model: Any, spans: Sequence[tuple[int, int]]) -> Iterator[list[bool]]:
+    """Within this context the head sees the positions in `spans` of each row alone, as one row.
+
+    Gives a list that is not empty once it has.
+    """
+    import torch
+
+    head, seen = model.get_output_embeddings(), []
+
+    def gather(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        (hidden, *rest) = args
+        if hidden.dim() != 3 or hidden.shape[0] != len(spans):
+            return None
+        seen.append(True)
+        rows = [hidden[row, start:stop] for row, (start, stop) in enumerate(spans)]
+        return (torch.cat(rows)[None], *rest)
+
+    handle = None if head is None else head.register_forward_pre_hook(gather)
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _bytes(config: Any) -> tuple[int, int]:
+    """Bytes that a token takes in the widest layers, and those of the logits of a position and their copy."""
+    text = config.get_text_config(decoder=True)
+    hidden = getattr(text, "hidden_size", 1024)
+    wide = max(getattr(text, "intermediate_size", None) or 0, 4 * hidden)
+    return 4 * _ALIVE * wide, 8 * text.vocab_size
+
+
+def _is_streamed(model: Any) -> bool:
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
