@@ -27,7 +27,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": set(),
     "config": {"errors", "profile"},
     "document": {"errors"},
-    "memory": set(),
     "machine": BASE | {"memory"},
     "catalog": BASE | {"document", "machine"},
     "plan": BASE | {"catalog"},

@@ -110,7 +110,7 @@ def measure_static(run: Run) -> None:
             levels = _levels(run, graph)
     del graph
     release_memory()
-    model = _open_static(run)
+    model = _open_static(run, slots=run.windows.tokens.shape[1])
     if subject.engine is not None:
         with run.progress.stage("engine"):
             steps = run.parity(model, run.original, rows).decode()
@@ -123,7 +123,9 @@ def measure_static(run: Run) -> None:
         run.found += measure_quality(
             model, run.original, run.windows, rows, unstable=unstable, advance=run.progress.advance
         )
-    _measure_tasks(run, model)
+    del model
+    if subject.tasks is not None:
+        _measure_tasks(run, _open_static(run))
 
 
 def _open_graph(run: Run, *, exact: bool) -> OrtModel:
@@ -211,8 +213,12 @@ def _most_rows(run: Run) -> int | None:
     return None if run.subject.engine is None or settings is None else settings.batch.most
 
 
-def _open_static(run: Run) -> StaticSession:
-    """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take."""
+def _open_static(run: Run, slots: int | None = None) -> StaticSession:
+    """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take.
+
+    Args:
+        slots: Slots of the KV cache that are needed; the graph is given no more.
+    """
     from llmc.backends.tensorrt_session import EngineSession
     from llmc.validate.static_session import StaticOrtModel
 
@@ -221,7 +227,7 @@ def _open_static(run: Run) -> StaticSession:
         return EngineSession(subject.folder, subject.engine, subject.interface)
     settings = subject.target.engine
     most = None if settings is None else settings.prefill.most
-    return StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, most=most)
+    return StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, most=most, slots=slots)
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:

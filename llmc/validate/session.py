@@ -1,7 +1,7 @@
 """An artifact as onnxruntime runs it: prefill and decode over a KV cache, fed as its interface says."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,7 +94,9 @@ class OrtModel:
         exact: bool = False,
         profile: Path | None = None,
     ) -> None:
-        ort, self._session, self.where = open_session(folder, threads, exact=exact, profile=profile)
+        ort, self._session, self.where = open_session(
+            folder, threads, edit=with_exact_products if exact else None, profile=profile
+        )
         self._opened = (folder, threads)
         self._ort = ort
         self.interface = interface
@@ -233,14 +235,14 @@ def open_session(
     threads: int | None,
     entries: Mapping[str, str] | None = None,
     *,
-    exact: bool = False,
+    edit: Callable[[Any], None] | None = None,
     profile: Path | None = None,
 ) -> tuple[Any, Any, str]:
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
 
     Args:
         entries: Further configuration entries of the session.
-        exact: As for `OrtModel`.
+        edit: Changes the graph, an `onnx_ir.Model`, before it is loaded.
         profile: As for `OrtModel`.
 
     Raises:
@@ -271,19 +273,19 @@ def open_session(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
-        source = _in_float32(path, options) if exact else str(path)
+        source = str(path) if edit is None else _edited(path, edit, options)
         session = ort.InferenceSession(source, options, providers=[_PROVIDER])
     except Exception as error:
         raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
     return ort, session, f"onnxruntime {ort.__version__} {_PROVIDER}"
 
 
-def _in_float32(path: Path, options: Any) -> bytes:
-    """The graph with float32 arithmetic in every product with quantized weights."""
+def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
+    """The changed graph, whose weights are read from where they are."""
     import onnx_ir as ir
 
     model = ir.load(path)
-    with_exact_products(model)
+    edit(model)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )

@@ -4,6 +4,7 @@ It stands for an engine that is parsed from the very same file: what is measured
 engine's kernels. bfloat16 and NVFP4 are computed in other types (`computable`).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.graph.static_session import StaticSession
 from llmc.validate.computable import computable
 from llmc.validate.session import compare_signature, open_session, require_shape
+from llmc.validate.slots import shorten, shorten_graph
 
 Array = np.ndarray
 
@@ -30,6 +32,7 @@ class StaticOrtModel(StaticSession):
         threads: Intra-op threads; None leaves it to onnxruntime.
         most: New tokens of a row that one run takes, as for an engine's prefill; None for any number.
         exact: Compute in float32, with weights as they are stored and activations as they come.
+        slots: Slots of the KV cache, fewer than the graph's own; None for as many as it has.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`, or its cache has no fixed length.
@@ -46,9 +49,14 @@ class StaticOrtModel(StaticSession):
         threads: int | None,
         most: int | None = None,
         exact: bool = False,
+        slots: int | None = None,
     ) -> None:
         with computable(folder, interface, exact=exact) as (folder, interface, done):
-            self._ort, self._session, where = open_session(folder, threads, entries=_FOLD_WEIGHTS)
+            edit = None
+            if slots is not None and interface.max_length is not None and slots < interface.max_length:
+                edit = partial(shorten_graph, interface=interface, slots=slots)
+                interface = shorten(interface, slots)
+            self._ort, self._session, where = open_session(folder, threads, _FOLD_WEIGHTS, edit=edit)
         super().__init__(interface, f"{where}, {done}" if done else where, most=most)
         compare_signature("input", interface.inputs, self._session.get_inputs())
         compare_signature("output", interface.outputs, self._session.get_outputs())

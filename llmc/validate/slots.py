@@ -1,0 +1,81 @@
+"""A graph with a KV cache of fixed length as the same graph with fewer slots, where a text needs no more.
+
+Every run of such a graph copies the whole cache and attends to all of its slots, those that a mask hides
+included: 189 MB a row for the demo's 8,192 slots. What is hidden has a weight of exactly zero.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.errors import ParityError
+from llmc.graph.interface import Interface, TensorSpec
+
+Array = np.ndarray
+
+#: Axis of the slots in keys and values, and in the shape that repeated heads are given.
+_AXIS = 2
+
+
+def shorten(interface: Interface, slots: int) -> Interface:
+    """The interface of the graph with `slots` in the place of its own."""
+    caches = {
+        name
+        for slot in interface.cache
+        for name in (slot.past_key, slot.past_value, slot.present_key, slot.present_value)
+    }
+
+    def fewer(spec: TensorSpec) -> TensorSpec:
+        if spec.name not in caches:
+            return spec
+        return spec.model_copy(update={"shape": (*spec.shape[:_AXIS], slots, *spec.shape[_AXIS + 1 :])})
+
+    return interface.model_copy(
+        update={
+            "inputs": tuple(map(fewer, interface.inputs)),
+            "outputs": tuple(map(fewer, interface.outputs)),
+            "max_length": slots,
+        }
+    )
+
+
+def shorten_graph(model: Any, interface: Interface, slots: int) -> None:
+    """Give an `onnx_ir.Model` of `interface` so many slots, in place.
+
+    `llmc.passes.static_cache` states their number in the caches, in the numbers of the slots that masks
+    compare with, and in the shape of repeated heads; shapes of what lies between are inferred anew.
+
+    Raises:
+        ParityError: No mask compares with the slots.
+    """
+    graph, capacity = model.graph, interface.max_length
+    shorter = shorten(interface, slots)
+    specs = {spec.name: spec for spec in (*shorter.inputs, *shorter.outputs)}
+    for node in graph:
+        for output in node.outputs:
+            output.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(list(specs[value.name].shape))
+    numbered = False
+    for value in list(graph.initializers.values()):
+        held = value.const_value
+        if held is None or held.dtype is not ir.DataType.INT64:
+            continue
+        array = held.numpy()
+        if array.shape == (capacity,) and (array == np.arange(capacity)).all():
+            numbered = True
+            _replace(value, np.arange(slots, dtype=np.int64))
+        elif array.shape == (4,) and array[_AXIS] == capacity and _shapes(value):
+            _replace(value, np.where(np.arange(4) == _AXIS, slots, array))
+    if not numbered:
+        raise ParityError(f"no mask of the graph compares with its {capacity} slots")
+
+
+def _shapes(value: ir.Value) -> bool:
+    return all(use.node.op_type == "Reshape" and use.idx == 1 for use in value.uses())
+
+
+def _replace(value: ir.Value, array: Array) -> None:
+    value.const_value = ir.Tensor(array, name=value.name)
+    value.shape = ir.Shape(array.shape)
