@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.strict_json import RepeatedNameError, parse_json
+from llmc.strict_json import parse_json
 from llmc.artifact.text import TextRecord
 from llmc.artifact.verdict import MISSED, CheckStatus
 from llmc.config import Metric, Target, WeightRole
@@ -334,7 +334,7 @@ def parse_manifest(text: str, source: str) -> Manifest:
             f"{source} is damaged: {error.msg} at line {error.lineno}, column {error.colno}",
             hint="build the artifact again",
         ) from error
-    except RepeatedNameError as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or deep nesting
         raise ConfigError(f"{source} is damaged: {error}", hint="build the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):

@@ -67,7 +67,7 @@ def read_report(path: Path) -> Report:
     try:
         text = path.read_text(encoding="utf-8")
         version = json.loads(text).get("schema_version")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is no report: {error}", hint="llmc verify --report writes one") from error
     if version != SCHEMA_VERSION:
         raise ConfigError(

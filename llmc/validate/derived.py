@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.strict_json import RepeatedNameError, parse_json
+from llmc.strict_json import parse_json
 
 #: Differences of one file that are told one by one.
 _TOLD = 5
@@ -31,7 +31,7 @@ def compare_file(file: Path, derived: Path) -> list[str]:
         stated = parse_json(data.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         return [f"{file.name} is not JSON: {error}"]
-    except RepeatedNameError as error:
+    except ValueError as error:
         return [f"{file.name}: {error}"]
     found = list(json_differences(stated, json.loads(wanted), file.name))
     return found or [f"{file.name} has other bytes than a build writes"]

@@ -33,12 +33,14 @@ def test_json_has_sorted_keys_and_ends_with_a_newline(make_manifest: MakeManifes
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
+        ("[" * 100_000, r"m\.json is damaged: maximum recursion depth"),
+        (f"[{'1' * 5000}]", r"m\.json is damaged: Exceeds the limit"),
         ("{", r"m\.json is damaged: Expecting property name .* at line 1, column 2"),
         ("[]", r"m\.json is not the manifest of an artifact: it has no schema_version"),
         ('{"schema_version": "1"}', r"it has no schema_version"),
         ('{"schema_version": 2}', r"m\.json has schema version 2; this llmc reads up to 1"),
         ('{"schema_version": 1}', r"m\.json is damaged: llmc_version: Field required"),
-        ('{"state": 1, "state": 2}', r"m\.json is damaged: 'state' is stated twice in one object"),
+        ('{"state": 1, "state": 2}', r"m\.json is damaged: state is there twice, as 1 and 2"),
     ],
 )
 def test_damaged_json_is_a_typed_error(text: str, fact: str) -> None:

@@ -40,7 +40,7 @@ def test_many_differences_are_counted() -> None:
     [
         ("a.json", None, "a.json is missing"),
         ("a.json", "{", "a.json is not JSON: Expecting property name"),
-        ("a.json", '{"search": 1, "search": 2}', "a.json: 'search' is stated twice in one object"),
+        ("a.json", '{"search": 1, "search": 2}', "a.json: search is there twice, as 1 and 2"),
         ("a.json", json.dumps(BUILT, indent=7), "a.json has other bytes than a build writes"),
         ("a.jinja", "{{ x }}", "a.jinja is not that of the original"),
     ],
