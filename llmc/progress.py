@@ -3,6 +3,7 @@
 All of it goes to stderr; stdout carries data. A station takes a `Progress` and never prints.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class StageRecord:
     name: str
     seconds: float
     peak_rss_bytes: int | None
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: what would steer it is written out, as `\\x1b` for an escape character.
+
+    That is control characters but the ends of lines and tabs, and what turns the direction of writing. Names
+    of models and tensors, file names and messages of others come from outside.
+    """
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Progress(Protocol):
@@ -136,7 +149,7 @@ class PlainProgress(SilentProgress):
         self._write(f"{name}  stopped after {seconds:.1f} s")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text + "\n")
+        self._stream.write(printable(text) + "\n")
         self._stream.flush()
 
 
@@ -154,7 +167,7 @@ class TerminalProgress(SilentProgress):
         self._status: Status | None = None
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def advance(self, done: int, total: int) -> None:
         if self._status is not None and total > 0:
@@ -166,12 +179,12 @@ class TerminalProgress(SilentProgress):
 
     def _end(self, record: StageRecord) -> None:
         self._running.pop()
-        self._console.print(f"✓ {describe_record(record)}", style="green", markup=False)
+        self._console.print(printable(f"✓ {describe_record(record)}"), style="green", markup=False)
         self._show()
 
     def _fail(self, name: str, seconds: float) -> None:
         self._running.pop()
-        self._console.print(f"✗ {name}  stopped after {seconds:.1f} s", style="red", markup=False)
+        self._console.print(printable(f"✗ {name}  stopped after {seconds:.1f} s"), style="red", markup=False)
         self._show()
 
     def _show(self) -> None:

@@ -112,6 +112,16 @@ def test_the_rule_sees_a_station_that_imports_another(
     ]
 
 
+def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:
+    allowed = {PACKAGE / "graph" / "runtimes.py", PACKAGE / "backends" / "tokenizer_worker.py"}
+    pattern = re.compile(r"^ *(import|from) onnxruntime", re.MULTILINE)
+    found = {file for file in PACKAGE.rglob("*.py") if pattern.search(file.read_text(encoding="utf-8"))}
+    assert found == allowed
+    for file in allowed:
+        text = file.read_text(encoding="utf-8")
+        assert text.count("disable_telemetry_events()") == len(pattern.findall(text))
+
+
 def test_files_stay_short() -> None:
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {str(file.relative_to(ROOT)): count for file, count in lines.items() if count > 450} == {}

@@ -7,7 +7,14 @@ import time
 import pytest
 from rich.console import Console
 
-from llmc.progress import PlainProgress, Progress, SilentProgress, TerminalProgress, peak_rss_bytes
+from llmc.progress import (
+    PlainProgress,
+    Progress,
+    SilentProgress,
+    TerminalProgress,
+    peak_rss_bytes,
+    printable,
+)
 
 
 def terminal() -> tuple[TerminalProgress, io.StringIO]:
@@ -103,3 +110,20 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     held = bytearray(before + 50_000_000)
     held[::4096] = b"x" * len(held[::4096])
     assert (peak_rss_bytes() or 0) > before + 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model\x1b[2J\x1b]0;title\x07", r"model\x1b[2J\x1b]0;title\x07"),
+        ("back\rspace\b and \x9b31m", r"back\x0dspace\x08 and \x9b31m"),
+        ("turned \u202etxt.exe", r"turned \u202etxt.exe"),
+        ("two\nlines,\ta tab, 日本 👩\u200d👧 é", "two\nlines,\ta tab, 日本 👩\u200d👧 é"),
+    ],
+)
+def test_names_do_not_steer_a_terminal(text: str, shown: str) -> None:
+    assert printable(text) == shown.replace(r"\x0d", r"\r")
+    stream, (rich, written) = io.StringIO(), terminal()
+    PlainProgress(stream).note(text)
+    rich.note(text)
+    assert "\x1b[2J" not in stream.getvalue() + written.getvalue()

@@ -14,6 +14,7 @@ from llmc.artifact.text import Messages, TextCodec, TextRecord
 from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
+from llmc.graph.runtimes import load_genai
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,7 @@ def _generate(
 def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
     """The module onnxruntime_genai, and the artifact's model in it; one that verifies drafts, for lookup."""
     config = _genai_config(folder)
-    try:
-        import onnxruntime_genai as og
-    except ImportError as error:
-        raise ResourceError(
-            f"onnxruntime-genai, which runs artifacts, cannot be imported: {error}",
-            hint="pip install onnxruntime-genai-cuda on x86-64, onnxruntime-genai elsewhere",
-        ) from error
+    og = load_genai()
     providers = config["model"]["decoder"]["session_options"]["provider_options"]
     if any("cuda" in provider for provider in providers) and not _has_nvidia_gpu():
         raise ResourceError(

@@ -26,7 +26,8 @@ from llmc.artifact.store import digest_file
 from llmc.backends import tokenizer_worker
 from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.tokenizer_worker import Answers, Question
-from llmc.errors import ParityError, ResourceError
+from llmc.errors import ParityError
+from llmc.graph.runtimes import load_genai
 
 RUNTIME_SETTINGS = "tokenizer_module.json"
 #: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
@@ -112,13 +113,7 @@ def open_runtime_tokenizer(folder: Path) -> Any:
         ResourceError: onnxruntime-genai is not installed.
         ParityError: It cannot read the tokenizer.
     """
-    try:
-        import onnxruntime_genai as og
-    except ImportError as error:
-        raise ResourceError(
-            "onnxruntime-genai is not installed, its tokenizer cannot be compared with the original's",
-            hint="pip install onnxruntime-genai-cuda (x86-64) or onnxruntime-genai (elsewhere)",
-        ) from error
+    og = load_genai()
     with TemporaryDirectory() as apart:
         _write_minimal_model(Path(apart), folder)
         try:

@@ -126,6 +126,7 @@ def main() -> None:
 
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, hard))
+    og.disable_telemetry_events()
     asked = json.loads(sys.stdin.read())
     try:
         tokenizer = og.Tokenizer(og.Model("."))

@@ -15,6 +15,7 @@ from llmc.cli.app import app
 from llmc.cli.signals import Stopped, catch_signals
 from llmc.cli.streams import guard_streams
 from llmc.errors import ExitCode, LlmcError
+from llmc.progress import printable
 
 # An exception that is nobody's intention: the code that Python itself would exit with.
 _INTERNAL = 1
@@ -95,9 +96,9 @@ def _say(fact: str, hint: str | None, code: int) -> int:
     with suppress(LlmcError):
         sys.stdout.flush()
     red, cyan, plain = ("\033[31m", "\033[36m", "\033[0m") if _coloured() else ("", "", "")
-    print(f"{red}error:{plain} {fact}", file=sys.stderr)
+    print(f"{red}error:{plain} {printable(fact)}", file=sys.stderr)
     if hint is not None:
-        print(f"{cyan}hint:{plain} {hint}", file=sys.stderr)
+        print(f"{cyan}hint:{plain} {printable(hint)}", file=sys.stderr)
     return int(code)
 
 

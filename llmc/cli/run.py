@@ -7,6 +7,7 @@ import typer
 
 from llmc.cli.options import Artifact, Json
 from llmc.cli.text import emit, examples, open_progress
+from llmc.progress import printable
 
 
 def register(app: typer.Typer) -> None:
@@ -51,5 +52,6 @@ def _hold(_: str) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Write a piece of text as it is; on a terminal, without what would steer it."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

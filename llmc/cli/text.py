@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 
 from llmc.errors import LlmcError
+from llmc.progress import printable
 
 if TYPE_CHECKING:
     from llmc.progress import Progress
@@ -34,7 +35,7 @@ def examples(*commands: str) -> str:
 
 def emit(result: Result, *, as_json: bool) -> None:
     """The result on stdout, then its failure as an error, so that a failed gate still shows its data."""
-    typer.echo(result.model_dump_json(indent=2) if as_json else result.render())
+    typer.echo(result.model_dump_json(indent=2) if as_json else printable(result.render()))
     failure = result.failure()
     if failure is not None:
         raise failure

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.model import constant_of
+from llmc.graph.runtimes import load_onnxruntime
 from llmc.graph.weights import Array, LazyWeight
 
 #: Positions that one run computes.
@@ -218,8 +219,7 @@ def _session(
     value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed
 ) -> Callable[[Array], Array]:
     """Computes `value` from positions (batch, sequence) int64."""
-    import onnxruntime as ort
-
+    ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     data = ir.to_proto(_extract(value, nodes, graph, fixed)).SerializeToString()

@@ -12,6 +12,7 @@ from typing import Any
 from llmc.artifact.latency import BatchLatency, Latency, OperatorTime
 from llmc.artifact.verdict import Measurement, Peer
 from llmc.config import Metric
+from llmc.progress import printable
 from llmc.report.document import Report
 
 #: What matplotlib is told, and what the page defines.
@@ -87,6 +88,7 @@ def draw_svg(plot: Callable[[Any], None]) -> str:
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text
+        "text.parse_math": False,  # a name may hold dollars
         "svg.hashsalt": "llmc",  # the same report gives the same bytes
         "font.family": "sans-serif",
         "font.size": 10,
@@ -164,7 +166,7 @@ def _peers(axes: Any, peers: Sequence[Peer]) -> None:
     for peer in peers:
         at = (peer.bytes / 1e6, peer.kl_mean)
         axes.scatter([at[0]], [at[1]], color=FIRST)
-        axes.annotate(peer.title, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(printable(peer.title), at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlim(0, 1.5 * max(p.bytes for p in peers) / 1e6)
     axes.set_ylim(0, 1.2 * max(p.kl_mean for p in peers) or 1.0)
     axes.set_xlabel("MB")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from llmc.artifact.text import Messages, TextRecord
-from llmc.errors import ParityError, ResourceError
+from llmc.errors import ParityError
+from llmc.graph.runtimes import load_genai
 
 
 class ServedTokenizer:
@@ -101,13 +102,7 @@ class Served:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import onnxruntime_genai as og
-        except ImportError as error:
-            raise ResourceError(
-                "onnxruntime-genai is not installed, what it makes of the artifact cannot be compared",
-                hint="pip install onnxruntime-genai-cuda (x86-64) or onnxruntime-genai (elsewhere)",
-            ) from error
+        og = load_genai()
         self._og = og
         self.folder = folder
         self.where = f"onnxruntime-genai {og.__version__} CPUExecutionProvider"

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmc.artifact.manifest import MODEL
-from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.stacks import in_float32
 
 Array = np.ndarray
@@ -250,13 +251,7 @@ def open_session(
         ResourceError: onnxruntime is not installed.
         ParityError: onnxruntime cannot load the graph.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise ResourceError(
-            "onnxruntime is not installed",
-            hint="pip install onnxruntime-gpu (x86-64) or onnxruntime (elsewhere)",
-        ) from error
+    ort = load_onnxruntime()
     path = folder / MODEL
     if not path.is_file():
         raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")

@@ -13,6 +13,7 @@ import numpy as np
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
+from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.session import with_exact_products
 
 Array = np.ndarray
@@ -67,9 +68,9 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
         ParityError: onnxruntime cannot run the graph.
     """
     import onnx_ir as ir
-    import onnxruntime as ort
     from onnx import helper
 
+    ort = load_onnxruntime()
     exact = ir.load(folder / MODEL)
     with_exact_products(exact)
     model = ir.to_proto(exact)

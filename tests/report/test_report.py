@@ -21,9 +21,10 @@ from llmc.artifact.latency import (
     Roofline,
     Timing,
 )
-from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Verdict
+from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Peer, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError, ResourceError
+from llmc.progress import printable
 from llmc.report import (
     Report,
     read_report,
@@ -288,6 +289,13 @@ def test_html_is_one_file_with_the_figures_of_the_document(report: Report) -> No
     text = render_html(report.model_copy(update={"latency": without}))
     assert 'id="energy"' not in text
     assert "energy: not measured: no counter" in text
+
+
+@pytest.mark.parametrize("name", [r"p$\frac{$", "a$b$c", "esc\x1b[2Jape"])
+def test_any_name_of_a_folder_can_be_drawn(name: str, report: Report) -> None:
+    peers = (Peer(title=name, bytes=1000, kl_mean=0.1), Peer(title="other", bytes=2000, kl_mean=0.2))
+    page = render_html(report.model_copy(update={"peers": peers, "model": name}))
+    assert printable(name) in page
 
 
 def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> None:

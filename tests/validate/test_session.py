@@ -138,11 +138,15 @@ def test_shares_buffer(tmp_path: Path) -> None:
 def test_a_runtime_that_is_not_installed(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interface = write_decoder(llama, tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ResourceError, match="onnxruntime is not installed") as caught:
+    with pytest.raises(
+        ResourceError, match="onnxruntime, which executes graphs, cannot be imported"
+    ) as caught:
         OrtModel(tmp_path, interface, threads=1, share_buffer=False)
     assert "pip install onnxruntime" in str(caught.value.hint)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(ResourceError, match="onnxruntime-genai is not installed") as caught:
+    with pytest.raises(
+        ResourceError, match="onnxruntime-genai, which runs artifacts, cannot be imported"
+    ) as caught:
         Served(tmp_path)
     assert caught.value.exit_code is ExitCode.RESOURCES
     assert "pip install onnxruntime-genai" in str(caught.value.hint)
