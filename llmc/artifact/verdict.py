@@ -121,6 +121,20 @@ class Verdict(_Strict):
         return tuple(c for c in self.checks if c.status in MISSED)
 
     @property
+    def decided(self) -> tuple[Check, ...]:
+        """The checks of `missed` that were measured."""
+        return tuple(c for c in self.missed if c.status is not CheckStatus.NOT_MEASURED)
+
+    @property
+    def unmeasured(self) -> dict[str, tuple[Metric, ...]]:
+        """What was not measured, by the reason."""
+        found: dict[str, tuple[Metric, ...]] = {}
+        for check in self.checks:
+            if check.status is CheckStatus.NOT_MEASURED:
+                found[check.detail] = (*found.get(check.detail, ()), check.metric)
+        return found
+
+    @property
     def causes(self) -> tuple[str, ...]:
         """What was said of the checks without a figure, such as a runtime's error; each once."""
         broken = (c for c in self.missed if c.value is not None and math.isnan(c.value))

@@ -82,6 +82,7 @@ def bench(
         ResourceError: An artifact is for hardware that this machine has not.
         ParityError: An artifact cannot be run, or its gates on time are not those of its target.
     """
+    from llmc.artifact.integrity import require_intact
     from llmc.artifact.store import open_artifact
     from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
@@ -89,11 +90,13 @@ def bench(
 
     if folder is not None:
         require_folder(folder)
-    thresholds = choose_thresholds(open_artifact(path).manifest, target, search, own=own_gates, latency=True)
-    thresholds.require()
     with progress.stage("artifact"):
-        artifact, checkpoint, _ = open_pair(path, against, force=force, adapter=adapter)
-        earlier = None if previous is None else open_artifact(previous)
+        artifact, earlier = open_artifact(path), None if previous is None else open_artifact(previous)
+        for each in filter(None, (artifact, earlier)):
+            require_intact(each)
+        thresholds = choose_thresholds(artifact.manifest, target, search, own=own_gates, latency=True)
+        thresholds.require()
+        _, checkpoint, _ = open_pair(path, against, force=force, adapter=adapter)
         timed = _timed(artifact)
         rival = None if earlier is None else _timed(earlier)
     manifest = artifact.manifest
@@ -125,10 +128,8 @@ def _timed(artifact: Artifact) -> Timed:
     """What is timed of an artifact on this machine: its engine, or its graph on the CPU.
 
     Raises:
-        ConfigError: It is damaged.
         ResourceError: It is for hardware that this machine has not.
     """
-    from llmc.artifact.integrity import require_intact
     from llmc.backends.tensorrt_session import EngineSession
     from llmc.pipeline.engines import require_engine
     from llmc.validate.latency import Timed
@@ -139,7 +140,6 @@ def _timed(artifact: Artifact) -> Timed:
     interface, target = manifest.interface, manifest.target
     if target.engine is not None:
         record = require_engine(manifest)
-        require_intact(artifact)
         session = partial(EngineSession, path, record, interface)
         return Timed(session, record.library, interface, record.weight_bytes or 0, target.engine.batch.most)
     if target.provider is not Provider.CPU:
@@ -148,7 +148,6 @@ def _timed(artifact: Artifact) -> Timed:
             hint="llmc verify measures the numbers of its graph on the CPU",
         )
     require_kernels(artifact)
-    require_intact(artifact)
     threads = _threads(manifest)
     model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))
     return Timed(model, "onnxruntime", interface, streamed_weight_bytes(path))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LATENCY = frozenset(metric for metric in Metric if metric.area == "latency")
 
 #: Why a metric was not measured.
-_AHEAD = "{} missed its gate before; --all measures this as well"
+_AHEAD = "{} missed before"
 
 Step = Callable[[Run], None]
 

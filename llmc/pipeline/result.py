@@ -159,7 +159,7 @@ def _missed(verdict: Verdict) -> str:
     if undecided:
         parts.append(f"too little text to decide: {', '.join(undecided)}")
     if left and failed:
-        parts.append(f"{len(left)} gates were not measured")
+        parts.append(f"{len(left)} gates were not measured, --all measures them")
     elif left:
         parts.append(f"not measured: {', '.join(left)}")
     parts += verdict.causes

@@ -28,8 +28,10 @@ def render_markdown(report: Report) -> str:
     outcome = "passed" if report.verdict.passed else "FAILED"
     lines = [f"## {_cell(report.title)}: {outcome}", ""]
     lines += [] if report.pruned is None else [_cell(report.pruned), ""]
-    for check in report.verdict.missed:
+    for check in report.verdict.decided:
         lines.append(f"- **{check.metric}** {check.status}: {_cell(check.detail)}")
+    for reason, metrics in report.verdict.unmeasured.items():
+        lines.append(f"- not measured, {_cell(reason)}: {', '.join(metrics)}")
     if report.verdict.missed:
         lines.append("")
     lines += ["| check | value | gate | |", "|---|---|---|---|"]

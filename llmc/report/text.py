@@ -37,8 +37,10 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
         console.print(_latency(report.latency))
         for line in _notes(report.latency):
             console.print(Text(line))
-    failed = [str(c.metric) for c in report.verdict.missed]
-    outcome = "passed" if report.verdict.passed else f"FAILED: {', '.join(failed)}"
+    failed = ", ".join(str(c.metric) for c in report.verdict.decided) or "not measured"
+    outcome = "passed" if report.verdict.passed else f"FAILED: {failed}"
+    for reason, metrics in report.verdict.unmeasured.items():
+        console.print(Text(f"not measured, {reason}: {', '.join(metrics)}"))
     for cause in report.verdict.causes:
         console.print(Text(f"no figure: {cause}"))
     if report.pruned is not None:
@@ -53,6 +55,8 @@ def _checks(report: Report) -> "Table":
 
     table = Table("metric", "value", "gate", "status", "detail")
     for check in report.verdict.checks:
+        if check.status is CheckStatus.NOT_MEASURED:  # told in one line below
+            continue
         table.add_row(
             str(check.metric),
             format_estimate(check.value, check.low, check.high),
