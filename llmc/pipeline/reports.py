@@ -47,11 +47,16 @@ def report(path: Path) -> ReportPage:
     next to it.
 
     Raises:
-        ConfigError: No artifact, no report in it, or its folder cannot be written to.
+        ConfigError: No artifact, no report in it, or its folder cannot be written to or is a link elsewhere.
     """
     artifact = open_artifact(path)
     made = stored_report(artifact)
     page = path / REPORTS / "report.html"
+    if not page.resolve().is_relative_to(path.resolve()):
+        raise ConfigError(
+            f"{path / REPORTS} leads out of the artifact, to {page.resolve().parent}",
+            hint="remove the link; a report is written into the artifact itself",
+        )
     require_folder(page.parent)
     peers, left_out = _peers(artifact)
     write_html(made.model_copy(update={"peers": peers}), page)

@@ -1,5 +1,6 @@
 """Two good artifacts pass; each of those that were broken on purpose fails with the right check named."""
 
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -223,6 +224,11 @@ def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path:
     assert '"title": "float"' not in page.path.read_text(encoding="utf-8")
     assert "left out: " in page.render()
     assert "has schema version 1; this llmc reads" in page.left_out[0]
+
+    shutil.move(folders["int4"] / REPORTS, tmp_path / "elsewhere")
+    (folders["int4"] / REPORTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"int4/reports leads out of the artifact, to .*elsewhere"):
+        report(folders["int4"])
 
     other = save_tiny_model("mistral", tmp_path / "model2", tokenizer=True, tie_word_embeddings=True, seed=1)
     plan = plan_build(str(other), target="cpu-fp32", profile="local", output=tmp_path / "other", verify=False)
