@@ -1,7 +1,7 @@
 """The original's own attention in blocks of queries, which bounds the memory of a long prompt."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +64,10 @@ def _make_mask(**arguments: Any) -> Any:
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **rest: Any) -> Any:
-    """(output, None) of the eager attention of the module's own file."""
+    """(output, None) of the eager attention of the module's own file, over the keys that a block sees."""
     import torch
 
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = _fused if _is_plain(module, rest) else _eager_of(module)
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     rows = max(1, SCORE_BYTES // (4 * heads * keys * query.shape[0]))
     blocks = []
@@ -77,5 +77,49 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
             mask = mask.rows(start, stop)
         elif mask is not None and mask.shape[-2] == queries:
             mask = mask[..., start:stop, :]
-        blocks.append(eager(module, query[:, :, start:stop], key, value, mask, **rest)[0])
+        seen = _seen(mask, keys)
+        mask = None if mask is None else mask[..., seen]
+        blocks.append(
+            attend(module, query[:, :, start:stop], key[:, :, seen], value[:, :, seen], mask, **rest)[0]
+        )
     return torch.cat(blocks, dim=1), None
+
+
+def _seen(mask: Any, keys: int) -> slice:
+    """The keys from the first to the last that any query of a block sees; all of them without a mask.
+
+    A key outside has a weight of exactly zero, since exp of the least float32 is.
+    """
+    import torch
+
+    if mask is None or mask.shape[-1] != keys:
+        return slice(0, keys)
+    seen = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, -2).any(dim=0).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, keys)
+
+
+def _eager_of(module: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return found
+
+
+def _is_plain(module: Any, rest: dict[str, Any]) -> bool:
+    """Whether a module attends by the code of transformers' llama, which PyTorch's fused attention equals."""
+    from transformers.models.llama import modeling_llama
+
+    own, plain = (f.__code__ for f in (_eager_of(module), modeling_llama.eager_attention_forward))
+    same = (own.co_code, own.co_consts, own.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
+    return same and all(rest.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+
+
+def _fused(module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
+    """(output (batch, queries, heads, width), None) of llama's eager attention, without making the scores."""
+    import torch
+
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=rest["scaling"]
+    )
+    return found.transpose(1, 2).contiguous(), None
