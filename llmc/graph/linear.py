@@ -83,9 +83,18 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
 
 
 def find_embeddings(graph: Graph) -> Iterator[Embedding]:
-    """Every lookup of a weight's rows by token ids, in graph order."""
+    """Every lookup of a weight's rows by token ids, in graph order.
+
+    GPT-2 and OPT give their ids the shape that they have, by a Reshape.
+    """
     ids = {v for v in graph.graph.inputs if v.name == "input_ids"}
     for node in graph.graph:
+        if (
+            node.op_type == "Reshape"
+            and node.inputs[0] in ids
+            and node.outputs[0].shape == node.inputs[0].shape
+        ):
+            ids.add(node.outputs[0])
         if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
             continue
         weight, indices = node.inputs

@@ -10,7 +10,7 @@ from llmc.graph.serial import dump_graph, load_graph
 from llmc.graph.verify import verify
 from llmc.graph.weights import LazyWeight, TensorInfo
 
-from .decoder import HIDDEN, VOCAB, tiny_graph, value
+from .decoder import HIDDEN, VOCAB, constant, node, tiny_graph, value
 
 EMBED = "model.embed_tokens.weight"
 
@@ -99,6 +99,17 @@ def test_products_and_embeddings_are_found_with_their_roles() -> None:
     assert (linear.in_features, linear.out_features, linear.transposed) == (HIDDEN, VOCAB, True)
     (embedding,) = find_embeddings(graph)
     assert embedding.weight is linear.weight
+
+
+def test_ids_that_keep_their_shape_are_still_token_ids() -> None:
+    graph = tiny_graph()
+    (embedding,) = find_embeddings(graph)
+    reshaped = value("reshaped", ["batch", "sequence"], ir.DataType.INT64)
+    graph.graph.insert_before(
+        embedding.node, node("Reshape", [embedding.indices, constant("kept", [0, 0])], reshaped)
+    )
+    embedding.node.replace_input_with(1, reshaped)
+    assert [e.indices for e in find_embeddings(graph)] == [reshaped]
 
 
 def test_constants_are_not_weights() -> None:
