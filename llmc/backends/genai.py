@@ -28,12 +28,12 @@ from typing import Any
 import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
-from llmc.backends.compiled.isa import DOMAIN as KERNELS
 from llmc.backends.lookup import require_draft, speculative_options
 from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.model import COMPILED
 from llmc.graph.switches import runtime_type
 
 GENAI_CONFIG = "genai_config.json"
@@ -53,7 +53,7 @@ def shares_cache(model: ir.Model, interface: Interface) -> bool:
     past = {name for slot in interface.cache for name in (slot.past_key, slot.past_value)}
     readers = [node for value in model.graph.inputs if value.name in past for node, _ in value.uses()]
     return bool(readers) and all(
-        node.op_type == "GroupQueryAttention" or node.domain == KERNELS for node in readers
+        node.op_type == "GroupQueryAttention" or node.domain == COMPILED for node in readers
     )
 
 

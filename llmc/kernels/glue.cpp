@@ -18,12 +18,14 @@
 #endif
 
 extern "C" const llmc::Region llmc_regions[];
+extern "C" const llmc::Region llmc_exact_regions[];
 extern "C" const int32_t llmc_region_count;
 
 namespace llmc {
 namespace {
 
-constexpr char kDomain[] = "llmc.compiled";
+/// Operators of the programs that are served, and of those with exact products.
+constexpr char kDomain[] = "llmc.compiled", kExactDomain[] = "llmc.compiled.exact";
 constexpr size_t kMaxThreads = 64;
 constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
 
@@ -348,14 +350,19 @@ OrtCustomOp make_table() {
   return t;
 }
 
-/// Operators and their domain live as long as the library.
-std::vector<Operator>& operators() {
-  static std::vector<Operator>* made = [] {
-    auto* list = new std::vector<Operator>;
-    for (int32_t i = 0; i < llmc_region_count; i++) list->push_back({make_table(), &llmc_regions[i]});
-    return list;
-  }();
-  return *made;
+std::vector<Operator>* make_operators(const Region* regions) {
+  auto* list = new std::vector<Operator>;
+  for (int32_t i = 0; i < llmc_region_count; i++) list->push_back({make_table(), &regions[i]});
+  return list;
+}
+
+OrtStatus* add_domain(const Api& api, OrtSessionOptions* options, const char* name,
+                      const std::vector<Operator>& operators) {
+  OrtCustomOpDomain* domain = nullptr;
+  if (OrtStatus* status = api.create_domain(name, &domain)) return status;
+  for (const Operator& op : operators)
+    if (OrtStatus* status = api.add_operator(domain, &op.table)) return status;
+  return api.add_domain(options, domain);
 }
 
 }  // namespace
@@ -372,9 +379,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   }
   const Api api(table);
   if (!cpu_fits()) return api.error(kFail, "this model is compiled for CPUs with " LLMC_ISA "; this one has it not");
-  OrtCustomOpDomain* domain = nullptr;
-  if (OrtStatus* status = api.create_domain(kDomain, &domain)) return status;
-  for (const Operator& op : operators())
-    if (OrtStatus* status = api.add_operator(domain, &op.table)) return status;
-  return api.add_domain(options, domain);
+  // Operators and their domains live as long as the library.
+  static const std::vector<Operator>*const served = make_operators(llmc_regions),
+                                    *const exact = make_operators(llmc_exact_regions);
+  if (OrtStatus* status = add_domain(api, options, kDomain, *served)) return status;
+  return add_domain(api, options, kExactDomain, *exact);
 }

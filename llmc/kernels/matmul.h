@@ -152,6 +152,16 @@ struct Matmul {
     }
   }
 
+  static void put(const Run& run, const Op& op, int64_t g, int64_t row, F value) {
+    float* out = run.at(op.out, row) + g * kLanes;
+    const int64_t left = op.n - g * kLanes;
+    if (left >= kLanes || op.out.base >= 0) {
+      store(out, value);
+    } else {
+      for (int64_t i = 0; i < left; i++) out[i] = value[i];
+    }
+  }
+
  private:
   /// 16 outputs of `Rows` rows straight from the packed weights.
   template <int Rows>
@@ -202,16 +212,6 @@ struct Matmul {
       }
     }
     for (int r = 0; r < Rows; r++) put(run, op, g, row + r, total[r]);
-  }
-
-  static void put(const Run& run, const Op& op, int64_t g, int64_t row, F value) {
-    float* out = run.at(op.out, row) + g * kLanes;
-    const int64_t left = op.n - g * kLanes;
-    if (left >= kLanes || op.out.base >= 0) {
-      store(out, value);
-    } else {
-      for (int64_t i = 0; i < left; i++) out[i] = value[i];
-    }
   }
 
   /// Up to 32 outputs of up to `rows_of_tile` rows.

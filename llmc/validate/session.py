@@ -11,6 +11,7 @@ import numpy as np
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.model import COMPILED, COMPILED_EXACT
 from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.stacks import in_float32
 
@@ -289,7 +290,7 @@ def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
 
 
 def with_exact_products(model: Any) -> None:
-    """Make every MatMulNBits and QMoE of an `onnx_ir.Model` compute in float32, in place."""
+    """Make products with quantized weights compute in float32 in all of an `onnx_ir.Model`, in place."""
     import onnx_ir as ir
 
     for node in list(model.graph.all_nodes()):
@@ -297,6 +298,9 @@ def with_exact_products(model: Any) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
         elif node.op_type == "QMoE":
             in_float32(node)
+        elif node.domain == COMPILED:
+            node.domain = COMPILED_EXACT
+            model.graph.opset_imports[COMPILED_EXACT] = 1
 
 
 def shares_buffer(folder: Path) -> bool:

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 
 from llmc.errors import UnsupportedError
 
-#: Domain of the compiled operators.
-DOMAIN = "llmc.compiled"
-
 
 @dataclass(frozen=True)
 class InstructionSet:

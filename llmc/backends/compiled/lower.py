@@ -15,14 +15,15 @@ from importlib.resources import files
 import onnx_ir as ir
 
 from llmc.backends.compiled.cache import narrow_cache
-from llmc.backends.compiled.isa import DOMAIN, InstructionSet
+from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import MICROSOFT, dims_of, width_of
+from llmc.backends.compiled.program import Program
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
-from llmc.graph.model import PACKED, Graph
+from llmc.graph.model import COMPILED, PACKED, Graph
 
 #: The library's name inside of an artifact.
 LIBRARY = "kernels.so"
@@ -133,7 +134,7 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
         _replace(graph.graph, builder, f"Region{index}", replaced_by)
     _drop_unread(graph.graph)
     graph.graph.sort()
-    graph.graph.opset_imports[DOMAIN] = 1
+    graph.graph.opset_imports[COMPILED] = 1
     return KernelSource(
         text=_source(builders, texts),
         regions=len(builders),
@@ -171,7 +172,7 @@ def _replace(
 ) -> None:
     """One node in the place of a region; `replaced_by` leads from values of regions to what is there now."""
     values = [replaced_by.get(value, value) for value in [*builder.inputs, *builder.weights]]
-    made = ir.Node(DOMAIN, name, values, num_outputs=len(builder.outputs), name=name)
+    made = ir.Node(COMPILED, name, values, num_outputs=len(builder.outputs), name=name)
     layouts = {n: [x.n, x.k, x.bits, x.block, int(x.zero)] for n, x in sorted(builder.layouts.items())}
     made.metadata_props[PACKED] = json.dumps(layouts)
     first = builder.inside[0]
@@ -198,37 +199,50 @@ def _drop_unread(graph: ir.Graph) -> None:
 
 
 def _region_text(builder: RegionBuilder, index: int) -> str:
-    program = builder.program
-    width = program.lay_out()
     values = [*builder.inputs, *builder.weights]
     types = ", ".join(str(int(v.dtype or ir.DataType.UNDEFINED)) for v in values)
     extents = ", ".join(_extent_text(v) for v in [*values, *builder.outputs])
     outputs = ",\n  ".join(_output_text(builder, value) for value in builder.outputs)
-    operations = ",\n  ".join(program.text(operation) for operation in program.operations)
-    scratch = sorted({o.scratch for o in program.operations if o.scratch})
-    shared = sorted({o.shared for o in program.operations if o.shared})
+    shared = sorted({o.shared for o in builder.program.operations if o.shared})
     position = {value: i for i, value in enumerate(values)}
     rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
     total = position[builder.total] if builder.total is not None else -1
     chosen = position[builder.chosen] if builder.chosen is not None else -1
     choice = position[builder.choice] if builder.choice is not None else -1
+    programs = {"": builder.program, "exact_": builder.program.with_exact_products()}
+    tables = [_program_text(program, f"{kind}ops_{index}") for kind, program in programs.items()]
+    regions = [
+        f"""#define {kind.upper()}REGION_{index} {{ \\
+  "Region{index}", types_{index}, extents_{index}, {len(values)}, outputs_{index}, \\
+  {len(builder.outputs)}, {kind}ops_{index}, {len(program.operations)}, \\
+  {len(builder.inputs)}, {rows_from}, {total}, {chosen}, {choice}, {kind}ops_{index}_width, \\
+  {kind}ops_{index}_scratch, shared_{index}}}"""
+        for kind, program in programs.items()
+    ]
     return f"""
 constexpr int32_t types_{index}[] = {{{types}}};
 constexpr Extent extents_{index}[] = {{{extents}}};
 constexpr Output outputs_{index}[] = {{
   {outputs}}};
-constexpr Op ops_{index}[] = {{
-  {operations}}};
-size_t shared_{index}(const Run& run) {{
+{"".join(tables)}size_t shared_{index}(const Run& run) {{
   (void)run;
   size_t most = 0;
   for (size_t size : {{size_t{{0}}{"".join(f", {s}" for s in shared)}}}) most = size > most ? size : most;
   return most;
 }}
-constexpr size_t scratch_{index} = most({{size_t{{64}}{"".join(f", {s}" for s in scratch)}}});
-#define REGION_{index} {{"Region{index}", types_{index}, extents_{index}, {len(values)}, outputs_{index}, \\
-  {len(builder.outputs)}, ops_{index}, {len(program.operations)}, {len(builder.inputs)}, \\
-  {rows_from}, {total}, {chosen}, {choice}, {width}, scratch_{index}, shared_{index}}}
+{chr(10).join(regions)}
+"""
+
+
+def _program_text(program: Program, name: str) -> str:
+    """The table of a program's operations, with the memory that it takes."""
+    width = program.lay_out()
+    operations = ",\n  ".join(program.text(operation) for operation in program.operations)
+    scratch = sorted({o.scratch for o in program.operations if o.scratch})
+    return f"""constexpr Op {name}[] = {{
+  {operations}}};
+constexpr int32_t {name}_width = {width};
+constexpr size_t {name}_scratch = most({{size_t{{64}}{"".join(f", {s}" for s in scratch)}}});
 """
 
 
@@ -255,10 +269,11 @@ def _source(builders: Sequence[RegionBuilder], texts: Sequence[str]) -> str:
         f"void {name}(const Run& run, const Op& op, int64_t row) {{ {body} }}"
         for name, body in sorted(functions.items())
     )
-    regions = ", ".join(f"REGION_{i}" for i in range(len(texts)))
+    regions, exact = (", ".join(f"{kind}REGION_{i}" for i in range(len(texts))) for kind in ("", "EXACT_"))
     return f"""#include <initializer_list>
 
 #include "attention.h"
+#include "exact.h"
 #include "matmul.h"
 #include "rows.h"
 
@@ -277,6 +292,7 @@ constexpr size_t most(std::initializer_list<size_t> sizes) {{
 using namespace llmc;
 extern "C" {{
 extern const Region llmc_regions[] = {{{regions}}};
+extern const Region llmc_exact_regions[] = {{{exact}}};
 extern const int32_t llmc_region_count = {len(texts)};
 }}
 """

@@ -1,5 +1,6 @@
 """A region's program: operations over places in a workspace, and its C++ text (llmc/kernels/program.h)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -67,6 +68,7 @@ class Operation:
         kind: Done row by row, or in chunks of its own making.
         fields: Members of `llmc::Op` by name, functions as C++ text.
         scratch, shared: C++ expressions for the memory it needs of each thread, and of all together.
+        exact: What replaces it in the program with exact products; None where that program has it too.
     """
 
     kind: Literal["row", "chunk"]
@@ -74,6 +76,7 @@ class Operation:
     fields: Fields
     scratch: str | None = None
     shared: str | None = None
+    exact: "Sequence[Operation] | None" = None
 
     def buffers(self) -> list[Buffer]:
         places = [v for v in self.fields.values() if isinstance(v, Place)]
@@ -97,6 +100,18 @@ class Program:
 
     operations: list[Operation] = field(default_factory=list)
     functions: dict[str, str] = field(default_factory=dict)
+
+    def with_exact_products(self) -> "Program":
+        """The same program with activations that are not rounded for products.
+
+        Both programs share their buffers: `lay_out` the one whose text is made next.
+        """
+        exact = [
+            replacement
+            for operation in self.operations
+            for replacement in ((operation,) if operation.exact is None else operation.exact)
+        ]
+        return Program(exact, self.functions)
 
     def lay_out(self) -> int:
         """Give every buffer its columns; returns the width of the workspace.

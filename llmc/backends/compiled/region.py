@@ -243,17 +243,14 @@ class RegionBuilder:
         parts = PARTS[node.attributes["accuracy_level"].as_int()]
         kind = _matmul_type(layout, parts)
         weight = self.packed_weight(given(node.inputs[1]), layout)
-        activation = self._quantize(self._place(source), layout, parts)
-        fields: Fields = {
-            "chunks": f"{kind}::chunks",
-            "chunk": f"{kind}::chunk",
-            "ahead": f"{kind}::ahead",
-            "a": activation,
-            "weight": weight,
-            "n": layout.n,
-            "out": self.make(output, layout.n, space),
-        }
-        self.program.operations.append(Operation("chunk", space, fields, scratch=f"{kind}::scratch"))
+        place = self._place(source)
+        activation = self._quantize(place, layout, parts)
+        common: Fields = {"weight": weight, "n": layout.n, "out": self.make(output, layout.n, space)}
+        functions: Fields = {f: f"{kind}::{f}" for f in ("chunks", "chunk", "ahead")}
+        exact = _exact_product(kind, {**common, "a": place}, space)
+        fields: Fields = {**functions, **common, "a": activation}
+        scratch = f"{kind}::scratch"
+        self.program.operations.append(Operation("chunk", space, fields, scratch, exact=(exact,)))
 
     def _quantize(self, place: Place, layout: PackedLayout, parts: int) -> Place:
         key = (place, layout.block, parts)
@@ -261,9 +258,8 @@ class RegionBuilder:
             width = parts * layout.blocks * layout.block // 4 + 3 * layout.blocks
             out = self.temporary(width, place.space)
             row = f"quantize_row<{layout.k}, {layout.block}, {parts}, {out.stride}>"
-            self.program.operations.append(
-                Operation("row", place.space, {"row": row, "a": place, "out": out})
-            )
+            fields: Fields = {"row": row, "a": place, "out": out}
+            self.program.operations.append(Operation("row", place.space, fields, exact=()))
             self._quantized[key] = out
         return self._quantized[key]
 
@@ -367,6 +363,13 @@ class RegionBuilder:
 def _matmul_type(layout: PackedLayout, parts: int) -> str:
     """The C++ type of products with a packed matrix."""
     return f"Matmul<{layout.k}, {layout.block}, {layout.bits}, Zero::k{layout.zero.name.title()}, {parts}>"
+
+
+def _exact_product(kind: str, fields: Fields, space: Space) -> Operation:
+    """The product of `kind` with activations in float32."""
+    exact = f"Exact<{kind}>"
+    functions: Fields = {f: f"{exact}::{f}" for f in ("chunks", "chunk")}
+    return Operation("chunk", space, {**functions, **fields}, f"{exact}::scratch")
 
 
 _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
