@@ -37,6 +37,10 @@ class Metric(StrEnum):
     WINDOW_MAX_ABS = "window.max_abs"
     CACHE_KL_MEAN = "cache.kl_mean"
     CACHE_KL_MAX = "cache.kl_max"
+    ROUNDING_KL_MEAN = "rounding.kl_mean"
+    ROUNDING_NOISE_RATIO = "rounding.noise_ratio"
+    ROUNDING_POSITION_RATIO = "rounding.position_ratio"
+    ROUNDING_TOKEN_RATIO = "rounding.token_ratio"
     DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
     TEXT_KL_P99 = "text.kl_p99"
@@ -106,6 +110,10 @@ DEFINITIONS = {
     Metric.WINDOW_MAX_ABS: Definition("logits", Better.LESS),
     Metric.CACHE_KL_MEAN: Definition("nats per token", Better.LESS),
     Metric.CACHE_KL_MAX: Definition("nats per token", Better.LESS),
+    Metric.ROUNDING_KL_MEAN: Definition("nats per token", Better.LESS),
+    Metric.ROUNDING_NOISE_RATIO: Definition("difference / standard deviation of the logits", Better.LESS),
+    Metric.ROUNDING_POSITION_RATIO: Definition("worst position / median position", Better.LESS),
+    Metric.ROUNDING_TOKEN_RATIO: Definition("worst token / median token", Better.LESS),
     Metric.DECODE_TOP1: Definition("share", Better.MORE),
     Metric.TEXT_KL_MEAN: Definition("nats per token", Better.LESS),
     Metric.TEXT_KL_P99: Definition("nats per token", Better.LESS),

@@ -61,7 +61,7 @@ def measure_served(run: Run) -> None:
         run.own.release()
         release_memory()
         with run.progress.stage("parity"):
-            run.found += _levels(run, _open_graph(run, exact=True))
+            run.found += _compare_graph(run)
     release_memory()
     model = _open_graph(run, exact=False)
     with run.progress.stage("quality"):
@@ -138,6 +138,18 @@ def _open_graph(run: Run, *, exact: bool) -> OrtModel:
     )
 
 
+def _compare_graph(run: Run) -> tuple[Measurement, ...]:
+    """The parity levels with exact products, and what the graph's own add where a gate asks for it."""
+    from llmc.validate.paired import METRICS, Paired, chooses_experts
+
+    exact = _open_graph(run, exact=True)
+    if all(gate.metric not in METRICS for gate in run.subject.target.gates):
+        return _levels(run, exact)
+    pair = Paired(exact, _open_graph(run, exact=False), chooses_experts(run.subject.folder))
+    levels = _levels(run, pair)
+    return (*pair.allow(levels), *pair.measure())
+
+
 def _require_interface(run: Run) -> str:
     """Load the graph once and let go of it; what executes it.
 
@@ -194,7 +206,7 @@ def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...
     from llmc.validate.measure import unmeasured
 
     why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
-    areas = ("prefill", "chunks", "decode", "ragged", "window", "generate")
+    areas = ("prefill", "chunks", "decode", "ragged", "window", "cache", "rounding", "generate")
     status = MeasurementStatus.NOT_MEASURED
     return tuple(unmeasured(m, status, why, where) for m in Metric if m.area in areas)
 

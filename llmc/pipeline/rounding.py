@@ -78,9 +78,7 @@ def allow_own_rounding(
 
     if large or not exceeds(subject.target.gates, levels):
         return tuple(levels)
-    found = own.conditioning(tokens, subject.interface.max_length)
-    compiled = subject.target.kernels == "compiled"
-    return tuple(allow_rounding(levels, found, rounds_activations=compiled))
+    return tuple(allow_rounding(levels, own.conditioning(tokens, subject.interface.max_length)))
 
 
 def bound_on_divergence(

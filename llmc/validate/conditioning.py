@@ -42,12 +42,10 @@ class Conditioning:
     Args:
         difference: Largest difference of a logit between one pass and single steps.
         largest: Largest magnitude of a logit.
-        spread: Standard deviation of the logits of a position over the vocabulary, the mean of all positions.
     """
 
     difference: float
     largest: float
-    spread: float
 
     @property
     def tolerance(self) -> float:
@@ -64,7 +62,6 @@ def measure_conditioning(model: TorchModel, tokens: Array, limit: int | None) ->
         limit: Most positions of the model; None for any number.
     """
     difference = largest = 0.0
-    spreads = [0.0]
     for length in PROMPTS:
         steps = STEPS if limit is None else min(STEPS, limit - length)
         if steps < 1:
@@ -75,8 +72,7 @@ def measure_conditioning(model: TorchModel, tokens: Array, limit: int | None) ->
         stepped = model.stepped_logits(sequence, keep=steps)
         difference = max(difference, float(np.abs(whole - stepped).max()))
         largest = max(largest, float(np.abs(whole).max()))
-        spreads.append(float(whole.std(axis=1).mean()))
-    return Conditioning(difference, largest, max(spreads))
+    return Conditioning(difference, largest)
 
 
 def exceeds(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> bool:
@@ -88,24 +84,15 @@ def exceeds(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> bool:
     )
 
 
-def allow_rounding(
-    measurements: Sequence[Measurement], found: Conditioning, *, rounds_activations: bool
-) -> list[Measurement]:
-    """The measurements, those of the levels with the tolerance that rounding gives.
-
-    Args:
-        rounds_activations: Whether the artifact rounds activations to 8 bits, which moves its logits in
-            proportion to how far they spread: their standard deviation is let through.
-    """
-    tolerance = max(found.tolerance, found.spread if rounds_activations else 0.0)
+def allow_rounding(measurements: Sequence[Measurement], found: Conditioning) -> list[Measurement]:
+    """The measurements, those of the levels with the tolerance that the original's own rounding gives."""
     told = (
         f"the original differs from itself by {found.difference:.2g} between one pass and single steps, "
-        f"with logits up to {found.largest:.3g} and a standard deviation of {found.spread:.2g}: "
-        f"{tolerance:.2g} is put down to rounding"
+        f"with logits up to {found.largest:.3g}: {found.tolerance:.2g} is put down to rounding"
     )
     return [
-        m.model_copy(update={"tolerance": tolerance, "detail": f"{m.detail}; {told}"})
-        if m.metric in LEVELS and m.value is not None and tolerance > 0
+        m.model_copy(update={"tolerance": found.tolerance, "detail": f"{m.detail}; {told}"})
+        if m.metric in LEVELS and m.value is not None and found.tolerance > 0
         else m
         for m in measurements
     ]

@@ -99,10 +99,11 @@ class RememberedModel:
 
         def ask(model: TorchModel) -> bytes:
             found = measure_conditioning(model, tokens, limit)
-            return np.array([found.difference, found.largest, found.spread], np.float64).tobytes()
+            return np.array([found.difference, found.largest], np.float64).tobytes()
 
-        key = self._key("conditioning and spread", tokens, [*PROMPTS, STEPS, limit or 0])
-        return Conditioning(*np.frombuffer(self._recall(key, ask), np.float64).tolist())
+        key = self._key("conditioning", tokens, [*PROMPTS, STEPS, limit or 0])
+        difference, largest = np.frombuffer(self._recall(key, ask), np.float64).tolist()
+        return Conditioning(difference, largest)
 
     def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
         """As `measure_sensitivity`."""

@@ -1,0 +1,82 @@
+"""The served program beside the exact one: size and evenness of what rounding adds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.config import Metric
+from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.validate.measure import measured
+from llmc.validate.paired import Paired
+
+Array = np.ndarray
+M = Metric
+VOCABULARY = 50
+
+
+@dataclass
+class Noisy:
+    """A session whose logits are a function of the tokens so far, plus some noise of its own."""
+
+    interface: Any
+    noise: float
+    worst: float = 1.0
+    where: str = "here"
+
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        exact = np.random.default_rng(int(input_ids.sum())).normal(size=(*input_ids.shape, VOCABULARY))
+        noise = np.random.default_rng(int(input_ids.sum()) + 1).normal(size=exact.shape) * self.noise
+        noise[0, -1] *= self.worst if input_ids.shape[1] == 8 else 1.0
+        made: Array = exact + noise + (self.noise > 0)  # a shift of all logits moves no probability
+        return made.astype(np.float32)
+
+    decode: Any = None
+
+
+def pair(noise: float, worst: float = 1.0, *, routed: bool = False) -> dict[Metric, float | None]:
+    made = Paired(Noisy(None, 0.0), Noisy(None, noise, worst), routed)
+    for seed in range(40):
+        made.prefill(np.full((1, 7 + seed % 3), seed), steps=0)
+    return {m.metric: m.value for m in made.measure()}
+
+
+def test_even_noise_has_its_size_and_ratios_near_one() -> None:
+    found = pair(0.03)
+    assert found[M.ROUNDING_NOISE_RATIO] == pytest.approx(0.03, rel=0.1)
+    assert found[M.ROUNDING_KL_MEAN] == pytest.approx(0.03**2 / 2, rel=0.3)
+    assert 1 < (found[M.ROUNDING_POSITION_RATIO] or 0) < 2
+    assert 1 < (found[M.ROUNDING_TOKEN_RATIO] or 0) < 2
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_one_length_of_a_piece_that_is_wrong_stands_out(routed: bool) -> None:
+    ratio = pair(0.03, 100.0, routed=routed)[M.ROUNDING_POSITION_RATIO] or 0
+    assert ratio < 2 if routed else ratio > 50  # with a router, of 112 positions 13 are no median
+
+
+def test_equal_programs_have_no_noise() -> None:
+    assert list(pair(0.0).values()) == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_padding_is_not_compared() -> None:
+    made = Paired(Noisy(None, 0.0), Noisy(None, 0.03, 1e6))
+    made.prefill(np.ones((1, 8), np.int64), np.array([[1] * 7 + [0]]), steps=0)
+    assert (made.measure()[2].value or 0) < 3
+
+
+def test_where_nothing_was_compared_every_figure_is_nan() -> None:
+    assert all(np.isnan(m.value or 0) for m in Paired(Noisy(None, 0.0), Noisy(None, 0.0)).measure())
+
+
+@pytest.mark.parametrize(("kind", "share"), [("float32", 0.01), ("float16", 0.015), ("int8", 0.35)])
+def test_what_a_cache_rounds_is_a_share_of_the_spread(kind: str, share: float) -> None:
+    slot = CacheSlot.model_construct(past_key="past", past_value="past")
+    spec = TensorSpec.model_construct(name="past", dtype=kind)
+    interface = Interface.model_construct(cache=(slot,), inputs=(spec,))
+    made = Paired(Noisy(interface, 0.0), Noisy(interface, 0.03))
+    made.prefill(np.arange(100)[None], steps=0)
+    level, other = made.allow([measured(m, 0.5, "found", "here") for m in (M.PREFILL_MAX_ABS, M.DECODE_TOP1)])
+    assert level.tolerance == pytest.approx(share, rel=0.05)
+    assert other.tolerance is None
