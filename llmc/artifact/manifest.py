@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
-from llmc.strict_json import parse_json
 from llmc.artifact.text import TextRecord
 from llmc.artifact.verdict import MISSED, CheckStatus
 from llmc.config import Metric, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
+from llmc.strict_json import parse_json
 
 MANIFEST = "manifest.json"
 #: The graph.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric
@@ -37,7 +38,30 @@ def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
     try:
         return (
             measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise),
-            measure_tensors(subject.folder, rebuilt.graph.graph, rebuilt.calibrated),
+            measure_tensors(
+                subject.folder, rebuilt.graph.graph, rebuilt.calibrated, [*_compare_smoothing(subject)]
+            ),
         )
     except ParityError as error:
         return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)
+
+
+def _compare_smoothing(subject: Subject) -> Iterator[str]:
+    """What differs in the vectors that channels were divided by, where calibration gave them once more.
+
+    Raises:
+        ParityError: The artifact's cannot be read.
+    """
+    import numpy as np
+
+    from llmc.quantize.activations import read_smoothing
+
+    wanted = subject.rebuilt.smoothing
+    if wanted is None:
+        return
+    stored = read_smoothing(subject.folder)
+    for name in sorted({*wanted, *stored}):
+        if name not in wanted or name not in stored:
+            yield f"what the input of {name} is scaled by is {'added' if name in stored else 'missing'}"
+        elif not np.array_equal(stored[name], wanted[name]):
+            yield f"what the input of {name} is scaled by differs"

@@ -44,20 +44,23 @@ def open_model(folder: Path) -> ir.Model:
         raise ParityError(f"{folder / MODEL} is not an ONNX model: {error}") from error
 
 
-def measure_tensors(folder: Path, expected: ir.Graph, calibrated: Collection[str]) -> Measurement:
+def measure_tensors(
+    folder: Path, expected: ir.Graph, calibrated: Collection[str], beside: Sequence[str] = ()
+) -> Measurement:
     """WEIGHTS_EXACT: how many tensors of weights are not what a build gives, bit for bit.
 
     Args:
         expected: The graph as a backend writes it, with lazy weights.
         calibrated: Matrices whose codes depend on calibration that is not known, by their initializers'
             names before quantization; they are left out.
+        beside: What is wrong with tensors in other files, a sentence each.
 
     Raises:
         ParityError: The graph, or the data of a tensor, cannot be read.
     """
     stored = open_model(folder).graph.initializers
-    found: list[str] = []
-    compared = 0
+    found = [*beside]
+    compared = len(found)
     for group in _groups(expected, calibrated):
         for name, difference in _compare_group(group, stored):
             compared += 1

@@ -49,7 +49,7 @@ def shorten_graph(model: Any, interface: Interface, slots: int) -> None:
     Raises:
         ParityError: No mask compares with the slots.
     """
-    graph, capacity = model.graph, interface.max_length
+    graph, capacity = model.graph, interface.max_length or 0
     shorter = shorten(interface, slots)
     specs = {spec.name: spec for spec in (*shorter.inputs, *shorter.outputs)}
     for node in graph:

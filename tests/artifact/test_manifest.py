@@ -33,7 +33,7 @@ def test_json_has_sorted_keys_and_ends_with_a_newline(make_manifest: MakeManifes
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        ("[" * 100_000, r"m\.json is damaged: maximum recursion depth"),
+        ("[" * 100_000, r"m\.json is damaged: it is nested too deeply"),
         (f"[{'1' * 5000}]", r"m\.json is damaged: Exceeds the limit"),
         ("{", r"m\.json is damaged: Expecting property name .* at line 1, column 2"),
         ("[]", r"m\.json is not the manifest of an artifact: it has no schema_version"),

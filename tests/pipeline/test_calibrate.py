@@ -29,6 +29,7 @@ from tests.notes import Notes
 
 REASON = "a tiny random model in eight bits"
 GATES = (
+    Gate(metric=Metric.WEIGHTS_EXACT, max=0, reason=REASON),
     Gate(metric=Metric.WEIGHTS_SNR, min=35, reason=REASON),
     Gate(metric=Metric.WEIGHTS_BLOCK_SNR, min=15, reason=REASON),
     Gate(metric=Metric.TEXT_KL_MEAN, max=0.05, reason=REASON),
@@ -82,7 +83,7 @@ def test_activations_are_smoothed_and_quantized_and_verify_knows_it(tmp_path: Pa
     kept["model.layers.1.self_attn.q_proj.weight"][3] *= 2
     save_file(kept, tmp_path / "out/smoothing.safetensors")
     spoilt = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True, every=True)
-    assert "weights.block_snr_db" in str(spoilt.failure())
+    assert "weights.mismatches" in str(spoilt.failure())
 
 
 def test_activations_that_do_not_bear_it_are_told(tmp_path: Path) -> None:
