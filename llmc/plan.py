@@ -22,6 +22,8 @@ def plan_build(
     token_ids: bool = False,
     adapter: str | None = None,
     every_check: bool = False,
+    seed: int | None = None,
+    budget: float | None = None,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
 
@@ -33,6 +35,8 @@ def plan_build(
         token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
         adapter: Folder or hub id of a LoRA adapter that is merged into the model.
         every_check: Measure everything although a cheap check has missed its gate.
+        seed: By which the positions that the gate looks at are drawn; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -61,6 +65,8 @@ def plan_build(
         chat_template=None if chat_template is None else _read_template(chat_template),
         token_ids=token_ids,
         every_check=every_check,
+        seed=seed,
+        budget=budget,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli.options import Adapter, EvalText, Every, Json, Model, SearchPath
+from llmc.cli.options import Adapter, Budget, EvalText, Every, Json, Model, SearchPath, Seed
 from llmc.cli.text import emit, examples, open_progress
 
 
@@ -73,6 +73,8 @@ def build(
             "--resume", help="MODEL is an artifact: build its pending engines on this machine's GPU."
         ),
     ] = False,
+    seed: Seed = None,
+    budget: Budget = None,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
@@ -103,6 +105,8 @@ def build(
         token_ids=token_ids,
         adapter=adapter,
         every_check=every,
+        seed=seed,
+        budget=budget,
     )
     plan = plan_for(target=target)
     from llmc import pipeline

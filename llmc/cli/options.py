@@ -81,6 +81,24 @@ OwnGates = Annotated[
         help="Let the gates in ARTIFACT differ from its target's, and hold them where no --target is named.",
     ),
 ]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Draw the positions that are verified by another seed.",
+        show_default="the digest of the artifact's files",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        min=1.0,
+        help="Verify as many positions as are forecast to take this long, original and artifact together.",
+        show_default="80",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
 ]

@@ -9,6 +9,7 @@ from llmc.cli.options import (
     Against,
     Allow,
     Artifact,
+    Budget,
     EvalText,
     Every,
     Force,
@@ -18,6 +19,7 @@ from llmc.cli.options import (
     OwnGates,
     Report,
     SearchPath,
+    Seed,
 )
 from llmc.cli.text import emit, examples, open_progress
 
@@ -67,6 +69,8 @@ def verify(
     target: GatesOf = None,
     path: SearchPath = None,
     own_gates: OwnGates = False,
+    seed: Seed = None,
+    budget: Budget = None,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
@@ -88,6 +92,8 @@ def verify(
         each_pass=each_pass,
         tasks=tuple(task or ()),
         task_items=task_items,
+        seed=seed,
+        budget=budget,
         every=every,
     )
     emit(made, as_json=as_json)

@@ -269,6 +269,8 @@ class BuildPlan(Strict):
         chat_template: Jinja template in the place of the checkpoint's own; None for that.
         token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
         every_check: Measure everything although a cheap check of the gate has missed.
+        seed: By which the positions that the gate looks at are drawn; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
     """
 
     model: str
@@ -282,3 +284,5 @@ class BuildPlan(Strict):
     chat_template: str | None = None
     token_ids: bool = False
     every_check: bool = False
+    seed: int | None = None
+    budget: float | None = None

@@ -29,6 +29,7 @@ class Metric(StrEnum):
     WEIGHTS_SNR = "weights.snr_db"
     WEIGHTS_BLOCK_SNR = "weights.block_snr_db"
     WEIGHTS_MAX_STEPS = "weights.max_steps"
+    POSITIONS = "positions.verified"
     PASSES_MAX_ABS = "passes.max_abs"
     PREFILL_MAX_ABS = "prefill.max_abs"
     CHUNKS_MAX_ABS = "chunks.max_abs"
@@ -102,6 +103,7 @@ DEFINITIONS = {
     Metric.WEIGHTS_SNR: Definition("dB", Better.MORE),
     Metric.WEIGHTS_BLOCK_SNR: Definition("dB", Better.MORE),
     Metric.WEIGHTS_MAX_STEPS: Definition("steps", Better.LESS),
+    Metric.POSITIONS: Definition("tokens", Better.MORE),
     Metric.PASSES_MAX_ABS: Definition("logits", Better.LESS),
     Metric.PREFILL_MAX_ABS: Definition("logits", Better.LESS),
     Metric.CHUNKS_MAX_ABS: Definition("logits", Better.LESS),

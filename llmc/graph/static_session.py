@@ -99,6 +99,10 @@ class StaticSession(ABC):
         """Go back to `state`, taken since the last prefill."""
         self._written = state
 
+    def rewind(self, state: Array, total: int) -> None:
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        self._written = np.minimum(state, total)
+
     def _advance(self, tokens: Array, lengths: Array) -> Array:
         """Run `tokens` piece by piece; rows that end before a piece stay where they are."""
         parts: list[Array] = []

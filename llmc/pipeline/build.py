@@ -133,6 +133,7 @@ def _write(
     from llmc.backends.ort import write_model
     from llmc.pipeline.calibrate import write_activations
     from llmc.quantize.activations import write_smoothing
+    from llmc.validate.positions import seed_of
 
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
@@ -183,6 +184,8 @@ def _write(
         compiled=pruned.checkpoint,
         weights=compiled.weights,
         text=text,
+        seed=seed_of(manifest.files) if plan.seed is None else plan.seed,
+        budget=plan.budget,
     )
     forecasts = write_forecasts(plan, manifest, reports)
     return Built(manifest, forecasts, subject if gated else None, pruned.record)

@@ -28,6 +28,7 @@ def measure_served(run: Run) -> None:
     """
     from llmc.data import prompts
     from llmc.validate import generation
+    from llmc.validate.parity import prepare_parity
     from llmc.validate.quality import measure_quality
 
     where = _require_interface(run)
@@ -51,7 +52,7 @@ def measure_served(run: Run) -> None:
                 run.found += generation.measure_generation(
                     drawn, run.original, run.own, run.stated.stop, runtime, count
                 )
-            run.prepare_parity()
+            prepare_parity(run.plan, run.own)
             run.original.release()
         rounding = open_rounding(run.subject, run.own)
         if rounding is not None:
@@ -81,8 +82,9 @@ def measure_static(run: Run) -> None:
     Raises:
         ParityError: TensorRT or onnxruntime cannot load it.
     """
-    from llmc.validate.blank import BlankSession
+    from llmc.validate.choices import ask_choices, measure_choices
     from llmc.validate.measure import measured
+    from llmc.validate.parity import prepare_parity
     from llmc.validate.quality import measure_quality
     from llmc.validate.static_session import StaticOrtModel
 
@@ -90,10 +92,10 @@ def measure_static(run: Run) -> None:
     with run.progress.stage("original"):
         run.original.prepare(run.windows.questions(), run.progress.advance)
         if subject.engine is not None:
-            run.parity(BlankSession(subject.interface), run.original, rows).decode()
+            list(ask_choices(run.original, subject.interface, run.tokens))
     with run.progress.stage("original with the artifact's weights"):
         if not run.weights.unread:
-            run.prepare_parity()
+            prepare_parity(run.plan, run.own)
         run.original.release()
         run.own.release()
     release_memory()
@@ -113,10 +115,9 @@ def measure_static(run: Run) -> None:
     model = _open_static(run, slots=run.windows.tokens.shape[1])
     if subject.engine is not None:
         with run.progress.stage("engine"):
-            steps = run.parity(model, run.original, rows).decode()
+            chosen = measure_choices(model, run.original, run.tokens)
             run.original.release()
-        levels = tuple(m for m in levels if m.metric is not Metric.DECODE_TOP1)
-        levels += tuple(m for m in steps if m.metric is Metric.DECODE_TOP1)
+        levels = (*(m for m in levels if m.metric is not Metric.DECODE_TOP1), chosen)
     run.found += levels
     with run.progress.stage("quality"):
         unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
@@ -193,7 +194,9 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
 
 def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
     """The parity levels against the original with the artifact's weights, which is released."""
-    levels = run.parity(model, run.own).measure()
+    from llmc.validate.parity import Parity
+
+    levels = Parity(model, run.own, run.plan).measure()
     large = is_large(run.subject.compiled)
     levels = allow_own_rounding(run.subject, run.own, run.tokens, levels, large)
     run.own.release()

@@ -15,11 +15,9 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.artifact.text import TextCodec
     from llmc.artifact.verdict import Measurement
-    from llmc.validate.parity import Parity
+    from llmc.validate.positions import Plan
     from llmc.validate.quality import Windows
-    from llmc.validate.reference import Reference
     from llmc.validate.remembered import RememberedModel
-    from llmc.validate.session import Session
     from llmc.validate.settings import Original
     from llmc.validate.weights import WeightParity
 
@@ -113,28 +111,21 @@ class Run:
         """The original with the artifact's own weights."""
         return open_own(self.subject, self.original, self.weights)
 
-    def prepare_parity(self) -> None:
-        """Have the original with the artifact's weights answer what the parity levels will ask of it."""
-        from llmc.validate.blank import BlankSession
-
-        interface = self.subject.interface
-        self.own.prepare_for(
-            interface.vocabulary,
-            lambda reference: self.parity(BlankSession(interface), reference).measure(),
-            self.progress.advance,
-        )
-
-    def parity(self, model: Session, reference: Reference, rows: int | None = None) -> Parity:
-        """The parity levels of a model against a reference.
-
-        Args:
-            rows: Most rows of a batch that the model takes; None for any number.
-        """
+    @cached_property
+    def plan(self) -> Plan:
+        """The positions that the parity levels look at."""
         from llmc.graph.switches import rope_switches, trained_lengths
-        from llmc.validate.parity import Parity
+        from llmc.validate.costs import model_costs
+        from llmc.validate.drawing import BUDGET, Ground, plan_positions
+        from llmc.validate.reference import sliding_window
 
-        config = self.subject.checkpoint.config
-        heads = self.subject.compiled.config.get_text_config(decoder=True).num_attention_heads
-        return Parity(
-            model, reference, self.tokens, heads, rope_switches(config), trained_lengths(config), rows
+        subject, config = self.subject, self.subject.checkpoint.config
+        ground = Ground(
+            interface=subject.interface,
+            text=self.tokens,
+            costs=model_costs(subject.interface, config, subject.compiled.reference_bytes() // 4),
+            window=sliding_window(config),
+            switches=rope_switches(config),
+            lengths=trained_lengths(config),
         )
+        return plan_positions(ground, subject.seed, BUDGET if subject.budget is None else subject.budget)

@@ -44,6 +44,8 @@ class Subject:
         engine: An engine to execute here; None measures the graph.
         tasks: Multiple-choice tasks to answer as well.
         weights: How every matrix is stored.
+        seed: By which the positions to look at are drawn; `seed_of` the artifact's files.
+        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
         built_otherwise: Why a build here may give another graph; None where it gives the same.
         derived: What of the files beside the graph is not what a build derives.
     """
@@ -60,6 +62,8 @@ class Subject:
     engine: EngineRecord | None = None
     tasks: Tasks | None = None
     weights: Sequence[WeightRecord] = ()
+    seed: int = 0
+    budget: float | None = None
     built_otherwise: str | None = None
     derived: Derived = NOTHING
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ def verify(
     search: Path | None = None,
     own_gates: bool = False,
     adapter: str | None = None,
+    seed: int | None = None,
+    budget: float | None = None,
 ) -> GateReport:
     """Hold an artifact to the parity gates of its target on this machine.
 
@@ -68,6 +71,8 @@ def verify(
         target: Target whose gates are held, by name or YAML file; None for the one that the manifest names.
         search: The user's folder of targets, searched before what ships.
         own_gates: Let the artifact's own gates differ, and hold them where no target is named.
+        seed: By which the positions to look at are drawn; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
     from llmc.artifact.integrity import find_damage
@@ -90,6 +95,7 @@ def verify(
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
         subject = _subject(artifact, thresholds, checkpoint, digest, loaded, progress)
+        subject = replace(subject, seed=subject.seed if seed is None else seed, budget=budget)
         gate = measure_parity(
             subject,
             eval_text,
@@ -122,6 +128,8 @@ def _subject(
     progress: Progress,
 ) -> Subject:
     """What is measured of an artifact on this machine, against which original."""
+    from llmc.validate.positions import seed_of
+
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
     rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)
@@ -143,4 +151,5 @@ def _subject(
         weights=manifest.weights,
         built_otherwise=otherwise if otherwise is not None or rebuilt.complete else UNKNOWN_INPUTS,
         derived=derived,
+        seed=seed_of(manifest.files),
     )

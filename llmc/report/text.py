@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.latency import Footprint, Latency, Ratio, Timing
 from llmc.artifact.verdict import CheckStatus
+from llmc.config import Metric
 from llmc.report.document import Report
 from llmc.report.figures import energies, format_bound, format_estimate, format_figure, ungated
 
@@ -37,6 +38,9 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
         console.print(_latency(report.latency))
         for line in _notes(report.latency):
             console.print(Text(line))
+    for m in report.measurements:
+        if m.metric is Metric.POSITIONS:
+            console.print(Text(f"positions verified: {m.detail}"))
     failed = ", ".join(str(c.metric) for c in report.verdict.decided) or "not measured"
     outcome = "passed" if report.verdict.passed else f"FAILED: {failed}"
     for reason, metrics in report.verdict.unmeasured.items():

@@ -9,6 +9,7 @@ measured in its size, and in how evenly it is spread.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,15 @@ class Paired:
         logits = self.exact.decode(tokens)
         self._compare(tokens.shape[1], logits, self.served.decode(tokens), None)
         return logits
+
+    def state(self) -> tuple[Any, Any]:
+        """This point of the sequence in both programs."""
+        return self.exact.state(), self.served.state()
+
+    def rewind(self, state: tuple[Any, Any], total: int) -> None:
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        self.exact.rewind(state[0], total)
+        self.served.rewind(state[1], total)
 
     def measure(self) -> tuple[Measurement, ...]:
         """Size and evenness of all differences so far; NaN where nothing was compared."""

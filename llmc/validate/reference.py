@@ -41,6 +41,15 @@ class Reference(Protocol):
         """
         ...
 
+    def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
+        """Logits after the tokens at `positions` (n,), ascending: (n, vocabulary) float32.
+
+        Args:
+            input_ids: (sequence,) or (rows, sequence) int64; rows give (rows, n, vocabulary).
+            pieces: Tokens of each step over one KV cache; none for all of them at once.
+        """
+        ...
+
     def ask(self, question: Question) -> bytes:
         """What is kept of the original's logits."""
         ...
@@ -118,6 +127,36 @@ class TorchModel:
         if not np.isfinite(values).all():
             raise ParityError(f"the original's own logits are not finite for {len(input_ids)} tokens")
         return values
+
+    def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
+        """Logits after the tokens at `positions`, of one pass, or of one step for each of `pieces`.
+
+        Raises:
+            ParityError: The original itself gives NaN or infinity, so nothing can be held against it.
+        """
+        import torch
+
+        rows = np.atleast_2d(input_ids)
+        ends = np.cumsum(pieces or (rows.shape[1],)).tolist()
+        start, cache, parts = 0, None, []
+        for end in ends:
+            ids = torch.from_numpy(rows[:, start:end].copy())
+            at = torch.from_numpy(positions[(positions >= start) & (positions < end)] - start)
+            wanted = {"logits_to_keep": at if len(at) else 1} if self._keeps_last else {}
+            with (
+                torch.inference_mode(),
+                reporting_failures(end),
+                attention_by_rows(self.model, end - start, end),
+            ):
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=len(ends) > 1, **wanted)
+            if len(at):
+                logits = out.logits if self._keeps_last else out.logits[:, at]
+                parts.append(logits.float().numpy())
+            start, cache = end, out.past_key_values if len(ends) > 1 else None
+        values = np.concatenate(parts, axis=1)
+        if not np.isfinite(values).all():
+            raise ParityError(f"the original's own logits are not finite for {rows.shape[1]} tokens")
+        return values if input_ids.ndim > 1 else values[0]
 
     def stepped_logits(self, input_ids: Array, *, keep: int) -> Array:
         """Logits of the last `keep` positions, each given alone over the cache of those before it."""

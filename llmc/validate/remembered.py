@@ -10,7 +10,7 @@ from llmc.graph.switches import crosses
 from llmc.validate.batch import answer
 from llmc.validate.conditioning import PROMPTS, STEPS, Conditioning, measure_conditioning
 from llmc.validate.questions import Question, ask_logits, read_logits
-from llmc.validate.reference import Advance, Reference, TorchModel, quietly
+from llmc.validate.reference import Advance, TorchModel, quietly
 from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
 
 Array = np.ndarray
@@ -69,24 +69,16 @@ class RememberedModel:
             self._put(keys[number], unknown[keys[number]].reduce(logits))
             advance(done, len(keys))
 
-    def prepare_for(
-        self, vocabulary: int, measure: Callable[[Reference], object], advance: Advance = quietly
-    ) -> None:
-        """Have all answers in the cache that `measure` will ask for, whose questions nobody wrote down.
+    def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
+        """As `TorchModel.logits_at`."""
 
-        It is run with logits of zeros for those that are not known yet, again and again until it asks for
-        nothing new.
+        def ask(model: TorchModel) -> bytes:
+            logits = model.logits_at(input_ids, positions, pieces=pieces)
+            return np.ascontiguousarray(logits, np.float32).tobytes()
 
-        Args:
-            vocabulary: Tokens that logits are of.
-            measure: Asks a reference, for logits that its further questions may depend on.
-        """
-        while True:
-            recorder = _Recorder(self, vocabulary)
-            measure(recorder)
-            if not recorder.unknown:
-                return
-            self.prepare(recorder.unknown, advance)
+        settings = [*input_ids.shape, *positions.tolist(), -1, *pieces]
+        data = self._recall(self._key("logits at", input_ids, settings), ask)
+        return np.frombuffer(data, np.float32).reshape((*input_ids.shape[:-1], len(positions), -1))
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
         """As `TorchModel.greedy`."""
@@ -154,29 +146,3 @@ class RememberedModel:
         self._cache.put(key, data)
         if not self._cache.holds(key):
             self._kept[key] = data
-
-
-class _Recorder:
-    """A `Reference` that answers what is known, and writes down what is not."""
-
-    def __init__(self, model: RememberedModel, vocabulary: int) -> None:
-        self._model = model
-        self._vocabulary = vocabulary
-        self.window = model.window
-        self.unknown: list[Question] = []
-
-    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
-        question = ask_logits(input_ids, keep, pieces)
-        if self._model.knows(question):
-            return self._model.logits(input_ids, keep=keep, pieces=pieces)
-        self.unknown.append(question)
-        return np.broadcast_to(np.float32(0), (keep, self._vocabulary))
-
-    def greedy(self, input_ids: Array, steps: int) -> Array:
-        return self._model.greedy(input_ids, steps)
-
-    def ask(self, question: Question) -> bytes:
-        return self._model.ask(question)
-
-    def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
-        """Do nothing: the answers are computed when they are asked for."""

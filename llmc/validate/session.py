@@ -49,13 +49,17 @@ class Session(Protocol):
         """Logits of one more token of every row."""
         ...
 
-
-class Rewindable(Session, Protocol):
-    """A session that goes back to an earlier point, so that steps from there can be timed again."""
-
     def state(self) -> Any:
         """This point of the sequence."""
         ...
+
+    def rewind(self, state: Any, total: int) -> None:
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        ...
+
+
+class Rewindable(Session, Protocol):
+    """A session that goes back to an earlier point, so that steps from there can be timed again."""
 
     def restore(self, state: Any) -> None:
         """Go back to a point since the last prefill."""
@@ -194,6 +198,15 @@ class OrtModel:
         self._mask = state.mask
         if not self.share_buffer:
             self._cache = state.cache
+
+    def rewind(self, state: CacheState, total: int) -> None:
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        self._mask = state.mask[:, :total]
+        if not self.share_buffer:
+            self._cache = tuple(
+                self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :total]))
+                for value in state.cache
+            )
 
     def _run(self, input_ids: Array) -> Array:
         batch, sequence = input_ids.shape

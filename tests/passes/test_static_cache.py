@@ -12,10 +12,10 @@ from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.model import Graph
 from llmc.passes import registered_passes
 from llmc.passes._rewrite import Site
-from llmc.validate.parity import Parity
 from llmc.validate.reference import TorchModel
 from llmc.validate.static_session import StaticOrtModel
 from tests.lowering import CAPACITY, lower, tiny, write_lowered
+from tests.validate.levels import parity_of
 
 LAYERS = 3
 
@@ -28,7 +28,7 @@ def _parity(folder: Path, model_type: str, dtype: Dtype) -> dict[Metric, float |
     interface = write_lowered(folder, model_type, dtype)
     model = StaticOrtModel(folder, interface, threads=1)
     tokens = np.random.default_rng(0).integers(3, 250, 200)
-    measured = Parity(model, TorchModel(tiny(model_type)), tokens).measure()
+    measured = parity_of(model, TorchModel(tiny(model_type)), tokens).measure()
     return {m.metric: m.value for m in measured}
 
 
@@ -64,7 +64,7 @@ def test_a_graph_in_bfloat16_is_computed_in_float32(model_type: str, tmp_path: P
     rounded = tiny(model_type).__class__(tiny(model_type).config)
     rounded.load_state_dict({k: v.bfloat16().float() for k, v in tiny(model_type).state_dict().items()})
     tokens = np.random.default_rng(0).integers(3, 250, 200)
-    measured = {m.metric: m.value for m in Parity(model, TorchModel(rounded.eval()), tokens).measure()}
+    measured = {m.metric: m.value for m in parity_of(model, TorchModel(rounded.eval()), tokens).measure()}
     # Weights are equal; cosines and sines, which are part of the graph, stay rounded to bfloat16.
     limits = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS)
     assert _below(measured, 0.1, *limits), measured

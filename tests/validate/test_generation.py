@@ -13,13 +13,13 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.validate.generation import ServedText, measure_generation, served_texts
-from llmc.validate.parity import Parity
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.served import Served
 from llmc.validate.session import OrtModel, shares_buffer
 
 from .decoder import Variant
+from .levels import parity_of
 from .serving import END, tiny_tokenizer, write_artifact
 
 SERVED = Variant(grouped=True, padding="right", logits="last")
@@ -116,11 +116,11 @@ def test_every_metric_of_a_served_folder(mistral: Any, tmp_path: Path) -> None:
     reference, tokenizer = TorchModel(mistral), tiny_tokenizer()
     tokens = np.array(tokenizer(data.eval_text()[:3000])["input_ids"])
     made = (
-        *Parity(model, reference, tokens).measure(),
+        *parity_of(model, reference, tokens).measure(),
         *measure_quality(model, reference, plan_windows(model.interface, tokens, (1,))),
         *generate(tmp_path, reference).values(),
     )
-    areas = ("prefill", "chunks", "decode", "ragged", "window", "text", "generate")
+    areas = ("prefill", "chunks", "decode", "ragged", "window", "positions", "text", "generate")
     assert {m.metric for m in made} == {m for m in Metric if m.partition(".")[0] in areas}
     made = tuple(m for m in made if m.metric is not Metric.TEXT_KL_RATIO)  # nothing here is quantized
     assert all(m.status is MeasurementStatus.MEASURED and math.isfinite(m.value) for m in made)

@@ -12,13 +12,14 @@ from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.validate.gates import evaluate
-from llmc.validate.parity import Parity
+from llmc.validate.positions import Batch
 from llmc.validate.quality import measure_quality, plan_windows
-from llmc.validate.ragged import Row, compare_ragged
+from llmc.validate.ragged import compare_ragged
 from llmc.validate.reference import TorchModel
 from llmc.validate.session import OrtModel
 
 from .decoder import Variant, write_decoder
+from .levels import parity_of, plan_of
 
 PREFILL, DECODE, TOP1 = Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1
 CHUNKS, RAGGED, WINDOW = Metric.CHUNKS_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS
@@ -52,7 +53,7 @@ def take(
     interface = write_decoder(original, folder, variant)
     model = OrtModel(folder, interface, threads=1, share_buffer=share)
     reference = TorchModel(original)
-    made = Parity(model, reference, tokens).measure()
+    made = parity_of(model, reference, tokens).measure()
     if text:
         made += measure_quality(model, reference, plan_windows(interface, tokens, ()))
     return {m.metric: m for m in made}
@@ -80,7 +81,8 @@ def test_a_right_artifact_passes(
     found = take(mistral, tmp_path, tokens, variant, share=share)
     assert failures(found) == set()
     assert all(m.status is MeasurementStatus.MEASURED for m in found.values())
-    assert set(found) == {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW}
+    assert set(found) == {PREFILL, CHUNKS, DECODE, TOP1, RAGGED, WINDOW, Metric.POSITIONS}
+    assert found[Metric.POSITIONS].value == 160
     assert "onnxruntime" in found[PREFILL].where
 
 
@@ -110,7 +112,7 @@ def test_sabotage_fails_the_levels_that_must_see_it(
     else:
         assert failed == expected
     if expected == EVERY:
-        assert all(math.isnan(m.value) for m in found.values())
+        assert all(math.isnan(m.value) for m in found.values() if m.metric is not Metric.POSITIONS)
 
 
 @pytest.mark.parametrize("logits", ["all", "last"])
@@ -122,14 +124,12 @@ def test_every_row_is_compared_from_its_last_prompt_token_on(
     """A fault in one logit of the shorter row only must show."""
     interface = write_decoder(llama, tmp_path, Variant(logits=logits))
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
-    reference, steps = TorchModel(llama), 4
-    rows = [
-        Row(ids, reference.logits(ids, keep=len(ids) if logits == "all" else steps + 1), len(ids) - steps)
-        for ids in (tokens[:13], tokens[20:29])
-    ]
-    assert compare_ragged(model, rows, steps, side) < 1e-4
-    rows[1].at(at)[7] += 3.0
-    assert compare_ragged(model, rows, steps, side) == pytest.approx(3.0, abs=1e-3)
+    batch = Batch(np.stack([tokens[:13], tokens[20:33]]), prompts=(9, 5), steps=4)
+    question = batch.question
+    expected = TorchModel(llama).logits_at(question.tokens, question.positions)
+    assert compare_ragged(model, batch, expected, side) < 1e-4
+    expected[1, question.positions == at, 7] += 3.0
+    assert compare_ragged(model, batch, expected, side) == pytest.approx(3.0, abs=1e-3)
 
 
 def test_the_last_slot_of_a_padded_row_is_not_its_last_token(
@@ -143,7 +143,7 @@ def test_the_last_slot_of_a_padded_row_is_not_its_last_token(
 
 def test_details_name_the_fault(mistral: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     nan = take(mistral, tmp_path / "nan", tokens, Variant(nan_logit=True))
-    assert "NaN or infinite at prefill of 1 tokens, the first at (0, 5)" in nan[PREFILL].detail
+    assert "NaN or infinite at prefill of tokens 0 to 1, the first at (0, 5)" in nan[PREFILL].detail
     cut = take(mistral, tmp_path / "cut", tokens, Variant(cut_vocabulary=3))
     assert "(1, 253), the original's (1, 256)" in cut[PREFILL].detail
 
@@ -170,7 +170,7 @@ def test_no_more_rows_than_the_artifact_takes(
     for side in ("left", "none"):
         interface = write_decoder(mistral, tmp_path / side, Variant(padding=side))
         model = Counted(tmp_path / side, interface, threads=1, share_buffer=False)
-        found = {m.metric: m for m in Parity(model, TorchModel(mistral), tokens, rows=rows).measure()}
+        found = {m.metric: m for m in parity_of(model, TorchModel(mistral), tokens, rows=rows).measure()}
         assert failures(found) == set()
         if rows == 1:
             assert found[RAGGED].status is MeasurementStatus.NOT_APPLICABLE
@@ -186,7 +186,7 @@ def test_a_window_that_interface_and_graph_forgot_is_measured(
     interface = write_decoder(mistral, tmp_path, Variant(ignore_window=True))
     slots = tuple(slot.model_copy(update={"window": None}) for slot in interface.cache)
     model = OrtModel(tmp_path, interface.model_copy(update={"cache": slots}), threads=1, share_buffer=False)
-    (found,) = Parity(model, TorchModel(mistral), tokens).window()
+    (found,) = parity_of(model, TorchModel(mistral), tokens).window()
     assert found.status is MeasurementStatus.MEASURED
     assert found.value > 1e-2
 
@@ -201,26 +201,26 @@ def test_no_window_is_not_applicable(llama: Any, tokens: np.ndarray, tmp_path: P
 def test_a_model_too_short_for_a_level_is_not_measured_and_fails(
     llama: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:
-    found = take(llama, tmp_path, tokens, replace(Variant(), max_length=12))
-    assert found[PREFILL].figures.keys() == {"length_1", "length_2", "length_12"}
-    assert found[DECODE].detail == "6 teacher-forced steps after prompts of 1 tokens"
+    found = take(llama, tmp_path, tokens, replace(Variant(), max_length=8))
+    assert found[PREFILL].figures.keys() <= {f"length_{n}" for n in range(1, 9)}
+    assert found[Metric.POSITIONS].detail.startswith("8 of 8; logits compared at 8 of them")
     assert found[RAGGED].status is MeasurementStatus.NOT_MEASURED
-    assert failures(found) == {RAGGED}
+    assert failures(found) == set()
+    assert not evaluate(GATES[:4], list(found.values())).passed
 
 
-def test_both_sides_of_every_switch_and_what_is_not_looked_at(
-    llama: Any, tokens: np.ndarray, tmp_path: Path
-) -> None:
+def test_both_sides_of_every_switch(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
-    parity = Parity(model, TorchModel(llama), tokens, 1 << 10, switches=(130, 159), lengths=(100, 130, 140))
-    prefill, decode = parity.prefill()[0], parity.decode()[0]
-    longest = {"length_1", "length_2", "length_17", "length_99", "length_100", "length_101", "length_110"}
-    assert prefill.figures.keys() == longest | {"length_128", "length_131", "length_157", "length_160"}
-    assert prefill.detail.endswith("not around 140, where nothing switches")
-    assert {"prompt_128", "prompt_131", "prompt_157", "prompt_160"} < decode.figures.keys()
+    parity = parity_of(model, TorchModel(llama), tokens, switches=(130,), lengths=(100,), budget=0.5)
+    prefill = next(m for m in parity.measure() if m.metric is PREFILL)
+    assert {"length_130", "length_131"} < prefill.figures.keys()
+    assert parity.plan.first <= 130
+    assert {99, 100, 129, 130} < set(parity.plan.steps)
+    assert not any(at < 130 < at + size for at, size in parity.plan.turns)
+    assert [q.pieces for q in parity.plan.questions()] == [(130, 30), (160,)]
 
 
 def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:
-    model = OrtModel(tmp_path, write_decoder(llama, tmp_path), threads=1, share_buffer=False)
+    interface = write_decoder(llama, tmp_path)
     with pytest.raises(ConfigError, match="given 1 tokens to make prompts of"):
-        Parity(model, TorchModel(llama), np.array([4]))
+        plan_of(interface, np.array([4]))

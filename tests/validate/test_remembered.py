@@ -8,7 +8,7 @@ import pytest
 
 from llmc.artifact.cache import StageCache
 from llmc.validate.questions import ask_distributions, ask_followed, ask_logits, ask_score
-from llmc.validate.reference import Reference, TorchModel
+from llmc.validate.reference import TorchModel
 from llmc.validate.remembered import RememberedModel
 
 IDS = np.arange(5, 17)
@@ -74,17 +74,3 @@ def test_a_killed_run_goes_on(llama: Any, tmp_path: Path, monkeypatch: pytest.Mo
     again = RememberedModel(lambda: TorchModel(llama), cache, {}, None)
     again.prepare(questions, lambda done, total: told.append((done, total)))
     assert told[-1] == (2, 2)
-
-
-def test_what_a_measurement_asks_for_is_found_out(llama: Any, tmp_path: Path) -> None:
-    """Questions that depend on answers included."""
-    asked = RememberedModel(lambda: TorchModel(llama), StageCache(tmp_path / "reference"), {}, None)
-
-    def measure(reference: Reference) -> int:
-        best = int(reference.logits(IDS, keep=1).argmax())
-        return int(reference.logits(np.append(IDS, best), keep=1).argmax())
-
-    asked.prepare_for(256, measure)
-    asked.release()
-    asked._load = refuse
-    assert measure(asked) == measure(TorchModel(llama))

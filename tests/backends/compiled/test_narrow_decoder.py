@@ -15,10 +15,11 @@ from llmc.config import CacheType, Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.validate.parity import CACHE_STEPS, Parity
+from llmc.validate.drawing import CACHE_STEPS
 from llmc.validate.session import OrtModel
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
+from tests.validate.levels import parity_of, plan_of
 
 CACHES = (CacheType.FLOAT32, CacheType.INT8)
 
@@ -84,10 +85,10 @@ class Served:
     model: OrtModel
     window: int | None = None
 
-    def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
-        first = len(input_ids) - keep
-        self.model.prefill(input_ids[None, :first], steps=keep)
-        return np.concatenate([self.model.decode(x.reshape(1, 1))[0] for x in input_ids[first:]])
+    def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
+        self.model.prefill(input_ids[None, :1], steps=len(input_ids))
+        made = [self.model.decode(x.reshape(1, 1))[0, 0] for x in input_ids[1:]]
+        return np.stack([made[at - 1] for at in positions])
 
 
 class Forgetful(OrtModel):
@@ -104,8 +105,9 @@ class Forgetful(OrtModel):
 
 def cache_loss(model: OrtModel, wide: Path) -> dict[Metric, Measurement]:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 300)
-    parity = Parity(model, Served(opened(wide)), tokens)  # type: ignore[arg-type]
-    return {m.metric: m for m in parity.cache()}
+    parity = parity_of(model, Served(opened(wide)), tokens)  # type: ignore[arg-type]
+    found = {m.metric: m for m in parity.over_one_cache()}
+    return {metric: found[metric] for metric in (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)}
 
 
 def test_what_the_cache_loses_is_measured(artifacts: tuple[Path, Path]) -> None:
@@ -126,5 +128,4 @@ def test_what_the_cache_loses_is_measured(artifacts: tuple[Path, Path]) -> None:
 def test_only_a_narrow_cache_has_the_level(artifacts: tuple[Path, Path]) -> None:
     tokens = np.arange(2, 60)
     for path, expected in zip(artifacts, (False, True), strict=True):
-        model = opened(path)
-        assert Parity(model, Served(model), tokens)._narrow() is expected  # type: ignore[arg-type]
+        assert (plan_of(opened(path).interface, tokens).cache_steps > 0) is expected

@@ -1,0 +1,75 @@
+"""What looking at positions costs, forecast from sizes alone, so that one artifact is looked at in one way.
+
+The forecast is in seconds of two cores of a server of 2023. It does not ask the machine at hand, whose load
+would otherwise decide which positions are verified.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.graph.interface import Interface
+
+#: Floating-point operations per second of the original and of the artifact over many tokens at a time.
+_ORIGINAL_RATE = 150e9
+_ARTIFACT_RATE = 300e9
+#: Scores of attention (one query, one key, one head) per second, on either side.
+_SCORE_RATE = 2e9
+#: Weights per second that a step of one token reads.
+_STEP_RATE = 3e9
+#: Bytes per second at which a cache of fixed length is copied by every run.
+_COPY_RATE = 4e9
+#: Seconds of a run beside its arithmetic.
+_RUN = 4e-4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sizes of a model that decide what a run of it costs.
+
+    Args:
+        parameters: Of the original.
+        scores: Layers times attention heads: scores that one pair of a query and a key has.
+        width: Of a head.
+        cache_bytes: Of one token in the KV cache.
+        capacity: Slots of a cache of fixed length, all of which every run reads and writes; 0 for one that
+            grows or is shared.
+    """
+
+    parameters: int
+    scores: int
+    width: int
+    cache_bytes: int
+    capacity: int = 0
+
+    def original(self, tokens: int, rows: int = 1) -> float:
+        """Seconds of one pass of the original over `rows` sequences of `tokens`."""
+        pairs = rows * tokens * (tokens + 1) / 2
+        return self._seconds(rows * tokens, pairs, _ORIGINAL_RATE)
+
+    def run(self, new: int, past: int = 0, rows: int = 1) -> float:
+        """Seconds of one run of the artifact over `new` tokens of each row after `past`."""
+        pairs = rows * new * (self.capacity or past + (new + 1) / 2)
+        read = self.parameters / _STEP_RATE + 2 * rows * self.capacity * self.cache_bytes / _COPY_RATE
+        return _RUN + max(read, self._seconds(rows * new, pairs, _ARTIFACT_RATE))
+
+    def _seconds(self, tokens: int, pairs: float, rate: float) -> float:
+        operations = 2 * self.parameters * tokens + 4 * self.scores * self.width * pairs
+        return operations / rate + self.scores * pairs / _SCORE_RATE
+
+
+def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
+    """The sizes of a graph and of the transformers configuration of its original."""
+    bits = {spec.name: bits_of(spec.dtype) for spec in interface.inputs}
+    heads = int(getattr(config.get_text_config(decoder=True), "num_attention_heads", None) or 1)
+    slots = interface.cache
+    cache_bytes = sum(
+        s.kv_heads * (s.key_width * bits[s.past_key] + s.value_width * bits[s.past_value]) // 8 for s in slots
+    )
+    capacity = (interface.max_length or 0) if interface.static_cache else 0
+    width = max((s.key_width for s in slots), default=1)
+    return Costs(parameters, heads * max(1, len(slots)), width, cache_bytes, capacity)
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element type by its name: 16 for "bfloat16"."""
+    return int("".join(c for c in dtype if c.isdigit()))

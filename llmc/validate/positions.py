@@ -1,0 +1,136 @@
+"""What the parity levels look at, as data: one artifact has one plan.
+
+One long sequence of text serves most comparisons. What follows its first p tokens does not depend on how they
+were cut into steps, so that one pass of the original gives the logits for prompts of any length, for pieces
+over a cache of any length and for single steps anywhere. Only a rotary embedding that switches makes a
+difference: a step that begins beyond a switch sees keys that were rotated by other frequencies. A plan has
+one pass of the original for each such history.
+
+Batches have sequences of their own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from llmc.artifact.manifest import FileDigest
+from llmc.artifact.verdict import MeasurementStatus
+
+Array = np.ndarray
+
+#: Single steps after each prompt around a sliding window.
+WINDOW_STEPS = 6
+
+
+def seed_of(files: Mapping[str, FileDigest]) -> int:
+    """The seed of an artifact, below 2**32, from the digests of its files."""
+    lines = "\n".join(f"{name} {file.sha256}" for name, file in sorted(files.items()))
+    return int(sha256(lines.encode()).hexdigest()[:8], 16)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One pass of the original.
+
+    Args:
+        tokens: (sequence,) or (rows, sequence) int64.
+        pieces: Tokens of its steps over one KV cache; none for a single step.
+        positions: (n,) int64, ascending; the logits after each are asked for.
+    """
+
+    tokens: Array
+    pieces: tuple[int, ...]
+    positions: Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are run as one batch, padded, and the steps after them.
+
+    Args:
+        tokens: (rows, sequence) int64: each row's prompt and the tokens of its steps, and then any.
+        prompts: Length of each row's prompt.
+        steps: How many steps follow.
+        window: The sliding window that the lengths lie around; None if they are drawn.
+    """
+
+    tokens: Array
+    prompts: tuple[int, ...]
+    steps: int
+    window: int | None = None
+
+    @property
+    def question(self) -> Question:
+        """What the original is asked: every row's last prompt token and its steps."""
+        wanted = {at for n in self.prompts for at in range(n - 1, n + self.steps)}
+        return Question(self.tokens, (), np.array(sorted(wanted), np.int64))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the levels look at.
+
+    Args:
+        seed: By which it was drawn.
+        budget: Seconds of the forecast that it was drawn for.
+        tokens: (n,) int64, the long sequence.
+        limit: Positions of the model; None for any number.
+        switches: Lengths within the long sequence beyond which the original computes otherwise.
+        prompts: Lengths of prompts that are run from an empty cache.
+        first: Tokens of the long sequence that are run at once; `pieces` follow.
+        pieces: Sizes of the pieces that come after, up to the end.
+        turns: (position, size) of further pieces over the cache of all tokens before the position.
+        steps: Positions whose token alone is run over the cache of all before it.
+        runs: (prompt, steps): consecutive single steps after a prompt.
+        windows: Sliding windows within the long sequence, and prompts around each.
+        unreached: Sliding windows and other lengths that the budget does not reach.
+        batches: Ragged batches; none where the model takes one row.
+        cache_steps: Single steps at the end of the long sequence over a narrow cache.
+        vocabulary: Token ids that there are.
+        sides: Sides on which the rows of a batch may be padded; none where they must be of equal length.
+        without_batches, without_windows: Why there is none.
+    """
+
+    seed: int
+    budget: float
+    tokens: Array
+    limit: int | None
+    switches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    first: int
+    pieces: tuple[int, ...]
+    turns: tuple[tuple[int, int], ...]
+    steps: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    windows: Mapping[int, tuple[int, ...]]
+    unreached: tuple[int, ...]
+    batches: tuple[Batch, ...]
+    cache_steps: int
+    vocabulary: int
+    sides: tuple[str, ...]
+    without_batches: tuple[MeasurementStatus, str]
+    without_windows: tuple[MeasurementStatus, str]
+
+    def history(self, first: int) -> int:
+        """Which question answers for steps of which the first has `first` tokens."""
+        return sum(1 for at in self.switches if first > at)
+
+    def questions(self) -> list[Question]:
+        """Passes over the long sequence, by history."""
+        wanted: list[set[int]] = [set() for _ in range(len(self.switches) + 1)]
+        for length in self.prompts:
+            wanted[self.history(length)].add(length - 1)
+        ends = np.cumsum((self.first, *self.pieces)) - 1
+        last = range(len(self.tokens) - self.cache_steps, len(self.tokens))
+        walked = wanted[self.history(self.first)]
+        walked.update((*ends.tolist(), *(at + size - 1 for at, size in self.turns), *self.steps, *last))
+        alone = [(p, WINDOW_STEPS) for prompts in self.windows.values() for p in prompts]
+        for prompt, steps in (*self.runs, *alone):
+            wanted[self.history(prompt)].update(range(prompt - 1, prompt + steps))
+        bounds = (*self.switches, len(self.tokens))
+        return [
+            Question(self.tokens, tuple(np.diff((0, *bounds[i:])).tolist()), np.array(sorted(at), np.int64))
+            for i, at in enumerate(wanted)
+        ]
