@@ -1,0 +1,72 @@
+"""A fault that shows in a small part of the context alone fails the level that looks there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmc.artifact.verdict import CheckStatus
+from llmc.config import Metric
+from llmc.pipeline import build, verify
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from llmc.report import Report
+
+from .sabotage import copy_artifact, reseal
+from .sabotage_positions import CONTEXT, FAULTS, Fault, save_long_model
+
+TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
+TARGETS = ("cpu-fp32", "cpu-int4", "cpu-int4-compiled")
+LEVELS = {"prefill", "chunks", "decode", "ragged"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    import torch
+
+    folder, threads = tmp_path_factory.mktemp("positions"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    (folder / "text").write_text(TEXT, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        model = save_long_model(folder / "model")
+        for target in TARGETS:
+            plan = plan_build(
+                str(model), target=target, profile="local", output=folder / target, verify=False
+            )
+            profile = plan.profile.model_copy(update={"threads": 1})
+            build(plan.model_copy(update={"profile": profile}), SilentProgress())
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def _verify(folder: Path, root: Path, **options: float) -> Report:
+    """The report on an artifact, which is looked at in the same places every time."""
+    return verify(folder, None, (str(root / "text"),), SilentProgress(), **{"seed": 7, **options}).report
+
+
+def _missed(report: Report) -> set[str]:
+    checks = report.verdict.checks
+    areas = {str(c.metric).partition(".")[0] for c in checks if c.status is CheckStatus.FAIL}
+    return areas & LEVELS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_whole_context_of_a_good_artifact_is_verified(target: str, root: Path) -> None:
+    report = _verify(root / target, root)
+    assert _missed(report) == set()
+    found = next(m for m in report.measurements if m.metric is Metric.POSITIONS)
+    assert (found.value, found.figures["compared"], found.figures["seed"]) == (CONTEXT, CONTEXT, 7)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_somewhere_in_the_context_is_caught(
+    fault: Fault, target: str, root: Path, tmp_path: Path
+) -> None:
+    folder = copy_artifact(root / target, tmp_path / "broken")
+    fault.apply(folder)
+    reseal(folder)
+    missed = _missed(_verify(folder, root))
+    # Kernels that round activations to 8 bits have wide bounds, within which a fault of one level may lie.
+    assert missed & fault.caught if target == "cpu-int4-compiled" else missed >= fault.caught
