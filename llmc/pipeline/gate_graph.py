@@ -196,9 +196,9 @@ def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
     """The parity levels against the original with the artifact's weights, which is released."""
     from llmc.validate.parity import Parity
 
-    levels = Parity(model, run.own, run.plan).measure()
+    parity = Parity(model, run.own, run.plan)
     large = is_large(run.subject.compiled)
-    levels = allow_own_rounding(run.subject, run.own, run.tokens, levels, large)
+    levels = allow_own_rounding(run.subject, run.own, parity, parity.measure(), large)
     run.own.release()
     return levels
 

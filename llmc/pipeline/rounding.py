@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmc.config import Metric, Target
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.weights import Rows
     from llmc.pipeline.subject import Subject
+    from llmc.validate.parity import Parity
     from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.yardstick import Rounding
@@ -65,20 +66,21 @@ def load_rounded(
 
 
 def allow_own_rounding(
-    subject: Subject, own: RememberedModel, tokens: Any, levels: Sequence[Measurement], large: bool
+    subject: Subject, own: RememberedModel, parity: Parity, levels: Sequence[Measurement], large: bool
 ) -> tuple[Measurement, ...]:
     """The parity levels, with what the original's own rounding explains where one of them misses its bound.
 
     Args:
         own: The original with the artifact's weights.
-        tokens: The evaluation text, (n,) int64.
-        large: Whether the original is streamed, so that single steps would cost a pass over its weights each.
+        parity: What measured them.
+        large: Whether the original is streamed, so that each question costs a pass over its weights.
     """
-    from llmc.validate.conditioning import allow_rounding, exceeds
+    from llmc.validate.stability import allow_rounding
 
-    if large or not exceeds(subject.target.gates, levels):
+    if large:
         return tuple(levels)
-    return tuple(allow_rounding(levels, own.conditioning(tokens, subject.interface.max_length)))
+    bounds = {gate.metric: gate.max for gate in subject.target.gates if gate.max is not None}
+    return allow_rounding(levels, bounds, parity.differences, parity.plan.all_questions(), own)
 
 
 def bound_on_divergence(

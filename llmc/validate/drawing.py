@@ -131,7 +131,7 @@ class _Planner:
         start = int(rng.integers(len(ground.text)))
         tokens = np.take(ground.text, np.arange(start, start + total), mode="wrap")
         switches = tuple(at for at in ground.switches if at < total)
-        first = int(rng.integers(max(1, total // 4), max(2, total - total // 16)))
+        first = int(rng.integers(max(1, total // 8), max(2, 3 * total // 4)))
         if switches:
             first = min(first, switches[0])
         windows = {w: self._around(w, total) for w in ground.windows if w + WINDOW_STEPS < total}
@@ -194,10 +194,11 @@ class _Planner:
         return tuple(sorted(chosen))
 
     def _pieces(self, first: int, total: int, switches: Sequence[int]) -> tuple[int, ...]:
-        """Pieces of drawn sizes from `first` to the end; none lies on both sides of a switch."""
+        """At least four pieces of drawn sizes up to the end; none lies on both sides of a switch."""
         pieces, at = [], first
+        most = max(2, min(PIECE, (total - first) // 4))
         while at < total:
-            size = int(np.exp(self.rng.uniform(np.log(2), np.log(PIECE + 1))))
+            size = int(np.exp(self.rng.uniform(np.log(2), np.log(most + 1))))
             end = min(at + size, total, *(s for s in switches if s > at))
             pieces.append(end - at)
             at = end

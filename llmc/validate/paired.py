@@ -18,10 +18,10 @@ from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
-from llmc.validate.conditioning import LEVELS
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 from llmc.validate.session import Session
+from llmc.validate.stability import LEVELS
 
 Array = np.ndarray
 

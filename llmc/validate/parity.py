@@ -12,11 +12,12 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.coverage import Coverage
 from llmc.validate.distribution import log_softmax
-from llmc.validate.measure import max_abs, measure, measured, require_comparable, unmeasured
+from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.positions import WINDOW_STEPS, Plan, Question
-from llmc.validate.ragged import compare_ragged
+from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
+from llmc.validate.stability import Difference
 
 Array = np.ndarray
 
@@ -28,7 +29,7 @@ PARTS = 16
 
 def prepare_parity(plan: Plan, reference: Reference) -> None:
     """Have the original answer all that the levels will ask of it, so that it can be released."""
-    for question in (*plan.questions(), *(batch.question for batch in plan.batches)):
+    for question in plan.all_questions():
         if len(question.positions):
             reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
 
@@ -41,11 +42,13 @@ class Parity:
         model: The artifact.
         reference: The original, float32.
         plan: What is looked at; `plan_positions`.
+        differences: Of every position that was compared so far.
     """
 
     model: Session
     reference: Reference
     plan: Plan
+    differences: list[Difference] = field(default_factory=list)
     _coverage: Coverage = field(default_factory=Coverage)
 
     def measure(self) -> tuple[Measurement, ...]:
@@ -65,7 +68,9 @@ class Parity:
         differences = {}
         for length in self.plan.prompts:
             logits = self.model.prefill(self.plan.tokens[None, :length], steps=0)
-            differences[length] = self._compare(logits, 0, length, self.plan.history(length), "prefill")
+            differences[length] = self._compare(
+                logits, 0, length, self.plan.history(length), Metric.PREFILL_MAX_ABS
+            )
         lengths = sorted(differences)
         detail = f"{len(lengths)} prompts of {_spread(lengths)} tokens, each from an empty cache"
         figures = {f"length_{n}": differences[n] for n in lengths}
@@ -97,11 +102,11 @@ class Parity:
         Those are of every size of a block, each over the cache of all tokens before it.
         """
         plan, history = self.plan, self.plan.history(self.plan.first)
-        found = [(b, self._compare(made, a, b, history, "the piece")) for a, b, made in walked]
+        found = [(b, self._compare(made, a, b, history, Metric.CHUNKS_MAX_ABS)) for a, b, made in walked]
         for at, size in plan.turns:
             self.model.rewind(state, at)
             made = self.model.decode(plan.tokens[None, at : at + size])
-            found.append((at + size, self._compare(made, at, at + size, history, "the piece")))
+            found.append((at + size, self._compare(made, at, at + size, history, Metric.CHUNKS_MAX_ABS)))
         detail = (
             f"{len(plan.tokens):,} tokens, {plan.first:,} at once and the rest in {len(plan.pieces)} pieces; "
             f"{len(plan.turns)} further pieces of {_spread([n for _, n in plan.turns])} tokens, each over "
@@ -114,15 +119,18 @@ class Parity:
 
         Those over the cache of the long sequence, and consecutive ones after a few short prompts.
         """
-        plan, equal = self.plan, list[bool]()
-        found = []
+        plan, equal, found = self.plan, list[bool](), list[tuple[int, float]]()
         for at in plan.steps:
             self.model.rewind(state, at)
-            found.append((at + 1, self._step(at, plan.history(plan.first), equal)))
+            value, same = self._step(at, plan.history(plan.first), DECODE[0])
+            found.append((at + 1, value))
+            equal.append(same)
         for prompt, steps in plan.runs:
             self.model.prefill(plan.tokens[None, :prompt], steps=steps)
-            worst = [self._step(at, plan.history(prompt), equal) for at in range(prompt, prompt + steps)]
-            found.append((prompt + steps, max(worst)))
+            for at in range(prompt, prompt + steps):
+                value, same = self._step(at, plan.history(prompt), DECODE[0])
+                found.append((at + 1, value))
+                equal.append(same)
         detail = f"steps at {len(plan.steps):,} positions of {_spread(plan.steps)}"
         if plan.runs:
             told = ", ".join(f"{steps} after {prompt:,}" for prompt, steps in plan.runs)
@@ -160,25 +168,25 @@ class Parity:
 
         The original runs each row alone, without padding.
         """
-        batches = [batch for batch in self.plan.batches if batch.window is None]
+        batches = {i: batch for i, batch in enumerate(self.plan.batches) if batch.window is None}
         if not batches:
             status, why = self.plan.without_batches
             return (unmeasured(Metric.RAGGED_MAX_ABS, status, why, self.model.where),)
         figures: dict[str, float] = {}
-        for batch in batches:
-            expected = self._ask(batch.question)
+        for number, batch in batches.items():
             for side in self.plan.sides or ("left",):
                 name = f"{side}_padded" if self.plan.sides else "equal_rows"
-                worst = compare_ragged(self.model, batch, expected, side)
+                worst = self._batch(number, side, Metric.RAGGED_MAX_ABS)
                 figures[name] = max(figures.get(name, 0.0), worst)
             self._coverage.batch(batch)
-        lengths = [n for batch in batches for n in batch.prompts]
+        lengths = [n for batch in batches.values() for n in batch.prompts]
+        first = next(iter(batches.values()))
         padded = (
             f"padded {' and '.join(self.plan.sides)}" if self.plan.sides else "the graph takes no padding"
         )
         detail = (
-            f"{len(batches)} batches of {len(batches[0].prompts)} rows of {_spread(lengths)} tokens and"
-            f" {batches[0].steps} steps, {padded}"
+            f"{len(batches)} batches of {len(first.prompts)} rows of {_spread(lengths)} tokens and"
+            f" {first.steps} steps, {padded}"
         )
         worst = max(figures.values())
         return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where, figures),)
@@ -199,15 +207,17 @@ class Parity:
             for prompt in prompts:
                 logits = self.model.prefill(plan.tokens[None, :prompt], steps=WINDOW_STEPS)
                 history = plan.history(prompt)
-                worst = [self._compare(logits, 0, prompt, history, f"window {window}, prefill")]
-                worst += [self._step(at, history, []) for at in range(prompt, prompt + WINDOW_STEPS)]
+                worst = [self._compare(logits, 0, prompt, history, Metric.WINDOW_MAX_ABS)]
+                worst += [
+                    self._step(at, history, Metric.WINDOW_MAX_ABS)[0]
+                    for at in range(prompt, prompt + WINDOW_STEPS)
+                ]
                 figures[f"window_{window}_prompt_{prompt}"] = max(worst)
-        for batch in plan.batches:
+        for number, batch in enumerate(plan.batches):
             if batch.window is not None:
-                expected = self._ask(batch.question)
-                for side in self.plan.sides:
-                    worst_row = compare_ragged(self.model, batch, expected, side)
-                    figures[f"window_{batch.window}_{side}_padded"] = worst_row
+                for side in plan.sides:
+                    found = self._batch(number, side, Metric.WINDOW_MAX_ABS)
+                    figures[f"window_{batch.window}_{side}_padded"] = found
         detail = (
             f"windows of {', '.join(map(str, plan.windows))}: decode across each, prompts beyond each,"
             f" ragged rows padded {' and '.join(self.plan.sides) or 'nowhere'}"
@@ -225,7 +235,7 @@ class Parity:
             return np.zeros((0, self.plan.vocabulary), np.float32)
         return self.reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
 
-    def _compare(self, made: Array, start: int, end: int, history: int, what: str) -> float:
+    def _compare(self, made: Array, start: int, end: int, history: int, metric: Metric) -> float:
         """Largest difference of the logits (1, end - start or 1, vocabulary) of a run over [start, end).
 
         A graph that returns every position is compared at all that the original was asked for.
@@ -234,16 +244,32 @@ class Parity:
         every = self.model.interface.logits == "all"
         positions = [at for at in range(start, end) if at in known] if every else [end - 1]
         rows = made[0, [at - start for at in positions]] if every else made[0]
-        place = f"{what} of tokens {start} to {end}"
-        worst = max_abs(rows, np.stack([known[at] for at in positions]), place)
+        expected = np.stack([known[at] for at in positions])
+        found = row_differences(rows, expected, f"{metric}: tokens {start} to {end}")
         self._coverage.add(positions, end)
+        self._add(metric, history, 0, positions, found)
+        return float(found.max())
+
+    def _step(self, at: int, history: int, metric: Metric) -> tuple[float, bool]:
+        """Largest difference after one more token, and whether the likeliest next token is the same."""
+        made = self.model.decode(self.plan.tokens[None, at : at + 1])
+        worst = self._compare(made, at, at + 1, history, metric)
+        return worst, int(made[0, -1].argmax()) == int(self._answers[history][at].argmax())
+
+    def _batch(self, number: int, side: str, metric: Metric) -> float:
+        """Largest difference over a batch of the plan, padded on one side."""
+        batch, worst = self.plan.batches[number], 0.0
+        expected = self._ask(batch.question)
+        for row, positions, found in compare_ragged(self.model, batch, expected, side):
+            self._add(metric, len(self.plan.switches) + 1 + number, row, positions.tolist(), found)
+            worst = max(worst, float(found.max()))
         return worst
 
-    def _step(self, at: int, history: int, equal: list[bool]) -> float:
-        made = self.model.decode(self.plan.tokens[None, at : at + 1])
-        worst = self._compare(made, at, at + 1, history, "the step")
-        equal.append(int(made[0, -1].argmax()) == int(self._answers[history][at].argmax()))
-        return worst
+    def _add(self, metric: Metric, question: int, row: int, positions: Sequence[int], found: Array) -> None:
+        self.differences.extend(
+            Difference(metric, question, row, int(at), float(value))
+            for at, value in zip(positions, found, strict=True)
+        )
 
     def _worst(self, metric: Metric, found: Sequence[tuple[int, float]], detail: str) -> Measurement:
         """The largest of differences by total length, and the largest in each part of the context."""

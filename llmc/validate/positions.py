@@ -134,3 +134,7 @@ class Plan:
             Question(self.tokens, tuple(np.diff((0, *bounds[i:])).tolist()), np.array(sorted(at), np.int64))
             for i, at in enumerate(wanted)
         ]
+
+    def all_questions(self) -> list[Question]:
+        """All passes of the original: those over the long sequence, and one for each batch."""
+        return [*self.questions(), *(batch.question for batch in self.batches)]

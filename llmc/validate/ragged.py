@@ -1,16 +1,20 @@
 """A batch of prompts of unequal length through the artifact, padded on one side."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from llmc.validate.measure import max_abs
+from llmc.validate.measure import require_comparable
 from llmc.validate.positions import Batch
 from llmc.validate.session import Session
 
 Array = np.ndarray
 
 
-def compare_ragged(model: Session, batch: Batch, expected: Array, side: str) -> float:
-    """Largest absolute logit difference over the real tokens of all rows.
+def compare_ragged(
+    model: Session, batch: Batch, expected: Array, side: str
+) -> Iterator[tuple[int, Array, Array]]:
+    """Rows, positions (n,), and the largest absolute difference of a logit at each, (n,), of real tokens.
 
     Rows are padded on `side`; every decode step appends one token and one 1 of the attention mask to
     every row, so that the row's positions go on from its own length whatever the padding. Where the
@@ -35,19 +39,29 @@ def compare_ragged(model: Session, batch: Batch, expected: Array, side: str) -> 
         mask[i, slots] = 1
 
     logits = model.prefill(ids, mask, steps=batch.steps)
-    worst = 0.0
     for i, prompt in enumerate(batch.prompts):
         place = f"prefill of row {i} of {rows}, padded {side}"
         wanted = asked == prompt - 1 if last else asked < prompt
         made = logits[i] if last else logits[i, mask[i] == 1][asked[wanted]]
-        worst = max(worst, max_abs(made, expected[i, wanted], place))
+        yield i, asked[wanted], row_differences(made, expected[i, wanted], place)
     for step in range(batch.steps):
         tokens = np.array([[batch.tokens[i, n + step]] for i, n in enumerate(batch.prompts)])
         logits = model.decode(tokens)
         for i, prompt in enumerate(batch.prompts):
             place = f"decode step {step + 1} of row {i} of {rows}, padded {side}"
-            worst = max(worst, max_abs(logits[i], expected[i, asked == prompt + step], place))
-    return worst
+            wanted = asked == prompt + step
+            yield i, asked[wanted], row_differences(logits[i], expected[i, wanted], place)
+
+
+def row_differences(actual: Array, expected: Array, place: str) -> Array:
+    """Largest absolute difference of each row, (rows,), of logits (rows, vocabulary).
+
+    Raises:
+        ParityError: Their shapes differ, or `actual` is not finite.
+    """
+    require_comparable(actual, expected.shape, place)
+    found: Array = np.abs(actual - expected).max(axis=-1, initial=0.0)
+    return found
 
 
 def _pad_token(batch: Batch) -> int:

@@ -8,7 +8,6 @@ import numpy as np
 from llmc.artifact.cache import StageCache, content_key
 from llmc.graph.switches import crosses
 from llmc.validate.batch import answer
-from llmc.validate.conditioning import PROMPTS, STEPS, Conditioning, measure_conditioning
 from llmc.validate.questions import Question, ask_logits, read_logits
 from llmc.validate.reference import Advance, TorchModel, quietly
 from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
@@ -86,26 +85,18 @@ class RememberedModel:
         data = self._recall(key, lambda model: model.greedy(input_ids, steps).tobytes())
         return np.frombuffer(data, np.int64).copy()
 
-    def conditioning(self, tokens: Array, limit: int | None) -> Conditioning:
-        """How far rounding moves the model itself, as `measure_conditioning` finds it."""
+    def sensitivity(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Sensitivity:
+        """As `measure_sensitivity`, of `positions` (n,) of input_ids (sequence,)."""
 
         def ask(model: TorchModel) -> bytes:
-            found = measure_conditioning(model, tokens, limit)
-            return np.array([found.difference, found.largest], np.float64).tobytes()
+            found = measure_sensitivity(
+                model.model, lambda: model.logits_at(input_ids, positions, pieces=pieces)
+            )
+            return np.stack([found.logits, found.kl, found.largest]).tobytes()
 
-        key = self._key("conditioning", tokens, [*PROMPTS, STEPS, limit or 0])
-        difference, largest = np.frombuffer(self._recall(key, ask), np.float64).tolist()
-        return Conditioning(difference, largest)
-
-    def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
-        """As `measure_sensitivity`."""
-
-        def ask(model: TorchModel) -> bytes:
-            found = measure_sensitivity(model, input_ids, keep=keep)
-            return np.stack([found.logits, found.kl]).tobytes()
-
-        data = self._recall(self._key("sensitivity", input_ids, [keep, DRAWS]), ask)
-        return Sensitivity(*np.frombuffer(data, np.float64).reshape(2, keep))
+        settings = [DRAWS, *positions.tolist(), -1, *pieces]
+        data = self._recall(self._key("sensitivity", input_ids, settings), ask)
+        return Sensitivity(*np.frombuffer(data, np.float64).reshape(3, len(positions)))
 
     def release(self) -> TorchModel | None:
         """Let go of the model, and hand it over if it was loaded; a later question loads it again."""

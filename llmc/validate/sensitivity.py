@@ -4,10 +4,10 @@ Most positions of a trained model move by 1e-5 logits when sums are taken in ano
 weighs two scores that are nearly equal and huge, or an expert is chosen by a hair, the same change decides
 what comes out, and the logits of that one position move by whole numbers. No other program of the model can
 be held to them. Such positions are found as in stochastic arithmetic (Vignes 1993): the original is run
-again with every module's output changed at random by as much as one rounding may.
+again with every module's output changed at random by a few units in the last place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,9 +19,10 @@ from llmc.validate.distribution import log_softmax
 Array = np.ndarray
 
 #: Runs with random rounding; the worst of them counts.
-DRAWS = 4
-#: One unit in the last place of float32, relative.
-_ULP = 2.0**-23
+DRAWS = 8
+#: Standard deviation of the change, relative: four units in the last place of float32, which is what sums of
+#: some tens of terms in another order amount to.
+_CHANGE = 2.0**-21
 #: Share of the positions of a measurement that may be left out.
 MOST_LEFT_OUT = 0.05
 
@@ -33,38 +34,39 @@ class Sensitivity:
     Args:
         logits: (positions,), largest change of a logit.
         kl: (positions,), KL divergence of the changed distribution, nats.
+        largest: (positions,), largest magnitude of a logit.
     """
 
     logits: Array
     kl: Array
+    largest: Array
 
 
 class SensitiveReference(Protocol):
     """An original that can be asked for it."""
 
-    def sensitivity(self, input_ids: Array, *, keep: int) -> Sensitivity:
-        """Of the last `keep` positions of input_ids (sequence,)."""
+    def sensitivity(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Sensitivity:
+        """Of `positions` (n,) of input_ids (sequence,), as `Reference.logits_at` takes them."""
         ...
 
 
-def measure_sensitivity(model: Any, input_ids: Array, *, keep: int) -> Sensitivity:
+def measure_sensitivity(model: Any, ask: Callable[[], Array]) -> Sensitivity:
     """Run the original with random rounding, and compare with what it gives otherwise.
 
     Args:
-        model: The original, a `TorchModel`.
-        input_ids: (sequence,) int64.
-        keep: How many of the last positions are asked for.
+        model: The PyTorch module.
+        ask: Has it compute logits, (positions, vocabulary) float32.
     """
-    exact = model.logits(input_ids, keep=keep)
+    exact = ask()
     p = log_softmax(exact.astype(np.float64))
-    logits, kl = np.zeros(keep), np.zeros(keep)
+    logits, kl = np.zeros(len(exact)), np.zeros(len(exact))
     for seed in range(DRAWS):
-        with _random_rounding(model.model, seed):
-            moved = model.logits(input_ids, keep=keep)
+        with _random_rounding(model, seed):
+            moved = ask()
         logits = np.maximum(logits, np.abs(moved - exact).max(axis=1))
         divergence = np.exp(p) * (p - log_softmax(moved.astype(np.float64)))
         kl = np.maximum(kl, divergence.sum(axis=1))
-    return Sensitivity(logits, kl)
+    return Sensitivity(logits, kl, np.abs(exact).max(axis=1).astype(np.float64))
 
 
 def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, bound: float) -> Array:
@@ -84,7 +86,8 @@ def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, boun
     for at in np.argsort(-kl.max(axis=1)):
         if kl[at].max() <= bound:
             break
-        moved = reference.sensitivity(windows[at, :-1], keep=kl.shape[1]).kl
+        asked = np.arange(windows.shape[1] - 1 - kl.shape[1], windows.shape[1] - 1)
+        moved = reference.sensitivity(windows[at, :-1], asked).kl
         unstable[at] = moved > bound
         if not (unstable[at] & (kl[at] > bound)).any():
             break
@@ -93,7 +96,7 @@ def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, boun
 
 @contextmanager
 def _random_rounding(model: Any, seed: int) -> Iterator[None]:
-    """Within this context every module without parts changes what it gives by about one rounding."""
+    """Within this context every module without parts changes what it gives by a few units in the last place."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +104,7 @@ def _random_rounding(model: Any, seed: int) -> Iterator[None]:
     def change(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            return value * (1 + _ULP * noise)
+            return value * (1 + _CHANGE * noise)
         if type(value) in (tuple, list):
             return type(value)(change(part) for part in value)
         return value

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmc.artifact.cache import StageCache
 from llmc.config import Metric
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
+from llmc.validate.remembered import RememberedModel
 from llmc.validate.sensitivity import Sensitivity, find_unstable, measure_sensitivity
 from llmc.validate.session import OrtModel
 
@@ -25,12 +27,12 @@ class Known:
     def __init__(self, unstable: dict[int, int]) -> None:
         self.unstable, self.asked = unstable, 0
 
-    def sensitivity(self, input_ids: np.ndarray, *, keep: int) -> Sensitivity:
+    def sensitivity(self, input_ids: np.ndarray, positions: np.ndarray, **_: Any) -> Sensitivity:
         self.asked += 1
-        moved = np.full(keep, 1e-12)
+        moved = np.full(len(positions), 1e-12)
         if int(input_ids[0]) in self.unstable:
             moved[self.unstable[int(input_ids[0])]] = 1.0
-        return Sensitivity(moved, moved)
+        return Sensitivity(moved, moved, moved)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +46,14 @@ def torn() -> Any:
 
 
 def test_a_trained_model_is_stable_everywhere(llama: Any, tokens: np.ndarray) -> None:
-    found = measure_sensitivity(TorchModel(llama), tokens[:100], keep=80)
+    found = measure_sensitivity(llama, lambda: TorchModel(llama).logits(tokens[:100], keep=80))
     assert found.logits.shape == found.kl.shape == (80,)
     assert 0 < found.logits.max() < 1e-4
     assert found.kl.max() < 1e-9
 
 
 def test_near_ties_move_single_positions(torn: Any, tokens: np.ndarray) -> None:
-    found = measure_sensitivity(TorchModel(torn), tokens[:200], keep=190)
+    found = measure_sensitivity(torn, lambda: TorchModel(torn).logits(tokens[:200], keep=190))
     assert found.logits.max() > 100 * np.median(found.logits)
     assert torn(torch.from_numpy(tokens[None, :9])).logits.isfinite().all()  # no hook stays
 
@@ -72,7 +74,7 @@ def test_only_a_few_positions_are_left_out(others: tuple[int, ...], asked: int, 
 def test_what_rounding_decides_does_not_count(torn: Any, tokens: np.ndarray, tmp_path: Path) -> None:
     """A right artifact of a torn model passes, and one with a damaged matrix does not."""
     original = TorchModel(torn)
-    known = OriginalWithSensitivity(original)
+    known = RememberedModel(lambda: original, StageCache(tmp_path / "cache"), {}, None)
     found = {}
     for name, variant in {
         "right": Variant(logits="last", max_length=64),
@@ -86,11 +88,3 @@ def test_what_rounding_decides_does_not_count(torn: Any, tokens: np.ndarray, tmp
         made = measure_quality(model, original, windows, unstable=(known, BOUND))
         found[name] = next(m for m in made if m.metric is Metric.TEXT_KL_MEAN)
     assert found["right"].value < BOUND < found["wrong"].value
-
-
-class OriginalWithSensitivity:
-    def __init__(self, model: TorchModel) -> None:
-        self.model = model
-
-    def sensitivity(self, input_ids: np.ndarray, *, keep: int) -> Sensitivity:
-        return measure_sensitivity(self.model, input_ids, keep=keep)

@@ -1,0 +1,122 @@
+"""Which differences of logits rounding explains: those at positions where it moves the original as far.
+
+Two right programs of one model differ by rounding, by 1e-5 to 1e-4 logits for trained models, and a bound on
+the largest difference is set for those. Where the logits are large, or near ties decide what follows, the
+original differs from itself by more, and no artifact can be nearer to it than that. Each position that
+misses the bound is therefore asked for: `llmc.validate.sensitivity`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from llmc.artifact.verdict import Measurement
+from llmc.config import Metric
+from llmc.validate.positions import Question
+from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensitivity
+
+Array = np.ndarray
+
+#: Levels whose bound is on the largest difference of a logit.
+LEVELS = (
+    Metric.PREFILL_MAX_ABS,
+    Metric.CHUNKS_MAX_ABS,
+    Metric.DECODE_MAX_ABS,
+    Metric.RAGGED_MAX_ABS,
+    Metric.WINDOW_MAX_ABS,
+)
+#: Share of a position's largest logit up to which any number of positions may be moved by rounding; beyond
+#: it only a few may, those that near ties decide.
+_COMMON = 1e-3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of a logit at one position.
+
+    Args:
+        question: Number of the original's pass, of which the position is.
+        row: Row of that pass.
+    """
+
+    metric: Metric
+    question: int
+    row: int
+    position: int
+    value: float
+
+
+def allow_rounding(
+    levels: Sequence[Measurement],
+    bounds: Mapping[Metric, float],
+    differences: Sequence[Difference],
+    questions: Sequence[Question],
+    original: SensitiveReference,
+) -> tuple[Measurement, ...]:
+    """The levels, with their figures as tolerances where rounding explains all that is beyond their bounds.
+
+    The shortest of a level's texts is asked first, so that a fault costs one short pass.
+
+    Args:
+        bounds: Largest differences that the gates let through.
+        differences: Of all positions that were compared.
+        questions: The original's passes, by the number in `Difference.question`.
+    """
+    return tuple(_allow(level, bounds, differences, questions, original) for level in levels)
+
+
+def _allow(
+    level: Measurement,
+    bounds: Mapping[Metric, float],
+    differences: Sequence[Difference],
+    questions: Sequence[Question],
+    original: SensitiveReference,
+) -> Measurement:
+    bound = bounds.get(level.metric, np.inf)
+    if level.metric not in LEVELS or level.value is None or not bound < level.value < np.inf:
+        return level
+    own = [d for d in differences if d.metric is level.metric]
+    missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.question, d.row))
+    if not missed or not _explained(missed[:1], questions, original):
+        return level
+    found = _explained(missed, questions, original)
+    rare = sum(f.logits[0] > _COMMON * f.largest[0] for f in found)
+    if not found or rare > MOST_LEFT_OUT * len(own):
+        return level
+    told = (
+        f"{len(missed)} of {len(own)} positions are beyond {bound:g}, where rounding moves "
+        f"the original itself by up to {max(float(f.logits[0]) for f in found):.2g}, with logits up to "
+        f"{max(float(f.largest[0]) for f in found):.3g}"
+    )
+    return level.model_copy(update={"tolerance": level.value, "detail": f"{level.detail}; {told}"})
+
+
+def _explained(
+    missed: Sequence[Difference], questions: Sequence[Question], original: SensitiveReference
+) -> list[Sensitivity]:
+    """What rounding does at each of these positions; nothing if one of them differs by more."""
+    found = []
+    where = sorted(missed, key=lambda d: (d.question, d.row))
+    for (number, row), group in groupby(where, key=lambda d: (d.question, d.row)):
+        worst: dict[int, float] = {}
+        for d in group:
+            worst[d.position] = max(worst.get(d.position, 0.0), d.value)
+        positions = np.array(sorted(worst), np.int64)
+        tokens, pieces = _until(questions[number], row, int(positions[-1]) + 1)
+        moved = original.sensitivity(tokens, positions, pieces=pieces)
+        if (moved.logits < [worst[int(at)] for at in positions]).any():
+            return []
+        found += [
+            Sensitivity(*(part[i : i + 1] for part in (moved.logits, moved.kl, moved.largest)))
+            for i in range(len(positions))
+        ]
+    return found
+
+
+def _until(question: Question, row: int, total: int) -> tuple[Array, tuple[int, ...]]:
+    """The first `total` tokens of one row of a pass, and the steps that they make."""
+    ends = np.minimum(np.cumsum(question.pieces), total)
+    pieces = tuple(int(n) for n in np.diff((0, *ends)) if n)
+    return np.atleast_2d(question.tokens)[row, :total], pieces
