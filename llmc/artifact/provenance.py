@@ -24,8 +24,11 @@ _DISTRIBUTIONS = (
 
 
 def tool_versions() -> dict[str, str]:
-    """Version of Python and of every installed distribution that matters, by name; imports none."""
-    found = {"python": platform.python_version()}
+    """Version of Python and of every installed distribution that matters, by name; imports none.
+
+    The machine's architecture is among them as `machine`: the last digits of sums depend on it.
+    """
+    found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _DISTRIBUTIONS:
         try:
             found[name] = version(name)

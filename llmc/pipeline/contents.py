@@ -35,12 +35,11 @@ def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
     from llmc.validate.measure import broken
 
     rebuilt = subject.rebuilt
+    calibrated = {name: rebuilt.sources[name] for name in sorted(rebuilt.calibrated)}
     try:
         return (
             measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise),
-            measure_tensors(
-                subject.folder, rebuilt.graph.graph, rebuilt.calibrated, [*_compare_smoothing(subject)]
-            ),
+            measure_tensors(subject.folder, rebuilt.graph.graph, calibrated, [*_compare_smoothing(subject)]),
         )
     except ParityError as error:
         return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llmc import __version__
 from llmc.config import Backend, CacheType, Engine, Quantization, Target, WeightRole, WeightScheme
 from llmc.pipeline.compile import graph_sources, lower_graph, scales_channels
 from llmc.progress import Progress
@@ -34,8 +35,8 @@ class Rebuilt:
     Args:
         graph: As a backend writes it, its weights still lazy.
         sources: What each weight is made of, by the name of its initializer before quantization.
-        calibrated: Names in `sources` of matrices that were quantized on calibration text whose results are
-            not in the cache, so that their codes are not known.
+        calibrated: Names in `sources` of matrices whose codes are not known here, such as those that were
+            quantized on calibration text whose results are not in the cache.
         complete: Whether nodes are known too; they are not where calibration decides on activations.
         kernels: The program of compiled kernels; None for targets without.
         smoothing: What channels of activations were divided by, where calibration is in the cache.
@@ -123,7 +124,6 @@ def _for_runtime(
 
 def explain_versions(manifest: Manifest) -> str | None:
     """Why a build here may give other files than those of an artifact; None where it gives the same."""
-    from llmc import __version__
     from llmc.artifact.provenance import tool_versions
 
     here = {"llmc": __version__, **tool_versions()}
@@ -132,6 +132,29 @@ def explain_versions(manifest: Manifest) -> str | None:
         if here.get(name) != there.get(name):
             return f"it was built with {name} {there.get(name)}, and {here.get(name)} is installed"
     return None
+
+
+def forget_searches(rebuilt: Rebuilt, manifest: Manifest) -> Rebuilt:
+    """Leave codes open whose last digits depend on the machine, where an artifact is from another one.
+
+    Scales are searched by sums of float32 numbers, whose order depends on the release of NumPy and on the
+    instructions of the machine.
+    """
+    from llmc.artifact.provenance import tool_versions
+    from llmc.quantize.stored import KEPT
+
+    here = {"llmc": __version__, **tool_versions()}
+    there = {"llmc": manifest.llmc_version, **manifest.tools}
+    if all(here.get(name) == there.get(name) for name in ("llmc", "numpy", "machine")):
+        return rebuilt
+    searched = {
+        record.name
+        for record in manifest.weights
+        if record.block_size is not None
+        and not (record.origin or "").startswith(KEPT)
+        and record.name in rebuilt.sources
+    }
+    return replace(rebuilt, calibrated=rebuilt.calibrated | searched)
 
 
 def restate_rules(quantization: Quantization, records: Sequence[WeightRecord]) -> Quantization:

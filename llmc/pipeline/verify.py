@@ -14,7 +14,7 @@ from llmc.pipeline.gate import hold_manifest, measure_parity
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair
 from llmc.pipeline.prune import reopen
-from llmc.pipeline.rebuild import UNKNOWN_INPUTS, explain_versions, rebuild
+from llmc.pipeline.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.subject import Subject
 from llmc.pipeline.thresholds import Thresholds, choose_thresholds
@@ -133,6 +133,7 @@ def _subject(
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
     rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)
+    rebuilt = forget_searches(rebuilt, manifest)
     otherwise = explain_versions(manifest)
     with progress.stage("derived files"):
         derived = compare_derived(path, manifest, checkpoint, compiled, rebuilt, otherwise)

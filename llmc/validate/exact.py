@@ -20,6 +20,7 @@ from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
+from llmc.validate.resemblance import find_strangers
 
 _WHERE = "numpy, from the files"
 #: Endings of the initializers that hold a quantized matrix, after its name.
@@ -45,14 +46,14 @@ def open_model(folder: Path) -> ir.Model:
 
 
 def measure_tensors(
-    folder: Path, expected: ir.Graph, calibrated: Collection[str], beside: Sequence[str] = ()
+    folder: Path, expected: ir.Graph, calibrated: Mapping[str, Rows], beside: Sequence[str] = ()
 ) -> Measurement:
     """WEIGHTS_EXACT: how many tensors of weights are not what a build gives, bit for bit.
 
     Args:
         expected: The graph as a backend writes it, with lazy weights.
-        calibrated: Matrices whose codes depend on calibration that is not known, by their initializers'
-            names before quantization; they are left out.
+        calibrated: Matrices whose codes are not known here, with what each is made of, by their initializers'
+            names before quantization; they must be a rounding of that.
         beside: What is wrong with tensors in other files, a sentence each.
 
     Raises:
@@ -66,11 +67,11 @@ def measure_tensors(
             compared += 1
             if difference is not None:
                 found.append(f"{name} {difference}")
-    left = len(calibrated)
+    found += find_strangers(folder, calibrated)
     fine = f"{compared} tensors are what a build gives, bit for bit"
-    detail = fine if not found else f"{len(found)} of {compared} tensors differ: {_listed(found)}"
-    if left:
-        detail += f"; {left} matrices depend on calibration that is not in the cache"
+    detail = fine if not found else f"{len(found)} of {compared + len(calibrated)} differ: {_listed(found)}"
+    if calibrated:
+        detail += f"; {len(calibrated)} matrices, whose codes are not known here, are held to their values"
     return measured(Metric.WEIGHTS_EXACT, float(len(found)), detail, _WHERE)
 
 
