@@ -13,6 +13,7 @@ from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.ort import DATA
 from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.errors import LlmcError
+from llmc.pipeline.kernels import compile_again
 from llmc.pipeline.serving import write_serving
 from llmc.pipeline.text import derive_text
 from llmc.validate.derived import compare_file, json_differences
@@ -70,6 +71,7 @@ def compare_derived(
             library = None if manifest.kernels is None else manifest.kernels.library
             threads = manifest.profile.threads
             write_serving(folder, manifest.target, threads, compiled, rebuilt.graph, library)
+            settings += () if otherwise is not None else _kernel_differences(path, manifest, rebuilt)
         except LlmcError as error:
             return Derived((*settings, f"its files cannot be derived: {error.fact}"))
         text += _record_differences(manifest.text, record)
@@ -85,6 +87,18 @@ def compare_derived(
         if not _is_known(each, made, manifest)
     ]
     return Derived(tuple(settings), tuple(text))
+
+
+def _kernel_differences(path: Path, manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:
+    """What differs of the compiled kernels: their program, or the library that is made of it."""
+    record, source = manifest.kernels, rebuilt.kernels
+    if record is not None and source is not None:
+        if record.source != source.digest:
+            yield f"{record.library} is compiled from another program than a build generates"
+        else:
+            library, file = compile_again(record, source), path / record.library
+            if library is not None and (not file.is_file() or file.read_bytes() != library):
+                yield f"{record.library} is not what {record.compiler} makes of its program"
 
 
 def _is_copy(file: Path, checkpoint: Checkpoint) -> bool:

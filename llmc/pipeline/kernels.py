@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmc.artifact.manifest import KernelRecord
     from llmc.artifact.store import Artifact
     from llmc.backends.compiled.isa import InstructionSet
+    from llmc.backends.compiled.lower import KernelSource
     from llmc.backends.toolchain import Compiler
     from llmc.graph.model import Graph
 
@@ -70,6 +71,26 @@ class KernelStage:
             nodes=made.nodes,
             outside=tuple(LeftOutside(operator=o, reason=r, count=c) for o, r, c in made.outside),
         )
+
+
+def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
+    """The library of an artifact's kernels, compiled here; None where this machine has not their compiler.
+
+    Args:
+        source: The program, which must be that of the record.
+    """
+    from llmc.backends.compiled.isa import INSTRUCTION_SETS
+    from llmc.backends.compiled.lower import compile_source
+    from llmc.backends.toolchain import find_compiler
+
+    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    if isa is None:
+        return None
+    try:
+        compiler = find_compiler(isa.machine)
+    except ResourceError:
+        return None
+    return compile_source(source.text, isa, compiler) if compiler.version == record.compiler else None
 
 
 def require_kernels(artifact: Artifact) -> None:

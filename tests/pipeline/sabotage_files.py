@@ -91,6 +91,11 @@ def add_file(folder: Path, *, name: str) -> None:
     (folder / name).write_text("{}", encoding="utf-8")
 
 
+def change_library(folder: Path) -> None:
+    with (folder / "kernels.so").open("ab") as file:
+        file.write(b"x")
+
+
 def _ways() -> Iterator[tuple[str, Callable[[Path], None], Metric]]:
     config = "genai_config.json"
     for what, place, value in (
@@ -119,4 +124,7 @@ def _ways() -> Iterator[tuple[str, Callable[[Path], None], Metric]]:
     yield "another template for the runtime", runtime, M.TOKENIZER_EQUAL
 
 
-FILE_SABOTAGES = tuple(Sabotage(name, "int4", apply, frozenset({metric})) for name, apply, metric in _ways())
+FILE_SABOTAGES = (
+    *(Sabotage(name, "int4", apply, frozenset({metric})) for name, apply, metric in _ways()),
+    Sabotage("another library of kernels", "compiled", change_library, frozenset({M.SERVING})),
+)
