@@ -14,6 +14,7 @@ from llmc.backends.ort import DATA
 from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.errors import LlmcError
 from llmc.pipeline.kernels import compile_again
+from llmc.pipeline.prune import count_parameters
 from llmc.pipeline.serving import write_serving
 from llmc.pipeline.text import derive_text
 from llmc.validate.derived import compare_file, json_differences
@@ -71,7 +72,9 @@ def compare_derived(
             library = None if manifest.kernels is None else manifest.kernels.library
             threads = manifest.profile.threads
             write_serving(folder, manifest.target, threads, compiled, rebuilt.graph, library)
-            settings += () if otherwise is not None else _kernel_differences(path, manifest, rebuilt)
+            if otherwise is None:
+                settings += _kernel_differences(path, manifest, rebuilt)
+                settings += _recorded_differences(manifest, checkpoint, rebuilt)
         except LlmcError as error:
             return Derived((*settings, f"its files cannot be derived: {error.fact}"))
         text += _record_differences(manifest.text, record)
@@ -87,6 +90,33 @@ def compare_derived(
         if not _is_known(each, made, manifest)
     ]
     return Derived(tuple(settings), tuple(text))
+
+
+def _recorded_differences(manifest: Manifest, checkpoint: Checkpoint, rebuilt: Rebuilt) -> Iterator[str]:
+    """What the manifest says otherwise than a build of its matrices, its passes and its model."""
+    model = manifest.model
+    facts = {
+        "architecture": model.architecture,
+        "model_type": model.model_type,
+        "parameters": model.parameters,
+    }
+    yield from json_differences(facts, _describe(checkpoint), "manifest: model")
+    for name, stated, made in (
+        ("weights", manifest.weights, rebuilt.records),
+        ("passes", manifest.passes, rebuilt.passes),
+    ):
+        actual, wanted = (
+            [record.model_dump(mode="json") for record in records] for records in (stated, made)
+        )
+        yield from json_differences(actual, wanted, f"manifest: {name}")
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, str | int]:
+    return {
+        "architecture": checkpoint.architecture,
+        "model_type": checkpoint.config.model_type,
+        "parameters": count_parameters(checkpoint),
+    }
 
 
 def _kernel_differences(path: Path, manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmc import __version__
 from llmc.config import Backend, CacheType, Engine, Quantization, Target, WeightRole, WeightScheme
-from llmc.pipeline.compile import graph_sources, lower_graph, scales_channels
+from llmc.pipeline.compile import (
+    graph_sources,
+    lower_graph,
+    pass_records,
+    scales_channels,
+    weight_records,
+)
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import Manifest, WeightRecord
+    from llmc.artifact.manifest import Manifest, PassRecord, WeightRecord
     from llmc.backends.compiled.lower import KernelSource
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
@@ -40,6 +46,8 @@ class Rebuilt:
         complete: Whether nodes are known too; they are not where calibration decides on activations.
         kernels: The program of compiled kernels; None for targets without.
         smoothing: What channels of activations were divided by, where calibration is in the cache.
+        records: How every matrix is stored, as the manifest keeps it.
+        passes: What each pass did, likewise.
     """
 
     graph: Graph
@@ -48,6 +56,8 @@ class Rebuilt:
     complete: bool = True
     kernels: KernelSource | None = None
     smoothing: Mapping[str, Array] | None = None
+    records: tuple[WeightRecord, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
 
 
 def rebuild(
@@ -71,8 +81,10 @@ def rebuild(
     lowered = lower_graph(checkpoint, target, progress)
     with progress.stage("quantize"):
         if target.engine is not None:
-            return _for_engine(checkpoint, lowered.graph, target, target.engine, folder)
-        return _for_runtime(checkpoint, lowered.graph, target, records, folder)
+            made = _for_engine(checkpoint, lowered.graph, target, target.engine, folder)
+        else:
+            made = _for_runtime(checkpoint, lowered.graph, target, records, folder)
+    return replace(made, passes=pass_records(lowered.passes))
 
 
 def finish_graph(graph: Graph, target: Target, kernels: Callable[[Graph], Made] | None) -> Made | None:
@@ -115,11 +127,12 @@ def _for_runtime(
     if scales_channels(target):
         scale_graph(graph, read_smoothing(folder) if known is None else known.smoothing)
     sources = graph_sources(graph)
-    quantize_weights(graph, rules, target.dtype, known)
+    stored = quantize_weights(graph, rules, target.dtype, known)
     lower = partial(lower_kernels, cache=target.kv_cache or CacheType.FLOAT32)
     kernels = finish_graph(graph, target, lower if target.kernels == "compiled" else None)
     smoothing = known.smoothing if known is not None and scales_channels(target) else None
-    return Rebuilt(graph, sources, calibrated, kernels=kernels, smoothing=smoothing)
+    made = weight_records(stored.tensors, target.dtype)
+    return Rebuilt(graph, sources, calibrated, kernels=kernels, smoothing=smoothing, records=made)
 
 
 def explain_versions(manifest: Manifest) -> str | None:
@@ -213,7 +226,8 @@ def _for_engine(
         scale_graph(graph, read_smoothing(folder) if found is None else found.smoothing)
     sources = graph_sources(graph)
     ranges = None if found is None else found.ranges
-    quantize_for_engine(graph, engine.weights, ranges, engine.least_activation_db)
+    tensors, _ = quantize_for_engine(graph, engine.weights, ranges, engine.least_activation_db)
     complete = engine.calibration is None or found is not None
     smoothing = None if found is None else found.smoothing
-    return Rebuilt(graph, sources, complete=complete, smoothing=smoothing)
+    made = weight_records(tensors, target.dtype)
+    return Rebuilt(graph, sources, complete=complete, smoothing=smoothing, records=made)

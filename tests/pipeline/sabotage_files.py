@@ -91,6 +91,11 @@ def add_file(folder: Path, *, name: str) -> None:
     (folder / name).write_text("{}", encoding="utf-8")
 
 
+def claim_more_bits(folder: Path) -> None:
+    stated = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    reseal(folder, weights=[each | {"bits": 8} for each in stated["weights"]])
+
+
 def change_library(folder: Path) -> None:
     with (folder / "kernels.so").open("ab") as file:
         file.write(b"x")
@@ -109,6 +114,7 @@ def _ways() -> Iterator[tuple[str, Callable[[Path], None], Metric]]:
         yield what, partial(_set, file=config, place=place, value=value), M.SERVING
     yield "another graph named", serve_another_graph, M.SERVING
     yield "a context of 200", cut_context, M.SERVING
+    yield "a manifest that claims more bits", claim_more_bits, M.SERVING
     yield "a setting stated twice", repeat_setting, M.SERVING
     yield "a file that no build writes", partial(add_file, name="notes.json"), M.SERVING
     yield "tool messages dropped", drop_tool_messages, M.TOKENIZER_EQUAL
