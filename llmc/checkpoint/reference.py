@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+#: Bytes in float32 of the weights of a layer that are in memory at a time, where it is computed in blocks.
+BLOCK_BYTES = 256 << 20
+
+
 def fill_model(
     config: PreTrainedConfig,
     tensors: WeightStore,
@@ -55,8 +59,9 @@ def stream_model(
     """The model whose modules read their parameters from disk when they run, and drop them afterwards.
 
     Its numbers are those of the model that was loaded whole: the same code computes them. A step costs
-    reading every parameter, which is what a model that is larger than memory costs in any case. The weights
-    of an embedding are read whole; what a module does with another module's parameters fails, since they
+    reading every parameter, which is what a model that is larger than memory costs in any case. Of an
+    embedding the rows of the step's tokens are read, and a layer of more than BLOCK_BYTES, as heads are, is
+    computed in blocks of its outputs. What a module does with another module's parameters fails, since they
     are not there.
 
     Args:
@@ -77,13 +82,51 @@ def stream_model(
         given = next((key for key in (name, source) if key in put), None)
         if given is None:
             return _parameter(_read(tensors, source))
-        return _parameter(torch.from_numpy(np.array(put[given], np.float32)))
+        return _parameter(torch.from_numpy(np.require(put[given], np.float32, ["C", "W"])))
+
+    def rows(name: str) -> StoredRows | None:
+        """The stored values of a parameter, unless others take their place."""
+        source = tied.get(name, name)
+        info = tensors.infos().get(source)
+        return None if info is None or {name, source} & set(put) else StoredRows(tensors, info)
 
     for name, module in model.named_modules():
         names = _parameter_names(module)
-        if names:
+        stored = rows(_join(name, "weight")) if names == ["weight"] else None
+        if type(module) is torch.nn.Embedding and stored is not None:
+            module.forward = partial(_embed, stored)
+        elif type(module) is torch.nn.Linear and stored is not None and _is_wide(stored):
+            module.forward = partial(_project, stored)
+        elif names:
             _read_when_run(module, {own: partial(read, _join(name, own)) for own in names})
     return model
+
+
+def _embed(weight: StoredRows, ids: torch.Tensor) -> torch.Tensor:
+    """The rows of `weight` for `ids` of any shape, float32."""
+    import torch
+
+    tokens, places = torch.unique(ids, return_inverse=True)
+    read = [weight.rows(int(token), int(token) + 1) for token in tokens]
+    return torch.from_numpy(np.concatenate(read).astype(np.float32))[places]
+
+
+def _project(weight: StoredRows, states: torch.Tensor) -> torch.Tensor:
+    """`states` (..., inputs) times the transpose of `weight` (outputs, inputs), in blocks of outputs."""
+    import torch
+
+    outputs, inputs = weight.shape
+    made = states.new_empty((*states.shape[:-1], outputs))
+    step = max(1, BLOCK_BYTES // (4 * inputs))
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        block = torch.from_numpy(weight.rows(start, stop).astype(np.float32))
+        made[..., start:stop] = torch.nn.functional.linear(states, block)
+    return made
+
+
+def _is_wide(weight: StoredRows) -> bool:
+    return 4 * int(np.prod(weight.shape)) > BLOCK_BYTES
 
 
 def _read_when_run(module: Any, readers: Mapping[str, Callable[[], torch.nn.Parameter]]) -> None:

@@ -17,15 +17,20 @@ from tests.models import MODEL_TYPES, save_tiny_model
 ROUNDING = {"rtol": 0.0, "atol": 2e-6}
 
 
+@pytest.mark.parametrize("block", [256 << 20, 4096])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "qwen3_moe"])
-def test_equal_logits_in_prefill_and_over_the_cache(model_type: str, tmp_path: Path) -> None:
+def test_equal_logits_in_prefill_and_over_the_cache(
+    model_type: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers in blocks of a few outputs as well."""
+    monkeypatch.setattr("llmc.checkpoint.reference.BLOCK_BYTES", block)
     checkpoint = open_checkpoint(str(save_tiny_model(model_type, tmp_path)))
     whole, streamed = checkpoint.load_reference(), checkpoint.stream_reference({})
     ids = torch.arange(5, 17)[None]
     with torch.inference_mode():
         for model_ids in (ids, ids[:, :1]):
             a, b = whole(input_ids=model_ids), streamed(input_ids=model_ids)
-            torch.testing.assert_close(b.logits, a.logits, **ROUNDING)
+            torch.testing.assert_close(b.logits, a.logits, rtol=0.0, atol=1e-5)
         a, b = (
             m(input_ids=ids[:, :1], past_key_values=o.past_key_values) for m, o in ((whole, a), (streamed, b))
         )
