@@ -93,11 +93,40 @@ def describe_record(record: StageRecord) -> str:
     return text
 
 
+class _Pace:
+    """How fast the counted work of a stage goes; a count that starts anew is further work."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+        self._last = 0
+
+    def describe(self, done: int, total: int) -> str:
+        """`12 of 64`, and how long the rest takes at this pace, if that is known and worth saying."""
+        now = time.perf_counter()
+        if self._first is None or done < self._last:
+            self._first = (now, done)
+        self._last = done
+        text = f"{done:,} of {total:,}"
+        begun, at = self._first
+        if done == at or now - begun < PACE_SECONDS:
+            return text
+        left = (now - begun) / (done - at) * (total - done)
+        if left < 1:
+            return text
+        return f"{text}, about {left:.0f} s left" if left < 90 else f"{text}, about {left / 60:.0f} min left"
+
+
+#: Seconds of counted work before its pace is told, and between two lines of a log.
+PACE_SECONDS = 2.0
+LINE_SECONDS = 30.0
+
+
 class SilentProgress:
     """Keeps the records and says nothing."""
 
     def __init__(self) -> None:
         self._records: list[StageRecord] = []
+        self._running: list[tuple[str, _Pace]] = []
 
     @property
     def records(self) -> Sequence[StageRecord]:
@@ -106,12 +135,15 @@ class SilentProgress:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        self._begin(name)
+        self._running.append((name, _Pace()))
+        self._begin()
         try:
             yield
         except BaseException:
+            self._running.pop()
             self._fail(name, time.perf_counter() - start)
             raise
+        self._running.pop()
         record = StageRecord(name, time.perf_counter() - start, peak_rss_bytes())
         self._records.append(record)
         self._end(record)
@@ -120,10 +152,16 @@ class SilentProgress:
         """Nothing is said."""
 
     def advance(self, done: int, total: int) -> None:
-        """Nothing is said."""
+        """Tell how much of the innermost stage is done, and how long the rest takes."""
+        if self._running and total > 0:
+            name, pace = self._running[-1]
+            self._count(f"{name}  {pace.describe(done, total)}")
 
-    def _begin(self, name: str) -> None:
+    def _begin(self) -> None:
         """A stage starts."""
+
+    def _count(self, text: str) -> None:
+        """Some of the innermost stage is done."""
 
     def _end(self, record: StageRecord) -> None:
         """A stage is done."""
@@ -133,11 +171,12 @@ class SilentProgress:
 
 
 class PlainProgress(SilentProgress):
-    """One line for each finished stage and each note: for logs and CI."""
+    """One line for each finished stage and each note, and one every half minute: for logs and CI."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
         self._stream = stream if stream is not None else sys.stderr
+        self._written = time.perf_counter()
 
     def note(self, text: str) -> None:
         self._write(text)
@@ -148,7 +187,12 @@ class PlainProgress(SilentProgress):
     def _fail(self, name: str, seconds: float) -> None:
         self._write(f"{name}  stopped after {seconds:.1f} s")
 
+    def _count(self, text: str) -> None:
+        if time.perf_counter() - self._written > LINE_SECONDS:
+            self._write(text)
+
     def _write(self, text: str) -> None:
+        self._written = time.perf_counter()
         self._stream.write(printable(text) + "\n")
         self._stream.flush()
 
@@ -163,27 +207,23 @@ class TerminalProgress(SilentProgress):
 
             console = Console(stderr=True, highlight=False)
         self._console = console
-        self._running: list[str] = []
         self._status: Status | None = None
 
     def note(self, text: str) -> None:
         self._console.print(printable(text), markup=False)
 
-    def advance(self, done: int, total: int) -> None:
-        if self._status is not None and total > 0:
-            self._status.update(f"{self._running[-1]}  {100 * done // total} %")
-
-    def _begin(self, name: str) -> None:
-        self._running.append(name)
+    def _begin(self) -> None:
         self._show()
 
+    def _count(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+
     def _end(self, record: StageRecord) -> None:
-        self._running.pop()
         self._console.print(printable(f"✓ {describe_record(record)}"), style="green", markup=False)
         self._show()
 
     def _fail(self, name: str, seconds: float) -> None:
-        self._running.pop()
         self._console.print(printable(f"✗ {name}  stopped after {seconds:.1f} s"), style="red", markup=False)
         self._show()
 
@@ -193,7 +233,7 @@ class TerminalProgress(SilentProgress):
                 self._status.stop()
                 self._status = None
         elif self._status is None:
-            self._status = self._console.status(self._running[-1])
+            self._status = self._console.status(self._running[-1][0])
             self._status.start()
         else:
-            self._status.update(self._running[-1])
+            self._status.update(self._running[-1][0])

@@ -69,8 +69,25 @@ def test_a_terminal_shows_how_far_the_innermost_stage_is() -> None:
         progress.advance(30, 90)
         time.sleep(0.3)  # the spinner draws about ten times a second
     progress.advance(1, 2)  # nothing runs, nothing is shown
-    assert "write  33 %" in text.getvalue()
-    assert "50 %" not in text.getvalue()
+    assert "write  30 of 90" in text.getvalue()
+    assert "1 of 2" not in text.getvalue()
+
+
+def test_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of a log are half a minute apart; a count that starts anew has a pace of its own."""
+    now = [0.0]
+    monkeypatch.setattr("llmc.progress.time.perf_counter", lambda: now[0])
+    text = io.StringIO()
+    progress = PlainProgress(text)
+    with progress.stage("original"):
+        for at, done in ((0, 0), (20, 2), (40, 4), (50, 5), (80, 0), (120, 8)):
+            now[0] = float(at)
+            progress.advance(done, 64)
+    assert text.getvalue().splitlines()[:-1] == [
+        "original  4 of 64, about 10 min left",
+        "original  0 of 64",
+        "original  8 of 64, about 5 min left",
+    ]
 
 
 def test_a_terminal_shows_what_runs_and_what_is_done() -> None:

@@ -94,12 +94,16 @@ def stream_model(
         names = _parameter_names(module)
         stored = rows(_join(name, "weight")) if names == ["weight"] else None
         if type(module) is torch.nn.Embedding and stored is not None:
-            module.forward = partial(_embed, stored)
+            _compute_by(module, partial(_embed, stored))
         elif type(module) is torch.nn.Linear and stored is not None and _is_wide(stored):
-            module.forward = partial(_project, stored)
+            _compute_by(module, partial(_project, stored))
         elif names:
             _read_when_run(module, {own: partial(read, _join(name, own)) for own in names})
     return model
+
+
+def _compute_by(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    module.forward = forward
 
 
 def _embed(weight: StoredRows, ids: torch.Tensor) -> torch.Tensor:
