@@ -3,6 +3,7 @@
     python benchmarks/models.py demo FOLDER        SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16
     python benchmarks/models.py rescaled FOLDER    the same function with weights off the 4-bit grid
     python benchmarks/models.py llama-1b FOLDER    TinyLlama-1.1B's shape with random weights, bfloat16
+    python benchmarks/models.py llama-8b FOLDER    Llama-3.1-8B's shape with random weights, bfloat16, 16 GB
     python benchmarks/models.py gemma3-270m FOLDER gemma-3-270m, dequantized and rescaled likewise
     python benchmarks/models.py tiny FOLDER        three layers with random weights and 256 tokens
 
@@ -112,8 +113,7 @@ def rescale(model: Any, random: np.random.Generator) -> None:
 
 
 def make_llama_1b(folder: Path, seed: int = 0) -> None:
-    """Write a llama of 1.1 B random parameters in two shards, with the demo's tokenizer."""
-    folder.mkdir(parents=True)
+    """Write a llama of 1.1 B random parameters, with the demo's tokenizer."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=2048,
@@ -129,6 +129,33 @@ def make_llama_1b(folder: Path, seed: int = 0) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
+    write_random_llama(folder, config, seed)
+
+
+def make_llama_8b(folder: Path, seed: int = 0, layers: int = 32, vocabulary: int = 128256) -> None:
+    """Write a llama of the shape of Llama-3.1-8B with random weights, 16 GB, with the demo's tokenizer."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    write_random_llama(folder, config, seed)
+
+
+def write_random_llama(folder: Path, config: LlamaConfig, seed: int) -> None:
+    """Write random weights in bfloat16, a file for each layer, so that little is in memory at a time."""
+    folder.mkdir(parents=True)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
 
@@ -137,31 +164,34 @@ def make_llama_1b(folder: Path, seed: int = 0) -> None:
 
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    parts: list[dict[str, tuple[int, ...]]] = [
+        {"model.embed_tokens.weight": (config.vocab_size, hidden)},
+        {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)},
+    ]
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
-        shapes |= {
-            f"{at}.input_layernorm.weight": (hidden,),
-            f"{at}.self_attn.q_proj.weight": (hidden, hidden),
-            f"{at}.self_attn.k_proj.weight": (kv, hidden),
-            f"{at}.self_attn.v_proj.weight": (kv, hidden),
-            f"{at}.self_attn.o_proj.weight": (hidden, hidden),
-            f"{at}.post_attention_layernorm.weight": (hidden,),
-            f"{at}.mlp.gate_proj.weight": (inner, hidden),
-            f"{at}.mlp.up_proj.weight": (inner, hidden),
-            f"{at}.mlp.down_proj.weight": (hidden, inner),
-        }
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
-    names = list(shapes)
+        parts.append(
+            {
+                f"{at}.input_layernorm.weight": (hidden,),
+                f"{at}.self_attn.q_proj.weight": (hidden, hidden),
+                f"{at}.self_attn.k_proj.weight": (kv, hidden),
+                f"{at}.self_attn.v_proj.weight": (kv, hidden),
+                f"{at}.self_attn.o_proj.weight": (hidden, hidden),
+                f"{at}.post_attention_layernorm.weight": (hidden,),
+                f"{at}.mlp.gate_proj.weight": (inner, hidden),
+                f"{at}.mlp.up_proj.weight": (inner, hidden),
+                f"{at}.mlp.down_proj.weight": (hidden, inner),
+            }
+        )
     files: dict[str, str] = {}
-    for part, chosen in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
-        file = f"model-{part:05d}-of-00002.safetensors"
+    for number, shapes in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = {
-            n: torch.ones(shapes[n], dtype=torch.bfloat16) if len(shapes[n]) == 1 else normal(*shapes[n])
-            for n in chosen
+            n: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else normal(*shape)
+            for n, shape in shapes.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(chosen, file)
+        files |= dict.fromkeys(shapes, file)
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     open_checkpoint("demo").tokenizer().save_pretrained(folder)
@@ -187,6 +217,7 @@ MAKERS = {
     "demo": make_demo,
     "rescaled": make_rescaled,
     "llama-1b": make_llama_1b,
+    "llama-8b": make_llama_8b,
     "gemma3-270m": make_gemma,
     "tiny": make_tiny,
 }
