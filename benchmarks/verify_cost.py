@@ -5,9 +5,8 @@
 The model has the shape of Llama-3.1-8B and random weights: 16 GB of bfloat16 with all layers, and the
 artifact's 5 GB beside them; both are removed afterwards. The original is streamed from disk whatever memory
 there is, as it is where float32 does not fit in half of it. Fewer layers or tokens cost in proportion to the
-parameters,
-which are told. `--kill` kills the run after so many seconds and starts it again: what both took together is
-told beside what the first of them had done.
+parameters, which are told. `--kill` kills the run after so many seconds and starts it again: what both took
+together is told beside what the first of them had done.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def measure_served(run: Run) -> None:
                 run.found += generation.measure_generation(
                     drawn, run.original, run.own, run.stated.stop, runtime, count
                 )
-            prepare_parity(run.plan, run.own)
+            prepare_parity(run.plan, run.own, run.progress.advance)
             run.original.release()
         rounding = open_rounding(run.subject, run.own)
         if rounding is not None:
@@ -95,7 +95,7 @@ def measure_static(run: Run) -> None:
             list(ask_choices(run.original, subject.interface, run.tokens))
     with run.progress.stage("original with the artifact's weights"):
         if not run.weights.unread:
-            prepare_parity(run.plan, run.own)
+            prepare_parity(run.plan, run.own, run.progress.advance)
         run.original.release()
         run.own.release()
     release_memory()

@@ -15,7 +15,7 @@ from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.positions import WINDOW_STEPS, Plan, Question
 from llmc.validate.ragged import compare_ragged, row_differences
-from llmc.validate.reference import Reference
+from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.session import Session
 from llmc.validate.stability import Difference
 
@@ -27,11 +27,16 @@ DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
 PARTS = 16
 
 
-def prepare_parity(plan: Plan, reference: Reference) -> None:
-    """Have the original answer all that the levels will ask of it, so that it can be released."""
-    for question in plan.all_questions():
-        if len(question.positions):
-            reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
+def prepare_parity(plan: Plan, reference: Reference, advance: Advance = quietly) -> None:
+    """Have the original answer all that the levels will ask of it, so that it can be released.
+
+    Args:
+        advance: Told how many passes of how many are done.
+    """
+    questions = [question for question in plan.all_questions() if len(question.positions)]
+    for done, question in enumerate(questions, 1):
+        reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
+        advance(done, len(questions))
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,6 @@ class RememberedModel:
         model, self._model = self._model, None
         return model
 
-    def knows(self, question: Question) -> bool:
-        """Whether the answer is in the cache."""
-        return self._holds(self._key_of(question))
-
     def _loaded(self) -> TorchModel:
         if self._model is None:
             self._model = self._load()
