@@ -37,14 +37,14 @@ class Distribution:
         top: (TOP,) int32, the likeliest tokens of the exact logits, the first the likeliest.
         target: Exact log-probability of the text's own next token.
         rest: Probability of all tokens that are not kept.
-        kept: (vocabulary,) bool, the tokens whose log-probabilities are in `codes`.
+        bits: uint8, a bit for each token of the vocabulary whose log-probability is in `codes`.
         codes: uint16, steps of 2**-11 nats below zero, in the tokens' order.
     """
 
     top: Array
     target: float
     rest: float
-    kept: Array
+    bits: Array
     codes: Array
 
     @classmethod
@@ -60,16 +60,17 @@ class Distribution:
         last = int(np.argmax(behind <= REST))
         kept = bins <= last
         top = best[np.argsort(-row[best], kind="stable")]
-        return cls(top, float(held[target]), float(behind[last]), kept, codes[kept])
+        return cls(top, float(held[target]), float(behind[last]), np.packbits(kept), codes[kept])
 
     def divergence(self, q: Array) -> float:
         """KL divergence from this, in nats, of log-probabilities `q` (vocabulary,) float32."""
+        kept = np.unpackbits(self.bits, count=len(q)).astype(bool)
         p = self.codes * np.float32(-1 / _STEPS_PER_NAT)
         chances = np.exp(p, dtype=np.float64)
         scale = (1 - self.rest) / chances.sum()  # rounding leaves the sum a little off
-        value = float((scale * chances * (p + np.log(scale) - q[self.kept])).sum())
+        value = float((scale * chances * (p + np.log(scale) - q[kept])).sum())
         if self.rest > 0:
-            others = q[~self.kept].astype(np.float64)
+            others = q[~kept].astype(np.float64)
             most = others.max()
             held = most + np.log(np.exp(others - most).sum())
             value += float(self.rest * (np.log(self.rest) - held))
@@ -101,14 +102,14 @@ class Distributions:
         return cls(vocabulary, tuple(_read(data, count, vocabulary)))
 
     def to_bytes(self) -> bytes:
-        """Sizes (2,) int32; of all positions top int32, target and rest float64, bits of `kept`; codes."""
+        """Sizes (2,) int32; of all positions top int32, target and rest float64, bits of bits; codes."""
         rows = self.positions
         return b"".join(
             [
                 np.array([len(rows), self.vocabulary], np.int32).tobytes(),
                 *(row.top.astype(np.int32).tobytes() for row in rows),
                 np.array([(row.target, row.rest) for row in rows], np.float64).tobytes(),
-                *(np.packbits(row.kept).tobytes() for row in rows),
+                *(row.bits.tobytes() for row in rows),
                 *(row.codes.tobytes() for row in rows),
             ]
         )
@@ -128,10 +129,10 @@ def _read(data: bytes, count: int, vocabulary: int) -> Iterator[Distribution]:
     bits = np.frombuffer(data, np.uint8, count * packed, at).reshape(count, packed)
     at += bits.nbytes
     for top, (target, rest), row in zip(tops, pairs, bits, strict=True):
-        kept = np.unpackbits(row, count=vocabulary).astype(bool)
-        codes = np.frombuffer(data[at : at + 2 * (size := int(kept.sum()))], np.uint16)
+        size = int(np.unpackbits(row, count=vocabulary).sum(dtype=np.int64))
+        codes = np.frombuffer(data[at : at + 2 * size], np.uint16)
         at += 2 * size
-        yield Distribution(top, float(target), float(rest), kept, codes)
+        yield Distribution(top, float(target), float(rest), row, codes)
 
 
 def log_softmax(logits: Array) -> Array:

@@ -9,6 +9,7 @@ Means have 95 % confidence intervals over the windows.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -250,16 +251,23 @@ def _compare(
         advance: Called after each step.
     """
     totals, tokens = _Totals(), windows.tokens
+    shape = (len(tokens), known[0].vocabulary)
     # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
     logits = model.prefill(tokens[:, : windows.prefix], steps=windows.steps - 1)[:, -1]
-    for step in range(windows.steps):
-        at = windows.prefix + step
-        if step > 0:
-            logits = model.decode(tokens[:, at - 1 : at])[:, -1]
-        shape = (len(tokens), known[0].vocabulary)
-        require_comparable(logits, shape, f"position {at - 1} of the evaluation text")
-        totals.add([each.positions[step] for each in known], logits, tokens[:, at])
-        advance()
+    with ThreadPoolExecutor(1) as beside:  # figures of a step are taken while the next one runs
+        taken: Future[None] | None = None
+        for step in range(windows.steps):
+            at = windows.prefix + step
+            if step > 0:
+                logits = model.decode(tokens[:, at - 1 : at])[:, -1]
+            require_comparable(logits, shape, f"position {at - 1} of the evaluation text")
+            if taken is not None:
+                taken.result()
+            held = [each.positions[step] for each in known]
+            taken = beside.submit(totals.add, held, logits, tokens[:, at])
+            advance()
+        if taken is not None:
+            taken.result()
     series = (totals.kl, totals.top1, totals.top5, totals.loss, totals.loss_original)
     return np.stack([np.stack(part, axis=1) for part in series])
 
