@@ -24,8 +24,8 @@ from models import make_llama_8b
 
 #: Runs llmc as if no memory were free and every original were large.
 STREAMED = (
-    "import llmc.pipeline.subject as subject, llmc.validate.quality as quality;"
-    "subject.available_memory = lambda: 0; quality.LARGE_BYTES = 0;"
+    "from llmc.pipeline import loaders, subject; from llmc.validate import quality;"
+    "loaders.available_memory = subject.available_memory = lambda: 0; quality.LARGE_BYTES = 0;"
     "from llmc.cli import program; program()"
 )
 

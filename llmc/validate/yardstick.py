@@ -53,24 +53,25 @@ def round_weights(rows: Mapping[str, Rows], roundings: Mapping[str, Rounding]) -
 
 def round_blocks(weights: Array, rounding: Rounding) -> Array:
     """Round `weights` (..., inputs) by blocks along the last axis; float32 of the same shape."""
+    import torch
+
     inputs = weights.shape[-1]
-    flat = weights.reshape(-1, inputs).astype(np.float32)
-    padded = np.pad(flat, ((0, 0), (0, -inputs % rounding.block)))
-    blocks = padded.reshape(len(flat), -1, rounding.block)
+    flat = torch.from_numpy(np.array(weights, np.float32).reshape(-1, inputs))
+    flat = torch.nn.functional.pad(flat, (0, -inputs % rounding.block))
+    blocks = flat.reshape(len(flat), -1, rounding.block)
     if rounding.symmetric:
         most = (1 << (rounding.bits - 1)) - 1
-        scale = np.abs(blocks).max(axis=-1, keepdims=True) / most
-        zero = np.zeros_like(scale)
+        scale = blocks.abs().amax(-1, keepdim=True) / most
+        zero = torch.zeros_like(scale)
     else:
         most = (1 << rounding.bits) - 1
-        low = np.minimum(blocks.min(axis=-1, keepdims=True), 0)
-        high = np.maximum(blocks.max(axis=-1, keepdims=True), 0)
+        low = blocks.amin(-1, keepdim=True).clamp_(max=0)
+        high = blocks.amax(-1, keepdim=True).clamp_(min=0)
         scale = (high - low) / most
-        zero = np.rint(-low / np.where(scale == 0, 1, scale))
-    safe = np.where(scale == 0, 1, scale)
-    codes = np.rint(blocks / safe) + zero
-    codes = np.clip(codes, -most if rounding.symmetric else 0, most)
-    rounded: Array = ((codes - zero) * scale).reshape(padded.shape)[:, :inputs]
+        zero = torch.round(-low / torch.where(scale == 0, 1, scale))
+    codes = (blocks / torch.where(scale == 0, 1, scale)).round_().add_(zero)
+    codes = codes.clamp_(-most if rounding.symmetric else 0, most)
+    rounded: Array = codes.sub_(zero).mul_(scale).reshape(flat.shape)[:, :inputs].numpy()
     return rounded.reshape(weights.shape)
 
 
