@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "architecture": set(),
     "progress": set(),
+    "children": set(),
     "data": {"errors"},
     "profile": set(),
     "config": {"errors", "profile"},
@@ -34,7 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"machine", "memory", "backends"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
-    **{station: BASE | {"architecture", "graph", "artifact", "data", "progress"} for station in STATIONS},
+    **{
+        station: BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
+        for station in STATIONS
+    },
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "document", "catalog", "machine", "memory", *STATIONS},
     "cli": BASE

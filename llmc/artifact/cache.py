@@ -39,15 +39,18 @@ def content_key(stage: str, facts: Mapping[str, object]) -> str:
 
 
 def default_cache_folder() -> Path:
-    """$LLMC_CACHE if set, else `llmc` in the user's cache directory ($XDG_CACHE_HOME or ~/.cache)."""
+    """$LLMC_CACHE if set, else `llmc` in the user's cache directory."""
     stated = os.environ.get("LLMC_CACHE")
+    return Path(os.path.expanduser(stated)) if stated else user_cache_folder() / "llmc"
+
+
+def user_cache_folder() -> Path:
+    """$XDG_CACHE_HOME or ~/.cache; for a user without a home, a folder among the temporary files."""
+    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        if stated:
-            return Path(stated).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME")
-        return (Path(base) if base else Path.home() / ".cache") / "llmc"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"llmc-{os.getuid()}"
+        return Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"cache-{os.geteuid()}"
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,11 @@ def current_folder(folder: Path) -> Path:
     return substitute(folder) if have_substitute(folder) else folder
 
 
-def usable_folder(folder: Path) -> Path:
+def usable_folder(folder: Path, *, own: bool = True) -> Path:
     """`folder`, made where it is missing, or a temporary one where it cannot be written to.
 
-    It must be this user's, with nobody else allowed to write to it, as are those that are made here.
+    Args:
+        own: It must be this user's, with nobody else allowed to write to it, as are those that are made here.
     """
     if have_substitute(folder):
         return substitute(folder)
@@ -66,7 +67,7 @@ def usable_folder(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat(follow_symlinks=False)
-        if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
+        if own and (status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE):
             raise PermissionError(0, "it belongs to another user, or others may write to it")
         with tempfile.TemporaryFile(dir=folder):
             os.utime(folder)

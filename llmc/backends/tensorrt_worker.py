@@ -21,6 +21,7 @@ from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import FileDigest
 from llmc.backends.tensorrt import build_engine
 from llmc.backends.tensorrt_support import EnginePlan, Library
+from llmc.children import die_with_parent
 from llmc.config import Engine
 from llmc.errors import LlmcError, ResourceError, UnsupportedError
 
@@ -103,6 +104,7 @@ def build_apart(
 
 def main() -> None:
     """Entry of the child process."""
+    die_with_parent()
     _fix_addresses()
     if sys.platform == "linux":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.children import die_with_parent
 from llmc.errors import ParityError
 
 _SECONDS, _CPU_SECONDS = 300, 30
@@ -122,6 +123,7 @@ def ask_runtime(folder: Path, question: Question) -> dict[str, list[Any]]:
 
 def main() -> None:
     """Entry of the child process."""
+    die_with_parent()
     import onnxruntime_genai as og
 
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

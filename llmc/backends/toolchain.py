@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder, user_cache_folder
+from llmc.artifact.substitute import usable_folder
+from llmc.children import run_apart
 from llmc.errors import ResourceError
 
 _NAMES = ("c++", "g++", "clang++")
@@ -157,12 +159,18 @@ def _require_target(compiler: Compiler, machine: str) -> None:
         )
 
 
+def _environment(compiler: Compiler, folder: Path) -> dict[str, str]:
+    """The process's own, with temporary files in `folder`, and a cache for zig where it could write none."""
+    changed = {"TMPDIR": str(folder)}
+    if "ziglang" in compiler.command and "ZIG_GLOBAL_CACHE_DIR" not in os.environ:
+        changed["ZIG_GLOBAL_CACHE_DIR"] = str(usable_folder(user_cache_folder() / "zig", own=False))
+    return {**os.environ, **changed}
+
+
 def _call(compiler: Compiler, arguments: Sequence[str], folder: Path) -> None:
     command = [*compiler.command, *arguments]
     try:
-        answer = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        answer = run_apart(command, folder, _SECONDS, _environment(compiler, folder))
     except subprocess.TimeoutExpired as error:
         raise ResourceError(f"{shlex.join(command)} did not end within {_SECONDS:.0f} s") from error
     if answer.returncode != 0:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from llmc.cli.app import app
+from llmc.cli.scratch import own_scratch
 from llmc.cli.signals import Stopped, catch_signals
 from llmc.cli.streams import guard_streams
 from llmc.errors import ExitCode, LlmcError
@@ -77,6 +78,7 @@ def program() -> NoReturn:
     What is registered to run at exit runs, and output is flushed, as at any other end.
     """
     guard_streams()
+    own_scratch()
     code = 0
     try:
         main()

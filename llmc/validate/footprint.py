@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llmc.children import die_with_parent
 from llmc.errors import ResourceError
 from llmc.validate.session import Session
 
@@ -132,6 +133,7 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
 
 def main() -> None:
     """Entry of the child process."""
+    die_with_parent()
     import json
 
     sample = _run(pickle.loads(sys.stdin.buffer.read()))

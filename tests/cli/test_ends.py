@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ PROGRAM = [sys.executable, "-c", "from llmc.cli import program; program()"]
 #: `llmc doctor`, with an examination that takes until it is interrupted.
 WAITING = """
 import time
+from pathlib import Path
 import llmc.doctor
 def examine(*_):
     print("waits", flush=True)
@@ -86,3 +88,16 @@ def test_a_pipe_that_nobody_reads() -> None:
     os.close(writing)
     assert done.returncode == 141
     assert done.stderr == "error: standard output is closed: what was to be printed is lost\n"
+
+
+def test_temporary_files_of_a_killed_process_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = _start()
+    assert len(list(tmp_path.iterdir())) == 1
+    process.kill()
+    process.communicate()
+    (tmp_path / "foreign").mkdir()
+    subprocess.run([*PROGRAM, "targets"], stdout=subprocess.DEVNULL, check=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
