@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architecture": set(),
     "progress": set(),
     "children": set(),
+    "scratch": set(),
     "data": {"errors"},
     "profile": set(),
     "config": {"errors", "profile"},
@@ -40,9 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         for station in STATIONS
     },
     "pipeline": BASE
-    | {"graph", "artifact", "data", "progress", "document", "catalog", "machine", "memory", *STATIONS},
+    | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
+    | {*STATIONS},
     "cli": BASE
-    | {"progress", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline", "__init__"},
+    | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
+    | {"__init__"},
     "__main__": {"cli"},
     "__init__": set(),
 }

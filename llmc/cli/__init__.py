@@ -7,16 +7,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from llmc.cli.app import app
-from llmc.cli.scratch import own_scratch
 from llmc.cli.signals import Stopped, catch_signals
 from llmc.cli.streams import guard_streams
 from llmc.errors import ExitCode, LlmcError
 from llmc.progress import printable
+from llmc.scratch import own_scratch
 
 # An exception that is nobody's intention: the code that Python itself would exit with.
 _INTERNAL = 1
@@ -78,7 +79,7 @@ def program() -> NoReturn:
     What is registered to run at exit runs, and output is flushed, as at any other end.
     """
     guard_streams()
-    own_scratch()
+    own_scratch(_tidy)
     code = 0
     try:
         main()
@@ -91,6 +92,12 @@ def program() -> NoReturn:
         code = code or int(error.exit_code)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _tidy(output: Path) -> None:
+    from llmc.pipeline.leftovers import tidy_output
+
+    tidy_output(output)
 
 
 def _say(fact: str, hint: str | None, code: int) -> int:

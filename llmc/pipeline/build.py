@@ -31,6 +31,7 @@ from llmc.pipeline.text import write_text
 from llmc.pipeline.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
+from llmc.scratch import record_output
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
@@ -88,6 +89,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     with ExitStack() as stack:
         background = ThreadPoolExecutor(1)
         stack.callback(background.shutdown, wait=False, cancel_futures=True)
+        record_output(plan.output)
         stage = stack.enter_context(staging(plan.output))
         digest = background.submit(checkpoint.digest)
         built = _write(plan, checkpoint, kernels, engine_plans, stage.path, digest, progress)

@@ -13,6 +13,7 @@ from llmc.config import Metric
 from llmc.errors import LlmcError, ResourceError, first_lines
 from llmc.pipeline.result import write_report
 from llmc.progress import Progress
+from llmc.scratch import record_output
 
 if TYPE_CHECKING:
     from llmc.artifact.store import Artifact, Staging
@@ -102,6 +103,7 @@ def finish(artifact: Artifact, verdict: Verdict, report: Report, progress: Progr
     from llmc.artifact.store import reopened
 
     manifest = record_verdict(artifact.manifest, verdict)
+    record_output(artifact.path)
     with reopened(artifact) as stage:
         write_report(report, artifact.path / REPORTS, "parity")
         finished = put_by_verdict(stage, manifest)

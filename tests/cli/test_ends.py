@@ -10,18 +10,29 @@ from pathlib import Path
 import pytest
 
 PROGRAM = [sys.executable, "-c", "from llmc.cli import program; program()"]
-#: `llmc doctor`, with an examination that takes until it is interrupted.
+#: `llmc doctor`, with an examination that writes an artifact and takes until it is interrupted.
 WAITING = """
 import time
 from pathlib import Path
 import llmc.doctor
+from llmc.artifact.store import staging
+from llmc.scratch import record_output
 def examine(*_):
-    print("waits", flush=True)
-    time.sleep(60)
+    record_output(Path("out"))
+    with staging(Path("out")) as draft:
+        (draft.path / "model.onnx").touch()
+        print("waits", flush=True)
+        time.sleep(60)
 llmc.doctor.examine = examine
 from llmc.cli import program
 program()
 """
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def _start(*before: str) -> subprocess.Popen[str]:
@@ -33,13 +44,14 @@ def _start(*before: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_unwinds_the_command_and_has_its_exit_code(name: str, code: int) -> None:
+def test_a_signal_unwinds_the_command_and_has_its_exit_code(tmp_path: Path, name: str, code: int) -> None:
     process = _start("env", "--default-signal=INT,TERM,HUP")
     process.send_signal(getattr(signal, name))
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
     assert said.endswith("error: interrupted\n" if name == "SIGINT" else f"error: interrupted by {name}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -90,12 +102,9 @@ def test_a_pipe_that_nobody_reads() -> None:
     assert done.stderr == "error: standard output is closed: what was to be printed is lost\n"
 
 
-def test_temporary_files_of_a_killed_process_are_removed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_the_next_command_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     process = _start()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 3, "temporary files, the lock and the work folder"
     process.kill()
     process.communicate()
     (tmp_path / "foreign").mkdir()
