@@ -28,9 +28,10 @@ _IN_USE: dict[Path, int] = {}
 
 
 def tell_once(folder: Path, reason: str) -> None:
-    """Warn that a folder of the cache is not used."""
-    if folder not in _TOLD:
-        _TOLD.add(folder)
+    """Warn that a folder of the cache is not used; once for all that lie in one cache."""
+    told = any(folder in (known, known.parent) or folder.parent in (known, known.parent) for known in _TOLD)
+    _TOLD.add(folder)
+    if not told:
         _LOGGER.warning("goes on without the cache in %s: %s", folder, reason)
 
 
@@ -113,7 +114,7 @@ def with_working_folders(shelf: Path, work: Callable[[], Result]) -> Result:
     except (ResourceError, FileNotFoundError) as error:
         if have_substitute(shelf):
             raise
-        tell_once(shelf, str(error))
+        tell_once(shelf, str(error).rpartition(": ")[2])
         substitute(shelf)
         return work()
 
