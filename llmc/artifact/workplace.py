@@ -72,6 +72,8 @@ def move(source: Path, work: Path, output: Path, place: Place, manifest: str) ->
     destination = place.beside(output)
     digest = hashlib.sha256(manifest.encode()).hexdigest()
     entry = work / f"{place.value}-{digest}"
+    if source.parent == work:
+        _sync_files(source)
     source.rename(entry)
     try:
         write_manifest(entry, manifest)
@@ -82,6 +84,19 @@ def move(source: Path, work: Path, output: Path, place: Place, manifest: str) ->
         raise
     sync_folder(output.parent)
     return destination
+
+
+def _sync_files(folder: Path) -> None:
+    """Have every file on the disk, so that no manifest speaks of what a power failure can still undo."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        else:
+            sync_folder(path)
 
 
 def write_manifest(folder: Path, text: str) -> None:
