@@ -80,7 +80,7 @@ def replace_text(path: Path, text: str) -> None:
         ResourceError: No space for it; the file that was there is untouched.
         ConfigError: The folder may not be written to.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial-{path.name}")
     with space_errors(path), access_errors(path):
         try:
             partial.unlink(missing_ok=True)

@@ -78,10 +78,10 @@ def test_verify_finishes_as_the_build_would_have(
     with pytest.raises(KeyboardInterrupt):
         _build(model, tmp_path / "out", monkeypatch, KeyboardInterrupt())
     assert open_artifact(tmp_path / "out").manifest == whole
-    (tmp_path / "out.unverified" / "reports" / "mark").touch()
+    (tmp_path / "out.unverified" / "reports" / "mark.json").touch()
     verify(tmp_path / "out.unverified", None, (), SilentProgress())
     assert open_artifact(tmp_path / "out").manifest == whole
-    assert {p.name for p in (tmp_path / "out" / "reports").iterdir()} >= {"mark", "parity.json"}
+    assert {p.name for p in (tmp_path / "out" / "reports").iterdir()} >= {"mark.json", "parity.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
