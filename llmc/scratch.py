@@ -22,6 +22,8 @@ def own_scratch(tidy: Callable[[Path], None]) -> None:
     Args:
         tidy: Clears away what was left beside an output that a killed process had begun to change.
     """
+    if os.name != "posix":
+        return
     import fcntl
 
     with suppress(OSError):

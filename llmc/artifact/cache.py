@@ -175,6 +175,8 @@ def _open_own(path: Path) -> int:
     Raises:
         OSError: There is none, or it is somebody else's.
     """
+    if os.name != "posix":
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     status = os.fstat(descriptor)
     if (

@@ -52,8 +52,10 @@ def substitute(folder: Path) -> Path:
 
 
 def current_folder(folder: Path) -> Path:
-    """What stands for `folder` now, made by neither."""
-    return substitute(folder) if have_substitute(folder) else folder
+    """Where what is kept in `folder` is found; a temporary one if others may have written it."""
+    if have_substitute(folder) or (folder.exists() and not _is_own(folder)):
+        return substitute(folder)
+    return folder
 
 
 def usable_folder(folder: Path, *, own: bool = True) -> Path:
@@ -67,8 +69,7 @@ def usable_folder(folder: Path, *, own: bool = True) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat(follow_symlinks=False)
-        if own and (status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE):
+        if own and not _is_own(folder):
             raise PermissionError(0, "it belongs to another user, or others may write to it")
         with tempfile.TemporaryFile(dir=folder):
             os.utime(folder)
@@ -76,6 +77,14 @@ def usable_folder(folder: Path, *, own: bool = True) -> Path:
         tell_once(folder, error.strerror or type(error).__name__)
         return substitute(folder)
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is this user's, and nobody else may write to it."""
+    if os.name != "posix":
+        return True
+    status = folder.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
 
 
 def working_folder(shelf: Path, key: str, kept: int) -> Path:
@@ -121,6 +130,9 @@ def with_working_folders(shelf: Path, work: Callable[[], Result]) -> Result:
 
 def _hold(folder: Path) -> None:
     """Take a shared lock on a folder, where the file system has such locks."""
+    if os.name != "posix":
+        _IN_USE[folder] = -1
+        return
     import fcntl
 
     try:
@@ -152,6 +164,8 @@ def _make_room(home: Path, folder: Path, kept: int) -> None:
 
 
 def _evict(folder: Path) -> None:
+    if os.name != "posix":
+        return
     import fcntl
 
     try:

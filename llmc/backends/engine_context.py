@@ -25,6 +25,11 @@ _TAKEN = frozenset({"SM86", "SM89", "SM120", "SM121"})
 _IR_VERSION, _OPSET = 10, 21
 
 
+def context_name(engine: str) -> str:
+    """Name of the model around an engine's file."""
+    return f"{Path(engine).stem}.context.onnx"
+
+
 def write_context(folder: Path, record: EngineRecord, interface: Interface) -> str | None:
     """Write the model beside the engine.
 
@@ -54,7 +59,7 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
     }
     node = ir.node("EPContext", inputs, attributes, domain=_DOMAIN, outputs=outputs, name="engine")
     graph = ir.Graph(inputs, outputs, nodes=[node], name="engine", opset_imports={"": _OPSET, _DOMAIN: 1})
-    name = f"{Path(record.file).stem}.context.onnx"
+    name = context_name(record.file)
     with space_errors(folder / name):
         ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="llmc"), folder / name)
     return name

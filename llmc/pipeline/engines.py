@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.manifest import FileDigest, Manifest
+    from llmc.artifact.store import Artifact
     from llmc.backends.tensorrt_support import EnginePlan
     from llmc.graph.interface import Interface
 
@@ -112,15 +113,19 @@ def resume(path: Path, progress: Progress) -> BuildResult:
 
     with progress.stage("artifact"):
         artifact = open_artifact(path)
+        plans = tuple(_plan_of(record) for record in artifact.manifest.engines if record.file is None)
+        _remove_unfinished(artifact, plans)
         require_intact(artifact)
     manifest = artifact.manifest
-    waiting = [record for record in manifest.engines if record.file is None]
-    if not waiting:
+    if not plans:
         raise ConfigError(f"{path} has no engine pending: it is {manifest.state.value}")
-    plans = tuple(_plan_of(record) for record in waiting)
     for each in plans:
         _require_host(each)
-    records, files = write_engines(path, manifest.target, manifest.interface, plans, progress)
+    try:
+        records, files = write_engines(path, manifest.target, manifest.interface, plans, progress)
+    except BaseException:
+        _remove_unfinished(artifact, plans)
+        raise
     built = {record.sms: record for record in records}
     manifest = manifest.model_copy(
         update={
@@ -131,6 +136,15 @@ def resume(path: Path, progress: Progress) -> BuildResult:
     )
     update_manifest(artifact, manifest)
     return build_result(path, manifest, None, progress)
+
+
+def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
+    """Remove engines, whole or not, that a command left which was ended before it recorded them."""
+    from llmc.backends.engine_context import context_name
+
+    for plan in plans:
+        for name in {plan.name, plan.partial, context_name(plan.name)} - artifact.manifest.files.keys():
+            (artifact.path / name).unlink(missing_ok=True)
 
 
 def _plan_of(record: EngineRecord) -> EnginePlan:

@@ -107,6 +107,7 @@ def _inspect_artifact(path: Path) -> Inspection:
     artifact = open_artifact(path)
     manifest, damage = artifact.manifest, find_damage(artifact, remember=True)
     elements = sum(_product(w.shape) for w in manifest.weights)
+    unfinished = [] if manifest.unfinished is None else [f"{manifest.unfinished}; llmc verify goes on"]
     return Inspection(
         kind="artifact",
         architecture=manifest.model.architecture,
@@ -122,7 +123,7 @@ def _inspect_artifact(path: Path) -> Inspection:
         engines=manifest.engines,
         files={name: f.bytes for name, f in manifest.files.items()},
         bits_per_weight=8 * sum(w.bytes for w in manifest.weights) / elements if elements else None,
-        notes=(*manifest.model.notes, *manifest.text.describe()),
+        notes=(*manifest.model.notes, *manifest.text.describe(), *unfinished),
     )
 
 

@@ -93,8 +93,10 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert verified.failure() is None
     assert not any("tensorrt" in m.where for m in verified.report.measurements)
     assert "the graph is measured on the CPU, and no engine: the artifact holds TensorRT" in told.getvalue()
+    (tmp_path / "out/sm90.engine").touch()  # of a command that was killed
     with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
         resume(tmp_path / "out", SilentProgress())
+    assert not (tmp_path / "out/sm90.engine").exists()
     with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
         run(tmp_path / "out", "hello", 4, print, SilentProgress())
     with pytest.raises(
