@@ -11,7 +11,8 @@ from pathlib import Path
 from llmc.errors import ConfigError, ResourceError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+#: EXDEV: a folder that a container's image brought cannot be renamed.
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV}
 _HINT = "free some space, or choose another place for the output"
 #: How libraries written in Rust (safetensors, tokenizers) quote the operating system.
 _QUOTED = re.compile(r"\(os error (\d+)\)")

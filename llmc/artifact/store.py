@@ -107,6 +107,11 @@ def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
     output = output.resolve()
     if not output.name:
         raise ConfigError(f"{output} cannot be an output directory", hint="name a directory below it")
+    if output.is_mount():
+        raise ConfigError(
+            f"output {output} is where a file system is mounted, and cannot be replaced in one step",
+            hint="name a directory below it",
+        )
     with space_errors(output), ExitStack() as stack:
         with access_errors(output):
             _make_parent(output)
