@@ -97,7 +97,7 @@ class TextRecord(BaseModel):
         if not self.served:
             return (f"onnxruntime-genai does not serve its text: {self.reason}",)
         told = []
-        if not self.adds_special_tokens:
+        if not self.adds_special_tokens and (self.before or self.after):
             told.append(
                 "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts "
                 f"around a text, {list(self.before)} before and {list(self.after)} after: llmc run does"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.architecture import auto_class, is_multimodal
 from llmc.checkpoint.declared import Declaration, find_declarations
 from llmc.checkpoint.fields import read_fields
+from llmc.checkpoint.generation import require_types
 from llmc.checkpoint.gguf_config import load_gguf_config, stop_tokens
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.location import whole_models
@@ -66,12 +67,15 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
 
     if path.is_dir() and (path / "generation_config.json").is_file():
         try:
-            return GenerationConfig.from_pretrained(path)
+            read_fields(path / "generation_config.json")
+            settings = GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{path / 'generation_config.json'} cannot be read: {first_lines(error)}",
                 hint="correct it, or remove it to take the settings of config.json",
             ) from error
+        require_types(path / "generation_config.json", settings)
+        return settings
     settings = GenerationConfig.from_model_config(config)
     ends = stop_tokens(GgufHeader.parse(path)) if path.is_file() else []
     if len(ends) > 1:
@@ -179,12 +183,24 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
             f"{file} is not a valid config of {model_type}: {first_lines(error)}",
             hint="correct the field that is named in it: transformers does not take the config as it is",
         ) from error
+    _require_text_config(file, config)
     refuse_cross_attention(config)
     refuse_both_directions(config)
     refuse_unknown_type(config)
     for part in (config, config.get_text_config(decoder=True)):
         _leave_out_settings(part)
     return config
+
+
+def _require_text_config(file: Path, config: PreTrainedConfig) -> None:
+    """Check that what transformers takes for the config of the language model is one."""
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+        raise CheckpointError(
+            f"{file} has a text_config, and a model of type {config.model_type} has no part of that name",
+            hint="take the config.json that belongs to the weights",
+        )
 
 
 def _leave_out_settings(config: Any) -> None:
@@ -204,12 +220,13 @@ def _leave_out_settings(config: Any) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         models = whole_models(file.parent)
+        inside = sorted(found.parent for found in file.parent.glob(f"*/{file.name}"))
         listed = ", ".join(models[1:_LISTED]) + (" …" if len(models) > _LISTED else "")
         raise CheckpointError(
             f"{file.parent} has no config.json" + (f"; its GGUF models: {len(models)}" if models else ""),
             hint=f"give the file: {file.parent / models[0]}" + (f" (or {listed})" if listed else "")
             if models
-            else "give the folder that holds config.json",
+            else f"give the folder that holds config.json{f': {inside[0]}' if inside else ''}",
         )
     return read_fields(file)
 

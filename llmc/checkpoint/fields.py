@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llmc.checkpoint.pointer import refuse_pointer
 from llmc.errors import CheckpointError
 from llmc.strict_json import parse_json
 
@@ -13,6 +14,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, is not JSON, or is another JSON value.
     """
+    refuse_pointer(file)
     try:
         fields = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -20,5 +22,7 @@ def read_fields(file: Path) -> dict[str, Any]:
             f"{file} is not JSON: {error}", hint="correct it, or download it again"
         ) from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, not a JSON object")
+        raise CheckpointError(
+            f"{file} holds a {type(fields).__name__}, not a JSON object", hint="download it again"
+        )
     return fields

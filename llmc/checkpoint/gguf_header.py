@@ -17,6 +17,7 @@ from typing import Any
 
 from llmc.checkpoint.gguf_parts import all_parts
 from llmc.checkpoint.gguf_types import check_types
+from llmc.checkpoint.pointer import refuse_pointer
 from llmc.errors import CheckpointError, UnsupportedError
 
 _MAGIC = b"GGUF"
@@ -216,6 +217,7 @@ def _check_version(file: Path, version: int) -> None:
 def _mapped(file: Path) -> Iterator[mmap.mmap]:
     with file.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:
+            refuse_pointer(file)
             raise CheckpointError(
                 f"{file} is not a GGUF file (it does not start with GGUF)", hint="download it again"
             )

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.location import whole_models
+from llmc.checkpoint.pointer import refuse_dangling, refuse_pointer
 from llmc.checkpoint.ranges import read_range, row_range
 from llmc.checkpoint.ties import equal_rows
 from llmc.errors import CheckpointError, UnsupportedError, count_names
@@ -90,17 +91,21 @@ class SafetensorsStore:
             return cls((folder / SINGLE,), _read_header(folder / SINGLE), _unread_shards(folder))
         if (folder / INDEX).is_file():
             return cls._open_sharded(folder)
+        refuse_dangling(folder)
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         if pickled:
             raise CheckpointError(
                 f"{folder} holds only pickled weights ({pickled[0]}), which are not loaded",
                 hint="load it with transformers once and `save_pretrained` it as safetensors",
             )
-        models = whole_models(folder)
-        raise CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}",
-            hint=f"give the GGUF file: {folder / models[0]}" if models else None,
-        )
+        models, named = whole_models(folder), sorted(file.name for file in folder.glob("*.safetensors"))
+        hint = "download the model's weights into the folder"
+        if models:
+            hint = f"give the GGUF file: {folder / models[0]}"
+        elif named:
+            hint = f"one file must be named {SINGLE}, and several need their index, {INDEX}"
+        found = f"; it holds {count_names(named)}" if named else ""
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}", hint=hint)
 
     @classmethod
     def open_file(cls, file: Path) -> "SafetensorsStore":
@@ -117,16 +122,19 @@ class SafetensorsStore:
         index = folder / INDEX
         try:
             weight_map = read_fields(index)["weight_map"]
-            placed = {str(name): str(file) for name, file in weight_map.items()}
+            placed: dict[str, str] = dict(weight_map.items())
         except (KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{index} is not an index of safetensors files: it has no weight_map",
                 hint="download it again",
             ) from error
+        for name, file in placed.items():
+            if not _is_file_name(file):
+                raise CheckpointError(
+                    f"{index} names a file outside of its folder for {name}: {str(file)[:60]!r}",
+                    hint="download it again",
+                )
         names = sorted(set(placed.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index} names a file outside of its folder: {outside[0]}")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -149,6 +157,13 @@ class SafetensorsStore:
         stored = self._tensors[name]
         low, _ = row_range(stored.info.shape, start, stop)
         return self._finite.check(name, low, stored.read(start, stop))
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a value can name a file of a folder."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return Path(value).name == value and 0 < len(value.encode(errors="surrogatepass")) < 256
 
 
 def has_weights(folder: Path) -> bool:
@@ -189,6 +204,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+            refuse_pointer(file)
             raise CheckpointError(
                 f"{file} is no safetensors file, or truncated within its header ({size} bytes)",
                 hint="download it again",

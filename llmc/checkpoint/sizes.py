@@ -19,6 +19,7 @@ _POSITIVE = frozenset(
     {"vocab_size", "hidden_size", "n_embd", "d_model", "max_position_embeddings", "n_positions"}
     | {"num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads"}
 )
+_CHOSEN, _EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
 #: Most modules of a kind; published models have 2,048 experts and fewer layers.
 _MOST_MODULES = 10_000
 _LARGEST = 2**63 - 1  # of an axis, in PyTorch
@@ -36,6 +37,11 @@ def refuse_impossible(file: str, fields: Mapping[str, Any]) -> None:
         for key in sorted(_POSITIVE.intersection(part)):
             if isinstance(part[key], int) and part[key] < 1:
                 raise CheckpointError(f"{file} says {key} {part[key]}, and it must be at least 1", hint=_HINT)
+        chosen, all_of_them = part.get(_CHOSEN), next((part[key] for key in _EXPERTS if key in part), None)
+        if isinstance(chosen, int) and isinstance(all_of_them, int) and chosen > all_of_them > 0:
+            raise CheckpointError(
+                f"{file} says {_CHOSEN} {chosen}, and there are {all_of_them} experts", hint=_HINT
+            )
     for key, value in _integers(fields):
         if abs(value) > _LARGEST:
             raise CheckpointError(f"{file} has a {key} of {len(str(abs(value)))} digits", hint=_HINT)

@@ -14,6 +14,7 @@ from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary
 from llmc.checkpoint.gguf_tokenizer_files import tokenizer_texts
+from llmc.checkpoint.pointer import refuse_pointer
 from llmc.errors import CheckpointError, ResourceError, UnsupportedError, first_lines
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a", verbose=False)
     except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
+        for file in tokenizer_files(folder):
+            refuse_pointer(file)
         _refuse_code(folder / _CONFIG, error)
         raise CheckpointError(
             f"the tokenizer of {named} cannot be read: {first_lines(error)}",

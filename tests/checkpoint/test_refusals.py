@@ -85,6 +85,11 @@ def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds a list"),
         ("{}", "has no model_type"),
+        (
+            '{"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9}',
+            "num_experts_per_tok 9, and there are 4 experts",
+        ),
+        ('{"model_type": "llama", "text_config": {"hidden_size": 64}}', "has a text_config, and a model of"),
         ("[" * 100_000, "nested too deeply"),
         (
             '{"model_type": "llama", "hidden_size": 64, "hidden_size": 128}',
@@ -245,6 +250,49 @@ def test_no_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:
     refused(folder, "has neither model.safetensors nor model.safetensors.index.json")
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs(file: str, llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    (folder / file).write_text(LFS)
+    assert "git lfs pull" in str(refused(folder, f"{file} is a Git LFS pointer").hint)
+
+
+def test_weights_that_are_a_link_to_nothing(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    file = damaged(llama) / "model.safetensors"
+    file.unlink()
+    file.symlink_to("../blobs/abc")
+    refused(file.parent, "model.safetensors is a link to ../blobs/abc, which does not exist")
+
+
+def test_weights_of_another_name(llama: Path, damaged: Callable[[Path], Path]) -> None:
+    folder = damaged(llama)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    refused(folder, "has neither model.safetensors nor .*; it holds consolidated.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"eos_token_id": "two"}', "eos_token_id = two, which must be a token id"),
+        ('{"eos_token_id": [[2]]}', "which must be a token id or a list of them"),
+        ('{"temperature": -1.0}', "temperature = -1.0, which must be a number of 0 or above"),
+        ('{"top_k": 1e30}', "top_k = 1e.30, which must be a whole number"),
+        ('{"top_p": 2}', "top_p = 2, which must be a number between 0 and 1"),
+        ("[1]", "generation_config.json holds a list"),
+    ],
+)
+def test_settings_of_generation(
+    settings: str, message: str, llama: Path, damaged: Callable[[Path], Path]
+) -> None:
+    folder = damaged(llama)
+    (folder / "generation_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(folder)).generation_config()
+
+
 def test_only_pickled_weights(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = damaged(llama)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -263,6 +311,15 @@ def test_index_that_is_no_index(sharded: Path, damaged: Callable[[Path], Path]) 
     folder = damaged(sharded)
     (folder / INDEX).write_text('{"weight_map": []}')
     refused(folder, "is not an index")
+
+
+@pytest.mark.parametrize("name", [None, {"a": 1}, "x" * 300, "a\0b", "../model.safetensors", ""])
+def test_index_whose_files_have_no_names(
+    name: object, sharded: Path, damaged: Callable[[Path], Path]
+) -> None:
+    folder = damaged(sharded)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    refused(folder, "names a file outside of its folder|is not an index")
 
 
 def test_index_names_a_tensor_that_is_not_there(sharded: Path, damaged: Callable[[Path], Path]) -> None:

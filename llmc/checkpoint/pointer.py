@@ -1,0 +1,36 @@
+"""Files that only stand for others: Git LFS pointers, and links to nothing."""
+
+from pathlib import Path
+
+from llmc.errors import CheckpointError
+
+#: First words of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+_POINTER = b"version https://git-lfs"
+
+
+def refuse_pointer(file: Path) -> None:
+    """Check that a file is not the pointer that Git leaves where LFS did not fetch the file.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{file} is a Git LFS pointer; the file itself was not fetched",
+                hint="run `git lfs pull` in its folder, or `hf download` the repository",
+            )
+
+
+def refuse_dangling(folder: Path) -> None:
+    """Check that no weights of a folder are links to nothing, as in a cache whose blobs were removed.
+
+    Raises:
+        CheckpointError: One is.
+    """
+    for file in sorted(folder.glob("*.safetensors*")):
+        if file.is_symlink() and not file.exists():
+            raise CheckpointError(
+                f"{file} is a link to {file.readlink()}, which does not exist",
+                hint="finish the download, or copy the files themselves",
+            )
