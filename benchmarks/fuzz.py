@@ -49,7 +49,9 @@ def mutate_bytes(data: bytes, draw: Random, end: int | None = None) -> bytes:
     """Change, remove, repeat or insert bytes at a few places before `end`."""
     made = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        limit = max(1, min(end or len(made), len(made)))
+        if not made:
+            break
+        limit = min(end or len(made), len(made))
         at = draw.randrange(limit)
         match draw.randrange(7):
             case 0:
@@ -207,7 +209,8 @@ def read_checkpoint(path: Path) -> None:
 
 def read_artifact(path: Path) -> None:
     """Inspect an artifact, check its files, and run it for one token."""
-    from llmc.artifact.store import check_files, open_artifact
+    from llmc.artifact.integrity import require_intact
+    from llmc.artifact.store import open_artifact
     from llmc.errors import LlmcError
     from llmc.pipeline import inspect, run
     from llmc.progress import SilentProgress
@@ -215,7 +218,7 @@ def read_artifact(path: Path) -> None:
     refusals = []
     for step in (
         lambda: inspect(str(path)).render(),
-        lambda: check_files(open_artifact(path)),
+        lambda: require_intact(open_artifact(path)),
         lambda: run(path, "a b", 1, lambda _: None, SilentProgress()),
     ):
         try:

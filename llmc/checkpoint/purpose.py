@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import is_multimodal
 from llmc.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def refuse_both_directions(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedError: It attends to those after it too, as in models that embed texts.
     """
+    if is_multimodal(config):  # tokens of an image see each other, those of a text do not
+        return
     text: Any = config.get_text_config(decoder=True)
     stated = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
     for key, value in stated.items():

@@ -20,8 +20,8 @@ _POSITIVE = frozenset(
     | {"num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads"}
 )
 _CHOSEN, _EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
-#: Most modules of a kind; published models have 2,048 experts and fewer layers.
-_MOST_MODULES = 10_000
+#: Most modules of a kind; published models have 16,384 experts at most, and fewer layers.
+_MOST_MODULES = 100_000
 _LARGEST = 2**63 - 1  # of an axis, in PyTorch
 _HINT = "take the config.json that belongs to the weights"
 

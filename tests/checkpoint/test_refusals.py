@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmc.checkpoint import open_checkpoint
+from llmc.checkpoint.purpose import refuse_both_directions
 from llmc.checkpoint.safetensors import SafetensorsStore
+from llmc.checkpoint.sizes import refuse_impossible
 from llmc.checkpoint.tokenizer import require_tokenizer
 from llmc.errors import CheckpointError, ExitCode, LlmcError, ResourceError, UnsupportedError
+from llmc.strict_json import parse_json
 from tests.models import save_tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -163,6 +166,16 @@ def test_other_purpose_by_architecture(model_type: str, name: str, purpose: str,
 def test_attention_in_both_directions(fields: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     refused(tmp_path, "attends in both directions", UnsupportedError)
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "gemma3", "doge"])
+def test_what_transformers_has_by_default_is_possible(model_type: str) -> None:
+    """Tokens of PaliGemma's image see each other, which its config calls bidirectional."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    refuse_both_directions(config)
+    refuse_impossible(model_type, parse_json(config.to_json_string(use_diff=False)))
 
 
 def test_settings_of_running_and_storing_are_left_out(llama: Path, damaged: Callable[[Path], Path]) -> None:
