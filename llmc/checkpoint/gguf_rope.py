@@ -200,7 +200,7 @@ def read_rotary(header: GgufHeader) -> Rotary:
     width = header.value("embedding_length")
     if isinstance(heads, list):
         heads = max(heads)
-    head = header.value("attention.key_length") or (width // heads if heads else 0)
+    head = header.value("attention.key_length") or (width // heads if heads and width else 0)
     dimensions = header.value("rope.dimension_count") or head
     kind = header.value("rope.scaling.type") or "linear"
     factor = header.value("rope.scaling.factor") or header.value("rope.scale_linear") or 1.0

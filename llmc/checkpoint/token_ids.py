@@ -32,6 +32,12 @@ def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
     notes = _stated_beyond(checkpoint, tokenizer, rows)
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     around = set(tokenizer("a", verbose=False)["input_ids"])
+    if max(around, default=0) >= rows:
+        raise CheckpointError(
+            f"the tokenizer puts the token with id {max(around)} around a text, and the model's embedding "
+            f"has {rows} rows",
+            hint=_HINT,
+        )
     decoder = tokenizer.added_tokens_decoder
     common = [(i, t) for i, t in beyond if i in around or i not in decoder or not decoder[i].special]
     if common:

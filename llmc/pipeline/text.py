@@ -83,6 +83,13 @@ def _require_end(tokenizer: Any) -> None:
             f"the tokenizer {found}, given short texts",
             hint="take the tokenizer that belongs to the model; a regex of its pre_tokenizer may never end",
         )
+    try:
+        _texts(tokenizer)
+    except Exception as error:  # tokenizers raises a bare Exception, e.g. for a token of no text
+        raise CheckpointError(
+            f"the tokenizer, a {type(tokenizer).__name__}, fails on short texts: {first_lines(error)}",
+            hint="take the tokenizer_config.json that belongs to its tokenizer.json",
+        ) from error
 
 
 def save_text(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TextRecord:

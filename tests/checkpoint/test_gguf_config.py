@@ -111,6 +111,7 @@ def test_generation_ends_at_the_end_of_a_turn(facts: dict[str, Any], ends: objec
         ({"rope.freq_base": 0.0}, r"rope\.freq_base = 0\.0, which must be a number above 0"),
         ({"rope.scaling.attn_factor": float("nan")}, "= nan, which must be a number"),
         ({"embedding_length": "64"}, "which must be a whole number"),
+        ({"embedding_length": [64]}, "embedding_length = an array, which must be a whole number above 0"),
         ({"context_length": 0}, "context_length = 0, which must be a whole number above 0"),
         ({"attention.head_count": 0}, r"does not describe a llama model \(.*attention\.head_count = 0"),
         ({"embedding_length": 128}, "hidden_size is 128 in .*, and no tensor"),

@@ -265,6 +265,20 @@ def test_an_ordinary_token_beyond_the_embedding_is_refused(tmp_path: Path) -> No
         examine(tmp_path)
 
 
+def test_a_token_around_the_text_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    file = around(save_model(tmp_path), "<s> $A") / "tokenizer.json"
+    post = json.loads(file.read_text())["post_processor"]
+    post["special_tokens"]["<s>"]["ids"] = [9999]
+    edit(file, post_processor=post)
+    with pytest.raises(CheckpointError, match="puts the token with id 9999 around a text"):
+        examine(tmp_path)
+
+
+def test_a_class_that_cannot_take_every_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"GemmaTokenizer, fails on short texts: .*<unk>"):
+        examine(save_model(tmp_path, tokenizer_class="GemmaTokenizer"))
+
+
 def test_settings_that_an_artifact_does_not_take_are_told(tmp_path: Path) -> None:
     edit(save_model(tmp_path) / "generation_config.json", num_beams=4, suppress_tokens=[7], temperature=0.5)
     told = "settings of generation_config.json that an artifact does not take: num_beams = 4, "
