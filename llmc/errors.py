@@ -102,7 +102,16 @@ def count_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def first_lines(error: Exception) -> str:
+def require_failure(error: BaseException) -> None:
+    """Raise `error` again if it is not a failure, but an interrupt or the end of the process.
+
+    Libraries in Rust, such as tokenizers, raise their panics as an exception that is no `Exception`.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def first_lines(error: BaseException) -> str:
     """The type and the first two lines of a foreign exception, for the end of a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

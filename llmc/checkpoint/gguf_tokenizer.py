@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from llmc.errors import CheckpointError, UnsupportedError, did_you_mean, first_lines
+from llmc.errors import CheckpointError, UnsupportedError, did_you_mean, first_lines, require_failure
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -164,7 +164,8 @@ def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
     }[header.value("tokenizer.ggml.model")]
     try:
         made = build(header, tokens, kinds, special)
-    except Exception as error:  # tokenizers raises a bare Exception, e.g. for merges of no tokens
+    except BaseException as error:  # tokenizers raises a bare Exception, or panics
+        require_failure(error)
         raise CheckpointError(
             f"the tokenizer of {header.files[0]} cannot be built: {first_lines(error)}", hint=_ORIGINAL
         ) from error

@@ -15,7 +15,7 @@ from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary
 from llmc.checkpoint.gguf_tokenizer_files import tokenizer_texts
 from llmc.checkpoint.pointer import refuse_pointer
-from llmc.errors import CheckpointError, ResourceError, UnsupportedError, first_lines
+from llmc.errors import CheckpointError, ResourceError, UnsupportedError, first_lines, require_failure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +125,8 @@ def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer("a", verbose=False)
-    except Exception as error:  # tokenizers raises a bare Exception on files that it cannot read
+    except BaseException as error:  # tokenizers raises a bare Exception, or panics
+        require_failure(error)
         for file in tokenizer_files(folder):
             refuse_pointer(file)
         _refuse_code(folder / _CONFIG, error)
@@ -151,7 +152,7 @@ def _refuse_dropout(tokenizer: Any, named: Path) -> None:
         )
 
 
-def _refuse_code(file: Path, error: Exception) -> None:
+def _refuse_code(file: Path, error: BaseException) -> None:
     """Raise `UnsupportedError` where a tokenizer is code that comes with the model."""
     settings = _read_settings(file)
     if settings.get("auto_map"):

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TextCodec, TextRecord
 from llmc.config import Backend, BuildPlan
-from llmc.errors import CheckpointError, ConfigError, LlmcError, ParityError, UnsupportedError, first_lines
+from llmc.errors import (
+    CheckpointError,
+    ConfigError,
+    LlmcError,
+    ParityError,
+    UnsupportedError,
+    first_lines,
+    require_failure,
+)
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -85,7 +93,8 @@ def _require_end(tokenizer: Any) -> None:
         )
     try:
         _texts(tokenizer)
-    except Exception as error:  # tokenizers raises a bare Exception, e.g. for a token of no text
+    except BaseException as error:  # tokenizers raises a bare Exception, or panics
+        require_failure(error)
         raise CheckpointError(
             f"the tokenizer, a {type(tokenizer).__name__}, fails on short texts: {first_lines(error)}",
             hint="take the tokenizer_config.json that belongs to its tokenizer.json",

@@ -274,6 +274,13 @@ def test_a_token_around_the_text_that_the_model_lacks_is_refused(tmp_path: Path)
         examine(tmp_path)
 
 
+def test_a_panic_of_the_library_is_an_error(tmp_path: Path) -> None:
+    model = json.loads((save_model(tmp_path) / "tokenizer.json").read_text())["model"]
+    edit(tmp_path / "tokenizer.json", model=model | {"continuing_subword_prefix": "##"})
+    with pytest.raises(CheckpointError, match="cannot be read: PanicException"):
+        examine(tmp_path)
+
+
 def test_a_class_that_cannot_take_every_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"GemmaTokenizer, fails on short texts: .*<unk>"):
         examine(save_model(tmp_path, tokenizer_class="GemmaTokenizer"))
