@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _WHERE = "the manifest"
 _GATE = Gate(metric=Metric.GATES, max=0, reason="an artifact does not set the bar that it is held to")
+_FILES = Gate(
+    metric=Metric.FILES, max=0, reason="a file that the manifest does not describe was not built with it"
+)
 _OWN = "--allow-own-gates takes those of the artifact"
 
 
@@ -47,8 +50,12 @@ class Thresholds:
 
     def are_own(self, manifest: Manifest) -> bool:
         """Whether the gates that are held are those that the artifact was built for."""
-        held = [_bound(gate) for gate in self.target.gates if gate.metric is not Metric.GATES]
-        return not self.missed and Counter(held) == Counter(map(_bound, manifest.target.gates))
+        of_files = (Metric.GATES, Metric.FILES)
+        held, own = (
+            Counter(_bound(gate) for gate in target.gates if gate.metric not in of_files)
+            for target in (self.target, manifest.target)
+        )
+        return held == own and not self.missed
 
     def require(self) -> None:
         """Refuse an artifact whose own gates differ.
@@ -106,9 +113,10 @@ def _conclude(target: Target, found: Sequence[str], own: bool, hint: str | None,
     compared = mismatches(Metric.GATES, found, told, _WHERE)
     if found and told:
         compared = compared.model_copy(update={"detail": f"{compared.detail}; {told}"})
-    others = tuple(gate for gate in target.gates if gate.metric is not Metric.GATES)
-    gates = others if own else (_GATE, *others)
-    return Thresholds(target.model_copy(update={"gates": gates}), compared, hint)
+    gates = [gate for gate in target.gates if gate.metric is not Metric.GATES]
+    gates += [_FILES] if all(gate.metric is not Metric.FILES for gate in gates) else []
+    gates = gates if own else [_GATE, *gates]
+    return Thresholds(target.model_copy(update={"gates": tuple(gates)}), compared, hint)
 
 
 def _kept(gates: Sequence[Gate], latency: bool) -> tuple[Gate, ...]:

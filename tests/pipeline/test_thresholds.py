@@ -104,6 +104,14 @@ def test_the_gates_that_are_held(good: Path, tmp_path: Path) -> None:
         choose_thresholds(manifest, "cpu-int3", None, own=False)
 
 
+def test_files_are_held_whatever_the_gates(good: Path, tmp_path: Path) -> None:
+    folder = copy_artifact(good, tmp_path / "artifact")
+    edit(folder, lambda target: target.update(gates=[]))
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    verdict = verify(folder, None, (), SilentProgress(), own_gates=True).report.verdict
+    assert [(c.metric, c.status) for c in verdict.checks] == [(Metric.FILES, CheckStatus.FAIL)]
+
+
 def test_what_was_built_otherwise_is_told(good: Path, tmp_path: Path) -> None:
     folder = copy_artifact(good, tmp_path / "artifact")
     manifest = edit(folder, lambda target: (target["passes"].pop(), target.update(logits="all")))
