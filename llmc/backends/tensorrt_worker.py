@@ -76,7 +76,7 @@ def build_apart(
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     done = subprocess.run(
         [
-            *(sys.executable, "-B", "-X", f"pycache_prefix={os.devnull}"),
+            *(sys.executable, "-P", "-B", "-X", f"pycache_prefix={os.devnull}"),
             *("-c", f"from {__name__} import main; main()"),
         ],
         input=job.model_dump_json(),

@@ -100,7 +100,7 @@ def ask_runtime(folder: Path, question: Question) -> dict[str, list[Any]]:
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-B", "-c", f"from {__name__} import main; main()"],
+            [sys.executable, "-P", "-B", "-c", f"from {__name__} import main; main()"],
             input=json.dumps(asked),
             capture_output=True,
             cwd=folder,

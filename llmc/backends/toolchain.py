@@ -69,7 +69,7 @@ def find_compiler(machine: str | None = None) -> Compiler:
         return compiler
     if find_spec("ziglang") is not None:
         target = ("-target", f"{machine}-linux-gnu.{_GLIBC}") if cross else ()
-        return _identify((sys.executable, "-m", "ziglang", "c++", *target))
+        return _identify((sys.executable, "-P", "-m", "ziglang", "c++", *target))
     names = (f"{machine}-linux-gnu-g++",) if cross else _NAMES
     for name in names:
         if (path := shutil.which(name)) is not None:

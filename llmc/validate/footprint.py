@@ -64,7 +64,7 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
+        [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
         input=pickle.dumps(job),
         capture_output=True,
         env=environment,

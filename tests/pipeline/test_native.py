@@ -3,19 +3,22 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import llmc
 from llmc.artifact.manifest import MANIFEST
 from llmc.artifact.store import digest_file
 from llmc.artifact.verdict import CheckStatus
 from llmc.backends.genai import GENAI_CONFIG
+from llmc.backends.tokenizer_worker import Answers, Question, ask_runtime
 from llmc.backends.toolchain import Unit, compile_library, find_compiler
 from llmc.config import Metric
-from llmc.errors import ConfigError
+from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import bench, bisect, build, inspect, run, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -210,3 +213,18 @@ def test_a_large_file_is_read_once(good: Path, tmp_path: Path, monkeypatch: pyte
         file.write(b"\0")
     with pytest.raises(ConfigError, match=r"model\.onnx\.data has changed"):
         integrity.require_intact(artifact)
+
+
+def test_modules_in_a_folder_are_not_imported(tmp_path: Path) -> None:
+    """A child process that works in an artifact takes Python's own modules, not what lies there."""
+    (tmp_path / "json.py").write_text("open('it-ran', 'w').close()\n", encoding="utf-8")
+    with pytest.raises(ParityError, match="genai_config"):
+        Answers.read(Question((), (), ()), ask_runtime(tmp_path, Question((), (), ())))
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_every_child_process_leaves_the_working_folder_out() -> None:
+    for file in Path(llmc.__file__).parent.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for option in re.findall(r"sys\.executable,(?! sys\.orig_argv) *([^,]*),", text):
+            assert option == '"-P"', file
