@@ -7,6 +7,7 @@ symbolic link. A checkpoint may consist of links, as the hub's cache does; an ar
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -80,21 +81,27 @@ def require_vouched(artifact: Artifact) -> None:
 
 
 def find_damage(artifact: Artifact, *, remember: bool = False) -> Damage:
-    """Compare an artifact with its manifest, small files and code first.
+    """Compare an artifact with its manifest: sizes, links, code and small files first.
 
     Args:
         remember: Take the digest of a large file from the cache if the file has the inode, size and times
-            that it had when its digest was last computed. Libraries are read each time.
+            that it had when its digest was last computed, and compute none where something else is wrong.
     """
+    folder, recorded = artifact.path, artifact.manifest.files
     files: list[str] = []
     code: list[str] = []
-    for name, recorded in sorted(artifact.manifest.files.items(), key=lambda item: item[1].bytes):
-        executed = _is_library(name)
-        wrong = _compare(artifact.path, name, recorded, remember=remember and not executed)
-        if wrong is not None:
+    large: list[str] = []
+    for name in sorted(recorded):
+        wrong, executed = _compare(folder, name, recorded[name]), _is_library(name)
+        if wrong is None and recorded[name].bytes >= _REMEMBERED_BYTES and not executed:
+            large.append(name)
+        elif (wrong := wrong or _compare_digest(folder, name, recorded[name])) is not None:
             (code if executed else files).append(wrong)
     files += _unlisted(artifact)
-    code += _unvouched(artifact.path, artifact.manifest)
+    code += _unvouched(folder, artifact.manifest)
+    if not (remember and (files or code)):
+        changed = (_compare_digest(folder, name, recorded[name], remember=remember) for name in large)
+        files += [wrong for wrong in changed if wrong is not None]
     return Damage(tuple(files), tuple(code))
 
 
@@ -115,22 +122,30 @@ def _is_report(name: str) -> bool:
     return name.startswith(f"{REPORTS}/") and name.endswith(_REPORTS)
 
 
-def _compare(folder: Path, name: str, recorded: FileDigest, *, remember: bool) -> str | None:
-    """What is wrong with one file; None if nothing is."""
+def _compare(folder: Path, name: str, recorded: FileDigest) -> str | None:
+    """What is wrong with one file before it is read; None if nothing is."""
     path = folder / name
     if _leaves(folder, name):
         return f"{name} is a link to a file outside of the artifact"
     if not path.is_file():
         return f"{name} is missing"
-    if (size := path.stat().st_size) != recorded.bytes:
-        return f"{name} has {size} bytes instead of {recorded.bytes}"
-    digest = _remembered_digest(path) if remember and size >= _REMEMBERED_BYTES else digest_file(path).sha256
+    size = path.stat().st_size
+    return None if size == recorded.bytes else f"{name} has {size} bytes instead of {recorded.bytes}"
+
+
+def _compare_digest(folder: Path, name: str, recorded: FileDigest, *, remember: bool = False) -> str | None:
+    """What is wrong with the contents of one file; None if nothing is."""
+    path = folder / name
+    try:
+        digest = _remembered_digest(path) if remember else digest_file(path).sha256
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None if digest == recorded.sha256 else f"{name} has changed"
 
 
 def _leaves(folder: Path, name: str) -> bool:
     """Whether a link on the way to a file leads out of the folder."""
-    return not (folder / name).resolve().is_relative_to(folder.resolve())
+    return not Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
 
 
 def _remembered_digest(path: Path) -> str:
@@ -173,7 +188,7 @@ def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
     """Paths in genai_config.json that lead elsewhere, and libraries that are not the artifact's kernels."""
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         yield f"{path.name} cannot be read: {error}"
         return
     vouched = None if manifest.kernels is None else manifest.kernels.library
@@ -212,7 +227,10 @@ def _external_data(folder: Path, name: str, manifest: Manifest) -> Iterator[str]
 def _locations(path: Path) -> Iterable[str]:
     """Where the tensors of an ONNX file lie, each place once; remembered by the file's digest."""
     cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
-    key = content_key("external data", {"graph": digest_file(path).sha256})
+    try:
+        key = content_key("external data", {"graph": digest_file(path).sha256})
+    except OSError:  # told of the file itself
+        return []
     known = cache.get(key)
     if known is not None:
         return [str(location) for location in json.loads(known)]

@@ -209,8 +209,12 @@ def test_a_large_file_is_read_once(good: Path, tmp_path: Path, monkeypatch: pyte
     for expected in (1, 1):
         integrity.require_intact(artifact)
         assert read.count("model.onnx.data") == expected
+    (artifact.path / "loop").symlink_to("loop")
     with (artifact.path / "model.onnx.data").open("r+b") as file:
         file.write(b"\0")
+    with pytest.raises(ConfigError, match=r"is damaged: loop is not listed in the manifest$"):
+        integrity.require_intact(artifact)
+    (artifact.path / "loop").unlink()
     with pytest.raises(ConfigError, match=r"model\.onnx\.data has changed"):
         integrity.require_intact(artifact)
 
