@@ -140,11 +140,12 @@ def _open_graph(run: Run, *, exact: bool) -> OrtModel:
 
 
 def _compare_graph(run: Run) -> tuple[Measurement, ...]:
-    """The parity levels with exact products, and what the graph's own add where a gate asks for it."""
+    """The parity levels with exact products; for compiled kernels also what their own products add."""
     from llmc.validate.paired import METRICS, Paired, chooses_experts
 
-    exact = _open_graph(run, exact=True)
-    if all(gate.metric not in METRICS for gate in run.subject.target.gates):
+    target, exact = run.subject.target, _open_graph(run, exact=True)
+    asked = any(gate.metric in METRICS for gate in target.gates)
+    if target.kernels != "compiled" and not asked:
         return _levels(run, exact)
     pair = Paired(exact, _open_graph(run, exact=False), chooses_experts(run.subject.folder))
     levels = _levels(run, pair)
