@@ -96,7 +96,7 @@ def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, boun
 
 @contextmanager
 def _random_rounding(model: Any, seed: int) -> Iterator[None]:
-    """Within this context every module without parts changes what it gives by a few units in the last place."""
+    """Change what every module without parts gives by a few units in the last place."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
