@@ -266,11 +266,12 @@ def _constant_difference(
     ours, theirs = _array(wanted.const_value), _array(actual.const_value)
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return f"is {theirs.dtype} {list(theirs.shape)}, by a build {ours.dtype} {list(ours.shape)}"
-    if not np.issubdtype(ours.dtype, np.floating):
-        return _difference(ours, theirs)
-    largest = float(np.max(np.abs(ours), initial=0.0))
+    found = _difference(ours, theirs)
+    finite = np.issubdtype(ours.dtype, np.floating) and np.isfinite(ours).all() and np.isfinite(theirs).all()
+    if found is None or not finite:
+        return found
     apart = np.abs(ours.astype(np.float64) - theirs)
-    return None if (apart <= _ROUNDING * largest).all() else f"differs by up to {float(np.max(apart)):.3g}"
+    return None if (apart <= _ROUNDING * np.abs(ours).max()).all() else found
 
 
 def _title(node: ir.Node) -> str:

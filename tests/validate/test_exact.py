@@ -59,6 +59,13 @@ def test_last_digits_of_tables_depend_on_the_cpu(tmp_path: Path) -> None:
     assert measure_graph(folder, _model(None), None).value == 1
 
 
+def test_infinite_constants_are_equal_to_themselves_alone(tmp_path: Path) -> None:
+    mask = np.where(TABLE > 0, TABLE, -np.inf).astype(np.float32)
+    folder = _write(tmp_path, _model(WEIGHT, mask))
+    assert measure_graph(folder, _model(None, mask), None).value == 0
+    assert measure_graph(folder, _model(None), None).value == 1
+
+
 def test_a_changed_weight_is_told_by_place(tmp_path: Path) -> None:
     changed = WEIGHT.copy()
     changed[2, 1] = np.nextafter(changed[2, 1], np.float32(99))
