@@ -31,16 +31,20 @@ def compare_contents(subject: Subject) -> WeightParity:
 
 
 def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
+    from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.exact import measure_graph, measure_tensors
-    from llmc.validate.measure import broken
+    from llmc.validate.measure import broken, unmeasured
 
     rebuilt = subject.rebuilt
     calibrated = {name: rebuilt.sources[name] for name in sorted(rebuilt.calibrated)}
     try:
-        return (
-            measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise),
-            measure_tensors(subject.folder, rebuilt.graph.graph, calibrated, [*_compare_smoothing(subject)]),
-        )
+        graph = measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise)
+        if subject.foreign:
+            why = "the original is not the model that the artifact was built from"
+            status = MeasurementStatus.NOT_APPLICABLE
+            return graph, unmeasured(Metric.WEIGHTS_EXACT, status, why, _WHERE)
+        beside = [*_compare_smoothing(subject)]
+        return graph, measure_tensors(subject.folder, rebuilt.graph.graph, calibrated, beside)
     except ParityError as error:
         return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)
 

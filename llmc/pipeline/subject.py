@@ -48,6 +48,7 @@ class Subject:
         budget: Seconds of the forecast that decides how many are drawn; None for the usual.
         built_otherwise: Why a build here may give another graph; None where it gives the same.
         derived: What of the files beside the graph is not what a build derives.
+        foreign: Whether the original is another model than the one that was compiled, as the user forced.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Subject:
     budget: float | None = None
     built_otherwise: str | None = None
     derived: Derived = NOTHING
+    foreign: bool = False
 
     @property
     def sources(self) -> Mapping[str, Rows]:

@@ -152,5 +152,6 @@ def _subject(
         weights=manifest.weights,
         built_otherwise=otherwise if otherwise is not None or rebuilt.complete else UNKNOWN_INPUTS,
         derived=derived,
+        foreign=digest != manifest.model.digest,
         seed=seed_of(manifest.files),
     )
