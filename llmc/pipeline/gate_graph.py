@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmc.graph.interface import Interface
     from llmc.graph.static_session import StaticSession
     from llmc.validate.generation import ServedText
+    from llmc.validate.remembered import RememberedModel
     from llmc.validate.session import OrtModel, Session
 
 
@@ -29,7 +30,6 @@ def measure_served(run: Run) -> None:
     from llmc.data import prompts
     from llmc.validate import generation
     from llmc.validate.parity import prepare_parity
-    from llmc.validate.quality import measure_quality
 
     where = _require_interface(run)
     limit = run.subject.interface.max_length
@@ -66,10 +66,7 @@ def measure_served(run: Run) -> None:
     release_memory()
     model = _open_graph(run, exact=False)
     with run.progress.stage("quality"):
-        unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
-        run.found += measure_quality(
-            model, run.original, run.windows, None, rounding, unstable, run.progress.advance
-        )
+        run.found += _quality(run, model, None, rounding)
     _measure_tasks(run, model)
 
 
@@ -85,7 +82,6 @@ def measure_static(run: Run) -> None:
     from llmc.validate.choices import ask_choices, measure_choices
     from llmc.validate.measure import measured
     from llmc.validate.parity import prepare_parity
-    from llmc.validate.quality import measure_quality
     from llmc.validate.static_session import StaticOrtModel
 
     subject, rows = run.subject, _most_rows(run)
@@ -120,13 +116,33 @@ def measure_static(run: Run) -> None:
         levels = (*(m for m in levels if m.metric is not Metric.DECODE_TOP1), chosen)
     run.found += levels
     with run.progress.stage("quality"):
-        unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
-        run.found += measure_quality(
-            model, run.original, run.windows, rows, unstable=unstable, advance=run.progress.advance
-        )
+        run.found += _quality(run, model, rows)
     del model
     if subject.tasks is not None:
         _measure_tasks(run, _open_static(run))
+
+
+def _quality(
+    run: Run, model: Session, rows: int | None, rounding: RememberedModel | None = None
+) -> tuple[Measurement, ...]:
+    """Quality on some windows of the text, and on all of them where some do not decide a gate.
+
+    Args:
+        rows, rounding: As for `measure_quality`.
+    """
+    from llmc.validate.gates import is_undecided
+    from llmc.validate.quality import measure_quality
+
+    unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
+    found: tuple[Measurement, ...] = ()
+    for windows in (run.windows, run.all_windows):
+        run.original.prepare(windows.questions(), run.progress.advance)
+        run.original.release()
+        found = measure_quality(model, run.original, windows, rows, rounding, unstable, run.progress.advance)
+        more = len(run.all_windows.tokens) > len(windows.tokens)
+        if not more or not is_undecided(run.subject.target.gates, found):
+            break
+    return found
 
 
 def _open_graph(run: Run, *, exact: bool) -> OrtModel:

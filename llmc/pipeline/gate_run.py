@@ -83,15 +83,25 @@ class Run:
 
     @cached_property
     def windows(self) -> Windows:
-        """Pieces of the evaluation text that quality is measured on.
+        """Pieces of the evaluation text that quality is measured on first.
 
         Raises:
             ConfigError: The text is too short.
         """
-        from llmc.validate.quality import most_windows, plan_windows
+        return self.all_windows.sample(self._most_windows)
 
-        most = most_windows(self.subject.checkpoint.reference_bytes())
-        return plan_windows(self.subject.interface, *self._tokenized, most)
+    @cached_property
+    def all_windows(self) -> Windows:
+        """Those, and as many more, which are looked at where the first do not decide a gate."""
+        from llmc.validate.quality import plan_windows
+
+        return plan_windows(self.subject.interface, *self._tokenized, 2 * self._most_windows)
+
+    @property
+    def _most_windows(self) -> int:
+        from llmc.validate.quality import most_windows
+
+        return most_windows(self.subject.checkpoint.reference_bytes())
 
     def require_windows(self) -> None:
         """Find out whether the evaluation text is long enough, before work that it would be the end of.

@@ -28,8 +28,8 @@ _PASS_TOKENS, _STREAMED_PASS_TOKENS = 16, 320
 _ALIVE = 3
 
 
-def answer(model: TorchModel, questions: Sequence[Question]) -> Iterator[tuple[int, Array]]:
-    """Each question's number and its logits (keep, vocabulary) float32, as passes over the weights end.
+def answer(model: TorchModel, questions: Sequence[Question]) -> Iterator[dict[int, Array]]:
+    """For each pass over the weights, logits (keep, vocabulary) float32 by the number of the question.
 
     Raises:
         ParityError: The original itself gives NaN or infinity.
@@ -39,16 +39,17 @@ def answer(model: TorchModel, questions: Sequence[Question]) -> Iterator[tuple[i
     together = []
     for number, question in enumerate(questions):
         if crosses(question.pieces, len(question.input_ids), switches):
-            yield number, model.logits(question.input_ids, keep=question.keep, pieces=question.pieces)
+            yield {number: model.logits(question.input_ids, keep=question.keep, pieces=question.pieces)}
         else:
             together.append(number)
     for group in plan_passes(model, [questions[number] for number in together], switches):
         numbers = [together[i] for i in group]
-        for number, logits in zip(numbers, _run(model, [questions[n] for n in numbers]), strict=True):
+        found = dict(zip(numbers, _run(model, [questions[n] for n in numbers]), strict=True))
+        for number, logits in found.items():
             if not np.isfinite(logits).all():
                 length = len(questions[number].input_ids)
                 raise ParityError(f"the original's own logits are not finite for {length} tokens")
-            yield number, logits
+        yield found
 
 
 def plan_passes(

@@ -35,6 +35,16 @@ def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verd
     return Verdict(passed=all(c.status in fine for c in checks), checks=tuple(checks))
 
 
+def is_undecided(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> bool:
+    """Whether one of the measurements' intervals has its gate's bound inside."""
+    by_metric = {m.metric: m for m in measurements}
+    return any(
+        _check(gate, by_metric[gate.metric]).status is CheckStatus.UNDECIDED
+        for gate in gates
+        if gate.metric in by_metric
+    )
+
+
 def _check(gate: Gate, measurement: Measurement | None) -> Check:
     if measurement is None or measurement.status is MeasurementStatus.NOT_MEASURED:
         status = CheckStatus.NOT_MEASURED

@@ -44,6 +44,7 @@ METRICS = (
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
 #: Thirty-two give the mean KL divergence of the demo to 5 %. A model of 8 billion parameters spends half a
 #: minute of a core on each side of a window, so that there are twelve of an original beyond LARGE_BYTES.
+#: Twice as many are looked at where these do not decide a gate.
 WINDOWS = 32
 LARGE_WINDOWS = 12
 LARGE_BYTES = 8 << 30
@@ -143,7 +144,7 @@ class _Totals:
 
 
 def most_windows(original_bytes: int) -> int:
-    """Windows at most, for an original of so many bytes in float32: by its size, whatever machine this is."""
+    """Windows to look at first, about: by the bytes of the original in float32, whatever machine this is."""
     return LARGE_WINDOWS if original_bytes > LARGE_BYTES else WINDOWS
 
 

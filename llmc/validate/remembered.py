@@ -62,10 +62,12 @@ class RememberedModel:
         unknown = {key: question for key, question in asked.items() if not self._holds(key)}
         if not unknown:
             return
-        keys = list(unknown)
-        advance(0, len(keys))
-        for done, (number, logits) in enumerate(answer(self._loaded(), list(unknown.values())), 1):
-            self._put(keys[number], unknown[keys[number]].reduce(logits))
+        keys, done = list(unknown), 0
+        advance(done, len(keys))
+        for found in answer(self._loaded(), list(unknown.values())):
+            done += len(found)
+            for number in list(found):  # out of memory before the next pass
+                self._put(keys[number], unknown[keys[number]].reduce(found.pop(number)))
             advance(done, len(keys))
 
     def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:

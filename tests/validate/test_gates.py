@@ -7,7 +7,7 @@ import pytest
 from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
-from llmc.validate.gates import evaluate
+from llmc.validate.gates import evaluate, is_undecided
 from llmc.validate.measure import measured, unmeasured
 
 AT_MOST = Gate(metric=Metric.TEXT_KL_MEAN, max=0.1, reason="room for rounding")
@@ -107,6 +107,7 @@ def test_an_estimate_is_judged_by_its_interval(
     assert verdict.passed == (status is CheckStatus.PASS)
     assert (verdict.checks[0].low, verdict.checks[0].high) == (low, high)
     assert bool(verdict.missed) != verdict.passed
+    assert is_undecided([AT_MOST, AT_LEAST], [found]) == (status is CheckStatus.UNDECIDED)
 
 
 def test_a_signal_without_noise_passes() -> None:
