@@ -306,6 +306,19 @@ def wrapped(folder: Path) -> Written:
     return Written(folder, partial(build_tiny_model, "llama", eos_token_id=EOS))
 
 
+def lfs_pointer(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def random_merges(folder: Path) -> None:
+    stored = json.loads((folder / "tokenizer.json").read_text())["model"]
+    config(folder, "tokenizer.json", model=stored | {"dropout": 0.1})
+
+
+def stored_cosines(stored: Tensors) -> Tensors:
+    return stored | {f"{PROJECTION.removesuffix('q_proj')}rotary_emb.cos_cached": torch.ones(1, 1, 256, 16)}
+
+
 REPLACE = "{% for m in messages %}{{ m.content.replace('a', 'b') }}{% endfor %}"
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 GGUF_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
@@ -313,6 +326,9 @@ GGUF_YARN |= {"rope.scaling.original_context_length": 64}
 GGUF_LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LISTED = [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "T"}]
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ROTATED = {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}
+GROUPED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 LOOK_AHEAD = {"type": "Split", "pattern": {"Regex": r"(?<=\d)(?=(\d{3})+$)"}, "behavior": "Isolated"}
 BIAS = f"{PROJECTION}.bias"
 
@@ -332,6 +348,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("rope/llama3", partial(rope, **LLAMA3, original_max_position_embeddings=64)),
     Kind("rope/longrope", partial(whole, "phi3", rope_parameters=longrope(64))),
     Kind("rope/dynamic", partial(rope, context=128, type="dynamic", factor=2.0)),
+    Kind("rope/theta of 0", partial(changed, partial(config, rope_theta=0.0)), "rope_theta"),
     Kind("rope/unknown", partial(rope, type="su2", factor=2.0), "rope_type su2"),
     Kind(
         "rope/two types", partial(rope, type="linear", rope_type="yarn", factor=4.0), "type linear and rope_"
@@ -344,6 +361,12 @@ KINDS: tuple[Kind, ...] = (
     Kind("text/template null", partial(text, lambda _: None, chat_template=None)),
     Kind("text/class null", partial(text, lambda _: None, tokenizer_class=None)),
     Kind("text/no settings", partial(text, lambda folder: (folder / "tokenizer_config.json").unlink())),
+    Kind("text/template empty", partial(text, lambda _: None, chat_template="")),
+    Kind("text/template without end", partial(text, lambda _: None, chat_template=ENDLESS), "does not end"),
+    Kind(
+        "text/template of gigabytes", partial(text, lambda _: None, chat_template="{{ 'a' * 10**10 }}"), "GiB"
+    ),
+    Kind("text/random merges", partial(text, random_merges), "dropout"),
     Kind("text/template's method", partial(text, lambda _: None, chat_template=REPLACE), "method: replace"),
     Kind(
         "text/template's syntax", partial(text, lambda _: None, chat_template="{{ messages"), "TemplateSyntax"
@@ -385,6 +408,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("gguf/linear", partial(gguf, facts=GGUF_LINEAR, rope={"rope_type": "linear", "factor": 4.0})),
     Kind("gguf/one part of two", gguf_part, "m-00002-of-00002"),
     Kind("gguf/unknown model", partial(gguf, architecture="madeup"), "architecture madeup"),
+    Kind("gguf/lower case", partial(gguf, facts={"tokenizer.ggml.normalizer.lowercase": True}), "lowercase"),
     Kind("gguf/unknown cut", partial(gguf, facts={"tokenizer.ggml.pre": "made-up"}), "made-up"),
     Kind("gguf/unknown scaling", partial(gguf, facts={"rope.scaling.type": "made-up"}), "made-up"),
     Kind("codes/gptq", partial(codes, gptq_config(sym=False), pack_gptq())),
@@ -405,6 +429,16 @@ KINDS: tuple[Kind, ...] = (
             symmetric=True,
         ),
     ),
+    Kind(
+        "codes/of rotated activations",
+        partial(
+            codes,
+            compressed_config("pack-quantized", **GROUPED) | {"transform_config": {"config_groups": ROTATED}},
+            pack_compressed,
+            symmetric=True,
+        ),
+        "rotated",
+    ),
     Kind("codes/fp8", fp8),
     Kind("codes/gpt-oss mxfp4", gpt_oss),
     *(
@@ -420,8 +454,17 @@ KINDS: tuple[Kind, ...] = (
     Kind("adapter/merged", adapter, told="LoRA of rank 4"),
     Kind("adapter/rslora", partial(adapter, use_rslora=True), told="LoRA of rank 4"),
     Kind("adapter/of another base", other_base, r"layers\.2"),
+    Kind(
+        "adapter/of other layers",
+        partial(adapter, target_modules=["q_proj"], layers_to_transform=[1]),
+        "layers_to_transform",
+    ),
     Kind("adapter/alone", adapter_alone, "--adapter"),
     Kind("adapter/beside a model", partial(changed, added(f"{PROJECTION}.lora_A.weight", 4, 64)), "adapter"),
+    Kind("tensors/pointer of Git LFS", partial(changed, lfs_pointer), "git lfs pull"),
+    Kind("tensors/stored cosines", partial(changed, partial(tensors, stored_cosines)), told="rotary tables"),
+    Kind("tensors/a million layers", partial(changed, partial(config, num_hidden_layers=10**6)), "1,000,000"),
+    Kind("tensors/another width", partial(changed, partial(config, hidden_size=128)), "hidden_size is 128"),
     Kind("tensors/of a wrapper", wrapped, told="wrapper"),
     Kind(
         "tensors/prediction of several",
@@ -445,5 +488,6 @@ KINDS: tuple[Kind, ...] = (
         partial(changed, lambda folder: (folder / "modules.json").write_text("[]")),
         "sentence-transformers",
     ),
+    Kind("purpose/both directions", partial(changed, partial(config, is_causal=False)), "both directions"),
     Kind("purpose/encoder-decoder", partial(changed, partial(config, model_type="t5")), "encoder-decoder"),
 )
