@@ -87,14 +87,14 @@ def choose_thresholds(
     if known is None:
         hint = f"--target FILE names the file of target {stated.name}; {_OWN}"
         told = f"there is no target {stated.name} to take the gates from"
-        return _conclude(stated, [told], own, hint, "its own, as allowed")
+        return _conclude(stated, [told], own, hint, "its own are held" if own else "")
     if known.name != stated.name:
         told = f"those of {known.name}, as asked; the artifact is built for {stated.name}"
         return _conclude(stated.model_copy(update={"gates": known.gates}), [], own, None, told)
     found = _differences(_kept(stated.gates, latency), _kept(known.gates, latency), known.name)
     held = stated if own and named is None else stated.model_copy(update={"gates": known.gates})
     hint = f"build it again with this llmc, {__version__}; it is of {manifest.llmc_version}; {_OWN}"
-    told = f"those of {known.name}"
+    told = "its own are held" if own and named is None else f"those of {known.name}"
     if parts := _parts(stated, known):
         told += f"; the artifact was built with another {' and '.join(parts)}"
     return _conclude(held, found, own, hint, told)
