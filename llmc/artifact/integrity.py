@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _GENAI_CONFIG = "genai_config.json"
 _LIBRARY_KEY = "custom_ops_library"
+#: Options of a session that a build states; others load, write and share what the manifest does not know of.
+_OPTIONS = {"log_id", "provider_options", "intra_op_num_threads", _LIBRARY_KEY}
+_PROVIDERS = {"cuda"}
 _LIBRARIES = (".so", ".dll", ".dylib", ".engine", ".plan")
 _REPORTS = (".html", ".json", ".md", ".xml")
 #: Smaller files are read each time.
@@ -200,6 +203,22 @@ def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path.name} names {value} as {key}, outside of the artifact"
         elif key.endswith("filename") and value not in manifest.files:
             yield f"{path.name} names {value} as {key}, which the manifest does not"
+    for kind, known in (("session_options", _OPTIONS), ("provider_options", _PROVIDERS)):
+        for key in sorted(set(_keys(pairs, kind)) - known):
+            yield f"{path.name} has {key} among its {kind}, which no build writes"
+
+
+def _keys(node: Any, parent: str, inside: bool = False) -> Iterator[str]:
+    """Keys of every object that stands under a key, be it in a list there."""
+    if not isinstance(node, list):
+        return
+    for item in node:
+        if isinstance(item, tuple):
+            if inside:
+                yield item[0]
+            yield from _keys(item[1], parent, item[0] == parent)
+        else:
+            yield from _keys(item, parent, inside)
 
 
 def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:

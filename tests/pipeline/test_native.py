@@ -196,6 +196,30 @@ def test_what_lies_in_the_folder_is_listed(good: Path, tmp_path: Path) -> None:
         COMMANDS["run"](folder)
 
 
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        (
+            {"enable_profiling": "notes"},
+            "has enable_profiling among its session_options, which no",
+        ),
+        ({"provider_options": [{"qnn": {}}]}, "has qnn among its provider_options, which no build writes"),
+        ({"log_id": "/etc/passwd"}, "names /etc/passwd as log_id, outside of the artifact"),
+    ],
+)
+def test_options_that_no_build_writes_are_refused(
+    options: dict[str, object], fact: str, good: Path, tmp_path: Path
+) -> None:
+    folder = copy_artifact(good, tmp_path / "artifact")
+    path = folder / GENAI_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"].update(options)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    reseal(folder)
+    with pytest.raises(ConfigError, match=fact):
+        COMMANDS["run"](folder)
+
+
 def test_a_large_file_is_read_once(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmc.artifact import integrity
     from llmc.artifact.store import open_artifact
