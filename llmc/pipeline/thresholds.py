@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmc.artifact.manifest import Manifest
     from llmc.artifact.verdict import Measurement
 
-_WHERE = "the manifest"
+_WHERE = "json, from the files"
 _GATE = Gate(metric=Metric.GATES, max=0, reason="an artifact does not set the bar that it is held to")
 _FILES = Gate(
     metric=Metric.FILES, max=0, reason="a file that the manifest does not describe was not built with it"
