@@ -25,6 +25,8 @@ LONG_ORIGINAL, BATCH_ORIGINAL = 0.44, 0.05
 LONG, PROMPTS, STEPS, TURNS, BATCHES = 0.25, 0.07, 0.07, 0.05, 0.07
 #: Most bytes of the original's logits that a plan asks for.
 LOGIT_BYTES = 192 << 20
+#: Most bytes of logits that one run of the artifact gives.
+RUN_BYTES = 1 << 30
 #: The long sequence has at least this many tokens, if the model has as many positions.
 LEAST_LONG = 640
 #: Prompts that any model is looked at with.
@@ -164,6 +166,8 @@ class _Planner:
         around = (*ground.windows, *ground.switches)
         least = max(LEAST_LONG, *(at + min(at // 2, WINDOW_EXCESS) + WINDOW_STEPS + 2 for at in (0, *around)))
         low, high = min(least, ground.limit), ground.limit
+        if ground.interface.logits == "all":  # a run gives those of each of its tokens
+            high = max(low, min(high, RUN_BYTES // (4 * ground.interface.vocabulary)))
         while low < high:
             middle = (low + high + 1) // 2
             passes = 1 + sum(1 for at in ground.switches if at < middle)

@@ -101,6 +101,11 @@ def test_what_the_budget_does_not_reach_is_told() -> None:
     assert plan.unreached == (8192,)
 
 
+def test_a_graph_with_all_logits_is_given_no_more_than_memory_holds() -> None:
+    every = interface(1 << 15, 262_144).model_copy(update={"logits": "all"})
+    assert len(plan_of(every, TEXT).tokens) == 1024
+
+
 def test_only_a_narrow_cache_is_looked_at_for_what_it_loses() -> None:
     assert plan_of(interface(4096), TEXT).cache_steps == 0
     assert plan_of(interface(4096, dtype="int8"), TEXT).cache_steps == 128
