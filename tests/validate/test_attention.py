@@ -46,3 +46,29 @@ def test_steps_across_a_switch_are_those_of_the_cache(tokens: np.ndarray) -> Non
     made = [first, *(reference.decode(int(token)) for token in ids[18:])]
     assert made == stepped[17:].argmax(axis=1).tolist()
     np.testing.assert_allclose(reference.logits(ids[:20], keep=2, pieces=(18,)), stepped[18:20], atol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [(), (40, 30)], ids=["one pass", "two steps"])
+def test_fused_attention_gives_the_numbers_of_eager_attention(
+    tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch, pieces: tuple[int, ...]
+) -> None:
+    """At chosen positions of two rows, in blocks of nine queries that see a window of eight keys."""
+    model = build("MistralConfig", sliding_window=8, attn_implementation="eager")
+    reference, positions = TorchModel(model), np.array([0, 8, 39, 40, 69])
+    rows = np.stack([tokens[:70], tokens[100:170]])
+    expected = np.stack([reference.logits(row, keep=70)[positions] for row in rows])
+    keys: list[int] = []
+    fused = attention._fused
+
+    def note(module: Any, query: Any, key: Any, *rest: Any, **named: Any) -> Any:
+        keys.append(key.shape[2])
+        return fused(module, query, key, *rest, **named)
+
+    monkeypatch.setattr(attention, "SCORE_BYTES", 4 * 4 * 70 * 18)
+    monkeypatch.setattr(attention, "_fused", note)
+    made = reference.logits_at(rows, positions, pieces=pieces)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    np.testing.assert_array_equal(reference.logits_at(rows[0], positions, pieces=pieces).shape, (5, 256))
+    assert keys
+    assert max(keys) < 40
+    assert not attention._is_plain(model.model.layers[0].self_attn, {"softcap": 50.0})
