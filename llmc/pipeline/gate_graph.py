@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmc.graph.interface import Interface
     from llmc.graph.static_session import StaticSession
     from llmc.validate.generation import ServedText
+    from llmc.validate.paired import Paired
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.session import OrtModel, Session
 
@@ -164,8 +165,7 @@ def _compare_graph(run: Run) -> tuple[Measurement, ...]:
     if target.kernels != "compiled" and not asked:
         return _levels(run, exact)
     pair = Paired(exact, _open_graph(run, exact=False), chooses_experts(run.subject.folder))
-    levels = _levels(run, pair)
-    return (*pair.allow(levels), *pair.measure())
+    return (*_levels(run, pair, pair), *pair.measure())
 
 
 def _require_interface(run: Run) -> str:
@@ -209,15 +209,21 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
         return drawn, served.where
 
 
-def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
-    """The parity levels against the original with the artifact's weights, which is released."""
+def _levels(run: Run, model: Session, pair: Paired | None = None) -> tuple[Measurement, ...]:
+    """The parity levels against the original with the artifact's weights, which is released.
+
+    Args:
+        pair: The model, where it is a program with exact products beside the one that is served.
+    """
     from llmc.validate.parity import Parity
 
     parity = Parity(model, run.own, run.plan)
     large = is_large(run.subject.compiled)
-    levels = allow_own_rounding(run.subject, run.own, parity, parity.measure(), large)
+    levels = parity.measure()
+    least = 0.0 if pair is None else pair.rounded
+    levels = allow_own_rounding(run.subject, run.own, parity, levels, large, least)
     run.own.release()
-    return levels
+    return levels if pair is None else pair.allow(levels)
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:

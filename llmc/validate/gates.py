@@ -59,7 +59,7 @@ def _check(gate: Gate, measurement: Measurement | None) -> Check:
         value=None if measurement is None else measurement.value,
         low=None if measurement is None else measurement.low,
         high=None if measurement is None else measurement.high,
-        bound=gate.min if gate.max is None else gate.max,
+        bound=_bound(gate, None if measurement is None else measurement.tolerance),
         direction="min" if gate.max is None else "max",
         reason=gate.reason,
         status=status,
@@ -83,9 +83,15 @@ def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
 
 
 def _within(gate: Gate, value: float, tolerance: float) -> bool:
+    bound = _bound(gate, tolerance)
+    return value <= bound if gate.max is not None else value >= bound
+
+
+def _bound(gate: Gate, tolerance: float | None) -> float:
+    """The threshold that a figure is held to: the gate's, or the tolerance where that lets more through."""
     if gate.max is not None:
-        return value <= max(gate.max, tolerance)
-    return gate.min is not None and value >= gate.min
+        return max(gate.max, tolerance or 0.0)
+    return gate.min if gate.min is not None else math.nan
 
 
 def _usable(metric: Metric, value: float) -> bool:

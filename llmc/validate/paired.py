@@ -121,6 +121,11 @@ class Paired:
         groups = [noise[counts == count] for count in np.unique(counts)]
         return np.array([np.median(group) for group in groups if len(group) >= _LEAST])
 
+    @property
+    def rounded(self) -> float:
+        """Logits by which the exact program may differ from the original, since attention rounds."""
+        return _SHARES[self._cache_type()] * float(np.mean(self._spreads)) if self._spreads else 0.0
+
     def allow(self, levels: Sequence[Measurement]) -> tuple[Measurement, ...]:
         """The parity levels, with what the exact program itself rounds as their tolerance.
 
@@ -128,12 +133,10 @@ class Paired:
         """
         if not self._spreads:
             return tuple(levels)
-        kind = self._cache_type()
-        spread = float(np.mean(self._spreads))
-        rounded = _SHARES[kind] * spread
+        kind, rounded = self._cache_type(), self.rounded
         told = (
-            f"logits have a standard deviation of {spread:.2g}, of which attention over a {kind} cache "
-            f"rounds up to {_SHARES[kind]:g}: {rounded:.2g}"
+            f"logits have a standard deviation of {float(np.mean(self._spreads)):.2g}, of which attention "
+            f"over a {kind} cache rounds up to {_SHARES[kind]:g}: {rounded:.2g}"
         )
         return tuple(
             m.model_copy(

@@ -38,6 +38,11 @@ def test_at_most(value: float, status: CheckStatus) -> None:
     assert (check.detail, check.where) == ("2048 tokens", "here")
 
 
+def test_a_check_tells_the_bound_that_a_tolerance_leaves() -> None:
+    (check,) = evaluate([AT_MOST], [kl(0.2).model_copy(update={"tolerance": 0.25})]).checks
+    assert (check.status, check.bound) == (CheckStatus.PASS, 0.25)
+
+
 @pytest.mark.parametrize(
     ("value", "passed"), [(0.9, True), (0.8999, False), (math.nan, False), (math.inf, False)]
 )
