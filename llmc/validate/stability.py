@@ -30,6 +30,8 @@ LEVELS = (
 #: Share of a position's largest logit up to which any number of positions may be moved by rounding; beyond
 #: it only a few may, those that near ties decide.
 _COMMON = 1e-3
+#: Logits. A tighter bound than this is held as it stands: whoever sets it asks for less than rounding.
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _allow(
     original: SensitiveReference,
 ) -> Measurement:
     bound = bounds.get(level.metric, np.inf)
-    if level.metric not in LEVELS or level.value is None or not bound < level.value < np.inf:
+    if level.metric not in LEVELS or level.value is None or not max(bound, _LEAST) < level.value < np.inf:
         return level
     own = [d for d in differences if d.metric is level.metric]
     missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.question, d.row))

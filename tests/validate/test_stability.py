@@ -62,6 +62,14 @@ def test_what_rounding_explains(
     assert bool(original.asked) is (explained is not None)
 
 
+def test_a_bound_below_rounding_is_held_as_it_stands() -> None:
+    original = Original({70: 1.0})
+    level = measured(METRIC, 9e-4, "steps", "here")
+    found = [Difference(METRIC, 0, 0, 70, 9e-4)]
+    assert allow_rounding([level], {METRIC: 0.0}, found, QUESTIONS, original) == (level,)
+    assert original.asked == []
+
+
 def test_a_fault_costs_one_short_pass() -> None:
     original = Original({})
     judge({70: 2.0, 5: 1.0, 90: 3.0}, original)
