@@ -21,8 +21,8 @@ Array = np.ndarray
 BUDGET = 80.0
 #: Shares of the budget: the original over the long sequence and over batches; the artifact over the long
 #: sequence, prompts, single steps, later pieces and batches.
-LONG_ORIGINAL, BATCH_ORIGINAL = 0.44, 0.05
-LONG, PROMPTS, STEPS, TURNS, BATCHES = 0.25, 0.07, 0.07, 0.05, 0.07
+LONG_ORIGINAL, BATCH_ORIGINAL = 0.44, 0.04
+LONG, PROMPTS, STEPS, TURNS, BATCHES = 0.25, 0.03, 0.05, 0.03, 0.04
 #: Most bytes of the original's logits that a plan asks for.
 LOGIT_BYTES = 192 << 20
 #: Most bytes of logits that one run of the artifact gives.
