@@ -27,10 +27,10 @@ def write_decisions(
     Raises:
         ResourceError: Disk full.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with space_errors(folder):
-        save_file(dict(decisions), folder / PRUNING)
+        (folder / PRUNING).write_bytes(save(dict(decisions)))
         if influence:
             text = json.dumps({"influence": influence}, indent=2)
             (reports / "pruning.json").write_text(text + "\n", encoding="utf-8")

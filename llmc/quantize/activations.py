@@ -209,10 +209,11 @@ def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
     Raises:
         ResourceError: Disk full.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
+    # `save_file` would make a file that nobody else may read.
     with space_errors(folder):
-        save_file(dict(vectors), folder / SMOOTHING)
+        (folder / SMOOTHING).write_bytes(save(dict(vectors)))
 
 
 def read_smoothing(folder: Path) -> dict[str, Array]:

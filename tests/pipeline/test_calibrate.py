@@ -77,6 +77,7 @@ def test_activations_are_smoothed_and_quantized_and_verify_knows_it(tmp_path: Pa
     assert "model.layers.1.self_attn.q_proj.weight" in facts["smoothed"]
     assert facts["peaks"]["model.layers.1.input_layernorm"] > 50
     assert "smoothing.safetensors" in open_artifact(tmp_path / "out").manifest.files
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.is_file()}) == 1
     again = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True)
     assert again.failure() is None
     kept = load_file(tmp_path / "out/smoothing.safetensors")
