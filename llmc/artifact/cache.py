@@ -111,7 +111,7 @@ class StageCache:
                 return
             except OSError as error:
                 tell_once(self.folder, _words(error))
-        with suppress(OSError):  # it was told that there is no cache
+        with suppress(OSError):  # `tell_once` has warned
             path = substitute(self.folder) / key
             _store(path, key, data)
             self._evict(keep=path)
@@ -129,7 +129,7 @@ class StageCache:
         return paths
 
     def _evict(self, keep: Path) -> None:
-        """Remove the oldest entries, and what killed processes left. Those of other users may stay."""
+        """Remove the oldest entries, and what killed processes left. Entries of other users may stay."""
         entries = []
         for path in keep.parent.iterdir():
             try:

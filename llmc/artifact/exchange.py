@@ -34,7 +34,7 @@ def put_in_place(new: Path, place: Path, aside: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names by renameat2(2); False where there is no such call."""
+    """Exchange two names by renameat2(2); False where the system lacks the call."""
     if sys.platform != "linux":
         return False
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

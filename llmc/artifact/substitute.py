@@ -44,7 +44,7 @@ def substitute(folder: Path) -> Path:
     """The temporary folder that stands for `folder` as long as this process runs.
 
     Raises:
-        OSError: There is no place for temporary files either.
+        OSError: Temporary files cannot be written either.
     """
     if folder not in _SUBSTITUTES:
         _SUBSTITUTES[folder] = tempfile.TemporaryDirectory(prefix="llmc-cache-", ignore_cleanup_errors=True)

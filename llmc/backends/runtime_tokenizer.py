@@ -66,7 +66,7 @@ def write_runtime_settings(
 
 
 def stated_class(folder: Path) -> str | None:
-    """The class that an artifact's tokenizer_module.json names; None where there is no such file or class."""
+    """The class that tokenizer_module.json names; None where the file or the class is missing."""
     try:
         stated = json.loads((folder / RUNTIME_SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -171,7 +171,7 @@ def _conclude(gates: Sequence[Gate], found: Sequence[Measurement], why: str) -> 
     """The verdict of a run that ends early.
 
     Args:
-        why: What is said of every gate whose metric was not reached, which is no pass.
+        why: What is said of every gate whose metric was not reached; such a gate does not pass.
     """
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.gates import evaluate

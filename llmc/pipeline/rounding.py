@@ -86,7 +86,7 @@ def allow_own_rounding(
     if large:
         return tuple(levels)
     bounds = {gate.metric: max(gate.max, least) for gate in subject.target.gates if gate.max is not None}
-    return allow_rounding(levels, bounds, parity.differences, parity.plan.all_questions(), own)
+    return allow_rounding(levels, bounds, parity.differences, parity.plan.all_passes(), own)
 
 
 def bound_on_divergence(

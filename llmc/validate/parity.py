@@ -13,7 +13,7 @@ from llmc.config import Metric
 from llmc.validate.coverage import Coverage
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
-from llmc.validate.positions import WINDOW_STEPS, Plan, Question
+from llmc.validate.positions import WINDOW_STEPS, Plan, ReferencePass
 from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.session import Session
@@ -33,10 +33,10 @@ def prepare_parity(plan: Plan, reference: Reference, advance: Advance = quietly)
     Args:
         advance: Told how many passes of how many are done.
     """
-    questions = [question for question in plan.all_questions() if len(question.positions)]
-    for done, question in enumerate(questions, 1):
-        reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
-        advance(done, len(questions))
+    passes = [reference_pass for reference_pass in plan.all_passes() if len(reference_pass.positions)]
+    for done, reference_pass in enumerate(passes, 1):
+        reference.logits_at(reference_pass.tokens, reference_pass.positions, pieces=reference_pass.pieces)
+        advance(done, len(passes))
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,14 @@ class Parity:
     @cached_property
     def _answers(self) -> list[dict[int, Array]]:
         """The original's logits (vocabulary,) by position, for each history of the plan."""
-        return [dict(zip(q.positions.tolist(), self._ask(q), strict=True)) for q in self.plan.questions()]
+        return [dict(zip(q.positions.tolist(), self._ask(q), strict=True)) for q in self.plan.passes()]
 
-    def _ask(self, question: Question) -> Array:
-        if not len(question.positions):
+    def _ask(self, reference_pass: ReferencePass) -> Array:
+        if not len(reference_pass.positions):
             return np.zeros((0, self.plan.vocabulary), np.float32)
-        return self.reference.logits_at(question.tokens, question.positions, pieces=question.pieces)
+        return self.reference.logits_at(
+            reference_pass.tokens, reference_pass.positions, pieces=reference_pass.pieces
+        )
 
     def _compare(self, made: Array, start: int, end: int, history: int, metric: Metric) -> float:
         """Largest difference of the logits (1, end - start or 1, vocabulary) of a run over [start, end).
@@ -264,15 +266,17 @@ class Parity:
     def _batch(self, number: int, side: str, metric: Metric) -> float:
         """Largest difference over a batch of the plan, padded on one side."""
         batch, worst = self.plan.batches[number], 0.0
-        expected = self._ask(batch.question)
+        expected = self._ask(batch.reference_pass)
         for row, positions, found in compare_ragged(self.model, batch, expected, side):
             self._add(metric, len(self.plan.switches) + 1 + number, row, positions.tolist(), found)
             worst = max(worst, float(found.max()))
         return worst
 
-    def _add(self, metric: Metric, question: int, row: int, positions: Sequence[int], found: Array) -> None:
+    def _add(
+        self, metric: Metric, reference_pass: int, row: int, positions: Sequence[int], found: Array
+    ) -> None:
         self.differences.extend(
-            Difference(metric, question, row, int(at), float(value))
+            Difference(metric, reference_pass, row, int(at), float(value))
             for at, value in zip(positions, found, strict=True)
         )
 

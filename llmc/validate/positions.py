@@ -31,7 +31,7 @@ def seed_of(files: Mapping[str, FileDigest]) -> int:
 
 
 @dataclass(frozen=True)
-class Question:
+class ReferencePass:
     """One pass of the original.
 
     Args:
@@ -62,10 +62,10 @@ class Batch:
     window: int | None = None
 
     @property
-    def question(self) -> Question:
+    def reference_pass(self) -> ReferencePass:
         """What the original is asked: every row's last prompt token and its steps."""
         wanted = {at for n in self.prompts for at in range(n - 1, n + self.steps)}
-        return Question(self.tokens, (), np.array(sorted(wanted), np.int64))
+        return ReferencePass(self.tokens, (), np.array(sorted(wanted), np.int64))
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Plan:
     without_windows: tuple[MeasurementStatus, str]
 
     def history(self, first: int) -> int:
-        """Which question answers for steps of which the first has `first` tokens."""
+        """Which pass answers for steps of which the first has `first` tokens."""
         return sum(1 for at in self.switches if first > at)
 
-    def questions(self) -> list[Question]:
+    def passes(self) -> list[ReferencePass]:
         """Passes over the long sequence, by history."""
         wanted: list[set[int]] = [set() for _ in range(len(self.switches) + 1)]
         for length in self.prompts:
@@ -131,10 +131,12 @@ class Plan:
             wanted[self.history(prompt)].update(range(prompt - 1, prompt + steps))
         bounds = (*self.switches, len(self.tokens))
         return [
-            Question(self.tokens, tuple(np.diff((0, *bounds[i:])).tolist()), np.array(sorted(at), np.int64))
+            ReferencePass(
+                self.tokens, tuple(np.diff((0, *bounds[i:])).tolist()), np.array(sorted(at), np.int64)
+            )
             for i, at in enumerate(wanted)
         ]
 
-    def all_questions(self) -> list[Question]:
+    def all_passes(self) -> list[ReferencePass]:
         """All passes of the original: those over the long sequence, and one for each batch."""
-        return [*self.questions(), *(batch.question for batch in self.batches)]
+        return [*self.passes(), *(batch.reference_pass for batch in self.batches)]

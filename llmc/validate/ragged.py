@@ -21,7 +21,7 @@ def compare_ragged(
     graph returns one position a row, it is that of the row's last token, on either side of the pads.
 
     Args:
-        expected: The original's logits of each row alone at the positions of `batch.question`, float32:
+        expected: The original's logits of each row alone at the positions of `batch.reference_pass`, float32:
             (rows, positions, vocabulary).
         side: "left" or "right".
 
@@ -29,7 +29,7 @@ def compare_ragged(
         ParityError: A shape is not the original's, or a logit at a real token is not finite.
     """
     last = model.interface.logits == "last"
-    asked = batch.question.positions
+    asked = batch.reference_pass.positions
     rows, sequence = len(batch.prompts), max(batch.prompts)
     ids = np.full((rows, sequence), _pad_token(batch), np.int64)
     mask = np.zeros_like(ids)

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
-from llmc.validate.positions import Question
+from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensitivity
 
 Array = np.ndarray
@@ -39,12 +39,12 @@ class Difference:
     """The largest difference of a logit at one position.
 
     Args:
-        question: Number of the original's pass, of which the position is.
+        reference_pass: Number of the original's pass, of which the position is.
         row: Row of that pass.
     """
 
     metric: Metric
-    question: int
+    reference_pass: int
     row: int
     position: int
     value: float
@@ -54,7 +54,7 @@ def allow_rounding(
     levels: Sequence[Measurement],
     bounds: Mapping[Metric, float],
     differences: Sequence[Difference],
-    questions: Sequence[Question],
+    passes: Sequence[ReferencePass],
     original: SensitiveReference,
 ) -> tuple[Measurement, ...]:
     """The levels, with their figures as tolerances where rounding explains all that is beyond their bounds.
@@ -64,26 +64,26 @@ def allow_rounding(
     Args:
         bounds: Largest differences that the gates let through.
         differences: Of all positions that were compared.
-        questions: The original's passes, by the number in `Difference.question`.
+        passes: The original's passes, by the number in `Difference.reference_pass`.
     """
-    return tuple(_allow(level, bounds, differences, questions, original) for level in levels)
+    return tuple(_allow(level, bounds, differences, passes, original) for level in levels)
 
 
 def _allow(
     level: Measurement,
     bounds: Mapping[Metric, float],
     differences: Sequence[Difference],
-    questions: Sequence[Question],
+    passes: Sequence[ReferencePass],
     original: SensitiveReference,
 ) -> Measurement:
     bound = bounds.get(level.metric, np.inf)
     if level.metric not in LEVELS or level.value is None or not max(bound, _LEAST) < level.value < np.inf:
         return level
     own = [d for d in differences if d.metric is level.metric]
-    missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.question, d.row))
-    if not missed or not _explained(missed[:1], questions, original):
+    missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.reference_pass, d.row))
+    if not missed or not _explained(missed[:1], passes, original):
         return level
-    found = _explained(missed, questions, original)
+    found = _explained(missed, passes, original)
     rare = sum(f.logits[0] > _COMMON * f.largest[0] for f in found)
     if not found or rare > MOST_LEFT_OUT * len(own):
         return level
@@ -96,17 +96,17 @@ def _allow(
 
 
 def _explained(
-    missed: Sequence[Difference], questions: Sequence[Question], original: SensitiveReference
+    missed: Sequence[Difference], passes: Sequence[ReferencePass], original: SensitiveReference
 ) -> list[Sensitivity]:
     """What rounding does at each of these positions; nothing if one of them differs by more."""
     found = []
-    where = sorted(missed, key=lambda d: (d.question, d.row))
-    for (number, row), group in groupby(where, key=lambda d: (d.question, d.row)):
+    where = sorted(missed, key=lambda d: (d.reference_pass, d.row))
+    for (number, row), group in groupby(where, key=lambda d: (d.reference_pass, d.row)):
         worst: dict[int, float] = {}
         for d in group:
             worst[d.position] = max(worst.get(d.position, 0.0), d.value)
         positions = np.array(sorted(worst), np.int64)
-        tokens, pieces = _until(questions[number], row, int(positions[-1]) + 1)
+        tokens, pieces = _until(passes[number], row, int(positions[-1]) + 1)
         moved = original.sensitivity(tokens, positions, pieces=pieces)
         if (moved.logits < [worst[int(at)] for at in positions]).any():
             return []
@@ -117,8 +117,8 @@ def _explained(
     return found
 
 
-def _until(question: Question, row: int, total: int) -> tuple[Array, tuple[int, ...]]:
+def _until(reference_pass: ReferencePass, row: int, total: int) -> tuple[Array, tuple[int, ...]]:
     """The first `total` tokens of one row of a pass, and the steps that they make."""
-    ends = np.minimum(np.cumsum(question.pieces), total)
+    ends = np.minimum(np.cumsum(reference_pass.pieces), total)
     pieces = tuple(int(n) for n in np.diff((0, *ends)) if n)
-    return np.atleast_2d(question.tokens)[row, :total], pieces
+    return np.atleast_2d(reference_pass.tokens)[row, :total], pieces

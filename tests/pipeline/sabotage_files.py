@@ -63,28 +63,20 @@ def lose_special_token(folder: Path) -> None:
 
 
 def drop_every_e(folder: Path) -> None:
-    drop = {"type": "Replace", "pattern": {"String": "e"}, "content": ""}
-    whole = {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            drop,
-        ],
-    }
-    _set(folder, "tokenizer.json", "decoder", whole)
+    _replace_in_decoded(folder, "e", "")
 
 
 def change_rare_character(folder: Path) -> None:
     """`~` is written as `^`, and encoded as it was."""
-    swap = {"type": "Replace", "pattern": {"String": "~"}, "content": "^"}
-    whole = {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            swap,
-        ],
-    }
-    _set(folder, "tokenizer.json", "decoder", whole)
+    _replace_in_decoded(folder, "~", "^")
+
+
+def _replace_in_decoded(folder: Path, text: str, by: str) -> None:
+    decoders = [
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        {"type": "Replace", "pattern": {"String": text}, "content": by},
+    ]
+    _set(folder, "tokenizer.json", "decoder", {"type": "Sequence", "decoders": decoders})
 
 
 def add_file(folder: Path, *, name: str) -> None:

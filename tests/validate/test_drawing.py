@@ -93,7 +93,7 @@ def test_both_sides_of_a_window_and_of_a_switch_wherever_they_lie(costs: Costs) 
     assert {4094, 4095, 4096, 4097} < set(plan.windows[4096])
     assert {3000, 3001} <= set(plan.prompts)
     assert {2999, 3000, 3001} <= set(plan.steps)
-    assert [sum(q.pieces) for q in plan.questions()] == [len(plan.tokens)] * 2
+    assert [sum(q.pieces) for q in plan.passes()] == [len(plan.tokens)] * 2
 
 
 def test_what_the_budget_does_not_reach_is_told() -> None:

@@ -125,10 +125,10 @@ def test_every_row_is_compared_from_its_last_prompt_token_on(
     interface = write_decoder(llama, tmp_path, Variant(logits=logits))
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
     batch = Batch(np.stack([tokens[:13], tokens[20:33]]), prompts=(9, 5), steps=4)
-    question = batch.question
-    expected = TorchModel(llama).logits_at(question.tokens, question.positions)
+    reference_pass = batch.reference_pass
+    expected = TorchModel(llama).logits_at(reference_pass.tokens, reference_pass.positions)
     assert all(found.max() < 1e-4 for _, _, found in compare_ragged(model, batch, expected, side))
-    expected[1, question.positions == at, 7] += 3.0
+    expected[1, reference_pass.positions == at, 7] += 3.0
     worst = {
         (row, int(position)): float(value)
         for row, positions, found in compare_ragged(model, batch, expected, side)
@@ -223,7 +223,7 @@ def test_both_sides_of_every_switch(llama: Any, tokens: np.ndarray, tmp_path: Pa
     assert parity.plan.first <= 130
     assert {99, 100, 129, 130} < set(parity.plan.steps)
     assert not any(at < 130 < at + size for at, size in parity.plan.turns)
-    assert [q.pieces for q in parity.plan.questions()] == [(130, 30), (160,)]
+    assert [q.pieces for q in parity.plan.passes()] == [(130, 30), (160,)]
 
 
 def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ import pytest
 
 from llmc.config import Metric
 from llmc.validate.measure import measured
-from llmc.validate.positions import Question
+from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import Sensitivity
 from llmc.validate.stability import Difference, allow_rounding
 
 METRIC = Metric.DECODE_MAX_ABS
 BOUND = 1e-3
-QUESTIONS = [
-    Question(np.arange(100), (60, 40), np.arange(100)),
-    Question(np.arange(60).reshape(2, 30), (), np.arange(30)),
+PASSES = [
+    ReferencePass(np.arange(100), (60, 40), np.arange(100)),
+    ReferencePass(np.arange(60).reshape(2, 30), (), np.arange(30)),
 ]
 
 
@@ -34,11 +34,13 @@ class Original:
         return Sensitivity(moved, moved, np.full(len(positions), 100.0))
 
 
-def judge(differences: dict[int, float], original: Any, question: int = 0, row: int = 0) -> float | None:
+def judge(
+    differences: dict[int, float], original: Any, reference_pass: int = 0, row: int = 0
+) -> float | None:
     every = dict.fromkeys(range(100), 1e-05) | differences
-    found = [Difference(METRIC, question, row, at, value) for at, value in every.items()]
+    found = [Difference(METRIC, reference_pass, row, at, value) for at, value in every.items()]
     level = measured(METRIC, max(every.values()), "steps", "here")
-    allowed = allow_rounding([level], {METRIC: BOUND}, found, QUESTIONS, original)
+    allowed = allow_rounding([level], {METRIC: BOUND}, found, PASSES, original)
     assert allowed[0].value == level.value
     return allowed[0].tolerance
 
@@ -66,7 +68,7 @@ def test_a_bound_below_rounding_is_held_as_it_stands() -> None:
     original = Original({70: 1.0})
     level = measured(METRIC, 9e-4, "steps", "here")
     found = [Difference(METRIC, 0, 0, 70, 9e-4)]
-    assert allow_rounding([level], {METRIC: 0.0}, found, QUESTIONS, original) == (level,)
+    assert allow_rounding([level], {METRIC: 0.0}, found, PASSES, original) == (level,)
     assert original.asked == []
 
 
@@ -84,5 +86,5 @@ def test_the_text_is_cut_behind_the_last_position() -> None:
 
 def test_rows_of_a_batch_are_asked_alone() -> None:
     original = Original({7: 2.0})
-    assert judge({7: 2.0}, original, question=1, row=1) == 2.0
+    assert judge({7: 2.0}, original, reference_pass=1, row=1) == 2.0
     assert original.asked[0] == (8, ())
