@@ -17,7 +17,9 @@ def advise(target: Target, verdict: Verdict) -> str | None:
         target: The target whose gates were missed.
         verdict: Its verdict, with the measured KL divergence among the checks.
     """
-    missed = {check.metric for check in verdict.missed}
+    missed = {check.metric for check in verdict.decided}
+    if Metric.FILES in missed:
+        return "its files are not those that were built: build the artifact again"
     if Metric.TEXT_KL_RATIO in missed:
         return "it loses more than plain rounding to the same bits: llmc bisect ARTIFACT finds the step"
     if not missed or not missed <= set(_QUALITY):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
+from llmc.artifact.verdict import MeasurementStatus, Verdict
 from llmc.catalog import load_target
 from llmc.config import Metric
 from llmc.pipeline.advice import advise, explain_missed, stored_bits
 from llmc.validate.gates import evaluate
-from llmc.validate.measure import measured
+from llmc.validate.measure import measured, unmeasured
 
 
 def judge(target: str, **figures: float) -> Verdict:
@@ -52,11 +52,25 @@ def test_nothing_is_advised_where_nothing_is_known() -> None:
     target = load_target("cpu-int8")
     assert advise(target, judge("cpu-int8", kl_mean=0.001)) is None
     assert advise(target, judge("cpu-int8", kl_mean=1e9)) is None  # not even floats would hold
-    other = Measurement(
-        metric=Metric.FILES, value=1.0, status=MeasurementStatus.MEASURED, detail="", where=""
-    )
-    gates = [g for g in target.gates if g.metric is Metric.FILES]
+    other = measured(Metric.INTERFACE, 1.0, "", "")
+    gates = [g for g in target.gates if g.metric is Metric.INTERFACE]
     assert advise(target, evaluate(gates, [other])) is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "advised"),
+    [
+        (Metric.FILES, "its files are not those that were built: build the artifact again"),
+        (Metric.SERVING, None),
+    ],
+)
+def test_what_was_not_measured_is_not_advised_on(metric: Metric, advised: str | None) -> None:
+    target = load_target("cpu-int4")
+    left = [g.metric for g in target.gates if g.metric is not metric]
+    found = [unmeasured(m, MeasurementStatus.NOT_MEASURED, "missed before", "nowhere") for m in left]
+    verdict = evaluate(target.gates, [measured(metric, 1.0, "", "here"), *found])
+    assert Metric.TEXT_KL_RATIO in {check.metric for check in verdict.missed}
+    assert advise(target, verdict) == advised
 
 
 def test_a_missed_gate_says_how_it_was_measured_and_why_it_is_there() -> None:
