@@ -16,6 +16,15 @@ TOKEN_COUNTS = "token_counts"
 CHOSEN_TOKENS = "last/index"
 
 
+#: Elements of a row of an int8 KV cache besides its numbers: a float32, its scale (llmc/kernels/cache.h).
+SCALE_BYTES = 4
+
+
+def unscaled_width(dtype: str, width: int) -> int:
+    """Numbers of a row of a KV cache of `width` elements."""
+    return width - SCALE_BYTES if dtype == "int8" else width
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

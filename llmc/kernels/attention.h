@@ -11,7 +11,8 @@
 
 namespace llmc {
 
-template <int Heads, int KvHeads, int D, int Rotated, bool Interleaved, template <int> class Type = FloatRows>
+template <int Heads, int KvHeads, int D, int Rotated, bool Interleaved, template <int> class Type = FloatRows,
+          template <class, int> class Many = Tile>
 struct Attention {
   using Rows = Type<D>;
   static constexpr int group = Heads / KvHeads;
@@ -21,12 +22,12 @@ struct Attention {
   static constexpr int keys_of_split = 128;
   static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
   static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
-  using Keys = Tile<Rows, D>;
+  using Keys = Many<Rows, D>;
   /// What one thread works in: many queries, or the scores of few.
   struct alignas(64) Room {
     Keys keys;
     alignas(64) float out[rows_of_tile * D];
-    alignas(64) int32_t codes[rows_of_tile * Keys::pairs];
+    alignas(64) typename Keys::Number queries[rows_of_tile * Keys::numbers];
     typename Keys::State states[rows_of_tile];
   };
   static constexpr size_t scores_of_few = sizeof(float) * group * keys_of_split;
@@ -259,7 +260,7 @@ struct Attention {
       return run.at(ref, b * run.sequence + first + r / group) + (head * group + r % group) * D;
     };
     for (int r = 0; r < rows; r++) {
-      const float scale = Keys::encode(numbers_of(op.a, r), room.codes + r * Keys::pairs);
+      const float scale = Keys::encode(numbers_of(op.a, r), room.queries + r * Keys::numbers);
       room.states[r] = {F{}, scale, -3e38f};
       for (int i = 0; i < D; i += kLanes) store(room.out + r * D + i, F{});
     }
@@ -277,7 +278,7 @@ struct Attention {
       const auto pass = [&](auto count) {
         constexpr int together = decltype(count)::value;
         for (; r + together <= rows; r += together)
-          room.keys.template pass<together>(room.codes + r * Keys::pairs, room.states + r, room.out + r * D, in_tile,
+          room.keys.template pass<together>(room.queries + r * Keys::numbers, room.states + r, room.out + r * D, in_tile,
                                             bent);
       };
       pass(std::integral_constant<int, Keys::rows_of_block>());

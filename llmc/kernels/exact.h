@@ -1,6 +1,8 @@
-// Products with the same packed weights as those of matmul.h, with activations in float32 as they come. The gate runs
-// a program with them: what it computes differs from the original by the rounding of float32 in its products alone.
+// What the gate's programs have in the place of matmul.h's products and many.h's tiles: the same packed weights, with
+// activations, scores and weights of attention in float32 as they come. Over a cache in float32, what they compute
+// differs from the original by the rounding of float32 alone.
 #pragma once
+#include "many.h"
 #include "matmul.h"
 
 namespace llmc {
@@ -63,6 +65,97 @@ struct Exact {
     for (int k = 0; k < M::K; k++)
       for (int r = 0; r < Rows; r++) total[r] += weights[k] * all(a[r][k]);
     for (int r = 0; r < Rows; r++) M::put(run, op, g, row + r, total[r]);
+  }
+};
+
+/// A tile of keys and values, and queries that go through it, as those of `Tile`.
+template <class Cache, int D>
+struct ExactTile {
+  static_assert(Cache::floats, "rows of the cache are float32");
+  using Number = float;  // of an encoded query
+  static constexpr int numbers = D;
+  static constexpr int columns = kKeysOfTile / kLanes, vectors = D / kLanes;
+  static constexpr int rows_of_block = kVectorRegisters >= 32 ? 4 : 1;
+
+  /// A query on its way: the largest score so far, and lanes whose sum is that of the weights relative to it.
+  struct alignas(64) State {
+    F total;
+    float scale, peak;
+  };
+
+  alignas(64) float keys[D * kKeysOfTile];    // (D, keys), zeros beyond the end
+  alignas(64) float values[kKeysOfTile * D];  // (keys, D)
+  int length;
+
+  static float encode(const float* query, float* to) {
+    std::memcpy(to, query, sizeof(float) * D);
+    return 1.0f;
+  }
+
+  void take(const uint8_t* key_rows, const uint8_t* value_rows, int count) {
+    length = count;
+    std::memset(keys, 0, sizeof keys);
+    for (int t = 0; t < count; t++) {
+      const uint8_t *key = key_rows + t * Cache::bytes, *value = value_rows + t * Cache::bytes;
+      for (int v = 0; v < vectors; v++) {
+        const F x = Cache::get(key, v * kLanes);
+        for (int i = 0; i < kLanes; i++) keys[(v * kLanes + i) * kKeysOfTile + t] = x[i];
+        store(values + t * D + v * kLanes, Cache::get(value, v * kLanes));
+      }
+    }
+  }
+
+  template <int Rows, class Seen, class Bend>
+  void pass(const float* queries, State* states, float* out, const Seen& seen, const Bend& bend) const {
+    F scores[Rows][columns];
+    for (int r = 0; r < Rows; r++)
+      for (int c = 0; c < columns; c++) scores[r][c] = F{};
+    for (int d = 0; d < D; d++) {
+      F k[columns];
+      for (int c = 0; c < columns; c++) k[c] = load(keys + d * kKeysOfTile + c * kLanes);
+      for (int r = 0; r < Rows; r++) {
+        const F q = all(queries[r * D + d]);
+        for (int c = 0; c < columns; c++) scores[r][c] += k[c] * q;
+      }
+    }
+    alignas(64) float weights[Rows][kKeysOfTile];
+    F shrink[Rows];
+    for (int r = 0; r < Rows; r++) {
+      F top = all(states[r].peak);
+      for (int c = 0; c < columns; c++) scores[r][c] = bend(scores[r][c]);
+      hide_unseen(seen(r), scores[r]);
+      for (int c = 0; c < columns; c++) top = max(top, scores[r][c]);
+      const float peak = largest(top);
+      const F shift = all(peak > -2e38f ? peak : -2e38f);  // where no key is seen, all weights are 0
+      shrink[r] = exp(all(states[r].peak) - shift);
+      states[r].total *= shrink[r];
+      for (int c = 0; c < columns; c++) {
+        const F weight = exp(scores[r][c] - shift);
+        store(weights[r] + c * kLanes, weight);
+        states[r].total += weight;
+      }
+      states[r].peak = peak;
+    }
+    constexpr int together = vectors % 4 == 0 ? 4 : vectors % 2 == 0 ? 2 : 1;
+    for (int v0 = 0; v0 < vectors; v0 += together) {
+      F sums[Rows][together];
+      for (int r = 0; r < Rows; r++)
+        for (int v = 0; v < together; v++) sums[r][v] = F{};
+      for (int t = 0; t < length; t++) {
+        F x[together];
+        for (int v = 0; v < together; v++) x[v] = load(values + t * D + (v0 + v) * kLanes);
+        for (int r = 0; r < Rows; r++) {
+          const F w = all(weights[r][t]);
+          for (int v = 0; v < together; v++) sums[r][v] += x[v] * w;
+        }
+      }
+      for (int r = 0; r < Rows; r++) {
+        for (int v = 0; v < together; v++) {
+          float* to = out + r * D + (v0 + v) * kLanes;
+          store(to, load(to) * shrink[r] + sums[r][v]);
+        }
+      }
+    }
   }
 };
 

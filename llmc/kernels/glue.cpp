@@ -17,15 +17,12 @@
 #include <sys/auxv.h>
 #endif
 
-extern "C" const llmc::Region llmc_regions[];
-extern "C" const llmc::Region llmc_exact_regions[];
-extern "C" const int32_t llmc_region_count;
+extern "C" const llmc::Domain llmc_domains[];
+extern "C" const int32_t llmc_domain_count, llmc_region_count;
 
 namespace llmc {
 namespace {
 
-/// Operators of the programs that are served, and of those with exact products.
-constexpr char kDomain[] = "llmc.compiled", kExactDomain[] = "llmc.compiled.exact";
 constexpr size_t kMaxThreads = 64;
 constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
 
@@ -350,18 +347,22 @@ OrtCustomOp make_table() {
   return t;
 }
 
-std::vector<Operator>* make_operators(const Region* regions) {
-  auto* list = new std::vector<Operator>;
-  for (int32_t i = 0; i < llmc_region_count; i++) list->push_back({make_table(), &regions[i]});
-  return list;
+/// The operators of all domains, a domain after the other; they live as long as the library.
+const std::vector<Operator>& operators() {
+  static const std::vector<Operator>* const list = [] {
+    auto* made = new std::vector<Operator>;
+    for (int32_t d = 0; d < llmc_domain_count; d++)
+      for (int32_t i = 0; i < llmc_region_count; i++) made->push_back({make_table(), &llmc_domains[d].regions[i]});
+    return made;
+  }();
+  return *list;
 }
 
-OrtStatus* add_domain(const Api& api, OrtSessionOptions* options, const char* name,
-                      const std::vector<Operator>& operators) {
+OrtStatus* add_domain(const Api& api, OrtSessionOptions* options, int32_t index) {
   OrtCustomOpDomain* domain = nullptr;
-  if (OrtStatus* status = api.create_domain(name, &domain)) return status;
-  for (const Operator& op : operators)
-    if (OrtStatus* status = api.add_operator(domain, &op.table)) return status;
+  if (OrtStatus* status = api.create_domain(llmc_domains[index].name, &domain)) return status;
+  for (int32_t i = 0; i < llmc_region_count; i++)
+    if (OrtStatus* status = api.add_operator(domain, &operators()[index * llmc_region_count + i].table)) return status;
   return api.add_domain(options, domain);
 }
 
@@ -379,9 +380,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   }
   const Api api(table);
   if (!cpu_fits()) return api.error(kFail, "this model is compiled for CPUs with " LLMC_ISA "; this one has it not");
-  // Operators and their domains live as long as the library.
-  static const std::vector<Operator>*const served = make_operators(llmc_regions),
-                                    *const exact = make_operators(llmc_exact_regions);
-  if (OrtStatus* status = add_domain(api, options, kDomain, *served)) return status;
-  return add_domain(api, options, kExactDomain, *exact);
+  for (int32_t d = 0; d < llmc_domain_count; d++)
+    if (OrtStatus* status = add_domain(api, options, d)) return status;
+  return nullptr;
 }

@@ -42,12 +42,26 @@ inline void swap_squares(I* rows) {
 #undef LLMC_LANES
 }
 
+/// Scores of a tile's keys without those before `start` and from `stop` on.
+template <class Range>
+inline void hide_unseen(const Range& range, F* scores) {
+  if (range.start <= 0 && range.stop >= kKeysOfTile) return;
+  const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int c = 0; c < kKeysOfTile / kLanes; c++) {
+    const F at = lane + all(static_cast<float>(c * kLanes));
+    scores[c] = at < all(static_cast<float>(range.start)) ? all(-3e38f) : scores[c];
+    scores[c] = at < all(static_cast<float>(range.stop)) ? scores[c] : all(-3e38f);
+  }
+}
+
 /// Tiles of one KV head, and blocks of queries.
 template <class Cache, int D>
 struct Tile {
+  using Number = int32_t;  // of an encoded query
   static constexpr int columns = kKeysOfTile / kLanes;
   static constexpr int vectors = D / kLanes;
   static constexpr int pairs = (D + 31) / 32 * 16;  // of neighbouring numbers of a row, the last with zeros
+  static constexpr int numbers = pairs;             // of an encoded query
   static constexpr int query_bits = bits_of_sum(D) / 2, key_bits = bits_of_sum(D) - query_bits;
   static constexpr int value_bits = bits_of_sum(kKeysOfTile) / 2, weight_bits = bits_of_sum(kKeysOfTile) - value_bits;
   static_assert(query_bits >= 8 && key_bits < 16 && weight_bits == 13, "codes have 16 bits");
@@ -231,19 +245,11 @@ struct Tile {
         for (int c = 0; c < columns; c++) sums[r][c] = dot_pairs(sums[r][c], k[c], q);
       }
     }
-    const F lane = F{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int r = 0; r < Rows; r++) {
       for (int c = 0; c < columns; c++)
         scores[r][c] = bend(to_float(sums[r][c]) * (all(states[r].scale) * load(key_scales + c * kLanes))) +
                        load(value_logs + c * kLanes);
-      const auto range = seen(r);
-      if (range.start <= 0 && range.stop >= kKeysOfTile) continue;
-      for (int c = 0; c < columns; c++) {
-        const F at = lane + all(static_cast<float>(c * kLanes));
-        F& s = scores[r][c];
-        s = at < all(static_cast<float>(range.start)) ? all(-3e38f) : s;
-        s = at < all(static_cast<float>(range.stop)) ? s : all(-3e38f);
-      }
+      hide_unseen(seen(r), scores[r]);
     }
   }
 };

@@ -84,6 +84,12 @@ struct Region {
   size_t (*shared)(const Run&);  // bytes that the threads share
 };
 
+/// The regions of a model as one variant computes them, operators of the domain `name`.
+struct Domain {
+  const char* name;
+  const Region* regions;
+};
+
 struct Run {
   const Region* region;
   void* const* tensors;     // inputs, then outputs

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.graph.interface import Interface
     from llmc.graph.static_session import StaticSession
+    from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.generation import ServedText
-    from llmc.validate.paired import Paired
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.session import OrtModel, Session
 
@@ -30,6 +30,7 @@ def measure_served(run: Run) -> None:
     """
     from llmc.data import prompts
     from llmc.validate import generation
+    from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.parity import prepare_parity
 
     where = _require_interface(run)
@@ -65,7 +66,7 @@ def measure_served(run: Run) -> None:
         with run.progress.stage("parity"):
             run.found += _compare_graph(run)
     release_memory()
-    model = _open_graph(run, exact=False)
+    model = _open_graph(run, Arithmetic.SERVED)
     with run.progress.stage("quality"):
         run.found += _quality(run, model, None, rounding)
     _measure_tasks(run, model)
@@ -146,26 +147,39 @@ def _quality(
     return found
 
 
-def _open_graph(run: Run, *, exact: bool) -> OrtModel:
+def _open_graph(run: Run, arithmetic: Arithmetic) -> OrtModel:
     from llmc.validate.session import OrtModel, shares_buffer
 
     subject = run.subject
     share = shares_buffer(subject.folder)
     return OrtModel(
-        subject.folder, subject.interface, threads=subject.threads, share_buffer=share, exact=exact
+        subject.folder, subject.interface, threads=subject.threads, share_buffer=share, arithmetic=arithmetic
     )
 
 
 def _compare_graph(run: Run) -> tuple[Measurement, ...]:
-    """The parity levels with exact products; for compiled kernels also what their own products add."""
+    """The parity levels, what attention costs as it is served, and all that compiled kernels round."""
+    from llmc.validate.arithmetic import Arithmetic
+    from llmc.validate.served_attention import measure_cache
+
+    found = _compare_exact(run)
+    release_memory()
+    if not run.plan.cache_steps:
+        return found
+    return (*found, *measure_cache(_open_graph(run, Arithmetic.PRODUCTS), run.own, run.plan))
+
+
+def _compare_exact(run: Run) -> tuple[Measurement, ...]:
+    """The parity levels in float32; for compiled kernels also what they round as they are served."""
+    from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.paired import METRICS, Paired, chooses_experts
 
-    target, exact = run.subject.target, _open_graph(run, exact=True)
+    target, exact = run.subject.target, _open_graph(run, Arithmetic.EXACT)
     asked = any(gate.metric in METRICS for gate in target.gates)
     if target.kernels != "compiled" and not asked:
         return _levels(run, exact)
-    pair = Paired(exact, _open_graph(run, exact=False), chooses_experts(run.subject.folder))
-    return (*_levels(run, pair, pair), *pair.measure())
+    pair = Paired(exact, _open_graph(run, Arithmetic.SERVED), chooses_experts(run.subject.folder))
+    return (*_levels(run, pair), *pair.measure())
 
 
 def _require_interface(run: Run) -> str:
@@ -174,11 +188,12 @@ def _require_interface(run: Run) -> str:
     Raises:
         ParityError: onnxruntime cannot load it, or it has another interface.
     """
+    from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.measure import measured
 
     with run.progress.stage("interface"):
         try:
-            where = _open_graph(run, exact=False).where
+            where = _open_graph(run, Arithmetic.SERVED).where
         except ParityError as error:
             run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
@@ -209,21 +224,14 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
         return drawn, served.where
 
 
-def _levels(run: Run, model: Session, pair: Paired | None = None) -> tuple[Measurement, ...]:
-    """The parity levels against the original with the artifact's weights, which is released.
-
-    Args:
-        pair: The model, where it is a program with exact products beside the one that is served.
-    """
+def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
+    """The parity levels against the original with the artifact's weights, which is released."""
     from llmc.validate.parity import Parity
 
-    parity = Parity(model, run.own, run.plan)
-    large = is_large(run.subject.compiled)
-    levels = parity.measure()
-    least = 0.0 if pair is None else pair.rounded
-    levels = allow_own_rounding(run.subject, run.own, parity, levels, large, least)
+    parity, large = Parity(model, run.own, run.plan), is_large(run.subject.compiled)
+    levels = allow_own_rounding(run.subject, run.own, parity, parity.measure(), large)
     run.own.release()
-    return levels if pair is None else pair.allow(levels)
+    return levels
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:

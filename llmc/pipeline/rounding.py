@@ -71,7 +71,6 @@ def allow_own_rounding(
     parity: Parity,
     levels: Sequence[Measurement],
     large: bool,
-    least: float = 0.0,
 ) -> tuple[Measurement, ...]:
     """The parity levels, with what the original's own rounding explains where one of them misses its bound.
 
@@ -79,13 +78,12 @@ def allow_own_rounding(
         own: The original with the artifact's weights.
         parity: What measured them.
         large: Whether the original is streamed, so that each question costs a pass over its weights.
-        least: Logits up to which no position needs an explanation, whatever the gates say.
     """
     from llmc.validate.stability import allow_rounding
 
     if large:
         return tuple(levels)
-    bounds = {gate.metric: max(gate.max, least) for gate in subject.target.gates if gate.max is not None}
+    bounds = {gate.metric: gate.max for gate in subject.target.gates if gate.max is not None}
     return allow_rounding(levels, bounds, parity.differences, parity.plan.all_passes(), own)
 
 

@@ -49,7 +49,7 @@ ROWS, ROW_STEPS = 4, 6
 SHORT_ROWS = 20
 #: How far a prompt goes beyond a sliding window, at most.
 WINDOW_EXCESS = 64
-#: Single steps at the end of the long sequence, where the KV cache is narrower than the logits.
+#: Single steps at the end of the long sequence, where attention rounds.
 CACHE_STEPS = 128
 
 
@@ -65,6 +65,7 @@ class Ground:
         switches: Lengths beyond which the original computes otherwise; both sides of each are looked at.
         lengths: Further lengths to look around.
         rows: Most rows of a batch that the artifact takes; None for any number.
+        compiled: Whether compiled kernels compute attention.
     """
 
     interface: Interface
@@ -74,6 +75,7 @@ class Ground:
     switches: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     rows: int | None = None
+    compiled: bool = False
 
     @property
     def limit(self) -> int:
@@ -93,8 +95,10 @@ class Ground:
         return {"any": ("left", "right"), "none": ()}.get(side, (side,))
 
     @property
-    def narrow(self) -> bool:
-        """Whether keys or values are stored in fewer bytes than logits are computed in."""
+    def rounds_attention(self) -> bool:
+        """Whether attention rounds keys and values, or they are stored in fewer bytes than logits have."""
+        if self.compiled:
+            return True
         if self.interface.static_cache:  # one type for all of it
             return False
         specs = (*self.interface.inputs, *self.interface.outputs)
@@ -251,9 +255,11 @@ class _Planner:
         return (*runs, *((at + 1, min(2, total - at - 1)) for at in switches))
 
     def _cache_steps(self, total: int) -> int:
-        """Steps at the end that show what a narrow cache loses."""
+        """Steps at the end that show what attention loses as it is served."""
+        if not self.ground.rounds_attention:
+            return 0
         fits = CACHE_STEPS * self.ground.costs.run(1, total) <= STEPS * self.budget
-        return min(CACHE_STEPS if fits else CACHE_STEPS // 4, total - 1) if self.ground.narrow else 0
+        return min(CACHE_STEPS if fits else CACHE_STEPS // 4, total - 1)
 
     def _around(self, window: int, total: int) -> tuple[int, ...]:
         beyond = window + 1 + min(window // 2, WINDOW_EXCESS)

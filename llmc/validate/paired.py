@@ -1,4 +1,4 @@
-"""The program that is served beside the same program with exact products, over the same inputs.
+"""The program that is served beside the same program in float32, over the same inputs.
 
 Compiled kernels round activations to 8 bits, which moves every logit at every position by about as much. A
 fault of a kernel moves the logits at some positions, for instance after pieces of one length, or those of
@@ -6,7 +6,6 @@ some tokens, for instance the last ones of the vocabulary. The difference of the
 measured in its size, and in how evenly it is spread.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from llmc.graph.interface import Interface
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 from llmc.validate.session import Session
-from llmc.validate.stability import LEVELS
 
 Array = np.ndarray
 
@@ -31,10 +29,6 @@ METRICS = (
     Metric.ROUNDING_POSITION_RATIO,
     Metric.ROUNDING_TOKEN_RATIO,
 )
-#: What the exact program still rounds, as a share of the standard deviation of the logits, by the type of
-#: its KV cache: attention takes queries, keys and weights of a tile as codes of 12 and 13 bits, whatever the
-#: cache. Measured on the demo and on eight tiny models: up to 0.0023, 0.0063 and 0.19.
-_SHARES = {"float32": 0.01, "float16": 0.015, "int8": 0.35}
 #: Positions with as many tokens in their call that make a median.
 _LEAST = 4
 _CHOICES = frozenset({"TopK", "MoE", "QMoE"})
@@ -47,7 +41,7 @@ class Paired:
     """A session of the exact program that gives the served program the same inputs and keeps the differences.
 
     Args:
-        exact: The program with exact products, whose logits are returned.
+        exact: The program in float32, whose logits are returned.
         served: The program as it is served.
         routed: Whether a router chooses experts: rounding decides near ties, which moves single positions by
             far more than others, so that positions are compared by the number of tokens in their call.
@@ -59,7 +53,6 @@ class Paired:
     _kl: list[float] = field(default_factory=list)
     _noise: list[float] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
-    _spreads: list[float] = field(default_factory=list)
     _by_token: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
@@ -98,7 +91,7 @@ class Paired:
         noise = self._by_position()
         tokens = np.sqrt(self._by_token / len(self._noise))
         median = float(np.median(self._noise))
-        detail = f"{len(self._kl)} positions, the program as it is served beside the one with exact products"
+        detail = f"{len(self._kl)} positions, the program as it is served beside the one in float32"
         told = f"{detail}; the difference of logits without its mean, over their standard deviation"
         each = "each number of tokens in a call" if self.routed else "each position"
         return (
@@ -121,36 +114,6 @@ class Paired:
         groups = [noise[counts == count] for count in np.unique(counts)]
         return np.array([np.median(group) for group in groups if len(group) >= _LEAST])
 
-    @property
-    def rounded(self) -> float:
-        """Logits by which the exact program may differ from the original, since attention rounds."""
-        return _SHARES[self._cache_type()] * float(np.mean(self._spreads)) if self._spreads else 0.0
-
-    def allow(self, levels: Sequence[Measurement]) -> tuple[Measurement, ...]:
-        """The parity levels, with what the exact program itself rounds as their tolerance.
-
-        It is proportional to the standard deviation of the logits of a position, the mean over all of them.
-        """
-        if not self._spreads:
-            return tuple(levels)
-        kind, rounded = self._cache_type(), self.rounded
-        told = (
-            f"logits have a standard deviation of {float(np.mean(self._spreads)):.2g}, of which attention "
-            f"over a {kind} cache rounds up to {_SHARES[kind]:g}: {rounded:.2g}"
-        )
-        return tuple(
-            m.model_copy(
-                update={"tolerance": max(m.tolerance or 0.0, rounded), "detail": f"{m.detail}; {told}"}
-            )
-            if m.metric in LEVELS and m.value is not None
-            else m
-            for m in levels
-        )
-
-    def _cache_type(self) -> str:
-        pasts = {name for slot in self.interface.cache for name in (slot.past_key, slot.past_value)}
-        return next((spec.dtype for spec in self.interface.inputs if spec.name in pasts), "float32")
-
     def _compare(self, tokens: int, exact: Array, served: Array, real: Array | None) -> None:
         """Keep the differences at the positions that are `real`, at all of them where it is None.
 
@@ -159,9 +122,7 @@ class Paired:
             exact, served: Logits, (batch, positions, vocabulary).
         """
         if exact.shape != served.shape:
-            raise ParityError(
-                f"served logits have shape {served.shape}, those of exact products {exact.shape}"
-            )
+            raise ParityError(f"served logits have shape {served.shape}, those in float32 {exact.shape}")
         pair = [x.reshape(-1, x.shape[-1]) if real is None else x[real] for x in (exact, served)]
         if len(self._by_token) == 0:
             self._by_token = np.zeros(exact.shape[-1])
@@ -178,7 +139,6 @@ class Paired:
         squares = np.square(moved / np.maximum(spread, np.finfo(np.float32).tiny)[:, None])
         self._kl += (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).tolist()
         self._noise += np.sqrt(squares.mean(axis=1, dtype=np.float64)).tolist()
-        self._spreads += spread.tolist()
         self._by_token += squares.sum(axis=0, dtype=np.float64)
 
 

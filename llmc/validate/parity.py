@@ -11,8 +11,7 @@ import numpy as np
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.coverage import Coverage
-from llmc.validate.distribution import log_softmax
-from llmc.validate.measure import measure, measured, require_comparable, unmeasured
+from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.positions import WINDOW_STEPS, Plan, ReferencePass
 from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Advance, Reference, quietly
@@ -21,7 +20,6 @@ from llmc.validate.stability import Difference
 
 Array = np.ndarray
 
-CACHE = (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)
 DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
 #: Parts of the context that the report gives the largest difference of.
 PARTS = 16
@@ -59,10 +57,9 @@ class Parity:
     def measure(self) -> tuple[Measurement, ...]:
         """All levels, each on its own; a level is NaN if the artifact breaks in it."""
         where = self.model.where
-        cache = CACHE if self.plan.cache_steps else ()
         return (
             *measure((Metric.PREFILL_MAX_ABS,), where, self.prefill),
-            *measure((Metric.CHUNKS_MAX_ABS, *DECODE, *cache), where, self.over_one_cache),
+            *measure((Metric.CHUNKS_MAX_ABS, *DECODE), where, self.over_one_cache),
             *measure((Metric.RAGGED_MAX_ABS,), where, self.ragged),
             *measure((Metric.WINDOW_MAX_ABS,), where, self.window),
             self._coverage.measure(self.plan, where),
@@ -83,7 +80,7 @@ class Parity:
         return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)
 
     def over_one_cache(self) -> tuple[Measurement, ...]:
-        """The levels of pieces, of single steps, and of steps over a cache narrower than the logits.
+        """The levels of pieces and of single steps.
 
         The long sequence is run once in pieces. Its cache is rewound for every further piece and step.
         """
@@ -97,7 +94,6 @@ class Parity:
         state = self.model.state()
         return (
             *measure((Metric.CHUNKS_MAX_ABS,), where, lambda: self._chunks(walked, state)),
-            *(measure(CACHE, where, lambda: self._cache(state)) if plan.cache_steps else ()),
             *measure(DECODE, where, lambda: self._decode(state)),
         )
 
@@ -144,28 +140,6 @@ class Parity:
         return (
             self._worst(DECODE[0], found, detail),
             measured(DECODE[1], share, f"{detail}; {len(equal):,} steps", self.model.where),
-        )
-
-    def _cache(self, state: Any) -> tuple[Measurement, ...]:
-        """KL divergence over the last single steps of the long sequence.
-
-        The original has nothing rounded but the artifact's weights, so that all that a narrow cache loses is
-        in it, and whatever else the artifact rounds.
-        """
-        plan, total, where = self.plan, len(self.plan.tokens), self.model.where
-        start = total - plan.cache_steps
-        self.model.rewind(state, start)
-        kl = []
-        for at in range(start, total):
-            logits = self.model.decode(plan.tokens[None, at : at + 1])[0, -1]
-            expected = self._answers[plan.history(plan.first)][at]
-            require_comparable(logits, expected.shape, f"position {at}")
-            p, q = log_softmax(expected), log_softmax(logits)
-            kl.append(float((np.exp(p) * (p - q)).sum(dtype=np.float64)))
-        detail = f"{plan.cache_steps} steps after {start} tokens, the original with the artifact's weights"
-        return (
-            measured(CACHE[0], float(np.mean(kl)), detail, where),
-            measured(CACHE[1], max(kl), detail, where),
         )
 
     def ragged(self) -> tuple[Measurement, ...]:

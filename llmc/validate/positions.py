@@ -87,7 +87,7 @@ class Plan:
         windows: Sliding windows within the long sequence, and prompts around each.
         unreached: Sliding windows and other lengths that the budget does not reach.
         batches: Ragged batches; none where the model takes one row.
-        cache_steps: Single steps at the end of the long sequence over a narrow cache.
+        cache_steps: Single steps at the end of the long sequence, where attention rounds as it is served.
         vocabulary: Token ids that there are.
         sides: Sides on which the rows of a batch may be padded; none where they must be of equal length.
         without_batches, without_windows: Why there is none.

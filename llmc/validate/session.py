@@ -11,9 +11,8 @@ import numpy as np
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import Interface, TensorSpec
-from llmc.graph.model import COMPILED, COMPILED_EXACT
 from llmc.graph.runtimes import load_onnxruntime
-from llmc.validate.stacks import in_float32
+from llmc.validate.arithmetic import Arithmetic, compute_in
 
 Array = np.ndarray
 
@@ -78,9 +77,7 @@ class OrtModel:
         interface: What the graph takes and gives.
         threads: Intra-op threads; None leaves it to onnxruntime.
         share_buffer: Shared mode; only graphs of GroupQueryAttention allow it.
-        exact: Compute products with quantized weights in float32 whatever the graph asks for, so that
-            what is left of a difference is not the rounding of activations (`accuracy_level` of
-            com.microsoft MatMulNBits).
+        arithmetic: What the graph is computed in; its interface is then that of this session.
         profile: Where onnxruntime writes how long each kernel took, as the beginning of a file's name.
 
     Raises:
@@ -97,11 +94,16 @@ class OrtModel:
         *,
         threads: int | None,
         share_buffer: bool,
-        exact: bool = False,
+        arithmetic: Arithmetic = Arithmetic.SERVED,
         profile: Path | None = None,
     ) -> None:
+        def edit(model: Any) -> None:
+            nonlocal interface
+            interface = compute_in(arithmetic, model, interface)
+
+        served = arithmetic is Arithmetic.SERVED
         ort, self._session, self.where = open_session(
-            folder, threads, edit=with_exact_products if exact else None, profile=profile
+            folder, threads, edit=None if served else edit, profile=profile
         )
         self._opened = (folder, threads)
         self._ort = ort
@@ -300,20 +302,6 @@ def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
     )
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
-
-
-def with_exact_products(model: Any) -> None:
-    """Make products with quantized weights compute in float32 in all of an `onnx_ir.Model`, in place."""
-    import onnx_ir as ir
-
-    for node in list(model.graph.all_nodes()):
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-        elif node.op_type == "QMoE":
-            in_float32(node)
-        elif node.domain == COMPILED:
-            node.domain = COMPILED_EXACT
-            model.graph.opset_imports[COMPILED_EXACT] = 1
 
 
 def shares_buffer(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
 from llmc.graph.runtimes import load_onnxruntime
-from llmc.validate.session import with_exact_products
+from llmc.validate.arithmetic import Arithmetic, compute_in
 
 Array = np.ndarray
 
@@ -72,7 +72,7 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
 
     ort = load_onnxruntime()
     exact = ir.load(folder / MODEL)
-    with_exact_products(exact)
+    interface = compute_in(Arithmetic.EXACT, exact, interface)
     model = ir.to_proto(exact)
     known = {output.name for output in model.graph.output}
     names = _computed(model.graph)

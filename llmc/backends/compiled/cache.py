@@ -7,12 +7,12 @@ import onnx_ir as ir
 from llmc.backends.compiled.operands import MICROSOFT, dims_of
 from llmc.config import CacheType
 from llmc.errors import KernelError
-from llmc.graph.interface import CacheSlot
+from llmc.graph.interface import SCALE_BYTES, CacheSlot
 from llmc.graph.model import Graph
 
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
-#: Elements of a row besides its numbers: an int8 row ends in a float32, its scale (llmc/kernels/cache.h).
-_EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: 4}
+#: Elements of a row besides its numbers.
+_EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: SCALE_BYTES}
 
 
 def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: Mapping[ir.Node, str]) -> None:

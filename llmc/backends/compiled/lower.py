@@ -18,12 +18,12 @@ from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import MICROSOFT, dims_of, width_of
-from llmc.backends.compiled.program import Program
+from llmc.backends.compiled.program import Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
-from llmc.graph.model import COMPILED, PACKED, Graph
+from llmc.graph.model import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, PACKED, Graph
 
 #: The library's name inside of an artifact.
 LIBRARY = "kernels.so"
@@ -31,6 +31,8 @@ LIBRARY = "kernels.so"
 SAME_TOKENS = 8
 
 _CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
+#: Domain of the operators of each variant of the regions.
+_DOMAINS: dict[Variant, str] = {"served": COMPILED, "products": COMPILED_PRODUCTS, "exact": COMPILED_EXACT}
 _SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
 #: Tokens of a sequence that go on from where one is chosen.
 _CHOSEN = "~3"
@@ -126,9 +128,10 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
     if not builders:
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(_left(graph.graph, reasons)))
         raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
+    texts: dict[Variant, list[str]] = {"exact": _region_texts(builders, "exact")}
     if cache is not CacheType.FLOAT32:
         narrow_cache(graph, cache, {past for b in builders for past in b.pasts.values()}, reasons)
-    texts = [_region_text(builder, index) for index, builder in enumerate(builders)]
+    texts |= {variant: _region_texts(builders, variant) for variant in ("served", "products")}
     replaced_by: dict[ir.Value, ir.Value] = {}
     for index, builder in enumerate(builders):
         _replace(graph.graph, builder, f"Region{index}", replaced_by)
@@ -198,39 +201,39 @@ def _drop_unread(graph: ir.Graph) -> None:
 # The generated source
 
 
-def _region_text(builder: RegionBuilder, index: int) -> str:
+def _region_texts(builders: Sequence[RegionBuilder], variant: Variant) -> list[str]:
+    """The text of each region as a variant computes it, over the cache that the graph has now."""
+    return [_region_text(builder, f"{variant}_{index}", variant) for index, builder in enumerate(builders)]
+
+
+def _region_text(builder: RegionBuilder, name: str, variant: Variant) -> str:
+    program = builder.program.variant(variant)
     values = [*builder.inputs, *builder.weights]
     types = ", ".join(str(int(v.dtype or ir.DataType.UNDEFINED)) for v in values)
     extents = ", ".join(_extent_text(v) for v in [*values, *builder.outputs])
     outputs = ",\n  ".join(_output_text(builder, value) for value in builder.outputs)
-    shared = sorted({o.shared for o in builder.program.operations if o.shared})
+    shared = sorted({o.shared for o in program.operations if o.shared})
     position = {value: i for i, value in enumerate(values)}
     rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
     total = position[builder.total] if builder.total is not None else -1
     chosen = position[builder.chosen] if builder.chosen is not None else -1
     choice = position[builder.choice] if builder.choice is not None else -1
-    programs = {"": builder.program, "exact_": builder.program.with_exact_products()}
-    tables = [_program_text(program, f"{kind}ops_{index}") for kind, program in programs.items()]
-    regions = [
-        f"""#define {kind.upper()}REGION_{index} {{ \\
-  "Region{index}", types_{index}, extents_{index}, {len(values)}, outputs_{index}, \\
-  {len(builder.outputs)}, {kind}ops_{index}, {len(program.operations)}, \\
-  {len(builder.inputs)}, {rows_from}, {total}, {chosen}, {choice}, {kind}ops_{index}_width, \\
-  {kind}ops_{index}_scratch, shared_{index}}}"""
-        for kind, program in programs.items()
-    ]
     return f"""
-constexpr int32_t types_{index}[] = {{{types}}};
-constexpr Extent extents_{index}[] = {{{extents}}};
-constexpr Output outputs_{index}[] = {{
+constexpr int32_t types_{name}[] = {{{types}}};
+constexpr Extent extents_{name}[] = {{{extents}}};
+constexpr Output outputs_{name}[] = {{
   {outputs}}};
-{"".join(tables)}size_t shared_{index}(const Run& run) {{
+{_program_text(program, f"ops_{name}")}size_t shared_{name}(const Run& run) {{
   (void)run;
   size_t most = 0;
   for (size_t size : {{size_t{{0}}{"".join(f", {s}" for s in shared)}}}) most = size > most ? size : most;
   return most;
 }}
-{chr(10).join(regions)}
+#define REGION_{name} {{ \\
+  "Region{name.rpartition("_")[2]}", types_{name}, extents_{name}, {len(values)}, outputs_{name}, \\
+  {len(builder.outputs)}, ops_{name}, {len(program.operations)}, \\
+  {len(builder.inputs)}, {rows_from}, {total}, {chosen}, {choice}, ops_{name}_width, \\
+  ops_{name}_scratch, shared_{name}}}
 """
 
 
@@ -263,13 +266,16 @@ def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
     return f"{{{int(value.dtype or 0)}, {len(dims)}, {{{', '.join(texts)}}}, {past}}}"
 
 
-def _source(builders: Sequence[RegionBuilder], texts: Sequence[str]) -> str:
+def _source(builders: Sequence[RegionBuilder], texts: Mapping[Variant, Sequence[str]]) -> str:
     functions = {name: body for b in builders for name, body in b.program.functions.items()}
     rows = "\n".join(
         f"void {name}(const Run& run, const Op& op, int64_t row) {{ {body} }}"
         for name, body in sorted(functions.items())
     )
-    regions, exact = (", ".join(f"{kind}REGION_{i}" for i in range(len(texts))) for kind in ("", "EXACT_"))
+    variants = sorted(texts, key=list(_DOMAINS).index)
+    tables = {v: ", ".join(f"REGION_{v}_{i}" for i in range(len(builders))) for v in variants}
+    regions = "\n".join(f"const Region {v}_regions[] = {{{table}}};" for v, table in tables.items())
+    domains = ", ".join(f'{{"{_DOMAINS[variant]}", {variant}_regions}}' for variant in variants)
     return f"""#include <initializer_list>
 
 #include "attention.h"
@@ -285,15 +291,16 @@ constexpr size_t most(std::initializer_list<size_t> sizes) {{
   return found;
 }}
 {rows}
-{"".join(texts)}
+{"".join(text for variant in variants for text in texts[variant])}
+{regions}
 }}  // namespace
 }}  // namespace llmc
 
 using namespace llmc;
 extern "C" {{
-extern const Region llmc_regions[] = {{{regions}}};
-extern const Region llmc_exact_regions[] = {{{exact}}};
-extern const int32_t llmc_region_count = {len(texts)};
+extern const Domain llmc_domains[] = {{{domains}}};
+extern const int32_t llmc_domain_count = {len(variants)};
+extern const int32_t llmc_region_count = {len(builders)};
 }}
 """
 

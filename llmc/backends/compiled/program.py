@@ -1,12 +1,15 @@
 """A region's program: operations over places in a workspace, and its C++ text (llmc/kernels/program.h)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 LANES = 16
 
 Space = Literal["kTokens", "kLast"]
+
+#: How a region is computed: as it is served; with products in float32; with the KV cache and attention too.
+Variant = Literal["served", "products", "exact"]
 
 
 @dataclass(eq=False)
@@ -68,7 +71,7 @@ class Operation:
         kind: Done row by row, or in chunks of its own making.
         fields: Members of `llmc::Op` by name, functions as C++ text.
         scratch, shared: C++ expressions for the memory it needs of each thread, and of all together.
-        exact: What replaces it in the program with exact products; None where that program has it too.
+        instead: What replaces it in programs of other variants, by variant; the others have it too.
     """
 
     kind: Literal["row", "chunk"]
@@ -76,7 +79,7 @@ class Operation:
     fields: Fields
     scratch: str | None = None
     shared: str | None = None
-    exact: "Sequence[Operation] | None" = None
+    instead: "Mapping[Variant, Sequence[Operation]]" = field(default_factory=dict)
 
     def buffers(self) -> list[Buffer]:
         places = [v for v in self.fields.values() if isinstance(v, Place)]
@@ -101,17 +104,17 @@ class Program:
     operations: list[Operation] = field(default_factory=list)
     functions: dict[str, str] = field(default_factory=dict)
 
-    def with_exact_products(self) -> "Program":
-        """The same program with activations that are not rounded for products.
+    def variant(self, variant: Variant) -> "Program":
+        """The same program as another variant has it.
 
-        Both programs share their buffers: `lay_out` the one whose text is made next.
+        All share their buffers: `lay_out` the one whose text is made next.
         """
-        exact = [
+        made = [
             replacement
             for operation in self.operations
-            for replacement in ((operation,) if operation.exact is None else operation.exact)
+            for replacement in operation.instead.get(variant, (operation,))
         ]
-        return Program(exact, self.functions)
+        return Program(made, self.functions)
 
     def lay_out(self) -> int:
         """Give every buffer its columns; returns the width of the workspace.

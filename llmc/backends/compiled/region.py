@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -34,6 +34,7 @@ from llmc.backends.compiled.program import (
     Program,
     Space,
     Tensor,
+    Variant,
 )
 from llmc.config import CacheType
 from llmc.graph.weights import LazyWeight, WeightGroup
@@ -247,10 +248,11 @@ class RegionBuilder:
         activation = self._quantize(place, layout, parts)
         common: Fields = {"weight": weight, "n": layout.n, "out": self.make(output, layout.n, space)}
         functions: Fields = {f: f"{kind}::{f}" for f in ("chunks", "chunk", "ahead")}
-        exact = _exact_product(kind, {**common, "a": place}, space)
+        exact = (_exact_product(kind, {**common, "a": place}, space),)
         fields: Fields = {**functions, **common, "a": activation}
-        scratch = f"{kind}::scratch"
-        self.program.operations.append(Operation("chunk", space, fields, scratch, exact=(exact,)))
+        self.program.operations.append(
+            Operation("chunk", space, fields, f"{kind}::scratch", instead={"products": exact, "exact": exact})
+        )
 
     def _quantize(self, place: Place, layout: PackedLayout, parts: int) -> Place:
         key = (place, layout.block, parts)
@@ -259,7 +261,8 @@ class RegionBuilder:
             out = self.temporary(width, place.space)
             row = f"quantize_row<{layout.k}, {layout.block}, {parts}, {out.stride}>"
             fields: Fields = {"row": row, "a": place, "out": out}
-            self.program.operations.append(Operation("row", place.space, fields, exact=()))
+            instead: dict[Variant, tuple[()]] = {"products": (), "exact": ()}
+            self.program.operations.append(Operation("row", place.space, fields, instead=instead))
             self._quantized[key] = out
         return self._quantized[key]
 
@@ -325,7 +328,6 @@ class RegionBuilder:
             if shift is not None:
                 fields["shift"] = self.input(shift)
         geometry = f"{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}"
-        kind = f"Attention<{geometry}, {ROWS[self.cache]}>"
         caches = [self.input(past_key), self.input(past_value)]
         for past, present in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
             self.pasts[present] = past
@@ -334,7 +336,7 @@ class RegionBuilder:
         self.input(self.total)
         scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 0.0
         softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
-        common = {
+        common: Fields = {
             **fields,
             "cache": Caches(tuple(caches)),
             "lengths": self.input(given(node.inputs[5])),
@@ -344,20 +346,31 @@ class RegionBuilder:
         }
         turned = self.temporary(heads * width, "kTokens")
         output = self.make(node.outputs[0], heads * width, "kTokens")
-        chunk = {"chunks": f"{kind}::carry_chunks", "chunk": f"{kind}::carry", "check": f"{kind}::check"}
-        emit = self.program.operations.append
-        emit(Operation("chunk", "kTokens", {**common, **chunk}))
-        emit(
-            Operation(
-                "row",
-                "kTokens",
-                {**common, "row": f"{kind}::append", "a": query, "b": key, "c": value, "out": turned},
-            )
+        served, exact = (
+            _attention(f"Attention<{geometry}, {kind}>", common, (query, key, value), turned, output)
+            for kind in (f"{ROWS[self.cache]}, Tile", f"{ROWS[CacheType.FLOAT32]}, ExactTile")
         )
-        chunk = {"chunks": f"{kind}::chunks", "chunk": f"{kind}::chunk"}
-        work = {**common, **chunk, "a": turned, "out": output}
-        emit(Operation("chunk", "kTokens", work, scratch=f"{kind}::scratch", shared=f"{kind}::shared(run)"))
-        emit(Operation("row", "kTokens", {**common, "row": f"{kind}::combine", "out": output}))
+        for operation, replacement in zip(served, exact, strict=True):
+            instead: dict[Variant, tuple[Operation]] = {"exact": (replacement,)}
+            self.program.operations.append(replace(operation, instead=instead))
+
+
+def _attention(
+    kind: str, common: Fields, operands: tuple[Place, Place, Place], turned: Place, output: Place
+) -> tuple[Operation, ...]:
+    """Attention of the C++ type `kind`: over `operands`, query, key and value, by `turned`, to `output`."""
+    query, key, value = operands
+    carry: Fields = {"chunks": f"{kind}::carry_chunks", "chunk": f"{kind}::carry", "check": f"{kind}::check"}
+    append: Fields = {"row": f"{kind}::append", "a": query, "b": key, "c": value, "out": turned}
+    work: Fields = {"chunks": f"{kind}::chunks", "chunk": f"{kind}::chunk", "a": turned, "out": output}
+    combine: Fields = {"row": f"{kind}::combine", "out": output}
+    scratch, shared = f"{kind}::scratch", f"{kind}::shared(run)"
+    return (
+        Operation("chunk", "kTokens", {**common, **carry}),
+        Operation("row", "kTokens", {**common, **append}),
+        Operation("chunk", "kTokens", {**common, **work}, scratch, shared),
+        Operation("row", "kTokens", {**common, **combine}),
+    )
 
 
 def _matmul_type(layout: PackedLayout, parts: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
 from llmc.backends.toolchain import find_compiler
@@ -16,6 +17,7 @@ from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import Graph
+from llmc.validate.arithmetic import Arithmetic, compute_in
 from tests.backends.compiled.graphs import (
     MICROSOFT,
     Array,
@@ -113,8 +115,16 @@ def attention_graph(sinks: bool = False) -> Graph:
 
 @dataclass
 class Kernels:
+    """A session.
+
+    Args:
+        cache: Type of its keys and values.
+        exact: Whether it is the one that rounds nothing.
+    """
+
     cache: CacheType
     session: object
+    exact: bool = False
 
     @property
     def extra(self) -> int:
@@ -129,7 +139,11 @@ class Kernels:
     def integers(self, layer: Layer, sequence: int) -> bool:
         """Whether queries are rounded to 8 bits: few of them, heads as wide as whole registers."""
         few = sequence <= 8 and sequence * layer.heads // layer.kv_heads <= 64
-        return self.cache is CacheType.INT8 and layer.width % 64 == 0 and few
+        return self.cache is CacheType.INT8 and layer.width % 64 == 0 and few and not self.exact
+
+    def codes(self, sequence: int) -> bool:
+        """Whether queries, keys, values and weights are rounded to 12 and 13 bits: many queries."""
+        return sequence > SAME_TOKENS and not self.exact
 
     def numbers(self, rows: Array) -> Array:
         """What rows of the cache stand for."""
@@ -153,13 +167,19 @@ class Kernels:
 
 #: float32 is what the tests of whole decoders run with.
 NARROW = (CacheType.FLOAT16, CacheType.INT8)
-SETS = [(usable_sets()[0], CacheType.FLOAT32), *((isa, cache) for isa in usable_sets() for cache in NARROW)]
+SERVED, PRODUCTS, EXACT = Arithmetic
+SETS = [
+    (usable_sets()[0], CacheType.FLOAT32, SERVED),
+    *((isa, cache, SERVED) for isa in usable_sets() for cache in NARROW),
+    *((isa, cache, EXACT) for isa in usable_sets() for cache in NARROW),
+    *((usable_sets()[0], cache, PRODUCTS) for cache in NARROW),
+]
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda p: f"{p[0].name}-{p[1].value}")
+@pytest.fixture(scope="module", params=SETS, ids=lambda p: f"{p[0].name}-{p[1].value}-{p[2].value}")
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     isa: InstructionSet
-    isa, cache = request.param
+    isa, cache, arithmetic = request.param
     folder = tmp_path_factory.mktemp("attention")
     graph = attention_graph()
     made = write_compiled(graph, folder, isa, cache)
@@ -167,7 +187,12 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert {slot.key_width - layer.width for slot, layer in zip(graph.cache, LAYERS, strict=True)} == {
         SCALE if cache is CacheType.INT8 else 0
     }
-    return Kernels(cache, open_session(folder, threads=2))
+    if arithmetic is not SERVED:
+        model = ir.load(folder / MODEL)
+        compute_in(arithmetic, model, graph.interface())
+        ir.save(model, folder / MODEL)
+    held = CacheType.FLOAT32 if arithmetic is EXACT else cache
+    return Kernels(held, open_session(folder, threads=2), exact=arithmetic is EXACT)
 
 
 def rotated(layer: Layer, x: Array, positions: Array) -> Array:
@@ -266,10 +291,10 @@ def compare(
         keys, values = (kernels.numbers(x) for x in presents)
         if not kernels.integers(layer, sequence):
             expected = attend(layer, q, keys, values, seen)
-            if sequence <= SAME_TOKENS:
-                np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
-            else:  # codes of 12 and 13 bits
+            if kernels.codes(sequence):
                 assert np.linalg.norm(out - expected) <= 1e-3 * np.linalg.norm(expected)
+            else:
+                np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-5 * scale)
             continue
         # The reference rounds a number of the query that lies on a border now and then to the other side.
         expected = attend(layer, kernels.rounded(q), keys, values, seen)
@@ -323,8 +348,8 @@ def test_extremes(kernels: Kernels, name: str, sequence: int) -> None:
     for i, layer in enumerate(LAYERS):
         value = kernels.rounded(EXTREMES[name](layer.width).astype(np.float32)[None])[0]
         expected = np.tile(value, (1, sequence, layer.heads))
-        # Many queries go over values as codes of 12 bits, of nothing below 2**-72.
-        rounding = 1e-42 if sequence <= SAME_TOKENS else np.abs(value).max() * 2.0**-12 + 2.0**-72
+        # Codes of 12 bits are of nothing below 2**-72.
+        rounding = np.abs(value).max() * 2.0**-12 + 2.0**-72 if kernels.codes(sequence) else 1e-42
         np.testing.assert_allclose(found[3 * i], expected, rtol=2e-6, atol=rounding)
 
 

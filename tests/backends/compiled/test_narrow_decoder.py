@@ -16,10 +16,11 @@ from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.validate.drawing import CACHE_STEPS
+from llmc.validate.served_attention import measure_cache
 from llmc.validate.session import OrtModel
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
-from tests.validate.levels import parity_of, plan_of
+from tests.validate.levels import plan_of
 
 CACHES = (CacheType.FLOAT32, CacheType.INT8)
 
@@ -105,9 +106,8 @@ class Forgetful(OrtModel):
 
 def cache_loss(model: OrtModel, wide: Path) -> dict[Metric, Measurement]:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 300)
-    parity = parity_of(model, Served(opened(wide)), tokens)  # type: ignore[arg-type]
-    found = {m.metric: m for m in parity.over_one_cache()}
-    return {metric: found[metric] for metric in (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)}
+    plan = plan_of(model.interface, tokens)
+    return {m.metric: m for m in measure_cache(model, Served(opened(wide)), plan)}  # type: ignore[arg-type]
 
 
 def test_what_the_cache_loses_is_measured(artifacts: tuple[Path, Path]) -> None:
