@@ -39,6 +39,7 @@ class Metric(StrEnum):
     CACHE_KL_MEAN = "cache.kl_mean"
     CACHE_KL_MAX = "cache.kl_max"
     ROUNDING_KL_MEAN = "rounding.kl_mean"
+    ROUNDING_KL_RATIO = "rounding.kl_ratio"
     ROUNDING_NOISE_RATIO = "rounding.noise_ratio"
     ROUNDING_POSITION_RATIO = "rounding.position_ratio"
     ROUNDING_TOKEN_RATIO = "rounding.token_ratio"
@@ -113,6 +114,7 @@ DEFINITIONS = {
     Metric.CACHE_KL_MEAN: Definition("nats per token", Better.LESS),
     Metric.CACHE_KL_MAX: Definition("nats per token", Better.LESS),
     Metric.ROUNDING_KL_MEAN: Definition("nats per token", Better.LESS),
+    Metric.ROUNDING_KL_RATIO: Definition("", Better.LESS),
     Metric.ROUNDING_NOISE_RATIO: Definition("difference / standard deviation of the logits", Better.LESS),
     Metric.ROUNDING_POSITION_RATIO: Definition("worst position / median position", Better.LESS),
     Metric.ROUNDING_TOKEN_RATIO: Definition("worst token / median token", Better.LESS),

@@ -25,6 +25,7 @@ Array = np.ndarray
 
 METRICS = (
     Metric.ROUNDING_KL_MEAN,
+    Metric.ROUNDING_KL_RATIO,
     Metric.ROUNDING_NOISE_RATIO,
     Metric.ROUNDING_POSITION_RATIO,
     Metric.ROUNDING_TOKEN_RATIO,
@@ -52,6 +53,7 @@ class Paired:
     routed: bool = False
     _kl: list[float] = field(default_factory=list)
     _noise: list[float] = field(default_factory=list)
+    _weights: list[float] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
     _by_token: Array = field(default_factory=lambda: np.zeros(0))
 
@@ -96,22 +98,40 @@ class Paired:
         each = "each number of tokens in a call" if self.routed else "each position"
         return (
             measured(METRICS[0], float(np.mean(self._kl)), detail, self.where),
-            measured(METRICS[1], median, f"{told}, median of the positions", self.where),
-            measured(METRICS[2], _unevenness(noise, median), f"{told}, {each}", self.where),
+            measured(METRICS[1], self._kl_ratio(median), f"{detail}; over that of even noise", self.where),
+            measured(METRICS[2], median, f"{told}, median of the positions", self.where),
+            measured(METRICS[3], _unevenness(noise, median), f"{told}, {each}", self.where),
             measured(
-                METRICS[3],
+                METRICS[4],
                 _unevenness(tokens, float(np.median(tokens))),
                 f"{told}, each token; the worst is {tokens.argmax()}",
                 self.where,
             ),
         )
 
+    def _kl_ratio(self, median: float) -> float:
+        """Mean KL divergence over what noise of the median size would give at each of the positions.
+
+        With a router the largest of the medians of the calls with as many tokens.
+        """
+        even, found = np.square(median) * np.array(self._weights), np.array(self._kl)
+        if not found.any():
+            return 1.0
+        if not even.any():
+            return float("inf")
+        if not self.routed:
+            return float(found.mean() / even.mean())
+        return float(self._medians(found / np.maximum(even, np.finfo(np.float64).tiny)).max(initial=0.0))
+
     def _by_position(self) -> Array:
         """Noise of every position; with a router the medians of those whose calls had as many tokens."""
-        noise, counts = np.array(self._noise), np.array(self._tokens)
-        if not self.routed:
-            return noise
-        groups = [noise[counts == count] for count in np.unique(counts)]
+        noise = np.array(self._noise)
+        return self._medians(noise) if self.routed else noise
+
+    def _medians(self, values: Array) -> Array:
+        """Medians of the positions whose calls had as many tokens, where there are enough of them."""
+        counts = np.array(self._tokens)
+        groups = [values[counts == count] for count in np.unique(counts)]
         return np.array([np.median(group) for group in groups if len(group) >= _LEAST])
 
     def _compare(self, tokens: int, exact: Array, served: Array, real: Array | None) -> None:
@@ -139,6 +159,8 @@ class Paired:
         squares = np.square(moved / np.maximum(spread, np.finfo(np.float32).tiny)[:, None])
         self._kl += (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).tolist()
         self._noise += np.sqrt(squares.mean(axis=1, dtype=np.float64)).tolist()
+        # To second order, half the variance of the logits' change under the distribution itself.
+        self._weights += (np.square(spread) * (1 - np.square(np.exp(p)).sum(axis=1)) / 2).tolist()
         self._by_token += squares.sum(axis=0, dtype=np.float64)
 
 

@@ -44,6 +44,7 @@ def test_even_noise_has_its_size_and_ratios_near_one() -> None:
     found = pair(0.03)
     assert found[M.ROUNDING_NOISE_RATIO] == pytest.approx(0.03, rel=0.1)
     assert found[M.ROUNDING_KL_MEAN] == pytest.approx(0.03**2 / 2, rel=0.3)
+    assert found[M.ROUNDING_KL_RATIO] == pytest.approx(1.0, rel=0.2)
     assert 1 < (found[M.ROUNDING_POSITION_RATIO] or 0) < 2
     assert 1 < (found[M.ROUNDING_TOKEN_RATIO] or 0) < 2
 
@@ -54,14 +55,24 @@ def test_one_length_of_a_piece_that_is_wrong_stands_out(routed: bool) -> None:
     assert ratio < 2 if routed else ratio > 50  # with a router, of 112 positions 13 are no median
 
 
+@pytest.mark.parametrize("size", [0.01, 0.1])
+def test_a_few_positions_that_are_wrong_stand_out_in_divergence_whatever_the_noise(size: float) -> None:
+    assert (pair(size, 20.0)[M.ROUNDING_KL_RATIO] or 0) > 10
+
+
+@pytest.mark.parametrize(("worst", "low", "high"), [(1.0, 0.5, 2.0), (20.0, 0.5, 2.0)])
+def test_with_a_router_single_positions_do_not_count(worst: float, low: float, high: float) -> None:
+    assert low < (pair(0.03, worst, routed=True)[M.ROUNDING_KL_RATIO] or 0) < high
+
+
 def test_equal_programs_have_no_noise() -> None:
-    assert list(pair(0.0).values()) == [0.0, 0.0, 1.0, 1.0]
+    assert list(pair(0.0).values()) == [0.0, 1.0, 0.0, 1.0, 1.0]
 
 
 def test_padding_is_not_compared() -> None:
     made = Paired(Noisy(None, 0.0), Noisy(None, 0.03, 1e6))
     made.prefill(np.ones((1, 8), np.int64), np.array([[1] * 7 + [0]]), steps=0)
-    assert (made.measure()[2].value or 0) < 3
+    assert (made.measure()[3].value or 0) < 3
 
 
 def test_where_nothing_was_compared_every_figure_is_nan() -> None:
