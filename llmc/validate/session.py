@@ -254,6 +254,7 @@ def open_session(
     *,
     edit: Callable[[Any], None] | None = None,
     profile: Path | None = None,
+    arena: bool = True,
 ) -> tuple[Any, Any, str]:
     """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
 
@@ -261,6 +262,7 @@ def open_session(
         entries: Further configuration entries of the session.
         edit: Changes the graph, an `onnx_ir.Model`, before it is loaded.
         profile: As for `OrtModel`.
+        arena: Keep freed memory for the next step, which is faster where steps are short.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -273,6 +275,7 @@ def open_session(
         raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = arena
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     if profile is not None:

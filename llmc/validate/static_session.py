@@ -56,7 +56,9 @@ class StaticOrtModel(StaticSession):
             if slots is not None and interface.max_length is not None and slots < interface.max_length:
                 edit = partial(shorten_graph, interface=interface, slots=slots)
                 interface = shorten(interface, slots)
-            self._ort, self._session, where = open_session(folder, threads, _FOLD_WEIGHTS, edit=edit)
+            self._ort, self._session, where = open_session(
+                folder, threads, _FOLD_WEIGHTS, edit=edit, arena=False
+            )
         super().__init__(interface, f"{where}, {done}" if done else where, most=most)
         compare_signature("input", interface.inputs, self._session.get_inputs())
         compare_signature("output", interface.outputs, self._session.get_outputs())
