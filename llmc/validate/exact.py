@@ -18,6 +18,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
+from llmc.graph.mapped import MappedPages
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
 from llmc.validate.resemblance import find_strangers
@@ -59,12 +60,14 @@ def measure_tensors(
     Raises:
         ParityError: The graph, or the data of a tensor, cannot be read.
     """
-    stored = open_model(folder).graph.initializers
-    found = [*beside]
+    graph = open_model(folder).graph
+    stored = graph.initializers
+    found, pages = [*beside], MappedPages(graph)
     compared = len(found)
     for group in _groups(expected, calibrated):
         for name, difference in _compare_group(group, stored):
             compared += 1
+            pages.count(group.members[name].nbytes)
             if difference is not None:
                 found.append(f"{name} {difference}")
     found += find_strangers(folder, calibrated)

@@ -21,6 +21,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
+from llmc.graph.mapped import MappedPages
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.packed import open_packed
@@ -208,17 +209,29 @@ def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]
     except Exception as error:  # protobuf and onnx_ir raise whatever they do on a damaged file
         raise ParityError(f"{folder / MODEL} is not an ONNX model: {error}") from error
     _require_data(graph)
-    found = {}
+    found, pages, turner = {}, MappedPages(graph), _Turner()
     for name, rows in expected.items():
-        tensor = _find(graph, name)
+        tensor = _find(graph, name, turner)
         if tensor is None and any(other.startswith(f"{name}.") for other in graph.initializers):
             continue
         if tensor is None:
             raise ParityError(f"the artifact has no weight {name}")
         if tensor.shape not in (rows.shape, rows.shape[::-1]):
             raise ParityError(f"weight {name} has shape {tensor.shape}, the original's {rows.shape}")
-        found[name] = tensor if tensor.shape == rows.shape else _turned(tensor)
+        counted = _counted(tensor, pages)
+        found[name] = counted if counted.shape == rows.shape else turner.turn(counted)
     return found
+
+
+def _counted(tensor: Stored, pages: MappedPages) -> Stored:
+    """The same, whose pages do not stay in memory."""
+
+    def read(start: int, stop: int) -> Array:
+        values = tensor.read(start, stop)
+        pages.count(values.nbytes)
+        return values
+
+    return replace(tensor, read=read)
 
 
 def _require_data(graph: ir.Graph) -> None:
@@ -233,13 +246,13 @@ def _require_data(graph: ir.Graph) -> None:
             raise ParityError(f"{file} has {size:,} bytes, and weight {name} ends at byte {end:,}")
 
 
-def _find(graph: ir.Graph, name: str) -> Stored | None:
+def _find(graph: ir.Graph, name: str, turner: "_Turner") -> Stored | None:
     if name in graph.initializers:
         return _plain(graph.initializers[name])
     if (stored := _find_quantized(graph, name)) is not None:
         return stored
     turned = _find_quantized(graph, f"{name}.T")  # made of a matrix of (inputs, outputs)
-    return None if turned is None else _turned(turned)
+    return None if turned is None else turner.turn(turned)
 
 
 def _find_quantized(graph: ir.Graph, stem: str) -> Stored | None:
@@ -260,13 +273,29 @@ def _plain(value: ir.Value) -> Stored | None:
     return Stored(array.shape, lambda start, stop: np.atleast_1d(array)[start:stop].astype(np.float32))
 
 
-def _turned(tensor: Stored) -> Stored:
-    array = tensor.read(0, tensor.shape[0]).T
-    turned = Stored(array.shape, lambda start, stop: array[start:stop])
-    if tensor.steps is None:
-        return turned
-    steps = np.broadcast_to(tensor.steps(0, tensor.shape[0]), tensor.shape).T
-    return replace(turned, steps=lambda start, stop: steps[start:stop])
+class _Turner:
+    """Exchanges the axes of matrices. All of one is read for any part of it, and the last one is kept."""
+
+    def __init__(self) -> None:
+        self._values: tuple[Stored, Array] | None = None
+        self._steps: tuple[Stored, Array] | None = None
+
+    def turn(self, tensor: Stored) -> Stored:
+        count, shape = tensor.shape[0], tensor.shape
+        known_steps = tensor.steps
+
+        def read(start: int, stop: int) -> Array:
+            if self._values is None or self._values[0] is not tensor:
+                self._values = tensor, tensor.read(0, count).T
+            return self._values[1][start:stop]
+
+        def steps(start: int, stop: int) -> Array:
+            assert known_steps is not None
+            if self._steps is None or self._steps[0] is not tensor:
+                self._steps = tensor, np.broadcast_to(known_steps(0, count), shape).T
+            return self._steps[1][start:stop]
+
+        return Stored(shape[::-1], read, steps=None if known_steps is None else steps)
 
 
 def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
