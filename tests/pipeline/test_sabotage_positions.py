@@ -20,27 +20,32 @@ TARGETS = ("cpu-fp32", "cpu-int4", "cpu-int4-compiled")
 LEVELS = {"prefill", "chunks", "decode", "ragged"}
 
 
+def build_long(folder: Path) -> dict[str, Path]:
+    """A tiny model with a long context, as each target."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text").write_text(TEXT, encoding="utf-8")
+    model = save_long_model(folder / "model")
+    for target in TARGETS:
+        plan = plan_build(str(model), target=target, profile="local", output=folder / target, verify=False)
+        profile = plan.profile.model_copy(update={"threads": 1})
+        build(plan.model_copy(update={"profile": profile}), SilentProgress())
+    return {target: folder / target for target in TARGETS}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import torch
 
     folder, threads = tmp_path_factory.mktemp("positions"), torch.get_num_threads()
     torch.set_num_threads(1)
-    (folder / "text").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMC_CACHE", str(folder / "cache"))
-        model = save_long_model(folder / "model")
-        for target in TARGETS:
-            plan = plan_build(
-                str(model), target=target, profile="local", output=folder / target, verify=False
-            )
-            profile = plan.profile.model_copy(update={"threads": 1})
-            build(plan.model_copy(update={"profile": profile}), SilentProgress())
+        build_long(folder)
         yield folder
     torch.set_num_threads(threads)
 
 
-def _verify(folder: Path, root: Path) -> Report:
+def verify_long(folder: Path, root: Path) -> Report:
     """The report on an artifact, which is looked at in the same places every time, whatever else is wrong."""
     text = (str(root / "text"),)
     return verify(folder, None, text, SilentProgress(), every=True, seed=7, budget=34.0).report
@@ -54,7 +59,7 @@ def _missed(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_whole_context_of_a_good_artifact_is_verified(target: str, root: Path) -> None:
-    report = _verify(root / target, root)
+    report = verify_long(root / target, root)
     assert _missed(report) == set()
     found = next(m for m in report.measurements if m.metric is Metric.POSITIONS)
     assert (found.value, found.figures["compared"], found.figures["seed"]) == (CONTEXT, CONTEXT, 7)
@@ -68,4 +73,4 @@ def test_a_fault_somewhere_in_the_context_is_caught(
     folder = copy_artifact(root / target, tmp_path / "broken")
     fault.apply(folder)
     reseal(folder)
-    assert _missed(_verify(folder, root)) >= fault.caught
+    assert _missed(verify_long(folder, root)) >= fault.caught
