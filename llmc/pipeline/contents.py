@@ -11,26 +11,30 @@ from llmc.errors import ParityError
 if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
     from llmc.pipeline.subject import Subject
+    from llmc.progress import Progress
     from llmc.validate.weights import WeightParity
 
 _WHERE = "numpy, from the files"
 
 
-def compare_contents(subject: Subject) -> WeightParity:
+def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
     """Hold the weights of an artifact to the checkpoint, and all of its graph to what a build gives."""
     from dataclasses import replace
 
     from llmc.validate.measure import broken
     from llmc.validate.weights import METRICS, WeightParity, compare_weights
 
-    try:
-        found = compare_weights(subject.folder, subject.sources)
-    except ParityError as error:
-        found = WeightParity(broken(METRICS, error, _WHERE), "", ())
-    return replace(found, measurements=(*_measure_exact(subject), *found.measurements))
+    with progress.stage("weights"):
+        try:
+            found = compare_weights(subject.folder, subject.sources, progress.advance)
+        except ParityError as error:
+            found = WeightParity(broken(METRICS, error, _WHERE), "", ())
+    with progress.stage("weights, bit for bit"):
+        exact = _measure_exact(subject, progress)
+    return replace(found, measurements=(*exact, *found.measurements))
 
 
-def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
+def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, ...]:
     from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.exact import measure_graph, measure_tensors
     from llmc.validate.measure import broken, unmeasured
@@ -44,7 +48,8 @@ def _measure_exact(subject: Subject) -> tuple[Measurement, ...]:
             status = MeasurementStatus.NOT_APPLICABLE
             return graph, unmeasured(Metric.WEIGHTS_EXACT, status, why, _WHERE)
         beside = [*_compare_smoothing(subject)]
-        return graph, measure_tensors(subject.folder, rebuilt.graph.graph, calibrated, beside)
+        expected = rebuilt.graph.graph
+        return graph, measure_tensors(subject.folder, expected, calibrated, beside, progress.advance)
     except ParityError as error:
         return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)
 

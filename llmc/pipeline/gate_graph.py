@@ -64,7 +64,11 @@ def measure_served(run: Run) -> None:
         run.own.release()
         release_memory()
         with run.progress.stage("parity"):
-            run.found += _compare_graph(run)
+            run.found += _compare_exact(run)
+        release_memory()
+        if run.plan.cache_steps:
+            with run.progress.stage("cache"):
+                run.found += _measure_cache(run)
     release_memory()
     model = _open_graph(run, Arithmetic.SERVED)
     with run.progress.stage("quality"):
@@ -158,16 +162,14 @@ def _open_graph(run: Run, arithmetic: Arithmetic) -> OrtModel:
     )
 
 
-def _compare_graph(run: Run) -> tuple[Measurement, ...]:
-    """The parity levels, what attention costs as it is served, and all that compiled kernels round."""
+def _measure_cache(run: Run) -> tuple[Measurement, ...]:
+    """What attention loses as it is served, over the KV cache that is served."""
     from llmc.validate.arithmetic import Arithmetic
+    from llmc.validate.counted import Counted
     from llmc.validate.served_attention import measure_cache
 
-    found = _compare_exact(run)
-    release_memory()
-    if not run.plan.cache_steps:
-        return found
-    return (*found, *measure_cache(_open_graph(run, Arithmetic.PRODUCTS), run.own, run.plan))
+    model = _open_graph(run, Arithmetic.PRODUCTS)
+    return measure_cache(Counted(model, run.plan.runs_of_cache, run.progress.advance), run.own, run.plan)
 
 
 def _compare_exact(run: Run) -> tuple[Measurement, ...]:
@@ -192,6 +194,7 @@ def _require_interface(run: Run) -> str:
     from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.measure import measured
 
+    release_memory()
     with run.progress.stage("interface"):
         try:
             where = _open_graph(run, Arithmetic.SERVED).where
@@ -218,7 +221,9 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
         if run.weights.unread:
             return (), served.where
         try:
-            drawn = generation.served_texts(served, run.codec, run.tokenizer, asked, count)
+            drawn = generation.served_texts(
+                served, run.codec, run.tokenizer, asked, count, run.progress.advance
+            )
         except ParityError as error:
             run.found += broken(generation.METRICS, error, served.where)
             drawn = ()
@@ -227,9 +232,11 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
 
 def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
     """The parity levels against the original with the artifact's weights, which is released."""
+    from llmc.validate.counted import Counted
     from llmc.validate.parity import Parity
 
-    parity, large = Parity(model, run.own, run.plan), is_large(run.subject.compiled)
+    counted = Counted(model, run.plan.runs_of_levels, run.progress.advance)
+    parity, large = Parity(counted, run.own, run.plan), is_large(run.subject.compiled)
     levels = allow_own_rounding(run.subject, run.own, parity, parity.measure(), large)
     run.own.release()
     return levels

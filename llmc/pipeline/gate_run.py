@@ -79,7 +79,7 @@ class Run:
     @cached_property
     def weights(self) -> WeightParity:
         """What became of the weights; broken measurements where they cannot be read."""
-        return compare_contents(self.subject)
+        return compare_contents(self.subject, self.progress)
 
     @cached_property
     def windows(self) -> Windows:

@@ -144,7 +144,8 @@ def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchMod
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
     """The original with the artifact's own weights, put into `loaded` if that is the original."""
     from llmc.validate.reference import TorchModel
-    from llmc.validate.weights import StoredParameters, parameters, read_stored
+    from llmc.validate.stored import read_stored
+    from llmc.validate.weights import StoredParameters, parameters
 
     changed = {name: subject.sources[name] for name in weights.changed}
     stored = read_stored(subject.folder, changed)

@@ -21,6 +21,7 @@ from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
+from llmc.validate.reference import Advance, quietly
 from llmc.validate.resemblance import find_strangers
 
 _WHERE = "numpy, from the files"
@@ -47,7 +48,11 @@ def open_model(folder: Path) -> ir.Model:
 
 
 def measure_tensors(
-    folder: Path, expected: ir.Graph, calibrated: Mapping[str, Rows], beside: Sequence[str] = ()
+    folder: Path,
+    expected: ir.Graph,
+    calibrated: Mapping[str, Rows],
+    beside: Sequence[str] = (),
+    advance: Advance = quietly,
 ) -> Measurement:
     """WEIGHTS_EXACT: how many tensors of weights are not what a build gives, bit for bit.
 
@@ -56,6 +61,7 @@ def measure_tensors(
         calibrated: Matrices whose codes are not known here, with what each is made of, by their initializers'
             names before quantization; they must be a rounding of that.
         beside: What is wrong with tensors in other files, a sentence each.
+        advance: Told how many computations of tensors of how many are done.
 
     Raises:
         ParityError: The graph, or the data of a tensor, cannot be read.
@@ -64,12 +70,14 @@ def measure_tensors(
     stored = graph.initializers
     found, pages = [*beside], MappedPages(graph)
     compared = len(found)
-    for group in _groups(expected, calibrated):
+    groups = list(_groups(expected, calibrated))
+    for done, group in enumerate(groups, 1):
         for name, difference in _compare_group(group, stored):
             compared += 1
             pages.count(group.members[name].nbytes)
             if difference is not None:
                 found.append(f"{name} {difference}")
+        advance(done, len(groups))
     found += find_strangers(folder, calibrated)
     fine = f"{compared} tensors are what a build gives, bit for bit"
     detail = fine if not found else f"{len(found)} of {compared + len(calibrated)} differ: {_listed(found)}"

@@ -11,7 +11,7 @@ from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.measure import measure, measured
 from llmc.validate.questions import Followed, Question, ask_followed, read_followed
-from llmc.validate.reference import Reference
+from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.served import Served
 
 METRICS = (Metric.GENERATE_EQUAL, Metric.GENERATE_GAP, Metric.GENERATE_SEEDED)
@@ -61,7 +61,12 @@ class ServedText:
 
 
 def served_texts(
-    served: Served, codec: TextCodec, tokenizer: Any, prompts: Sequence[str], count: int = NEW_TOKENS
+    served: Served,
+    codec: TextCodec,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    count: int = NEW_TOKENS,
+    advance: Advance = quietly,
 ) -> tuple[ServedText, ...]:
     """Greedy and sampled text, penalties and sampling of the generation config off.
 
@@ -69,11 +74,12 @@ def served_texts(
         codec: The artifact's tokenizer, as `llmc run` uses it.
         tokenizer: The original's.
         count: New tokens at most.
+        advance: Told how many prompts of how many are done.
 
     Raises:
         ParityError: The runtime fails.
     """
-    made = []
+    made: list[ServedText] = []
     for number, prompt in enumerate(prompts):
         ids = [int(t) for t in tokenizer(prompt)["input_ids"]]
         options = {"do_sample": True, "top_k": TOP_K, "temperature": 1.0, "random_seed": SEED}
@@ -87,6 +93,7 @@ def served_texts(
                 sampled=tuple(served.generate(ids, count, **options) for _ in range(runs)),
             )
         )
+        advance(len(made), len(prompts))
     return tuple(made)
 
 

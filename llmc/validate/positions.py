@@ -137,6 +137,23 @@ class Plan:
             for i, at in enumerate(wanted)
         ]
 
+    @property
+    def runs_of_levels(self) -> int:
+        """How often the levels run the artifact: prefills, pieces and steps, a batch counting as one."""
+        after = len(self.turns) + len(self.steps) + sum(1 + steps for _, steps in self.runs)
+        walked = 1 + len(self.pieces) + after if self.pieces else 0
+        alone = sum(len(prompts) for prompts in self.windows.values()) * (1 + WINDOW_STEPS)
+        sides = len(self.sides)
+        ragged = sum(
+            (1 + batch.steps) * (max(1, sides) if batch.window is None else sides) for batch in self.batches
+        )
+        return len(self.prompts) + walked + alone + ragged
+
+    @property
+    def runs_of_cache(self) -> int:
+        """How often the artifact is run for what attention loses as it is served, at most."""
+        return 1 + len(self.pieces) + self.cache_steps
+
     def all_passes(self) -> list[ReferencePass]:
         """All passes of the original: those over the long sequence, and one for each batch."""
         return [*self.passes(), *(batch.reference_pass for batch in self.batches)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llmc.graph.weights import Array, Rows, row_chunks
-from llmc.validate.weights import Stored, read_stored
+from llmc.validate.stored import Stored, read_stored
 
 #: Lowest and highest gain of a block.
 _BLOCK_GAIN = (0.25, 1.75)

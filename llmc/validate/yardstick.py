@@ -16,7 +16,7 @@ from llmc.config import Metric
 from llmc.graph.weights import Rows
 from llmc.validate.interval import ratio_interval
 from llmc.validate.measure import measured
-from llmc.validate.weights import Stored
+from llmc.validate.stored import Stored
 
 Array = np.ndarray
 

@@ -13,7 +13,7 @@ from llmc.pipeline import build
 from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
 from llmc.progress import SilentProgress
-from llmc.validate.weights import read_stored
+from llmc.validate.stored import read_stored
 from tests.checkpoint.tiny_gguf import write_gguf
 from tests.notes import Notes
 from tests.pipeline.test_stored_codes import make_plan

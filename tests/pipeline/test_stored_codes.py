@@ -18,7 +18,7 @@ from llmc.pipeline.result import BuildResult
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize import calibrate, encode
-from llmc.validate.weights import read_stored
+from llmc.validate.stored import read_stored
 from tests.checkpoint.packed_formats import pack_mlx
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
 from tests.checkpoint.test_quantized import LAYOUTS

@@ -12,7 +12,7 @@ from llmc.config import Dtype, WeightRole
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, TensorInfo
 from llmc.quantize.linear import quantize_weights
-from llmc.validate.weights import read_stored
+from llmc.validate.stored import read_stored
 from tests.quantize.test_linear import IDS, Tensors, decoder, everything, random, run
 from tests.quantize.test_stored import minimum_rows
 

@@ -11,7 +11,7 @@ from llmc.config import WeightScheme
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.gptq import quantize_gptq
 from llmc.validate.resemblance import describe_stranger
-from llmc.validate.weights import Stored
+from llmc.validate.stored import Stored
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.validate.packed import open_packed
 from llmc.validate.session import OrtModel
-from llmc.validate.weights import compare_weights, read_stored
+from llmc.validate.stored import read_stored
+from llmc.validate.weights import compare_weights
 from tests.backends.compiled.graphs import (
     Array,
     GraphBuilder,

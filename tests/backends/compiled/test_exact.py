@@ -24,7 +24,8 @@ from llmc.validate.paired import METRICS, Paired, chooses_experts
 from llmc.validate.reference import TorchModel
 from llmc.validate.served_attention import measure_cache
 from llmc.validate.session import OrtModel
-from llmc.validate.weights import parameters, read_stored
+from llmc.validate.stored import read_stored
+from llmc.validate.weights import parameters
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 from tests.pipeline.sabotage import Edit, copy_artifact

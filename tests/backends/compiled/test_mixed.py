@@ -26,7 +26,7 @@ from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.linear import quantize_weights
 from llmc.validate.packed import open_packed
 from llmc.validate.session import OrtModel
-from llmc.validate.weights import read_stored
+from llmc.validate.stored import read_stored
 from tests.backends.compiled.graphs import (
     Array,
     GraphBuilder,
