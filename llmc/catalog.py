@@ -6,8 +6,10 @@ Searched in this order, the first that has the name wins:
 2. the folders of the environment variable LLMC_PATH (separated as in PATH),
 3. what ships with llmc.
 
-Each folder holds `targets/*.yaml` and `profiles/*.yaml`; the name inside a file is the file's own.
-The profile `local` is not a file: `llmc.machine` describes the machine at hand.
+Each folder holds `targets/*.yaml` and `profiles/*.yaml`; the name inside a file is the file's own. A
+target may extend another one, whose file lies beside it or is found like any other; `_*.yaml` hold what
+several targets share and are not targets themselves. The profile `local` is not a file: `llmc.machine`
+describes the machine at hand.
 """
 
 import os
@@ -16,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from llmc.config import Provider, Target
-from llmc.document import load_document
+from llmc.config import Metric, Provider, Target
+from llmc.document import Extension, find_origins, load_document
 from llmc.errors import ConfigError, did_you_mean
 from llmc.machine import LOCAL, detect_profile
 from llmc.profile import Profile, ProfileKind
 
 PATH_VARIABLE = "LLMC_PATH"
+#: What files begin with that hold parts of targets.
+_SHARED = "_"
 
 Document = TypeVar("Document", Target, Profile)
 _Kind = Literal["targets", "profiles"]
@@ -65,7 +69,7 @@ def search_folders(path: Path | None = None) -> tuple[Path, ...]:
 def list_targets(path: Path | None = None) -> tuple[Listed[Target], ...]:
     """Every target that can be named, sorted by name."""
     files = _find("targets", search_folders(path))
-    return tuple(Listed(_load(file, Target), file) for _, file in sorted(files.items()))
+    return tuple(Listed(_load_target(file, path), file) for _, file in sorted(files.items()))
 
 
 def list_profiles(path: Path | None = None) -> tuple[Listed[Profile], ...]:
@@ -76,7 +80,7 @@ def list_profiles(path: Path | None = None) -> tuple[Listed[Profile], ...]:
 
 def load_target(name: str, path: Path | None = None) -> Target:
     """The target of this name; ConfigError if there is none or its file is not valid."""
-    return _load(_file_of(name, "targets", path), Target)
+    return _load_target(_file_of(name, "targets", path), path)
 
 
 def read_target(named: str, path: Path | None = None) -> Target:
@@ -89,13 +93,20 @@ def read_target(named: str, path: Path | None = None) -> Target:
     Raises:
         ConfigError: There is none, or its file is not valid.
     """
-    return _load(Path(named), Target) if named.endswith((".yaml", ".yml")) else load_target(named, path)
+    if named.endswith((".yaml", ".yml")):
+        return _load_target(Path(named), path)
+    return load_target(named, path)
 
 
 def find_target(name: str, path: Path | None = None) -> Target | None:
     """The target of this name; None if there is none."""
     file = _find("targets", search_folders(path)).get(name)
-    return None if file is None else _load(file, Target)
+    return None if file is None else _load_target(file, path)
+
+
+def find_target_origins(name: str, path: Path | None = None) -> dict[tuple[str, ...], Path]:
+    """The file that states each value of a target, as `llmc.document.find_origins`."""
+    return find_origins(_file_of(name, "targets", path), _extension(path))
 
 
 def load_profile(name: str, path: Path | None = None) -> Profile:
@@ -137,7 +148,7 @@ def _find(kind: _Kind, folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         here: dict[str, Path] = {}
         for file in sorted((folder / kind).glob("*")):
-            if file.suffix not in (".yaml", ".yml"):
+            if file.suffix not in (".yaml", ".yml") or file.name.startswith(_SHARED):
                 continue
             if file.stem in here:
                 raise ConfigError(f"{file} and {here[file.stem].name} both define {file.stem}")
@@ -151,8 +162,23 @@ def _find(kind: _Kind, folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _load(file: Path, model: type[Document]) -> Document:
-    document = load_document(file, model)
+def _load_target(file: Path, path: Path | None) -> Target:
+    return _load(file, Target, _extension(path))
+
+
+def _extension(path: Path | None) -> Extension:
+    """How a target is merged with the one that it extends: gates by their metric."""
+
+    def find(name: str, file: Path) -> Path:
+        beside = [file.with_name(name + suffix) for suffix in (".yaml", ".yml")]
+        found = next((each for each in beside if each.is_file()), None)
+        return _file_of(name, "targets", path) if found is None else found
+
+    return Extension(find, {"gates": ("metric", [metric.value for metric in Metric])})
+
+
+def _load(file: Path, model: type[Document], extension: Extension | None = None) -> Document:
+    document = load_document(file, model, extension)
     if document.name != file.stem:
         raise ConfigError(
             f"{file}: name is {document.name} and the file is named {file.stem}",

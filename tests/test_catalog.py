@@ -7,11 +7,13 @@ import pytest
 
 from llmc.catalog import (
     PATH_VARIABLE,
+    find_target_origins,
     list_profiles,
     list_targets,
     load_profile,
     load_profile_for,
     load_target,
+    read_target,
     search_folders,
     shipped_folder,
 )
@@ -19,7 +21,8 @@ from llmc.config import Metric, Provider
 from llmc.errors import ConfigError
 from llmc.profile import ProfileKind
 
-TARGETS = {file.stem for file in (Path(__file__).parents[1] / "targets").iterdir()}
+FILES = [file.stem for file in (Path(__file__).parents[1] / "targets").iterdir()]
+TARGETS = {name for name in FILES if not name.startswith("_")}
 
 # From the table "CUDA GPU Compute Capability" of developer.nvidia.com/cuda-gpus.
 CAPABILITY = {
@@ -162,3 +165,25 @@ def test_a_profile_fits_its_target() -> None:
     with pytest.raises(ConfigError, match="target cuda-int4 runs on a GPU and profile cpu-avx2"):
         load_profile_for(cuda, "cpu-avx2")
     assert load_profile_for(cuda, "local").name == "local"
+
+
+def test_every_part_of_targets_is_extended_by_a_target() -> None:
+    read = {file.stem for name in TARGETS for file in find_target_origins(name).values()}
+    assert read == set(FILES)
+
+
+def test_a_target_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "mine.yaml").write_text(
+        "name: mine\nsummary: tighter\nextends: cpu-int4\ngates:\n  - {metric: text.kl_mean, max: 0.1}\n"
+    )
+    mine, base = load_target("mine", tmp_path), load_target("cpu-int4")
+    bounds = {gate.metric: gate.max for gate in mine.gates}
+    assert bounds == {g.metric: g.max for g in base.gates} | {Metric.TEXT_KL_MEAN: 0.1}
+    assert mine.model_copy(update={"name": base.name, "summary": base.summary, "gates": base.gates}) == base
+    assert read_target(str(tmp_path / "targets" / "mine.yaml")) == mine
+
+
+def test_a_part_is_no_target() -> None:
+    with pytest.raises(ConfigError, match="no target is named _cpu"):
+        load_target("_cpu")

@@ -47,9 +47,15 @@ def show(
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Show one target: its passes, its precision and its gates with their reasons."""
-    from llmc.catalog import load_target
+    """Show one target: its passes, its precision and its gates with their reasons.
+
+    A comment names the file that states each value, its own or one that it extends.
+    """
+    from llmc.catalog import find_target_origins, load_target
     from llmc.document import render_document
 
     target = load_target(name, path)
-    typer.echo(target.model_dump_json(indent=2) if as_json else render_document(target))
+    if as_json:
+        typer.echo(target.model_dump_json(indent=2))
+    else:
+        typer.echo(render_document(target, find_target_origins(name, path)))

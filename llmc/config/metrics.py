@@ -15,7 +15,7 @@ class Better(StrEnum):
 
 
 class Metric(StrEnum):
-    """Names of the figures, `area.figure`."""
+    """Names of the figures, `area.figure`, in the order in which merged targets have their gates."""
 
     FILES = "files.mismatches"
     GATES = "gates.mismatches"
@@ -34,6 +34,7 @@ class Metric(StrEnum):
     PREFILL_MAX_ABS = "prefill.max_abs"
     CHUNKS_MAX_ABS = "chunks.max_abs"
     DECODE_MAX_ABS = "decode.max_abs"
+    DECODE_TOP1 = "decode.top1_agreement"
     RAGGED_MAX_ABS = "ragged.max_abs"
     WINDOW_MAX_ABS = "window.max_abs"
     CACHE_KL_MEAN = "cache.kl_mean"
@@ -43,14 +44,13 @@ class Metric(StrEnum):
     ROUNDING_NOISE_RATIO = "rounding.noise_ratio"
     ROUNDING_POSITION_RATIO = "rounding.position_ratio"
     ROUNDING_TOKEN_RATIO = "rounding.token_ratio"
-    DECODE_TOP1 = "decode.top1_agreement"
     TEXT_KL_MEAN = "text.kl_mean"
     TEXT_KL_P99 = "text.kl_p99"
     TEXT_KL_MAX = "text.kl_max"
     TEXT_TOP1 = "text.top1_agreement"
     TEXT_TOP5 = "text.top5_agreement"
-    TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
     TEXT_KL_RATIO = "text.kl_ratio"
+    TEXT_PERPLEXITY_RATIO = "text.perplexity_ratio"
     TASK_ACCURACY_CHANGE = "task.accuracy_change"
     GENERATE_EQUAL = "generate.equal_fraction"
     GENERATE_GAP = "generate.logit_gap"
@@ -109,23 +109,23 @@ DEFINITIONS = {
     Metric.PREFILL_MAX_ABS: Definition("logits", Better.LESS),
     Metric.CHUNKS_MAX_ABS: Definition("logits", Better.LESS),
     Metric.DECODE_MAX_ABS: Definition("logits", Better.LESS),
+    Metric.DECODE_TOP1: Definition("share", Better.MORE),
     Metric.RAGGED_MAX_ABS: Definition("logits", Better.LESS),
     Metric.WINDOW_MAX_ABS: Definition("logits", Better.LESS),
     Metric.CACHE_KL_MEAN: Definition("nats per token", Better.LESS),
     Metric.CACHE_KL_MAX: Definition("nats per token", Better.LESS),
     Metric.ROUNDING_KL_MEAN: Definition("nats per token", Better.LESS),
-    Metric.ROUNDING_KL_RATIO: Definition("", Better.LESS),
+    Metric.ROUNDING_KL_RATIO: Definition("divergence / divergence by even noise", Better.LESS),
     Metric.ROUNDING_NOISE_RATIO: Definition("difference / standard deviation of the logits", Better.LESS),
     Metric.ROUNDING_POSITION_RATIO: Definition("worst position / median position", Better.LESS),
     Metric.ROUNDING_TOKEN_RATIO: Definition("worst token / median token", Better.LESS),
-    Metric.DECODE_TOP1: Definition("share", Better.MORE),
     Metric.TEXT_KL_MEAN: Definition("nats per token", Better.LESS),
     Metric.TEXT_KL_P99: Definition("nats per token", Better.LESS),
     Metric.TEXT_KL_MAX: Definition("nats per token", Better.LESS),
     Metric.TEXT_TOP1: Definition("share", Better.MORE),
     Metric.TEXT_TOP5: Definition("share", Better.MORE),
-    Metric.TEXT_PERPLEXITY_RATIO: Definition("artifact / original", Better.LESS),
     Metric.TEXT_KL_RATIO: Definition("artifact / plain rounding", Better.LESS),
+    Metric.TEXT_PERPLEXITY_RATIO: Definition("artifact / original", Better.LESS),
     Metric.TASK_ACCURACY_CHANGE: Definition("artifact - original", Better.MORE),
     Metric.GENERATE_EQUAL: Definition("share", Better.MORE),
     Metric.GENERATE_GAP: Definition("logits", Better.LESS),
