@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "many.h"
+#include "attention_prefill.h"
 #include "matmul.h"
 
 using namespace llmc;

@@ -3,9 +3,9 @@
 #pragma once
 #include <type_traits>
 
+#include "attention_decode.h"
+#include "attention_prefill.h"
 #include "cache.h"
-#include "few.h"
-#include "many.h"
 #include "program.h"
 #include "simd.h"
 

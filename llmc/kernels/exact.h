@@ -1,8 +1,8 @@
-// What the gate's programs have in the place of matmul.h's products and many.h's tiles: the same packed weights, with
-// activations, scores and weights of attention in float32 as they come. Over a cache in float32, what they compute
-// differs from the original by the rounding of float32 alone.
+// The products and tiles of the gate's programs, which replace those of matmul.h and attention_prefill.h: they read the
+// same packed weights, and keep activations, scores and weights of attention in float32. Over a cache in float32, their
+// results differ from the original by the rounding of float32 alone.
 #pragma once
-#include "many.h"
+#include "attention_prefill.h"
 #include "matmul.h"
 
 namespace llmc {

@@ -57,7 +57,7 @@ FAULTS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("stop > op.window ? stop - op.window", 'stop > op.window ? stop - op.window + fault("window")'),
         ("return {start, stop};", 'return {start + (fault("eight") && run.sequence == 8), stop};'),
     ),
-    "many.h": (
+    "attention_prefill.h": (
         (
             "inverse(row.peak, key_bits)",
             '(inverse(row.peak, key_bits) * (fault("key") && t + i == 63 ? 0.5f : 1))',

@@ -1,6 +1,6 @@
-// What many queries do with rows of a KV cache: tiles of keys and values as 16-bit codes, and blocks of queries that go
-// through a tile at once, scores, softmax and sums of values in registers. Products of pairs of codes add up in 32 bits
-// without overflow, which is what the numbers of levels are chosen for.
+// Attention of many queries, a prompt: tiles of keys and values as 16-bit codes, and blocks of queries that go through
+// a tile at once, with scores, softmax and sums of values in registers. The numbers of levels are chosen such that
+// products of pairs of codes add up in 32 bits without overflow.
 #pragma once
 #include "cache.h"
 #include "simd.h"

@@ -1,6 +1,6 @@
-// What few queries do with rows of a KV cache: scores of keys, and sums of values by weight. `Heads` queries that share
-// a KV head go together. Where the cache is int8 and D a multiple of 64, both are integer products: the query is
-// rounded to 8 bits as activations are, a weight to 15 bits of the largest beside it.
+// Attention of few queries, a step of decoding: scores of keys, and sums of values by weight, straight from the rows of
+// a KV cache. `Heads` queries that share a KV head go together. Where the cache is int8 and D a multiple of 64, both
+// are integer products: the query is rounded to 8 bits like activations, a weight to 15 bits of the largest beside it.
 #pragma once
 #include "cache.h"
 #include "simd.h"
