@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from llmc.backends.compiled.lower import SAME_TOKENS
+from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.interface import CHOSEN_TOKENS
 

@@ -216,13 +216,13 @@ OrtStatus* Kernel::make_outputs(OrtKernelContext* context, Run& run, std::vector
     Shape shape{{1, 1, 1, 1}, static_cast<size_t>(output.rank)};
     for (int32_t d = 0; d < output.rank; d++) {
       const int64_t dim = output.dims[d];
-      if (dim == ~int64_t{0}) {
+      if (dim == kBatch) {
         shape.dims[d] = run.batch;
-      } else if (dim == ~int64_t{1}) {
+      } else if (dim == kSequence) {
         shape.dims[d] = run.sequence;
-      } else if (dim == ~int64_t{3}) {
+      } else if (dim == kChosen) {
         shape.dims[d] = run.chosen;
-      } else if (dim == ~int64_t{2}) {
+      } else if (dim == kSlots) {
         const int64_t slots = shapes[output.past].dims[2];
         shape.dims[d] = slots > run.total ? slots : run.total;
       } else {

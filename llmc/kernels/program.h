@@ -48,8 +48,11 @@ struct Shape {
   size_t rank;
 };
 
-/// An output: its type (ONNX TensorProto), and its shape, where ~0 is batch, ~1 sequence, ~2 the slots of the cache
-/// whose past is input `past` and ~3 the chosen tokens of a sequence.
+/// Dimensions of outputs that a step decides; kSlots are those of the cache, kChosen the chosen tokens of a sequence.
+constexpr int64_t kBatch = ~0, kSequence = ~1, kSlots = ~2, kChosen = ~3;
+
+/// An output: its type (ONNX TensorProto), and its shape, of numbers and the dimensions above. Input `past` is the past
+/// of the cache whose slots kSlots means.
 struct Output {
   int32_t type;
   int32_t rank;
@@ -112,7 +115,7 @@ struct Run {
 
 /// Few rows run in the tail of the phase before them, many in a phase of their own.
 constexpr int64_t kFewRows = 2;
-/// Tokens of a sequence in one step, whose numbers do not depend on how many they are (SAME_TOKENS of lower.py).
+/// Tokens of a sequence in one step, whose numbers do not depend on how many they are.
 constexpr int64_t kSameTokens = 8;
 /// From here on a product unpacks its weights once for all rows.
 constexpr int64_t kManyRows = 64;

@@ -14,11 +14,12 @@ from importlib.resources import files
 
 import onnx_ir as ir
 
+from llmc.backends.compiled.agreement import agreement_text
 from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import MICROSOFT, dims_of, width_of
-from llmc.backends.compiled.program import Program, Variant
+from llmc.backends.compiled.program import CHOSEN, SYMBOLS, Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
@@ -27,15 +28,10 @@ from llmc.graph.model import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, PACKED
 
 #: The library's name inside of an artifact.
 LIBRARY = "kernels.so"
-#: Tokens of a sequence in one step up to which kernels give each the bits that it has alone.
-SAME_TOKENS = 8
 
 _CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
 #: Domain of the operators of each variant of the regions.
 _DOMAINS: dict[Variant, str] = {"served": COMPILED, "products": COMPILED_PRODUCTS, "exact": COMPILED_EXACT}
-_SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
-#: Tokens of a sequence that go on from where one is chosen.
-_CHOSEN = "~3"
 
 
 @dataclass(frozen=True)
@@ -260,9 +256,9 @@ def _extent_text(value: ir.Value) -> str:
 def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
     dims = [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
     past = list(builder.inputs).index(builder.pasts[value]) if value in builder.pasts else -1
-    texts = [str(d) if isinstance(d, int) else _SYMBOLS[d] for d in dims]
+    texts = [str(d) if isinstance(d, int) else SYMBOLS[d] for d in dims]
     if width_of(value) and dims[1] == 1:
-        texts[1] = _CHOSEN
+        texts[1] = CHOSEN
     return f"{{{int(value.dtype or 0)}, {len(dims)}, {{{', '.join(texts)}}}, {past}}}"
 
 
@@ -311,4 +307,5 @@ def compile_source(source: str, isa: InstructionSet, compiler: Compiler) -> byte
     sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
     units = (Unit("glue.cpp", isa.defines), Unit("model.cpp", isa.flags))
-    return compile_library(compiler, {**sources, "model.cpp": source}, units, flags)
+    sources["model.cpp"] = f"{agreement_text()}\n{source}"
+    return compile_library(compiler, sources, units, flags)

@@ -5,6 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 LANES = 16
+#: Tokens of a sequence in one step up to which kernels give each the bits that it has alone.
+SAME_TOKENS = 8
+#: Dimensions of outputs that a step decides, in C++, by their names in the graph.
+SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
+#: The dimension of the tokens of a sequence that are chosen, in C++.
+CHOSEN = "~3"
 
 Space = Literal["kTokens", "kLast"]
 
@@ -86,11 +92,21 @@ class Operation:
         return [p.home for p in places if isinstance(p.home, Buffer)]
 
 
-#: Members of llmc::Op in their order.
-_FIELDS = (
-    *("check", "row", "chunks", "chunk", "ahead", "space", "out", "a", "b", "c", "weight", "bias", "n", "k"),
-    *("x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "limit"),
-)
+#: Members in their order of the structs of llmc/kernels/program.h that a generated program initializes.
+MEMBERS: Mapping[str, tuple[str, ...]] = {
+    "Ref": ("base", "stride", "offset"),
+    "Op": (
+        *("check", "row", "chunks", "chunk", "ahead", "space", "out", "a", "b", "c", "weight", "bias"),
+        *("n", "k", "x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "limit"),
+    ),
+    "Output": ("type", "rank", "dims", "past"),
+    "Extent": ("over", "bytes"),
+    "Region": (
+        *("name", "input_types", "extents", "inputs", "outputs", "output_count", "ops", "op_count"),
+        *("computed", "rows_from", "total", "chosen", "choice", "width", "scratch", "shared"),
+    ),
+    "Domain": ("name", "regions"),
+}
 
 
 @dataclass
@@ -164,7 +180,7 @@ class Program:
         members: list[str] = []
         fields = {**operation.fields, "space": f"Space::{operation.space}"}
         fields.setdefault("bias", -1)
-        for name in _FIELDS:
+        for name in MEMBERS["Op"]:
             if name in fields:
                 members.append(f".{name} = {_operand(fields[name])}")
         return "{" + ", ".join(members) + "}"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import InstructionSet
-from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
+from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.backends.toolchain import find_compiler
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError

@@ -14,7 +14,8 @@ from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
 from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet, choose_isa
-from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
+from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.backends.generate import generate_tokens
 from llmc.backends.lookup import verifying_model
 from llmc.backends.toolchain import find_compiler

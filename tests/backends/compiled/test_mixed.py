@@ -10,7 +10,8 @@ import pytest
 
 from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet
-from llmc.backends.compiled.lower import SAME_TOKENS, compile_kernels
+from llmc.backends.compiled.lower import compile_kernels
+from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.backends.toolchain import find_compiler
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CacheType, Dtype, Quantization, WeightScheme
