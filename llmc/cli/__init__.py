@@ -1,4 +1,4 @@
-"""The command line: words, colours and exit codes; every command calls one function of llmc."""
+"""The command line: options, messages and exit codes. Every command calls one function of llmc."""
 
 import atexit
 import gc
@@ -19,20 +19,20 @@ from llmc.errors import ExitCode, LlmcError
 from llmc.progress import printable
 from llmc.scratch import own_scratch
 
-# An exception that is nobody's intention: the code that Python itself would exit with.
+# Exit code of an unexpected exception, the same as Python's own.
 _INTERNAL = 1
-# New objects before the collector looks at them.
+# Number of new objects that starts the garbage collector.
 _OBJECTS = 3_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run `llmc` with these arguments, by default those of the process, and exit.
+    """Run `llmc` with these arguments, by default the arguments of the process, and exit.
 
-    The one place where errors become words on stderr and an exit code.
+    Only this function turns errors into messages on stderr and an exit code.
     """
     state: dict[str, object] = {}
-    # Importing and tracing make millions of objects that stay: looking through them again and again takes a
-    # fifth of a build.
+    # Importing and tracing create millions of long-lived objects; repeated garbage collection over them takes
+    # a fifth of a build.
     gc.set_threshold(_OBJECTS)
     with catch_signals() as stopped:
         code = _run(arguments, state, stopped)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: Sequence[str] | None, state: dict[str, object], stopped: Stopped) -> int:
-    """Run a command, and say what ended it."""
+    """Run a command and report the error that ended it."""
     try:
         code = app(
             args=list(arguments) if arguments is not None else None,
@@ -58,25 +58,23 @@ def _run(arguments: Sequence[str] | None, state: dict[str, object], stopped: Sto
         return _say(error.format_message(), "llmc --help, llmc COMMAND --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say(stopped.words, None, stopped.exit_code)
-    except Exception as error:  # noqa: BLE001 - the last place that can turn it into words
+    except Exception as error:  # noqa: BLE001 - the last place that can report it
         if state.get("debug"):
             traceback.print_exc()
         if isinstance(error, MemoryError):
-            return _say(
-                "no memory is left", "end other programs, or use a larger machine", ExitCode.RESOURCES
-            )
+            return _say("out of memory", "close other programs, or use a larger machine", ExitCode.RESOURCES)
         return _say(
             f"internal error: {type(error).__name__}: {error}",
-            "run again as `llmc --debug …` for the traceback, and report it",
+            "run again as `llmc --debug …` for a traceback, and report it",
             _INTERNAL,
         )
     return int(code or 0)
 
 
 def program() -> NoReturn:
-    """`main`, and out at once: taking torch and transformers apart, object by object, is work for nobody.
+    """Run `main` and end the process at once, without destroying the objects of torch and transformers.
 
-    What is registered to run at exit runs, and output is flushed, as at any other end.
+    Functions registered to run at exit are called, and output is flushed, as at any other exit.
     """
     guard_streams()
     own_scratch(_tidy)
@@ -101,7 +99,7 @@ def _tidy(output: Path) -> None:
 
 
 def _say(fact: str, hint: str | None, code: int) -> int:
-    # What cannot be printed has been said by the error that is told here, or is told at the end.
+    # A failure to print is either the error reported here, or is reported at the end.
     with suppress(LlmcError):
         sys.stdout.flush()
     red, cyan, plain = ("\033[31m", "\033[36m", "\033[0m") if _coloured() else ("", "", "")
@@ -112,5 +110,5 @@ def _say(fact: str, hint: str | None, code: int) -> int:
 
 
 def _coloured() -> bool:
-    """By https://no-color.org, and only on a terminal."""
+    """Whether to use colours: only on a terminal, and as https://no-color.org asks."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")

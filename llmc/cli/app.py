@@ -1,4 +1,4 @@
-"""The typer application: one command a file."""
+"""The typer application, with one file per command."""
 
 from typing import Annotated
 
@@ -25,7 +25,7 @@ from llmc.errors import ExitCode
 
 app = typer.Typer(
     name="llmc",
-    help="Compile a Hugging Face causal language model ahead of time: fused, quantized, verified.",
+    help="Compile a Hugging Face causal language model into a fused, quantized and verified artifact.",
     epilog=examples("llmc build demo", "llmc doctor", "llmc targets"),
     invoke_without_command=True,
     add_completion=False,
@@ -52,8 +52,8 @@ for _module in (
     _module.register(app)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"llmc {__version__}")
         raise typer.Exit
 
@@ -61,12 +61,13 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def configure(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Options that stand before the command."""
+    """Handle the options that precede the command."""
     context.ensure_object(dict)["debug"] = debug
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)

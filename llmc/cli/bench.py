@@ -22,7 +22,7 @@ from llmc.cli.text import emit, examples, open_progress
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
-        short_help="Measure latency beside the original.",
+        short_help="Measure latency next to the original's.",
         epilog=examples(
             "llmc bench artifacts/demo/cpu-int4@local",
             "llmc bench artifacts/new --previous artifacts/old",
@@ -39,17 +39,17 @@ def bench(
     report: Report = None,
     previous: Annotated[
         Path | None,
-        typer.Option(metavar="ARTIFACT", help="An earlier artifact that this one may not be slower than."),
+        typer.Option(metavar="ARTIFACT", help="Earlier artifact; the benchmark fails if ARTIFACT is slower."),
     ] = None,
     target: GatesOf = None,
     path: SearchPath = None,
     own_gates: OwnGates = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the latency of ARTIFACT, interleaved with the original; exit 6 if a latency gate fails."""
+    """Measure the latency of ARTIFACT, interleaved with the original's; exit with 6 if a gate fails."""
     from llmc import pipeline
 
-    made = pipeline.bench(
+    result = pipeline.bench(
         artifact,
         against,
         open_progress(),
@@ -61,4 +61,4 @@ def bench(
         search=path,
         own_gates=own_gates,
     )
-    emit(made, as_json=as_json)
+    emit(result, as_json=as_json)

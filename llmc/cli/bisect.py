@@ -9,7 +9,7 @@ from llmc.cli.text import emit, examples, open_progress
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
-        short_help="Find where the numbers part.",
+        short_help="Find where results first diverge.",
         epilog=examples(
             "llmc bisect artifacts/demo/cpu-int4@local",
             "llmc bisect artifacts/mine --against ./my-model --json",
@@ -24,8 +24,8 @@ def bisect(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Find the first layer and operator where ARTIFACT parts from the original, and the step that did it."""
+    """Find where ARTIFACT first diverges from the original: layer, operator and responsible step."""
     from llmc import pipeline
 
-    made = pipeline.bisect(artifact, against, open_progress(), force=force, adapter=adapter)
-    emit(made, as_json=as_json)
+    result = pipeline.bisect(artifact, against, open_progress(), force=force, adapter=adapter)
+    emit(result, as_json=as_json)

@@ -32,14 +32,15 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What to build: `llmc targets`.",
-            show_default="the best for the profile",
+            help="Target to build, listed by `llmc targets`.",
+            show_default="the best target for the profile",
         ),
     ] = None,
     profile: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="For which machine: `llmc profiles`; engines for several, with commas."
+            metavar="NAME",
+            help="Hardware to build for, listed by `llmc profiles`; engines accept several with commas.",
         ),
     ] = "local",
     output: Annotated[
@@ -53,24 +54,25 @@ def build(
         ),
     ] = None,
     eval_text: EvalText = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave out the parity gate.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
     every: Every = False,
     chat_template: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Jinja template in the place of the model's own."),
+        typer.Option(metavar="FILE", help="Jinja template to use in place of the model's own."),
     ] = None,
     token_ids: Annotated[
         bool,
         typer.Option(
             "--token-ids",
-            help="Build although onnxruntime-genai's tokenizer does not give the model's tokens; `llmc run` "
-            "then makes them as transformers does.",
+            help="Build even if onnxruntime-genai's tokenizer does not produce the model's tokens; "
+            "`llmc run` then uses transformers' tokenizer.",
         ),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="MODEL is an artifact: build its pending engines on this machine's GPU."
+            "--resume",
+            help="Treat MODEL as an artifact, and build its pending engines on this machine's GPU.",
         ),
     ] = False,
     seed: Seed = None,
@@ -78,7 +80,7 @@ def build(
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Compile MODEL into an artifact, and hold it to the target's gates (exit 5 if it fails)."""
+    """Compile MODEL into an artifact and check it against the target's gates; exit with 5 if one fails."""
     if resume:
         from llmc import pipeline
 

@@ -11,7 +11,7 @@ from llmc.cli.text import emit, examples, open_progress
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
-        short_help="Show what TensorRT would refuse, before a build.",
+        short_help="Show what TensorRT would refuse, without a build.",
         epilog=examples(
             "llmc check demo --target tensorrt-int4 --profile rtx-4090",
             "llmc check ./my-model --target tensorrt-fp16 --profile t4,l4,h100-sxm",
@@ -23,18 +23,21 @@ def register(app: typer.Typer) -> None:
 def check(
     model: Model,
     target: Annotated[
-        str, typer.Option(metavar="NAME", help="A target of backend tensorrt: `llmc targets`.")
+        str, typer.Option(metavar="NAME", help="Target with backend tensorrt, listed by `llmc targets`.")
     ],
     profile: Annotated[
-        str, typer.Option(metavar="NAME", help="For which GPU: `llmc profiles`; several with commas.")
+        str,
+        typer.Option(
+            metavar="NAME", help="GPU to check for, listed by `llmc profiles`; separate several by commas."
+        ),
     ],
     adapter: Adapter = None,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Show every GPU and every node that TensorRT would refuse, why, and what to do (exit 3 if there is one).
+    """Show every GPU and node that TensorRT would refuse, why, and what to do; exit with 3 if there are any.
 
-    Weights are not read, and no GPU is needed.
+    The command reads no weights and needs no GPU.
     """
     from llmc.plan import plan_build
 

@@ -22,15 +22,15 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     before: Annotated[
-        Path, typer.Argument(metavar="BEFORE", help="Folder of an artifact.", show_default=False)
+        Path, typer.Argument(metavar="BEFORE", help="Folder of the earlier artifact.", show_default=False)
     ],
     after: Annotated[
-        Path, typer.Argument(metavar="AFTER", help="Folder of an artifact.", show_default=False)
+        Path, typer.Argument(metavar="AFTER", help="Folder of the later artifact.", show_default=False)
     ],
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
-    """Compare size, quality, speed, graph and bits; exit 5 if AFTER is worse, 6 if only in speed."""
+    """Compare size, quality, speed, graph and bits; exit with 5 if AFTER is worse, 6 if it is only slower."""
     from llmc import pipeline
 
     emit(pipeline.compare(before, after, tuple(allow or ())), as_json=as_json)

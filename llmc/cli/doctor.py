@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show what is installed, what is missing and how to get it; exit 4 if no CPU build can work."""
+    """Show what is installed, what is missing and how to get it; exit with 4 if no CPU build can work."""
     from llmc.doctor import examine
 
     emit(examine(Path("artifacts")), as_json=as_json)

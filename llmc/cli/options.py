@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 Artifact = Annotated[
-    Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.", show_default=False)
+    Path, typer.Argument(metavar="ARTIFACT", help="Folder of the artifact.", show_default=False)
 ]
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hugging Face folder, hub id (revision with @), GGUF file, or `demo`.",
+        help="Hugging Face folder, hub id (append @ and a revision), GGUF file, or `demo`.",
         show_default=False,
     ),
 ]
@@ -21,7 +21,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="ADAPTER",
-        help="LoRA adapter in peft's layout that is merged into MODEL: a folder, or a hub id.",
+        help="LoRA adapter in peft's layout to merge into MODEL: a folder or a hub id.",
     ),
 ]
 OriginalAdapter = Annotated[
@@ -29,19 +29,19 @@ OriginalAdapter = Annotated[
     typer.Option(
         "--adapter",
         metavar="ADAPTER",
-        help="What is merged into the original, where it is not what the manifest names; `none` for nothing.",
+        help="Adapter to merge into the original, if not the one in the manifest; `none` for no adapter.",
     ),
 ]
 Against = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="The original, where it is not what the manifest names."),
+    typer.Option(metavar="MODEL", help="Original to compare with, if not the model that the manifest names."),
 ]
 EvalText = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE",
-        help="Text for perplexity and KL divergence instead of the one that ships; - for standard input, "
-        "may be given several times.",
+        help="Text for perplexity and KL divergence, in place of the shipped text; - reads standard input; "
+        "can be repeated.",
     ),
 ]
 Report = Annotated[
@@ -54,15 +54,15 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=PERCENT",
-        help="By how much a figure may be worse: a metric, or size; may be given several times. Figures "
-        "with a confidence interval may not be worse beyond it.",
+        help="How much worse a figure may become: a metric or size; can be repeated. A figure with a "
+        "confidence interval also fails if it becomes worse beyond that interval.",
     ),
 ]
 Every = Annotated[
     bool,
     typer.Option(
         "--all",
-        help="Measure everything although files, settings, tokenizer or weights have missed their gates.",
+        help="Measure everything, even if files, settings, tokenizer or weights fail their gates.",
     ),
 ]
 GatesOf = Annotated[
@@ -70,7 +70,7 @@ GatesOf = Annotated[
     typer.Option(
         "--target",
         metavar="NAME|FILE",
-        help="Whose gates are held: `llmc targets`, or a target's YAML file.",
+        help="Target whose gates apply: a name from `llmc targets`, or a target's YAML file.",
         show_default="the target that ARTIFACT was built for",
     ),
 ]
@@ -78,7 +78,7 @@ OwnGates = Annotated[
     bool,
     typer.Option(
         "--allow-own-gates",
-        help="Let the gates in ARTIFACT differ from its target's, and hold them where no --target is named.",
+        help="Permit ARTIFACT's gates to differ from its target's, and apply them without --target.",
     ),
 ]
 Seed = Annotated[
@@ -86,7 +86,7 @@ Seed = Annotated[
     typer.Option(
         metavar="N",
         min=0,
-        help="Draw the positions that are verified by another seed.",
+        help="Seed for drawing the positions to verify.",
         show_default="the digest of the artifact's files",
     ),
 ]
@@ -95,16 +95,19 @@ Budget = Annotated[
     typer.Option(
         metavar="SECONDS",
         min=1.0,
-        help="Verify as many positions as are forecast to take this long, original and artifact together.",
+        help="Forecast time that decides how many positions are verified, both sides together.",
         show_default="80",
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Go on where MODEL is not the one that ARTIFACT was built from.")
+    bool,
+    typer.Option(
+        "--force", help="Continue even if the original is not the model that ARTIFACT was built from."
+    ),
 ]
 SearchPath = Annotated[
     Path | None,
     typer.Option(
-        "--path", metavar="DIR", help="Folder with your own targets/ and profiles/, searched first."
+        "--path", metavar="DIR", help="Folder with your own targets/ and profiles/; it is searched first."
     ),
 ]

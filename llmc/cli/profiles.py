@@ -9,7 +9,7 @@ from llmc.cli.options import Json, SearchPath
 from llmc.cli.text import examples
 
 _app = typer.Typer(
-    help="Show the hardware profiles: for which machine to build.",
+    help="Show the hardware profiles that llmc can build for.",
     epilog=examples("llmc profiles", "llmc profiles show l4", "llmc profiles detect --json"),
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 @_app.callback()
 def profiles(context: typer.Context, path: SearchPath = None, as_json: Json = False) -> None:
-    """Show the hardware profiles: for which machine to build."""
+    """Show the hardware profiles that llmc can build for."""
     if context.invoked_subcommand is not None:
         return
     from llmc.catalog import list_profiles
@@ -42,18 +42,18 @@ def profiles(context: typer.Context, path: SearchPath = None, as_json: Json = Fa
         typer.echo(json.dumps(rows, indent=2))
         return
     width = max(len(each.document.name) for each in listed)
-    typer.echo(f"{'local':<{width}}  this machine: `llmc profiles detect`")
+    typer.echo(f"{'local':<{width}}  this machine; see `llmc profiles detect`")
     for each in listed:
         typer.echo(f"{each.document.name:<{width}}  {each.document.kind}  {each.document.device}")
 
 
 @_app.command(epilog=examples("llmc profiles show rtx-4090"))
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the profile.", show_default=False)],
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Show one profile, each fact with its source."""
+    """Show one profile and the source of each fact."""
     from llmc.catalog import load_profile
     from llmc.document import render_document
 
@@ -63,10 +63,15 @@ def show(
 
 @_app.command(epilog=examples("llmc profiles detect", "llmc profiles detect --cpu --json"))
 def detect(
-    cpu: Annotated[bool, typer.Option("--cpu", help="Describe the CPU even where there is a GPU.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Describe the CPU even if the machine has a GPU.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Describe this machine; measures the read bandwidth of a CPU's memory in a second or two."""
+    """Describe this machine.
+
+    For a CPU, the command measures the read bandwidth of its memory in a second or two.
+    """
     from llmc.document import render_document
     from llmc.machine import detect_profile
 

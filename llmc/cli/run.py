@@ -24,34 +24,39 @@ def register(app: typer.Typer) -> None:
 
 def run(
     artifact: Artifact,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to it.", show_default=False)],
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens at most.")] = 256,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to answer or continue.", show_default=False)
+    ],
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of new tokens.")] = 256,
     lookup: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Draft up to N tokens a step from the text so far (prompt lookup), and keep those that the "
-            "model chooses too.",
+            help="Draft up to N tokens per step from the text so far (prompt lookup), and accept those that "
+            "the model also chooses.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text with ARTIFACT, greedily, as it comes: by its engine, or through onnxruntime-genai."""
+    """Generate text greedily with ARTIFACT and print it as it is generated.
+
+    TensorRT artifacts run on their engine, all others through onnxruntime-genai.
+    """
     from llmc import pipeline
 
-    made = pipeline.run(artifact, prompt, max_tokens, _hold if as_json else _write, open_progress(), lookup)
+    result = pipeline.run(artifact, prompt, max_tokens, _hold if as_json else _write, open_progress(), lookup)
     if as_json:
-        emit(made, as_json=True)
+        emit(result, as_json=True)
     else:
         _write("\n")
 
 
 def _hold(_: str) -> None:
-    """With --json the text is part of the document."""
+    """Print nothing, because the JSON document contains the text."""
 
 
 def _write(text: str) -> None:
-    """Write a piece of text as it is; on a terminal, without what would steer it."""
+    """Write a part of the text unchanged, or on a terminal with control characters escaped."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

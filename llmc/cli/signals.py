@@ -1,4 +1,4 @@
-"""Signals that end a command: each unwinds it as Ctrl-C does, and has its own exit code."""
+"""Signals that end a command: each unwinds it like Ctrl-C, and has its own exit code."""
 
 import signal
 import threading
@@ -7,44 +7,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: SIGHUP is not on every system.
+#: Not every system has SIGHUP.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 _QUIET_SECONDS = 2.0
 
 
 class Stop(KeyboardInterrupt):
-    """A signal that ends the command. Whatever handles Ctrl-C handles it."""
+    """A signal that ends the command. Code that handles Ctrl-C also handles it."""
 
 
 class Stopped:
-    """Which signal has ended the command.
+    """The signal that has ended the command.
 
     Args:
-        number: Its number; None so far.
+        number: Number of the signal; None while no signal has arrived.
     """
 
     number: int | None = None
 
     @property
     def words(self) -> str:
-        """The cause, for people."""
+        """The cause as human-readable text."""
         if self.number is None or self.number == signal.SIGINT:
             return "interrupted"
         return f"interrupted by {signal.Signals(self.number).name}"
 
     @property
     def exit_code(self) -> int:
-        """As shells name an end by a signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
+        """The exit code that shells use for this signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + (self.number or signal.SIGINT)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Stopped]:
-    """Within this context a signal raises `Stop` in the main thread.
+    """Raise `Stop` in the main thread when a signal arrives within this context.
 
-    Others that follow at once, as some wrappers send them, do not disturb the cleaning up. A signal that the
-    caller has set to be ignored, as nohup does, stays ignored.
+    Further signals that follow immediately, as some wrappers send them, do not interrupt the cleanup. A
+    signal that the caller has set to be ignored, as nohup does, stays ignored.
     """
     stopped = Stopped()
     quiet_until = 0.0

@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full: never a reason to abort what was being built."""
+"""Wrappers that keep a closed or full standard stream from aborting a build."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ from llmc.errors import LlmcError, OutputError, ResourceError
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose failures are typed errors."""
+    """Standard output that reports failures as typed errors."""
 
     def write(self, text: str, /) -> int:
         try:
@@ -25,7 +25,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(io.TextIOWrapper):
-    """Standard error whose failures are nobody's: what cannot be said is not said."""
+    """Standard error that ignores failures, because nothing could report them."""
 
     def write(self, text: str, /) -> int:
         try:
@@ -41,13 +41,15 @@ class _Messages(io.TextIOWrapper):
 
 
 def guard_streams() -> None:
-    """Replace the standard streams by ones that closed pipes and full disks do not turn into internal errors.
+    """Wrap the standard streams so that closed pipes and full disks cause no internal error.
 
-    What was closed from the start is opened, so that no file of a build gets its number.
+    A stream that was closed from the start is opened on the null device, so that no file of a build gets its
+    number.
     """
     closed = [number for number in range(3) if not _is_open(number)]
     for number in closed:
-        # The system gives the lowest free number. Of standard output it can only be read: writing fails.
+        # The system assigns the lowest free number. Standard output is opened for reading only, so that
+        # writing to it fails.
         os.open(os.devnull, os.O_RDWR if number == 2 else os.O_RDONLY)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
@@ -74,7 +76,8 @@ def _is_open(number: int) -> bool:
 
 def _explain(error: OSError) -> LlmcError:
     if error.errno in (errno.EPIPE, errno.EBADF):
-        return OutputError("standard output is closed: what was to be printed is lost")
+        return OutputError("standard output is closed: the output is lost")
     return ResourceError(
-        f"standard output cannot be written: {error.strerror}", hint="what was built or measured is kept"
+        f"standard output cannot be written: {error.strerror}",
+        hint="the built artifact and the measured results are kept",
     )

@@ -9,7 +9,7 @@ from llmc.cli.options import Json, SearchPath
 from llmc.cli.text import examples
 
 _app = typer.Typer(
-    help="Show the targets: what can be built.",
+    help="Show the targets that llmc can build.",
     epilog=examples("llmc targets", "llmc targets show cpu-int4", "llmc targets --path ./mine --json"),
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 @_app.callback()
 def targets(context: typer.Context, path: SearchPath = None, as_json: Json = False) -> None:
-    """Show the targets: what can be built."""
+    """Show the targets that llmc can build."""
     if context.invoked_subcommand is not None:
         return
     from llmc.catalog import list_targets
@@ -43,13 +43,13 @@ def targets(context: typer.Context, path: SearchPath = None, as_json: Json = Fal
 
 @_app.command(epilog=examples("llmc targets show cpu-int4"))
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the target.", show_default=False)],
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Show one target: its passes, its precision and its gates with their reasons.
+    """Show one target: passes, precision, gates with reasons.
 
-    A comment names the file that states each value, its own or one that it extends.
+    A comment names the file that states each value: the target's own file, or one that it extends.
     """
     from llmc.catalog import find_target_origins, load_target
     from llmc.document import render_document

@@ -1,4 +1,4 @@
-"""What the commands share: examples in help pages, results on stdout, progress on stderr."""
+"""Functions that the commands share: examples in help pages, results on stdout, progress on stderr."""
 
 import sys
 from typing import TYPE_CHECKING, Protocol
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
 
 
 class Result(Protocol):
-    """What a command gets back: data for machines, text for people, and its verdict."""
+    """The result of a command, as JSON, as text, and as success or failure."""
 
     def model_dump_json(self, *, indent: int | None = None) -> str:
-        """One JSON document."""
+        """Serialize the result as one JSON document."""
         ...
 
     def render(self) -> str:
-        """Text for a terminal."""
+        """Format the result as text for a terminal."""
         ...
 
     def failure(self) -> LlmcError | None:
-        """The error that this result amounts to, such as a failed gate; None for success."""
+        """Return the error that this result means, such as a failed gate; None for success."""
         ...
 
 
 def examples(*commands: str) -> str:
-    """An epilog of a help page; typer keeps the lines of a paragraph that starts with \\b."""
+    """Format the epilog of a help page; typer keeps the lines of a paragraph that starts with \\b."""
     return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
 
 
 def emit(result: Result, *, as_json: bool) -> None:
-    """The result on stdout, then its failure as an error, so that a failed gate still shows its data."""
+    """Print the result, then raise its failure, so that a failed gate still shows its data."""
     typer.echo(result.model_dump_json(indent=2) if as_json else printable(result.render()))
     failure = result.failure()
     if failure is not None:
@@ -42,7 +42,7 @@ def emit(result: Result, *, as_json: bool) -> None:
 
 
 def open_progress() -> "Progress":
-    """A spinner where stderr is a terminal, else plain lines."""
+    """Show a spinner if stderr is a terminal, otherwise plain lines."""
     from llmc.progress import PlainProgress, TerminalProgress
 
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()

@@ -29,29 +29,35 @@ def tune(
         str,
         typer.Option(
             metavar="NAME",
-            help="What to start from; passes, types and kernels stay its own. Several with commas; times are "
-            "ratios to the first.",
+            help="Target to start from; candidates keep its passes, types and kernels. Separate several by "
+            "commas; times are ratios to the first.",
         ),
     ] = "cpu-int4",
     profile: Annotated[
-        str, typer.Option(metavar="NAME", help="For which machine; it is measured on this one.")
+        str,
+        typer.Option(metavar="NAME", help="Hardware to build for; candidates are measured on this machine."),
     ] = "local",
     max_kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Most KL divergence from the original per token.")
+        float | None, typer.Option(metavar="NATS", help="Maximum KL divergence from the original per token.")
     ] = None,
-    max_size: Annotated[float | None, typer.Option(metavar="MB", help="Most MB of all files.")] = None,
+    max_size: Annotated[
+        float | None, typer.Option(metavar="MB", help="Maximum total size of all files.")
+    ] = None,
     min_tok_s: Annotated[
-        float | None, typer.Option(metavar="TOKENS", help="Least tokens per second in decode.")
+        float | None, typer.Option(metavar="TOKENS", help="Minimum tokens per second in decode.")
     ] = None,
     budget: Annotated[
         str,
         typer.Option(
             metavar="TIME",
-            help="Time for candidates, over all runs of the same tuning: 90s, 30m, 1.5h.",
+            help="Time for measuring candidates, over all runs of the same tuning, such as 90s, 30m or 1.5h.",
         ),
     ] = "30m",
     candidates: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Most candidates besides the first target.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Maximum number of candidates in addition to the first target."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -59,25 +65,27 @@ def tune(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where the target is written; in a folder targets, whose parent is --path of a build.",
+            help="File to write the target to. If its folder is named targets, builds find "
+            "it with --path and the parent of that folder.",
             show_default="artifacts/<model>/targets/<target>-tuned.yaml",
         ),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
-            "--report", metavar="DIR", help="Write tuning.json and tuning.html, with pictures, into DIR."
+            "--report", metavar="DIR", help="Write tuning.json and tuning.html, with charts, into DIR."
         ),
     ] = None,
     eval_text: EvalText = None,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Measure candidates within a time, show the Pareto front, and write the best target as YAML.
+    """Measure candidates within a time limit, show the Pareto front, and write the best target as YAML.
 
-    Of those that meet the constraints the most faithful is taken; the fastest if --max-kl is given; the
-    smallest if --min-tok-s is, too. Exit 5 if none meets them, 6 if the nearest is only too slow. A tuning
-    that was stopped goes on when it is run again.
+    Among the candidates that meet the constraints, the result is the one closest to the original; with
+    --max-kl it is the fastest, and with --min-tok-s in addition the smallest. The command exits with 5 if no
+    candidate meets the constraints, and with 6 if the nearest one is only too slow. A stopped tuning
+    continues when it is run again.
     """
     from llmc import pipeline
     from llmc.plan import default_output

@@ -47,23 +47,25 @@ def verify(
     report: Report = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(metavar="REPORT", help="report.json of the last release: exit 5 if this is worse."),
+        typer.Option(
+            metavar="REPORT", help="report.json of the last release; exit with 5 if ARTIFACT is worse."
+        ),
     ] = None,
     allow: Allow = None,
     each_pass: Annotated[
-        bool, typer.Option("--each-pass", help="Also run the graph before and after every pass.")
+        bool, typer.Option("--each-pass", help="Also compare the graph before and after every pass.")
     ] = False,
     task: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TASK",
-            help="Also the accuracy on a multiple-choice task of lm-evaluation-harness (extra lm-eval): "
-            "its name, or a YAML file; may be given several times.",
+            help="Also measure the accuracy on a multiple-choice task of lm-evaluation-harness "
+            "(extra lm-eval), given by its name or as a YAML file; can be repeated.",
         ),
     ] = None,
     task_items: Annotated[
         int | None,
-        typer.Option(metavar="N", min=2, help="Only the first N items of each task.", show_default=False),
+        typer.Option(metavar="N", min=2, help="Use only the first N items of each task.", show_default=False),
     ] = None,
     every: Every = False,
     target: GatesOf = None,
@@ -73,10 +75,10 @@ def verify(
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Run the parity gate of ARTIFACT again, on this machine; exit 5 if it fails."""
+    """Run the parity gate of ARTIFACT again on this machine; exit with 5 if it fails."""
     from llmc import pipeline
 
-    made = pipeline.verify(
+    result = pipeline.verify(
         artifact,
         against,
         eval_text or (),
@@ -96,4 +98,4 @@ def verify(
         budget=budget,
         every=every,
     )
-    emit(made, as_json=as_json)
+    emit(result, as_json=as_json)

@@ -99,7 +99,7 @@ def test_a_pipe_that_nobody_reads() -> None:
     )
     os.close(writing)
     assert done.returncode == 141
-    assert done.stderr == "error: standard output is closed: what was to be printed is lost\n"
+    assert done.stderr == "error: standard output is closed: the output is lost\n"
 
 
 def test_the_next_command_removes_what_a_killed_one_left(tmp_path: Path) -> None:
