@@ -1,4 +1,4 @@
-"""`llmc bench`."""
+"""The command `llmc bench`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`llmc bisect`."""
+"""The command `llmc bisect`."""
 
 import typer
 

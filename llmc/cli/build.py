@@ -1,4 +1,4 @@
-"""`llmc build`."""
+"""The command `llmc build`."""
 
 from functools import partial
 from pathlib import Path

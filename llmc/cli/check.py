@@ -1,4 +1,4 @@
-"""`llmc check`."""
+"""The command `llmc check`."""
 
 from typing import Annotated
 

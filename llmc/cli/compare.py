@@ -1,4 +1,4 @@
-"""`llmc compare`."""
+"""The command `llmc compare`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`llmc doctor`."""
+"""The command `llmc doctor`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`llmc inspect`."""
+"""The command `llmc inspect`."""
 
 from typing import Annotated
 

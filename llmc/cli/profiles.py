@@ -1,4 +1,4 @@
-"""`llmc profiles`."""
+"""The command `llmc profiles`."""
 
 import json
 from typing import Annotated

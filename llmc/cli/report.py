@@ -1,4 +1,4 @@
-"""`llmc report`."""
+"""The command `llmc report`."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`llmc run`."""
+"""The command `llmc run`."""
 
 import sys
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`llmc targets`."""
+"""The command `llmc targets`."""
 
 import json
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`llmc tune`."""
+"""The command `llmc tune`."""
 
 from pathlib import Path
 from typing import Annotated

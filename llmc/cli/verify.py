@@ -1,4 +1,4 @@
-"""`llmc verify`."""
+"""The command `llmc verify`."""
 
 from pathlib import Path
 from typing import Annotated
