@@ -23,7 +23,8 @@ from llmc.pipeline.original import tokenize
 from llmc.quantize.awq import search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.gptq import quantize_gptq, weigh_features
+from llmc.quantize.hessian import weigh_features
+from llmc.quantize.methods.gptq import quantize_gptq
 
 WINDOW, HELD = 512, 12
 #: Matrices that read one activation, and whether its channels can be divided at no cost.
@@ -114,11 +115,10 @@ def blur(weights: np.ndarray) -> np.ndarray:
 
 
 def searched(weights: Matrices, hessian: np.ndarray, schemes: list[WeightScheme], _: bool) -> Matrices:
-    plain = [s.model_copy(update={"method": "mse"}) for s in schemes]
     important = weigh_features(np.diagonal(hessian))
     return [
         dequantize_blocks(quantize_blocks(w, s, np.float16, "w", important))
-        for w, s in zip(weights, plain, strict=True)
+        for w, s in zip(weights, schemes, strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import llmc
+from llmc.config import METHODS
 
 PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
@@ -132,6 +133,22 @@ def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:
 def test_files_stay_short() -> None:
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {str(file.relative_to(ROOT)): count for file, count in lines.items() if count > 450} == {}
+
+
+def test_no_method_of_quantization_is_named_outside_its_config_class() -> None:
+    # Names in checkpoint/ are those of formats that other tools write.
+    elsewhere = (
+        file
+        for file in PACKAGE.rglob("*.py")
+        if file != PACKAGE / "config" / "method.py" and part_of(file) != "checkpoint"
+    )
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for file in elsewhere
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in METHODS
+    ]
+    assert found == []
 
 
 def test_the_changelog_tells_the_version() -> None:

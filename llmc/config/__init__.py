@@ -19,6 +19,10 @@ from llmc.config.engine import EngineRule as EngineRule
 from llmc.config.engine import EngineScheme as EngineScheme
 from llmc.config.engine import Span as Span
 from llmc.config.engine import WeightFormat as WeightFormat
+from llmc.config.method import METHODS as METHODS
+from llmc.config.method import LeastSquares as LeastSquares
+from llmc.config.method import Method as Method
+from llmc.config.method import NamedMethod, calibrated_methods
 from llmc.config.metrics import Better as Better
 from llmc.config.metrics import Metric as Metric
 from llmc.profile import Profile
@@ -86,14 +90,13 @@ class WeightScheme(Strict):
         bits: 4 or 8.
         block_size: Input features that share a scale.
         symmetric: True for a fixed zero point of 2**(bits-1), False for one per block.
-        method: `rtn` (round to nearest), `mse` (scales searched for least squared error) or `gptq` (the
-            same scales, codes that make up for each other's error on calibration text).
+        method: How the codes are found; see `llmc.config.method`.
     """
 
     bits: Literal[4, 8]
     block_size: Literal[16, 32, 64, 128]
     symmetric: bool
-    method: Literal["rtn", "mse", "gptq"]
+    method: NamedMethod
 
 
 WeightRule = Rule[WeightScheme]
@@ -190,8 +193,9 @@ class Quantization(Strict):
     def _calibrated(self) -> "Quantization":
         schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
         schemes += self.allocation.choices if self.allocation is not None else ()
-        if any(scheme.method == "gptq" for scheme in schemes) != (self.calibration is not None):
-            raise ValueError("give calibration if and only if a rule or choice has method gptq")
+        if any(scheme.method.needs_calibration for scheme in schemes) != (self.calibration is not None):
+            names = " or ".join(calibrated_methods())
+            raise ValueError(f"give calibration if and only if a rule or choice has method {names}")
         if self.scale_channels and self.calibration is None:
             raise ValueError("scale_channels needs calibration")
         return self

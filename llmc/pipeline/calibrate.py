@@ -57,7 +57,7 @@ def calibrate(
     from llmc.quantize.calibrate import Calibrator
 
     def work() -> Calibration:
-        subject = prepare(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
+        subject = prepare(checkpoint, text, "weights", _facts(scale_type, schemes, channels))
         calibrator = Calibrator(
             subject.model,
             subject.layers,
@@ -88,7 +88,7 @@ def recall_calibration(
     from llmc.quantize.calibrate import read_calibration
     from llmc.quantize.walk import finished_files
 
-    subject = _plan(checkpoint, text, "gptq", _facts(scale_type, schemes, channels))
+    subject = _plan(checkpoint, text, "weights", _facts(scale_type, schemes, channels))
     files = finished_files(subject.folder, len(subject.layers))
     return None if files is None else read_calibration(files, schemes)
 
@@ -303,7 +303,7 @@ def calibration_key(checkpoint: Checkpoint, purpose: str, windows: Any, facts: M
         "facts": dict(facts),
         "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
         "tools": tool_versions(),
-        "code": code_digest("llmc.quantize"),
+        "code": code_digest("llmc.quantize", "llmc.quantize.methods"),
     }
     return content_key("calibration", known)
 

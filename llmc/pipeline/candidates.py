@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, get_args
 
 from llmc.config import (
+    METHODS,
     Allocation,
     CalibrationText,
+    LeastSquares,
     Provider,
     Quantization,
     Target,
@@ -49,10 +51,6 @@ class Choose(Protocol):
 
 def _literals(field: str) -> tuple[int, ...]:
     return get_args(WeightScheme.model_fields[field].annotation)
-
-
-def _methods() -> tuple[str, ...]:
-    return get_args(WeightScheme.model_fields["method"].annotation)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Space:
         names = tuple(self.bases)
         base = self.bases[choose("target", names) if len(names) > 1 else names[0]]
         level = choose("accuracy_level", _ACCURACY_LEVELS)
-        method = choose("method", _methods())
+        method = choose("method", tuple(METHODS))
         if choose("allocated", (False, True)):
             schemes = {name: _scheme(4, 32, False, method) for name in _GROUPS}
             allocation = _allocation(base, method, choose("budget_bits", _BUDGETS))
@@ -120,9 +118,9 @@ class Space:
             made.append({**rest, **_nearest(base)})
         first = {k: v for k, v in made[0].items() if k in ("target", "accuracy_level")}
         for bits, block, symmetric in ((8, 32, True), (4, 128, True)):
-            plain: Choices = {"method": "mse", "allocated": False}
+            plain: Choices = {"method": LeastSquares.name, "allocated": False}
             made.append({**first, **plain, **_uniform(bits, block, symmetric)})
-        made.append({**first, "method": "mse", "allocated": True, "budget_bits": 5.2})
+        made.append({**first, "method": LeastSquares.name, "allocated": True, "budget_bits": 5.2})
         return made
 
 
@@ -141,7 +139,7 @@ def _nearest(base: Target) -> Choices:
     if general is None:
         raise ConfigError(f"target {base.name} has no scheme for weights in general")
     level = 4 if stated.accuracy_level == 4 else 1
-    rest: Choices = {"accuracy_level": level, "method": general.method}
+    rest: Choices = {"accuracy_level": level, "method": general.method.name}
     if stated.allocation is not None:
         wanted = stated.allocation.budget_bits or 5.2
         return {
@@ -169,7 +167,8 @@ def _quantization(base: Target) -> Quantization:
 
 def _scheme(bits: int, block: int, symmetric: bool, method: str) -> WeightScheme:
     """8 bits have nothing to make up for: their scales are searched where others are calibrated."""
-    made = "mse" if bits == 8 and method == "gptq" else method
+    stated = METHODS[method]()
+    made = stated.uncalibrated() if bits == 8 else stated
     return WeightScheme.model_validate(
         {"bits": bits, "block_size": block, "symmetric": symmetric, "method": made}
     )
@@ -196,7 +195,7 @@ def _with_weights(
     rules.append(WeightRule(scheme=schemes["linear"]))
     used = [rule.scheme for rule in rules if rule.scheme is not None]
     used += allocation.choices if allocation is not None else ()
-    calibrated = any(scheme.method == "gptq" for scheme in used)
+    calibrated = any(scheme.method.needs_calibration for scheme in used)
     quantize = Quantization.model_validate(
         {
             "accuracy_level": level,
@@ -226,5 +225,5 @@ def describe(target: Target) -> str:
         for rule in stated.rules
         if rule.scheme is not None and stated.allocation is None
     ]
-    methods = dict.fromkeys(r.scheme.method for r in stated.rules if r.scheme is not None)
+    methods = dict.fromkeys(r.scheme.method.name for r in stated.rules if r.scheme is not None)
     return ", ".join([*parts, "+".join(methods), f"level {stated.accuracy_level}"])

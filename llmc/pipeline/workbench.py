@@ -45,6 +45,7 @@ _CODE = (
     "graph",
     "passes",
     "quantize",
+    "quantize.methods",
     "backends",
     "backends.compiled",
     "kernels",

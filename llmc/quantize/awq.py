@@ -20,7 +20,7 @@ from llmc.graph.weights import Array, CastRows, ConcatRows, LazyWeight
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs
-from llmc.quantize.gptq import weigh_features
+from llmc.quantize.hessian import weigh_features
 
 #: Exponents that are tried.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
@@ -131,7 +131,6 @@ def _lost(weights: Sequence[Array], hessian: Array, schemes: Sequence[WeightSche
     important = weigh_features(np.diagonal(hessian))
     total = 0.0
     for matrix, scheme in zip(weights, schemes, strict=True):
-        searched = scheme.model_copy(update={"method": "mse"})
-        lost = dequantize_blocks(quantize_blocks(matrix, searched, np.float32, name, important)) - matrix
+        lost = dequantize_blocks(quantize_blocks(matrix, scheme, np.float32, name, important)) - matrix
         total += float(np.einsum("ij,ij->", lost @ hessian, lost))
     return total

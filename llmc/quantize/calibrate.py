@@ -1,4 +1,4 @@
-"""GPTQ over a walk: each layer's matrices quantized from what reached them in the quantized model.
+"""Calibrated methods over a walk: each layer is quantized from what reached it in the quantized model.
 
 The hidden states go on through the quantized layer, so that later layers make up for the error of earlier
 ones.
@@ -18,7 +18,7 @@ from llmc.config import WeightScheme
 from llmc.graph.weights import Array, WeightStore
 from llmc.quantize.awq import ChannelPlan, divide_outputs, search_channels
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
-from llmc.quantize.gptq import quantize_gptq
+from llmc.quantize.methods import find_calibrated
 from llmc.quantize.walk import LayerWalk, StopCallError, named_linears
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ class Calibrator:
             if stored in multiplied:
                 factors = data[f"{multiplied[stored].sources[0]}.smoothing"]
                 weights, hessian = weights * factors, hessian / np.outer(factors, factors)
-            blocks = quantize_gptq(weights, hessian, self._schemes[stored], self._scale_type, stored)
+            scheme = self._schemes[stored]
+            blocks = find_calibrated(scheme).calibrate(weights, hessian, scheme, self._scale_type, stored)
             read_back = dequantize_blocks(blocks)
             if factors is not None:
                 read_back /= factors

@@ -16,11 +16,7 @@ from llmc.quantize.blocks import (
     round_to_levels,
     zero_level,
 )
-from llmc.quantize.mse import fit_mse
-from llmc.quantize.rtn import fit_rtn
-
-#: What GPTQ is given nothing to compensate with (no calibration, or no linear layer) is searched alone.
-_METHODS = {"rtn": fit_rtn, "mse": fit_mse, "gptq": fit_mse}
+from llmc.quantize.methods import find_handler
 
 
 class Encoder:
@@ -47,6 +43,7 @@ class Encoder:
         self.name = name
         self.scheme = scheme
         self.in_features = in_features
+        self._handler = find_handler(scheme)
         self._scale_type = scale_type
         blocks = count_blocks(in_features, scheme.block_size)
         self._codes = np.empty((out_features, blocks, scheme.block_size * scheme.bits // 8), np.uint8)
@@ -109,7 +106,7 @@ class Encoder:
     def _encode(self, work: Workspace, where: str) -> tuple[Array, Array, Array]:
         """Packed codes uint8 (bytes, n), scales and zero points float32 (n,) of `work.columns`."""
         with np.errstate(over="ignore", invalid="ignore"):
-            scale, zero = _METHODS[self.scheme.method](work, self.scheme, self._scale_type)
+            scale, zero = self._handler.fit(work, self.scheme, self._scale_type)
             if not np.isfinite(scale).all():
                 raise CheckpointError(
                     f"{self.name} has values in {where} that are not finite, or too large for scales of type "

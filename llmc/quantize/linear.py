@@ -125,7 +125,9 @@ def plan_calibration(graph: Graph, quantization: Quantization, dtype: Dtype) -> 
     for matrix in _find_matrices(graph):
         plan = _decide(matrix, quantization, dtype)
         scheme = plan.scheme
-        if scheme is not None and plan.stored is None and scheme.method == "gptq" and matrix.linears:
+        if scheme is None or plan.stored is not None or not matrix.linears:
+            continue
+        if scheme.method.needs_calibration:
             wanted.update(dict.fromkeys(matrix.tensor.sources, scheme))
     return wanted
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.errors import ConfigError
 from llmc.graph.weights import Array
-from llmc.quantize.gptq import damp
+from llmc.quantize.hessian import damp
 
 
 def unit_errors(weights: Array, hessian: Array, width: int, name: str, *, repair: bool) -> Array:

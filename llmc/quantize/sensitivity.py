@@ -26,7 +26,7 @@ from llmc.errors import CheckpointError
 from llmc.graph.weights import Array, WeightStore
 from llmc.quantize.blocks import ScaleType, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.gptq import weigh_features
+from llmc.quantize.hessian import weigh_features
 from llmc.quantize.stream import spread
 from llmc.quantize.walk import LayerWalk, named_linears, replacing_input
 
@@ -234,11 +234,8 @@ class SensitivityWalk(LayerWalk):
 
     def _rounded(self, weights: Array, scheme: WeightScheme, name: str, squares: Array) -> Array:
         """What `scheme` stores of a matrix whose input features have these sums of squares."""
-        if scheme.method != "gptq":
-            return dequantize_blocks(quantize_blocks(weights, scheme, self._scale_type, name))
-        searched = scheme.model_copy(update={"method": "mse"})
-        important = weigh_features(_finite(squares, name))
-        return dequantize_blocks(quantize_blocks(weights, searched, self._scale_type, name, important))
+        important = weigh_features(_finite(squares, name)) if scheme.method.needs_calibration else None
+        return dequantize_blocks(quantize_blocks(weights, scheme, self._scale_type, name, important))
 
 
 def _add_squares(total: torch.Tensor, _: Any, args: tuple[torch.Tensor, ...]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.errors import UnsupportedError
 from llmc.graph.weights import Array
-from llmc.quantize.gptq import damp, factorize
+from llmc.quantize.hessian import damp, factorize
 from llmc.quantize.stream import spread
 
 #: Neighbours along the inputs, and how many of them go to 0.

@@ -17,7 +17,8 @@ from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.quantize import calibrate, encode
+from llmc.quantize import encode
+from llmc.quantize.methods import gptq
 from llmc.validate.stored import read_stored
 from tests.checkpoint.packed_formats import pack_mlx
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
@@ -200,13 +201,13 @@ def test_experts_in_scattered_groups_are_quantized_again(tmp_path: Path) -> None
 
 def test_calibration_leaves_kept_codes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrated: list[str] = []
-    quantize = calibrate.quantize_gptq
+    quantize = gptq.quantize_gptq
 
     def watch(*args: Any) -> Any:
         calibrated.append(args[-1])
         return quantize(*args)
 
-    monkeypatch.setattr(calibrate, "quantize_gptq", watch)
+    monkeypatch.setattr(gptq, "quantize_gptq", watch)
     config, pack, drawn = LAYOUTS["gptq"]
     values = write_codes(tmp_path / "model", config, pack, **drawn)
     plan = make_plan(tmp_path / "model", "cpu-int4-gptq")

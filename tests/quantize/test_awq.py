@@ -14,7 +14,7 @@ from llmc.quantize.activations import read_smoothing
 from llmc.quantize.awq import EXPONENTS, divide_outputs, search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.gptq import weigh_features
+from llmc.quantize.hessian import weigh_features
 from tests.models import EOS, save_tiny_model
 from tests.quantize.reference import Array, scheme
 

@@ -12,7 +12,7 @@ from llmc.config import WeightScheme
 from llmc.errors import CheckpointError, ConfigError
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.calibrate import Calibration, Calibrator
-from llmc.quantize.gptq import quantize_gptq
+from llmc.quantize.methods.gptq import quantize_gptq
 from tests.models import build_tiny_model
 from tests.quantize.reference import Array, scheme
 from tests.runtime import StateStore

@@ -8,7 +8,8 @@ import pytest
 from llmc.errors import CheckpointError, ConfigError
 from llmc.quantize.blocks import dequantize_blocks, unpack
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.gptq import DAMPING, quantize_gptq, weigh_features
+from llmc.quantize.hessian import DAMPING, weigh_features
+from llmc.quantize.methods.gptq import quantize_gptq
 from tests.quantize.reference import Array, scheme
 
 

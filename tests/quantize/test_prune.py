@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.quantize.gptq import DAMPING, damp
+from llmc.quantize.hessian import DAMPING, damp
 from llmc.quantize.prune import refit, unit_errors
 from llmc.quantize.sparse import is_sparse, sparsify
 

@@ -9,7 +9,7 @@ import pytest
 
 from llmc.config import WeightScheme
 from llmc.quantize.blocks import dequantize_blocks
-from llmc.quantize.gptq import quantize_gptq
+from llmc.quantize.methods.gptq import quantize_gptq
 from llmc.validate.resemblance import describe_stranger
 from llmc.validate.stored import Stored
 

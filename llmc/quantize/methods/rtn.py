@@ -5,8 +5,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llmc.config import WeightScheme
+from llmc.config.method import RoundToNearest
 from llmc.graph.weights import Array
 from llmc.quantize.blocks import SMALLEST, ScaleType, Workspace, invert, round_scales, zero_level
+from llmc.quantize.methods import Handler
 
 
 class Span(NamedTuple):
@@ -56,3 +58,15 @@ def fit_rtn(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tup
     """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
     span = span_columns(work, scheme)
     return round_scales(span.scale, scale_type), place_zero(span.low, invert(span.scale), 0.0, scheme)
+
+
+class RoundToNearestHandler(Handler):
+    """The handler of `RoundToNearest`."""
+
+    method = RoundToNearest
+
+    def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+        return fit_rtn(work, scheme, scale_type)
+
+
+HANDLER = RoundToNearestHandler()

@@ -13,9 +13,11 @@ just spans the block, is of residuals, which keep their precision at 8 bits too.
 import numpy as np
 
 from llmc.config import WeightScheme
+from llmc.config.method import LeastSquares
 from llmc.graph.weights import Array
 from llmc.quantize.blocks import ScaleType, Workspace, invert, round_scales, round_to_levels, zero_level
-from llmc.quantize.rtn import place_zero, span_columns
+from llmc.quantize.methods import Handler
+from llmc.quantize.methods.rtn import place_zero, span_columns
 
 #: Levels that the starts add to the ones that span the block (negative: idle, positive: clipped), lowest and
 #: highest, by block size: the 2nd to 98th percentile of the optimum on normal, Student t and trained weights.
@@ -86,3 +88,15 @@ def _measure(work: Workspace, scale: Array, zero: Array, inverse: Array, scheme:
     error *= (scale * inverse) ** 2
     error[scale == 0] = np.inf
     return error
+
+
+class LeastSquaresHandler(Handler):
+    """The handler of `LeastSquares`."""
+
+    method = LeastSquares
+
+    def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+        return fit_mse(work, scheme, scale_type)
+
+
+HANDLER = LeastSquaresHandler()

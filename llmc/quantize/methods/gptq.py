@@ -15,78 +15,18 @@ from functools import partial
 import numpy as np
 
 from llmc.config import WeightScheme
-from llmc.errors import CheckpointError, ConfigError
+from llmc.config.method import Gptq
 from llmc.graph.weights import Array
 from llmc.quantize.blocks import PackedBlocks, ScaleType, pack, unpack, zero_level
 from llmc.quantize.encode import quantize_blocks
+from llmc.quantize.hessian import factorize, weigh_features
+from llmc.quantize.methods import CalibratedHandler
 from llmc.quantize.stream import spread
 
-#: Added to the diagonal of H, as a part of its mean (the paper's).
-DAMPING = 0.01
 #: Input features whose updates are spread over the later ones at a time (the paper's B).
 _LAZY = 128
 #: Outputs that one task works on: their part of a lazy block stays in the cache.
 _OUTPUTS = 512
-
-
-def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Array, Array, Array]:
-    """The order of input features, the upper Cholesky factor of the inverse of H in that order, and H damped.
-
-    Args:
-        hessian: sum of x x' over tokens, (K, K).
-        name: What errors call the matrix.
-        order: Of the features; None for activation order.
-
-    Raises:
-        CheckpointError: An activation is not finite.
-        ConfigError: H cannot be factorized.
-    """
-    import torch
-
-    matrix = damp(hessian, name)
-    if order is None:
-        order = np.argsort(-np.diagonal(hessian).astype(np.float64), kind="stable")
-    # With H = R R' and R upper triangular, which is the Cholesky factor of H read from its far end, the
-    # inverse of H is U' U with U = R^-1.
-    backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
-    lower, failed = torch.linalg.cholesky_ex(backwards)
-    if int(failed):
-        raise ConfigError(
-            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
-            "is singular",
-            hint="use a longer calibration text",
-        )
-    one = torch.eye(len(matrix), dtype=torch.float64)
-    inverse: Array = torch.linalg.solve_triangular(lower, one, upper=False).numpy()
-    return order, inverse[::-1, ::-1], matrix
-
-
-def damp(hessian: Array, name: str) -> Array:
-    """H with DAMPING of its mean added to the diagonal, and 1 where the text does not use a feature; float64.
-
-    Raises:
-        CheckpointError: An activation is not finite.
-    """
-    if not np.isfinite(hessian).all():
-        raise CheckpointError(
-            f"the activations that {name} is given on the calibration text are not all finite",
-            hint="the checkpoint is damaged, or needs a target without calibration",
-        )
-    matrix: Array = hessian.astype(np.float64)
-    diagonal = np.diagonal(matrix).copy()
-    damping = DAMPING * float(diagonal.mean())
-    matrix[np.diag_indices_from(matrix)] += damping + np.where(diagonal <= 0, 1.0, 0.0)
-    return matrix
-
-
-def weigh_features(squares: Array) -> Array:
-    """How much the error of each input feature counts, float32 (K,), by the sums of its squares."""
-    mean = float(squares.mean())
-    if not mean > 0:
-        return np.ones(len(squares), np.float32)
-    # A feature that the text does not use still gets codes near its weight.
-    weighed: Array = (squares / mean + DAMPING).astype(np.float32)
-    return weighed
 
 
 def quantize_gptq(
@@ -99,8 +39,7 @@ def quantize_gptq(
         ConfigError: The Hessian cannot be factorized.
     """
     order, upper, damped = factorize(hessian, name)
-    searched = scheme.model_copy(update={"method": "mse"})
-    start = quantize_blocks(weights, searched, scale_type, name, weigh_features(np.diagonal(hessian)))
+    start = quantize_blocks(weights, scheme, scale_type, name, weigh_features(np.diagonal(hessian)))
     outputs, blocks = start.scales.shape
     codes = unpack(start.codes, scheme.bits, scheme.block_size).reshape(outputs, -1).copy()
     scales = start.scales.astype(np.float32)
@@ -173,3 +112,17 @@ def _refit(weights: Array, levels: Array, scales: Array, hessian: Array) -> Arra
     diagonal += np.where(empty, 1.0, 1e-6 * diagonal)
     found: Array = np.linalg.solve(system, right[:, :, None])[:, :, 0]
     return np.where(empty, scales, found).astype(np.float32)
+
+
+class GptqHandler(CalibratedHandler):
+    """The handler of `Gptq`."""
+
+    method = Gptq
+
+    def calibrate(
+        self, weights: Array, hessian: Array, scheme: WeightScheme, scale_type: ScaleType, name: str
+    ) -> PackedBlocks:
+        return quantize_gptq(weights, hessian, scheme, scale_type, name)
+
+
+HANDLER = GptqHandler()

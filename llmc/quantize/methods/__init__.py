@@ -1,0 +1,90 @@
+"""The methods of quantization: one handler a file, each a module with one object called `HANDLER`.
+
+A handler does the work of one config class of `llmc.config.method`. Whoever quantizes asks for the handler
+of a scheme, and never for the name of its method.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from functools import cache
+
+from llmc.config import Method, WeightScheme
+from llmc.errors import ConfigError
+from llmc.graph.weights import Array
+from llmc.quantize.blocks import PackedBlocks, ScaleType, Workspace
+
+
+class Handler(ABC):
+    """Finds the scales and zero points of blocks; their codes are the nearest ones.
+
+    Args:
+        method: The config class that this handler belongs to.
+    """
+
+    method: type[Method]
+
+    @abstractmethod
+    def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+        """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
+
+
+class CalibratedHandler(Handler):
+    """Finds the codes of a whole matrix by what it is given on calibration text.
+
+    Without such text the matrix is quantized by the method that this one starts from.
+    """
+
+    def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
+        start = scheme.model_copy(update={"method": scheme.method.uncalibrated()})
+        return find_handler(start).fit(work, start, scale_type)
+
+    @abstractmethod
+    def calibrate(
+        self, weights: Array, hessian: Array, scheme: WeightScheme, scale_type: ScaleType, name: str
+    ) -> PackedBlocks:
+        """Quantize a matrix (N, K) by the Hessian sum(x x') of its inputs, (K, K).
+
+        Raises:
+            CheckpointError: A weight, scale or activation is not finite.
+            ConfigError: The text does not determine the codes.
+        """
+
+
+@cache
+def registered_handlers() -> dict[type[Method], Handler]:
+    """Every handler in this package by its config class; a module that fails to import is an error."""
+    found: dict[type[Method], Handler] = {}
+    for info in pkgutil.iter_modules(__path__):
+        handler: Handler = importlib.import_module(f"{__name__}.{info.name}").HANDLER
+        if handler.method in found:
+            raise ConfigError(f"method {handler.method.name} has two handlers")
+        found[handler.method] = handler
+    return found
+
+
+def find_handler(scheme: WeightScheme) -> Handler:
+    """The handler of the method of `scheme`.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    handler = registered_handlers().get(type(scheme.method))
+    if handler is None:
+        raise ConfigError(
+            f"method {scheme.method.name} has no handler",
+            hint="add a file with its HANDLER to llmc/quantize/methods",
+        )
+    return handler
+
+
+def find_calibrated(scheme: WeightScheme) -> CalibratedHandler:
+    """The handler of the method of `scheme`, which needs calibration text.
+
+    Raises:
+        ConfigError: It has none, or one that takes no calibration text.
+    """
+    handler = find_handler(scheme)
+    if not isinstance(handler, CalibratedHandler):
+        raise ConfigError(f"method {scheme.method.name} is not calibrated")
+    return handler
