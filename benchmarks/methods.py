@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from sources import checkpoint
 
+from llmc.calibration.hessian import weigh_features
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import WeightScheme
 from llmc.data import calibration_text, eval_text
@@ -23,7 +24,6 @@ from llmc.pipeline.original import tokenize
 from llmc.quantize.awq import search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import weigh_features
 from llmc.quantize.methods.gptq import quantize_gptq
 
 WINDOW, HELD = 512, 12

@@ -13,8 +13,9 @@ from llmc.config import METHODS
 PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
-STATIONS = ("checkpoint", "trace", "passes", "quantize", "backends", "validate", "report")
+STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "backends", "validate", "report")
 BASE = {"errors", "profile", "config", "strict_json", "limits", "memory"}
+STATION = BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
 
 # What each part of the package may import besides itself; every part is listed.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architecture": set(),
     "progress": set(),
     "children": set(),
+    "threads": set(),
     "scratch": set(),
     "data": {"errors"},
     "profile": set(),
@@ -37,13 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"machine", "memory", "backends"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
-    **{
-        station: BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
-        for station in STATIONS
-    },
+    "calibration": BASE | {"graph", "artifact"},
+    **dict.fromkeys(STATIONS, STATION),
+    **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
-    | {*STATIONS},
+    | {"calibration", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
     | {"__init__"},

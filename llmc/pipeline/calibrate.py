@@ -26,6 +26,11 @@ Result = TypeVar("Result")
 #: Where what walks find is kept, finished or not, and how many of each; those not used for longest go.
 #: Pruned weights are read from there for as long as a build takes, and a target has up to three recipes.
 _KEPT = {"calibration": 3, "pruning": 6}
+#: What decides the results that are kept there.
+_CODE = {
+    "calibration": ("calibration", "quantize", "quantize.methods"),
+    "pruning": ("calibration", "prune"),
+}
 #: What a target in float16 without calibration of its own is looked at on.
 _OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
 #: Largest finite number of float16 (IEEE 754 binary16).
@@ -85,8 +90,8 @@ def recall_calibration(
     Raises:
         UnsupportedError: The model cannot be run layer by layer.
     """
+    from llmc.calibration.walk import finished_files
     from llmc.quantize.calibrate import read_calibration
-    from llmc.quantize.walk import finished_files
 
     subject = _plan(checkpoint, text, "weights", _facts(scale_type, schemes, channels))
     files = finished_files(subject.folder, len(subject.layers))
@@ -117,8 +122,8 @@ def observe(
     Raises:
         As `calibrate`.
     """
+    from llmc.calibration.walk import LayerWalk
     from llmc.quantize.activations import ActivationTask, read_activations
-    from llmc.quantize.walk import LayerWalk
 
     tied = dict(checkpoint.tied)
 
@@ -140,8 +145,8 @@ def recall_activations(
     Raises:
         UnsupportedError: The model cannot be run layer by layer.
     """
+    from llmc.calibration.walk import finished_files
     from llmc.quantize.activations import read_activations
-    from llmc.quantize.walk import finished_files
 
     subject = _plan(checkpoint, text, "activations", _input_facts(plans))
     files = finished_files(subject.folder, len(subject.layers))
@@ -271,7 +276,7 @@ def _plan(
         raise UnsupportedError(
             f"{checkpoint.architecture} has no list of decoder layers that could be walked"
         )
-    key = calibration_key(checkpoint, purpose, windows, facts)
+    key = calibration_key(checkpoint, purpose, windows, facts, shelf)
     folder = current_folder(default_cache_folder() / shelf) / key
     return Subject(model, layers, windows, folder)
 
@@ -291,7 +296,9 @@ def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positio
     return np.array(rows, np.int64)
 
 
-def calibration_key(checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any]) -> str:
+def calibration_key(
+    checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any], shelf: str
+) -> str:
     """Name of the calibration of these weights on these tokens, for one purpose."""
     from llmc.artifact.cache import content_key
     from llmc.artifact.provenance import tool_versions
@@ -303,7 +310,7 @@ def calibration_key(checkpoint: Checkpoint, purpose: str, windows: Any, facts: M
         "facts": dict(facts),
         "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
         "tools": tool_versions(),
-        "code": code_digest("llmc.quantize", "llmc.quantize.methods"),
+        "code": code_digest(*(f"llmc.{package}" for package in _CODE[shelf])),
     }
     return content_key("calibration", known)
 

@@ -22,12 +22,12 @@ from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import PruneRecord
+    from llmc.calibration.walk import LayerTask
     from llmc.checkpoint import Checkpoint
     from llmc.checkpoint.pruned import Selection
     from llmc.graph.weights import Array
-    from llmc.quantize.prune_walk import UnitChoice
-    from llmc.quantize.units import Units
-    from llmc.quantize.walk import LayerTask
+    from llmc.prune.tasks import UnitChoice
+    from llmc.prune.units import Units
 
 #: Name of the layers that stay among what was decided.
 _LAYERS = "layers"
@@ -141,7 +141,7 @@ class _Recipes:
         from safetensors.numpy import load_file
 
         from llmc.checkpoint.pruned import drop_layers
-        from llmc.quantize.prune_walk import INFLUENCE, InfluenceTask
+        from llmc.prune.tasks import INFLUENCE, InfluenceTask
 
         subject = prepare(checkpoint, self._spec.calibration, "influence", {}, _SHELF)
         count = len(subject.layers)
@@ -165,8 +165,8 @@ class _Recipes:
     def _drop_units(self, checkpoint: Checkpoint) -> Checkpoint:
         """Heads and neurons, chosen in one walk: neither changes what the other is given."""
         from llmc.checkpoint.pruned import head_entries, narrow, size_entries
-        from llmc.quantize.prune_walk import UnitChoice
-        from llmc.quantize.units import find_units, require_units
+        from llmc.prune.tasks import UnitChoice
+        from llmc.prune.units import find_units, require_units
 
         structure = find_units(trace(checkpoint, self._target.dtype, self._progress))
         layers = int(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
@@ -233,7 +233,7 @@ class _Recipes:
     ) -> tuple[Subject, dict[str, Path]]:
         from safetensors.numpy import load_file
 
-        from llmc.quantize.prune_walk import KEPT, UnitTask
+        from llmc.prune.tasks import KEPT, UnitTask
 
         facts = {
             "repair": self._spec.repair,
@@ -267,7 +267,7 @@ class _Recipes:
         import numpy as np
 
         from llmc.checkpoint.pruned import Selection
-        from llmc.quantize.prune_walk import WEIGHTS
+        from llmc.prune.tasks import WEIGHTS
 
         infos = checkpoint.tensors.infos()
         stay: dict[tuple[str, int], Array] = {}
@@ -291,8 +291,8 @@ class _Recipes:
         from safetensors import safe_open
 
         from llmc.checkpoint.pruned import Selection, narrow
-        from llmc.quantize.prune_walk import WEIGHTS, SparseTask
-        from llmc.quantize.units import find_matrices
+        from llmc.prune.tasks import WEIGHTS, SparseTask
+        from llmc.prune.units import find_matrices
 
         matrices = find_matrices(trace(checkpoint, self._target.dtype, self._progress))
         if not matrices:
@@ -316,7 +316,7 @@ class _Recipes:
         return narrow(checkpoint, subject.layers, selections, [{}], subject.folder.name)
 
     def _walk(self, checkpoint: Checkpoint, subject: Subject, task: LayerTask) -> list[Path]:
-        from llmc.quantize.walk import LayerWalk
+        from llmc.calibration.walk import LayerWalk
 
         tied = dict(checkpoint.tied)
         walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)

@@ -44,6 +44,8 @@ _CODE = (
     "trace",
     "graph",
     "passes",
+    "calibration",
+    "prune",
     "quantize",
     "quantize.methods",
     "backends",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmc.artifact.disk import space_errors
+from llmc.calibration.walk import named_linears
 from llmc.config import EngineRule, WeightFormat
 from llmc.errors import CheckpointError, ParityError
 from llmc.graph.linear import Linear
@@ -26,7 +27,6 @@ from llmc.graph.weights import Array
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import HIGHEST, NVFP4_BLOCK
 from llmc.quantize.place import choose_scheme
-from llmc.quantize.walk import named_linears
 
 if TYPE_CHECKING:
     import torch

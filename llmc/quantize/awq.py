@@ -14,13 +14,13 @@ from typing import cast
 
 import numpy as np
 
+from llmc.calibration.hessian import weigh_features
 from llmc.config import WeightScheme
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, CastRows, ConcatRows, LazyWeight
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs
-from llmc.quantize.hessian import weigh_features
 
 #: Exponents that are tried.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.calibration.hessian import weigh_features
+from llmc.calibration.walk import LayerWalk, named_linears, replacing_input
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.graph.weights import Array, WeightStore
 from llmc.quantize.blocks import ScaleType, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import weigh_features
-from llmc.quantize.stream import spread
-from llmc.quantize.walk import LayerWalk, named_linears, replacing_input
+from llmc.threads import spread
 
 if TYPE_CHECKING:
     import torch

@@ -1,10 +1,7 @@
 """Quantize a matrix that is read a range of rows at a time, on every core."""
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +9,7 @@ from llmc.config import WeightScheme
 from llmc.graph.weights import Array, CastRows, Rows, TransposedRows
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, dequantize_blocks
 from llmc.quantize.encode import Encoder, quantize_blocks
+from llmc.threads import spread
 
 #: Elements that one task reads: 4 MiB as float32.
 _TASK = 1 << 20
@@ -64,17 +62,6 @@ def quantize_stack(rows: Rows, scheme: WeightScheme, scale_type: ScaleType, *, n
     return encoder.finish()
 
 
-def spread(work: Sequence[Callable[[], None]]) -> None:
-    """Do all of `work` on the pool; the first error ends it."""
-    tasks: list[Future[None]] = [_workers().submit(item) for item in work]
-    try:
-        for task in tasks:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def weight_snr(rows: Rows, scheme: WeightScheme, scale_type: ScaleType = np.float32) -> float:
     """Signal-to-noise ratio of a quantized matrix (N, K) to the original, dB; infinite if they are equal."""
     step = max(1, _TASK // max(1, rows.shape[1]))
@@ -85,9 +72,3 @@ def weight_snr(rows: Rows, scheme: WeightScheme, scale_type: ScaleType = np.floa
         signal += float(np.square(weights, dtype=np.float64).sum())
         noise += float(np.square(error, dtype=np.float64).sum())
     return 10 * math.log10(signal / noise) if noise else math.inf
-
-
-@cache
-def _workers() -> ThreadPoolExecutor:
-    """One pool for the process: however many matrices are asked for at once, no more threads than cores."""
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="quantize")

@@ -19,7 +19,7 @@ from llmc.pipeline import build, inspect, verify
 from llmc.pipeline.prune import Pruned, prune
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.quantize.sparse import is_sparse
+from llmc.prune.sparse import is_sparse
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 

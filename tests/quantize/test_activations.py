@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmc.calibration.walk import LayerWalk
 from llmc.checkpoint.skeleton import build_hollow
 from llmc.config import Dtype, EngineRule, EngineScheme, WeightFormat
 from llmc.errors import CheckpointError, ParityError, UnsupportedError
@@ -21,7 +22,6 @@ from llmc.quantize.activations import (
     read_smoothing,
     write_smoothing,
 )
-from llmc.quantize.walk import LayerWalk
 from tests.lowering import lower
 from tests.models import build_tiny_model
 from tests.runtime import StateStore

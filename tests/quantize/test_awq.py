@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmc.calibration.hessian import weigh_features
 from llmc.config import CalibrationText, Gate, Metric, Quantization
 from llmc.data import eval_text
 from llmc.pipeline import build, verify
@@ -14,7 +15,6 @@ from llmc.quantize.activations import read_smoothing
 from llmc.quantize.awq import EXPONENTS, divide_outputs, search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import weigh_features
 from tests.models import EOS, save_tiny_model
 from tests.quantize.reference import Array, scheme
 

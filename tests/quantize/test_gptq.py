@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llmc.calibration.hessian import DAMPING, weigh_features
 from llmc.errors import CheckpointError, ConfigError
 from llmc.quantize.blocks import dequantize_blocks, unpack
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import DAMPING, weigh_features
 from llmc.quantize.methods.gptq import quantize_gptq
 from tests.quantize.reference import Array, scheme
 

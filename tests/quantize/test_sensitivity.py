@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmc.calibration.hessian import weigh_features
 from llmc.checkpoint.skeleton import build_hollow
 from llmc.errors import CheckpointError
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import weigh_features
 from llmc.quantize.sensitivity import SensitivityWalk
 from tests.models import build_tiny_model
 from tests.quantize.reference import Array, scheme

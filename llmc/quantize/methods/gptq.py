@@ -14,14 +14,14 @@ from functools import partial
 
 import numpy as np
 
+from llmc.calibration.hessian import factorize, weigh_features
 from llmc.config import WeightScheme
 from llmc.config.method import Gptq
 from llmc.graph.weights import Array
 from llmc.quantize.blocks import PackedBlocks, ScaleType, pack, unpack, zero_level
 from llmc.quantize.encode import quantize_blocks
-from llmc.quantize.hessian import factorize, weigh_features
 from llmc.quantize.methods import CalibratedHandler
-from llmc.quantize.stream import spread
+from llmc.threads import spread
 
 #: Input features whose updates are spread over the later ones at a time (the paper's B).
 _LAZY = 128

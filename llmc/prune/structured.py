@@ -11,9 +11,9 @@ text says nothing.
 
 import numpy as np
 
+from llmc.calibration.hessian import damp
 from llmc.errors import ConfigError
 from llmc.graph.weights import Array
-from llmc.quantize.hessian import damp
 
 
 def unit_errors(weights: Array, hessian: Array, width: int, name: str, *, repair: bool) -> Array:

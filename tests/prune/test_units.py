@@ -5,7 +5,7 @@ import pytest
 
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
-from llmc.quantize.units import Part, Structure, find_matrices, find_units, require_units
+from llmc.prune.units import Part, Structure, find_matrices, find_units, require_units
 from llmc.trace import trace_model
 from tests.models import tiny_config
 

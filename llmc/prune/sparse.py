@@ -11,10 +11,10 @@ from functools import partial
 
 import numpy as np
 
+from llmc.calibration.hessian import damp, factorize
 from llmc.errors import UnsupportedError
 from llmc.graph.weights import Array
-from llmc.quantize.hessian import damp, factorize
-from llmc.quantize.stream import spread
+from llmc.threads import spread
 
 #: Neighbours along the inputs, and how many of them go to 0.
 GROUP, PRUNED = 4, 2

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from llmc.calibration.hessian import DAMPING, damp
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.quantize.hessian import DAMPING, damp
-from llmc.quantize.prune import refit, unit_errors
-from llmc.quantize.sparse import is_sparse, sparsify
+from llmc.prune.sparse import is_sparse, sparsify
+from llmc.prune.structured import refit, unit_errors
 
 Array = np.ndarray
 FEATURES = 24

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.calibration.walk import StopCallError
 from llmc.errors import CheckpointError
 from llmc.graph.weights import Array
-from llmc.quantize.prune import refit, unit_errors
-from llmc.quantize.sparse import sparsify
-from llmc.quantize.units import Units
-from llmc.quantize.walk import StopCallError
+from llmc.prune.sparse import sparsify
+from llmc.prune.structured import refit, unit_errors
+from llmc.prune.units import Units
 
 if TYPE_CHECKING:
     import torch

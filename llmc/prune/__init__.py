@@ -1,0 +1,1 @@
+"""Pruning on calibration text: which layers, units and weights go, and what makes up for them."""
