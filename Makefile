@@ -1,6 +1,7 @@
-# make demo    set up .venv, then compile SmolLM2-135M-Instruct for this CPU
-# make test    set up .venv, then run the whole test suite
-# make check   ruff and mypy
+# make demo       set up .venv, then compile SmolLM2-135M-Instruct for this CPU
+# make test       set up .venv, then run the whole test suite
+# make test-fast  the tests that need no torch and no runtime
+# make check      ruff and mypy
 #
 # PYTHON names the interpreter (3.11 or later); PIP_ARGS goes to every pip install.
 
@@ -11,13 +12,16 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-fast check clean
 
 demo: .venv/.stamp
 	$(BIN)/llmc build demo
 
 test: .venv/.stamp
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-fast: .venv/.stamp
+	$(BIN)/python -m pytest -q -n 2 --without-torch
 
 check: .venv/.stamp
 	$(BIN)/ruff check .
