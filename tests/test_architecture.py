@@ -9,6 +9,7 @@ import pytest
 
 import llmc
 from llmc.config import METHODS
+from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT, TENSORRT
 
 PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
@@ -129,6 +130,18 @@ def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:
     for file in allowed:
         text = file.read_text(encoding="utf-8")
         assert text.count("disable_telemetry_events()") == len(pattern.findall(text))
+
+
+def test_operator_domains_are_named_in_one_file() -> None:
+    names = {MICROSOFT, TENSORRT, COMPILED, COMPILED_PRODUCTS, COMPILED_EXACT}
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for file in PACKAGE.rglob("*.py")
+        if file != PACKAGE / "graph" / "domains.py"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert found == []
 
 
 def test_files_stay_short() -> None:

@@ -15,14 +15,14 @@ from llmc.artifact.disk import space_errors
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MODEL
 from llmc.backends.tensorrt_support import Library
+from llmc.graph.domains import MICROSOFT, OPSET, STANDARD, VERSION
 from llmc.graph.interface import Interface, TensorSpec
 
 PROVIDER = "NvTensorRTRTXExecutionProvider"
 
-_DOMAIN = "com.microsoft"
 _TAKEN = frozenset({"SM86", "SM89", "SM120", "SM121"})
 #: Written for these, so that the file does not ask for a newer ONNX Runtime than it must.
-_IR_VERSION, _OPSET = 10, 21
+_IR_VERSION = 10
 
 
 def context_name(engine: str) -> str:
@@ -57,8 +57,10 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
         "partition_name": Path(record.file).stem,
         "source": PROVIDER,
     }
-    node = ir.node("EPContext", inputs, attributes, domain=_DOMAIN, outputs=outputs, name="engine")
-    graph = ir.Graph(inputs, outputs, nodes=[node], name="engine", opset_imports={"": _OPSET, _DOMAIN: 1})
+    node = ir.node("EPContext", inputs, attributes, domain=MICROSOFT, outputs=outputs, name="engine")
+    graph = ir.Graph(
+        inputs, outputs, nodes=[node], name="engine", opset_imports={STANDARD: OPSET, MICROSOFT: VERSION}
+    )
     name = context_name(record.file)
     with space_errors(folder / name):
         ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="llmc"), folder / name)

@@ -32,8 +32,8 @@ from llmc.backends.lookup import require_draft, speculative_options
 from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
+from llmc.graph.domains import COMPILED
 from llmc.graph.interface import Interface, TensorSpec
-from llmc.graph.model import COMPILED
 from llmc.graph.switches import runtime_type
 
 GENAI_CONFIG = "genai_config.json"

@@ -20,7 +20,6 @@ from llmc.errors import GraphError
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, WeightGroup
 
-_DOMAIN = "com.microsoft"
 Dim = int | ir.SymbolicDim
 #: Where zero points are among the inputs of both operators, and scales.
 _ZEROS_AT, _SCALES_AT = 3, 2

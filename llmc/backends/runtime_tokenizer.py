@@ -27,6 +27,7 @@ from llmc.backends import tokenizer_worker
 from llmc.backends.genai import GENAI_CONFIG
 from llmc.backends.tokenizer_worker import Answers, Question
 from llmc.errors import ParityError
+from llmc.graph.domains import OPSET, STANDARD
 from llmc.graph.runtimes import load_genai
 
 RUNTIME_SETTINGS = "tokenizer_module.json"
@@ -156,7 +157,7 @@ def _write_minimal_model(folder: Path, tokenizer: Path) -> None:
         [logits, *present],
         nodes=nodes,
         initializers=[axis],
-        opset_imports={"": 21},
+        opset_imports={STANDARD: OPSET},
         name="tokenizer",
     )
     ir.save(ir.Model(graph, ir_version=10), folder / MODEL)

@@ -14,15 +14,15 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from llmc.backends.tensorrt_log import BuildLog, make_logger
-from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.model import constant_of, layer_of
 
 #: Constants up to this many elements are part of a signature: axes, shapes, scalars, sizes.
 _SMALL = 64
 #: What helps, by domain and by TensorRT's error code; the first that fits.
 _BY_DOMAIN = {
-    "com.microsoft": "an operator of ONNX Runtime: take the pass that makes it out of the target",
-    dialect.DOMAIN: "an operator of llmc's dialect: the target lacks a pass that lowers it",
+    MICROSOFT: "an operator of ONNX Runtime: take the pass that makes it out of the target",
+    DIALECT: "an operator of llmc's dialect: the target lacks a pass that lowers it",
 }
 _BY_CODE = {
     "UNSUPPORTED_NODE_DATATYPE": "store or compute it in another type: float16, or a symmetric int8 or int4",

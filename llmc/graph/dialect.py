@@ -34,11 +34,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-DOMAIN = "llmc"
-VERSION = 1
+from llmc.graph.domains import DIALECT, OPSET
+
 CACHED_ATTENTION = "CachedAttention"
 EXPERTS = "Experts"
-OPSET = 21
 
 #: A score no query can reach, finite so that a row without any visible position stays finite.
 _MASKED = float(np.finfo(np.float32).min)
@@ -153,7 +152,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         name=CACHED_ATTENTION,
     )
     integers, floats = ("num_heads", "kv_num_heads", "window"), ("scale", "softcap")
-    return ir.Function(DOMAIN, CACHED_ATTENTION, graph=graph, attributes=_declare(integers, floats))
+    return ir.Function(DIALECT, CACHED_ATTENTION, graph=graph, attributes=_declare(integers, floats))
 
 
 def experts(*, biases: bool) -> ir.Function:
@@ -198,7 +197,7 @@ def experts(*, biases: bool) -> ir.Function:
     output = b("CastLike", mixed, hidden, name="output")
     graph = ir.Graph(inputs, [output], nodes=b.nodes, opset_imports={"": OPSET}, name=EXPERTS)
     attributes = _declare(("interleaved",), ("alpha", "beta", "limit"))
-    return ir.Function(DOMAIN, EXPERTS, graph=graph, attributes=attributes)
+    return ir.Function(DIALECT, EXPERTS, graph=graph, attributes=attributes)
 
 
 def _declare(integers: Sequence[str], floats: Sequence[str]) -> list[ir.Attr]:

@@ -17,10 +17,6 @@ LAYER = "llmc.layer"
 #: [outputs, inputs, bits, block size, PackedZero].
 PACKED = "llmc.packed"
 
-#: Domains of compiled operators: as they are served; with products in float32; with the KV cache and
-#: attention in float32 too.
-COMPILED, COMPILED_PRODUCTS, COMPILED_EXACT = "llmc.compiled", "llmc.compiled.products", "llmc.compiled.exact"
-
 #: Node metadata: bits that the codes of an operator with float zero points need, where it has wider ones.
 CODE_BITS = "llmc.code_bits"
 

@@ -5,14 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from llmc.passes._match import (
-    MICROSOFT,
-    dims_of,
-    input_of,
-    int_attribute,
-    made_by,
-    permutation_of,
-)
+from llmc.graph.domains import MICROSOFT
+from llmc.passes._match import dims_of, input_of, int_attribute, made_by, permutation_of
 from llmc.passes._rewrite import Site, add_constant
 
 _NORMS = ("SimplifiedLayerNormalization", "LayerNormalization")

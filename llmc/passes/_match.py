@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from llmc.graph.model import constant_of
 
-MICROSOFT = "com.microsoft"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 

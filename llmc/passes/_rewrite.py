@@ -8,10 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import GraphError
-from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import LazyWeight, Rows
-from llmc.passes._match import MICROSOFT
 
 Array = np.ndarray
 
@@ -149,11 +148,11 @@ def drop_dead(graph: ir.Graph) -> int:
 
 def drop_unused_dialect(graph: Graph) -> None:
     """Forget the dialect's functions that no node calls any more."""
-    used = {node.op_type for node in graph.graph if node.domain == dialect.DOMAIN}
-    for key in [k for k in graph.model.functions if k[0] == dialect.DOMAIN and k[1] not in used]:
+    used = {node.op_type for node in graph.graph if node.domain == DIALECT}
+    for key in [k for k in graph.model.functions if k[0] == DIALECT and k[1] not in used]:
         del graph.model.functions[key]
     if not used:
-        graph.graph.opset_imports.pop(dialect.DOMAIN, None)
+        graph.graph.opset_imports.pop(DIALECT, None)
 
 
 def require_opset(model: ir.Model, version: int) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from llmc.errors import GraphError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
@@ -26,9 +27,7 @@ class EqualWidths:
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
-        attention = {
-            n.inputs[4]: n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, dialect.DOMAIN)
-        }
+        attention = {n.inputs[4]: n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, DIALECT)}
         slots: list[CacheSlot] = []
         for slot in graph.cache:
             slots.append(slot)

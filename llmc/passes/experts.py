@@ -16,10 +16,11 @@ import onnx_ir as ir
 
 from llmc.errors import GraphError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.model import Graph, constant_of, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.graph.weights import ExpertRows, LazyWeight
-from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, permutation_of
+from llmc.passes._match import dims_of, int_attribute, is_op, made_by, permutation_of
 from llmc.passes._rewrite import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
 
 OPERATOR = "MoE"
@@ -35,7 +36,7 @@ class Experts:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
         for node in list(graph.graph):
-            if not is_op(node, dialect.EXPERTS, dialect.DOMAIN):
+            if not is_op(node, dialect.EXPERTS, DIALECT):
                 continue
             declined = _decline(node)
             if declined is not None:

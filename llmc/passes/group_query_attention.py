@@ -19,10 +19,11 @@ import onnx_ir as ir
 
 from llmc.errors import GraphError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
-from llmc.passes._match import MICROSOFT, dims_of, int_attribute, is_op, made_by, only_user, users_of
+from llmc.passes._match import dims_of, int_attribute, is_op, made_by, only_user, users_of
 from llmc.passes._rewrite import (
     Site,
     add_constant,
@@ -48,7 +49,7 @@ class GroupQueryAttention:
         lengths = _Lengths(graph.graph)
         outside: dict[str, int] = {}
         for node in list(graph.graph):
-            if not is_op(node, dialect.CACHED_ATTENTION, dialect.DOMAIN):
+            if not is_op(node, dialect.CACHED_ATTENTION, DIALECT):
                 continue
             declined = _decline(node)
             if declined is not None:

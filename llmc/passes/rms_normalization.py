@@ -5,12 +5,11 @@ y = x / sqrt(mean(x * x) + epsilon) * scale        over the last axis, in float3
 
 from dataclasses import dataclass
 
+from llmc.graph.domains import SINCE
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.passes._norms import replace_norms
 from llmc.passes._rewrite import require_opset
-
-OPSET = 23
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class RmsNormalization:
     summary: str = "RMSNorm as one RMSNormalization of opset 23"
 
     def run(self, graph: Graph) -> PassReport:
-        require_opset(graph.model, OPSET)
+        require_opset(graph.model, SINCE["RMSNormalization"])
         return replace_norms(graph, self.name, "RMSNormalization", centred=False)
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._match import (
-    MICROSOFT,
     dims_of,
     input_of,
     int_attribute,

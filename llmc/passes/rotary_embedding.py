@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from llmc.graph.domains import SINCE
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.passes._rewrite import Site, require_opset
 from llmc.passes.rotary import replace_rotations
 
 OPERATOR = "RotaryEmbedding"
-OPSET = 23
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RotaryEmbedding:
     summary: str = "rotary position embeddings as one RotaryEmbedding of opset 23"
 
     def run(self, graph: Graph) -> PassReport:
-        require_opset(graph.model, OPSET)
+        require_opset(graph.model, SINCE[OPERATOR])
         return replace_rotations(graph, self.name, _emit)
 
 

@@ -22,13 +22,13 @@ import onnx_ir as ir
 
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, SINCE
 from llmc.graph.interface import WRITE_INDICES
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._match import dims_of, int_attribute, is_op
 from llmc.passes._rewrite import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
 
-OPSET = 24
 #: TensorRT-RTX 1.7 has attention kernels for heads up to this width, in half precision alone.
 WIDEST_HEAD = 256
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -43,12 +43,12 @@ class StaticCache:
     summary: str = "attention over a KV cache of fixed length as TensorScatter and Attention"
 
     def run(self, graph: Graph) -> PassReport:
-        nodes = [n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, dialect.DOMAIN)]
+        nodes = [n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, DIALECT)]
         if graph.max_length is None:
             raise GraphError("a KV cache of fixed length needs the graph's largest length, and it has none")
         if not nodes:
             return PassReport(self.name, ())
-        require_opset(graph.model, OPSET)
+        require_opset(graph.model, SINCE["TensorScatter"])
         slots = _Slots(graph.graph, graph.max_length)
         applied: list[int | None] = []
         refusals: list[Refusal] = []

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from llmc.config import WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT
 from llmc.graph.linear import Linear, find_linears, is_weight
 from llmc.graph.model import Graph, constant_of, layer_of
 from llmc.graph.weights import Array
@@ -170,7 +171,7 @@ def _attention_behind(value: ir.Value) -> ir.Node | None:
             node = each.producer()
             if node is None or node.op_type == "MatMul":
                 continue
-            if node.op_type == dialect.CACHED_ATTENTION and node.domain == dialect.DOMAIN:
+            if node.op_type == dialect.CACHED_ATTENTION and node.domain == DIALECT:
                 return node
             following += [i for i in node.inputs if i is not None and i.const_value is None]
         front = following
@@ -242,7 +243,7 @@ class _Walk:
 
     def _inputs(self, node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
         whole = place.start == 0 and place.step == 1
-        if node.domain == dialect.DOMAIN and node.op_type == dialect.CACHED_ATTENTION:
+        if node.domain == DIALECT and node.op_type == dialect.CACHED_ATTENTION:
             yield from self._of_attention(node, value, place)
         elif node.domain != "":
             raise _MixedError(f"{node.op_type} makes {value.name}")

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
+from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT, VERSION
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
@@ -28,8 +29,6 @@ from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replac
 from llmc.quantize.stored import MADE_FLOATS, is_stored
 
 #: Domain of TensorRT's own operators.
-TRT_DOMAIN = "trt"
-DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,12 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
             [value, stored],
             {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)},
             [("codes", kind, shape), ("parts", ir.DataType.FLOAT8E4M3FN, fine)],
-            TRT_DOMAIN,
+            TENSORRT,
         )
         (scales,) = emit("DequantizeLinear", [parts, stored], None, [("scales", value.dtype, fine)])
         blocks = {"axis": -1, "block_size": NVFP4_BLOCK}
         (result,) = emit("DequantizeLinear", [codes, scales], blocks, [back])
-        graph.opset_imports[TRT_DOMAIN] = 1
+        graph.opset_imports[TENSORRT] = VERSION
     else:
         zero = register(graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point"))
         (codes,) = emit("QuantizeLinear", [value, stored, zero], None, [("codes", kind, shape)])

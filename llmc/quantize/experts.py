@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import ScaleType
-from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored
 from llmc.quantize.stored_experts import find_stored_experts
 from llmc.quantize.stream import quantize_stack
@@ -41,7 +42,7 @@ def quantize_experts(
     """
     tensors: list[QuantizedTensor] = []
     notes: dict[str, None] = {}
-    for node in [n for n in graph.graph if n.op_type == "MoE" and n.domain == DOMAIN]:
+    for node in [n for n in graph.graph if n.op_type == "MoE" and n.domain == MICROSOFT]:
         weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
         scheme, stored = _decide(quantization, weights, notes)
         if scheme is None:
@@ -192,4 +193,4 @@ def _replace_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], acc
         "accuracy_level": accuracy_level,
     }
     attributes = [*node.attributes.values(), *ir.convenience.convert_attributes(storage)]
-    replace(graph, node, [ir.Node(DOMAIN, "QMoE", inputs, attributes)])
+    replace(graph, node, [ir.Node(MICROSOFT, "QMoE", inputs, attributes)])

@@ -17,13 +17,14 @@ import onnx_ir as ir
 
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
+from llmc.graph.domains import MICROSOFT, VERSION
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
-from llmc.quantize.place import DOMAIN, QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
@@ -213,7 +214,7 @@ def quantize_weights(
     experts, notes = quantize_experts(graph, quantization, dtype)
     report += experts
     if any(t.scheme is not None for t in report):
-        graph.model.opset_imports[DOMAIN] = 1
+        graph.model.opset_imports[MICROSOFT] = VERSION
     return QuantizationReport(tuple(report), notes)
 
 
@@ -346,7 +347,7 @@ def _replace_linear(graph: ir.Graph, linear: Linear, operands: _Operands, accura
             "block_size": operands.scheme.block_size,
             "accuracy_level": accuracy_level,
         },
-        domain=DOMAIN,
+        domain=MICROSOFT,
     )
     node.metadata_props.update(operands.facts)
     transpose = linear.node.inputs[1]
@@ -367,7 +368,7 @@ def _replace_embedding(graph: ir.Graph, embedding: Embedding, operands: _Operand
             "gather_axis": 0,
             "quantize_axis": 1,
         },
-        domain=DOMAIN,
+        domain=MICROSOFT,
     )
     lookup.metadata_props.update(operands.facts)
     width = operands.blocks * operands.scheme.block_size

@@ -8,8 +8,6 @@ import onnx_ir as ir
 
 from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 
-DOMAIN = "com.microsoft"
-
 
 @dataclass(frozen=True)
 class QuantizedTensor:

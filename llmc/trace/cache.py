@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
-from llmc.trace.stamp import DOMAIN
+from llmc.graph.domains import TRACE
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def extend_cache(
     past.capture.stored[layer] = StoredKeys(heads, key_width, value_width)
     batch = keys.shape[0]
     whole = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{EXTEND}",
+        f"{TRACE}::{EXTEND}",
         (keys, values),
         attrs={"layer": layer},
         dtypes=(keys.dtype, values.dtype),

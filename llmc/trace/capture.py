@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, VERSION
 from llmc.trace.experts import trace_experts
 from llmc.trace.mask import MaskRule
 
@@ -207,7 +208,7 @@ def _attention(
     if s_aux is not None:
         inputs = (*inputs, s_aux)
     output = torch.onnx.ops.symbolic(
-        f"{dialect.DOMAIN}::{dialect.CACHED_ATTENTION}",
+        f"{DIALECT}::{dialect.CACHED_ATTENTION}",
         inputs,
         attrs={
             "layer": layer,
@@ -219,7 +220,7 @@ def _attention(
         },
         dtype=value.dtype,
         shape=(batch, sequence, heads, value_width),
-        version=dialect.VERSION,
+        version=VERSION,
     )
     return output, None
 

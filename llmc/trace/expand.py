@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, TRACE
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import LAYER, Placeholder
 from llmc.trace.cache import EXTEND
 from llmc.trace.capture import Capture, CapturedAttention, StoredKeys
-from llmc.trace.stamp import BEGIN, DOMAIN, END, STUB, LayerStack, NotStampableError
+from llmc.trace.stamp import BEGIN, END, STUB, LayerStack, NotStampableError
 
 
 def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndarray]) -> None:
@@ -46,7 +47,7 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
 
 def _unfold_runs(graph: ir.Graph) -> None:
     """One `LayerStub` for each layer of a run."""
-    for run in [n for n in graph if n.domain == DOMAIN and n.op_type == STUB]:
+    for run in [n for n in graph if n.domain == TRACE and n.op_type == STUB]:
         indices, operands, counts = (
             list(run.attributes[key].as_ints()) for key in ("indices", "operands", "counts")
         )
@@ -57,7 +58,7 @@ def _unfold_runs(graph: ir.Graph) -> None:
             del operands[:count]
             outputs = len(run.outputs) if n == len(indices) - 1 else 1
             attributes = [ir.AttrInt64("index", index)]
-            stub = ir.Node(DOMAIN, STUB, inputs, attributes, num_outputs=outputs, name=f"stub.{index}")
+            stub = ir.Node(TRACE, STUB, inputs, attributes, num_outputs=outputs, name=f"stub.{index}")
             graph.insert_before(run, stub)
             for output, like in zip(stub.outputs, run.outputs, strict=False):
                 output.name = f"stub.{index}/{like.name}"
@@ -80,11 +81,11 @@ def attach_cache(
     mask = next(v for v in graph.inputs if v.name == "attention_mask")
     slots: dict[int, CacheSlot] = {}
     pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == EXTEND]:
+    for node in [n for n in graph if n.domain == TRACE and n.op_type == EXTEND]:
         layer = node.attributes["layer"].as_int()
         seen = capture.stored[_traced_index(stack, layer)]
         slots[layer] = _concatenate(graph, node, _slot(layer, seen, None), dtype)
-    nodes = [n for n in graph if n.domain == dialect.DOMAIN and n.op_type == dialect.CACHED_ATTENTION]
+    nodes = [n for n in graph if n.domain == DIALECT and n.op_type == dialect.CACHED_ATTENTION]
     for node in nodes:
         layer = node.attributes["layer"].as_int()
         owner = node.attributes["owner"].as_int()
@@ -109,7 +110,7 @@ def attach_cache(
         attributes.append(ir.AttrInt64("window", attention.window or 0))
         output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         new = ir.Node(
-            dialect.DOMAIN,
+            DIALECT,
             dialect.CACHED_ATTENTION,
             [query, keys, values, *pasts[owner], mask, *sinks],
             attributes,
@@ -174,7 +175,7 @@ def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.
 
 
 def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
-    return {n.attributes["index"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == kind}
+    return {n.attributes["index"].as_int(): n for n in graph if n.domain == TRACE and n.op_type == kind}
 
 
 def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
@@ -295,7 +296,7 @@ def _stamp(
 
 def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -> Iterable[ir.Attr]:
     for attribute in attributes:
-        if domain in (dialect.DOMAIN, DOMAIN) and attribute.name in ("layer", "owner"):
+        if domain in (DIALECT, TRACE) and attribute.name in ("layer", "owner"):
             if attribute.as_int() != old:
                 raise NotStampableError(f"layer {old} uses the cache of layer {attribute.as_int()}")
             yield ir.AttrInt64(attribute.name, new)

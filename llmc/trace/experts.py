@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -118,12 +119,12 @@ def trace_experts(
     if self.has_bias:
         weights += [self.gate_up_proj_bias, self.down_proj_bias]
     output: torch.Tensor = torch.onnx.ops.symbolic(
-        f"{dialect.DOMAIN}::{dialect.EXPERTS}",
+        f"{DIALECT}::{dialect.EXPERTS}",
         (hidden_states, top_k_index, top_k_weights, *weights),
         attrs={**asdict(gate), "interleaved": int(gate.interleaved)},
         dtype=hidden_states.dtype,
         shape=hidden_states.shape,
-        version=dialect.VERSION,
+        version=VERSION,
     )
     return output, None
 

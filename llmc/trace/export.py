@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
-from llmc.graph import dialect
+from llmc.graph.domains import OPSET
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
@@ -174,7 +174,7 @@ def _translate(program: Any) -> ir.Model:
                 input_names=["input_ids", "attention_mask", "position_ids"],
                 output_names=["logits"],
                 optimize=False,
-                opset_version=dialect.OPSET,
+                opset_version=OPSET,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:

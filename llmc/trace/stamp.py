@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import language_model
+from llmc.graph.domains import TRACE
 
 if TYPE_CHECKING:
     import torch
 
 BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
-#: Domain of the markers, which never leave the trace.
-DOMAIN = "llmc.trace"
 
 
 class NotStampableError(Exception):
@@ -306,7 +305,7 @@ def _emit(
     if not outputs:
         raise NotStampableError(f"layer {index} takes or returns no tensor")
     made = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{kind}",
+        f"{TRACE}::{kind}",
         [torch.view_as_real(t) if t.is_complex() else t for t in inputs],
         attrs={"index": index, **(run or {})},
         dtypes=[dtype.to_real() for dtype, _ in outputs],

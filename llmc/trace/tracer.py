@@ -10,6 +10,7 @@ import onnx_ir as ir
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, OPSET, VERSION
 from llmc.graph.model import Graph, Placeholder
 from llmc.graph.verify import verify
 from llmc.trace.expand import attach_cache, expand_layers
@@ -148,13 +149,13 @@ def _define_dialect(model: ir.Model) -> None:
     model.functions.clear()
     model.functions.update({function.identifier(): function for function in functions})
     model.graph.opset_imports.clear()
-    model.graph.opset_imports[""] = dialect.OPSET
+    model.graph.opset_imports[""] = OPSET
     if functions:
-        model.graph.opset_imports[dialect.DOMAIN] = dialect.VERSION
+        model.graph.opset_imports[DIALECT] = VERSION
 
 
 def _dialect_nodes(model: ir.Model, operator: str) -> list[ir.Node]:
-    return [n for n in model.graph if n.domain == dialect.DOMAIN and n.op_type == operator]
+    return [n for n in model.graph if n.domain == DIALECT and n.op_type == operator]
 
 
 def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:

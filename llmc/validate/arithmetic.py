@@ -3,8 +3,8 @@
 from enum import StrEnum
 from typing import Any
 
+from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec, unscaled_width
-from llmc.graph.model import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
 from llmc.validate.stacks import in_float32
 
 

@@ -20,12 +20,12 @@ import onnx_ir as ir
 from llmc.artifact.disk import space_errors
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
+from llmc.graph.domains import DYNAMIC_QUANTIZE
 from llmc.graph.interface import Interface, TensorSpec
 
 _WIDE, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 #: Types that become float32, where one of them has to.
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
-_DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 _BLOCK = 16
 
 
@@ -70,7 +70,7 @@ def _leave_activations(graph: ir.Graph) -> bool:
     """Let products read activations that are quantized as they were before; whether any are."""
     found = False
     for node in list(graph):
-        if node.op_type not in ("QuantizeLinear", _DYNAMIC_QUANTIZE):
+        if node.op_type not in ("QuantizeLinear", DYNAMIC_QUANTIZE):
             continue
         ((back, _),) = node.outputs[0].uses()
         ir.convenience.replace_all_uses_with(back.outputs[0], _given(node))
@@ -95,7 +95,7 @@ def _makers(value: ir.Value | None) -> tuple[ir.Node, ...]:
 def _spell_fp4(graph: ir.Graph) -> None:
     """Weights and activations in NVFP4 as what the CPU has kernels for."""
     for node in list(graph):
-        if node.op_type == _DYNAMIC_QUANTIZE:
+        if node.op_type == DYNAMIC_QUANTIZE:
             _round_trip(graph, node)
     for value in list(graph.initializers.values()):
         tensor = value.const_value

@@ -13,13 +13,13 @@ import numpy as np
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
+from llmc.graph.model import LAYER
 from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.arithmetic import Arithmetic, compute_in
 
 Array = np.ndarray
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_LAYER = "llmc.layer"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _places(nodes: Sequence[Any]) -> list[Place]:
     places = []
     for node in nodes:
         metadata = {p.key: p.value for p in node.metadata_props}
-        layer = int(metadata[_LAYER]) if _LAYER in metadata else None
+        layer = int(metadata[LAYER]) if LAYER in metadata else None
         for name in node.output:
             module = scopes.get(name)
             if module is None and layer is not None and name.startswith(f"layer.{layer}/"):

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, OPSET, VERSION
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import LAYER, Graph, Placeholder
 
@@ -63,7 +64,7 @@ def tiny_graph() -> Graph:
     turned = value("turned", [HIDDEN, VOCAB])
     logits = value("logits", ["batch", "sequence", VOCAB])
     attention = ir.Node(
-        dialect.DOMAIN,
+        DIALECT,
         dialect.CACHED_ATTENTION,
         [heads, heads, heads, *past, mask],
         ir.convenience.convert_attributes(
@@ -87,7 +88,7 @@ def tiny_graph() -> Graph:
         nodes=nodes,
         initializers=[table, axes, target],
         name="decoder",
-        opset_imports={"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION},
+        opset_imports={"": OPSET, DIALECT: VERSION},
     )
     model = ir.Model(graph, ir_version=10, functions=[dialect.cached_attention(sinks=False)])
     aliases = dict.fromkeys(

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT, OPSET, VERSION
 
 BATCH, HEADS, KV_HEADS, PAST, STEP, WIDTH, VALUE_WIDTH = 2, 4, 2, 5, 3, 8, 6
 
@@ -71,7 +72,7 @@ def _run(case: Case, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         "window": case.window,
     }
     node = ir.Node(
-        dialect.DOMAIN,
+        DIALECT,
         dialect.CACHED_ATTENTION,
         inputs,
         ir.convenience.convert_attributes(attributes),
@@ -86,7 +87,7 @@ def _run(case: Case, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         node.outputs,
         nodes=[node],
         name="g",
-        opset_imports={"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION},
+        opset_imports={"": OPSET, DIALECT: VERSION},
     )
     model = ir.Model(graph, ir_version=10, functions=[function])
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -181,9 +182,9 @@ def test_equals_experts_written_out(case: ExpertsCase) -> None:
         for n, a in feeds.items()
     ]
     attributes = {n: getattr(case, n) for n in ("alpha", "beta", "limit", "interleaved")}
-    node = ir.Node(dialect.DOMAIN, dialect.EXPERTS, inputs, ir.convenience.convert_attributes(attributes))
+    node = ir.Node(DIALECT, dialect.EXPERTS, inputs, ir.convenience.convert_attributes(attributes))
     node.outputs[0].name, node.outputs[0].type = "output", ir.TensorType(ir.DataType.FLOAT)
-    imports = {"": dialect.OPSET, dialect.DOMAIN: dialect.VERSION}
+    imports = {"": OPSET, DIALECT: VERSION}
     graph = ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports=imports)
     data = ir.to_proto(ir.Model(graph, ir_version=10, functions=[function])).SerializeToString()
     (found,) = ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)

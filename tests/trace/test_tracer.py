@@ -12,6 +12,7 @@ from llmc.architecture import beside_language_model
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
+from llmc.graph.domains import DIALECT
 from llmc.graph.model import Graph, Placeholder, layer_of
 from llmc.trace import trace_model
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
@@ -72,7 +73,7 @@ def test_attention_that_cannot_be_captured_is_traced_as_the_model_computes_it(
 ) -> None:
     graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
     assert any(reason in note for note in graph.notes)
-    assert not [n for n in graph.graph if n.domain == dialect.DOMAIN]
+    assert not [n for n in graph.graph if n.domain == DIALECT]
     assert [s.layer for s in graph.cache] == [0, 1, 2]
     assert _compare(model_type) <= 1e-4
 

@@ -5,8 +5,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec
-from llmc.graph.model import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
 from llmc.validate.arithmetic import Arithmetic, compute_in
 
 WIDTHS = {"float32": 16, "float16": 16, "int8": 20}

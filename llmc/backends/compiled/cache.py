@@ -4,9 +4,10 @@ from collections.abc import Mapping, Set
 
 import onnx_ir as ir
 
-from llmc.backends.compiled.operands import MICROSOFT, dims_of
+from llmc.backends.compiled.operands import dims_of
 from llmc.config import CacheType
 from llmc.errors import KernelError
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.interface import SCALE_BYTES, CacheSlot
 from llmc.graph.model import Graph
 

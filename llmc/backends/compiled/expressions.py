@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.backends.compiled.program import Place, Space, Tensor
+from llmc.graph.domains import MICROSOFT
 
 #: Leaves that one function takes besides weights: members a, b and c of llmc::Op.
 MOST_PLACES = 3
@@ -85,7 +86,7 @@ UNARY: dict[tuple[str, str], Callable[[ir.Node], str]] = {
     ("", "Relu"): lambda node: "max($0, F{})",
     ("", "Neg"): lambda node: "(-$0)",
     ("", "Gelu"): _gelu,
-    ("com.microsoft", "Gelu"): _gelu,
-    ("com.microsoft", "QuickGelu"): _quick_gelu,
+    (MICROSOFT, "Gelu"): _gelu,
+    (MICROSOFT, "QuickGelu"): _quick_gelu,
 }
 BINARY = {"Add": "($0 + $1)", "Sub": "($0 - $1)", "Mul": "($0 * $1)", "Div": "($0 / $1)"}

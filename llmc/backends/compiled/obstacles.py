@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.expressions import BINARY, UNARY
 from llmc.backends.compiled.operands import (
-    MICROSOFT,
     NORMS,
     PARTS,
     codes_of,
@@ -23,6 +22,7 @@ from llmc.backends.compiled.operands import (
 )
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 

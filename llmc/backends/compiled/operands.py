@@ -4,10 +4,10 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import Space
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.model import PackedZero, constant_of
 from llmc.graph.weights import LazyWeight
 
-MICROSOFT = "com.microsoft"
 #: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 wants int8, 2 at least float16.
 PARTS = {4: 1, 2: 2}
 #: Norms by domain and name: whether the mean is taken off, whether a sum is part of it.

@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.expressions import BINARY, MOST_PLACES, UNARY, Expression, apply, constant, leaf
 from llmc.backends.compiled.operands import (
-    MICROSOFT,
     NORMS,
     PARTS,
     codes_of,
@@ -37,6 +36,7 @@ from llmc.backends.compiled.program import (
     Variant,
 )
 from llmc.config import CacheType
+from llmc.graph.domains import MICROSOFT
 from llmc.graph.weights import LazyWeight, WeightGroup
 
 #: Types of llmc/kernels/cache.h.
