@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.model import Graph, constant_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import Graph
 from llmc.graph.weights import Array
 
 #: Where operators read cosines and sines.

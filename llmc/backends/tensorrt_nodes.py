@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from llmc.backends.tensorrt_log import BuildLog, make_logger
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.model import constant_of, layer_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import layer_of
 
 #: Constants up to this many elements are part of a signature: axes, shapes, scalars, sizes.
 _SMALL = 64

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from llmc.errors import CheckpointError, GraphError
 from llmc.graph.interface import CacheSlot, Interface, Padding, TensorSpec
+from llmc.graph.match import dims_of
 from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, WeightStore
 
 #: Node metadata: index of the decoder layer a node belongs to.
@@ -145,19 +146,6 @@ def layer_of(node: ir.Node) -> int | None:
     return None if text is None else int(text)
 
 
-def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The data of a constant or of a small initializer; None for a weight or a computed value."""
-    if value is None:
-        return None
-    tensor = value.const_value
-    if tensor is None:
-        node = value.producer()
-        if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-            return None
-        return ir.convenience.get_const_tensor(value)
-    return None if isinstance(tensor, LazyWeight) else tensor
-
-
 def _name(value: ir.Value) -> str:
     if not value.name:
         raise GraphError(f"a value of the graph has no name: {value!r}")
@@ -177,5 +165,5 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    shape = tuple(d if isinstance(d, int) else str(d.value) for d in _shape(value))
-    return TensorSpec(name=_name(value), dtype=_dtype(value).numpy().name, shape=shape)
+    _shape(value)
+    return TensorSpec(name=_name(value), dtype=_dtype(value).numpy().name, shape=tuple(dims_of(value)))

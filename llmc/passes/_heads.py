@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
-from llmc.passes._match import dims_of, input_of, int_attribute, made_by, permutation_of
+from llmc.graph.match import dims_of, input_of, made_by, permutation_of
 from llmc.passes._rewrite import Site, add_constant
 
 _NORMS = ("SimplifiedLayerNormalization", "LayerNormalization")
@@ -59,7 +59,9 @@ class HeadLayout:
     def _over_width(self, norm: ir.Node) -> bool:
         """Whether the norm is over the width alone, with vectors that are the same for every head."""
         vectors = [v for v in norm.inputs[1:] if v is not None]
-        return int_attribute(norm, "axis", -1) in (-1, 3) and all(dims_of(v) == [self.width] for v in vectors)
+        return norm.attributes.get_int("axis", -1) in (-1, 3) and all(
+            dims_of(v) == [self.width] for v in vectors
+        )
 
     def _merge(self, value: ir.Value) -> ir.Value:
         """(batch, sequence, heads, width) to (batch, sequence, heads * width)."""

@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from llmc.errors import GraphError
-from llmc.graph.model import Graph, layer_of
-from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import (
+from llmc.graph.match import (
     input_of,
-    int_attribute,
     ints_of,
     is_op,
     is_scalar,
+    last_dim_of,
     made_by,
     only_user,
     operand_beside,
@@ -20,8 +18,9 @@ from llmc.passes._match import (
     rank_of,
     scalar_of,
     uncast,
-    width_of,
 )
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
 from llmc.passes._rewrite import Site, drop_dead, take_over
 from llmc.passes._scales import Scale, scale_of, unit_scale
 
@@ -109,7 +108,7 @@ def _origin_of_centred(value: ir.Value) -> ir.Value | None:
 def _over_last_axis(mean: ir.Node) -> bool:
     rank, axes = rank_of(input_of(mean)), ints_of(input_of(mean, 1))
     last = axes is not None and [a % rank for a in axes] == [rank - 1]
-    return last and int_attribute(mean, "keepdims", 1) == 1
+    return last and mean.attributes.get_int("keepdims", 1) == 1
 
 
 def match_norm(mean: ir.Node) -> Norm | str | None:
@@ -121,7 +120,7 @@ def match_norm(mean: ir.Node) -> Norm | str | None:
     root = _inverse_root(mean.outputs[0])
     if x is None or root is None:
         return None
-    width = width_of(x)
+    width = last_dim_of(x)
     if not _over_last_axis(mean) or width is None:
         axes = ints_of(input_of(mean, 1))
         return f"the mean is over axes {axes} of {rank_of(x)}, not over a static last one alone"

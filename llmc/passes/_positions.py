@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.model import constant_of
+from llmc.graph.match import constant_of
 from llmc.graph.runtimes import load_onnxruntime
 from llmc.graph.weights import Array, LazyWeight
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.match import is_op, is_scalar, made_by, operands, scalar_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.passes._match import is_op, is_scalar, made_by, operands, scalar_of
 from llmc.passes._rewrite import Site, drop_dead, take_over
 
 

@@ -13,9 +13,9 @@ from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.interface import CacheSlot
+from llmc.graph.match import dims_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of, is_op, users_of
 from llmc.passes._rewrite import Site, add_constant, take_over
 
 
@@ -54,7 +54,7 @@ def _decline(slot: CacheSlot, node: ir.Node | None) -> tuple[str, str] | None:
         return "plain-attention", f"{widths}, and the layer computes attention in operators of its own"
     if slot.key_width < slot.value_width:
         return "narrow-keys", widths
-    if len(users_of(_given(node, 4))) > 1:
+    if len(_given(node, 4).consumers()) > 1:
         return "shared-cache", f"several layers read and extend {slot.past_value} in one step"
     return None
 

@@ -17,10 +17,10 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.model import Graph, constant_of, layer_of
+from llmc.graph.match import constant_of, dims_of, is_op, made_by, permutation_of
+from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.graph.weights import ExpertRows, LazyWeight
-from llmc.passes._match import dims_of, int_attribute, is_op, made_by, permutation_of
 from llmc.passes._rewrite import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
 
 OPERATOR = "MoE"
@@ -109,7 +109,7 @@ def _stored(value: ir.Value | None) -> tuple[LazyWeight, bool] | None:
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     hidden, indices, weights, gate_up, down, *biases = node.inputs
     site, stem = Site(graph, node), str(node.name)
-    apart = not int_attribute(node, "interleaved", 0)
+    apart = not node.attributes.get_int("interleaved", 0)
     matrices = [_weight(graph, gate_up, apart), _weight(graph, down, False)]
     if biases:
         offsets: list[ir.Value | None] = [_weight(graph, biases[0], apart), _weight(graph, biases[1], False)]

@@ -20,10 +20,10 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
+from llmc.graph.match import dims_of, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
-from llmc.passes._match import dims_of, int_attribute, is_op, made_by, only_user, users_of
 from llmc.passes._rewrite import (
     Site,
     add_constant,
@@ -128,7 +128,7 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
         )
     if not isinstance(key_width, int) or key_width % _WIDTH_MULTIPLE:
         return "head-width", f"heads are {key_width} wide; the operator takes multiples of {_WIDTH_MULTIPLE}"
-    if len(users_of(past_key)) > 1 or not node.outputs[1].is_graph_output():
+    if len(past_key.consumers()) > 1 or not node.outputs[1].is_graph_output():
         return "shared-cache", f"several layers read and extend {past_key.name} in one step"
     return None
 
@@ -153,7 +153,7 @@ def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str 
     if first is None or second is None:
         return None, "only one of query and key is rotated" if first or second else None
     same = first.inputs[1:] == second.inputs[1:] and all(
-        int_attribute(first, n, 0) == int_attribute(second, n, 0)
+        first.attributes.get_int(n, 0) == second.attributes.get_int(n, 0)
         for n in ("interleaved", "rotary_embedding_dim")
     )
     _, positions, cos, sin = first.inputs
@@ -165,7 +165,7 @@ def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str 
     if not isinstance(columns, int) or columns % _WIDTH_MULTIPLE:
         return None, f"its tables have {columns} columns; the operator takes multiples of {_WIDTH_MULTIPLE}"
     shifted = None if positions.is_graph_input() else positions
-    return _Rotary(cos, sin, int_attribute(first, "interleaved", 0), shifted), None
+    return _Rotary(cos, sin, first.attributes.get_int("interleaved", 0), shifted), None
 
 
 def _are_positions(value: ir.Value) -> bool:
@@ -181,7 +181,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
     query, key, value, past_key, past_value = node.inputs[:5]
     if query is None or key is None or value is None:
         raise GraphError(f"attention {node.name} has no query, key or value")
-    heads, kv_heads = (int_attribute(node, n, 0) for n in ("num_heads", "kv_num_heads"))
+    heads, kv_heads = (node.attributes.get_int(n, 0) for n in ("num_heads", "kv_num_heads"))
     width = int(str(dims_of(past_key)[-1]))
     rotary, outside = _shared_rotary(query, key)
     if rotary is not None:
@@ -194,7 +194,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
         "num_heads": heads,
         "kv_num_heads": kv_heads,
         "scale": node.attributes["scale"].as_float(),
-        "local_window_size": int_attribute(node, "window", 0) or -1,
+        "local_window_size": node.attributes.get_int("window", 0) or -1,
     }
     if softcap := node.attributes["softcap"].as_float():
         attributes["softcap"] = softcap

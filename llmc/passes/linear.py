@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.linear import is_weight
+from llmc.graph.match import dims_of, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of, int_attribute, is_op, made_by, only_user
 from llmc.passes._rewrite import Site, drop_dead, take_over
 
 
@@ -45,7 +45,7 @@ def _obstacle(node: ir.Node) -> tuple[str, str] | None:
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.as_float() != 1.0:
             return "gemm-scale", f"{name} is {attribute.as_float()}, not 1"
-    if int_attribute(node, "transA", 0):
+    if node.attributes.get_int("transA", 0):
         return "gemm-transposed", "its activation is transposed"
     weight = node.inputs[1]
     if weight is None or not is_weight(weight):
@@ -63,7 +63,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
         if dims_of(lifted) == [*dims_of(source)[:-1], width]:
             rows, old = source, lifted
     site, name = Site(graph, node), str(node.outputs[0].name)
-    if int_attribute(node, "transB", 0) and weight is not None:
+    if node.attributes.get_int("transB", 0) and weight is not None:
         dims = dims_of(weight)
         turned = site.emit(
             "Transpose",

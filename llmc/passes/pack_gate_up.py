@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.match import dims_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of, is_op
 from llmc.passes._pack import Projection, differing_codes, join, obstacle, projection_of
 from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 

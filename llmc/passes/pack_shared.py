@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.linear import Linear, find_linears
+from llmc.graph.match import dims_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of
 from llmc.passes._pack import Projection, join, obstacle
 from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 

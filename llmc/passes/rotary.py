@@ -17,21 +17,20 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.model import Graph, layer_of
-from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import (
+from llmc.graph.match import (
     dims_of,
     input_of,
-    int_attribute,
     is_op,
+    last_dim_of,
     made_by,
     only_user,
     operands,
     part_of,
     rank_of,
     uncast,
-    width_of,
 )
+from llmc.graph.model import Graph, layer_of
+from llmc.graph.report import PassReport, Refusal
 from llmc.passes._positions import Declined, PositionTables, Table
 from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
@@ -120,7 +119,7 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
     source, output = rotation.source, rotation.output
     dims, dtype = dims_of(source), output.dtype
     heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)
-    heads, width = _static(dims, heads_axis), width_of(source)
+    heads, width = _static(dims, heads_axis), last_dim_of(source)
     if heads is None or width is None or dtype is None or source.dtype != dtype:
         return Declined(
             "rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width"
@@ -235,9 +234,9 @@ def _match_sum(add: ir.Node) -> Rotation | None:
             if rotation is None:
                 continue
             x, interleaved = rotation
-            rotated = width_of(x)
+            rotated = last_dim_of(x)
             for value, cos in operands(straight):
-                if uncast(value) is x and rotated and width_of(cos) == width_of(sin) == rotated:
+                if uncast(value) is x and rotated and last_dim_of(cos) == last_dim_of(sin) == rotated:
                     return Rotation(
                         add, x, add.outputs[0], uncast(cos), uncast(sin), rotated, interleaved, False
                     )
@@ -266,7 +265,7 @@ def _pair(first: ir.Value | None, second: ir.Value | None, interleaved: bool) ->
     low, high = part_of(first), part_of(second)
     if low is None or high is None or low[0] is not high[0]:
         return None
-    x, width = low[0], width_of(low[0])
+    x, width = low[0], last_dim_of(low[0])
     last = len(dims_of(x)) - 1
     if width is None or width % 2:
         return None
@@ -292,8 +291,8 @@ def _match_halves(concat: ir.Node) -> Rotation | None:
             x = _pair(uncast(first), uncast(second), False)
             if x is None or not _sums(plus, (second, cos), (first, sin)):
                 continue
-            width = width_of(x) or 0
-            if width_of(cos) == width_of(sin) == width // 2:
+            width = last_dim_of(x) or 0
+            if last_dim_of(cos) == last_dim_of(sin) == width // 2:
                 output = concat.outputs[0]
                 return Rotation(concat, uncast(x), output, uncast(cos), uncast(sin), width, False, True)
     return None
@@ -312,7 +311,7 @@ def _with_rest(rotation: Rotation) -> Rotation:
     if part is None or user is None or not is_op(user, "Concat") or not _joins_last_axis(user):
         return rotation
     whole, axis, start, stop, step = part
-    width = width_of(whole)
+    width = last_dim_of(whole)
     other = user.inputs[1] if len(user.inputs) == 2 else None
     rest = None if other is None else part_of(uncast(other))
     if user.inputs[0] is not rotation.output or rest is None or rest[0] is not whole:
@@ -332,7 +331,7 @@ def _with_cast(rotation: Rotation) -> Rotation:
 
 def _joins_last_axis(concat: ir.Node) -> bool:
     rank = rank_of(concat.outputs[0])
-    return rank > 0 and int_attribute(concat, "axis", 0) % rank == rank - 1
+    return rank > 0 and concat.attributes.get_int("axis", 0) % rank == rank - 1
 
 
 def _before_unsqueeze(value: ir.Value | None) -> ir.Value | None:

@@ -6,9 +6,9 @@ import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.linear import is_weight
+from llmc.graph.match import dims_of, made_by
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of, made_by
 from llmc.passes._rewrite import Site, describe, drop_dead, take_over
 
 _FUSED = {

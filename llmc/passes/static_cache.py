@@ -24,9 +24,9 @@ from llmc.errors import GraphError, UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, SINCE
 from llmc.graph.interface import WRITE_INDICES
+from llmc.graph.match import dims_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._match import dims_of, int_attribute, is_op
 from llmc.passes._rewrite import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
 
 #: TensorRT-RTX 1.7 has attention kernels for heads up to this width, in half precision alone.
@@ -178,7 +178,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, slots: _Slots, *, fused: bool) -> N
         caches.append(made.outputs[0])
     if query is None:
         raise GraphError(f"attention {node.name} has no query")
-    mask = slots.mask(int_attribute(node, "window", 0))
+    mask = slots.mask(node.attributes.get_int("window", 0))
     output = node.outputs[0]
     batch, sequence, heads, width = dims_of(output)
     if fused:
@@ -328,7 +328,7 @@ def _replace_inputs(graph: Graph, slots: _Slots) -> None:
 
 def _is_batch_size(node: ir.Node) -> bool:
     """Whether `node` reads the number of rows off its input, which other inputs tell as well."""
-    span = int_attribute(node, "start", 0), int_attribute(node, "end", 0)
+    span = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
     return node.op_type == "Shape" and span == (0, 1)
 
 

@@ -18,7 +18,8 @@ from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.linear import Linear, find_linears, is_weight
-from llmc.graph.model import Graph, constant_of, layer_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import Graph, layer_of
 from llmc.graph.weights import Array
 
 #: Operators that compute each element from those at its place.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.model import Placeholder, constant_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import Placeholder
 
 if TYPE_CHECKING:
     import torch

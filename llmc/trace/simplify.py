@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.model import Placeholder, constant_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import Placeholder
 
 #: Constants folded while simplifying stay below this many bytes.
 _FOLD_BYTES = 64 * 1024

@@ -19,6 +19,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
+from llmc.graph.match import dims_of
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
 from llmc.validate.reference import Advance, quietly
@@ -234,8 +235,8 @@ def _constants(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _signature(value: ir.Value) -> str:
-    dims = [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
-    return f"{value.name} {value.dtype.name if value.dtype is not None else 'untyped'} {dims}"
+    kind = value.dtype.name if value.dtype is not None else "untyped"
+    return f"{value.name} {kind} {dims_of(value)}"
 
 
 def _apart(first: Sequence[str], second: Sequence[str]) -> list[str]:

@@ -5,7 +5,8 @@ import pytest
 from llmc.config import WeightRole
 from llmc.errors import CheckpointError, GraphError
 from llmc.graph.linear import find_embeddings, find_linears
-from llmc.graph.model import Graph, constant_of, layer_of
+from llmc.graph.match import constant_of
+from llmc.graph.model import Graph, layer_of
 from llmc.graph.serial import dump_graph, load_graph
 from llmc.graph.verify import verify
 from llmc.graph.weights import LazyWeight, TensorInfo

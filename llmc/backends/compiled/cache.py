@@ -4,11 +4,11 @@ from collections.abc import Mapping, Set
 
 import onnx_ir as ir
 
-from llmc.backends.compiled.operands import dims_of
 from llmc.config import CacheType
 from llmc.errors import KernelError
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.interface import SCALE_BYTES, CacheSlot
+from llmc.graph.match import dims_of
 from llmc.graph.model import Graph
 
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}

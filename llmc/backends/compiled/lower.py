@@ -18,13 +18,14 @@ from llmc.backends.compiled.agreement import agreement_text
 from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
-from llmc.backends.compiled.operands import dims_of, width_of
+from llmc.backends.compiled.operands import width_of
 from llmc.backends.compiled.program import CHOSEN, SYMBOLS, Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT
+from llmc.graph.match import dims_of
 from llmc.graph.model import PACKED, Graph
 
 #: The library's name inside of an artifact.

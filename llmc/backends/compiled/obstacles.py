@@ -9,11 +9,9 @@ from llmc.backends.compiled.operands import (
     NORMS,
     PARTS,
     codes_of,
-    dims_of,
     embedding_layout,
     given,
     layout_of,
-    scalar_of,
     scales_of,
     shift_of,
     slice_bounds,
@@ -23,6 +21,7 @@ from llmc.backends.compiled.operands import (
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.match import dims_of, scalar_of
 from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 

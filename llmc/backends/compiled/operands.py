@@ -5,7 +5,8 @@ import onnx_ir as ir
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import Space
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.model import PackedZero, constant_of
+from llmc.graph.match import constant_of, dims_of
+from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 
 #: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 wants int8, 2 at least float16.
@@ -17,10 +18,6 @@ NORMS = {
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): (False, True),
     (MICROSOFT, "SkipLayerNormalization"): (True, True),
 }
-
-
-def dims_of(value: ir.Value) -> list[int | str]:
-    return [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
 
 
 def width_of(value: ir.Value) -> int:
@@ -38,11 +35,6 @@ def width_of(value: ir.Value) -> int:
 
 def space_of(value: ir.Value) -> Space:
     return "kLast" if dims_of(value)[1] == 1 else "kTokens"
-
-
-def scalar_of(value: ir.Value) -> float | None:
-    tensor = constant_of(value)
-    return float(tensor.numpy().reshape(())) if tensor is not None and tensor.size == 1 else None
 
 
 def slice_bounds(node: ir.Node) -> tuple[int, int] | None:

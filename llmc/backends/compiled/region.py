@@ -11,12 +11,10 @@ from llmc.backends.compiled.operands import (
     NORMS,
     PARTS,
     codes_of,
-    dims_of,
     embedding_layout,
     given,
     layout_of,
     lazy_of,
-    scalar_of,
     shift_of,
     slice_bounds,
     space_of,
@@ -37,6 +35,7 @@ from llmc.backends.compiled.program import (
 )
 from llmc.config import CacheType
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.match import dims_of, scalar_of
 from llmc.graph.weights import LazyWeight, WeightGroup
 
 #: Types of llmc/kernels/cache.h.

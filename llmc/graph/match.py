@@ -1,13 +1,13 @@
-"""Looking at a graph: producers, single uses, constants, and reshapes and casts seen through.
+"""Functions that read a graph: producers, users, constants, shapes, and casts and slices seen through.
 
-Matching is by structure alone. Nothing here changes a graph.
+They match by structure alone, and change nothing.
 """
 
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from llmc.graph.model import constant_of
+from llmc.graph.weights import LazyWeight
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -25,13 +25,8 @@ def is_op(node: ir.Node, op: str, domain: str = "") -> bool:
 
 def only_user(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None if it is a graph output or read by several."""
-    users = users_of(value)
+    users = value.consumers()
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
-
-
-def users_of(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read `value`, each once."""
-    return list(dict.fromkeys(node for node, _ in value.uses()))
 
 
 def operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
@@ -51,6 +46,19 @@ def operand_beside(node: ir.Node, value: ir.Value) -> ir.Value | None:
 def input_of(node: ir.Node, index: int = 0) -> ir.Value | None:
     """Input `index` of `node`, None if it has no such input."""
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The data of a constant or of a small initializer; None for a weight or a computed value."""
+    if value is None:
+        return None
+    tensor = value.const_value
+    if tensor is None:
+        node = value.producer()
+        if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+            return None
+        return ir.convenience.get_const_tensor(value)
+    return None if isinstance(tensor, LazyWeight) else tensor
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
@@ -80,7 +88,7 @@ def dims_of(value: ir.Value | None) -> list[int | str]:
     return [d if isinstance(d, int) else str(d.value) for d in value.shape]
 
 
-def width_of(value: ir.Value | None) -> int | None:
+def last_dim_of(value: ir.Value | None) -> int | None:
     """The last dimension of `value` if it is static."""
     dims = dims_of(value)
     return dims[-1] if dims and isinstance(dims[-1], int) else None
@@ -99,11 +107,6 @@ def uncast(value: ir.Value) -> ir.Value:
             break
         value = source
     return value
-
-
-def int_attribute(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute of `node`."""
-    return node.attributes.get_int(name, default)
 
 
 def permutation_of(node: ir.Node) -> list[int] | None:
@@ -141,7 +144,7 @@ def split_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int] | None:
     rank = rank_of(node.inputs[0])
     if not rank:
         return None
-    axis = int_attribute(node, "axis", 0) % rank
+    axis = node.attributes.get_int("axis", 0) % rank
     start = 0
     for output in node.outputs:
         dims = dims_of(output)
