@@ -123,7 +123,7 @@ def _widen(first: ir.Node) -> None:
         for value in waiting.pop().outputs:
             if value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1:
                 value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
-            users = {node for node, _ in value.uses()} - seen
+            users = set(value.consumers()) - seen
             seen |= users
             waiting += users
 

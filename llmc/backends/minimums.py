@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import GraphError
+from llmc.graph.match import behind, operand
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, WeightGroup
 
@@ -36,7 +37,7 @@ def split_minimums(graph: Graph) -> int:
     sums: dict[tuple[ir.Value, int], ir.Value] = {}
     dropped = set()
     for node in found:
-        zeros = _operand(node, _ZEROS_AT)
+        zeros = operand(node, _ZEROS_AT)
         dropped.add(zeros)
         if zeros not in stored:
             stored[zeros] = _store(graph.graph, node, zeros)
@@ -137,7 +138,7 @@ class _Site:
 def _store(graph: ir.Graph, node: ir.Node, zeros: ir.Value) -> _Stored:
     """Put minimums beside codes and scales, in one group."""
     tensor = zeros.const_value
-    scales = _behind(_operand(node, _SCALES_AT), "Cast")
+    scales = behind(operand(node, _SCALES_AT), "Cast")
     if not isinstance(tensor, LazyWeight) or not isinstance(scales.const_value, LazyWeight):
         raise GraphError(f"the zero points {zeros.name} are not stored with their scales")
     group = WeightGroup(tensor.sources, _WithMinimums(tensor.group))
@@ -159,7 +160,7 @@ def _member(like: LazyWeight, name: str, dtype: ir.DataType, group: WeightGroup,
 
 def _split_product(site: _Site, stored: _Stored, sums: dict[tuple[ir.Value, int], ir.Value]) -> None:
     node = site.anchor
-    activation, product = _operand(node, 0), node.outputs[0]
+    activation, product = operand(node, 0), node.outputs[0]
     key = (activation, node.attributes["block_size"].as_int())
     if key not in sums:
         sums[key] = _sum_blocks(site, *key)
@@ -171,7 +172,7 @@ def _split_product(site: _Site, stored: _Stored, sums: dict[tuple[ir.Value, int]
 
 
 def _split_lookup(site: _Site, stored: _Stored, _: dict[tuple[ir.Value, int], ir.Value]) -> None:
-    node, ids = site.anchor, _operand(site.anchor, 1)
+    node, ids = site.anchor, operand(site.anchor, 1)
     looked_up, stem, blocks = node.outputs[0], stored.stem, stored.blocks
     dtype, name = looked_up.dtype or ir.DataType.FLOAT, str(looked_up.name)
     block, middle = node.attributes["block_size"].as_int(), 1 << (node.attributes["bits"].as_int() - 1)
@@ -247,19 +248,6 @@ def _replace(site: _Site, made: ir.Value) -> None:
 
 def _shape(lead: int, *last: int) -> Array:
     return np.array([*(0 for _ in range(lead)), *last], np.int64)
-
-
-def _operand(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise GraphError(f"{node.op_type} {node.name} has no input {index}")
-    return value
-
-
-def _behind(value: ir.Value, op: str) -> ir.Value:
-    """What a node of type `op` makes `value` of, or `value` itself."""
-    node = value.producer()
-    return value if node is None or node.op_type != op else _operand(node, 0)
 
 
 def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

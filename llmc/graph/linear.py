@@ -7,6 +7,7 @@ from typing import cast
 import onnx_ir as ir
 
 from llmc.config import WeightRole
+from llmc.graph.match import behind, is_op
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight
 
@@ -61,17 +62,21 @@ class Embedding:
 
 def as_linear(node: ir.Node) -> Linear | None:
     """The linear product that `node` computes; None if it is no product with a weight matrix."""
-    if node.op_type != "MatMul" or node.domain != "" or len(node.inputs) != 2:
+    if not is_op(node, "MatMul") or len(node.inputs) != 2:
         return None
     activation, factor = node.inputs
-    if activation is None or factor is None:
+    found = matrix_behind(factor)
+    if activation is None or found is None:
         return None
-    source = factor.producer()
-    transposed = source is not None and source.op_type == "Transpose"
-    weight = source.inputs[0] if transposed and source is not None else factor
-    if weight is None or not is_weight(weight) or len(weight.shape or ()) != 2:
+    return Linear(node, *found, _role(node))
+
+
+def matrix_behind(factor: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """The weight matrix that the second factor of a product is, and whether it stands behind a Transpose."""
+    if factor is None:
         return None
-    return Linear(node, weight, transposed, _role(node))
+    weight = behind(factor, "Transpose")
+    return (weight, weight is not factor) if is_weight(weight) and len(weight.shape or ()) == 2 else None
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:
@@ -95,7 +100,7 @@ def find_embeddings(graph: Graph) -> Iterator[Embedding]:
             and node.outputs[0].shape == node.inputs[0].shape
         ):
             ids.add(node.outputs[0])
-        if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
+        if not is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
             continue
         weight, indices = node.inputs
         if weight is not None and indices in ids and is_weight(weight):
@@ -123,7 +128,7 @@ def _role(node: ir.Node) -> WeightRole:
     for _ in range(8):
         if value.name == "logits":
             return WeightRole.LM_HEAD
-        users = {user for user, _ in value.uses()}
+        users = set(value.consumers())
         if len(users) != 1:
             return WeightRole.LINEAR
         user = users.pop()
@@ -139,7 +144,7 @@ def _role(node: ir.Node) -> WeightRole:
 
 def _reaches_choice(value: ir.Value, steps: int) -> bool:
     """Whether `value` becomes what a TopK chooses by, within so many operators."""
-    users = {user for user, _ in value.uses()}
+    users = set(value.consumers())
     return any(user.op_type == "TopK" for user in users) or (
         steps > 0
         and any(_reaches_choice(user.outputs[0], steps - 1) for user in users if user.op_type in _TO_CHOICE)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from llmc.graph.weights import LazyWeight
+from llmc.errors import GraphError
+from llmc.graph.weights import Array, LazyWeight
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -43,6 +44,29 @@ def operand_beside(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return second if first is value else first
 
 
+def find_nodes(graph: ir.Graph, op: str, domain: str = "") -> list[ir.Node]:
+    """Every `op` of `domain` in the graph, in graph order."""
+    return [node for node in graph if is_op(node, op, domain)]
+
+
+def behind(value: ir.Value, op: str) -> ir.Value:
+    """The first input of the standard `op` that makes `value`; `value` itself if it is made otherwise."""
+    node = made_by(value, op)
+    return value if node is None else operand(node, 0)
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """Input `index` of `node`, which must have it.
+
+    Raises:
+        GraphError: The node has no such input.
+    """
+    value = input_of(node, index)
+    if value is None:
+        raise GraphError(f"{node.op_type} {node.name} has no input {index}")
+    return value
+
+
 def input_of(node: ir.Node, index: int = 0) -> ir.Value | None:
     """Input `index` of `node`, None if it has no such input."""
     return node.inputs[index] if index < len(node.inputs) else None
@@ -59,6 +83,11 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
             return None
         return ir.convenience.get_const_tensor(value)
     return None if isinstance(tensor, LazyWeight) else tensor
+
+
+def array_of(value: ir.Value | None) -> Array | None:
+    """The data of an initializer, weights included; None if `value` has none. Reads all of it."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def scalar_of(value: ir.Value | None) -> float | None:

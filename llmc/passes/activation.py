@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import is_op, is_scalar, made_by, operands, scalar_of
+from llmc.graph.match import find_nodes, is_scalar, made_by, operands, scalar_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
 from llmc.passes._rewrite import Site, drop_dead, take_over
@@ -26,9 +26,7 @@ class Activation:
 
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
-        for node in list(graph.graph):
-            if not is_op(node, "Mul"):
-                continue
+        for node in find_nodes(graph.graph, "Mul"):
             if (gated := _sigmoid_gate(node)) is not None:
                 source, alpha = gated
                 _replace(graph.graph, node, source, "QuickGelu", MICROSOFT, {"alpha": alpha})

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.interface import CacheSlot
-from llmc.graph.match import dims_of, is_op
+from llmc.graph.match import dims_of, find_nodes, operand
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._rewrite import Site, add_constant, take_over
@@ -27,7 +26,7 @@ class EqualWidths:
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
-        attention = {n.inputs[4]: n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, DIALECT)}
+        attention = {n.inputs[4]: n for n in find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT)}
         slots: list[CacheSlot] = []
         for slot in graph.cache:
             slots.append(slot)
@@ -54,13 +53,13 @@ def _decline(slot: CacheSlot, node: ir.Node | None) -> tuple[str, str] | None:
         return "plain-attention", f"{widths}, and the layer computes attention in operators of its own"
     if slot.key_width < slot.value_width:
         return "narrow-keys", widths
-    if len(_given(node, 4).consumers()) > 1:
+    if len(operand(node, 4).consumers()) > 1:
         return "shared-cache", f"several layers read and extend {slot.past_value} in one step"
     return None
 
 
 def _widen(graph: ir.Graph, node: ir.Node, wide: int, narrow: int) -> None:
-    value, past, output = _given(node, 2), _given(node, 4), node.outputs[0]
+    value, past, output = operand(node, 2), operand(node, 4), node.outputs[0]
     site, stem = Site(graph, node), str(node.name)
     pads = add_constant(graph, np.array([0, 0, 0, 0, 0, 0, 0, wide - narrow], np.int64), "pads")
     padded = site.emit("Pad", [value, pads], f"{stem}/wide", like=value, shape=[*dims_of(value)[:3], wide])
@@ -76,13 +75,6 @@ def _widen(graph: ir.Graph, node: ir.Node, wide: int, narrow: int) -> None:
     output.name = f"{stem}/wide_output"
     output.shape = ir.Shape([*dims_of(after.outputs[0])[:3], wide])
     after.replace_input_with(0, output)
-
-
-def _given(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise GraphError(f"attention {node.name} lacks input {index}")
-    return value
 
 
 PASS = EqualWidths()

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.match import constant_of, dims_of, is_op, made_by, permutation_of
+from llmc.graph.match import constant_of, dims_of, find_nodes, is_op, made_by, permutation_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.graph.weights import ExpertRows, LazyWeight
@@ -35,9 +35,7 @@ class Experts:
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
-        for node in list(graph.graph):
-            if not is_op(node, dialect.EXPERTS, DIALECT):
-                continue
+        for node in find_nodes(graph.graph, dialect.EXPERTS, DIALECT):
             declined = _decline(node)
             if declined is not None:
                 refusals.append(Refusal(*declined, str(node.name), layer_of(node)))

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.match import dims_of, is_op, made_by, only_user
+from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
@@ -48,9 +48,7 @@ class GroupQueryAttention:
         refusals: list[Refusal] = []
         lengths = _Lengths(graph.graph)
         outside: dict[str, int] = {}
-        for node in list(graph.graph):
-            if not is_op(node, dialect.CACHED_ATTENTION, DIALECT):
-                continue
+        for node in find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT):
             declined = _decline(node)
             if declined is not None:
                 refusals.append(Refusal(*declined, str(node.name), layer_of(node)))

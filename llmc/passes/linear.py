@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.linear import is_weight
-from llmc.graph.match import dims_of, is_op, made_by, only_user
+from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._rewrite import Site, drop_dead, take_over
@@ -26,9 +26,7 @@ class LinearPass:
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
-        for node in list(graph.graph):
-            if not is_op(node, "Gemm"):
-                continue
+        for node in find_nodes(graph.graph, "Gemm"):
             declined = _obstacle(node)
             if declined is not None:
                 refusals.append(Refusal(*declined, str(node.name), layer_of(node)))

@@ -24,7 +24,7 @@ from llmc.errors import GraphError, UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, SINCE
 from llmc.graph.interface import WRITE_INDICES
-from llmc.graph.match import dims_of, is_op
+from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._rewrite import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
@@ -43,7 +43,7 @@ class StaticCache:
     summary: str = "attention over a KV cache of fixed length as TensorScatter and Attention"
 
     def run(self, graph: Graph) -> PassReport:
-        nodes = [n for n in graph.graph if is_op(n, dialect.CACHED_ATTENTION, DIALECT)]
+        nodes = find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT)
         if graph.max_length is None:
             raise GraphError("a KV cache of fixed length needs the graph's largest length, and it has none")
         if not nodes:

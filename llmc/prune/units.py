@@ -17,8 +17,8 @@ from llmc.config import WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
-from llmc.graph.linear import Linear, find_linears, is_weight
-from llmc.graph.match import constant_of
+from llmc.graph.linear import Linear, find_linears, is_weight, matrix_behind
+from llmc.graph.match import constant_of, input_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.weights import Array
 
@@ -172,7 +172,7 @@ def _attention_behind(value: ir.Value) -> ir.Node | None:
             node = each.producer()
             if node is None or node.op_type == "MatMul":
                 continue
-            if node.op_type == dialect.CACHED_ATTENTION and node.domain == DIALECT:
+            if is_op(node, dialect.CACHED_ATTENTION, DIALECT):
                 return node
             following += [i for i in node.inputs if i is not None and i.const_value is None]
         front = following
@@ -233,7 +233,7 @@ class _Walk:
     def require_no_other_readers(self, reader: ir.Node) -> None:
         """Raise _MixedError if anything else reads the units."""
         for value in self._places:
-            for user, _ in value.uses():
+            for user in value.consumers():
                 if user is not reader and user not in self._nodes:
                     raise _MixedError(f"{user.op_type} reads {value.name} as well")
 
@@ -244,7 +244,7 @@ class _Walk:
 
     def _inputs(self, node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
         whole = place.start == 0 and place.step == 1
-        if node.domain == DIALECT and node.op_type == dialect.CACHED_ATTENTION:
+        if is_op(node, dialect.CACHED_ATTENTION, DIALECT):
             yield from self._of_attention(node, value, place)
         elif node.domain != "":
             raise _MixedError(f"{node.op_type} makes {value.name}")
@@ -268,12 +268,10 @@ class _Walk:
             raise _MixedError(f"{node.op_type} makes {value.name}")
 
     def _of_product(self, node: ir.Node, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
-        _, factor = node.inputs
-        source = None if factor is None else factor.producer()
-        transposed = source is not None and source.op_type == "Transpose"
-        weight = source.inputs[0] if transposed and source is not None else factor
-        if weight is None or not is_weight(weight) or len(weight.shape or ()) != 2 or place.axis != -1:
+        found = matrix_behind(node.inputs[1])
+        if found is None or place.axis != -1:
             raise _MixedError("a product that is not with a matrix of the model makes it")
+        weight, transposed = found
         if len(weight.uses()) != 1:
             raise _MixedError(f"{weight.name} is used elsewhere as well")
         self._add(weight, place, 0 if transposed else 1)
@@ -399,5 +397,5 @@ def _works_along(node: ir.Node, value: ir.Value, axis: int) -> bool:
 
 def _ints(node: ir.Node, index: int) -> tuple[int, ...]:
     """A constant input as integers; empty if it is missing or computed."""
-    tensor = constant_of(node.inputs[index]) if index < len(node.inputs) else None
+    tensor = constant_of(input_of(node, index))
     return () if tensor is None else tuple(int(i) for i in np.atleast_1d(tensor.numpy()))

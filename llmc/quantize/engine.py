@@ -234,14 +234,14 @@ def block_of(scheme: EngineScheme) -> int | None:
 
 def _is_tied(weight: ir.Value) -> bool:
     """Whether rows are looked up in a matrix that products take transposed."""
-    users = [user for user, _ in weight.uses()]
+    users = weight.consumers()
     rows = all(user.attributes.get_int("axis", 0) == 0 for user in users if user.op_type == "Gather")
     return rows and {user.op_type for user in users} == {"Gather", "Transpose"}
 
 
 def _turn(graph: ir.Graph, weight: ir.Value, turned: ir.Value) -> None:
     """Let the products and lookups of `weight` (entries, width) take `turned` (width, entries)."""
-    for user in {user: None for user, _ in weight.uses()}:
+    for user in weight.consumers():
         if user.op_type == "Transpose":
             ir.convenience.replace_all_uses_with(user.outputs[0], turned)
             graph.remove(user, safe=True)

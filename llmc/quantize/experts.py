@@ -15,6 +15,7 @@ import onnx_ir as ir
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.match import find_nodes, input_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import ScaleType
@@ -42,7 +43,7 @@ def quantize_experts(
     """
     tensors: list[QuantizedTensor] = []
     notes: dict[str, None] = {}
-    for node in [n for n in graph.graph if n.op_type == "MoE" and n.domain == MICROSOFT]:
+    for node in find_nodes(graph.graph, "MoE", MICROSOFT):
         weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
         scheme, stored = _decide(quantization, weights, notes)
         if scheme is None:
@@ -179,7 +180,7 @@ class _Compute:
 
 
 def _replace_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int) -> None:
-    biases = [node.inputs[i] if i < len(node.inputs) else None for i in _BIASES]
+    biases = [input_of(node, i) for i in _BIASES]
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
     for operand, bias in zip(operands, biases, strict=True):
         inputs += [operand.codes, operand.scales, bias]

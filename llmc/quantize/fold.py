@@ -112,7 +112,7 @@ def _tensor(weight: ir.Value) -> LazyWeight:
 
 def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
     """What divides `value`; nothing if others read it too, or one of the weights serves elsewhere as well."""
-    if not {user for user, _ in value.uses()} <= {linear.node for linear in linears}:
+    if not set(value.consumers()) <= {linear.node for linear in linears}:
         return
     if value.is_graph_output() or any(len(tuple(_users(linear))) != 1 for linear in linears):
         return

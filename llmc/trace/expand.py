@@ -10,6 +10,7 @@ import onnx_ir as ir
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, TRACE
 from llmc.graph.interface import CacheSlot
+from llmc.graph.match import find_nodes
 from llmc.graph.model import LAYER, Placeholder
 from llmc.trace.cache import EXTEND
 from llmc.trace.capture import Capture, CapturedAttention, StoredKeys
@@ -47,7 +48,7 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
 
 def _unfold_runs(graph: ir.Graph) -> None:
     """One `LayerStub` for each layer of a run."""
-    for run in [n for n in graph if n.domain == TRACE and n.op_type == STUB]:
+    for run in find_nodes(graph, STUB, TRACE):
         indices, operands, counts = (
             list(run.attributes[key].as_ints()) for key in ("indices", "operands", "counts")
         )
@@ -81,12 +82,11 @@ def attach_cache(
     mask = next(v for v in graph.inputs if v.name == "attention_mask")
     slots: dict[int, CacheSlot] = {}
     pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for node in [n for n in graph if n.domain == TRACE and n.op_type == EXTEND]:
+    for node in find_nodes(graph, EXTEND, TRACE):
         layer = node.attributes["layer"].as_int()
         seen = capture.stored[_traced_index(stack, layer)]
         slots[layer] = _concatenate(graph, node, _slot(layer, seen, None), dtype)
-    nodes = [n for n in graph if n.domain == DIALECT and n.op_type == dialect.CACHED_ATTENTION]
-    for node in nodes:
+    for node in find_nodes(graph, dialect.CACHED_ATTENTION, DIALECT):
         layer = node.attributes["layer"].as_int()
         owner = node.attributes["owner"].as_int()
         attention = capture.attentions[_traced_index(stack, layer)]
@@ -175,7 +175,7 @@ def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.
 
 
 def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
-    return {n.attributes["index"].as_int(): n for n in graph if n.domain == TRACE and n.op_type == kind}
+    return {n.attributes["index"].as_int(): n for n in find_nodes(graph, kind, TRACE)}
 
 
 def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:

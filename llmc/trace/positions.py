@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.match import constant_of
+from llmc.graph.match import constant_of, input_of
 from llmc.graph.model import Placeholder
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def table_positions(graph: ir.Graph) -> int | None:
             axis = node.attributes.get_int("axis", 0)
             offset = _offset(node.inputs[1])
         elif _cuts_a_table(node):
-            axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
+            axes = constant_of(input_of(node, 3))
             axis, offset = (int(axes.numpy()[0]) if axes is not None else 0), 0
         else:
             continue

@@ -11,6 +11,7 @@ from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, OPSET, VERSION
+from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, Placeholder
 from llmc.graph.verify import verify
 from llmc.trace.expand import attach_cache, expand_layers
@@ -136,13 +137,13 @@ def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
 def _define_dialect(model: ir.Model) -> None:
     """Attach the functions of the dialect operators that the graph uses."""
     functions = []
-    attention = _dialect_nodes(model, dialect.CACHED_ATTENTION)
+    attention = find_nodes(model.graph, dialect.CACHED_ATTENTION, DIALECT)
     if attention:
         sinks = any(len(n.inputs) == 7 for n in attention)
         if sinks:
             _give_sinks(model.graph, [n for n in attention if len(n.inputs) == 6])
         functions.append(dialect.cached_attention(sinks=sinks))
-    experts = {len(n.inputs) == 7 for n in _dialect_nodes(model, dialect.EXPERTS)}
+    experts = {len(n.inputs) == 7 for n in find_nodes(model.graph, dialect.EXPERTS, DIALECT)}
     if len(experts) > 1:
         raise UnsupportedError("only some of the model's experts have biases")
     functions += [dialect.experts(biases=biases) for biases in experts]
@@ -152,10 +153,6 @@ def _define_dialect(model: ir.Model) -> None:
     model.graph.opset_imports[""] = OPSET
     if functions:
         model.graph.opset_imports[DIALECT] = VERSION
-
-
-def _dialect_nodes(model: ir.Model, operator: str) -> list[ir.Node]:
-    return [n for n in model.graph if n.domain == DIALECT and n.op_type == operator]
 
 
 def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:

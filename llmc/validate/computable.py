@@ -73,14 +73,14 @@ def _leave_activations(graph: ir.Graph) -> bool:
         if node.op_type not in ("QuantizeLinear", DYNAMIC_QUANTIZE):
             continue
         ((back, _),) = node.outputs[0].uses()
-        ir.convenience.replace_all_uses_with(back.outputs[0], _given(node))
+        ir.convenience.replace_all_uses_with(back.outputs[0], _typed_input(node))
         for dead in (back, *_makers(back.inputs[1]), node):
             graph.remove(dead, safe=True)
         found = True
     return found
 
 
-def _given(node: ir.Node) -> ir.Value:
+def _typed_input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     if value is None or value.dtype is None:
         raise ParityError(f"{node.name} of model.onnx has no typed input")
@@ -137,7 +137,7 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     A block of 16 has the scale max|x| / 6 / whole rounded to E4M3, times whole; codes are the nearest of
     0, 0.5, 1, 1.5, 2, 3, 4 and 6, and of two that are as near the even one.
     """
-    x, whole = _given(node), cast(ir.Value, node.inputs[1])
+    x, whole = _typed_input(node), cast(ir.Value, node.inputs[1])
     kind = cast(ir.DataType, x.dtype)
     ((dequantize, _),) = node.outputs[0].uses()
     result = dequantize.outputs[0]

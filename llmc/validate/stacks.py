@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import ParityError
+from llmc.graph.match import array_of, input_of
 
 Array = np.ndarray
 
@@ -13,7 +14,7 @@ PARTS = ((2, 3, 4, 11), (5, 6, 7, 12))
 
 def read_experts(node: ir.Node, parts: tuple[int, int, int, int], start: int, stop: int) -> Array:
     """Experts start:stop of one stack of matrices, (experts, outputs, inputs) float32."""
-    codes, scales, zeros = (_input(node, parts[i]) for i in (0, 1, 3))
+    codes, scales, zeros = (array_of(input_of(node, parts[i])) for i in (0, 1, 3))
     if codes is None or scales is None:
         raise ParityError(f"experts {node.name} of the artifact have no codes or no scales")
     bits, block = (node.attributes[key].as_int() for key in ("expert_weight_bits", "block_size"))
@@ -46,7 +47,7 @@ def in_float32(node: ir.Node) -> None:
             name=name, shape=ir.Shape(weights.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         graph.register_initializer(value)
-        inputs += [value, node.inputs[parts[2]] if parts[2] < len(node.inputs) else None]
+        inputs += [value, input_of(node, parts[2])]
     kept = [
         a
         for n, a in node.attributes.items()
@@ -70,11 +71,6 @@ def unpack(packed: Array, bits: int) -> Array:
         return packed
     parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
-
-
-def _input(node: ir.Node, index: int) -> Array | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _shape(node: ir.Node, index: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
+from llmc.graph.match import array_of
 from llmc.graph.weights import Rows
 from llmc.validate.packed import open_packed
 from llmc.validate.stacks import PARTS, read_experts, unpack
@@ -183,7 +184,7 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     packed = codes.const_value.numpy()
     packed = packed.reshape(len(packed), -1)
     scale = scales.const_value.numpy()
-    zero, low = _array(zeros), _array(minimums)
+    zero, low = array_of(zeros), array_of(minimums)
     features = _width(graph, node, stem) or packed.shape[1] * 8 // bits
 
     def read(start: int, stop: int) -> Array:
@@ -203,10 +204,6 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
         return np.repeat(scale[start:stop].astype(np.float32), block, axis=1)[:, :features]
 
     return Stored((len(packed), features), read, block, steps)
-
-
-def _array(value: ir.Value | None) -> Array | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _width(graph: ir.Graph, node: ir.Node, stem: str) -> int | None:

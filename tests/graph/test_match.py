@@ -4,10 +4,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.errors import GraphError
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.match import (
+    array_of,
+    behind,
     constant_of,
     dims_of,
+    find_nodes,
     input_of,
     ints_of,
     is_op,
@@ -15,6 +19,7 @@ from llmc.graph.match import (
     last_dim_of,
     made_by,
     only_user,
+    operand,
     operand_beside,
     operands,
     part_of,
@@ -57,6 +62,27 @@ def test_producers_and_users() -> None:
     assert [input_of(node, index) for index in range(3)] == [x, y, None]
 
 
+def test_an_operand_that_must_be_there() -> None:
+    x = value(2)
+    node = ir.node("Clip", [x, None], name="clip")
+    assert operand(node, 0) is x
+    for index in (1, 2):
+        with pytest.raises(GraphError, match=f"Clip clip has no input {index}"):
+            operand(node, index)
+
+
+def test_nodes_are_found_in_graph_order_and_seen_through() -> None:
+    x = value(2, 3)
+    turned = made("Transpose", x, perm=[1, 0])
+    last = made("Transpose", turned, perm=[1, 0])
+    nodes = [turned.producer(), last.producer()]
+    graph = ir.Graph([x], [last], nodes=nodes)  # type: ignore[arg-type]
+    assert find_nodes(graph, "Transpose") == nodes
+    assert find_nodes(graph, "Transpose", MICROSOFT) == []
+    assert behind(turned, "Transpose") is x
+    assert behind(last, "Cast") is last
+
+
 def test_a_value_that_is_an_output_or_read_twice_has_no_only_user() -> None:
     x = value(2)
     square = made("Mul", x, x)
@@ -75,6 +101,8 @@ def test_constants_are_data_of_the_graph_and_not_weights() -> None:
     group = WeightGroup(("w",), dict)
     lazy = LazyWeight(name="w", dtype=ir.DataType.FLOAT, shape=(1,), group=group, key="value")
     assert constant_of(ir.val("w", const_value=lazy)) is None
+    assert array_of(constant([1, 2])).tolist() == [1, 2]  # type: ignore[union-attr]
+    assert array_of(value(1)) is array_of(None) is None
     assert constant_of(value(1)) is None
     assert constant_of(None) is None
 

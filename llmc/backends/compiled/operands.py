@@ -5,7 +5,7 @@ import onnx_ir as ir
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import Space
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import constant_of, dims_of
+from llmc.graph.match import behind, constant_of, dims_of, input_of, made_by, operand
 from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 
@@ -57,9 +57,8 @@ def shift_of(node: ir.Node) -> ir.Value | None:
 
     None where nothing is, or where its position ids are made otherwise.
     """
-    positions = node.inputs[9] if len(node.inputs) > 9 else None
-    made = None if positions is None else positions.producer()
-    if made is None or made.op_type != "Add":
+    made = made_by(input_of(node, 9), "Add")
+    if made is None:
         return None
     source, shift = (given(v) for v in made.inputs)
     plain = source.name == "position_ids" and source.is_graph_input()
@@ -81,9 +80,7 @@ def lazy_of(value: ir.Value) -> LazyWeight:
 
 def codes_of(node: ir.Node) -> ir.Value:
     """The codes of an embedding, before the reshape that stands in between where a product shares them."""
-    value = given(node.inputs[0])
-    producer = value.producer()
-    return given(producer.inputs[0]) if producer is not None and producer.op_type == "Reshape" else value
+    return behind(operand(node, 0), "Reshape")
 
 
 def scales_of(node: ir.Node) -> list[ir.Value]:
@@ -91,16 +88,11 @@ def scales_of(node: ir.Node) -> list[ir.Value]:
 
     Those in another type than that of the activations have a Cast behind them.
     """
-    return [_stored(value) for value in node.inputs[2:4] if value is not None]
-
-
-def _stored(value: ir.Value) -> ir.Value:
-    producer = value.producer()
-    return given(producer.inputs[0]) if producer is not None and producer.op_type == "Cast" else value
+    return [behind(value, "Cast") for value in node.inputs[2:4] if value is not None]
 
 
 def _zero_of(node: ir.Node) -> PackedZero:
-    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+    zeros = input_of(node, 3)
     if zeros is None:
         return PackedZero.MIDDLE
     return PackedZero.CODE if zeros.dtype == ir.DataType.UINT8 else PackedZero.MINIMUM
