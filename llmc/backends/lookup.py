@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.errors import ConfigError, UnsupportedError
+from llmc.graph.edit import Site, name_constant, set_value
 from llmc.graph.interface import CHOSEN_TOKENS
 
 #: Tokens that must repeat for what came after them to be drafted, and one more: ngram_size of the runtime.
@@ -106,7 +107,8 @@ def _last_tokens(graph: ir.Graph, before: ir.Node, ids: ir.Value) -> tuple[ir.Va
     """The first token of the step that has logits, (1,), and all that have, (1, tokens, 1)."""
 
     def emit(op: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
-        return _emit(graph, before, op, inputs, name, **attributes)
+        made = Site(graph, before).emit(op, inputs, f"{_PREFIX}/{name}", attributes=attributes)
+        return made.outputs[0]
 
     none = _constant(graph, "none", [0])
     length = emit("Shape", [ids], "length", start=1, end=2)
@@ -140,24 +142,10 @@ def _pad_logits(graph: ir.Graph, logits: ir.Value, start: ir.Value) -> None:
     padded = ir.node("Pad", [logits, joined.outputs[0]], name=f"{_PREFIX}/logits")
     graph.insert_after(last, [joined, padded])
     logits.name = f"{_PREFIX}/logits"
-    whole = padded.outputs[0]
-    whole.name, whole.type = "logits", logits.type
-    whole.shape = ir.Shape([logits.shape[0], "sequence", logits.shape[2]])
+    shape = [logits.shape[0], "sequence", logits.shape[2]]
+    whole = set_value(padded.outputs[0], "logits", shape, logits.dtype)
     graph.outputs[list(graph.outputs).index(logits)] = whole
 
 
-def _emit(
-    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], name: str, **attributes: int
-) -> ir.Value:
-    node = ir.node(op, inputs, attributes, name=f"{_PREFIX}/{name}/{op}")
-    node.outputs[0].name = f"{_PREFIX}/{name}"
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
 def _constant(graph: ir.Graph, name: str, numbers: int | list[int]) -> ir.Value:
-    tensor = ir.tensor(np.array(numbers, np.int64), name=f"{_PREFIX}/{name}")
-    shape, kind = ir.Shape(tensor.numpy().shape), ir.TensorType(ir.DataType.INT64)
-    value = ir.Value(name=tensor.name, shape=shape, type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return name_constant(graph, f"{_PREFIX}/{name}", np.array(numbers, np.int64))

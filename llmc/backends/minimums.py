@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import GraphError
+from llmc.graph.domains import STANDARD
+from llmc.graph.edit import Site, add_initializer, name_constant, take_over
 from llmc.graph.match import behind, operand
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, WeightGroup
@@ -42,7 +44,7 @@ def split_minimums(graph: Graph) -> int:
         if zeros not in stored:
             stored[zeros] = _store(graph.graph, node, zeros)
         split = _split_product if node.op_type == "MatMulNBits" else _split_lookup
-        split(_Site(graph.graph, node), stored[zeros], sums)
+        split(_Nodes(graph.graph, node), stored[zeros], sums)
     for zeros in dropped:
         del graph.graph.initializers[str(zeros.name)]
     return len(found)
@@ -91,15 +93,11 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """Emits nodes before `anchor`, in its layer."""
+class _Nodes:
+    """Emits nodes before `anchor`, with its metadata but for the width of its codes."""
 
     graph: ir.Graph
     anchor: ir.Node
-
-    @property
-    def layers(self) -> dict[str, str]:
-        return {key: text for key, text in self.anchor.metadata_props.items() if key != CODE_BITS}
 
     def emit(
         self,
@@ -113,14 +111,17 @@ class _Site:
         **attributes: int | Sequence[int],
     ) -> ir.Value:
         """The output of a new node, whose domain and attributes are those of `like` if it is given."""
-        domain, attrs = ("", ir.convenience.convert_attributes(attributes))
-        if like is not None:
-            domain, attrs = like.domain, list(like.attributes.values())
-        node = ir.Node(domain, op, inputs, attrs, name=f"{name}/{op}", metadata_props=self.layers)
-        self.graph.insert_before(self.anchor, node)
-        value = node.outputs[0]
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
-        return value
+        metadata = {key: text for key, text in self.anchor.metadata_props.items() if key != CODE_BITS}
+        made = Site(self.graph, self.anchor, metadata).emit(
+            op,
+            inputs,
+            name,
+            domain=STANDARD if like is None else like.domain,
+            attributes=attributes if like is None else like.attributes,
+            shape=shape,
+            dtype=dtype,
+        )
+        return made.outputs[0]
 
     def cast(self, value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         """`value` in type `dtype`."""
@@ -130,9 +131,7 @@ class _Site:
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """A small initializer, made once by name."""
-        if name not in self.graph.initializers:
-            _register(self.graph, ir.tensor(array, name=name))
-        return self.graph.initializers[name]
+        return name_constant(self.graph, name, array)
 
 
 def _store(graph: ir.Graph, node: ir.Node, zeros: ir.Value) -> _Stored:
@@ -148,7 +147,7 @@ def _store(graph: ir.Graph, node: ir.Node, zeros: ir.Value) -> _Stored:
             value.const_value = _member(member, str(value.name), member.dtype, group, member.key)
     stem = str(zeros.name).removesuffix(".zero_points")
     made = _member(tensor, f"{stem}.minimums", scales.const_value.dtype, group, "minimums")
-    minimums = _register(graph, made)
+    minimums = add_initializer(graph, made)
     bits = int(node.metadata_props.get(CODE_BITS, node.attributes["bits"].as_int()))
     outputs, blocks = (int(size) for size in tensor.shape.numpy())
     return _Stored(stem, 1 << (bits - 1), outputs, blocks, scales, minimums)
@@ -158,7 +157,7 @@ def _member(like: LazyWeight, name: str, dtype: ir.DataType, group: WeightGroup,
     return LazyWeight(name=name, dtype=dtype, shape=like.shape.numpy(), group=group, key=key)
 
 
-def _split_product(site: _Site, stored: _Stored, sums: dict[tuple[ir.Value, int], ir.Value]) -> None:
+def _split_product(site: _Nodes, stored: _Stored, sums: dict[tuple[ir.Value, int], ir.Value]) -> None:
     node = site.anchor
     activation, product = operand(node, 0), node.outputs[0]
     key = (activation, node.attributes["block_size"].as_int())
@@ -171,7 +170,7 @@ def _split_product(site: _Site, stored: _Stored, sums: dict[tuple[ir.Value, int]
     _replace(site, site.emit("Add", [high, low], f"{name}.whole", shape, dtype))
 
 
-def _split_lookup(site: _Site, stored: _Stored, _: dict[tuple[ir.Value, int], ir.Value]) -> None:
+def _split_lookup(site: _Nodes, stored: _Stored, _: dict[tuple[ir.Value, int], ir.Value]) -> None:
     node, ids = site.anchor, operand(site.anchor, 1)
     looked_up, stem, blocks = node.outputs[0], stored.stem, stored.blocks
     dtype, name = looked_up.dtype or ir.DataType.FLOAT, str(looked_up.name)
@@ -198,7 +197,7 @@ def _split_lookup(site: _Site, stored: _Stored, _: dict[tuple[ir.Value, int], ir
     _replace(site, site.emit("Reshape", [whole, joined], f"{name}.whole", row, dtype))
 
 
-def _sum_blocks(site: _Site, activation: ir.Value, block: int) -> ir.Value:
+def _sum_blocks(site: _Nodes, activation: ir.Value, block: int) -> ir.Value:
     """Sums over the blocks of an activation's features, (…, blocks)."""
     *lead, features = tuple(activation.shape or ())
     if not isinstance(features, int) or features % block:
@@ -212,7 +211,7 @@ def _sum_blocks(site: _Site, activation: ir.Value, block: int) -> ir.Value:
     return site.emit("ReduceSum", [split, last], name, shape[:-1], dtype, keepdims=0)
 
 
-def _offsets(site: _Site, stored: _Stored, dtype: ir.DataType) -> ir.Value:
+def _offsets(site: _Nodes, stored: _Stored, dtype: ir.DataType) -> ir.Value:
     """minimum + middle * scale, (blocks, outputs) of type `dtype`, computed in float32."""
     if stored.offsets is None:
         stem, shape, wide = stored.stem, (stored.outputs, stored.blocks), ir.DataType.FLOAT
@@ -226,7 +225,7 @@ def _offsets(site: _Site, stored: _Stored, dtype: ir.DataType) -> ir.Value:
     return stored.offsets
 
 
-def _points(site: _Site, stored: _Stored) -> ir.Value | None:
+def _points(site: _Nodes, stored: _Stored) -> ir.Value | None:
     """Zero points that are all `middle`; None where that is what the operator takes without any."""
     bits = site.anchor.attributes["bits"].as_int()
     if stored.points is None and stored.middle != 1 << (bits - 1):
@@ -238,20 +237,11 @@ def _points(site: _Site, stored: _Stored) -> ir.Value | None:
     return stored.points
 
 
-def _replace(site: _Site, made: ir.Value) -> None:
+def _replace(site: _Nodes, made: ir.Value) -> None:
     """`made` in the place of the output of the site's node, which goes."""
-    old = site.anchor.outputs[0]
-    made.name, old.name = old.name, None
-    old.replace_all_uses_with(made, replace_graph_outputs=True)
+    take_over(site.anchor.outputs[0], made)
     site.graph.remove(site.anchor, safe=True)
 
 
 def _shape(lead: int, *last: int) -> Array:
     return np.array([*(0 for _ in range(lead)), *last], np.int64)
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.edit import Site, name_constant, take_over
 from llmc.graph.match import constant_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array
@@ -55,7 +56,7 @@ def compute_tables(graph: Graph, pairs: Iterable[RotaryPair]) -> None:
     for pair in pairs:
         count, width = (int(size) for size in tuple(pair.cos.shape or ()))  # type: ignore[arg-type]
         stem = str(pair.cos.name)
-        nodes = _Nodes(graph.graph, stem)
+        nodes = _Nodes(Site(graph.graph, graph.graph[0], metadata={}), stem)
         numbers = [nodes.constant(part, np.array(x, np.float32)) for part, x in _range(count)]
         row = nodes.emit("Range", numbers, "positions", (count,))
         axis = nodes.constant("axis", np.array([1], np.int64))
@@ -68,8 +69,7 @@ def compute_tables(graph: Graph, pairs: Iterable[RotaryPair]) -> None:
                 amplitude = nodes.constant("amplitude", np.array(pair.amplitude))
                 made = nodes.emit("Mul", [made, amplitude], f"{op.lower()}.scaled", (count, width))
             del graph.graph.initializers[str(table.name)]
-            made.name, table.name = table.name, None
-            table.replace_all_uses_with(made)
+            take_over(table, made)
 
 
 def _range(count: int) -> tuple[tuple[str, float], ...]:
@@ -110,31 +110,16 @@ def _error(
     return largest
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Nodes:
     """Emits nodes at the beginning of a graph, in order, named after `stem`."""
 
-    graph: ir.Graph
+    site: Site
     stem: str
-    last: ir.Node | None = None
 
     def emit(self, op: str, inputs: Sequence[ir.Value], part: str, shape: Sequence[int]) -> ir.Value:
         name = f"{self.stem}.{part}"
-        node = ir.node(op, inputs, name=f"{name}/{op}")
-        if self.last is None:
-            self.graph.insert_before(self.graph[0], node)
-        else:
-            self.graph.insert_after(self.last, node)
-        self.last = node
-        value = node.outputs[0]
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
-        return value
+        return self.site.emit(op, inputs, name, shape=shape, dtype=ir.DataType.FLOAT).outputs[0]
 
     def constant(self, part: str, array: Array) -> ir.Value:
-        name = f"{self.stem}.{part}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            kind = ir.TensorType(tensor.dtype)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        return name_constant(self.site.graph, f"{self.stem}.{part}", array)

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import Site, add_constant
 from llmc.graph.match import dims_of, input_of, made_by, permutation_of
-from llmc.passes._rewrite import Site, add_constant
 
 _NORMS = ("SimplifiedLayerNormalization", "LayerNormalization")
 

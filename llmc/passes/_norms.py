@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from llmc.errors import GraphError
+from llmc.graph.edit import Site, drop_dead, take_over
 from llmc.graph.match import (
     input_of,
     ints_of,
@@ -21,7 +22,6 @@ from llmc.graph.match import (
 )
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, drop_dead, take_over
 from llmc.passes._scales import Scale, scale_of, unit_scale
 
 

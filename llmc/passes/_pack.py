@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from llmc.graph.edit import Site, add_weight
 from llmc.graph.linear import Linear, as_linear, is_weight
 from llmc.graph.match import dims_of, is_op, only_user
 from llmc.graph.weights import ConcatRows, LazyWeight, Rows, code_form
-from llmc.passes._rewrite import Site, add_weight
 
 
 @dataclass(frozen=True)

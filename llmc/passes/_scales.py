@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.edit import add_constant, add_weight
 from llmc.graph.match import input_of, made_by, operands, scalar_of
 from llmc.graph.weights import Array, CastRows, LazyWeight, Rows
-from llmc.passes._rewrite import add_constant, add_weight
 
 
 @dataclass(frozen=True)

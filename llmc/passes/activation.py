@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import Site, drop_dead, take_over
 from llmc.graph.match import find_nodes, is_scalar, made_by, operands, scalar_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.passes._rewrite import Site, drop_dead, take_over
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
+from llmc.graph.edit import Site, add_constant, take_over
 from llmc.graph.interface import CacheSlot
 from llmc.graph.match import dims_of, find_nodes, operand
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, add_constant, take_over
 
 
 @dataclass(frozen=True)

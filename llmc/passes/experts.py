@@ -17,11 +17,11 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
+from llmc.graph.edit import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
 from llmc.graph.match import constant_of, dims_of, find_nodes, is_op, made_by, permutation_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.graph.weights import ExpertRows, LazyWeight
-from llmc.passes._rewrite import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
 
 OPERATOR = "MoE"
 _INT64 = ir.DataType.INT64

@@ -20,18 +20,11 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
+from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_dialect, require_domain, take_over
 from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
-from llmc.passes._rewrite import (
-    Site,
-    add_constant,
-    drop_dead,
-    drop_unused_dialect,
-    require_domain,
-    take_over,
-)
 
 OPERATOR = "GroupQueryAttention"
 _WIDTH_MULTIPLE = 8

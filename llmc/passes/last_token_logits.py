@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.config import WeightRole
+from llmc.graph.edit import Site, add_constant
 from llmc.graph.interface import CHOSEN_TOKENS, TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.linear import find_linears
 from llmc.graph.match import dims_of
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, add_constant
 
 
 @dataclass(frozen=True)

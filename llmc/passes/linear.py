@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from llmc.graph.edit import Site, drop_dead, take_over
 from llmc.graph.linear import is_weight
 from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, drop_dead, take_over
 
 
 @dataclass(frozen=True)

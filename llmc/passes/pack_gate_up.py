@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.edit import Site, add_constant, drop_dead, set_value, take_over
 from llmc.graph.match import dims_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._pack import Projection, differing_codes, join, obstacle, projection_of
-from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 _ACTIVATIONS = ("Sigmoid", "Gelu", "QuickGelu", "FastGelu", "Relu", "Tanh")
 
@@ -78,7 +78,7 @@ def _rewrite(graph: ir.Graph, pair: tuple[Projection, Projection]) -> None:
         dtype=joined.dtype,
         outputs=2,
     )
-    describe(split.outputs[1], f"{name}/up", [*dims_of(joined)[:-1], widths[1]], joined.dtype)
+    set_value(split.outputs[1], f"{name}/up", [*dims_of(joined)[:-1], widths[1]], joined.dtype)
     for projection, output in zip(pair, split.outputs, strict=True):
         take_over(projection.output, output)
 

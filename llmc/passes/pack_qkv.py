@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import drop_dead
 from llmc.graph.match import is_op, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._pack import differing_codes, join, obstacle, projection_of
-from llmc.passes._rewrite import drop_dead
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.edit import Site, add_constant, drop_dead, set_value, take_over
 from llmc.graph.linear import Linear, find_linears
 from llmc.graph.match import dims_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._pack import Projection, join, obstacle
-from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _rewrite(graph: ir.Graph, projections: list[Projection]) -> None:
         outputs=len(widths),
     )
     for index, (output, width) in enumerate(zip(split.outputs, widths, strict=True)):
-        describe(output, f"{joined.name}/{index}", [*lead, width], joined.dtype)
+        set_value(output, f"{joined.name}/{index}", [*lead, width], joined.dtype)
     for projection, output in zip(projections, split.outputs, strict=True):
         take_over(projection.output, output)
 

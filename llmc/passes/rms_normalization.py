@@ -6,10 +6,10 @@ y = x / sqrt(mean(x * x) + epsilon) * scale        over the last axis, in float3
 from dataclasses import dataclass
 
 from llmc.graph.domains import SINCE
+from llmc.graph.edit import require_opset
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.passes._norms import replace_norms
-from llmc.passes._rewrite import require_opset
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import Site, add_constant, drop_dead, set_value, take_over
 from llmc.graph.match import (
     dims_of,
     input_of,
@@ -32,7 +33,6 @@ from llmc.graph.match import (
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._positions import Declined, PositionTables, Table
-from llmc.passes._rewrite import Site, add_constant, describe, drop_dead, take_over
 
 OPERATOR = "RotaryEmbedding"
 #: Rows of a table where the model states no largest position, and at most.
@@ -189,7 +189,7 @@ def _in_type(graph: ir.Graph, table: ir.Value, dtype: ir.DataType) -> ir.Value:
         if node.name == name:
             return node.outputs[0]
     cast = ir.node("Cast", [table], {"to": int(dtype)}, name=name)
-    describe(cast.outputs[0], name, dims_of(table), dtype)
+    set_value(cast.outputs[0], name, dims_of(table), dtype)
     graph.insert_before(graph[0], cast)
     return cast.outputs[0]
 

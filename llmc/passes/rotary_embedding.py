@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import SINCE
+from llmc.graph.edit import Site, require_opset
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.passes._rewrite import Site, require_opset
 from llmc.passes.rotary import replace_rotations
 
 OPERATOR = "RotaryEmbedding"

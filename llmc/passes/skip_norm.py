@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import Site, drop_dead, set_value, take_over
 from llmc.graph.linear import is_weight
 from llmc.graph.match import dims_of, made_by
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, describe, drop_dead, take_over
 
 _FUSED = {
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
@@ -62,7 +62,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, add: ir.Node) -> None:
         outputs=4,
     )
     fused.metadata_props.update(node.metadata_props)
-    describe(fused.outputs[3], f"{node.name}/sum", dims_of(total), total.dtype)
+    set_value(fused.outputs[3], f"{node.name}/sum", dims_of(total), total.dtype)
     take_over(total, fused.outputs[3])
     take_over(normed, fused.outputs[0])
 

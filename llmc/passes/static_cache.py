@@ -23,11 +23,11 @@ import onnx_ir as ir
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, SINCE
+from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
 from llmc.graph.interface import WRITE_INDICES
 from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._rewrite import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
 
 #: TensorRT-RTX 1.7 has attention kernels for heads up to this width, in half precision alone.
 WIDEST_HEAD = 256

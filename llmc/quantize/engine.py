@@ -19,13 +19,14 @@ import onnx_ir as ir
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT, VERSION
+from llmc.graph.edit import add_initializer, replace_node, set_value
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
-from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme
 from llmc.quantize.stored import MADE_FLOATS, is_stored
 
 #: Domain of TensorRT's own operators.
@@ -98,7 +99,9 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
     if value.dtype is None:
         raise UnsupportedError(f"activation {value.name} has no element type")
     name, kind = f"{value.name}.{scale.kind.value}", TYPES[scale.kind]
-    stored = register(graph, ir.tensor(scale.stored(value.dtype), dtype=value.dtype, name=f"{name}.scale"))
+    stored = add_initializer(
+        graph, ir.tensor(scale.stored(value.dtype), dtype=value.dtype, name=f"{name}.scale")
+    )
     nodes: list[ir.Node] = []
 
     def emit(
@@ -113,7 +116,7 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
         if LAYER in first.metadata_props:
             made.metadata_props[LAYER] = first.metadata_props[LAYER]
         for output, (suffix, dtype, dims) in zip(made.outputs, outputs, strict=True):
-            output.name, output.type, output.shape = f"{name}.{suffix}", ir.TensorType(dtype), ir.Shape(dims)
+            set_value(output, f"{name}.{suffix}", dims, dtype)
         nodes.append(made)
         return tuple(made.outputs)
 
@@ -132,7 +135,9 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
         (result,) = emit("DequantizeLinear", [codes, scales], blocks, [back])
         graph.opset_imports[TENSORRT] = VERSION
     else:
-        zero = register(graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point"))
+        zero = add_initializer(
+            graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point")
+        )
         (codes,) = emit("QuantizeLinear", [value, stored, zero], None, [("codes", kind, shape)])
         (result,) = emit("DequantizeLinear", [codes, stored, zero], None, [back])
     graph.insert_before(first, nodes)
@@ -192,7 +197,7 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
     values, size = {}, 0
     for key, (kind, shape) in members.items():
         lazy = LazyWeight(name=f"{name}.{key}", dtype=kind, shape=shape, group=group, key=key)
-        values[key] = register(graph.graph, lazy)
+        values[key] = add_initializer(graph.graph, lazy)
         size += lazy.nbytes
     before = next(iter(graph.graph))
     scales = values["scales"]
@@ -221,10 +226,8 @@ def _dequantize(
     shape: tuple[int, ...],
 ) -> ir.Value:
     made = ir.node("DequantizeLinear", list(inputs), dict(attributes), name=f"{name}/dequantized")
-    output = made.outputs[0]
-    output.name, output.type, output.shape = f"{name}.dequantized", ir.TensorType(dtype), ir.Shape(shape)
     graph.insert_before(before, made)
-    return output
+    return set_value(made.outputs[0], f"{name}.dequantized", shape, dtype)
 
 
 def block_of(scheme: EngineScheme) -> int | None:
@@ -249,11 +252,10 @@ def _turn(graph: ir.Graph, weight: ir.Value, turned: ir.Value) -> None:
         ids = cast(ir.Value, user.inputs[1])
         shape = tuple(ids.shape or ())
         lookup = ir.node("Gather", [turned, ids], {"axis": 1}, name=f"{user.name}.columns")
-        columns = lookup.outputs[0]
-        columns.name, columns.type = f"{user.outputs[0].name}.columns", turned.type
-        columns.shape = ir.Shape((weight.shape or ())[1:2] + shape)
+        dims = (weight.shape or ())[1:2] + shape
+        columns = set_value(lookup.outputs[0], f"{user.outputs[0].name}.columns", dims, turned.dtype)
         order = [*range(1, len(shape) + 1), 0]
-        replace(graph, user, [lookup, ir.node("Transpose", [columns], {"perm": order})])
+        replace_node(graph, user, [lookup, ir.node("Transpose", [columns], {"perm": order})])
 
 
 @dataclass(frozen=True)

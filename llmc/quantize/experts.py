@@ -15,11 +15,12 @@ import onnx_ir as ir
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import add_initializer, replace_node
 from llmc.graph.match import find_nodes, input_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import ScaleType
-from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored
 from llmc.quantize.stored_experts import find_stored_experts
 from llmc.quantize.stream import quantize_stack
@@ -146,7 +147,7 @@ class _Operands:
             shape = (experts, out_features, width)
             lazy = LazyWeight(name=f"{value.name}.{key}", dtype=kind, shape=shape, group=group, key=key)
             self.nbytes += lazy.nbytes
-            return register(graph, lazy)
+            return add_initializer(graph, lazy)
 
         self.scheme = scheme
         self.nbytes = 0
@@ -194,4 +195,4 @@ def _replace_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], acc
         "accuracy_level": accuracy_level,
     }
     attributes = [*node.attributes.values(), *ir.convenience.convert_attributes(storage)]
-    replace(graph, node, [ir.Node(MICROSOFT, "QMoE", inputs, attributes)])
+    replace_node(graph, node, [ir.Node(MICROSOFT, "QMoE", inputs, attributes)])

@@ -18,13 +18,14 @@ import onnx_ir as ir
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT, VERSION
+from llmc.graph.edit import add_initializer, name_constant, replace_node, set_value
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
-from llmc.quantize.place import QuantizedTensor, choose_scheme, register, replace
+from llmc.quantize.place import QuantizedTensor, choose_scheme
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
@@ -265,7 +266,7 @@ class _Operands:
         def initializer(key: str, kind: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
             tensor = LazyWeight(name=f"{self.name}.{key}", dtype=kind, shape=shape, group=group, key=key)
             self.nbytes += tensor.nbytes
-            return register(graph, tensor)
+            return add_initializer(graph, tensor)
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
@@ -291,16 +292,18 @@ class _Operands:
         node = ir.node("Cast", [self.scales], {"to": int(self.scale_dtype)}, name=f"{self.name}.widen")
         graph.insert_before(graph[0], node)
         shape = (self.out_features, self.blocks)
-        return _type(node, f"{self.name}.wide_scales", self.scale_dtype, shape)
+        return set_value(node.outputs[0], f"{self.name}.wide_scales", shape, self.scale_dtype)
 
     def flat_codes(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """The codes as (N, bytes of an entry)."""
         if self._flat is None:
-            shape = _constant(graph, f"{self.name}.entry_shape", [self.out_features, self.entry_bytes])
+            shape = name_constant(
+                graph, f"{self.name}.entry_shape", np.array([self.out_features, self.entry_bytes], np.int64)
+            )
             node = ir.Node("", "Reshape", [self.codes, shape], name=f"{self.name}.entries")
             graph.insert_before(before, node)
             entries = (self.out_features, self.entry_bytes)
-            self._flat = _type(node, f"{self.name}.entries", ir.DataType.UINT8, entries)
+            self._flat = set_value(node.outputs[0], f"{self.name}.entries", entries, ir.DataType.UINT8)
         return self._flat
 
 
@@ -351,7 +354,7 @@ def _replace_linear(graph: ir.Graph, linear: Linear, operands: _Operands, accura
     )
     node.metadata_props.update(operands.facts)
     transpose = linear.node.inputs[1]
-    replace(graph, linear.node, [node])
+    replace_node(graph, linear.node, [node])
     producer = None if transpose is None else transpose.producer()
     if linear.transposed and producer is not None and not producer.outputs[0].uses():
         graph.remove(producer, safe=True)
@@ -373,29 +376,13 @@ def _replace_embedding(graph: ir.Graph, embedding: Embedding, operands: _Operand
     lookup.metadata_props.update(operands.facts)
     width = operands.blocks * operands.scheme.block_size
     if width == operands.in_features:
-        replace(graph, embedding.node, [lookup])
+        replace_node(graph, embedding.node, [lookup])
         return
     shape = tuple(embedding.indices.shape or ())
-    padded = _type(lookup, f"{operands.name}.padded", operands.scale_dtype, (*shape, width))
+    padded = set_value(lookup.outputs[0], f"{operands.name}.padded", (*shape, width), operands.scale_dtype)
     start, stop, axis = (
-        _constant(graph, f"{operands.name}.{key}", [value])
+        name_constant(graph, f"{operands.name}.{key}", np.array([value], np.int64))
         for key, value in (("first", 0), ("width", operands.in_features), ("last_axis", -1))
     )
     cut = ir.node("Slice", [padded, start, stop, axis])
-    replace(graph, embedding.node, [lookup, cut])
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    """A small int64 initializer; made once by name."""
-    if name not in graph.initializers:
-        register(graph, ir.tensor(np.array(values, np.int64), name=name))
-    return graph.initializers[name]
-
-
-def _type(node: ir.Node, name: str, dtype: ir.DataType, shape: tuple[int | ir.SymbolicDim, ...]) -> ir.Value:
-    """The only output of `node`, named and typed."""
-    value = node.outputs[0]
-    value.name = name
-    value.type = ir.TensorType(dtype)
-    value.shape = ir.Shape(shape)
-    return value
+    replace_node(graph, embedding.node, [lookup, cut])

@@ -1,10 +1,8 @@
-"""Which scheme a weight gets, and quantized operators and initializers in the place of float ones."""
+"""Which scheme a weight gets, and the record of how it is stored."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-
-import onnx_ir as ir
 
 from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 
@@ -36,19 +34,3 @@ def choose_scheme(rules: Iterable[Rule[Scheme]], role: WeightRole, name: str) ->
         if rule.role in (None, role) and fnmatchcase(name, rule.match):
             return rule.scheme
     return None
-
-
-def replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put `new` in the place of `old`; the last one's output takes over name, type, shape and consumers."""
-    new[-1].name = old.name
-    for node in new:
-        node.metadata_props.update(old.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)
-
-
-def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """An initializer with the data of `tensor`."""
-    kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
-    graph.register_initializer(value)
-    return value

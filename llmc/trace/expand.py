@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, TRACE
+from llmc.graph.edit import add_initializer
 from llmc.graph.interface import CacheSlot
 from llmc.graph.match import find_nodes
 from llmc.graph.model import LAYER, Placeholder
@@ -250,9 +251,7 @@ class _Renaming:
             data = ir.tensor(self.buffers[name], dtype=tensor.dtype, name=name)
         else:
             raise NotStampableError(f"layer has no buffer {name}")
-        made = ir.Value(name=name, shape=value.shape, type=value.type, const_value=data)
-        self.graph.register_initializer(made)
-        return made
+        return add_initializer(self.graph, data)
 
 
 def _stamp(

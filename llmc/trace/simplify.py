@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.edit import set_value
 from llmc.graph.match import constant_of
 from llmc.graph.model import Placeholder
 
@@ -100,9 +101,7 @@ def _make_reshape_static(node: ir.Node) -> None:
         return
     tensor = ir.tensor(np.array(dims, dtype=np.int64))
     constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
-    constant.outputs[0].name = f"{target.name}_shape"
-    constant.outputs[0].shape = ir.Shape([len(dims)])
-    constant.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    set_value(constant.outputs[0], f"{target.name}_shape", [len(dims)], ir.DataType.INT64)
     graph.insert_before(node, constant)
     node.replace_input_with(1, constant.outputs[0])
     node.attributes.pop("allowzero", None)

@@ -11,6 +11,7 @@ from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, OPSET, VERSION
+from llmc.graph.edit import name_constant
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, Placeholder
 from llmc.graph.verify import verify
@@ -162,12 +163,5 @@ def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:
         dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
         kind = (dtype or ir.DataType.FLOAT).numpy()
         name = f"no_sinks_{heads}"
-        value = graph.initializers.get(name)
-        if value is None:
-            data = ir.tensor(np.full(heads, np.finfo(kind).min, kind), name=name)
-            value = ir.Value(
-                name=name, shape=ir.Shape([heads]), type=ir.TensorType(data.dtype), const_value=data
-            )
-            graph.register_initializer(value)
         node.resize_inputs(7)
-        node.replace_input_with(6, value)
+        node.replace_input_with(6, name_constant(graph, name, np.full(heads, np.finfo(kind).min, kind)))

@@ -21,6 +21,7 @@ from llmc.artifact.disk import space_errors
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.domains import DYNAMIC_QUANTIZE
+from llmc.graph.edit import Site, name_constant, set_value, take_over
 from llmc.graph.interface import Interface, TensorSpec
 
 _WIDE, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
@@ -106,16 +107,9 @@ def _spell_fp4(graph: ir.Graph) -> None:
         value.const_value = _doubled(tensor)
         output = node.outputs[0]
         name, output.name = output.name, f"{output.name}.twice"
-        half = ir.Value(
-            name=f"{name}.half",
-            type=output.type,
-            shape=ir.Shape(()),
-            const_value=ir.tensor(np.array(0.5, output.dtype.numpy()), name=f"{name}.half"),  # type: ignore[union-attr]
-        )
-        graph.register_initializer(half)
+        half = name_constant(graph, f"{name}.half", np.array(0.5, output.dtype.numpy()))  # type: ignore[union-attr]
         halved = ir.node("Mul", [output, half], name=f"{name}/halved")
-        halved.outputs[0].name, halved.outputs[0].type = name, output.type
-        halved.outputs[0].shape = output.shape
+        set_value(halved.outputs[0], name, output.shape, output.dtype)
         for user, index in list(output.uses()):
             if user is not halved:
                 user.replace_input_with(index, halved.outputs[0])
@@ -141,25 +135,16 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     kind = cast(ir.DataType, x.dtype)
     ((dequantize, _),) = node.outputs[0].uses()
     result = dequantize.outputs[0]
-    stem, before = str(node.name), node
+    stem, site = str(node.name), Site(graph, node)
     count = 0
 
     def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         nonlocal count
         count += 1
-        made = ir.node(kind, list(inputs), attributes, name=f"{stem}/{count}")
-        made.outputs[0].name = f"{stem}.{count}"
-        graph.insert_before(before, made)
-        return made.outputs[0]
+        return site.emit(kind, inputs, f"{stem}.{count}", attributes=attributes).outputs[0]
 
     def constant(number: object, dtype: ir.DataType) -> ir.Value:
-        name = f"{stem}.{dtype.name}.{number}"
-        if name not in graph.initializers:
-            tensor = ir.tensor(np.array(number, dtype.numpy()), name=name)
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=tensor)
-            graph.register_initializer(value)
-        return graph.initializers[name]
+        return name_constant(graph, f"{stem}.{dtype.name}.{number}", np.array(number, dtype.numpy()))
 
     def number(value: float) -> ir.Value:
         return constant(value, _WIDE)
@@ -182,9 +167,7 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     size = op("Mul", op("Round", op("Div", size, step)), step)
     values = op("Mul", op("Mul", op("Sign", codes), size), scale)
     spelled = op("Cast", op("Reshape", values, shape), to=int(kind))
-    spelled.type, spelled.shape = result.type, result.shape
-    spelled.name, result.name = result.name, f"{result.name}.before"
-    ir.convenience.replace_all_uses_with(result, spelled, replace_graph_outputs=True)
+    take_over(result, spelled)
     for dead in (dequantize, *_makers(dequantize.inputs[1]), node):
         graph.remove(dead, safe=True)
 

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import ParityError
+from llmc.graph.edit import add_initializer, replace_node
 from llmc.graph.match import array_of, input_of
 
 Array = np.ndarray
@@ -41,28 +42,14 @@ def in_float32(node: ir.Node) -> None:
     inputs = list(node.inputs[:2])
     for parts in PARTS:
         weights = read_experts(node, parts, 0, int(_shape(node, parts[0])[0]))
-        name = f"{node.name}.float.{parts[0]}"
-        tensor = ir.tensor(weights, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(weights.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(value)
+        value = add_initializer(graph, ir.tensor(weights, name=f"{node.name}.float.{parts[0]}"))
         inputs += [value, input_of(node, parts[2])]
     kept = [
         a
         for n, a in node.attributes.items()
         if n not in ("accuracy_level", "expert_weight_bits", "block_size")
     ]
-    made = ir.Node(node.domain, "MoE", inputs, kept, name=node.name)
-    made.outputs[0].name = node.outputs[0].name
-    ir.convenience.replace_nodes_and_values(
-        graph,
-        node,
-        [node],
-        [made],
-        node.outputs,
-        made.outputs,
-    )
+    replace_node(graph, node, [ir.Node(node.domain, "MoE", inputs, kept)])
 
 
 def unpack(packed: Array, bits: int) -> Array:

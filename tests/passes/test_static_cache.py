@@ -9,9 +9,9 @@ import pytest
 
 from llmc.config import Dtype, Metric
 from llmc.errors import GraphError, UnsupportedError
+from llmc.graph.edit import Site
 from llmc.graph.model import Graph
 from llmc.passes import registered_passes
-from llmc.passes._rewrite import Site
 from llmc.validate.reference import TorchModel
 from llmc.validate.static_session import StaticOrtModel
 from tests.lowering import CAPACITY, lower, tiny, write_lowered

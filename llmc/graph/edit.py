@@ -1,18 +1,19 @@
-"""Changing a graph: new nodes where old ones stood, constants shared by content, dead nodes gone."""
+"""Functions that change a graph: new nodes and initializers, replaced values and nodes, dead ones removed."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.errors import GraphError
-from llmc.graph.domains import DIALECT, MICROSOFT
+from llmc.graph.domains import DIALECT, STANDARD, VERSION
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import LazyWeight, Rows
 
 Array = np.ndarray
+Attribute = int | float | str | Sequence[int] | ir.Attr
 
 #: ONNX releases pair IR version 11 with opset 23 and later (onnx/docs/Versioning.md).
 _IR_OF_OPSET_23 = 11
@@ -20,15 +21,17 @@ _IR_OF_OPSET_23 = 11
 
 @dataclass(frozen=True)
 class Site:
-    """Where new nodes go: before `anchor`, in its layer.
+    """The place where new nodes go: before `anchor`.
 
     Args:
         graph: The graph.
         anchor: The node that they are inserted before.
+        metadata: Metadata that they get; the layer of `anchor` if None.
     """
 
     graph: ir.Graph
     anchor: ir.Node
+    metadata: Mapping[str, str] | None = None
 
     def emit(
         self,
@@ -36,16 +39,17 @@ class Site:
         inputs: Sequence[ir.Value | None],
         name: str,
         *,
-        domain: str = "",
-        attributes: Mapping[str, int | float | str | Sequence[int]] | None = None,
+        domain: str = STANDARD,
+        attributes: Mapping[str, Attribute] | None = None,
         like: ir.Value | None = None,
-        shape: Sequence[int | str] | None = None,
+        shape: Iterable[int | str | ir.SymbolicDim] | None = None,
         dtype: ir.DataType | None = None,
         outputs: int = 1,
     ) -> ir.Node:
-        """A new node; its first output is called `name` and has the shape and type of `like`, or those given.
+        """Insert a new node, and return it.
 
-        Further outputs have an empty name, which leaves them out, until `describe` names them.
+        Its first output is called `name` and has the shape and type of `like`, or those given. Further
+        outputs have an empty name, which leaves them out, until `set_value` names them.
         """
         made = ir.Node(
             domain,
@@ -59,25 +63,34 @@ class Site:
         for output in made.outputs[1:]:
             output.name = ""
         if like is not None:
-            shape = shape if shape is not None else list(like.shape or ())  # type: ignore[arg-type]
+            shape = shape if shape is not None else tuple(like.shape or ())
             dtype = dtype or like.dtype
-        describe(made.outputs[0], name, shape or (), dtype)
+        set_value(made.outputs[0], name, shape, dtype)
         self.graph.insert_before(self.anchor, made)
-        if domain:
+        if domain != STANDARD:
             require_domain(self.graph, domain)
         return made
 
     def _metadata(self) -> dict[str, str]:
+        if self.metadata is not None:
+            return dict(self.metadata)
         layer = self.anchor.metadata_props.get(LAYER)
         return {} if layer is None else {LAYER: layer}
 
 
-def describe(value: ir.Value, name: str, shape: Sequence[int | str], dtype: ir.DataType | None) -> None:
-    """Name a value and state its shape and type."""
+def set_value(
+    value: ir.Value,
+    name: str | None,
+    shape: Iterable[int | str | ir.SymbolicDim] | None,
+    dtype: ir.DataType | None,
+) -> ir.Value:
+    """Set the name of a value, and its shape and element type where they are given; return the value."""
     value.name = name
-    value.shape = ir.Shape(shape)
+    if shape is not None:
+        value.shape = ir.Shape(shape)
     if dtype is not None:
         value.type = ir.TensorType(dtype)
+    return value
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
@@ -88,14 +101,38 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put `new` in the place of `old`.
+
+    The last new node takes its name, and the output of that node the name, type, shape and users of the old
+    output. All new nodes take its metadata.
+    """
+    new[-1].name = old.name
+    for node in new:
+        node.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)
+
+
 def require_domain(graph: ir.Graph, domain: str) -> None:
-    """Import version 1 of an operator domain."""
-    if domain == MICROSOFT:
-        graph.opset_imports.setdefault(domain, 1)
+    """Import an operator domain other than the standard one, if the graph does not yet."""
+    graph.opset_imports.setdefault(domain, VERSION)
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add an initializer with the name and the data of `tensor`."""
+    value = ir.val(tensor.name, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def name_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """Return the initializer `name`; add it with the data of `array` if the graph does not have it yet."""
+    known = graph.initializers.get(name)
+    return known if known is not None else add_initializer(graph, ir.tensor(array, name=name))
 
 
 def add_constant(graph: ir.Graph, array: Array, hint: str) -> ir.Value:
-    """An initializer with the data of `array`; equal data gives the same initializer.
+    """Return an initializer with the data of `array`; equal data gives the same initializer.
 
     Args:
         hint: The beginning of its name, which ends in a digest of the data.
@@ -104,46 +141,32 @@ def add_constant(graph: ir.Graph, array: Array, hint: str) -> ir.Value:
     digest.update(repr((array.shape, array.dtype.str)).encode())
     name = f"{hint}_{digest.hexdigest()[:12]}"
     known = graph.initializers.get(name)
-    return known if known is not None else _register(graph, ir.tensor(array, name=name))
+    return known if known is not None else add_initializer(graph, ir.tensor(array, name=name))
 
 
 def add_weight(graph: ir.Graph, name: str, rows: Rows) -> ir.Value:
-    """An initializer with the values of `rows`; the one there is if `name` is taken by the same ones.
+    """Return an initializer with the values of `rows`; the one there is if `name` is taken by the same ones.
 
     Raises:
         GraphError: `name` is taken by another value.
     """
     known = graph.initializers.get(name)
     if known is None:
-        return _register(graph, LazyWeight.from_rows(name, rows))
+        return add_initializer(graph, LazyWeight.from_rows(name, rows))
     tensor = known.const_value
     if not isinstance(tensor, LazyWeight) or tensor.rows != rows:
         raise GraphError(f"two weights would be called {name}")
     return known
 
 
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name,
-        shape=ir.Shape(tuple(tensor.shape.numpy())),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def drop_dead(graph: ir.Graph) -> int:
-    """Remove nodes whose outputs nobody reads, then initializers nobody reads; how many nodes."""
-    removed = 0
+def drop_dead(graph: ir.Graph) -> None:
+    """Remove nodes whose outputs nobody reads, then initializers nobody reads."""
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
-            removed += 1
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
-    return removed
 
 
 def drop_unused_dialect(graph: Graph) -> None:
