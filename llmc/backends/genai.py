@@ -50,8 +50,8 @@ def shares_cache(model: ir.Model, interface: Interface) -> bool:
     True if only `GroupQueryAttention` and compiled kernels read a past: they take the valid length
     from `seqlens_k`, where a concatenation would take it from the shape.
     """
-    past = {name for slot in interface.cache for name in (slot.past_key, slot.past_value)}
-    readers = [node for value in model.graph.inputs if value.name in past for node, _ in value.uses()]
+    past = {name for slot in interface.cache for name in slot.pasts}
+    readers = [node for value in model.graph.inputs if value.name in past for node in value.consumers()]
     return bool(readers) and all(
         node.op_type == "GroupQueryAttention" or node.domain == COMPILED for node in readers
     )
@@ -156,7 +156,7 @@ def _search(generation_config: Any, vocab: int) -> dict[str, object]:
 
 def _inputs(interface: Interface) -> dict[str, str]:
     names = {spec.name for spec in interface.inputs}
-    cache = {name for slot in interface.cache for name in (slot.past_key, slot.past_value)}
+    cache = {name for slot in interface.cache for name in slot.pasts}
     others = sorted(names - cache - set(_INPUTS))
     if others:
         raise UnsupportedError(

@@ -125,18 +125,14 @@ class EngineSession(StaticSession):
         if batch != self._batch:
             self._bind(batch)
         for slot in self.interface.cache:
-            for name in (slot.past_key, slot.past_value):
+            for name in slot.pasts:
                 self._stream.clear(self._buffers[name])
 
     def _bind(self, batch: int) -> None:
         """Allocate everything for `batch` rows, and tell both contexts where it lies."""
         self._batch, self._graph = 0, None
         self._buffers.clear()  # what is bound now is freed before as much again is asked for
-        shared = {
-            present: past
-            for slot in self.interface.cache
-            for past, present in ((slot.past_key, slot.present_key), (slot.past_value, slot.present_value))
-        }
+        shared = {present: past for slot in self.interface.cache for past, present in slot.pairs}
         for name, spec in self._specs.items():
             if name not in shared:
                 shape = sized(spec, batch, self._most)
@@ -272,7 +268,7 @@ def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
                     f"{_TYPES[spec.dtype]} {list(stated)}"
                 )
     for slot in interface.cache:
-        for past, present in ((slot.past_key, slot.present_key), (slot.past_value, slot.present_value)):
+        for past, present in slot.pairs:
             if (place := engine.get_aliased_input_tensor(present)) != past:
                 raise ParityError(
                     f"the engine writes {present} to {place or 'a place of its own'}, not {past}"

@@ -54,6 +54,21 @@ class CacheSlot(_Frozen):
     value_width: int
     window: int | None
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Past and present of the keys, then of the values."""
+        return (self.past_key, self.present_key), (self.past_value, self.present_value)
+
+    @property
+    def pasts(self) -> tuple[str, str]:
+        """Inputs: past keys and values."""
+        return self.past_key, self.past_value
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        """Inputs and outputs: past keys and values, then present ones."""
+        return self.past_key, self.past_value, self.present_key, self.present_value
+
 
 class Interface(_Frozen):
     """Everything a runtime needs to know to run prefill and decode.

@@ -58,7 +58,7 @@ def _check_interface(graph: Graph) -> None:
     required_inputs = {"input_ids", WRITE_INDICES if WRITE_INDICES in inputs else "attention_mask"}
     required_outputs = {"logits"}
     for slot in graph.cache:
-        required_inputs |= {slot.past_key, slot.past_value}
+        required_inputs |= set(slot.pasts)
         required_outputs |= {slot.present_key, slot.present_value}
     if missing := required_inputs - inputs:
         raise GraphError(f"the graph has no input {', '.join(sorted(missing))}")

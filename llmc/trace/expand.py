@@ -133,9 +133,8 @@ def _traced_index(stack: LayerStack, layer: int) -> int:
 
 
 def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.DataType) -> CacheSlot:
-    names = ((slot.past_key, slot.present_key), (slot.past_value, slot.present_value))
     for (past_name, present_name), width, new, whole in zip(
-        names, (slot.key_width, slot.value_width), node.inputs, node.outputs, strict=True
+        slot.pairs, (slot.key_width, slot.value_width), node.inputs, node.outputs, strict=True
     ):
         past = _cache_value(past_name, slot, width, "past", dtype)
         present = _cache_value(present_name, slot, width, "total", dtype)

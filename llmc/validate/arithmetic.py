@@ -56,11 +56,7 @@ def compute_in(arithmetic: Arithmetic, model: Any, interface: Interface) -> Inte
 
 
 def _cache_names(interface: Interface) -> set[str]:
-    return {
-        name
-        for slot in interface.cache
-        for name in (slot.past_key, slot.past_value, slot.present_key, slot.present_value)
-    }
+    return {name for slot in interface.cache for name in slot.names}
 
 
 def _widen(interface: Interface) -> Interface:

@@ -103,7 +103,7 @@ class Ground:
             return False
         specs = (*self.interface.inputs, *self.interface.outputs)
         sizes = {spec.name: bits_of(spec.dtype) for spec in specs}
-        pasts = [name for slot in self.interface.cache for name in (slot.past_key, slot.past_value)]
+        pasts = [name for slot in self.interface.cache for name in slot.pasts]
         return any(sizes[name] < sizes["logits"] for name in pasts)
 
 

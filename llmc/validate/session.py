@@ -112,11 +112,7 @@ class OrtModel:
         self._specs = {spec.name: spec for spec in interface.inputs}
         compare_signature("input", interface.inputs, self._session.get_inputs())
         compare_signature("output", interface.outputs, self._session.get_outputs())
-        pairs = [
-            pair
-            for slot in interface.cache
-            for pair in ((slot.past_key, slot.present_key), (slot.past_value, slot.present_value))
-        ]
+        pairs = [pair for slot in interface.cache for pair in slot.pairs]
         widths = [(s.kv_heads, w) for s in interface.cache for w in (s.key_width, s.value_width)]
         self._slots = [
             (past, present, *geometry) for (past, present), geometry in zip(pairs, widths, strict=True)

@@ -20,11 +20,7 @@ _AXIS = 2
 
 def shorten(interface: Interface, slots: int) -> Interface:
     """The interface of the graph with `slots` in the place of its own."""
-    caches = {
-        name
-        for slot in interface.cache
-        for name in (slot.past_key, slot.past_value, slot.present_key, slot.present_value)
-    }
+    caches = {name for slot in interface.cache for name in slot.names}
 
     def fewer(spec: TensorSpec) -> TensorSpec:
         if spec.name not in caches:

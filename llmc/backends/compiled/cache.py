@@ -29,7 +29,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         KernelError: ONNX Runtime's operators read the past of some layer.
     """
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
-    left = [slot for slot in graph.cache if not {values[slot.past_key], values[slot.past_value]} <= held]
+    left = [slot for slot in graph.cache if not {values[name] for name in slot.pasts} <= held]
     if left:
         attention = (MICROSOFT, "GroupQueryAttention")
         whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
@@ -41,7 +41,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         )
     slots = []
     for slot in graph.cache:
-        for name in (slot.past_key, slot.past_value, slot.present_key, slot.present_value):
+        for name in slot.names:
             value = values[name]
             *dims, width = dims_of(value)
             value.type = ir.TensorType(_TYPES[cache])
