@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -140,6 +140,57 @@ def test_operator_domains_are_named_in_one_file() -> None:
         if file != PACKAGE / "graph" / "domains.py"
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert found == []
+
+
+def functions_of(file: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """The functions and classes that a file defines at its top level."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node
+
+
+def body_of(function: ast.FunctionDef) -> str:
+    """The parameters' names and the statements of a function, without its docstring and its types."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return f"{names} {[ast.dump(statement) for statement in body]}"
+
+
+def copies(files: Iterable[Path]) -> list[list[str]]:
+    """Places of functions of one name and one body, leading underscores aside."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for file in sorted(files):
+        for node in functions_of(file):
+            if isinstance(node, ast.FunctionDef):
+                place = f"{file.name}: {node.name}"
+                found.setdefault((node.name.lstrip("_"), body_of(node)), []).append(place)
+    return [places for places in found.values() if len(places) > 1]
+
+
+def test_no_function_is_written_twice() -> None:
+    assert copies(PACKAGE.rglob("*.py")) == []
+
+
+def test_the_rule_sees_a_copy_under_another_docstring(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def dims(v):\n    'Sizes.'\n    return v.shape or ()\n")
+    (tmp_path / "two.py").write_text("def _dims(v: object) -> object:\n    return v.shape or ()\n")
+    (tmp_path / "three.py").write_text("def dims(v):\n    return v.shape\n")
+    assert copies(tmp_path.glob("*.py")) == [["one.py: dims", "two.py: _dims"]]
+
+
+def test_helpers_for_graphs_have_one_definition() -> None:
+    homes = [PACKAGE / "graph" / name for name in ("match.py", "edit.py")]
+    helpers = {node.name for home in homes for node in functions_of(home)}
+    assert {"dims_of", "scalar_of", "add_constant", "take_over"} <= helpers
+    found = [
+        f"{file.relative_to(ROOT)}: {node.name}"
+        for file in PACKAGE.rglob("*.py")
+        if file not in homes and "import onnx_ir" in file.read_text(encoding="utf-8")
+        for node in functions_of(file)
+        if node.name.lstrip("_") in helpers
     ]
     assert found == []
 

@@ -364,11 +364,11 @@ def _cut(node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Val
             offset += size
         start, step = offset, 1
     else:
-        start, step = _slice_of(node)
+        start, step = _slice_start(node)
     yield _data(node), _Place(place.axis, place.width, start + place.start * step, place.step * step)
 
 
-def _slice_of(node: ir.Node) -> tuple[int, int]:
+def _slice_start(node: ir.Node) -> tuple[int, int]:
     """First index and step of a slice along one axis."""
     first, steps = (_ints(node, i) for i in (1, 4))
     step = steps[0] if steps else 1

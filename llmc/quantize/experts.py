@@ -55,7 +55,7 @@ def quantize_experts(
             _Operands(graph.graph, value, scheme, dtype, matrix)
             for value, matrix in zip(weights, kept, strict=True)
         ]
-        _replace_node(graph.graph, node, operands, quantization.accuracy_level)
+        _quantize_node(graph.graph, node, operands, quantization.accuracy_level)
         for value, made in zip(weights, operands, strict=True):
             origin = made.origin or f"quantized again ({stored})"
             tensors.append(_describe(value, scheme, made.nbytes, origin))
@@ -180,7 +180,7 @@ class _Compute:
         return members
 
 
-def _replace_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int) -> None:
+def _quantize_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int) -> None:
     biases = [input_of(node, i) for i in _BIASES]
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
     for operand, bias in zip(operands, biases, strict=True):

@@ -113,7 +113,7 @@ def padding_side(graph: ir.Graph, *, windowed: bool) -> Literal["left", "any", "
     """
     slots: set[ir.Value] = set()
     for node in graph:
-        if _makes_slots(node) or any(v in slots for v in _operands(node)):
+        if _makes_slots(node) or any(v in slots for v in _element_inputs(node)):
             kinds = {output.dtype for output in node.outputs}
             if kinds & _FLOATS:
                 return "none"
@@ -125,7 +125,7 @@ def padding_side(graph: ir.Graph, *, windowed: bool) -> Literal["left", "any", "
     return "left" if windowed else "any"
 
 
-def _operands(node: ir.Node) -> list[ir.Value | None]:
+def _element_inputs(node: ir.Node) -> list[ir.Value | None]:
     """The inputs whose elements, not sizes, matter to the result."""
     if node.op_type in ("Shape", "Size", "ConstantOfShape"):
         return []

@@ -50,7 +50,7 @@ def compare_streams(sides: Sequence[Side], tokens: Sequence[Sequence[int]]) -> l
         for ids in tokens:
             whole, pieces = side.decode(ids), side.stream(ids)
             if whole.lstrip(" ") != pieces.lstrip(" "):
-                found.append(f"{side.name} streams {_short(pieces)} where the text is {_short(whole)}")
+                found.append(f"{side.name} streams {quoted(pieces)} where the text is {quoted(whole)}")
                 break
     return found
 
@@ -72,7 +72,7 @@ def _describe(original: Side, side: Side, anchor: Sequence[int], run: Sequence[i
     for each in run:
         wanted, actual = (_tail(s, anchor, [each]) for s in (original, side))
         if wanted != actual:
-            return f"{side.name} decodes id {each} as {_short(actual)}, the original as {_short(wanted)}"
+            return f"{side.name} decodes id {each} as {quoted(actual)}, the original as {quoted(wanted)}"
     return f"{side.name} decodes ids {run[0]} to {run[-1]} otherwise than the original"
 
 
@@ -86,5 +86,6 @@ def _is_whole(original: Side, anchor: Sequence[int], token: int) -> bool:
     return bool(text) and not any(mark in text for mark in _BROKEN)
 
 
-def _short(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text in quotation marks, its beginning if it is long."""
     return repr(text if len(text) <= 40 else f"{text[:37]}...")

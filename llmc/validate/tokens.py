@@ -10,7 +10,7 @@ from llmc.artifact.text import TextCodec, text_kinds
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.validate.decoding import compare_ids, compare_streams
+from llmc.validate.decoding import compare_ids, compare_streams, quoted
 from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.served import ServedTokenizer
 from llmc.validate.sides import Side, artifact_sides, load_own, original_side, render_messages
@@ -142,9 +142,9 @@ def compare_texts(
             if (ids := side.encode(text)) != golden:
                 wrong.append(f"{side.name}: {ids}")
             elif back and (made := side.decode(golden)) != back:
-                wrong.append(f"{side.name} decodes it as {_short(made)}, the original as {_short(back)}")
+                wrong.append(f"{side.name} decodes it as {quoted(made)}, the original as {quoted(back)}")
         if wrong:
-            different[text] = f"{_short(text)} is {golden} in the original; {'; '.join(wrong)}"
+            different[text] = f"{quoted(text)} is {golden} in the original; {'; '.join(wrong)}"
     return different
 
 
@@ -293,7 +293,3 @@ def represents(tokenizer: Any, text: str) -> bool:
     back = tokenizer.decode(ids)
     plain = [unicodedata.normalize("NFKC", t).casefold().replace(" ", "") for t in (text, back)]
     return plain[0] == plain[1]
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
