@@ -85,6 +85,18 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if isinstance(tensor, LazyWeight) else tensor
 
 
+def lazy_of(value: ir.Value) -> LazyWeight:
+    """The lazy weight that `value` must be.
+
+    Raises:
+        GraphError: It is a constant or is computed.
+    """
+    tensor = value.const_value
+    if not isinstance(tensor, LazyWeight):
+        raise GraphError(f"{value.name} is not a weight of the checkpoint")
+    return tensor
+
+
 def array_of(value: ir.Value | None) -> Array | None:
     """The data of an initializer, weights included; None if `value` has none. Reads all of it."""
     return None if value is None or value.const_value is None else value.const_value.numpy()

@@ -10,14 +10,14 @@ lost and H = sum(x x'), that is the sum of D H D' over outputs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 
 from llmc.calibration.hessian import weigh_features
 from llmc.config import WeightScheme
+from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array, CastRows, ConcatRows, LazyWeight
+from llmc.graph.weights import Array, CastRows, ConcatRows
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs
@@ -70,7 +70,7 @@ def plan_channels(graph: Graph, schemes: Mapping[str, WeightScheme]) -> tuple[Ch
 
 def _divided(factor: Factor) -> list[Divided]:
     """Outputs of the checkpoint's matrices that are divided; none where it is a vector that is."""
-    rows = cast(LazyWeight, factor.weight.const_value).rows
+    rows = lazy_of(factor.weight).rows
     while isinstance(rows, CastRows):
         rows = rows.inner
     if rows is None or len(rows.shape) != 2:

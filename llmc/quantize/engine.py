@@ -21,6 +21,7 @@ from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT, VERSION
 from llmc.graph.edit import add_initializer, replace_node, set_value
 from llmc.graph.linear import find_embeddings, find_linears
+from llmc.graph.match import lazy_of
 from llmc.graph.model import LAYER, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
@@ -80,7 +81,7 @@ def quantize_for_engine(
             _quantize_input(graph.graph, taken, ActivationScale(kind, found.peak))
     stored = []
     for weight, outputs_first, role in _find_matrices(graph):
-        tensor = cast(LazyWeight, weight.const_value)
+        tensor = lazy_of(weight)
         shape = tuple(tensor.shape.numpy())
         name = str(weight.name)
         scheme = choose_scheme(rules, role, name)
@@ -163,7 +164,7 @@ def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
 
 def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first: bool) -> int:
     """Put codes, scales and their product in the place of `weight`; bytes of both."""
-    name, tensor, dtype = str(weight.name), cast(LazyWeight, weight.const_value), weight.dtype
+    name, tensor, dtype = str(weight.name), lazy_of(weight), weight.dtype
     if tensor.rows is None or dtype is None:
         raise UnsupportedError(
             f"weight {name} is computed from {', '.join(tensor.sources)}, and only tensors of the checkpoint "

@@ -16,7 +16,7 @@ from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.edit import add_initializer, replace_node
-from llmc.graph.match import find_nodes, input_of
+from llmc.graph.match import find_nodes, input_of, lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import ScaleType
@@ -48,7 +48,7 @@ def quantize_experts(
         weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
         scheme, stored = _decide(quantization, weights, notes)
         if scheme is None:
-            tensors += [_describe(value, None, _tensor(value).nbytes, MADE_FLOATS) for value in weights]
+            tensors += [_describe(value, None, lazy_of(value).nbytes, MADE_FLOATS) for value in weights]
             continue
         kept: Sequence[StoredMatrix | None] = (None, None) if isinstance(stored, str | None) else stored
         operands = [
@@ -64,13 +64,9 @@ def quantize_experts(
     return tensors, tuple(notes)
 
 
-def _tensor(value: ir.Value) -> LazyWeight:
-    return cast(LazyWeight, value.const_value)
-
-
 def _describe(value: ir.Value, scheme: WeightScheme | None, size: int, origin: str) -> QuantizedTensor:
-    shape = tuple(_tensor(value).shape.numpy())
-    rows = _tensor(value).rows
+    shape = tuple(lazy_of(value).shape.numpy())
+    rows = lazy_of(value).rows
     stored = rows is not None and is_stored(rows)
     return QuantizedTensor(
         str(value.name), WeightRole.EXPERTS, shape, scheme, size, origin if stored else None
@@ -84,9 +80,9 @@ def _decide(
     wanted = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
     if wanted is None:
         return None, None
-    widths = [int(_tensor(value).shape.numpy()[-1]) for value in weights]
+    widths = [int(lazy_of(value).shape.numpy()[-1]) for value in weights]
     sizes = [size for size in _BLOCK_SIZES if not any(width % size for width in widths)]
-    stacks = [rows for value in weights if (rows := _tensor(value).rows) is not None]
+    stacks = [rows for value in weights if (rows := lazy_of(value).rows) is not None]
     stored = find_stored_experts(stacks, wanted, sizes) if len(stacks) == len(weights) else None
     if isinstance(stored, tuple):
         return stored[0].scheme, stored
@@ -126,7 +122,7 @@ class _Operands:
         dtype: Dtype,
         stored: StoredMatrix | None,
     ) -> None:
-        tensor = _tensor(value)
+        tensor = lazy_of(value)
         if tensor.rows is None:
             raise UnsupportedError(
                 f"weight {value.name} is computed from {', '.join(tensor.sources)}, "

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.linear import Linear, as_linear, find_linears
+from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import Array, LazyWeight, ScaledRows, WeightGroup
 
@@ -54,7 +55,7 @@ class SharedInput:
     @property
     def sources(self) -> tuple[str, ...]:
         """The checkpoint's names of the weights."""
-        return tuple(s for linear in self.linears for s in _tensor(linear.weight).sources)
+        return tuple(s for linear in self.linears for s in lazy_of(linear.weight).sources)
 
 
 def find_shared_inputs(graph: Graph) -> list[SharedInput]:
@@ -71,7 +72,7 @@ def find_shared_inputs(graph: Graph) -> list[SharedInput]:
 def scale_channels(shared: SharedInput, factors: Array) -> None:
     """Divide the channels of an activation by `factors` (K,), and multiply its weights' inputs by them."""
     for part in shared.factors:
-        size = _tensor(part.weight).shape.numpy()[part.axis]
+        size = lazy_of(part.weight).shape.numpy()[part.axis]
         whole = np.ones(size, np.float32)
         whole[part.start : part.stop] = 1 / factors
         _scale(part.weight, whole, part.axis)
@@ -88,7 +89,7 @@ def scale_graph(graph: Graph, vectors: Mapping[str, Array]) -> None:
 
 
 def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
-    tensor = _tensor(weight)
+    tensor = lazy_of(weight)
     if tensor.rows is not None:
         weight.const_value = LazyWeight.from_rows(str(weight.name), ScaledRows(tensor.rows, factors, axis))
         return
@@ -104,10 +105,6 @@ def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
         group=WeightGroup(tensor.sources, compute),
         key="value",
     )
-
-
-def _tensor(weight: ir.Value) -> LazyWeight:
-    return cast(LazyWeight, weight.const_value)
 
 
 def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
@@ -145,7 +142,7 @@ def _of_norm(node: ir.Node) -> Iterator[Factor]:
     if not weights or any(not _is_own(w) for w in weights):
         return
     for weight in weights:
-        yield Factor(weight, 0, 0, _tensor(weight).shape.numpy()[0])
+        yield Factor(weight, 0, 0, lazy_of(weight).shape.numpy()[0])
 
 
 def _is_own(weight: ir.Value) -> bool:

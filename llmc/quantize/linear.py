@@ -10,7 +10,6 @@ an error (ONNX Runtime 1.31).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +19,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT, VERSION
 from llmc.graph.edit import add_initializer, name_constant, replace_node, set_value
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
+from llmc.graph.match import lazy_of
 from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
@@ -67,7 +67,7 @@ class _Matrix:
 
     @property
     def tensor(self) -> LazyWeight:
-        return cast(LazyWeight, self.weight.const_value)
+        return lazy_of(self.weight)
 
     @property
     def shape(self) -> tuple[int, ...]:

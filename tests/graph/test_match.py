@@ -17,6 +17,7 @@ from llmc.graph.match import (
     is_op,
     is_scalar,
     last_dim_of,
+    lazy_of,
     made_by,
     only_user,
     operand,
@@ -101,6 +102,9 @@ def test_constants_are_data_of_the_graph_and_not_weights() -> None:
     group = WeightGroup(("w",), dict)
     lazy = LazyWeight(name="w", dtype=ir.DataType.FLOAT, shape=(1,), group=group, key="value")
     assert constant_of(ir.val("w", const_value=lazy)) is None
+    assert lazy_of(ir.val("w", const_value=lazy)) is lazy
+    with pytest.raises(GraphError, match="constant is not a weight of the checkpoint"):
+        lazy_of(constant([1]))
     assert array_of(constant([1, 2])).tolist() == [1, 2]  # type: ignore[union-attr]
     assert array_of(value(1)) is array_of(None) is None
     assert constant_of(value(1)) is None

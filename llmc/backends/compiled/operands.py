@@ -7,7 +7,6 @@ from llmc.backends.compiled.program import Space
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.match import behind, constant_of, dims_of, input_of, made_by, operand
 from llmc.graph.model import PackedZero
-from llmc.graph.weights import LazyWeight
 
 #: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 wants int8, 2 at least float16.
 PARTS = {4: 1, 2: 2}
@@ -69,13 +68,6 @@ def given(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise ValueError("an operand that was checked is missing")
     return value
-
-
-def lazy_of(value: ir.Value) -> LazyWeight:
-    tensor = value.const_value
-    if not isinstance(tensor, LazyWeight):
-        raise ValueError(f"{value.name} was checked to be a weight")
-    return tensor
 
 
 def codes_of(node: ir.Node) -> ir.Value:

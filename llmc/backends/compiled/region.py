@@ -14,7 +14,6 @@ from llmc.backends.compiled.operands import (
     embedding_layout,
     given,
     layout_of,
-    lazy_of,
     shift_of,
     slice_bounds,
     space_of,
@@ -35,7 +34,7 @@ from llmc.backends.compiled.program import (
 )
 from llmc.config import CacheType
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import dims_of, scalar_of
+from llmc.graph.match import dims_of, lazy_of, scalar_of
 from llmc.graph.weights import LazyWeight, WeightGroup
 
 #: Types of llmc/kernels/cache.h.
