@@ -68,5 +68,4 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
 
 
 def _value(spec: TensorSpec) -> ir.Value:
-    dtype = ir.TensorType(ir.DataType[spec.dtype.upper()])
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=dtype)
+    return ir.val(spec.name, ir.DataType[spec.dtype.upper()], spec.shape)

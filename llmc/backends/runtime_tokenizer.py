@@ -135,7 +135,7 @@ def _write_minimal_model(folder: Path, tokenizer: Path) -> None:
     import onnx_ir as ir
 
     def value(name: str, kind: ir.DataType, *shape: int | str) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+        return ir.val(name, kind, shape)
 
     def node(operator: str, inputs: list[ir.Value], output: ir.Value, **attributes: int) -> ir.Node:
         return ir.node(operator, inputs, attributes, outputs=[output])

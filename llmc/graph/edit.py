@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from llmc.errors import GraphError
-from llmc.graph.domains import DIALECT, STANDARD, VERSION
-from llmc.graph.model import LAYER, Graph
+from llmc.graph.domains import STANDARD, VERSION
+from llmc.graph.model import LAYER
 from llmc.graph.weights import LazyWeight, Rows
 
 Array = np.ndarray
@@ -169,13 +170,10 @@ def drop_dead(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def drop_unused_dialect(graph: Graph) -> None:
-    """Forget the dialect's functions that no node calls any more."""
-    used = {node.op_type for node in graph.graph if node.domain == DIALECT}
-    for key in [k for k in graph.model.functions if k[0] == DIALECT and k[1] not in used]:
-        del graph.model.functions[key]
-    if not used:
-        graph.graph.opset_imports.pop(DIALECT, None)
+def drop_unused_functions(model: ir.Model) -> None:
+    """Remove the functions that no node calls any more, and imports of domains without a node."""
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedOpsetsPass(process_functions=False)(model)
 
 
 def require_opset(model: ir.Model, version: int) -> None:

@@ -264,9 +264,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
 
 def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed) -> ir.Model:
     """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value`, in float32."""
-    positions = ir.Value(
-        name="position_ids", shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64)
-    )
+    positions = ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"])
     copies: dict[ir.Value, ir.Value] = {}
     constants: list[ir.Value] = []
 

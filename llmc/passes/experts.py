@@ -17,7 +17,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.edit import Site, add_constant, add_weight, drop_dead, drop_unused_dialect, take_over
+from llmc.graph.edit import Site, add_constant, add_weight, drop_dead, drop_unused_functions, take_over
 from llmc.graph.match import constant_of, dims_of, find_nodes, is_op, made_by, permutation_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
@@ -43,7 +43,7 @@ class Experts:
             _rewrite(graph.graph, node)
             applied.append(layer_of(node))
         drop_dead(graph.graph)
-        drop_unused_dialect(graph)
+        drop_unused_functions(graph.model)
         return PassReport(self.name, tuple(applied), tuple(refusals))
 
 

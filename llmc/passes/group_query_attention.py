@@ -20,7 +20,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_dialect, require_domain, take_over
+from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_functions, require_domain, take_over
 from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
@@ -54,7 +54,7 @@ class GroupQueryAttention:
         refusals += _uncaptured(graph, {r.layer for r in refusals} | set(applied))
         if applied:
             graph.padding = "right" if graph.padding in ("any", "right") else "none"
-            drop_unused_dialect(graph)
+            drop_unused_functions(graph.model)
             require_domain(graph.graph, MICROSOFT)
             _drop_unused_positions(graph)
         for reason, count in outside.items():

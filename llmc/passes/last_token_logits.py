@@ -60,7 +60,7 @@ def _last_tokens(graph: Graph, site: Site) -> ir.Value:
         return add_constant(graph.graph, np.array(numbers, np.int64), "axis")
 
     if WRITE_INDICES in inputs:
-        counts = ir.Value(name=TOKEN_COUNTS, shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT64))
+        counts = ir.val(TOKEN_COUNTS, ir.DataType.INT64, [batch])
         graph.graph.inputs.insert(list(graph.graph.inputs).index(inputs[WRITE_INDICES]) + 1, counts)
         last = site.emit("Sub", [counts, constant(1)], "last/slot", like=counts)
         dims = [batch, 1, 1]

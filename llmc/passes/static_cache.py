@@ -23,7 +23,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, SINCE
-from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_dialect, require_opset, take_over
+from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_functions, require_opset, take_over
 from llmc.graph.interface import WRITE_INDICES
 from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import Graph, layer_of
@@ -62,7 +62,7 @@ class StaticCache:
         _replace_inputs(graph, slots)
         drop_dead(graph.graph)
         graph.padding = "right"
-        drop_unused_dialect(graph)
+        drop_unused_functions(graph.model)
         return PassReport(self.name, tuple(applied), tuple(refusals))
 
 
@@ -100,9 +100,7 @@ class _Slots:
     _last: ir.Value | None = None
 
     def __post_init__(self) -> None:
-        self.write_indices = ir.Value(
-            name=WRITE_INDICES, shape=ir.Shape(["batch"]), type=ir.TensorType(_INT64)
-        )
+        self.write_indices = ir.val(WRITE_INDICES, _INT64, ["batch"])
         self._site = Site(self.graph, next(iter(self.graph)))
         self.positions = self._positions()
 

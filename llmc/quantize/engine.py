@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT, VERSION
-from llmc.graph.edit import add_initializer, replace_node, set_value
+from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT
+from llmc.graph.edit import add_initializer, replace_node, require_domain, set_value
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import LAYER, Graph
@@ -134,7 +134,7 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
         (scales,) = emit("DequantizeLinear", [parts, stored], None, [("scales", value.dtype, fine)])
         blocks = {"axis": -1, "block_size": NVFP4_BLOCK}
         (result,) = emit("DequantizeLinear", [codes, scales], blocks, [back])
-        graph.opset_imports[TENSORRT] = VERSION
+        require_domain(graph, TENSORRT)
     else:
         zero = add_initializer(
             graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point")

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
-from llmc.graph.domains import MICROSOFT, VERSION
-from llmc.graph.edit import add_initializer, name_constant, replace_node, set_value
+from llmc.graph.domains import MICROSOFT
+from llmc.graph.edit import add_initializer, name_constant, replace_node, require_domain, set_value
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import CODE_BITS, Graph
@@ -215,7 +215,7 @@ def quantize_weights(
     experts, notes = quantize_experts(graph, quantization, dtype)
     report += experts
     if any(t.scheme is not None for t in report):
-        graph.model.opset_imports[MICROSOFT] = VERSION
+        require_domain(graph.graph, MICROSOFT)
     return QuantizationReport(tuple(report), notes)
 
 

@@ -170,8 +170,7 @@ def _slot(layer: int, seen: CapturedAttention | StoredKeys, window: int | None) 
 
 
 def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.DataType) -> ir.Value:
-    shape = ir.Shape(["batch", slot.kv_heads, length, width])
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+    return ir.val(name, dtype, ["batch", slot.kv_heads, length, width])
 
 
 def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:

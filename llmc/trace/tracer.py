@@ -10,8 +10,8 @@ import onnx_ir as ir
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
-from llmc.graph.domains import DIALECT, OPSET, VERSION
-from llmc.graph.edit import name_constant
+from llmc.graph.domains import DIALECT, OPSET
+from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, Placeholder
 from llmc.graph.verify import verify
@@ -153,7 +153,7 @@ def _define_dialect(model: ir.Model) -> None:
     model.graph.opset_imports.clear()
     model.graph.opset_imports[""] = OPSET
     if functions:
-        model.graph.opset_imports[DIALECT] = VERSION
+        require_domain(model.graph, DIALECT)
 
 
 def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:

@@ -4,6 +4,7 @@ from enum import StrEnum
 from typing import Any
 
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
+from llmc.graph.edit import require_domain
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec, unscaled_width
 from llmc.validate.stacks import in_float32
 
@@ -43,7 +44,7 @@ def compute_in(arithmetic: Arithmetic, model: Any, interface: Interface) -> Inte
         elif node.domain == COMPILED:
             compiled = True
             node.domain = COMPILED_EXACT if arithmetic is Arithmetic.EXACT else COMPILED_PRODUCTS
-            model.graph.opset_imports[node.domain] = 1
+            require_domain(model.graph, node.domain)
     if not compiled or arithmetic is not Arithmetic.EXACT:
         return interface
     widened = _widen(interface)

@@ -5,13 +5,15 @@ import onnx_ir as ir
 import pytest
 
 from llmc.errors import GraphError
-from llmc.graph.domains import MICROSOFT
+from llmc.graph.dialect import EXPERTS, experts
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.edit import (
     Site,
     add_constant,
     add_initializer,
     add_weight,
     drop_dead,
+    drop_unused_functions,
     name_constant,
     replace_node,
     require_opset,
@@ -112,6 +114,18 @@ def test_dead_nodes_and_initializers_go(graph: ir.Graph) -> None:
     drop_dead(graph)
     assert [node.op_type for node in graph] == ["Neg"]
     assert not graph.initializers
+
+
+def test_functions_that_no_node_calls_go_with_their_domain(graph: ir.Graph) -> None:
+    model = ir.Model(graph, ir_version=10, functions=[experts(biases=False)])
+    graph.opset_imports[DIALECT] = 1
+    x = graph.inputs[0]
+    made = Site(graph, graph.node("neg")).emit(EXPERTS, [x] * 5, "experts", domain=DIALECT)
+    drop_unused_functions(model)
+    assert (list(model.functions), graph.opset_imports) == ([made.op_identifier()], {"": 21, DIALECT: 1})
+    graph.remove(made, safe=True)
+    drop_unused_functions(model)
+    assert (list(model.functions), graph.opset_imports) == ([], {"": 21})
 
 
 def test_an_opset_is_raised_with_its_ir_version_and_never_lowered(graph: ir.Graph) -> None:
