@@ -11,9 +11,8 @@ from onnx_ir.passes import common
 from llmc.errors import GraphError
 from llmc.graph.domains import STANDARD, VERSION
 from llmc.graph.model import LAYER
-from llmc.graph.weights import LazyWeight, Rows
+from llmc.graph.weights import Array, LazyWeight, Rows
 
-Array = np.ndarray
 Attribute = int | float | str | Sequence[int] | ir.Attr
 
 #: ONNX releases pair IR version 11 with opset 23 and later (onnx/docs/Versioning.md).

@@ -14,24 +14,24 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def made_by(value: ir.Value | None, op: str, domain: str = "") -> ir.Node | None:
-    """The node that makes `value`, if it is an `op`."""
+    """Return the node that makes `value`; None if that is not an `op` of `domain`."""
     node = None if value is None else value.producer()
     return node if node is not None and is_op(node, op, domain) else None
 
 
 def is_op(node: ir.Node, op: str, domain: str = "") -> bool:
-    """Whether `node` is operator `op` of `domain`."""
+    """Tell whether `node` is operator `op` of `domain`."""
     return node.op_type == op and node.domain == domain
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
-    """The one node that reads `value`; None if it is a graph output or read by several."""
+    """Return the only node that reads `value`; None if it is a graph output or several nodes read it."""
     users = value.consumers()
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
 def operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Both orders of the inputs of a commutative operator."""
+    """Yield both orders of the inputs of a commutative operator."""
     first, second = node.inputs
     if first is not None and second is not None:
         yield first, second
@@ -39,24 +39,24 @@ def operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
 
 
 def operand_beside(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    """The other input of a binary operator that reads `value`; `value` itself if it reads it twice."""
+    """Return the other input of a binary operator that reads `value`; `value` itself if it reads it twice."""
     first, second = node.inputs
     return second if first is value else first
 
 
 def find_nodes(graph: ir.Graph, op: str, domain: str = "") -> list[ir.Node]:
-    """Every `op` of `domain` in the graph, in graph order."""
+    """Return every `op` of `domain`, in graph order."""
     return [node for node in graph if is_op(node, op, domain)]
 
 
 def behind(value: ir.Value, op: str) -> ir.Value:
-    """The first input of the standard `op` that makes `value`; `value` itself if it is made otherwise."""
+    """Return the first input of the standard `op` that makes `value`; `value` itself if none makes it."""
     node = made_by(value, op)
     return value if node is None else operand(node, 0)
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """Input `index` of `node`, which must have it.
+    """Return input `index` of `node`, which must be there.
 
     Raises:
         GraphError: The node has no such input.
@@ -68,12 +68,12 @@ def operand(node: ir.Node, index: int) -> ir.Value:
 
 
 def input_of(node: ir.Node, index: int = 0) -> ir.Value | None:
-    """Input `index` of `node`, None if it has no such input."""
+    """Return input `index` of `node`; None if it has no such input."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The data of a constant or of a small initializer; None for a weight or a computed value."""
+    """Return the data of a constant or of a small initializer; None for a weight or a computed value."""
     if value is None:
         return None
     tensor = value.const_value
@@ -86,7 +86,7 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def lazy_of(value: ir.Value) -> LazyWeight:
-    """The lazy weight that `value` must be.
+    """Return the lazy weight that `value` must be.
 
     Raises:
         GraphError: It is a constant or is computed.
@@ -98,24 +98,24 @@ def lazy_of(value: ir.Value) -> LazyWeight:
 
 
 def array_of(value: ir.Value | None) -> Array | None:
-    """The data of an initializer, weights included; None if `value` has none. Reads all of it."""
+    """Read the data of an initializer, weights included; None if `value` has none."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
-    """The value of a constant with one element."""
+    """Return the number in a constant with one element; None for any other value."""
     tensor = constant_of(value)
     return float(tensor.numpy().reshape(())) if tensor is not None and tensor.size == 1 else None
 
 
 def is_scalar(value: ir.Value | None, expected: float, tolerance: float = 1e-6) -> bool:
-    """Whether `value` is a constant with one element near `expected`, relative to its size."""
+    """Tell whether `value` is a constant with one element near `expected`, relative to its size."""
     number = scalar_of(value)
     return number is not None and abs(number - expected) <= tolerance * max(1.0, abs(expected))
 
 
 def ints_of(value: ir.Value | None) -> list[int] | None:
-    """The elements of an integer constant."""
+    """Return the elements of an integer constant; None for any other value."""
     tensor = constant_of(value)
     if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         return None
@@ -123,25 +123,25 @@ def ints_of(value: ir.Value | None) -> list[int] | None:
 
 
 def dims_of(value: ir.Value | None) -> list[int | str]:
-    """The shape of `value`, symbolic dimensions by name; empty if unknown."""
+    """Return the shape of `value`, symbolic dimensions by name; an empty list if it is not known."""
     if value is None or value.shape is None:
         return []
     return [d if isinstance(d, int) else str(d.value) for d in value.shape]
 
 
 def last_dim_of(value: ir.Value | None) -> int | None:
-    """The last dimension of `value` if it is static."""
+    """Return the last dimension of `value`; None if it is not static or not known."""
     dims = dims_of(value)
     return dims[-1] if dims and isinstance(dims[-1], int) else None
 
 
 def rank_of(value: ir.Value | None) -> int:
-    """Number of dimensions; 0 if unknown."""
+    """Return the number of dimensions; 0 if it is not known."""
     return len(dims_of(value))
 
 
 def uncast(value: ir.Value) -> ir.Value:
-    """`value` before casts between float32 and float16."""
+    """Return `value` as it is before casts between float32 and float16."""
     while (cast := made_by(value, "Cast")) is not None:
         source = cast.inputs[0]
         if source is None or source.dtype not in FLOATS or value.dtype not in FLOATS:
@@ -151,13 +151,13 @@ def uncast(value: ir.Value) -> ir.Value:
 
 
 def permutation_of(node: ir.Node) -> list[int] | None:
-    """`perm` of a Transpose that states it."""
+    """Return `perm` of a Transpose; None if it does not state it."""
     attribute = node.attributes.get("perm")
     return None if attribute is None else [int(x) for x in attribute.as_ints()]
 
 
 def slice_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int, int] | None:
-    """(source, axis, start, stop, step) of a Slice with constant bounds along one axis.
+    """Return (source, axis, start, stop, step) of a Slice with constant bounds along one axis, else None.
 
     The axis and the bounds are non-negative; bounds past the end are clipped to a static dimension.
     """
@@ -178,7 +178,7 @@ def slice_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int, int] | No
 
 
 def split_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int] | None:
-    """(source, axis, start, stop) of one output of a Split into static parts."""
+    """Return (source, axis, start, stop) of one output of a Split into static parts, else None."""
     node = None if value is None else value.producer()
     if value is None or node is None or not is_op(node, "Split") or node.inputs[0] is None:
         return None
@@ -199,7 +199,7 @@ def split_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int] | None:
 
 
 def part_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int, int] | None:
-    """(source, axis, start, stop, step) where `value` is a Slice or an output of a Split."""
+    """Return (source, axis, start, stop, step) of a Slice or of an output of a Split, else None."""
     if (split := split_of(value)) is not None:
         return (*split, 1)
     return slice_of(value)
