@@ -3,6 +3,8 @@
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,63 @@ def test_the_rule_sees_a_station_that_imports_another(
         "llmc/quantize/bad.py imports trace",
         "llmc/quantize/bad.py imports passes",
     ]
+
+
+def executed_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those that only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from executed_nodes(node)
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of llmc; None for the name of something within a module."""
+    path = ROOT.joinpath(*module.split("."))
+    found = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in found if file.is_relative_to(PACKAGE) and file.is_file()), None)
+
+
+def imported_files(file: Path) -> set[Path]:
+    """The files of llmc that a file imports at its top and inside functions."""
+    found: set[Path | None] = set()
+    for node in executed_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {file_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {file_of(name) or file_of(node.module) for name in names}
+    return {each for each in found if each is not None}
+
+
+def circle() -> list[str]:
+    """The files of a circle of imports, each imported by the one before it; empty where there is none."""
+    needs = {file: sorted(imported_files(file)) for file in sorted(PACKAGE.rglob("*.py"))}
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        return [str(file.relative_to(ROOT)) for file in reversed(error.args[1])]
+    return []
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    assert circle() == []
+
+
+def test_the_rule_sees_a_circle_inside_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "llmc"
+    folder.mkdir()
+    (folder / "first.py").write_text("from llmc.second import late\n")
+    (folder / "second.py").write_text("def late():\n    from llmc import third\n")
+    back = folder / "third.py"
+    monkeypatch.setattr(f"{__name__}.PACKAGE", folder)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    back.write_text("if TYPE_CHECKING:\n    from llmc.first import late\n")
+    assert circle() == []
+    back.write_text("def late():\n    import llmc.first\n")
+    first, second, third = ("llmc/first.py", "llmc/second.py", "llmc/third.py")
+    assert set(pairwise(circle())) == {(first, second), (second, third), (third, first)}
 
 
 def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:

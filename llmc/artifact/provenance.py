@@ -1,7 +1,11 @@
-"""Which versions of the tools a build ran with."""
+"""The versions of the tools, and of the code, that a build ran with."""
 
+import hashlib
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
 #: Distributions that shape the bytes of an artifact or run it. Alternatives that exclude each
 #: other, such as onnxruntime and onnxruntime-gpu, are all listed: the installed ones are recorded.
@@ -35,3 +39,17 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def code_digest(*packages: str) -> str:
+    """The SHA-256 digest of the source of these packages and modules, in hexadecimal."""
+    digest = hashlib.sha256()
+    for package in packages:
+        spec = find_spec(package)
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+        for file in files or ([Path(spec.origin)] if spec and spec.origin else []):
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -133,7 +133,6 @@ def _write(
     """Compile the model, and write every file of the artifact but its manifest into `folder`."""
     from llmc.artifact.store import digest_files
     from llmc.backends.ort import write_model
-    from llmc.pipeline.calibrate import write_activations
     from llmc.quantize.activations import write_smoothing
     from llmc.validate.positions import seed_of
 
@@ -158,7 +157,7 @@ def _write(
     engines, engine_files = write_engines(folder, plan.target, interface, engine_plans, progress)
     reports = folder / REPORTS
     reports.mkdir()
-    write_activations(compiled, reports)
+    _write_activations(compiled, reports)
     if pruned.record is not None:
         write_decisions(pruned.decisions, pruned.influence, folder, reports)
     executable = kernels is None or kernels.runs_here
@@ -209,6 +208,24 @@ def _require_fit(plan: BuildPlan) -> None:
             f"{plan.profile.device}, a {plan.profile.kind.value.upper()}",
             hint="see llmc profiles",
         )
+
+
+def _write_activations(compiled: Compiled, folder: Path) -> None:
+    """Write what was found out about activations, if anything was, as activations.json in `folder`.
+
+    Peaks are those of the original's modules, in float32; ratios are those of quantized activations, in dB.
+    """
+    found = compiled.activations
+    if not found.peaks:
+        return
+    facts = {
+        "peaks": dict(sorted(found.peaks.items(), key=lambda item: -item[1])),
+        "snr_db": {name: each.snr_db for name, each in found.ranges.items()},
+        "smoothed": [name for name, each in found.ranges.items() if each.smoothing is not None],
+        "float": {each.weight: each.reason for each in compiled.kept},
+    }
+    text = json.dumps(facts, indent=2)
+    (folder / "activations.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _manifest(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
-    from llmc.pipeline.compile import Compiled
     from llmc.quantize.activations import Activations, InputPlan
     from llmc.quantize.awq import ChannelPlan
     from llmc.quantize.blocks import ScaleType
@@ -204,24 +202,6 @@ def require_range(found: Activations, dtype: Dtype, progress: Progress) -> None:
     )
 
 
-def write_activations(compiled: Compiled, folder: Path) -> None:
-    """What was found out about activations, as activations.json in `folder`, if anything was.
-
-    Peaks are of the modules of the original, in float32; ratios of activations as quantized, in dB.
-    """
-    found = compiled.activations
-    if not found.peaks:
-        return
-    facts = {
-        "peaks": dict(sorted(found.peaks.items(), key=lambda item: -item[1])),
-        "snr_db": {name: each.snr_db for name, each in found.ranges.items()},
-        "smoothed": [name for name, each in found.ranges.items() if each.smoothing is not None],
-        "float": {each.weight: each.reason for each in compiled.kept},
-    }
-    text = json.dumps(facts, indent=2)
-    (folder / "activations.json").write_text(text + "\n", encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model to be taken over a text."""
@@ -301,8 +281,7 @@ def calibration_key(
 ) -> str:
     """Name of the calibration of these weights on these tokens, for one purpose."""
     from llmc.artifact.cache import content_key
-    from llmc.artifact.provenance import tool_versions
-    from llmc.pipeline.compile import code_digest
+    from llmc.artifact.provenance import code_digest, tool_versions
 
     known = {
         "checkpoint": checkpoint.digest(),

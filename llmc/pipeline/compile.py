@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.config import Dtype, Engine, Quantization, Target
@@ -83,7 +79,7 @@ def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
 def trace_key(config: Any, dtype: Dtype) -> str:
     """Cache key of a trace: configuration, type, the versions of everything that traces, and our own code."""
     from llmc.artifact.cache import content_key
-    from llmc.artifact.provenance import tool_versions
+    from llmc.artifact.provenance import code_digest, tool_versions
 
     facts = {
         "config": json.loads(config.to_json_string(use_diff=False)),
@@ -93,20 +89,6 @@ def trace_key(config: Any, dtype: Dtype) -> str:
         "code": code_digest("llmc.architecture", "llmc.trace", "llmc.graph"),
     }
     return content_key("trace", facts)
-
-
-@cache
-def code_digest(*packages: str) -> str:
-    """Digest of the source of some of our packages and modules."""
-    digest = hashlib.sha256()
-    for package in packages:
-        spec = find_spec(package)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-        for file in files or ([Path(spec.origin)] if spec and spec.origin else []):
-            digest.update(file.name.encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Lowered:

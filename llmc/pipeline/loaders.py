@@ -11,10 +11,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from llmc.artifact.provenance import code_digest
 from llmc.config import Metric
 from llmc.machine import release_memory
 from llmc.memory import available_memory
-from llmc.pipeline.compile import code_digest
 from llmc.progress import Progress
 
 if TYPE_CHECKING:

@@ -123,8 +123,7 @@ class Workbench:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What every measurement depends on, besides the candidate and the level."""
-        from llmc.artifact.provenance import tool_versions
-        from llmc.pipeline.compile import code_digest
+        from llmc.artifact.provenance import code_digest, tool_versions
 
         machine = detect_cpu()
         return {
