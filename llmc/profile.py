@@ -3,11 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from llmc.records import Strict
 
 
 class ProfileKind(StrEnum):
@@ -15,7 +13,7 @@ class ProfileKind(StrEnum):
     GPU = "gpu"
 
 
-class Throughput(_Strict):
+class Throughput(Strict):
     """Dense peak rates by type in TFLOP/s (TOP/s for integers), without sparsity."""
 
     fp32: float | None = None
@@ -27,7 +25,7 @@ class Throughput(_Strict):
     fp4: float | None = None
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """Facts on one kind of hardware. `profiles/*.yaml`.
 
     Args:

@@ -17,7 +17,7 @@ PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
 STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "backends", "validate", "report")
-BASE = {"errors", "profile", "config", "strict_json", "limits", "memory"}
+BASE = {"records", "errors", "profile", "config", "strict_json", "limits", "memory"}
 STATION = BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
 
 # What each part of the package may import besides itself; every part is listed.
@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "threads": set(),
     "scratch": set(),
     "data": {"errors"},
-    "profile": set(),
-    "config": {"errors", "profile"},
+    "records": set(),
+    "profile": {"records"},
+    "config": {"errors", "profile", "records"},
     "document": {"errors"},
     "machine": BASE | {"memory"},
     "catalog": BASE | {"document", "machine"},

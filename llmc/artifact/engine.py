@@ -2,14 +2,12 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from llmc.records import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class EnginePhase(_Strict):
+class EnginePhase(Strict):
     """One optimization profile of an engine.
 
     Args:
@@ -29,7 +27,7 @@ class EnginePhase(_Strict):
     scratch_bytes: int
 
 
-class EngineRecord(_Strict):
+class EngineRecord(Strict):
     """One engine of an artifact, built or to be built on its GPU.
 
     Args:
@@ -53,7 +51,7 @@ class EngineRecord(_Strict):
     sms: tuple[str, ...]
     profiles: tuple[str, ...]
     weight_bytes: int | None = None
-    quantized_products: dict[str, int] = {}
+    quantized_products: dict[str, int] = Field(default_factory=dict)
     sparse_weights: bool = False
     phases: tuple[EnginePhase, ...] = ()
     context: str | None = None

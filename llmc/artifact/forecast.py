@@ -1,9 +1,9 @@
 """What an engine can be expected to do on a GPU that is not at hand: arithmetic on data sheets."""
 
-from pydantic import BaseModel, ConfigDict
+from llmc.records import Record
 
 
-class Forecast(BaseModel):
+class Forecast(Record):
     """Bounds by the roofline (Williams, Waterman and Patterson 2009): no run on that GPU can be faster.
 
     Args:
@@ -17,8 +17,6 @@ class Forecast(BaseModel):
             operations per weight and token at the dense peak rate of the fastest type that products are
             computed in; None where the profile does not state it.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     profile: str
     weight_bytes: int

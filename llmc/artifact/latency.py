@@ -1,13 +1,9 @@
 """Timings of an artifact beside its original."""
 
-from pydantic import BaseModel, ConfigDict
+from llmc.records import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Timing(_Strict):
+class Timing(Strict):
     """Samples of one duration, milliseconds; percentiles by linear interpolation."""
 
     n: int
@@ -18,7 +14,7 @@ class Timing(_Strict):
     max_ms: float
 
 
-class Ratio(_Strict):
+class Ratio(Strict):
     """Artifact / original of two interleaved series: of their medians, and the range over the rounds."""
 
     value: float
@@ -26,7 +22,7 @@ class Ratio(_Strict):
     high: float
 
 
-class PrefillLatency(_Strict):
+class PrefillLatency(Strict):
     """Time to first token for a prompt of `prompt_tokens`, batch 1; `noise` as for decode."""
 
     prompt_tokens: int
@@ -36,7 +32,7 @@ class PrefillLatency(_Strict):
     noise: float
 
 
-class DecodeLatency(_Strict):
+class DecodeLatency(Strict):
     """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token:
     the processor's, and that of the machine's GPUs.
 
@@ -57,7 +53,7 @@ class DecodeLatency(_Strict):
     original_gpu_joules_per_token: float | None = None
 
 
-class Footprint(_Strict):
+class Footprint(Strict):
     """One side alone in a process: start of the runtime, and the most memory it ever held.
 
     Args:
@@ -76,7 +72,7 @@ class Footprint(_Strict):
     decoded_tokens: int
 
 
-class Roofline(_Strict):
+class Roofline(Strict):
     """The least time a decode step can take if every byte is read once at peak bandwidth.
 
     Args:
@@ -95,7 +91,7 @@ class Roofline(_Strict):
     fraction: float | None
 
 
-class BatchLatency(_Strict):
+class BatchLatency(Strict):
     """`batch` equal rows at once, taken in turn with the original's.
 
     Args:
@@ -117,7 +113,7 @@ class BatchLatency(_Strict):
     original_tokens_per_s: float
 
 
-class OperatorTime(_Strict):
+class OperatorTime(Strict):
     """Time of one kind of operator in a decode step, by the runtime's own profiler.
 
     Args:
@@ -131,7 +127,7 @@ class OperatorTime(_Strict):
     ms: float
 
 
-class Latency(_Strict):
+class Latency(Strict):
     """Artifact and original timed in turn in one process.
 
     Args:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.text import TextRecord
@@ -18,6 +18,7 @@ from llmc.config import Metric, Target, WeightRole
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
+from llmc.records import Strict
 from llmc.strict_json import parse_json
 
 MANIFEST = "manifest.json"
@@ -32,18 +33,14 @@ SCHEMA_VERSION: Literal[1] = 1
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FileDigest(_Strict):
+class FileDigest(Strict):
     """sha256 (hexadecimal) and size in bytes of one file."""
 
     sha256: Digest
     bytes: int
 
 
-class ModelFacts(_Strict):
+class ModelFacts(Strict):
     """The checkpoint that was compiled.
 
     Args:
@@ -65,7 +62,7 @@ class ModelFacts(_Strict):
     adapter: "AdapterRecord | None" = None
 
 
-class AdapterRecord(_Strict):
+class AdapterRecord(Strict):
     """A LoRA adapter that was merged into the model.
 
     Args:
@@ -111,7 +108,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
     return " and ".join(f"{number:g}" for number in numbers)
 
 
-class Declined(_Strict):
+class Declined(Strict):
     """Places where a pass nearly applied, and did not for one kind of reason.
 
     Args:
@@ -129,7 +126,7 @@ class Declined(_Strict):
     layers: tuple[int, ...]
 
 
-class PassRecord(_Strict):
+class PassRecord(Strict):
     """How often a pass applied, and where it declined."""
 
     name: str
@@ -137,7 +134,7 @@ class PassRecord(_Strict):
     declined: tuple[Declined, ...] = ()
 
 
-class WeightRecord(_Strict):
+class WeightRecord(Strict):
     """How one matrix is stored.
 
     Args:
@@ -162,7 +159,7 @@ class WeightRecord(_Strict):
     origin: str | None = None
 
 
-class PruneRecord(_Strict):
+class PruneRecord(Strict):
     """What was left out of the model; which units stay is in PRUNING.
 
     Args:
@@ -197,7 +194,7 @@ class PruneRecord(_Strict):
         return f"pruned: {'; '.join(parts)}{repaired}; {self.parameters / 1e6:.1f} M parameters left"
 
 
-class LeftOutside(_Strict):
+class LeftOutside(Strict):
     """Operators that compiled kernels did not take, why, and how many."""
 
     operator: str
@@ -205,7 +202,7 @@ class LeftOutside(_Strict):
     count: int
 
 
-class KernelRecord(_Strict):
+class KernelRecord(Strict):
     """Compiled kernels.
 
     Args:
@@ -236,7 +233,7 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-class CheckRecord(_Strict):
+class CheckRecord(Strict):
     """The outcome of one gate, and the runtime and provider it was measured on."""
 
     metric: Metric
@@ -254,7 +251,7 @@ def _inside(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_inside)]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """Everything about an artifact but its figures.
 
     Args:

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmc.errors import ConfigError
 from llmc.limits import exceeded_limit
+from llmc.records import Strict
 
 TOKENIZER = "tokenizer.json"
 
@@ -64,7 +65,7 @@ def text_kinds(text: str, special_tokens: Sequence[str]) -> set[TextKind]:
     return {kind for kind, holds in found.items() if holds}
 
 
-class TextRecord(BaseModel):
+class TextRecord(Strict):
     """The facts about an artifact's text that its tokenizer files do not state.
 
     Args:
@@ -79,8 +80,6 @@ class TextRecord(BaseModel):
         exceptions: Kinds of texts of which onnxruntime-genai's tokenizer makes other tokens.
         chat_template: The template that the user gave in the place of the checkpoint's; None for none.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     chat: bool = False
     cleans_up: bool = False

@@ -9,18 +9,15 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmc.artifact.verdict import Figure
+from llmc.records import Strict
 
 #: Ratio of two times that are told apart.
 _GRAIN = 1.03
 #: By how much a few samples of times may be off.
 _NOISE = 1.1
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Bound(StrEnum):
@@ -31,7 +28,7 @@ class Bound(StrEnum):
     SPEED = "--min-tok-s"
 
 
-class Candidate(_Strict):
+class Candidate(Strict):
     """A target as it was built and measured beside the base.
 
     Args:
@@ -76,7 +73,7 @@ class Candidate(_Strict):
         return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
-class Refused(_Strict):
+class Refused(Strict):
     """A candidate that could not be built or run, and why."""
 
     digest: str
@@ -84,7 +81,7 @@ class Refused(_Strict):
     reason: str
 
 
-class Constraints(_Strict):
+class Constraints(Strict):
     """What is asked of a candidate.
 
     Args:
@@ -134,7 +131,7 @@ class Constraints(_Strict):
         return "; ".join(told[b] for b, excess in self.excesses(candidate).items() if excess > 0)
 
 
-class Tuning(_Strict):
+class Tuning(Strict):
     """A tuning, finished or stopped by its budget: the document that every form is made from.
 
     Args:

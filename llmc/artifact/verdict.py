@@ -4,9 +4,10 @@ import math
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from llmc.config import Metric
+from llmc.records import Strict
 
 
 def _read_figure(value: Any) -> Any:
@@ -21,17 +22,13 @@ def _write_figure(value: float) -> float | str:
 Figure = Annotated[float, BeforeValidator(_read_figure), PlainSerializer(_write_figure, when_used="json")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class MeasurementStatus(StrEnum):
     MEASURED = "measured"
     NOT_APPLICABLE = "not applicable"
     NOT_MEASURED = "not measured"
 
 
-class Measurement(_Strict):
+class Measurement(Strict):
     """One metric of an artifact, or why there is none.
 
     Args:
@@ -81,7 +78,7 @@ class CheckStatus(StrEnum):
 MISSED = (CheckStatus.FAIL, CheckStatus.UNDECIDED, CheckStatus.NOT_MEASURED)
 
 
-class Check(_Strict):
+class Check(Strict):
     """One gate of the target held against its measurement.
 
     Args:
@@ -105,7 +102,7 @@ class Check(_Strict):
     where: str
 
 
-class Verdict(_Strict):
+class Verdict(Strict):
     """Whether an artifact passed, check by check.
 
     `passed` is False as soon as one check fails or cannot be decided: a release is let through by
@@ -141,7 +138,7 @@ class Verdict(_Strict):
         return tuple(dict.fromkeys(c.detail for c in broken))
 
 
-class Change(_Strict):
+class Change(Strict):
     """One figure beside the same of an earlier report.
 
     Args:
@@ -158,7 +155,7 @@ class Change(_Strict):
     regression: str | None = None
 
 
-class Peer(_Strict):
+class Peer(Strict):
     """Another artifact of the same model: its size in bytes and its mean KL divergence in nats per token."""
 
     title: str

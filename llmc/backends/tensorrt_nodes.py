@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict
 
 from llmc.backends.tensorrt_log import BuildLog, make_logger
 from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.match import constant_of
 from llmc.graph.model import layer_of
+from llmc.records import Record
 
 #: Constants up to this many elements are part of a signature: axes, shapes, scalars, sizes.
 _SMALL = 64
@@ -32,7 +32,7 @@ _BY_CODE = {
 _OTHERWISE = "ONNX Runtime computes it on the same GPU: build for a cuda target, or rewrite it in a pass"
 
 
-class NodeFinding(BaseModel):
+class NodeFinding(Record):
     """Nodes that look alike and that TensorRT would refuse, or that it cannot be asked about.
 
     Args:
@@ -44,8 +44,6 @@ class NodeFinding(BaseModel):
         count: How many they are.
         layers: Decoder layers that they stand in, ascending.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     operator: str
     inputs: tuple[str, ...]

@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import FileDigest
 from llmc.backends.tensorrt import build_engine
@@ -24,6 +22,7 @@ from llmc.backends.tensorrt_support import EnginePlan, Library
 from llmc.children import die_with_parent
 from llmc.config import Engine
 from llmc.errors import LlmcError, ResourceError, UnsupportedError
+from llmc.records import Record
 
 #: personality(2): read the current one; no randomized addresses.
 _READ_PERSONALITY, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
@@ -32,11 +31,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "CUDA
 _KINDS: dict[str, type[LlmcError]] = {kind.__name__: kind for kind in (ResourceError, UnsupportedError)}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Job(_Strict):
+class Job(Record):
     """What the child is to build, in its working directory."""
 
     library: Library
@@ -46,7 +41,7 @@ class Job(_Strict):
     sparse: bool
 
 
-class Failure(_Strict):
+class Failure(Record):
     """A typed error of the child."""
 
     kind: str
@@ -54,7 +49,7 @@ class Failure(_Strict):
     hint: str | None
 
 
-class Outcome(_Strict):
+class Outcome(Record):
     """An engine's record and digest, or why there is none."""
 
     record: EngineRecord | None = None

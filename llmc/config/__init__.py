@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from llmc.config.base import CalibrationText as CalibrationText
 from llmc.config.base import Rule as Rule
 from llmc.config.base import Scheme as Scheme
-from llmc.config.base import Strict
 from llmc.config.base import WeightRole as WeightRole
 from llmc.config.engine import Engine as Engine
 from llmc.config.engine import EngineRule as EngineRule
@@ -26,6 +25,7 @@ from llmc.config.method import NamedMethod, calibrated_methods
 from llmc.config.metrics import Better as Better
 from llmc.config.metrics import Metric as Metric
 from llmc.profile import Profile
+from llmc.records import Strict
 
 
 class Provider(StrEnum):

@@ -3,13 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-
-class Strict(BaseModel):
-    """A frozen record that takes no unknown keys and converts no types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from llmc.records import Strict
 
 
 class WeightRole(StrEnum):

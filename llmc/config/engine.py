@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmc.config.base import CalibrationText, Rule, Strict
+from llmc.config.base import CalibrationText, Rule
+from llmc.records import Strict
 
 
 class WeightFormat(StrEnum):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic_core import PydanticKnownError
 
-from llmc.config.base import Strict
+from llmc.records import Strict
 
 
 class Method(Strict):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from llmc.records import Record
 
 Padding = Literal["left", "right", "any", "none"]
 
@@ -25,11 +25,7 @@ def unscaled_width(dtype: str, width: int) -> int:
     return width - SCALE_BYTES if dtype == "int8" else width
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSpec(_Frozen):
+class TensorSpec(Record):
     """Name, element type (`float32`, `int64`, …) and shape; a string is a named dynamic dimension."""
 
     name: str
@@ -37,7 +33,7 @@ class TensorSpec(_Frozen):
     shape: tuple[int | str, ...]
 
 
-class CacheSlot(_Frozen):
+class CacheSlot(Record):
     """Keys and values of one decoder layer, as inputs (past) and outputs (present).
 
     Keys are (batch, kv_heads, past or total, key_width), values likewise with value_width; `window`
@@ -70,7 +66,7 @@ class CacheSlot(_Frozen):
         return self.past_key, self.past_value, self.present_key, self.present_value
 
 
-class Interface(_Frozen):
+class Interface(Record):
     """Everything a runtime needs to know to run prefill and decode.
 
     Args:

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from llmc.artifact.disk import replace_text
 from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
+from llmc.records import Strict
 
 SCHEMA_VERSION: Literal[5] = 5
 
 
-class Report(BaseModel):
+class Report(Strict):
     """Everything known about an artifact's parity and latency; each form is made from this alone.
 
     Args:
@@ -29,8 +30,6 @@ class Report(BaseModel):
         changes: Figures beside those of the report that this one was compared with.
         peers: Artifacts of the same model, this one included.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schema_version: Literal[5] = SCHEMA_VERSION
     llmc: str

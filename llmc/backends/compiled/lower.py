@@ -25,6 +25,7 @@ from llmc.backends.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT
+from llmc.graph.edit import drop_dead, take_over
 from llmc.graph.match import dims_of
 from llmc.graph.model import PACKED, Graph
 
@@ -133,7 +134,7 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
     replaced_by: dict[ir.Value, ir.Value] = {}
     for index, builder in enumerate(builders):
         _replace(graph.graph, builder, f"Region{index}", replaced_by)
-    _drop_unread(graph.graph)
+    drop_dead(graph.graph)
     graph.graph.sort()
     graph.graph.opset_imports[COMPILED] = 1
     return KernelSource(
@@ -179,21 +180,9 @@ def _replace(
     first = builder.inside[0]
     graph.insert_before(first, made)
     for old, new in zip(list(builder.outputs), made.outputs, strict=True):
-        label, old.name = old.name, None
-        new.name, new.shape, new.type = label, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        take_over(old, new)
         replaced_by[old] = new
     graph.remove(list(builder.inside), safe=True)
-
-
-def _drop_unread(graph: ir.Graph) -> None:
-    """Nodes and initializers that only the replaced nodes read."""
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
 
 
 # The generated source
@@ -256,7 +245,7 @@ def _extent_text(value: ir.Value) -> str:
 
 
 def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
-    dims = [d if isinstance(d, int) else str(d.value) for d in value.shape or ()]
+    dims = dims_of(value)
     past = list(builder.inputs).index(builder.pasts[value]) if value in builder.pasts else -1
     texts = [str(d) if isinstance(d, int) else SYMBOLS[d] for d in dims]
     if width_of(value) and dims[1] == 1:
