@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from llmc.config import Allocation, Dtype, Quantization, WeightRule, WeightScheme
 from llmc.errors import ConfigError
+from llmc.pipeline.calibrate import prepare, walking
 from llmc.progress import Progress
+from llmc.quantize.allocate import Candidate, allocate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
     from llmc.graph.weights import Array
-    from llmc.quantize.allocate import Candidate
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.linear import MatrixPlan
 
@@ -45,7 +46,6 @@ def allocate_bits(
     """
     import numpy as np
 
-    from llmc.quantize.allocate import allocate
     from llmc.quantize.linear import plan_matrices, scale_type
 
     wanted = quantization.allocation
@@ -97,7 +97,6 @@ def _measure(
 ) -> Mapping[str, Array]:
     import numpy as np
 
-    from llmc.pipeline.calibrate import prepare, walking
     from llmc.quantize.sensitivity import SensitivityWalk
 
     schemes = {
@@ -130,7 +129,6 @@ def _measure(
 def _candidates(
     plan: MatrixPlan, wanted: Allocation, prices: Mapping[str, Array], scale_bytes: int
 ) -> list[Candidate]:
-    from llmc.quantize.allocate import Candidate
     from llmc.quantize.blocks import stored_bytes
 
     return [

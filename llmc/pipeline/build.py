@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from llmc import __version__
 from llmc.artifact.decisions import write_decisions
 from llmc.artifact.disk import replace_text
-from llmc.artifact.manifest import REPORTS
+from llmc.artifact.manifest import REPORTS, FileDigest, KernelRecord, Manifest, ModelFacts, PruneRecord, State
+from llmc.artifact.provenance import tool_versions
+from llmc.artifact.store import Artifact, Staging, digest_files, staging
 from llmc.config import BuildPlan, Provider
 from llmc.errors import ConfigError
 from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
@@ -32,12 +34,11 @@ from llmc.pipeline.unfinished import BEGUN, explaining, put_by_verdict, record_v
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
 from llmc.scratch import record_output
+from llmc.validate.positions import seed_of
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
-    from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, PruneRecord, State
-    from llmc.artifact.store import Artifact, Staging
     from llmc.artifact.text import TextRecord
     from llmc.artifact.verdict import Verdict
     from llmc.backends.tensorrt_support import EnginePlan
@@ -72,7 +73,6 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     Raises:
         LlmcError: Any of its kinds; before the gates nothing is left behind.
     """
-    from llmc.artifact.store import staging
     from llmc.checkpoint import open_checkpoint
 
     _require_fit(plan)
@@ -131,10 +131,8 @@ def _write(
     progress: Progress,
 ) -> Built:
     """Compile the model, and write every file of the artifact but its manifest into `folder`."""
-    from llmc.artifact.store import digest_files
     from llmc.backends.ort import write_model
     from llmc.quantize.activations import write_smoothing
-    from llmc.validate.positions import seed_of
 
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
@@ -240,9 +238,6 @@ def _manifest(
     kernels: KernelRecord | None,
     executable: bool,
 ) -> Manifest:
-    from llmc.artifact.manifest import Manifest, ModelFacts
-    from llmc.artifact.provenance import tool_versions
-
     return Manifest(
         llmc_version=__version__,
         model=ModelFacts(
@@ -272,8 +267,6 @@ def _manifest(
 
 def _state(plan: BuildPlan, engines: tuple[EngineRecord, ...], executable: bool) -> State:
     """What is known before any gate was held."""
-    from llmc.artifact.manifest import State
-
     if any(engine.file is None for engine in engines):
         return State.ENGINE_PENDING
     if plan.target.provider is not Provider.CPU or not executable:

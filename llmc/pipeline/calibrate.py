@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmc.artifact.cache import content_key, default_cache_folder
+from llmc.artifact.provenance import code_digest, tool_versions
+from llmc.artifact.substitute import current_folder, with_working_folders, working_folder
 from llmc.config import CalibrationText, Dtype, WeightScheme
+from llmc.data import calibration_text
 from llmc.errors import UnsupportedError
+from llmc.pipeline.original import tokenize
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
@@ -224,9 +229,6 @@ def prepare(
     Args:
         shelf: One of those with a limit of their own.
     """
-    from llmc.artifact.cache import default_cache_folder
-    from llmc.artifact.substitute import working_folder
-
     subject = _plan(checkpoint, text, purpose, facts, shelf)
     folder = working_folder(default_cache_folder() / shelf, subject.folder.name, _KEPT[shelf])
     return replace(subject, folder=folder)
@@ -240,11 +242,7 @@ def _plan(
     shelf: str = "calibration",
 ) -> Subject:
     """`prepare` without making the folder."""
-    from llmc.artifact.cache import default_cache_folder
-    from llmc.artifact.substitute import current_folder
     from llmc.checkpoint.skeleton import build_hollow
-    from llmc.data import calibration_text
-    from llmc.pipeline.original import tokenize
     from llmc.trace.stamp import find_layers
 
     tokens, start = tokenize(checkpoint.tokenizer(), calibration_text())
@@ -280,9 +278,6 @@ def calibration_key(
     checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any], shelf: str
 ) -> str:
     """Name of the calibration of these weights on these tokens, for one purpose."""
-    from llmc.artifact.cache import content_key
-    from llmc.artifact.provenance import code_digest, tool_versions
-
     known = {
         "checkpoint": checkpoint.digest(),
         "purpose": purpose,
@@ -300,7 +295,4 @@ def walking(work: Callable[[], Result], shelf: str = "calibration") -> Result:
     Args:
         work: Calls `prepare` with this shelf.
     """
-    from llmc.artifact.cache import default_cache_folder
-    from llmc.artifact.substitute import with_working_folders
-
     return with_working_folders(default_cache_folder() / shelf, work)

@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
+from llmc.artifact.provenance import code_digest, tool_versions
 from llmc.config import Dtype, Engine, Quantization, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.weights import Array, LazyWeight, Rows
+from llmc.pipeline.allocate import allocate_bits
+from llmc.pipeline.calibrate import calibrate, look_for_overflow, observe, require_range
 from llmc.pipeline.context import limit_context
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import WeightRecord
     from llmc.checkpoint import Checkpoint
     from llmc.quantize.activations import Activations
     from llmc.quantize.engine import FloatInput
@@ -61,7 +65,6 @@ class Lowered:
 
 def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
     """The canonical graph of a checkpoint's model, without weight data, from the cache where it is known."""
-    from llmc.artifact.cache import StageCache, default_cache_folder
     from llmc.graph.serial import dump_graph, load_graph
     from llmc.trace import trace_model
 
@@ -78,9 +81,6 @@ def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
 
 def trace_key(config: Any, dtype: Dtype) -> str:
     """Cache key of a trace: configuration, type, the versions of everything that traces, and our own code."""
-    from llmc.artifact.cache import content_key
-    from llmc.artifact.provenance import code_digest, tool_versions
-
     facts = {
         "config": json.loads(config.to_json_string(use_diff=False)),
         "architecture": type(config).__name__,
@@ -125,8 +125,6 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify
-    from llmc.pipeline.allocate import allocate_bits
-    from llmc.pipeline.calibrate import calibrate, look_for_overflow
     from llmc.quantize.awq import plan_channels
     from llmc.quantize.fold import scale_graph
     from llmc.quantize.linear import plan_calibration, quantize_weights, scale_type
@@ -171,7 +169,6 @@ def _compile_for_engine(
     checkpoint: Checkpoint, lowered: Lowered, target: Target, engine: Engine, progress: Progress
 ) -> Compiled:
     from llmc.graph.verify import verify
-    from llmc.pipeline.calibrate import look_for_overflow, observe, require_range
     from llmc.quantize.activations import plan_inputs
     from llmc.quantize.engine import quantize_for_engine
     from llmc.quantize.fold import scale_graph
@@ -241,8 +238,6 @@ def fix_length(graph: Graph, capacity: int, limit: str | None = None) -> None:
 
 def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
     """How every matrix is stored, as the manifest keeps it."""
-    from llmc.artifact.manifest import WeightRecord
-
     float_bits = 32 if dtype is Dtype.FLOAT32 else 16
     return tuple(
         WeightRecord(
@@ -261,8 +256,6 @@ def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[We
 
 def pass_records(reports: Sequence[PassReport]) -> tuple[Any, ...]:
     """Reports as the manifest keeps them: refusals of one code counted, with one example each."""
-    from llmc.artifact.manifest import Declined, PassRecord
-
     records = []
     for report in reports:
         by_code: dict[str, list[Any]] = {}

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.artifact.disk import replace_text
+from llmc.artifact.integrity import require_intact
+from llmc.artifact.manifest import FileDigest, Manifest, State
+from llmc.artifact.store import Artifact, digest_file, open_artifact, update_manifest
+from llmc.backends.forecast import forecast
+from llmc.backends.tensorrt import PACKAGES, load_library, pending
+from llmc.backends.tensorrt_support import EnginePlan, Library, plan_engines
+from llmc.backends.tensorrt_worker import build_apart
+from llmc.catalog import list_targets
 from llmc.config import Backend, BuildPlan, Target
 from llmc.errors import ConfigError, ResourceError
+from llmc.machine import detect_profile
 from llmc.pipeline.result import BuildResult, build_result
 from llmc.profile import Profile
 from llmc.progress import Progress
@@ -19,9 +28,6 @@ _MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
-    from llmc.artifact.manifest import FileDigest, Manifest
-    from llmc.artifact.store import Artifact
-    from llmc.backends.tensorrt_support import EnginePlan
     from llmc.graph.interface import Interface
 
 
@@ -31,10 +37,6 @@ def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
     Raises:
         LlmcError: A profile cannot have an engine of this target, or what builds it is missing here.
     """
-    from llmc.backends.tensorrt import load_library
-    from llmc.backends.tensorrt_support import plan_engines
-    from llmc.catalog import list_targets
-
     if plan.target.backend is not Backend.TENSORRT:
         return ()
     known = [listed.document for listed in list_targets()]
@@ -54,10 +56,7 @@ def write_engines(
         A record of every engine, those that wait for their GPU included, and the digests of the files: the
         engines, and ONNX models around them.
     """
-    from llmc.artifact.store import digest_file
     from llmc.backends.engine_context import write_context
-    from llmc.backends.tensorrt import pending
-    from llmc.backends.tensorrt_worker import build_apart
 
     sparse = target.prune is not None and target.prune.sparsity is not None
     records: list[EngineRecord] = []
@@ -81,8 +80,6 @@ def write_engines(
 
 def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[Forecast, ...]:
     """What each profile can be expected to do with the engines, also as forecast.json in `folder`."""
-    from llmc.backends.forecast import forecast
-
     if plan.target.engine is None:
         return ()
     scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
@@ -107,10 +104,6 @@ def resume(path: Path, progress: Progress) -> BuildResult:
             is as it was.
         UnsupportedError: TensorRT refuses the graph.
     """
-    from llmc.artifact.integrity import require_intact
-    from llmc.artifact.manifest import State
-    from llmc.artifact.store import open_artifact, update_manifest
-
     with progress.stage("artifact"):
         artifact = open_artifact(path)
         plans = tuple(_plan_of(record) for record in artifact.manifest.engines if record.file is None)
@@ -148,15 +141,10 @@ def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
 
 
 def _plan_of(record: EngineRecord) -> EnginePlan:
-    from llmc.backends.tensorrt_support import EnginePlan, Library
-
     return EnginePlan(Library(record.library), record.sms, record.profiles)
 
 
 def _require_host(plan: EnginePlan) -> None:
-    from llmc.backends.tensorrt import load_library
-    from llmc.machine import detect_profile
-
     if not _builds_here(plan):
         device = detect_profile().device
         raise ResourceError(
@@ -169,9 +157,6 @@ def _require_host(plan: EnginePlan) -> None:
 
 def _builds_here(plan: EnginePlan) -> bool:
     """TensorRT-RTX builds anywhere; TensorRT on the GPU that the engine is for."""
-    from llmc.backends.tensorrt_support import Library
-    from llmc.machine import detect_profile
-
     if plan.library is Library.RTX:
         return True
     capability = detect_profile().compute_capability
@@ -180,8 +165,6 @@ def _builds_here(plan: EnginePlan) -> bool:
 
 def require_engine(manifest: Manifest) -> EngineRecord:
     """The engine that this machine can load, as `require_host`."""
-    from llmc.machine import detect_profile
-
     return require_host(manifest.engines, detect_profile())
 
 
@@ -202,9 +185,6 @@ def require_host(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord
     Raises:
         ResourceError: None is for its GPU; or that one is pending, or needs another library or release.
     """
-    from llmc.backends.tensorrt import PACKAGES, load_library
-    from llmc.backends.tensorrt_support import Library
-
     own = None if host.compute_capability is None else f"SM{host.compute_capability.replace('.', '')}"
     fitting = [engine for engine in engines if own in engine.sms]
     if not fitting:

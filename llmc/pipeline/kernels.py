@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.artifact.manifest import KernelRecord, LeftOutside
+from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
+from llmc.backends.toolchain import Compiler, find_compiler, host_machine
 from llmc.config import CacheType, Target
 from llmc.errors import ResourceError
+from llmc.machine import detect_cpu
 from llmc.profile import Profile
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import KernelRecord
     from llmc.artifact.store import Artifact
-    from llmc.backends.compiled.isa import InstructionSet
     from llmc.backends.compiled.lower import KernelSource
-    from llmc.backends.toolchain import Compiler
     from llmc.graph.model import Graph
 
 
@@ -36,9 +37,6 @@ class KernelStage:
             UnsupportedError: There are no kernels for the profile's CPU.
             ResourceError: There is no compiler.
         """
-        from llmc.backends.compiled.isa import choose_isa
-        from llmc.backends.toolchain import find_compiler
-
         if target.kernels != "compiled":
             return None
         isa = choose_isa(profile.isa, profile.name)
@@ -51,7 +49,6 @@ class KernelStage:
 
     def run(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
         """Replace regions of `graph` by operators and write their library into `folder`."""
-        from llmc.artifact.manifest import KernelRecord, LeftOutside
         from llmc.backends.compiled.lower import LIBRARY, compile_kernels
 
         with progress.stage("kernels"):
@@ -79,9 +76,7 @@ def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
     Args:
         source: The program, which must be that of the record.
     """
-    from llmc.backends.compiled.isa import INSTRUCTION_SETS
     from llmc.backends.compiled.lower import compile_source
-    from llmc.backends.toolchain import find_compiler
 
     isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
     if isa is None:
@@ -99,8 +94,6 @@ def require_kernels(artifact: Artifact) -> None:
     Raises:
         ResourceError: They are for another architecture, or for instructions that this CPU lacks.
     """
-    from llmc.backends.compiled.isa import INSTRUCTION_SETS
-
     record = artifact.manifest.kernels
     if record is None:
         return
@@ -120,9 +113,6 @@ def require_kernels(artifact: Artifact) -> None:
 
 def _misfit(isa: InstructionSet) -> str | None:
     """What this machine is, if it cannot execute kernels for `isa`."""
-    from llmc.backends.toolchain import host_machine
-    from llmc.machine import detect_cpu
-
     machine, host = host_machine(), detect_cpu()
     if machine != isa.machine:
         return f"this machine is {machine} ({host.device})"

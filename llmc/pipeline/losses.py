@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.config import Metric
+
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
     from llmc.graph.weights import Rows
@@ -20,7 +22,6 @@ def loss_notes(folder: Path, weights: Sequence[WeightRecord], sources: Mapping[s
     Raises:
         ParityError: A weight cannot be found in the files.
     """
-    from llmc.config import Metric
     from llmc.quantize.stored import KEPT, MADE_FLOATS
     from llmc.validate.weights import compare_weights
 

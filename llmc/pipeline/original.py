@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.cache import StageCache, default_cache_folder
+from llmc.artifact.store import Artifact, open_artifact
+from llmc.data import eval_text
 from llmc.errors import ConfigError
+from llmc.graph.switches import rope_switches
+from llmc.validate.reference import TorchModel, sliding_window
+from llmc.validate.remembered import RememberedModel
 
 if TYPE_CHECKING:
-    from llmc.artifact.store import Artifact
     from llmc.checkpoint import Checkpoint
-    from llmc.validate.reference import TorchModel
-    from llmc.validate.remembered import RememberedModel
 
 #: Most bytes of the original's answers that are kept, over all models.
 CACHE_BYTES = 6 << 30
@@ -26,8 +29,6 @@ def read_text(names: Sequence[str]) -> str:
     Raises:
         ConfigError: A file is not text in UTF-8, or cannot be read.
     """
-    from llmc.data import eval_text
-
     if not names:
         return eval_text()
     parts = []
@@ -74,11 +75,6 @@ def remember(
     """
     from importlib.metadata import version
 
-    from llmc.artifact.cache import StageCache, default_cache_folder
-    from llmc.graph.switches import rope_switches
-    from llmc.validate.reference import sliding_window
-    from llmc.validate.remembered import RememberedModel
-
     facts = {
         "model": model_digest,
         "weights": weights_digest,
@@ -106,7 +102,6 @@ def open_pair(
         ConfigError: There is no artifact, or the original is not the artifact's.
         CheckpointError: The original cannot be opened.
     """
-    from llmc.artifact.store import open_artifact
     from llmc.checkpoint import open_checkpoint
 
     artifact = open_artifact(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.decisions import read_decisions
+from llmc.artifact.manifest import PruneRecord
 from llmc.config import NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.pipeline.calibrate import Subject, prepare, walking
@@ -21,7 +22,6 @@ from llmc.pipeline.compile import trace
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.manifest import PruneRecord
     from llmc.calibration.walk import LayerTask
     from llmc.checkpoint import Checkpoint
     from llmc.checkpoint.pruned import Selection
@@ -115,8 +115,6 @@ class _Recipes:
 
     def run(self, checkpoint: Checkpoint) -> Pruned:
         """All of them; see `prune` for errors."""
-        from llmc.artifact.manifest import PruneRecord
-
         before = int(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
         made = checkpoint
         if self._spec.layers:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llmc import __version__
-from llmc.config import Backend, CacheType, Engine, Quantization, Target, WeightRole, WeightScheme
+from llmc.artifact.provenance import tool_versions
+from llmc.config import Backend, CacheType, Engine, Quantization, Target, WeightRole, WeightRule, WeightScheme
+from llmc.pipeline.calibrate import recall_activations, recall_calibration
 from llmc.pipeline.compile import (
     graph_sources,
     lower_graph,
@@ -137,8 +139,6 @@ def _for_runtime(
 
 def explain_versions(manifest: Manifest) -> str | None:
     """Why a build here may give other files than those of an artifact; None where it gives the same."""
-    from llmc.artifact.provenance import tool_versions
-
     here = {"llmc": __version__, **tool_versions()}
     there = {"llmc": manifest.llmc_version, **manifest.tools}
     for name in _SHAPING:
@@ -153,7 +153,6 @@ def forget_searches(rebuilt: Rebuilt, manifest: Manifest) -> Rebuilt:
     Scales are searched by sums of float32 numbers, whose order depends on the release of NumPy and on the
     instructions of the machine.
     """
-    from llmc.artifact.provenance import tool_versions
     from llmc.quantize.stored import KEPT
 
     here = {"llmc": __version__, **tool_versions()}
@@ -173,8 +172,6 @@ def forget_searches(rebuilt: Rebuilt, manifest: Manifest) -> Rebuilt:
 def restate_rules(quantization: Quantization, records: Sequence[WeightRecord]) -> Quantization:
     """The rules with one more in front for each matrix that an allocation decided on, by the records."""
     from glob import escape
-
-    from llmc.config import WeightRule
 
     wanted = quantization.allocation
     if wanted is None:
@@ -200,7 +197,6 @@ def _recall(
     rules: Quantization,
     wanted: Mapping[str, WeightScheme],
 ) -> Calibration | None:
-    from llmc.pipeline.calibrate import recall_calibration
     from llmc.quantize.awq import plan_channels
     from llmc.quantize.linear import scale_type
 
@@ -214,7 +210,6 @@ def _recall(
 def _for_engine(
     checkpoint: Checkpoint, graph: Graph, target: Target, engine: Engine, folder: Path
 ) -> Rebuilt:
-    from llmc.pipeline.calibrate import recall_activations
     from llmc.quantize.activations import plan_inputs, read_smoothing
     from llmc.quantize.engine import quantize_for_engine
     from llmc.quantize.fold import scale_graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.backends.special_tokens import write_generation_config
 from llmc.config import Backend, Target
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ def write_serving(
         UnsupportedError: onnxruntime-genai cannot serve the graph.
     """
     from llmc.backends.genai import shares_cache, write_genai_config
-    from llmc.backends.special_tokens import write_generation_config
 
     interface = graph.interface()
     config, settings = checkpoint.config, checkpoint.generation_config()

@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.text import TextCodec, TextRecord
+from llmc.artifact.text import TextCodec, TextRecord, text_kinds
+from llmc.backends.tokenizer_worker import Answers, NoAnswerError, Question
 from llmc.config import Backend, BuildPlan
+from llmc.data import eval_text, prompts
 from llmc.errors import (
     CheckpointError,
     ConfigError,
@@ -18,12 +20,20 @@ from llmc.errors import (
     first_lines,
     require_failure,
 )
+from llmc.limits import exceeded_limit
 from llmc.progress import Progress
+from llmc.validate.sides import Side, artifact_sides, load_own, original_side
+from llmc.validate.tokens import (
+    CONVERSATIONS,
+    compare_chats,
+    compare_texts,
+    represents,
+    sample_texts,
+    special_tokens,
+)
 
 if TYPE_CHECKING:
-    from llmc.backends.tokenizer_worker import Answers, Question
     from llmc.checkpoint import Checkpoint
-    from llmc.validate.sides import Side
 
 TOKEN_IDS = (
     "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
@@ -73,10 +83,6 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
 
 def _require_end(tokenizer: Any) -> None:
     """Refuse a tokenizer or a chat template that takes too long or too much for what the gate asks of it."""
-    from llmc.limits import exceeded_limit
-    from llmc.validate.sides import original_side
-    from llmc.validate.tokens import CONVERSATIONS
-
     render = original_side(tokenizer).render
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)]
     found = exceeded_limit(lambda: "".join(render(*chat) or "" for chat in chats)) if render else None
@@ -169,17 +175,11 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def _texts(tokenizer: Any) -> list[str]:
-    from llmc.data import eval_text, prompts
-    from llmc.validate.tokens import sample_texts
-
     return sample_texts(tokenizer, eval_text(), prompts())
 
 
 def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
     """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
-    from llmc.validate.sides import artifact_sides, load_own, original_side
-    from llmc.validate.tokens import compare_chats, compare_texts, represents, special_tokens
-
     known = partial(represents, tokenizer)
     try:
         original = original_side(tokenizer)
@@ -219,7 +219,6 @@ def _try_runtime(
 def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
     from llmc.backends.runtime_tokenizer import CLASSES, try_runtime_tokenizer
-    from llmc.backends.tokenizer_worker import NoAnswerError
 
     first: LlmcError | None = None
     question = _question(record, tokenizer)
@@ -245,10 +244,6 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
 
 def _question(record: TextRecord, tokenizer: Any) -> Question:
     """All that the runtime is compared in."""
-    from llmc.backends.tokenizer_worker import Question
-    from llmc.validate.sides import original_side
-    from llmc.validate.tokens import CONVERSATIONS
-
     original, texts = original_side(tokenizer), _texts(tokenizer)
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)] if record.chat else []
     rendered = [original.render(*chat) for chat in chats] if original.render is not None else []
@@ -275,9 +270,6 @@ def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str)
 
 def _compare(answers: Answers, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
     """What the runtime does otherwise than the original, if that is common; and the rare cases."""
-    from llmc.validate.sides import original_side
-    from llmc.validate.tokens import compare_chats, represents
-
     apart = record.model_copy(update={"adds_special_tokens": False})
     problem, found = _compare_texts(answers, apart, tokenizer)
     if problem is not None:
@@ -306,10 +298,6 @@ def _compare_texts(
     answers: Answers, record: TextRecord, tokenizer: Any
 ) -> tuple[LlmcError | None, TextRecord]:
     """Compare texts; differences in rare kinds alone become the record's exceptions."""
-    from llmc.artifact.text import text_kinds
-    from llmc.validate.sides import original_side
-    from llmc.validate.tokens import compare_texts, special_tokens
-
     side, special = _side(answers, record), special_tokens(tokenizer)
     try:
         different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
@@ -325,7 +313,6 @@ def _compare_texts(
 
 def _side(answers: Answers, record: TextRecord) -> Side:
     """The runtime's answers as a way from text to tokens."""
-    from llmc.validate.sides import Side
 
     def encode(text: str) -> list[int]:
         if record.adds_special_tokens:
