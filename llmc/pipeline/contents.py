@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
+from llmc.validate.measure import broken, unmeasured
 
 if TYPE_CHECKING:
-    from llmc.artifact.verdict import Measurement
     from llmc.pipeline.subject import Subject
     from llmc.progress import Progress
     from llmc.validate.weights import WeightParity
@@ -21,7 +22,6 @@ def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
     """Hold the weights of an artifact to the checkpoint, and all of its graph to what a build gives."""
     from dataclasses import replace
 
-    from llmc.validate.measure import broken
     from llmc.validate.weights import METRICS, WeightParity, compare_weights
 
     with progress.stage("weights"):
@@ -35,9 +35,7 @@ def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
 
 
 def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, ...]:
-    from llmc.artifact.verdict import MeasurementStatus
     from llmc.validate.exact import measure_graph, measure_tensors
-    from llmc.validate.measure import broken, unmeasured
 
     rebuilt = subject.rebuilt
     calibrated = {name: rebuilt.sources[name] for name in sorted(rebuilt.calibrated)}

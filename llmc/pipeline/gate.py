@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
 from llmc.config import Gate, Metric, Target
 from llmc.errors import ParityError
 from llmc.pipeline.bisect import measure_passes
@@ -21,11 +22,12 @@ from llmc.pipeline.original import read_text
 from llmc.pipeline.subject import Subject, open_compiled
 from llmc.pipeline.thresholds import Thresholds, given_thresholds
 from llmc.progress import Progress
+from llmc.validate.gates import evaluate
+from llmc.validate.measure import broken, mismatches, unmeasured
 
 if TYPE_CHECKING:
     from llmc.artifact.integrity import Damage
     from llmc.artifact.latency import Latency
-    from llmc.artifact.verdict import Measurement, Verdict
 
 LATENCY = frozenset(metric for metric in Metric if metric.area == "latency")
 
@@ -100,9 +102,6 @@ def measure_parity(
         ConfigError: The text cannot be read, or is too short.
         ResourceError: A runtime is missing.
     """
-    from llmc.validate.gates import evaluate
-    from llmc.validate.measure import broken
-
     gates = parity_gates(subject.target)
     if each_pass:
         gates += tuple(
@@ -141,8 +140,6 @@ def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...
 
 def _ahead(thresholds: Thresholds, damage: Damage | None) -> list[Measurement]:
     """What the manifest and the files show."""
-    from llmc.validate.measure import mismatches
-
     found = () if damage is None else damage.all
     files = mismatches(Metric.FILES, found, "all as the manifest says", "sha256, from the files")
     return [thresholds.compared, files]
@@ -161,8 +158,6 @@ def _measure_passes(run: Run) -> None:
 
 def _first_missed(gates: Sequence[Gate], found: Sequence[Measurement]) -> Metric | None:
     """The first gate that a figure misses; None if none does."""
-    from llmc.validate.gates import evaluate
-
     missed = evaluate(gates, found).missed
     return next((check.metric for check in missed if check.value is not None), None)
 
@@ -173,10 +168,6 @@ def _conclude(gates: Sequence[Gate], found: Sequence[Measurement], why: str) -> 
     Args:
         why: What is said of every gate whose metric was not reached; such a gate does not pass.
     """
-    from llmc.artifact.verdict import MeasurementStatus
-    from llmc.validate.gates import evaluate
-    from llmc.validate.measure import unmeasured
-
     taken = {m.metric for m in found}
     status = MeasurementStatus.NOT_MEASURED
     left = [unmeasured(g.metric, status, why, "nowhere") for g in gates if g.metric not in taken]

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric
+from llmc.data import prompts
 from llmc.pipeline.gate_run import Run
+from llmc.validate import settings
+from llmc.validate.measure import measure, mismatches
+from llmc.validate.served import ServedTokenizer
+from llmc.validate.tokens import measure_tokens
 
 if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
@@ -13,9 +18,6 @@ if TYPE_CHECKING:
 
 def compare_settings(run: Run) -> None:
     """Hold the file by which a runtime serves the artifact against the original and what a build derives."""
-    from llmc.validate import settings
-    from llmc.validate.measure import mismatches
-
     subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
         if subject.interface.static_cache:
@@ -34,10 +36,6 @@ def compare_tokenizer(run: Run) -> None:
         ResourceError: onnxruntime-genai is not installed.
     """
     from llmc.backends.runtime_tokenizer import open_runtime_tokenizer
-    from llmc.data import prompts
-    from llmc.validate.measure import measure
-    from llmc.validate.served import ServedTokenizer
-    from llmc.validate.tokens import measure_tokens
 
     folder, record = run.subject.folder, run.subject.text
     files = run.subject.derived.text

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
+from llmc.data import prompts
 from llmc.errors import ParityError
 from llmc.machine import release_memory
 from llmc.pipeline.gate_run import Run
 from llmc.pipeline.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.subject import is_large, open_rounding
+from llmc.validate import generation
+from llmc.validate.gates import is_undecided
+from llmc.validate.measure import broken, measured, mismatches, unmeasured
+from llmc.validate.served import Served
 
 if TYPE_CHECKING:
-    from llmc.artifact.verdict import Measurement
     from llmc.graph.interface import Interface
     from llmc.graph.static_session import StaticSession
     from llmc.validate.arithmetic import Arithmetic
@@ -28,8 +33,6 @@ def measure_served(run: Run) -> None:
     Raises:
         ParityError: The artifact cannot be loaded, so that nothing further can be measured.
     """
-    from llmc.data import prompts
-    from llmc.validate import generation
     from llmc.validate.arithmetic import Arithmetic
     from llmc.validate.parity import prepare_parity
 
@@ -86,7 +89,6 @@ def measure_static(run: Run) -> None:
         ParityError: TensorRT or onnxruntime cannot load it.
     """
     from llmc.validate.choices import ask_choices, measure_choices
-    from llmc.validate.measure import measured
     from llmc.validate.parity import prepare_parity
     from llmc.validate.static_session import StaticOrtModel
 
@@ -137,7 +139,6 @@ def _quality(
     Args:
         rows, rounding: As for `measure_quality`.
     """
-    from llmc.validate.gates import is_undecided
     from llmc.validate.quality import measure_quality
 
     unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
@@ -192,7 +193,6 @@ def _require_interface(run: Run) -> str:
         ParityError: onnxruntime cannot load it, or it has another interface.
     """
     from llmc.validate.arithmetic import Arithmetic
-    from llmc.validate.measure import measured
 
     release_memory()
     with run.progress.stage("interface"):
@@ -212,10 +212,6 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
         ParityError: The runtime cannot load the folder.
         ResourceError: It is not installed.
     """
-    from llmc.validate import generation
-    from llmc.validate.measure import broken
-    from llmc.validate.served import Served
-
     with run.progress.stage("generation"):
         served = Served(run.subject.folder)
         if run.weights.unread:
@@ -244,9 +240,6 @@ def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
     """Levels that need the original with the artifact's weights, where those cannot be read: no pass."""
-    from llmc.artifact.verdict import MeasurementStatus
-    from llmc.validate.measure import unmeasured
-
     why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
     areas = ("prefill", "chunks", "decode", "ragged", "window", "cache", "rounding", "generate")
     status = MeasurementStatus.NOT_MEASURED
@@ -285,7 +278,5 @@ def _open_static(run: Run, slots: int | None = None) -> StaticSession:
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:
-    from llmc.validate.measure import mismatches
-
     told = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
     return mismatches(Metric.INTERFACE, (), told, where)

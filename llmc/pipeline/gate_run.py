@@ -6,19 +6,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.text import TextCodec
 from llmc.errors import ConfigError, ParityError
+from llmc.graph.switches import rope_switches, trained_lengths
 from llmc.pipeline.contents import compare_contents
 from llmc.pipeline.original import tokenize
 from llmc.pipeline.subject import Subject, open_original, open_own
 from llmc.progress import Progress
+from llmc.validate.costs import model_costs
+from llmc.validate.drawing import BUDGET, Ground, plan_positions
+from llmc.validate.reference import sliding_window
+from llmc.validate.settings import Original, describe_original
 
 if TYPE_CHECKING:
-    from llmc.artifact.text import TextCodec
     from llmc.artifact.verdict import Measurement
     from llmc.validate.positions import Plan
     from llmc.validate.quality import Windows
     from llmc.validate.remembered import RememberedModel
-    from llmc.validate.settings import Original
     from llmc.validate.weights import WeightParity
 
 
@@ -61,8 +65,6 @@ class Run:
         Raises:
             ParityError: It cannot be read.
         """
-        from llmc.artifact.text import TextCodec
-
         try:
             return TextCodec(self.subject.folder, self.subject.text)
         except ConfigError as error:
@@ -71,8 +73,6 @@ class Run:
     @cached_property
     def stated(self) -> Original:
         """What the original says of serving it."""
-        from llmc.validate.settings import describe_original
-
         checkpoint = self.subject.checkpoint
         return describe_original(checkpoint.config, checkpoint.generation_config(), self.tokenizer)
 
@@ -124,11 +124,6 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         """The positions that the parity levels look at."""
-        from llmc.graph.switches import rope_switches, trained_lengths
-        from llmc.validate.costs import model_costs
-        from llmc.validate.drawing import BUDGET, Ground, plan_positions
-        from llmc.validate.reference import sliding_window
-
         subject, config = self.subject, self.subject.checkpoint.config
         ground = Ground(
             interface=subject.interface,

@@ -11,14 +11,16 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.provenance import code_digest
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.machine import release_memory
 from llmc.memory import available_memory
 from llmc.progress import Progress
+from llmc.validate.measure import measured, unmeasured
 
 if TYPE_CHECKING:
-    from llmc.artifact.verdict import Measurement
     from llmc.checkpoint import Checkpoint
     from llmc.checkpoint.agreement import Agreement
 
@@ -35,9 +37,6 @@ def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progres
     Args:
         model_digest: Of the checkpoint.
     """
-    from llmc.artifact.verdict import MeasurementStatus
-    from llmc.validate.measure import measured, unmeasured
-
     free, needed = available_memory(), checkpoint.reference_bytes()
     with progress.stage("original by transformers' loader"):
         found = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
@@ -57,7 +56,6 @@ def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progres
 
 def _recall(checkpoint: Checkpoint, model_digest: str, *, fits: bool) -> Agreement | None:
     """The comparison from the cache, or made now if it `fits`."""
-    from llmc.artifact.cache import StageCache, content_key, default_cache_folder
     from llmc.checkpoint.agreement import Agreement
 
     facts = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.tuning import Bound
 from llmc.config import Gate, Metric
+from llmc.validate.gates import evaluate
 
 if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
@@ -34,8 +35,6 @@ def restate_gates(
     Args:
         max_kl: Bound on the KL divergence that the user asked for, which is a gate then.
     """
-    from llmc.validate.gates import evaluate
-
     found = {m.metric: m for m in measurements}
     made = []
     for gate in gates:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric, Target
+from llmc.validate.reference import TorchModel
+from llmc.validate.stability import allow_rounding
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from llmc.graph.weights import Rows
     from llmc.pipeline.subject import Subject
     from llmc.validate.parity import Parity
-    from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.yardstick import Rounding
 
@@ -52,7 +53,6 @@ def load_rounded(
     roundings: Mapping[str, Rounding],
 ) -> TorchModel:
     """The model of `checkpoint` with rounded matrices: in `loaded` where there is one, else streamed."""
-    from llmc.validate.reference import TorchModel
     from llmc.validate.weights import StoredParameters, parameters
     from llmc.validate.yardstick import round_weights
 
@@ -79,8 +79,6 @@ def allow_own_rounding(
         parity: What measured them.
         large: Whether the original is streamed, so that each question costs a pass over its weights.
     """
-    from llmc.validate.stability import allow_rounding
-
     if large:
         return tuple(levels)
     bounds = {gate.metric: gate.max for gate in subject.target.gates if gate.max is not None}

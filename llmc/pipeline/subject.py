@@ -12,6 +12,7 @@ from llmc.memory import available_memory
 from llmc.pipeline.derived import NOTHING, Derived
 from llmc.pipeline.original import remember
 from llmc.pipeline.rounding import digest_roundings, load_rounded, plan_roundings
+from llmc.validate.reference import TorchModel
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from llmc.graph.interface import Interface
     from llmc.graph.weights import Rows
     from llmc.pipeline.rebuild import Rebuilt
-    from llmc.validate.reference import TorchModel
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.tasks import Tasks
     from llmc.validate.weights import WeightParity
@@ -122,8 +122,6 @@ def open_rounding(subject: Subject, own: RememberedModel) -> RememberedModel | N
 
 def load_original(checkpoint: Checkpoint) -> TorchModel:
     """The original, in memory if there is room for it, else streamed from disk."""
-    from llmc.validate.reference import TorchModel
-
     return TorchModel(
         checkpoint.stream_reference({}) if is_large(checkpoint) else checkpoint.fill_reference()
     )
@@ -143,7 +141,6 @@ def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchMod
 
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
     """The original with the artifact's own weights, put into `loaded` if that is the original."""
-    from llmc.validate.reference import TorchModel
     from llmc.validate.stored import read_stored
     from llmc.validate.weights import StoredParameters, parameters
 

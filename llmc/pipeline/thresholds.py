@@ -16,6 +16,7 @@ from llmc import __version__
 from llmc.catalog import find_target, read_target
 from llmc.config import Gate, Metric, Target
 from llmc.errors import ParityError
+from llmc.validate.measure import mismatches
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import Manifest
@@ -102,14 +103,10 @@ def choose_thresholds(
 
 def given_thresholds(target: Target) -> Thresholds:
     """The gates of the target that a build was given."""
-    from llmc.validate.measure import mismatches
-
     return Thresholds(target, mismatches(Metric.GATES, (), f"those of {target.name}", "the build's target"))
 
 
 def _conclude(target: Target, found: Sequence[str], own: bool, hint: str | None, told: str) -> Thresholds:
-    from llmc.validate.measure import mismatches
-
     compared = mismatches(Metric.GATES, found, told, _WHERE)
     if found and told:
         compared = compared.model_copy(update={"detail": f"{compared.detail}; {told}"})
