@@ -1,6 +1,7 @@
 """The order of the stations: what each command does, from a model to an artifact and its verdict.
 
-Only this package knows all stations. Its functions import them when they are called.
+Only this package knows all stations. Modules that load onnx_ir, torch or a runtime are imported inside
+functions as a rule, everything else at the top of its files.
 """
 
 from llmc.pipeline.bench import bench

@@ -8,9 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.integrity import require_intact
+from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Provider
 from llmc.errors import ResourceError
 from llmc.machine import detect_profile
+from llmc.pipeline.engines import require_engine
 from llmc.pipeline.gate import GateResult, latency_gates
 from llmc.pipeline.kernels import require_kernels
 from llmc.pipeline.original import open_pair, read_text, tokenize
@@ -18,11 +22,13 @@ from llmc.pipeline.result import GateReport, gate_report, require_folder, write_
 from llmc.pipeline.thresholds import choose_thresholds
 from llmc.profile import Profile
 from llmc.progress import Progress
+from llmc.validate.gates import evaluate
+from llmc.validate.measure import unmeasured
+from llmc.validate.reference import TorchModel
+from llmc.validate.roofline import streamed_weight_bytes
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import Manifest
-    from llmc.artifact.store import Artifact
-    from llmc.artifact.verdict import Measurement
     from llmc.validate.latency import Timed
 
 
@@ -82,11 +88,7 @@ def bench(
         ResourceError: An artifact is for hardware that this machine has not.
         ParityError: An artifact cannot be run, or its gates on time are not those of its target.
     """
-    from llmc.artifact.integrity import require_intact
-    from llmc.artifact.store import open_artifact
-    from llmc.validate.gates import evaluate
     from llmc.validate.latency import Schedule, measure_latency, ratios
-    from llmc.validate.reference import TorchModel
 
     if folder is not None:
         require_folder(folder)
@@ -131,9 +133,7 @@ def _timed(artifact: Artifact) -> Timed:
         ResourceError: It is for hardware that this machine has not.
     """
     from llmc.backends.tensorrt_session import EngineSession
-    from llmc.pipeline.engines import require_engine
     from llmc.validate.latency import Timed
-    from llmc.validate.roofline import streamed_weight_bytes
     from llmc.validate.session import OrtModel, shares_buffer
 
     path, manifest = artifact.path, artifact.manifest
@@ -173,8 +173,6 @@ def _original_dtype(manifest: Manifest) -> str | None:
 
 
 def _against(earlier: Timed | None, timed: Timed, tokens: Any, progress: Progress) -> Measurement:
-    from llmc.artifact.verdict import MeasurementStatus
-    from llmc.validate.measure import unmeasured
     from llmc.validate.rival import CONTEXT, Pairing, measure_rival
 
     if earlier is None:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from llmc.artifact.integrity import require_vouched
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.compile import trace
 from llmc.pipeline.context import limit_context
-from llmc.pipeline.original import read_text, tokenize
+from llmc.pipeline.original import open_pair, read_text, tokenize
+from llmc.pipeline.prune import reopen
 from llmc.progress import Progress
+from llmc.validate.measure import max_abs, measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,9 +110,6 @@ def bisect(
         ParityError: A graph cannot be run.
         UnsupportedError: The target computes in another type than the original.
     """
-    from llmc.artifact.integrity import require_vouched
-    from llmc.pipeline.original import open_pair
-    from llmc.pipeline.prune import reopen
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
@@ -174,8 +174,6 @@ def measure_passes(
             "other inputs, for a KV cache of fixed length",
             hint="verify it without --each-pass, or another target of the model with it",
         )
-    from llmc.validate.measure import max_abs, measured
-
     tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
     prompt = tokens[:PROMPT_TOKENS]
     figures: dict[str, float] = {}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.manifest import PassRecord
+from llmc.backends.tensorrt import load_library
 from llmc.backends.tensorrt_nodes import NodeFinding
+from llmc.backends.tensorrt_support import Library, plan_engines
+from llmc.catalog import list_targets
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError, LlmcError, UnsupportedError
 from llmc.pipeline.compile import lower_graph, pass_records
@@ -87,9 +90,7 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
         CheckpointError: The checkpoint cannot be opened, or lacks a tensor.
         ResourceError: tensorrt_rtx, whose parser is asked, is missing.
     """
-    from llmc.backends.tensorrt import load_library
     from llmc.backends.tensorrt_nodes import check_nodes
-    from llmc.backends.tensorrt_support import Library
     from llmc.checkpoint import open_checkpoint
     from llmc.quantize.engine import quantize_for_engine
 
@@ -146,9 +147,6 @@ def _render(found: NodeFinding) -> list[str]:
 
 def _unsupported_profiles(plan: BuildPlan) -> tuple[Obstacle, ...]:
     """Each profile that cannot have an engine of the target."""
-    from llmc.backends.tensorrt_support import plan_engines
-    from llmc.catalog import list_targets
-
     known = [listed.document for listed in list_targets()]
     found = []
     for profile in (plan.profile, *plan.also):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from llmc.artifact.manifest import Manifest, WeightRecord
+from llmc.artifact.integrity import require_intact
+from llmc.artifact.manifest import MODEL, Manifest, WeightRecord
+from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import Change
 from llmc.errors import ConfigError, LlmcError
 from llmc.pipeline.inspect import count_operators
@@ -66,10 +68,6 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
     Raises:
         ConfigError: One is no artifact, is damaged or has no report, or they are of different models.
     """
-    from llmc.artifact.integrity import require_intact
-    from llmc.artifact.manifest import MODEL
-    from llmc.artifact.store import open_artifact
-
     allowed = parse_allowed(allow)
     old, new = open_artifact(before), open_artifact(after)
     for artifact in (old, new):

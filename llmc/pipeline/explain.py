@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.manifest import MANIFEST, Declined
+from llmc.artifact.store import open_artifact
 from llmc.errors import ConfigError, LlmcError, did_you_mean
 
 
@@ -51,7 +52,6 @@ def explain(reference: str, name: str) -> Explanation:
     Raises:
         ConfigError: No artifact, or its target does not have the pass.
     """
-    from llmc.artifact.store import open_artifact
     from llmc.passes import registered_passes
 
     if not (Path(reference) / MANIFEST).is_file():

@@ -10,7 +10,9 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.manifest import MANIFEST, AdapterRecord, PassRecord, PruneRecord, WeightRecord
+from llmc.artifact.integrity import find_damage
+from llmc.artifact.manifest import MANIFEST, MODEL, AdapterRecord, PassRecord, PruneRecord, WeightRecord
+from llmc.artifact.store import open_artifact
 from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
@@ -100,10 +102,6 @@ def inspect(reference: str) -> Inspection:
 
 
 def _inspect_artifact(path: Path) -> Inspection:
-    from llmc.artifact.integrity import find_damage
-    from llmc.artifact.manifest import MODEL
-    from llmc.artifact.store import open_artifact
-
     artifact = open_artifact(path)
     manifest, damage = artifact.manifest, find_damage(artifact, remember=True)
     elements = sum(_product(w.shape) for w in manifest.weights)

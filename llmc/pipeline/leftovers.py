@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from llmc.artifact.workplace import tidy
+
 
 def tidy_output(output: Path) -> None:
     """Finish or undo what a killed process left of an output, unless another one is at work on it."""
-    from llmc.artifact.workplace import tidy
-
     tidy(output)

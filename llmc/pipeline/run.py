@@ -6,9 +6,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
+from llmc.artifact.store import open_artifact
+from llmc.artifact.text import TextCodec
+from llmc.backends.greedy import stream_text
+from llmc.backends.special_tokens import read_stop_tokens
 from llmc.config import Dtype
 from llmc.errors import LlmcError, UnsupportedError
+from llmc.pipeline.engines import require_engine
+from llmc.pipeline.kernels import require_kernels
 from llmc.progress import Progress
 
 #: Operators whose sums depend on how many tokens they are given.
@@ -98,10 +105,6 @@ def run(
         ResourceError: The runtime, the GPU or the CPU that it needs is missing.
         ParityError: The engine fails, or is not what the manifest says.
     """
-    from llmc.artifact.integrity import require_intact
-    from llmc.artifact.store import open_artifact
-    from llmc.pipeline.kernels import require_kernels
-
     artifact = open_artifact(path)
     manifest = artifact.manifest
     require_intact(artifact)
@@ -163,11 +166,7 @@ def _run_engine(
     progress: Progress,
 ) -> int:
     """New tokens that the artifact's engine made."""
-    from llmc.artifact.text import TextCodec
-    from llmc.backends.greedy import stream_text
-    from llmc.backends.special_tokens import read_stop_tokens
     from llmc.backends.tensorrt_session import EngineSession
-    from llmc.pipeline.engines import require_engine
 
     session = EngineSession(path, require_engine(manifest), manifest.interface)
     stop = read_stop_tokens(path)

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.disk import access_errors, space_errors
+from llmc.artifact.lock import output_lock
+from llmc.artifact.manifest import REPORTS
+from llmc.artifact.substitute import usable_folder
 from llmc.artifact.tuning import (
     Bound,
     Candidate,
@@ -33,6 +37,7 @@ from llmc.pipeline.search import Asked, Search, require_optuna
 from llmc.pipeline.tune_plan import TunePlan
 from llmc.pipeline.workbench import Workbench, target_digest
 from llmc.progress import Progress, SilentProgress
+from llmc.report import read_report, render_front, write_tuning
 
 #: Most bytes of measurements that are kept, over all tunings.
 _CACHE_BYTES = 64 << 20
@@ -60,8 +65,6 @@ class TuneResult(BaseModel):
 
     def render(self) -> str:
         """The front as a table, and how to build what was taken."""
-        from llmc.report import render_front
-
         text = render_front(self.tuning)
         if self.target is None:
             return text
@@ -101,9 +104,6 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
         UnsupportedError: A base is for a GPU, or cannot be built.
         ResourceError: Optuna is not installed; no space.
     """
-    from llmc.artifact.cache import StageCache, content_key, default_cache_folder
-    from llmc.artifact.lock import output_lock
-    from llmc.artifact.substitute import usable_folder
     from llmc.checkpoint import open_checkpoint
 
     optuna = require_optuna()
@@ -149,8 +149,6 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
             shutil.rmtree(folder / name, ignore_errors=True)
     tuning = run.document(None if taken is None else taken[0])
     if plan.report is not None:
-        from llmc.report import write_tuning
-
         write_tuning(tuning, plan.report)
     if taken is None:
         return TuneResult(tuning=tuning, target=None)
@@ -290,8 +288,6 @@ class _Run:
 
     def _held_before(self, chosen: Candidate, target: Target) -> Target | None:
         """As `_hold`, remembered where it was taken."""
-        from llmc.artifact.cache import content_key
-
         settings = target.model_copy(update={"name": self.plan.output.stem}).model_dump(mode="json")
         bound = self.plan.constraints.max_kl
         key = content_key("tune", {**self.bench.facts, "held": settings, "max_kl": bound})
@@ -310,9 +306,6 @@ class _Run:
         Raises:
             ParityError: Built again, it is not the same.
         """
-        from llmc.artifact.manifest import REPORTS
-        from llmc.report import read_report
-
         plan = self.plan
         strict = strict_gates(target.gates, plan.constraints.max_kl)
         result = build(
@@ -349,8 +342,6 @@ class _Run:
 
 def _make_room(folder: Path) -> None:
     """Mark a tuning's folder as used, and remove those beside it that were not used for longest."""
-    from llmc.artifact.lock import output_lock
-
     os.utime(folder)
     others = [p for p in folder.parent.iterdir() if (p / _JOURNAL).is_file() and p != folder]
     for old in sorted(others, key=lambda p: p.stat().st_mtime_ns)[: max(0, len(others) - _KEPT + 1)]:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import REPORTS, CheckRecord, Manifest, State
-from llmc.artifact.verdict import MISSED
+from llmc.artifact.store import Artifact, Staging, reopened
+from llmc.artifact.verdict import MISSED, Verdict
 from llmc.config import Metric
 from llmc.errors import LlmcError, ResourceError, first_lines
 from llmc.pipeline.result import write_report
@@ -16,8 +17,6 @@ from llmc.progress import Progress
 from llmc.scratch import record_output
 
 if TYPE_CHECKING:
-    from llmc.artifact.store import Artifact, Staging
-    from llmc.artifact.verdict import Verdict
     from llmc.report import Report
 
 #: What a manifest says while the gate runs, and after a process that could say nothing more.
@@ -100,8 +99,6 @@ def finish(artifact: Artifact, verdict: Verdict, report: Report, progress: Progr
     Raises:
         ConfigError: It is being built, has changed since it was opened, or cannot be written to.
     """
-    from llmc.artifact.store import reopened
-
     manifest = record_verdict(artifact.manifest, verdict)
     record_output(artifact.path)
     with reopened(artifact) as stage:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.artifact.integrity import find_damage
+from llmc.artifact.store import Artifact, open_artifact
 from llmc.pipeline.advice import advise
 from llmc.pipeline.derived import compare_derived
 from llmc.pipeline.engines import host_engine
@@ -21,9 +23,9 @@ from llmc.pipeline.thresholds import Thresholds, choose_thresholds
 from llmc.pipeline.unfinished import finish
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
+from llmc.validate.positions import seed_of
 
 if TYPE_CHECKING:
-    from llmc.artifact.store import Artifact
     from llmc.checkpoint import Checkpoint
     from llmc.validate.tasks import Tasks
 
@@ -75,8 +77,6 @@ def verify(
         budget: Seconds of the forecast that decides how many are drawn; None for the usual.
         allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
     """
-    from llmc.artifact.integrity import find_damage
-    from llmc.artifact.store import open_artifact
     from llmc.validate.tasks import load_tasks
 
     if folder is not None:
@@ -128,8 +128,6 @@ def _subject(
     progress: Progress,
 ) -> Subject:
     """What is measured of an artifact on this machine, against which original."""
-    from llmc.validate.positions import seed_of
-
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
     rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)

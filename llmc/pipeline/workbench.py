@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from llmc.artifact.cache import StageCache, content_key
+from llmc.artifact.provenance import code_digest, tool_versions
+from llmc.artifact.store import Artifact, open_artifact
 from llmc.artifact.tuning import Candidate, Refused
-from llmc.config import BuildPlan, Target
+from llmc.config import BuildPlan, Metric, Target
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError
 from llmc.machine import detect_cpu, release_memory
 from llmc.pipeline.build import build
@@ -28,8 +31,6 @@ from llmc.profile import Profile
 from llmc.progress import SilentProgress
 
 if TYPE_CHECKING:
-    from llmc.artifact.cache import StageCache
-    from llmc.artifact.store import Artifact
     from llmc.checkpoint import Checkpoint
     from llmc.validate.quality import Windows
     from llmc.validate.remembered import RememberedModel
@@ -85,8 +86,6 @@ LEVELS = (Level(windows=8, samples=1, rounds=1), Level(windows=32, samples=2, ro
 
 def target_digest(target: Target) -> str:
     """Digest of all that a target says about the artifact."""
-    from llmc.artifact.cache import content_key
-
     return content_key("target", target.model_dump(mode="json", exclude={"name", "summary", "gates"}))
 
 
@@ -123,8 +122,6 @@ class Workbench:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What every measurement depends on, besides the candidate and the level."""
-        from llmc.artifact.provenance import code_digest, tool_versions
-
         machine = detect_cpu()
         return {
             "model": self.checkpoint.digest(),
@@ -149,8 +146,6 @@ class Workbench:
     @cached_property
     def speed(self) -> Speed:
         """The base's own speed on this machine, measured once and remembered."""
-        from llmc.artifact.cache import content_key
-
         kind = TypeAdapter(Speed)
         key = content_key("tune", {**self.facts, "what": "speed"})
         known = self.cache.get(key)
@@ -186,8 +181,6 @@ class Workbench:
 
     def build(self, target: Target, name: str) -> Artifact:
         """Build without holding the gates."""
-        from llmc.artifact.store import open_artifact
-
         merged = self.checkpoint.adapter
         plan = BuildPlan(
             model=self.checkpoint.ref,
@@ -201,8 +194,6 @@ class Workbench:
         return open_artifact(build(plan, SilentProgress()).path)
 
     def _measure(self, target: Target, artifact: Callable[[], Artifact], level: int) -> Candidate | Refused:
-        from llmc.artifact.cache import content_key
-
         plan, digest = self.levels[level], target_digest(target)
         settings = [plan.windows, plan.samples, plan.rounds]
         key = content_key("tune", {**self.facts, "candidate": digest, "level": settings})
@@ -245,7 +236,6 @@ class Workbench:
         Raises:
             ParityError: The artifact cannot be run, or its logits are not finite.
         """
-        from llmc.config import Metric
         from llmc.validate.quality import measure_quality
 
         windows = self._windows.sample(count)
