@@ -255,6 +255,11 @@ def test_helpers_for_graphs_have_one_definition() -> None:
     assert found == []
 
 
+def test_records_have_one_base() -> None:
+    stated = [file for file in PACKAGE.rglob("*.py") if 'extra="forbid"' in file.read_text(encoding="utf-8")]
+    assert stated == [PACKAGE / "records.py"]
+
+
 def test_files_stay_short() -> None:
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {str(file.relative_to(ROOT)): count for file, count in lines.items() if count > 450} == {}

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.integrity import require_vouched
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
@@ -17,6 +15,7 @@ from llmc.pipeline.context import limit_context
 from llmc.pipeline.original import open_pair, read_text, tokenize
 from llmc.pipeline.prune import reopen
 from llmc.progress import Progress
+from llmc.records import Record
 from llmc.validate.measure import max_abs, measured
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ PROMPT_TOKENS = 8
 TOLERANCE = 1e-3
 
 
-class Divergence(BaseModel):
+class Divergence(Record):
     """Where the numbers part.
 
     Args:
@@ -47,8 +46,6 @@ class Divergence(BaseModel):
         relative: Largest difference over the largest value.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     step: str
     layer: int | None
     operator: str
@@ -57,10 +54,8 @@ class Divergence(BaseModel):
     relative: float
 
 
-class BisectResult(BaseModel):
+class BisectResult(Record):
     """The first divergence, and the steps that were found right before it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     right: tuple[str, ...]
     divergence: Divergence | None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.manifest import PassRecord
 from llmc.backends.tensorrt import load_library
 from llmc.backends.tensorrt_nodes import NodeFinding
@@ -13,13 +11,10 @@ from llmc.config import BuildPlan
 from llmc.errors import ConfigError, LlmcError, UnsupportedError
 from llmc.pipeline.compile import lower_graph, pass_records
 from llmc.progress import Progress
+from llmc.records import Record
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Obstacle(_Strict):
+class Obstacle(Record):
     """What stands against a build as a whole: a GPU without the precision, a model that does not lower."""
 
     where: str
@@ -27,7 +22,7 @@ class Obstacle(_Strict):
     advice: str | None
 
 
-class CheckResult(_Strict):
+class CheckResult(Record):
     """What was found.
 
     Args:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import MODEL, Manifest, WeightRecord
 from llmc.artifact.store import open_artifact
@@ -14,17 +12,16 @@ from llmc.errors import ConfigError, LlmcError
 from llmc.pipeline.inspect import count_operators
 from llmc.pipeline.reports import stored_bytes, stored_report
 from llmc.pipeline.result import regression_failure
+from llmc.records import Record
 from llmc.report import compare_reports, parse_allowed, render_changes
 
 
-class Difference(BaseModel):
+class Difference(Record):
     """Something that both artifacts have, or only one, and that is not the same in both.
 
     Args:
         kind: operator, pass, weights or tool.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     name: str
@@ -32,15 +29,13 @@ class Difference(BaseModel):
     after: str
 
 
-class Comparison(BaseModel):
+class Comparison(Record):
     """Figures of two artifacts, and what differs in how they were made.
 
     Args:
         changes: Size, and every figure of the reports that lie in the artifacts.
         differences: In operators, passes, bits of weights and versions of tools.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: str
     after: str

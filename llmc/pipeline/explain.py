@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.manifest import MANIFEST, Declined
 from llmc.artifact.store import open_artifact
 from llmc.errors import ConfigError, LlmcError, did_you_mean
+from llmc.records import Record
 
 
-class Explanation(BaseModel):
+class Explanation(Record):
     """What one pass did when the artifact was built.
 
     Args:
@@ -21,8 +20,6 @@ class Explanation(BaseModel):
         applied: Places where it applied.
         declined: Where it nearly did, by kind of reason.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     summary: str

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.integrity import find_damage
@@ -19,9 +18,10 @@ from llmc.errors import LlmcError
 from llmc.graph.interface import Interface
 from llmc.pipeline.compile import trace
 from llmc.progress import SilentProgress
+from llmc.records import Record
 
 
-class Inspection(BaseModel):
+class Inspection(Record):
     """What is in it.
 
     Args:
@@ -39,8 +39,6 @@ class Inspection(BaseModel):
         text: How an artifact turns text into tokens; None for a model.
         notes: What a reader must know: of a model by tracing it, of an artifact about its text.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["artifact", "model"]
     architecture: str

@@ -5,28 +5,25 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest
 from llmc.artifact.store import Artifact, open_artifact
 from llmc.artifact.verdict import Peer, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError, LlmcError
 from llmc.pipeline.result import PathText, require_folder
+from llmc.records import Record
 from llmc.report import Report, read_report, write_html
 
 #: Written by `build`; by `verify --report` and `bench --report` into any folder below `reports/`.
 _NAMES = ("parity.json", "report.json")
 
 
-class ReportPage(BaseModel):
+class ReportPage(Record):
     """The page that was written.
 
     Args:
         left_out: Why an artifact that lies beside this one is not on it, one text each.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: PathText
     left_out: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import PlainSerializer
 
 from llmc import __version__
 from llmc.artifact.forecast import Forecast
@@ -19,6 +19,7 @@ from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.advice import advise, explain_missed
 from llmc.pipeline.gate import LATENCY, GateResult
 from llmc.progress import Progress
+from llmc.records import Record
 from llmc.report import (
     Report,
     format_figure,
@@ -33,7 +34,7 @@ from llmc.report import (
 PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
 
 
-class BuildResult(BaseModel):
+class BuildResult(Record):
     """One finished build.
 
     Args:
@@ -44,8 +45,6 @@ class BuildResult(BaseModel):
         peak_rss_bytes: Peak resident memory of the process; None where the system does not tell.
         forecasts: Bounds by profile for engines, from data sheets.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: PathText
     manifest: Manifest
@@ -166,14 +165,12 @@ def _missed(verdict: Verdict) -> str:
     return "; ".join(parts)
 
 
-class GateReport(BaseModel):
+class GateReport(Record):
     """A report as a command's result: its document as data, its tables as text.
 
     Args:
         advice: What to do about gates on quality that were missed, for the hint of the error.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     report: Report
     advice: str | None = None

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
 from llmc.artifact.store import open_artifact
@@ -17,6 +15,7 @@ from llmc.errors import LlmcError, UnsupportedError
 from llmc.pipeline.engines import require_engine
 from llmc.pipeline.kernels import require_kernels
 from llmc.progress import Progress
+from llmc.records import Record
 
 #: Operators whose sums depend on how many tokens they are given.
 _PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
@@ -37,7 +36,7 @@ class SameText(StrEnum):
     ROUNDED = "up to rounding"
 
 
-class LookupFigures(BaseModel):
+class LookupFigures(Record):
     """How prompt lookup went.
 
     Args:
@@ -47,15 +46,13 @@ class LookupFigures(BaseModel):
         same_text: What the text being that without lookup rests on.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     draft: int
     drafted: int
     accepted: int
     same_text: SameText
 
 
-class RunResult(BaseModel):
+class RunResult(Record):
     """A generated text.
 
     Args:
@@ -64,8 +61,6 @@ class RunResult(BaseModel):
         tokens_per_step: Their ratio; 0 where the text is empty.
         lookup: None without prompt lookup.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str
     tokens: int

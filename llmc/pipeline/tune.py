@@ -7,8 +7,6 @@ import shutil
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.disk import access_errors, space_errors
 from llmc.artifact.lock import output_lock
@@ -37,6 +35,7 @@ from llmc.pipeline.search import Asked, Search, require_optuna
 from llmc.pipeline.tune_plan import TunePlan
 from llmc.pipeline.workbench import Workbench, target_digest
 from llmc.progress import Progress, SilentProgress
+from llmc.records import Record
 from llmc.report import read_report, render_front, write_tuning
 
 #: Most bytes of measurements that are kept, over all tunings.
@@ -51,14 +50,12 @@ _TEXT = "text"
 _KNOWN_IN_A_ROW = 200
 
 
-class TuneResult(BaseModel):
+class TuneResult(Record):
     """A tuning, and the target that was written.
 
     Args:
         target: The file; None if nothing meets the constraints.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tuning: Tuning
     target: PathText | None
