@@ -17,7 +17,7 @@ PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
 STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "backends", "validate", "report")
-BASE = {"records", "errors", "profile", "config", "strict_json", "limits", "memory"}
+BASE = {"arrays", "records", "errors", "profile", "config", "strict_json", "limits", "memory"}
 STATION = BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
 
 # What each part of the package may import besides itself; every part is listed.
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scratch": set(),
     "data": {"errors"},
     "records": set(),
+    "arrays": set(),
     "profile": {"records"},
     "config": {"errors", "profile", "records"},
     "document": {"errors"},

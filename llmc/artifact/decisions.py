@@ -12,7 +12,7 @@ from llmc.artifact.manifest import PRUNING
 from llmc.errors import ParityError
 
 if TYPE_CHECKING:
-    from llmc.graph.weights import Array
+    from llmc.arrays import Array
 
 
 def write_decisions(

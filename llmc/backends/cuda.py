@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import LlmcError, ResourceError
-
-Array = np.ndarray
 
 _HINTS = {
     "cudaErrorInsufficientDriver": "install NVIDIA's driver, or a newer one",

@@ -15,9 +15,10 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import FileDigest
 from llmc.errors import GraphError, LlmcError, ResourceError
-from llmc.graph.weights import Array, LazyWeight
+from llmc.graph.weights import LazyWeight
 
 #: Told after each tensor: bytes written so far, bytes in all.
 Progress = Callable[[int, int], None]

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.errors import GraphError
 from llmc.graph.domains import STANDARD
 from llmc.graph.edit import Site, add_initializer, name_constant, take_over
 from llmc.graph.match import behind, operand
 from llmc.graph.model import CODE_BITS, Graph
-from llmc.graph.weights import Array, LazyWeight, WeightGroup
+from llmc.graph.weights import LazyWeight, WeightGroup
 
 Dim = int | ir.SymbolicDim
 #: Where zero points are among the inputs of both operators, and scales.

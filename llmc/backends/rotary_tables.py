@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.graph.edit import Site, name_constant, take_over
 from llmc.graph.match import constant_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array
 
 #: Where operators read cosines and sines.
 _TABLES_AT = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.cuda import Buffer, Graph, Stream
 from llmc.backends.tensorrt import load_library
@@ -26,8 +27,6 @@ from llmc.backends.tensorrt_support import Library
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface, TensorSpec
 from llmc.graph.static_session import StaticSession
-
-Array = np.ndarray
 
 #: TensorRT's names of the types of inputs and outputs.
 _TYPES = {

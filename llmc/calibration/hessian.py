@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError, ConfigError
-from llmc.graph.weights import Array
 
 #: Added to the diagonal of H, as a part of its mean (as GPTQ's paper does).
 DAMPING = 0.01

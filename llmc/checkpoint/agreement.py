@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.own_loader import load_with_transformers
 from llmc.errors import CheckpointError, count_names
-from llmc.graph.weights import Array, StoredRows, row_chunks
+from llmc.graph.weights import StoredRows, row_chunks
 
 if TYPE_CHECKING:
     import torch

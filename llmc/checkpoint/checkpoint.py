@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmc.architecture import beside_language_model
+from llmc.arrays import Array
 from llmc.artifact.manifest import AdapterRecord
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
 from llmc.checkpoint.adapter import AdaptedStore, Merge, open_adapter, plan_merge, refuse_adapter_beside
@@ -26,7 +27,7 @@ from llmc.checkpoint.safetensors import SafetensorsStore, has_weights
 from llmc.checkpoint.sizes import require_stored
 from llmc.checkpoint.skeleton import build_skeleton
 from llmc.checkpoint.wrappers import unwrap
-from llmc.graph.weights import Array, WeightStore
+from llmc.graph.weights import WeightStore
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

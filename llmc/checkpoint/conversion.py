@@ -20,12 +20,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.checkpoint.ranges import WholeValues
 from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
 from llmc.checkpoint.stacks import stack_codes
 from llmc.checkpoint.ties import equal_rows, resolve_ties
 from llmc.errors import CheckpointError, UnsupportedError, count_names
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.graph.weights import TensorInfo, WeightStore
 
 if TYPE_CHECKING:
     import torch

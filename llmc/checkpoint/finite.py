@@ -3,8 +3,8 @@
 import ml_dtypes
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array
 
 #: Integers of the same size, and the bits of infinity, or of the only NaN: integers compare faster.
 _BITS = {

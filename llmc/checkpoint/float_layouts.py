@@ -20,11 +20,12 @@ from functools import cached_property
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.quantization import ModuleFormat
 from llmc.checkpoint.recipes import FLOAT_HINT
 from llmc.checkpoint.source import Source
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, CodeGrid, CodeRows, StackGrid
+from llmc.graph.weights import CodeGrid, CodeRows, StackGrid
 
 #: Parts that hold the JSON of bitsandbytes.
 BNB_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.checkpoint import conversion
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.gguf_codes import block_codes
@@ -26,7 +27,7 @@ from llmc.checkpoint.gguf_rope import ROPE_TENSORS, check_rotary
 from llmc.checkpoint.ranges import WholeValues, read_range, row_range
 from llmc.checkpoint.rearrange import Arrangement, find_arrangement, probe, probe_shapes, rearrange
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, CodeGrid, TensorInfo, WeightStore
+from llmc.graph.weights import CodeGrid, TensorInfo, WeightStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

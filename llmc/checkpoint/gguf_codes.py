@@ -13,7 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from llmc.graph.weights import Array, CodeGrid, CodeRows
+from llmc.arrays import Array
+from llmc.graph.weights import CodeGrid, CodeRows
 
 #: Raw blocks, uint8 (n, bytes of a block), to scales or minimums, (n, groups of a block).
 Numbers = Callable[[Array], Array]

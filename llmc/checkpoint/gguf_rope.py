@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.gguf_header import GgufHeader, GgufTensor
 from llmc.checkpoint.ranges import read_range
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -21,10 +21,11 @@ from typing import Protocol
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.quantization import ModuleFormat
 from llmc.checkpoint.source import Part, Source
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, CodeGrid, CodeRows
+from llmc.graph.weights import CodeGrid, CodeRows
 
 #: Output of each 4 bits of a word in AWQ's gemm layout.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError, count_names
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.graph.weights import TensorInfo, WeightStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

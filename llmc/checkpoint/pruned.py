@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.skeleton import build_skeleton
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.graph.weights import TensorInfo, WeightStore
 
 if TYPE_CHECKING:
     from llmc.checkpoint.checkpoint import Checkpoint

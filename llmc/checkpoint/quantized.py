@@ -15,6 +15,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.checkpoint import float_layouts, layouts
 from llmc.checkpoint.declared import Declaration
 from llmc.checkpoint.quantization import Layout, Method, ModuleFormat, StoredQuantization
@@ -22,7 +23,7 @@ from llmc.checkpoint.ranges import WholeValues, row_range
 from llmc.checkpoint.recipes import FLOAT_HINT
 from llmc.checkpoint.source import Source
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array, CodeGrid, TensorInfo, WeightStore
+from llmc.graph.weights import CodeGrid, TensorInfo, WeightStore
 
 _FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array
 
 
 def row_range(shape: tuple[int, ...], start: int, stop: int | None) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.graph.weights import Array, CodeGrid, CodeRows, TensorInfo
+from llmc.arrays import Array
+from llmc.graph.weights import CodeGrid, CodeRows, TensorInfo
 
 #: Columns of a probe: enough to see whether they keep their places.
 _WIDTH = 2

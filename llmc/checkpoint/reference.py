@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.skeleton import build_hollow
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, StoredRows, WeightStore, row_chunks
+from llmc.graph.weights import StoredRows, WeightStore, row_chunks
 
 if TYPE_CHECKING:
     import torch

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.finite import FiniteCheck
 from llmc.checkpoint.location import whole_models
@@ -26,7 +27,7 @@ from llmc.checkpoint.pointer import refuse_dangling, refuse_pointer
 from llmc.checkpoint.ranges import read_range, row_range
 from llmc.checkpoint.ties import equal_rows
 from llmc.errors import CheckpointError, UnsupportedError, count_names
-from llmc.graph.weights import Array, TensorInfo
+from llmc.graph.weights import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.checkpoint.ranges import WholeValues
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, WeightStore
+from llmc.graph.weights import WeightStore
 
 #: Rows start:stop of a part.
 Part = Callable[[int, int], Array]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmc.graph.weights import Array, CodeGrid, CodeRows, StackGrid, TensorInfo, WeightStore
+from llmc.arrays import Array
+from llmc.graph.weights import CodeGrid, CodeRows, StackGrid, TensorInfo, WeightStore
 
 
 def stack_codes(

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, TensorInfo, WeightStore
+from llmc.graph.weights import TensorInfo, WeightStore
 
 #: Modules that hold a model as their only child: torch.compile, DDP, FSDP and activation checkpointing.
 _INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

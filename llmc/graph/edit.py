@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from llmc.arrays import Array
 from llmc.errors import GraphError
 from llmc.graph.domains import STANDARD, VERSION
 from llmc.graph.model import LAYER
-from llmc.graph.weights import Array, LazyWeight, Rows
+from llmc.graph.weights import LazyWeight, Rows
 
 Attribute = int | float | str | Sequence[int] | ir.Attr
 

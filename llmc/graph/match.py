@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.errors import GraphError
-from llmc.graph.weights import Array, LazyWeight
+from llmc.graph.weights import LazyWeight
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 

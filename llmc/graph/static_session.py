@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
-
-Array = np.ndarray
 
 
 class StaticSession(ABC):

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import onnx_ir as ir
 
-Array = np.ndarray
+from llmc.arrays import Array
 
 
 class CodeRows(NamedTuple):

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.graph.match import constant_of
 from llmc.graph.runtimes import load_onnxruntime
-from llmc.graph.weights import Array, LazyWeight
+from llmc.graph.weights import LazyWeight
 
 #: Positions that one run computes.
 _CHUNK = 4096

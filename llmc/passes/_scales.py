@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.graph.edit import add_constant, add_weight
 from llmc.graph.match import input_of, made_by, operands, scalar_of
-from llmc.graph.weights import Array, CastRows, LazyWeight, Rows
+from llmc.graph.weights import CastRows, LazyWeight, Rows
 
 
 @dataclass(frozen=True)

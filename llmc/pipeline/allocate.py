@@ -15,9 +15,9 @@ from llmc.quantize.allocate import Candidate, allocate
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llmc.arrays import Array
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
-    from llmc.graph.weights import Array
     from llmc.quantize.blocks import ScaleType
     from llmc.quantize.linear import MatrixPlan
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmc.arrays import Array
 from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
 from llmc.artifact.provenance import code_digest, tool_versions
@@ -14,7 +15,7 @@ from llmc.config import Dtype, Engine, Quantization, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.graph.weights import Array, LazyWeight, Rows
+from llmc.graph.weights import LazyWeight, Rows
 from llmc.pipeline.allocate import allocate_bits
 from llmc.pipeline.calibrate import calibrate, look_for_overflow, observe, require_range
 from llmc.pipeline.context import limit_context

@@ -22,10 +22,10 @@ from llmc.pipeline.compile import trace
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.arrays import Array
     from llmc.calibration.walk import LayerTask
     from llmc.checkpoint import Checkpoint
     from llmc.checkpoint.pruned import Selection
-    from llmc.graph.weights import Array
     from llmc.prune.tasks import UnitChoice
     from llmc.prune.units import Units
 

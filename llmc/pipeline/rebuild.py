@@ -22,11 +22,12 @@ from llmc.pipeline.compile import (
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.arrays import Array
     from llmc.artifact.manifest import Manifest, PassRecord, WeightRecord
     from llmc.backends.compiled.lower import KernelSource
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
-    from llmc.graph.weights import Array, Rows
+    from llmc.graph.weights import Rows
     from llmc.quantize.calibrate import Calibration
 
 Made = TypeVar("Made")

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.hessian import damp, factorize
 from llmc.errors import UnsupportedError
-from llmc.graph.weights import Array
 from llmc.threads import spread
 
 #: Neighbours along the inputs, and how many of them go to 0.

@@ -11,9 +11,9 @@ text says nothing.
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.hessian import damp
 from llmc.errors import ConfigError
-from llmc.graph.weights import Array
 
 
 def unit_errors(weights: Array, hessian: Array, width: int, name: str, *, repair: bool) -> Array:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.walk import StopCallError
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array
 from llmc.prune.sparse import sparsify
 from llmc.prune.structured import refit, unit_errors
 from llmc.prune.units import Units

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.config import WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
@@ -20,7 +21,6 @@ from llmc.graph.domains import DIALECT
 from llmc.graph.linear import Linear, find_linears, is_weight, matrix_behind
 from llmc.graph.match import constant_of, input_of, is_op
 from llmc.graph.model import Graph, layer_of
-from llmc.graph.weights import Array
 
 #: Operators that compute each element from those at its place.
 _ELEMENTWISE = frozenset(

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.disk import space_errors
 from llmc.calibration.walk import named_linears
 from llmc.config import EngineRule, WeightFormat
 from llmc.errors import CheckpointError, ParityError
 from llmc.graph.linear import Linear
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import HIGHEST, NVFP4_BLOCK
 from llmc.quantize.place import choose_scheme

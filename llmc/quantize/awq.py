@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.hessian import weigh_features
 from llmc.config import WeightScheme
 from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array, CastRows, ConcatRows
+from llmc.graph.weights import CastRows, ConcatRows
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs

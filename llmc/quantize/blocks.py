@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
-from llmc.graph.weights import Array
 
 #: Elements that one step works on: few enough for the cache, enough for NumPy's cost per call not to show.
 STEP = 1 << 17

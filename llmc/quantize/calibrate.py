@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.walk import LayerWalk, StopCallError, named_linears
 from llmc.config import WeightScheme
-from llmc.graph.weights import Array, WeightStore
+from llmc.graph.weights import WeightStore
 from llmc.quantize.awq import ChannelPlan, divide_outputs, search_channels
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
 from llmc.quantize.methods import find_calibrated

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array
 from llmc.quantize.blocks import (
     STEP,
     PackedBlocks,

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT
@@ -23,7 +24,7 @@ from llmc.graph.edit import add_initializer, replace_node, require_domain, set_v
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import LAYER, Graph
-from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
+from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale

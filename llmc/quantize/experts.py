@@ -12,13 +12,14 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.edit import add_initializer, replace_node
 from llmc.graph.match import find_nodes, input_of, lazy_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
+from llmc.graph.weights import LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import ScaleType
 from llmc.quantize.place import QuantizedTensor, choose_scheme
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored

@@ -13,10 +13,11 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.graph.linear import Linear, as_linear, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array, LazyWeight, ScaledRows, WeightGroup
+from llmc.graph.weights import LazyWeight, ScaledRows, WeightGroup
 
 #: Norms, and their first input that is a weight; norms of com.microsoft with the residual sum have two more.
 _NORMS = {

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.config import WeightFormat
-from llmc.graph.weights import Array
 
 #: Largest code of each format.
 HIGHEST = {WeightFormat.INT8: 127.0, WeightFormat.INT4: 7.0, WeightFormat.FP8: 448.0, WeightFormat.NVFP4: 6.0}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
@@ -21,7 +22,7 @@ from llmc.graph.edit import add_initializer, name_constant, replace_node, requir
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import CODE_BITS, Graph
-from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup
+from llmc.graph.weights import LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts

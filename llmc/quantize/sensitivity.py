@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.hessian import weigh_features
 from llmc.calibration.walk import LayerWalk, named_linears, replacing_input
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
-from llmc.graph.weights import Array, WeightStore
+from llmc.graph.weights import WeightStore
 from llmc.quantize.blocks import ScaleType, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.threads import spread

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.graph.weights import (
-    Array,
     CastRows,
     CodeGrid,
     CodeRows,

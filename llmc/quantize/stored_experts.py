@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
-from llmc.graph.weights import Array, CastRows, CodeGrid, CodeRows, ExpertRows, Rows, StackGrid, StoredRows
+from llmc.graph.weights import CastRows, CodeGrid, CodeRows, ExpertRows, Rows, StackGrid, StoredRows
 from llmc.quantize.stored import StoredMatrix, is_stored
 
 

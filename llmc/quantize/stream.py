@@ -5,8 +5,9 @@ from functools import partial
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
-from llmc.graph.weights import Array, CastRows, Rows, TransposedRows
+from llmc.graph.weights import CastRows, Rows, TransposedRows
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, dequantize_blocks
 from llmc.quantize.encode import Encoder, quantize_blocks
 from llmc.threads import spread

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.switches import crosses, rope_switches
 from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
 from llmc.validate.reference import TorchModel, reporting_failures
-
-Array = np.ndarray
 
 #: Most bytes of activations and logits that one pass holds, about.
 PASS_BYTES = 512 << 20

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
@@ -11,8 +12,6 @@ from llmc.graph.interface import Interface
 from llmc.validate.measure import broken, measured, unmeasured
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 #: Lengths of the prompts, and the steps after each.
 PROMPTS, STEPS = (1, 16, 100), 64

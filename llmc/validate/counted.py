@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
+from llmc.arrays import Array
 from llmc.validate.reference import Advance
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 
 class Counted:

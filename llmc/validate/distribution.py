@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Array = np.ndarray
+from llmc.arrays import Array
 
 #: Likeliest tokens that are named exactly.
 TOP = 5

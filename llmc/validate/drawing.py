@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.validate.costs import Costs, bits_of
 from llmc.validate.positions import WINDOW_STEPS, Batch, Plan
-
-Array = np.ndarray
 
 #: Seconds of `Costs` that the levels may take on both sides.
 BUDGET = 80.0

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
 from llmc.graph.match import dims_of
-from llmc.graph.weights import Array, LazyWeight, Rows, WeightGroup, row_chunks
+from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.resemblance import find_strangers

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.latency import (
     BatchLatency,
     DecodeLatency,
@@ -40,7 +41,6 @@ from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline
 from llmc.validate.session import OrtModel, Rewindable
 
-Array = np.ndarray
 #: Energy counters of the processor and of the GPUs, and joules by them; None where there is none.
 Meters = tuple[Counter | None, Counter | None]
 Joules = tuple[float | None, float | None]

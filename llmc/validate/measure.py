@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-
-Array = np.ndarray
 
 
 def measured(

@@ -7,10 +7,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.latency import OperatorTime
 from llmc.validate.session import OrtModel
-
-Array = np.ndarray
 
 #: Decode steps that are profiled, after as many that are not counted.
 STEPS = 8

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.model import PACKED, PackedZero
 from llmc.validate.stacks import unpack
-
-Array = np.ndarray
 
 _OUTPUTS = 16
 #: Bytes of a block's zero points or minima in a group.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
@@ -20,8 +21,6 @@ from llmc.graph.interface import Interface
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 METRICS = (
     Metric.ROUNDING_KL_MEAN,

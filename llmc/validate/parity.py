@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.coverage import Coverage
@@ -17,8 +18,6 @@ from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.session import Session
 from llmc.validate.stability import Difference
-
-Array = np.ndarray
 
 DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
 #: Parts of the context that the report gives the largest difference of.

@@ -15,10 +15,9 @@ from hashlib import sha256
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import FileDigest
 from llmc.artifact.verdict import MeasurementStatus
-
-Array = np.ndarray
 
 #: Single steps after each prompt around a sliding window.
 WINDOW_STEPS = 6

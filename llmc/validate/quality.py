@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
@@ -28,8 +29,6 @@ from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
 from llmc.validate.session import Session
 from llmc.validate.yardstick import compare_with_rounding
-
-Array = np.ndarray
 
 METRICS = (
     Metric.TEXT_KL_MEAN,

@@ -10,9 +10,8 @@ from functools import partial
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.validate.distribution import Distributions, log_softmax
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.validate.measure import require_comparable
 from llmc.validate.positions import Batch
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 
 def compare_ragged(

@@ -8,13 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import ParityError, UnsupportedError
 from llmc.graph.switches import crosses, rope_switches
 from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
-
-Array = np.ndarray
-
 
 #: Told how much of how much is done, in a unit of its own.
 Advance = Callable[[int, int], None]

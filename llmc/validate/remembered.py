@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.cache import StageCache, content_key
 from llmc.graph.switches import crosses
 from llmc.validate.batch import answer
 from llmc.validate.questions import Question, ask_logits, read_logits
 from llmc.validate.reference import Advance, TorchModel, quietly
 from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
-
-Array = np.ndarray
 
 
 class RememberedModel:

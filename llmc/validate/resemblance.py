@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.graph.weights import Array, Rows, row_chunks
+from llmc.arrays import Array
+from llmc.graph.weights import Rows, row_chunks
 from llmc.validate.stored import Stored, read_stored
 
 #: Lowest and highest gain of a block.

@@ -17,13 +17,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.interval import CONFIDENCE
 from llmc.validate.measure import measured
 from llmc.validate.session import Rewindable
 
-Array = np.ndarray
 Turn = Callable[[], float]
 Open = Callable[[], Rewindable]
 

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.validate.distribution import log_softmax
-
-Array = np.ndarray
 
 #: Runs with random rounding; the worst of them counts.
 DRAWS = 8

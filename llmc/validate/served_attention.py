@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.validate.distribution import log_softmax
@@ -11,8 +12,6 @@ from llmc.validate.measure import measure, measured, require_comparable, unmeasu
 from llmc.validate.positions import Plan
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 METRICS = (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)
 

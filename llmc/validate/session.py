@@ -8,13 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import Interface, TensorSpec
 from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.arithmetic import Arithmetic, compute_in
-
-Array = np.ndarray
 
 _PROVIDER = "CPUExecutionProvider"
 _STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface, TensorSpec
-
-Array = np.ndarray
 
 #: Axis of the slots in keys and values, and in the shape that repeated heads are given.
 _AXIS = 2

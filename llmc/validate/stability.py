@@ -12,12 +12,11 @@ from itertools import groupby
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensitivity
-
-Array = np.ndarray
 
 #: Levels whose bound is on the largest difference of a logit.
 LEVELS = (

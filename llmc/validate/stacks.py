@@ -3,11 +3,10 @@
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.edit import add_initializer, replace_node
 from llmc.graph.match import array_of, input_of
-
-Array = np.ndarray
 
 #: Inputs of QMoE for each of its matrices: codes, scales, bias and zero points.
 PARTS = ((2, 3, 4, 11), (5, 6, 7, 12))

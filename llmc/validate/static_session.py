@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.graph.static_session import StaticSession
 from llmc.validate.computable import computable
 from llmc.validate.session import compare_signature, open_session, require_shape
 from llmc.validate.slots import shorten, shorten_graph
-
-Array = np.ndarray
 
 #: Dequantize weights once, when the session is made, not in every step.
 _FOLD_WEIGHTS = {"session.disable_quant_qdq": "1"}

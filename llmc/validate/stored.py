@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
@@ -21,8 +22,6 @@ from llmc.graph.match import array_of
 from llmc.graph.weights import Rows
 from llmc.validate.packed import open_packed
 from llmc.validate.stacks import PARTS, read_experts, unpack
-
-Array = np.ndarray
 
 #: Neighbours along the last axis whose error is looked at together where there are no blocks.
 BLOCK = 32

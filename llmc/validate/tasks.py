@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ConfigError, LlmcError, ResourceError, UnsupportedError
@@ -26,8 +27,6 @@ from llmc.validate.measure import measure, measured
 from llmc.validate.questions import Score, ask_score, read_score
 from llmc.validate.reference import Reference
 from llmc.validate.session import Session
-
-Array = np.ndarray
 
 #: Scores pairs of a prompt and a choice after it.
 _Scorer = Callable[[Sequence[tuple[Array, Array]]], list[Score]]

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
 from llmc.graph.model import LAYER
 from llmc.graph.runtimes import load_onnxruntime
 from llmc.validate.arithmetic import Arithmetic, compute_in
-
-Array = np.ndarray
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

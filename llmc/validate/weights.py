@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.stored import Stored, read_stored
-
-Array = np.ndarray
 
 METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR, Metric.WEIGHTS_MAX_STEPS)
 

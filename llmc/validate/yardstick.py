@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.graph.weights import Rows
 from llmc.validate.interval import ratio_interval
 from llmc.validate.measure import measured
 from llmc.validate.stored import Stored
-
-Array = np.ndarray
 
 #: Nats per token. Where plain rounding loses less than this, the artifact is compared with this.
 FLOOR = 0.02

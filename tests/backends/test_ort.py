@@ -15,10 +15,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import FileDigest
 from llmc.backends.ort import write_model
 from llmc.errors import CheckpointError, GraphError, ResourceError
-from llmc.graph.weights import Array, LazyWeight, WeightGroup
+from llmc.graph.weights import LazyWeight, WeightGroup
 
 Compute = Callable[[], Mapping[str, Array]]
 

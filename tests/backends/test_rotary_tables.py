@@ -7,10 +7,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from llmc.arrays import Array
 from llmc.backends.ort import DATA, write_model
 from llmc.backends.rotary_tables import compute_tables, find_pairs
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array
 
 POSITIONS, PAIRS = 8192, 32
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from llmc.graph.weights import Array
+from llmc.arrays import Array
 from tests.checkpoint.quantized_folders import pack_stream
 
 Packed = tuple[Mapping[str, Array], Array]

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from llmc.graph.weights import Array
+from llmc.arrays import Array
 from tests.models import EOS, save_tiny_model
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import AdapterRecord
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.errors import CheckpointError, LlmcError, UnsupportedError
-from llmc.graph.weights import Array
 from tests.checkpoint.quantized_folders import gptq_config, pack_gptq, write_codes
 from tests.models import save_tiny_model, save_tiny_tokenizer, tiny_multimodal_fields
 

@@ -8,10 +8,11 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
+from llmc.arrays import Array
 from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.gguf_codes import block_codes
 from llmc.checkpoint.rearrange import find_arrangement, probe, rearrange
-from llmc.graph.weights import Array, CodeGrid, CodeRows, TensorInfo
+from llmc.graph.weights import CodeGrid, CodeRows, TensorInfo
 from tests.checkpoint.tiny_gguf import SCALES_AT, random_blocks, write_gguf
 
 WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+from llmc.arrays import Array
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.checkpoint.quantization import ModuleFormat
 from llmc.checkpoint.recipes import parse_quantization
 from llmc.errors import CheckpointError, ExitCode, UnsupportedError
-from llmc.graph.weights import Array
 from tests.checkpoint.quantized_folders import (
     Pack,
     compressed_config,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmc.arrays import Array
 from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.declared import find_declarations
 from llmc.errors import CheckpointError, UnsupportedError
-from llmc.graph.weights import Array
 from tests.checkpoint import packed_formats as formats
 from tests.checkpoint.quantized_folders import (
     compressed_config,

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.arrays import Array
 from llmc.errors import GraphError
 from llmc.graph.dialect import EXPERTS, experts
 from llmc.graph.domains import DIALECT, MICROSOFT
@@ -21,7 +22,7 @@ from llmc.graph.edit import (
     take_over,
 )
 from llmc.graph.model import LAYER
-from llmc.graph.weights import Array, LazyWeight
+from llmc.graph.weights import LazyWeight
 
 
 class Ones:

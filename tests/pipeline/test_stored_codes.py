@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import State, WeightRecord
 from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric
-from llmc.graph.weights import Array, read_all
+from llmc.graph.weights import read_all
 from llmc.pipeline import build, inspect
 from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult

@@ -5,12 +5,13 @@ import onnx_ir as ir
 import pytest
 from transformers import PreTrainedModel
 
+from llmc.arrays import Array
 from llmc.config import Dtype, Quantization, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
 from llmc.graph.verify import verify
-from llmc.graph.weights import Array, LazyWeight, WeightGroup
+from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.passes import registered_passes
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks

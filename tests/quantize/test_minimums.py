@@ -6,11 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.arrays import Array
 from llmc.backends.minimums import split_minimums
 from llmc.backends.ort import write_model
 from llmc.config import Dtype, WeightRole
 from llmc.graph.model import Graph
-from llmc.graph.weights import Array, TensorInfo
+from llmc.graph.weights import TensorInfo
 from llmc.quantize.linear import quantize_weights
 from llmc.validate.stored import read_stored
 from tests.quantize.test_linear import IDS, Tensors, decoder, everything, random, run

@@ -5,10 +5,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.graph.weights import (
-    Array,
     CastRows,
     CodeGrid,
     CodeRows,

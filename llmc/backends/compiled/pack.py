@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.errors import CheckpointError
 from llmc.graph.model import PackedZero
-from llmc.graph.weights import Array, WeightGroup
+from llmc.graph.weights import WeightGroup
 
 GROUP = 16
 

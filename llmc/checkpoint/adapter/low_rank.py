@@ -12,7 +12,8 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph.weights import Array, Rows, row_chunks
+from llmc.arrays import Array
+from llmc.graph.weights import Rows, row_chunks
 
 _FLOAT = ir.DataType.FLOAT
 

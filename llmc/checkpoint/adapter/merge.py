@@ -10,12 +10,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from llmc.arrays import Array
 from llmc.artifact.manifest import AdapterRecord
 from llmc.checkpoint import tokenizer
 from llmc.checkpoint.adapter.folder import Adapter
 from llmc.checkpoint.adapter.names import sort_tensors
 from llmc.checkpoint.ties import equal_rows
-from llmc.graph.weights import Array, Rows, StoredRows, TensorInfo, WeightStore
+from llmc.graph.weights import Rows, StoredRows, TensorInfo, WeightStore
 
 _CODES = "an adapter changes its values"
 #: Makes the changed rows of a tensor from the base's.

@@ -9,9 +9,9 @@ import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache
 
+from llmc.arrays import Array
 from llmc.config import Method, WeightScheme
 from llmc.errors import ConfigError
-from llmc.graph.weights import Array
 from llmc.quantize.blocks import PackedBlocks, ScaleType, Workspace
 
 

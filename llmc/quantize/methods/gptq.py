@@ -14,10 +14,10 @@ from functools import partial
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.calibration.hessian import factorize, weigh_features
 from llmc.config import WeightScheme
 from llmc.config.method import Gptq
-from llmc.graph.weights import Array
 from llmc.quantize.blocks import PackedBlocks, ScaleType, pack, unpack, zero_level
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.methods import CalibratedHandler

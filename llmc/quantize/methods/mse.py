@@ -12,9 +12,9 @@ just spans the block, is of residuals, which keep their precision at 8 bits too.
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
 from llmc.config.method import LeastSquares
-from llmc.graph.weights import Array
 from llmc.quantize.blocks import ScaleType, Workspace, invert, round_scales, round_to_levels, zero_level
 from llmc.quantize.methods import Handler
 from llmc.quantize.methods.rtn import place_zero, span_columns

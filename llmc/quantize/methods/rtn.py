@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmc.arrays import Array
 from llmc.config import WeightScheme
 from llmc.config.method import RoundToNearest
-from llmc.graph.weights import Array
 from llmc.quantize.blocks import SMALLEST, ScaleType, Workspace, invert, round_scales, zero_level
 from llmc.quantize.methods import Handler
 
