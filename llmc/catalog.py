@@ -135,20 +135,21 @@ def load_profile_for(target: Target, name: str, path: Path | None = None) -> Pro
     return profile
 
 
-def _file_of(name: str, kind: _Kind, path: Path | None) -> Path:
-    files = _find(kind, search_folders(path))
+def _file_of(name: str, kind: _Kind, path: Path | None, *, shared: bool = False) -> Path:
+    """The file of this name, where `shared` also one that holds a part of targets."""
+    files = _find(kind, search_folders(path), shared=shared)
     if name not in files:
         known = [*files, LOCAL] if kind == "profiles" else list(files)
         raise ConfigError(f"no {kind.removesuffix('s')} is named {name}", hint=did_you_mean(name, known))
     return files[name]
 
 
-def _find(kind: _Kind, folders: Sequence[Path]) -> dict[str, Path]:
+def _find(kind: _Kind, folders: Sequence[Path], *, shared: bool = False) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         here: dict[str, Path] = {}
         for file in sorted((folder / kind).glob("*")):
-            if file.suffix not in (".yaml", ".yml") or file.name.startswith(_SHARED):
+            if file.suffix not in (".yaml", ".yml") or (file.name.startswith(_SHARED) and not shared):
                 continue
             if file.stem in here:
                 raise ConfigError(f"{file} and {here[file.stem].name} both define {file.stem}")
@@ -172,7 +173,7 @@ def _extension(path: Path | None) -> Extension:
     def find(name: str, file: Path) -> Path:
         beside = [file.with_name(name + suffix) for suffix in (".yaml", ".yml")]
         found = next((each for each in beside if each.is_file()), None)
-        return _file_of(name, "targets", path) if found is None else found
+        return _file_of(name, "targets", path, shared=True) if found is None else found
 
     return Extension(find, {"gates": ("metric", [metric.value for metric in Metric])})
 

@@ -184,6 +184,16 @@ def test_a_target_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
     assert read_target(str(tmp_path / "targets" / "mine.yaml")) == mine
 
 
+def test_a_copy_of_a_shipped_target_extends_what_that_extends(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    text = (shipped_folder() / "targets" / "cpu-mixed-4.6.yaml").read_text()
+    (tmp_path / "targets" / "mine.yaml").write_text(text.replace("name: cpu-mixed-4.6", "name: mine"))
+    assert load_target("mine", tmp_path).gates == load_target("cpu-mixed-4.6").gates
+    text = (shipped_folder() / "targets" / "cpu-mixed.yaml").read_text()
+    (tmp_path / "targets" / "mine.yaml").write_text(text.replace("name: cpu-mixed", "name: mine"))
+    assert load_target("mine", tmp_path).passes == load_target("cpu-mixed").passes
+
+
 def test_a_part_is_no_target() -> None:
     with pytest.raises(ConfigError, match="no target is named _cpu"):
         load_target("_cpu")

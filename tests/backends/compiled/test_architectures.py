@@ -14,7 +14,7 @@ from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_
 from llmc.backends.toolchain import find_compiler, host_machine
 from llmc.catalog import load_profile
 from llmc.errors import ConfigError, ExitCode, LlmcError, ParityError, ResourceError
-from llmc.pipeline import bench, build, run, verify
+from llmc.pipeline import bench, build, kernels, run, verify
 from llmc.pipeline.result import GateReport
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -92,7 +92,8 @@ def test_what_this_machine_cannot_execute_is_built_and_not_executed(
 ) -> None:
     """From a machine of another architecture, this one's compiler is a cross compiler."""
     monkeypatch.setenv("LLMC_CXX", "g++")
-    monkeypatch.setattr(toolchain, "host_machine", lambda: "riscv64")
+    for module in (toolchain, kernels):
+        monkeypatch.setattr(module, "host_machine", lambda: "riscv64")
     before = open_artifact(artifact).manifest
     plan = plan_build(before.model.ref, target="cpu-int4-compiled", profile="local", output=tmp_path / "out")
     result = build(plan, SilentProgress())
