@@ -18,8 +18,9 @@ from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
 from llmc.validate.reference import TorchModel, reporting_failures
 
-#: Most bytes of activations and logits that one pass holds, about.
-PASS_BYTES = 512 << 20
+#: Most bytes of activations and logits that one pass holds, about: of a model in memory, and of one whose
+#: weights are streamed, which takes no memory for them and pays for every pass.
+PASS_BYTES, STREAMED_PASS_BYTES = 512 << 20, 1536 << 20
 #: Tokens whose arithmetic takes as long as a pass costs besides: in memory, and streamed from disk, where
 #: every weight is read and widened once.
 _PASS_TOKENS, _STREAMED_PASS_TOKENS = 16, 320
@@ -59,7 +60,9 @@ def plan_passes(
     A shorter sequence joins a longer one where its padding costs less than a pass of its own; those on other
     sides of a switch of rotary embeddings never do.
     """
-    spare = _STREAMED_PASS_TOKENS if _is_streamed(model.model) else _PASS_TOKENS
+    streamed = _is_streamed(model.model)
+    spare = _STREAMED_PASS_TOKENS if streamed else _PASS_TOKENS
+    most = STREAMED_PASS_BYTES if streamed else PASS_BYTES
     per_token, per_logit = _bytes(model.model.config)
     passes: list[list[int]] = []
     longest, used = 0, 0
@@ -67,7 +70,7 @@ def plan_passes(
         length, keep = len(questions[number].input_ids), questions[number].keep
         cost = keep * per_logit
         near = longest - length <= spare and not any(length <= at < longest for at in switches)
-        if not passes or not near or used + longest * per_token + cost > PASS_BYTES:
+        if not passes or not near or used + longest * per_token + cost > most:
             passes.append([])
             longest, used = length, 0
         passes[-1].append(number)
