@@ -171,8 +171,9 @@ def _extension(path: Path | None) -> Extension:
     """How a target is merged with the one that it extends: gates by their metric."""
 
     def find(name: str, file: Path) -> Path:
-        beside = [file.with_name(name + suffix) for suffix in (".yaml", ".yml")]
-        found = next((each for each in beside if each.is_file()), None)
+        beside = [file.parent / (name + suffix) for suffix in (".yaml", ".yml")]
+        named = Path(name).name == name  # not a path
+        found = next((each for each in beside if named and each.is_file()), None)
         return _file_of(name, "targets", path, shared=True) if found is None else found
 
     return Extension(find, {"gates": ("metric", [metric.value for metric in Metric])})

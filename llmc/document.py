@@ -124,21 +124,31 @@ def _compose_extended(path: Path, extension: Extension, above: tuple[Path, ...] 
 def _merge(
     base: yaml.MappingNode, own: yaml.MappingNode, lists: Mapping[str, tuple[str, Sequence[str]]]
 ) -> yaml.MappingNode:
+    for key, _ in (*base.value, *own.value):
+        if not isinstance(key, yaml.ScalarNode):
+            mark = key.start_mark
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: a key of this document is a list or a mapping")
     pairs = {key.value: (key, value) for key, value in base.value}
     for key, value in own.value:
         below = pairs[key.value][1] if key.value in pairs else None
         merged = value
         if isinstance(value, yaml.MappingNode) and isinstance(below, yaml.MappingNode):
             merged = _merge(below, value, {})
-        elif key.value in lists and isinstance(below, yaml.SequenceNode):
+        elif (
+            key.value in lists
+            and isinstance(below, yaml.SequenceNode)
+            and isinstance(value, yaml.SequenceNode)
+        ):
             merged = _merge_list(below, value, *lists[key.value])
         pairs[key.value] = (key, merged)
     return yaml.MappingNode(own.tag, list(pairs.values()), own.start_mark, own.end_mark)
 
 
-def _merge_list(base: yaml.SequenceNode, own: yaml.Node, by: str, order: Sequence[str]) -> yaml.Node:
+def _merge_list(
+    base: yaml.SequenceNode, own: yaml.SequenceNode, by: str, order: Sequence[str]
+) -> yaml.SequenceNode:
     above = _entries(own, by)
-    if len(above) < len(_children(own)):
+    if len(above) < len(own.value):
         place = f"{own.start_mark.name}:{own.start_mark.line + 1}"
         raise ConfigError(f"{place}: each entry of this list has a {by} of its own")
     entries = _entries(base, by)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,9 +22,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if wanted and needs_heavy(collection_path) else None
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption(OPTION) and "torch" in sys.modules:
-        pytest.exit("a test imports torch, and nothing in its file says so", returncode=1)
+@pytest.fixture(autouse=True)
+def _no_torch(pytestconfig: pytest.Config) -> Iterator[None]:
+    yield
+    if pytestconfig.getoption(OPTION):
+        assert "torch" not in sys.modules, "this test imports torch, and nothing in its file says so"
 
 
 @cache

@@ -194,6 +194,13 @@ def test_a_copy_of_a_shipped_target_extends_what_that_extends(tmp_path: Path) ->
     assert load_target("mine", tmp_path).passes == load_target("cpu-mixed").passes
 
 
+def test_a_path_is_not_a_name_to_extend(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "mine.yaml").write_text("name: mine\nsummary: x\nextends: ../cpu-int4\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: extends \.\./cpu-int4: no target is named"):
+        load_target("mine", tmp_path)
+
+
 def test_a_part_is_no_target() -> None:
     with pytest.raises(ConfigError, match="no target is named _cpu"):
         load_target("_cpu")

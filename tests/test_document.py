@@ -211,6 +211,8 @@ def test_a_document_adds_to_the_one_that_it_extends(tmp_path: Path) -> None:
         (OWN, BASE + "extends: mine", r"extends mine: a document extends itself: .* extends .*mine.yaml"),
         (OWN.replace("graph.mism", "text.kl_mean #"), BASE, r"mine.yaml:\d+ is not valid YAML"),
         (OWN.replace("graph.mismatches", "text.kl_mean"), BASE, r"mine.yaml:9: each entry .* has a metric"),
+        (OWN + "? [a, b]\n: c\n", BASE, r"mine.yaml:11: a key of this document is a list or a mapping"),
+        (OWN.split("gates:")[0] + "gates: null\n", BASE, r"mine.yaml:8: gates is None: .*"),
         (OWN, BASE.replace("quantize:", "quantize: ["), r"extends _base: .*_base.yaml:\d+ is not valid"),
     ],
 )  # fmt: skip

@@ -17,8 +17,8 @@ class Method(Strict):
     Args:
         name: As targets state it.
         starts_from: For a method that needs calibration text, the one that finds the scales which it begins
-            with; it takes over where there is no text, or nothing to gain from it. None for a method that
-            needs no calibration text.
+            with; that one is used alone where calibration text is missing or brings no gain. None for a
+            method that needs no calibration text.
     """
 
     name: ClassVar[str]
