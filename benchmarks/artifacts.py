@@ -8,7 +8,7 @@ from llmc.artifact.store import open_artifact
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
-from llmc.validate.session import OrtModel, shares_buffer
+from llmc.runtime.ort_model import OrtModel, shares_buffer
 
 
 def build_target(source: Path, target: str, cache: Path) -> Path:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import FileDigest
 from llmc.artifact.store import open_artifact
-from llmc.backends.tensorrt_support import EnginePlan, plan_engines
+from llmc.backends.tensorrt.support import EnginePlan, plan_engines
 from llmc.catalog import list_targets, load_profile, load_target
 from llmc.config import Engine, Span
 from llmc.errors import LlmcError, UnsupportedError
@@ -93,7 +93,7 @@ def build_measured(
     folder: Path, plan: EnginePlan, engine: Engine
 ) -> tuple[EngineRecord, FileDigest, float, float]:
     """The engine, seconds and peak resident bytes, in a process of this measurement's own."""
-    from llmc.backends.tensorrt_worker import Outcome, build_apart
+    from llmc.backends.tensorrt.worker import Outcome, build_apart
 
     read, write = os.pipe()
     start = time.perf_counter()

@@ -20,7 +20,7 @@ from llmc.artifact.store import Artifact, open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.data import eval_text
 from llmc.pipeline import build
-from llmc.pipeline.original import tokenize
+from llmc.pipeline.steps.original import tokenize
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
 from llmc.validate.distribution import log_softmax

@@ -14,7 +14,7 @@ from pathlib import Path
 from machine import describe
 
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, choose_isa
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
 from llmc.machine import detect_cpu
 
 ROOT = Path(__file__).parent.parent

@@ -27,12 +27,12 @@ from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import CacheType
 from llmc.data import eval_text
 from llmc.pipeline import build
-from llmc.pipeline.original import tokenize
+from llmc.pipeline.steps.original import tokenize
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel
 
 #: Tokens of text that are measured at each context, over all windows, and most of one window.
 MEASURED, STEPS = 512, 128

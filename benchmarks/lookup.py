@@ -22,7 +22,7 @@ import onnxruntime_genai as og
 from machine import describe
 
 from llmc.artifact.manifest import MODEL
-from llmc.backends.lookup import piece_length, speculative_options, verifying_model
+from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 
 ARTICLE = """\
 The town of Varnholt lies on a bend of the river Asel, where the old trade road crosses it. For most \

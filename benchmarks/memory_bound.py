@@ -19,7 +19,7 @@ from serving import build_ours
 from sources import NAMES, checkpoint
 
 from llmc.artifact.store import open_artifact
-from llmc.backends.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.compiled.toolchain import Unit, compile_library, find_compiler
 from llmc.graph.interface import Interface
 
 PASSES = 20

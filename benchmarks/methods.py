@@ -20,7 +20,7 @@ from llmc.calibration.hessian import weigh_features
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import WeightScheme
 from llmc.data import calibration_text, eval_text
-from llmc.pipeline.original import tokenize
+from llmc.pipeline.steps.original import tokenize
 from llmc.quantize.awq import search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks

@@ -19,7 +19,7 @@ from sources import checkpoint
 from llmc.catalog import load_target
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CalibrationText, NeuronPruning, Pruning
-from llmc.pipeline.prune import Pruned, count_parameters, prune
+from llmc.pipeline.steps.prune import Pruned, count_parameters, prune
 from llmc.progress import TerminalProgress
 from llmc.validate.reference import TorchModel
 

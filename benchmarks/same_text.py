@@ -16,7 +16,7 @@ from sources import NAMES, checkpoint
 
 from artifacts import build_target, open_model
 from llmc.checkpoint import open_checkpoint
-from llmc.validate.session import OrtModel
+from llmc.runtime.ort_model import OrtModel
 
 TARGETS = ("cpu-int4-compiled", "cpu-int4")
 TASKS = (

@@ -17,10 +17,10 @@ import numpy as np
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
-from llmc.pipeline.original import read_text, tokenize
+from llmc.pipeline.steps.original import read_text, tokenize
+from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.gates import evaluate
 from llmc.validate.rival import CONTEXT, Pairing, measure_rival
-from llmc.validate.session import OrtModel, shares_buffer
 
 
 class Slowed(OrtModel):

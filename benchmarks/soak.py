@@ -33,8 +33,8 @@ from machine import describe
 from sources import NAMES, checkpoint
 
 from artifacts import open_model
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.footprint import resident_bytes
-from llmc.validate.session import OrtModel
 
 THREADS, SESSIONS, ROWS, STEPS, ROUNDS = 4, 2, 4, 4, 40
 #: Lengths of prompts, most of them short as in a chat, some beyond what kernels take in one piece.

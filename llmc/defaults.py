@@ -50,7 +50,7 @@ def choose_target(profile: str, path: Path | None = None) -> Choice:
 def _lacks_kernels(profile: Profile) -> str | None:
     """Why no kernels can be compiled for a CPU; None if they can."""
     from llmc.backends.compiled.isa import choose_isa
-    from llmc.backends.toolchain import find_compiler
+    from llmc.backends.compiled.toolchain import find_compiler
 
     try:
         find_compiler(choose_isa(profile.isa, profile.name).machine)

@@ -183,7 +183,7 @@ def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
 
 def check_compiler() -> Check:
     """The C++ compiler of targets with compiled kernels."""
-    from llmc.backends.toolchain import find_compiler
+    from llmc.backends.compiled.toolchain import find_compiler
 
     try:
         return Check(name="c++ compiler", status="ok", detail=find_compiler().version)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from llmc.backends.ort import write_model
+from llmc.backends.model_file import write_model
 from llmc.config import Dtype, EngineRule
 from llmc.graph.interface import Interface
 from llmc.graph.model import Graph
@@ -16,7 +16,7 @@ from llmc.passes import registered_passes
 from llmc.quantize.engine import quantize_for_engine
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
-from tests.runtime import StateStore
+from tests.state_store import StateStore
 
 CAPACITY = 128
 PASSES = (

@@ -45,11 +45,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": BASE,
     "artifact": BASE | {"graph"},
     "calibration": BASE | {"graph", "artifact"},
+    "runtime": BASE | {"graph", "artifact"},
     **dict.fromkeys(STATIONS, STATION),
+    **{station: STATION | {"runtime"} for station in ("passes", "backends", "validate")},
     **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
-    | {"calibration", *STATIONS},
+    | {"calibration", "runtime", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
     | {"__init__"},
@@ -184,7 +186,10 @@ def test_the_rule_sees_a_circle_inside_functions(tmp_path: Path, monkeypatch: py
 
 
 def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:
-    allowed = {PACKAGE / "graph" / "runtimes.py", PACKAGE / "backends" / "tokenizer_worker.py"}
+    allowed = {
+        PACKAGE / "runtime" / "libraries.py",
+        PACKAGE / "backends" / "onnxruntime" / "tokenizer_worker.py",
+    }
     pattern = re.compile(r"^ *(import|from) onnxruntime", re.MULTILINE)
     found = {file for file in PACKAGE.rglob("*.py") if pattern.search(file.read_text(encoding="utf-8"))}
     assert found == allowed

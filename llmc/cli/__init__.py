@@ -93,7 +93,7 @@ def program() -> NoReturn:
 
 
 def _tidy(output: Path) -> None:
-    from llmc.pipeline.leftovers import tidy_output
+    from llmc.pipeline.steps.tidy import tidy_output
 
     tidy_output(output)
 

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.graph.match import constant_of
-from llmc.graph.runtimes import load_onnxruntime
 from llmc.graph.weights import LazyWeight
+from llmc.runtime.libraries import load_onnxruntime
 
 #: Positions that one run computes.
 _CHUNK = 4096

@@ -9,13 +9,13 @@ from llmc.pipeline.bisect import bisect
 from llmc.pipeline.build import build
 from llmc.pipeline.check import check
 from llmc.pipeline.compare import compare
-from llmc.pipeline.engines import resume
 from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.reports import report
 from llmc.pipeline.run import run
-from llmc.pipeline.tune import tune
-from llmc.pipeline.tune_plan import plan_tune
+from llmc.pipeline.steps.engines import resume
+from llmc.pipeline.tune.plan import plan_tune
+from llmc.pipeline.tune.tune import tune
 from llmc.pipeline.verify import verify
 
 __all__ = [

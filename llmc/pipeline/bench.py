@@ -14,12 +14,12 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric, Provider
 from llmc.errors import ResourceError
 from llmc.machine import detect_profile
-from llmc.pipeline.engines import require_engine
-from llmc.pipeline.gate import GateResult, latency_gates
-from llmc.pipeline.kernels import require_kernels
-from llmc.pipeline.original import open_pair, read_text, tokenize
+from llmc.pipeline.gate.parity import GateResult, latency_gates
+from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
-from llmc.pipeline.thresholds import choose_thresholds
+from llmc.pipeline.steps.engines import require_engine
+from llmc.pipeline.steps.kernels import require_kernels
+from llmc.pipeline.steps.original import open_pair, read_text, tokenize
 from llmc.profile import Profile
 from llmc.progress import Progress
 from llmc.validate.gates import evaluate
@@ -132,9 +132,9 @@ def _timed(artifact: Artifact) -> Timed:
     Raises:
         ResourceError: It is for hardware that this machine has not.
     """
-    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.backends.tensorrt.session import EngineSession
+    from llmc.runtime.ort_model import OrtModel, shares_buffer
     from llmc.validate.latency import Timed
-    from llmc.validate.session import OrtModel, shares_buffer
 
     path, manifest = artifact.path, artifact.manifest
     interface, target = manifest.interface, manifest.target

@@ -10,10 +10,10 @@ from llmc.artifact.integrity import require_vouched
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.machine import release_memory
-from llmc.pipeline.compile import trace
-from llmc.pipeline.context import limit_context
-from llmc.pipeline.original import open_pair, read_text, tokenize
-from llmc.pipeline.prune import reopen
+from llmc.pipeline.steps.compile import trace
+from llmc.pipeline.steps.context import limit_context
+from llmc.pipeline.steps.original import open_pair, read_text, tokenize
+from llmc.pipeline.steps.prune import reopen
 from llmc.progress import Progress
 from llmc.records import Record
 from llmc.validate.measure import max_abs, measured
@@ -191,7 +191,7 @@ def measure_passes(
 
 def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterator[tuple[str, Graph]]:
     """The graph after each step, always the same object, changed in place."""
-    from llmc.backends.minimums import split_minimums
+    from llmc.backends.onnxruntime.minimums import split_minimums
     from llmc.passes import run_passes
     from llmc.quantize.linear import quantize_weights
 
@@ -210,7 +210,7 @@ def _steps(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterat
 def _values_of(graph: Graph, folder: Path, prompt: object) -> Values:
     import numpy as np
 
-    from llmc.backends.ort import write_model
+    from llmc.backends.model_file import write_model
     from llmc.validate.values import graph_values
 
     write_model(graph.model, folder)

@@ -19,18 +19,18 @@ from llmc.artifact.provenance import tool_versions
 from llmc.artifact.store import Artifact, Staging, digest_files, staging
 from llmc.config import BuildPlan, Provider
 from llmc.errors import ConfigError
-from llmc.pipeline.compile import Compiled, compile_graph, pass_records, scales_channels
-from llmc.pipeline.engines import plan_all_engines, write_engines, write_forecasts
-from llmc.pipeline.gate import measure_parity
-from llmc.pipeline.kernels import KernelStage
-from llmc.pipeline.losses import loss_notes
-from llmc.pipeline.prune import count_parameters, prune
-from llmc.pipeline.rebuild import Rebuilt, finish_graph
+from llmc.pipeline.gate.parity import measure_parity
+from llmc.pipeline.gate.subject import Subject
+from llmc.pipeline.gate.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
-from llmc.pipeline.serving import write_serving
-from llmc.pipeline.subject import Subject
-from llmc.pipeline.text import write_text
-from llmc.pipeline.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
+from llmc.pipeline.steps.compile import Compiled, compile_graph, pass_records, scales_channels
+from llmc.pipeline.steps.engines import plan_all_engines, write_engines, write_forecasts
+from llmc.pipeline.steps.kernels import KernelStage
+from llmc.pipeline.steps.losses import loss_notes
+from llmc.pipeline.steps.prune import count_parameters, prune
+from llmc.pipeline.steps.rebuild import Rebuilt, finish_graph
+from llmc.pipeline.steps.serving import write_serving
+from llmc.pipeline.steps.text import write_text
 from llmc.profile import ProfileKind
 from llmc.progress import Progress
 from llmc.scratch import record_output
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.text import TextRecord
     from llmc.artifact.verdict import Verdict
-    from llmc.backends.tensorrt_support import EnginePlan
+    from llmc.backends.tensorrt.support import EnginePlan
     from llmc.checkpoint import Checkpoint
 
 
@@ -131,7 +131,7 @@ def _write(
     progress: Progress,
 ) -> Built:
     """Compile the model, and write every file of the artifact but its manifest into `folder`."""
-    from llmc.backends.ort import write_model
+    from llmc.backends.model_file import write_model
     from llmc.quantize.activations import write_smoothing
 
     text = write_text(opened, plan, folder, progress)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from llmc.artifact.manifest import PassRecord
-from llmc.backends.tensorrt import load_library
-from llmc.backends.tensorrt_nodes import NodeFinding
-from llmc.backends.tensorrt_support import Library, plan_engines
+from llmc.backends.tensorrt.engine import load_library
+from llmc.backends.tensorrt.nodes import NodeFinding
+from llmc.backends.tensorrt.support import Library, plan_engines
 from llmc.catalog import list_targets
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError, LlmcError, UnsupportedError
-from llmc.pipeline.compile import lower_graph, pass_records
+from llmc.pipeline.steps.compile import lower_graph, pass_records
 from llmc.progress import Progress
 from llmc.records import Record
 
@@ -85,7 +85,7 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
         CheckpointError: The checkpoint cannot be opened, or lacks a tensor.
         ResourceError: tensorrt_rtx, whose parser is asked, is missing.
     """
-    from llmc.backends.tensorrt_nodes import check_nodes
+    from llmc.backends.tensorrt.nodes import check_nodes
     from llmc.checkpoint import open_checkpoint
     from llmc.quantize.engine import quantize_for_engine
 

@@ -16,7 +16,7 @@ from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError
 from llmc.graph.interface import Interface
-from llmc.pipeline.compile import trace
+from llmc.pipeline.steps.compile import trace
 from llmc.progress import SilentProgress
 from llmc.records import Record
 

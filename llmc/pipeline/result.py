@@ -16,8 +16,8 @@ from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, Sta
 from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
 from llmc.config import Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
-from llmc.pipeline.advice import advise, explain_missed
-from llmc.pipeline.gate import LATENCY, GateResult
+from llmc.pipeline.gate.advice import advise, explain_missed
+from llmc.pipeline.gate.parity import LATENCY, GateResult
 from llmc.progress import Progress
 from llmc.records import Record
 from llmc.report import (

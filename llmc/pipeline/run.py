@@ -8,14 +8,14 @@ from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
 from llmc.artifact.store import open_artifact
 from llmc.artifact.text import TextCodec
-from llmc.backends.greedy import stream_text
 from llmc.backends.special_tokens import read_stop_tokens
 from llmc.config import Dtype
 from llmc.errors import LlmcError, UnsupportedError
-from llmc.pipeline.engines import require_engine
-from llmc.pipeline.kernels import require_kernels
+from llmc.pipeline.steps.engines import require_engine
+from llmc.pipeline.steps.kernels import require_kernels
 from llmc.progress import Progress
 from llmc.records import Record
+from llmc.runtime.greedy import stream_text
 
 #: Operators whose sums depend on how many tokens they are given.
 _PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
@@ -119,8 +119,8 @@ def run(
         tokens = _run_engine(path, manifest, prompt, max_tokens, take, progress)
         return _result(pieces, tokens, tokens, None)
 
-    from llmc.backends.generate import generate_text
-    from llmc.backends.lookup import require_draft
+    from llmc.backends.onnxruntime.generate import generate_text
+    from llmc.backends.onnxruntime.lookup import require_draft
 
     if lookup is not None:
         require_draft(lookup, compiled=manifest.kernels is not None)
@@ -161,7 +161,7 @@ def _run_engine(
     progress: Progress,
 ) -> int:
     """New tokens that the artifact's engine made."""
-    from llmc.backends.tensorrt_session import EngineSession
+    from llmc.backends.tensorrt.session import EngineSession
 
     session = EngineSession(path, require_engine(manifest), manifest.interface)
     stop = read_stop_tokens(path)

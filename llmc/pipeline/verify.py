@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.integrity import find_damage
 from llmc.artifact.store import Artifact, open_artifact
-from llmc.pipeline.advice import advise
-from llmc.pipeline.derived import compare_derived
-from llmc.pipeline.engines import host_engine
-from llmc.pipeline.gate import hold_manifest, measure_parity
-from llmc.pipeline.kernels import require_kernels
-from llmc.pipeline.original import open_pair
-from llmc.pipeline.prune import reopen
-from llmc.pipeline.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
+from llmc.pipeline.gate.advice import advise
+from llmc.pipeline.gate.derived import compare_derived
+from llmc.pipeline.gate.parity import hold_manifest, measure_parity
+from llmc.pipeline.gate.subject import Subject
+from llmc.pipeline.gate.thresholds import Thresholds, choose_thresholds
+from llmc.pipeline.gate.unfinished import finish
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
-from llmc.pipeline.subject import Subject
-from llmc.pipeline.thresholds import Thresholds, choose_thresholds
-from llmc.pipeline.unfinished import finish
+from llmc.pipeline.steps.engines import host_engine
+from llmc.pipeline.steps.kernels import require_kernels
+from llmc.pipeline.steps.original import open_pair
+from llmc.pipeline.steps.prune import reopen
+from llmc.pipeline.steps.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
 from llmc.validate.positions import seed_of

@@ -9,9 +9,9 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
+from llmc.runtime.session import Session
 from llmc.validate.measure import broken, measured, unmeasured
 from llmc.validate.reference import Reference
-from llmc.validate.session import Session
 
 #: Lengths of the prompts, and the steps after each.
 PROMPTS, STEPS = (1, 16, 100), 64

@@ -3,8 +3,8 @@
 from typing import Any
 
 from llmc.arrays import Array
+from llmc.runtime.session import Session
 from llmc.validate.reference import Advance
-from llmc.validate.session import Session
 
 
 class Counted:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmc.children import die_with_parent
 from llmc.errors import ResourceError
-from llmc.validate.session import Session
+from llmc.runtime.session import Session
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from llmc.config import Metric
 from llmc.errors import ResourceError
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
+from llmc.runtime.ort_model import OrtModel
+from llmc.runtime.session import Rewindable
 from llmc.validate.energy import POWERCAP, Counter, open_counter, open_gpu_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
@@ -39,7 +41,6 @@ from llmc.validate.measure import measured, unmeasured
 from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline
-from llmc.validate.session import OrtModel, Rewindable
 
 #: Energy counters of the processor and of the GPUs, and joules by them; None where there is none.
 Meters = tuple[Counter | None, Counter | None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.artifact.latency import OperatorTime
-from llmc.validate.session import OrtModel
+from llmc.runtime.ort_model import OrtModel
 
 #: Decode steps that are profiled, after as many that are not counted.
 STEPS = 8

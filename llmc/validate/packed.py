@@ -15,7 +15,7 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.model import PACKED, PackedZero
-from llmc.validate.stacks import unpack
+from llmc.runtime.stacks import unpack
 
 _OUTPUTS = 16
 #: Bytes of a block's zero points or minima in a group.

@@ -18,9 +18,9 @@ from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
+from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
-from llmc.validate.session import Session
 
 METRICS = (
     Metric.ROUNDING_KL_MEAN,

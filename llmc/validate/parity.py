@@ -11,12 +11,12 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
+from llmc.runtime.session import Session
 from llmc.validate.coverage import Coverage
 from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.positions import WINDOW_STEPS, Plan, ReferencePass
 from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Advance, Reference, quietly
-from llmc.validate.session import Session
 from llmc.validate.stability import Difference
 
 DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)

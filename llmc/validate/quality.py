@@ -21,13 +21,13 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
+from llmc.runtime.session import Session
 from llmc.validate.distribution import LEAST_LIKELY, TOP, Distribution, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.questions import Question, ask_distributions, ask_divergence, read_divergence
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
-from llmc.validate.session import Session
 from llmc.validate.yardstick import compare_with_rounding
 
 METRICS = (

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from llmc.arrays import Array
+from llmc.runtime.session import Session
 from llmc.validate.measure import require_comparable
 from llmc.validate.positions import Batch
-from llmc.validate.session import Session
 
 
 def compare_ragged(

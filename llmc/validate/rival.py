@@ -20,9 +20,9 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
+from llmc.runtime.session import Rewindable
 from llmc.validate.interval import CONFIDENCE
 from llmc.validate.measure import measured
-from llmc.validate.session import Rewindable
 
 Turn = Callable[[], float]
 Open = Callable[[], Rewindable]

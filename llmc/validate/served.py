@@ -9,7 +9,7 @@ import numpy as np
 
 from llmc.artifact.text import Messages, TextRecord
 from llmc.errors import ParityError
-from llmc.graph.runtimes import load_genai
+from llmc.runtime.libraries import load_genai
 
 
 class ServedTokenizer:

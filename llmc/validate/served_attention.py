@@ -7,11 +7,11 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
+from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.positions import Plan
 from llmc.validate.reference import Reference
-from llmc.validate.session import Session
 
 METRICS = (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)
 

@@ -20,8 +20,8 @@ from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
 from llmc.graph.match import array_of
 from llmc.graph.weights import Rows
+from llmc.runtime.stacks import PARTS, read_experts, unpack
 from llmc.validate.packed import open_packed
-from llmc.validate.stacks import PARTS, read_experts, unpack
 
 #: Neighbours along the last axis whose error is looked at together where there are no blocks.
 BLOCK = 32

@@ -21,12 +21,12 @@ from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.errors import ConfigError, LlmcError, ResourceError, UnsupportedError
+from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured
 from llmc.validate.questions import Score, ask_score, read_score
 from llmc.validate.reference import Reference
-from llmc.validate.session import Session
 
 #: Scores pairs of a prompt and a choice after it.
 _Scorer = Callable[[Sequence[tuple[Array, Array]]], list[Score]]

@@ -15,8 +15,8 @@ from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
 from llmc.graph.model import LAYER
-from llmc.graph.runtimes import load_onnxruntime
-from llmc.validate.arithmetic import Arithmetic, compute_in
+from llmc.runtime.arithmetic import Arithmetic, compute_in
+from llmc.runtime.libraries import load_onnxruntime
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -16,7 +16,7 @@ from llmc.graph.weights import ExpertRows, LazyWeight, WeightGroup
 from llmc.passes import registered_passes
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
-from tests.runtime import StateStore, run_steps
+from tests.state_store import StateStore, run_steps
 
 LAYERS = 3
 # Weights normalised after the choice, before it, and by a softmax after it; the last with biases and a limit.

@@ -19,7 +19,7 @@ from llmc.passes import registered_passes
 from llmc.passes._norms import Norm, match_norm, squared
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
-from tests.runtime import StateStore, run_steps
+from tests.state_store import StateStore, run_steps
 
 LAYERS = 3
 ORDER = (

@@ -12,8 +12,8 @@ from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.edit import Site
 from llmc.graph.model import Graph
 from llmc.passes import registered_passes
+from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.reference import TorchModel
-from llmc.validate.static_session import StaticOrtModel
 from tests.lowering import CAPACITY, lower, tiny, write_lowered
 from tests.validate.levels import parity_of
 

@@ -5,7 +5,7 @@ import pytest
 from llmc.artifact.verdict import MeasurementStatus, Verdict
 from llmc.catalog import load_target
 from llmc.config import Metric
-from llmc.pipeline.advice import advise, explain_missed, stored_bits
+from llmc.pipeline.gate.advice import advise, explain_missed, stored_bits
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import measured, unmeasured
 

@@ -27,7 +27,7 @@ from llmc.config import (
 )
 from llmc.errors import CheckpointError, ConfigError, ParityError, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, explain, inspect, verify
-from llmc.pipeline.gate import parity_gates
+from llmc.pipeline.gate.parity import parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, MODEL_TYPES, save_tiny_model

@@ -21,7 +21,7 @@ from llmc.config import (
 )
 from llmc.errors import UnsupportedError
 from llmc.pipeline import build, verify
-from llmc.pipeline.calibrate import cut_text, look_for_overflow
+from llmc.pipeline.steps.calibrate import cut_text, look_for_overflow
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, save_tiny_model

@@ -12,13 +12,13 @@ from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.backends.special_tokens import read_stop_tokens
-from llmc.backends.tensorrt import load_library
-from llmc.backends.tensorrt_support import Library
+from llmc.backends.tensorrt.engine import load_library
+from llmc.backends.tensorrt.support import Library
 from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, inspect, resume, run, verify
-from llmc.pipeline.engines import require_host
+from llmc.pipeline.steps.engines import require_host
 from llmc.plan import plan_build
 from llmc.progress import PlainProgress, SilentProgress
 from tests.models import EOS, save_tiny_model

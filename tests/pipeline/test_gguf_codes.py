@@ -10,8 +10,8 @@ from llmc.artifact.manifest import State
 from llmc.checkpoint import open_checkpoint
 from llmc.graph.weights import read_all
 from llmc.pipeline import build
-from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
+from llmc.pipeline.steps.rebuild import rebuild
 from llmc.progress import SilentProgress
 from llmc.validate.stored import read_stored
 from tests.checkpoint.tiny_gguf import write_gguf

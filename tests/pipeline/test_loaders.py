@@ -7,7 +7,7 @@ import pytest
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.checkpoint.agreement import Agreement
-from llmc.pipeline.loaders import measure_loaders
+from llmc.pipeline.gate.loaders import measure_loaders
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model
 
@@ -33,7 +33,7 @@ def test_equal_and_remembered(checkpoint: Checkpoint, monkeypatch: pytest.Monkey
     assert made.value == 0
     assert made.detail.endswith("parameters are equal")
     answer(monkeypatch, Agreement(("x differs",), 1))
-    monkeypatch.setattr("llmc.pipeline.loaders.available_memory", lambda: 0)
+    monkeypatch.setattr("llmc.pipeline.gate.loaders.available_memory", lambda: 0)
     assert measure_loaders(checkpoint, DIGEST, SilentProgress()) == made
     assert measure_loaders(checkpoint, "1" * 64, SilentProgress()).status is MeasurementStatus.NOT_APPLICABLE
 
@@ -45,7 +45,7 @@ def test_mismatches_are_counted_and_named(checkpoint: Checkpoint, monkeypatch: p
 
 
 def test_not_enough_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmc.pipeline.loaders.available_memory", lambda: 10**5)
+    monkeypatch.setattr("llmc.pipeline.gate.loaders.available_memory", lambda: 10**5)
     made = measure_loaders(checkpoint, DIGEST, SilentProgress())
     assert made.status is MeasurementStatus.NOT_APPLICABLE
     assert "own loader: 0.0 GB needed, 0.0 GB free" in made.detail

@@ -14,9 +14,9 @@ import llmc
 from llmc.artifact.manifest import MANIFEST
 from llmc.artifact.store import digest_file
 from llmc.artifact.verdict import CheckStatus
-from llmc.backends.genai import GENAI_CONFIG
-from llmc.backends.tokenizer_worker import Answers, Question, ask_runtime
-from llmc.backends.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.compiled.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.onnxruntime.genai import GENAI_CONFIG
+from llmc.backends.onnxruntime.tokenizer_worker import Answers, Question, ask_runtime
 from llmc.config import Metric
 from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import bench, bisect, build, inspect, run, verify

@@ -8,7 +8,7 @@ import pytest
 
 from llmc.data import eval_text
 from llmc.errors import ConfigError
-from llmc.pipeline.original import read_text, tokenize
+from llmc.pipeline.steps.original import read_text, tokenize
 from tests.models import save_tiny_tokenizer
 
 

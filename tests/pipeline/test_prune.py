@@ -16,7 +16,7 @@ from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import BuildPlan, CalibrationText, Gate, Metric, NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.pipeline import build, inspect, verify
-from llmc.pipeline.prune import Pruned, prune
+from llmc.pipeline.steps.prune import Pruned, prune
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.prune.sparse import is_sparse

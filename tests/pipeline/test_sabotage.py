@@ -123,7 +123,7 @@ def test_a_cheap_check_that_misses_ends_the_run(
     if sabotage.sealed:
         reseal(folder)
     monkeypatch.setattr(Checkpoint, "fill_reference", None)
-    monkeypatch.setattr("llmc.validate.session.open_session", None)
+    monkeypatch.setattr("llmc.runtime.ort_model.open_session", None)
     text = str(artifacts["float"].parent / "text")
     verdict = verify(folder, None, (text,), SilentProgress()).report.verdict
     assert {c.metric for c in verdict.checks if c.status is not CheckStatus.NOT_MEASURED} == reached
@@ -303,7 +303,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     whole = verify(artifacts["int4"], None, text, SilentProgress()).report
     loaded: list[str] = []
     monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
-    monkeypatch.setattr("llmc.pipeline.subject.available_memory", lambda: 1000)
+    monkeypatch.setattr("llmc.pipeline.gate.subject.available_memory", lambda: 1000)
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
     assert loaded == []

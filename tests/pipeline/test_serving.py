@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.backends.generate import generate_tokens
+from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress

@@ -14,8 +14,8 @@ from llmc.checkpoint import open_checkpoint
 from llmc.config import BuildPlan, Gate, Metric
 from llmc.graph.weights import read_all
 from llmc.pipeline import build, inspect
-from llmc.pipeline.rebuild import rebuild
 from llmc.pipeline.result import BuildResult
+from llmc.pipeline.steps.rebuild import rebuild
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize import encode

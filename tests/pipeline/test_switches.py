@@ -11,7 +11,7 @@ import pytest
 
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import CheckStatus
-from llmc.backends.generate import generate_tokens
+from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import Dtype, Metric
 from llmc.errors import UnsupportedError
 from llmc.graph.serial import dump_graph, load_graph
@@ -22,7 +22,7 @@ from llmc.progress import SilentProgress
 from llmc.trace import trace_model
 from llmc.validate.reference import TorchModel
 from tests.models import build_tiny_model, longrope, save_tiny_model
-from tests.runtime import StateStore, run_steps
+from tests.state_store import StateStore, run_steps
 
 from .sabotage import Edit, copy_artifact, reseal
 

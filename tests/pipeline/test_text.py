@@ -17,7 +17,7 @@ from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.errors import CheckpointError, ConfigError, UnsupportedError
 from llmc.pipeline import build, inspect, run
-from llmc.pipeline.text import write_text
+from llmc.pipeline.steps.text import write_text
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.notes import Notes
@@ -356,7 +356,7 @@ def test_an_artifact_that_is_verified_by_token_ids_says_so(tmp_path: Path) -> No
 
 
 def test_a_template_that_was_given_is_part_of_the_original_ever_after(tmp_path: Path) -> None:
-    from llmc.pipeline.original import open_pair
+    from llmc.pipeline.steps.original import open_pair
 
     (tmp_path / "own.jinja").write_text(CHAT)
     save_model(tmp_path / "model", chat_template=REPLACE)

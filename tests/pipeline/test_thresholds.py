@@ -15,7 +15,7 @@ from llmc.catalog import load_target, shipped_folder
 from llmc.config import Metric
 from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import bench, build, verify
-from llmc.pipeline.thresholds import choose_thresholds
+from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model

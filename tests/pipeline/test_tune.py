@@ -20,12 +20,14 @@ from llmc.config import Gate, Metric, Target
 from llmc.data import eval_text
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, ResourceError, UnsupportedError
-from llmc.pipeline import build, plan_tune, tune, tune_plan, workbench
-from llmc.pipeline.candidates import Space, describe
-from llmc.pipeline.restate import restate_gates
-from llmc.pipeline.tune import TuneResult
-from llmc.pipeline.tune_plan import parse_seconds
-from llmc.pipeline.workbench import Level
+from llmc.pipeline import build, plan_tune
+from llmc.pipeline.tune import plan as tune_plan
+from llmc.pipeline.tune import tune, workbench
+from llmc.pipeline.tune.candidates import Space, describe
+from llmc.pipeline.tune.plan import parse_seconds
+from llmc.pipeline.tune.restate import restate_gates
+from llmc.pipeline.tune.tune import TuneResult
+from llmc.pipeline.tune.workbench import Level
 from llmc.plan import plan_build
 from llmc.progress import Progress, SilentProgress
 from tests.models import EOS, save_tiny_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmc.config import Gate, Metric
-from llmc.pipeline import gate_graph
+from llmc.pipeline.gate import graph as gate_graph
 from llmc.validate.measure import measured
 from llmc.validate.quality import Windows
 

@@ -24,7 +24,7 @@ from llmc.quantize.activations import (
 )
 from tests.lowering import lower
 from tests.models import build_tiny_model
-from tests.runtime import StateStore
+from tests.state_store import StateStore
 
 WINDOWS = np.random.default_rng(0).integers(3, 250, (6, 48))
 LAYERS = tuple(f"model.layers.{i}" for i in range(3))

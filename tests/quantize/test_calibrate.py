@@ -15,7 +15,7 @@ from llmc.quantize.calibrate import Calibration, Calibrator
 from llmc.quantize.methods.gptq import quantize_gptq
 from tests.models import build_tiny_model
 from tests.quantize.reference import Array, scheme
-from tests.runtime import StateStore
+from tests.state_store import StateStore
 
 KIND = scheme(4, 32, False, "gptq")
 WINDOWS = np.random.default_rng(0).integers(3, 250, (6, 48))

@@ -9,15 +9,15 @@ import onnxruntime as ort
 import pytest
 from pydantic import ValidationError
 
-from llmc.backends.ort import write_model
+from llmc.backends.model_file import write_model
 from llmc.config import Dtype, EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.verify import verify
 from llmc.quantize.activations import InputRange, plan_inputs
 from llmc.quantize.engine import quantize_for_engine
-from llmc.validate.computable import computable
-from llmc.validate.static_session import StaticOrtModel
+from llmc.runtime.computable import computable
+from llmc.runtime.static_ort_model import StaticOrtModel
 from tests.lowering import lower, write_lowered
 
 INT4 = EngineRule(scheme=EngineScheme(format=WeightFormat.INT4, block_size=16))

@@ -19,7 +19,7 @@ from llmc.quantize.linear import quantize_weights
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
 from tests.quantize.reference import scheme
-from tests.runtime import StateStore, run_steps
+from tests.state_store import StateStore, run_steps
 
 LAYERS = 3
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.backends.ort import write_model
+from llmc.backends.model_file import write_model
 from llmc.config import Dtype
 from llmc.graph.verify import verify
 from llmc.quantize.fold import find_shared_inputs, scale_channels
-from llmc.validate.static_session import StaticOrtModel
+from llmc.runtime.static_ort_model import StaticOrtModel
 from tests.lowering import lower
 
 IDS = np.arange(3, 20)[None]

@@ -13,7 +13,7 @@ from llmc.config import METHODS, CalibrationText, Method, Quantization, WeightRo
 from llmc.document import render_document
 from llmc.errors import ConfigError
 from llmc.pipeline import build
-from llmc.pipeline.candidates import Space
+from llmc.pipeline.tune.candidates import Space
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize import methods

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from llmc.arrays import Array
-from llmc.backends.minimums import split_minimums
-from llmc.backends.ort import write_model
+from llmc.backends.model_file import write_model
+from llmc.backends.onnxruntime.minimums import split_minimums
 from llmc.config import Dtype, WeightRole
 from llmc.graph.model import Graph
 from llmc.graph.weights import TensorInfo

@@ -11,7 +11,7 @@ from llmc.graph.model import Graph
 from llmc.passes import run_passes
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
-from tests.runtime import StateStore
+from tests.state_store import StateStore
 
 LAYERS = 3
 

@@ -17,7 +17,7 @@ from llmc.graph.model import Graph, Placeholder, layer_of
 from llmc.trace import trace_model
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
-from tests.runtime import StateStore, run_steps
+from tests.state_store import StateStore, run_steps
 
 
 def _compare(model_type: str, **overrides: Any) -> float:

@@ -11,9 +11,9 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.latency import Timed
 from llmc.validate.roofline import streamed_weight_bytes
-from llmc.validate.session import OrtModel
 
 _TYPES = {T.INT64: "int64", T.FLOAT: "float32"}
 

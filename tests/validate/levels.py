@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from llmc.runtime.session import Session
 from llmc.validate.costs import Costs
 from llmc.validate.drawing import BUDGET, Ground, plan_positions
 from llmc.validate.parity import Parity
 from llmc.validate.positions import Plan
 from llmc.validate.reference import Reference
-from llmc.validate.session import Session
 
 TINY = Costs(parameters=100_000, scores=8, width=16, cache_bytes=512)
 

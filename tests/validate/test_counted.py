@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.counted import Counted
 from llmc.validate.parity import Parity
 from llmc.validate.reference import TorchModel
 from llmc.validate.served_attention import measure_cache
-from llmc.validate.session import OrtModel
 
 from .decoder import Variant, write_decoder
 from .levels import plan_of

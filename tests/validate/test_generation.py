@@ -12,11 +12,11 @@ from llmc.artifact.text import TextCodec, TextRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
+from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.generation import ServedText, measure_generation, served_texts
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.served import Served
-from llmc.validate.session import OrtModel, shares_buffer
 
 from .decoder import Variant
 from .levels import parity_of

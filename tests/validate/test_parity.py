@@ -11,12 +11,12 @@ import pytest
 from llmc.artifact.verdict import CheckStatus, Measurement, MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
 from llmc.validate.positions import Batch
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.ragged import compare_ragged
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel
 
 from .decoder import Variant, write_decoder
 from .levels import parity_of, plan_of

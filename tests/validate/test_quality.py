@@ -11,10 +11,10 @@ import torch
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ConfigError
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.distribution import log_softmax
 from llmc.validate.quality import METRICS, cut_windows, measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel
 from llmc.validate.yardstick import FLOOR
 
 from .decoder import Variant, write_decoder

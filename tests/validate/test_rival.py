@@ -11,9 +11,9 @@ import pytest
 
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Gate, Metric
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
 from llmc.validate.rival import Pairing, Turn, compare_turns, measure_rival, median_interval
-from llmc.validate.session import OrtModel
 
 from .decoder import Variant, write_decoder
 

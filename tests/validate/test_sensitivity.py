@@ -9,11 +9,11 @@ import torch
 
 from llmc.artifact.cache import StageCache
 from llmc.config import Metric
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.reference import TorchModel
 from llmc.validate.remembered import RememberedModel
 from llmc.validate.sensitivity import Sensitivity, find_unstable, measure_sensitivity
-from llmc.validate.session import OrtModel
 
 from .conftest import build
 from .decoder import Variant, write_decoder

@@ -11,10 +11,10 @@ import torch
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Gate, Metric
 from llmc.errors import ConfigError, ParityError, ResourceError, UnsupportedError
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
 from llmc.validate.questions import Score, ask_score, read_score
 from llmc.validate.reference import TorchModel
-from llmc.validate.session import OrtModel
 from llmc.validate.tasks import _nearest, _score, load_tasks, measure_tasks
 
 from .decoder import Variant, write_decoder

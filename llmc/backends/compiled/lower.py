@@ -21,7 +21,7 @@ from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import width_of
 from llmc.backends.compiled.program import CHOSEN, SYMBOLS, Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
-from llmc.backends.toolchain import Compiler, Unit, compile_library
+from llmc.backends.compiled.toolchain import Compiler, Unit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT

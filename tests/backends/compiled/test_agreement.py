@@ -4,7 +4,7 @@ import pytest
 
 from llmc.backends.compiled import lower
 from llmc.backends.compiled.lower import compile_source
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
 from llmc.errors import ResourceError
 from tests.backends.compiled.graphs import usable_sets
 

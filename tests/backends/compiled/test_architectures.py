@@ -9,13 +9,14 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.backends import toolchain
+from llmc.backends.compiled import toolchain
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
-from llmc.backends.toolchain import find_compiler, host_machine
+from llmc.backends.compiled.toolchain import find_compiler, host_machine
 from llmc.catalog import load_profile
 from llmc.errors import ConfigError, ExitCode, LlmcError, ParityError, ResourceError
-from llmc.pipeline import bench, build, kernels, run, verify
+from llmc.pipeline import bench, build, run, verify
 from llmc.pipeline.result import GateReport
+from llmc.pipeline.steps import kernels
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model

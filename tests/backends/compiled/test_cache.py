@@ -13,12 +13,12 @@ from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import Graph
-from llmc.validate.arithmetic import Arithmetic, compute_in
+from llmc.runtime.arithmetic import Arithmetic, compute_in
 from tests.backends.compiled.graphs import (
     MICROSOFT,
     Array,

@@ -16,19 +16,19 @@ from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet, choose_isa
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS
-from llmc.backends.generate import generate_tokens
-from llmc.backends.lookup import verifying_model
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
+from llmc.backends.onnxruntime.generate import generate_tokens
+from llmc.backends.onnxruntime.lookup import verifying_model
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError, UnsupportedError
 from llmc.graph.interface import CHOSEN_TOKENS
 from llmc.graph.model import PACKED
 from llmc.pipeline import build
-from llmc.pipeline.compile import lower_graph
+from llmc.pipeline.steps.compile import lower_graph
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.packed import open_packed
-from llmc.validate.session import OrtModel
 from llmc.validate.stored import read_stored
 from llmc.validate.weights import compare_weights
 from tests.backends.compiled.graphs import (

@@ -14,16 +14,16 @@ from llmc.backends.compiled import lower
 from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.pipeline import build
-from llmc.pipeline.compile import lower_graph
+from llmc.pipeline.steps.compile import lower_graph
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.validate.arithmetic import Arithmetic
+from llmc.runtime.arithmetic import Arithmetic
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import max_abs, measured
 from llmc.validate.paired import METRICS, Paired, chooses_experts
 from llmc.validate.reference import TorchModel
 from llmc.validate.served_attention import measure_cache
-from llmc.validate.session import OrtModel
 from llmc.validate.stored import read_stored
 from llmc.validate.weights import parameters
 from tests.backends.compiled.graphs import Array

@@ -9,8 +9,8 @@ from llmc.machine import collect_garbage
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.footprint import resident_bytes
-from llmc.validate.session import OrtModel
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 
 STEPS = 4_000

@@ -12,21 +12,21 @@ from llmc.artifact.store import open_artifact
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CacheType, Dtype, Quantization, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.pipeline import build
-from llmc.pipeline.rebuild import rebuild
+from llmc.pipeline.steps.rebuild import rebuild
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.linear import quantize_weights
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.packed import open_packed
-from llmc.validate.session import OrtModel
 from llmc.validate.stored import read_stored
 from tests.backends.compiled.graphs import (
     Array,

@@ -10,14 +10,14 @@ import pytest
 
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import Measurement
-from llmc.backends.generate import generate_tokens
+from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import CacheType, Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.runtime.ort_model import OrtModel
 from llmc.validate.drawing import CACHE_STEPS
 from llmc.validate.served_attention import measure_cache
-from llmc.validate.session import OrtModel
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 from tests.validate.levels import plan_of

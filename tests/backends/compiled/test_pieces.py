@@ -10,7 +10,7 @@ from llmc.artifact.store import open_artifact
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.validate.session import OrtModel
+from llmc.runtime.ort_model import OrtModel
 from tests.backends.compiled.graphs import Array
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 

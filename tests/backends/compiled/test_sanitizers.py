@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.backends.toolchain import find_compiler
+from llmc.backends.compiled.toolchain import find_compiler
 from tests.backends.compiled.graphs import usable_sets
 
 

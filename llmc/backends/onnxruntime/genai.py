@@ -1,0 +1,212 @@
+"""genai_config.json: an artifact as onnxruntime-genai serves it.
+
+The keys are those that onnxruntime-genai 0.18 parses (its src/config.h); it refuses unknown ones.
+What the runtime does, as observed with 0.18.0:
+
+- `model.type` must be on its list; "decoder" takes any decoder-only graph, with none of the special
+  cases that it has for some architectures. One of them is wanted where the model has it: "phimoe" and
+  "phi3small" compute the KV cache of a single sequence anew when its length passes 4,096 or 8,192.
+- A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
+  new token; `position_ids`, fed only if the graph has them, count from 0 in each row, 0 at padding,
+  and go on from the row's own length.
+- Only a batch of one or of equal prompts is served right where the graph's padding is not on the right;
+  the interface says so, and tracing notes it.
+- Logits of the last position only are taken when their second dimension is the constant 1.
+- KV heads and head size of each layer are read from the shapes of the graph's past keys; past values
+  must have the same shape.
+- A section `speculative` turns n-gram decoding on, which refuses batches and graphs with logits of the last
+  position only.
+- Every end-of-sequence id must be inside of the vocabulary, and there must be one.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from llmc.artifact.manifest import MODEL
+from llmc.backends.onnxruntime.lookup import require_draft, speculative_options
+from llmc.backends.special_tokens import special_tokens
+from llmc.config import Provider
+from llmc.errors import GraphError, UnsupportedError
+from llmc.graph.domains import COMPILED
+from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.switches import runtime_type
+
+GENAI_CONFIG = "genai_config.json"
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+#: What a model without a bound on positions is given, since the runtime asks for one.
+_UNBOUNDED_CONTEXT = 1 << 20
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def shares_cache(model: ir.Model, interface: Interface) -> bool:
+    """Whether past and present of all layers may be one buffer of the maximum length.
+
+    True if only `GroupQueryAttention` and compiled kernels read a past: they take the valid length
+    from `seqlens_k`, where a concatenation would take it from the shape.
+    """
+    past = {name for slot in interface.cache for name in slot.pasts}
+    readers = [node for value in model.graph.inputs if value.name in past for node in value.consumers()]
+    return bool(readers) and all(
+        node.op_type == "GroupQueryAttention" or node.domain == COMPILED for node in readers
+    )
+
+
+def write_genai_config(
+    folder: Path,
+    config: Any,
+    generation_config: Any,
+    interface: Interface,
+    provider: Provider,
+    threads: int | None,
+    *,
+    share_cache: bool,
+    library: str | None = None,
+    lookup: int | None = None,
+) -> None:
+    """Write genai_config.json for the model.onnx and the tokenizer files in `folder`.
+
+    Args:
+        config: transformers `PreTrainedConfig` of the model.
+        generation_config: transformers `GenerationConfig`; None if the checkpoint has none. Its
+            sampling settings become the defaults of whoever serves the artifact.
+        threads: Intra-op threads; None leaves them to the runtime.
+        share_cache: As `shares_cache` finds.
+        library: File in `folder` with custom operators that the graph uses.
+        lookup: Tokens to draft in a step by prompt lookup; None for none.
+
+    Raises:
+        ConfigError: So many tokens cannot be drafted in a step.
+        UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, other inputs
+            than are fed, values of another width than keys or names without a pattern; or there is no
+            end-of-sequence token.
+    """
+    if not interface.cache:
+        raise UnsupportedError("onnxruntime-genai serves graphs with a KV cache; this one has none")
+    logits = _logits(interface)
+    vocab = logits.shape[-1]
+    if not isinstance(vocab, int):
+        raise GraphError(f"the vocabulary's size must be known; logits have shape {logits.shape}")
+    options: dict[str, object] = {"log_id": "llmc", "provider_options": []}
+    if provider is Provider.CUDA:
+        options["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
+    if threads is not None:
+        options["intra_op_num_threads"] = threads
+    if library is not None:
+        options["custom_ops_library"] = library
+    context = interface.max_length or _UNBOUNDED_CONTEXT
+    model = serving_tokens(folder, config, generation_config, vocab) | {
+        "type": runtime_type(interface.restart),
+        "vocab_size": vocab,
+        "context_length": context,
+        "decoder": {
+            "session_options": options,
+            "filename": MODEL,
+            "head_size": interface.cache[0].key_width,
+            "num_hidden_layers": len(interface.cache),
+            "num_key_value_heads": interface.cache[0].kv_heads,
+            "inputs": _inputs(interface),
+            "outputs": _outputs(interface, logits),
+        },
+    }
+    search = _search(generation_config, vocab) | {
+        "max_length": context,
+        "past_present_share_buffer": share_cache,
+    }
+    sections: dict[str, object] = {"model": model, "search": search}
+    if lookup is not None:
+        require_draft(lookup, compiled=library is not None)
+        sections["speculative"] = speculative_options(lookup)
+    text = json.dumps(sections, indent=2, sort_keys=True) + "\n"
+    (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
+
+
+def serving_tokens(
+    folder: Path, config: Any, generation_config: Any, vocab: int
+) -> dict[str, list[int] | int]:
+    """`special_tokens` with an end of the sequence, which the runtime needs.
+
+    Raises:
+        UnsupportedError: Nothing names a token that ends a text.
+    """
+    tokens = special_tokens(folder, config, generation_config, vocab)
+    if "eos_token_id" not in tokens:
+        raise UnsupportedError(
+            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
+            f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
+            hint="set eos_token_id in the checkpoint's generation_config.json",
+        )
+    return tokens
+
+
+def _search(generation_config: Any, vocab: int) -> dict[str, object]:
+    if generation_config is None:
+        return {"do_sample": False}
+    stated = {name: getattr(generation_config, name) for name in _SAMPLING}
+    search: dict[str, object] = {name: value for name, value in stated.items() if value is not None}
+    search["do_sample"] = bool(generation_config.do_sample)
+    search["top_k"] = min(stated["top_k"] if stated["top_k"] is not None else 50, vocab)
+    return search
+
+
+def _inputs(interface: Interface) -> dict[str, str]:
+    names = {spec.name for spec in interface.inputs}
+    cache = {name for slot in interface.cache for name in slot.pasts}
+    others = sorted(names - cache - set(_INPUTS))
+    if others:
+        raise UnsupportedError(
+            f"onnxruntime-genai does not feed input {', '.join(others)}",
+            hint="it feeds input_ids, attention_mask, position_ids and the KV cache",
+        )
+    for slot in interface.cache:
+        if slot.key_width != slot.value_width:
+            raise UnsupportedError(
+                f"onnxruntime-genai allocates values as wide as keys; "
+                f"layer {slot.layer} has keys of {slot.key_width} and values of {slot.value_width}"
+            )
+    return {name: name for name in _INPUTS if name in names} | {
+        "past_key_names": _pattern([(s.layer, s.past_key) for s in interface.cache]),
+        "past_value_names": _pattern([(s.layer, s.past_value) for s in interface.cache]),
+    }
+
+
+def _outputs(interface: Interface, logits: TensorSpec) -> dict[str, str]:
+    if interface.logits == "last" and logits.shape[1] != 1:
+        raise GraphError(
+            f"logits of the last position have shape {logits.shape}; "
+            "onnxruntime-genai needs the constant 1 in the second place"
+        )
+    return {
+        "logits": logits.name,
+        "present_key_names": _pattern([(s.layer, s.present_key) for s in interface.cache]),
+        "present_value_names": _pattern([(s.layer, s.present_value) for s in interface.cache]),
+    }
+
+
+def _logits(interface: Interface) -> TensorSpec:
+    cache = {name for slot in interface.cache for name in (slot.present_key, slot.present_value)}
+    others = [spec for spec in interface.outputs if spec.name not in cache]
+    if len(others) != 1 or len(others[0].shape) != 3:
+        raise UnsupportedError(
+            f"onnxruntime-genai takes logits (batch, sequence, vocabulary) and the KV cache; "
+            f"the graph has outputs {', '.join(f'{o.name} {o.shape}' for o in others) or 'of the cache only'}"
+        )
+    return others[0]
+
+
+def _pattern(names: Sequence[tuple[int, str]]) -> str:
+    """The name of all layers with %d in the place of the layer's number."""
+    layer, name = names[0]
+    for match in re.finditer(rf"(?<!\d){layer}(?!\d)", name):
+        before, after = name[: match.start()], name[match.end() :]
+        if all(other == f"{before}{index}{after}" for index, other in names):
+            return f"{before}%d{after}"
+    raise UnsupportedError(
+        f"onnxruntime-genai needs cache names that differ in the layer's number only; these are "
+        f"{', '.join(n for _, n in names)}"
+    )

@@ -1,0 +1,71 @@
+"""An ONNX model around an engine, for ONNX Runtime's provider of TensorRT-RTX. Experimental: never loaded.
+
+Its one node is EPContext of domain com.microsoft, which names the engine's file (ONNX Runtime's "EP context
+design", and nv_tensorrt_rtx/onnx_ctx_model_helper.cc for what the provider reads of it). The provider loads
+an engine of the very release that it is linked to; it takes compute capabilities 8.6, 8.9 and 12.0 on.
+ONNX Runtime's provider of TensorRT reads the same node, and is linked to releases before those that build
+our engines. Whoever runs the model binds each past and its present to one buffer: the engine writes in place.
+"""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from llmc.artifact.disk import space_errors
+from llmc.artifact.engine import EngineRecord
+from llmc.artifact.manifest import MODEL
+from llmc.backends.tensorrt.support import Library
+from llmc.graph.domains import MICROSOFT, OPSET, STANDARD, VERSION
+from llmc.graph.interface import Interface, TensorSpec
+
+PROVIDER = "NvTensorRTRTXExecutionProvider"
+
+_TAKEN = frozenset({"SM86", "SM89", "SM120", "SM121"})
+#: Written for these, so that the file does not ask for a newer ONNX Runtime than it must.
+_IR_VERSION = 10
+
+
+def context_name(engine: str) -> str:
+    """Name of the model around an engine's file."""
+    return f"{Path(engine).stem}.context.onnx"
+
+
+def write_context(folder: Path, record: EngineRecord, interface: Interface) -> str | None:
+    """Write the model beside the engine.
+
+    Args:
+        folder: Directory with the engine.
+        record: The engine, built.
+        interface: Its inputs and outputs.
+
+    Returns:
+        The file's name; None where the provider does not take the engine.
+
+    Raises:
+        ResourceError: The disk is full.
+    """
+    if record.file is None or Library(record.library) is not Library.RTX or not _TAKEN & set(record.sms):
+        return None
+    inputs, outputs = ([_value(spec) for spec in specs] for specs in (interface.inputs, interface.outputs))
+    attributes: dict[str, int | str] = {
+        "main_context": 1,
+        "embed_mode": 0,
+        "ep_cache_context": record.file,
+        "ep_sdk_version": str(record.version),
+        "hardware_architecture": ",".join(sm.removeprefix("SM") for sm in record.sms),
+        "onnx_model_filename": MODEL,
+        "partition_name": Path(record.file).stem,
+        "source": PROVIDER,
+    }
+    node = ir.node("EPContext", inputs, attributes, domain=MICROSOFT, outputs=outputs, name="engine")
+    graph = ir.Graph(
+        inputs, outputs, nodes=[node], name="engine", opset_imports={STANDARD: OPSET, MICROSOFT: VERSION}
+    )
+    name = context_name(record.file)
+    with space_errors(folder / name):
+        ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="llmc"), folder / name)
+    return name
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    return ir.val(spec.name, ir.DataType[spec.dtype.upper()], spec.shape)

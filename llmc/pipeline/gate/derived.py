@@ -1,0 +1,166 @@
+"""Every file of an artifact but its weights, derived from the original again and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from llmc.artifact.manifest import MODEL, PRUNING
+from llmc.backends.model_file import DATA
+from llmc.backends.onnxruntime.genai import GENAI_CONFIG
+from llmc.backends.special_tokens import GENERATION_CONFIG
+from llmc.errors import LlmcError
+from llmc.pipeline.steps.kernels import compile_again
+from llmc.pipeline.steps.prune import count_parameters
+from llmc.pipeline.steps.serving import write_serving
+from llmc.pipeline.steps.text import derive_text
+from llmc.validate.derived import compare_file, json_differences
+
+if TYPE_CHECKING:
+    from llmc.artifact.manifest import Manifest
+    from llmc.artifact.text import TextRecord
+    from llmc.checkpoint import Checkpoint
+    from llmc.pipeline.steps.rebuild import Rebuilt
+
+_SERVING = (GENAI_CONFIG, GENERATION_CONFIG)
+#: Facts of a text record that a runtime decides, which `derive_text` does not try.
+_BY_RUNTIME = ("served", "reason", "adds_special_tokens", "exceptions")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What of an artifact is not what a build derives, a sentence each.
+
+    Args:
+        settings: Files and facts by which it is served.
+        text: Files and facts of its tokenizer.
+    """
+
+    settings: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+
+
+#: What is said where nothing differs.
+NOTHING = Derived()
+
+
+def compare_derived(
+    path: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    compiled: Checkpoint,
+    rebuilt: Rebuilt,
+    otherwise: str | None,
+) -> Derived:
+    """Derive the files of an artifact in a folder aside, and compare them key by key.
+
+    Args:
+        checkpoint: The original.
+        compiled: What was compiled.
+        otherwise: Why a build here may give other files; then those that are copies of the original's and
+            the facts of the manifest alone are compared. None where it gives the same.
+    """
+    settings = list(_interface_differences(manifest, rebuilt))
+    text: list[str] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            record = derive_text(checkpoint, path, folder, manifest.target.backend)
+            library = None if manifest.kernels is None else manifest.kernels.library
+            threads = manifest.profile.threads
+            write_serving(folder, manifest.target, threads, compiled, rebuilt.graph, library)
+            if otherwise is None:
+                settings += _kernel_differences(path, manifest, rebuilt)
+                settings += _recorded_differences(manifest, checkpoint, rebuilt)
+        except LlmcError as error:
+            return Derived((*settings, f"its files cannot be derived: {error.fact}"))
+        text += _record_differences(manifest.text, record)
+        made = sorted(file.name for file in folder.iterdir() if file.is_file())
+        for each in made:
+            if otherwise is not None and not _is_copy(folder / each, checkpoint):
+                continue
+            found = settings if each in _SERVING else text
+            found += compare_file(path / each, folder / each)
+    settings += [
+        f"{each} is no file of a build"
+        for each in sorted(manifest.files)
+        if not _is_known(each, made, manifest)
+    ]
+    return Derived(tuple(settings), tuple(text))
+
+
+def _recorded_differences(manifest: Manifest, checkpoint: Checkpoint, rebuilt: Rebuilt) -> Iterator[str]:
+    """What the manifest says otherwise than a build of its matrices, its passes and its model."""
+    model = manifest.model
+    facts = {
+        "architecture": model.architecture,
+        "model_type": model.model_type,
+        "parameters": model.parameters,
+    }
+    yield from json_differences(facts, _describe(checkpoint), "manifest: model")
+    for name, stated, made in (
+        ("weights", manifest.weights, rebuilt.records),
+        ("passes", manifest.passes, rebuilt.passes),
+    ):
+        actual, wanted = (
+            [record.model_dump(mode="json") for record in records] for records in (stated, made)
+        )
+        yield from json_differences(actual, wanted, f"manifest: {name}")
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, str | int]:
+    return {
+        "architecture": checkpoint.architecture,
+        "model_type": checkpoint.config.model_type,
+        "parameters": count_parameters(checkpoint),
+    }
+
+
+def _kernel_differences(path: Path, manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:
+    """What differs of the compiled kernels: their program, or the library that is made of it."""
+    record, source = manifest.kernels, rebuilt.kernels
+    if record is not None and source is not None:
+        if record.source != source.digest:
+            yield f"{record.library} is compiled from another program than a build generates"
+        else:
+            library, file = compile_again(record, source), path / record.library
+            if library is not None and (not file.is_file() or file.read_bytes() != library):
+                yield f"{record.library} is not what {record.compiler} makes of its program"
+
+
+def _is_copy(file: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the original has the file as it is."""
+    for folder in {checkpoint.tokenizer_path or checkpoint.path, checkpoint.path}:
+        source = folder / file.name
+        if folder.is_dir() and source.is_file() and source.read_bytes() == file.read_bytes():
+            return True
+    return False
+
+
+def _is_known(name: str, derived: Sequence[str], manifest: Manifest) -> bool:
+    """Whether a build writes a file of this name."""
+    from llmc.quantize.activations import SMOOTHING
+
+    names = {*derived, MODEL, DATA, SMOOTHING, PRUNING}
+    names |= {
+        file for engine in manifest.engines for file in (engine.file, engine.context) if file is not None
+    }
+    if manifest.kernels is not None:
+        names.add(manifest.kernels.library)
+    return name in names
+
+
+def _record_differences(stated: TextRecord, derived: TextRecord) -> Iterator[str]:
+    actual, wanted = (
+        record.model_dump(mode="json", exclude=set(_BY_RUNTIME)) for record in (stated, derived)
+    )
+    yield from json_differences(actual, wanted, "manifest: text")
+
+
+def _interface_differences(manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:
+    interfaces = (manifest.interface, rebuilt.graph.interface())
+    actual, wanted = (interface.model_dump(mode="json") for interface in interfaces)
+    yield from json_differences(actual, wanted, "manifest: interface")

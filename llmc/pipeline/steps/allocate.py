@@ -1,0 +1,165 @@
+"""Mixed precision within a build: matrices priced on calibration text, then given their bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from glob import escape
+from typing import TYPE_CHECKING
+
+from llmc.config import Allocation, Dtype, Quantization, WeightRule, WeightScheme
+from llmc.errors import ConfigError
+from llmc.pipeline.steps.calibrate import prepare, walking
+from llmc.progress import Progress
+from llmc.quantize.allocate import Candidate, allocate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llmc.arrays import Array
+    from llmc.checkpoint import Checkpoint
+    from llmc.graph.model import Graph
+    from llmc.quantize.blocks import ScaleType
+    from llmc.quantize.linear import MatrixPlan
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What an allocation does not decide on."""
+
+    bytes: int
+    elements: int
+
+
+def allocate_bits(
+    checkpoint: Checkpoint, graph: Graph, quantization: Quantization, dtype: Dtype, progress: Progress
+) -> Quantization:
+    """The rules with one more in front for each matrix that the allocation decides on.
+
+    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, embeddings of
+    their own and experts stay as the rules say; their bytes count. Matrices whose codes are those of the
+    checkpoint are no part of the budget; where all of them are, there is nothing to decide.
+
+    Raises:
+        ConfigError: No allocation stays within the bound, or there is too little text.
+        CheckpointError: Weights, activations or gradients that are not finite.
+        UnsupportedError: The model cannot be run layer by layer.
+    """
+    import numpy as np
+
+    from llmc.quantize.linear import plan_matrices, scale_type
+
+    wanted = quantization.allocation
+    if wanted is None:
+        return quantization
+    kind = scale_type(quantization, dtype)
+    scale_bytes = np.dtype(kind).itemsize
+    plans = plan_matrices(graph, quantization, dtype)
+    if any(plan.kept for plan in plans) and not any(_is_open(plan) and plan.scheme for plan in plans):
+        progress.note("allocate: nothing to decide, the checkpoint's codes are kept")
+        return quantization.model_copy(update={"allocation": None})
+    prices = _measure(checkpoint, wanted, plans, kind, progress)
+    candidates = {
+        plan.name: _candidates(plan, wanted, prices, scale_bytes)
+        for plan in plans
+        if plan.scheme is not None and _is_open(plan) and all(s in prices for s in plan.sources)
+    }
+    if not candidates:
+        raise ConfigError(
+            "the allocation has no matrix to decide on", hint="leave allocation out of the target"
+        )
+    rest = _rest(graph, [p for p in plans if p.name not in candidates and not p.kept], scale_bytes)
+    elements = rest.elements + sum(p.shape[0] * p.shape[1] for p in plans if p.name in candidates)
+    bound = None if wanted.budget_bits is None else wanted.budget_bits * elements / 8 - rest.bytes
+    chosen = allocate(candidates, most_bytes=bound, most_kl=wanted.max_kl)
+    stored = rest.bytes + sum(c.bytes for c in chosen.values())
+    progress.note(
+        f"allocate: {8 * stored / elements:.3f} bits per weight, predicted KL divergence "
+        f"{sum(c.kl for c in chosen.values()):.4f}; {_summary(chosen)}"
+    )
+    rules = tuple(WeightRule(match=escape(name), scheme=c.scheme) for name, c in chosen.items())
+    return quantization.model_copy(update={"rules": (*rules, *quantization.rules), "allocation": None})
+
+
+def _is_open(plan: MatrixPlan) -> bool:
+    return plan.is_linear and not plan.kept
+
+
+def _choices(plan: MatrixPlan, wanted: Allocation) -> tuple[WeightScheme, ...]:
+    return tuple(dict.fromkeys((*wanted.choices, *([plan.scheme] if plan.scheme else []))))
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    wanted: Allocation,
+    plans: Sequence[MatrixPlan],
+    scale_type: ScaleType,
+    progress: Progress,
+) -> Mapping[str, Array]:
+    import numpy as np
+
+    from llmc.quantize.sensitivity import SensitivityWalk
+
+    schemes = {
+        source: _choices(plan, wanted)
+        for plan in plans
+        if _is_open(plan) and plan.scheme is not None
+        for source in plan.sources
+    }
+    facts = {
+        "scales": np.dtype(scale_type).name,
+        "schemes": {s: [c.model_dump() for c in choices] for s, choices in sorted(schemes.items())},
+    }
+
+    def work() -> Mapping[str, Array]:
+        subject = prepare(checkpoint, wanted.text, "sensitivity", facts)
+        walk = SensitivityWalk(
+            subject.model,
+            subject.layers,
+            checkpoint.tensors,
+            dict(checkpoint.tied),
+            subject.folder,
+            schemes,
+            scale_type,
+        )
+        return walk.measure(subject.windows, lambda line: progress.note(f"allocate: {line}"))
+
+    return walking(work)
+
+
+def _candidates(
+    plan: MatrixPlan, wanted: Allocation, prices: Mapping[str, Array], scale_bytes: int
+) -> list[Candidate]:
+    from llmc.quantize.blocks import stored_bytes
+
+    return [
+        Candidate(
+            scheme,
+            stored_bytes(plan.shape, scheme, scale_bytes),
+            sum(float(prices[source][i]) for source in plan.sources),
+        )
+        for i, scheme in enumerate(_choices(plan, wanted))
+    ]
+
+
+def _rest(graph: Graph, plans: Sequence[MatrixPlan], scale_bytes: int) -> _Share:
+    """Matrices that keep what their rules say; experts are no part of the budget."""
+    from llmc.quantize.blocks import stored_bytes
+
+    total = elements = 0
+    for plan in plans:
+        size = plan.shape[0] * plan.shape[1]
+        elements += size
+        if plan.scheme is not None:
+            total += stored_bytes(plan.shape, plan.scheme, scale_bytes)
+        else:
+            tensor = graph.graph.initializers[plan.name].const_value
+            total += 0 if tensor is None else tensor.nbytes
+    return _Share(total, elements)
+
+
+def _summary(chosen: Mapping[str, Candidate]) -> str:
+    counts: dict[str, int] = {}
+    for each in chosen.values():
+        name = f"{each.scheme.bits} bits by {each.scheme.block_size}"
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} matrices of {name}" for name, count in sorted(counts.items()))

@@ -1,0 +1,276 @@
+"""From a checkpoint to a lowered, quantized graph: the stations before a backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmc.arrays import Array
+from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
+from llmc.artifact.provenance import code_digest, tool_versions
+from llmc.config import Dtype, Engine, Quantization, Target
+from llmc.errors import UnsupportedError
+from llmc.graph.model import Graph
+from llmc.graph.report import PassReport
+from llmc.graph.weights import LazyWeight, Rows
+from llmc.pipeline.steps.allocate import allocate_bits
+from llmc.pipeline.steps.calibrate import calibrate, look_for_overflow, observe, require_range
+from llmc.pipeline.steps.context import limit_context
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.checkpoint import Checkpoint
+    from llmc.quantize.activations import Activations
+    from llmc.quantize.engine import FloatInput
+    from llmc.quantize.place import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph ready for its backend.
+
+    Args:
+        graph: Lowered and quantized, its weights still lazy.
+        passes: What each pass did.
+        weights: How every matrix is stored.
+        leftovers: Tensors of the checkpoint that nothing in the graph reads.
+        sources: What each weight is made of, by the name of its initializer before quantization.
+        activations: What was found out about the original's activations; nothing if nothing was asked.
+        kept: Activations that stay in float against their rule.
+        smoothing: What channels of activations were divided by, by the first of the weights that read the
+            activation.
+    """
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+    weights: tuple[WeightRecord, ...]
+    leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
+    activations: Activations
+    kept: tuple[FloatInput, ...] = ()
+    smoothing: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph after its target's passes, before quantization: what `Compiled` says, as far as it goes."""
+
+    graph: Graph
+    passes: tuple[PassReport, ...]
+    leftovers: tuple[str, ...]
+    sources: Mapping[str, Rows]
+
+
+def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
+    """The canonical graph of a checkpoint's model, without weight data, from the cache where it is known."""
+    from llmc.graph.serial import dump_graph, load_graph
+    from llmc.trace import trace_model
+
+    cache = StageCache(default_cache_folder())
+    key = trace_key(checkpoint.config, dtype)
+    known = cache.get(key)
+    if known is not None:
+        progress.note("trace: unchanged model code and configuration, taken from the cache")
+        return load_graph(known)
+    graph = trace_model(checkpoint.config, dtype)
+    cache.put(key, dump_graph(graph))
+    return graph
+
+
+def trace_key(config: Any, dtype: Dtype) -> str:
+    """Cache key of a trace: configuration, type, the versions of everything that traces, and our own code."""
+    facts = {
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "architecture": type(config).__name__,
+        "dtype": dtype.value,
+        "tools": tool_versions(),
+        "code": code_digest("llmc.architecture", "llmc.trace", "llmc.graph"),
+    }
+    return content_key("trace", facts)
+
+
+def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Lowered:
+    """Trace, bind and lower.
+
+    Raises:
+        UnsupportedError: The model cannot be traced, or a pass misses what the target asserts.
+        CheckpointError: The checkpoint lacks a tensor that the model needs.
+    """
+    from llmc.graph.verify import verify
+    from llmc.passes import resolve_passes, run_passes
+
+    resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
+    with progress.stage("trace"):
+        graph = trace(checkpoint, target.dtype, progress)
+        limit = limit_context(graph, checkpoint.config, target)
+        for note in (*graph.notes, *(() if limit is None else (limit,))):
+            progress.note(f"trace: {note}")
+        leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
+        if target.engine is not None:
+            fix_length(graph, target.engine.kv_capacity, limit)
+        verify(graph)
+    with progress.stage("passes"):
+        reports = run_passes(graph, target.passes)
+    return Lowered(graph, tuple(reports), leftovers, graph_sources(graph))
+
+
+def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
+    """Trace, bind, lower and quantize.
+
+    Raises:
+        UnsupportedError: As `lower_graph`; or a rule wants a weight quantized that is no tensor of the
+            checkpoint.
+        CheckpointError: The checkpoint lacks a tensor that the model needs.
+    """
+    from llmc.graph.verify import verify
+    from llmc.quantize.awq import plan_channels
+    from llmc.quantize.fold import scale_graph
+    from llmc.quantize.linear import plan_calibration, quantize_weights, scale_type
+    from llmc.quantize.stored import origin_notes
+
+    lowered = lower_graph(checkpoint, target, progress)
+    if target.engine is not None:
+        return _compile_for_engine(checkpoint, lowered, target, target.engine, progress)
+    activations = look_for_overflow(checkpoint, target.dtype, progress)
+    rules = target.quantize or Quantization(accuracy_level=0, rules=())
+    if rules.allocation is not None:
+        with progress.stage("allocate"):
+            rules = allocate_bits(checkpoint, lowered.graph, rules, target.dtype, progress)
+    calibration = None
+    wanted = plan_calibration(lowered.graph, rules, target.dtype)
+    if rules.calibration is not None and wanted:
+        with progress.stage("calibrate"):
+            kind = scale_type(rules, target.dtype)
+            channels = plan_channels(lowered.graph, wanted) if rules.scale_channels else ()
+            calibration = calibrate(checkpoint, rules.calibration, kind, wanted, channels, progress)
+    smoothing = {} if calibration is None else calibration.smoothing
+    with progress.stage("quantize"):
+        scale_graph(lowered.graph, smoothing)
+        sources = graph_sources(lowered.graph)
+        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
+        for note in (*stored.notes, *origin_notes(stored.tensors)):
+            progress.note(f"quantize: {note}")
+        verify(lowered.graph)
+    records = weight_records(stored.tensors, target.dtype)
+    return Compiled(
+        lowered.graph,
+        lowered.passes,
+        records,
+        lowered.leftovers,
+        sources,
+        activations,
+        smoothing=smoothing,
+    )
+
+
+def _compile_for_engine(
+    checkpoint: Checkpoint, lowered: Lowered, target: Target, engine: Engine, progress: Progress
+) -> Compiled:
+    from llmc.graph.verify import verify
+    from llmc.quantize.activations import plan_inputs
+    from llmc.quantize.engine import quantize_for_engine
+    from llmc.quantize.fold import scale_graph
+    from llmc.quantize.stored import origin_notes
+
+    graph = lowered.graph
+    if engine.calibration is None:
+        activations = look_for_overflow(checkpoint, target.dtype, progress)
+    else:
+        with progress.stage("calibrate"):
+            plans = plan_inputs(graph, engine.weights)
+            activations = observe(checkpoint, engine.calibration, plans, progress)
+            require_range(activations, target.dtype, progress)
+    with progress.stage("quantize"):
+        scale_graph(graph, activations.smoothing)
+        sources = graph_sources(graph)
+        tensors, kept = quantize_for_engine(
+            graph, engine.weights, activations.ranges, engine.least_activation_db
+        )
+        for each in kept:
+            progress.note(
+                f"quantize: what {each.weight} is given stays in {target.dtype.value}: {each.reason}"
+            )
+        for note in origin_notes(tensors):
+            progress.note(f"quantize: {note}")
+        verify(graph)
+    records = weight_records(tensors, target.dtype)
+    return Compiled(
+        graph, lowered.passes, records, lowered.leftovers, sources, activations, kept, activations.smoothing
+    )
+
+
+def scales_channels(target: Target) -> bool:
+    """Whether calibration decides what channels are divided by; its decisions are kept in the artifact."""
+    if target.engine is not None:
+        return target.engine.calibration is not None
+    return target.quantize is not None and target.quantize.scale_channels
+
+
+def graph_sources(graph: Graph) -> dict[str, Rows]:
+    """Rows of every weight that some node reads."""
+    found: dict[str, Rows] = {}
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, LazyWeight) and tensor.rows is not None and value.uses():
+            found[str(value.name)] = tensor.rows
+    return found
+
+
+def fix_length(graph: Graph, capacity: int, limit: str | None = None) -> None:
+    """Give the KV cache its fixed number of slots.
+
+    Args:
+        limit: Why the model has fewer positions than its configuration says.
+
+    Raises:
+        UnsupportedError: The model has fewer positions.
+    """
+    if graph.max_length is not None and capacity > graph.max_length:
+        fact = limit or f"the model has {graph.max_length} positions"
+        raise UnsupportedError(
+            f"the target's kv_capacity is {capacity}, and {fact}",
+            hint=f"copy the target and set kv_capacity to {graph.max_length} or less",
+        )
+    graph.max_length = capacity
+
+
+def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
+    """How every matrix is stored, as the manifest keeps it."""
+    float_bits = 32 if dtype is Dtype.FLOAT32 else 16
+    return tuple(
+        WeightRecord(
+            name=tensor.name,
+            role=tensor.role,
+            shape=tensor.shape,
+            bits=tensor.scheme.bits if tensor.scheme else float_bits,
+            block_size=tensor.scheme.block_size if tensor.scheme else None,
+            symmetric=tensor.scheme.symmetric if tensor.scheme else None,
+            bytes=tensor.bytes,
+            origin=tensor.origin,
+        )
+        for tensor in tensors
+    )
+
+
+def pass_records(reports: Sequence[PassReport]) -> tuple[Any, ...]:
+    """Reports as the manifest keeps them: refusals of one code counted, with one example each."""
+    records = []
+    for report in reports:
+        by_code: dict[str, list[Any]] = {}
+        for refusal in report.refusals:
+            by_code.setdefault(refusal.code, []).append(refusal)
+        declined = tuple(
+            Declined(
+                code=code,
+                reason=group[0].reason,
+                node=group[0].node,
+                count=len(group),
+                layers=tuple(sorted({refusal.layer for refusal in group if refusal.layer is not None})),
+            )
+            for code, group in sorted(by_code.items())
+        )
+        records.append(PassRecord(name=report.name, applied=len(report.applied), declined=declined))
+    return tuple(records)

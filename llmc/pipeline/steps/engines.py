@@ -1,0 +1,210 @@
+"""Engines as a step of a build, and the ones that wait for their GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.artifact.disk import replace_text
+from llmc.artifact.integrity import require_intact
+from llmc.artifact.manifest import FileDigest, Manifest, State
+from llmc.artifact.store import Artifact, digest_file, open_artifact, update_manifest
+from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
+from llmc.backends.tensorrt.forecast import forecast
+from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines
+from llmc.backends.tensorrt.worker import build_apart
+from llmc.catalog import list_targets
+from llmc.config import Backend, BuildPlan, Target
+from llmc.errors import ConfigError, ResourceError
+from llmc.machine import detect_profile
+from llmc.pipeline.result import BuildResult, build_result
+from llmc.profile import Profile
+from llmc.progress import Progress
+
+_MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, on the CPU"
+
+if TYPE_CHECKING:
+    from llmc.artifact.engine import EngineRecord
+    from llmc.artifact.forecast import Forecast
+    from llmc.graph.interface import Interface
+
+
+def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
+    """The engines that a build needs, none for a target of another backend; nothing is built yet.
+
+    Raises:
+        LlmcError: A profile cannot have an engine of this target, or what builds it is missing here.
+    """
+    if plan.target.backend is not Backend.TENSORRT:
+        return ()
+    known = [listed.document for listed in list_targets()]
+    plans = plan_engines(plan.target, (plan.profile, *plan.also), known)
+    for each in plans:
+        if _builds_here(each):
+            load_library(each.library)
+    return plans
+
+
+def write_engines(
+    folder: Path, target: Target, interface: Interface, plans: tuple[EnginePlan, ...], progress: Progress
+) -> tuple[tuple[EngineRecord, ...], dict[str, FileDigest]]:
+    """Build what can be built here from model.onnx in `folder`.
+
+    Returns:
+        A record of every engine, those that wait for their GPU included, and the digests of the files: the
+        engines, and ONNX models around them.
+    """
+    from llmc.backends.tensorrt.context import write_context
+
+    sparse = target.prune is not None and target.prune.sparsity is not None
+    records: list[EngineRecord] = []
+    files: dict[str, FileDigest] = {}
+    for each in plans:
+        if target.engine is None or not _builds_here(each):
+            records.append(pending(each))
+            progress.note(f"the engine for {', '.join(each.sms)} is built by {each.library.value} on its GPU")
+            continue
+        with progress.stage(f"engine {', '.join(each.sms)}"):
+            record, digest = build_apart(folder, each, target.engine, sparse=sparse)
+        if sparse:
+            progress.note(f"{each.name} may use kernels for 2:4 sparse weights")
+        context = write_context(folder, record, interface)
+        if context is not None:
+            files[context] = digest_file(folder / context)
+        records.append(record.model_copy(update={"context": context}))
+        files[each.name] = digest
+    return tuple(records), files
+
+
+def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[Forecast, ...]:
+    """What each profile can be expected to do with the engines, also as forecast.json in `folder`."""
+    if plan.target.engine is None:
+        return ()
+    scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
+    found = tuple(
+        forecast(manifest.interface, manifest.weights, plan.target.engine, profile, scratch)
+        for profile in (plan.profile, *plan.also)
+    )
+    text = json.dumps([each.model_dump(mode="json") for each in found], indent=2)
+    replace_text(folder / "forecast.json", text + "\n")
+    return found
+
+
+def resume(path: Path, progress: Progress) -> BuildResult:
+    """Build the engines of an artifact that wait for the GPU of this machine.
+
+    Args:
+        path: An artifact in the state "engine pending".
+
+    Raises:
+        ConfigError: There is no artifact, it is damaged, or none of its engines is pending.
+        ResourceError: This machine has not the GPU or the library that a pending engine needs; the artifact
+            is as it was.
+        UnsupportedError: TensorRT refuses the graph.
+    """
+    with progress.stage("artifact"):
+        artifact = open_artifact(path)
+        plans = tuple(_plan_of(record) for record in artifact.manifest.engines if record.file is None)
+        _remove_unfinished(artifact, plans)
+        require_intact(artifact)
+    manifest = artifact.manifest
+    if not plans:
+        raise ConfigError(f"{path} has no engine pending: it is {manifest.state.value}")
+    for each in plans:
+        _require_host(each)
+    try:
+        records, files = write_engines(path, manifest.target, manifest.interface, plans, progress)
+    except BaseException:
+        _remove_unfinished(artifact, plans)
+        raise
+    built = {record.sms: record for record in records}
+    manifest = manifest.model_copy(
+        update={
+            "engines": tuple(built.get(record.sms, record) for record in manifest.engines),
+            "files": {**manifest.files, **files},
+            "state": State.FAILED if manifest.state is State.FAILED else State.NOT_EXECUTED,
+        }
+    )
+    update_manifest(artifact, manifest)
+    return build_result(path, manifest, None, progress)
+
+
+def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
+    """Remove engines, whole or not, that a command left which was ended before it recorded them."""
+    from llmc.backends.tensorrt.context import context_name
+
+    for plan in plans:
+        for name in {plan.name, plan.partial, context_name(plan.name)} - artifact.manifest.files.keys():
+            (artifact.path / name).unlink(missing_ok=True)
+
+
+def _plan_of(record: EngineRecord) -> EnginePlan:
+    return EnginePlan(Library(record.library), record.sms, record.profiles)
+
+
+def _require_host(plan: EnginePlan) -> None:
+    if not _builds_here(plan):
+        device = detect_profile().device
+        raise ResourceError(
+            f"the engine for {', '.join(plan.sms)} needs an NVIDIA GPU of that compute capability "
+            f"({', '.join(plan.profiles)}) and {plan.library.value}; this machine is {device}",
+            hint="copy the artifact to a machine with that GPU, and run llmc build --resume there",
+        )
+    load_library(plan.library)
+
+
+def _builds_here(plan: EnginePlan) -> bool:
+    """TensorRT-RTX builds anywhere; TensorRT on the GPU that the engine is for."""
+    if plan.library is Library.RTX:
+        return True
+    capability = detect_profile().compute_capability
+    return capability is not None and f"SM{capability.replace('.', '')}" in plan.sms
+
+
+def require_engine(manifest: Manifest) -> EngineRecord:
+    """The engine that this machine can load, as `require_host`."""
+    return require_host(manifest.engines, detect_profile())
+
+
+def host_engine(manifest: Manifest, progress: Progress) -> EngineRecord | None:
+    """The engine that this machine can load; None, and a note why, where there is none."""
+    if not manifest.engines:
+        return None
+    try:
+        return require_engine(manifest)
+    except ResourceError as error:
+        progress.note(f"the graph is measured on the CPU, and no engine: {error.fact}")
+        return None
+
+
+def require_host(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
+    """The engine that `host` can load with the library installed there, by what is recorded of it.
+
+    Raises:
+        ResourceError: None is for its GPU; or that one is pending, or needs another library or release.
+    """
+    own = None if host.compute_capability is None else f"SM{host.compute_capability.replace('.', '')}"
+    fitting = [engine for engine in engines if own in engine.sms]
+    if not fitting:
+        sms = ", ".join(dict.fromkeys(sm for engine in engines for sm in engine.sms))
+        raise ResourceError(
+            f"the artifact holds TensorRT engines for {sms}, and this machine is {host.device}"
+            + (f" ({own})" if own else ""),
+            hint=_MEASURE_THE_GRAPH,
+        )
+    engine = next((e for e in fitting if e.file is not None), fitting[0])
+    if engine.file is None:
+        raise ResourceError(
+            f"the engine for {own} is pending", hint="llmc build --resume on this machine builds it"
+        )
+    library = Library(engine.library)
+    installed = load_library(library).__version__
+    if installed != engine.version:
+        raise ResourceError(
+            f"{engine.file} was built by {library.value} {engine.version}, the only release that loads it; "
+            f"{installed} is installed",
+            hint=f"pip install {PACKAGES[library]}=={engine.version}, or build it again",
+        )
+    return engine

@@ -1,0 +1,120 @@
+"""The stage that compiles kernels, only for targets that ask for them, and what it takes to load them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.artifact.manifest import KernelRecord, LeftOutside
+from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
+from llmc.backends.compiled.toolchain import Compiler, find_compiler, host_machine
+from llmc.config import CacheType, Target
+from llmc.errors import ResourceError
+from llmc.machine import detect_cpu
+from llmc.profile import Profile
+from llmc.progress import Progress
+
+if TYPE_CHECKING:
+    from llmc.artifact.store import Artifact
+    from llmc.backends.compiled.lower import KernelSource
+    from llmc.graph.model import Graph
+
+
+@dataclass(frozen=True)
+class KernelStage:
+    """A compiler and what to compile for, found before any work is done."""
+
+    compiler: Compiler
+    isa: InstructionSet
+    cache: CacheType
+
+    @classmethod
+    def prepare(cls, target: Target, profile: Profile) -> KernelStage | None:
+        """None for a target without compiled kernels.
+
+        Raises:
+            UnsupportedError: There are no kernels for the profile's CPU.
+            ResourceError: There is no compiler.
+        """
+        if target.kernels != "compiled":
+            return None
+        isa = choose_isa(profile.isa, profile.name)
+        return cls(find_compiler(isa.machine), isa, target.kv_cache or CacheType.FLOAT32)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine's CPU can execute what is compiled."""
+        return _misfit(self.isa) is None
+
+    def run(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
+        """Replace regions of `graph` by operators and write their library into `folder`."""
+        from llmc.backends.compiled.lower import LIBRARY, compile_kernels
+
+        with progress.stage("kernels"):
+            made = compile_kernels(graph, self.isa, self.compiler, self.cache)
+            (folder / LIBRARY).write_bytes(made.library)
+        progress.note(
+            f"kernels: {made.regions} regions of {made.nodes} operators for {made.isa}, {made.compiler}"
+        )
+        for op, reason, count in made.outside:
+            progress.note(f"kernels: {count} {op} stay with ONNX Runtime: {reason}")
+        return KernelRecord(
+            library=LIBRARY,
+            isa=made.isa,
+            compiler=made.compiler,
+            source=made.source,
+            regions=made.regions,
+            nodes=made.nodes,
+            outside=tuple(LeftOutside(operator=o, reason=r, count=c) for o, r, c in made.outside),
+        )
+
+
+def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
+    """The library of an artifact's kernels, compiled here; None where this machine has not their compiler.
+
+    Args:
+        source: The program, which must be that of the record.
+    """
+    from llmc.backends.compiled.lower import compile_source
+
+    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    if isa is None:
+        return None
+    try:
+        compiler = find_compiler(isa.machine)
+    except ResourceError:
+        return None
+    return compile_source(source.text, isa, compiler) if compiler.version == record.compiler else None
+
+
+def require_kernels(artifact: Artifact) -> None:
+    """Find out whether this CPU can execute an artifact's kernels, before it is loaded.
+
+    Raises:
+        ResourceError: They are for another architecture, or for instructions that this CPU lacks.
+    """
+    record = artifact.manifest.kernels
+    if record is None:
+        return
+    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    if isa is None:
+        raise ResourceError(
+            f"the kernels of {artifact.path} are for {record.isa}, which this llmc does not know",
+            hint="update llmc, or build the artifact again with this one",
+        )
+    misfit = _misfit(isa)
+    if misfit is not None:
+        raise ResourceError(
+            f"the kernels of {artifact.path} are compiled for {isa.machine} CPUs with {isa.name}; {misfit}",
+            hint="copy it to such a machine, or build it for this one with --profile local",
+        )
+
+
+def _misfit(isa: InstructionSet) -> str | None:
+    """What this machine is, if it cannot execute kernels for `isa`."""
+    machine, host = host_machine(), detect_cpu()
+    if machine != isa.machine:
+        return f"this machine is {machine} ({host.device})"
+    lacking = sorted(isa.needs - set(host.isa))
+    return f"this CPU ({host.device}) lacks {', '.join(lacking)}" if lacking else None

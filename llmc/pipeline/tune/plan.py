@@ -1,0 +1,110 @@
+"""What `llmc tune` is asked to do, resolved from names and figures as a user gives them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.artifact.tuning import Bound, Constraints
+from llmc.catalog import load_profile_for, load_target
+from llmc.config import Target
+from llmc.errors import ConfigError
+from llmc.pipeline.tune.workbench import LEVELS, Level
+from llmc.profile import Profile
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """What a tuning is asked to do.
+
+    Args:
+        model: As the user wrote it.
+        adapter: As `BuildPlan`.
+        bases: Targets that candidates are made from; times are ratios to the first.
+        profile: The hardware; candidates run on the machine at hand.
+        constraints: What is asked of the target that is taken.
+        seconds: Time for candidates, over all runs of the same tuning; the one that runs by then is finished.
+        most: Most candidates besides the base; None leaves it to the time.
+        output: File of the target, in a folder `targets`.
+        report: Folder for tuning.json and tuning.html; None for neither.
+        eval_text: As `BuildPlan`.
+        levels: Fidelities that a candidate is measured with, the cheapest first.
+    """
+
+    model: str
+    bases: tuple[Target, ...]
+    profile: Profile
+    constraints: Constraints
+    seconds: float
+    most: int | None
+    output: Path
+    report: Path | None
+    eval_text: tuple[str, ...]
+    levels: tuple[Level, ...]
+    adapter: str | None = None
+
+
+def parse_seconds(text: str) -> float:
+    """`90s`, `30m`, `1.5h`; a bare number is seconds.
+
+    Raises:
+        ConfigError: It is none of these, or not above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(match[1]) * _SECONDS[match[2] or "s"] if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"--budget {text} is not a time", hint="for example 90s, 30m or 1.5h")
+    return seconds
+
+
+def plan_tune(
+    model: str,
+    *,
+    targets: str,
+    profile: str,
+    output: Path,
+    max_kl: float | None = None,
+    max_size: float | None = None,
+    min_tok_s: float | None = None,
+    budget: str = "30m",
+    most: int | None = None,
+    report: Path | None = None,
+    eval_text: Sequence[str] = (),
+    path: Path | None = None,
+    adapter: str | None = None,
+) -> TunePlan:
+    """Resolve names and figures as a user gives them.
+
+    Args:
+        targets: One name, or several with commas between them.
+        max_size: In MB, 10**6 bytes.
+
+    Raises:
+        ConfigError: A name is not known, or a figure is not above zero.
+    """
+    bases = tuple(load_target(name, path) for name in targets.split(","))
+    for bound, value in ((Bound.KL, max_kl), (Bound.SIZE, max_size), (Bound.SPEED, min_tok_s)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{bound.value} {value:g} is not above zero")
+    return TunePlan(
+        model=model,
+        bases=bases,
+        profile=load_profile_for(bases[0], profile, path),
+        constraints=Constraints(
+            max_kl=max_kl,
+            max_bytes=None if max_size is None else 1e6 * max_size,
+            min_tokens_per_s=min_tok_s,
+        ),
+        seconds=parse_seconds(budget),
+        most=most,
+        output=output,
+        report=report,
+        eval_text=tuple(eval_text),
+        levels=LEVELS,
+        adapter=adapter,
+    )

@@ -1,0 +1,1 @@
+"""What executes graphs: sessions of ONNX Runtime, and what all sessions have in common."""

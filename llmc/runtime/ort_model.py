@@ -1,0 +1,343 @@
+"""An artifact as onnxruntime runs it: prefill and decode over a KV cache, fed as its interface says."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.arrays import Array
+from llmc.artifact.manifest import MODEL
+from llmc.errors import ConfigError, ParityError
+from llmc.graph.interface import Interface, TensorSpec
+from llmc.runtime.arithmetic import Arithmetic, compute_in
+from llmc.runtime.libraries import load_onnxruntime
+
+_PROVIDER = "CPUExecutionProvider"
+_STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A point to come back to.
+
+    Args:
+        mask: Attention mask so far, (batch, total) int64.
+        cache: Growing mode: past keys and values in the interface's order. Shared mode: empty, since
+            slots beyond `total` are overwritten by whatever comes next.
+    """
+
+    mask: Array
+    cache: tuple[Any, ...]
+
+
+class OrtModel:
+    """One onnxruntime session with the KV cache of one batch.
+
+    The cache never leaves OrtValues: in growing mode each step's present tensors are the next
+    step's past; in shared mode (`past_present_share_buffer` of onnxruntime-genai) one buffer of
+    `capacity` slots is bound as past and present alike and the graph writes into it.
+
+    Args:
+        folder: Directory with model.onnx.
+        interface: What the graph takes and gives.
+        threads: Intra-op threads; None leaves it to onnxruntime.
+        share_buffer: Shared mode; only graphs of GroupQueryAttention allow it.
+        arithmetic: What the graph is computed in; its interface is then that of this session.
+        profile: Where onnxruntime writes how long each kernel took, as the beginning of a file's name.
+
+    Raises:
+        ConfigError: There is no model.onnx in `folder`.
+        ResourceError: onnxruntime is not installed.
+        ParityError: onnxruntime cannot load the graph, or its inputs and outputs are not the
+            interface's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        interface: Interface,
+        *,
+        threads: int | None,
+        share_buffer: bool,
+        arithmetic: Arithmetic = Arithmetic.SERVED,
+        profile: Path | None = None,
+    ) -> None:
+        def edit(model: Any) -> None:
+            nonlocal interface
+            interface = compute_in(arithmetic, model, interface)
+
+        served = arithmetic is Arithmetic.SERVED
+        ort, self._session, self.where = open_session(
+            folder, threads, edit=None if served else edit, profile=profile
+        )
+        self._opened = (folder, threads)
+        self._ort = ort
+        self.interface = interface
+        self.share_buffer = share_buffer
+        self._specs = {spec.name: spec for spec in interface.inputs}
+        compare_signature("input", interface.inputs, self._session.get_inputs())
+        compare_signature("output", interface.outputs, self._session.get_outputs())
+        pairs = [pair for slot in interface.cache for pair in slot.pairs]
+        widths = [(s.kv_heads, w) for s in interface.cache for w in (s.key_width, s.value_width)]
+        self._slots = [
+            (past, present, *geometry) for (past, present), geometry in zip(pairs, widths, strict=True)
+        ]
+        _require_fed(interface, {past for past, _ in pairs})
+        self._mask: Array = np.zeros((0, 0), np.int64)
+        self._cache: tuple[Any, ...] = ()
+        self._binding: Any = None
+        self._capacity = 0
+
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        """Run a prompt from an empty cache.
+
+        Args:
+            input_ids: (batch, sequence) int64.
+            mask: (batch, sequence) int64, 1 where a token is real; None if all are.
+            steps: Decode steps that will follow, for which shared mode reserves slots.
+
+        Returns:
+            Logits, (batch, sequence or 1, vocabulary) float32.
+
+        Raises:
+            ParityError: The run failed, or an output has another shape than the interface says.
+        """
+        batch, sequence = input_ids.shape
+        self._mask = np.ones_like(input_ids) if mask is None else mask
+        self._capacity = sequence + steps
+        slots = self._capacity if self.share_buffer else 0
+        self._cache = tuple(
+            self._ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((batch, heads, slots, width), np.dtype(self._specs[past].dtype))
+            )
+            for past, _, heads, width in self._slots
+        )
+        self._binding = self._session.io_binding()
+        if self.share_buffer:
+            for (past, present, *_), value in zip(self._slots, self._cache, strict=True):
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_ortvalue_output(present, value)
+        return self._run(input_ids)
+
+    def decode(self, tokens: Array) -> Array:
+        """Run one or more further tokens of every row.
+
+        Args:
+            tokens: (batch, sequence) int64.
+
+        Returns:
+            Logits, (batch, sequence or 1, vocabulary) float32.
+
+        Raises:
+            ParityError: As for `prefill`.
+            ConfigError: Shared mode has no slot left.
+        """
+        total = self._mask.shape[1] + tokens.shape[1]
+        if self.share_buffer and total > self._capacity:
+            raise ConfigError(
+                f"the KV cache has {self._capacity} slots and the step needs {total}",
+                hint="reserve more steps at prefill",
+            )
+        self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
+        return self._run(tokens)
+
+    def profiled(self, prefix: Path) -> "OrtModel":
+        """The same artifact in a session that writes a profile."""
+        folder, threads = self._opened
+        return OrtModel(
+            folder, self.interface, threads=threads, share_buffer=self.share_buffer, profile=prefix
+        )
+
+    def end_profiling(self) -> str:
+        """Path of the profile, in the format of Chrome's traces."""
+        return str(self._session.end_profiling())
+
+    def state(self) -> CacheState:
+        """This point of the sequence, to `restore` later; holds no copy of the cache."""
+        return CacheState(self._mask, () if self.share_buffer else self._cache)
+
+    def restore(self, state: CacheState) -> None:
+        """Go back to `state`, taken since the last prefill."""
+        self._mask = state.mask
+        if not self.share_buffer:
+            self._cache = state.cache
+
+    def rewind(self, state: CacheState, total: int) -> None:
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        self._mask = state.mask[:, :total]
+        if not self.share_buffer:
+            self._cache = tuple(
+                self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :total]))
+                for value in state.cache
+            )
+
+    def _run(self, input_ids: Array) -> Array:
+        batch, sequence = input_ids.shape
+        total = self._mask.shape[1]
+        binding = self._binding
+        if not self.share_buffer:
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()
+            for (past, *_), value in zip(self._slots, self._cache, strict=True):
+                binding.bind_ortvalue_input(past, value)
+            for _, present, *_ in self._slots:
+                binding.bind_output(present, "cpu")
+        binding.bind_output("logits", "cpu")  # anew each time: a bound value keeps the last run's shape
+        feeds = {"input_ids": input_ids, "attention_mask": self._mask}
+        if self.interface.position_ids:
+            positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, total - sequence :]
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value, np.dtype(self._specs[name].dtype)))
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ParityError(
+                f"onnxruntime failed at batch {batch}, sequence {sequence}, total {total}: {error}"
+            ) from error
+        outputs = binding.get_outputs()
+        logits = outputs[-1]
+        if not self.share_buffer:
+            self._cache = tuple(outputs[:-1])
+            for (_, present, heads, width), value in zip(self._slots, self._cache, strict=True):
+                require_shape(present, value.shape(), (batch, heads, total, width))
+        positions_out = 1 if self.interface.logits == "last" else sequence
+        shape = logits.shape()
+        require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
+        values: Array = logits.numpy()
+        return values.astype(np.float32, copy=False)
+
+
+def open_session(
+    folder: Path,
+    threads: int | None,
+    entries: Mapping[str, str] | None = None,
+    *,
+    edit: Callable[[Any], None] | None = None,
+    profile: Path | None = None,
+    arena: bool = True,
+) -> tuple[Any, Any, str]:
+    """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
+
+    Args:
+        entries: Further configuration entries of the session.
+        edit: Changes the graph, an `onnx_ir.Model`, before it is loaded.
+        profile: As for `OrtModel`.
+        arena: Keep freed memory for the next step, which is faster where steps are short.
+
+    Raises:
+        ConfigError: There is no model.onnx in `folder`.
+        ResourceError: onnxruntime is not installed.
+        ParityError: onnxruntime cannot load the graph.
+    """
+    ort = load_onnxruntime()
+    path = folder / MODEL
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = arena
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    library = custom_operators(folder)
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        source = str(path) if edit is None else _edited(path, edit, options)
+        session = ort.InferenceSession(source, options, providers=[_PROVIDER])
+    except Exception as error:
+        raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
+    return ort, session, f"onnxruntime {ort.__version__} {_PROVIDER}"
+
+
+def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
+    """The changed graph, whose weights are read from where they are."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    edit(model)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
+def shares_buffer(folder: Path) -> bool:
+    """Whether onnxruntime-genai serves the artifact with one buffer as past and present.
+
+    Read from `search.past_present_share_buffer` of genai_config.json.
+
+    Raises:
+        ConfigError: The file is missing or is not JSON.
+    """
+    return bool(_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
+
+
+def _genai_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "genai_config.json"
+    try:
+        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", hint="build the artifact again") from error
+    return config
+
+
+def custom_operators(folder: Path) -> Path | None:
+    """The library of custom operators that genai_config.json names, if there is one that does."""
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        return None
+    session = _genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    name = session.get("custom_ops_library")
+    return None if name is None else folder / name
+
+
+def _require_fed(interface: Interface, past: set[str]) -> None:
+    """Every input of the interface must be one this module knows how to feed, and the other way round."""
+    known = past | set(_STEP_INPUTS[: 3 if interface.position_ids else 2])
+    names = {spec.name for spec in interface.inputs}
+    if names != known:
+        raise ParityError(
+            f"the interface has inputs {sorted(names - known)} that nothing feeds"
+            f" and lacks {sorted(known - names)}"
+        )
+    present = {n for slot in interface.cache for n in (slot.present_key, slot.present_value)}
+    missing = (present | {"logits"}) - {spec.name for spec in interface.outputs}
+    if missing:
+        raise ParityError(f"the interface lacks the outputs {sorted(missing)}")
+
+
+def compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> None:
+    """The session's inputs or outputs must be those of the interface by name, type and static size."""
+    actual = {arg.name: arg for arg in found}
+    expected = {spec.name for spec in specs}
+    if missing := sorted(expected - set(actual)):
+        raise ParityError(f"the graph lacks the {kind} {', '.join(missing)}")
+    if extra := sorted(set(actual) - expected):
+        raise ParityError(f"the graph has the {kind} {', '.join(extra)}, which the interface does not name")
+    for spec in specs:
+        arg = actual[spec.name]
+        dtype = {"float": "float32", "double": "float64"}.get(arg.type[7:-1], arg.type[7:-1])
+        if dtype != spec.dtype:
+            raise ParityError(f"{kind} {spec.name} is {dtype}, the interface says {spec.dtype}")
+        if len(arg.shape) != len(spec.shape):
+            raise ParityError(f"{kind} {spec.name} has shape {arg.shape}, the interface says {spec.shape}")
+        for size, stated in zip(arg.shape, spec.shape, strict=True):
+            if isinstance(size, int) and isinstance(stated, int) and size != stated:
+                raise ParityError(
+                    f"{kind} {spec.name} has shape {arg.shape}, the interface says {list(spec.shape)}"
+                )
+
+
+def require_shape(name: str, shape: list[int], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != expected:
+        raise ParityError(f"output {name} has shape {list(shape)}, it must be {list(expected)}")

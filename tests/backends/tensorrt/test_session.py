@@ -1,0 +1,187 @@
+"""What executes engines, as far as it comes without a GPU: every error is TensorRT's or CUDA's own."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorrt_rtx as trt
+from cuda.bindings import runtime as cuda
+
+from llmc.artifact.engine import EngineRecord
+from llmc.backends.tensorrt import session as tensorrt_session
+from llmc.backends.tensorrt.cuda import Buffer, Stream, call, load_runtime
+from llmc.backends.tensorrt.engine import build_engine
+from llmc.backends.tensorrt.log import BuildLog, make_logger
+from llmc.backends.tensorrt.session import EngineSession, load_engine, require_device, sized
+from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.config import Dtype, Engine, Span
+from llmc.errors import ConfigError, ExitCode, ResourceError
+from llmc.graph.interface import Interface
+from tests.lowering import CAPACITY, write_lowered
+
+ENGINE = Engine(
+    kv_capacity=CAPACITY, batch=Span(least=1, typical=1, most=4), prefill=Span(least=1, typical=16, most=32)
+)
+Built = tuple[Path, EngineRecord, Interface]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("engine")
+    interface = write_lowered(folder, "llama", Dtype.FLOAT16, last="last-token-logits")
+    record, _ = build_engine(folder, EnginePlan(Library.RTX, ("SM86", "SM89"), ("a10", "l4")), ENGINE)
+    return folder, record, interface
+
+
+def _runtime(log: BuildLog) -> object:
+    return trt.Runtime(make_logger(trt, log))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide a GPU, where there is one, from the driver: it looks when it is first used."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+
+
+def test_a_session_needs_a_driver_and_a_gpu(built: Built) -> None:
+    with pytest.raises(
+        ResourceError, match=r"cudaGetDeviceProperties of CUDA fails: .*\(cudaError"
+    ) as caught:
+        EngineSession(*built)
+    assert caught.value.hint in (
+        "install NVIDIA's driver, or a newer one",
+        "run it on a machine with an NVIDIA GPU",
+    )
+    assert caught.value.exit_code is ExitCode.RESOURCES
+
+
+def test_tensorrt_says_why_it_cannot_load_an_engine(built: Built, tmp_path: Path) -> None:
+    folder, record, _ = built
+    log = BuildLog()
+    runtime = trt.Runtime(make_logger(trt, log))
+    with pytest.raises(ResourceError, match=r"TensorRT cannot load sm86-sm89\.engine: .*[Cc]uda") as caught:
+        load_engine(runtime, folder / str(record.file), log)
+    assert caught.value.hint == "llmc verify tells whether the file is the one that was built"
+    (tmp_path / "cut.engine").write_bytes((folder / str(record.file)).read_bytes()[:1000])
+    with pytest.raises(ResourceError, match=r"TensorRT cannot load cut\.engine: "):
+        load_engine(runtime, tmp_path / "cut.engine", log)
+    with pytest.raises(ConfigError, match=r"there is no engine .*gone\.engine"):
+        load_engine(runtime, tmp_path / "gone.engine", log)
+
+
+def test_every_call_of_cuda_tells_its_code() -> None:
+    with pytest.raises(ResourceError, match=r"cudaMalloc of CUDA fails: .*\(cudaError\w+, \d+\)"):
+        Buffer(64)
+    with pytest.raises(ResourceError, match="of CUDA fails: "):
+        Stream()
+    # A stream without a device under it: what it calls takes the arguments that it is called with.
+    stream = Stream.__new__(Stream)
+    stream._runtime, stream.handle = cuda, 0
+    buffer = Buffer.__new__(Buffer)
+    buffer.address, buffer.size = 256, 8
+    values = np.zeros(1, np.int64)
+    calls = {
+        "cudaMemcpyAsync": lambda: stream.write(buffer, values),
+        "cudaMemsetAsync": lambda: stream.clear(buffer),
+        "cudaStreamSynchronize": stream.synchronize,
+        "cudaStreamBeginCapture": lambda: stream.capture(stream.synchronize),
+    }
+    for name, run in calls.items():
+        with pytest.raises(ResourceError, match=f"^{name} of CUDA fails: "):
+            run()
+    with pytest.raises(ResourceError, match=r"cudaMemcpyAsync of CUDA fails: "):
+        stream.read(buffer, (1,), np.dtype(np.int64))
+    for function, arguments in {
+        cuda.cudaGraphInstantiate: (0, 0),
+        cuda.cudaGraphLaunch: (0, 0),
+        cuda.cudaStreamEndCapture: (0,),
+        cuda.cudaGraphDestroy: (0,),
+    }.items():
+        with pytest.raises(ResourceError, match=f"^{function.__name__} of CUDA fails: "):
+            call(function, *arguments)
+    assert call(cuda.cudaGetErrorName, cuda.cudaError_t.cudaErrorNoDevice) == b"cudaErrorNoDevice"
+
+
+def test_cuda_bindings_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(
+        ResourceError, match="cuda-bindings, which engines are executed with, cannot be"
+    ) as caught:
+        load_runtime()
+    assert caught.value.hint == "pip install 'llmc[gpu]'"
+
+
+def test_what_is_asked_of_tensorrt_is_there() -> None:
+    """Every name that the session uses of the module and its classes, in the library that is installed."""
+    owners = {
+        "trt": trt,
+        "engine": trt.ICudaEngine,
+        "context": trt.IExecutionContext,
+        "config": trt.IRuntimeConfig,
+        "runtime": trt.Runtime,
+    }
+    used: dict[str, set[str]] = {name: set() for name in owners}
+    for node in ast.walk(ast.parse(inspect.getsource(tensorrt_session))):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            name = (
+                owner.id
+                if isinstance(owner, ast.Name)
+                else owner.attr
+                if isinstance(owner, ast.Attribute)
+                else ""
+            )
+            if name.lstrip("_") in used:
+                used[name.lstrip("_")].add(node.attr)
+    assert {
+        name: sorted(n for n in used[name] if not hasattr(owner, n)) for name, owner in owners.items()
+    } == {name: [] for name in owners}
+    assert used["context"] >= {"execute_async_v3", "set_tensor_address", "set_input_shape"}
+    assert set(tensorrt_session._TYPES.values()) <= trt.DataType.__members__.keys()
+    assert {"ON_PROFILE_CHANGE"} <= trt.ExecutionContextAllocationStrategy.__members__.keys()
+    assert {"WHOLE_GRAPH_CAPTURE"} <= trt.CudaGraphStrategy.__members__.keys()
+
+
+def test_the_first_device_may_be_another_one(built: Built) -> None:
+    stream = Stream.__new__(Stream)
+    stream.device, stream.capability = "NVIDIA T4", "7.5"
+    message = r"first device is NVIDIA T4 \(SM75\); sm86-sm89\.engine is for SM86, SM89"
+    with pytest.raises(ResourceError, match=message) as caught:
+        require_device(stream, built[1])
+    assert str(caught.value.hint).startswith("CUDA_VISIBLE_DEVICES names the GPU to use")
+    stream.capability = "8.9"
+    require_device(stream, built[1])
+
+
+def test_a_record_without_profiles_is_of_no_engine(built: Built) -> None:
+    folder, record, interface = built
+    with pytest.raises(ConfigError, match="is recorded with 0 optimization profiles"):
+        EngineSession(folder, record.model_copy(update={"phases": ()}), interface)
+
+
+def test_the_cache_is_one_that_tensorrt_updates_in_place(built: Built) -> None:
+    """A KVCacheUpdate layer's output shares the address of its cache by TensorRT's documentation."""
+    folder, _, interface = built
+    logger = make_logger(trt, BuildLog())
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse_from_file(str(folder / "model.onnx"))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
+    expected = {slot.present_key: slot.past_key for slot in interface.cache}
+    expected |= {slot.present_value: slot.past_value for slot in interface.cache}
+    assert {layer.get_output(0).name: layer.get_input(0).name for layer in updates} == expected
+
+
+def test_every_input_and_output_has_a_size(built: Built) -> None:
+    _, record, interface = built
+    shapes = {spec.name: sized(spec, 4, 32) for spec in (*interface.inputs, *interface.outputs)}
+    prefill, decode = record.phases
+    for name, (_, _, most) in prefill.shapes.items():
+        assert shapes[name] == most
+    assert prefill.shapes.keys() == decode.shapes.keys() == {spec.name for spec in interface.inputs}
+    assert shapes["logits"] == (4, 1, interface.vocabulary)
+    assert all(shapes[slot.present_key] == shapes[slot.past_key] for slot in interface.cache)
