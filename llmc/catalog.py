@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from llmc.config import Metric, Provider, Target
+from llmc.config import Metric, Target
 from llmc.document import Extension, find_origins, load_document
 from llmc.errors import ConfigError, did_you_mean
 from llmc.machine import LOCAL, detect_profile
@@ -122,7 +122,7 @@ def load_profile_for(target: Target, name: str, path: Path | None = None) -> Pro
     `local` describes the CPU for a CPU target. For a CUDA target it describes the GPU, and where
     there is none the CPU of the machine that builds: such an artifact is built, not executed.
     """
-    wanted = ProfileKind.GPU if target.provider is Provider.CUDA else ProfileKind.CPU
+    wanted = target.hardware
     if name == LOCAL:
         return detect_profile() if wanted is ProfileKind.GPU else detect_profile(gpu=False)
     profile = load_profile(name, path)

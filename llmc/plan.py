@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmc.backends import backend_of
 from llmc.catalog import load_profile_for, load_target
-from llmc.config import Backend, BuildPlan
+from llmc.config import BuildPlan
 from llmc.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def plan_build(
             raise ConfigError(f"evaluation text {name} is not a file")
     resolved = load_target(target, path)
     names = profile.split(",")
-    if len(names) > 1 and resolved.backend is not Backend.TENSORRT:
+    if len(names) > 1 and not backend_of(resolved).several_profiles:
         raise ConfigError(
             f"target {target} is built for one profile, and {len(names)} are named: {profile}",
             hint="targets of backend tensorrt take several",

@@ -16,7 +16,7 @@ from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICR
 PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
-STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "backends", "validate", "report")
+STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "validate", "report")
 BASE = {"arrays", "records", "errors", "profile", "config", "strict_json", "limits", "memory"}
 STATION = BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
 
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "document": {"errors"},
     "machine": BASE | {"memory"},
     "catalog": BASE | {"document", "machine"},
-    "plan": BASE | {"catalog"},
+    "plan": BASE | {"catalog", "backends"},
     "defaults": BASE | {"catalog", "machine", "backends"},
     "doctor": BASE | {"machine", "memory", "backends"},
     "graph": BASE,
@@ -47,11 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": BASE | {"graph", "artifact"},
     "runtime": BASE | {"graph", "artifact"},
     **dict.fromkeys(STATIONS, STATION),
-    **{station: STATION | {"runtime"} for station in ("passes", "backends", "validate")},
+    **{station: STATION | {"runtime"} for station in ("passes", "validate")},
     **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},
+    # A backend knows how its graphs store weights, and which targets and machines there are.
+    "backends": STATION | {"runtime", "quantize", "catalog", "machine"},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
-    | {"calibration", "runtime", *STATIONS},
+    | {"calibration", "runtime", "backends", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
     | {"__init__"},
@@ -291,3 +293,47 @@ def test_the_changelog_tells_the_version() -> None:
     top = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert top is not None
     assert top.group(1) == llmc.__version__
+
+
+#: What tells backends apart: fields of a target and of a manifest, and the graph that one of them asks for.
+KIND = {"backend", "engine", "engines", "kernels", "provider", "static_cache"}
+
+
+def questions_of_kind(file: Path) -> list[str]:
+    """Comparisons and tests of what tells backends apart."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tests: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            tests = [node.left, *node.comparators]
+        elif isinstance(node, ast.If | ast.IfExp | ast.While):
+            tests = [node.test]
+        elif isinstance(node, ast.BoolOp):
+            tests = list(node.values)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            tests = [node.operand]
+        for test in tests:
+            if isinstance(test, ast.Attribute) and test.attr in KIND:
+                found.append(f"{file.relative_to(ROOT)}:{test.lineno}: {ast.unparse(test)}")
+    return found
+
+
+def test_no_one_asks_a_backend_which_it_is() -> None:
+    # artifact/ validates its own records; runtime/, passes/ and validate/ ask a graph how its KV cache grows.
+    outside = {"backends", "config", "artifact"}
+    graphs = {"runtime", "passes", "validate", "graph"}
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        if part_of(file) not in outside:
+            asked = questions_of_kind(file)
+            found += [q for q in asked if part_of(file) not in graphs or not q.endswith(".static_cache")]
+    assert found == []
+
+
+def test_the_rule_sees_a_question_of_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bad.py"
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    file.write_text("a = target.engine\nb = f(target.engine)\n")
+    assert questions_of_kind(file) == []
+    file.write_text("if target.kernels == 'compiled' or not m.engines or (x and t.backend is B): pass\n")
+    assert {q.split()[-1] for q in questions_of_kind(file)} == {"m.engines", "target.kernels", "t.backend"}

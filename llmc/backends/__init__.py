@@ -1,1 +1,28 @@
-"""Runtimes: a lowered graph into files, and text out of them."""
+"""Backends: a folder each, and the one of a target.
+
+A backend is an `llmc.backends.base.Backend`. To add one, write its folder and name its class here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmc.config import BackendName, Target
+
+if TYPE_CHECKING:
+    from llmc.backends.base import Backend
+
+
+def backend_of(target: Target) -> Backend:
+    """The backend of a target."""
+    if target.backend is BackendName.TENSORRT:
+        from llmc.backends.tensorrt.backend import TensorRtBackend
+
+        return TensorRtBackend()
+    if target.kernels == "compiled":
+        from llmc.backends.compiled.backend import CompiledBackend
+
+        return CompiledBackend()
+    from llmc.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend()

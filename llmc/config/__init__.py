@@ -24,7 +24,7 @@ from llmc.config.method import Method as Method
 from llmc.config.method import NamedMethod, calibrated_methods
 from llmc.config.metrics import Better as Better
 from llmc.config.metrics import Metric as Metric
-from llmc.profile import Profile
+from llmc.profile import Profile, ProfileKind
 from llmc.records import Strict
 
 
@@ -201,7 +201,7 @@ class Quantization(Strict):
         return self
 
 
-class Backend(StrEnum):
+class BackendName(StrEnum):
     """What an artifact is made of: an ONNX Runtime model, or TensorRT engines."""
 
     ONNXRUNTIME = "onnxruntime"
@@ -224,7 +224,7 @@ class Target(Strict):
     schema_version: Literal[1]
     name: str
     summary: str
-    backend: Annotated[Backend, Field(strict=False)]
+    backend: Annotated[BackendName, Field(strict=False)]
     provider: Annotated[Provider, Field(strict=False)]
     dtype: Annotated[Dtype, Field(strict=False)]
     logits: Literal["last", "all"]
@@ -237,23 +237,33 @@ class Target(Strict):
     lookup: int | None = None
     gates: tuple[Gate, ...]
 
+    @property
+    def hardware(self) -> ProfileKind:
+        """The kind of hardware that the artifact runs on."""
+        return ProfileKind.GPU if self.provider is Provider.CUDA else ProfileKind.CPU
+
+    @property
+    def platform(self) -> tuple[str, str, str]:
+        """What executes the artifact: targets that share it differ in passes, precision and gates."""
+        return (self.backend.value, self.provider.value, self.kernels)
+
     @model_validator(mode="after")
     def _backend_fits(self) -> "Target":
-        if (self.backend is Backend.TENSORRT) != (self.engine is not None):
+        if (self.backend is BackendName.TENSORRT) != (self.engine is not None):
             raise ValueError("engine goes with backend tensorrt, which needs it, and with no other backend")
-        if self.backend is Backend.TENSORRT and self.quantize is not None:
+        if self.backend is BackendName.TENSORRT and self.quantize is not None:
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
-        if self.backend is not Backend.TENSORRT and self.prune is not None and self.prune.sparsity:
+        if self.backend is not BackendName.TENSORRT and self.prune is not None and self.prune.sparsity:
             raise ValueError(
                 f"backend {self.backend.value} has no kernels for sparsity {self.prune.sparsity}"
             )
-        if self.backend is not Backend.TENSORRT and self.dtype is Dtype.BFLOAT16:
+        if self.backend is not BackendName.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":
             raise ValueError("kv_cache goes with kernels: compiled; elsewhere it is of the type dtype")
-        if self.backend is Backend.TENSORRT and self.provider is not Provider.CUDA:
+        if self.backend is BackendName.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
-        if self.lookup is not None and (self.backend is Backend.TENSORRT or self.logits == "last"):
+        if self.lookup is not None and (self.backend is BackendName.TENSORRT or self.logits == "last"):
             raise ValueError("lookup goes with backend onnxruntime and logits of all tokens")
         return self
 

@@ -12,8 +12,8 @@ from llmc.pipeline.compare import compare
 from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
 from llmc.pipeline.reports import report
+from llmc.pipeline.resume import resume
 from llmc.pipeline.run import run
-from llmc.pipeline.steps.engines import resume
 from llmc.pipeline.tune.plan import plan_tune
 from llmc.pipeline.tune.tune import tune
 from llmc.pipeline.verify import verify

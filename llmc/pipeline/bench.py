@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.integrity import require_intact
 from llmc.artifact.store import Artifact, open_artifact
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric, Provider
-from llmc.errors import ResourceError
+from llmc.backends import backend_of
+from llmc.config import Metric
 from llmc.machine import detect_profile
 from llmc.pipeline.gate.parity import GateResult, latency_gates
 from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
-from llmc.pipeline.steps.engines import require_engine
-from llmc.pipeline.steps.kernels import require_kernels
 from llmc.pipeline.steps.original import open_pair, read_text, tokenize
-from llmc.profile import Profile
+from llmc.profile import Profile, ProfileKind
 from llmc.progress import Progress
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import unmeasured
@@ -132,25 +129,12 @@ def _timed(artifact: Artifact) -> Timed:
     Raises:
         ResourceError: It is for hardware that this machine has not.
     """
-    from llmc.backends.tensorrt.session import EngineSession
-    from llmc.runtime.ort_model import OrtModel, shares_buffer
     from llmc.validate.latency import Timed
 
-    path, manifest = artifact.path, artifact.manifest
-    interface, target = manifest.interface, manifest.target
-    if target.engine is not None:
-        record = require_engine(manifest)
-        session = partial(EngineSession, path, record, interface)
-        return Timed(session, record.library, interface, record.weight_bytes or 0, target.engine.batch.most)
-    if target.provider is not Provider.CPU:
-        raise ResourceError(
-            f"{path} is built for {target.provider.value.upper()}; its latency on the CPU says nothing",
-            hint="llmc verify measures the numbers of its graph on the CPU",
-        )
-    require_kernels(artifact)
-    threads = _threads(manifest)
-    model = partial(OrtModel, path, interface, threads=threads, share_buffer=shares_buffer(path))
-    return Timed(model, "onnxruntime", interface, streamed_weight_bytes(path))
+    manifest = artifact.manifest
+    found = backend_of(manifest.target).executable(artifact)
+    weights = streamed_weight_bytes(artifact.path) if found.weight_bytes is None else found.weight_bytes
+    return Timed(found.open, found.library, manifest.interface, weights, found.rows)
 
 
 def _threads(manifest: Manifest) -> int:
@@ -159,7 +143,7 @@ def _threads(manifest: Manifest) -> int:
 
 def _host_profile(manifest: Manifest) -> Profile:
     """The profile whose bandwidth bounds what is timed: of engines the host's, if the artifact is for it."""
-    if not manifest.engines:
+    if manifest.target.hardware is not ProfileKind.GPU:
         return manifest.profile
     host = detect_profile()
     return next((p for p in (manifest.profile, *manifest.also) if p.device == host.device), host)
@@ -169,7 +153,8 @@ def _original_dtype(manifest: Manifest) -> str | None:
     """What the original computes in on the GPU beside an engine; None where PyTorch has no GPU."""
     import torch
 
-    return manifest.target.dtype.value if manifest.engines and torch.cuda.is_available() else None
+    on_gpu = manifest.target.hardware is ProfileKind.GPU and torch.cuda.is_available()
+    return manifest.target.dtype.value if on_gpu else None
 
 
 def _against(earlier: Timed | None, timed: Timed, tokens: Any, progress: Progress) -> Measurement:

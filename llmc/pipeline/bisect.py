@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from llmc.artifact.integrity import require_vouched
+from llmc.backends import backend_of
 from llmc.config import Dtype, Metric, Quantization, Target
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.machine import release_memory
@@ -163,7 +164,7 @@ def measure_passes(
         ParityError: A graph cannot be run.
         UnsupportedError: The target has a KV cache of fixed length, which changes what a graph takes.
     """
-    if target.engine is not None:
+    if backend_of(target).capacity(target) is not None:
         raise UnsupportedError(
             f"the passes of {target.name} cannot be held against each other: one of them gives the graph "
             "other inputs, for a KV cache of fixed length",

@@ -7,41 +7,36 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
 from llmc.artifact.decisions import write_decisions
 from llmc.artifact.disk import replace_text
-from llmc.artifact.manifest import REPORTS, FileDigest, KernelRecord, Manifest, ModelFacts, PruneRecord, State
+from llmc.artifact.manifest import REPORTS, FileDigest, Manifest, ModelFacts, PruneRecord, State
 from llmc.artifact.provenance import tool_versions
 from llmc.artifact.store import Artifact, Staging, digest_files, staging
-from llmc.config import BuildPlan, Provider
+from llmc.backends import backend_of
+from llmc.backends.base import Made, Stage
+from llmc.config import BuildPlan
 from llmc.errors import ConfigError
 from llmc.pipeline.gate.parity import measure_parity
 from llmc.pipeline.gate.subject import Subject
 from llmc.pipeline.gate.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
-from llmc.pipeline.steps.compile import Compiled, compile_graph, pass_records, scales_channels
-from llmc.pipeline.steps.engines import plan_all_engines, write_engines, write_forecasts
-from llmc.pipeline.steps.kernels import KernelStage
+from llmc.pipeline.steps.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.steps.losses import loss_notes
 from llmc.pipeline.steps.prune import count_parameters, prune
-from llmc.pipeline.steps.rebuild import Rebuilt, finish_graph
-from llmc.pipeline.steps.serving import write_serving
+from llmc.pipeline.steps.rebuild import Rebuilt
 from llmc.pipeline.steps.text import write_text
-from llmc.profile import ProfileKind
 from llmc.progress import Progress
 from llmc.scratch import record_output
 from llmc.validate.positions import seed_of
 
 if TYPE_CHECKING:
-    from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.text import TextRecord
     from llmc.artifact.verdict import Verdict
-    from llmc.backends.tensorrt.support import EnginePlan
     from llmc.checkpoint import Checkpoint
 
 
@@ -76,8 +71,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
     from llmc.checkpoint import open_checkpoint
 
     _require_fit(plan)
-    kernels = KernelStage.prepare(plan.target, plan.profile)
-    engine_plans = plan_all_engines(plan)
+    prepared = backend_of(plan.target).prepare(plan)
     with progress.stage("checkpoint"):
         opened = open_checkpoint(plan.model, plan.adapter)
         checkpoint = replace(opened, chat_template=plan.chat_template)
@@ -92,7 +86,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         record_output(plan.output)
         stage = stack.enter_context(staging(plan.output))
         digest = background.submit(checkpoint.digest)
-        built = _write(plan, checkpoint, kernels, engine_plans, stage.path, digest, progress)
+        built = _write(plan, checkpoint, prepared, stage.path, digest, progress)
         _write_stages(progress, stage.path / REPORTS / "build.json")
         verdict = None
         if built.subject is None:
@@ -124,8 +118,7 @@ def _hold_gates(
 def _write(
     plan: BuildPlan,
     opened: Checkpoint,
-    kernels: KernelStage | None,
-    engine_plans: tuple[EnginePlan, ...],
+    prepared: Stage,
     folder: Path,
     digest: Future[str],
     progress: Progress,
@@ -141,24 +134,24 @@ def _write(
     for note in _leftover_notes(opened, compiled.leftovers, text_only):
         progress.note(note)
     checkpoint = replace(opened, notes=(*opened.notes, *filter(None, [text_only])))
-    put = None if kernels is None else partial(kernels.run, folder=folder, progress=progress)
-    record = finish_graph(compiled.graph, plan.target, put)
-    interface = compiled.graph.interface()
+    graph, backend = compiled.graph, backend_of(plan.target)
+    kernels = prepared.lower(graph, folder, progress)
+    interface = graph.interface()
     with progress.stage("write"):
-        known = write_model(compiled.graph.model, folder, progress.advance)
+        files = write_model(graph.model, folder, progress.advance)
         for note in loss_notes(folder, compiled.weights, compiled.sources):
             progress.note(f"write: {note}")
-        if scales_channels(plan.target):
+        if backend.quantizer(plan.target).scales_channels:
             write_smoothing(folder, compiled.smoothing)
-        library = None if record is None else record.library
-        write_serving(folder, plan.target, plan.profile.threads, pruned.checkpoint, compiled.graph, library)
-    engines, engine_files = write_engines(folder, plan.target, interface, engine_plans, progress)
+        compact = pruned.checkpoint
+        config, generation_config = compact.config, compact.generation_config()
+        backend.write_serving(folder, plan.target, plan.profile.threads, config, generation_config, graph)
+    made = replace(prepared.write(folder, interface, progress), kernels=kernels)
     reports = folder / REPORTS
     reports.mkdir()
     _write_activations(compiled, reports)
     if pruned.record is not None:
         write_decisions(pruned.decisions, pruned.influence, folder, reports)
-    executable = kernels is None or kernels.runs_here
     manifest = _manifest(
         plan,
         checkpoint,
@@ -166,12 +159,10 @@ def _write(
         pruned.record,
         compiled,
         digest.result(),
-        digest_files(folder, {**known, **engine_files}),
-        engines,
-        record,
-        executable,
+        digest_files(folder, {**files, **made.files}),
+        made,
+        prepared.state(made),
     )
-    gated = plan.verify and executable and (plan.target.provider is Provider.CPU or engine_plans)
     subject = Subject(
         folder=folder,
         interface=interface,
@@ -186,7 +177,11 @@ def _write(
         seed=seed_of(manifest.files) if plan.seed is None else plan.seed,
         budget=plan.budget,
     )
-    forecasts = write_forecasts(plan, manifest, reports)
+    forecasts = backend.forecasts(plan.target, (plan.profile, *plan.also), manifest)
+    if forecasts:
+        bounds = [each.model_dump(mode="json") for each in forecasts]
+        replace_text(reports / "forecast.json", json.dumps(bounds, indent=2) + "\n")
+    gated = plan.verify and prepared.measurable
     return Built(manifest, forecasts, subject if gated else None, pruned.record)
 
 
@@ -199,7 +194,7 @@ def _leftover_notes(checkpoint: Checkpoint, leftovers: Sequence[str], text_only:
 
 def _require_fit(plan: BuildPlan) -> None:
     """The target's provider and the profile's kind of hardware belong together."""
-    wanted = ProfileKind.GPU if plan.target.provider is Provider.CUDA else ProfileKind.CPU
+    wanted = plan.target.hardware
     if plan.profile.kind is not wanted:
         raise ConfigError(
             f"target {plan.target.name} runs on a {wanted.value.upper()}; profile {plan.profile.name} is "
@@ -220,7 +215,7 @@ def _write_activations(compiled: Compiled, folder: Path) -> None:
         "peaks": dict(sorted(found.peaks.items(), key=lambda item: -item[1])),
         "snr_db": {name: each.snr_db for name, each in found.ranges.items()},
         "smoothed": [name for name, each in found.ranges.items() if each.smoothing is not None],
-        "float": {each.weight: each.reason for each in compiled.kept},
+        "float": {each.weight: each.reason for each in compiled.floats},
     }
     text = json.dumps(facts, indent=2)
     (folder / "activations.json").write_text(text + "\n", encoding="utf-8")
@@ -234,9 +229,8 @@ def _manifest(
     compiled: Compiled,
     digest: str,
     files: dict[str, FileDigest],
-    engines: tuple[EngineRecord, ...],
-    kernels: KernelRecord | None,
-    executable: bool,
+    made: Made,
+    state: State,
 ) -> Manifest:
     return Manifest(
         llmc_version=__version__,
@@ -259,19 +253,10 @@ def _manifest(
         weights=compiled.weights,
         text=text,
         pruned=pruned,
-        kernels=kernels,
-        engines=engines,
-        state=_state(plan, engines, executable),
+        kernels=made.kernels,
+        engines=made.engines,
+        state=state,
     )
-
-
-def _state(plan: BuildPlan, engines: tuple[EngineRecord, ...], executable: bool) -> State:
-    """What is known before any gate was held."""
-    if any(engine.file is None for engine in engines):
-        return State.ENGINE_PENDING
-    if plan.target.provider is not Provider.CPU or not executable:
-        return State.NOT_EXECUTED
-    return State.NOT_VERIFIED
 
 
 def _write_stages(progress: Progress, path: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from llmc.artifact.manifest import PassRecord
-from llmc.backends.tensorrt.engine import load_library
+from llmc.backends import backend_of
 from llmc.backends.tensorrt.nodes import NodeFinding
-from llmc.backends.tensorrt.support import Library, plan_engines
-from llmc.catalog import list_targets
 from llmc.config import BuildPlan
-from llmc.errors import ConfigError, LlmcError, UnsupportedError
+from llmc.errors import LlmcError, UnsupportedError
 from llmc.pipeline.steps.compile import lower_graph, pass_records
 from llmc.progress import Progress
 from llmc.records import Record
@@ -85,18 +83,15 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
         CheckpointError: The checkpoint cannot be opened, or lacks a tensor.
         ResourceError: tensorrt_rtx, whose parser is asked, is missing.
     """
-    from llmc.backends.tensorrt.nodes import check_nodes
     from llmc.checkpoint import open_checkpoint
-    from llmc.quantize.engine import quantize_for_engine
+    from llmc.quantize.quantizer import Observations
 
-    if plan.target.engine is None:
-        raise ConfigError(
-            f"llmc check asks TensorRT, and target {plan.target.name} is of backend "
-            f"{plan.target.backend.value}",
-            hint="name a target such as tensorrt-fp16: llmc targets",
-        )
-    trt = load_library(Library.RTX)
-    obstacles = _unsupported_profiles(plan)
+    backend = backend_of(plan.target)
+    checker = backend.node_checker(plan.target)
+    obstacles = tuple(
+        Obstacle(where=profile.name, reason=error.fact, advice=error.hint)
+        for profile, error in checker.obstacles(plan.target, (plan.profile, *plan.also))
+    )
     checkpoint = open_checkpoint(plan.model, plan.adapter)
     result = CheckResult(
         architecture=checkpoint.architecture,
@@ -112,15 +107,15 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
     )
     try:
         lowered = lower_graph(checkpoint, plan.target, progress)
-        quantize_for_engine(lowered.graph, plan.target.engine.weights, None)
+        backend.quantizer(plan.target).apply(lowered.graph, Observations())
     except UnsupportedError as error:
         model = Obstacle(where="model", reason=error.fact, advice=error.hint)
         return result.model_copy(update={"obstacles": (*obstacles, model)})
     with progress.stage("nodes"):
-        report = check_nodes(lowered.graph.model, trt)
+        report = checker.check(lowered.graph.model)
     return result.model_copy(
         update={
-            "asked": f"{Library.RTX.value} {report.version}",
+            "asked": f"{checker.library} {report.version}",
             "nodes": report.nodes,
             "signatures": report.signatures,
             "refused": report.refused,
@@ -138,15 +133,3 @@ def _render(found: NodeFinding) -> list[str]:
         f"    {found.reason}",
         f"    {found.advice}",
     ]
-
-
-def _unsupported_profiles(plan: BuildPlan) -> tuple[Obstacle, ...]:
-    """Each profile that cannot have an engine of the target."""
-    known = [listed.document for listed in list_targets()]
-    found = []
-    for profile in (plan.profile, *plan.also):
-        try:
-            plan_engines(plan.target, [profile], known)
-        except UnsupportedError as error:
-            found.append(Obstacle(where=profile.name, reason=error.fact, advice=error.hint))
-    return tuple(found)

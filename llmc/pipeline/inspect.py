@@ -75,10 +75,9 @@ class Inspection(Record):
                 + (f"; codes of the checkpoint: {w.origin}" if w.origin else "")
                 for w in self.weights
             ]
-        if self.engines:
-            lines += ["", "engines"]
-        for engine in self.engines:
-            lines += _render_engine(engine)
+        engines = [line for engine in self.engines for line in _render_engine(engine)]
+        if engines:
+            lines += ["", "engines", *engines]
         if self.files:
             lines += ["", "files", *(f"  {size / 1e6:9.2f} MB  {name}" for name, size in self.files.items())]
         return "\n".join([*lines, *self.notes])

@@ -14,6 +14,7 @@ from llmc import __version__
 from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, State, WeightRecord
 from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
+from llmc.backends import backend_of
 from llmc.config import Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate.advice import advise, explain_missed
@@ -70,21 +71,17 @@ class BuildResult(Record):
         if self.verdict is not None:
             lines += render_checks(self.verdict)
             lines += [f"  {line}" for line in explain_missed(self.verdict.missed)]
-        lines += render_engines(manifest)
+        backend = backend_of(manifest.target)
+        lines += backend.describe(manifest)
         lines += [forecast.render() for forecast in self.forecasts]
         memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
         lines.append(f"  {self.seconds:.1f} s{memory}")
-        if manifest.engines and self.verdict is not None:
-            lines.append(
-                "  measured on the graph that the engines are parsed from, on the CPU; none was executed"
-            )
-        elif manifest.state is State.NOT_EXECUTED and manifest.kernels is not None:
-            lines.append(
-                f"  not executed, nothing of it was measured: llmc verify does that on a CPU with "
-                f"{manifest.kernels.isa}"
-            )
+        measured = backend.describe_measured(manifest)
+        if measured is not None and self.verdict is not None:
+            lines.append(f"  {measured}")
         elif manifest.state is State.NOT_EXECUTED:
-            lines.append("  not executed, nothing of it was measured: llmc verify runs its graph on the CPU")
+            way = backend.describe_unexecuted(manifest)
+            lines.append(f"  not executed, nothing of it was measured: {way}")
         elif manifest.state is State.NOT_VERIFIED:
             lines.append("  its numbers were not compared with the original: llmc verify does that")
         return "\n".join(lines)
@@ -105,25 +102,6 @@ def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progre
         seconds=sum(r.seconds for r in progress.records),
         peak_rss_bytes=max((r.peak_rss_bytes or 0 for r in progress.records), default=0) or None,
     )
-
-
-def render_engines(manifest: Manifest) -> list[str]:
-    """One line per engine: what it is for, its size and kernels, or what it waits for."""
-    lines = []
-    for engine in manifest.engines:
-        sms, profiles = ", ".join(engine.sms), ", ".join(engine.profiles)
-        if engine.file is None:
-            lines.append(
-                f"  {sms} ({profiles}): pending, llmc build --resume on that GPU with {engine.library}"
-            )
-            continue
-        size = manifest.files[engine.file].bytes / 1e6
-        kernels = ", ".join(f"{p.name} {p.layers_per_decoder_layer}" for p in engine.phases)
-        lines.append(
-            f"  {sms} ({profiles}): {size:.0f} MB, {engine.library} {engine.version}, "
-            f"layers per decoder layer: {kernels}"
-        )
-    return lines
 
 
 def render_checks(verdict: Verdict) -> list[str]:

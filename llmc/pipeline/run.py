@@ -1,39 +1,15 @@
 """`llmc run`: text out of an artifact."""
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 
 from llmc.artifact.integrity import require_intact
-from llmc.artifact.manifest import Manifest
 from llmc.artifact.store import open_artifact
-from llmc.artifact.text import TextCodec
-from llmc.backends.special_tokens import read_stop_tokens
-from llmc.config import Dtype
-from llmc.errors import LlmcError, UnsupportedError
-from llmc.pipeline.steps.engines import require_engine
-from llmc.pipeline.steps.kernels import require_kernels
+from llmc.backends import backend_of
+from llmc.backends.base import SameText
+from llmc.errors import LlmcError
 from llmc.progress import Progress
 from llmc.records import Record
-from llmc.runtime.greedy import stream_text
-
-#: Operators whose sums depend on how many tokens they are given.
-_PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
-#: accuracy_level of MatMulNBits for activations rounded to 8 bits.
-_INT8 = 4
-
-
-class SameText(StrEnum):
-    """What the text with drafts being that without them rests on.
-
-    EXACT: a token's numbers are the same bits in a step of several tokens.
-    TIES: they differ by the order of summation in float32; two tokens so near to each other are a tie.
-    ROUNDED: they differ by the rounding of activations or floats to few bits, which turns near ties.
-    """
-
-    EXACT = "exact"
-    TIES = "up to ties"
-    ROUNDED = "up to rounding"
 
 
 class LookupFigures(Record):
@@ -101,34 +77,20 @@ def run(
         ParityError: The engine fails, or is not what the manifest says.
     """
     artifact = open_artifact(path)
-    manifest = artifact.manifest
     require_intact(artifact)
-    require_kernels(artifact)
+    backend = backend_of(artifact.manifest.target)
+    backend.require_host(artifact)
     pieces: list[str] = []
 
     def take(piece: str) -> None:
         pieces.append(piece)
         emit(piece)
 
-    if manifest.engines:
-        if lookup is not None:
-            raise UnsupportedError(
-                f"{path} is a TensorRT engine: its logits of the last token alone verify no draft",
-                hint="run it without --lookup",
-            )
-        tokens = _run_engine(path, manifest, prompt, max_tokens, take, progress)
-        return _result(pieces, tokens, tokens, None)
-
-    from llmc.backends.onnxruntime.generate import generate_text
-    from llmc.backends.onnxruntime.lookup import require_draft
-
-    if lookup is not None:
-        require_draft(lookup, compiled=manifest.kernels is not None)
-    made = generate_text(path, prompt, max_tokens, take, manifest.text, lookup)
-    if lookup is None:
+    made = backend.generate(artifact, prompt, max_tokens, take, lookup, progress)
+    if lookup is None or made.same_text is None:
         return _result(pieces, made.tokens, made.steps, None)
     figures = LookupFigures(
-        draft=lookup, drafted=made.drafted, accepted=made.accepted, same_text=same_text(manifest)
+        draft=lookup, drafted=made.drafted, accepted=made.accepted, same_text=made.same_text
     )
     result = _result(pieces, made.tokens, made.steps, figures)
     progress.note(
@@ -141,34 +103,6 @@ def run(
             "without --lookup where two tokens are nearly as likely"
         )
     return result
-
-
-def same_text(manifest: Manifest) -> SameText:
-    """What the text with drafts being that without them rests on, for an artifact of ONNX Runtime."""
-    kernels, quantize = manifest.kernels, manifest.target.quantize
-    if kernels is not None and not any(left.operator in _PRODUCTS for left in kernels.outside):
-        return SameText.EXACT
-    rounded = quantize is not None and quantize.accuracy_level == _INT8
-    return SameText.ROUNDED if rounded or manifest.target.dtype is not Dtype.FLOAT32 else SameText.TIES
-
-
-def _run_engine(
-    path: Path,
-    manifest: Manifest,
-    prompt: str,
-    max_tokens: int,
-    emit: Callable[[str], None],
-    progress: Progress,
-) -> int:
-    """New tokens that the artifact's engine made."""
-    from llmc.backends.tensorrt.session import EngineSession
-
-    session = EngineSession(path, require_engine(manifest), manifest.interface)
-    stop = read_stop_tokens(path)
-    tokens = stream_text(session, TextCodec(path, manifest.text), prompt, max_tokens, stop, emit)
-    for note in session.notes:
-        progress.note(note)
-    return tokens
 
 
 def _result(pieces: list[str], tokens: int, steps: int, lookup: LookupFigures | None) -> RunResult:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.integrity import find_damage
 from llmc.artifact.store import Artifact, open_artifact
+from llmc.backends import backend_of
 from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
 from llmc.pipeline.gate.parity import hold_manifest, measure_parity
@@ -16,8 +17,6 @@ from llmc.pipeline.gate.subject import Subject
 from llmc.pipeline.gate.thresholds import Thresholds, choose_thresholds
 from llmc.pipeline.gate.unfinished import finish
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
-from llmc.pipeline.steps.engines import host_engine
-from llmc.pipeline.steps.kernels import require_kernels
 from llmc.pipeline.steps.original import open_pair
 from llmc.pipeline.steps.prune import reopen
 from llmc.pipeline.steps.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
@@ -91,7 +90,7 @@ def verify(
     thresholds = choose_thresholds(manifest, target, search, own=own_gates)
     gate, digest = hold_manifest(thresholds, damage, every=every), None
     if gate is None:
-        require_kernels(artifact)
+        backend_of(manifest.target).require_host(artifact)
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
         subject = _subject(artifact, thresholds, checkpoint, digest, loaded, progress)
@@ -145,7 +144,7 @@ def _subject(
         rebuilt=rebuilt,
         compiled=compiled,
         text=manifest.text,
-        engine=host_engine(manifest, progress),
+        accelerated=backend_of(manifest.target).accelerated(artifact, progress),
         tasks=tasks,
         weights=manifest.weights,
         built_otherwise=otherwise if otherwise is not None or rebuilt.complete else UNKNOWN_INPUTS,

@@ -29,22 +29,10 @@ from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
 from llmc.quantize.place import QuantizedTensor, choose_scheme
+from llmc.quantize.quantizer import FloatInput
 from llmc.quantize.stored import MADE_FLOATS, is_stored
 
 #: Domain of TensorRT's own operators.
-
-
-@dataclass(frozen=True)
-class FloatInput:
-    """An activation that stays in float although a rule quantizes it, and so do its products.
-
-    Args:
-        weight: The first of the weights that read it.
-        reason: Why.
-    """
-
-    weight: str
-    reason: str
 
 
 def quantize_for_engine(

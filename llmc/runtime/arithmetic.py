@@ -4,9 +4,7 @@ from enum import StrEnum
 from typing import Any
 
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS
-from llmc.graph.edit import require_domain
 from llmc.graph.interface import CacheSlot, Interface, TensorSpec, unscaled_width
-from llmc.runtime.stacks import in_float32
 
 
 class Arithmetic(StrEnum):
@@ -32,6 +30,9 @@ def compute_in(arithmetic: Arithmetic, model: Any, interface: Interface) -> Inte
         What it takes and gives then.
     """
     import onnx_ir as ir
+
+    from llmc.graph.edit import require_domain
+    from llmc.runtime.stacks import in_float32
 
     if arithmetic is Arithmetic.SERVED:
         return interface

@@ -13,12 +13,12 @@ from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.backends.special_tokens import read_stop_tokens
 from llmc.backends.tensorrt.engine import load_library
+from llmc.backends.tensorrt.engines import require_engine
 from llmc.backends.tensorrt.support import Library
 from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError, UnsupportedError
 from llmc.pipeline import bench, build, inspect, resume, run, verify
-from llmc.pipeline.steps.engines import require_host
 from llmc.plan import plan_build
 from llmc.progress import PlainProgress, SilentProgress
 from tests.models import EOS, save_tiny_model
@@ -130,15 +130,15 @@ def _record(version: str | None, file: str | None = "sm89.engine") -> EngineReco
 def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
     installed = load_library(Library.RTX).__version__
     l4, t4 = load_profile("l4"), load_profile("t4")
-    assert require_host([_record(installed)], l4).file == "sm89.engine"
+    assert require_engine([_record(installed)], l4).file == "sm89.engine"
     with pytest.raises(ResourceError, match=r"engines for SM89, and this machine is NVIDIA T4 \(SM75\)"):
-        require_host([_record(installed)], t4)
+        require_engine([_record(installed)], t4)
     message = f"sm89.engine was built by tensorrt_rtx 1.0.0, the only release that loads it; {installed} is"
     with pytest.raises(ResourceError, match=message) as caught:
-        require_host([_record("1.0.0")], l4)
+        require_engine([_record("1.0.0")], l4)
     assert caught.value.hint == "pip install tensorrt-rtx-cu13==1.0.0, or build it again"
     with pytest.raises(ResourceError, match="the engine for SM89 is pending"):
-        require_host([_record(None, file=None)], l4)
+        require_engine([_record(None, file=None)], l4)
 
 
 def test_where_there_is_the_gpu_its_engine_is_what_runs(

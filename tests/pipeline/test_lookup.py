@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.store import open_artifact
+from llmc.backends.base import SameText
+from llmc.backends.onnxruntime.lookup import same_text
 from llmc.cli import main
 from llmc.config import Dtype
 from llmc.errors import ConfigError
 from llmc.pipeline import build, run
-from llmc.pipeline.run import SameText, same_text
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, save_tiny_model

@@ -29,9 +29,6 @@ from llmc.graph.edit import drop_dead, take_over
 from llmc.graph.match import dims_of
 from llmc.graph.model import PACKED, Graph
 
-#: The library's name inside of an artifact.
-LIBRARY = "kernels.so"
-
 _CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
 #: Domain of the operators of each variant of the regions.
 _DOMAINS: dict[Variant, str] = {"served": COMPILED, "products": COMPILED_PRODUCTS, "exact": COMPILED_EXACT}

@@ -5,33 +5,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.text import Messages, TextCodec, TextRecord
+from llmc.backends.base import Generated
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
 from llmc.runtime.libraries import load_genai
-
-
-@dataclass(frozen=True)
-class Generated:
-    """How a text came about.
-
-    Args:
-        tokens: New tokens, without the one that ends the text.
-        steps: Runs of the model that chose them.
-        drafted: Tokens that were drafted; 0 without lookup.
-        accepted: Those that the model chose too.
-    """
-
-    tokens: int
-    steps: int
-    drafted: int = 0
-    accepted: int = 0
 
 
 def generate_text(

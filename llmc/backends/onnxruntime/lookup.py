@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from llmc.artifact.manifest import Manifest
+from llmc.backends.base import SameText
 from llmc.backends.compiled.program import SAME_TOKENS
+from llmc.config import Dtype
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.edit import Site, name_constant, set_value
 from llmc.graph.interface import CHOSEN_TOKENS
@@ -28,6 +31,19 @@ _PIECE = 256
 #: Before the names of what is added to a graph, and the dimension of tokens that have logits.
 _PREFIX = "lookup"
 _DIMENSION = "chosen"
+#: Operators whose sums depend on how many tokens they are given.
+_PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
+#: accuracy_level of MatMulNBits for activations rounded to 8 bits.
+_INT8 = 4
+
+
+def same_text(manifest: Manifest) -> SameText:
+    """What the text with drafts being that without them rests on, for an artifact of ONNX Runtime."""
+    kernels, quantize = manifest.kernels, manifest.target.quantize
+    if kernels is not None and not any(left.operator in _PRODUCTS for left in kernels.outside):
+        return SameText.EXACT
+    rounded = quantize is not None and quantize.accuracy_level == _INT8
+    return SameText.ROUNDED if rounded or manifest.target.dtype is not Dtype.FLOAT32 else SameText.TIES
 
 
 def require_draft(draft: int, *, compiled: bool) -> None:

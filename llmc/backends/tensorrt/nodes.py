@@ -6,16 +6,23 @@ Weights are never read: zeros stand for them. A node with an input of unknown ty
 unknown, not refused.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.log import BuildLog, make_logger
+from llmc.backends.tensorrt.support import Library, plan_engines
+from llmc.catalog import list_targets
+from llmc.config import Target
+from llmc.errors import UnsupportedError
 from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.match import constant_of
 from llmc.graph.model import layer_of
+from llmc.profile import Profile
 from llmc.records import Record
 
 #: Constants up to this many elements are part of a signature: axes, shapes, scalars, sizes.
@@ -71,6 +78,37 @@ class NodeReport:
     signatures: int
     refused: tuple[NodeFinding, ...]
     unknown: tuple[NodeFinding, ...]
+
+
+class NodeChecker:
+    """The parser of a library that is installed here.
+
+    Raises:
+        ResourceError: It is not installed.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library.value
+        self._module = load_library(library)
+
+    def obstacles(
+        self, target: Target, profiles: Sequence[Profile]
+    ) -> Iterator[tuple[Profile, UnsupportedError]]:
+        """Each profile that cannot have an engine of the target, and why.
+
+        Raises:
+            ConfigError: A profile states no compute capability.
+        """
+        known = [listed.document for listed in list_targets()]
+        for profile in profiles:
+            try:
+                plan_engines(target, [profile], known)
+            except UnsupportedError as error:
+                yield profile, error
+
+    def check(self, model: ir.Model) -> NodeReport:
+        """Ask about every node of a lowered graph."""
+        return check_nodes(model, self._module)
 
 
 def check_nodes(model: ir.Model, trt: Any) -> NodeReport:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llmc.config import Backend, Dtype, Target, WeightFormat
+from llmc.config import BackendName, Dtype, Target, WeightFormat
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.profile import Profile
 
@@ -128,7 +128,8 @@ def _require_precisions(target: Target, profile: Profile, capability: str, known
     others = [
         t.name
         for t in known
-        if t.backend is Backend.TENSORRT and not any(capability in REFUSED_ON[p] for p in precisions_of(t))
+        if t.backend is BackendName.TENSORRT
+        and not any(capability in REFUSED_ON[p] for p in precisions_of(t))
     ]
     first = refused[0]
     takers = [c for c in BUILDS_FOR[Library.TENSORRT] if c not in REFUSED_ON[first]]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llmc.artifact.verdict import Check, Verdict
+from llmc.backends import backend_of
 from llmc.catalog import list_targets
 from llmc.config import Metric, Target
 
@@ -29,7 +30,7 @@ def advise(target: Target, verdict: Verdict) -> str | None:
         return None
     shipped = [each.document for each in list_targets()]
     for finer in sorted(shipped, key=stored_bits):
-        if not _is_alike(finer, target) or stored_bits(finer) <= stored_bits(target):
+        if finer.platform != target.platform or stored_bits(finer) <= stored_bits(target):
             continue
         # Each bit halves the steps, and with them the error; the divergence goes with its square.
         expected = divergence * 4.0 ** (stored_bits(target) - stored_bits(finer))
@@ -53,17 +54,5 @@ def explain_missed(checks: Sequence[Check]) -> list[str]:
 
 def stored_bits(target: Target) -> float:
     """Bits of a weight of most matrices, scales aside; 16 for floats of any width."""
-    if target.engine is not None:
-        bits = [rule.scheme.bits for rule in target.engine.weights if rule.scheme is not None]
-        return float(min(bits, default=_FLOAT_BITS))
-    if target.quantize is None:
-        return _FLOAT_BITS
-    if target.quantize.allocation is not None and target.quantize.allocation.budget_bits is not None:
-        return target.quantize.allocation.budget_bits
-    schemes = [rule.scheme.bits for rule in target.quantize.rules if rule.scheme is not None]
-    return float(min(schemes, default=_FLOAT_BITS))
-
-
-def _is_alike(one: Target, other: Target) -> bool:
-    """Whether two targets run on the same hardware by the same runtime."""
-    return (one.backend, one.provider, one.kernels) == (other.backend, other.provider, other.kernels)
+    bits = backend_of(target).quantizer(target).bits
+    return _FLOAT_BITS if bits is None else bits

@@ -9,13 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import MODEL, PRUNING
+from llmc.backends import backend_of
 from llmc.backends.model_file import DATA
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.errors import LlmcError
-from llmc.pipeline.steps.kernels import compile_again
 from llmc.pipeline.steps.prune import count_parameters
-from llmc.pipeline.steps.serving import write_serving
 from llmc.pipeline.steps.text import derive_text
 from llmc.validate.derived import compare_file, json_differences
 
@@ -63,17 +62,23 @@ def compare_derived(
         otherwise: Why a build here may give other files; then those that are copies of the original's and
             the facts of the manifest alone are compared. None where it gives the same.
     """
+    backend = backend_of(manifest.target)
     settings = list(_interface_differences(manifest, rebuilt))
     text: list[str] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            record = derive_text(checkpoint, path, folder, manifest.target.backend)
-            library = None if manifest.kernels is None else manifest.kernels.library
-            threads = manifest.profile.threads
-            write_serving(folder, manifest.target, threads, compiled, rebuilt.graph, library)
+            record = derive_text(checkpoint, path, folder, manifest.target)
+            backend.write_serving(
+                folder,
+                manifest.target,
+                manifest.profile.threads,
+                compiled.config,
+                compiled.generation_config(),
+                rebuilt.graph,
+            )
             if otherwise is None:
-                settings += _kernel_differences(path, manifest, rebuilt)
+                settings += backend.differences(path, manifest, rebuilt.lowered)
                 settings += _recorded_differences(manifest, checkpoint, rebuilt)
         except LlmcError as error:
             return Derived((*settings, f"its files cannot be derived: {error.fact}"))
@@ -119,18 +124,6 @@ def _describe(checkpoint: Checkpoint) -> dict[str, str | int]:
     }
 
 
-def _kernel_differences(path: Path, manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:
-    """What differs of the compiled kernels: their program, or the library that is made of it."""
-    record, source = manifest.kernels, rebuilt.kernels
-    if record is not None and source is not None:
-        if record.source != source.digest:
-            yield f"{record.library} is compiled from another program than a build generates"
-        else:
-            library, file = compile_again(record, source), path / record.library
-            if library is not None and (not file.is_file() or file.read_bytes() != library):
-                yield f"{record.library} is not what {record.compiler} makes of its program"
-
-
 def _is_copy(file: Path, checkpoint: Checkpoint) -> bool:
     """Whether the original has the file as it is."""
     for folder in {checkpoint.tokenizer_path or checkpoint.path, checkpoint.path}:
@@ -145,12 +138,7 @@ def _is_known(name: str, derived: Sequence[str], manifest: Manifest) -> bool:
     from llmc.quantize.activations import SMOOTHING
 
     names = {*derived, MODEL, DATA, SMOOTHING, PRUNING}
-    names |= {
-        file for engine in manifest.engines for file in (engine.file, engine.context) if file is not None
-    }
-    if manifest.kernels is not None:
-        names.add(manifest.kernels.library)
-    return name in names
+    return name in names | backend_of(manifest.target).own_files(manifest)
 
 
 def _record_differences(stated: TextRecord, derived: TextRecord) -> Iterator[str]:

@@ -20,7 +20,7 @@ def compare_settings(run: Run) -> None:
     """Hold the file by which a runtime serves the artifact against the original and what a build derives."""
     subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
-        if subject.interface.static_cache:
+        if not subject.backend.served_by_genai:
             fine = "generation_config.json and the manifest are what a build derives"
             run.found.append(mismatches(Metric.SERVING, derived, fine, "json, from the files"))
         else:
@@ -40,7 +40,7 @@ def compare_tokenizer(run: Run) -> None:
     folder, record = run.subject.folder, run.subject.text
     files = run.subject.derived.text
     # Some files end the process of the runtime: only those that a build wrote are read in this one.
-    by_runtime = record.served and not run.subject.interface.static_cache and not files
+    by_runtime = record.served and run.subject.backend.served_by_genai and not files
     readers = "onnxruntime-genai on the CPU, and transformers" if by_runtime else "transformers"
 
     def take() -> tuple[Measurement, ...]:

@@ -13,6 +13,7 @@ from llmc.machine import release_memory
 from llmc.pipeline.gate.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import is_large, open_rounding
+from llmc.runtime.arithmetic import Arithmetic
 from llmc.validate import generation
 from llmc.validate.gates import is_undecided
 from llmc.validate.measure import broken, measured, mismatches, unmeasured
@@ -20,10 +21,7 @@ from llmc.validate.served import Served
 
 if TYPE_CHECKING:
     from llmc.graph.interface import Interface
-    from llmc.runtime.arithmetic import Arithmetic
-    from llmc.runtime.ort_model import OrtModel
-    from llmc.runtime.session import Session
-    from llmc.runtime.static_session import StaticSession
+    from llmc.runtime.session import Rewindable, Session
     from llmc.validate.generation import ServedText
     from llmc.validate.remembered import RememberedModel
 
@@ -34,7 +32,6 @@ def measure_served(run: Run) -> None:
     Raises:
         ParityError: The artifact cannot be loaded, so that nothing further can be measured.
     """
-    from llmc.runtime.arithmetic import Arithmetic
     from llmc.validate.parity import prepare_parity
 
     where = _require_interface(run)
@@ -89,14 +86,14 @@ def measure_static(run: Run) -> None:
     Raises:
         ParityError: TensorRT or onnxruntime cannot load it.
     """
-    from llmc.runtime.static_ort_model import StaticOrtModel
     from llmc.validate.choices import ask_choices, measure_choices
     from llmc.validate.parity import prepare_parity
 
-    subject, rows = run.subject, _most_rows(run)
+    subject = run.subject
+    rows = None if subject.accelerated is None else subject.accelerated.rows
     with run.progress.stage("original"):
         run.original.prepare(run.windows.questions(), run.progress.advance)
-        if subject.engine is not None:
+        if subject.accelerated is not None:
             list(ask_choices(run.original, subject.interface, run.tokens))
     with run.progress.stage("original with the artifact's weights"):
         if not run.weights.unread:
@@ -106,7 +103,7 @@ def measure_static(run: Run) -> None:
     release_memory()
     with run.progress.stage("parity"):
         try:
-            graph = StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, exact=True)
+            graph = _open_graph(run, Arithmetic.EXACT)
         except ParityError as error:
             run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
@@ -119,7 +116,7 @@ def measure_static(run: Run) -> None:
     del graph
     release_memory()
     model = _open_static(run, slots=run.windows.tokens.shape[1])
-    if subject.engine is not None:
+    if subject.accelerated is not None:
         with run.progress.stage("engine"):
             chosen = measure_choices(model, run.original, run.tokens)
             run.original.release()
@@ -154,19 +151,25 @@ def _quality(
     return found
 
 
-def _open_graph(run: Run, arithmetic: Arithmetic) -> OrtModel:
-    from llmc.runtime.ort_model import OrtModel, shares_buffer
+def _open_graph(run: Run, arithmetic: Arithmetic, slots: int | None = None) -> Rewindable:
+    """A session of the graph on the CPU.
 
+    Args:
+        slots: Slots of the KV cache that are needed, where its length is fixed.
+    """
     subject = run.subject
-    share = shares_buffer(subject.folder)
-    return OrtModel(
-        subject.folder, subject.interface, threads=subject.threads, share_buffer=share, arithmetic=arithmetic
+    return subject.backend.open_graph(
+        subject.folder,
+        subject.interface,
+        subject.target,
+        threads=subject.threads,
+        arithmetic=arithmetic,
+        slots=slots,
     )
 
 
 def _measure_cache(run: Run) -> tuple[Measurement, ...]:
     """What attention loses as it is served, over the KV cache that is served."""
-    from llmc.runtime.arithmetic import Arithmetic
     from llmc.validate.counted import Counted
     from llmc.validate.served_attention import measure_cache
 
@@ -176,12 +179,11 @@ def _measure_cache(run: Run) -> tuple[Measurement, ...]:
 
 def _compare_exact(run: Run) -> tuple[Measurement, ...]:
     """The parity levels in float32; for compiled kernels also what they round as they are served."""
-    from llmc.runtime.arithmetic import Arithmetic
     from llmc.validate.paired import METRICS, Paired, chooses_experts
 
     target, exact = run.subject.target, _open_graph(run, Arithmetic.EXACT)
     asked = any(gate.metric in METRICS for gate in target.gates)
-    if target.kernels != "compiled" and not asked:
+    if not run.subject.backend.rounds_attention and not asked:
         return _levels(run, exact)
     pair = Paired(exact, _open_graph(run, Arithmetic.SERVED), chooses_experts(run.subject.folder))
     return (*_levels(run, pair), *pair.measure())
@@ -193,8 +195,6 @@ def _require_interface(run: Run) -> str:
     Raises:
         ParityError: onnxruntime cannot load it, or it has another interface.
     """
-    from llmc.runtime.arithmetic import Arithmetic
-
     release_memory()
     with run.progress.stage("interface"):
         try:
@@ -255,27 +255,14 @@ def _measure_tasks(run: Run, model: Session) -> None:
             run.found.append(measure_tasks(model, run.original, run.tokenizer, run.subject.tasks))
 
 
-def _most_rows(run: Run) -> int | None:
-    """Most rows of a batch that an engine takes; None for its graph, which takes any number."""
-    settings = run.subject.target.engine
-    return None if run.subject.engine is None or settings is None else settings.batch.most
-
-
-def _open_static(run: Run, slots: int | None = None) -> StaticSession:
+def _open_static(run: Run, slots: int | None = None) -> Rewindable:
     """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take.
 
     Args:
         slots: Slots of the KV cache that are needed; the graph is given no more.
     """
-    from llmc.backends.tensorrt.session import EngineSession
-    from llmc.runtime.static_ort_model import StaticOrtModel
-
-    subject = run.subject
-    if subject.engine is not None:
-        return EngineSession(subject.folder, subject.engine, subject.interface)
-    settings = subject.target.engine
-    most = None if settings is None else settings.prefill.most
-    return StaticOrtModel(subject.folder, subject.interface, threads=subject.threads, most=most, slots=slots)
+    accelerated = run.subject.accelerated
+    return _open_graph(run, Arithmetic.SERVED, slots) if accelerated is None else accelerated.open()
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:

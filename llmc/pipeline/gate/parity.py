@@ -129,7 +129,7 @@ def measure_parity(
 def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...]:
     """The steps from cheap to costly; a gate that is missed in one phase ends the run before the next."""
     passes = (_measure_passes,) if each_pass else ()
-    measure = measure_static if subject.interface.static_cache else measure_served
+    measure = measure_served if subject.backend.served_by_genai else measure_static
     return (
         (compare_settings, compare_tokenizer),
         (compare_weights,),

@@ -132,6 +132,6 @@ class Run:
             window=sliding_window(config),
             switches=rope_switches(config),
             lengths=trained_lengths(config),
-            compiled=subject.target.kernels == "compiled",
+            compiled=subject.backend.rounds_attention,
         )
         return plan_positions(ground, subject.seed, BUDGET if subject.budget is None else subject.budget)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.backends import backend_of
 from llmc.config import Target
 from llmc.memory import available_memory
 from llmc.pipeline.gate.derived import NOTHING, Derived
@@ -15,9 +16,9 @@ from llmc.pipeline.steps.original import remember
 from llmc.validate.reference import TorchModel
 
 if TYPE_CHECKING:
-    from llmc.artifact.engine import EngineRecord
     from llmc.artifact.manifest import WeightRecord
     from llmc.artifact.text import TextRecord
+    from llmc.backends.base import Backend, Executable
     from llmc.checkpoint import Checkpoint
     from llmc.graph.interface import Interface
     from llmc.graph.weights import Rows
@@ -41,7 +42,7 @@ class Subject:
         rebuilt: What a build gives here.
         compiled: What was compiled: the original, or what pruning left of it.
         text: How the artifact turns text into tokens.
-        engine: An engine to execute here; None measures the graph.
+        accelerated: The artifact on an accelerator of this machine; None measures its graph on the CPU.
         tasks: Multiple-choice tasks to answer as well.
         weights: How every matrix is stored.
         seed: By which the positions to look at are drawn; `seed_of` the artifact's files.
@@ -60,7 +61,7 @@ class Subject:
     rebuilt: Rebuilt
     compiled: Checkpoint
     text: TextRecord
-    engine: EngineRecord | None = None
+    accelerated: Executable | None = None
     tasks: Tasks | None = None
     weights: Sequence[WeightRecord] = ()
     seed: int = 0
@@ -77,7 +78,12 @@ class Subject:
     @property
     def runtime(self) -> str:
         """The library that executes it."""
-        return "onnxruntime" if self.engine is None else self.engine.library
+        return "onnxruntime" if self.accelerated is None else self.accelerated.library
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the target."""
+        return backend_of(self.target)
 
 
 def open_original(subject: Subject) -> RememberedModel:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmc.artifact.cache import content_key, default_cache_folder
 from llmc.artifact.provenance import code_digest, tool_versions
 from llmc.artifact.substitute import current_folder, with_working_folders, working_folder
-from llmc.config import CalibrationText, Dtype, WeightScheme
+from llmc.config import CalibrationText, Dtype
 from llmc.data import calibration_text
 from llmc.errors import UnsupportedError
 from llmc.pipeline.steps.original import tokenize
@@ -19,10 +19,10 @@ from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
+    from llmc.graph.model import Graph
     from llmc.quantize.activations import Activations, InputPlan
-    from llmc.quantize.awq import ChannelPlan
-    from llmc.quantize.blocks import ScaleType
     from llmc.quantize.calibrate import Calibration
+    from llmc.quantize.quantizer import InputNeeds, Observations, Quantizer, WeightNeeds
 
 Result = TypeVar("Result")
 
@@ -42,79 +42,96 @@ _FLOAT16 = 65504.0
 _NAMED = 5
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    text: CalibrationText,
-    scale_type: ScaleType,
-    schemes: Mapping[str, WeightScheme],
-    channels: Sequence[ChannelPlan],
-    progress: Progress,
-) -> Calibration:
-    """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
+def observe(
+    checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer, dtype: Dtype, progress: Progress
+) -> Observations:
+    """Run the original over calibration text, for what a quantizer needs to know of it.
 
     Args:
-        scale_type: Type of the stored scales.
-        schemes: How each tensor is to be quantized.
-        channels: Activations whose channels are scaled first where that helps.
+        graph: Lowered, not yet quantized.
+        dtype: Type that the artifact computes in, whose range the original's values must fit.
 
     Raises:
         ConfigError: Too little text for the model.
         CheckpointError: Weights or activations that are not finite.
+        UnsupportedError: The model cannot be run layer by layer, or leaves the range of `dtype`.
+    """
+    from llmc.quantize.quantizer import Observations
+
+    weight_needs, input_needs = quantizer.weight_needs(graph), quantizer.input_needs(graph)
+    weights = inputs = None
+    if weight_needs is not None or input_needs is not None:
+        with progress.stage("calibrate"):
+            if input_needs is not None:
+                inputs = observe_inputs(checkpoint, input_needs.text, input_needs.plans, progress)
+                require_range(inputs, dtype, progress)
+            if weight_needs is not None:
+                weights = calibrate_weights(checkpoint, weight_needs, progress)
+    return Observations(weights, inputs)
+
+
+def recall(checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer) -> Observations:
+    """What `observe` gave for the same arguments, as far as the cache has it.
+
+    Raises:
         UnsupportedError: The model cannot be run layer by layer.
+    """
+    from llmc.quantize.quantizer import Observations
+
+    weight_needs, input_needs = quantizer.weight_needs(graph), quantizer.input_needs(graph)
+    return Observations(
+        None if weight_needs is None else _recall_weights(checkpoint, weight_needs),
+        None if input_needs is None else _recall_inputs(checkpoint, input_needs),
+    )
+
+
+def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Progress) -> Calibration:
+    """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
+
+    Raises:
+        As `observe`.
     """
     from llmc.quantize.calibrate import Calibrator
 
     def work() -> Calibration:
-        subject = prepare(checkpoint, text, "weights", _facts(scale_type, schemes, channels))
+        subject = prepare(checkpoint, needs.text, "weights", _facts(needs))
         calibrator = Calibrator(
             subject.model,
             subject.layers,
             checkpoint.tensors,
             dict(checkpoint.tied),
-            schemes,
-            scale_type,
+            needs.schemes,
+            needs.scale_type,
             subject.folder,
-            channels,
+            needs.channels,
         )
         return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
 
     return walking(work)
 
 
-def recall_calibration(
-    checkpoint: Checkpoint,
-    text: CalibrationText,
-    scale_type: ScaleType,
-    schemes: Mapping[str, WeightScheme],
-    channels: Sequence[ChannelPlan],
-) -> Calibration | None:
-    """What `calibrate` gave for the same arguments, if the cache has all of it; None if it does not.
-
-    Raises:
-        UnsupportedError: The model cannot be run layer by layer.
-    """
+def _recall_weights(checkpoint: Checkpoint, needs: WeightNeeds) -> Calibration | None:
+    """What `calibrate_weights` gave, if the cache has all of it; None if it does not."""
     from llmc.calibration.walk import finished_files
     from llmc.quantize.calibrate import read_calibration
 
-    subject = _plan(checkpoint, text, "weights", _facts(scale_type, schemes, channels))
+    subject = _plan(checkpoint, needs.text, "weights", _facts(needs))
     files = finished_files(subject.folder, len(subject.layers))
-    return None if files is None else read_calibration(files, schemes)
+    return None if files is None else read_calibration(files, needs.schemes)
 
 
-def _facts(
-    scale_type: ScaleType, schemes: Mapping[str, WeightScheme], channels: Sequence[ChannelPlan]
-) -> dict[str, Any]:
+def _facts(needs: WeightNeeds) -> dict[str, Any]:
     """What the results of a calibration depend on, besides the checkpoint and the text."""
     import numpy as np
 
     return {
-        "scales": np.dtype(scale_type).name,
-        "schemes": {name: scheme.model_dump() for name, scheme in sorted(schemes.items())},
-        "channels": [[*plan.sources] for plan in channels],
+        "scales": np.dtype(needs.scale_type).name,
+        "schemes": {name: scheme.model_dump() for name, scheme in sorted(needs.schemes.items())},
+        "channels": [[*plan.sources] for plan in needs.channels],
     }
 
 
-def observe(
+def observe_inputs(
     checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan], progress: Progress
 ) -> Activations:
     """Run the original over calibration text, for the ranges of activations and the peaks of all modules.
@@ -123,7 +140,7 @@ def observe(
         plans: Activations that are to be quantized.
 
     Raises:
-        As `calibrate`.
+        As `observe`.
     """
     from llmc.calibration.walk import LayerWalk
     from llmc.quantize.activations import ActivationTask, read_activations
@@ -140,18 +157,12 @@ def observe(
     return walking(work)
 
 
-def recall_activations(
-    checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan]
-) -> Activations | None:
-    """What `observe` found for the same arguments, if the cache has all of it; None if it does not.
-
-    Raises:
-        UnsupportedError: The model cannot be run layer by layer.
-    """
+def _recall_inputs(checkpoint: Checkpoint, needs: InputNeeds) -> Activations | None:
+    """What `observe_inputs` found, if the cache has all of it; None if it does not."""
     from llmc.calibration.walk import finished_files
     from llmc.quantize.activations import read_activations
 
-    subject = _plan(checkpoint, text, "activations", _input_facts(plans))
+    subject = _plan(checkpoint, needs.text, "activations", _input_facts(needs.plans))
     files = finished_files(subject.folder, len(subject.layers))
     return None if files is None else read_activations(files)
 
@@ -173,7 +184,7 @@ def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) 
         return Activations()
     with progress.stage("overflow"):
         try:
-            found = observe(checkpoint, _OVERFLOW_TEXT, (), progress)
+            found = observe_inputs(checkpoint, _OVERFLOW_TEXT, (), progress)
         except UnsupportedError as error:
             progress.note(f"overflow: float16's range was not looked at: {error.fact}")
             return Activations()

@@ -11,21 +11,22 @@ from llmc.arrays import Array
 from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
 from llmc.artifact.provenance import code_digest, tool_versions
-from llmc.config import Dtype, Engine, Quantization, Target
+from llmc.backends import backend_of
+from llmc.config import Dtype, Target
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.weights import LazyWeight, Rows
 from llmc.pipeline.steps.allocate import allocate_bits
-from llmc.pipeline.steps.calibrate import calibrate, look_for_overflow, observe, require_range
+from llmc.pipeline.steps.calibrate import look_for_overflow, observe
 from llmc.pipeline.steps.context import limit_context
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.quantize.activations import Activations
-    from llmc.quantize.engine import FloatInput
     from llmc.quantize.place import QuantizedTensor
+    from llmc.quantize.quantizer import FloatInput
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Compiled:
         leftovers: Tensors of the checkpoint that nothing in the graph reads.
         sources: What each weight is made of, by the name of its initializer before quantization.
         activations: What was found out about the original's activations; nothing if nothing was asked.
-        kept: Activations that stay in float against their rule.
+        floats: Activations that stay in float against their rule.
         smoothing: What channels of activations were divided by, by the first of the weights that read the
             activation.
     """
@@ -50,7 +51,7 @@ class Compiled:
     leftovers: tuple[str, ...]
     sources: Mapping[str, Rows]
     activations: Activations
-    kept: tuple[FloatInput, ...] = ()
+    floats: tuple[FloatInput, ...] = ()
     smoothing: Mapping[str, Array] = field(default_factory=dict)
 
 
@@ -109,8 +110,9 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
         for note in (*graph.notes, *(() if limit is None else (limit,))):
             progress.note(f"trace: {note}")
         leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
-        if target.engine is not None:
-            fix_length(graph, target.engine.kv_capacity, limit)
+        capacity = backend_of(target).capacity(target)
+        if capacity is not None:
+            fix_length(graph, capacity, limit)
         verify(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
@@ -126,87 +128,37 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify
-    from llmc.quantize.awq import plan_channels
+    from llmc.quantize.activations import Activations
     from llmc.quantize.fold import scale_graph
-    from llmc.quantize.linear import plan_calibration, quantize_weights, scale_type
-    from llmc.quantize.stored import origin_notes
 
     lowered = lower_graph(checkpoint, target, progress)
-    if target.engine is not None:
-        return _compile_for_engine(checkpoint, lowered, target, target.engine, progress)
-    activations = look_for_overflow(checkpoint, target.dtype, progress)
-    rules = target.quantize or Quantization(accuracy_level=0, rules=())
-    if rules.allocation is not None:
-        with progress.stage("allocate"):
-            rules = allocate_bits(checkpoint, lowered.graph, rules, target.dtype, progress)
-    calibration = None
-    wanted = plan_calibration(lowered.graph, rules, target.dtype)
-    if rules.calibration is not None and wanted:
-        with progress.stage("calibrate"):
-            kind = scale_type(rules, target.dtype)
-            channels = plan_channels(lowered.graph, wanted) if rules.scale_channels else ()
-            calibration = calibrate(checkpoint, rules.calibration, kind, wanted, channels, progress)
-    smoothing = {} if calibration is None else calibration.smoothing
-    with progress.stage("quantize"):
-        scale_graph(lowered.graph, smoothing)
-        sources = graph_sources(lowered.graph)
-        stored = quantize_weights(lowered.graph, rules, target.dtype, calibration)
-        for note in (*stored.notes, *origin_notes(stored.tensors)):
-            progress.note(f"quantize: {note}")
-        verify(lowered.graph)
-    records = weight_records(stored.tensors, target.dtype)
-    return Compiled(
-        lowered.graph,
-        lowered.passes,
-        records,
-        lowered.leftovers,
-        sources,
-        activations,
-        smoothing=smoothing,
-    )
-
-
-def _compile_for_engine(
-    checkpoint: Checkpoint, lowered: Lowered, target: Target, engine: Engine, progress: Progress
-) -> Compiled:
-    from llmc.graph.verify import verify
-    from llmc.quantize.activations import plan_inputs
-    from llmc.quantize.engine import quantize_for_engine
-    from llmc.quantize.fold import scale_graph
-    from llmc.quantize.stored import origin_notes
-
     graph = lowered.graph
-    if engine.calibration is None:
-        activations = look_for_overflow(checkpoint, target.dtype, progress)
-    else:
-        with progress.stage("calibrate"):
-            plans = plan_inputs(graph, engine.weights)
-            activations = observe(checkpoint, engine.calibration, plans, progress)
-            require_range(activations, target.dtype, progress)
+    quantizer = backend_of(target).quantizer(target)
+    peaks = Activations()
+    if not quantizer.observes_inputs:
+        peaks = look_for_overflow(checkpoint, target.dtype, progress)
+    if quantizer.unsolved is not None:
+        with progress.stage("allocate"):
+            rules = allocate_bits(checkpoint, graph, quantizer.unsolved, target.dtype, progress)
+            quantizer = quantizer.solved(rules)
+    observed = observe(checkpoint, graph, quantizer, target.dtype, progress)
     with progress.stage("quantize"):
-        scale_graph(graph, activations.smoothing)
+        scale_graph(graph, observed.smoothing)
         sources = graph_sources(graph)
-        tensors, kept = quantize_for_engine(
-            graph, engine.weights, activations.ranges, engine.least_activation_db
-        )
-        for each in kept:
-            progress.note(
-                f"quantize: what {each.weight} is given stays in {target.dtype.value}: {each.reason}"
-            )
-        for note in origin_notes(tensors):
+        quantized = quantizer.apply(graph, observed)
+        for note in quantized.notes:
             progress.note(f"quantize: {note}")
         verify(graph)
-    records = weight_records(tensors, target.dtype)
     return Compiled(
-        graph, lowered.passes, records, lowered.leftovers, sources, activations, kept, activations.smoothing
+        graph=graph,
+        passes=lowered.passes,
+        weights=weight_records(quantized.tensors, target.dtype),
+        leftovers=lowered.leftovers,
+        sources=sources,
+        activations=peaks if observed.inputs is None else observed.inputs,
+        floats=quantized.floats,
+        smoothing=observed.smoothing,
     )
-
-
-def scales_channels(target: Target) -> bool:
-    """Whether calibration decides what channels are divided by; its decisions are kept in the artifact."""
-    if target.engine is not None:
-        return target.engine.calibration is not None
-    return target.quantize is not None and target.quantize.scale_channels
 
 
 def graph_sources(graph: Graph) -> dict[str, Rows]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
 from llmc.artifact.provenance import tool_versions
-from llmc.config import Backend, CacheType, Engine, Quantization, Target, WeightRole, WeightRule, WeightScheme
-from llmc.pipeline.steps.calibrate import recall_activations, recall_calibration
+from llmc.backends import backend_of
+from llmc.config import Target
+from llmc.pipeline.steps.calibrate import recall
 from llmc.pipeline.steps.compile import (
     graph_sources,
     lower_graph,
     pass_records,
-    scales_channels,
     weight_records,
 )
 from llmc.progress import Progress
@@ -24,13 +23,10 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.arrays import Array
     from llmc.artifact.manifest import Manifest, PassRecord, WeightRecord
-    from llmc.backends.compiled.lower import KernelSource
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
     from llmc.graph.weights import Rows
-    from llmc.quantize.calibrate import Calibration
 
-Made = TypeVar("Made")
 #: Why nodes are not known where activations are quantized on calibration text.
 UNKNOWN_INPUTS = "what calibration decided on activations is not in the cache"
 #: What the nodes of a graph depend on, by the names of manifests.
@@ -47,7 +43,7 @@ class Rebuilt:
         calibrated: Names in `sources` of matrices whose codes are not known here, such as those that were
             quantized on calibration text whose results are not in the cache.
         complete: Whether nodes are known too; they are not where calibration decides on activations.
-        kernels: The program of compiled kernels; None for targets without.
+        lowered: What the backend's `lower` gave, such as the program of compiled kernels.
         smoothing: What channels of activations were divided by, where calibration is in the cache.
         records: How every matrix is stored, as the manifest keeps it.
         passes: What each pass did, likewise.
@@ -57,7 +53,7 @@ class Rebuilt:
     sources: Mapping[str, Rows]
     calibrated: frozenset[str] = frozenset()
     complete: bool = True
-    kernels: KernelSource | None = None
+    lowered: Any = None
     smoothing: Mapping[str, Array] | None = None
     records: tuple[WeightRecord, ...] = ()
     passes: tuple[PassRecord, ...] = ()
@@ -81,61 +77,34 @@ def rebuild(
         CheckpointError: As `compile_graph`.
         ParityError: What the artifact says it did to its weights cannot be read.
     """
-    lowered = lower_graph(checkpoint, target, progress)
-    with progress.stage("quantize"):
-        if target.engine is not None:
-            made = _for_engine(checkpoint, lowered.graph, target, target.engine, folder)
-        else:
-            made = _for_runtime(checkpoint, lowered.graph, target, records, folder)
-    return replace(made, passes=pass_records(lowered.passes))
-
-
-def finish_graph(graph: Graph, target: Target, kernels: Callable[[Graph], Made] | None) -> Made | None:
-    """Bring a quantized graph into the form that its backend writes.
-
-    Args:
-        kernels: Puts operators of compiled kernels into the graph; None for targets without.
-
-    Returns:
-        What `kernels` gives.
-    """
-    from llmc.backends.onnxruntime.minimums import split_minimums
-    from llmc.backends.onnxruntime.rotary_tables import compute_tables, find_pairs
-
-    if target.backend is not Backend.ONNXRUNTIME:
-        return None
-    tables = find_pairs(graph)
-    made = None if kernels is None else kernels(graph)
-    split_minimums(graph)
-    compute_tables(graph, tables)
-    return made
-
-
-def _for_runtime(
-    checkpoint: Checkpoint, graph: Graph, target: Target, records: Sequence[WeightRecord], folder: Path
-) -> Rebuilt:
-    from llmc.backends.compiled.lower import lower_kernels
     from llmc.quantize.activations import read_smoothing
     from llmc.quantize.fold import scale_graph
-    from llmc.quantize.linear import plan_calibration, plan_matrices, quantize_weights
 
-    rules = restate_rules(target.quantize or Quantization(accuracy_level=0, rules=()), records)
-    wanted = plan_calibration(graph, rules, target.dtype)
-    known = _recall(checkpoint, graph, target, rules, wanted) if wanted else None
-    calibrated = frozenset(
-        plan.name
-        for plan in plan_matrices(graph, rules, target.dtype)
-        if known is None and wanted.keys() & set(plan.sources)
+    lowered = lower_graph(checkpoint, target, progress)
+    graph, backend = lowered.graph, backend_of(target)
+    with progress.stage("quantize"):
+        quantizer = backend.quantizer(target).restated(records)
+        observed = recall(checkpoint, graph, quantizer)
+        weight_needs, input_needs = quantizer.weight_needs(graph), quantizer.input_needs(graph)
+        calibrated: frozenset[str] = frozenset()
+        if weight_needs is not None and observed.weights is None:
+            calibrated = frozenset(quantizer.calibrated(graph, weight_needs))
+        recalled = observed.weights is not None or observed.inputs is not None
+        if quantizer.scales_channels:
+            scale_graph(graph, observed.smoothing if recalled else read_smoothing(folder))
+        sources = graph_sources(graph)
+        tensors = quantizer.apply(graph, observed).tensors
+        program = backend.lower(graph, target)
+    return Rebuilt(
+        graph,
+        sources,
+        calibrated,
+        complete=input_needs is None or observed.inputs is not None,
+        lowered=program,
+        smoothing=observed.smoothing if recalled and quantizer.scales_channels else None,
+        records=weight_records(tensors, target.dtype),
+        passes=pass_records(lowered.passes),
     )
-    if scales_channels(target):
-        scale_graph(graph, read_smoothing(folder) if known is None else known.smoothing)
-    sources = graph_sources(graph)
-    stored = quantize_weights(graph, rules, target.dtype, known)
-    lower = partial(lower_kernels, cache=target.kv_cache or CacheType.FLOAT32)
-    kernels = finish_graph(graph, target, lower if target.kernels == "compiled" else None)
-    smoothing = known.smoothing if known is not None and scales_channels(target) else None
-    made = weight_records(stored.tensors, target.dtype)
-    return Rebuilt(graph, sources, calibrated, kernels=kernels, smoothing=smoothing, records=made)
 
 
 def explain_versions(manifest: Manifest) -> str | None:
@@ -168,62 +137,3 @@ def forget_searches(rebuilt: Rebuilt, manifest: Manifest) -> Rebuilt:
         and record.name in rebuilt.sources
     }
     return replace(rebuilt, calibrated=rebuilt.calibrated | searched)
-
-
-def restate_rules(quantization: Quantization, records: Sequence[WeightRecord]) -> Quantization:
-    """The rules with one more in front for each matrix that an allocation decided on, by the records."""
-    from glob import escape
-
-    wanted = quantization.allocation
-    if wanted is None:
-        return quantization
-    schemes = [*wanted.choices, *(rule.scheme for rule in quantization.rules if rule.scheme is not None)]
-    made = []
-    for record in records:
-        scheme = next((s for s in schemes if _fits(s, record)), None)
-        if scheme is not None and record.role is not WeightRole.EXPERTS:
-            made.append(WeightRule(match=escape(record.name), scheme=scheme))
-    return quantization.model_copy(update={"rules": (*made, *quantization.rules), "allocation": None})
-
-
-def _fits(scheme: WeightScheme, record: WeightRecord) -> bool:
-    stated = (record.bits, record.block_size, record.symmetric)
-    return stated == (scheme.bits, scheme.block_size, scheme.symmetric)
-
-
-def _recall(
-    checkpoint: Checkpoint,
-    graph: Graph,
-    target: Target,
-    rules: Quantization,
-    wanted: Mapping[str, WeightScheme],
-) -> Calibration | None:
-    from llmc.quantize.awq import plan_channels
-    from llmc.quantize.linear import scale_type
-
-    if rules.calibration is None:
-        return None
-    kind = scale_type(rules, target.dtype)
-    channels = plan_channels(graph, wanted) if rules.scale_channels else ()
-    return recall_calibration(checkpoint, rules.calibration, kind, wanted, channels)
-
-
-def _for_engine(
-    checkpoint: Checkpoint, graph: Graph, target: Target, engine: Engine, folder: Path
-) -> Rebuilt:
-    from llmc.quantize.activations import plan_inputs, read_smoothing
-    from llmc.quantize.engine import quantize_for_engine
-    from llmc.quantize.fold import scale_graph
-
-    found = None
-    if engine.calibration is not None:
-        found = recall_activations(checkpoint, engine.calibration, plan_inputs(graph, engine.weights))
-    if scales_channels(target):
-        scale_graph(graph, read_smoothing(folder) if found is None else found.smoothing)
-    sources = graph_sources(graph)
-    ranges = None if found is None else found.ranges
-    tensors, _ = quantize_for_engine(graph, engine.weights, ranges, engine.least_activation_db)
-    complete = engine.calibration is None or found is not None
-    smoothing = None if found is None else found.smoothing
-    made = weight_records(tensors, target.dtype)
-    return Rebuilt(graph, sources, complete=complete, smoothing=smoothing, records=made)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TextCodec, TextRecord, text_kinds
+from llmc.backends import backend_of
 from llmc.backends.onnxruntime.tokenizer_worker import Answers, NoAnswerError, Question
-from llmc.config import Backend, BuildPlan
+from llmc.config import BuildPlan, Target
 from llmc.data import eval_text, prompts
 from llmc.errors import (
     CheckpointError,
@@ -74,7 +75,7 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     if record.chat:
         _require_template(tokenizer)
     _require_own(folder, record, tokenizer)
-    if plan.target.backend is not Backend.ONNXRUNTIME:
+    if not backend_of(plan.target).served_by_genai:
         return record
     rows = checkpoint.config.get_text_config(decoder=True).vocab_size
     serving_tokens(folder, checkpoint.config, checkpoint.generation_config(), rows)
@@ -122,7 +123,7 @@ def save_text(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TextRecor
     )
 
 
-def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, backend: Backend) -> TextRecord:
+def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, target: Target) -> TextRecord:
     """Write what `write_text` wrote for the artifact in folder `artifact` into `folder`; nothing is tried.
 
     Args:
@@ -136,7 +137,7 @@ def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, backend: B
 
     tokenizer = checkpoint.tokenizer()
     record = save_text(checkpoint, tokenizer, folder)
-    if backend is Backend.ONNXRUNTIME:
+    if backend_of(target).served_by_genai:
         names = (type(tokenizer).__name__, *CLASSES)
         stated = stated_class(artifact)
         _write_settings(folder, record, tokenizer, stated if stated in names else names[0])

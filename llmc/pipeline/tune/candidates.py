@@ -15,7 +15,6 @@ from llmc.config import (
     Allocation,
     CalibrationText,
     LeastSquares,
-    Provider,
     Quantization,
     Target,
     WeightRole,
@@ -23,6 +22,7 @@ from llmc.config import (
     WeightScheme,
 )
 from llmc.errors import ConfigError, UnsupportedError
+from llmc.profile import ProfileKind
 
 #: Matrices that share a scheme: roles by the name of their group. What has no role here is `linear`.
 _GROUPS: dict[str, tuple[WeightRole, ...]] = {
@@ -72,7 +72,7 @@ class Space:
             ConfigError: A target has no weights that could be stored otherwise, or is named twice.
         """
         for base in bases:
-            if base.provider is not Provider.CPU:
+            if base.hardware is not ProfileKind.CPU:
                 raise UnsupportedError(
                     f"llmc tune measures on this machine's CPU, and target {base.name} runs on a GPU",
                     hint="tune a CPU target: llmc targets",

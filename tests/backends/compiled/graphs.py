@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet
-from llmc.backends.compiled.lower import LIBRARY, CompiledKernels, compile_kernels
+from llmc.backends.compiled.lower import CompiledKernels, compile_kernels
+from llmc.backends.compiled.stage import LIBRARY
 from llmc.backends.compiled.toolchain import find_compiler
 from llmc.backends.model_file import write_model
 from llmc.config import CacheType, WeightScheme

@@ -9,14 +9,13 @@ import pytest
 
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
-from llmc.backends.compiled import toolchain
+from llmc.backends.compiled import stage, toolchain
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
 from llmc.backends.compiled.toolchain import find_compiler, host_machine
 from llmc.catalog import load_profile
 from llmc.errors import ConfigError, ExitCode, LlmcError, ParityError, ResourceError
 from llmc.pipeline import bench, build, run, verify
 from llmc.pipeline.result import GateReport
-from llmc.pipeline.steps import kernels
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import save_tiny_model
@@ -93,7 +92,7 @@ def test_what_this_machine_cannot_execute_is_built_and_not_executed(
 ) -> None:
     """From a machine of another architecture, this one's compiler is a cross compiler."""
     monkeypatch.setenv("LLMC_CXX", "g++")
-    for module in (toolchain, kernels):
+    for module in (toolchain, stage):
         monkeypatch.setattr(module, "host_machine", lambda: "riscv64")
     before = open_artifact(artifact).manifest
     plan = plan_build(before.model.ref, target="cpu-int4-compiled", profile="local", output=tmp_path / "out")

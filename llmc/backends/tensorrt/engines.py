@@ -1,25 +1,21 @@
-"""Engines as a step of a build, and the ones that wait for their GPU."""
+"""The engines of an artifact: to build, to resume on their GPU, and the one that this machine can load."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.artifact.disk import replace_text
 from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import FileDigest, Manifest, State
-from llmc.artifact.store import Artifact, digest_file, open_artifact, update_manifest
+from llmc.artifact.store import Artifact, digest_file
 from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
-from llmc.backends.tensorrt.forecast import forecast
 from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines
 from llmc.backends.tensorrt.worker import build_apart
 from llmc.catalog import list_targets
-from llmc.config import Backend, BuildPlan, Target
+from llmc.config import Target
 from llmc.errors import ConfigError, ResourceError
 from llmc.machine import detect_profile
-from llmc.pipeline.result import BuildResult, build_result
 from llmc.profile import Profile
 from llmc.progress import Progress
 
@@ -27,20 +23,17 @@ _MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, 
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
-    from llmc.artifact.forecast import Forecast
     from llmc.graph.interface import Interface
 
 
-def plan_all_engines(plan: BuildPlan) -> tuple[EnginePlan, ...]:
-    """The engines that a build needs, none for a target of another backend; nothing is built yet.
+def plan_all_engines(target: Target, profiles: Sequence[Profile]) -> tuple[EnginePlan, ...]:
+    """The engines that a build needs; nothing is built yet.
 
     Raises:
         LlmcError: A profile cannot have an engine of this target, or what builds it is missing here.
     """
-    if plan.target.backend is not Backend.TENSORRT:
-        return ()
     known = [listed.document for listed in list_targets()]
-    plans = plan_engines(plan.target, (plan.profile, *plan.also), known)
+    plans = plan_engines(target, profiles, known)
     for each in plans:
         if _builds_here(each):
             load_library(each.library)
@@ -78,38 +71,26 @@ def write_engines(
     return tuple(records), files
 
 
-def write_forecasts(plan: BuildPlan, manifest: Manifest, folder: Path) -> tuple[Forecast, ...]:
-    """What each profile can be expected to do with the engines, also as forecast.json in `folder`."""
-    if plan.target.engine is None:
-        return ()
-    scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
-    found = tuple(
-        forecast(manifest.interface, manifest.weights, plan.target.engine, profile, scratch)
-        for profile in (plan.profile, *plan.also)
-    )
-    text = json.dumps([each.model_dump(mode="json") for each in found], indent=2)
-    replace_text(folder / "forecast.json", text + "\n")
-    return found
-
-
-def resume(path: Path, progress: Progress) -> BuildResult:
+def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
     """Build the engines of an artifact that wait for the GPU of this machine.
 
     Args:
-        path: An artifact in the state "engine pending".
+        artifact: In the state "engine pending".
+
+    Returns:
+        Its manifest with them.
 
     Raises:
-        ConfigError: There is no artifact, it is damaged, or none of its engines is pending.
-        ResourceError: This machine has not the GPU or the library that a pending engine needs; the artifact
-            is as it was.
+        ConfigError: It is damaged, or none of its engines is pending.
+        ResourceError: This machine does not have the GPU or the library that a pending engine needs; the
+            artifact is as it was.
         UnsupportedError: TensorRT refuses the graph.
     """
+    manifest, path = artifact.manifest, artifact.path
     with progress.stage("artifact"):
-        artifact = open_artifact(path)
-        plans = tuple(_plan_of(record) for record in artifact.manifest.engines if record.file is None)
+        plans = tuple(_plan_of(record) for record in manifest.engines if record.file is None)
         _remove_unfinished(artifact, plans)
         require_intact(artifact)
-    manifest = artifact.manifest
     if not plans:
         raise ConfigError(f"{path} has no engine pending: it is {manifest.state.value}")
     for each in plans:
@@ -120,15 +101,13 @@ def resume(path: Path, progress: Progress) -> BuildResult:
         _remove_unfinished(artifact, plans)
         raise
     built = {record.sms: record for record in records}
-    manifest = manifest.model_copy(
+    return manifest.model_copy(
         update={
             "engines": tuple(built.get(record.sms, record) for record in manifest.engines),
             "files": {**manifest.files, **files},
             "state": State.FAILED if manifest.state is State.FAILED else State.NOT_EXECUTED,
         }
     )
-    update_manifest(artifact, manifest)
-    return build_result(path, manifest, None, progress)
 
 
 def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
@@ -163,23 +142,7 @@ def _builds_here(plan: EnginePlan) -> bool:
     return capability is not None and f"SM{capability.replace('.', '')}" in plan.sms
 
 
-def require_engine(manifest: Manifest) -> EngineRecord:
-    """The engine that this machine can load, as `require_host`."""
-    return require_host(manifest.engines, detect_profile())
-
-
-def host_engine(manifest: Manifest, progress: Progress) -> EngineRecord | None:
-    """The engine that this machine can load; None, and a note why, where there is none."""
-    if not manifest.engines:
-        return None
-    try:
-        return require_engine(manifest)
-    except ResourceError as error:
-        progress.note(f"the graph is measured on the CPU, and no engine: {error.fact}")
-        return None
-
-
-def require_host(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
+def require_engine(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
     """The engine that `host` can load with the library installed there, by what is recorded of it.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import KernelRecord, LeftOutside
+from llmc.backends.base import Stage
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
 from llmc.backends.compiled.toolchain import Compiler, find_compiler, host_machine
 from llmc.config import CacheType, Target
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
 
 
+#: The library's name inside of an artifact.
+LIBRARY = "kernels.so"
+
+
 @dataclass(frozen=True)
-class KernelStage:
+class KernelStage(Stage):
     """A compiler and what to compile for, found before any work is done."""
 
     compiler: Compiler
@@ -30,26 +35,29 @@ class KernelStage:
     cache: CacheType
 
     @classmethod
-    def prepare(cls, target: Target, profile: Profile) -> KernelStage | None:
-        """None for a target without compiled kernels.
+    def prepare(cls, target: Target, profile: Profile) -> KernelStage:
+        """Find the instruction set of the profile's CPU and a compiler for it.
 
         Raises:
             UnsupportedError: There are no kernels for the profile's CPU.
             ResourceError: There is no compiler.
         """
-        if target.kernels != "compiled":
-            return None
         isa = choose_isa(profile.isa, profile.name)
         return cls(find_compiler(isa.machine), isa, target.kv_cache or CacheType.FLOAT32)
 
     @property
-    def runs_here(self) -> bool:
+    def measurable(self) -> bool:
         """Whether this machine's CPU can execute what is compiled."""
         return _misfit(self.isa) is None
 
-    def run(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
+    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
         """Replace regions of `graph` by operators and write their library into `folder`."""
-        from llmc.backends.compiled.lower import LIBRARY, compile_kernels
+        from llmc.backends.onnxruntime.finish import finish_graph
+
+        return finish_graph(graph, lambda graph: self._compile(graph, folder, progress))
+
+    def _compile(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
+        from llmc.backends.compiled.lower import compile_kernels
 
         with progress.stage("kernels"):
             made = compile_kernels(graph, self.isa, self.compiler, self.cache)

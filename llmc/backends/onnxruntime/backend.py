@@ -1,0 +1,163 @@
+"""ONNX Runtime with its own kernels, on a CPU or on CUDA; onnxruntime-genai serves the artifact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact.manifest import KernelRecord
+from llmc.backends.base import Backend, Executable, Generated, Stage
+from llmc.config import BuildPlan, Provider, Target
+from llmc.errors import ResourceError
+from llmc.graph.interface import Interface
+from llmc.graph.switches import RESTARTING_TYPES
+from llmc.progress import Progress
+from llmc.runtime.arithmetic import Arithmetic
+
+if TYPE_CHECKING:
+    from llmc.artifact.store import Artifact
+    from llmc.graph.model import Graph
+    from llmc.quantize.quantizer import Quantizer
+    from llmc.runtime.ort_model import OrtModel
+
+
+@dataclass(frozen=True)
+class OrtStage(Stage):
+    """A build for ONNX Runtime, which needs nothing but its files.
+
+    Args:
+        provider: The execution provider.
+    """
+
+    provider: Provider
+
+    @property
+    def measurable(self) -> bool:
+        """The gate runs on a CPU."""
+        return self.provider is Provider.CPU
+
+    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
+        """See `Stage`."""
+        from llmc.backends.onnxruntime.finish import finish_graph
+
+        finish_graph(graph, lambda _: None)
+        return None
+
+
+class OnnxRuntimeBackend(Backend):
+    """ONNX Runtime's own kernels."""
+
+    #: File in the artifact with custom operators that the graph uses; None for none.
+    library: str | None = None
+
+    def prepare(self, plan: BuildPlan) -> Stage:
+        """See `Backend`."""
+        return OrtStage(plan.target.provider)
+
+    def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
+        """See `Backend`."""
+        if target.lookup is not None:
+            return "a step of drafted tokens would switch before the first of them"
+        if restart is not None and restart not in RESTARTING_TYPES:
+            lengths = " or ".join(str(n) for n in RESTARTING_TYPES)
+            return (
+                "there the original's generate computes its KV cache anew, which onnxruntime-genai does only "
+                f"beyond {lengths} tokens"
+            )
+        return None
+
+    def quantizer(self, target: Target) -> Quantizer:
+        """See `Backend`."""
+        from llmc.quantize.block_quantizer import BlockQuantizer
+
+        return BlockQuantizer.of(target)
+
+    def lower(self, graph: Graph, target: Target) -> Any:
+        """See `Backend`."""
+        from llmc.backends.onnxruntime.finish import finish_graph
+
+        return finish_graph(graph, lambda _: None)
+
+    def write_serving(
+        self,
+        folder: Path,
+        target: Target,
+        threads: int | None,
+        config: Any,
+        generation_config: Any,
+        graph: Graph,
+    ) -> None:
+        """Write genai_config.json."""
+        from llmc.backends.onnxruntime.genai import shares_cache, write_genai_config
+
+        interface = graph.interface()
+        write_genai_config(
+            folder,
+            config,
+            generation_config,
+            interface,
+            target.provider,
+            threads,
+            share_cache=shares_cache(graph.model, interface),
+            library=self.library,
+            lookup=target.lookup,
+        )
+
+    def require_host(self, artifact: Artifact) -> None:
+        """The graph needs nothing but ONNX Runtime."""
+
+    def executable(self, artifact: Artifact) -> Executable:
+        """See `Backend`."""
+        from llmc.runtime.ort_model import OrtModel, shares_buffer
+
+        path, manifest = artifact.path, artifact.manifest
+        if manifest.target.provider is not Provider.CPU:
+            raise ResourceError(
+                f"{path} is built for {manifest.target.provider.value.upper()}; its latency on the CPU says "
+                "nothing",
+                hint="llmc verify measures the numbers of its graph on the CPU",
+            )
+        self.require_host(artifact)
+        threads = manifest.profile.threads or os.cpu_count() or 1
+        share = shares_buffer(path)
+        model = partial(OrtModel, path, manifest.interface, threads=threads, share_buffer=share)
+        return Executable(model, "onnxruntime")
+
+    def open_graph(
+        self,
+        folder: Path,
+        interface: Interface,
+        target: Target,
+        *,
+        threads: int | None,
+        arithmetic: Arithmetic = Arithmetic.SERVED,
+        slots: int | None = None,
+    ) -> OrtModel:
+        """See `Backend`; its KV cache grows, or has the slots that a prompt reserves."""
+        from llmc.runtime.ort_model import OrtModel, shares_buffer
+
+        share = shares_buffer(folder)
+        return OrtModel(folder, interface, threads=threads, share_buffer=share, arithmetic=arithmetic)
+
+    def generate(
+        self,
+        artifact: Artifact,
+        prompt: str,
+        max_tokens: int,
+        emit: Callable[[str], None],
+        lookup: int | None,
+        progress: Progress,
+    ) -> Generated:
+        """Generate through onnxruntime-genai."""
+        from llmc.backends.onnxruntime.generate import generate_text
+        from llmc.backends.onnxruntime.lookup import require_draft, same_text
+
+        manifest = artifact.manifest
+        if lookup is not None:
+            require_draft(lookup, compiled=self.library is not None)
+        generated = generate_text(artifact.path, prompt, max_tokens, emit, manifest.text, lookup)
+        return generated if lookup is None else replace(generated, same_text=same_text(manifest))

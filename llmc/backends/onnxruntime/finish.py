@@ -1,0 +1,28 @@
+"""The last changes to a quantized graph before ONNX Runtime's model.onnx is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from llmc.backends.onnxruntime.minimums import split_minimums
+from llmc.backends.onnxruntime.rotary_tables import compute_tables, find_pairs
+from llmc.graph.model import Graph
+
+Result = TypeVar("Result")
+
+
+def finish_graph(graph: Graph, kernels: Callable[[Graph], Result]) -> Result:
+    """Bring a quantized graph into the form that is written.
+
+    Args:
+        kernels: Replaces regions of the graph by operators of compiled kernels, if the target has them.
+
+    Returns:
+        What `kernels` gives.
+    """
+    tables = find_pairs(graph)
+    result = kernels(graph)
+    split_minimums(graph)
+    compute_tables(graph, tables)
+    return result

@@ -1,0 +1,226 @@
+"""TensorRT and TensorRT-RTX: an engine for each kind of GPU, parsed from model.onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.artifact.manifest import KernelRecord, Manifest, State
+from llmc.artifact.text import TextCodec
+from llmc.backends.base import Backend, Executable, Generated, Made, Stage
+from llmc.backends.special_tokens import read_stop_tokens, write_generation_config
+from llmc.backends.tensorrt.engines import (
+    plan_all_engines,
+    require_engine,
+    resume_engines,
+    write_engines,
+)
+from llmc.backends.tensorrt.forecast import forecast
+from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.config import BuildPlan, Engine, Target
+from llmc.errors import ConfigError, ResourceError, UnsupportedError
+from llmc.graph.interface import Interface
+from llmc.machine import detect_profile
+from llmc.profile import Profile
+from llmc.progress import Progress
+from llmc.runtime.arithmetic import Arithmetic
+from llmc.runtime.greedy import stream_text
+
+if TYPE_CHECKING:
+    from llmc.artifact.forecast import Forecast
+    from llmc.artifact.store import Artifact
+    from llmc.backends.tensorrt.nodes import NodeChecker
+    from llmc.graph.model import Graph
+    from llmc.quantize.quantizer import Quantizer
+    from llmc.runtime.static_session import StaticSession
+
+
+@dataclass(frozen=True)
+class EngineStage(Stage):
+    """The engines of one build, each with a library that builds it here or on its GPU."""
+
+    target: Target
+    plans: tuple[EnginePlan, ...]
+
+    @property
+    def measurable(self) -> bool:
+        """The gate measures the graph that engines are parsed from, on the CPU."""
+        return bool(self.plans)
+
+    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
+        """Nothing is left to do: passes and quantization make the graph that TensorRT parses."""
+        return None
+
+    def write(self, folder: Path, interface: Interface, progress: Progress) -> Made:
+        """Build the engines."""
+        engines, files = write_engines(folder, self.target, interface, self.plans, progress)
+        return Made(engines=engines, files=files)
+
+    def state(self, made: Made) -> State:
+        """See `Stage`; no engine was executed."""
+        pending = any(engine.file is None for engine in made.engines)
+        return State.ENGINE_PENDING if pending else State.NOT_EXECUTED
+
+
+class TensorRtBackend(Backend):
+    """Engines with a KV cache of fixed length; llmc generates text with them."""
+
+    several_profiles = True
+    served_by_genai = False
+
+    def prepare(self, plan: BuildPlan) -> Stage:
+        """See `Backend`."""
+        return EngineStage(plan.target, plan_all_engines(plan.target, (plan.profile, *plan.also)))
+
+    def capacity(self, target: Target) -> int | None:
+        """See `Backend`."""
+        return _engine_of(target).kv_capacity
+
+    def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
+        """See `Backend`."""
+        return "an engine takes a long prompt in pieces, and the first would not know how long it is"
+
+    def quantizer(self, target: Target) -> Quantizer:
+        """See `Backend`."""
+        from llmc.quantize.engine_quantizer import EngineQuantizer
+
+        return EngineQuantizer(_engine_of(target), target.dtype)
+
+    def lower(self, graph: Graph, target: Target) -> Any:
+        """Nothing is left to do."""
+        return None
+
+    def write_serving(
+        self,
+        folder: Path,
+        target: Target,
+        threads: int | None,
+        config: Any,
+        generation_config: Any,
+        graph: Graph,
+    ) -> None:
+        """Write generation_config.json."""
+        write_generation_config(folder, config, generation_config, graph.interface().vocabulary)
+
+    def forecasts(self, target: Target, profiles: Sequence[Profile], made: Manifest) -> tuple[Forecast, ...]:
+        """See `Backend`."""
+        scratch = max((p.scratch_bytes for engine in made.engines for p in engine.phases), default=0)
+        engine = _engine_of(target)
+        return tuple(forecast(made.interface, made.weights, engine, p, scratch) for p in profiles)
+
+    def require_host(self, artifact: Artifact) -> None:
+        """The graph needs nothing but ONNX Runtime."""
+
+    def executable(self, artifact: Artifact) -> Executable:
+        """See `Backend`."""
+        from llmc.backends.tensorrt.session import EngineSession
+
+        manifest = artifact.manifest
+        record = require_engine(manifest.engines, detect_profile())
+        session = partial(EngineSession, artifact.path, record, manifest.interface)
+        rows = _engine_of(manifest.target).batch.most
+        return Executable(session, record.library, record.weight_bytes or 0, rows)
+
+    def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
+        """See `Backend`."""
+        if not artifact.manifest.engines:
+            return None
+        try:
+            return self.executable(artifact)
+        except ResourceError as error:
+            progress.note(f"the graph is measured on the CPU, and no engine: {error.fact}")
+            return None
+
+    def open_graph(
+        self,
+        folder: Path,
+        interface: Interface,
+        target: Target,
+        *,
+        threads: int | None,
+        arithmetic: Arithmetic = Arithmetic.SERVED,
+        slots: int | None = None,
+    ) -> StaticSession:
+        """See `Backend`; as it is served, a prompt is run in the pieces that the engine would take."""
+        from llmc.runtime.static_ort_model import StaticOrtModel
+
+        exact = arithmetic is not Arithmetic.SERVED
+        most = None if exact else _engine_of(target).prefill.most
+        return StaticOrtModel(folder, interface, threads=threads, most=most, exact=exact, slots=slots)
+
+    def generate(
+        self,
+        artifact: Artifact,
+        prompt: str,
+        max_tokens: int,
+        emit: Callable[[str], None],
+        lookup: int | None,
+        progress: Progress,
+    ) -> Generated:
+        """Generate by the engine of this machine's GPU."""
+        from llmc.backends.tensorrt.session import EngineSession
+
+        path, manifest = artifact.path, artifact.manifest
+        if lookup is not None:
+            raise UnsupportedError(
+                f"{path} is a TensorRT engine: its logits of the last token alone verify no draft",
+                hint="run it without --lookup",
+            )
+        record = require_engine(manifest.engines, detect_profile())
+        session = EngineSession(path, record, manifest.interface)
+        codec, stop = TextCodec(path, manifest.text), read_stop_tokens(path)
+        tokens = stream_text(session, codec, prompt, max_tokens, stop, emit)
+        for note in session.notes:
+            progress.note(note)
+        return Generated(tokens, tokens)
+
+    def describe(self, manifest: Manifest) -> list[str]:
+        """One line per engine: what it is for, its size and kernels, or what it waits for."""
+        lines = []
+        for engine in manifest.engines:
+            sms, profiles = ", ".join(engine.sms), ", ".join(engine.profiles)
+            if engine.file is None:
+                lines.append(
+                    f"  {sms} ({profiles}): pending, llmc build --resume on that GPU with {engine.library}"
+                )
+                continue
+            size = manifest.files[engine.file].bytes / 1e6
+            kernels = ", ".join(f"{p.name} {p.layers_per_decoder_layer}" for p in engine.phases)
+            lines.append(
+                f"  {sms} ({profiles}): {size:.0f} MB, {engine.library} {engine.version}, "
+                f"layers per decoder layer: {kernels}"
+            )
+        return lines
+
+    def describe_measured(self, manifest: Manifest) -> str | None:
+        """See `Backend`."""
+        return "measured on the graph that the engines are parsed from, on the CPU; none was executed"
+
+    def own_files(self, manifest: Manifest) -> set[str]:
+        """See `Backend`."""
+        files = (file for engine in manifest.engines for file in (engine.file, engine.context))
+        return {file for file in files if file is not None}
+
+    def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
+        """Build the engines that wait for this machine's GPU."""
+        return resume_engines(artifact, progress)
+
+    def node_checker(self, target: Target) -> NodeChecker:
+        """The parser of TensorRT-RTX."""
+        from llmc.backends.tensorrt.nodes import NodeChecker
+
+        return NodeChecker(Library.RTX)
+
+
+def _engine_of(target: Target) -> Engine:
+    """The section `engine` of a target of this backend.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if target.engine is None:
+        raise ConfigError(f"target {target.name} has no section engine, which backend tensorrt needs")
+    return target.engine

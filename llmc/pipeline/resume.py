@@ -1,0 +1,28 @@
+"""`llmc build --resume`: what an artifact still waits for is built on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmc.artifact.store import open_artifact, update_manifest
+from llmc.backends import backend_of
+from llmc.pipeline.result import BuildResult, build_result
+from llmc.progress import Progress
+
+
+def resume(path: Path, progress: Progress) -> BuildResult:
+    """Build the engines of an artifact that wait for the GPU of this machine.
+
+    Args:
+        path: An artifact in the state "engine pending".
+
+    Raises:
+        ConfigError: There is no artifact, it is damaged, or none of its engines is pending.
+        ResourceError: This machine does not have the GPU or the library that a pending engine needs; the
+            artifact is as it was.
+        UnsupportedError: TensorRT refuses the graph.
+    """
+    artifact = open_artifact(path)
+    manifest = backend_of(artifact.manifest.target).resume(artifact, progress)
+    update_manifest(artifact, manifest)
+    return build_result(path, manifest, None, progress)

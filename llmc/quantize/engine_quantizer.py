@@ -1,0 +1,81 @@
+"""Quantization of weights and activations by ONNX operators, which TensorRT reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.config import Dtype, Engine, Quantization
+from llmc.quantize.activations import plan_inputs
+from llmc.quantize.engine import quantize_for_engine
+from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
+from llmc.quantize.stored import origin_notes
+
+if TYPE_CHECKING:
+    from llmc.artifact.manifest import WeightRecord
+    from llmc.graph.model import Graph
+
+
+@dataclass(frozen=True)
+class EngineQuantizer:
+    """The section `engine` of a target.
+
+    Args:
+        engine: The section.
+        dtype: Type of activations, and of matrices that stay in float.
+    """
+
+    engine: Engine
+    dtype: Dtype
+
+    @property
+    def bits(self) -> float | None:
+        """See `Quantizer`."""
+        bits = [rule.scheme.bits for rule in self.engine.weights if rule.scheme is not None]
+        return float(min(bits)) if bits else None
+
+    @property
+    def scales_channels(self) -> bool:
+        """See `Quantizer`."""
+        return self.engine.calibration is not None
+
+    @property
+    def observes_inputs(self) -> bool:
+        """See `Quantizer`."""
+        return self.engine.calibration is not None
+
+    @property
+    def unsolved(self) -> Quantization | None:
+        """See `Quantizer`."""
+        return None
+
+    def solved(self, rules: Quantization) -> EngineQuantizer:
+        """See `Quantizer`."""
+        return self
+
+    def restated(self, records: Sequence[WeightRecord]) -> EngineQuantizer:
+        """See `Quantizer`."""
+        return self
+
+    def weight_needs(self, graph: Graph) -> WeightNeeds | None:
+        """See `Quantizer`."""
+        return None
+
+    def input_needs(self, graph: Graph) -> InputNeeds | None:
+        """See `Quantizer`."""
+        text = self.engine.calibration
+        return None if text is None else InputNeeds(text, plan_inputs(graph, self.engine.weights))
+
+    def calibrated(self, graph: Graph, needs: WeightNeeds) -> Iterator[str]:
+        """See `Quantizer`."""
+        yield from ()
+
+    def apply(self, graph: Graph, observed: Observations) -> Quantized:
+        """See `Quantizer`."""
+        ranges = None if observed.inputs is None else observed.inputs.ranges
+        tensors, floats = quantize_for_engine(
+            graph, self.engine.weights, ranges, self.engine.least_activation_db
+        )
+        stay = [f"what {f.weight} is given stays in {self.dtype.value}: {f.reason}" for f in floats]
+        return Quantized(tensors, (*stay, *origin_notes(tensors)), floats)
