@@ -23,6 +23,7 @@ from llmc.config.method import LeastSquares as LeastSquares
 from llmc.config.method import Method as Method
 from llmc.config.method import NamedMethod, calibrated_methods
 from llmc.config.metrics import Better as Better
+from llmc.config.metrics import Family as Family
 from llmc.config.metrics import Metric as Metric
 from llmc.profile import Profile, ProfileKind
 from llmc.records import Strict

@@ -15,10 +15,10 @@ from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, State, WeightRecord
 from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
 from llmc.backends import backend_of
-from llmc.config import Metric, Target
+from llmc.config import Family, Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
 from llmc.pipeline.gate.advice import advise, explain_missed
-from llmc.pipeline.gate.parity import LATENCY, GateResult
+from llmc.pipeline.gate.parity import GateResult
 from llmc.progress import Progress
 from llmc.records import Record
 from llmc.report import (
@@ -169,7 +169,7 @@ class GateReport(Record):
         verdict = self.report.verdict
         if verdict.passed:
             return regression_failure(self.report.changes)
-        kind = LatencyError if all(c.metric in LATENCY for c in verdict.missed) else ParityError
+        kind = LatencyError if all(c.metric.family is Family.LATENCY for c in verdict.missed) else ParityError
         return kind(_missed(verdict), hint=self.advice or "see the table for the figures")
 
 
@@ -224,7 +224,7 @@ def regression_failure(changes: tuple[Change, ...]) -> LlmcError | None:
     worse = [c for c in changes if c.regression is not None]
     if not worse:
         return None
-    kind = LatencyError if all(c.name in LATENCY for c in worse) else ParityError
+    kind = LatencyError if all(c.name in Family.LATENCY.metrics for c in worse) else ParityError
     told = "; ".join(f"{c.name} {c.regression}" for c in worse)
     return kind(
         f"{len(worse)} regressions: {told}", hint="--allow NAME=PERCENT states how much worse a figure may be"

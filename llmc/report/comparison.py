@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from llmc.artifact.verdict import Change, CheckStatus, Measurement
-from llmc.config import Better, Metric
+from llmc.config import Better, Family, Metric
 from llmc.errors import ConfigError, did_you_mean
 from llmc.report.document import Report
 from llmc.report.figures import format_estimate, format_figure
@@ -53,7 +53,7 @@ def compare_reports(before: Report, after: Report, allowed: Mapping[str, float])
 
 
 def _is_time(metric: Metric) -> bool:
-    return metric.area == "latency"
+    return metric.family is Family.LATENCY
 
 
 def _size(before: int, after: int, allowed: float | None) -> Change:
@@ -70,7 +70,7 @@ def _change(
     metric: Metric, old: Measurement | None, new: Measurement | None, allowed: float | None
 ) -> Change:
     before, after = (None if m is None else m.value for m in (old, new))
-    sign = -1 if metric.definition.better is Better.MORE else 1
+    sign = -1 if metric.better is Better.MORE else 1
     why = None
     if old is not None and before is not None:
         if new is None:

@@ -48,7 +48,7 @@ def draw_pictures(report: Report) -> dict[str, str]:
     levels = {
         m.metric.area: values
         for m in report.measurements
-        if m.metric.value.endswith("max_abs") and (values := [v for v in _figures(m).values() if v > 0])
+        if m.metric.is_logit_difference and (values := [v for v in _figures(m).values() if v > 0])
     }
     if levels:
         draw("Largest logit difference, with the artifact's own weights", lambda ax: _levels(ax, levels))

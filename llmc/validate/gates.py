@@ -74,7 +74,7 @@ def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
     A latency gate fails only past the noise of the machine: a release is not held up by what else ran.
     """
     ends = [measurement.value] if measurement.low is None else [measurement.low, measurement.high]
-    if gate.metric.definition.noisy and measurement.low is not None:
+    if gate.metric.is_noisy and measurement.low is not None:
         ends = [measurement.low if gate.max is not None else measurement.high]
     within = {_within(gate, end, measurement.tolerance or 0.0) for end in ends if end is not None}
     if len(within) == 2:
@@ -96,7 +96,7 @@ def _bound(gate: Gate, tolerance: float | None) -> float:
 
 def _usable(metric: Metric, value: float) -> bool:
     """Finite; or the infinite ratio of a signal to no noise at all."""
-    return math.isfinite(value) or (metric.definition.may_be_infinite and value == math.inf)
+    return math.isfinite(value) or (metric.may_be_infinite and value == math.inf)
 
 
 def _failed_without_gate(measurement: Measurement) -> Check:

@@ -8,13 +8,11 @@ import numpy as np
 
 from llmc.artifact.text import TextCodec
 from llmc.artifact.verdict import Measurement
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.validate.measure import measure, measured
 from llmc.validate.questions import Followed, Question, ask_followed, read_followed
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.served import Served
-
-METRICS = (Metric.GENERATE_EQUAL, Metric.GENERATE_GAP, Metric.GENERATE_SEEDED)
 
 #: New tokens for each prompt.
 NEW_TOKENS = 32
@@ -137,7 +135,7 @@ def measure_generation(
         count: New tokens at most, as for `served_texts`.
 
     Returns:
-        One measurement for each of METRICS.
+        One measurement for each metric of generation.
     """
 
     def take() -> tuple[Measurement, ...]:
@@ -160,10 +158,10 @@ def measure_generation(
         sampled = sum(bool(made.sampled) for made in served)
         told = f"{len(served)} prompts, {count} new tokens each"
         return (
-            _share(METRICS[0], unequal, len(served), told, where),
-            measured(METRICS[1], max(gaps.values()), told, where, gaps),
+            _share(Metric.GENERATE_EQUAL, unequal, len(served), told, where),
+            measured(Metric.GENERATE_GAP, max(gaps.values()), told, where, gaps),
             _share(
-                METRICS[2],
+                Metric.GENERATE_SEEDED,
                 strayed,
                 sampled,
                 f"{sampled} prompts, {count} new tokens each, seed {SEED}, top {TOP_K}",
@@ -171,7 +169,7 @@ def measure_generation(
             ),
         )
 
-    return measure(METRICS, where, take)
+    return measure(Family.GENERATION.metrics, where, take)
 
 
 def _share(metric: Metric, found: Sequence[str], count: int, detail: str, where: str) -> Measurement:

@@ -15,20 +15,13 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
 from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 
-METRICS = (
-    Metric.ROUNDING_KL_MEAN,
-    Metric.ROUNDING_KL_RATIO,
-    Metric.ROUNDING_NOISE_RATIO,
-    Metric.ROUNDING_POSITION_RATIO,
-    Metric.ROUNDING_TOKEN_RATIO,
-)
 #: Positions with as many tokens in their call that make a median.
 _LEAST = 4
 _CHOICES = frozenset({"TopK", "MoE", "QMoE"})
@@ -88,7 +81,7 @@ class Paired:
     def measure(self) -> tuple[Measurement, ...]:
         """Size and evenness of all differences so far; NaN where nothing was compared."""
         if not self._kl:
-            return broken(METRICS, ParityError("no position was compared"), self.where)
+            return broken(Family.ROUNDING.metrics, ParityError("no position was compared"), self.where)
         noise = self._by_position()
         tokens = np.sqrt(self._by_token / len(self._noise))
         median = float(np.median(self._noise))
@@ -96,12 +89,19 @@ class Paired:
         told = f"{detail}; the difference of logits without its mean, over their standard deviation"
         each = "each number of tokens in a call" if self.routed else "each position"
         return (
-            measured(METRICS[0], float(np.mean(self._kl)), detail, self.where),
-            measured(METRICS[1], self._kl_ratio(median), f"{detail}; over that of even noise", self.where),
-            measured(METRICS[2], median, f"{told}, median of the positions", self.where),
-            measured(METRICS[3], _unevenness(noise, median), f"{told}, {each}", self.where),
+            measured(Metric.ROUNDING_KL_MEAN, float(np.mean(self._kl)), detail, self.where),
             measured(
-                METRICS[4],
+                Metric.ROUNDING_KL_RATIO,
+                self._kl_ratio(median),
+                f"{detail}; over that of even noise",
+                self.where,
+            ),
+            measured(Metric.ROUNDING_NOISE_RATIO, median, f"{told}, median of the positions", self.where),
+            measured(
+                Metric.ROUNDING_POSITION_RATIO, _unevenness(noise, median), f"{told}, {each}", self.where
+            ),
+            measured(
+                Metric.ROUNDING_TOKEN_RATIO,
                 _unevenness(tokens, float(np.median(tokens))),
                 f"{told}, each token; the worst is {tokens.argmax()}",
                 self.where,

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.runtime.session import Session
@@ -29,16 +29,6 @@ from llmc.validate.questions import Question, ask_distributions, ask_divergence,
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
 from llmc.validate.yardstick import compare_with_rounding
-
-METRICS = (
-    Metric.TEXT_KL_MEAN,
-    Metric.TEXT_KL_P99,
-    Metric.TEXT_KL_MAX,
-    Metric.TEXT_TOP1,
-    Metric.TEXT_TOP5,
-    Metric.TEXT_PERPLEXITY_RATIO,
-    Metric.TEXT_KL_RATIO,
-)
 
 #: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
 #: Thirty-two give the mean KL divergence of the demo to 5 %. A model of 8 billion parameters spends half a
@@ -197,7 +187,7 @@ def measure_quality(
         advance: Told how many decode steps of how many are done.
 
     Returns:
-        One measurement for each of METRICS.
+        One measurement for each metric of quality on text.
     """
 
     def take() -> tuple[Measurement, ...]:
@@ -226,7 +216,7 @@ def measure_quality(
         own = windows.sampled(figures[0], YARDSTICK_WINDOWS).mean(axis=1)
         return (*made, compare_with_rounding(own, np.array(plain), model.where))
 
-    return measure(METRICS, model.where, take)
+    return measure(Family.TEXT.metrics, model.where, take)
 
 
 def cut_windows(tokens: Array, length: int, start: tuple[int, ...], most: int = WINDOWS) -> Array:
@@ -282,7 +272,7 @@ def _most_rows(interface: Interface, length: int) -> int:
 
 
 def _measurements(figures: Array, left_out: Array, length: int, where: str) -> tuple[Measurement, ...]:
-    """From figures (5, windows, steps) to one measurement for each of METRICS but the last.
+    """From figures (5, windows, steps) to one measurement for each metric of text but TEXT_KL_RATIO.
 
     Args:
         left_out: (windows, steps) bool, positions that count for nothing.
@@ -311,7 +301,7 @@ def _measurements(figures: Array, left_out: Array, length: int, where: str) -> t
     # Log-probabilities of the text's own tokens, every so many: for a picture of both sides.
     sample = np.stack([-loss_original.ravel(), -loss.ravel()], axis=1)[:: max(1, loss.size // PAIRS)]
     perplexity = measured(
-        METRICS[5],
+        Metric.TEXT_PERPLEXITY_RATIO,
         float(np.exp((loss - loss_original).mean())),
         detail,
         where,
@@ -319,11 +309,13 @@ def _measurements(figures: Array, left_out: Array, length: int, where: str) -> t
         (ratio_interval[0], ratio_interval[1]),
     )
     return (
-        measured(METRICS[0], float(kl.mean()), detail, where, along | {"tokens": float(tokens)}, means[0]),
-        measured(METRICS[1], float(np.percentile(kl, 99)), detail, where),
-        measured(METRICS[2], float(kl.max()), detail, where),
-        measured(METRICS[3], float(top1.mean()), detail, where, interval=means[1]),
-        measured(METRICS[4], float(top5.mean()), detail, where, interval=means[2]),
+        measured(
+            Metric.TEXT_KL_MEAN, float(kl.mean()), detail, where, along | {"tokens": float(tokens)}, means[0]
+        ),
+        measured(Metric.TEXT_KL_P99, float(np.percentile(kl, 99)), detail, where),
+        measured(Metric.TEXT_KL_MAX, float(kl.max()), detail, where),
+        measured(Metric.TEXT_TOP1, float(top1.mean()), detail, where, interval=means[1]),
+        measured(Metric.TEXT_TOP5, float(top5.mean()), detail, where, interval=means[2]),
         perplexity.model_copy(
             update={"pairs": tuple((round(float(a), 3), round(float(b), 3)) for a, b in sample)}
         ),

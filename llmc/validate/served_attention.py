@@ -6,14 +6,12 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
 from llmc.validate.positions import Plan
 from llmc.validate.reference import Reference
-
-METRICS = (Metric.CACHE_KL_MEAN, Metric.CACHE_KL_MAX)
 
 
 def measure_cache(model: Session, reference: Reference, plan: Plan) -> tuple[Measurement, ...]:
@@ -31,8 +29,8 @@ def measure_cache(model: Session, reference: Reference, plan: Plan) -> tuple[Mea
         return ()
     if not plan.pieces:
         why, status = f"the model ends at {plan.limit} positions", MeasurementStatus.NOT_MEASURED
-        return tuple(unmeasured(m, status, why, model.where) for m in METRICS)
-    return measure(METRICS, model.where, lambda: _measure(model, reference, plan))
+        return tuple(unmeasured(m, status, why, model.where) for m in Family.CACHE.metrics)
+    return measure(Family.CACHE.metrics, model.where, lambda: _measure(model, reference, plan))
 
 
 def _measure(model: Session, reference: Reference, plan: Plan) -> tuple[Measurement, ...]:
@@ -56,8 +54,8 @@ def _measure(model: Session, reference: Reference, plan: Plan) -> tuple[Measurem
     worst = max(kl, key=lambda b: kl[b])
     told = f"{detail}; the worst after {worst:,}"
     return (
-        measured(METRICS[0], float(np.mean(list(kl.values()))), detail, model.where),
-        measured(METRICS[1], kl[worst], told, model.where),
+        measured(Metric.CACHE_KL_MEAN, float(np.mean(list(kl.values()))), detail, model.where),
+        measured(Metric.CACHE_KL_MAX, kl[worst], told, model.where),
     )
 
 

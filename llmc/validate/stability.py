@@ -18,14 +18,6 @@ from llmc.config import Metric
 from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensitivity
 
-#: Levels whose bound is on the largest difference of a logit.
-LEVELS = (
-    Metric.PREFILL_MAX_ABS,
-    Metric.CHUNKS_MAX_ABS,
-    Metric.DECODE_MAX_ABS,
-    Metric.RAGGED_MAX_ABS,
-    Metric.WINDOW_MAX_ABS,
-)
 #: Share of a position's largest logit up to which any number of positions may be moved by rounding; beyond
 #: it only a few may, those that near ties decide.
 _COMMON = 1e-3
@@ -76,7 +68,9 @@ def _allow(
     original: SensitiveReference,
 ) -> Measurement:
     bound = bounds.get(level.metric, np.inf)
-    if level.metric not in LEVELS or level.value is None or not max(bound, _LEAST) < level.value < np.inf:
+    if not level.metric.is_logit_difference or level.value is None:
+        return level
+    if not max(bound, _LEAST) < level.value < np.inf:
         return level
     own = [d for d in differences if d.metric is level.metric]
     missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.reference_pass, d.row))

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.artifact.text import TextCodec, text_kinds
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.errors import ParityError
 from llmc.validate.decoding import compare_ids, compare_streams, quoted
 from llmc.validate.measure import measure, measured, unmeasured
@@ -233,7 +233,7 @@ def measure_tokens(
         )
 
     texts = sample_texts(tokenizer, text, prompts)
-    return measure((Metric.TOKENIZER_EQUAL, Metric.CHAT_EQUAL), where, take)
+    return measure(Family.TOKENS.metrics, where, take)
 
 
 def _tokenizer(

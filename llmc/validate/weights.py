@@ -16,13 +16,11 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.stored import Stored, read_stored
-
-METRICS = (Metric.WEIGHTS_SNR, Metric.WEIGHTS_BLOCK_SNR, Metric.WEIGHTS_MAX_STEPS)
 
 #: Stands for the energy of a block of zeros.
 _TINY = np.float32(1e-30)
@@ -33,7 +31,7 @@ class WeightParity:
     """What became of the weights.
 
     Args:
-        measurements: One for each of METRICS.
+        measurements: One for each metric of weights beside the original's.
         digest: sha256 over what the artifact has for the parameters that lost anything, be it by a
             narrower type alone; empty if none did, so that the original itself has these weights.
         changed: The names in `expected` of those tensors.
@@ -74,7 +72,9 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance
     if not stored:
         why = f"{len(unread)} tensors are stored in another form and were not read"
         status = MeasurementStatus.NOT_MEASURED
-        return WeightParity(tuple(unmeasured(m, status, why, where) for m in METRICS), "", (), unread)
+        return WeightParity(
+            tuple(unmeasured(m, status, why, where) for m in Family.WEIGHTS.metrics), "", (), unread
+        )
     made = []
     told = (
         (Metric.WEIGHTS_SNR, ratios, min, f"worst of {len(ratios)} tensors"),

@@ -7,6 +7,7 @@ from llmc.backends import backend_of
 from llmc.catalog import list_targets
 from llmc.config import Metric, Target
 
+#: Metrics that more bits improve, as they go with the divergence that is expected of a finer target.
 _QUALITY = (Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO)
 _FLOAT_BITS = 16.0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.errors import ParityError
 from llmc.validate.measure import broken, unmeasured
 
@@ -22,13 +22,13 @@ def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
     """Hold the weights of an artifact to the checkpoint, and all of its graph to what a build gives."""
     from dataclasses import replace
 
-    from llmc.validate.weights import METRICS, WeightParity, compare_weights
+    from llmc.validate.weights import WeightParity, compare_weights
 
     with progress.stage("weights"):
         try:
             found = compare_weights(subject.folder, subject.sources, progress.advance)
         except ParityError as error:
-            found = WeightParity(broken(METRICS, error, _WHERE), "", ())
+            found = WeightParity(broken(Family.WEIGHTS.metrics, error, _WHERE), "", ())
     with progress.stage("weights, bit for bit"):
         exact = _measure_exact(subject, progress)
     return replace(found, measurements=(*exact, *found.measurements))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.data import prompts
 from llmc.pipeline.gate.run import Run
 from llmc.validate import settings
@@ -48,7 +48,7 @@ def compare_tokenizer(run: Run) -> None:
         return measure_tokens(folder, run.codec, served, run.tokenizer, run.text, prompts(), readers, files)
 
     with run.progress.stage("tokenizer"):
-        run.found += measure((Metric.TOKENIZER_EQUAL, Metric.CHAT_EQUAL), readers, take)
+        run.found += measure(Family.TOKENS.metrics, readers, take)
 
 
 def compare_weights(run: Run) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.data import prompts
 from llmc.errors import ParityError
 from llmc.machine import release_memory
@@ -179,10 +179,10 @@ def _measure_cache(run: Run) -> tuple[Measurement, ...]:
 
 def _compare_exact(run: Run) -> tuple[Measurement, ...]:
     """The parity levels in float32; for compiled kernels also what they round as they are served."""
-    from llmc.validate.paired import METRICS, Paired, chooses_experts
+    from llmc.validate.paired import Paired, chooses_experts
 
     target, exact = run.subject.target, _open_graph(run, Arithmetic.EXACT)
-    asked = any(gate.metric in METRICS for gate in target.gates)
+    asked = any(gate.metric.family is Family.ROUNDING for gate in target.gates)
     if not run.subject.backend.rounds_attention and not asked:
         return _levels(run, exact)
     pair = Paired(exact, _open_graph(run, Arithmetic.SERVED), chooses_experts(run.subject.folder))
@@ -222,7 +222,7 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
                 served, run.codec, run.tokenizer, asked, count, run.progress.advance
             )
         except ParityError as error:
-            run.found += broken(generation.METRICS, error, served.where)
+            run.found += broken(Family.GENERATION.metrics, error, served.where)
             drawn = ()
         return drawn, served.where
 
@@ -242,9 +242,8 @@ def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
     """Levels that need the original with the artifact's weights, where those cannot be read: no pass."""
     why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
-    areas = ("prefill", "chunks", "decode", "ragged", "window", "cache", "rounding", "generate")
     status = MeasurementStatus.NOT_MEASURED
-    return tuple(unmeasured(m, status, why, where) for m in Metric if m.area in areas)
+    return tuple(unmeasured(m, status, why, where) for m in Metric if m.family.needs_own_weights)
 
 
 def _measure_tasks(run: Run, model: Session) -> None:

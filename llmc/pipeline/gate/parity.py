@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
-from llmc.config import Gate, Metric, Target
+from llmc.config import Family, Gate, Metric, Target
 from llmc.errors import ParityError
 from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.gate.files import compare_settings, compare_tokenizer, compare_weights
@@ -28,8 +28,6 @@ from llmc.validate.measure import broken, mismatches, unmeasured
 if TYPE_CHECKING:
     from llmc.artifact.integrity import Damage
     from llmc.artifact.latency import Latency
-
-LATENCY = frozenset(metric for metric in Metric if metric.area == "latency")
 
 #: Why a metric was not measured.
 _AHEAD = "{} missed before"
@@ -48,12 +46,12 @@ class GateResult:
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
     """The target's gates on numbers."""
-    return tuple(gate for gate in target.gates if gate.metric not in LATENCY)
+    return tuple(gate for gate in target.gates if gate.metric.family is not Family.LATENCY)
 
 
 def latency_gates(target: Target) -> tuple[Gate, ...]:
     """The target's gates on time."""
-    return tuple(gate for gate in target.gates if gate.metric in LATENCY)
+    return tuple(gate for gate in target.gates if gate.metric.family is Family.LATENCY)
 
 
 def hold_manifest(thresholds: Thresholds, damage: Damage, *, every: bool) -> GateResult | None:

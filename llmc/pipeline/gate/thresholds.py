@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmc import __version__
 from llmc.catalog import find_target, read_target
-from llmc.config import Gate, Metric, Target
+from llmc.config import Family, Gate, Metric, Target
 from llmc.errors import ParityError
 from llmc.validate.measure import mismatches
 
@@ -117,7 +117,7 @@ def _conclude(target: Target, found: Sequence[str], own: bool, hint: str | None,
 
 
 def _kept(gates: Sequence[Gate], latency: bool) -> tuple[Gate, ...]:
-    return tuple(gate for gate in gates if not latency or gate.metric.area == "latency")
+    return tuple(gate for gate in gates if not latency or gate.metric.family is Family.LATENCY)
 
 
 def _differences(own: Sequence[Gate], known: Sequence[Gate], name: str) -> list[str]:

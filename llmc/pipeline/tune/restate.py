@@ -12,18 +12,10 @@ from llmc.validate.gates import evaluate
 if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
 
-#: Metrics of what a candidate may lose, which tuning is there to change.
-_QUALITY = ("text", "weights")
-
-
-def _is_quality(gate: Gate) -> bool:
-    """Whether a gate bounds what quantization loses, and not what a right graph computes."""
-    return gate.metric.area in _QUALITY
-
 
 def strict_gates(gates: Sequence[Gate], max_kl: float | None) -> tuple[Gate, ...]:
     """What a tuned target is held to whatever it may lose: a right graph, and the bound asked for."""
-    exact = tuple(gate for gate in gates if not _is_quality(gate))
+    exact = tuple(gate for gate in gates if not gate.metric.family.restated)
     return exact if max_kl is None else (*exact, _asked(max_kl))
 
 
@@ -40,7 +32,7 @@ def restate_gates(
     for gate in gates:
         measured = found.get(gate.metric)
         asked = gate.metric is Metric.TEXT_KL_MEAN and max_kl is not None
-        if asked or not _is_quality(gate) or measured is None or measured.value is None:
+        if asked or not gate.metric.family.restated or measured is None or measured.value is None:
             made += [] if asked else [gate]
         elif any(c.metric is gate.metric for c in evaluate((gate,), (measured,)).missed):
             made.append(_restated(gate, measured))

@@ -12,7 +12,7 @@ from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import Measurement
 from llmc.backends.compiled import lower
 from llmc.checkpoint import open_checkpoint
-from llmc.config import Metric
+from llmc.config import Family, Metric
 from llmc.pipeline import build
 from llmc.pipeline.steps.compile import lower_graph
 from llmc.plan import plan_build
@@ -21,7 +21,7 @@ from llmc.runtime.arithmetic import Arithmetic
 from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import max_abs, measured
-from llmc.validate.paired import METRICS, Paired, chooses_experts
+from llmc.validate.paired import Paired, chooses_experts
 from llmc.validate.reference import TorchModel
 from llmc.validate.served_attention import measure_cache
 from llmc.validate.stored import read_stored
@@ -142,7 +142,7 @@ def measure(folder: Path, reference: TorchModel) -> dict[Metric, Measurement]:
 def missed(case: Case, folder: Path | None = None) -> set[Metric]:
     found = measure(folder or case.folder, case.reference)
     gates = [g for g in open_artifact(case.folder).manifest.target.gates if g.metric in found]
-    assert len(gates) == 1 + len(METRICS) - 1 + 2  # rounding.kl_mean has no bound of its own
+    assert len(gates) == 1 + len(Family.ROUNDING.metrics) - 1 + 2  # rounding.kl_mean has no bound of its own
     return {check.metric for check in evaluate(gates, list(found.values())).missed}
 
 
