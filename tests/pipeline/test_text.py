@@ -13,6 +13,7 @@ from llmc import limits
 from llmc.artifact.manifest import State
 from llmc.artifact.store import open_artifact
 from llmc.artifact.text import TextKind, TextRecord
+from llmc.backends.onnxruntime.runtime_tokenizer import open_runtime_tokenizer
 from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.errors import CheckpointError, ConfigError, UnsupportedError
@@ -20,6 +21,7 @@ from llmc.pipeline import build, inspect, run
 from llmc.pipeline.steps.text import write_text
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.validate.served import ServedTokenizer
 from tests.notes import Notes
 from tests.texts import CHAT, around, edit, replace_tokenizer, save_model
 
@@ -102,6 +104,10 @@ def test_tokens_around_a_text(
     found, notes = examine(around(save_model(tmp_path), single))
     assert (found.before, found.after, found.adds_special_tokens) == (before, after, adds)
     assert adds or "[0, 1] before and [] after" in notes[0]
+    served = ServedTokenizer(open_runtime_tokenizer(tmp_path / "out"), found)
+    ids = AutoTokenizer.from_pretrained(tmp_path)("the fox")["input_ids"]
+    assert served.encode("the fox") == ids
+    assert served.encode_rendered("the fox") == ids[len(before) : len(ids) - len(after)]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,21 @@ def test_equal_text(llama: Any, tmp_path: Path, share: bool) -> None:
     assert found[Metric.GENERATE_SEEDED].value == 1.0
 
 
+def test_a_prompt_begins_once_with_the_tokenizers_own_token(llama: Any, tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    write_artifact(llama, tmp_path, SERVED, share_buffer=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    codec = TextCodec(tmp_path, TextRecord(before=(1,)))
+    (made,) = served_texts(Served(tmp_path), codec, tokenizer, ("Once",), 1)
+    bare = tokenizer("Once", add_special_tokens=False)["input_ids"]
+    assert made.ids == made.encoded == [1, *bare]
+
+
 def test_other_weights_give_other_text(llama: Any, tmp_path: Path) -> None:
     variant = Variant(**{**vars(SERVED), "scale_weight": ("model.layers.0.self_attn.o_proj.weight", -1.0)})
     write_artifact(llama, tmp_path, variant, share_buffer=False)
