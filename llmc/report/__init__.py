@@ -1,7 +1,7 @@
 """One report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, text for a terminal."""
 
 from llmc.report.comparison import compare_reports, parse_allowed, render_changes
-from llmc.report.document import Report, read_report, write_json
+from llmc.report.document import Report, read_report, render_schema, write_json
 from llmc.report.figures import format_figure
 from llmc.report.front import render_front, write_tuning
 from llmc.report.html import render_html, write_html
@@ -19,6 +19,7 @@ __all__ = [
     "render_front",
     "render_html",
     "render_markdown",
+    "render_schema",
     "render_text",
     "write_html",
     "write_json",

@@ -57,6 +57,11 @@ def write_json(report: Report, path: Path) -> None:
     replace_text(path, report.model_dump_json(indent=2) + "\n")
 
 
+def render_schema() -> str:
+    """The JSON schema of what `write_json` writes, as docs/report.schema.json publishes it."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=2) + "\n"
+
+
 def read_report(path: Path) -> Report:
     """Read what `write_json` wrote.
 
