@@ -1,9 +1,7 @@
 """How figures are written for people."""
 
 import math
-from collections.abc import Iterator
 
-from llmc.artifact.latency import DecodeLatency
 from llmc.artifact.verdict import Check, Measurement
 
 
@@ -32,13 +30,3 @@ def ungated(measurements: tuple[Measurement, ...], checks: tuple[Check, ...]) ->
     """Measurements that no check speaks of."""
     checked = {check.metric for check in checks}
     return [m for m in measurements if m.metric not in checked]
-
-
-def energies(decode: DecodeLatency) -> Iterator[tuple[str, float, float | None]]:
-    """Device, and joules per token of artifact and original, where they were measured."""
-    for device, mine, theirs in (
-        ("processor", decode.artifact_joules_per_token, decode.original_joules_per_token),
-        ("GPUs", decode.artifact_gpu_joules_per_token, decode.original_gpu_joules_per_token),
-    ):
-        if mine is not None:
-            yield device, mine, theirs

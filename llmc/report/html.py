@@ -10,6 +10,7 @@ from llmc.artifact.disk import replace_text
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 from llmc.report.pictures import draw_pictures
+from llmc.report.tables import make_notes, make_tables
 
 
 def write_html(report: Report, path: Path) -> None:
@@ -25,6 +26,8 @@ def render_html(report: Report) -> str:
         report,
         draw_pictures(report),
         report=report,
+        tables=make_tables(report),
+        notes=make_notes(report),
         ungated=ungated(report.measurements, report.verdict.checks),
         bound=format_bound,
         estimate=format_estimate,

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from llmc.artifact.disk import replace_text
-from llmc.artifact.latency import Latency
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
-from llmc.report.figures import energies, format_bound, format_estimate, format_figure, ungated
+from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
+from llmc.report.tables import Table, make_notes, make_tables
 
 _MARKS = {
     CheckStatus.PASS: "pass",
@@ -18,13 +18,13 @@ _MARKS = {
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    """Write the verdict, a table of checks and one of latency."""
+    """Write what `render_markdown` gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, render_markdown(report))
 
 
 def render_markdown(report: Report) -> str:
-    """The verdict, a table of checks, the figures without a gate, and latency."""
+    """The verdict, a table of checks, the figures without a gate, and all other tables."""
     outcome = "passed" if report.verdict.passed else "FAILED"
     lines = [f"## {_cell(report.title)}: {outcome}", ""]
     lines += [] if report.pruned is None else [_cell(report.pruned), ""]
@@ -47,26 +47,18 @@ def render_markdown(report: Report) -> str:
             lines.append(
                 f"| {c.name} | {format_figure(c.before)} | {format_figure(c.after)} {c.unit} | {told} |"
             )
-    if report.latency is not None:
-        lines += ["", *_latency(report.latency)]
+    for table in make_tables(report):
+        lines += _table(table)
+    for line in make_notes(report):
+        lines += ["", _cell(line)]
     return "\n".join([*lines, "", f"llmc {report.llmc}", ""])
 
 
-def _latency(latency: Latency) -> list[str]:
-    lines = ["| latency, ms | artifact p50 / p95 / p99 | original p50 | ratio (range) |", "|---|---|---|---|"]
-    rows = [(f"first token after {p.prompt_tokens}", p) for p in latency.prefill]
-    rows += [(f"next token at {d.context}", d) for d in latency.decode]  # type: ignore[misc]
-    rows += [(f"next token of {b.batch} rows at {b.context}", b) for b in latency.batches]  # type: ignore[misc]
-    for name, entry in rows:
-        a, o, r = entry.artifact, entry.original, entry.ratio
-        times = " / ".join(format_figure(v) for v in (a.p50_ms, a.p95_ms, a.p99_ms))
-        spread = f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})"
-        lines.append(f"| {name} | {times} | {format_figure(o.p50_ms)} | {spread} |")
-    for d in latency.decode:
-        for device, mine, theirs in energies(d):
-            told = f"{format_figure(mine)} J per token, the original {format_figure(theirs)}, {device}"
-            lines += ["", f"At {d.context}: {told} ({_cell(latency.energy)})"]
-    return lines
+def _table(table: Table) -> list[str]:
+    """Its heading, its columns and its rows, a line each."""
+    columns = " | ".join(map(_cell, table.columns))
+    lines = ["", f"### {table.caption}", "", f"| {columns} |", "|---" * len(table.columns) + "|"]
+    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in table.rows)]
 
 
 def _cell(text: str) -> str:

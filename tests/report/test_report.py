@@ -28,6 +28,7 @@ from llmc.report import (
     Report,
     read_report,
     render_html,
+    render_markdown,
     render_schema,
     render_text,
     write_html,
@@ -35,6 +36,7 @@ from llmc.report import (
     write_junit,
     write_markdown,
 )
+from llmc.report.tables import make_tables
 
 TIMING = Timing(n=5, p50_ms=10.0, p95_ms=12.0, p99_ms=12.5, min_ms=9.0, max_ms=13.0)
 RATIO = Ratio(value=0.5, low=0.45, high=0.61)
@@ -174,12 +176,13 @@ def test_text(report: Report) -> None:
     assert "pass" in row
     assert "[red]" in row
     assert any("text.top1_agreement" in line and "0.9877" in line and "none" in line for line in lines)
-    assert any("TTFT, 128 tokens" in line and "0.500 (0.450..0.610)" in line for line in lines)
-    assert any("100.0 tokens/s (original 50.0)" in line and "bandwidth not stated" in line for line in lines)
-    assert "context 128: 0.31 J per token (original 1.27), processor" in lines
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert ["first token after 128", "10", "12", "12.5", "10", "0.500 (0.450 to 0.610)", "5"] in cells
+    assert ["128", "100", "50", "90", "6", "not stated by the profile"] in cells
+    assert ["128", "0.31", "1.27"] in cells
     assert "energy: RAPL package-0" in lines
-    assert "artifact: load 10 ms, peak memory 300 MiB, steady 200 MiB" in lines
-    assert "original: load 10 ms, peak memory not known, steady not known" in lines
+    assert ["artifact", "10", "314.6", "209.7"] in cells
+    assert ["original", "10", "-", "-"] in cells
     assert "not measured: prompt of 1024 tokens: the model ends at 512 positions" in lines
     assert "\x1b" not in text
     assert "\x1b[" in render_text(report, colour=True)
@@ -191,7 +194,9 @@ def test_text_of_a_pass_without_latency_and_with_a_roofline(report: Report) -> N
     assert render_text(passed).splitlines()[-1] == "demo cpu-int4@local: passed"
     roof = LATENCY.roofline[0].model_copy(update={"bandwidth_gbs": 40.0, "bound_ms": 2.4, "fraction": 0.24})
     bound = report.model_copy(update={"latency": LATENCY.model_copy(update={"roofline": (roof,)})})
-    assert "roofline 2.40 ms at 40 GB/s" in render_text(bound, width=200)
+    made = next(table for table in make_tables(bound) if table.name == "decode")
+    assert made.columns[-2:] == ("bandwidth, GB/s", "roofline, ms")
+    assert made.rows == (("128", "100", "50", "90", "6", "40", "2.4"),)
 
 
 def undecided(report: Report) -> Report:
@@ -218,8 +223,21 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
     assert "| prefill.max_abs | 0.0002 | <= 0.001 | pass |" in lines
     assert "| decode.max_abs | no figure | <= 0.001 | **FAIL** |" in lines
     assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
-    assert any(line.startswith("| next token at 128 | 10 / 12 / 12.5 | 10 | 0.500") for line in lines)
-    assert "At 128: 0.31 J per token, the original 1.27, processor (RAPL package-0)" in lines
+    assert "| next token at 128 | 10 | 12 | 12.5 | 10 | 0.500 (0.450 to 0.610) | 5 |" in lines
+    assert "| 128 | 0.31 | 1.27 |" in lines
+    assert "energy: RAPL package-0" in lines
+
+
+def test_every_form_has_every_figure_of_every_table(report: Report) -> None:
+    made = make_tables(report)
+    assert {table.name for table in made} == {
+        "latency", "decode", "footprints", "energy", "operators", "batches",
+    }  # fmt: skip
+    forms = (render_text(report, width=400), render_markdown(report), render_html(report))
+    for table in made:
+        for text in (table.caption, *table.columns, *(cell for row in table.rows for cell in row)):
+            assert all(text in form for form in forms), text
+    assert make_tables(report.model_copy(update={"latency": None})) == []
 
 
 class _Page(HTMLParser):

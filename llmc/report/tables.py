@@ -1,0 +1,183 @@
+"""The tables of a report: figures that are not metrics, each stated once for every form of the report.
+
+A figure is one column of `LAYOUTS`: its caption, and how an entry of the report gives its value.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.artifact.latency import Latency
+from llmc.report.document import Report
+from llmc.report.figures import format_figure
+
+Cell = str | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report, with its cells as text.
+
+    Args:
+        name: A name that no other table of the report has.
+        caption: Its heading.
+        columns: Captions of the columns; the first is of what a row is about.
+        rows: As many cells each as there are columns.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table is made.
+
+    Args:
+        entries: What the rows are about.
+        columns: The value of an entry by the caption of its column; None for a figure that was not measured.
+    """
+
+    name: str
+    caption: str
+    entries: Callable[[Report], Iterable[Any]]
+    columns: Mapping[str, Callable[[Any], Cell]]
+
+
+def _timed(entries: Callable[[Latency], Iterable[Any]]) -> Callable[[Report], Iterable[Any]]:
+    """Entries of a report's latency; none where that was not measured."""
+    return lambda report: () if report.latency is None else entries(report.latency)
+
+
+LAYOUTS = (
+    Layout(
+        "latency",
+        "Latency, ms",
+        _timed(
+            lambda latency: (
+                *((f"first token after {p.prompt_tokens}", p) for p in latency.prefill),
+                *((f"next token at {d.context}", d) for d in latency.decode),
+            )
+        ),
+        {
+            "": lambda row: row[0],
+            "artifact p50": lambda row: row[1].artifact.p50_ms,
+            "p95": lambda row: row[1].artifact.p95_ms,
+            "p99": lambda row: row[1].artifact.p99_ms,
+            "original p50": lambda row: row[1].original.p50_ms,
+            "ratio (range)": lambda row: (
+                f"{row[1].ratio.value:.3f} ({row[1].ratio.low:.3f} to {row[1].ratio.high:.3f})"
+            ),
+            "n": lambda row: str(row[1].artifact.n),
+        },
+    ),
+    Layout(
+        "decode",
+        "Decode steps and the memory roofline",
+        _timed(lambda latency: zip(latency.decode, latency.roofline, strict=True)),
+        {
+            "after tokens": lambda row: str(row[0].context),
+            "tokens/s": lambda row: row[0].artifact_tokens_per_s,
+            "original tokens/s": lambda row: row[0].original_tokens_per_s,
+            "weights, MB per token": lambda row: row[1].weight_bytes / 1e6,
+            "KV cache, MB per token": lambda row: row[1].kv_bytes / 1e6,
+            "bandwidth, GB/s": lambda row: row[1].bandwidth_gbs or "not stated by the profile",
+            "roofline, ms": lambda row: row[1].bound_ms,
+        },
+    ),
+    Layout(
+        "footprints",
+        "Load time and memory",
+        _timed(
+            lambda latency: (
+                ("artifact", latency.artifact_footprint),
+                ("original", latency.original_footprint),
+            )
+        ),
+        {
+            "": lambda row: row[0],
+            "load, ms": lambda row: row[1].load.p50_ms,
+            "peak, MB": lambda row: row[1].peak_bytes and row[1].peak_bytes / 1e6,
+            "steady, MB": lambda row: row[1].steady_bytes and row[1].steady_bytes / 1e6,
+        },
+    ),
+    Layout(
+        "energy",
+        "Energy of one token",
+        _timed(lambda latency: (d for d in latency.decode if d.artifact_joules_per_token is not None)),
+        {
+            "after tokens": lambda decode: str(decode.context),
+            "artifact, J": lambda decode: decode.artifact_joules_per_token,
+            "original, J": lambda decode: decode.original_joules_per_token,
+        },
+    ),
+    Layout(
+        "energy-gpu",
+        "Energy of one token, GPUs",
+        _timed(lambda latency: (d for d in latency.decode if d.artifact_gpu_joules_per_token is not None)),
+        {
+            "after tokens": lambda decode: str(decode.context),
+            "artifact, J": lambda decode: decode.artifact_gpu_joules_per_token,
+            "original, J": lambda decode: decode.original_gpu_joules_per_token,
+        },
+    ),
+    Layout(
+        "operators",
+        "One step by kind of operator",
+        _timed(lambda latency: latency.operators),
+        {
+            "operator": lambda operator: operator.name,
+            "calls": lambda operator: str(operator.calls),
+            "ms": lambda operator: operator.ms,
+        },
+    ),
+    Layout(
+        "batches",
+        "Batches",
+        _timed(lambda latency: latency.batches),
+        {
+            "rows": lambda batch: str(batch.batch),
+            "after tokens": lambda batch: str(batch.context),
+            "first token p50, ms": lambda batch: batch.ttft.p50_ms,
+            "original": lambda batch: batch.ttft_original.p50_ms,
+            "next token p50": lambda batch: batch.artifact.p50_ms,
+            "p99": lambda batch: batch.artifact.p99_ms,
+            "original p50": lambda batch: batch.original.p50_ms,
+            "ratio": lambda batch: batch.ratio.value,
+            "tokens/s of all rows": lambda batch: batch.tokens_per_s,
+            "original tokens/s": lambda batch: batch.original_tokens_per_s,
+        },
+    ),
+)
+
+
+def make_tables(report: Report) -> list[Table]:
+    """Every table that the report has figures for."""
+    found = (_make_table(layout, list(layout.entries(report))) for layout in LAYOUTS)
+    return [table for table in found if table.rows]
+
+
+def make_notes(report: Report) -> list[str]:
+    """How the figures of the tables were measured, a line each, and what was not measured."""
+    latency = report.latency
+    if latency is None:
+        return []
+    return [
+        f"artifact: {latency.where}; original: {latency.original}; {latency.threads} threads each",
+        f"energy: {latency.energy}",
+        *(f"not measured: {what}" for what in latency.dropped),
+    ]
+
+
+def _make_table(layout: Layout, entries: list[Any]) -> Table:
+    """The table without the columns that no entry has a value for."""
+    values = {caption: [value(entry) for entry in entries] for caption, value in layout.columns.items()}
+    shown = {caption: cells for caption, cells in values.items() if any(c is not None for c in cells)}
+    rows = zip(*([_format_cell(c) for c in cells] for cells in shown.values()), strict=True)
+    return Table(layout.name, layout.caption, tuple(shown), tuple(rows))
+
+
+def _format_cell(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else format_figure(cell)
