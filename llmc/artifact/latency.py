@@ -23,13 +23,18 @@ class Ratio(Strict):
 
 
 class PrefillLatency(Strict):
-    """Time to first token for a prompt of `prompt_tokens`, batch 1; `noise` as for decode."""
+    """Time to first token for a prompt of `prompt_tokens`, batch 1; rates in tokens of the prompt per second.
+
+    `noise` is as for decode. Reports of earlier releases have no rates.
+    """
 
     prompt_tokens: int
     artifact: Timing
     original: Timing
     ratio: Ratio
     noise: float
+    artifact_tokens_per_s: float | None = None
+    original_tokens_per_s: float | None = None
 
 
 class DecodeLatency(Strict):

@@ -70,17 +70,17 @@ LAYOUTS = (
             "ratio (range)": lambda row: (
                 f"{row[1].ratio.value:.3f} ({row[1].ratio.low:.3f} to {row[1].ratio.high:.3f})"
             ),
+            "tokens/s": lambda row: row[1].artifact_tokens_per_s,
+            "original tokens/s": lambda row: row[1].original_tokens_per_s,
             "n": lambda row: str(row[1].artifact.n),
         },
     ),
     Layout(
         "decode",
-        "Decode steps and the memory roofline",
+        "One decode step and the memory roofline",
         _timed(lambda latency: zip(latency.decode, latency.roofline, strict=True)),
         {
             "after tokens": lambda row: str(row[0].context),
-            "tokens/s": lambda row: row[0].artifact_tokens_per_s,
-            "original tokens/s": lambda row: row[0].original_tokens_per_s,
             "weights, MB per token": lambda row: row[1].weight_bytes / 1e6,
             "KV cache, MB per token": lambda row: row[1].kv_bytes / 1e6,
             "bandwidth, GB/s": lambda row: row[1].bandwidth_gbs or "not stated by the profile",
@@ -180,4 +180,6 @@ def _make_table(layout: Layout, entries: list[Any]) -> Table:
 
 
 def _format_cell(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else format_figure(cell)
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:,.0f}" if cell is not None and cell >= 1e4 else format_figure(cell)

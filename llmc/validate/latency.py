@@ -235,7 +235,15 @@ def _time_prefill(
         original=timing([x for r in original for x in r]),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
+        artifact_tokens_per_s=_rate(artifact, len(prompt)),
+        original_tokens_per_s=_rate(original, len(prompt)),
     )
+
+
+def _rate(rounds: Sequence[Sequence[float]], tokens: int) -> float:
+    """Tokens per second over all rounds, each time of which is that of `tokens`."""
+    times = [x for r in rounds for x in r]
+    return 1e3 * tokens * len(times) / sum(times)
 
 
 def _time_decode(
@@ -273,8 +281,8 @@ def _time_decode(
         context=context,
         artifact=timing(flat_artifact),
         original=timing(flat_original),
-        artifact_tokens_per_s=1e3 * len(flat_artifact) / sum(flat_artifact),
-        original_tokens_per_s=1e3 * len(flat_original) / sum(flat_original),
+        artifact_tokens_per_s=_rate(artifact, 1),
+        original_tokens_per_s=_rate(original, 1),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
         artifact_joules_per_token=energy_of[0][0],
@@ -325,8 +333,8 @@ def _time_batch(
         artifact=timing(flat),
         original=timing(flat_original),
         ratio=ratio(artifact, original),
-        tokens_per_s=1e3 * batch * len(flat) / sum(flat),
-        original_tokens_per_s=1e3 * batch * len(flat_original) / sum(flat_original),
+        tokens_per_s=_rate(artifact, batch),
+        original_tokens_per_s=_rate(original, batch),
     )
 
 

@@ -47,7 +47,8 @@ LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
     threads=2,
-    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO, noise=0.02),),
+    prefill=(PrefillLatency(prompt_tokens=128, artifact=TIMING, original=TIMING, ratio=RATIO, noise=0.02,
+        artifact_tokens_per_s=12800.0, original_tokens_per_s=6400.0),),
     decode=(
         DecodeLatency(
             context=128, artifact=TIMING, original=TIMING, artifact_tokens_per_s=100.0,
@@ -177,8 +178,9 @@ def test_text(report: Report) -> None:
     assert "[red]" in row
     assert any("text.top1_agreement" in line and "0.9877" in line and "none" in line for line in lines)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
-    assert ["first token after 128", "10", "12", "12.5", "10", "0.500 (0.450 to 0.610)", "5"] in cells
-    assert ["128", "100", "50", "90", "6", "not stated by the profile"] in cells
+    times = ["10", "12", "12.5", "10", "0.500 (0.450 to 0.610)"]
+    assert ["first token after 128", *times, "12,800", "6400", "5"] in cells
+    assert ["128", "90", "6", "not stated by the profile"] in cells
     assert ["128", "0.31", "1.27"] in cells
     assert "energy: RAPL package-0" in lines
     assert ["artifact", "10", "314.6", "209.7"] in cells
@@ -196,7 +198,7 @@ def test_text_of_a_pass_without_latency_and_with_a_roofline(report: Report) -> N
     bound = report.model_copy(update={"latency": LATENCY.model_copy(update={"roofline": (roof,)})})
     made = next(table for table in make_tables(bound) if table.name == "decode")
     assert made.columns[-2:] == ("bandwidth, GB/s", "roofline, ms")
-    assert made.rows == (("128", "100", "50", "90", "6", "40", "2.4"),)
+    assert made.rows == (("128", "90", "6", "40", "2.4"),)
 
 
 def undecided(report: Report) -> Report:
@@ -223,7 +225,7 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
     assert "| prefill.max_abs | 0.0002 | <= 0.001 | pass |" in lines
     assert "| decode.max_abs | no figure | <= 0.001 | **FAIL** |" in lines
     assert "| text.top1_agreement | 0.66 (0.6 to 0.7) | <= 0.65 | **undecided** |" in lines
-    assert "| next token at 128 | 10 | 12 | 12.5 | 10 | 0.500 (0.450 to 0.610) | 5 |" in lines
+    assert "| next token at 128 | 10 | 12 | 12.5 | 10 | 0.500 (0.450 to 0.610) | 100 | 50 | 5 |" in lines
     assert "| 128 | 0.31 | 1.27 |" in lines
     assert "energy: RAPL package-0" in lines
 

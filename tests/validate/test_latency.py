@@ -67,6 +67,17 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
             assert 0 < side.min_ms <= side.p50_ms <= side.p95_ms <= side.p99_ms <= side.max_ms
 
 
+def test_rates_lie_within_the_times(timed: tuple[Latency, Path, Any]) -> None:
+    latency, _, _ = timed
+    entries = [(p, p.prompt_tokens) for p in latency.prefill] + [(d, 1) for d in latency.decode]
+    for entry, tokens in entries:
+        for rate, side in (
+            (entry.artifact_tokens_per_s, entry.artifact),
+            (entry.original_tokens_per_s, entry.original),
+        ):
+            assert 1e3 * tokens / side.max_ms <= rate <= 1e3 * tokens / side.min_ms
+
+
 def test_rows_of_a_batch_are_what_each_is_alone(llama: Any) -> None:
     model = TorchModel(llama)
     rows = np.array([[5, 9, 33], [7, 8, 2]])
