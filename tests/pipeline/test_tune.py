@@ -20,9 +20,9 @@ from llmc.config import Gate, Metric, Target
 from llmc.data import eval_text
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, ResourceError, UnsupportedError
-from llmc.pipeline import build, plan_tune
+from llmc.pipeline import build, plan_tune, tune
 from llmc.pipeline.tune import plan as tune_plan
-from llmc.pipeline.tune import tune, workbench
+from llmc.pipeline.tune import workbench
 from llmc.pipeline.tune.candidates import Space, describe
 from llmc.pipeline.tune.plan import parse_seconds
 from llmc.pipeline.tune.restate import restate_gates
