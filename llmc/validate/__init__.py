@@ -1,1 +1,1 @@
-"""The gate: an artifact's parity and latency, measured against the original PyTorch model."""
+"""Verify an artifact: its parity and its latency, measured against the original PyTorch model."""

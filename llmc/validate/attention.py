@@ -1,4 +1,4 @@
-"""The original's own attention in blocks of queries, which bounds the memory of a long prompt."""
+"""Compute the original's own attention in blocks of queries, which bounds the memory of a long prompt."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-#: Most bytes of float32 scores that one layer may make at a time.
+#: Maximum bytes of float32 scores that one layer may compute at a time.
 SCORE_BYTES = 48 << 20
-#: Most bytes of a mask that is made as a whole.
+#: Maximum bytes of a mask that is built as a whole.
 MASK_BYTES = 1 << 30
 
 _NAME = "llmc_rows"
@@ -16,12 +16,12 @@ _NAME = "llmc_rows"
 
 @dataclass(frozen=True)
 class _Mask:
-    """A mask whose rows are made when they are read, of the arguments of transformers' mask interface."""
+    """The mask of a step, whose rows are computed on demand by transformers' mask interface."""
 
     arguments: dict[str, Any]
 
     def rows(self, start: int, stop: int) -> Any:
-        """(batch, 1, stop - start, keys) float."""
+        """Return rows start:stop, (batch, 1, stop - start, keys) float."""
         from transformers.masking_utils import eager_mask
 
         offset = self.arguments.get("q_offset", 0) + start
@@ -30,14 +30,14 @@ class _Mask:
 
 @contextmanager
 def attention_by_rows(model: Any, queries: int, keys: int) -> Iterator[None]:
-    """Within this context eager attention of `model` computes as many queries at a time as there is room for.
+    """Let eager attention of `model` compute, within this context, only as many queries at a time as fit.
 
-    Every query gets the numbers that it has in one block. Models whose attention does not go through
-    transformers' attention interface are left as they are.
+    Every query gets the same result as in one block. Models whose attention does not go through
+    transformers' attention interface are left unchanged.
 
     Args:
-        queries: Tokens of the step.
-        keys: Tokens that they see, at most.
+        queries: Number of tokens of the step.
+        keys: Maximum number of tokens that they attend to.
     """
     heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 1)
     exchangeable = model.config._attn_implementation == "eager" and model._can_set_attn_implementation()
@@ -56,7 +56,7 @@ def attention_by_rows(model: Any, queries: int, keys: int) -> Iterator[None]:
 
 
 def _make_mask(**arguments: Any) -> Any:
-    """The mask as a tensor, or by rows where that would be too large."""
+    """Return the mask as a tensor, or as a `_Mask` where the tensor would be too large."""
     from transformers.masking_utils import eager_mask
 
     elements = arguments["batch_size"] * arguments["q_length"] * arguments["kv_length"]
@@ -64,7 +64,7 @@ def _make_mask(**arguments: Any) -> Any:
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **rest: Any) -> Any:
-    """(output, None) of the eager attention of the module's own file, over the keys that a block sees."""
+    """Return (output, None) of the module's own eager attention, over the keys that each block sees."""
     import torch
 
     attend = _fused if _is_plain(module, rest) else _eager_of(module)
@@ -86,9 +86,9 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 def _seen(mask: Any, keys: int) -> slice:
-    """The keys from the first to the last that any query of a block sees; all of them without a mask.
+    """Return the range of keys that any query of a block sees; it is all of them without a mask.
 
-    A key outside has a weight of exactly zero, since exp of the least float32 is.
+    A key outside of it has a weight of exactly zero, since exp of the least float32 is zero.
     """
     import torch
 
@@ -99,8 +99,8 @@ def _seen(mask: Any, keys: int) -> slice:
 
 
 def _eager_of(module: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-    return found
+    forward: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return forward
 
 
 def _is_plain(module: Any, rest: dict[str, Any]) -> bool:
@@ -113,13 +113,13 @@ def _is_plain(module: Any, rest: dict[str, Any]) -> bool:
 
 
 def _fused(module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:
-    """(output (batch, queries, heads, width), None) of llama's eager attention, without making the scores."""
+    """Return (output (batch, queries, heads, width), None) of llama's eager attention without its scores."""
     import torch
 
     groups = module.num_key_value_groups
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    found = torch.nn.functional.scaled_dot_product_attention(
+    output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=rest["scaling"]
     )
-    return found.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None

@@ -1,8 +1,8 @@
-"""The original's logits for many sequences at a time, each of which gets what it would get alone.
+"""Compute the original's logits for many sequences at a time; each gets what it would get alone.
 
-Sequences stand in one batch with padding behind their ends. In a causal model no token sees what follows it,
-so that no attention mask is needed and padding changes nothing but the sums' rounding. Of every row the head
-computes the positions that were asked for and no others.
+Sequences are padded at their ends and run as one batch. In a causal model no token sees what follows it, so
+that no attention mask is needed and padding changes only the rounding of sums. The head computes the
+requested positions of every row and no others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,47 +18,47 @@ from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
 from llmc.validate.reference import TorchModel, reporting_failures
 
-#: Most bytes of activations and logits that one pass holds, about: of a model in memory, and of one whose
-#: weights are streamed, which takes no memory for them and pays for every pass.
+#: Approximate maximum bytes of activations and logits of one pass: for a model in memory, and for one whose
+#: weights are streamed, which needs no memory for them and pays for every pass.
 PASS_BYTES, STREAMED_PASS_BYTES = 512 << 20, 1536 << 20
-#: Tokens whose arithmetic takes as long as a pass costs besides: in memory, and streamed from disk, where
-#: every weight is read and widened once.
+#: Number of tokens whose arithmetic takes as long as the fixed cost of a pass: for a model in memory, and for
+#: one streamed from disk, where every weight is read and widened once.
 _PASS_TOKENS, _STREAMED_PASS_TOKENS = 16, 320
-#: Arrays as wide as a feed-forward layer that are alive at a time.
+#: Number of arrays as wide as a feed-forward layer that are alive at a time.
 _ALIVE = 3
 
 
 def answer(model: TorchModel, questions: Sequence[Question]) -> Iterator[dict[int, Array]]:
-    """For each pass over the weights, logits (keep, vocabulary) float32 by the number of the question.
+    """Yield, for each pass over the weights, logits (keep, vocabulary) float32 by the number of the question.
 
     Raises:
-        ParityError: The original itself gives NaN or infinity.
+        ParityError: The original itself returns NaN or infinity.
         UnsupportedError: The original fails.
     """
     switches = rope_switches(model.model.config)
-    together = []
+    batched = []
     for number, question in enumerate(questions):
         if crosses(question.pieces, len(question.input_ids), switches):
             yield {number: model.logits(question.input_ids, keep=question.keep, pieces=question.pieces)}
         else:
-            together.append(number)
-    for group in plan_passes(model, [questions[number] for number in together], switches):
-        numbers = [together[i] for i in group]
-        found = dict(zip(numbers, _run(model, [questions[n] for n in numbers]), strict=True))
-        for number, logits in found.items():
+            batched.append(number)
+    for group in plan_passes(model, [questions[number] for number in batched], switches):
+        numbers = [batched[i] for i in group]
+        logits_by_number = dict(zip(numbers, _run(model, [questions[n] for n in numbers]), strict=True))
+        for number, logits in logits_by_number.items():
             if not np.isfinite(logits).all():
                 length = len(questions[number].input_ids)
                 raise ParityError(f"the original's own logits are not finite for {length} tokens")
-        yield found
+        yield logits_by_number
 
 
 def plan_passes(
     model: TorchModel, questions: Sequence[Question], switches: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Which questions go into one pass, by number: of like length, and no more than memory has room for.
+    """Group questions of similar length, by number, into passes that fit in memory.
 
-    A shorter sequence joins a longer one where its padding costs less than a pass of its own; those on other
-    sides of a switch of rotary embeddings never do.
+    A shorter sequence joins a longer one where its padding costs less than a pass of its own. Sequences on
+    different sides of a switch of rotary embeddings never share a pass.
     """
     streamed = _is_streamed(model.model)
     spare = _STREAMED_PASS_TOKENS if streamed else _PASS_TOKENS
@@ -79,7 +79,7 @@ def plan_passes(
 
 
 def _run(model: TorchModel, questions: Sequence[Question]) -> list[Array]:
-    """Logits of each question from one pass."""
+    """Compute the logits of each question in one pass."""
     import torch
 
     longest = max(len(question.input_ids) for question in questions)
@@ -92,7 +92,7 @@ def _run(model: TorchModel, questions: Sequence[Question]) -> list[Array]:
         _head_of(model.model, spans) as headed,
     ):
         logits = model.model(input_ids=torch.from_numpy(ids), use_cache=False).logits
-    if not headed:  # another head than the output embedding: it has computed every position
+    if not headed:  # the head is not the output embedding: it computed every position
         return [logits[row, start:stop].float().numpy() for row, (start, stop) in enumerate(spans)]
     counts = [stop - start for start, stop in spans]
     return [part.float().numpy() for part in logits[0].split(counts)]
@@ -100,9 +100,9 @@ def _run(model: TorchModel, questions: Sequence[Question]) -> list[Array]:
 
 @contextmanager
 def _head_of(model: Any, spans: Sequence[tuple[int, int]]) -> Iterator[list[bool]]:
-    """Within this context the head sees the positions in `spans` of each row alone, as one row.
+    """Let the head, within this context, compute only the positions in `spans` of each row, as one row.
 
-    Gives a list that is not empty once it has.
+    It yields a list that is not empty once the head has done so.
     """
     import torch
 
@@ -125,7 +125,7 @@ def _head_of(model: Any, spans: Sequence[tuple[int, int]]) -> Iterator[list[bool
 
 
 def _bytes(config: Any) -> tuple[int, int]:
-    """Bytes that a token takes in the widest layers, and those of the logits of a position and their copy."""
+    """Return the bytes of a token in the widest layers, and of a position's logits with their copy."""
     text = config.get_text_config(decoder=True)
     hidden = getattr(text, "hidden_size", 1024)
     wide = max(getattr(text, "intermediate_size", None) or 0, 4 * hidden)

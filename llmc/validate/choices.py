@@ -1,4 +1,4 @@
-"""The tokens that an engine chooses step by step, beside those of the original as it is."""
+"""Compare the tokens that an engine chooses step by step with the choices of the unmodified original."""
 
 from collections.abc import Iterator
 
@@ -13,19 +13,19 @@ from llmc.runtime.session import Session
 from llmc.validate.measure import broken, measured, unmeasured
 from llmc.validate.reference import Reference
 
-#: Lengths of the prompts, and the steps after each.
+#: Lengths of the prompts, and the number of steps after each.
 PROMPTS, STEPS = (1, 16, 100), 64
 
 
 def ask_choices(
     reference: Reference, interface: Interface, tokens: Array
 ) -> Iterator[tuple[int, Array, Array]]:
-    """Prompts with the original's greedy text after them.
+    """Yield prompts with the original's greedy text after them.
 
     Args:
-        tokens: (n,) int64, the text that prompts are cut of.
+        tokens: (n,) int64, the text that prompts are cut from.
 
-    Returns:
+    Yields:
         For each prompt its length, the whole sequence (prompt + steps,) int64, and the original's most likely
         token after each token of its greedy text, (steps,) int64.
     """
@@ -39,7 +39,7 @@ def ask_choices(
 
 
 def measure_choices(model: Session, reference: Reference, tokens: Array) -> Measurement:
-    """Share of steps with the original's most likely token, each fed the original's token before it.
+    """Measure the share of steps with the original's most likely token; each is fed the token before it.
 
     Args:
         tokens: As for `ask_choices`.
@@ -48,14 +48,14 @@ def measure_choices(model: Session, reference: Reference, tokens: Array) -> Meas
     try:
         for length, sequence, chosen in ask_choices(reference, model.interface, tokens):
             model.prefill(sequence[None, :length], steps=len(chosen))
-            for token, wanted in zip(sequence[length:], chosen, strict=True):
-                equal.append(int(model.decode(token.reshape(1, 1))[0, -1].argmax()) == int(wanted))
+            for token, best in zip(sequence[length:], chosen, strict=True):
+                equal.append(int(model.decode(token.reshape(1, 1))[0, -1].argmax()) == int(best))
             lengths.append(length)
     except ParityError as error:
         return broken((Metric.DECODE_TOP1,), error, model.where)[0]
     if not equal:
         why = "no step fits"
         return unmeasured(Metric.DECODE_TOP1, MeasurementStatus.NOT_MEASURED, why, model.where)
-    told = ", ".join(map(str, lengths))
-    detail = f"{len(equal)} steps of the original's greedy text after prompts of {told} tokens"
+    prompts = ", ".join(map(str, lengths))
+    detail = f"{len(equal)} steps of the original's greedy text after prompts of {prompts} tokens"
     return measured(Metric.DECODE_TOP1, float(np.mean(equal)), detail, model.where)

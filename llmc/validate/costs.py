@@ -1,7 +1,7 @@
-"""What looking at positions costs, forecast from sizes alone, so that one artifact is looked at in one way.
+"""Forecast the cost of verifying positions from sizes alone, so that an artifact is always verified alike.
 
-The forecast is in seconds of two cores of a server of 2023. It does not ask the machine at hand, whose load
-would otherwise decide which positions are verified.
+The forecast is in seconds of two cores of a server of 2023. It does not measure the machine at hand, whose
+load would otherwise decide which positions are verified.
 """
 
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from typing import Any
 
 from llmc.graph.interface import Interface
 
-#: Floating-point operations per second of the original and of the artifact over many tokens at a time.
+#: Floating-point operations per second of the original and of the artifact when many tokens run together.
 _ORIGINAL_RATE = 150e9
 _ARTIFACT_RATE = 300e9
-#: Scores of attention (one query, one key, one head) per second, on either side.
+#: Attention scores (one query, one key, one head) per second, on either side.
 _SCORE_RATE = 2e9
-#: Weights per second that a step of one token reads.
+#: Weights read per second by a step of one token.
 _STEP_RATE = 3e9
-#: Bytes per second at which a cache of fixed length is copied by every run.
+#: Bytes per second at which every run copies a cache of fixed length.
 _COPY_RATE = 4e9
-#: Seconds of a run beside its arithmetic.
+#: Fixed overhead of a run, in seconds.
 _RUN = 4e-4
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Sizes of a model that decide what a run of it costs.
+    """The sizes of a model that determine the cost of a run.
 
     Args:
-        parameters: Of the original.
-        scores: Layers times attention heads: scores that one pair of a query and a key has.
-        width: Of a head.
-        cache_bytes: Of one token in the KV cache.
+        parameters: Number of parameters of the original.
+        scores: Layers times attention heads: the number of scores of one pair of a query and a key.
+        width: Width of a head.
+        cache_bytes: Bytes of one token in the KV cache.
         capacity: Slots of a cache of fixed length, all of which every run reads and writes; 0 for one that
             grows or is shared.
     """
@@ -42,12 +42,12 @@ class Costs:
     capacity: int = 0
 
     def original(self, tokens: int, rows: int = 1) -> float:
-        """Seconds of one pass of the original over `rows` sequences of `tokens`."""
+        """Forecast the seconds of one pass of the original over `rows` sequences of `tokens`."""
         pairs = rows * tokens * (tokens + 1) / 2
         return self._seconds(rows * tokens, pairs, _ORIGINAL_RATE)
 
     def run(self, new: int, past: int = 0, rows: int = 1) -> float:
-        """Seconds of one run of the artifact over `new` tokens of each row after `past`."""
+        """Forecast the seconds of one run of the artifact over `new` tokens of each row after `past`."""
         pairs = rows * new * (self.capacity or past + (new + 1) / 2)
         read = self.parameters / _STEP_RATE + 2 * rows * self.capacity * self.cache_bytes / _COPY_RATE
         return _RUN + max(read, self._seconds(rows * new, pairs, _ARTIFACT_RATE))
@@ -58,7 +58,7 @@ class Costs:
 
 
 def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
-    """The sizes of a graph and of the transformers configuration of its original."""
+    """Read the sizes from a graph's interface and from the transformers configuration of its original."""
     bits = {spec.name: bits_of(spec.dtype) for spec in interface.inputs}
     heads = int(getattr(config.get_text_config(decoder=True), "num_attention_heads", None) or 1)
     slots = interface.cache
@@ -71,5 +71,5 @@ def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
 
 
 def bits_of(dtype: str) -> int:
-    """Bits of an element type by its name: 16 for "bfloat16"."""
+    """Return the bits of an element type by its name: 16 for "bfloat16"."""
     return int("".join(c for c in dtype if c.isdigit()))

@@ -1,4 +1,4 @@
-"""A session that tells how much of a measurement is done."""
+"""Report the progress of a measurement while its session runs."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from llmc.validate.reference import Advance
 
 
 class Counted:
-    """Passes everything on to a session, and counts its runs.
+    """Forward everything to a session, and count its runs.
 
     Args:
         model: The session.
-        total: Runs that there will be.
-        advance: Told how many of them are done.
+        total: Number of runs that there will be.
+        advance: Called with the number of runs done and `total`.
     """
 
     def __init__(self, model: Session, total: int, advance: Advance) -> None:
@@ -21,19 +21,19 @@ class Counted:
         self.interface, self.where = model.interface, model.where
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
-        """As `Session.prefill`."""
+        """Do what `Session.prefill` does."""
         return self._count(self._model.prefill(input_ids, mask, steps=steps))
 
     def decode(self, tokens: Array) -> Array:
-        """As `Session.decode`."""
+        """Do what `Session.decode` does."""
         return self._count(self._model.decode(tokens))
 
     def state(self) -> Any:
-        """As `Session.state`."""
+        """Do what `Session.state` does."""
         return self._model.state()
 
     def rewind(self, state: Any, total: int) -> None:
-        """As `Session.rewind`."""
+        """Do what `Session.rewind` does."""
         self._model.rewind(state, total)
 
     def _count(self, logits: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Which positions of a context were compared, so that a verdict says what it rests on."""
+"""Record which positions of a context were compared, so that a verdict states what it is based on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from llmc.validate.positions import Batch, Plan
 
 @dataclass
 class Coverage:
-    """What was compared so far.
+    """The positions and token ids compared so far.
 
     Args:
         positions: Positions whose own logits were compared.
-        reached: Tokens of the longest context that a compared logit had before it.
+        reached: Length in tokens of the longest context of a compared logit.
     """
 
     positions: set[int] = field(default_factory=set)
@@ -35,20 +35,20 @@ class Coverage:
             self._ids.update(row[: prompt + batch.steps].tolist())
 
     def measure(self, plan: Plan, where: str) -> Measurement:
-        """Positions that a compared logit had in its context, and how many had their own logits compared."""
+        """Measure how far the contexts of compared logits reach, and how many logits were compared."""
         limit = plan.limit
         ids = self._ids | set(np.unique(plan.tokens[: self.reached]).tolist())
-        told = [
+        parts = [
             f"{self.reached:,} of {limit:,}" if limit is not None else f"{self.reached:,}",
             f"logits compared at {len(self.positions):,} of them",
             f"{len(ids):,} of {plan.vocabulary:,} token ids in the input",
             f"drawn with seed {plan.seed} for a budget of {plan.budget:g} s",
         ]
         if limit is not None and self.reached < limit:
-            told.append(f"not measured: positions from {self.reached:,} on")
+            parts.append(f"not measured: positions from {self.reached:,} on")
         if plan.unreached:
-            told.append(f"not measured around {', '.join(f'{n:,}' for n in plan.unreached)}")
+            parts.append(f"not measured around {', '.join(f'{n:,}' for n in plan.unreached)}")
         figures = {"compared": float(len(self.positions)), "token_ids": float(len(ids)), "seed": plan.seed}
         if limit is not None:
             figures["context"] = float(limit)
-        return measured(Metric.POSITIONS, float(self.reached), "; ".join(told), where, figures)
+        return measured(Metric.POSITIONS, float(self.reached), "; ".join(parts), where, figures)

@@ -1,58 +1,58 @@
-"""Every token id back into text, by an artifact's tokenizers and the original's; and text as it streams.
+"""Compare how an artifact's tokenizers and the original's decode every token id, and how text streams.
 
-Ids are decoded in runs, each behind the same ordinary token, since decoders treat the beginning of a text in
-their own ways. What several tokens make of the bytes of broken characters, and of a zero character, runtimes
-tell differently; the ids of such tokens are compared between readers of the library `tokenizers` alone.
+Ids are decoded in runs, each behind the same ordinary token, since decoders treat the beginning of a text
+differently. Runtimes render the bytes of broken characters, and a zero character, in different ways; the ids
+of such tokens are compared only between readers that use the library `tokenizers`.
 """
 
 from collections.abc import Iterator, Sequence
 
 from llmc.validate.sides import Side
 
-#: Ids that are decoded at a time.
+#: Number of ids that are decoded at a time.
 RUN = 64
-#: Differences that are told.
-_TOLD = 2
+#: Maximum number of differences that are reported one by one.
+_REPORTED = 2
 _BROKEN = ("\ufffd", "\0")
 
 
 def compare_ids(original: Side, sides: Sequence[Side], ids: Sequence[int]) -> list[str]:
-    """Runs of ids whose text differs from the original's, a sentence for each of the first of each side.
+    """Describe the first runs of ids of each side whose text differs from the original's, a sentence each.
 
     Args:
-        ids: All that there are, ascending.
+        ids: All token ids, ascending.
 
     Raises:
         ParityError: A side cannot decode an id.
     """
     anchor = original.encode_rendered("a")[:1]
-    found: list[str] = []
+    differences: list[str] = []
     for side in sides:
-        told = list(_differing_runs(original, side, anchor, ids))
-        found += told[:_TOLD]
-        if len(told) > _TOLD:
-            found.append(f"{side.name} decodes {len(told) - _TOLD} more runs of ids otherwise")
-    return found
+        runs = list(_differing_runs(original, side, anchor, ids))
+        differences += runs[:_REPORTED]
+        if len(runs) > _REPORTED:
+            differences.append(f"{side.name} decodes {len(runs) - _REPORTED} more runs of ids differently")
+    return differences
 
 
 def compare_streams(sides: Sequence[Side], tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Texts that come out otherwise token by token than at once, a sentence for the first of each side.
+    """Describe the first text of each side that decodes differently token by token than at once.
 
-    Spaces at the beginning do not count: a stream cannot know whether a word follows that wants one.
+    Leading spaces are ignored: a stream cannot know whether a word follows that needs one.
 
     Args:
         tokens: Ids of texts.
     """
-    found = []
+    differences = []
     for side in sides:
         if side.stream is None:
             continue
         for ids in tokens:
             whole, pieces = side.decode(ids), side.stream(ids)
             if whole.lstrip(" ") != pieces.lstrip(" "):
-                found.append(f"{side.name} streams {quoted(pieces)} where the text is {quoted(whole)}")
+                differences.append(f"{side.name} streams {quoted(pieces)} where the text is {quoted(whole)}")
                 break
-    return found
+    return differences
 
 
 def _differing_runs(original: Side, side: Side, anchor: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
@@ -68,12 +68,12 @@ def _differing_runs(original: Side, side: Side, anchor: Sequence[int], ids: Sequ
 
 
 def _describe(original: Side, side: Side, anchor: Sequence[int], run: Sequence[int]) -> str:
-    """The first id of a run that alone makes a difference, else the run."""
+    """Describe the first id of a run that differs by itself, otherwise the whole run."""
     for each in run:
-        wanted, actual = (_tail(s, anchor, [each]) for s in (original, side))
-        if wanted != actual:
-            return f"{side.name} decodes id {each} as {quoted(actual)}, the original as {quoted(wanted)}"
-    return f"{side.name} decodes ids {run[0]} to {run[-1]} otherwise than the original"
+        expected, actual = (_tail(s, anchor, [each]) for s in (original, side))
+        if expected != actual:
+            return f"{side.name} decodes id {each} as {quoted(actual)}, the original as {quoted(expected)}"
+    return f"{side.name} decodes ids {run[0]} to {run[-1]} differently from the original"
 
 
 def _tail(side: Side, anchor: Sequence[int], ids: Sequence[int]) -> str:
@@ -81,11 +81,11 @@ def _tail(side: Side, anchor: Sequence[int], ids: Sequence[int]) -> str:
 
 
 def _is_whole(original: Side, anchor: Sequence[int], token: int) -> bool:
-    """Whether a token is text by itself: no special one, and no part of a character."""
+    """Return whether a token is text by itself: neither a special token nor a part of a character."""
     text = _tail(original, anchor, [token])
     return bool(text) and not any(mark in text for mark in _BROKEN)
 
 
 def quoted(text: str) -> str:
-    """A text in quotation marks, its beginning if it is long."""
+    """Return a text in quotation marks, cut to its beginning if it is long."""
     return repr(text if len(text) <= 40 else f"{text[:37]}...")

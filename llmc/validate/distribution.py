@@ -1,13 +1,14 @@
-"""Next-token distributions of the original in a form that is small enough to keep for a whole text.
+"""Store next-token distributions of the original in a form that is small enough for a whole text.
 
-The likeliest tokens of a position are kept one by one, the rest, at most REST of the probability, as one
-event. So a KL divergence is never more than the exact one, by the log-sum inequality, and less by the rest's
-probability times the divergence within the rest: 0.06 % of a divergence of 0.09 nats on SmolLM2-135M. The
-text's own next token has its exact log-probability.
+The likeliest tokens of a position are stored one by one; the rest, at most REST of the probability, is stored
+as one event. A KL divergence is therefore never larger than the exact one, by the log-sum inequality, and
+smaller by the rest's probability times the divergence within the rest: 0.06 % of a divergence of 0.09 nats on
+SmolLM2-135M. The text's own next token has its exact log-probability.
 
-A log-probability is stored as a whole number of steps of 2**-11 nats below zero in 16 bits, so that the
-largest, 32 nats, stands for everything less likely than 1e-14. Rounding is off by 2**-12 nats at most, either
-way: a divergence of k nats at one position by up to 2**-11 of the root of k, their mean by next to nothing.
+A log-probability is stored in 16 bits as a whole number of steps of 2**-11 nats below zero, so that the
+largest code, 32 nats, stands for everything less likely than 1e-14. The rounding error is at most 2**-12 nats
+in both directions. It changes a divergence of k nats at one position by up to 2**-11 times the square root of
+k, and the mean by a negligible amount.
 """
 
 from collections.abc import Iterator
@@ -17,26 +18,26 @@ import numpy as np
 
 from llmc.arrays import Array
 
-#: Likeliest tokens that are named exactly.
+#: Number of likeliest tokens that are named exactly.
 TOP = 5
-#: Most probability of the tokens of a position that are not kept one by one.
+#: Maximum total probability of the tokens of a position that are not stored one by one.
 REST = 2.5e-4
 _STEPS_PER_NAT = 2048
-#: Codes that share a bin where the least kept probability is looked for: a sixteenth of a nat.
+#: Number of codes per bin in the search for the least probability stored: a sixteenth of a nat.
 _BIN = _STEPS_PER_NAT // 16
 _LEAST = np.iinfo(np.uint16).max
-#: Nats. What is less likely than this is not told apart.
+#: Nats. Probabilities below this are not distinguished.
 LEAST_LIKELY = _LEAST / _STEPS_PER_NAT
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the original holds of the next token at one position.
+    """The original's distribution of the next token at one position.
 
     Args:
         top: (TOP,) int32, the likeliest tokens of the exact logits, the first the likeliest.
         target: Exact log-probability of the text's own next token.
-        rest: Probability of all tokens that are not kept.
+        rest: Total probability of all tokens that are not stored.
         bits: uint8, a bit for each token of the vocabulary whose log-probability is in `codes`.
         codes: uint16, steps of 2**-11 nats below zero, in the tokens' order.
     """
@@ -49,21 +50,23 @@ class Distribution:
 
     @classmethod
     def of_logits(cls, row: Array, target: int) -> "Distribution":
-        """From logits (vocabulary,) float32 and the text's next token."""
-        held = log_softmax(row)
+        """Build a distribution from logits (vocabulary,) float32 and the text's next token."""
+        log_probabilities = log_softmax(row)
         best = np.argpartition(row, -TOP)[-TOP:]
-        codes = np.minimum(np.rint(held * -_STEPS_PER_NAT), _LEAST).astype(np.uint16)
+        codes = np.minimum(np.rint(log_probabilities * -_STEPS_PER_NAT), _LEAST).astype(np.uint16)
         bins = codes // _BIN
-        mass = np.bincount(bins, weights=np.exp(held, dtype=np.float64))
-        # Bins from the likeliest on until no more than REST is left behind them.
+        mass = np.bincount(bins, weights=np.exp(log_probabilities, dtype=np.float64))
+        # Take bins from the likeliest on until at most REST of the probability is left.
         behind = np.append(np.cumsum(mass[:0:-1])[::-1], 0.0)
         last = int(np.argmax(behind <= REST))
-        kept = bins <= last
+        stored = bins <= last
         top = best[np.argsort(-row[best], kind="stable")]
-        return cls(top, float(held[target]), float(behind[last]), np.packbits(kept), codes[kept])
+        return cls(
+            top, float(log_probabilities[target]), float(behind[last]), np.packbits(stored), codes[stored]
+        )
 
     def divergence(self, q: Array) -> float:
-        """KL divergence from this, in nats, of log-probabilities `q` (vocabulary,) float32."""
+        """Return the KL divergence from this, in nats, of log-probabilities `q` (vocabulary,) float32."""
         kept = np.unpackbits(self.bits, count=len(q)).astype(bool)
         p = self.codes * np.float32(-1 / _STEPS_PER_NAT)
         chances = np.exp(p, dtype=np.float64)
@@ -79,7 +82,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Distributions:
-    """What the original holds of the next token at some positions of a text.
+    """The original's distributions of the next token at some positions of a text.
 
     Args:
         vocabulary: Number of tokens.
@@ -91,18 +94,18 @@ class Distributions:
 
     @classmethod
     def of_logits(cls, logits: Array, targets: Array) -> "Distributions":
-        """From logits (positions, vocabulary) float32 and the text's next tokens (positions,)."""
-        made = (Distribution.of_logits(row, int(t)) for row, t in zip(logits, targets, strict=True))
-        return cls(logits.shape[1], tuple(made))
+        """Build them from logits (positions, vocabulary) float32 and the text's next tokens (positions,)."""
+        distributions = (Distribution.of_logits(row, int(t)) for row, t in zip(logits, targets, strict=True))
+        return cls(logits.shape[1], tuple(distributions))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Distributions":
-        """What `to_bytes` wrote; codes share the memory of `data`."""
+        """Read what `to_bytes` returned; the codes share the memory of `data`."""
         count, vocabulary = np.frombuffer(data, np.int32, 2).tolist()
         return cls(vocabulary, tuple(_read(data, count, vocabulary)))
 
     def to_bytes(self) -> bytes:
-        """Sizes (2,) int32; of all positions top int32, target and rest float64, bits of bits; codes."""
+        """Return sizes (2,) int32; of all positions top int32, target and rest float64, bits; then codes."""
         rows = self.positions
         return b"".join(
             [
@@ -115,7 +118,7 @@ class Distributions:
         )
 
     def divergences(self, logits: Array) -> Array:
-        """KL divergence of each position's softmax of `logits` (positions, vocabulary), float64."""
+        """Return float64 KL divergences of each position's softmax of `logits` (positions, vocabulary)."""
         pairs = zip(self.positions, logits, strict=True)
         return np.array([known.divergence(log_softmax(row)) for known, row in pairs], np.float64)
 
@@ -136,7 +139,7 @@ def _read(data: bytes, count: int, vocabulary: int) -> Iterator[Distribution]:
 
 
 def log_softmax(logits: Array) -> Array:
-    """Log of the softmax along the last axis; float32 in gives float32, with sums in float64."""
+    """Return the log of the softmax along the last axis, in the input's type; sums are in float64."""
     shifted: Array = logits - logits.max(axis=-1, keepdims=True)
     total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
     shifted -= np.log(total).astype(shifted.dtype)

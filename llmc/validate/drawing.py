@@ -1,7 +1,7 @@
-"""Draws the positions that the parity levels look at, over the whole context.
+"""Draw the positions that the parity levels verify, over the whole context.
 
-A seed decides where, a budget of time decides how densely, and neither asks the machine at hand: one artifact
-is looked at in the same places everywhere.
+A seed decides where and a budget of time decides how densely; neither depends on the machine at hand, so that
+an artifact is verified at the same positions everywhere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,54 +16,54 @@ from llmc.graph.interface import Interface
 from llmc.validate.costs import Costs, bits_of
 from llmc.validate.positions import WINDOW_STEPS, Batch, Plan
 
-#: Seconds of `Costs` that the levels may take on both sides.
+#: Seconds, as forecast by `Costs`, that the levels may take on both sides.
 BUDGET = 80.0
-#: Shares of the budget: the original over the long sequence and over batches; the artifact over the long
-#: sequence, prompts, single steps, later pieces and batches.
+#: Shares of the budget: for the original over the long sequence and over batches; for the artifact over the
+#: long sequence, prompts, single steps, later pieces and batches.
 LONG_ORIGINAL, BATCH_ORIGINAL = 0.44, 0.04
 LONG, PROMPTS, STEPS, TURNS, BATCHES = 0.25, 0.03, 0.05, 0.03, 0.04
-#: Most bytes of the original's logits that a plan asks for.
+#: Maximum bytes of the original's logits that a plan requests.
 LOGIT_BYTES = 192 << 20
-#: Most bytes of logits that one run of the artifact gives.
+#: Maximum bytes of logits that one run of the artifact returns.
 RUN_BYTES = 1 << 30
 #: The long sequence has at least this many tokens, if the model has as many positions.
 LEAST_LONG = 640
-#: Prompts that any model is looked at with.
+#: Lengths of the prompts that are run for every model.
 FIXED_PROMPTS = (1, 2, 17, 128)
-#: Numbers of tokens around which kernels change: every size of a small block, and the ends of larger ones.
+#: Numbers of tokens around which kernels change: every size of a small block, and the edges of larger ones.
 SIZES = (8, 16, 4, 2, *(n for n in range(3, 16) if n not in (4, 8)), 32, 31, 33, 64, 63, 65, 128, 127, 129)
-#: Prompts, later pieces and batches that are drawn, at most.
+#: Maximum number of prompts, later pieces and batches that are drawn.
 MOST_PROMPTS, MOST_TURNS, MOST_BATCHES = 96, 256, 16
-#: Steps and later pieces that are drawn, at least.
+#: Minimum number of steps and later pieces that are drawn.
 LEAST_STEPS, LEAST_TURNS = 24, 12
-#: The last positions of the context, each of which is looked at.
+#: Number of last positions of the context, each of which is verified.
 END = 8
-#: Steps after a short prompt, where a cache that drifts shows: with much room and with little.
+#: Steps after a short prompt, which show a cache that drifts: if the budget is large, and if it is small.
 RUN_STEPS, SHORT_RUN_STEPS = 64, 12
-#: Tokens of a piece of the long sequence, at most.
+#: Maximum number of tokens of a piece of the long sequence.
 PIECE = 1024
-#: Rows of a batch, and the steps that follow its prompts.
+#: Rows of a batch, and the number of steps that follow its prompts.
 ROWS, ROW_STEPS = 4, 6
-#: Prompts of the batch that any model is looked at with.
+#: Tokens of the longest prompt of the batch that is run for every model.
 SHORT_ROWS = 20
-#: How far a prompt goes beyond a sliding window, at most.
+#: Maximum number of tokens by which a prompt exceeds a sliding window.
 WINDOW_EXCESS = 64
-#: Single steps at the end of the long sequence, where attention rounds.
+#: Single steps at the end of the long sequence, which show the rounding of attention.
 CACHE_STEPS = 128
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What positions are drawn for.
+    """The model and the settings for which positions are drawn.
 
     Args:
-        interface: What the artifact takes and gives.
+        interface: The inputs and outputs of the artifact.
         text: (n,) int64, tokens of a text, repeated where more are needed.
-        costs: What runs cost.
+        costs: The forecast of what runs cost.
         window: The original's sliding window.
-        switches: Lengths beyond which the original computes otherwise; both sides of each are looked at.
-        lengths: Further lengths to look around.
-        rows: Most rows of a batch that the artifact takes; None for any number.
+        switches: Lengths beyond which the original computes differently; both sides of each are verified.
+        lengths: Further lengths to verify around.
+        rows: Maximum number of rows of a batch that the artifact accepts; None for any number.
         compiled: Whether compiled kernels compute attention.
     """
 
@@ -78,27 +78,27 @@ class Ground:
 
     @property
     def limit(self) -> int:
-        """Positions of the model."""
+        """The number of positions of the model."""
         return self.interface.max_length or 1 << 20
 
     @property
     def windows(self) -> list[int]:
-        """Sliding windows of the interface and of the original, so that one that was forgotten counts."""
+        """The sliding windows of the interface and of the original, so that a forgotten one counts."""
         stated = {slot.window for slot in self.interface.cache} | {self.window}
         return sorted(w for w in stated if w is not None and w < self.limit)
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Sides on which the rows of a batch may be padded."""
+        """The sides on which the rows of a batch may be padded."""
         side = self.interface.padding
         return {"any": ("left", "right"), "none": ()}.get(side, (side,))
 
     @property
     def rounds_attention(self) -> bool:
-        """Whether attention rounds keys and values, or they are stored in fewer bytes than logits have."""
+        """Whether attention rounds keys and values, or stores them in fewer bytes than logits."""
         if self.compiled:
             return True
-        if self.interface.static_cache:  # one type for all of it
+        if self.interface.static_cache:  # the whole graph has one type
             return False
         specs = (*self.interface.inputs, *self.interface.outputs)
         sizes = {spec.name: bits_of(spec.dtype) for spec in specs}
@@ -107,18 +107,18 @@ class Ground:
 
 
 def plan_positions(ground: Ground, seed: int, budget: float = BUDGET) -> Plan:
-    """Draw what the levels look at.
+    """Draw the positions that the levels verify.
 
     Args:
-        seed: One seed gives one plan.
-        budget: Seconds of the forecast of `Costs`, on both sides together.
+        seed: The seed of the random generator; one seed gives one plan.
+        budget: Seconds of the forecast of `Costs`, for both sides together.
 
     Raises:
         ConfigError: There are fewer than two tokens of text.
     """
     if len(ground.text) < 2:
         raise ConfigError(
-            f"parity was given {len(ground.text)} tokens to make prompts of", hint="use a longer text"
+            f"parity was given {len(ground.text)} tokens, too few for a prompt", hint="use a longer text"
         )
     return _Planner(ground, np.random.default_rng(seed), seed, budget).plan()
 
@@ -164,12 +164,12 @@ class _Planner:
         )
 
     def _long(self) -> int:
-        """Tokens of the long sequence: as many as there are positions, if the budget has room."""
+        """Return the length of the long sequence: all positions of the model, if the budget allows."""
         ground, costs = self.ground, self.ground.costs
         around = (*ground.windows, *ground.switches)
         least = max(LEAST_LONG, *(at + min(at // 2, WINDOW_EXCESS) + WINDOW_STEPS + 2 for at in (0, *around)))
         low, high = min(least, ground.limit), ground.limit
-        if ground.interface.logits == "all":  # a run gives those of each of its tokens
+        if ground.interface.logits == "all":  # a run returns the logits of each of its tokens
             high = max(low, min(high, RUN_BYTES // (4 * ground.interface.vocabulary)))
         while low < high:
             middle = (low + high + 1) // 2
@@ -182,7 +182,7 @@ class _Planner:
         return low
 
     def _prompts(self, total: int) -> tuple[int, ...]:
-        """Fixed lengths, both sides of every switch, and then drawn ones until their share is spent."""
+        """Draw prompt lengths: fixed ones, both sides of every switch, then random ones up to their share."""
         ground, rng = self.ground, self.rng
         sides = {at + by for at in ground.switches for by in (0, 1)}
         chosen = {n for n in (*FIXED_PROMPTS, *sides) if n <= total}
@@ -201,7 +201,7 @@ class _Planner:
         return tuple(sorted(chosen))
 
     def _pieces(self, first: int, total: int, switches: Sequence[int]) -> tuple[int, ...]:
-        """At least four pieces of drawn sizes up to the end; none lies on both sides of a switch."""
+        """Draw at least four pieces up to the end; none of them lies on both sides of a switch."""
         pieces, at = [], first
         most = max(2, min(PIECE, (total - first) // 4))
         while at < total:
@@ -212,7 +212,7 @@ class _Planner:
         return tuple(pieces)
 
     def _turns(self, total: int, switches: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Pieces of every size of a block, at places that are spread over the context."""
+        """Draw pieces of every size of a block, at positions that are spread over the context."""
         if total < 3:
             return ()
         cost = self.ground.costs.run(max(SIZES) // 4, total // 2)
@@ -228,7 +228,7 @@ class _Planner:
         return tuple(sorted(chosen))
 
     def _steps(self, total: int, switches: Sequence[int]) -> tuple[int, ...]:
-        """Every position where there is room for all, else one in each of equal parts, and the edges."""
+        """Draw positions of steps: all if the budget allows, else one in each of equal parts, and edges."""
         if total < 2:
             return ()
         cost = self.ground.costs.run(1, total // 2)
@@ -245,7 +245,7 @@ class _Planner:
         return tuple(sorted(at for at in chosen if 0 < at < total))
 
     def _runs(self, total: int, switches: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """A few short prompts with the steps after them, and one prompt beyond each switch."""
+        """Draw a few short prompts with the steps after them, and one prompt beyond each switch."""
         one = self.ground.costs.run(1, 64)
         steps = RUN_STEPS if 3 * RUN_STEPS * one <= STEPS * self.budget else SHORT_RUN_STEPS
         steps = min(steps, total // 2)
@@ -254,7 +254,7 @@ class _Planner:
         return (*runs, *((at + 1, min(2, total - at - 1)) for at in switches))
 
     def _cache_steps(self, total: int) -> int:
-        """Steps at the end that show what attention loses as it is served."""
+        """Return the number of steps at the end that show what attention loses as it is served."""
         if not self.ground.rounds_attention:
             return 0
         fits = CACHE_STEPS * self.ground.costs.run(1, total) <= STEPS * self.budget
@@ -266,7 +266,7 @@ class _Planner:
         return tuple(sorted({min(max(1, n), total - WINDOW_STEPS) for n in stated}))
 
     def _batches(self, total: int) -> tuple[Batch, ...]:
-        """Batches of drawn lengths until the whole vocabulary was in the input or their share is spent."""
+        """Draw batches until the input has held the whole vocabulary or their share is spent."""
         rows = min(ROWS, self.ground.rows or ROWS)
         if rows < 2:
             return ()
@@ -275,21 +275,26 @@ class _Planner:
         short, steps = min(SHORT_ROWS, total - ROW_STEPS), ROW_STEPS
         if short < least:
             return ()
-        made = [self._batch(ids, rows, short, steps)]
+        batches = [self._batch(ids, rows, short, steps)]
         for window in self.ground.windows if self.ground.sides else ():
             lengths = [max(2, window - 1), window + 3, max(2, window // 2), window + 1][:rows]
             if max(lengths) + WINDOW_STEPS <= total and self._affords(max(lengths), rows, 1.0):
-                made.append(self._filled(ids, lengths, WINDOW_STEPS, window))
+                batches.append(self._filled(ids, lengths, WINDOW_STEPS, window))
         longest, left = total - ROW_STEPS, 1.0
         while longest > short and not self._affords(longest, rows, 0.5):
             longest = longest * 3 // 4
-        while len(made) < MOST_BATCHES and left > 0 and (ids.left > 0 or len(made) < 3) and longest > short:
-            made.append(self._batch(ids, rows, longest, ROW_STEPS))
+        while (
+            len(batches) < MOST_BATCHES
+            and left > 0
+            and (ids.left > 0 or len(batches) < 3)
+            and longest > short
+        ):
+            batches.append(self._batch(ids, rows, longest, ROW_STEPS))
             left -= 0.5 if not self._affords(longest, rows, 0.1) else 0.1
-        return tuple(made)
+        return tuple(batches)
 
     def _affords(self, length: int, rows: int, share: float) -> bool:
-        """Whether one batch takes at most `share` of what there is for batches, on either side."""
+        """Return whether one batch takes at most `share` of the budget for batches, on either side."""
         costs = self.ground.costs
         sides = len(self.ground.sides) or 1
         runs = sides * (costs.run(length, rows=rows) + ROW_STEPS * costs.run(1, length, rows))
@@ -297,7 +302,7 @@ class _Planner:
         return runs <= share * BATCHES * self.budget and asked <= share * BATCH_ORIGINAL * self.budget
 
     def _batch(self, ids: "_Ids", rows: int, longest: int, steps: int) -> Batch:
-        """A batch with one row of `longest` tokens and the others of drawn lengths; all equal if need be."""
+        """Draw a batch with a row of `longest` tokens and others of random lengths, or equal if need be."""
         lengths = [longest, *self.rng.integers(1, longest + 1, rows - 1).tolist()]
         if self.ground.interface.padding == "none":
             lengths = [longest] * rows
@@ -310,13 +315,13 @@ class _Planner:
         return Batch(tokens, tuple(lengths), steps, window)
 
     def _room(self) -> int:
-        """Positions whose logits may be asked for."""
+        """Return how many positions' logits may be requested."""
         return max(64, LOGIT_BYTES // (4 * self.ground.interface.vocabulary))
 
 
 def _without_batches(ground: Ground) -> tuple[MeasurementStatus, str]:
     if ground.rows == 1:
-        return MeasurementStatus.NOT_APPLICABLE, "the artifact takes one row at a time"
+        return MeasurementStatus.NOT_APPLICABLE, "the artifact accepts one row at a time"
     why = f"the model ends at {ground.limit} positions, three rows do not fit"
     return MeasurementStatus.NOT_MEASURED, why
 
@@ -326,13 +331,13 @@ def _without_windows(ground: Ground) -> tuple[MeasurementStatus, str]:
         why = f"window {ground.windows[0]} and the steps after it do not fit into {ground.limit} positions"
         return MeasurementStatus.NOT_MEASURED, why
     stated = sorted({s.window for s in ground.interface.cache if s.window} | {ground.window or 0} - {0})
-    found = ", ".join(map(str, stated))
-    why = f"window {found} never ends within {ground.limit} positions" if found else "no sliding window"
+    windows = ", ".join(map(str, stated))
+    why = f"window {windows} never ends within {ground.limit} positions" if windows else "no sliding window"
     return MeasurementStatus.NOT_APPLICABLE, why
 
 
 class _Ids:
-    """Token ids in a drawn order, from the beginning again after the last."""
+    """The token ids in a random order, which repeats after the last."""
 
     def __init__(self, rng: np.random.Generator, vocabulary: int) -> None:
         self._order = rng.permutation(vocabulary)
@@ -340,24 +345,24 @@ class _Ids:
 
     @property
     def left(self) -> int:
-        """Ids that were not drawn yet."""
+        """The number of ids that were not drawn yet."""
         return len(self._order) - self._at
 
     def draw(self, count: int) -> Array:
-        """(count,) int64."""
-        found = np.take(self._order, np.arange(self._at, self._at + count), mode="wrap")
+        """Draw (count,) int64."""
+        ids = np.take(self._order, np.arange(self._at, self._at + count), mode="wrap")
         self._at += count
-        return found
+        return ids
 
 
 def _strata(rng: np.random.Generator, low: float, high: float, count: int) -> Array:
-    """One number in each of `count` equal parts of [low, high); integers if `low` is one."""
+    """Draw one number in each of `count` equal parts of [low, high); integers if `low` is an integer."""
     edges = np.linspace(low, high, count + 1)
     drawn = rng.uniform(edges[:-1], edges[1:])
     return drawn.astype(np.int64) if isinstance(low, int) else drawn
 
 
 def _cycled(*series: Sequence[int]) -> Iterable[list[int]]:
-    """Series of the same length as the longest, shorter ones from their beginning again."""
+    """Repeat shorter series from their beginning up to the length of the longest."""
     length = max(len(s) for s in series)
     return [[s[i % len(s)] for i in range(length)] for s in series]

@@ -1,12 +1,11 @@
-"""Energy by counters of the hardware: the processor's (RAPL), and those of NVIDIA GPUs (NVML).
+"""Measure energy by counters of the hardware: the processor's (RAPL) and those of NVIDIA GPUs (NVML).
 
-Linux gives RAPL's as files below /sys/class/powercap. A zone's `energy_uj` counts microjoules and begins anew
-at `max_energy_range_uj`
-(https://www.kernel.org/doc/html/latest/power/powercap/powercap.html). A package's counter holds its cores;
-memory has one of its own on servers. NVML's `nvmlDeviceGetTotalEnergyConsumption` counts millijoules of a GPU
-with its memory since the driver was loaded, from Volta on
-(https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html). Counters are of the whole device, so
-whatever else runs, and the idle device itself, is in the figure.
+Linux exposes RAPL as files below /sys/class/powercap. A zone's `energy_uj` counts microjoules and wraps
+around at `max_energy_range_uj` (https://www.kernel.org/doc/html/latest/power/powercap/powercap.html). A
+package's counter includes its cores; memory has a counter of its own on servers. NVML's
+`nvmlDeviceGetTotalEnergyConsumption` counts millijoules of a GPU with its memory since the driver was loaded,
+from Volta on (https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html). Counters cover the
+whole device, so that the figure includes everything else that runs and the idle device itself.
 """
 
 import re
@@ -19,31 +18,31 @@ from llmc.errors import ResourceError
 
 POWERCAP = Path("/sys/class/powercap")
 
-#: Zones that do not hold each other: cores, graphics and the platform (psys) overlap with packages.
+#: Zones that do not include each other: cores, graphics and the platform (psys) overlap with packages.
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
 _NAME = re.compile(r"package-\d+|dram")
 
 
 class Counter(Protocol):
-    """Energy of one kind of device."""
+    """The energy counters of one kind of device."""
 
     @property
     def where(self) -> str:
-        """Which counters these are."""
+        """The names of the counters."""
         ...
 
     def read(self) -> tuple[int, ...]:
-        """What each says so far."""
+        """Read the current value of each counter."""
         ...
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
-        """Energy between two readings."""
+        """Return the energy between two readings."""
         ...
 
 
 @dataclass(frozen=True)
 class Zone:
-    """One counter: its file, and the count in microjoules after which it is zero again."""
+    """The file of one counter, and the count in microjoules after which it is zero again."""
 
     name: str
     path: Path
@@ -52,25 +51,27 @@ class Zone:
 
 @dataclass(frozen=True)
 class EnergyCounter:
-    """The counters of a machine that together are what its processors and their memory take.
+    """The counters of a machine that together cover its processors and their memory.
 
     Args:
-        zones: At least one.
+        zones: The counters, at least one.
     """
 
     zones: tuple[Zone, ...]
 
     @property
     def where(self) -> str:
-        """Which counters these are."""
-        return f"RAPL {', '.join(sorted(zone.name for zone in self.zones))}; all that the processor does"
+        """The names of the counters."""
+        return (
+            f"RAPL {', '.join(sorted(zone.name for zone in self.zones))}; everything that the processor does"
+        )
 
     def read(self) -> tuple[int, ...]:
-        """Microjoules of each zone so far."""
+        """Read the microjoules of each zone so far."""
         return tuple(int(zone.path.read_text(encoding="ascii")) for zone in self.zones)
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
-        """Energy between two readings, between which a counter began anew at most once."""
+        """Return the energy between two readings, between which a counter wrapped around at most once."""
         spent = 0
         for zone, first, last in zip(self.zones, before, after, strict=True):
             spent += last - first if last >= first else last - first + zone.range_uj
@@ -78,10 +79,10 @@ class EnergyCounter:
 
 
 def open_counter(folder: Path = POWERCAP) -> EnergyCounter:
-    """The machine's counters.
+    """Open the machine's energy counters.
 
     Raises:
-        ResourceError: It has none, or they may not be read.
+        ResourceError: The machine has no energy counter, or the counter cannot be read.
     """
     zones = []
     for entry in sorted(folder.glob("intel-rapl:*")):
@@ -101,7 +102,7 @@ def open_counter(folder: Path = POWERCAP) -> EnergyCounter:
             ) from error
         zones.append(zone)
     if not zones:
-        raise ResourceError("no energy counter on this machine", hint="RAPL counters are not shown to guests")
+        raise ResourceError("this machine has no energy counter", hint="guests do not see RAPL counters")
     return EnergyCounter(tuple(zones))
 
 
@@ -111,8 +112,8 @@ class GpuCounter:
 
     Args:
         nvml: The module pynvml, initialized.
-        handles: One of its handles for each GPU, at least one.
-        names: What NVML calls them.
+        handles: NVML's handle of each GPU, at least one.
+        names: NVML's names of the GPUs.
     """
 
     nvml: Any
@@ -121,23 +122,23 @@ class GpuCounter:
 
     @property
     def where(self) -> str:
-        """Which counters these are."""
-        return f"NVML {', '.join(self.names)}; all that the GPU does"
+        """The names of the counters."""
+        return f"NVML {', '.join(self.names)}; everything that the GPU does"
 
     def read(self) -> tuple[int, ...]:
-        """Millijoules of each GPU so far."""
+        """Read the millijoules of each GPU so far."""
         return tuple(int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for handle in self.handles)
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
-        """Energy between two readings."""
+        """Return the energy between two readings."""
         return (sum(after) - sum(before)) / 1e3
 
 
 def open_gpu_counter() -> GpuCounter:
-    """The counters of the machine's NVIDIA GPUs.
+    """Open the counters of the machine's NVIDIA GPUs.
 
     Raises:
-        ResourceError: There is no GPU, it does not count, or nvidia-ml-py is not installed.
+        ResourceError: There is no GPU, it has no energy counter, or nvidia-ml-py is not installed.
     """
     try:
         import pynvml
@@ -154,5 +155,5 @@ def open_gpu_counter() -> GpuCounter:
     except pynvml.NVMLError as error:
         raise ResourceError(f"no energy counter of an NVIDIA GPU: {error}") from error
     if not handles:
-        raise ResourceError("no energy counter of an NVIDIA GPU: there is none")
+        raise ResourceError("no energy counter of an NVIDIA GPU: the machine has no such GPU")
     return counter

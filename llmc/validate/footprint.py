@@ -1,8 +1,8 @@
-"""Load time and peak memory of one side, in a process of its own.
+"""Measure load time and peak memory of one side in a separate process.
 
-The parent runs `main` with a pickled `Job` on stdin and reads one line of JSON from stdout. A
-process per side keeps what one side holds out of the other's figure; the resident set of the parent
-is not inherited, since the peak is read from the child's own memory map.
+The parent runs `main` with a pickled `Job` on stdin and reads one line of JSON from stdout. With a process
+per side, memory of one side is not counted for the other; the resident set of the parent is not inherited,
+since the peak is read from the child's own memory map.
 """
 
 import pickle
@@ -20,11 +20,11 @@ from llmc.runtime.session import Session
 
 @dataclass(frozen=True)
 class ArtifactJob:
-    """An artifact under its runtime: what opens it, prompt length and decode steps.
+    """An artifact to open under its runtime, with prompt length and decode steps.
 
     Args:
-        open: Picklable.
-        module: The runtime's, imported before the clock starts.
+        open: Opens the artifact; picklable.
+        module: Module of the runtime, imported before the clock starts.
     """
 
     open: Callable[[], Session]
@@ -35,7 +35,7 @@ class ArtifactJob:
 
 @dataclass(frozen=True)
 class OriginalJob:
-    """The original under PyTorch: a picklable function that loads it, prompt length, decode steps."""
+    """The original under PyTorch: a picklable function that loads it, prompt length and decode steps."""
 
     load: Callable[[], Any]
     threads: int
@@ -45,7 +45,7 @@ class OriginalJob:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one process saw: time to load in ms, highest and last resident set in bytes if they are known."""
+    """The load time of one process in ms, and its peak and last resident set in bytes if they are known."""
 
     load_ms: float
     peak_bytes: int | None
@@ -63,27 +63,27 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
     import subprocess
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
         input=pickle.dumps(job),
         capture_output=True,
         env=environment,
         check=False,
     )
-    if done.returncode != 0:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+    if process.returncode != 0:
+        reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         raise ResourceError(
-            f"the process that measures the memory of the {_side(job)} ended with {done.returncode}:"
+            f"the process that measures the memory of the {_side(job)} ended with {process.returncode}:"
             f" {reason[0]}",
             hint="a process that the system killed ends with -9: it ran out of memory",
         )
-    return Sample(*json.loads(done.stdout.decode().splitlines()[-1]))
+    return Sample(*json.loads(process.stdout.decode().splitlines()[-1]))
 
 
 def resident_bytes() -> tuple[int | None, int | None]:
-    """Highest resident set of this process so far, and the one it has; None where the system does not tell.
+    """Return this process's peak and current resident set; None where the system does not report it.
 
-    Linux tells both at once: it counts pages in batches, so that of two readings the later may be larger.
+    Linux reports both at once: it counts pages in batches, so that of two readings the later may be larger.
     """
     if sys.platform == "darwin":
         import resource
@@ -132,7 +132,7 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
 
 
 def main() -> None:
-    """Entry of the child process."""
+    """Run as the entry point of the child process."""
     die_with_parent()
     import json
 

@@ -1,4 +1,4 @@
-"""Gates: the target's thresholds held against what was measured."""
+"""Compare measurements with the target's gates."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from llmc.errors import ConfigError
 
 
 def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verdict:
-    """Hold every gate against the measurement of its metric.
+    """Compare the measurement of each gate's metric with its bound.
 
-    A gate fails if its metric exceeds the bound, or is NaN or infinite. A metric that was not measured is no
-    pass either; only one that does not apply to the model (no sliding window) is let through. An estimate
-    passes if its whole confidence interval keeps the bound, fails if none of it does, and is undecided in
-    between, which is not a pass. A measurement that is NaN or infinite fails even where no gate asks
-    for it.
+    A gate fails if its metric exceeds the bound, or is NaN or infinite. A metric that was not measured does
+    not pass either; only a metric that does not apply to the model (no sliding window) is let through. An
+    estimate passes if its whole confidence interval is within the bound, fails if none of it is, and is
+    undecided in between, which does not pass. A measurement that is NaN or infinite fails even where no gate
+    bounds it.
 
     Raises:
         ConfigError: A metric was measured twice.
@@ -36,7 +36,7 @@ def evaluate(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Verd
 
 
 def is_undecided(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> bool:
-    """Whether one of the measurements' intervals has its gate's bound inside."""
+    """Return whether the bound of a gate lies within the confidence interval of its measurement."""
     by_metric = {m.metric: m for m in measurements}
     return any(
         _check(gate, by_metric[gate.metric]).status is CheckStatus.UNDECIDED
@@ -69,9 +69,9 @@ def _check(gate: Gate, measurement: Measurement | None) -> Check:
 
 
 def _judge(gate: Gate, measurement: Measurement) -> CheckStatus:
-    """Pass, fail or undecided for a figure, or for both ends of its interval.
+    """Return pass, fail or undecided for a figure, or for both ends of its interval.
 
-    A latency gate fails only past the noise of the machine: a release is not held up by what else ran.
+    A latency gate fails only beyond the noise of the machine, so that other load does not block a release.
     """
     ends = [measurement.value] if measurement.low is None else [measurement.low, measurement.high]
     if gate.metric.is_noisy and measurement.low is not None:
@@ -88,14 +88,14 @@ def _within(gate: Gate, value: float, tolerance: float) -> bool:
 
 
 def _bound(gate: Gate, tolerance: float | None) -> float:
-    """The threshold that a figure is held to: the gate's, or the tolerance where that lets more through."""
+    """Return the threshold of a figure: the gate's, or the tolerance where that lets more through."""
     if gate.max is not None:
         return max(gate.max, tolerance or 0.0)
     return gate.min if gate.min is not None else math.nan
 
 
 def _usable(metric: Metric, value: float) -> bool:
-    """Finite; or the infinite ratio of a signal to no noise at all."""
+    """Return whether a figure is finite, or the infinite ratio of a signal to no noise at all."""
     return math.isfinite(value) or (metric.may_be_infinite and value == math.inf)
 
 

@@ -1,8 +1,8 @@
-"""Latency of artifact and original, in turn within one process.
+"""Measure latency of artifact and original, interleaved within one process.
 
-One round times the artifact, the original and the artifact again, so that whatever else the machine
-does weighs on all, and so that the two series of the artifact tell how much it does (an A/A run).
-Before a side's turn the process rests, for the other side's threads spin a while after work.
+One round times the artifact, the original and the artifact again. Other load on the machine then affects all
+three, and the two series of the artifact show how large its effect is (an A/A run). The process rests before
+a side's turn, because the other side's threads spin for a while after work.
 """
 
 import math
@@ -42,23 +42,23 @@ from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline
 
-#: Energy counters of the processor and of the GPUs, and joules by them; None where there is none.
+#: Energy counters of the processor and of the GPUs, and joules measured by them; None without a counter.
 Meters = tuple[Counter | None, Counter | None]
 Joules = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is timed and how often.
+    """The lengths that are timed, and how often.
 
     Args:
         prompts: Prompt lengths for the time to first token.
         contexts: Lengths after which decode steps are timed; each is among `prompts`.
-        batches: Rows that run together at the first context.
-        prefill_rounds: Times each prompt is run by either side.
+        batches: Numbers of rows that run together at the first context.
+        prefill_rounds: How often either side runs each prompt.
         decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
-        batch_rounds: Times that either side runs each batch.
-        footprint_rounds: Processes of either side that are started for load time and peak memory.
+        batch_rounds: How often either side runs each batch.
+        footprint_rounds: Number of processes of either side that are started for load time and peak memory.
     """
 
     prompts: tuple[int, ...] = (128, 512, 1024)
@@ -76,11 +76,11 @@ class Timed:
     """An artifact to be timed.
 
     Args:
-        open: Makes a session of it; picklable, for the processes that measure memory.
-        module: Its runtime.
-        interface: What it takes and gives.
-        weight_bytes: Weights that a decode step reads whole.
-        rows: Most rows of a batch that it takes; None for any number.
+        open: Opens a session of the artifact; picklable, for the processes that measure memory.
+        module: Module of its runtime.
+        interface: Its inputs and outputs.
+        weight_bytes: Bytes of the weights that a decode step reads completely.
+        rows: Maximum number of rows of a batch that it accepts; None for any number.
     """
 
     open: Callable[[], Rewindable]
@@ -90,7 +90,7 @@ class Timed:
     rows: int | None = None
 
 
-#: Rest before a side's turn, seconds.
+#: Seconds of rest before a side's turn.
 _REST_SECONDS = 0.05
 
 
@@ -105,12 +105,12 @@ def measure_latency(
     schedule: Schedule,
     counters: Path = POWERCAP,
 ) -> Latency:
-    """Time to first token, inter-token latency, energy, load time and peak memory of both sides.
+    """Measure time to first token, inter-token latency, energy, load time and peak memory of both sides.
 
     Args:
         timed: The artifact.
         reference: The original, loaded.
-        load_reference: Loads the original anew in a child process; must be picklable.
+        load_reference: Loads the original again in a child process; must be picklable.
         tokens: (n,) int64, at least one, repeated where a prompt needs more.
         threads: Intra-op threads of either side.
         counters: Folder of the machine's energy counters.
@@ -125,7 +125,7 @@ def measure_latency(
     dropped = [f"prompt of {n} tokens" for n in schedule.prompts if n not in prompts]
     dropped += [f"decode at context {n}" for n in schedule.contexts if n not in contexts]
 
-    # Before this process holds a session of its own, so that the children have the machine to themselves.
+    # This runs before this process opens a session, so that the children have the machine to themselves.
     footprints = _footprints(timed, load_reference, threads, max(prompts, default=1), schedule)
     meters, energy = _find_meters(counters)
     with _torch_threads(threads):
@@ -162,30 +162,30 @@ def measure_latency(
 
 
 def ratios(latency: Latency) -> tuple[Measurement, ...]:
-    """TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians, and what noise leaves of it."""
+    """Return TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians, with its noise interval."""
     series = {
         Metric.TTFT_RATIO: {f"prompt_{p.prompt_tokens}": (p.ratio.value, p.noise) for p in latency.prefill},
         Metric.INTER_TOKEN_RATIO: {f"context_{d.context}": (d.ratio.value, d.noise) for d in latency.decode},
     }
-    made = []
+    measurements = []
     for metric, entries in series.items():
         if entries:
             figures = {name: value for name, (value, _) in entries.items()}
-            value, unsure = max(entries.values())
+            value, uncertainty = max(entries.values())
             detail = (
                 f"worst of {', '.join(figures)}; against {latency.original}, {latency.threads} threads;"
-                f" the machine's noise is {100 * unsure:.1f} %"
+                f" the machine's noise is {100 * uncertainty:.1f} %"
             )
-            interval = (value / (1 + unsure), value * (1 + unsure))
-            made.append(measured(metric, value, detail, latency.where, figures, interval))
+            interval = (value / (1 + uncertainty), value * (1 + uncertainty))
+            measurements.append(measured(metric, value, detail, latency.where, figures, interval))
         else:
-            why = "; ".join(latency.dropped) or "no length was asked for"
-            made.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, latency.where))
-    return tuple(made)
+            why = "; ".join(latency.dropped) or "no length was requested"
+            measurements.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, latency.where))
+    return tuple(measurements)
 
 
 def timing(samples_ms: Sequence[float]) -> Timing:
-    """Percentiles and range of a series in milliseconds."""
+    """Return percentiles and range of a series in milliseconds."""
     p50, p95, p99 = (float(v) for v in np.percentile(samples_ms, (50, 95, 99)))
     return Timing(
         n=len(samples_ms), p50_ms=p50, p95_ms=p95, p99_ms=p99, min_ms=min(samples_ms), max_ms=max(samples_ms)
@@ -193,17 +193,17 @@ def timing(samples_ms: Sequence[float]) -> Timing:
 
 
 def ratio(artifact: Sequence[Sequence[float]], original: Sequence[Sequence[float]]) -> Ratio:
-    """Ratio of medians of two interleaved series of rounds, and the range of the rounds' own ratios."""
+    """Return the ratio of medians of two interleaved series of rounds, and the range over the rounds."""
     rounds = [float(np.median(a)) / float(np.median(b)) for a, b in zip(artifact, original, strict=True)]
     value = float(np.median(np.concatenate(artifact))) / float(np.median(np.concatenate(original)))
     return Ratio(value=value, low=min(rounds), high=max(rounds))
 
 
 def noise(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """By how much two interleaved series of the same thing may differ, as a fraction.
+    """Return by how much two interleaved series of the same thing may differ, as a fraction.
 
-    The farther end of the confidence interval of the mean logarithm of the rounds' ratios; the
-    largest of them where there are fewer than three rounds.
+    It is the farther end of the confidence interval of the mean logarithm of the rounds' ratios; with fewer
+    than three rounds it is the largest of them.
     """
     logs = [math.log(float(np.median(a)) / float(np.median(b))) for a, b in zip(first, second, strict=True)]
     ends = mean_interval(logs) if len(logs) > 2 else (min(logs), max(logs))
@@ -249,7 +249,7 @@ def _rate(rounds: Sequence[Sequence[float]], tokens: int) -> float:
 def _time_decode(
     model: Rewindable, reference: TorchModel, context: int, schedule: Schedule, meters: Meters
 ) -> DecodeLatency:
-    """Steps after the prompt that `_time_prefill` left in both caches; each turn starts there again."""
+    """Time steps after the prompt that `_time_prefill` left in both caches; each turn starts from there."""
 
     def step(token: int) -> int:
         return int(model.decode(np.array([[token]]))[0, -1].argmax())
@@ -293,15 +293,15 @@ def _time_decode(
 
 
 def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
-    """Energy of all turns over their tokens; None where no counter was read."""
-    known = [value for value in joules if value is not None]
-    return sum(known) / tokens if known else None
+    """Return the energy of all turns per token; None if no counter was read."""
+    counted = [value for value in joules if value is not None]
+    return sum(counted) / tokens if counted else None
 
 
 def _time_batch(
     model: Rewindable, reference: TorchModel, prompt: Array, batch: int, schedule: Schedule
 ) -> BatchLatency:
-    """Prefill and steps of `batch` equal rows, the sides in turn; the first round is not counted."""
+    """Time prefill and steps of `batch` equal rows, the sides in turn; the first round is not counted."""
     rows = np.repeat(prompt[None], batch, axis=0)
 
     def prefill() -> None:
@@ -339,7 +339,7 @@ def _time_batch(
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Milliseconds of one call, after a rest."""
+    """Return the milliseconds of one call, after a rest."""
     time.sleep(_REST_SECONDS)
     start = time.perf_counter()
     run()
@@ -347,12 +347,12 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
-    """Milliseconds of each of `decode_tokens` steps in a row after a rest."""
+    """Return the milliseconds of each of `decode_tokens` consecutive steps after a rest."""
     return _metered_steps(step, schedule, (None, None))[0]
 
 
 def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
-    """Milliseconds of each of `decode_tokens` steps in a row, each fed the token of the one before."""
+    """Return the milliseconds of each of `decode_tokens` steps; each is fed the token of the one before."""
     token, times = 1, []
     for _ in range(schedule.decode_tokens):
         start = time.perf_counter()
@@ -364,7 +364,7 @@ def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
 def _metered_steps(
     step: Callable[[int], int], schedule: Schedule, meters: Meters
 ) -> tuple[list[float], Joules]:
-    """`_timed_steps`, and the joules of the same time, the rest before it included in neither."""
+    """Return `_timed_steps` and the joules of the same time; both exclude the rest before it."""
     time.sleep(_REST_SECONDS)
     before = [None if meter is None else meter.read() for meter in meters]
     times = _steps(step, schedule)
@@ -376,19 +376,19 @@ def _metered_steps(
 
 
 def _find_meters(folder: Path) -> tuple[Meters, str]:
-    """The energy counters, and what they are of or why there are none."""
+    """Open the energy counters, and say what they cover or why there are none."""
     meters: list[Counter | None] = []
-    told = []
+    descriptions = []
     for opener in (partial(open_counter, folder), open_gpu_counter):
         try:
             counter: Counter = opener()
         except ResourceError as error:
             meters.append(None)
-            told.append(f"not measured: {error.fact}")
+            descriptions.append(f"not measured: {error.fact}")
         else:
             meters.append(counter)
-            told.append(counter.where)
-    return (meters[0], meters[1]), f"{told[0]}; GPU: {told[1]}"
+            descriptions.append(counter.where)
+    return (meters[0], meters[1]), f"{descriptions[0]}; GPU: {descriptions[1]}"
 
 
 def _footprints(

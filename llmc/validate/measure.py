@@ -1,4 +1,4 @@
-"""What all measurements share: comparing logits, and turning a broken artifact into a failed figure."""
+"""Share what all measurements need: comparing logits, and reporting a broken artifact as a failed figure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def measured(
     figures: dict[str, float] | None = None,
     interval: tuple[float, float] | None = None,
 ) -> Measurement:
-    """A figure that was taken, with its confidence interval if it is an estimate."""
+    """Return a measured figure, with its confidence interval if it is an estimate."""
     return Measurement(
         metric=metric,
         value=value,
@@ -33,28 +33,28 @@ def measured(
 
 
 def unmeasured(metric: Metric, status: MeasurementStatus, detail: str, where: str) -> Measurement:
-    """No figure, and why."""
+    """Return a measurement without a figure, with the reason in `detail`."""
     return Measurement(metric=metric, value=None, status=status, detail=detail, where=where)
 
 
 def broken(metrics: tuple[Metric, ...], error: ParityError, where: str) -> tuple[Measurement, ...]:
-    """NaN for each metric: the artifact broke its interface while they were measured."""
+    """Return NaN for each metric: the artifact broke its interface while they were measured."""
     return tuple(measured(metric, math.nan, error.fact, where) for metric in metrics)
 
 
 def measure(
     metrics: tuple[Metric, ...], where: str, take: Callable[[], tuple[Measurement, ...]]
 ) -> tuple[Measurement, ...]:
-    """`take()`, or NaN for each of `metrics` if the artifact breaks its interface on the way."""
+    """Return `take()`, or NaN for each of `metrics` if the artifact breaks its interface meanwhile."""
     try:
         return take()
     except ParityError as error:
         return broken(metrics, error, where)
 
 
-def mismatches(metric: Metric, found: Sequence[str], fine: str, where: str) -> Measurement:
-    """The number of places that differ, all of them named; `fine` is said where there is none."""
-    return measured(metric, float(len(found)), "; ".join(found) or fine, where)
+def mismatches(metric: Metric, differences: Sequence[str], fine: str, where: str) -> Measurement:
+    """Return the number of places that differ, all of them named; `fine` is the detail if there is none."""
+    return measured(metric, float(len(differences)), "; ".join(differences) or fine, where)
 
 
 def require_comparable(actual: Array, shape: tuple[int, ...], place: str) -> None:
@@ -68,7 +68,7 @@ def require_comparable(actual: Array, shape: tuple[int, ...], place: str) -> Non
 
 
 def max_abs(actual: Array, expected: Array, place: str) -> float:
-    """Largest absolute difference of two arrays of logits.
+    """Return the largest absolute difference of two arrays of logits.
 
     Raises:
         ParityError: Their shapes differ, or `actual` is not finite.

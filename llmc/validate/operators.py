@@ -1,4 +1,4 @@
-"""Time by kind of operator, from ONNX Runtime's own profiler."""
+"""Measure time by kind of operator with ONNX Runtime's own profiler."""
 
 import json
 from collections import Counter
@@ -11,15 +11,15 @@ from llmc.arrays import Array
 from llmc.artifact.latency import OperatorTime
 from llmc.runtime.ort_model import OrtModel
 
-#: Decode steps that are profiled, after as many that are not counted.
+#: Number of decode steps that are profiled, after as many that are not counted.
 STEPS = 8
 
 
 def profile_decode(model: OrtModel, prompt: Array) -> tuple[OperatorTime, ...]:
-    """Time of each kind of operator in a decode step after `prompt` (sequence,), the slowest first.
+    """Measure the time of each kind of operator in a decode step after `prompt` (sequence,), slowest first.
 
-    A session of its own is profiled, since profiling costs time. The format is that of Chrome's traces:
-    an event of category Node for each run of a kernel, its duration in microseconds.
+    A separate session is profiled, since profiling costs time. The format is Chrome's trace format: an event
+    of category Node for each run of a kernel, with its duration in microseconds.
     """
     with TemporaryDirectory() as folder:
         profiled = model.profiled(Path(folder) / "profile")

@@ -1,9 +1,9 @@
-"""Weights of compiled kernels read back by their layout, which llmc/kernels/matmul.h describes.
+"""Read weights of compiled kernels back by their layout, which llmc/kernels/matmul.h describes.
 
 A group of 16 outputs is one row of bytes: codes, float16 scales (blocks, 16), zero points of 4 bits
 (blocks, 16) or float16 minima (blocks, 16) if there are any. Codes lie by block in registers of 16 outputs
-by 4 inputs; with 4 bits a byte has two registers, the first in its low half. Which layout a matrix has, the
-operator's node states.
+by 4 inputs; with 4 bits a byte holds two registers, the first in its low half. The operator's node states the
+layout of its matrix.
 """
 
 import json
@@ -29,13 +29,13 @@ _NOT_STATED = (0, 0, 0, 0, -1)
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix of `outputs` x `inputs` as kernels read it.
+    """The matrix of `outputs` x `inputs` as kernels read it.
 
     Args:
         data: uint8 (groups, bytes of a group).
         bits: 4 or 8.
         block: Inputs that share a scale.
-        zero: What stands for zero.
+        zero: How zero is represented.
     """
 
     data: Array
@@ -46,7 +46,7 @@ class PackedMatrix:
     zero: PackedZero
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, (stop - start, inputs) float32."""
+        """Return outputs start:stop, (stop - start, inputs) float32."""
         first = start // _OUTPUTS
         groups = self.data[first : -(-stop // _OUTPUTS)]
         count, blocks = len(groups), -(-self.inputs // self.block)
@@ -73,7 +73,7 @@ class PackedMatrix:
         return part
 
     def _halves(self, groups: Array, at: int) -> Array:
-        """Numbers of each block from byte `at` on, (groups, 16, blocks, 1) float32."""
+        """Return the numbers of each block from byte `at` on, (groups, 16, blocks, 1) float32."""
         blocks = -(-self.inputs // self.block)
         halves = np.ascontiguousarray(groups[:, at : at + 2 * blocks * _OUTPUTS]).view(np.float16)
         numbers: Array = halves.reshape(len(groups), blocks, _OUTPUTS, 1).astype(np.float32)
@@ -81,10 +81,10 @@ class PackedMatrix:
 
 
 def open_packed(value: ir.Value) -> PackedMatrix:
-    """The matrix that an initializer of an operator of compiled kernels holds.
+    """Open the matrix that an initializer of a compiled kernel's operator stores.
 
     Raises:
-        ParityError: No node states its layout, or it has another size.
+        ParityError: No node states its layout, or its size does not match the layout.
     """
     stated = (use.node.metadata_props.get(PACKED) for use in value.uses())
     layouts: dict[str, tuple[int, ...]] = next((json.loads(text) for text in stated if text is not None), {})

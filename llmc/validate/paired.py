@@ -1,9 +1,9 @@
-"""The program that is served beside the same program in float32, over the same inputs.
+"""Run the served program beside the same program in float32, over the same inputs.
 
-Compiled kernels round activations to 8 bits, which moves every logit at every position by about as much. A
+Compiled kernels round activations to 8 bits, which moves every logit at every position by a similar amount. A
 fault of a kernel moves the logits at some positions, for instance after pieces of one length, or those of
 some tokens, for instance the last ones of the vocabulary. The difference of the two programs is therefore
-measured in its size, and in how evenly it is spread.
+measured by its size and by how evenly it is spread.
 """
 
 from dataclasses import dataclass, field
@@ -22,16 +22,16 @@ from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 
-#: Positions with as many tokens in their call that make a median.
+#: Minimum number of positions with equally many tokens in their call that make a median.
 _LEAST = 4
 _CHOICES = frozenset({"TopK", "MoE", "QMoE"})
-#: Positions that are compared at once, which bounds the memory of a long prompt with logits everywhere.
+#: Number of positions that are compared at once, which bounds the memory of a long prompt with all logits.
 _POSITIONS = 64
 
 
 @dataclass
 class Paired:
-    """A session of the exact program that gives the served program the same inputs and keeps the differences.
+    """The session of the exact program that also runs the served program and records the differences.
 
     Args:
         exact: The program in float32, whose logits are returned.
@@ -54,7 +54,7 @@ class Paired:
         self.where: str = self.exact.where
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
-        """Logits of a prompt by the exact program; padded positions are not compared."""
+        """Return logits of a prompt by the exact program; padded positions are not compared."""
         logits = self.exact.prefill(input_ids, mask, steps=steps)
         served = self.served.prefill(input_ids, mask, steps=steps)
         real = mask is not None and logits.shape[1] == mask.shape[1]
@@ -64,29 +64,29 @@ class Paired:
         return logits
 
     def decode(self, tokens: Array) -> Array:
-        """Logits of further tokens of every row by the exact program."""
+        """Return logits of further tokens of every row by the exact program."""
         logits = self.exact.decode(tokens)
         self._compare(tokens.shape[1], logits, self.served.decode(tokens), None)
         return logits
 
     def state(self) -> tuple[Any, Any]:
-        """This point of the sequence in both programs."""
+        """Return this point of the sequence in both programs."""
         return self.exact.state(), self.served.state()
 
     def rewind(self, state: tuple[Any, Any], total: int) -> None:
-        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
+        """Return to the first `total` tokens of `state`, taken since the last prefill of one row."""
         self.exact.rewind(state[0], total)
         self.served.rewind(state[1], total)
 
     def measure(self) -> tuple[Measurement, ...]:
-        """Size and evenness of all differences so far; NaN where nothing was compared."""
+        """Measure size and evenness of all differences so far; NaN if nothing was compared."""
         if not self._kl:
             return broken(Family.ROUNDING.metrics, ParityError("no position was compared"), self.where)
         noise = self._by_position()
         tokens = np.sqrt(self._by_token / len(self._noise))
         median = float(np.median(self._noise))
         detail = f"{len(self._kl)} positions, the program as it is served beside the one in float32"
-        told = f"{detail}; the difference of logits without its mean, over their standard deviation"
+        deviation = f"{detail}; the difference of logits without its mean, over their standard deviation"
         each = "each number of tokens in a call" if self.routed else "each position"
         return (
             measured(Metric.ROUNDING_KL_MEAN, float(np.mean(self._kl)), detail, self.where),
@@ -96,48 +96,50 @@ class Paired:
                 f"{detail}; over that of even noise",
                 self.where,
             ),
-            measured(Metric.ROUNDING_NOISE_RATIO, median, f"{told}, median of the positions", self.where),
+            measured(Metric.ROUNDING_NOISE_RATIO, median, f"{deviation}, median of the positions", self.where),
             measured(
-                Metric.ROUNDING_POSITION_RATIO, _unevenness(noise, median), f"{told}, {each}", self.where
+                Metric.ROUNDING_POSITION_RATIO, _unevenness(noise, median), f"{deviation}, {each}", self.where
             ),
             measured(
                 Metric.ROUNDING_TOKEN_RATIO,
                 _unevenness(tokens, float(np.median(tokens))),
-                f"{told}, each token; the worst is {tokens.argmax()}",
+                f"{deviation}, each token; the worst is {tokens.argmax()}",
                 self.where,
             ),
         )
 
     def _kl_ratio(self, median: float) -> float:
-        """Mean KL divergence over what noise of the median size would give at each of the positions.
+        """Return the mean KL divergence over the divergence that even noise of the median size causes.
 
-        With a router the largest of the medians of the calls with as many tokens.
+        With a router it is the largest of the medians over calls with equally many tokens.
         """
-        even, found = np.square(median) * np.array(self._weights), np.array(self._kl)
-        if not found.any():
+        even, divergences = np.square(median) * np.array(self._weights), np.array(self._kl)
+        if not divergences.any():
             return 1.0
         if not even.any():
             return float("inf")
         if not self.routed:
-            return float(found.mean() / even.mean())
-        return float(self._medians(found / np.maximum(even, np.finfo(np.float64).tiny)).max(initial=0.0))
+            return float(divergences.mean() / even.mean())
+        return float(
+            self._medians(divergences / np.maximum(even, np.finfo(np.float64).tiny)).max(initial=0.0)
+        )
 
     def _by_position(self) -> Array:
-        """Noise of every position; with a router the medians of those whose calls had as many tokens."""
+        """Return the noise of every position; with a router the medians by number of tokens in the call."""
         noise = np.array(self._noise)
         return self._medians(noise) if self.routed else noise
 
     def _medians(self, values: Array) -> Array:
-        """Medians of the positions whose calls had as many tokens, where there are enough of them."""
+        """Return medians over positions whose calls had equally many tokens, if there are enough of them."""
         counts = np.array(self._tokens)
         groups = [values[counts == count] for count in np.unique(counts)]
         return np.array([np.median(group) for group in groups if len(group) >= _LEAST])
 
     def _compare(self, tokens: int, exact: Array, served: Array, real: Array | None) -> None:
-        """Keep the differences at the positions that are `real`, at all of them where it is None.
+        """Record the differences at the positions that are `real`, or at all of them where it is None.
 
         Args:
-            tokens: Tokens of each sequence in the call.
+            tokens: Number of tokens of each sequence in the call.
             exact, served: Logits, (batch, positions, vocabulary).
         """
         if exact.shape != served.shape:
@@ -146,25 +148,25 @@ class Paired:
         if len(self._by_token) == 0:
             self._by_token = np.zeros(exact.shape[-1])
         for start in range(0, len(pair[0]), _POSITIONS):
-            self._keep(*(x[start : start + _POSITIONS] for x in pair))
+            self._record(*(x[start : start + _POSITIONS] for x in pair))
         self._tokens += [tokens] * len(pair[0])
 
-    def _keep(self, wanted: Array, found: Array) -> None:
+    def _record(self, expected: Array, actual: Array) -> None:
         """Add some positions, (positions, vocabulary) float32 each."""
-        p, q = log_softmax(wanted), log_softmax(found)
-        moved = found - wanted
-        moved -= moved.mean(axis=1, keepdims=True)  # no probability depends on it
-        spread = wanted.std(axis=1)
+        p, q = log_softmax(expected), log_softmax(actual)
+        moved = actual - expected
+        moved -= moved.mean(axis=1, keepdims=True)  # probabilities do not depend on it
+        spread = expected.std(axis=1)
         squares = np.square(moved / np.maximum(spread, np.finfo(np.float32).tiny)[:, None])
         self._kl += (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).tolist()
         self._noise += np.sqrt(squares.mean(axis=1, dtype=np.float64)).tolist()
-        # To second order, half the variance of the logits' change under the distribution itself.
+        # To second order it is half the variance of the logits' change under the distribution itself.
         self._weights += (np.square(spread) * (1 - np.square(np.exp(p)).sum(axis=1)) / 2).tolist()
         self._by_token += squares.sum(axis=0, dtype=np.float64)
 
 
 def _unevenness(noise: Array, median: float) -> float:
-    """The largest over the median; 1 where there is no noise at all."""
+    """Return the largest noise over the median; 1 where there is no noise at all."""
     most = float(np.max(noise, initial=0.0))
     if most == 0.0:
         return 1.0
@@ -172,7 +174,7 @@ def _unevenness(noise: Array, median: float) -> float:
 
 
 def chooses_experts(folder: Path) -> bool:
-    """Whether the graph of an artifact has a choice of experts."""
+    """Return whether the graph of an artifact contains a choice of experts."""
     import onnx_ir as ir
 
     return any(node.op_type in _CHOICES for node in ir.load(folder / MODEL).graph)

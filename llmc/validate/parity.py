@@ -1,4 +1,4 @@
-"""Parity levels: the artifact's logits against the original's, in prefill, decode and ragged batches."""
+"""Compare the artifact's logits with the original's, in prefill, decode and ragged batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,15 +20,15 @@ from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.stability import Difference
 
 DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
-#: Parts of the context that the report gives the largest difference of.
+#: Number of parts of the context for each of which the report states the largest difference.
 PARTS = 16
 
 
 def prepare_parity(plan: Plan, reference: Reference, advance: Advance = quietly) -> None:
-    """Have the original answer all that the levels will ask of it, so that it can be released.
+    """Let the original answer everything that the levels will ask of it, so that it can be released.
 
     Args:
-        advance: Told how many passes of how many are done.
+        advance: Called with the number of passes done and their total.
     """
     passes = [reference_pass for reference_pass in plan.all_passes() if len(reference_pass.positions)]
     for done, reference_pass in enumerate(passes, 1):
@@ -38,13 +38,13 @@ def prepare_parity(plan: Plan, reference: Reference, advance: Advance = quietly)
 
 @dataclass(frozen=True)
 class Parity:
-    """The two models, and the positions that are looked at.
+    """The two models, and the positions that are verified.
 
     Args:
         model: The artifact.
         reference: The original, float32.
-        plan: What is looked at; `plan_positions`.
-        differences: Of every position that was compared so far.
+        plan: The positions that are verified, from `plan_positions`.
+        differences: Differences of all positions compared so far.
     """
 
     model: Session
@@ -54,7 +54,7 @@ class Parity:
     _coverage: Coverage = field(default_factory=Coverage)
 
     def measure(self) -> tuple[Measurement, ...]:
-        """All levels, each on its own; a level is NaN if the artifact breaks in it."""
+        """Measure all levels, each by itself; a level is NaN if the artifact breaks in it."""
         where = self.model.where
         return (
             *measure((Metric.PREFILL_MAX_ABS,), where, self.prefill),
@@ -65,7 +65,7 @@ class Parity:
         )
 
     def prefill(self) -> tuple[Measurement, ...]:
-        """Largest difference over prompts of several lengths, each in one run from an empty cache."""
+        """Measure the largest difference over prompts of several lengths, each a run from an empty cache."""
         differences = {}
         for length in self.plan.prompts:
             logits = self.model.prefill(self.plan.tokens[None, :length], steps=0)
@@ -79,7 +79,7 @@ class Parity:
         return (measured(Metric.PREFILL_MAX_ABS, worst, detail, self.model.where, figures),)
 
     def over_one_cache(self) -> tuple[Measurement, ...]:
-        """The levels of pieces and of single steps.
+        """Measure the levels of pieces and of single steps.
 
         The long sequence is run once in pieces. Its cache is rewound for every further piece and step.
         """
@@ -97,52 +97,52 @@ class Parity:
         )
 
     def _chunks(self, walked: Sequence[tuple[int, int, Array]], state: Any) -> tuple[Measurement, ...]:
-        """Largest difference at the end of each piece of the long sequence, and of further pieces.
+        """Measure the largest difference at the ends of pieces of the long sequence, and of further pieces.
 
-        Those are of every size of a block, each over the cache of all tokens before it.
+        The further pieces have every size of a block, each over the cache of all tokens before it.
         """
         plan, history = self.plan, self.plan.history(self.plan.first)
-        found = [(b, self._compare(made, a, b, history, Metric.CHUNKS_MAX_ABS)) for a, b, made in walked]
+        by_end = [(b, self._compare(logits, a, b, history, Metric.CHUNKS_MAX_ABS)) for a, b, logits in walked]
         for at, size in plan.turns:
             self.model.rewind(state, at)
-            made = self.model.decode(plan.tokens[None, at : at + size])
-            found.append((at + size, self._compare(made, at, at + size, history, Metric.CHUNKS_MAX_ABS)))
+            logits = self.model.decode(plan.tokens[None, at : at + size])
+            by_end.append((at + size, self._compare(logits, at, at + size, history, Metric.CHUNKS_MAX_ABS)))
         detail = (
             f"{len(plan.tokens):,} tokens, {plan.first:,} at once and the rest in {len(plan.pieces)} pieces; "
             f"{len(plan.turns)} further pieces of {_spread([n for _, n in plan.turns])} tokens, each over "
             "what lies before it"
         )
-        return (self._worst(Metric.CHUNKS_MAX_ABS, found, detail),)
+        return (self._worst(Metric.CHUNKS_MAX_ABS, by_end, detail),)
 
     def _decode(self, state: Any) -> tuple[Measurement, ...]:
-        """Largest difference, and share of equal argmax, over single steps that are fed the text.
+        """Measure the largest difference and the share of equal argmax over single steps fed with the text.
 
-        Those over the cache of the long sequence, and consecutive ones after a few short prompts.
+        These are steps over the cache of the long sequence, and consecutive ones after a few short prompts.
         """
-        plan, equal, found = self.plan, list[bool](), list[tuple[int, float]]()
+        plan, equal, by_end = self.plan, list[bool](), list[tuple[int, float]]()
         for at in plan.steps:
             self.model.rewind(state, at)
             value, same = self._step(at, plan.history(plan.first), DECODE[0])
-            found.append((at + 1, value))
+            by_end.append((at + 1, value))
             equal.append(same)
         for prompt, steps in plan.runs:
             self.model.prefill(plan.tokens[None, :prompt], steps=steps)
             for at in range(prompt, prompt + steps):
                 value, same = self._step(at, plan.history(prompt), DECODE[0])
-                found.append((at + 1, value))
+                by_end.append((at + 1, value))
                 equal.append(same)
         detail = f"steps at {len(plan.steps):,} positions of {_spread(plan.steps)}"
         if plan.runs:
-            told = ", ".join(f"{steps} after {prompt:,}" for prompt, steps in plan.runs)
-            detail += f", and consecutive ones: {told}"
+            runs = ", ".join(f"{steps} after {prompt:,}" for prompt, steps in plan.runs)
+            detail += f", and consecutive ones: {runs}"
         share = float(np.mean(equal))
         return (
-            self._worst(DECODE[0], found, detail),
+            self._worst(DECODE[0], by_end, detail),
             measured(DECODE[1], share, f"{detail}; {len(equal):,} steps", self.model.where),
         )
 
     def ragged(self) -> tuple[Measurement, ...]:
-        """Largest difference over the real tokens of padded batches, in prefill and decode.
+        """Measure the largest difference over the real tokens of padded batches, in prefill and decode.
 
         The original runs each row alone, without padding.
         """
@@ -160,7 +160,7 @@ class Parity:
         lengths = [n for batch in batches.values() for n in batch.prompts]
         first = next(iter(batches.values()))
         padded = (
-            f"padded {' and '.join(self.plan.sides)}" if self.plan.sides else "the graph takes no padding"
+            f"padded {' and '.join(self.plan.sides)}" if self.plan.sides else "the graph accepts no padding"
         )
         detail = (
             f"{len(batches)} batches of {len(first.prompts)} rows of {_spread(lengths)} tokens and"
@@ -170,11 +170,11 @@ class Parity:
         return (measured(Metric.RAGGED_MAX_ABS, worst, detail, self.model.where, figures),)
 
     def window(self) -> tuple[Measurement, ...]:
-        """Largest difference around each sliding window.
+        """Measure the largest difference around each sliding window.
 
-        Prompts of window - 1, window and window + 1 tokens and beyond; decode that crosses them; a
-        ragged batch with rows on both sides of it. The windows are those of the interface and of
-        the original's config, so that one that the artifact forgot is measured as well.
+        It covers prompts of window - 1, window and window + 1 tokens and beyond, decode that crosses them,
+        and a ragged batch with rows on both sides of the window. The windows are those of the interface and
+        of the original's config, so that a window that the artifact forgot is measured as well.
         """
         plan = self.plan
         if not plan.windows:
@@ -194,8 +194,8 @@ class Parity:
         for number, batch in enumerate(plan.batches):
             if batch.window is not None:
                 for side in plan.sides:
-                    found = self._batch(number, side, Metric.WINDOW_MAX_ABS)
-                    figures[f"window_{batch.window}_{side}_padded"] = found
+                    largest = self._batch(number, side, Metric.WINDOW_MAX_ABS)
+                    figures[f"window_{batch.window}_{side}_padded"] = largest
         detail = (
             f"windows of {', '.join(map(str, plan.windows))}: decode across each, prompts beyond each,"
             f" ragged rows padded {' and '.join(self.plan.sides) or 'nowhere'}"
@@ -215,49 +215,49 @@ class Parity:
             reference_pass.tokens, reference_pass.positions, pieces=reference_pass.pieces
         )
 
-    def _compare(self, made: Array, start: int, end: int, history: int, metric: Metric) -> float:
-        """Largest difference of the logits (1, end - start or 1, vocabulary) of a run over [start, end).
+    def _compare(self, logits: Array, start: int, end: int, history: int, metric: Metric) -> float:
+        """Return the largest difference of logits (1, end - start or 1, vocabulary) of a run over start:end.
 
-        A graph that returns every position is compared at all that the original was asked for.
+        A graph that returns every position is compared at all positions that the original was asked for.
         """
-        known = self._answers[history]
+        answers = self._answers[history]
         every = self.model.interface.logits == "all"
-        positions = [at for at in range(start, end) if at in known] if every else [end - 1]
-        rows = made[0, [at - start for at in positions]] if every else made[0]
-        expected = np.stack([known[at] for at in positions])
-        found = row_differences(rows, expected, f"{metric}: tokens {start} to {end}")
+        positions = [at for at in range(start, end) if at in answers] if every else [end - 1]
+        rows = logits[0, [at - start for at in positions]] if every else logits[0]
+        expected = np.stack([answers[at] for at in positions])
+        differences = row_differences(rows, expected, f"{metric}: tokens {start} to {end}")
         self._coverage.add(positions, end)
-        self._add(metric, history, 0, positions, found)
-        return float(found.max())
+        self._add(metric, history, 0, positions, differences)
+        return float(differences.max())
 
     def _step(self, at: int, history: int, metric: Metric) -> tuple[float, bool]:
-        """Largest difference after one more token, and whether the likeliest next token is the same."""
-        made = self.model.decode(self.plan.tokens[None, at : at + 1])
-        worst = self._compare(made, at, at + 1, history, metric)
-        return worst, int(made[0, -1].argmax()) == int(self._answers[history][at].argmax())
+        """Return the largest difference after one more token, and whether the argmax is the same."""
+        logits = self.model.decode(self.plan.tokens[None, at : at + 1])
+        worst = self._compare(logits, at, at + 1, history, metric)
+        return worst, int(logits[0, -1].argmax()) == int(self._answers[history][at].argmax())
 
     def _batch(self, number: int, side: str, metric: Metric) -> float:
-        """Largest difference over a batch of the plan, padded on one side."""
+        """Return the largest difference over a batch of the plan, padded on one side."""
         batch, worst = self.plan.batches[number], 0.0
         expected = self._ask(batch.reference_pass)
-        for row, positions, found in compare_ragged(self.model, batch, expected, side):
-            self._add(metric, len(self.plan.switches) + 1 + number, row, positions.tolist(), found)
-            worst = max(worst, float(found.max()))
+        for row, positions, differences in compare_ragged(self.model, batch, expected, side):
+            self._add(metric, len(self.plan.switches) + 1 + number, row, positions.tolist(), differences)
+            worst = max(worst, float(differences.max()))
         return worst
 
     def _add(
-        self, metric: Metric, reference_pass: int, row: int, positions: Sequence[int], found: Array
+        self, metric: Metric, reference_pass: int, row: int, positions: Sequence[int], values: Array
     ) -> None:
         self.differences.extend(
             Difference(metric, reference_pass, row, int(at), float(value))
-            for at, value in zip(positions, found, strict=True)
+            for at, value in zip(positions, values, strict=True)
         )
 
-    def _worst(self, metric: Metric, found: Sequence[tuple[int, float]], detail: str) -> Measurement:
-        """The largest of differences by total length, and the largest in each part of the context."""
+    def _worst(self, metric: Metric, by_end: Sequence[tuple[int, float]], detail: str) -> Measurement:
+        """Return the largest of differences by total length, and the largest in each part of the context."""
         total, figures = len(self.plan.tokens), dict[str, float]()
         width = max(1, -(-total // PARTS))
-        for end, value in sorted(found):
+        for end, value in sorted(by_end):
             part = (end - 1) // width
             name = f"tokens_{part * width + 1}_to_{min(total, (part + 1) * width)}"
             figures[name] = max(figures.get(name, 0.0), value)

@@ -1,11 +1,11 @@
-"""Quality on text: KL divergence, agreement and perplexity, token by token over the KV cache.
+"""Measure quality on text: KL divergence, agreement and perplexity, token by token over the KV cache.
 
-KL divergence is that of the artifact's next-token distribution q from the original's p,
-sum p (log p - log q) in nats (Kullback and Leibler 1951); perplexity is exp of the mean negative
-log-likelihood of the next token (Jelinek et al. 1977). Sums are in float64. Top-1 agreement is
-the share of tokens with the same most likely next token, top-5 the share of the original's five most
-likely that are among the artifact's five. A token less likely than 1e-14 counts as just that on both sides.
-Means have 95 % confidence intervals over the windows.
+The KL divergence of the artifact's next-token distribution q from the original's p is sum p (log p - log q)
+in nats (Kullback and Leibler 1951); perplexity is exp of the mean negative log-likelihood of the next token
+(Jelinek et al. 1977). Sums are in float64. Top-1 agreement is the share of tokens with the same most likely
+next token; top-5 agreement is the share of the original's five most likely tokens that are among the
+artifact's five. A probability below 1e-14 counts as 1e-14 on both sides. Means have 95 % confidence intervals
+over the windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,33 +30,33 @@ from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
 from llmc.validate.yardstick import compare_with_rounding
 
-#: Most windows of the text, their length, and the part that is prefilled before decoding; in tokens.
-#: Thirty-two give the mean KL divergence of the demo to 5 %. A model of 8 billion parameters spends half a
-#: minute of a core on each side of a window, so that there are twelve of an original beyond LARGE_BYTES.
-#: Twice as many are looked at where these do not decide a gate.
+#: Maximum number of windows of the text, their length, and the part that is prefilled before decoding, in
+#: tokens. Thirty-two windows give the mean KL divergence of the demo to 5 %. A model of 8 billion parameters
+#: spends half a minute of a core on each side of a window, so that an original larger than LARGE_BYTES gets
+#: twelve. Twice as many are measured where these do not decide a gate.
 WINDOWS = 32
 LARGE_WINDOWS = 12
 LARGE_BYTES = 8 << 30
 WINDOW_TOKENS = 160
 PREFIX_TOKENS = 32
-#: Fewest windows, and fewest tokens in each, that a measurement may rest on.
+#: Minimum number of windows, and of tokens in each, that a measurement may be based on.
 LEAST_WINDOWS = 4
 LEAST_TOKENS = 16
-#: Windows over which the artifact is compared with plain rounding, about.
+#: Approximate number of windows over which the artifact is compared with plain rounding.
 YARDSTICK_WINDOWS = 16
-#: Tokens whose log-probabilities on both sides go into the report, about.
+#: Approximate number of tokens whose log-probabilities on both sides are written to the report.
 PAIRS = 400
-#: Most bytes of the artifact's KV cache, which bounds the windows of a batch.
+#: Maximum bytes of the artifact's KV cache, which bounds the windows of a batch.
 CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of a text.
+    """The windows that are cut from a text.
 
     Args:
-        tokens: (windows, length) int64, each begun by what the tokenizer puts before a text.
-        prefix: Tokens of each that are prefilled; the rest is decoded one by one and measured.
+        tokens: (windows, length) int64; each begins with what the tokenizer puts before a text.
+        prefix: Number of tokens of each that are prefilled; the rest is decoded one by one and measured.
     """
 
     tokens: Array
@@ -64,27 +64,27 @@ class Windows:
 
     @property
     def steps(self) -> int:
-        """Measured tokens of each window."""
+        """The number of measured tokens of each window."""
         return int(self.tokens.shape[1]) - self.prefix
 
     def sample(self, count: int) -> "Windows":
-        """About `count` of them, spread over the text."""
+        """Return about `count` of the windows, spread over the text."""
         return Windows(self.tokens[:: self._stride(count)], self.prefix)
 
     def sampled(self, values: Array, count: int) -> Array:
-        """Those of `values` (windows, …) that belong to the windows of `sample(count)`."""
+        """Return the `values` (windows, …) of the windows of `sample(count)`."""
         return values[:: self._stride(count)]
 
     def questions(self) -> list[Question]:
-        """What `measure_quality` asks the original."""
+        """Return what `measure_quality` asks the original."""
         return [self._question(row) for row in self.tokens]
 
     def known(self, reference: Reference) -> list[Distributions]:
-        """What the original holds of the measured tokens of each window."""
+        """Return the original's distributions of the measured tokens of each window."""
         return [Distributions.from_bytes(reference.ask(question)) for question in self.questions()]
 
     def yardstick_questions(self, original: Reference) -> list[Question]:
-        """What `measure_quality` asks the original with plainly rounded weights."""
+        """Return what `measure_quality` asks the original with plainly rounded weights."""
 
         def known(row: Array) -> Distributions:
             return Distributions.from_bytes(original.ask(self._question(row)))
@@ -103,7 +103,7 @@ class Windows:
 
 @dataclass
 class _Totals:
-    """Figures of every token, (windows, steps) once joined along the last axis."""
+    """The figures of every token, (windows, steps) once joined along the last axis."""
 
     kl: list[Array] = field(default_factory=list)
     top1: list[Array] = field(default_factory=list)
@@ -112,19 +112,19 @@ class _Totals:
     loss_original: list[Array] = field(default_factory=list)
 
     def add(self, original: Sequence[Distribution], artifact: Array, targets: Array) -> None:
-        """One step: of each row the original's distribution, logits (vocabulary,), and the next token."""
+        """Add one step: each row's original distribution, logits (vocabulary,), and the next token."""
         figures: list[tuple[float, ...]] = []
-        for row, known, target in zip(artifact, original, targets, strict=True):
+        for row, distribution, target in zip(artifact, original, targets, strict=True):
             q = log_softmax(row)
-            # A token is among the artifact's five if fewer than five are likelier.
-            among = row[known.top] >= np.partition(row, -TOP)[-TOP]
+            # A token is among the artifact's five if fewer than five tokens are more likely.
+            among = row[distribution.top] >= np.partition(row, -TOP)[-TOP]
             figures.append(
                 (
-                    known.divergence(q),
-                    float(row.argmax() == known.top[0]),
+                    distribution.divergence(q),
+                    float(row.argmax() == distribution.top[0]),
                     float(np.mean(among)),
                     min(-float(q[target]), LEAST_LIKELY),
-                    min(-known.target, LEAST_LIKELY),
+                    min(-distribution.target, LEAST_LIKELY),
                 )
             )
         series = (self.kl, self.top1, self.top5, self.loss, self.loss_original)
@@ -133,7 +133,7 @@ class _Totals:
 
 
 def most_windows(original_bytes: int) -> int:
-    """Windows to look at first, about: by the bytes of the original in float32, whatever machine this is."""
+    """Return the approximate number of windows to measure first, by the bytes of the original in float32."""
     return LARGE_WINDOWS if original_bytes > LARGE_BYTES else WINDOWS
 
 
@@ -143,7 +143,7 @@ def plan_windows(interface: Interface, tokens: Array, start: tuple[int, ...], mo
     Args:
         tokens: (n,) int64, the text without special tokens.
         start: Tokens that the tokenizer puts before a text, such as the beginning-of-sequence token.
-        most: Windows at most.
+        most: Maximum number of windows.
 
     Raises:
         ConfigError: The text, or the model's positions, are too short.
@@ -172,19 +172,20 @@ def measure_quality(
     unstable: tuple[SensitiveReference, float] | None = None,
     advance: Advance = quietly,
 ) -> tuple[Measurement, ...]:
-    """KL divergence, agreement and perplexity ratio on a text.
+    """Measure KL divergence, agreement and perplexity ratio on a text.
 
-    Of each window the first tokens are prefilled and the rest decoded one by one, which is how an
-    artifact serves, whatever logits it returns; several windows go as one batch. The original sees
-    each window in one forward pass, unless it has a switch within.
+    The first tokens of each window are prefilled and the rest is decoded one by one, as when the artifact is
+    served, whatever logits it returns; several windows run as one batch. The original sees each window in one
+    forward pass, unless it has a switch within.
 
     Args:
-        rows: Most rows of a batch that the model takes; None for any number.
+        rows: Maximum number of rows of a batch that the model accepts; None for any number.
         rounding: The original with plainly rounded weights (`llmc.validate.yardstick`); None compares
             with no yardstick.
-        unstable: Where the mean KL divergence may exceed this bound, positions that rounding alone moves by
-            more are left out of all figures, as the original finds them; None leaves none out.
-        advance: Told how many decode steps of how many are done.
+        unstable: The original, and a bound. If the mean KL divergence may exceed the bound, positions that
+            rounding alone moves by more, as the original shows, are left out of all figures; None leaves none
+            out.
+        advance: Called with the number of decode steps done and their total.
 
     Returns:
         One measurement for each metric of quality on text.
@@ -207,20 +208,20 @@ def measure_quality(
         left_out = np.zeros(figures[0].shape, bool)
         if unstable is not None and mean_interval(figures[0].mean(axis=1).tolist())[1] > unstable[1]:
             left_out = find_unstable(unstable[0], windows.tokens, figures[0], unstable[1])
-        made = _measurements(figures, left_out, windows.tokens.shape[1], model.where)
+        measurements = _measurements(figures, left_out, windows.tokens.shape[1], model.where)
         if rounding is None:
             why = "no matrix is stored as integers by block, or the target has no gate on it"
             status = MeasurementStatus.NOT_APPLICABLE
-            return (*made, unmeasured(Metric.TEXT_KL_RATIO, status, why, model.where))
+            return (*measurements, unmeasured(Metric.TEXT_KL_RATIO, status, why, model.where))
         plain = [read_divergence(rounding.ask(q)).mean() for q in windows.yardstick_questions(reference)]
         own = windows.sampled(figures[0], YARDSTICK_WINDOWS).mean(axis=1)
-        return (*made, compare_with_rounding(own, np.array(plain), model.where))
+        return (*measurements, compare_with_rounding(own, np.array(plain), model.where))
 
     return measure(Family.TEXT.metrics, model.where, take)
 
 
 def cut_windows(tokens: Array, length: int, start: tuple[int, ...], most: int = WINDOWS) -> Array:
-    """Up to `most` windows of `length` tokens that do not overlap, spread evenly, each after `start`.
+    """Cut up to `most` windows of `length` tokens that do not overlap, spread evenly, each after `start`.
 
     Returns:
         (windows, len(start) + length) int64.
@@ -232,38 +233,38 @@ def cut_windows(tokens: Array, length: int, start: tuple[int, ...], most: int = 
 
 
 def _compare(
-    model: Session, windows: Windows, known: Sequence[Distributions], advance: Callable[[], None]
+    model: Session, windows: Windows, distributions: Sequence[Distributions], advance: Callable[[], None]
 ) -> Array:
-    """(5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original.
+    """Return (5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original.
 
     Args:
-        known: What the original holds of the measured tokens of each window.
+        known: The original's distributions of the measured tokens of each window.
         advance: Called after each step.
     """
     totals, tokens = _Totals(), windows.tokens
-    shape = (len(tokens), known[0].vocabulary)
-    # Logits at position i speak of token i + 1: those from prefix - 1 to length - 2 are measured.
+    shape = (len(tokens), distributions[0].vocabulary)
+    # Logits at position i predict token i + 1: those from prefix - 1 to length - 2 are measured.
     logits = model.prefill(tokens[:, : windows.prefix], steps=windows.steps - 1)[:, -1]
-    with ThreadPoolExecutor(1) as beside:  # figures of a step are taken while the next one runs
-        taken: Future[None] | None = None
+    with ThreadPoolExecutor(1) as pool:  # figures of a step are computed while the next one runs
+        pending: Future[None] | None = None
         for step in range(windows.steps):
             at = windows.prefix + step
             if step > 0:
                 logits = model.decode(tokens[:, at - 1 : at])[:, -1]
             require_comparable(logits, shape, f"position {at - 1} of the evaluation text")
-            if taken is not None:
-                taken.result()
-            held = [each.positions[step] for each in known]
-            taken = beside.submit(totals.add, held, logits, tokens[:, at])
+            if pending is not None:
+                pending.result()
+            step_distributions = [each.positions[step] for each in distributions]
+            pending = pool.submit(totals.add, step_distributions, logits, tokens[:, at])
             advance()
-        if taken is not None:
-            taken.result()
+        if pending is not None:
+            pending.result()
     series = (totals.kl, totals.top1, totals.top5, totals.loss, totals.loss_original)
     return np.stack([np.stack(part, axis=1) for part in series])
 
 
 def _most_rows(interface: Interface, length: int) -> int:
-    """Windows of `length` tokens whose KV cache fits in CACHE_BYTES, at least one."""
+    """Return how many windows of `length` tokens have a KV cache that fits in CACHE_BYTES, at least one."""
     slots = length
     if interface.static_cache and interface.max_length is not None:
         slots = interface.max_length
@@ -272,10 +273,10 @@ def _most_rows(interface: Interface, length: int) -> int:
 
 
 def _measurements(figures: Array, left_out: Array, length: int, where: str) -> tuple[Measurement, ...]:
-    """From figures (5, windows, steps) to one measurement for each metric of text but TEXT_KL_RATIO.
+    """Summarize figures (5, windows, steps) as one measurement for each metric of text but TEXT_KL_RATIO.
 
     Args:
-        left_out: (windows, steps) bool, positions that count for nothing.
+        left_out: (windows, steps) bool, positions that are not counted.
     """
     windows, steps = left_out.shape
     tokens = left_out.size - np.count_nonzero(left_out)
@@ -285,7 +286,7 @@ def _measurements(figures: Array, left_out: Array, length: int, where: str) -> t
             f"; {np.count_nonzero(left_out)} more are left out, where rounding alone moves the original by "
             "more than the bound"
         )
-    # Each of them gets the mean of its window, which leaves the means over windows as they are without it.
+    # Each of them gets the mean of its window, which does not change the means over windows.
     weights = np.broadcast_to(~left_out, figures.shape)
     averages = np.sum(figures, axis=2, keepdims=True, where=weights) / np.maximum(
         1, np.count_nonzero(weights, axis=2, keepdims=True)
@@ -295,10 +296,10 @@ def _measurements(figures: Array, left_out: Array, length: int, where: str) -> t
     original, artifact = np.exp(np.array([loss_original.mean(), loss.mean()]))
     ratio_interval = tuple(float(v) for v in np.exp(np.array(means[3])))
     perplexities = {"perplexity_original": float(original), "perplexity_artifact": float(artifact)}
-    # Along the text: how what is lost grows with the cache.
+    # The divergence along the text shows how the loss grows with the cache.
     cuts = np.linspace(0, steps, min(steps, 16) + 1).astype(int)
     along = {f"position_{a}": float(kl[:, a:b].mean()) for a, b in pairwise(cuts.tolist())}
-    # Log-probabilities of the text's own tokens, every so many: for a picture of both sides.
+    # Every n-th log-probability of the text's own tokens is kept for a picture of both sides.
     sample = np.stack([-loss_original.ravel(), -loss.ravel()], axis=1)[:: max(1, loss.size // PAIRS)]
     perplexity = measured(
         Metric.TEXT_PERPLEXITY_RATIO,

@@ -1,7 +1,8 @@
-"""What the original is asked: logits of the last positions of a sequence, and what is kept of them.
+"""Define the questions to the original: which logits of a sequence are requested, and what is stored of them.
 
-A question says what it depends on, so that its answer can be kept on disk, and questions can be answered many
-at a time (`llmc.validate.batch`), which for a model that is streamed from disk is one pass over its weights.
+A question states what it depends on, so that its answer can be stored on disk, and many questions can be
+answered at a time (`llmc.validate.batch`), which for a model that is streamed from disk is one pass over its
+weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +17,15 @@ from llmc.validate.distribution import Distributions, log_softmax
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One question.
+    """The definition of one question.
 
     Args:
         what: Kind of the answer, which is part of its key.
         input_ids: (sequence,) int64.
-        keep: The last positions, whose logits are looked at.
-        pieces: As `Reference.logits` says.
-        reduce: What is kept of logits (keep, vocabulary) float32.
-        settings: What else the answer depends on.
+        keep: Number of last positions whose logits are requested.
+        pieces: The steps over one KV cache, as for `Reference.logits`.
+        reduce: Returns what is stored of logits (keep, vocabulary) float32.
+        settings: Everything else that the answer depends on.
     """
 
     what: str
@@ -37,14 +38,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Followed:
-    """How the original's choices compare with a text that was given to it.
+    """The comparison of the original's choices with a text that was given to it.
 
-    One entry for each new token, and a last one for the end of the text, which stands for the end tokens.
+    There is one entry for each new token, and a last one for the end of the text, which represents the end
+    tokens.
 
     Args:
-        best: Its most likely next token.
-        gap: Logit of that token less the logit of the text's own.
-        rank: Tokens that it holds for likelier than the text's own.
+        best: The original's most likely next token.
+        gap: Logit of that token minus the logit of the text's own token.
+        rank: Number of tokens that the original considers more likely than the text's own.
     """
 
     best: Array
@@ -54,24 +56,24 @@ class Followed:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model holds of a continuation: its log-likelihood in nats, and whether greedy text is this."""
+    """The log-likelihood of a continuation in nats, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     greedy: bool
 
 
 def ask_logits(input_ids: Array, keep: int, pieces: Sequence[int] = ()) -> Question:
-    """The logits themselves; `read_logits` reads the answer."""
+    """Ask for the logits themselves; `read_logits` reads the answer."""
     return Question("logits", input_ids, keep, tuple(pieces), lambda logits: _float32(logits).tobytes())
 
 
 def read_logits(answer: bytes, keep: int) -> Array:
-    """(keep, vocabulary) float32."""
+    """Return the logits, (keep, vocabulary) float32."""
     return np.frombuffer(answer, np.float32).reshape(keep, -1).copy()
 
 
 def ask_distributions(tokens: Array, keep: int, pieces: Sequence[int] = ()) -> Question:
-    """What is held of each of the last `keep` of `tokens` (n,) before it is seen.
+    """Ask for the distribution of each of the last `keep` of `tokens` (n,) before it is seen.
 
     `Distributions.from_bytes` reads the answer.
     """
@@ -86,10 +88,10 @@ def ask_distributions(tokens: Array, keep: int, pieces: Sequence[int] = ()) -> Q
 def ask_divergence(
     tokens: Array, keep: int, original: Callable[[], Distributions], pieces: Sequence[int] = ()
 ) -> Question:
-    """KL divergence at the last `keep` of `tokens` (n,) from the original's; `read_divergence` reads it.
+    """Ask for the KL divergence from the original's at the last `keep` of `tokens`; see `read_divergence`.
 
     Args:
-        original: Gives the original's answer to `ask_distributions` of the same tokens.
+        original: Returns the original's answer to `ask_distributions` of the same tokens.
     """
 
     def reduce(logits: Array) -> bytes:
@@ -99,15 +101,15 @@ def ask_divergence(
 
 
 def read_divergence(answer: bytes) -> Array:
-    """(keep,) float64, nats."""
+    """Return the divergences, (keep,) float64, nats."""
     return np.frombuffer(answer, np.float64).copy()
 
 
 def ask_followed(prompt: Sequence[int], text: Sequence[int], stop: Sequence[int]) -> Question:
-    """How the greedy choices after `prompt` compare with `text`; `read_followed` reads the answer.
+    """Ask how the greedy choices after `prompt` compare with `text`; `read_followed` reads the answer.
 
     Args:
-        stop: End tokens, of which the likeliest stands for the end of the text.
+        stop: End tokens, the most likely of which represents the end of the text.
     """
     return Question(
         "followed",
@@ -120,25 +122,25 @@ def ask_followed(prompt: Sequence[int], text: Sequence[int], stop: Sequence[int]
 
 
 def read_followed(answer: bytes) -> Followed:
-    """What `ask_followed` asked for."""
+    """Read the answer to `ask_followed`."""
     best, gap, rank = np.frombuffer(answer, np.float64).reshape(3, -1)
     return Followed(best.astype(np.int64), gap.copy(), rank.astype(np.int64))
 
 
 def ask_score(prompt: Array, choice: Array) -> Question:
-    """What is held of `choice` (n,), n at least 1, after `prompt` (m,); `read_score` reads the answer."""
+    """Ask for the likelihood of `choice` (n,), n >= 1, after `prompt` (m,); `read_score` reads the answer."""
 
     def reduce(logits: Array) -> bytes:
-        held = log_softmax(logits)[np.arange(len(choice)), choice]
+        log_probabilities = log_softmax(logits)[np.arange(len(choice)), choice]
         greedy = (logits.argmax(axis=1) == choice).all()
-        return np.array([held.sum(dtype=np.float64), greedy], np.float64).tobytes()
+        return np.array([log_probabilities.sum(dtype=np.float64), greedy], np.float64).tobytes()
 
     sequence = np.concatenate([prompt, choice])
     return Question("score", sequence[:-1], len(choice), (), reduce, (int(choice[-1]),))
 
 
 def read_score(answer: bytes) -> Score:
-    """What `ask_score` asked for."""
+    """Read the answer to `ask_score`."""
     log_likelihood, greedy = np.frombuffer(answer, np.float64).tolist()
     return Score(log_likelihood, bool(greedy))
 

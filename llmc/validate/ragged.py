@@ -1,4 +1,4 @@
-"""A batch of prompts of unequal length through the artifact, padded on one side."""
+"""Run a batch of prompts of unequal length through the artifact, padded on one side."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ from llmc.validate.positions import Batch
 def compare_ragged(
     model: Session, batch: Batch, expected: Array, side: str
 ) -> Iterator[tuple[int, Array, Array]]:
-    """Rows, positions (n,), and the largest absolute difference of a logit at each, (n,), of real tokens.
+    """Yield rows, positions (n,), and the largest absolute difference of a logit at each, of real tokens.
 
-    Rows are padded on `side`; every decode step appends one token and one 1 of the attention mask to
-    every row, so that the row's positions go on from its own length whatever the padding. Where the
-    graph returns one position a row, it is that of the row's last token, on either side of the pads.
+    Rows are padded on `side`; every decode step appends one token and one 1 of the attention mask to every
+    row, so that the row's positions continue from its own length whatever the padding. If the graph returns
+    one position per row, it is the position of the row's last token, whichever side is padded.
 
     Args:
         expected: The original's logits of each row alone at the positions of `batch.reference_pass`, float32:
@@ -40,29 +40,29 @@ def compare_ragged(
     logits = model.prefill(ids, mask, steps=batch.steps)
     for i, prompt in enumerate(batch.prompts):
         place = f"prefill of row {i} of {rows}, padded {side}"
-        wanted = asked == prompt - 1 if last else asked < prompt
-        made = logits[i] if last else logits[i, mask[i] == 1][asked[wanted]]
-        yield i, asked[wanted], row_differences(made, expected[i, wanted], place)
+        compared = asked == prompt - 1 if last else asked < prompt
+        actual = logits[i] if last else logits[i, mask[i] == 1][asked[compared]]
+        yield i, asked[compared], row_differences(actual, expected[i, compared], place)
     for step in range(batch.steps):
         tokens = np.array([[batch.tokens[i, n + step]] for i, n in enumerate(batch.prompts)])
         logits = model.decode(tokens)
         for i, prompt in enumerate(batch.prompts):
             place = f"decode step {step + 1} of row {i} of {rows}, padded {side}"
-            wanted = asked == prompt + step
-            yield i, asked[wanted], row_differences(logits[i], expected[i, wanted], place)
+            compared = asked == prompt + step
+            yield i, asked[compared], row_differences(logits[i], expected[i, compared], place)
 
 
 def row_differences(actual: Array, expected: Array, place: str) -> Array:
-    """Largest absolute difference of each row, (rows,), of logits (rows, vocabulary).
+    """Return the largest absolute difference of each row, (rows,), of logits (rows, vocabulary).
 
     Raises:
         ParityError: Their shapes differ, or `actual` is not finite.
     """
     require_comparable(actual, expected.shape, place)
-    found: Array = np.abs(actual - expected).max(axis=-1, initial=0.0)
-    return found
+    differences: Array = np.abs(actual - expected).max(axis=-1, initial=0.0)
+    return differences
 
 
 def _pad_token(batch: Batch) -> int:
-    """A token that would be seen if a pad were attended to: any real one will do."""
+    """Return a token that would have an effect if a pad were attended to; any real token does."""
     return int(batch.tokens[0, 0])

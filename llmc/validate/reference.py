@@ -1,4 +1,4 @@
-"""The original PyTorch model as the reference: logits, greedy tokens, and timed steps."""
+"""Run the original PyTorch model as the reference: logits, greedy tokens, and timed steps."""
 
 import copy
 import inspect
@@ -14,16 +14,16 @@ from llmc.graph.switches import crosses, rope_switches
 from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
 
-#: Told how much of how much is done, in a unit of its own.
+#: Called with how much is done and the total, in a unit of the caller's choice.
 Advance = Callable[[int, int], None]
 
 
 def quietly(done: int, total: int) -> None:
-    """Tell nobody how much is done."""
+    """Report progress to nobody."""
 
 
 class Reference(Protocol):
-    """What the artifact's numbers are held against."""
+    """The model that the artifact's numbers are compared with."""
 
     @property
     def window(self) -> int | None:
@@ -31,51 +31,51 @@ class Reference(Protocol):
         ...
 
     def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
-        """Logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32.
+        """Return logits of the last `keep` positions of input_ids (sequence,): (keep, vocabulary) float32.
 
         Args:
-            pieces: Tokens of the first steps over one KV cache, the rest being given one by one; none for all
-                of them at once. Where the model has no switch within, the steps make no difference.
+            pieces: Tokens of the first steps over one KV cache, the rest being given one by one; empty for a
+                single step. If the model has no switch within, the steps make no difference.
         """
         ...
 
     def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
-        """Logits after the tokens at `positions` (n,), ascending: (n, vocabulary) float32.
+        """Return logits after the tokens at `positions` (n,), ascending: (n, vocabulary) float32.
 
         Args:
             input_ids: (sequence,) or (rows, sequence) int64; rows give (rows, n, vocabulary).
-            pieces: Tokens of each step over one KV cache; none for all of them at once.
+            pieces: Tokens of each step over one KV cache; empty for a single step.
         """
         ...
 
     def ask(self, question: Question) -> bytes:
-        """What is kept of the original's logits."""
+        """Return what `question` stores of the original's logits."""
         ...
 
     def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
-        """Know the answers before they are asked for.
+        """Compute the answers before they are requested.
 
         Args:
-            advance: Told how many questions of how many are answered.
+            advance: Called with the number of questions answered and their total.
         """
         ...
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
-        """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
+        """Return the `steps` most likely next tokens after input_ids (sequence,), ignoring end tokens."""
         ...
 
 
 def sliding_window(config: Any) -> int | None:
-    """A config's sliding window in positions; None if it has none."""
+    """Return a config's sliding window in positions; None if it has none."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else None
 
 
 class TorchModel:
-    """A transformers causal LM in evaluation mode, on the CPU, or on the GPU to be timed there.
+    """The transformers causal LM in evaluation mode, on the CPU, or on the GPU to be timed there.
 
     Args:
-        model: The model, as `transformers.AutoModelForCausalLM` gives it, float32 unless it is on a GPU.
+        model: A model of `transformers.AutoModelForCausalLM`, float32 unless it is on a GPU.
     """
 
     def __init__(self, model: Any) -> None:
@@ -91,30 +91,30 @@ class TorchModel:
 
     @property
     def description(self) -> str:
-        """What it runs as: torch version, element type, attention implementation, and the GPU if on one."""
+        """The torch version, element type, attention implementation, and the GPU's name if it runs on one."""
         import torch
 
         parameter = next(self.model.parameters())
         dtype = str(parameter.dtype).removeprefix("torch.")
         attention = self.model.config._attn_implementation
-        told = f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
+        runtime = f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
         if parameter.device.type == "cuda":
-            return f"{told}, {torch.cuda.get_device_name(parameter.device)}"
-        return told
+            return f"{runtime}, {torch.cuda.get_device_name(parameter.device)}"
+        return runtime
 
     def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
-        """Logits of a whole sequence in one forward pass without a cache, or in steps that cross a switch.
+        """Return logits of a whole sequence, in one forward pass without a cache or in steps over a switch.
 
         Args:
             input_ids: (sequence,) int64.
-            keep: How many of the last positions to return.
-            pieces: As `Reference.logits` says.
+            keep: Number of last positions to return.
+            pieces: The steps over one KV cache, as for `Reference.logits`.
 
         Returns:
             (keep, vocabulary) float32.
 
         Raises:
-            ParityError: The original itself gives NaN or infinity, so nothing can be held against it.
+            ParityError: The original itself returns NaN or infinity, so nothing can be compared with it.
         """
         total = len(input_ids)
         if crosses(pieces, total, self._switches):
@@ -127,10 +127,10 @@ class TorchModel:
         return values
 
     def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
-        """Logits after the tokens at `positions`, of one pass, or of one step for each of `pieces`.
+        """Return logits after the tokens at `positions`, in one pass or in one step for each of `pieces`.
 
         Raises:
-            ParityError: The original itself gives NaN or infinity, so nothing can be held against it.
+            ParityError: The original itself returns NaN or infinity, so nothing can be compared with it.
         """
         import torch
 
@@ -140,13 +140,13 @@ class TorchModel:
         for end in ends:
             ids = torch.from_numpy(rows[:, start:end].copy())
             at = torch.from_numpy(positions[(positions >= start) & (positions < end)] - start)
-            wanted = {"logits_to_keep": at if len(at) else 1} if self._keeps_last else {}
+            selection = {"logits_to_keep": at if len(at) else 1} if self._keeps_last else {}
             with (
                 torch.inference_mode(),
                 reporting_failures(end),
                 attention_by_rows(self.model, end - start, end),
             ):
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=len(ends) > 1, **wanted)
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=len(ends) > 1, **selection)
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
                 parts.append(logits.float().numpy())
@@ -157,7 +157,7 @@ class TorchModel:
         return values if input_ids.ndim > 1 else values[0]
 
     def stepped_logits(self, input_ids: Array, *, keep: int) -> Array:
-        """Logits of the last `keep` positions, each given alone over the cache of those before it."""
+        """Return logits of the last `keep` positions, each run alone over the cache of those before it."""
         return self._logits(input_ids, (len(input_ids) - keep, *[1] * keep), keep)
 
     def _logits(self, input_ids: Array, steps: Sequence[int], keep: int) -> Array:
@@ -167,35 +167,35 @@ class TorchModel:
         parts: list[Array] = []
         for step in steps:
             ids, end = torch.from_numpy(input_ids[None, start : start + step].copy()), start + step
-            wanted = end - max(start, first)
+            requested = end - max(start, first)
             with torch.inference_mode(), reporting_failures(end), attention_by_rows(self.model, step, end):
                 out = self.model(
                     input_ids=ids,
                     past_key_values=cache,
                     use_cache=len(steps) > 1,
-                    **self._keep(max(1, wanted)),
+                    **self._keep(max(1, requested)),
                 )
-            if wanted > 0:
-                parts.append(out.logits[0, -wanted:].float().numpy())
+            if requested > 0:
+                parts.append(out.logits[0, -requested:].float().numpy())
             start, cache = end, out.past_key_values if len(steps) > 1 else None
         return np.concatenate(parts)
 
     def ask(self, question: Question) -> bytes:
-        """What is kept of the logits, from steps as for `logits`."""
+        """Return what `question` stores of the logits, from steps as for `logits`."""
         return question.reduce(self.logits(question.input_ids, keep=question.keep, pieces=question.pieces))
 
     def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
-        """Do nothing: answers are computed when they are asked for."""
+        """Do nothing: answers are computed when they are requested."""
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
-        """The `steps` most likely next tokens after input_ids (sequence,), end tokens not heeded."""
+        """Return the `steps` most likely next tokens after input_ids (sequence,), ignoring end tokens."""
         tokens = [self.prefill(input_ids)]
         while len(tokens) < steps:
             tokens.append(self.decode(tokens[-1]))
         return np.array(tokens, np.int64)
 
     def generate(self, input_ids: Array, new_tokens: int, stop: Sequence[int]) -> Array:
-        """Greedy text of PyTorch's own `generate` up to an end token, which is left out.
+        """Return greedy text of PyTorch's own `generate` up to an end token, which is left out.
 
         Penalties and sampling of the generation config are off.
         """
@@ -216,47 +216,47 @@ class TorchModel:
             out = self.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=config
             )
-        made: Array = out[0, len(input_ids) :].numpy()
-        return made[:-1] if len(made) and made[-1] in stop else made
+        new: Array = out[0, len(input_ids) :].numpy()
+        return new[:-1] if len(new) and new[-1] in stop else new
 
     def set_parameters(self, values: Mapping[str, Array]) -> None:
-        """Replace parameters in place by name; a tied one changes wherever it is used.
+        """Replace parameters in place by name; a tied parameter changes wherever it is used.
 
         Raises:
             ParityError: The model has no such parameter.
         """
         import torch
 
-        known = self.model.state_dict()
+        parameters = self.model.state_dict()
         with torch.no_grad():
             for name, value in values.items():
-                if name not in known:
+                if name not in parameters:
                     raise ParityError(f"the original has no parameter {name}")
-                known[name].copy_(torch.from_numpy(value))
+                parameters[name].copy_(torch.from_numpy(value))
 
     def prefill(self, input_ids: Array) -> int:
-        """Run a prompt (sequence,) from an empty cache, as `generate` does; the most likely next token."""
+        """Run a prompt (sequence,) from an empty cache, as `generate` does; return the best next token."""
         return int(self.prefill_rows(input_ids[None])[0])
 
     def decode(self, token: int) -> int:
-        """Run one more token over the cache; the most likely next token."""
+        """Run one more token over the cache; return the most likely next token."""
         return int(self.decode_rows(np.array([token], np.int64))[0])
 
     def prefill_rows(self, input_ids: Array) -> Array:
-        """Run prompts (batch, sequence) of equal length from an empty cache; next tokens (batch,)."""
+        """Run prompts (batch, sequence) of equal length from an empty cache; return next tokens (batch,)."""
         self._cache = None
         return self._step(input_ids)
 
     def decode_rows(self, tokens: Array) -> Array:
-        """Run one more token of every row, (batch,), over the cache; next tokens (batch,)."""
+        """Run one more token of every row, (batch,), over the cache; return next tokens (batch,)."""
         return self._step(tokens[:, None])
 
     def state(self) -> Any:
-        """A copy of the cache, to `restore` later."""
+        """Return a copy of the cache, to `restore` later."""
         return copy.deepcopy(self._cache)
 
     def restore(self, state: Any) -> None:
-        """Go on from a copy of `state`."""
+        """Continue from a copy of `state`."""
         self._cache = copy.deepcopy(state)
 
     def _step(self, input_ids: Array) -> Array:
@@ -280,12 +280,12 @@ class TorchModel:
 
 @contextmanager
 def reporting_failures(tokens: int) -> Iterator[None]:
-    """What the original's own code raises, as a typed error."""
+    """Convert errors of the original's own code to an UnsupportedError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise UnsupportedError(
             f"the original fails in PyTorch at a step of {tokens} tokens: {type(error).__name__}: {reason}",
-            hint="nothing can be held against it; --no-verify builds without the comparison",
+            hint="nothing can be compared with it; --no-verify builds without the comparison",
         ) from error

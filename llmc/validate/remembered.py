@@ -1,4 +1,4 @@
-"""The reference's answers kept on disk, so that PyTorch runs once for each model, text and version."""
+"""Store the reference's answers on disk, so that PyTorch runs once for each model, text and version."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +15,16 @@ from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
 
 
 class RememberedModel:
-    """A `Reference` that asks PyTorch only for what it has not been asked before.
+    """The `Reference` that runs PyTorch only for questions that it was not asked before.
 
-    Every answer is kept as soon as it is known, so that a run that was killed goes on where it was.
+    Every answer is stored as soon as it is computed, so that a run continues where an earlier one was killed.
 
     Args:
         load: Loads the original; called at the first question that the cache cannot answer.
-        cache: Where answers are kept, each by the digest of everything that it depends on.
-        facts: What all answers depend on: digests of the weights, versions of what computes them.
+        cache: Stores the answers, each by the digest of everything that it depends on.
+        facts: Everything that all answers depend on: digests of the weights, versions of the libraries.
         window: The config's sliding window.
-        switches: Lengths at which it begins to compute otherwise, so that the steps are part of a question.
+        switches: Lengths at which it begins to compute differently, so that the steps are part of a question.
     """
 
     def __init__(
@@ -39,23 +39,24 @@ class RememberedModel:
         self._cache = cache
         self._facts = dict(facts)
         self._model: TorchModel | None = None
-        self._kept: dict[str, bytes] = {}
+        self._in_memory: dict[str, bytes] = {}
         self.window = window
         self._switches = tuple(switches)
 
     def logits(self, input_ids: Array, *, keep: int, pieces: Sequence[int] = ()) -> Array:
-        """As `TorchModel.logits`."""
+        """Do what `TorchModel.logits` does."""
         return read_logits(self.ask(ask_logits(input_ids, keep, pieces)), keep)
 
     def ask(self, question: Question) -> bytes:
-        """As `TorchModel.ask`."""
+        """Do what `TorchModel.ask` does."""
         return self._recall(self._key_of(question), lambda model: model.ask(question))
 
     def prepare(self, questions: Sequence[Question], advance: Advance = quietly) -> None:
-        """Have the answers in the cache, so that the model can be released; many of them come from one pass.
+        """Store the answers in the cache, so that the model can be released; one pass computes many of them.
 
         Args:
-            advance: Told how many of the questions that were not answered before are.
+            advance: Called with the number of new answers and the number of questions without an answer
+                before.
         """
         asked = {self._key_of(question): question for question in questions}
         unknown = {key: question for key, question in asked.items() if not self._holds(key)}
@@ -63,14 +64,14 @@ class RememberedModel:
             return
         keys, done = list(unknown), 0
         advance(done, len(keys))
-        for found in answer(self._loaded(), list(unknown.values())):
-            done += len(found)
-            for number in list(found):  # out of memory before the next pass
-                self._put(keys[number], unknown[keys[number]].reduce(found.pop(number)))
+        for logits_by_number in answer(self._loaded(), list(unknown.values())):
+            done += len(logits_by_number)
+            for number in list(logits_by_number):  # free the memory before the next pass
+                self._put(keys[number], unknown[keys[number]].reduce(logits_by_number.pop(number)))
             advance(done, len(keys))
 
     def logits_at(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Array:
-        """As `TorchModel.logits_at`."""
+        """Do what `TorchModel.logits_at` does."""
 
         def ask(model: TorchModel) -> bytes:
             logits = model.logits_at(input_ids, positions, pieces=pieces)
@@ -81,26 +82,26 @@ class RememberedModel:
         return np.frombuffer(data, np.float32).reshape((*input_ids.shape[:-1], len(positions), -1))
 
     def greedy(self, input_ids: Array, steps: int) -> Array:
-        """As `TorchModel.greedy`."""
+        """Do what `TorchModel.greedy` does."""
         key = self._key("greedy", input_ids, [steps])
         data = self._recall(key, lambda model: model.greedy(input_ids, steps).tobytes())
         return np.frombuffer(data, np.int64).copy()
 
     def sensitivity(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Sensitivity:
-        """As `measure_sensitivity`, of `positions` (n,) of input_ids (sequence,)."""
+        """Do what `measure_sensitivity` does, for `positions` (n,) of input_ids (sequence,)."""
 
         def ask(model: TorchModel) -> bytes:
-            found = measure_sensitivity(
+            sensitivity = measure_sensitivity(
                 model.model, lambda: model.logits_at(input_ids, positions, pieces=pieces)
             )
-            return np.stack([found.logits, found.kl, found.largest]).tobytes()
+            return np.stack([sensitivity.logits, sensitivity.kl, sensitivity.largest]).tobytes()
 
         settings = [DRAWS, *positions.tolist(), -1, *pieces]
         data = self._recall(self._key("sensitivity", input_ids, settings), ask)
         return Sensitivity(*np.frombuffer(data, np.float64).reshape(3, len(positions)))
 
     def release(self) -> TorchModel | None:
-        """Let go of the model, and hand it over if it was loaded; a later question loads it again."""
+        """Release the model, and return it if it was loaded; a later question loads it again."""
         model, self._model = self._model, None
         return model
 
@@ -120,17 +121,17 @@ class RememberedModel:
         return content_key("reference", facts)
 
     def _recall(self, key: str, ask: Callable[[TorchModel], bytes]) -> bytes:
-        known = self._kept.get(key) or self._cache.get(key)
-        if known is None:
-            known = ask(self._loaded())
-            self._put(key, known)
-        return known
+        data = self._in_memory.get(key) or self._cache.get(key)
+        if data is None:
+            data = ask(self._loaded())
+            self._put(key, data)
+        return data
 
     def _holds(self, key: str) -> bool:
-        return key in self._kept or self._cache.holds(key)
+        return key in self._in_memory or self._cache.holds(key)
 
     def _put(self, key: str, data: bytes) -> None:
-        """Keep an answer on disk, or in memory where the cache does not take it."""
+        """Store an answer on disk, or in memory if the cache does not accept it."""
         self._cache.put(key, data)
         if not self._cache.holds(key):
-            self._kept[key] = data
+            self._in_memory[key] = data

@@ -1,11 +1,11 @@
-"""Matrices whose codes cannot be computed again, held to what any rounding of the checkpoint's has in common.
+"""Check matrices whose codes cannot be computed again for what all roundings of a matrix have in common.
 
-Calibration decides on the codes, and machines differ in the last digits of a search; but rounding is not
-biased. With w the checkpoint's matrix, w' what is stored, and D = sum (w' - w)**2 / sum w**2, the gain
-g = sum w w' / sum w**2 is 1 - D where scales leave the least error (w' - w is orthogonal to w'), and 1 where
-the error has nothing to do with w. Of GPTQ on SmolLM2-135M with rescaled channels, 4 and 8 bits, g lies in
-1 - D to 1, and g of single blocks in 0.76 to 1.13; scales 2 % too wide move g by 0.02, and a block that was
-lost or exchanged has 0.
+Calibration decides the codes, and machines differ in the last digits of a search; but rounding is not biased.
+With w the checkpoint's matrix, w' the stored one, and D = sum (w' - w)**2 / sum w**2, the gain
+g = sum w w' / sum w**2 is 1 - D where scales minimize the error (w' - w is orthogonal to w'), and 1 where the
+error is independent of w. For GPTQ on SmolLM2-135M with rescaled channels, 4 and 8 bits, g lies between
+1 - D and 1, and g of single blocks between 0.76 and 1.13; scales that are 2 % too wide move g by 0.02, and a
+block that was lost or exchanged has a gain of 0.
 """
 
 import math
@@ -18,19 +18,19 @@ from llmc.arrays import Array
 from llmc.graph.weights import Rows, row_chunks
 from llmc.validate.stored import Stored, read_stored
 
-#: Lowest and highest gain of a block.
+#: The lowest and highest plausible gain of a block.
 _BLOCK_GAIN = (0.25, 1.75)
-#: What g of a matrix may lie beyond its range, and standard deviations of chance beside it.
+#: Tolerance of a matrix's gain beyond its range, and standard deviations of chance in addition.
 _BIAS, _DEVIATIONS = 0.003, 4.0
-#: Weights of a block whose squares sum to less are zeros.
+#: Blocks whose squared weights sum to less count as zeros.
 _TINY = 1e-30
 
 
 def find_strangers(folder: Path, sources: Mapping[str, Rows]) -> list[str]:
-    """Matrices that are no rounding of the checkpoint's, a sentence each.
+    """Describe matrices that are not a rounding of the checkpoint's, a sentence each.
 
     Args:
-        sources: What each is made of, by the name of its initializer before quantization.
+        sources: The rows that each is quantized from, by the name of its initializer before quantization.
 
     Raises:
         ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
@@ -44,20 +44,20 @@ def find_strangers(folder: Path, sources: Mapping[str, Rows]) -> list[str]:
 
 
 def describe_stranger(rows: Rows, stored: Stored) -> str | None:
-    """Say why `stored` cannot be a rounding of `rows`; None if it can."""
+    """Describe why `stored` cannot be a rounding of `rows`; None if it can."""
     cross = signal = noise = 0.0
     count = 0
     for start, stop in row_chunks(rows):
-        wanted = np.atleast_1d(rows.rows(start, stop).astype(np.float32))
+        expected = np.atleast_1d(rows.rows(start, stop).astype(np.float32))
         actual = stored.read(start, stop)
         if not np.isfinite(actual).all():
             return f"has values that are not finite in rows {start} to {stop}"
-        for row, block, gain in _outliers(wanted, actual, stored.block):
+        for row, block, gain in _outliers(expected, actual, stored.block):
             return f"has a gain of {gain:.2f} in block {block} of row {start + row}, a rounding has 1"
-        cross += float(np.sum(wanted * actual, dtype=np.float64))
-        signal += float(np.sum(wanted * wanted, dtype=np.float64))
-        noise += float(np.sum((wanted - actual) ** 2, dtype=np.float64))
-        count += wanted.size
+        cross += float(np.sum(expected * actual, dtype=np.float64))
+        signal += float(np.sum(expected * expected, dtype=np.float64))
+        noise += float(np.sum((expected - actual) ** 2, dtype=np.float64))
+        count += expected.size
     if signal < _TINY:
         return None if noise < _TINY else "is not zero as the checkpoint's is"
     gain, lost = cross / signal, noise / signal
@@ -67,9 +67,9 @@ def describe_stranger(rows: Rows, stored: Stored) -> str | None:
     return f"has a gain of {gain:.4f}, a rounding that loses {lost:.4f} has {1 - lost:.4f} to 1"
 
 
-def _outliers(wanted: Array, actual: Array, block: int) -> Iterator[tuple[int, int, float]]:
-    """Row, block and gain of blocks whose gain is that of no rounding."""
-    wide = [a.reshape(-1, a.shape[-1]) for a in (wanted * actual, wanted * wanted)]
+def _outliers(expected: Array, actual: Array, block: int) -> Iterator[tuple[int, int, float]]:
+    """Yield row, block and gain of blocks whose gain no rounding has."""
+    wide = [a.reshape(-1, a.shape[-1]) for a in (expected * actual, expected * expected)]
     starts = np.arange(0, wide[0].shape[1], block)
     cross, signal = (np.add.reduceat(a, starts, axis=1) for a in wide)
     gain = np.divide(cross, signal, out=np.ones_like(cross), where=signal > _TINY)

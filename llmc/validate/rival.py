@@ -1,12 +1,13 @@
-"""Decode speed of an artifact against an earlier one, so that a slow-down of a few percent is found.
+"""Compare the decode speed of an artifact with an earlier one's, to detect a slow-down of a few percent.
 
-Two sessions live in one process and take short turns in the order A B B A, so that whatever drifts weighs on
-both. Of each turn the fastest step counts: other work on the machine only ever adds time. Where a session's
-memory lies makes it faster or slower for as long as it lives (two sessions of one artifact differed by 9 %),
-and which one was made first tells where: so a sample is the mean of two pairs of sessions, one made in either
-order, and many are made. The ratio is the median over samples, its confidence interval that of a median by
-order statistics, which asks nothing of the distribution (Conover 1999, Practical Nonparametric Statistics,
-3.2). Samples are taken until the interval is narrow enough, or there are as many as are allowed.
+Two sessions live in one process and take short turns in the order A B B A, so that drift affects both. The
+fastest step of each turn counts: other work on the machine can only add time. The location of a session's
+memory makes it faster or slower for as long as it lives (two sessions of one artifact differed by 9 %), and
+the order of creation decides the location: a sample is therefore the mean of two pairs of sessions, one
+created in either order, and many samples are taken. The ratio is the median over samples; its confidence
+interval is that of a median by order statistics, which assumes nothing about the distribution (Conover 1999,
+Practical Nonparametric Statistics, 3.2). Samples are taken until the interval is narrow enough, or their
+maximum number is reached.
 """
 
 import math
@@ -27,17 +28,17 @@ from llmc.validate.measure import measured
 Turn = Callable[[], float]
 Open = Callable[[], Rewindable]
 
-#: Tokens in the cache before a turn.
+#: Number of tokens in the cache before a turn.
 CONTEXT = 128
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How long to measure.
+    """The limits of a measurement.
 
     Args:
-        least: Samples that are taken in any case.
-        most: Samples after which it ends whatever is known by then.
+        least: Minimum number of samples.
+        most: Maximum number of samples, after which the measurement ends whatever its precision.
         rounds: Times that both sessions of a pair take two turns.
         precision: Half width of the interval, as a fraction of the ratio, that is narrow enough.
     """
@@ -50,7 +51,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Rivalry:
-    """Ratio of B to A with its confidence interval, from `pairs` pairs of sessions, two a sample."""
+    """The ratio of B to A with its confidence interval, from `pairs` pairs of sessions, two per sample."""
 
     ratio: float
     low: float
@@ -59,11 +60,11 @@ class Rivalry:
 
 
 def compare_turns(open_a: Callable[[], Turn], open_b: Callable[[], Turn], pairing: Pairing) -> Rivalry:
-    """Ratio of the times of two things done in turn.
+    """Measure the ratio of the times of two things that run in turn.
 
     Args:
-        open_a: Makes a session of A ready; its turn returns the time of its fastest step.
-        open_b: Likewise.
+        open_a: Opens a session of A; its turn returns the time of its fastest step.
+        open_b: Does the same for B.
     """
     logs: list[float] = []
     while True:
@@ -77,7 +78,7 @@ def compare_turns(open_a: Callable[[], Turn], open_b: Callable[[], Turn], pairin
 
 
 def _log_ratio(open_first: Callable[[], Turn], open_second: Callable[[], Turn], rounds: int) -> float:
-    """Of the second's times to the first's, the first made first."""
+    """Return the log ratio of the second side's times to the first's; the first side is opened first."""
     one, two = open_first(), open_second()
     one(), two()  # warm-up
     logs: list[float] = []
@@ -88,7 +89,7 @@ def _log_ratio(open_first: Callable[[], Turn], open_second: Callable[[], Turn], 
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """The median and a confidence interval of it by order statistics; at least six values."""
+    """Return the median and its confidence interval by order statistics; at least six values."""
     ordered = sorted(values)
     count = len(ordered)
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -97,7 +98,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def decode_turn(model: Rewindable, prompt: Array, steps: int = 8) -> Turn:
-    """A turn of `steps` decode steps after `prompt` (sequence,), always from the same point."""
+    """Return a turn of `steps` decode steps after `prompt` (sequence,), always from the same point."""
     model.prefill(prompt[None], steps=steps)
     point = model.state()
     token = np.array([[1]])
@@ -115,7 +116,7 @@ def decode_turn(model: Rewindable, prompt: Array, steps: int = 8) -> Turn:
 
 
 def prefill_turn(model: Rewindable, prompt: Array) -> Turn:
-    """A turn of one prefill of `prompt` (sequence,)."""
+    """Return a turn of one prefill of `prompt` (sequence,)."""
 
     def turn() -> float:
         start = time.perf_counter()
@@ -126,7 +127,7 @@ def prefill_turn(model: Rewindable, prompt: Array) -> Turn:
 
 
 def measure_rival(model: Open, previous: Open, prompt: Array, pairing: Pairing) -> Measurement:
-    """PREVIOUS_RATIO: inter-token latency of an artifact over that of an earlier one."""
+    """Measure PREVIOUS_RATIO: inter-token latency of an artifact over an earlier one's."""
     where = ""
 
     def opened(make: Open) -> Turn:
@@ -135,7 +136,7 @@ def measure_rival(model: Open, previous: Open, prompt: Array, pairing: Pairing) 
         where = session.where
         return decode_turn(session, prompt)
 
-    found = compare_turns(lambda: opened(previous), lambda: opened(model), pairing)
-    detail = f"median of {found.pairs} pairs of sessions, turns of 8 steps after {len(prompt)} tokens"
-    interval = (found.low, found.high)
-    return measured(Metric.PREVIOUS_RATIO, found.ratio, detail, where, interval=interval)
+    rivalry = compare_turns(lambda: opened(previous), lambda: opened(model), pairing)
+    detail = f"median of {rivalry.pairs} pairs of sessions, turns of 8 steps after {len(prompt)} tokens"
+    interval = (rivalry.low, rivalry.high)
+    return measured(Metric.PREVIOUS_RATIO, rivalry.ratio, detail, where, interval=interval)

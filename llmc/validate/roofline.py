@@ -1,4 +1,4 @@
-"""The roofline of a decode step: bytes that must be read, over the bandwidth there is.
+"""Compute the roofline of a decode step: the bytes that must be read, over the memory bandwidth.
 
 A decode step at batch 1 does two operations per weight, so memory bounds it long before arithmetic
 does (Williams, Waterman and Patterson 2009).
@@ -19,7 +19,7 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")
 def roofline(
     weight_bytes: int, interface: Interface, context: int, profile: Profile, measured_ms: float | None
 ) -> Roofline:
-    """The bound at one context length, beside the measured median of a decode step if there is one."""
+    """Return the bound at one context length, beside the measured median of a decode step if there is one."""
     kv = kv_bytes(interface, context)
     bound = None
     if profile.bandwidth_gbs is not None:
@@ -35,7 +35,7 @@ def roofline(
 
 
 def kv_bytes(interface: Interface, context: int) -> int:
-    """Keys and values that one step reads after `context` tokens, within each layer's window."""
+    """Return the bytes of keys and values that one step reads after `context` tokens, within each window."""
     dtypes = {spec.name: np.dtype(spec.dtype) for spec in interface.inputs}
     total = 0
     for slot in interface.cache:
@@ -47,9 +47,9 @@ def kv_bytes(interface: Interface, context: int) -> int:
 
 
 def streamed_weight_bytes(folder: Path) -> int:
-    """Bytes of the initializers of model.onnx that a decode step reads whole.
+    """Return the bytes of the initializers of model.onnx that a decode step reads completely.
 
-    A table that is only looked up gives one row per token and counts as nothing. Experts count in
+    A table that is only looked up contributes one row per token and is not counted. Experts count in
     full, so that for a mixture of experts this is an upper bound.
     """
     import onnx_ir as ir

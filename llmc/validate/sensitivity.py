@@ -1,10 +1,10 @@
-"""How far rounding in float32 moves the original at single positions.
+"""Measure how far rounding in float32 moves the original at single positions.
 
-Most positions of a trained model move by 1e-5 logits when sums are taken in another order. Where a softmax
+Most positions of a trained model move by 1e-5 logits when sums are computed in another order. Where a softmax
 weighs two scores that are nearly equal and huge, or an expert is chosen by a hair, the same change decides
-what comes out, and the logits of that one position move by whole numbers. No other program of the model can
-be held to them. Such positions are found as in stochastic arithmetic (Vignes 1993): the original is run
-again with every module's output changed at random by a few units in the last place.
+the result, and the logits of that one position move by whole numbers. No other program of the model can be
+expected to match them. Such positions are found as in stochastic arithmetic (Vignes 1993): the original is
+run again with every module's output changed at random by a few units in the last place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +17,18 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.validate.distribution import log_softmax
 
-#: Runs with random rounding; the worst of them counts.
+#: Number of runs with random rounding; the worst of them counts.
 DRAWS = 8
-#: Standard deviation of the change, relative: four units in the last place of float32, which is what sums of
-#: some tens of terms in another order amount to.
+#: Relative standard deviation of the change: four units in the last place of float32, which is the error of
+#: sums of some tens of terms in another order.
 _CHANGE = 2.0**-21
-#: Share of the positions of a measurement that may be left out.
+#: Maximum share of the positions of a measurement that may be left out.
 MOST_LEFT_OUT = 0.05
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding alone does to some positions of a text.
+    """The effect of rounding alone on some positions of a text.
 
     Args:
         logits: (positions,), largest change of a logit.
@@ -42,19 +42,19 @@ class Sensitivity:
 
 
 class SensitiveReference(Protocol):
-    """An original that can be asked for it."""
+    """The original whose sensitivity to rounding can be measured."""
 
     def sensitivity(self, input_ids: Array, positions: Array, *, pieces: Sequence[int] = ()) -> Sensitivity:
-        """Of `positions` (n,) of input_ids (sequence,), as `Reference.logits_at` takes them."""
+        """Measure it at `positions` (n,) of input_ids (sequence,), as `Reference.logits_at` takes them."""
         ...
 
 
 def measure_sensitivity(model: Any, ask: Callable[[], Array]) -> Sensitivity:
-    """Run the original with random rounding, and compare with what it gives otherwise.
+    """Run the original with random rounding, and compare with its results without it.
 
     Args:
         model: The PyTorch module.
-        ask: Has it compute logits, (positions, vocabulary) float32.
+        ask: Lets it compute logits, (positions, vocabulary) float32.
     """
     exact = ask()
     p = log_softmax(exact.astype(np.float64))
@@ -69,9 +69,9 @@ def measure_sensitivity(model: Any, ask: Callable[[], Array]) -> Sensitivity:
 
 
 def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, bound: float) -> Array:
-    """Which positions of some windows rounding alone moves by more than a bound on KL divergence.
+    """Find the positions of windows that rounding alone moves by more than a bound on KL divergence.
 
-    Windows are asked in the order of their worst position, until one has none that rounding explains.
+    Windows are checked in the order of their worst position, until rounding explains no position of a window.
 
     Args:
         windows: (windows, tokens) int64.
@@ -79,7 +79,7 @@ def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, boun
         bound: Nats per token.
 
     Returns:
-        (windows, steps) bool; nothing where it would be more than MOST_LEFT_OUT of them.
+        (windows, steps) bool; all False if more than MOST_LEFT_OUT of them would be True.
     """
     unstable = np.zeros(kl.shape, bool)
     for at in np.argsort(-kl.max(axis=1)):
@@ -95,7 +95,7 @@ def find_unstable(reference: SensitiveReference, windows: Array, kl: Array, boun
 
 @contextmanager
 def _random_rounding(model: Any, seed: int) -> Iterator[None]:
-    """Change what every module without parts gives by a few units in the last place."""
+    """Change the output of every module without children by a few units in the last place."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

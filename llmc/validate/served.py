@@ -1,4 +1,4 @@
-"""An artifact as onnxruntime-genai serves it: its tokenizer, its chat template, and text."""
+"""Run an artifact as onnxruntime-genai serves it: its tokenizer, its chat template, and text generation."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from llmc.runtime.libraries import load_genai
 
 
 class ServedTokenizer:
-    """onnxruntime-genai's own tokenizer, for texts with the tokens that stand before and after them.
+    """The tokenizer of onnxruntime-genai, for texts with the tokens that stand before and after them.
 
     Args:
         tokenizer: An `onnxruntime_genai.Tokenizer`.
-        record: The artifact's facts: which special tokens the runtime does not add.
+        record: The artifact's text record, which states the special tokens that the runtime does not add.
     """
 
     def __init__(self, tokenizer: Any, record: TextRecord) -> None:
@@ -27,19 +27,19 @@ class ServedTokenizer:
         self._adds = record.adds_special_tokens
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         Raises:
-            ParityError: The runtime cannot read it.
+            ParityError: The runtime cannot encode it.
         """
         before, after = self._around
         return [*before, *self._encode(text, special=self._adds), *after]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of what a chat template gave.
+        """Return the token ids of a text that a chat template rendered.
 
         Raises:
-            ParityError: The runtime cannot read it.
+            ParityError: The runtime cannot encode it.
         """
         return self._encode(text, special=False)
 
@@ -51,10 +51,10 @@ class ServedTokenizer:
             raise ParityError(f"onnxruntime-genai cannot encode {text[:40]!r}: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens.
+        """Return the text of token ids, without special tokens.
 
         Raises:
-            ParityError: The runtime cannot write it.
+            ParityError: The runtime cannot decode them.
         """
         if not ids:
             return ""
@@ -64,10 +64,10 @@ class ServedTokenizer:
             raise ParityError(f"onnxruntime-genai cannot decode {list(ids)[:20]}: {error}") from error
 
     def stream(self, ids: Sequence[int]) -> str:
-        """The text of token ids that come one by one.
+        """Return the text of token ids that arrive one by one.
 
         Raises:
-            ParityError: The runtime cannot write it.
+            ParityError: The runtime cannot decode them.
         """
         try:
             stream = self._tokenizer.create_stream()
@@ -76,7 +76,7 @@ class ServedTokenizer:
             raise ParityError(f"onnxruntime-genai cannot stream {list(ids)[:20]}: {error}") from error
 
     def render_chat(self, messages: Messages, ask: bool) -> str | None:
-        """The chat template's text for `messages`, with the beginning of an answer if `ask`.
+        """Render the chat template for `messages`, with the beginning of an answer if `ask`.
 
         Raises:
             ParityError: The template cannot be rendered.
@@ -91,14 +91,14 @@ class ServedTokenizer:
 
 
 class Served:
-    """A folder loaded by onnxruntime-genai on the CPU, whatever provider its genai_config.json names.
+    """The folder as loaded by onnxruntime-genai on the CPU, whatever provider its genai_config.json names.
 
     Args:
         folder: The artifact, with genai_config.json.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
-        ParityError: It cannot load the folder.
+        ParityError: onnxruntime-genai cannot load the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,10 +114,10 @@ class Served:
             raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
 
     def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
-        """New tokens after `ids`, greedy unless `search` says otherwise; without the end token.
+        """Generate new tokens after `ids`, greedily unless `search` says otherwise; without the end token.
 
         Args:
-            search: Options of onnxruntime-genai beyond those of a plain greedy search.
+            search: Options of onnxruntime-genai that replace those of a plain greedy search.
 
         Raises:
             ParityError: The runtime fails.

@@ -1,4 +1,4 @@
-"""What attention over the KV cache loses as it is served, up to the end of a long sequence."""
+"""Measure what attention over the KV cache loses as it is served, up to the end of a long sequence."""
 
 from itertools import pairwise
 
@@ -15,15 +15,15 @@ from llmc.validate.reference import Reference
 
 
 def measure_cache(model: Session, reference: Reference, plan: Plan) -> tuple[Measurement, ...]:
-    """KL divergence at the ends of pieces of the long sequence and over its last single steps.
+    """Measure the KL divergence at the ends of pieces of the long sequence and over its last single steps.
 
-    The original has nothing rounded but the artifact's weights, so that all that a narrow cache and attention
-    over it lose is in it, and whatever else `model` rounds.
+    The original has the artifact's weights and rounds nothing else, so that the figure includes everything
+    that a narrow cache and attention over it lose, and whatever else `model` rounds.
 
     Args:
         model: The artifact with products in float32 and its own attention.
         reference: The original, float32, with the artifact's weights.
-        plan: What is looked at; nothing where it has no `cache_steps`.
+        plan: The positions to verify; nothing is measured if it has no `cache_steps`.
     """
     if not plan.cache_steps:
         return ()
@@ -52,15 +52,15 @@ def _measure(model: Session, reference: Reference, plan: Plan) -> tuple[Measurem
         "the artifact's weights"
     )
     worst = max(kl, key=lambda b: kl[b])
-    told = f"{detail}; the worst after {worst:,}"
+    location = f"{detail}; the worst after {worst:,}"
     return (
         measured(Metric.CACHE_KL_MEAN, float(np.mean(list(kl.values()))), detail, model.where),
-        measured(Metric.CACHE_KL_MAX, kl[worst], told, model.where),
+        measured(Metric.CACHE_KL_MAX, kl[worst], location, model.where),
     )
 
 
 def _divergence(expected: Array, logits: Array, position: int) -> float:
-    """KL divergence (nats) of the distribution of `logits` to that of `expected`, (vocabulary,) each."""
+    """Return the KL divergence (nats) of `logits` from `expected`, (vocabulary,) each."""
     require_comparable(logits, expected.shape, f"position {position}")
     p, q = log_softmax(expected), log_softmax(logits)
     return float((np.exp(p) * (p - q)).sum(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""genai_config.json against what the original says: end of text, special tokens, sizes, sampling."""
+"""Compare genai_config.json with the original: end of text, special tokens, sizes, sampling."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _SAMPLING = ("temperature", "top_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class Original:
-    """What the original says of serving it.
+    """The original's settings for serving.
 
     Args:
         stop: Tokens that end a text.
@@ -61,9 +61,9 @@ def describe_original(config: Any, generation_config: Any, tokenizer: Any) -> Or
 def compare_settings(
     folder: Path, original: Original, interface: Interface, derived: Sequence[str] = ()
 ) -> Measurement:
-    """SERVING: how many settings of genai_config.json are not what the original or the graph says.
+    """Measure SERVING: the number of settings of genai_config.json that contradict the original or the graph.
 
-    Args:
+    derived: Differences from what a build derives, a sentence each.
         derived: What is not what a build derives, a sentence each.
     """
     path = folder / _FILE
@@ -71,21 +71,21 @@ def compare_settings(
         stated = json.loads(path.read_text(encoding="utf-8"))
         model, search = stated["model"], stated["search"]
         decoder = model["decoder"]
-        found = [*_differences(model, search, decoder, original, interface), *derived]
+        differences = [*_differences(model, search, decoder, original, interface), *derived]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = [f"{_FILE} cannot be read: {type(error).__name__}: {error}", *derived]
+        differences = [f"{_FILE} cannot be read: {type(error).__name__}: {error}", *derived]
     fine = f"{_FILE}: end tokens {list(original.stop)}, special tokens, sizes, names and sampling"
-    return mismatches(Metric.SERVING, found, fine, "json, from the files")
+    return mismatches(Metric.SERVING, differences, fine, "json, from the files")
 
 
 def _differences(
     model: Any, search: Any, decoder: Any, original: Original, interface: Interface
 ) -> list[str]:
-    found: list[str] = []
+    differences: list[str] = []
 
-    def expect(name: str, actual: object, wanted: object) -> None:
-        if actual != wanted:
-            found.append(f"{name} is {actual}, it must be {wanted}")
+    def expect(name: str, actual: object, expected: object) -> None:
+        if actual != expected:
+            differences.append(f"{name} is {actual}, it must be {expected}")
 
     eos = model["eos_token_id"]
     stop = set(eos) if isinstance(eos, list) else {eos}
@@ -95,12 +95,12 @@ def _differences(
     logits = next(spec for spec in interface.outputs if spec.name == "logits")
     expect("model.vocab_size", model["vocab_size"], logits.shape[-1])
     if not 0 <= model["pad_token_id"] < model["vocab_size"]:
-        found.append(f"model.pad_token_id is {model['pad_token_id']}, outside of the vocabulary")
+        differences.append(f"model.pad_token_id is {model['pad_token_id']}, outside of the vocabulary")
     expect("model.type", model["type"], runtime_type(interface.restart))
     if interface.max_length is not None:
         expect("model.context_length", model["context_length"], interface.max_length)
     if search["max_length"] > model["context_length"]:
-        found.append(f"search.max_length is {search['max_length']}, beyond the context")
+        differences.append(f"search.max_length is {search['max_length']}, beyond the context")
     slot = interface.cache[0]
     expect("decoder.filename", decoder["filename"], MODEL)
     expect("decoder.num_hidden_layers", decoder["num_hidden_layers"], len(interface.cache))
@@ -112,14 +112,14 @@ def _differences(
         ("outputs", "present_key_names", [s.present_key for s in interface.cache]),
         ("outputs", "present_value_names", [s.present_value for s in interface.cache]),
     ):
-        made = [decoder[part][pattern].replace("%d", str(s.layer)) for s in interface.cache]
-        expect(f"decoder.{part}.{pattern}", made, names)
+        derived = [decoder[part][pattern].replace("%d", str(s.layer)) for s in interface.cache]
+        expect(f"decoder.{part}.{pattern}", derived, names)
     plain = {"input_ids", "attention_mask", "position_ids"} & {s.name for s in interface.inputs}
     expect("decoder.inputs", sorted(plain), sorted(plain & set(decoder["inputs"].values())))
     expect("decoder.outputs.logits", decoder["outputs"]["logits"], "logits")
     for name, value in original.sampling.items():
         expect(f"search.{name}", search.get(name), value)
-    return found
+    return differences
 
 
 def _first_ids(sources: Sequence[Any], attribute: str) -> tuple[int, ...]:

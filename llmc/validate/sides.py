@@ -1,4 +1,4 @@
-"""The ways from text to tokens and back: the original's, and those that an artifact offers."""
+"""Define the ways from text to tokens and back: the original's, and those that an artifact offers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from llmc.validate.served import ServedTokenizer
 
 @dataclass(frozen=True)
 class Side:
-    """One of the ways from text to tokens and back.
+    """The functions of one way from text to tokens and back.
 
-    Args:
-        name: What reads the tokenizer's files.
+    name: The reader of the tokenizer's files.
+    encode: Token ids of a text, with the special tokens before and after it.
         encode: Token ids of a text, with what stands before and after it.
         decode: The text of token ids, without special tokens.
         render: The chat template's text for messages, with the beginning of an answer if the second argument
             says so; None where the template refuses them.
         encode_rendered: Token ids of such a text.
-        exceptions: Kinds of texts that it is known to encode otherwise, which are left out.
-        stream: The text of token ids that come one by one; None where nothing streams.
-        same_library: Whether the library `tokenizers` reads it, as it does the original's.
+        exceptions: Kinds of texts that it is known to encode differently, which are left out.
+        stream: The text of token ids that arrive one by one; None where nothing streams.
+        same_library: Whether the library `tokenizers` reads it, as it reads the original's.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Side:
 
 
 def artifact_sides(own: Any, codec: TextCodec, served: ServedTokenizer | None) -> tuple[Side, ...]:
-    """The ways that an artifact offers: transformers over its files, `llmc run`, and onnxruntime-genai.
+    """Return the ways that an artifact offers: transformers, `llmc run`, and onnxruntime-genai.
 
     Args:
         own: transformers' tokenizer from the artifact's files.
         codec: The artifact's tokenizer, as `llmc run` and engines use it.
-        served: onnxruntime-genai's tokenizer; None for one that does not serve its text.
+        served: onnxruntime-genai's tokenizer; None for an artifact whose text it does not serve.
     """
     sides = [
         original_side(own, "transformers"),
@@ -62,7 +62,7 @@ def artifact_sides(own: Any, codec: TextCodec, served: ServedTokenizer | None) -
 
 
 def runtime_side(served: ServedTokenizer) -> Side:
-    """onnxruntime-genai's own tokenizer."""
+    """Return onnxruntime-genai's own tokenizer as a side."""
     return Side(
         "onnxruntime-genai",
         served.encode,
@@ -76,7 +76,7 @@ def runtime_side(served: ServedTokenizer) -> Side:
 
 
 def original_side(tokenizer: Any, name: str = "the original") -> Side:
-    """A tokenizer of transformers."""
+    """Return a tokenizer of transformers as a side."""
     return Side(
         name,
         lambda text: [int(i) for i in tokenizer(text, verbose=False)["input_ids"]],
@@ -89,10 +89,10 @@ def original_side(tokenizer: Any, name: str = "the original") -> Side:
 def render_messages(
     tokenizer: Any, messages: Sequence[Any], ask: bool, tools: Sequence[Any] | None = None
 ) -> str | None:
-    """The text of transformers' chat template; None where there is none, or it refuses the conversation.
+    """Render transformers' chat template; None if there is none, or it refuses the conversation.
 
     Args:
-        ask: Put the beginning of an answer behind it.
+        ask: Whether to append the beginning of an answer.
         tools: Functions that the model may call, as JSON schemas; None for none.
     """
     from jinja2 import TemplateError
@@ -112,10 +112,10 @@ def render_messages(
 
 
 def load_own(folder: Path) -> Any:
-    """The tokenizer of an artifact's files, by transformers.
+    """Load the tokenizer of an artifact's files with transformers.
 
     Raises:
-        ParityError: It cannot read them.
+        ParityError: transformers cannot read them.
     """
     from transformers import AutoTokenizer
 

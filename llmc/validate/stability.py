@@ -1,9 +1,9 @@
-"""Which differences of logits rounding explains: those at positions where it moves the original as far.
+"""Decide which differences of logits rounding explains: those where it moves the original as far.
 
-Two right programs of one model differ by rounding, by 1e-5 to 1e-4 logits for trained models, and a bound on
-the largest difference is set for those. Where the logits are large, or near ties decide what follows, the
-original differs from itself by more, and no artifact can be nearer to it than that. Each position that
-misses the bound is therefore asked for: `llmc.validate.sensitivity`.
+Two correct programs of one model differ by rounding, by 1e-5 to 1e-4 logits for trained models, and a bound
+on the largest difference is set for those. Where the logits are large, or near ties decide what follows, the
+original differs from itself by more, and no artifact can be nearer to it than that. The original is therefore
+asked for the effect of rounding at each position that misses the bound: `llmc.validate.sensitivity`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from llmc.config import Metric
 from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensitivity
 
-#: Share of a position's largest logit up to which any number of positions may be moved by rounding; beyond
-#: it only a few may, those that near ties decide.
+#: Share of a position's largest logit up to which rounding may move any number of positions; beyond it,
+#: only a few positions may be moved, those that near ties decide.
 _COMMON = 1e-3
-#: Logits. A tighter bound than this is held as it stands: whoever sets it asks for less than rounding.
+#: Logits. A tighter bound than this is applied as it stands: it requires less than rounding.
 _LEAST = 1e-3
 
 
@@ -30,7 +30,7 @@ class Difference:
     """The largest difference of a logit at one position.
 
     Args:
-        reference_pass: Number of the original's pass, of which the position is.
+        reference_pass: Number of the original's pass that has the position.
         row: Row of that pass.
     """
 
@@ -48,13 +48,13 @@ def allow_rounding(
     passes: Sequence[ReferencePass],
     original: SensitiveReference,
 ) -> tuple[Measurement, ...]:
-    """The levels, with their figures as tolerances where rounding explains all that is beyond their bounds.
+    """Return the levels, with their figures as tolerances where rounding explains all excess differences.
 
     The shortest of a level's texts is asked first, so that a fault costs one short pass.
 
     Args:
         bounds: Largest differences that the gates let through.
-        differences: Of all positions that were compared.
+        differences: Differences of all positions that were compared.
         passes: The original's passes, by the number in `Difference.reference_pass`.
     """
     return tuple(_allow(level, bounds, differences, passes, original) for level in levels)
@@ -76,23 +76,23 @@ def _allow(
     missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.reference_pass, d.row))
     if not missed or not _explained(missed[:1], passes, original):
         return level
-    found = _explained(missed, passes, original)
-    rare = sum(f.logits[0] > _COMMON * f.largest[0] for f in found)
-    if not found or rare > MOST_LEFT_OUT * len(own):
+    explained = _explained(missed, passes, original)
+    rare = sum(f.logits[0] > _COMMON * f.largest[0] for f in explained)
+    if not explained or rare > MOST_LEFT_OUT * len(own):
         return level
-    told = (
+    rounding = (
         f"{len(missed)} of {len(own)} positions are beyond {bound:g}, where rounding moves "
-        f"the original itself by up to {max(float(f.logits[0]) for f in found):.2g}, with logits up to "
-        f"{max(float(f.largest[0]) for f in found):.3g}"
+        f"the original itself by up to {max(float(f.logits[0]) for f in explained):.2g}, with logits up to "
+        f"{max(float(f.largest[0]) for f in explained):.3g}"
     )
-    return level.model_copy(update={"tolerance": level.value, "detail": f"{level.detail}; {told}"})
+    return level.model_copy(update={"tolerance": level.value, "detail": f"{level.detail}; {rounding}"})
 
 
 def _explained(
     missed: Sequence[Difference], passes: Sequence[ReferencePass], original: SensitiveReference
 ) -> list[Sensitivity]:
-    """What rounding does at each of these positions; nothing if one of them differs by more."""
-    found = []
+    """Return the effect of rounding at each of these positions; nothing if one of them differs by more."""
+    sensitivities = []
     where = sorted(missed, key=lambda d: (d.reference_pass, d.row))
     for (number, row), group in groupby(where, key=lambda d: (d.reference_pass, d.row)):
         worst: dict[int, float] = {}
@@ -103,15 +103,15 @@ def _explained(
         moved = original.sensitivity(tokens, positions, pieces=pieces)
         if (moved.logits < [worst[int(at)] for at in positions]).any():
             return []
-        found += [
+        sensitivities += [
             Sensitivity(*(part[i : i + 1] for part in (moved.logits, moved.kl, moved.largest)))
             for i in range(len(positions))
         ]
-    return found
+    return sensitivities
 
 
 def _until(reference_pass: ReferencePass, row: int, total: int) -> tuple[Array, tuple[int, ...]]:
-    """The first `total` tokens of one row of a pass, and the steps that they make."""
+    """Return the first `total` tokens of one row of a pass, and the steps that they make."""
     ends = np.minimum(np.cumsum(reference_pass.pieces), total)
     pieces = tuple(int(n) for n in np.diff((0, *ends)) if n)
     return np.atleast_2d(reference_pass.tokens)[row, :total], pieces

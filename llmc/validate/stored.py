@@ -1,9 +1,8 @@
-"""Tensors as an artifact stores them, read back as float32.
+"""Read tensors as an artifact stores them back as float32.
 
-Quantized matrices are read back by the operator schemas of com.microsoft MatMulNBits and
-GatherBlockQuantized, (code - zero point) * scale, or code * scale + minimum where minimums are stored beside
-them, of ONNX DequantizeLinear, and by the layout of compiled kernels, here and not by the code that wrote
-them.
+Quantized matrices are read by the operator schemas of com.microsoft MatMulNBits and GatherBlockQuantized,
+(code - zero point) * scale, or code * scale + minimum where minimums are stored beside them, by the schema of
+ONNX DequantizeLinear, and by the layout of compiled kernels. The code that wrote them is not used.
 """
 
 import math
@@ -23,26 +22,26 @@ from llmc.graph.weights import Rows
 from llmc.runtime.stacks import PARTS, read_experts, unpack
 from llmc.validate.packed import open_packed
 
-#: Neighbours along the last axis whose error is looked at together where there are no blocks.
+#: Number of neighbours along the last axis whose error is measured together if there are no blocks.
 BLOCK = 32
 #: Bytes in float32 that are read at a time.
 _PART_BYTES = 16 << 20
 #: Types whose values are evenly spaced.
 _EVEN = (ir.DataType.INT4, ir.DataType.INT8)
-#: Which input the codes are.
+#: Indices of the inputs that are codes.
 _CODES_AT = {"MatMulNBits": (1,), "GatherBlockQuantized": (0,), "QMoE": (2, 5), "DequantizeLinear": (0,)}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as the artifact has it.
+    """The shape and the values of one tensor as the artifact stores it.
 
     Args:
-        shape: (output features, input features), or that of a tensor in float.
-        read: Rows start:stop, float32.
-        block: Neighbours along the last axis that share a scale.
-        steps: Distance of neighbouring codes in rows start:stop, to be broadcast over them; None where
-            codes are not evenly spaced, or there are none.
+        shape: (output features, input features), or the shape of a tensor in float.
+        read: Returns rows start:stop, float32.
+        block: Number of neighbours along the last axis that share a scale.
+        steps: Distance of neighbouring codes in rows start:stop, to be broadcast over them; None if codes are
+            not evenly spaced, or there are none.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +50,7 @@ class Stored:
     steps: Callable[[int, int], Array] | None = None
 
     def whole(self) -> Array:
-        """All of it, read in parts: what reading takes beside the result stays small."""
+        """Read the whole tensor in parts, so that reading needs little memory besides the result."""
         values = np.empty(self.shape, np.float32)
         step = max(1, _PART_BYTES // max(1, 4 * math.prod(self.shape[1:])))
         for start in range(0, self.shape[0], step):
@@ -60,17 +59,17 @@ class Stored:
 
 
 def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]:
-    """Every tensor of `expected` as the artifact's model.onnx has it, but those of an unknown form.
+    """Read every tensor of `expected` from the artifact's model.onnx, except those of an unknown form.
 
     Raises:
         ParityError: One is missing, has another shape, or lies beyond the end of its file.
     """
     try:
         graph = ir.load(folder / MODEL).graph
-    except Exception as error:  # protobuf and onnx_ir raise whatever they do on a damaged file
+    except Exception as error:  # protobuf and onnx_ir raise many kinds of errors on a damaged file
         raise ParityError(f"{folder / MODEL} is not an ONNX model: {error}") from error
     _require_data(graph)
-    found, pages, turner = {}, MappedPages(graph), _Turner()
+    tensors, pages, turner = {}, MappedPages(graph), _Turner()
     for name, rows in expected.items():
         tensor = _find(graph, name, turner)
         if tensor is None and any(other.startswith(f"{name}.") for other in graph.initializers):
@@ -80,12 +79,12 @@ def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]
         if tensor.shape not in (rows.shape, rows.shape[::-1]):
             raise ParityError(f"weight {name} has shape {tensor.shape}, the original's {rows.shape}")
         counted = _counted(tensor, pages)
-        found[name] = counted if counted.shape == rows.shape else turner.turn(counted)
-    return found
+        tensors[name] = counted if counted.shape == rows.shape else turner.turn(counted)
+    return tensors
 
 
 def _counted(tensor: Stored, pages: MappedPages) -> Stored:
-    """The same, whose pages do not stay in memory."""
+    """Return the same tensor; its pages do not stay in memory."""
 
     def read(start: int, stop: int) -> Array:
         values = tensor.read(start, stop)
@@ -112,7 +111,7 @@ def _find(graph: ir.Graph, name: str, turner: "_Turner") -> Stored | None:
         return _plain(graph.initializers[name])
     if (stored := _find_quantized(graph, name)) is not None:
         return stored
-    turned = _find_quantized(graph, f"{name}.T")  # made of a matrix of (inputs, outputs)
+    turned = _find_quantized(graph, f"{name}.T")  # quantized from a matrix of (inputs, outputs)
     return None if turned is None else turner.turn(turned)
 
 
@@ -135,7 +134,7 @@ def _plain(value: ir.Value) -> Stored | None:
 
 
 class _Turner:
-    """Exchanges the axes of matrices. All of one is read for any part of it, and the last one is kept."""
+    """Transposes matrices. Reading any part of a matrix reads all of it, and the last one is cached."""
 
     def __init__(self) -> None:
         self._values: tuple[Stored, Array] | None = None
@@ -143,7 +142,7 @@ class _Turner:
 
     def turn(self, tensor: Stored) -> Stored:
         count, shape = tensor.shape[0], tensor.shape
-        known_steps = tensor.steps
+        original_steps = tensor.steps
 
         def read(start: int, stop: int) -> Array:
             if self._values is None or self._values[0] is not tensor:
@@ -151,12 +150,12 @@ class _Turner:
             return self._values[1][start:stop]
 
         def steps(start: int, stop: int) -> Array:
-            assert known_steps is not None
+            assert original_steps is not None
             if self._steps is None or self._steps[0] is not tensor:
-                self._steps = tensor, np.broadcast_to(known_steps(0, count), shape).T
+                self._steps = tensor, np.broadcast_to(original_steps(0, count), shape).T
             return self._steps[1][start:stop]
 
-        return Stored(shape[::-1], read, steps=None if known_steps is None else steps)
+        return Stored(shape[::-1], read, steps=None if original_steps is None else steps)
 
 
 def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
@@ -206,21 +205,21 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
 
 
 def _width(graph: ir.Graph, node: ir.Node, stem: str) -> int | None:
-    """Input features without the padding of the last block, where the graph says so."""
+    """Return the input features without the padding of the last block, if the graph states them."""
     if "K" in node.attributes:
         return node.attributes["K"].as_int()
-    width = graph.initializers.get(f"{stem}.width")  # what a lookup is cut to
+    width = graph.initializers.get(f"{stem}.width")  # the width that a lookup is cut to
     return None if width is None or width.const_value is None else int(width.const_value.numpy()[0])
 
 
 def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:
-    """Codes behind a DequantizeLinear without zero points, whose scales may come out of another one."""
+    """Read codes of a DequantizeLinear without zero points, whose scales may come from another one."""
     scale = _scales(node)
     if codes.const_value is None or scale is None:
         return None
-    kept = codes.const_value.numpy()
+    array = codes.const_value.numpy()
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    axis += kept.ndim if axis < 0 else 0
+    axis += array.ndim if axis < 0 else 0
 
     def steps(start: int, stop: int) -> Array:
         part = scale
@@ -232,20 +231,20 @@ def _dequantized(node: ir.Node, codes: ir.Value) -> Stored | None:
         return part
 
     def read(start: int, stop: int) -> Array:
-        values: Array = kept[start:stop].astype(np.float32) * steps(start, stop)
+        values: Array = array[start:stop].astype(np.float32) * steps(start, stop)
         return values
 
     even = codes.const_value.dtype in _EVEN
     return Stored(
-        kept.shape,
+        array.shape,
         read,
-        block if block and axis == kept.ndim - 1 else BLOCK,
+        block if block and axis == array.ndim - 1 else BLOCK,
         steps if even else None,
     )
 
 
 def _scales(node: ir.Node) -> Array | None:
-    """The scales of a DequantizeLinear, float32."""
+    """Return the scales of a DequantizeLinear, float32."""
     value = node.inputs[1]
     if value is None:
         return None

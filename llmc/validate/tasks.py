@@ -1,6 +1,6 @@
-"""Multiple-choice tasks of lm-evaluation-harness: accuracy of an artifact beside the original's.
+"""Run multiple-choice tasks of lm-evaluation-harness: accuracy of an artifact beside the original's.
 
-Prompts, choices and scoring are that library's (https://github.com/EleutherAI/lm-evaluation-harness): an
+Prompts, choices and scoring come from that library (https://github.com/EleutherAI/lm-evaluation-harness): an
 item is right if the choice with the highest log-likelihood after the prompt is the right one (`acc`). Both
 sides are given the tokens of the original's tokenizer.
 """
@@ -31,17 +31,17 @@ from llmc.validate.reference import Reference
 #: Scores pairs of a prompt and a choice after it.
 _Scorer = Callable[[Sequence[tuple[Array, Array]]], list[Score]]
 
-#: Fewest items that a confidence interval can rest on.
+#: Minimum number of items for a confidence interval.
 LEAST_ITEMS = 2
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks with their items in memory.
+    """The tasks with their items in memory.
 
     Args:
         by_name: Tasks of lm-evaluation-harness.
-        items: Most items of each task, its first; None for all.
+        items: Maximum number of items of each task, counted from its first; None for all.
     """
 
     by_name: Mapping[str, Any]
@@ -49,48 +49,48 @@ class Tasks:
 
 
 def load_tasks(names: Sequence[str], items: int | None) -> Tasks:
-    """Tasks by the names that lm-evaluation-harness has for them, or YAML files in its format.
+    """Load tasks by their names in lm-evaluation-harness, or from YAML files in its format.
 
     Raises:
         ResourceError: The library is not installed.
         ConfigError: There is no such task, it cannot be loaded, or it has too few items.
-        UnsupportedError: It is no multiple-choice task, or is not scored by accuracy.
+        UnsupportedError: It is not a multiple-choice task, or is not scored by accuracy.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ResourceError(
-            "lm-evaluation-harness, which tasks are read with, is not installed",
+            "lm-evaluation-harness, which reads the tasks, is not installed",
             hint="pip install 'llmc[lm-eval]'",
         ) from error
     files = all(Path(name).is_file() for name in names)
-    manager = TaskManager(include_defaults=not files)  # an index of thousands of files otherwise
-    found: dict[str, Any] = {}
+    manager = TaskManager(include_defaults=not files)  # the defaults index thousands of files
+    tasks: dict[str, Any] = {}
     for name in names:
         if not Path(name).is_file() and name not in manager.all_tasks:
             raise ConfigError(
-                f"there is no task {name}: no file, and no name that lm-evaluation-harness knows",
+                f"there is no task {name}: it is neither a file nor a name that lm-evaluation-harness knows",
                 hint=_nearest(name, manager.all_tasks),
             )
         try:
             with _quiet():
-                found |= manager.load([name])["tasks"]
-        except Exception as error:  # YAML, templates and data sets raise whatever they do
+                tasks |= manager.load([name])["tasks"]
+        except Exception as error:  # YAML, templates and data sets raise many kinds of errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"task {name} cannot be loaded: {reason}",
-                hint="its data must be on this machine: a local file, or what the datasets library has kept",
+                hint="its data must be on this machine: a local file, or the cache of the datasets library",
             ) from error
-    for name, task in found.items():
+    for name, task in tasks.items():
         _require_choices(name, task, items)
-    return Tasks(found, items)
+    return Tasks(tasks, items)
 
 
 def measure_tasks(model: Session, reference: Reference, tokenizer: Any, tasks: Tasks) -> Measurement:
-    """TASK_ACCURACY_CHANGE: accuracy of the artifact less the original's, over the items of all tasks.
+    """Measure TASK_ACCURACY_CHANGE: accuracy of the artifact minus the original's, over all tasks' items.
 
     The interval is that of the mean of the items' differences: both sides answer the same items, so that
-    what is hard for both does not widen it.
+    items that are hard for both do not widen it.
 
     Args:
         tokenizer: The original's transformers tokenizer.
@@ -106,26 +106,26 @@ def measure_tasks(model: Session, reference: Reference, tokenizer: Any, tasks: T
             for name in tasks.by_name:
                 figures[f"{name}_{side}"] = float(np.mean([v for (n, _), v in answers.items() if n == name]))
         ours, theirs = figures["accuracy_artifact"], figures["accuracy_original"]
-        told = f"{len(differences)} items of {', '.join(tasks.by_name)}"
-        detail = f"{told}: {ours:.3f} right, {theirs:.3f} by the original"
+        scope = f"{len(differences)} items of {', '.join(tasks.by_name)}"
+        detail = f"{scope}: {ours:.3f} right, {theirs:.3f} by the original"
         interval = mean_interval(differences)
         metric = Metric.TASK_ACCURACY_CHANGE
         return (measured(metric, ours - theirs, detail, model.where, figures, interval),)
 
-    (made,) = measure((Metric.TASK_ACCURACY_CHANGE,), model.where, take)
-    return made
+    (change,) = measure((Metric.TASK_ACCURACY_CHANGE,), model.where, take)
+    return change
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those it knows"
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists the tasks it knows"
 
 
 def _require_choices(name: str, task: Any, items: int | None) -> None:
     if task.OUTPUT_TYPE != "multiple_choice":
         raise UnsupportedError(
-            f"task {name} asks for {task.OUTPUT_TYPE}; multiple_choice tasks alone are measured",
-            hint="take a task whose output_type is multiple_choice",
+            f"task {name} asks for {task.OUTPUT_TYPE}; only multiple_choice tasks are measured",
+            hint="use a task whose output_type is multiple_choice",
         )
     if "acc" not in task.aggregation():
         raise UnsupportedError(
@@ -141,12 +141,12 @@ def _require_choices(name: str, task: Any, items: int | None) -> None:
 
 
 def _answer(tasks: Tasks, tokenizer: Any, score: _Scorer) -> dict[tuple[str, int], float]:
-    """1 for each item (task, number) that is answered right, else 0."""
+    """Return 1 for each item (task, number) that is answered right, otherwise 0."""
     from lm_eval import evaluate
 
     try:
         with _quiet():
-            made = evaluate(
+            results = evaluate(
                 lm=_adapt(score, tokenizer),
                 task_dict=dict(tasks.by_name),
                 limit=tasks.items,
@@ -155,19 +155,19 @@ def _answer(tasks: Tasks, tokenizer: Any, score: _Scorer) -> dict[tuple[str, int
             )
     except LlmcError:
         raise
-    except Exception as error:  # a template of the task that does not fit its items raises as it likes
+    except Exception as error:  # a template that does not fit the task's items raises many kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"tasks {', '.join(tasks.by_name)} cannot be run: {reason}") from error
-    samples: Mapping[str, Sequence[Mapping[str, Any]]] = made["samples"]
-    return {(name, int(s["doc_id"])): float(s["acc"]) for name, found in samples.items() for s in found}
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = results["samples"]
+    return {(name, int(s["doc_id"])): float(s["acc"]) for name, rows in samples.items() for s in rows}
 
 
 def _adapt(score: _Scorer, tokenizer: Any) -> Any:
-    """What lm-evaluation-harness calls a model, over a function that scores tokens."""
+    """Adapt a function that scores tokens to the model interface of lm-evaluation-harness."""
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):  # type: ignore[misc]
-        """Scores continuations; pairs of prompt and choice are cut into tokens by the base class."""
+        """Scores continuations; the base class cuts pairs of prompt and choice into tokens."""
 
         @property
         def eot_token_id(self) -> int:
@@ -183,13 +183,13 @@ def _adapt(score: _Scorer, tokenizer: Any) -> Any:
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
             pairs = [(np.array(p, np.int64), np.array(c, np.int64)) for _texts, p, c in requests]
-            return [(made.log_likelihood, made.greedy) for made in score(pairs)]
+            return [(scored.log_likelihood, scored.greedy) for scored in score(pairs)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise UnsupportedError("a task asks for the likelihood of whole texts; choices alone are scored")
+            raise UnsupportedError("a task asks for the likelihood of whole texts; only choices are scored")
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise UnsupportedError("a task asks for generated text; choices alone are scored")
+            raise UnsupportedError("a task asks for generated text; only choices are scored")
 
     return Adapter()
 
@@ -201,7 +201,7 @@ def _score_original(reference: Reference, pairs: Sequence[tuple[Array, Array]]) 
 
 
 def _score(model: Session, prompt: Array, choice: Array) -> Score:
-    """Log-likelihood of `choice` after `prompt`, each token decoded over the cache as when it is served."""
+    """Return the log-likelihood of `choice` after `prompt`, decoded token by token as when served."""
     limit = model.interface.max_length
     if limit is not None:
         prompt = prompt[max(0, len(prompt) + len(choice) - limit) :]
@@ -217,7 +217,7 @@ def _score(model: Session, prompt: Array, choice: Array) -> Score:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries off the terminal, where llmc's own progress is."""
+    """Keep progress bars and advice of the libraries off the terminal, which shows llmc's own progress."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

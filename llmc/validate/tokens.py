@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of an artifact against those of the original."""
+"""Compare tokenizer and chat template of an artifact with the original's."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.served import ServedTokenizer
 from llmc.validate.sides import Side, artifact_sides, load_own, original_side, render_messages
 
-#: What tokenizers are known to disagree on.
+#: Texts on which tokenizers are known to disagree.
 HARD_TEXTS = (
     "",
     " ",
@@ -35,12 +35,12 @@ HARD_TEXTS = (
     "x\u0301y pH NaOH eBay",
     "हिन्दी ไทย",
 )
-#: Characters of the evaluation text in each piece that is encoded, and how many pieces.
+#: Number of characters in each encoded piece of the evaluation text, and number of pieces.
 PIECE = 400
 PIECES = 24
-#: Differences that a report tells.
-_TOLD = 3
-#: Texts that are compared at least.
+#: Maximum number of differences that a report describes.
+_REPORTED = 3
+#: Minimum number of texts that are compared.
 FEWEST = 30
 
 CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
@@ -54,7 +54,7 @@ CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": 'He said "naïve 日本 🙂" \\\\ {{ x }}'},),
 )
 _CALL = {"name": "find_river", "arguments": {"country": "Norway", "longest": True}}
-#: With messages of tools, which transformers' tokenizers are compared on alone.
+#: Conversations with messages of tools, which are compared only between transformers' tokenizers.
 TOOL_CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
     (
         {"role": "user", "content": "Which river?"},
@@ -85,13 +85,13 @@ TOOLS = (
 
 
 def sample_texts(tokenizer: Any, text: str, prompts: Sequence[str]) -> list[str]:
-    """Texts that show how a tokenizer works: hard ones, prompts, pieces of `text`, and its special tokens.
+    """Collect texts that show how a tokenizer works: hard ones, prompts, pieces of `text`, special tokens.
 
-    Texts with characters that the tokenizer does not have are left out; where that leaves few, texts of its
+    Texts with characters that the tokenizer lacks are left out; if few texts remain, texts of the tokenizer's
     own tokens take their place.
 
     Args:
-        tokenizer: The original's.
+        tokenizer: The original's tokenizer.
         text: The evaluation text.
     """
     step = max(PIECE, len(text) // PIECES)
@@ -106,7 +106,7 @@ def sample_texts(tokenizer: Any, text: str, prompts: Sequence[str]) -> list[str]
 
 
 def _own_texts(tokenizer: Any) -> list[str]:
-    """Texts of tokens that are drawn from the vocabulary, the same every time."""
+    """Draw texts of tokens from the vocabulary, the same every time."""
     import random
 
     draw = random.Random(0)
@@ -115,7 +115,7 @@ def _own_texts(tokenizer: Any) -> list[str]:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Special tokens of a tokenizer of transformers as they are written, unnamed ones included."""
+    """Return the special tokens of a transformers tokenizer as they are written, including unnamed ones."""
     added = tokenizer.added_tokens_decoder.values()
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)]))
 
@@ -123,13 +123,13 @@ def special_tokens(tokenizer: Any) -> list[str]:
 def compare_texts(
     original: Side, sides: Sequence[Side], texts: Sequence[str], special_tokens: Sequence[str]
 ) -> dict[str, str]:
-    """What differs from the original in tokens, or in the text that they give back: a sentence by text.
+    """Describe by text what differs from the original in its tokens, or in the text decoded from them.
 
     Args:
-        special_tokens: The original's, as they are written.
+        special_tokens: The original's special tokens, as they are written.
 
     Raises:
-        ParityError: A side cannot read a text.
+        ParityError: A side cannot encode or decode a text.
     """
     different = {}
     for text in texts:
@@ -141,8 +141,8 @@ def compare_texts(
                 continue
             if (ids := side.encode(text)) != golden:
                 wrong.append(f"{side.name}: {ids}")
-            elif back and (made := side.decode(golden)) != back:
-                wrong.append(f"{side.name} decodes it as {quoted(made)}, the original as {quoted(back)}")
+            elif back and (decoded := side.decode(golden)) != back:
+                wrong.append(f"{side.name} decodes it as {quoted(decoded)}, the original as {quoted(back)}")
         if wrong:
             different[text] = f"{quoted(text)} is {golden} in the original; {'; '.join(wrong)}"
     return different
@@ -151,7 +151,7 @@ def compare_texts(
 def compare_chats(
     original: Side, sides: Sequence[Side], known: Callable[[str], bool]
 ) -> tuple[int, list[str]]:
-    """Conversations that the original's template takes, and what differs from it, a sentence for each.
+    """Count conversations that the original's template accepts, and describe what differs, a sentence each.
 
     Args:
         known: Whether the original's vocabulary has the characters of a text; see `represents`.
@@ -163,13 +163,13 @@ def compare_chats(
     for messages in CONVERSATIONS:
         for ask in (True, False):
             golden = original.render(messages, ask) if original.render is not None else None
-            if golden is None:  # the template refuses this conversation: a system message, say
+            if golden is None:  # the template refuses this conversation, for instance a system message
                 continue
             count += 1
             ids = original.encode_rendered(golden)
             for side in sides:
-                if side.render is not None and (made := side.render(messages, ask)) != golden:
-                    different.append(f"{side.name} renders {made!r}, the original {golden!r}")
+                if side.render is not None and (rendered := side.render(messages, ask)) != golden:
+                    different.append(f"{side.name} renders {rendered!r}, the original {golden!r}")
                     break
                 if known(golden) and (tokens := side.encode_rendered(golden)) != ids:
                     different.append(f"{golden!r} is {ids} in the original; {side.name}: {tokens}")
@@ -178,11 +178,11 @@ def compare_chats(
 
 
 def compare_tools(original: Any, own: Any) -> tuple[int, list[str]]:
-    """Conversations with tools that the original's template takes, and what differs from it.
+    """Count conversations with tools that the original's template accepts, and describe what differs.
 
     Args:
         original: The original's tokenizer, by transformers.
-        own: That of the artifact's files.
+        own: The tokenizer of the artifact's files.
     """
     different, count = [], 0
     conversations = [(messages, None) for messages in TOOL_CONVERSATIONS]
@@ -192,8 +192,8 @@ def compare_tools(original: Any, own: Any) -> tuple[int, list[str]]:
             if golden is None:
                 continue
             count += 1
-            if (made := render_messages(own, messages, ask, tools)) != golden:
-                different.append(f"with tools transformers renders {made!r}, the original {golden!r}")
+            if (rendered := render_messages(own, messages, ask, tools)) != golden:
+                different.append(f"with tools transformers renders {rendered!r}, the original {golden!r}")
     return count, different
 
 
@@ -207,19 +207,19 @@ def measure_tokens(
     where: str,
     files: Sequence[str] = (),
 ) -> tuple[Measurement, ...]:
-    """TOKENIZER_EQUAL: share of texts with the original's tokens and text; CHAT_EQUAL: of conversations.
+    """Measure TOKENIZER_EQUAL and CHAT_EQUAL: shares of texts and of conversations that equal the original's.
 
-    Every way that the artifact offers is held to the original; see `artifact_sides` and `sample_texts`. A
-    vocabulary that differs in any token, a run of ids with another text, a text that streams otherwise and a
-    file that differs each count as a text that differs.
+    Every way that the artifact offers is compared with the original; see `artifact_sides` and `sample_texts`.
+    A vocabulary that differs in any token, a run of ids with another text, a text that streams differently
+    and a file that differs each count as a text that differs.
 
     Args:
         codec: The artifact's tokenizer, as `llmc run` and engines use it.
-        served: onnxruntime-genai's tokenizer; None where that does not serve the artifact's text.
+        served: onnxruntime-genai's tokenizer; None if it does not serve the artifact's text.
         tokenizer: The original's transformers tokenizer.
         text: The evaluation text, of which pieces are encoded.
-        where: What reads the artifact.
-        files: What of its files is not what a build writes, a sentence each.
+        where: The runtime that reads the artifact.
+        files: Differences of its files from what a build writes, a sentence each.
     """
 
     def take() -> tuple[Measurement, ...]:
@@ -246,17 +246,17 @@ def _tokenizer(
     files: Sequence[str],
 ) -> Measurement:
     original = original_side(tokenizer)
-    found = compare_texts(original, sides, texts, special_tokens(tokenizer))
+    by_text = compare_texts(original, sides, texts, special_tokens(tokenizer))
     ids = sorted(set(tokenizer.get_vocab().values()))
-    different = [*files, *found.values(), *compare_ids(original, sides, ids)]
+    different = [*files, *by_text.values(), *compare_ids(original, sides, ids)]
     different += compare_streams(sides, [original.encode_rendered(text) for text in texts])
-    other = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
-    if other:
+    unequal = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
+    if unequal:
         different.append(
-            f"the vocabulary differs: {other[0][0]!r} with id {other[0][1]} is in one of the two"
+            f"the vocabulary differs: {unequal[0][0]!r} with id {unequal[0][1]} is in one of the two"
         )
     read = f"{len(texts)} texts and {len(ids):,} ids"
-    detail = "; ".join([read, *different[:_TOLD], *codec.record.describe()])
+    detail = "; ".join([read, *different[:_REPORTED], *codec.record.describe()])
     return measured(Metric.TOKENIZER_EQUAL, 1 - min(1.0, len(different) / len(texts)), detail, where)
 
 
@@ -280,7 +280,7 @@ def _chat(own: Any, sides: Sequence[Side], codec: TextCodec, tokenizer: Any, whe
 
 
 def _renders(side: Side) -> bool:
-    """Whether a side makes a text of a conversation."""
+    """Return whether a side renders a conversation."""
     try:
         return side.render is not None and side.render(CONVERSATIONS[0], True) is not None
     except ParityError:
@@ -288,7 +288,7 @@ def _renders(side: Side) -> bool:
 
 
 def represents(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer gives a text back, but for spaces and compatibility characters."""
+    """Return whether the tokenizer reproduces a text, except for spaces and compatibility characters."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     back = tokenizer.decode(ids)
     plain = [unicodedata.normalize("NFKC", t).casefold().replace(" ", "") for t in (text, back)]

@@ -1,4 +1,4 @@
-"""Intermediate values of a graph and of the original, and the first place where two of them part."""
+"""Compare intermediate values of a graph and of the original, and find where they first diverge."""
 
 import ast
 import math
@@ -23,10 +23,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Place:
-    """A node of a graph.
+    """The node of a graph that computes a value.
 
-    Args:
-        value: Its output.
+    value: Name of its output.
+    operator: Its type, such as `GroupQueryAttention`.
         operator: Such as `GroupQueryAttention`.
         layer: Decoder layer; None outside of the layers.
         module: The original's module whose result the output is, where the trace knows it.
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Values:
-    """Everything that one run computed: arrays by name, and the places in the order they ran."""
+    """The values that one run computed: arrays by name, and the places in the order of execution."""
 
     arrays: Mapping[str, Array]
     places: tuple[Place, ...]
@@ -48,20 +48,20 @@ class Values:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first value that differs: where, and the largest difference over the largest value."""
+    """The first value that differs, and the largest difference relative to the largest value."""
 
     place: Place
     relative: float
 
 
 def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
-    """Run a prompt from an empty cache, and keep every floating-point value that depends on it.
+    """Run a prompt from an empty cache, and return every floating-point value that depends on it.
 
-    What is made of weights alone, such as a matrix turned, is as large as the model, and left out.
+    Values that depend on weights alone, such as a transposed matrix, are as large as the model and left out.
 
     Args:
         folder: Directory with model.onnx.
-        tokens: (sequence,) int64; short, since everything is kept.
+        tokens: (sequence,) int64; short, since all values stay in memory.
 
     Raises:
         ParityError: onnxruntime cannot run the graph.
@@ -73,27 +73,27 @@ def graph_values(folder: Path, interface: Interface, tokens: Array) -> Values:
     exact = ir.load(folder / MODEL)
     interface = compute_in(Arithmetic.EXACT, exact, interface)
     model = ir.to_proto(exact)
-    known = {output.name for output in model.graph.output}
+    existing = {output.name for output in model.graph.output}
     names = _computed(model.graph)
-    model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in known)
+    model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in existing)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight
+    options.add_session_config_entry("session.disable_prepacking", "1")  # avoids a copy of every weight
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder.resolve())
     )
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        made = session.run(names, _feeds(interface, tokens))
+        outputs = session.run(names, _feeds(interface, tokens))
     except Exception as error:
         raise ParityError(f"onnxruntime cannot run {folder / 'model.onnx'}: {error}") from error
-    arrays = {n: a for n, a in zip(names, made, strict=True) if np.issubdtype(a.dtype, np.floating)}
+    arrays = {n: a for n, a in zip(names, outputs, strict=True) if np.issubdtype(a.dtype, np.floating)}
     return Values(arrays, tuple(p for p in _places(model.graph.node) if p.value in arrays))
 
 
 def module_values(model: Any, tokens: Array) -> dict[str, Array]:
-    """What every module of the original without parts of its own gives for a prompt, by its name.
+    """Return the output for a prompt of every module of the original without children, by its name.
 
     Args:
         model: A transformers causal LM.
@@ -101,14 +101,14 @@ def module_values(model: Any, tokens: Array) -> dict[str, Array]:
     """
     import torch
 
-    kept: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
     hooks = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
 
             def keep(_: Any, __: Any, output: Any, name: str = name) -> None:
                 if isinstance(output, torch.Tensor) and output.is_floating_point():
-                    kept[name] = output.detach().float().numpy().copy()
+                    outputs[name] = output.detach().float().numpy().copy()
 
             hooks.append(module.register_forward_hook(keep))
     try:
@@ -117,16 +117,16 @@ def module_values(model: Any, tokens: Array) -> dict[str, Array]:
     finally:
         for hook in hooks:
             hook.remove()
-    return kept
+    return outputs
 
 
 def first_difference(before: Values, after: Values, tolerance: float) -> Difference | None:
-    """The first value of `after` that differs from the one of the same name and shape in `before`."""
+    """Return the first value of `after` that differs from that of the same name and shape in `before`."""
     for place in after.places:
-        wanted = before.arrays.get(place.value)
+        expected = before.arrays.get(place.value)
         actual = after.arrays[place.value]
-        if wanted is not None and wanted.shape == actual.shape:
-            relative = relative_error(actual, wanted)
+        if expected is not None and expected.shape == actual.shape:
+            relative = relative_error(actual, expected)
             if relative > tolerance:
                 return Difference(place, relative)
     return None
@@ -135,29 +135,29 @@ def first_difference(before: Values, after: Values, tolerance: float) -> Differe
 def first_module_difference(
     modules: Mapping[str, Array], values: Values, tolerance: float
 ) -> Difference | None:
-    """The first module of the original whose result is not that of its last node in the graph."""
+    """Return the first module of the original whose result differs from its last node's in the graph."""
     last = {place.module: place for place in values.places if place.module is not None}
     for place in last.values():
-        wanted = modules.get(str(place.module))
+        expected = modules.get(str(place.module))
         actual = values.arrays[place.value]
-        if wanted is not None and wanted.shape == actual.shape:
-            relative = relative_error(actual, wanted)
+        if expected is not None and expected.shape == actual.shape:
+            relative = relative_error(actual, expected)
             if relative > tolerance:
                 return Difference(place, relative)
     return None
 
 
-def relative_error(actual: Array, wanted: Array) -> float:
-    """Largest absolute difference over the largest absolute value; infinite for NaN or infinity."""
+def relative_error(actual: Array, expected: Array) -> float:
+    """Return the largest absolute difference over the largest magnitude; infinite for NaN or infinity."""
     if not np.isfinite(actual).all():
         return math.inf
-    scale = float(np.max(np.abs(wanted), initial=0.0))
-    difference = float(np.max(np.abs(actual.astype(np.float64) - wanted), initial=0.0))
+    scale = float(np.max(np.abs(expected), initial=0.0))
+    difference = float(np.max(np.abs(actual.astype(np.float64) - expected), initial=0.0))
     return difference / scale if scale > 0 else (math.inf if difference > 0 else 0.0)
 
 
 def _computed(graph: Any) -> list[str]:
-    """Outputs of the nodes that read an input of the graph, directly or not."""
+    """Return the outputs of the nodes that depend on an input of the graph."""
     initializers = {tensor.name for tensor in graph.initializer}
     live = {value.name for value in graph.input} - initializers
     names: list[str] = []
@@ -180,10 +180,10 @@ def _feeds(interface: Interface, tokens: Array) -> dict[str, Array]:
 
 
 def _places(nodes: Sequence[Any]) -> list[Place]:
-    """Every output with its layer and module.
+    """Return every output with its layer and module.
 
-    One layer of each kind is traced and stamped out for the rest: a stamped value has the name of
-    its model but for the layer's number, and so has its module.
+    One layer of each kind is traced and stamped out for the rest: the name of a stamped value equals its
+    model's except for the layer's number, and so does its module's.
     """
     scopes = {n.output[0]: _module(n) for n in nodes if n.output}
     traced: dict[str, str] = {}
@@ -204,11 +204,12 @@ def _places(nodes: Sequence[Any]) -> list[Place]:
 
 
 def _module(node: Any) -> str | None:
-    """Name of the original's module that a traced node belongs to."""
+    """Return the name of the original's module that a traced node belongs to."""
     stated = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
     if stated is None:
         return None
     scopes = [str(scope) for scope in ast.literal_eval(stated)]
-    # First the step around the model, last the node itself; the model's own name comes before its parts'.
+    # The first scope is the step around the model, the last the node itself; the model's own name comes
+    # first.
     inner = scopes[-2] if len(scopes) > 1 else ""
     return inner.partition(".")[2] or None

@@ -1,8 +1,8 @@
-"""Weights: every tensor that an artifact stores against the checkpoint's, as a signal-to-noise ratio.
+"""Compare every tensor that an artifact stores with the checkpoint's, as a signal-to-noise ratio.
 
-The ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB; infinite where nothing was lost. Errors of integers
-are told in steps as well, the scale that stands between neighbouring codes: half a step is what rounding to
-the nearest code costs at most.
+The ratio is 10 log10(sum w**2 / sum (w - w')**2) in dB; it is infinite where nothing was lost. Errors of
+integers are reported in steps as well, the distance between neighbouring codes, which is the scale: rounding
+to the nearest code costs at most half a step.
 """
 
 import hashlib
@@ -22,20 +22,20 @@ from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.stored import Stored, read_stored
 
-#: Stands for the energy of a block of zeros.
+#: Replaces the energy of a block of zeros.
 _TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
 class WeightParity:
-    """What became of the weights.
+    """The result of comparing the weights.
 
     Args:
         measurements: One for each metric of weights beside the original's.
-        digest: sha256 over what the artifact has for the parameters that lost anything, be it by a
-            narrower type alone; empty if none did, so that the original itself has these weights.
-        changed: The names in `expected` of those tensors.
-        unread: Those that are stored in a form that nothing here reads back.
+        digest: sha256 over the artifact's values of the parameters that lost anything, be it only by a
+            narrower type; empty if none did, so that the original itself has these weights.
+        changed: Names in `expected` of the tensors that lost anything.
+        unread: Names of the tensors that are stored in a form that nothing here reads.
     """
 
     measurements: tuple[Measurement, ...]
@@ -45,12 +45,12 @@ class WeightParity:
 
 
 def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance = quietly) -> WeightParity:
-    """Hold every weight of model.onnx against its source.
+    """Compare every weight of model.onnx with its source.
 
     Args:
-        expected: What each weight of the lowered graph is made of, by the name of its initializer
-            before quantization.
-        advance: Told how many tensors of how many are done.
+        expected: The rows that each weight of the lowered graph is computed from, by the name of its
+            initializer before quantization.
+        advance: Called with the number of tensors done and their total.
 
     Raises:
         ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
@@ -59,13 +59,13 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance
     ratios, blocks, steps, changed = {}, {}, {}, []
     digest = hashlib.sha256()
     for name, tensor in stored.items():
-        found = _compare(expected[name], tensor)
-        ratios[name], blocks[name] = found.ratio, found.block
+        compared = _compare(expected[name], tensor)
+        ratios[name], blocks[name] = compared.ratio, compared.block
         if tensor.steps is not None:
-            steps[name] = found.steps
-        if found.ratio != math.inf or _narrows(expected[name]):
+            steps[name] = compared.steps
+        if compared.ratio != math.inf or _narrows(expected[name]):
             changed.append(name)
-            digest.update(f"{name}\0{found.digest}\n".encode())
+            digest.update(f"{name}\0{compared.digest}\n".encode())
         advance(len(ratios), len(stored))
     where = "numpy, from the files"
     unread = tuple(name for name in expected if name not in stored)
@@ -75,16 +75,16 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance
         return WeightParity(
             tuple(unmeasured(m, status, why, where) for m in Family.WEIGHTS.metrics), "", (), unread
         )
-    made = []
-    told = (
+    measurements = []
+    series = (
         (Metric.WEIGHTS_SNR, ratios, min, f"worst of {len(ratios)} tensors"),
         (Metric.WEIGHTS_BLOCK_SNR, blocks, min, f"worst block of {len(ratios)} tensors"),
         (Metric.WEIGHTS_MAX_STEPS, steps, max, f"worst of {len(steps)} tensors of integers"),
     )
-    for metric, values, worse, what in told:
+    for metric, values, worse, what in series:
         if not values:
             why = "no tensor is stored as integers whose scales are read here"
-            made.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, where))
+            measurements.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, where))
             continue
         worst = worse(values, key=lambda n: values[n])
         detail = f"{what}, {worst}"
@@ -92,15 +92,15 @@ def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance
             detail += (
                 f"; {len(unread)} tensors are stored in another form and were not read, first {unread[0]}"
             )
-        kept = {n: v for n, v in values.items() if v != math.inf}
-        made.append(measured(metric, values[worst], detail, where, kept))
-    return WeightParity(tuple(made), digest.hexdigest() if changed else "", tuple(changed), unread)
+        finite = {n: v for n, v in values.items() if v != math.inf}
+        measurements.append(measured(metric, values[worst], detail, where, finite))
+    return WeightParity(tuple(measurements), digest.hexdigest() if changed else "", tuple(changed), unread)
 
 
 def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
-    """The checkpoint's parameters that a tensor of the artifact is made of, with their values in it.
+    """Yield the checkpoint's parameters that a tensor of the artifact is made of, with their values in it.
 
-    A tensor that is computed from a parameter (a norm's 1 + weight) gives none.
+    A tensor that is computed from a parameter (a norm's 1 + weight) yields none.
     """
     match rows:
         case StoredRows():
@@ -117,11 +117,11 @@ def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
 
 
 def _narrows(rows: Rows) -> bool:
-    """Whether a type on the way to `rows` may not hold all digits of the checkpoint's."""
+    """Return whether a type on the way to `rows` may lose digits of the checkpoint's."""
     match rows:
         case CastRows():
-            kept = rows.dtype is ir.DataType.FLOAT or rows.dtype is rows.inner.dtype
-            return not kept or _narrows(rows.inner)
+            exact = rows.dtype is ir.DataType.FLOAT or rows.dtype is rows.inner.dtype
+            return not exact or _narrows(rows.inner)
         case ConcatRows():
             return any(_narrows(part) for part in rows.parts)
         case ExpertRows() | ScaledRows():
@@ -130,10 +130,10 @@ def _narrows(rows: Rows) -> bool:
 
 
 class StoredParameters(Mapping[str, Array]):
-    """The checkpoint's parameters with the artifact's values, each read from the files when it is asked for.
+    """The checkpoint's parameters with the artifact's values, each read from the files on demand.
 
     Args:
-        rows: What each tensor of the artifact is made of, by its name.
+        rows: The rows that each tensor of the artifact is computed from, by its name.
         stored: The tensors, by the same names.
     """
 
@@ -142,7 +142,7 @@ class StoredParameters(Mapping[str, Array]):
         self._tensor = {
             parameter: name
             for name in stored
-            # Only the names are asked for here: one zero stands for all values.
+            # Only the names are needed here: one zero represents all values.
             for parameter, _ in parameters(
                 rows[name], np.broadcast_to(np.zeros((), np.float32), rows[name].shape)
             )
@@ -160,8 +160,8 @@ class StoredParameters(Mapping[str, Array]):
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Ratio of a tensor and of its worst block in dB, largest error in steps, digest of what is stored."""
+class _Comparison:
+    """The ratio of a tensor and of its worst block in dB, largest error in steps, digest of the values."""
 
     ratio: float
     block: float
@@ -169,17 +169,17 @@ class _Found:
     digest: str
 
 
-def _compare(rows: Rows, stored: Stored) -> _Found:
+def _compare(rows: Rows, stored: Stored) -> _Comparison:
     signal = noise = steps = 0.0
     worst = math.inf
     digest = hashlib.sha256()
     for start, stop in row_chunks(rows):
-        wanted = np.atleast_1d(rows.rows(start, stop).astype(np.float32))
+        expected = np.atleast_1d(rows.rows(start, stop).astype(np.float32))
         actual = stored.read(start, stop)
         digest.update(actual.tobytes())
-        squares = [_block_sums(x * x, stored.block) for x in (wanted, wanted - actual)]
+        squares = [_block_sums(x * x, stored.block) for x in (expected, expected - actual)]
         if not np.isfinite(squares[1]).all():
-            return _Found(-math.inf, -math.inf, math.inf, digest.hexdigest())
+            return _Comparison(-math.inf, -math.inf, math.inf, digest.hexdigest())
         signal += float(squares[0].sum(dtype=np.float64))
         noise += float(squares[1].sum(dtype=np.float64))
         lost = squares[1] > 0
@@ -188,8 +188,8 @@ def _compare(rows: Rows, stored: Stored) -> _Found:
             worst = min(worst, _decibels(1.0, float(shares.max())))
             if stored.steps is not None:
                 step = np.maximum(np.abs(stored.steps(start, stop)), _TINY)
-                steps = max(steps, float((np.abs(wanted - actual) / step).max()))
-    return _Found(_decibels(signal, noise), worst, steps, digest.hexdigest())
+                steps = max(steps, float((np.abs(expected - actual) / step).max()))
+    return _Comparison(_decibels(signal, noise), worst, steps, digest.hexdigest())
 
 
 def _block_sums(squares: Array, block: int) -> Array:

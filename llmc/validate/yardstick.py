@@ -1,9 +1,9 @@
-"""The yardstick of quantized targets: the original with its matrices rounded plainly to the same bits.
+"""Compute the yardstick of quantized targets: the original, its matrices rounded plainly to as many bits.
 
-How much a model loses to 4 bits depends on the model, so that one bound on KL divergence cannot tell a good
-artifact from a bad one for all of them. The yardstick is what anyone gets without searching or calibrating:
-each block of neighbouring inputs is rounded to nearest between its least and its largest weight (zero
-included), or up to its largest magnitude where the scheme is symmetric.
+How much a model loses at 4 bits depends on the model, so that one bound on KL divergence cannot distinguish a
+good artifact from a bad one for all models. The yardstick is the result without search or calibration: each
+block of neighbouring inputs is rounded to nearest between its least and its largest weight (zero included),
+or up to its largest magnitude where the scheme is symmetric.
 """
 
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ from llmc.validate.interval import ratio_interval
 from llmc.validate.measure import measured
 from llmc.validate.stored import Stored
 
-#: Nats per token. Where plain rounding loses less than this, the artifact is compared with this.
+#: Nats per token. If plain rounding loses less than this, the artifact is compared with this value.
 FLOOR = 0.02
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How one matrix is rounded.
+    """The parameters of the rounding of one matrix.
 
     Args:
         bits: Bits of a code.
-        block: Neighbouring inputs that share a scale.
+        block: Number of neighbouring inputs that share a scale.
         symmetric: Whether the zero point is fixed in the middle.
-        outputs: Output features, which tell rows of outputs from rows of inputs.
+        outputs: Number of output features, which distinguishes rows of outputs from rows of inputs.
     """
 
     bits: int
@@ -41,11 +41,11 @@ class Rounding:
 
 
 def round_weights(rows: Mapping[str, Rows], roundings: Mapping[str, Rounding]) -> dict[str, Stored]:
-    """The rounded matrices, each read by rows when it is asked for.
+    """Return the rounded matrices, each read by rows on demand.
 
     Args:
         rows: The original's values of each matrix, by name.
-        roundings: How each is rounded, by the same names.
+        roundings: How each matrix is rounded, by the same names.
     """
     return {name: _rounded(rows[name], rounding) for name, rounding in roundings.items()}
 
@@ -75,18 +75,18 @@ def round_blocks(weights: Array, rounding: Rounding) -> Array:
 
 
 def compare_with_rounding(artifact: Array, rounding: Array, where: str) -> Measurement:
-    """TEXT_KL_RATIO: the artifact's KL divergence to that of plain rounding, over the same windows.
+    """Measure TEXT_KL_RATIO: the artifact's KL divergence over that of plain rounding, on the same windows.
 
     Args:
         artifact: Mean KL divergence of each window, nats per token.
-        rounding: That of the original with plainly rounded weights.
+        rounding: Mean KL divergence of each window of the original with plainly rounded weights.
     """
     below = float(rounding.mean()) < FLOOR
     divisor = np.maximum(rounding, FLOOR) if below else rounding
     value = float(artifact.mean() / divisor.mean())
     detail = f"{len(artifact)} windows; rounding to nearest in the same bits costs {rounding.mean():.4g} nats"
     if below:
-        detail += f", and {FLOOR:g} is taken instead"
+        detail += f", and {FLOOR:g} is used instead"
     figures = {"kl_artifact": float(artifact.mean()), "kl_rounding": float(rounding.mean())}
     return measured(Metric.TEXT_KL_RATIO, value, detail, where, figures, ratio_interval(artifact, divisor))
 

@@ -51,7 +51,7 @@ def test_one_rare_character_is_seen(tokenizer: Any) -> None:
 def test_many_differing_runs_are_counted(tokenizer: Any) -> None:
     original, ids = original_side(tokenizer), _ids(tokenizer) * 4
     found = compare_ids(original, [_with_decoder(tokenizer, "e", "")], ids)
-    assert "more runs of ids otherwise" in found[-1]
+    assert "more runs of ids differently" in found[-1]
 
 
 def test_runtimes_tell_broken_characters_in_their_own_ways(tokenizer: Any) -> None:

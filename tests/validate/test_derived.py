@@ -16,13 +16,13 @@ BUILT: dict[str, Any] = {"model": {"eos_token_id": [2, 5]}, "search": {"top_k": 
     [
         (
             {"model": BUILT["model"], "search": {"top_k": 1, "do_sample": True}},
-            "search.top_k is 1, by a build 50",
+            "search.top_k is 1, but 50 in a build",
         ),
-        ({"model": BUILT["model"]}, 'search is absent, by a build {"top_k": 50, "do_sample": true}'),
-        ({**BUILT, "more": 1}, "more is 1, by a build absent"),
-        ({**BUILT, "model": {"eos_token_id": [2]}}, "model.eos_token_id is [2], by a build [2, 5]"),
-        ({**BUILT, "model": {"eos_token_id": [2, 6]}}, "model.eos_token_id[1] is 6, by a build 5"),
-        ({**BUILT, "search": {"top_k": 50, "do_sample": 1}}, "search.do_sample is 1, by a build true"),
+        ({"model": BUILT["model"]}, 'search is absent, but {"top_k": 50, "do_sample": true} in a build'),
+        ({**BUILT, "more": 1}, "more is 1, but absent in a build"),
+        ({**BUILT, "model": {"eos_token_id": [2]}}, "model.eos_token_id is [2], but [2, 5] in a build"),
+        ({**BUILT, "model": {"eos_token_id": [2, 6]}}, "model.eos_token_id[1] is 6, but 5 in a build"),
+        ({**BUILT, "search": {"top_k": 50, "do_sample": 1}}, "search.do_sample is 1, but true in a build"),
     ],
 )
 def test_each_difference_has_its_key_and_both_values(stated: Any, told: str) -> None:
@@ -41,8 +41,8 @@ def test_many_differences_are_counted() -> None:
         ("a.json", None, "a.json is missing"),
         ("a.json", "{", "a.json is not JSON: Expecting property name"),
         ("a.json", '{"search": 1, "search": 2}', "a.json: search is there twice, as 1 and 2"),
-        ("a.json", json.dumps(BUILT, indent=7), "a.json has other bytes than a build writes"),
-        ("a.jinja", "{{ x }}", "a.jinja is not that of the original"),
+        ("a.json", json.dumps(BUILT, indent=7), "the bytes of a.json differ from what a build writes"),
+        ("a.jinja", "{{ x }}", "a.jinja is not the file of the original"),
     ],
 )
 def test_a_file_that_differs_is_told(name: str, text: str | None, told: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_packages_and_memory_are_added_and_nothing_is_counted_twice(tmp_path: Pa
     write_zone(tmp_path, "intel-rapl:2", "psys", 1)
     write_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 1)
     counter = open_counter(tmp_path)
-    assert counter.where == "RAPL dram, package-0, package-1; all that the processor does"
+    assert counter.where == "RAPL dram, package-0, package-1; everything that the processor does"
     before = counter.read()
     for file, count in ((first, 1_000_100), (second, 500_200), (memory, 250_300)):
         file.write_text(f"{count}\n")
@@ -54,7 +54,7 @@ def test_a_counter_that_begins_anew(tmp_path: Path) -> None:
 
 def test_no_counter(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ResourceError, match="no energy counter on this machine"):
+        with pytest.raises(ResourceError, match="this machine has no energy counter"):
             open_counter(folder)
 
 
@@ -109,7 +109,7 @@ def test_joules_of_decoded_tokens(llama: Any, tmp_path: Path) -> None:
         over.set()
         thread.join()
     (decode,) = latency.decode
-    assert latency.energy.startswith("RAPL package-0; all that the processor does; GPU: ")
+    assert latency.energy.startswith("RAPL package-0; everything that the processor does; GPU: ")
     assert decode.artifact_joules_per_token is not None
     assert decode.original_joules_per_token is not None
     # Whole joules of two turns, over their tokens.

@@ -49,7 +49,7 @@ def test_what_a_build_gives_has_no_mismatches(tmp_path: Path) -> None:
     folder, built = _write(tmp_path, _model(WEIGHT)), _model(None)
     assert measure_graph(folder, built, None).value == 0
     found = measure_tensors(folder, built.graph, {})
-    assert (found.value, found.detail) == (0, "1 tensors are what a build gives, bit for bit")
+    assert (found.value, found.detail) == (0, "1 tensors equal those of a build, bit for bit")
 
 
 def test_last_digits_of_tables_depend_on_the_cpu(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_a_changed_weight_is_told_by_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (WEIGHT.astype(np.float16), "w is FLOAT16 [4, 3] in the place of FLOAT [4, 3]"),
-        (WEIGHT.T.copy(), "w is FLOAT [3, 4] in the place of FLOAT [4, 3]"),
+        (WEIGHT.astype(np.float16), "w is FLOAT16 [4, 3], not FLOAT [4, 3]"),
+        (WEIGHT.T.copy(), "w is FLOAT [3, 4], not FLOAT [4, 3]"),
     ],
 )
 def test_another_type_or_shape_is_a_mismatch(weight: np.ndarray, said: str, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_another_operator_is_told_unless_tools_differ(tmp_path: Path) -> None:
     model.graph[1].op_type = "Sub"
     found = measure_graph(_write(tmp_path, model), _model(None), None)
     assert "node Add rotary_cos" in found.detail
-    assert "operator is ::Sub, by a build ::Add" in found.detail
+    assert "operator is ::Sub, but ::Add in a build" in found.detail
     other = measure_graph(tmp_path, _model(None), "it was built with torch 1")
     assert other.status is MeasurementStatus.NOT_APPLICABLE
     assert other.detail.startswith("it was built with torch 1, so that graphs are not compared")

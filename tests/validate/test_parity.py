@@ -159,7 +159,7 @@ def test_a_graph_that_takes_no_padding_is_measured_on_equal_rows(
 ) -> None:
     found = take(llama, tmp_path, tokens, Variant(padding="none"))
     assert failures(found) == set()
-    assert "the graph takes no padding" in found[RAGGED].detail
+    assert "the graph accepts no padding" in found[RAGGED].detail
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -180,7 +180,7 @@ def test_no_more_rows_than_the_artifact_takes(
         assert failures(found) == set()
         if rows == 1:
             assert found[RAGGED].status is MeasurementStatus.NOT_APPLICABLE
-            assert found[RAGGED].detail == "the artifact takes one row at a time"
+            assert found[RAGGED].detail == "the artifact accepts one row at a time"
     windows = plan_windows(interface, tokens, ())
     measure_quality(model, TorchModel(mistral), windows, rows)
     assert max(batches) == rows
@@ -228,5 +228,5 @@ def test_both_sides_of_every_switch(llama: Any, tokens: np.ndarray, tmp_path: Pa
 
 def test_too_few_tokens(llama: Any, tmp_path: Path) -> None:
     interface = write_decoder(llama, tmp_path)
-    with pytest.raises(ConfigError, match="given 1 tokens to make prompts of"):
+    with pytest.raises(ConfigError, match="given 1 tokens, too few for a prompt"):
         plan_of(interface, np.array([4]))

@@ -149,7 +149,7 @@ ITEM = {"question": "What?", "choices": [" a", " b"], "answer": 0}
         ([ITEM], {}, ConfigError, "task rivers has 1 items, at least 2 are needed"),
         (
             [ITEM, ITEM], {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]},
-            UnsupportedError, "task rivers asks for generate_until; multiple_choice tasks alone",
+            UnsupportedError, "task rivers asks for generate_until; only multiple_choice tasks",
         ),
         (
             [ITEM, ITEM], {"metric_list": [{"metric": "acc_norm"}]},
@@ -174,10 +174,12 @@ def test_an_answer_that_fits_no_choice(llama: Any, artifact: OrtModel, tmp_path:
 
 
 def test_a_task_that_there_is_not() -> None:
-    with pytest.raises(ConfigError, match="there is no task hellaswagg: no file, and no name") as caught:
+    with pytest.raises(
+        ConfigError, match="there is no task hellaswagg: it is neither a file nor a name"
+    ) as caught:
         load_tasks(["hellaswagg"], None)
     assert str(caught.value.hint).startswith("did you mean hellaswag")
-    assert _nearest("zzzzzz", ["arc_easy", "mmlu"]) == "`lm-eval ls tasks` lists those it knows"
+    assert _nearest("zzzzzz", ["arc_easy", "mmlu"]) == "`lm-eval ls tasks` lists the tasks it knows"
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,4 +50,4 @@ def test_ratio_to_the_yardstick() -> None:
 def test_a_yardstick_that_loses_next_to_nothing() -> None:
     made = compare_with_rounding(np.array([0.004, 0.006]), np.array([1e-4, 3e-4]), "here")
     assert made.value == pytest.approx(0.005 / FLOOR)
-    assert "0.02 is taken instead" in made.detail
+    assert "0.02 is used instead" in made.detail
