@@ -1,1 +1,1 @@
-"""Weight-only block quantization: which tensor gets which bits, and the codes themselves."""
+"""Quantize weights by block: decide which tensor gets which bits, and compute the codes."""

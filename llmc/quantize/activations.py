@@ -1,9 +1,8 @@
-"""What a model's activations are like on calibration text: their range as quantized, and their peaks.
+"""Calibrate activations on text: measure their quantized ranges and their peaks, and smooth their channels.
 
-For each activation that is to be quantized, channels are divided by s = p**a / w**(1 - a) first, where that
-costs nothing, with p the peak of the channel and w that of the weights that read it (SmoothQuant, Xiao et
-al. 2023). Of the exponents a that are tried, and of doing nothing, the one is taken whose products come
-nearest to those in float.
+Before an activation is quantized, its channels are divided by s = p**a / w**(1 - a), if that costs nothing,
+with p the peak of the channel and w the peak of the weights that read it (SmoothQuant, Xiao et al. 2023). Of
+the candidate exponents a, and of no division, the one is chosen whose products are nearest to those in float.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from llmc.quantize.place import choose_scheme
 if TYPE_CHECKING:
     import torch
 
-#: The file of an artifact with what channels of its activations were divided by.
+#: The file of an artifact with the factors by which channels of its activations were divided.
 SMOOTHING = "smoothing.safetensors"
-#: Exponents that are tried.
+#: Candidate exponents.
 EXPONENTS = (0.5, 0.65, 0.8)
-#: Tokens of the text that exponents are compared on.
+#: Number of tokens of the text on which exponents are compared.
 _SAMPLE = 256
-#: A channel counts as no quieter than this part of the channel in the middle.
+#: Lower bound of a channel's peak, relative to the median channel.
 _QUIET = 1e-2
 
 
 @dataclass(frozen=True)
 class InputPlan:
-    """An activation that is to be quantized.
+    """The plan of an activation that is to be quantized.
 
     Args:
         sources: The checkpoint's names of the weights whose products are computed from it as quantized.
@@ -58,11 +57,11 @@ class InputPlan:
 
 @dataclass(frozen=True)
 class InputRange:
-    """What calibration found out about an activation.
+    """The calibrated range of an activation.
 
     Args:
         peak: Largest magnitude, after its channels have been divided.
-        smoothing: What channels are divided by, (K,) float32; None for nothing.
+        smoothing: Factors by which channels are divided, (K,) float32; None for no division.
         snr_db: Mean signal-to-noise ratio of a token as quantized.
     """
 
@@ -73,11 +72,11 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Activations:
-    """Findings of a walk.
+    """The ranges and peaks that a walk measured.
 
     Args:
-        ranges: By the first of the weights that read the activation.
-        peaks: Largest magnitude of what each module of the model returns, by its name.
+        ranges: Ranges by the first of the weights that read the activation.
+        peaks: Largest magnitude of the result of each module of the model, by its name.
     """
 
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
@@ -85,25 +84,25 @@ class Activations:
 
     @property
     def smoothing(self) -> dict[str, Array]:
-        """What channels are divided by, by the first of the weights that read the activation."""
+        """The factors that channels are divided by, by the first of the weights that read the activation."""
         return {name: r.smoothing for name, r in self.ranges.items() if r.smoothing is not None}
 
 
 def plan_inputs(graph: Graph, rules: Sequence[EngineRule]) -> tuple[InputPlan, ...]:
-    """The activations that rules want quantized, in graph order."""
+    """Plan the activations that the rules quantize, in graph order."""
     plans = []
     for shared in find_shared_inputs(graph):
         kind, linears = quantized_products(shared, rules)
         if kind is not None:
-            taken = replace(shared, linears=linears)
-            plans.append(InputPlan(taken.sources, kind, bool(shared.factors)))
+            quantized = replace(shared, linears=linears)
+            plans.append(InputPlan(quantized.sources, kind, bool(shared.factors)))
     return tuple(plans)
 
 
 def quantized_products(
     shared: SharedInput, rules: Sequence[EngineRule]
 ) -> tuple[WeightFormat | None, tuple[Linear, ...]]:
-    """Type that rules want an activation in, and the products that they want computed from it."""
+    """Return the type in which the rules quantize an activation, and the products computed from it."""
     kinds = []
     for linear in shared.linears:
         scheme = choose_scheme(rules, linear.role, str(linear.weight.name))
@@ -113,13 +112,14 @@ def quantized_products(
 
 
 class ActivationTask:
-    """Watches a model's layers; see `LayerTask`.
+    """The layer task that measures a model's activations; see `LayerTask`.
 
     Args:
         plans: Activations that are to be quantized.
-        tied: Parameter names absent from the checkpoint, and the stored name that stands for each.
+        tied: Parameter names absent from the checkpoint, and the stored name of the tensor that each is tied
+            to.
         layers: Names of the decoder layers.
-        windows: How many windows the text has.
+        windows: Number of windows of the text.
     """
 
     changes = False
@@ -131,19 +131,19 @@ class ActivationTask:
         self._tied = tied
         self._inside = tuple(f"{name}." for name in layers)
         self._rows = -(-_SAMPLE // windows)
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, _Observed] = {}
         self._peaks: dict[str, float] = {}
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context inputs of linear layers are sampled, and peaks of results are taken."""
+        """Sample inputs of linear layers within this context, and record peaks of results."""
         self._seen, self._peaks = {}, {}
         linears = named_linears(name, module, self._tied)
         handles = []
         for plan in self._plans:
             own = [linears[s][1] for s in plan.sources if s in linears]
             if own and len(own) == len(plan.sources) and (name or self._outside(linears, plan)):
-                seen = self._seen[plan.sources[0]] = _Seen(plan, own, self._rows)
+                seen = self._seen[plan.sources[0]] = _Observed(plan, own, self._rows)
                 handles.append(own[0].register_forward_pre_hook(seen.take))
         for path, each in module.named_modules(prefix=name):
             if name or not f"{path}.".startswith(self._inside):
@@ -168,35 +168,35 @@ class ActivationTask:
         return note
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """Ranges of the layer's activations, and its peaks.
+        """Return ranges of the layer's activations, and its peaks.
 
         Raises:
             CheckpointError: An activation is not finite.
         """
         data = {f"{path}.output": np.array([peak]) for path, peak in self._peaks.items()}
         for first, seen in self._seen.items():
-            found = seen.conclude(first)
-            if found is None:
+            calibrated = seen.conclude(first)
+            if calibrated is None:
                 continue
-            data[f"{first}.peak"] = np.array([found.peak])
-            data[f"{first}.snr_db"] = np.array([found.snr_db])
-            if found.smoothing is not None:
-                data[f"{first}.smoothing"] = found.smoothing
+            data[f"{first}.peak"] = np.array([calibrated.peak])
+            data[f"{first}.snr_db"] = np.array([calibrated.snr_db])
+            if calibrated.smoothing is not None:
+                data[f"{first}.smoothing"] = calibrated.smoothing
         return data
 
 
 def read_activations(files: Sequence[Path]) -> Activations:
-    """What `ActivationTask` kept."""
+    """Read the files that `ActivationTask` wrote."""
     from safetensors.numpy import load_file
 
-    kept: dict[str, Array] = {}
+    data: dict[str, Array] = {}
     for path in files:
-        kept.update(load_file(path))
-    peaks = {k.removesuffix(".output"): float(v[0]) for k, v in kept.items() if k.endswith(".output")}
-    firsts = [k.removesuffix(".snr_db") for k in kept if k.endswith(".snr_db")]
+        data.update(load_file(path))
+    peaks = {k.removesuffix(".output"): float(v[0]) for k, v in data.items() if k.endswith(".output")}
+    firsts = [k.removesuffix(".snr_db") for k in data if k.endswith(".snr_db")]
     ranges = {
         first: InputRange(
-            float(kept[f"{first}.peak"][0]), kept.get(f"{first}.smoothing"), float(kept[f"{first}.snr_db"][0])
+            float(data[f"{first}.peak"][0]), data.get(f"{first}.smoothing"), float(data[f"{first}.snr_db"][0])
         )
         for first in firsts
     }
@@ -204,20 +204,20 @@ def read_activations(files: Sequence[Path]) -> Activations:
 
 
 def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
-    """Keep what channels were divided by beside the graph that it was done to.
+    """Store the factors that channels were divided by beside the graph.
 
     Raises:
         ResourceError: Disk full.
     """
     from safetensors.numpy import save
 
-    # `save_file` would make a file that nobody else may read.
+    # `save_file` would create a file that other users cannot read.
     with space_errors(folder):
         (folder / SMOOTHING).write_bytes(save(dict(vectors)))
 
 
 def read_smoothing(folder: Path) -> dict[str, Array]:
-    """What `write_smoothing` kept.
+    """Read the file that `write_smoothing` wrote.
 
     Raises:
         ParityError: The file is missing or damaged.
@@ -230,13 +230,13 @@ def read_smoothing(folder: Path) -> dict[str, Array]:
         vectors: dict[str, Array] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ParityError(
-            f"{path}, what the artifact's weights were scaled by, cannot be read: {error}"
+            f"{path}, which states the scaling of the artifact's weights, cannot be read: {error}"
         ) from error
     return vectors
 
 
-class _Seen:
-    """Inputs of the linear layers that read one activation."""
+class _Observed:
+    """The observed inputs of the linear layers that read one activation."""
 
     def __init__(self, plan: InputPlan, linears: Sequence[torch.nn.Linear], rows: int) -> None:
         self._plan = plan
@@ -246,7 +246,7 @@ class _Seen:
         self._sample: list[torch.Tensor] = []
 
     def take(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        """Peaks of the channels, and some rows, others in each window: first tokens are like no others."""
+        """Record peaks of the channels, and some rows, which vary by window since first tokens differ."""
         import torch
 
         rows = args[0].reshape(-1, args[0].shape[-1]).float()
@@ -256,7 +256,7 @@ class _Seen:
         self._sample.append(rows[len(self._sample) % step :: step].clone())
 
     def conclude(self, name: str) -> InputRange | None:
-        """The range under the exponent whose products come nearest; None if nothing was seen."""
+        """Return the range under the exponent with the nearest products; None if no input was observed."""
         import torch
 
         if self._channels is None:
@@ -264,12 +264,12 @@ class _Seen:
         channels = self._channels
         if not bool(torch.isfinite(channels).all()):
             raise CheckpointError(
-                f"the activations that {name} is given on the calibration text are not all finite",
+                f"the inputs of {name} on the calibration text are not all finite",
                 hint="the checkpoint is damaged, or needs a target without calibration",
             )
         rows = torch.cat(self._sample)
         weights = torch.cat([linear.weight for linear in self._linears])
-        wanted = rows @ weights.T
+        expected = rows @ weights.T
         floor = channels.median().clamp(min=1e-6) * _QUIET
         loud, heavy = channels.clamp(min=float(floor)), weights.abs().amax(0).clamp(min=1e-6)
         best: tuple[float, torch.Tensor | None] | None = None
@@ -281,7 +281,7 @@ class _Seen:
             divided, peak = self._divide(rows, smoothing)
             scaled = weights if smoothing is None else weights * smoothing
             product = fake_quantize(divided, self._plan.kind, peak) @ fake_weights(scaled, self._plan.kind).T
-            error = float(_relative(wanted, product).mean())
+            error = float(_relative(expected, product).mean())
             if best is None or error < best[0]:
                 best = (error, smoothing)
         smoothing = best[1] if best is not None else None
@@ -294,20 +294,20 @@ class _Seen:
         )
 
     def _divide(self, rows: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, float]:
-        """Rows with their channels divided, and the largest magnitude on all of the text."""
+        """Return rows with their channels divided, and the largest magnitude on the whole text."""
         channels = self._channels
         if channels is None or smoothing is None:
             return rows, 0.0 if channels is None else float(channels.max())
         return rows / smoothing, float((channels / smoothing).max())
 
 
-def _relative(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Energy of the difference by token, as a part of the token's."""
-    return ((wanted - found) ** 2).sum(1) / (wanted**2).sum(1).clamp(min=1e-20)
+def _relative(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """Return the energy of each token's difference, relative to the token's energy."""
+    return ((expected - actual) ** 2).sum(1) / (expected**2).sum(1).clamp(min=1e-20)
 
 
 def fake_quantize(x: torch.Tensor, kind: WeightFormat, peak: float) -> torch.Tensor:
-    """Activations (tokens, K) as they are once quantized and back, with the range that `peak` gives."""
+    """Return activations (tokens, K) quantized and dequantized, with the range that `peak` gives."""
     import torch
 
     if peak == 0:
@@ -323,7 +323,7 @@ def fake_quantize(x: torch.Tensor, kind: WeightFormat, peak: float) -> torch.Ten
 
 
 def fake_weights(weights: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
-    """Weights (N, K) as they are once quantized and back, with scales that just span them."""
+    """Return weights (N, K) quantized and dequantized, with scales that just span them."""
     if kind is WeightFormat.NVFP4:
         return fake_quantize(weights, kind, float(weights.abs().max()))
     scale = weights.abs().amax(1, keepdim=True).clamp(min=1e-12) / HIGHEST[kind]
@@ -331,7 +331,7 @@ def fake_weights(weights: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
 
 
 def _cast(codes: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
-    """The nearest codes of a type, float32."""
+    """Return the nearest codes of a type, float32."""
     import torch
 
     high = HIGHEST[kind]

@@ -1,6 +1,6 @@
-"""Mixed precision solved: one scheme for every matrix, within a budget of bits or of predicted KL divergence.
+"""Solve mixed precision: choose a scheme for every matrix within a budget of bits or of predicted divergence.
 
-A multiple-choice knapsack, by SciPy's mixed-integer solver (HiGHS).
+This is a multiple-choice knapsack problem, solved by SciPy's mixed-integer solver (HiGHS).
 """
 
 import math
@@ -14,17 +14,17 @@ from llmc.errors import ConfigError
 
 #: Relative gap to the best allocation at which the solver may stop.
 _GAP = 1e-4
-#: Seconds that it may take.
+#: Time limit of the solver in seconds.
 _SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a matrix.
+    """The scheme, size and predicted loss of one way to store a matrix.
 
     Args:
-        bytes: All that is stored for it.
-        kl: Predicted KL divergence that it costs, nats per token.
+        bytes: Bytes of everything that is stored for it.
+        kl: Predicted increase of the KL divergence, nats per token.
     """
 
     scheme: WeightScheme
@@ -38,13 +38,13 @@ def allocate(
     most_bytes: float | None = None,
     most_kl: float | None = None,
 ) -> dict[str, Candidate]:
-    """The least predicted KL divergence within `most_bytes`, or the fewest bytes within `most_kl`.
+    """Minimize the predicted KL divergence within `most_bytes`, or the bytes within `most_kl`.
 
     Args:
-        candidates: At least one for each matrix.
+        candidates: The ways to store each matrix, at least one for each.
 
     Raises:
-        ConfigError: No allocation stays within the bound; says the nearest.
+        ConfigError: No allocation stays within the bound; the message states the nearest.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 

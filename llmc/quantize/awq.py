@@ -1,11 +1,11 @@
-"""Channels of activations scaled before weights are rounded, by calibration text (AWQ, Lin et al. 2024).
+"""Scale channels of activations before weights are rounded, by calibration text (AWQ, Lin et al. 2024).
 
 Where the channels of an activation can be divided by factors s at no cost (see fold.py), the weights that
-read it are multiplied by them and rounded after that: a loud channel has finer steps then, and the weights
-of a block come nearer to one size. s = x**a / w**(1 - a), with x the root mean square of the channel and w
-the mean magnitude of the weights that read it. Of the exponents a that are tried, and of doing nothing, the
-one is taken whose searched scales and nearest codes leave the least error in the products: with D what is
-lost and H = sum(x x'), that is the sum of D H D' over outputs.
+read it are multiplied by them and rounded after that: a loud channel then has finer steps, and the weights of
+a block become more similar in size. s = x**a / w**(1 - a), with x the root mean square of the channel and w
+the mean magnitude of the weights that read it. Of the candidate exponents a, and of no scaling, the one is
+chosen whose searched scales and nearest codes leave the least error in the products: with D the rounding
+error and H = sum(x x'), that is the sum of D H D' over outputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs
 
-#: Exponents that are tried.
+#: Candidate exponents.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
-#: A channel, or its weights, counts as no quieter than this part of the one in the middle.
+#: Lower bound of the size of a channel, or of its weights, relative to the median.
 _QUIET = 1e-2
-#: Outputs of a matrix that exponents are compared on.
+#: Number of outputs of a matrix on which exponents are compared.
 _OUTPUTS = 256
 
 
 @dataclass(frozen=True)
 class Divided:
-    """Outputs start:stop of a tensor of the checkpoint, which are divided in the place of an activation."""
+    """The outputs start:stop of a tensor of the checkpoint that are divided instead of an activation."""
 
     source: str
     start: int
@@ -42,11 +42,11 @@ class Divided:
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """An activation whose channels can be divided at no cost.
+    """The plan of an activation whose channels can be divided at no cost.
 
     Args:
         sources: The checkpoint's names of the weights that read it.
-        divided: What is divided in its place, as far as it is outputs of matrices, in the channels' order.
+        divided: The outputs of matrices that are divided instead, in the channels' order.
     """
 
     sources: tuple[str, ...]
@@ -54,10 +54,10 @@ class ChannelPlan:
 
 
 def plan_channels(graph: Graph, schemes: Mapping[str, WeightScheme]) -> tuple[ChannelPlan, ...]:
-    """Activations of `graph` that only matrices read which calibration quantizes, in graph order.
+    """Plan the activations of `graph` that only calibrated matrices read, in graph order.
 
     Args:
-        schemes: The checkpoint's tensors that are quantized on calibration text, and how.
+        schemes: The checkpoint's tensors that are quantized on calibration text, and their schemes.
     """
     plans = []
     for shared in find_shared_inputs(graph):
@@ -70,33 +70,33 @@ def plan_channels(graph: Graph, schemes: Mapping[str, WeightScheme]) -> tuple[Ch
 
 
 def _divided(factor: Factor) -> list[Divided]:
-    """Outputs of the checkpoint's matrices that are divided; none where it is a vector that is."""
+    """Return the outputs of the checkpoint's matrices that are divided; none if a vector is divided."""
     rows = lazy_of(factor.weight).rows
     while isinstance(rows, CastRows):
         rows = rows.inner
     if rows is None or len(rows.shape) != 2:
         return []
     parts = rows.parts if isinstance(rows, ConcatRows) else (rows,)
-    found, first = [], 0
+    outputs, first = [], 0
     for part in parts:
         last = first + part.shape[0]
         start, stop = max(factor.start, first), min(factor.stop, last)
         if start < stop:
-            found.append(Divided(", ".join(part.sources), start - first, stop - first))
+            outputs.append(Divided(", ".join(part.sources), start - first, stop - first))
         first = last
-    return found
+    return outputs
 
 
 def search_channels(
     weights: Sequence[Array], hessian: Array, schemes: Sequence[WeightScheme], name: str
 ) -> Array | None:
-    """Factors of the channels that several matrices read, float32 (K,); None if none are better.
+    """Search factors of the channels that several matrices read, float32 (K,); None if none reduce the error.
 
     Args:
-        weights: (N, K) each.
+        weights: The matrices, (N, K) each.
         hessian: sum of x x' over tokens, (K, K).
         schemes: How each matrix is stored.
-        name: What errors call the matrices.
+        name: Name of the matrices in errors.
     """
     sample = [w[:: -(-len(w) // _OUTPUTS)].astype(np.float32) for w in weights]
     loud = _floored(np.sqrt(np.maximum(np.diagonal(hessian), 0)))
@@ -114,21 +114,21 @@ def search_channels(
 
 
 def divide_outputs(blocks: PackedBlocks, start: int, stop: int, factors: Array) -> PackedBlocks:
-    """The same codes for a matrix whose outputs start:stop are divided by `factors` (stop - start,)."""
+    """Return the codes of the same matrix with outputs start:stop divided by `factors` (stop - start,)."""
     scales = blocks.scales.astype(np.float32)
     scales[start:stop] /= factors[:, None]
     return replace(blocks, scales=scales.astype(blocks.scales.dtype))
 
 
 def _floored(values: Array) -> Array:
-    """Sizes of channels in float64, none of them 0."""
+    """Return sizes of channels in float64, none of them 0."""
     middle = float(np.median(values))
     floored: Array = np.maximum(values.astype(np.float64), _QUIET * middle if middle > 0 else 1.0)
     return floored
 
 
 def _lost(weights: Sequence[Array], hessian: Array, schemes: Sequence[WeightScheme], name: str) -> float:
-    """Error of the products with the nearest codes, summed over outputs and tokens."""
+    """Return the error of the products with the nearest codes, summed over outputs and tokens."""
     important = weigh_features(np.diagonal(hessian))
     total = 0.0
     for matrix, scheme in zip(weights, schemes, strict=True):

@@ -1,11 +1,11 @@
-"""Blocks of input features that share one scale: layout, rounding to levels, packing, dequantization.
+"""Define blocks of input features that share one scale: layout, rounding to levels, packing, dequantization.
 
 A matrix of N outputs and K inputs is cut along K into blocks of `block_size`; the last block of a row
 is padded with zeros. A weight is stored as `code` in 0..2**bits-1 and read back as
 `(code - zero_point) * scale`, as the operator schemas of com.microsoft MatMulNBits and
-GatherBlockQuantized define it; without stored zero points both take 2**(bits-1).
+GatherBlockQuantized define it; without stored zero points both use 2**(bits-1).
 
-The methods work on *columns*, float32 (block_size, n): one block a column, so that every NumPy
+The methods work on *columns*, float32 (block_size, n): each block is a column, so that every NumPy
 operation runs along contiguous memory and a reduction over a block is an addition of rows.
 """
 
@@ -16,19 +16,19 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.config import WeightScheme
 
-#: Elements that one step works on: few enough for the cache, enough for NumPy's cost per call not to show.
+#: Number of elements per step: few enough for the cache, enough to hide NumPy's overhead per call.
 STEP = 1 << 17
 
-#: Element type of stored scales.
+#: The element type of stored scales.
 ScaleType = type[np.float32] | type[np.float16]
 
-#: Blocks whose range is below this are stored as zeros: the inverse of their scale leaves float32.
+#: Blocks whose range is below this are stored as zeros: the inverse of their scale would overflow float32.
 SMALLEST = np.float32(2.0**-100)
 
 
 @dataclass(frozen=True)
 class PackedBlocks:
-    """A quantized matrix in the layout of MatMulNBits.
+    """The data of a quantized matrix in the layout of MatMulNBits.
 
     Args:
         codes: uint8 (N, blocks, block_size * bits / 8); with 4 bits the even element of a pair is in
@@ -48,9 +48,9 @@ class PackedBlocks:
 
 
 class Workspace:
-    """Buffers that are used again from step to step, float32 (block_size, n).
+    """The buffers that are reused from step to step, float32 (block_size, n).
 
-    `importance` says how much the square of each element's error counts, None if all count the same.
+    `importance` is the weight of the square of each element's error; None if all have the same weight.
     """
 
     def __init__(self, block_size: int, columns: int, importance: Array | None = None) -> None:
@@ -61,7 +61,7 @@ class Workspace:
         self.importance = importance
 
     def narrow(self, columns: int) -> "Workspace":
-        """The same buffers cut to the first `columns` columns."""
+        """Return the same buffers cut to the first `columns` columns."""
         view = object.__new__(Workspace)
         view.columns = self.columns[:, :columns]
         view.scaled = self.scaled[:, :columns]
@@ -70,7 +70,7 @@ class Workspace:
         return view
 
     def dot(self, first: Array, second: Array) -> Array:
-        """Sums over each block of the products of two buffers, as important as they are, float32 (n,)."""
+        """Sum the products of two buffers over each block, weighted by importance, float32 (n,)."""
         if self.importance is None:
             plain: Array = np.einsum("ij,ij->j", first, second)
             return plain
@@ -79,12 +79,12 @@ class Workspace:
 
 
 def count_blocks(in_features: int, block_size: int) -> int:
-    """Blocks of one row, the padded one included."""
+    """Return the number of blocks of one row, including the padded one."""
     return -(-in_features // block_size)
 
 
 def stored_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
-    """Bytes of a matrix (N, K): codes, scales of `scale_bytes` each, and any zero points."""
+    """Return the bytes of a matrix (N, K): codes, scales of `scale_bytes` each, and any zero points."""
     out_features, in_features = shape
     blocks = count_blocks(in_features, scheme.block_size)
     zeros = 0 if scheme.symmetric else -(-blocks * scheme.bits // 8)
@@ -92,12 +92,12 @@ def stored_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int)
 
 
 def zero_level(scheme: WeightScheme) -> int:
-    """The zero point of symmetric codes."""
+    """Return the zero point of symmetric codes."""
     return 1 << (scheme.bits - 1)
 
 
 def round_to_levels(work: Workspace, inverse: Array, zero: Array, scheme: WeightScheme) -> None:
-    """Set `work.scaled` to columns * inverse and `work.levels` to the nearest code - zero there is.
+    """Set `work.scaled` to columns * inverse and `work.levels` to the nearest value of code - zero.
 
     Args:
         inverse: 1 / scale, float32 (n,).
@@ -114,13 +114,13 @@ def round_to_levels(work: Workspace, inverse: Array, zero: Array, scheme: Weight
 
 
 def invert(scale: Array) -> Array:
-    """1 / scale, and 0 where the scale is 0."""
+    """Return 1 / scale, and 0 where the scale is 0."""
     inverse: Array = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
     return inverse
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """uint8 codes (..., n) to bytes (..., ceil(n * bits / 8)), low-order bits first, zeros at the end."""
+    """Pack uint8 codes (..., n) into bytes (..., ceil(n * bits / 8)), low-order bits first, padded with 0."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:
@@ -130,7 +130,7 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, count: int) -> Array:
-    """The first `count` codes of packed bytes (..., m), as uint8 (..., count)."""
+    """Return the first `count` codes of packed bytes (..., m), as uint8 (..., count)."""
     if bits == 8:
         return packed[..., :count]
     both = np.stack([packed & 15, packed >> 4], axis=-1)
@@ -138,7 +138,7 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
 
 
 def dequantize_blocks(blocks: PackedBlocks) -> Array:
-    """The weights that an operator computes with, float32 (N, K)."""
+    """Return the weights that an operator computes with, float32 (N, K)."""
     scheme = blocks.scheme
     count = blocks.scales.shape[1]
     codes = unpack(blocks.codes, scheme.bits, scheme.block_size).astype(np.float32)
@@ -153,5 +153,5 @@ def dequantize_blocks(blocks: PackedBlocks) -> Array:
 
 
 def round_scales(scale: Array, scale_type: ScaleType) -> Array:
-    """What `scale_type` holds of the scales, as float32."""
+    """Round scales to `scale_type`, and return them as float32."""
     return scale.astype(scale_type).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Calibrated methods over a walk: each layer is quantized from what reached it in the quantized model.
+"""Run calibrated methods over a walk: each layer is quantized with the inputs it gets in the quantized model.
 
-The hidden states go on through the quantized layer, so that later layers make up for the error of earlier
+The hidden states continue through the quantized layer, so that later layers compensate the error of earlier
 ones.
 """
 
@@ -30,14 +30,14 @@ _MEMBERS = ("codes", "scales", "zero_points")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Matrices that were quantized on calibration text, by the checkpoint's tensor names.
+    """The matrices that were quantized on calibration text, by the checkpoint's tensor names.
 
     Args:
-        files: The file that holds each tensor.
-        schemes: How each was quantized.
-        widths: Input features of each.
-        smoothing: What channels of activations were divided by first, by the first of the weights that read
-            the activation.
+        files: The file that stores each tensor.
+        schemes: The scheme by which each was quantized.
+        widths: Number of input features of each.
+        smoothing: Factors that channels of activations were divided by first, by the first of the weights
+            that read the activation.
     """
 
     files: Mapping[str, Path]
@@ -48,7 +48,7 @@ class Calibration:
     def join(
         self, sources: Sequence[str], shape: tuple[int, int], scheme: WeightScheme
     ) -> PackedBlocks | None:
-        """The matrix (N, K) that `sources` make along N; None if one of them was not calibrated as it is."""
+        """Join `sources` along N to a matrix (N, K); None if one of them was not calibrated with `scheme`."""
         from safetensors.numpy import load_file
 
         if any(s not in self.files or self.schemes[s] != scheme for s in sources):
@@ -65,11 +65,11 @@ class Calibration:
 
 
 def read_calibration(paths: Sequence[Path], schemes: Mapping[str, WeightScheme]) -> Calibration:
-    """What a `Calibrator` kept.
+    """Read the files that a `Calibrator` wrote.
 
     Args:
         paths: Its files, layer by layer and for the head.
-        schemes: How each tensor of the checkpoint was to be quantized.
+        schemes: The scheme by which each tensor of the checkpoint was to be quantized.
     """
     from safetensors import safe_open
 
@@ -88,18 +88,18 @@ def read_calibration(paths: Sequence[Path], schemes: Mapping[str, WeightScheme])
 
 
 class Calibrator:
-    """Quantizes the linear layers of one model on calibration text.
+    """The layer task that quantizes the linear layers of one model on calibration text.
 
     Args:
         model: A transformers causal LM in evaluation mode, parameters on the meta device, buffers real.
         layers: Qualified names of its decoder layers, in order.
         store: The checkpoint's tensors.
-        tied: Parameter names absent from the store, and the stored name that stands for each.
-        schemes: How each tensor of the checkpoint is to be quantized; those that no linear layer of the
-            model owns are left out.
+        tied: Parameter names absent from the store, and the stored name of the tensor that each is tied to.
+        schemes: Scheme of each tensor of the checkpoint; tensors that belong to no linear layer of the model
+            are left out.
         scale_type: Type of the stored scales.
-        folder: Where finished layers are kept, and found again.
-        channels: Activations whose channels are scaled first where that helps.
+        folder: Folder in which finished layers are stored, and found again.
+        channels: Activations whose channels are scaled first if that reduces the error.
     """
 
     changes = True
@@ -126,11 +126,11 @@ class Calibrator:
         self._hessians: dict[str, torch.Tensor] = {}
 
     def run(self, windows: Array, note: Callable[[str], None]) -> Calibration:
-        """Quantize every layer, then the head, going on from the last layer that is on disk.
+        """Quantize every layer, then the head, continuing after the last layer that is on disk.
 
         Args:
             windows: (windows, length) int64 token ids.
-            note: Told what was taken up again.
+            note: Called with a description of the work that was resumed.
 
         Raises:
             ConfigError: Fewer than LEAST_TOKENS tokens, or a Hessian that is singular.
@@ -141,7 +141,7 @@ class Calibrator:
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context sum(x x') of the inputs of linear layers is added up, (K, K) float32."""
+        """Accumulate sum(x x') of the inputs of linear layers within this context, (K, K) float32."""
         self._hessians = {}
         self._linears = {
             stored: linear
@@ -162,22 +162,22 @@ class Calibrator:
         def add(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             product = x.T @ x
-            known = self._hessians.get(name)
-            self._hessians[name] = product if known is None else known.add_(product)
+            total = self._hessians.get(name)
+            self._hessians[name] = product if total is None else total.add_(product)
             if not keep_going:
                 raise StopCallError
 
         return add
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """Codes, scales and zero points of the layer's matrices; the layer has their values from now on."""
+        """Return codes, scales and zero points of the layer's matrices, and set the layer to their values."""
         import torch
 
         data = self._search_channels()
         multiplied = {s: p for p in self._channels if f"{p.sources[0]}.smoothing" in data for s in p.sources}
         divided = {d.source: (d, p) for p in multiplied.values() for d in p.divided}
         for stored, linear in self._linears.items():
-            if stored not in self._hessians:  # never called: nothing is known of its inputs
+            if stored not in self._hessians:  # the layer was never called: its inputs are unknown
                 continue
             hessian = self._hessians[stored].numpy()
             weights = linear.weight.numpy()
@@ -203,8 +203,8 @@ class Calibrator:
         return data
 
     def _search_channels(self) -> dict[str, Array]:
-        """What the channels of the layer's activations are divided by, as it is kept."""
-        found: dict[str, Array] = {}
+        """Return the factors that channels of the layer's activations are divided by, as they are stored."""
+        vectors: dict[str, Array] = {}
         for plan in self._channels:
             if all(s in self._linears and s in self._hessians for s in plan.sources):
                 first = plan.sources[0]
@@ -215,5 +215,5 @@ class Calibrator:
                     first,
                 )
                 if factors is not None:
-                    found[f"{first}.smoothing"] = factors
-        return found
+                    vectors[f"{first}.smoothing"] = factors
+        return vectors

@@ -1,4 +1,4 @@
-"""Weights to packed codes, cache-sized step by step."""
+"""Encode weights as packed codes, in steps that fit in the cache."""
 
 import numpy as np
 
@@ -20,15 +20,15 @@ from llmc.quantize.methods import find_handler
 
 
 class Encoder:
-    """Fills the arrays of one quantized matrix (N, K), a part at a time; parts may run in several threads.
+    """The encoder of one quantized matrix (N, K), which it fills in parts; parts may run in several threads.
 
     Args:
-        name: What errors call the matrix.
+        name: Name of the matrix in errors.
         out_features: N.
         in_features: K.
-        scheme: How it is stored.
+        scheme: The scheme of the codes.
         scale_type: float32 or float16.
-        importance: How much the square of an error counts, by input feature, float32 (K,).
+        importance: Weight of the square of an error, by input feature, float32 (K,).
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Encoder:
                 self._zeros[here, block] = zero
 
     def finish(self) -> PackedBlocks:
-        """The whole matrix, once every part is stored."""
+        """Return the whole matrix, once every part is stored."""
         zeros = None if self._zeros is None else pack(self._zeros, self.scheme.bits)
         return PackedBlocks(self._codes, self._scales, zeros, self.in_features, self.scheme)
 
     def _encode(self, work: Workspace, where: str) -> tuple[Array, Array, Array]:
-        """Packed codes uint8 (bytes, n), scales and zero points float32 (n,) of `work.columns`."""
+        """Return packed codes uint8 (bytes, n), scales and zero points float32 (n,) of `work.columns`."""
         with np.errstate(over="ignore", invalid="ignore"):
             scale, zero = self._handler.fit(work, self.scheme, self._scale_type)
             if not np.isfinite(scale).all():
@@ -130,11 +130,11 @@ def quantize_blocks(
     name: str = "a matrix",
     importance: Array | None = None,
 ) -> PackedBlocks:
-    """A matrix (N, K) that is in memory, in this thread.
+    """Quantize a matrix (N, K) that is in memory, in this thread.
 
     Args:
-        importance: How much the square of an error counts where scales are searched, by input feature,
-            float32 (K,); None if all count the same.
+        importance: Weight of the square of an error in the search of scales, by input feature, float32 (K,);
+            None if all have the same weight.
 
     Raises:
         CheckpointError: A value is not finite, or its scale does not fit `scale_type`.

@@ -1,11 +1,11 @@
-"""Quantized matrices and activations for TensorRT: ONNX QuantizeLinear and DequantizeLinear around products.
+"""Quantize matrices and activations for TensorRT: ONNX QuantizeLinear and DequantizeLinear around products.
 
-TensorRT computes a product from the codes of its weight; from the codes of its activation too where that goes
-through the same type and back. int8 and fp8 activations have one scale, decided on calibration text. NVFP4
-ones are quantized by block as they come, by TensorRT's own operator trt::TRT_FP4DynamicQuantize. A matrix
-that is embedding and language-model head at once is stored once for both: TensorRT's int8 products want it
-(in_features, out_features), and would keep a second copy for a lookup of its rows, so the lookup takes
-columns.
+TensorRT computes a product from the codes of its weight, and also from the codes of its activation if that is
+converted to the same type and back. int8 and fp8 activations have one scale, decided on calibration text.
+NVFP4 activations are quantized by block at run time, by TensorRT's own operator trt::TRT_FP4DynamicQuantize.
+A matrix that is embedding and language-model head at once is stored once for both: TensorRT's int8 products
+need it as (in_features, out_features), and would keep a second copy for a lookup of its rows, so the lookup
+reads columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +44,9 @@ def quantize_for_engine(
     """Quantize matrices and activations of `graph` by the target's rules; data is read when it is written.
 
     Args:
-        ranges: What calibration found, by the first of the weights that read an activation. None to get the
-            graph's form alone: every activation that rules name is quantized, with a range of 1.
-        least_activation_db: Activations that keep less stay in float.
+        ranges: The calibrated ranges, by the first of the weights that read an activation. With None only the
+            graph's form is right: every activation that rules name is quantized, with a range of 1.
+        least_activation_db: Minimum signal-to-noise ratio; activations below it stay in float.
 
     Returns:
         Every matrix, and the activations that stay in float against their rule.
@@ -54,20 +54,22 @@ def quantize_for_engine(
     Raises:
         UnsupportedError: A matrix cannot be stored as its rule says.
     """
-    kept = []
+    floats = []
     for shared in find_shared_inputs(graph):
         kind, linears = quantized_products(shared, rules)
         if kind is None:
             continue
-        taken = changed(shared, linears=linears)
-        found = InputRange(1.0, None, 0.0) if ranges is None else ranges.get(taken.sources[0])
-        if found is None:
-            kept.append(FloatInput(taken.sources[0], "calibration does not see what it is given"))
-        elif ranges is not None and least_activation_db is not None and found.snr_db < least_activation_db:
-            reason = f"{found.snr_db:.1f} dB as {kind.value}, less than {least_activation_db:g}"
-            kept.append(FloatInput(taken.sources[0], reason))
+        quantized = changed(shared, linears=linears)
+        calibrated = InputRange(1.0, None, 0.0) if ranges is None else ranges.get(quantized.sources[0])
+        if calibrated is None:
+            floats.append(FloatInput(quantized.sources[0], "calibration did not see its input"))
+        elif (
+            ranges is not None and least_activation_db is not None and calibrated.snr_db < least_activation_db
+        ):
+            reason = f"{calibrated.snr_db:.1f} dB as {kind.value}, less than {least_activation_db:g}"
+            floats.append(FloatInput(quantized.sources[0], reason))
         else:
-            _quantize_input(graph.graph, taken, ActivationScale(kind, found.peak))
+            _quantize_input(graph.graph, quantized, ActivationScale(kind, calibrated.peak))
     stored = []
     for weight, outputs_first, role in _find_matrices(graph):
         tensor = lazy_of(weight)
@@ -79,11 +81,11 @@ def quantize_for_engine(
         if tensor.rows is not None and is_stored(tensor.rows):
             origin = MADE_FLOATS if scheme is None else "quantized again (engines have grids of their own)"
         stored.append(QuantizedTensor(name, role, shape, scheme, size, origin))
-    return tuple(stored), tuple(kept)
+    return tuple(stored), tuple(floats)
 
 
 def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale) -> None:
-    """Let products read their activation through codes and back."""
+    """Let products read their activation through quantization and dequantization."""
     value, first = shared.value, shared.linears[0].node
     shape = tuple(value.shape or ())
     if value.dtype is None:
@@ -101,14 +103,14 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
         outputs: Sequence[tuple[str, ir.DataType, tuple[int | ir.SymbolicDim, ...]]] = (),
         domain: str = "",
     ) -> tuple[ir.Value, ...]:
-        made = ir.node(op, list(inputs), dict(attributes or {}), domain=domain, num_outputs=len(outputs))
-        made.name = f"{name}/{op}_{len(nodes)}"
+        node = ir.node(op, list(inputs), dict(attributes or {}), domain=domain, num_outputs=len(outputs))
+        node.name = f"{name}/{op}_{len(nodes)}"
         if LAYER in first.metadata_props:
-            made.metadata_props[LAYER] = first.metadata_props[LAYER]
-        for output, (suffix, dtype, dims) in zip(made.outputs, outputs, strict=True):
+            node.metadata_props[LAYER] = first.metadata_props[LAYER]
+        for output, (suffix, dtype, dims) in zip(node.outputs, outputs, strict=True):
             set_value(output, f"{name}.{suffix}", dims, dtype)
-        nodes.append(made)
-        return tuple(made.outputs)
+        nodes.append(node)
+        return tuple(node.outputs)
 
     back = ("dequantized", value.dtype, shape)
     if scale.kind is WeightFormat.NVFP4:
@@ -136,7 +138,7 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
 
 
 def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
-    """Each matrix once: its initializer, whether outputs are its first axis, and its role.
+    """Return each matrix once: its initializer, whether outputs are its first axis, and its role.
 
     A matrix with several uses has the role that comes first among head, linear, residual and embedding.
     """
@@ -145,14 +147,14 @@ def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
     uses = [(e.weight, True, WeightRole.EMBEDDING) for e in find_embeddings(graph)]
     uses += [(linear.weight, linear.transposed, linear.role) for linear in find_linears(graph)]
     for weight, outputs_first, role in uses:
-        known = found.get(weight)
-        if known is None or order.index(role) < order.index(known[1]):
+        previous = found.get(weight)
+        if previous is None or order.index(role) < order.index(previous[1]):
             found[weight] = (outputs_first, role)
     return [(weight, *facts) for weight, facts in found.items()]
 
 
 def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first: bool) -> int:
-    """Put codes, scales and their product in the place of `weight`; bytes of both."""
+    """Replace `weight` by codes, scales and their product; return the bytes of codes and scales."""
     name, tensor, dtype = str(weight.name), lazy_of(weight), weight.dtype
     if tensor.rows is None or dtype is None:
         raise UnsupportedError(
@@ -163,7 +165,7 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
     outputs, inputs = tensor.rows.shape if outputs_first else tensor.rows.shape[::-1]
     step = block_of(scheme)
     block = inputs if step is None else step
-    turned = step is None and _is_tied(weight)
+    transposed = step is None and _is_tied(weight)
     if inputs % block:
         fitting = [b for b in (128, 64, 32, 16) if inputs % b == 0]
         raise UnsupportedError(
@@ -175,9 +177,9 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         scale_shape: tuple[int, ...] = (outputs,)
     else:
         scale_shape = (outputs, inputs // block) if outputs_first else (inputs // block, outputs)
-    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, turned)
+    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, transposed)
     group = WeightGroup(tensor.rows.sources, compute)
-    codes_shape = tensor.rows.shape[::-1] if turned else tensor.rows.shape
+    codes_shape = tensor.rows.shape[::-1] if transposed else tensor.rows.shape
     whole = scheme.format is WeightFormat.NVFP4
     members: dict[str, tuple[ir.DataType, tuple[int, ...]]] = {
         "codes": (TYPES[scheme.format], codes_shape),
@@ -195,13 +197,15 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         scales = _dequantize(
             graph.graph, before, [scales, values["whole"]], {}, f"{name}.scales", dtype, scale_shape
         )
-    channel, features = (0, 1) if outputs_first != turned else (1, 0)
+    channel, features = (0, 1) if outputs_first != transposed else (1, 0)
     attributes = {"axis": channel} if step is None else {"axis": features, "block_size": block}
-    made = _dequantize(graph.graph, before, [values["codes"], scales], attributes, name, dtype, codes_shape)
-    if turned:
-        _turn(graph.graph, weight, made)
+    product = _dequantize(
+        graph.graph, before, [values["codes"], scales], attributes, name, dtype, codes_shape
+    )
+    if transposed:
+        _turn(graph.graph, weight, product)
     else:
-        ir.convenience.replace_all_uses_with(weight, made)
+        ir.convenience.replace_all_uses_with(weight, product)
     del graph.graph.initializers[name]
     return size
 
@@ -215,25 +219,25 @@ def _dequantize(
     dtype: ir.DataType,
     shape: tuple[int, ...],
 ) -> ir.Value:
-    made = ir.node("DequantizeLinear", list(inputs), dict(attributes), name=f"{name}/dequantized")
-    graph.insert_before(before, made)
-    return set_value(made.outputs[0], f"{name}.dequantized", shape, dtype)
+    node = ir.node("DequantizeLinear", list(inputs), dict(attributes), name=f"{name}/dequantized")
+    graph.insert_before(before, node)
+    return set_value(node.outputs[0], f"{name}.dequantized", shape, dtype)
 
 
 def block_of(scheme: EngineScheme) -> int | None:
-    """Input features that share a scale; None if all of an output do."""
+    """Return how many input features share a scale; None if all features of an output share one."""
     return NVFP4_BLOCK if scheme.format is WeightFormat.NVFP4 else scheme.block_size
 
 
 def _is_tied(weight: ir.Value) -> bool:
-    """Whether rows are looked up in a matrix that products take transposed."""
+    """Return whether rows are looked up in a matrix that products read transposed."""
     users = weight.consumers()
     rows = all(user.attributes.get_int("axis", 0) == 0 for user in users if user.op_type == "Gather")
     return rows and {user.op_type for user in users} == {"Gather", "Transpose"}
 
 
 def _turn(graph: ir.Graph, weight: ir.Value, turned: ir.Value) -> None:
-    """Let the products and lookups of `weight` (entries, width) take `turned` (width, entries)."""
+    """Let the products and lookups of `weight` (entries, width) read `turned` (width, entries)."""
     for user in weight.consumers():
         if user.op_type == "Transpose":
             ir.convenience.replace_all_uses_with(user.outputs[0], turned)
@@ -250,7 +254,7 @@ def _turn(graph: ir.Graph, weight: ir.Value, turned: ir.Value) -> None:
 
 @dataclass(frozen=True)
 class _Compute:
-    """Codes and scales of one matrix, computed when it is written; `turned` stores the other axis first."""
+    """The codes and scales of one matrix, computed on writing; `turned` stores the other axis first."""
 
     rows: Rows
     scheme: EngineScheme
@@ -268,14 +272,16 @@ class _Compute:
             whole = whole_scale(max(float(np.abs(self._read(*c)).max()) for c in chunks), self.dtype)
         for start, stop in chunks:
             weights = self._read(start, stop)
-            found, scale = encode(weights, self.scheme.format, block or weights.shape[1], self.dtype, whole)
+            block_codes, scale = encode(
+                weights, self.scheme.format, block or weights.shape[1], self.dtype, whole
+            )
             if not np.isfinite(scale.astype(np.float32)).all():
                 raise CheckpointError(
                     f"{self.name} has values in rows {start}:{stop} that are not finite, or too large for "
                     f"scales of type {self.dtype.name}",
                     hint="the checkpoint is damaged, or needs another type on this target",
                 )
-            codes.append(found)
+            codes.append(block_codes)
             scales.append(scale if block is not None else scale[:, 0])
         all_codes, all_scales = np.concatenate(codes), np.concatenate(scales)
         if self.outputs_first == self.turned:

@@ -1,8 +1,8 @@
 """Replace com.microsoft MoE by QMoE: the stacked matrices of a layer of experts as integers by block.
 
-QMoE has one block size for both matrices, which must divide the input features of either. Where a rule's
-block size does not, the next smaller one that does is taken; where none does, the experts stay in float.
-Codes of the checkpoint are kept where both matrices have them in blocks that fit.
+QMoE has one block size for both matrices, which must divide the input features of either. If a rule's block
+size does not, the next smaller size that does is used; if none does, the experts stay in float. The
+checkpoint's codes are kept if both matrices have them in blocks that fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored
 from llmc.quantize.stored_experts import find_stored_experts
 from llmc.quantize.stream import quantize_stack
 
-#: Block sizes that QMoE and our schemes have in common, largest first.
+#: Block sizes that both QMoE and our schemes support, largest first.
 _BLOCK_SIZES = (128, 64, 32, 16)
-#: Inputs of MoE: its matrices, and their biases.
+#: Indices of MoE's inputs: its matrices, and their biases.
 _MATRICES, _BIASES = (2, 4), (3, 5)
 
 
@@ -38,10 +38,10 @@ def quantize_experts(
     """Quantize every MoE of `graph`; data is read when the initializers are written.
 
     Returns:
-        The matrices in graph order, and notes on where a rule's block size was not kept.
+        The matrices in graph order, and notes on rules whose block size was changed.
 
     Raises:
-        UnsupportedError: A rule wants a weight quantized that is no tensor of the checkpoint.
+        UnsupportedError: A rule quantizes a weight that is not a tensor of the checkpoint.
     """
     tensors: list[QuantizedTensor] = []
     notes: dict[str, None] = {}
@@ -51,15 +51,15 @@ def quantize_experts(
         if scheme is None:
             tensors += [_describe(value, None, lazy_of(value).nbytes, MADE_FLOATS) for value in weights]
             continue
-        kept: Sequence[StoredMatrix | None] = (None, None) if isinstance(stored, str | None) else stored
+        matrices: Sequence[StoredMatrix | None] = (None, None) if isinstance(stored, str | None) else stored
         operands = [
             _Operands(graph.graph, value, scheme, dtype, matrix)
-            for value, matrix in zip(weights, kept, strict=True)
+            for value, matrix in zip(weights, matrices, strict=True)
         ]
         _quantize_node(graph.graph, node, operands, quantization.accuracy_level)
-        for value, made in zip(weights, operands, strict=True):
-            origin = made.origin or f"quantized again ({stored})"
-            tensors.append(_describe(value, scheme, made.nbytes, origin))
+        for value, operand in zip(weights, operands, strict=True):
+            origin = operand.origin or f"quantized again ({stored})"
+            tensors.append(_describe(value, scheme, operand.nbytes, origin))
             if not value.uses():
                 del graph.graph.initializers[str(value.name)]
     return tensors, tuple(notes)
@@ -77,42 +77,42 @@ def _describe(value: ir.Value, scheme: WeightScheme | None, size: int, origin: s
 def _decide(
     quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
 ) -> tuple[WeightScheme | None, tuple[StoredMatrix, ...] | str | None]:
-    """The scheme of both matrices, None for float, and the checkpoint's codes, or why they are not kept."""
-    wanted = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
-    if wanted is None:
+    """Return the scheme of both matrices (None: float), and the stored codes or why they are not kept."""
+    scheme = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
+    if scheme is None:
         return None, None
     widths = [int(lazy_of(value).shape.numpy()[-1]) for value in weights]
     sizes = [size for size in _BLOCK_SIZES if not any(width % size for width in widths)]
     stacks = [rows for value in weights if (rows := lazy_of(value).rows) is not None]
-    stored = find_stored_experts(stacks, wanted, sizes) if len(stacks) == len(weights) else None
+    stored = find_stored_experts(stacks, scheme, sizes) if len(stacks) == len(weights) else None
     if isinstance(stored, tuple):
         return stored[0].scheme, stored
-    return _fitting(wanted, widths, sizes, notes), stored
+    return _fitting(scheme, widths, sizes, notes), stored
 
 
 def _fitting(
-    wanted: WeightScheme, widths: list[int], sizes: list[int], notes: dict[str, None]
+    scheme: WeightScheme, widths: list[int], sizes: list[int], notes: dict[str, None]
 ) -> WeightScheme | None:
-    """The scheme of a rule with a block size that divides; None for float."""
-    size = next((size for size in sizes if size <= wanted.block_size), None)
+    """Return the rule's scheme with a block size that divides the inputs; None for float."""
+    size = next((size for size in sizes if size <= scheme.block_size), None)
     if size is None:
         notes[
             f"experts stay in float: {widths[0]} and {widths[1]} input features have no block size in common"
         ] = None
         return None
-    if size != wanted.block_size:
+    if size != scheme.block_size:
         notes[
-            f"experts are stored by block of {size}: {wanted.block_size} does not divide both "
+            f"experts are stored by block of {size}: {scheme.block_size} does not divide both "
             f"{widths[0]} and {widths[1]} input features"
         ] = None
-    return wanted.model_copy(update={"block_size": size})
+    return scheme.model_copy(update={"block_size": size})
 
 
 class _Operands:
     """The initializers of one stack of matrices.
 
     Attributes:
-        origin: What becomes of the checkpoint's codes; empty if they are not kept.
+        origin: How the checkpoint's codes were handled; empty if they are not kept.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class _Operands:
 
 @dataclass(frozen=True)
 class _Compute:
-    """Computes the members of one group when it is written."""
+    """The members of one group, computed on writing."""
 
     rows: Rows
     scheme: WeightScheme

@@ -1,7 +1,7 @@
-"""Activations that several products read, and where their channels can be scaled at no cost.
+"""Find activations that several products read, and where their channels can be scaled at no cost.
 
 A product does not change if a channel of its input is divided by a factor and the matching inputs of its
-weights are multiplied by it. The division costs nothing where it can be folded into what makes the
+weights are multiplied by it. The division costs nothing if it can be folded into the node that computes the
 activation: the weight of a norm, or the outputs of the linear layer whose result a gate multiplies
 (SmoothQuant, Xiao et al. 2023; AWQ, Lin et al. 2024).
 """
@@ -19,7 +19,8 @@ from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, ScaledRows, WeightGroup
 
-#: Norms, and their first input that is a weight; norms of com.microsoft with the residual sum have two more.
+#: Norms, and the index of their first weight; norms of com.microsoft with the residual sum have two more
+#: inputs.
 _NORMS = {
     "RMSNormalization": 1,
     "LayerNormalization": 1,
@@ -31,7 +32,7 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Factor:
-    """A part of a weight that is divided: entries start:stop along `axis`."""
+    """The part of a weight that is divided: entries start:stop along `axis`."""
 
     weight: ir.Value
     axis: int
@@ -41,12 +42,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """An activation (…, K) and the linear products that read it.
+    """The activation (…, K) that linear products read, with these products.
 
     Args:
         value: The activation.
-        linears: In graph order.
-        factors: What is divided when its channels are; empty where they cannot be.
+        linears: The products, in graph order.
+        factors: The parts of weights that are divided when its channels are; empty if they cannot be.
     """
 
     value: ir.Value
@@ -60,7 +61,7 @@ class SharedInput:
 
 
 def find_shared_inputs(graph: Graph) -> list[SharedInput]:
-    """Every activation that a linear product reads, in graph order."""
+    """Find every activation that a linear product reads, in graph order."""
     groups: dict[ir.Value, list[Linear]] = {}
     for linear in find_linears(graph):
         groups.setdefault(linear.activation, []).append(linear)
@@ -109,7 +110,7 @@ def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
 
 
 def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
-    """What divides `value`; nothing if others read it too, or one of the weights serves elsewhere as well."""
+    """Yield the factors of `value`; none if it has other readers or one of the weights has other uses."""
     if not set(value.consumers()) <= {linear.node for linear in linears}:
         return
     if value.is_graph_output() or any(len(tuple(_users(linear))) != 1 for linear in linears):
@@ -125,14 +126,14 @@ def _factors(value: ir.Value, linears: list[Linear]) -> Iterator[Factor]:
             yield from _of_norm(node)
     elif node.op_type == "Mul":
         for operand in node.inputs:
-            found = None if operand is None else _of_product(operand)
-            if found is not None:
-                yield found
+            factor = None if operand is None else _of_product(operand)
+            if factor is not None:
+                yield factor
                 return
 
 
 def _users(linear: Linear) -> Iterator[ir.Node]:
-    """Who reads the weight, through the Transpose that stands before a product."""
+    """Yield the nodes that read the weight, through the Transpose in front of a product."""
     for user, _ in linear.weight.uses():
         yield from (u for u, _ in user.outputs[0].uses()) if user.op_type == "Transpose" else (user,)
 
@@ -147,7 +148,7 @@ def _of_norm(node: ir.Node) -> Iterator[Factor]:
 
 
 def _is_own(weight: ir.Value) -> bool:
-    """Whether `weight` is a vector of the model that one node alone reads."""
+    """Return whether `weight` is a vector of the model that only one node reads."""
     return (
         isinstance(weight.const_value, LazyWeight)
         and len(weight.shape or ()) == 1
@@ -156,7 +157,7 @@ def _is_own(weight: ir.Value) -> bool:
 
 
 def _of_product(value: ir.Value) -> Factor | None:
-    """The outputs of a linear product that `value` is, or is a part of, with nothing in between."""
+    """Return the outputs of the linear product that `value` is, or is a part of, without nodes in between."""
     if len(value.uses()) != 1 or value.is_graph_output():
         return None
     node, start = value.producer(), 0

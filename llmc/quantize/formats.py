@@ -1,11 +1,12 @@
-"""Codes and scales of the types that TensorRT computes products in; all of them are symmetric.
+"""Compute codes and scales of the types in which TensorRT computes products; all of them are symmetric.
 
-    w = code * scale            int8, -127 to 127, and fp8 E4M3 by output feature; int4, -8 to 7, by block
-    w = code * scale * whole    NVFP4: codes E2M1, a scale in fp8 E4M3 by block of 16, one for all
+    w = code * scale            int8, -127 to 127, and fp8 E4M3 by output feature; int4, -8 to 7, by block w =
+    code * scale * whole    NVFP4: codes E2M1, a scale in fp8 E4M3 by block of 16, one for the whole tensor
 
-Scales are positive. Those of blocks are searched for least squared error among parts of the one that just
-spans the block. Sources: ONNX DequantizeLinear, opset 23; E2M1 and E4M3 of the OCP Microscaling and 8-bit
-Floating Point specifications; NVFP4 as in NVIDIA's TensorRT documentation, "Working with Quantized Types".
+Scales are positive. Scales of blocks are searched for least squared error among multiples of the scale that
+just spans the block. Sources: ONNX DequantizeLinear, opset 23; E2M1 and E4M3 of the OCP Microscaling and
+8-bit Floating Point specifications; NVFP4 as in NVIDIA's TensorRT documentation, "Working with Quantized
+Types".
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.config import WeightFormat
 
-#: Largest code of each format.
+#: The largest code of each format.
 HIGHEST = {WeightFormat.INT8: 127.0, WeightFormat.INT4: 7.0, WeightFormat.FP8: 448.0, WeightFormat.NVFP4: 6.0}
-#: Smallest code where it is not the largest one negated.
+#: The smallest code, where it is not the negative of the largest.
 _LOWEST = {WeightFormat.INT4: -8.0}
 TYPES = {
     WeightFormat.INT8: ir.DataType.INT8,
@@ -27,9 +28,9 @@ TYPES = {
     WeightFormat.FP8: ir.DataType.FLOAT8E4M3FN,
     WeightFormat.NVFP4: ir.DataType.FLOAT4E2M1,
 }
-#: Elements that share a scale in NVFP4.
+#: Number of elements that share a scale in NVFP4.
 NVFP4_BLOCK = 16
-#: Scales that are tried, as parts of the one that spans a block or an output; then the best is refined.
+#: Candidate scales, relative to the scale that spans a block or an output; the best one is then refined.
 _PARTS = {
     WeightFormat.INT8: (1.0,),
     WeightFormat.INT4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75),
@@ -40,9 +41,9 @@ _PARTS = {
 
 
 def whole_scale(peak: float, scale_type: ir.DataType) -> Array:
-    """NVFP4's scale for all of a tensor whose largest magnitude is `peak`, as it is stored; a scalar.
+    """Return NVFP4's scale for a whole tensor whose largest magnitude is `peak`, as it is stored; a scalar.
 
-    The scale of the block that holds the peak is then the largest that fp8 has.
+    The scale of the block with the peak is then the largest that fp8 can represent.
     """
     return _stored(np.float32(peak / (HIGHEST[WeightFormat.NVFP4] * HIGHEST[WeightFormat.FP8])), scale_type)
 
@@ -50,12 +51,12 @@ def whole_scale(peak: float, scale_type: ir.DataType) -> Array:
 def encode(
     weights: Array, kind: WeightFormat, block: int, scale_type: ir.DataType, whole: Array | None = None
 ) -> tuple[Array, Array]:
-    """Codes and positive scales of a matrix, with least squared error among the scales that are tried.
+    """Return codes and positive scales of a matrix, with the least squared error of the candidate scales.
 
     Args:
         weights: (outputs, inputs) float32; inputs are a multiple of `block`.
-        scale_type: Type of the scales; those of NVFP4 are fp8.
-        whole: NVFP4's scale for all of the tensor.
+        scale_type: Type of the scales; NVFP4 scales are fp8.
+        whole: NVFP4's scale for the whole tensor.
 
     Returns:
         Codes (outputs, inputs) in their own type and scales (outputs, inputs / block).
@@ -84,8 +85,8 @@ def encode(
 
 
 def _stored(scale: Array | np.float32, scale_type: ir.DataType) -> Array:
-    """Scales as they are stored; 1 for a block of zeros, whose codes are 0 whatever the scale."""
-    if scale_type is ir.DataType.FLOAT8E4M3FN:  # beyond its largest number, which is no infinity, is NaN
+    """Return scales as they are stored; 1 for a block of zeros, whose codes are 0 whatever the scale."""
+    if scale_type is ir.DataType.FLOAT8E4M3FN:  # the type has no infinity: beyond its largest number is NaN
         scale = np.minimum(scale, np.float32(HIGHEST[WeightFormat.FP8]))
     with np.errstate(over="ignore"):
         stored: Array = np.asarray(scale).astype(scale_type.numpy())
@@ -99,7 +100,7 @@ def _real(scale: Array, unit: np.float32) -> Array:
 
 
 def _round(blocks: Array, scale: Array, low: np.float32, high: np.float32, kind: WeightFormat) -> Array:
-    """Codes as float32."""
+    """Return codes as float32."""
     codes: Array = blocks / scale[..., None]
     np.clip(codes, low, high, out=codes)
     if kind is WeightFormat.FP8:
@@ -113,7 +114,7 @@ def _round(blocks: Array, scale: Array, low: np.float32, high: np.float32, kind:
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """How an activation becomes codes: one scale, of which NVFP4 takes parts by block.
+    """The quantization of an activation: one scale, which NVFP4 divides by block.
 
     Args:
         kind: int8, fp8 or nvfp4.
@@ -124,7 +125,7 @@ class ActivationScale:
     peak: float
 
     def stored(self, scale_type: ir.DataType) -> Array:
-        """The scale, a scalar of `scale_type`."""
+        """Return the scale, a scalar of `scale_type`."""
         if self.kind is WeightFormat.NVFP4:
             return whole_scale(self.peak, scale_type)
         return _stored(np.float32(self.peak / HIGHEST[self.kind]), scale_type)

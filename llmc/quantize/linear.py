@@ -1,11 +1,11 @@
 """Replace the linear products and embeddings of a graph by their quantized operators.
 
 `MatMul` (and the `Transpose` of its weight) becomes com.microsoft MatMulNBits, `Gather` becomes
-GatherBlockQuantized. A matrix that serves both is quantized once: GatherBlockQuantized wants the codes of an
-entry in one row, so that a `Reshape`, which ONNX Runtime folds, stands between. So does a `Cast` behind
-scales that are stored in a type that the operators do not take: where it is not folded (all optimizations of
-a session disabled), MatMulNBits at accuracy level 4 packs codes without their scales, and is wrong without
-an error (ONNX Runtime 1.31).
+GatherBlockQuantized. A matrix that serves both is quantized once: GatherBlockQuantized needs the codes of an
+entry in one row, so that there is a `Reshape` between, which ONNX Runtime folds. Likewise a `Cast` follows
+scales that are stored in a type that the operators do not accept: where it is not folded (all optimizations
+of a session disabled), MatMulNBits at accuracy level 4 packs codes without their scales, and returns wrong
+results without an error (ONNX Runtime 1.31).
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,10 @@ from llmc.quantize.stream import quantize_rows
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Every matrix of a graph, in graph order.
+    """The record of every matrix of a graph, in graph order.
 
     Args:
-        notes: Where a rule could not be followed to the letter, and what was done.
+        notes: Rules that could not be followed exactly, and what was done instead.
     """
 
     tensors: tuple[QuantizedTensor, ...]
@@ -48,14 +48,14 @@ class QuantizationReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits by matrix element, scales, zero points and padding included; 0 without a matrix."""
+        """The stored bits per matrix element, with scales, zero points and padding; 0 without a matrix."""
         elements = sum(int(np.prod(t.shape, dtype=np.int64)) for t in self.tensors)
         return 8 * self.bytes / elements if elements else 0.0
 
 
 @dataclass
 class _Matrix:
-    """A weight and the operators that read it with the same axis as input features."""
+    """The weight and the operators that read it with the same axis as input features."""
 
     weight: ir.Value
     outputs_first: bool
@@ -76,7 +76,7 @@ class _Matrix:
 
     @property
     def role(self) -> WeightRole:
-        """A matrix with several uses has the role that its logits are most sensitive to."""
+        """The role to which the logits are most sensitive, for a matrix with several uses."""
         roles = {linear.role for linear in self.linears}
         order = (WeightRole.LM_HEAD, WeightRole.ROUTER, WeightRole.LINEAR, WeightRole.RESIDUAL)
         return next((role for role in order if role in roles), WeightRole.EMBEDDING)
@@ -84,12 +84,12 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class _Decision:
-    """How a matrix is stored.
+    """The decision how a matrix is stored.
 
     Args:
-        scheme: None for float.
+        scheme: The scheme; None for float.
         stored: The checkpoint's codes, if they are kept.
-        origin: What becomes of the codes that the checkpoint has for it; None where it has floats.
+        origin: How the checkpoint's codes were handled; None if the checkpoint has floats.
     """
 
     scheme: WeightScheme | None
@@ -98,9 +98,9 @@ class _Decision:
 
 
 def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decision:
-    """What the rules say, but for the grid: that of the checkpoint's own codes if it has any.
+    """Apply the rules, except for the grid: the checkpoint's own codes decide it, if there are any.
 
-    Quantizing what was quantized loses a second time, so its codes are kept whatever bits a rule asks for.
+    Quantizing a second time would lose more, so its codes are kept whatever bits a rule asks for.
     """
     scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
     rows = matrix.tensor.rows
@@ -108,44 +108,44 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
         return _Decision(scheme)
     if scheme is None:
         return _Decision(None, origin=MADE_FLOATS if is_stored(rows) else None)
-    found = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
-    if isinstance(found, StoredMatrix):
-        stored_as = found.storage_type(scale_type(quantization, dtype))
-        rounded = "" if found.is_exact(stored_as) else ", scales rounded to float16"
-        return _Decision(found.scheme, found, KEPT + rounded)
-    return _Decision(scheme, origin=None if found is None else f"quantized again ({found})")
+    stored = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
+    if isinstance(stored, StoredMatrix):
+        stored_as = stored.storage_type(scale_type(quantization, dtype))
+        rounded = "" if stored.is_exact(stored_as) else ", scales rounded to float16"
+        return _Decision(stored.scheme, stored, KEPT + rounded)
+    return _Decision(scheme, origin=None if stored is None else f"quantized again ({stored})")
 
 
 def scale_type(quantization: Quantization, dtype: Dtype) -> ScaleType:
-    """Type that scales are stored in where activations are of `dtype`."""
+    """Return the type of stored scales for activations of `dtype`."""
     wide = dtype is Dtype.FLOAT32 and quantization.scales == "activations"
     return np.float32 if wide else np.float16
 
 
 def plan_calibration(graph: Graph, quantization: Quantization, dtype: Dtype) -> dict[str, WeightScheme]:
-    """The checkpoint's tensors that rules want quantized on calibration text, and how."""
-    wanted: dict[str, WeightScheme] = {}
+    """Return the checkpoint's tensors that the rules quantize on calibration text, and their schemes."""
+    calibrated: dict[str, WeightScheme] = {}
     for matrix in _find_matrices(graph):
         plan = _decide(matrix, quantization, dtype)
         scheme = plan.scheme
         if scheme is None or plan.stored is not None or not matrix.linears:
             continue
         if scheme.method.needs_calibration:
-            wanted.update(dict.fromkeys(matrix.tensor.sources, scheme))
-    return wanted
+            calibrated.update(dict.fromkeys(matrix.tensor.sources, scheme))
+    return calibrated
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """A matrix of a graph before it is quantized.
+    """The facts of a matrix of a graph before it is quantized.
 
     Args:
-        name: Its initializer.
-        sources: The checkpoint's tensors that make it, along the outputs.
+        name: Name of its initializer.
+        sources: The checkpoint's tensors that it is made of, along the outputs.
         shape: (N, K).
-        scheme: By the rules; None where it stays in float.
+        scheme: Scheme by the rules; None if it stays in float.
         is_linear: Whether a linear layer reads it, with outputs first.
-        kept: Whether its codes are those of the checkpoint.
+        kept: Whether the checkpoint's codes are kept.
     """
 
     name: str
@@ -157,7 +157,7 @@ class MatrixPlan:
 
 
 def plan_matrices(graph: Graph, quantization: Quantization, dtype: Dtype) -> list[MatrixPlan]:
-    """Every matrix of `graph`, and what the rules say."""
+    """Return every matrix of `graph`, and what the rules decide."""
     plans = []
     for matrix in _find_matrices(graph):
         first, second = matrix.shape if matrix.outputs_first else matrix.shape[::-1]
@@ -180,7 +180,7 @@ def quantize_weights(
 ) -> QuantizationReport:
     """Quantize the matrices of `graph` by the target's rules; data is read when the initializers are written.
 
-    A matrix that is embedding and language-model head at once is decided by the rule for the head.
+    The rule for the head decides a matrix that is both embedding and language-model head.
 
     Args:
         graph: Changed in place.
@@ -189,7 +189,7 @@ def quantize_weights(
         calibration: Matrices that are quantized already.
 
     Raises:
-        UnsupportedError: A rule wants a weight quantized that is no tensor of the checkpoint.
+        UnsupportedError: A rule quantizes a weight that is not a tensor of the checkpoint.
     """
     report = []
     for matrix in _find_matrices(graph):
@@ -198,10 +198,12 @@ def quantize_weights(
         if scheme is None:
             size = matrix.tensor.nbytes
         else:
-            kept_as = scale_type(quantization, dtype)
+            stored_type = scale_type(quantization, dtype)
             if decision.stored is not None:
-                kept_as = decision.stored.storage_type(kept_as)
-            operands = _Operands(graph.graph, matrix, scheme, dtype, kept_as, calibration, decision.stored)
+                stored_type = decision.stored.storage_type(stored_type)
+            operands = _Operands(
+                graph.graph, matrix, scheme, dtype, stored_type, calibration, decision.stored
+            )
             level = quantization.accuracy_level
             if decision.stored is not None:
                 level = quantization.kept_accuracy.get(matrix.role, level)
@@ -240,7 +242,7 @@ class _Operands:
         matrix: _Matrix,
         scheme: WeightScheme,
         dtype: Dtype,
-        kept_as: ScaleType,
+        stored_type: ScaleType,
         calibration: Calibration | None,
         stored: StoredMatrix | None,
     ) -> None:
@@ -261,7 +263,9 @@ class _Operands:
         only_embedded = not matrix.linears
         entry = (self.entry_bytes,) if only_embedded else (self.blocks, blob)
         codes = (self.out_features, *entry)
-        compute = _Compute(rows, scheme, kept_as, self.name, matrix.outputs_first, codes, calibration, stored)
+        compute = _Compute(
+            rows, scheme, stored_type, self.name, matrix.outputs_first, codes, calibration, stored
+        )
         group = WeightGroup(rows.sources, compute)
 
         def initializer(key: str, kind: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
@@ -271,7 +275,7 @@ class _Operands:
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
-        kind = ir.DataType.FLOAT if kept_as is np.float32 else ir.DataType.FLOAT16
+        kind = ir.DataType.FLOAT if stored_type is np.float32 else ir.DataType.FLOAT16
         self.scales = initializer("scales", kind, (self.out_features, self.blocks))
         if kind is not self.scale_dtype:
             self.scales = self._widen(graph)
@@ -289,14 +293,14 @@ class _Operands:
         self._flat: ir.Value | None = self.codes if only_embedded else None
 
     def _widen(self, graph: ir.Graph) -> ir.Value:
-        """The scales in the type that the operators take; a session folds it when it starts."""
+        """Cast the scales to the type that the operators accept; a session folds the cast when it starts."""
         node = ir.node("Cast", [self.scales], {"to": int(self.scale_dtype)}, name=f"{self.name}.widen")
         graph.insert_before(graph[0], node)
         shape = (self.out_features, self.blocks)
         return set_value(node.outputs[0], f"{self.name}.wide_scales", shape, self.scale_dtype)
 
     def flat_codes(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
-        """The codes as (N, bytes of an entry)."""
+        """Return the codes as (N, bytes of an entry)."""
         if self._flat is None:
             shape = name_constant(
                 graph, f"{self.name}.entry_shape", np.array([self.out_features, self.entry_bytes], np.int64)
@@ -310,7 +314,7 @@ class _Operands:
 
 @dataclass(frozen=True)
 class _Compute:
-    """Computes the members of one group when it is written."""
+    """The members of one group, computed on writing."""
 
     rows: Rows
     scheme: WeightScheme

@@ -1,4 +1,4 @@
-"""Which scheme a weight gets, and the record of how it is stored."""
+"""Choose the scheme of a weight by the rules, and record how it is stored."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """How one matrix is stored.
+    """The record of how one matrix is stored.
 
     Args:
-        name: Its initializer in the graph before quantization.
-        role: Role its rule was chosen by.
-        shape: As the checkpoint has it.
-        scheme: None where it stays in float.
-        bytes: All that is stored for it: codes, scales and any zero points, or the float matrix.
-        origin: What became of the codes that the checkpoint has for it; None where it has floats.
+        name: Name of its initializer in the graph before quantization.
+        role: Role by which its rule was chosen.
+        shape: Shape in the checkpoint.
+        scheme: Its scheme; None if it stays in float.
+        bytes: Bytes of everything stored for it: codes, scales and any zero points, or the float matrix.
+        origin: How the codes that the checkpoint has for it were handled; None if it has floats.
     """
 
     name: str
@@ -29,7 +29,7 @@ class QuantizedTensor:
 
 
 def choose_scheme(rules: Iterable[Rule[Scheme]], role: WeightRole, name: str) -> Scheme | None:
-    """The scheme of the first rule that fits; None (float) where it says so or none fits."""
+    """Return the scheme of the first rule that matches; None (float) if that rule says so or none matches."""
     for rule in rules:
         if rule.role in (None, role) and fnmatchcase(name, rule.match):
             return rule.scheme

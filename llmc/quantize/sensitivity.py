@@ -1,14 +1,14 @@
-"""What rounding each matrix costs the model's answers, in KL divergence, one layer in memory at a time.
+"""Predict the KL divergence that rounding each matrix causes, with one layer in memory at a time.
 
-To second order a small change d of a linear layer's results costs half of E[(g d)^2] in KL divergence, with
-g the gradient of the log-likelihood of a token drawn from the model's own answer (the Fisher information).
-So one walk down the layers on calibration text, and one walk back with gradients, price every scheme of
-every matrix: with x what a product by W is given, and W + D what a scheme stores, the price is the sum over
-tokens of (g D x)^2 / 2. Matrices behind the last layer, such as the head, are priced by the KL divergence
-itself.
+To second order a small change d of a linear layer's results causes half of E[(g d)^2] in KL divergence, with
+g the gradient of the log-likelihood of a token drawn from the model's own prediction (the Fisher
+information). One forward walk over the layers on calibration text, and one backward walk with gradients, thus
+price every scheme of every matrix. With x the input of a product by W, and W + D the stored matrix, the price
+is the sum over tokens of (g D x)^2 / 2. Matrices behind the last layer, such as the head, are priced by the
+KL divergence itself.
 
-Schemes that are calibrated are priced with their searched scales alone, since calibration takes about the
-same part off all of them; what is predicted is more than what is found.
+Calibrated schemes are priced with their searched scales alone, since calibration removes about the same share
+of all prices; predictions are larger than the measured divergence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SEED = 0
 
 
 class _Nothing:
-    """A walk for the hidden states alone."""
+    """The layer task of a walk that computes only the hidden states."""
 
     changes = False
 
@@ -50,11 +50,11 @@ class _Nothing:
 
 
 class SensitivityWalk(LayerWalk):
-    """Prices schemes for the linear layers of one model, and goes on where it was killed.
+    """The walk that prices schemes for the linear layers of one model, and can be resumed.
 
     Args:
         model, layers, store, tied, folder: As for `LayerWalk`.
-        schemes: The schemes to be priced, by the stored name of each weight.
+        schemes: The schemes to price, by the stored name of each weight.
         scale_type: Type of the stored scales.
     """
 
@@ -73,16 +73,16 @@ class SensitivityWalk(LayerWalk):
         self._scale_type = scale_type
 
     def measure(self, windows: Array, note: Callable[[str], None]) -> dict[str, Array]:
-        """Nats per token that each scheme costs, by stored name; weights of no linear layer are left out.
+        """Return the nats per token that each scheme costs, by stored name; other weights are left out.
 
         Args:
             windows: (windows, length) int64 token ids.
-            note: Told what was taken up again.
+            note: Called with a description of the work that was resumed.
 
         Raises:
             ConfigError: Fewer than LEAST_TOKENS tokens.
             CheckpointError: A gradient is not finite.
-            UnsupportedError: The model does not run like this.
+            UnsupportedError: The model cannot be run layer by layer.
             ResourceError: Disk full.
         """
         import torch
@@ -96,7 +96,7 @@ class SensitivityWalk(LayerWalk):
             note(f"{count + 1 - behind} of {count + 1} parts of the model were priced before")
         if behind > 0:
             self.run(windows, _Nothing(), note)
-            self._load_outside()  # again: what inference mode made takes part in no gradient
+            self._load_outside()  # load again: tensors of inference mode take part in no gradient
         if behind == count + 1:
             with torch.no_grad():
                 prices = self._price_head(windows)
@@ -106,14 +106,14 @@ class SensitivityWalk(LayerWalk):
         for index in range(behind - 1, -1, -1):
             prices, gradients = self._go_back(index, windows)
             self._finish(index, prices, gradients)
-        found: dict[str, Array] = {}
+        prices_by_name: dict[str, Array] = {}
         for index in range(count + 1):
             self._state_file(index).unlink(missing_ok=True)
-            found.update(load_file(self._file(f"prices-{index}")))
-        return found
+            prices_by_name.update(load_file(self._file(f"prices-{index}")))
+        return prices_by_name
 
     def _finish(self, index: int, prices: Mapping[str, Array], gradients: Sequence[torch.Tensor]) -> None:
-        """Keep gradients of what goes into part `index`, then its prices: who finds these finds those."""
+        """Store the gradients of part `index`'s input, then its prices: prices on disk imply gradients."""
         from safetensors.torch import save_file
 
         if gradients:
@@ -123,12 +123,12 @@ class SensitivityWalk(LayerWalk):
         self._file(f"gradients-{index + 1}").unlink(missing_ok=True)
 
     def _price_head(self, windows: Array) -> dict[str, Array]:
-        """KL divergence for every scheme of each matrix behind the last layer."""
+        """Return the KL divergence of every scheme of each matrix behind the last layer."""
         import torch
 
         states = self._load_states(len(self.layers))
         inside = tuple(f"{name}." for name in self._names)
-        found = {}
+        prices_by_name = {}
         for stored, (path, linear) in named_linears("", self.model, self._tied).items():
             if stored not in self._schemes or path.startswith(inside):
                 continue
@@ -149,11 +149,11 @@ class SensitivityWalk(LayerWalk):
                     linear.weight = original
                     total += float((p.exp() * (p - q)).sum())
                 prices.append(total / windows.size)
-            found[stored] = _finite(np.array(prices), stored)
-        return found
+            prices_by_name[stored] = _finite(np.array(prices), stored)
+        return prices_by_name
 
     def _go_back_from_head(self, windows: Array) -> list[torch.Tensor]:
-        """Gradients of the log-likelihood of one drawn token a position, by what the last layer gives."""
+        """Return gradients of one drawn token's log-likelihood per position, by the last layer's output."""
         import torch
 
         generator = torch.Generator().manual_seed(_SEED)
@@ -168,13 +168,13 @@ class SensitivityWalk(LayerWalk):
         return gradients
 
     def _logits(self, row: Array, state: Any) -> torch.Tensor:
-        """(length, vocabulary) float32."""
+        """Return logits (length, vocabulary) float32."""
         with replacing_input(self.layers[-1], state):
             result: torch.Tensor = self._call(row).logits[0].float()
         return result
 
     def _go_back(self, index: int, windows: Array) -> tuple[dict[str, Array], list[torch.Tensor]]:
-        """Prices of one layer, and the gradients of what it is given; none for the first layer."""
+        """Return prices of one layer, and the gradients of its input; no gradients for the first layer."""
         import torch
         from safetensors.torch import load_file
 
@@ -189,7 +189,7 @@ class SensitivityWalk(LayerWalk):
             if stored in self._schemes
         }
         prices = {stored: np.zeros(len(self._schemes[stored])) for stored in linears}
-        seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {stored: [] for stored in linears}
+        observed: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {stored: [] for stored in linears}
         gradients: list[torch.Tensor] = []
         passed_on = layer.forward
         del layer.forward
@@ -198,22 +198,22 @@ class SensitivityWalk(LayerWalk):
             with torch.enable_grad(), _probing(linears) as probes:
                 _, result = self._pass(layer, row, leaf)
                 hidden = result[0] if isinstance(result, tuple) else result
-                wanted = [probe for _, _, probe in probes]
+                variables = [probe for _, _, probe in probes]
                 if leaf is not None:
-                    wanted.append(leaf)
-                found: tuple[Any, ...] = ()
-                if wanted:  # the first layer may have nothing to price
-                    found = torch.autograd.grad(hidden, wanted, upstream[str(i)], allow_unused=True)
-            for (stored, x, _), g in zip(probes, found[: len(probes)], strict=True):
+                    variables.append(leaf)
+                grads: tuple[Any, ...] = ()
+                if variables:  # the first layer may have nothing to price
+                    grads = torch.autograd.grad(hidden, variables, upstream[str(i)], allow_unused=True)
+            for (stored, x, _), g in zip(probes, grads[: len(probes)], strict=True):
                 if g is not None:
-                    seen[stored].append((x.flatten(0, -2), g.flatten(0, -2)))
+                    observed[stored].append((x.flatten(0, -2), g.flatten(0, -2)))
             if leaf is not None:
-                gradients.append(found[-1])
+                gradients.append(grads[-1])
         layer.forward = passed_on
-        spread([partial(self._price, s, linears[s], seen[s], prices[s]) for s in linears])
+        spread([partial(self._price, s, linears[s], observed[s], prices[s]) for s in linears])
         self._unload(parameters)
         tokens = windows.size
-        return {s: _finite(p / tokens, s) for s, p in prices.items() if seen[s]}, gradients
+        return {s: _finite(p / tokens, s) for s, p in prices.items() if observed[s]}, gradients
 
     def _price(
         self,
@@ -234,7 +234,7 @@ class SensitivityWalk(LayerWalk):
                     prices[i] += float((g * (x @ change.T)).sum(-1).square().sum()) / 2
 
     def _rounded(self, weights: Array, scheme: WeightScheme, name: str, squares: Array) -> Array:
-        """What `scheme` stores of a matrix whose input features have these sums of squares."""
+        """Return what `scheme` stores of a matrix whose input features have these sums of squares."""
         important = weigh_features(_finite(squares, name)) if scheme.method.needs_calibration else None
         return dequantize_blocks(quantize_blocks(weights, scheme, self._scale_type, name, important))
 
@@ -246,7 +246,7 @@ def _add_squares(total: torch.Tensor, _: Any, args: tuple[torch.Tensor, ...]) ->
 def _finite(prices: Array, name: str) -> Array:
     if not np.isfinite(prices).all():
         raise CheckpointError(
-            f"what rounding {name} costs on the calibration text is not finite",
+            f"the cost of rounding {name} on the calibration text is not finite",
             hint="the checkpoint is damaged, or needs a target without allocation",
         )
     return prices
@@ -256,9 +256,9 @@ def _finite(prices: Array, name: str) -> Array:
 def _probing(
     linears: Mapping[str, torch.nn.Linear],
 ) -> Iterator[list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """Within this context each product gets a zero added whose gradient is that of the product.
+    """Add a zero to each product within this context; its gradient is the product's gradient.
 
-    Gives the weight's name, what its layer was given and that zero, for each call of a layer.
+    It yields the weight's name, the input of its layer and that zero, for each call of a layer.
     """
     import torch
 

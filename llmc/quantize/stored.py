@@ -1,9 +1,9 @@
-"""Matrices that a checkpoint has quantized already: its codes in the blocks of an operator, bit for bit.
+"""Store matrices that a checkpoint has already quantized: their codes, unchanged, in an operator's blocks.
 
 The values stay the same whatever the layout: a group of inputs may be cut into several blocks with its scale
-and zero point, codes and zero points may be moved up together into a wider type, and matrices that are joined
-along their outputs may be brought to the finest blocks and the widest codes among them. Where a part has
-minimums in the place of zero points, codes stay and every zero point becomes a float, -minimum / scale.
+and zero point, codes and zero points may be shifted together into a wider type, and matrices that are joined
+along their outputs may be converted to the finest blocks and the widest codes among them. If a part has
+minimums instead of zero points, codes stay and every zero point becomes a float, -minimum / scale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,22 +28,22 @@ from llmc.graph.weights import (
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, pack
 from llmc.quantize.place import QuantizedTensor
 
-#: Blocks that operators take, largest first.
+#: Block sizes that operators accept, largest first.
 _BLOCK_SIZES = (128, 64, 32, 16)
-#: Codes that are unpacked at a time.
+#: Number of codes that are unpacked at a time.
 _STEP = 1 << 22
-#: What became of a checkpoint's codes.
+#: How a checkpoint's codes were handled.
 KEPT = "kept"
 MADE_FLOATS = "made floats"
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix (N, K) whose codes can be stored as they are.
+    """The matrix (N, K) whose codes can be stored unchanged.
 
     Args:
-        parts: Codes and number of outputs of what is joined.
-        scheme: Bits, block size and symmetry that hold all of them.
+        parts: Codes and number of outputs of each joined part.
+        scheme: Bits, block size and symmetry that fit all of them.
     """
 
     parts: tuple[tuple[CodeGrid, int], ...]
@@ -51,7 +51,7 @@ class StoredMatrix:
     scheme: WeightScheme
 
     def pack(self, scale_type: ScaleType, name: str) -> PackedBlocks:
-        """The matrix as operators read it.
+        """Return the matrix as operators read it.
 
         Raises:
             CheckpointError: A scale is not finite, or does not fit `scale_type`.
@@ -83,64 +83,64 @@ class StoredMatrix:
 
     @property
     def float_zeros(self) -> bool:
-        """Whether zero points are floats, as some part has minimums."""
+        """Whether zero points are floats, because some part has minimums."""
         return any(grid.minimums for grid, _ in self.parts)
 
     @property
     def code_bits(self) -> int | None:
-        """Bits that codes with float zero points need, where they are stored in more."""
+        """The bits that codes with float zero points need, if they are stored in more."""
         bits = max(grid.bits for grid, _ in self.parts)
         return bits if self.float_zeros and bits < self.scheme.bits else None
 
-    def _blocks(self, grid: CodeGrid, found: CodeRows, scale_type: ScaleType) -> tuple[Array, Array, Array]:
-        """Codes uint8 (n, padded inputs), zero points and scales (n, blocks) of some outputs of a part."""
+    def _blocks(self, grid: CodeGrid, rows: CodeRows, scale_type: ScaleType) -> tuple[Array, Array, Array]:
+        """Return codes uint8 (n, padded inputs), zero points and scales (n, blocks) of outputs of a part."""
         scheme = self.scheme
         blocks = count_blocks(self.in_features, scheme.block_size)
         group = np.arange(blocks) * scheme.block_size // grid.group_size
         with np.errstate(over="ignore"):
-            scales: Array = found.scales[:, group].astype(scale_type)
+            scales: Array = rows.scales[:, group].astype(scale_type)
         zeros: Array
         flat = np.zeros(scales.shape, bool)
-        if found.minimums is not None:
-            minimums = found.minimums[:, group].astype(np.float32)
+        if rows.minimums is not None:
+            minimums = rows.minimums[:, group].astype(np.float32)
             flat = scales == 0
             with np.errstate(over="ignore"):
                 scales[flat] = minimums[flat].astype(scale_type)
             zeros = -minimums / np.where(scales == 0, scale_type(1), scales).astype(np.float32)
             zeros[flat] = -1  # (0 + 1) * minimum
         elif self.float_zeros:
-            zeros = found.zero_points[:, group].astype(np.float32)
+            zeros = rows.zero_points[:, group].astype(np.float32)
         else:
             lift = np.uint8((1 << (scheme.bits - 1)) - (1 << (grid.bits - 1)))
-            zeros = found.zero_points[:, group] + lift
+            zeros = rows.zero_points[:, group] + lift
         wide = np.zeros((len(zeros), blocks * scheme.block_size), np.uint8)
-        wide[:, : self.in_features] = found.codes
+        wide[:, : self.in_features] = rows.codes
         if not self.float_zeros:
             wide[:, : self.in_features] += lift
-            # Padded inputs have the code of 0; with float zero points they meet activations that are 0.
+            # Padded inputs have the code of 0; with float zero points their activations are 0.
             wide[:, self.in_features :] = np.repeat(zeros, scheme.block_size, axis=1)[:, self.in_features :]
         elif flat.any():
             wide[np.repeat(flat, scheme.block_size, axis=1)] = 0
         return wide, zeros, scales
 
     def storage_type(self, wanted: ScaleType) -> ScaleType:
-        """Type to store scales in: float16 where it holds them, and for compact ones; else `wanted`."""
+        """Return the type of stored scales: float16 if it represents them or if compact; else `wanted`."""
         narrow = all(grid.compact or np.can_cast(grid.scale_dtype, np.float16) for grid, _ in self.parts)
         return np.float16 if narrow else wanted
 
     def is_exact(self, scale_type: ScaleType) -> bool:
-        """Whether `scale_type` holds all numbers of the type of the scales."""
+        """Return whether `scale_type` represents all numbers of the scales' type."""
         return all(np.can_cast(grid.scale_dtype, scale_type) for grid, _ in self.parts)
 
 
 def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> StoredMatrix | str | None:
-    """The checkpoint's codes of a matrix, in blocks of their own; or why they cannot be kept.
+    """Find the checkpoint's codes of a matrix, in blocks of their own; or why they cannot be kept.
 
     Args:
-        scheme: What the rules would have it, for all that the codes do not decide.
+        scheme: The rules' scheme, for everything that the codes do not decide.
 
     Returns:
-        None if the checkpoint has all of it as floats.
+        None if the checkpoint stores all of it as floats.
     """
     if not is_stored(rows):
         return None
@@ -162,25 +162,25 @@ def find_stored(rows: Rows, scheme: WeightScheme, *, outputs_first: bool) -> Sto
     in_features = rows.shape[1] if outputs_first else rows.shape[0]
     grids = [grid for grid, _ in parts]
     sizes = [grid.group_size for grid in grids if grid.group_size < in_features]
-    # One scale for all inputs goes with every block, and best with one that needs no padding.
+    # One scale for all inputs fits every block size; one that needs no padding is best.
     fitting = [b for b in _BLOCK_SIZES if all(size % b == 0 for size in sizes)]
     if not fitting:
-        return f"groups of {min(sizes)} inputs are no multiple of {_BLOCK_SIZES[-1]}"
+        return f"groups of {min(sizes)} inputs are not a multiple of {_BLOCK_SIZES[-1]}"
     block = next((b for b in fitting if in_features % b == 0), fitting[-1])
     if in_features % block and any(grid.minimums for grid in grids):
-        return f"{in_features} inputs with minimums fill no whole number of blocks"
-    found = scheme.model_copy(
+        return f"{in_features} inputs with minimums do not fill a whole number of blocks"
+    shared = scheme.model_copy(
         update={
             "bits": 4 if all(grid.bits <= 4 for grid in grids) else 8,
             "block_size": block,
             "symmetric": all(grid.symmetric for grid in grids),
         }
     )
-    return StoredMatrix(tuple(parts), in_features, found)
+    return StoredMatrix(tuple(parts), in_features, shared)
 
 
 def is_stored(rows: Rows) -> bool:
-    """Whether the checkpoint has some of `rows` quantized."""
+    """Return whether the checkpoint stores some of `rows` quantized."""
     match rows:
         case StoredRows():
             return rows.info.codes is not None
@@ -192,7 +192,7 @@ def is_stored(rows: Rows) -> bool:
 
 
 def origin_notes(tensors: Iterable[QuantizedTensor]) -> Iterator[str]:
-    """A line on each of the things that became of the checkpoint's codes."""
+    """Describe each way in which the checkpoint's codes were handled, a line each."""
     by_origin: dict[str, list[str]] = {}
     for tensor in tensors:
         if tensor.origin is not None:
@@ -202,7 +202,7 @@ def origin_notes(tensors: Iterable[QuantizedTensor]) -> Iterator[str]:
 
 
 def _joined(rows: Rows) -> Iterator[Rows]:
-    """What is joined along the outputs, in order."""
+    """Yield the parts that are joined along the outputs, in order."""
     match rows:
         case ConcatRows():
             for part in rows.parts:

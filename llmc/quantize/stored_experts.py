@@ -1,4 +1,4 @@
-"""Stacked experts that a checkpoint has quantized already: their codes in the blocks of QMoE, bit for bit."""
+"""Store stacked experts that a checkpoint has already quantized: their codes, unchanged, in QMoE's blocks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,15 +14,15 @@ from llmc.quantize.stored import StoredMatrix, is_stored
 def find_stored_experts(
     stacks: Sequence[Rows], scheme: WeightScheme, sizes: Sequence[int]
 ) -> tuple[StoredMatrix, ...] | str | None:
-    """The checkpoint's codes of the stacks of one QMoE, in blocks that all of them have; or why not.
+    """Find the checkpoint's codes of the stacks of one QMoE, in blocks that all of them have; or why not.
 
     Args:
-        stacks: (experts, N, K) each.
-        scheme: What the rules would have them, for all that the codes do not decide.
-        sizes: Sizes of blocks that divide the inputs of every stack, largest first.
+        stacks: The stacked matrices, (experts, N, K) each.
+        scheme: The rules' scheme, for everything that the codes do not decide.
+        sizes: Block sizes that divide the inputs of every stack, largest first.
 
     Returns:
-        None if the checkpoint has all of them as floats.
+        None if the checkpoint stores all of them as floats.
     """
     if not any(is_stored(rows) for rows in stacks):
         return None
@@ -35,8 +35,8 @@ def find_stored_experts(
     groups = [g.group_size for g, rows in zip(grids, stacks, strict=True) if g.group_size < rows.shape[2]]
     size = next((size for size in sizes if not any(group % size for group in groups)), None)
     if size is None:
-        return f"groups of {min(groups)} inputs are no blocks that all matrices of QMoE have"
-    found = scheme.model_copy(
+        return f"groups of {min(groups)} inputs do not fit blocks that all matrices of QMoE have"
+    shared = scheme.model_copy(
         update={
             "bits": 4 if all(grid.bits <= 4 for grid in grids) else 8,
             "block_size": size,
@@ -44,13 +44,13 @@ def find_stored_experts(
         }
     )
     return tuple(
-        StoredMatrix(((grid, rows.shape[0] * rows.shape[1]),), rows.shape[2], found)
+        StoredMatrix(((grid, rows.shape[0] * rows.shape[1]),), rows.shape[2], shared)
         for grid, rows in zip(grids, stacks, strict=True)
     )
 
 
 def _grid_of(rows: Rows) -> CodeGrid | str:
-    """The codes of a stack in the order of its outputs."""
+    """Return the codes of a stack in the order of its outputs."""
     transposed = interleave = False
     while isinstance(rows, CastRows | ExpertRows):
         if isinstance(rows, ExpertRows):
@@ -72,11 +72,11 @@ def _grid_of(rows: Rows) -> CodeGrid | str:
 
 
 def _interleaved(grid: StackGrid) -> CodeGrid:
-    """The same codes with the second half of each expert's outputs put between the first."""
+    """Return the same codes with the second half of each expert's outputs interleaved with the first."""
     size = grid.outputs
 
     def read_expert(expert: int, start: int, stop: int) -> CodeRows:
-        """Outputs start:stop of one expert, read as a range of each half."""
+        """Read outputs start:stop of one expert as a range of each half."""
         first, last = start // 2, -(-stop // 2)
         base = expert * size
         one = grid.read(base + first, base + last)

@@ -12,7 +12,7 @@ from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks, dequanti
 from llmc.quantize.encode import Encoder, quantize_blocks
 from llmc.threads import spread
 
-#: Elements that one task reads: 4 MiB as float32.
+#: Number of elements that one task reads: 4 MiB as float32.
 _TASK = 1 << 20
 
 
@@ -48,7 +48,7 @@ def quantize_rows(
 
 
 def quantize_stack(rows: Rows, scheme: WeightScheme, scale_type: ScaleType, *, name: str) -> PackedBlocks:
-    """Quantize stacked matrices (experts, N, K) as one matrix (experts * N, K), one expert a core in float.
+    """Quantize stacked matrices (experts, N, K) as one (experts * N, K), with one expert per core in float.
 
     Raises:
         CheckpointError: A value is not finite, or its scale does not fit `scale_type`.
@@ -64,7 +64,7 @@ def quantize_stack(rows: Rows, scheme: WeightScheme, scale_type: ScaleType, *, n
 
 
 def weight_snr(rows: Rows, scheme: WeightScheme, scale_type: ScaleType = np.float32) -> float:
-    """Signal-to-noise ratio of a quantized matrix (N, K) to the original, dB; infinite if they are equal."""
+    """Return the signal-to-noise ratio (dB) of a quantized matrix (N, K); infinite if nothing is lost."""
     step = max(1, _TASK // max(1, rows.shape[1]))
     signal = noise = 0.0
     for start in range(0, rows.shape[0], step):

@@ -96,7 +96,9 @@ class Paired:
                 f"{detail}; over that of even noise",
                 self.where,
             ),
-            measured(Metric.ROUNDING_NOISE_RATIO, median, f"{deviation}, median of the positions", self.where),
+            measured(
+                Metric.ROUNDING_NOISE_RATIO, median, f"{deviation}, median of the positions", self.where
+            ),
             measured(
                 Metric.ROUNDING_POSITION_RATIO, _unevenness(noise, median), f"{deviation}, {each}", self.where
             ),

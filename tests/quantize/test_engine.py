@@ -97,7 +97,7 @@ def test_what_does_not_bear_it_stays_in_float() -> None:
     stored, kept = quantize_for_engine(graph, (W8A8,), ranges, 12)
     assert {each.weight: each.reason for each in kept} == {
         down: "9.5 dB as int8, less than 12",
-        "lm_head.weight": "calibration does not see what it is given",
+        "lm_head.weight": "calibration did not see its input",
     }
     assert sum(n.op_type == "QuantizeLinear" for n in graph.graph) == 4 * 3 - 1
     assert all(t.scheme == W8A8.scheme for t in stored)  # their weights are int8 all the same

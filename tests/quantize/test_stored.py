@@ -154,7 +154,7 @@ def test_what_cannot_be_kept_says_why() -> None:
         (scattered, "in fp8"),
         (scaled, "its values are scaled or turned before they are stored"),
         (ConcatRows((kept, plain)), "f, which is joined with it, is not quantized"),
-        (odd, "groups of 8 inputs are no multiple of 16"),
+        (odd, "groups of 8 inputs are not a multiple of 16"),
     ):
         assert find_stored(rows, RULE, outputs_first=True) == reason
         assert is_stored(rows) == (reason is not None)

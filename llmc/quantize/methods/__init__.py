@@ -1,7 +1,7 @@
-"""The methods of quantization: one handler a file, each a module with one object called `HANDLER`.
+"""Implement the quantization methods: one handler per file, each a module with one object called `HANDLER`.
 
-A handler does the work of one config class of `llmc.config.method`. Whoever quantizes asks for the handler
-of a scheme, and never for the name of its method.
+A handler does the work of one config class of `llmc.config.method`. Callers ask for the handler of a scheme,
+and never for the name of its method.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from llmc.quantize.blocks import PackedBlocks, ScaleType, Workspace
 
 
 class Handler(ABC):
-    """Finds the scales and zero points of blocks; their codes are the nearest ones.
+    """The base class of handlers, which find scales and zero points of blocks; codes are the nearest ones.
 
     Args:
         method: The config class that this handler belongs to.
@@ -26,13 +26,13 @@ class Handler(ABC):
 
     @abstractmethod
     def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
-        """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
+        """Return scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
 
 
 class CalibratedHandler(Handler):
-    """Finds the codes of a whole matrix by what it is given on calibration text.
+    """The base class of handlers that find the codes of a whole matrix by its inputs on calibration text.
 
-    Without such text the matrix is quantized by the method that this one starts from.
+    Without such text the matrix is quantized by the method from which this one starts.
     """
 
     def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
@@ -53,21 +53,21 @@ class CalibratedHandler(Handler):
 
 @cache
 def registered_handlers() -> dict[type[Method], Handler]:
-    """Every handler in this package by its config class; a module that fails to import is an error."""
-    found: dict[type[Method], Handler] = {}
+    """Import every handler of this package by its config class; a module that fails to import is an error."""
+    handlers: dict[type[Method], Handler] = {}
     for info in pkgutil.iter_modules(__path__):
         handler: Handler = importlib.import_module(f"{__name__}.{info.name}").HANDLER
-        if handler.method in found:
+        if handler.method in handlers:
             raise ConfigError(f"method {handler.method.name} has two handlers")
-        found[handler.method] = handler
-    return found
+        handlers[handler.method] = handler
+    return handlers
 
 
 def find_handler(scheme: WeightScheme) -> Handler:
-    """The handler of the method of `scheme`.
+    """Return the handler of the method of `scheme`.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: The method has no handler.
     """
     handler = registered_handlers().get(type(scheme.method))
     if handler is None:
@@ -79,10 +79,10 @@ def find_handler(scheme: WeightScheme) -> Handler:
 
 
 def find_calibrated(scheme: WeightScheme) -> CalibratedHandler:
-    """The handler of the method of `scheme`, which needs calibration text.
+    """Return the handler of the method of `scheme`, which needs calibration text.
 
     Raises:
-        ConfigError: It has none, or one that takes no calibration text.
+        ConfigError: The method has no handler, or a handler that uses no calibration text.
     """
     handler = find_handler(scheme)
     if not isinstance(handler, CalibratedHandler):

@@ -1,12 +1,11 @@
-"""GPTQ: codes that make up for each other's error on real activations (Frantar et al. 2023).
+"""Quantize by GPTQ: codes compensate each other's error on real activations (Frantar et al. 2023).
 
-Of a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the
-order of falling diagonal of H (activation order), and what is left of each is spread over those still to
-come by the Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before
-the first feature is rounded, on the weights as they are (static groups), so that features need not be
-stored in that order; errors count there by the mean square of their feature. Once the codes stand, the
-scales of a row are those that leave the least error (w - s q) H (w - s q)' in all: a system of as many
-equations as the row has blocks.
+For a linear layer with inputs x and Hessian H = sum(x x'), input features are rounded one by one in the
+order of decreasing diagonal of H (activation order), and the error of each is spread over the remaining
+features by the Cholesky factor of the inverse of H. Scales and zero points of the blocks are searched before
+the first feature is rounded, on the original weights (static groups), so that features need not be stored in
+that order; errors are weighted there by the mean square of their feature. Finally the scales of a row are
+those that minimize the error (w - s q) H (w - s q)': a system of as many equations as the row has blocks.
 """
 
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.methods import CalibratedHandler
 from llmc.threads import spread
 
-#: Input features whose updates are spread over the later ones at a time (the paper's B).
+#: Number of input features whose updates are applied to the later ones together (the paper's B).
 _LAZY = 128
-#: Outputs that one task works on: their part of a lazy block stays in the cache.
+#: Number of outputs per task: their part of a lazy block stays in the cache.
 _OUTPUTS = 512
 
 
@@ -54,14 +53,14 @@ def quantize_gptq(
 
     def compensate(first: int) -> None:
         here = slice(first, min(first + _OUTPUTS, outputs))
-        found = _compensate(
+        rounded = _compensate(
             np.ascontiguousarray(weights[here].astype(np.float32).T[order]),
             np.ascontiguousarray(scales[here].T)[owner],
             np.ascontiguousarray(zeros[here].T)[owner],
             factor,
             2**scheme.bits - 1,
         )
-        codes[here, order] = found.T
+        codes[here, order] = rounded.T
         levels = codes[here].reshape(-1, blocks, scheme.block_size) - zeros[here][:, :, None]
         refit = _refit(weights[here].astype(np.float32), levels, scales[here], damped)
         stored[here] = refit.astype(scale_type)
@@ -73,7 +72,7 @@ def quantize_gptq(
 
 
 def _compensate(weights: Array, scales: Array, zeros: Array, upper: Array, highest: int) -> Array:
-    """Codes uint8 (K, n) of weights (K, n), which are overwritten; scales and zero points likewise (K, n)."""
+    """Return codes uint8 (K, n) of weights (K, n), which it overwrites; scales and zero points are (K, n)."""
     count = len(weights)
     codes = np.empty(weights.shape, np.uint8)
     for first in range(0, count, _LAZY):
@@ -94,7 +93,7 @@ def _compensate(weights: Array, scales: Array, zeros: Array, upper: Array, highe
 
 
 def _refit(weights: Array, levels: Array, scales: Array, hessian: Array) -> Array:
-    """The scales (n, blocks) of least error, for weights (n, K) and levels (n, blocks, block_size)."""
+    """Return scales (n, blocks) of least error, for weights (n, K) and levels (n, blocks, block_size)."""
     outputs, blocks, size = levels.shape
     features = weights.shape[1]
     flat = levels.reshape(outputs, -1)
@@ -110,8 +109,8 @@ def _refit(weights: Array, levels: Array, scales: Array, hessian: Array) -> Arra
     diagonal = np.einsum("nbb->nb", system)
     empty = diagonal <= 0
     diagonal += np.where(empty, 1.0, 1e-6 * diagonal)
-    found: Array = np.linalg.solve(system, right[:, :, None])[:, :, 0]
-    return np.where(empty, scales, found).astype(np.float32)
+    scale: Array = np.linalg.solve(system, right[:, :, None])[:, :, 0]
+    return np.where(empty, scales, scale).astype(np.float32)
 
 
 class GptqHandler(CalibratedHandler):

@@ -1,13 +1,13 @@
-"""Least squared error: scales searched block by block, without calibration data.
+"""Minimize the squared error: search scales block by block, without calibration data.
 
-For given codes q (less their zero point) the best scale is sum(w q) / sum(q q), and for a given scale the
-best codes are the nearest ones. From several scales around the one that spans the block, some clipping its
-extremes and some leaving levels idle, the one with the least error after the closed form is kept, rounded
-again and improved once more. It is the search of GGUF's k-quants (make_qx_quants and make_qkx2_quants in
-ggml-quants.c) with a zero point that is a code, and with weights counting as much as the workspace says:
-all the same, or as the mean squares of what they multiply. Starts are compared by
-sum(w q)^2 / sum(q q), what their best scales explain of sum(w w); the last comparison, with the scale that
-just spans the block, is of residuals, which keep their precision at 8 bits too.
+For given codes q (minus their zero point) the best scale is sum(w q) / sum(q q), and for a given scale the
+best codes are the nearest ones. The search starts from several scales around the one that spans the block,
+some clipping its extremes and some leaving levels idle; the one with the least error after the closed form is
+chosen, rounded again and improved once more. It is the search of GGUF's k-quants (make_qx_quants and
+make_qkx2_quants in ggml-quants.c) with a zero point that is a code, and with weights as important as the
+workspace states: all the same, or as the mean squares of what they multiply. Starts are compared by sum(w
+q)^2 / sum(q q), the part of sum(w w) that their best scales explain; the last comparison, with the scale that
+just spans the block, uses residuals, which keep their precision at 8 bits too.
 """
 
 import numpy as np
@@ -24,14 +24,14 @@ from llmc.quantize.methods.rtn import place_zero, span_columns
 _EXTRA_4_BIT = {16: (-1.8, 0.6), 32: (-1.2, 0.8), 64: (-0.8, 1.4), 128: (-0.3, 2.0)}
 _EXTRA_8_BIT = (-2.0, 0.6)
 
-#: More starts gain less than 0.02 dB.
+#: Number of starts; more of them gain less than 0.02 dB.
 _STARTS = 5
 
 
 def fit_mse(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
-    """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each.
+    """Return scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each.
 
-    No block's error is larger than with `fit_rtn`.
+    The error of a block is never larger than with `fit_rtn`.
     """
     span = span_columns(work, scheme)
     inverse = invert(span.scale)
@@ -68,10 +68,10 @@ def fit_mse(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tup
 
 
 def _improve(work: Workspace) -> tuple[Array, Array]:
-    """The best scale for the levels, as a multiple of the one that was rounded with, and what it explains.
+    """Return the best scale for the levels, relative to the scale of the rounding, and what it explains.
 
-    Both float32 (n,); what is explained is the part of sum(w w) that does not remain as error, in squares
-    of the scale that was rounded with.
+    Both are float32 (n,); what it explains is the part of sum(w w) that does not remain as error, in squares
+    of the scale of the rounding.
     """
     cross = work.dot(work.scaled, work.levels)
     energy = work.dot(work.levels, work.levels)
@@ -81,7 +81,7 @@ def _improve(work: Workspace) -> tuple[Array, Array]:
 
 
 def _measure(work: Workspace, scale: Array, zero: Array, inverse: Array, scheme: WeightScheme) -> Array:
-    """Error with a stored scale, in squares of 1 / inverse; infinite where the scale is 0."""
+    """Return the error with a stored scale, in squares of 1 / inverse; infinite where the scale is 0."""
     round_to_levels(work, invert(scale), zero, scheme)
     residual = np.subtract(work.scaled, work.levels, out=work.scaled)
     error = work.dot(residual, residual)

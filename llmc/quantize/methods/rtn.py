@@ -1,4 +1,4 @@
-"""Round to nearest: the scale that just spans a block, without a search."""
+"""Round to nearest with the scale that just spans a block, without a search."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from llmc.quantize.methods import Handler
 
 
 class Span(NamedTuple):
-    """What a block covers, float32 (n,) each.
+    """The range that a block covers, float32 (n,) each.
 
     Args:
         scale: Scale that spans the block, not yet rounded to its stored type; 0 for a block of zeros.
-        low: Value that code 0 is to stand for; unused if symmetric.
+        low: Value that code 0 represents; unused if symmetric.
     """
 
     scale: Array
@@ -24,12 +24,12 @@ class Span(NamedTuple):
 
 
 def span_columns(work: Workspace, scheme: WeightScheme) -> Span:
-    """The span of every column.
+    """Return the span of every column.
 
-    Symmetric: the element of largest magnitude is to become level -2**(bits-1) exactly, so that the scale
-    has the other sign than it (the rule of ONNX Runtime's own quantizer and of GGUF's Q4_0). All levels
-    are used, where amax / (2**(bits-1) - 1) leaves one idle. Asymmetric: the range from the lowest to the
-    highest value, widened to hold 0, is cut into 2**bits - 1 steps.
+    In a symmetric scheme the element of largest magnitude becomes level -2**(bits-1) exactly, so that the
+    scale has the opposite sign (the rule of ONNX Runtime's own quantizer and of GGUF's Q4_0). All levels are
+    used, whereas amax / (2**(bits-1) - 1) leaves one idle. In an asymmetric scheme the range from the lowest
+    to the highest value, widened to include 0, is cut into 2**bits - 1 steps.
     """
     high = np.maximum.reduce(work.columns, axis=0)
     low = np.minimum.reduce(work.columns, axis=0)
@@ -46,7 +46,7 @@ def span_columns(work: Workspace, scheme: WeightScheme) -> Span:
 
 
 def place_zero(low: Array, inverse: Array, spare: float, scheme: WeightScheme) -> Array:
-    """The code of 0 when `low` is to stand `spare` steps above code 0, float32 (n,)."""
+    """Return the code of 0 when `low` lies `spare` steps above code 0, float32 (n,)."""
     middle = zero_level(scheme)
     if scheme.symmetric:
         return np.full_like(low, middle)
@@ -55,7 +55,7 @@ def place_zero(low: Array, inverse: Array, spare: float, scheme: WeightScheme) -
 
 
 def fit_rtn(work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
-    """Scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
+    """Return scales, as `scale_type` holds them, and zero points of `work.columns`, float32 (n,) each."""
     span = span_columns(work, scheme)
     return round_scales(span.scale, scale_type), place_zero(span.low, invert(span.scale), 0.0, scheme)
 
