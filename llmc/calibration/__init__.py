@@ -1,1 +1,1 @@
-"""What quantization and pruning share: a model over a text, layer by layer, and the Hessian of its inputs."""
+"""Share what quantization and pruning need: a layer-by-layer walk over a text, and the inputs' Hessian."""

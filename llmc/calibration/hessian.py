@@ -1,21 +1,21 @@
-"""The Hessian H = sum(x x') of the inputs of a linear layer: damped, factorized, and read as importance."""
+"""Process the Hessian H = sum(x x') of a linear layer's inputs: damp it, factorize it, derive importance."""
 
 import numpy as np
 
 from llmc.arrays import Array
 from llmc.errors import CheckpointError, ConfigError
 
-#: Added to the diagonal of H, as a part of its mean (as GPTQ's paper does).
+#: Share of the diagonal's mean that is added to the diagonal of H (as in GPTQ's paper).
 DAMPING = 0.01
 
 
 def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Array, Array, Array]:
-    """The order of input features, the upper Cholesky factor of the inverse of H in that order, and H damped.
+    """Return the order of input features, the upper Cholesky factor of H^-1 in that order, and H damped.
 
     Args:
         hessian: sum of x x' over tokens, (K, K).
-        name: What errors call the matrix.
-        order: Of the features; None for activation order.
+        name: Name of the matrix in errors.
+        order: Order of the features; None for activation order.
 
     Raises:
         CheckpointError: An activation is not finite.
@@ -42,14 +42,14 @@ def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Ar
 
 
 def damp(hessian: Array, name: str) -> Array:
-    """H with DAMPING of its mean added to the diagonal, and 1 where the text does not use a feature; float64.
+    """Add DAMPING of the mean to the diagonal of H, and 1 where the text does not use a feature; float64.
 
     Raises:
         CheckpointError: An activation is not finite.
     """
     if not np.isfinite(hessian).all():
         raise CheckpointError(
-            f"the activations that {name} is given on the calibration text are not all finite",
+            f"the inputs of {name} on the calibration text are not all finite",
             hint="the checkpoint is damaged, or needs a target without calibration",
         )
     matrix: Array = hessian.astype(np.float64)
@@ -60,10 +60,10 @@ def damp(hessian: Array, name: str) -> Array:
 
 
 def weigh_features(squares: Array) -> Array:
-    """How much the error of each input feature counts, float32 (K,), by the sums of its squares."""
+    """Return the weight of each input feature's error, float32 (K,), from the sums of its squares."""
     mean = float(squares.mean())
     if not mean > 0:
         return np.ones(len(squares), np.float32)
-    # A feature that the text does not use still gets codes near its weight.
-    weighed: Array = (squares / mean + DAMPING).astype(np.float32)
-    return weighed
+    # A feature that the text does not use still needs codes near its weight.
+    weights: Array = (squares / mean + DAMPING).astype(np.float32)
+    return weights

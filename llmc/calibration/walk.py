@@ -1,9 +1,9 @@
-"""The decoder layers of a model over a text, one in memory at a time.
+"""Walk over the decoder layers of a model on a text, with one layer in memory at a time.
 
-The model's own modules run, with parameters on the meta device but for the layer at hand. For each layer
-the whole model is called: layers before it pass on what they are given, the stored hidden states take the
-place of what arrives, and the call ends behind it. So masks, positions and whatever else a layer is given
-are the model's own. What is wanted of each layer is the business of a `LayerTask`.
+The model's own modules run, with parameters on the meta device except for the current layer. The whole model
+is called for each layer: layers before it pass their input through, the stored hidden states replace its
+input, and the call ends behind it. Masks, positions and all other inputs of a layer are therefore the model's
+own. A `LayerTask` defines what is done with each layer.
 """
 
 from __future__ import annotations
@@ -24,46 +24,47 @@ from llmc.graph.weights import WeightStore
 if TYPE_CHECKING:
     import torch
 
-#: Fewest tokens that anything may rest on.
+#: Minimum number of calibration tokens.
 LEAST_TOKENS = 256
 _STATES = "states"
 _HEAD = "head"
 
 
 def finished_files(folder: Path, layers: int) -> list[Path] | None:
-    """The files of a finished `LayerWalk.run` over a model of so many layers; None if one is missing."""
+    """Return the files of a finished `LayerWalk.run` over so many layers; None if one is missing."""
     files = [folder / f"{stem}.safetensors" for stem in (*(f"layer-{i}" for i in range(layers)), _HEAD)]
     return files if all(file.is_file() for file in files) else None
 
 
 class LayerTask(Protocol):
-    """What is done with each layer of a walk.
+    """The work that is done for each layer of a walk.
 
     Args:
-        changes: Whether `conclude` changes weights: later layers then see the results of the changed ones.
+        changes: Whether `conclude` changes weights: later layers then see the results of the changed layers.
     """
 
     changes: bool
 
     def watch(self, name: str, module: torch.nn.Module) -> AbstractContextManager[None]:
-        """Within this context `module`, called `name` in the model, runs over every window."""
+        """Observe `module`, called `name` in the model, which runs over every window within this context."""
         ...
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """What is to be kept of `module`, by name; it goes to disk."""
+        """Return the data of `module` to store on disk, by name."""
         ...
 
 
 class LayerWalk:
-    """Takes a model over a text layer by layer, and goes on where it was killed.
+    """The walk of a model over a text, layer by layer, which continues where it was interrupted.
 
     Args:
         model: A transformers causal LM in evaluation mode, parameters on the meta device, buffers real.
         layers: Qualified names of its decoder layers, in order.
         store: The checkpoint's tensors.
-        tied: Parameter names absent from the store, and the stored name that stands for each.
-        folder: Where what is kept of finished layers goes, and is found again.
-        keep_states: Keep the hidden states behind every layer, not behind the last finished one alone.
+        tied: Parameter names absent from the store, and the stored name of the tensor that each is tied to.
+        folder: Folder in which the data of finished layers is stored, and found again.
+        keep_states: Whether to keep the hidden states behind every layer, not only behind the last finished
+            one.
     """
 
     def __init__(
@@ -85,26 +86,26 @@ class LayerWalk:
         self._keep_states = keep_states
 
     def run(self, windows: Array, task: LayerTask, note: Callable[[str], None]) -> list[Path]:
-        """Every layer in turn, then what the model does behind the last one.
+        """Run the task on every layer in turn, and on what the model does behind the last one.
 
         Args:
             windows: (windows, length) int64 token ids.
-            note: Told what was taken up again.
+            note: Called with a description of the work that was resumed.
 
         Returns:
-            A safetensors file for each layer with what was kept of it, and one for the head.
+            A safetensors file for each layer with its data, and one for the head.
 
         Raises:
-            ConfigError: Fewer than LEAST_TOKENS tokens, or as the task raises it.
-            CheckpointError: As the task raises it.
-            UnsupportedError: The model does not run like this.
+            ConfigError: Fewer than LEAST_TOKENS tokens, or the task raises it.
+            CheckpointError: The task raises it.
+            UnsupportedError: The model cannot be run layer by layer.
             ResourceError: Disk full.
         """
         import torch
 
         if windows.size < LEAST_TOKENS:
             raise ConfigError(
-                f"{windows.size} tokens of calibration text; at least {LEAST_TOKENS} are needed",
+                f"the calibration text has {windows.size} tokens; at least {LEAST_TOKENS} are needed",
                 hint="use a longer calibration text",
             )
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -125,11 +126,11 @@ class LayerWalk:
         parameters = [f"{name}.{n}" for n, _ in layer.named_parameters()]
         self._load(parameters)
         with task.watch(name, layer):
-            seen = [self._pass(layer, row, _at(states, i)) for i, row in enumerate(windows)]
+            passes = [self._pass(layer, row, _at(states, i)) for i, row in enumerate(windows)]
         self._keep(f"layer-{index}", task.conclude(name, layer))
         if task.changes:
-            seen = [self._pass(layer, row, seen[i][0]) for i, row in enumerate(windows)]
-        results = [result for _, result in seen]
+            passes = [self._pass(layer, row, passes[i][0]) for i, row in enumerate(windows)]
+        results = [result for _, result in passes]
         self._unload(parameters)
         layer.forward = _PassOn(isinstance(results[0], tuple))
         following = [r[0] if isinstance(r, tuple) else r for r in results]
@@ -137,7 +138,7 @@ class LayerWalk:
         return following
 
     def _walk_head(self, windows: Array, states: list[Any] | None, task: LayerTask) -> None:
-        """The model with every layer passing on, so that what is watched stands outside of the layers."""
+        """Run the model with every layer passing its input through, to observe the other modules."""
         last = self.layers[-1]
         with task.watch("", self.model):
             for i, row in enumerate(windows):
@@ -146,20 +147,20 @@ class LayerWalk:
         self._keep(_HEAD, task.conclude("", self.model))
 
     def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
-        """What `layer` is given for one window, `state` if that is known, and what it returns."""
+        """Return the input of `layer` for one window (`state` if it is known) and its result."""
         with replacing_input(layer, state), _stopping_behind(layer) as seen:
             self._call(row)
         return seen[0]
 
     def _call(self, row: Array) -> Any:
-        """What the model returns; None where a task ended the call."""
+        """Return the model's result; None if a task ended the call."""
         import torch
 
         try:
             return self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
         except StopCallError:
             return None
-        except Exception as error:  # model code of transformers; whatever it raises, it cannot be walked
+        except Exception as error:  # transformers' model code raises any error if it cannot be walked
             raise UnsupportedError(
                 f"the model cannot be run layer by layer: {type(error).__name__}: {error}"
             ) from error
@@ -168,7 +169,7 @@ class LayerWalk:
         return self._folder / f"{stem}.safetensors"
 
     def _state_file(self, index: int) -> Path:
-        """Hidden states behind the first `index` layers."""
+        """Return the file of the hidden states behind the first `index` layers."""
         return self._file(f"{_STATES}-{index}")
 
     def _keep(self, stem: str, data: Mapping[str, Array]) -> None:
@@ -177,7 +178,7 @@ class LayerWalk:
         self._write(self._file(stem), lambda path: save_file(dict(data), path))
 
     def _finished(self) -> int:
-        """Layers that are on disk together with the hidden states behind them."""
+        """Return the number of layers that are on disk together with the hidden states behind them."""
         done = 0
         while done < len(self.layers) and self._file(f"layer-{done}").is_file():
             done += 1
@@ -208,7 +209,7 @@ class LayerWalk:
             os.replace(partial, path)
 
     def _load_outside(self) -> None:
-        """Load all parameters that stand outside of the layers."""
+        """Load all parameters outside of the layers."""
         inside = tuple(f"{name}." for name in self._names)
         self._load([n for n, _ in self.model.named_parameters() if not n.startswith(inside)])
 
@@ -240,16 +241,16 @@ class LayerWalk:
 def named_linears(
     name: str, module: torch.nn.Module, tied: Mapping[str, str]
 ) -> dict[str, tuple[str, torch.nn.Linear]]:
-    """Linear layers below `module`, called `name`: path and layer by the stored name of the weight."""
+    """Return linear layers below `module`, called `name`: path and layer by the stored name of the weight."""
     import torch
 
     prefix = f"{name}." if name else ""
-    found = {}
+    linears = {}
     for path, each in module.named_modules():
         if isinstance(each, torch.nn.Linear):
             weight = f"{prefix}{path}.weight"
-            found[tied.get(weight, weight)] = (f"{prefix}{path}", each)
-    return found
+            linears[tied.get(weight, weight)] = (f"{prefix}{path}", each)
+    return linears
 
 
 def _place(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
@@ -262,11 +263,11 @@ def _at(states: list[Any] | None, index: int) -> Any:
 
 
 class StopCallError(Exception):
-    """Ends a call of the model once what was wanted of it is known."""
+    """Ends a call of the model once its task has what it needs."""
 
 
 class _PassOn:
-    """In place of a layer's forward: hidden states go on as they are."""
+    """Replaces a layer's forward, and returns the hidden states unchanged."""
 
     def __init__(self, as_tuple: bool) -> None:
         self.as_tuple = as_tuple
@@ -277,7 +278,7 @@ class _PassOn:
 
 @contextmanager
 def replacing_input(layer: torch.nn.Module, state: Any) -> Iterator[None]:
-    """Within this context `layer` is given `state` as its hidden states; None leaves what arrives."""
+    """Give `layer` `state` as its hidden states within this context; None leaves its input unchanged."""
 
     def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if state is None:
@@ -295,7 +296,7 @@ def replacing_input(layer: torch.nn.Module, state: Any) -> Iterator[None]:
 
 @contextmanager
 def _stopping_behind(layer: torch.nn.Module) -> Iterator[list[tuple[Any, Any]]]:
-    """Within this context a call of the model ends behind `layer`; gives its hidden states and its result."""
+    """End calls of the model behind `layer` within this context; yield its hidden states and its result."""
     seen: list[tuple[Any, Any]] = []
 
     def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

@@ -1,1 +1,1 @@
-"""Pruning on calibration text: which layers, units and weights go, and what makes up for them."""
+"""Prune on calibration text: decide which layers, units and weights to remove, and compensate for them."""

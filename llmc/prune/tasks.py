@@ -1,6 +1,6 @@
-"""Pruning over a walk: what each layer is given decides what of it goes, and how the rest makes up for it.
+"""Prune over a walk: the inputs of each layer decide what is removed, and how the rest compensates for it.
 
-The hidden states go on through the pruned layer, so that later layers make up for what earlier ones lost.
+The hidden states continue through the pruned layer, so that later layers compensate the loss of earlier ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from llmc.prune.units import Units
 if TYPE_CHECKING:
     import torch
 
-#: What a walk keeps of a layer: its influence; by parameter, which units stay, and new weights.
+#: The data that a walk stores of a layer: its influence; by parameter, which units stay, and new weights.
 INFLUENCE, KEPT, WEIGHTS = "influence", ".kept", ".weights"
 
 
 @dataclass(frozen=True)
 class UnitChoice:
-    """How many units of a layer stay, and which, where that has been decided before."""
+    """The number of units of a layer that stay, and their indices if they were decided before."""
 
     units: Units
     keep: int
@@ -36,7 +36,7 @@ class UnitChoice:
 
 
 class InfluenceTask:
-    """How much each layer turns the hidden states: INFLUENCE, float64 (1,)."""
+    """The layer task that measures how much each layer turns the hidden states: INFLUENCE, float64 (1,)."""
 
     changes = False
 
@@ -46,7 +46,7 @@ class InfluenceTask:
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context the similarities of every token are added up."""
+        """Sum the similarities of every token within this context."""
         self._sum, self._tokens = 0.0, 0
         hook = module.register_forward_hook(self._add, with_kwargs=True) if name else _stopped(module)
         with _removing([hook]):
@@ -62,7 +62,7 @@ class InfluenceTask:
         self._tokens += similar.numel()
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """One minus the mean over tokens.
+        """Return one minus the mean over tokens.
 
         Raises:
             CheckpointError: Hidden states are not finite.
@@ -79,15 +79,15 @@ class InfluenceTask:
 
 
 class UnitTask:
-    """Chooses the units of each layer that stay, and refits the projections that read them.
+    """The layer task that chooses the units of each layer to keep, and refits the projections that read them.
 
-    Units that go get zeros as columns there, which is to the layer as if they were not. Kept of each
-    projection: KEPT, int64 (units,), and with repair WEIGHTS of the kept columns, float32.
+    Removed units get zeros as columns there, which is the same to the layer as their absence. The data stored
+    of each projection is KEPT, int64 (units,), and with repair WEIGHTS of the kept columns, float32.
 
     Args:
-        choices: By the name of the layer.
-        dtypes: Type that each parameter is stored in.
-        repair: Refit what stays.
+        choices: Choices by the name of the layer.
+        dtypes: Stored type of each parameter.
+        repair: Whether to refit what stays.
     """
 
     changes = True
@@ -102,14 +102,14 @@ class UnitTask:
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context the Hessians of the projections are added up."""
+        """Accumulate the Hessians of the projections within this context."""
         with self._inputs.watch(
             name, module, [c.units.reader.parameter for c in self._choices.get(name, ())]
         ):
             yield
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """Decisions and weights of the layer, which has the latter from now on."""
+        """Return decisions and weights of the layer, and set the layer to these weights."""
         data: dict[str, Array] = {}
         for choice in self._choices.get(name, ()):
             reader = choice.units.reader
@@ -138,12 +138,12 @@ class UnitTask:
 
 
 class SparseTask:
-    """Makes matrices of each layer 2:4 sparse along their inputs: WEIGHTS of each, float32.
+    """The layer task that makes matrices of each layer 2:4 sparse along their inputs: WEIGHTS, float32.
 
     Args:
-        matrices: Parameters by the name of the layer, and whether each has (outputs, inputs).
-        dtypes: Type that each parameter is stored in.
-        repair: Let what stays make up for what goes.
+        matrices: Parameters by the name of the layer, and whether each is (outputs, inputs).
+        dtypes: Stored type of each parameter.
+        repair: Whether the remaining weights compensate for the removed ones.
     """
 
     changes = True
@@ -158,12 +158,12 @@ class SparseTask:
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Within this context the Hessians of the matrices are added up."""
+        """Accumulate the Hessians of the matrices within this context."""
         with self._inputs.watch(name, module, list(self._matrices.get(name, {}))):
             yield
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """Weights of the layer, which has them from now on."""
+        """Return weights of the layer, and set the layer to them."""
         data: dict[str, Array] = {}
         for parameter, outputs_first in self._matrices.get(name, {}).items():
             weights = _get(module, name, parameter)
@@ -178,14 +178,14 @@ class SparseTask:
 
 
 class _Inputs:
-    """Sums of x x' of what modules are given, by the parameter that they multiply it with."""
+    """The sums of x x' of modules' inputs x, by the parameter that each module multiplies with them."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module, parameters: Sequence[str]) -> Iterator[None]:
-        """Within this context they are added up for `parameters` of the layer called `name`."""
+        """Accumulate them for `parameters` of the layer called `name` within this context."""
         self._sums = {}
         if name:
             owners = {p: module.get_submodule(_owner(name, p)) for p in parameters}
@@ -196,7 +196,7 @@ class _Inputs:
             yield
 
     def hessian(self, parameter: str) -> Array:
-        """(K, K) float32.
+        """Return the Hessian, (K, K) float32.
 
         Raises:
             CheckpointError: The module was not called.
@@ -212,8 +212,8 @@ class _Inputs:
         def add(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             product = x.T @ x
-            known = self._sums.get(parameter)
-            self._sums[parameter] = product if known is None else known.add_(product)
+            total = self._sums.get(parameter)
+            self._sums[parameter] = product if total is None else total.add_(product)
 
         return add
 
@@ -231,24 +231,24 @@ def _put(module: torch.nn.Module, layer: str, parameter: str, values: Array) -> 
     import torch
 
     owner = module.get_submodule(_owner(layer, parameter))
-    made = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)), requires_grad=False)
-    owner._parameters[parameter.rpartition(".")[2]] = made
+    stored = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)), requires_grad=False)
+    owner._parameters[parameter.rpartition(".")[2]] = stored
 
 
 def _as_stored(values: Array, dtype: np.dtype, parameter: str) -> Array:
-    """What is read again after values were stored, float32."""
+    """Return values, float32, as they are read after storing them."""
     with np.errstate(over="ignore"):
         rounded: Array = values.astype(dtype).astype(np.float32)
     if not np.isfinite(rounded).all():
         raise CheckpointError(
-            f"weights of {parameter} that make up for others do not fit {dtype}",
+            f"weights of {parameter} that compensate for others do not fit {dtype}",
             hint="turn repair off, or use a longer calibration text",
         )
     return rounded
 
 
 def _stopped(model: torch.nn.Module) -> Any:
-    """A hook that ends a call before it begins: nothing behind the last layer is wanted."""
+    """Register a hook that ends a call before it begins: nothing behind the last layer is needed."""
 
     def stop(_: Any, __: Any) -> None:
         raise StopCallError

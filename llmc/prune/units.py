@@ -1,10 +1,10 @@
-"""Neurons and groups of heads: what of a layer can be left out, and which weights it stands in.
+"""Find neurons and groups of heads: the units of a layer that can be left out, and the weights they are in.
 
-A unit is a run of channels that nothing mixes with the others between the weights that make it and the
-projection that reads it: one neuron of an MLP, or the query heads that share a key and a value with those.
-They are found in the traced graph, by following what a projection reads back to where its layer makes it.
-Operators that work on each channel by itself pass units on, a product with a matrix makes them, and
-whatever else reads one of their channels stands against leaving any out.
+A unit is a run of channels that nothing mixes with other channels between the weights that produce it and the
+projection that reads it: one neuron of an MLP, or the query heads that share a key and a value, with these.
+Units are found in the traced graph, by following the input of a projection back to where its layer computes
+it. Operators that work on each channel by itself pass units on, a product with a matrix produces them, and
+anything else that reads one of their channels prevents leaving any out.
 """
 
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ from llmc.graph.linear import Linear, find_linears, is_weight, matrix_behind
 from llmc.graph.match import constant_of, input_of, is_op
 from llmc.graph.model import Graph, layer_of
 
-#: Operators that compute each element from those at its place.
+#: Operators that compute each element from the elements at the same place.
 _ELEMENTWISE = frozenset(
     {
         "Abs", "Add", "Cast", "Clip", "Cos", "Div", "Erf", "Exp", "Gelu", "Identity", "Max", "Min", "Mul",
         "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin", "Softplus", "Sqrt", "Sub", "Tanh", "Where",
     }
 )  # fmt: skip
-#: Operators that work along one axis, by the attribute that names it; nothing moves along any other.
+#: Operators that work along one axis, by the attribute that names it; nothing moves along other axes.
 _ALONG = {"Concat": 0, "Split": 0, "LayerNormalization": -1, "RMSNormalization": -1}
-#: Operators that take or sum entries of the axes that an input names.
+#: Operators that select or sum entries of the axes that an input names.
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceSum", "ReduceMax"})
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where units stand in a parameter: entry k of unit u is at start + (u * width + k) * step of `axis`."""
+    """The place of units in a parameter: entry k of unit u is at start + (u * width + k) * step of `axis`."""
 
     parameter: str
     axis: int
@@ -46,21 +46,21 @@ class Part:
     width: int
 
     def indices(self, units: Array) -> Array:
-        """Indices along `axis` that belong to `units`, int64."""
+        """Return the indices along `axis` that belong to `units`, int64."""
         entries = units[:, None] * self.width + np.arange(self.width)
-        found: Array = (self.start + entries * self.step).reshape(-1).astype(np.int64)
-        return found
+        indices: Array = (self.start + entries * self.step).reshape(-1).astype(np.int64)
+        return indices
 
 
 @dataclass(frozen=True)
 class Units:
-    """Units of one layer.
+    """The units of one layer.
 
     Args:
         layer: Index of the decoder layer.
-        count: How many there are.
+        count: Number of units.
         reader: The projection that reads them: its weight and the axis of its inputs.
-        makers: Weights and biases that make them.
+        makers: Weights and biases that produce them.
         heads: Heads of each unit; 0 for neurons.
     """
 
@@ -72,16 +72,16 @@ class Units:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Every place that a unit is taken out of."""
+        """The parameters that a unit is removed from."""
         return (*self.makers, self.reader)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Units of a model, and why projections have none.
+    """The units of a model, and why projections have none.
 
     Args:
-        neurons: Of the MLPs, by layer.
+        neurons: Units of the MLPs, by layer.
         groups: Heads that share a key and a value, by layer.
         refused: Reason by the weight of each product that reads no units.
     """
@@ -92,7 +92,7 @@ class Structure:
 
 
 def find_units(graph: Graph) -> Structure:
-    """The units that each linear product of a layer reads."""
+    """Find the units that each linear product of a layer reads."""
     neurons, groups, refused = [], [], {}
     for linear in find_linears(graph):
         layer = layer_of(linear.node)
@@ -113,7 +113,7 @@ def find_units(graph: Graph) -> Structure:
 
 
 def find_matrices(graph: Graph) -> dict[str, bool]:
-    """Weights of the layers' linear products, routers left out, and whether outputs are the first axis."""
+    """Return weights of the layers' linear products but routers, and whether outputs are the first axis."""
     return {
         str(linear.weight.name): linear.transposed
         for linear in find_linears(graph)
@@ -122,13 +122,13 @@ def find_matrices(graph: Graph) -> dict[str, bool]:
 
 
 def require_units(units: tuple[Units, ...], layers: int, structure: Structure, what: str) -> None:
-    """Check that every layer has units, and all of them as many.
+    """Check that every layer has units, and that all layers have equally many.
 
     Args:
-        what: What errors call them.
+        what: Name of the units in errors.
 
     Raises:
-        UnsupportedError: A layer has none or several kinds, or layers differ.
+        UnsupportedError: A layer has no units or several kinds, or layers differ.
     """
     by_layer = [sum(u.layer == layer for u in units) for layer in range(layers)]
     wrong = next((layer for layer, found in enumerate(by_layer) if found != 1), None)
@@ -147,14 +147,14 @@ def require_units(units: tuple[Units, ...], layers: int, structure: Structure, w
 
 
 class _MixedError(Exception):
-    """Why units cannot be told apart."""
+    """The reason why units cannot be separated."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Units along `axis` of a value, counted from its last one (-1), with `width` entries each.
+    """The units along `axis` of a value, counted from its last one (-1), with `width` entries each.
 
-    `start` and `step` say where they are in a value that holds others beside them.
+    `start` and `step` locate them in a value that holds other channels beside them.
     """
 
     axis: int
@@ -164,7 +164,7 @@ class _Place:
 
 
 def _attention_behind(value: ir.Value) -> ir.Node | None:
-    """The attention whose result `value` is made of, within a few operators."""
+    """Return the attention whose result `value` is computed from, within a few operators."""
     front = [value]
     for _ in range(8):
         following = []
@@ -181,7 +181,7 @@ def _attention_behind(value: ir.Value) -> ir.Node | None:
 
 def _follow(linear: Linear, layer: int, count: int, heads: int) -> Units:
     if linear.in_features % count:
-        raise _MixedError(f"{linear.in_features} inputs do not come from {count} units alike")
+        raise _MixedError(f"{linear.in_features} inputs do not divide evenly into {count} units")
     if len(linear.weight.uses()) != 1:
         raise _MixedError("its weight is used elsewhere as well")
     width = linear.in_features // count
@@ -195,7 +195,7 @@ def _follow(linear: Linear, layer: int, count: int, heads: int) -> Units:
 
 
 class _Walk:
-    """Follows units back to the weights that make them."""
+    """The walk that follows units back to the weights that produce them."""
 
     def __init__(self, count: int, layer: int) -> None:
         self.parts: list[Part] = []
@@ -205,10 +205,10 @@ class _Walk:
         self._nodes: set[ir.Node] = set()
 
     def back(self, value: ir.Value, place: _Place) -> None:
-        """Find what makes the units at `place` of `value`.
+        """Find what produces the units at `place` of `value`.
 
         Raises:
-            _MixedError: They cannot be told apart there.
+            _MixedError: The units cannot be separated there.
         """
         pending = [(value, place)]
         while pending:
@@ -218,10 +218,10 @@ class _Walk:
                 continue
             if value.const_value is not None:
                 raise _MixedError(f"the constant {value.name} differs from unit to unit")
-            known = self._places.get(value)
-            if known == place:
+            previous = self._places.get(value)
+            if previous == place:
                 continue
-            if known is not None and place.start == known.start:
+            if previous is not None and place.start == previous.start:
                 raise _MixedError(f"{value.name} is read in two ways")
             self._places[value] = place
             node = value.producer()
@@ -268,10 +268,10 @@ class _Walk:
             raise _MixedError(f"{node.op_type} makes {value.name}")
 
     def _of_product(self, node: ir.Node, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
-        found = matrix_behind(node.inputs[1])
-        if found is None or place.axis != -1:
+        matrix = matrix_behind(node.inputs[1])
+        if matrix is None or place.axis != -1:
             raise _MixedError("a product that is not with a matrix of the model makes it")
-        weight, transposed = found
+        weight, transposed = matrix
         if len(weight.uses()) != 1:
             raise _MixedError(f"{weight.name} is used elsewhere as well")
         self._add(weight, place, 0 if transposed else 1)
@@ -307,7 +307,7 @@ def _rank(value: ir.Value) -> int:
 
 
 def _dim(value: ir.Value, axis: int) -> int | None:
-    """Size of an axis, counted from the last one; 1 where there is none, None if it is not fixed."""
+    """Return the size of an axis, counted from the last one; 1 where it is absent, None if not fixed."""
     if -axis > _rank(value):
         return 1
     size = (value.shape or ())[axis]
@@ -315,7 +315,7 @@ def _dim(value: ir.Value, axis: int) -> int | None:
 
 
 def _broadcast(node: ir.Node, place: _Place, count: int) -> Iterator[tuple[ir.Value, _Place]]:
-    """Inputs of an operator by element that have the axis of units."""
+    """Yield the inputs of an element-wise operator that have the axis of units."""
     for value in node.inputs:
         if value is None:
             continue
@@ -327,7 +327,7 @@ def _broadcast(node: ir.Node, place: _Place, count: int) -> Iterator[tuple[ir.Va
 
 
 def _reshaped(after: ir.Value, before: ir.Value, place: _Place, count: int) -> _Place:
-    """Where units are before a reshape that does not tear them apart."""
+    """Return where units are before a reshape that does not split them."""
     entries = place.width
     for axis in range(place.axis + 1, 0):
         size = _dim(after, axis)
@@ -342,11 +342,11 @@ def _reshaped(after: ir.Value, before: ir.Value, place: _Place, count: int) -> _
         if size * inner == count * entries and entries % inner == 0:
             return _Place(axis, entries // inner)
         inner *= size
-    raise _MixedError(f"a reshape tears the units of {after.name} apart")
+    raise _MixedError(f"a reshape splits the units of {after.name}")
 
 
 def _cut(node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
-    """Inputs of Slice, Split and Concat."""
+    """Yield the inputs of Slice, Split and Concat."""
     if not _works_along(node, value, place.axis):
         inputs = node.inputs if node.op_type == "Concat" else node.inputs[:1]
         yield from ((each, place) for each in inputs if each is not None)
@@ -369,23 +369,23 @@ def _cut(node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Val
 
 
 def _slice_start(node: ir.Node) -> tuple[int, int]:
-    """First index and step of a slice along one axis."""
+    """Return the first index and the step of a slice along one axis."""
     first, steps = (_ints(node, i) for i in (1, 4))
     step = steps[0] if steps else 1
     if not first or first[0] < 0 or step < 1:
-        raise _MixedError("a slice whose bounds are computed takes them")
+        raise _MixedError("a slice with computed bounds selects them")
     return first[0], step
 
 
 def _works_along(node: ir.Node, value: ir.Value, axis: int) -> bool:
-    """Whether an operator cuts, joins or mixes along `axis`, counted from the last one."""
+    """Return whether an operator cuts, joins or mixes along `axis`, counted from the last one."""
     rank = _rank(value)
     if node.op_type == "Slice":
         axes = _ints(node, 3)
     elif node.op_type in _REDUCTIONS:
         axes = _ints(node, 1)
         if not node.attributes.get_int("keepdims", 1):
-            raise _MixedError(f"{node.op_type} takes an axis away")
+            raise _MixedError(f"{node.op_type} removes an axis")
     else:
         first = node.attributes.get_int("axis", _ALONG[node.op_type])
         normalizes = node.op_type.endswith("Normalization")
@@ -396,6 +396,6 @@ def _works_along(node: ir.Node, value: ir.Value, axis: int) -> bool:
 
 
 def _ints(node: ir.Node, index: int) -> tuple[int, ...]:
-    """A constant input as integers; empty if it is missing or computed."""
+    """Return a constant input as integers; empty if it is missing or computed."""
     tensor = constant_of(input_of(node, index))
     return () if tensor is None else tuple(int(i) for i in np.atleast_1d(tensor.numpy()))

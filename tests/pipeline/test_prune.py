@@ -196,7 +196,7 @@ def test_weights_of_an_engine_are_sparse(tmp_path: Path) -> None:
             "llama",
             {"layers": 1, "calibration": CalibrationText(window_tokens=64, max_windows=2)},
             ConfigError,
-            "128 tokens of calibration text; at least 256",
+            "the calibration text has 128 tokens; at least 256",
         ),
     ],
 )

@@ -105,8 +105,8 @@ def test_what_is_not_sparse() -> None:
 
 def test_refusals() -> None:
     weights, hessian = _problem()
-    with pytest.raises(UnsupportedError, match="2:4 sparsity needs inputs in fours, and w has 22"):
+    with pytest.raises(UnsupportedError, match="2:4 sparsity needs a multiple of 4 inputs, and w has 22"):
         sparsify(weights[:, :22], hessian[:22, :22], "w", repair=True)
     hessian[0, 0] = np.nan
-    with pytest.raises(CheckpointError, match=r"the activations that w is given .* not all finite"):
+    with pytest.raises(CheckpointError, match=r"the inputs of w .* not all finite"):
         unit_errors(weights, hessian, 1, "w", repair=True)

@@ -118,7 +118,7 @@ def test_no_other_scales_of_a_row_leave_less_error() -> None:
 def test_activations_that_are_not_finite_are_named() -> None:
     hessian = np.eye(32)
     hessian[3, 4] = np.nan
-    with pytest.raises(CheckpointError, match=r"activations that layer.up is given .* are not all finite"):
+    with pytest.raises(CheckpointError, match=r"inputs of layer.up .* are not all finite"):
         quantize_gptq(_weights(4, 32), hessian, scheme(4, 32, False, "gptq"), np.float32, "layer.up")
 
 
