@@ -1,9 +1,9 @@
-"""Every causal LM type that transformers lists, with tiny random weights: one line each.
+"""Build every causal LM type that transformers lists, with tiny random weights, and print a line for each.
 
     python benchmarks/architectures.py [--only llama,gpt2] [--jobs 2] [--timeout 120] [--json FILE]
 
-Each type is built for cpu-fp32 and held against PyTorch: prefill, cached decode, a ragged batch and the
-sliding window, within 1e-4 on every logit. Types whose tiny config or model cannot be made say nothing about
+Each type is built for cpu-fp32 and compared with PyTorch: prefill, cached decode, a ragged batch and the
+sliding window, within 1e-4 on every logit. Types without a working tiny config or model say nothing about
 llmc and are left out of the percentage.
 """
 
@@ -36,7 +36,7 @@ NO_MODEL = "no tiny model"
 
 
 def attempt(model_type: str, answer: Connection) -> None:
-    """Build one type in this process, and send what became of it."""
+    """Build one type in this process, and send the outcome."""
     warnings.simplefilter("ignore")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
@@ -44,19 +44,19 @@ def attempt(model_type: str, answer: Connection) -> None:
         os.environ["LLMC_CACHE"] = f"{scratch}/cache"
         try:
             model = save_tiny_model(model_type, Path(scratch) / "model", tokenizer=True, eos_token_id=EOS)
-        except Exception as error:  # noqa: BLE001 - whatever transformers has against the config
+        except Exception as error:  # noqa: BLE001 - transformers raises many kinds of errors on a config
             answer.send((NO_MODEL, first_line(error)))
             return
         try:
             answer.send(compare(model, Path(scratch) / "out"))
         except LlmcError as error:
             answer.send((REFUSED, first_line(error)))
-        except Exception as error:  # noqa: BLE001 - the sweep goes on, and names it
+        except Exception as error:  # noqa: BLE001 - the sweep continues, and reports the error
             answer.send((CRASHED, first_line(error)))
 
 
 def compare(model: Path, output: Path) -> tuple[str, str]:
-    """Build a checkpoint, and say how far its logits are from PyTorch's."""
+    """Build a checkpoint, and report how far its logits are from PyTorch's."""
     plan = plan_build(str(model), target="cpu-fp32", profile="local", output=output, verify=True)
     gates = tuple(Gate(metric=m, max=TOLERANCE, reason="float32 in another order") for m in METRICS)
     target = plan.target.model_copy(update={"gates": gates})
@@ -74,7 +74,7 @@ def first_line(error: Exception) -> str:
 
 
 def run(model_type: str, seconds: float) -> tuple[str, str, str]:
-    """`attempt` in a process of its own, within a time limit."""
+    """Run `attempt` in a separate process, within a time limit."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=attempt, args=(model_type, theirs))
@@ -107,11 +107,11 @@ def main() -> None:
         for model_type, outcome, detail in pool.map(lambda t: run(t, options.timeout), types):
             print(f"{model_type:28} {outcome:17} {detail}", flush=True)
             results.append({"type": model_type, "outcome": outcome, "detail": detail})
-    made = [r for r in results if r["outcome"] != NO_MODEL]
-    equal = sum(r["outcome"] == EQUAL for r in made)
+    tiny = [r for r in results if r["outcome"] != NO_MODEL]
+    equal = sum(r["outcome"] == EQUAL for r in tiny)
     print(describe())
     print(
-        f"{len(types)} types, {len(made)} can be made tiny, {equal} built and equal: {equal / len(made):.0%}"
+        f"{len(types)} types, {len(tiny)} can be made tiny, {equal} built and equal: {equal / len(tiny):.0%}"
     )
     if options.json:
         options.json.write_text(json.dumps({"machine": describe(), "results": results}, indent=1))

@@ -1,10 +1,10 @@
-"""Whether the kernels for Arm give the numbers of those for x86-64, under an emulator.
+"""Check under an emulator that the kernels for Arm compute the same numbers as those for x86-64.
 
     python benchmarks/arm.py [--cpu neoverse-n1]
 
-Needs `pip install 'llmc[compile]'` and QEMU's user emulation (qemu-aarch64). The kernels that the tests run
-under sanitizers, products of 4 and 8 bits over few and many rows and attention, are compiled for both and run
-on the same numbers. Says nothing about speed.
+Requires `pip install 'llmc[compile]'` and QEMU's user emulation (qemu-aarch64). The kernels that the tests
+run under sanitizers, products of 4 and 8 bits over few and many rows and attention, are compiled for both and
+run on the same numbers. This does not measure speed.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cpu", default="neoverse-n1", help="QEMU's name of the CPU that is emulated")
+    parser.add_argument("--cpu", default="neoverse-n1", help="QEMU's name of the emulated CPU")
     options = parser.parse_args()
-    sets = {known.name: known for known in INSTRUCTION_SETS}
+    sets = {isa.name: isa for isa in INSTRUCTION_SETS}
     emulator = ("qemu-aarch64", "-cpu", options.cpu)
     with tempfile.TemporaryDirectory() as folder:
         native = values(sets["AVX2"], "x86_64-linux-musl", (), Path(folder) / "x86")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def values(isa: InstructionSet, triple: str, emulator: tuple[str, ...], program: Path) -> np.ndarray:
-    """What the kernels for `isa` compute."""
+    """Return what the kernels for `isa` compute."""
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", triple, "-static"]
     flags = ["-std=c++17", "-O2", "-w", "-pthread", *isa.flags]
     source = ROOT / "tests" / "backends" / "compiled" / "sanitized.cpp"
@@ -50,7 +50,7 @@ def values(isa: InstructionSet, triple: str, emulator: tuple[str, ...], program:
         [*emulator, str(program), str(result)], check=True, capture_output=True, text=True
     )
     if answer.stdout != "0\n":
-        sys.exit(f"{isa.name}: {answer.stdout.strip()} values are not finite, or a check is missed")
+        sys.exit(f"{isa.name}: {answer.stdout.strip()} values are not finite, or a check failed")
     return np.fromfile(result, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Artifacts of the benchmarks, built and opened in this process."""
+"""Build and open the artifacts of the benchmarks in this process."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from llmc.runtime.ort_model import OrtModel, shares_buffer
 
 
 def build_target(source: Path, target: str, cache: Path) -> Path:
-    """The artifact of a checkpoint for this machine, below `cache`; not verified."""
+    """Build the artifact of a checkpoint for this machine, below `cache`, without verification."""
     output = cache / f"{source.name}-{target}"
     plan = plan_build(str(source), target=target, profile="local", output=output, verify=False)
     build(plan, TerminalProgress(Console(stderr=True)))
@@ -20,6 +20,6 @@ def build_target(source: Path, target: str, cache: Path) -> Path:
 
 
 def open_model(folder: Path, threads: int = 2) -> OrtModel:
-    """An artifact in onnxruntime, its KV cache shared between past and present where it may be."""
+    """Open an artifact in onnxruntime; past and present share its KV cache where possible."""
     interface = open_artifact(folder).manifest.interface
     return OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))

@@ -1,10 +1,10 @@
-"""Wall time and peak memory of a build beside onnxruntime-genai's own builder, verification off.
+"""Measure wall time and peak memory of a build beside onnxruntime-genai's own builder, without verification.
 
     python benchmarks/build_cost.py [--checkpoint demo|rescaled|llama-1b] [--rounds 3]
 
-Both build int4 by block of 32 from one Hugging Face folder, in turn. Ours starts with an empty trace cache
-every time (`cold`), and once more with the trace in it (`warm`). Memory is the highest resident set of the
-process, from the operating system's account of it.
+Both build int4 by block of 32 from one Hugging Face folder, in turn. llmc starts with an empty trace cache
+every time (`cold`), and once more with the trace in it (`warm`). Memory is the peak resident set of the
+process, as the operating system reports it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.cache) as scratch:
         work = Path(scratch)
         bytecode = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        bytecode["PYTHONPYCACHEPREFIX"] = str(options.cache.resolve() / "bytecode")  # as once installed
+        bytecode["PYTHONPYCACHEPREFIX"] = str(options.cache.resolve() / "bytecode")  # as installed
         for round_ in range(options.rounds):
             environment = {**bytecode, "LLMC_CACHE": str(work / f"cache{round_}")}
             command = [sys.executable, "-m", "llmc", "build", str(source), "--target", options.target]
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds and peak resident bytes of one command."""
+    """Return seconds and peak resident bytes of one command."""
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

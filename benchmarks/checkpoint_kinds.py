@@ -1,7 +1,7 @@
-"""Small checkpoints of every kind that `checkpoints.py` judges: what is written, and what a build owes it.
+"""Define small checkpoints of every kind that `checkpoints.py` judges, and what a build must do with each.
 
-A checkpoint that must build has an original: a model of transformers that llmc's readers have no part in. A
-checkpoint that must be refused has words of its cause, which the refusal must hold.
+A checkpoint that must build has an original: a transformers model that llmc's readers had no part in. A
+checkpoint that must be refused has an expression for its cause, which the refusal must match.
 """
 
 import json
@@ -51,13 +51,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint on the disk.
+    """A checkpoint on disk.
 
     Args:
-        model: What is given to `llmc build`.
-        original: Makes transformers' model; None for `from_pretrained` of the folder.
+        model: The argument of `llmc build`.
+        original: Builds transformers' model; None for `from_pretrained` of the folder.
         tokenizer: Folder of transformers' tokenizer; None for the model's.
-        options: More arguments of `plan_build`.
+        options: Further arguments of `plan_build`.
         template: The chat template of the original; None for the tokenizer's own.
     """
 
@@ -70,13 +70,13 @@ class Written:
 
 @dataclass(frozen=True)
 class Kind:
-    """A checkpoint and what a build owes it.
+    """A checkpoint and what a build must do with it.
 
     Args:
-        name: Group and name, with a slash between them.
-        write: Writes it into an empty folder.
-        refused: Expression that the refusal holds; empty where the checkpoint must build.
-        told: Expression that one of the build's notes holds; empty for none.
+        name: Group and name, separated by a slash.
+        write: Writes the checkpoint into an empty folder.
+        refused: Expression that the refusal matches; empty if the checkpoint must build.
+        told: Expression that one of the build's notes matches; empty for none.
         target: Name of the target.
     """
 
@@ -101,13 +101,13 @@ def multimodal(model_type: str, folder: Path) -> Written:
 
 
 def text(change: Callable[[Path], Any], folder: Path, **settings: Any) -> Written:
-    """A model without a chat template whose tokenizer is changed."""
+    """Write a model without a chat template whose tokenizer is changed."""
     change(save_model(folder, **settings))
     return Written(folder)
 
 
 def changed(change: Callable[[Path], Any], folder: Path, **fields: Any) -> Written:
-    """A model of which something is changed after it was written."""
+    """Write a model, and change something of it afterwards."""
     change(model(folder, **fields))
     return Written(folder)
 
@@ -122,18 +122,20 @@ def tensors(change: Callable[[Tensors], Tensors], folder: Path) -> None:
 
 
 def rope(folder: Path, *, context: int = 256, **scaling: Any) -> Written:
-    """A llama with a scaled rotary embedding, in the spelling of earlier versions of transformers."""
+    """Write a llama with a scaled rotary embedding, in the spelling of earlier versions of transformers."""
     fields = {"rope_parameters": ..., "rope_scaling": scaling, "rope_theta": 1e4}
     return changed(partial(config, **fields), folder, max_position_embeddings=context)
 
 
 def quantized(folder: Path, values: Mapping[str, np.ndarray], **fields: Any) -> Written:
-    """A folder of `write_folder` beside the model that its values stand for."""
+    """Write a folder of `write_folder` beside the model that its values represent."""
 
     def original() -> Any:
-        made = build_tiny_model("llama", eos_token_id=EOS, num_hidden_layers=1)
-        made.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in values.items()}, strict=False)
-        return made
+        original_model = build_tiny_model("llama", eos_token_id=EOS, num_hidden_layers=1)
+        original_model.load_state_dict(
+            {n: torch.from_numpy(np.array(a)) for n, a in values.items()}, strict=False
+        )
+        return original_model
 
     return Written(folder, original, **fields)
 
@@ -148,7 +150,7 @@ def packed(name: str, folder: Path) -> Written:
 
 
 def side_file(folder: Path) -> Written:
-    """GPTQ whose description stands in quantize_config.json alone, as AutoGPTQ wrote it."""
+    """Write a GPTQ model whose description is only in quantize_config.json, as AutoGPTQ wrote it."""
     written = codes(gptq_config(sym=False), pack_gptq(), folder)
     described = json.loads((folder / "config.json").read_text())["quantization_config"]
     config(folder, quantization_config=...)
@@ -166,20 +168,20 @@ def fp8(folder: Path) -> Written:
 
 
 def gpt_oss(folder: Path) -> Written:
-    """mxfp4 experts as they were published; transformers dequantizes them."""
+    """Write mxfp4 experts as they were published; transformers dequantizes them."""
     values = write_gpt_oss(folder, eos_token_id=EOS)
     save_tiny_tokenizer(folder)
 
     def original() -> Any:
-        made = build_tiny_model("gpt_oss", num_hidden_layers=1, eos_token_id=EOS)
-        made.load_state_dict({n: torch.from_numpy(a) for n, a in values.items()}, strict=False)
-        return made
+        original_model = build_tiny_model("gpt_oss", num_hidden_layers=1, eos_token_id=EOS)
+        original_model.load_state_dict({n: torch.from_numpy(a) for n, a in values.items()}, strict=False)
+        return original_model
 
     return Written(folder, original)
 
 
 def gguf(folder: Path, type_: str = "F32", rope: Mapping[str, Any] | None = None, **more: Any) -> Written:
-    """A GGUF file with the tokenizer of `tests.models`; its original is what transformers reads of it.
+    """Write a GGUF file with the tokenizer of `tests.models`; its original is what transformers reads.
 
     Args:
         rope: Parameters of the rotary embedding, which transformers does not read.
@@ -218,24 +220,24 @@ def gguf(folder: Path, type_: str = "F32", rope: Mapping[str, Any] | None = None
 
 
 def gguf_part(folder: Path) -> Written:
-    """The first of two parts, and not the second."""
+    """Write the first of two parts, but not the second."""
     written = gguf(folder, facts={"split.no": 0, "split.count": 2, "split.tensors.count": 40})
     return Written(written.model.rename(folder / "m-00001-of-00002.gguf"))
 
 
 def adapter(folder: Path, **fields: Any) -> Written:
-    """A base with a LoRA adapter of rank 4; its original has the product added in float64."""
+    """Write a base with a LoRA adapter of rank 4; its original has the product added in float64."""
     base, lora = model(folder / "base"), save_adapter(folder / "lora", on_q(), **fields)
     scale = 8.0 if fields.get("use_rslora") else 4.0
 
     def original() -> Any:
-        made = build_tiny_model("llama", eos_token_id=EOS)
-        state = made.state_dict()
+        original_model = build_tiny_model("llama", eos_token_id=EOS)
+        state = original_model.state_dict()
         for name in [name for name in state if "q_proj" in name]:
             change = scale * product(on_q(), name.removesuffix(".weight"))
             state[name] = (state[name].double() + torch.from_numpy(change)).float()
-        made.load_state_dict(state)
-        return made
+        original_model.load_state_dict(state)
+        return original_model
 
     return Written(base, original, base, {"adapter": str(lora)})
 
@@ -261,27 +263,27 @@ def by_token_ids(kind: str, folder: Path) -> Written:
 
 
 def in_shards(folder: Path, damage: Callable[[list[Path]], None]) -> Written:
-    """A model in several files, of which some are changed."""
+    """Write a model in several files, some of which are changed."""
     model(folder, max_shard_size=150_000)
     damage(sorted(folder.glob("model-*.safetensors")))
     return Written(folder)
 
 
 def repeat_tensor(shards: list[Path]) -> None:
-    """Put a tensor of the first file into the last, with other values."""
+    """Copy a tensor of the first file into the last, with other values."""
     first, last = load_file(shards[0]), load_file(shards[-1])
     name = next(iter(first))
     save_file(last | {name: first[name] + 1}, shards[-1], {"format": "pt"})
 
 
 def integers(stored: Tensors) -> Tensors:
-    """Codes and scales of 8 bits, described nowhere."""
-    made = dict(stored)
+    """Store codes and scales of 8 bits without a description."""
+    changed_tensors = dict(stored)
     for name in [name for name in stored if "_proj" in name]:
         scale = stored[name].abs().amax(1, keepdim=True) / 127
-        made[name] = (stored[name] / scale).round().to(torch.int8)
-        made[f"{name}_scale"] = scale
-    return made
+        changed_tensors[name] = (stored[name] / scale).round().to(torch.int8)
+        changed_tensors[f"{name}_scale"] = scale
+    return changed_tensors
 
 
 def without_number(stored: Tensors) -> Tensors:
@@ -300,7 +302,7 @@ def added(name: str, *shape: int) -> Callable[[Path], None]:
 
 
 def wrapped(folder: Path) -> Written:
-    """A model saved with the wrapper of data-parallel training around it."""
+    """Write a model that was saved with the wrapper of data-parallel training around it."""
     model(folder)
     tensors(lambda stored: {f"module.{name}": value for name, value in stored.items()}, folder)
     return Written(folder, partial(build_tiny_model, "llama", eos_token_id=EOS))

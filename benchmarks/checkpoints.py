@@ -1,14 +1,14 @@
-"""Small checkpoints of every kind: each is built and held against transformers, or must be refused.
+"""Build small checkpoints of every kind: each must equal transformers, or must be refused.
 
     python benchmarks/checkpoints.py [--only gguf,rope/yarn] [--folder DIR]
 
 A build that succeeds must give the logits of transformers, and `llmc run` the greedy text of its `generate`
-with the same tokenizer; for a target that quantizes, the KL divergence of the logits is judged alone. A
-refusal must name the cause and carry a hint. Three kinds of mistakes are counted:
+with the same tokenizer; for a target that quantizes, only the KL divergence of the logits is judged. A
+refusal must name the cause and have a hint. Three kinds of mistakes are counted:
 
-    wrong in silence         built, and other logits or text, or a checkpoint that must be refused
-    right but refused        refused, or a gate missed, though the original is right
-    refused without a cause  other words than those of the cause, no hint, or an internal error
+    wrong in silence         built, but with other logits or text, or although it must be refused
+    right but refused        refused, or a gate missed, although the original is right
+    refused without a cause  the message does not name the cause, has no hint, or is an internal error
 """
 
 import argparse
@@ -41,15 +41,15 @@ MISTAKES = (SILENT, REFUSED, CAUSELESS)
 PROMPTS = ("Hello world", "the quick brown fox")
 NEW_TOKENS = 12
 RANDOM_PROMPTS, PROMPT_TOKENS = 4, 24
-#: Largest difference of a float32 logit, as a share of the largest logit.
+#: Maximum difference of a float32 logit, relative to the largest logit.
 TOLERANCE = 1e-4
-#: Largest mean KL divergence of a target that quantizes, in nats: embedding and head are at 4 bits too.
+#: Maximum mean KL divergence of a target that quantizes, in nats: embedding and head are at 4 bits too.
 DIVERGENCE = 0.15
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a checkpoint: outcome, verdict, and the figure or the words that decided it."""
+    """The judgement of a checkpoint: outcome, verdict, and the figure or the words that decided it."""
 
     outcome: str
     verdict: str
@@ -90,10 +90,10 @@ def judge_refusal(kind: Kind, error: LlmcError) -> Judgement:
 
 
 def compare(written: Written, artifact: Path, *, rounded: bool) -> Judgement:
-    """Hold logits of onnxruntime-genai and text of `llmc run` against transformers.
+    """Compare logits of onnxruntime-genai and text of `llmc run` with transformers.
 
     Args:
-        rounded: The target quantizes: the KL divergence of logits is judged, and no text.
+        rounded: Whether the target quantizes: then only the KL divergence of logits is judged.
     """
     import torch
     from transformers import AutoTokenizer
@@ -105,10 +105,10 @@ def compare(written: Written, artifact: Path, *, rounded: bool) -> Judgement:
     for _ in range(RANDOM_PROMPTS):
         ids = random.integers(5, 200, (1, PROMPT_TOKENS))
         with torch.inference_mode():
-            wanted = original(input_ids=torch.from_numpy(ids)).logits[0, -1].double().numpy()
-        found = serve(artifact, ids)
-        differences.append(float(np.abs(found - wanted).max() / np.abs(wanted).max()))
-        p, q = log_softmax(wanted), log_softmax(found)
+            expected_logits = original(input_ids=torch.from_numpy(ids)).logits[0, -1].double().numpy()
+        logits = serve(artifact, ids)
+        differences.append(float(np.abs(logits - expected_logits).max() / np.abs(expected_logits).max()))
+        p, q = log_softmax(expected_logits), log_softmax(logits)
         divergences.append(float((np.exp(p) * (p - q)).sum()))
     if rounded:
         detail, right = f"KL divergence {np.mean(divergences):.3f}", np.mean(divergences) <= DIVERGENCE
@@ -119,15 +119,15 @@ def compare(written: Written, artifact: Path, *, rounded: bool) -> Judgement:
     if rounded:
         return Judgement("built", RIGHT, detail)
     for prompt in PROMPTS:
-        made = run(artifact, prompt, NEW_TOKENS, lambda _: None, SilentProgress()).text
+        generated = run(artifact, prompt, NEW_TOKENS, lambda _: None, SilentProgress()).text
         expected = generate(original, tokenizer, prompt, written.template)
-        if made != expected:
-            return Judgement("built", SILENT, f"{prompt!r}: text {made!r} where {expected!r} is right")
+        if generated != expected:
+            return Judgement("built", SILENT, f"{prompt!r}: text {generated!r} where {expected!r} is right")
     return Judgement("built", RIGHT, detail)
 
 
 def load(written: Written) -> Any:
-    """The original, float32, in eval mode."""
+    """Load the original, float32, in eval mode."""
     import torch
     from transformers import AutoConfig
 
@@ -140,7 +140,7 @@ def load(written: Written) -> Any:
 
 
 def serve(artifact: Path, ids: np.ndarray) -> np.ndarray:
-    """Logits (vocabulary,) of the last token, by the runtime that serves the artifact."""
+    """Return logits (vocabulary,) of the last token, by the runtime that serves the artifact."""
     import onnxruntime_genai as og
 
     model = og.Model(str(artifact))
@@ -152,7 +152,7 @@ def serve(artifact: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def generate(original: Any, tokenizer: Any, prompt: str, template: str | None) -> str:
-    """Greedy text by transformers, through the chat template where there is one."""
+    """Generate greedy text with transformers, through the chat template if there is one."""
     from transformers import GenerationConfig
 
     if template or tokenizer.chat_template:
@@ -169,17 +169,17 @@ def generate(original: Any, tokenizer: Any, prompt: str, template: str | None) -
     original.generation_config = GenerationConfig(
         eos_token_id=original.generation_config.eos_token_id, pad_token_id=0
     )
-    made = original.generate(
+    generated = original.generate(
         ids, attention_mask=inputs["attention_mask"], max_new_tokens=NEW_TOKENS, do_sample=False
     )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="beginnings of names, separated by commas")
+    parser.add_argument("--only", help="prefixes of names, separated by commas")
     parser.add_argument("--folder", type=Path, help="keep checkpoints and artifacts there")
     options = parser.parse_args()
     beginnings = tuple(options.only.split(",")) if options.only else ("",)

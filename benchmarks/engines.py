@@ -1,11 +1,11 @@
-"""TensorRT engines built without a GPU: a table by target and profile, or the tiny architectures one by one.
+"""Build TensorRT engines without a GPU: a table by target and profile, or the tiny architectures one by one.
 
     python benchmarks/engines.py [--targets tensorrt-fp16 …] [--profiles t4 rtx-4090 …]
     python benchmarks/engines.py --architectures
 
-Seconds and peak memory (highest resident set) are those of the process that builds the engine, but for the
-peak "without TensorRT": the process that lowers, quantizes and writes. The first engine of a target is
-built twice. No engine is executed.
+Seconds and peak memory (peak resident set) are those of the process that builds the engine, except for the
+peak "without TensorRT", which is that of the process that lowers, quantizes and writes. The first engine of a
+target is built twice. No engine is executed.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure_target(model: str, name: str, profiles: list[str], folder: Path) -> None:
-    """One engine a profile from one graph."""
+    """Build one engine per profile from one graph."""
     target, known = load_target(name), [listed.document for listed in list_targets()]
     plans: list[EnginePlan] = []
     for profile in profiles:
@@ -92,7 +92,7 @@ def measure_target(model: str, name: str, profiles: list[str], folder: Path) -> 
 def build_measured(
     folder: Path, plan: EnginePlan, engine: Engine
 ) -> tuple[EngineRecord, FileDigest, float, float]:
-    """The engine, seconds and peak resident bytes, in a process of this measurement's own."""
+    """Return the engine, seconds and peak resident bytes, measured in a separate process."""
     from llmc.backends.tensorrt.worker import Outcome, build_apart
 
     read, write = os.pipe()
@@ -113,7 +113,7 @@ def build_measured(
 
 
 def try_architectures(scratch: Path) -> None:
-    """Which tiny architectures build an engine for SM89, and why the others do not."""
+    """Report which tiny architectures build an engine for SM89, and why the others do not."""
     built = 0
     for model_type in MODEL_TYPES:
         model = save_tiny_model(model_type, scratch / model_type, tokenizer=True, eos_token_id=EOS)

@@ -1,10 +1,10 @@
-"""What a target's weights cost: NLL, KL divergence and top-1 agreement over stored bits per weight.
+"""Measure what a target's weights cost: NLL, KL divergence and top-1 agreement over stored bits per weight.
 
     python benchmarks/faithfulness.py [--checkpoint rescaled|demo] [--targets cpu-int4,cpu-mixed]
 
-8 windows of 512 tokens of the evaluation text: of each 32 tokens are prefilled and the rest decoded one by
-one, all windows as one batch. Differences are to PyTorch in float32; bits count every matrix with its scales
-and zero points. Build time and peak memory are the build's own account, verification off.
+8 windows of 512 tokens of the evaluation text are measured; 32 tokens of each are prefilled and the rest is
+decoded one by one, all windows as one batch. Differences are to PyTorch in float32; bits count every matrix
+with its scales and zero points. The build itself reports its time and peak memory, without verification.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def cut_windows(source: Checkpoint) -> np.ndarray:
-    """Tokens of the evaluation text, (WINDOWS, WINDOW), spread over all of it."""
+    """Return tokens of the evaluation text, (WINDOWS, WINDOW), spread over all of it."""
     tokens, start = tokenize(source.tokenizer(), eval_text())
     stride = len(tokens) // WINDOWS
     length = WINDOW - len(start)
@@ -59,7 +59,7 @@ def cut_windows(source: Checkpoint) -> np.ndarray:
 
 
 def reference(source: Checkpoint, windows: np.ndarray, file: Path) -> np.ndarray:
-    """Logits of the original, (windows, WINDOW - PREFIX, vocabulary), of positions PREFIX - 1 on."""
+    """Return logits of the original, (windows, WINDOW - PREFIX, vocabulary), from position PREFIX - 1 on."""
     if not file.is_file():
         model = TorchModel(source.load_reference())
         np.save(file, np.stack([model.logits(row[:-1], keep=WINDOW - PREFIX) for row in windows]))
@@ -68,7 +68,7 @@ def reference(source: Checkpoint, windows: np.ndarray, file: Path) -> np.ndarray
 
 
 def compare(artifact: Artifact, windows: np.ndarray, original: np.ndarray) -> str:
-    """Figures of one artifact."""
+    """Return the figures of one artifact."""
     weights = artifact.manifest.weights
     bits = 8 * sum(w.bytes for w in weights) / sum(int(np.prod(w.shape)) for w in weights)
     model = open_model(artifact.path)
@@ -83,7 +83,7 @@ def compare(artifact: Artifact, windows: np.ndarray, original: np.ndarray) -> st
 def compare_logits(
     logits: np.ndarray, windows: np.ndarray, original: np.ndarray
 ) -> tuple[float, float, float]:
-    """dNLL and KL divergence in nats per token, and top-1 agreement, of logits as `reference` gives them."""
+    """Return dNLL and KL divergence in nats per token, and top-1 agreement, of logits as from `reference`."""
     rows = np.arange(len(windows))
     nll, kl, equal = [], [], []
     for step in range(WINDOW - PREFIX):

@@ -1,8 +1,8 @@
-"""Three planted faults, and what `llmc bisect` makes of them.
+"""Plant three faults, and report what `llmc bisect` says about them.
 
     python benchmarks/faults.py --model demo
 
-One in the files of the artifact, one in a pass, one between the original and the trace.
+The faults are in the files of the artifact, in a pass, and between the original and the trace.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.pipeline.sabotage import WrongNorms, copy_artifact, other_attention_s
 
 @contextmanager
 def in_the_files(artifact: Path) -> Iterator[Path]:
-    """The attention scale of layer 1 changed in model.onnx."""
+    """The attention scale of layer 1 is changed in model.onnx."""
     with TemporaryDirectory() as place:
         folder = copy_artifact(artifact, Path(place) / "broken")
         other_attention_scale(folder)
@@ -38,14 +38,14 @@ def in_the_files(artifact: Path) -> Iterator[Path]:
 @contextmanager
 def in_a_pass(artifact: Path) -> Iterator[Path]:
     """The pass for norms gives layer 7 another epsilon."""
-    known = {**llmc.passes.registered_passes(), "rms-norm": WrongNorms(7)}
-    with patch.object(llmc.passes, "registered_passes", lambda: known):
+    passes = {**llmc.passes.registered_passes(), "rms-norm": WrongNorms(7)}
+    with patch.object(llmc.passes, "registered_passes", lambda: passes):
         yield artifact
 
 
 @contextmanager
 def in_the_trace(artifact: Path) -> Iterator[Path]:
-    """The up projection of layer 3 is 5 % larger in the original than in what was traced."""
+    """The up projection of layer 3 is 5 % larger in the original than in the traced model."""
     load = Checkpoint.fill_reference
 
     def other(self: Checkpoint, *arguments: Any) -> Any:
@@ -71,9 +71,9 @@ def main() -> None:
         for fault in FAULTS:
             with fault(artifact) as folder:
                 start = time.perf_counter()
-                found = bisect(folder, None, SilentProgress())
+                where = bisect(folder, None, SilentProgress())
             seconds, peak = time.perf_counter() - start, (peak_rss_bytes() or 0) / 1e9
-            print(f"{fault.__doc__}\n{found.render().splitlines()[-1]}\n {seconds:.0f} s, peak {peak:.2f} GB",
+            print(f"{fault.__doc__}\n{where.render().splitlines()[-1]}\n {seconds:.0f} s, peak {peak:.2f} GB",
                   flush=True)  # fmt: skip
 
 

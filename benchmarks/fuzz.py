@@ -1,8 +1,9 @@
-"""Mutated inputs, read in one long-lived child process: which are neither taken nor refused by a typed error.
+"""Read mutated inputs in a long-lived child process, and report those that cause anything but a typed error.
 
     python benchmarks/fuzz.py {gguf,folders,artifacts} [--seed 0] [--count 5000] [--seconds 20] [--keep DIR]
 
-An input is right or refused by an `LlmcError`. Three kinds of mistakes are counted, by the place in llmc:
+Every input must be accepted or refused by an `LlmcError`. Three kinds of mistakes are counted, by the place
+in llmc:
 
     untyped   another exception
     crash     the child ended
@@ -34,7 +35,7 @@ Random = random.Random
 TAKEN, REFUSED, UNTYPED, CRASH, HANG = "taken", "refused", "untyped", "crash", "hang"
 MISTAKES = (UNTYPED, CRASH, HANG)
 MEMORY = 24 << 30  # bytes of address space of the child
-HEADER = 6000  # bytes of a GGUF file that are mutated mostly
+HEADER = 6000  # bytes at the beginning of a GGUF file, where most mutations are
 ODD_INTEGERS = (0, 1, 2, 3, 7, 8, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 ODD_VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3, 2.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30),
@@ -47,28 +48,28 @@ ODD_VALUES: tuple[Any, ...] = (
 
 def mutate_bytes(data: bytes, draw: Random, end: int | None = None) -> bytes:
     """Change, remove, repeat or insert bytes at a few places before `end`."""
-    made = bytearray(data)
+    mutated = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        if not made:
+        if not mutated:
             break
-        limit = min(end or len(made), len(made))
+        limit = min(end or len(mutated), len(mutated))
         at = draw.randrange(limit)
         match draw.randrange(7):
             case 0:
-                made[at] ^= 1 << draw.randrange(8)
+                mutated[at] ^= 1 << draw.randrange(8)
             case 1:
-                made[at] = draw.choice((0, 1, 8, 9, 127, 128, 255))
+                mutated[at] = draw.choice((0, 1, 8, 9, 127, 128, 255))
             case 2 | 3:
                 width = draw.choice((1, 2, 4, 8))
                 value = draw.choice(ODD_INTEGERS) % (1 << 8 * width)
-                made[at : at + width] = value.to_bytes(width, "little")
+                mutated[at : at + width] = value.to_bytes(width, "little")
             case 4:
-                del made[at : at + draw.choice((1, 4, 8, 100))]
+                del mutated[at : at + draw.choice((1, 4, 8, 100))]
             case 5:
-                made[at:at] = made[at : at + draw.choice((1, 8, 64))]
+                mutated[at:at] = mutated[at : at + draw.choice((1, 8, 64))]
             case 6:
-                del made[at:]
-    return bytes(made)
+                del mutated[at:]
+    return bytes(mutated)
 
 
 def mutate_json(text: str, draw: Random) -> str:
@@ -98,7 +99,7 @@ def mutate_json(text: str, draw: Random) -> str:
 
 
 def _nodes(value: Any) -> Iterator[Any]:
-    """Every object and list of a document; long ones by their first parts."""
+    """Yield every object and list of a document; long ones by their first parts."""
     if isinstance(value, dict | list):
         yield value
         for part in list(value.values() if isinstance(value, dict) else value)[:60]:
@@ -118,7 +119,7 @@ def mutate_safetensors(data: bytes, draw: Random) -> bytes:
 
 
 def write_ggufs(root: Path) -> list[Path]:
-    """GGUF files of several architectures and types."""
+    """Write GGUF files of several architectures and types."""
     from checkpoint_kinds import GGUF_LINEAR, GGUF_YARN, gguf
 
     options: list[dict[str, Any]] = [
@@ -134,7 +135,7 @@ def write_ggufs(root: Path) -> list[Path]:
 
 
 def write_folders(root: Path) -> list[Path]:
-    """Folders: whole, in shards, quantized, with scaled rotary embeddings, and an adapter beside its base."""
+    """Write folders: whole, sharded, quantized, with scaled rotary embeddings, an adapter beside its base."""
     from checkpoint_kinds import codes, gptq_config, model, pack_gptq, rope
     from safetensors.torch import load_file, save_file
 
@@ -149,7 +150,7 @@ def write_folders(root: Path) -> list[Path]:
 
 
 def write_artifacts(root: Path) -> list[Path]:
-    """An artifact of a tiny model."""
+    """Write an artifact of a tiny model."""
     from checkpoint_kinds import model
 
     from llmc.pipeline import build
@@ -168,7 +169,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def mutate(kind: str, bases: list[Path], target: Path, draw: Random) -> Path:
-    """Write a mutated copy of one of `bases` into `target`, and return what is to be read."""
+    """Write a mutated copy of one of `bases` into `target`, and return the path to read."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     base = draw.choice(bases)
@@ -242,14 +243,14 @@ WRITERS: dict[str, Callable[[Path], list[Path]]] = {
 
 
 def judge(kind: str, path: Path) -> tuple[str, str]:
-    """Read an input in this process: what became of it, and where another exception came from."""
+    """Read an input in this process, and return the outcome and where another exception came from."""
     from llmc.errors import LlmcError
 
     try:
         READERS[kind](path)
     except LlmcError as error:
         return REFUSED, type(error).__name__
-    except Exception as error:  # noqa: BLE001 - any other exception is what is looked for
+    except Exception as error:  # noqa: BLE001 - the fuzzer looks for any other exception
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "/llmc/" in frame.filename]
         last = own[-1] if own else frames[-1]
@@ -258,7 +259,7 @@ def judge(kind: str, path: Path) -> tuple[str, str]:
 
 
 def serve(kind: str) -> None:
-    """Entry of the child: a path a line, an answer a line."""
+    """Run as the child: read a path a line, write an answer a line."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -271,7 +272,7 @@ def serve(kind: str) -> None:
 
 @dataclass
 class Child:
-    """A child that reads inputs; a new one is started where one ends."""
+    """The child that reads inputs; a new one is started when one ends."""
 
     kind: str
     seconds: float
@@ -295,7 +296,7 @@ class Child:
             if process.poll() is not None:
                 self.process = None
                 return CRASH, f"exit code {process.returncode}"
-            if _cpu_seconds(process.pid) - started > self.seconds + 10:  # it imports at first
+            if _cpu_seconds(process.pid) - started > self.seconds + 10:  # it imports first
                 self.close()
                 return HANG, ""
             time.sleep(0.002)
@@ -324,7 +325,7 @@ def main() -> None:
     parser.add_argument("kind", choices=WRITERS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time of one input")
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU time per input")
     parser.add_argument("--keep", type=Path, help="folder for inputs with mistakes")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

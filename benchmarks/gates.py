@@ -1,10 +1,10 @@
-"""What the gates on quality measure on several models: whether one set of bounds fits them.
+"""Measure the quality gates on several models, to see whether one set of bounds fits them.
 
     python benchmarks/gates.py [--models demo,rescaled,gemma3-270m,gemma3-270m.gguf] [--targets NAME,…]
 
 Each model is built and verified for each target, as `llmc build` does it. `demo.gguf` and `gemma3-270m.gguf`
-are the files as they are published, whose codes are kept; `rescaled` and `gemma3-270m` are the same models as
-floats off the grid of the files (benchmarks/models.py). Printed are megabytes of the source and of the
+are the files as published, whose codes are kept; `rescaled` and `gemma3-270m` are the same models as
+floats off the grid of the files (benchmarks/models.py). Each line has the megabytes of the source and of the
 artifact, KL divergence in nats per token, top-1 agreement, the ratio of perplexities, the ratio of the KL
 divergence to that of plain rounding, the seconds that it took, and the gates that were missed.
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def locate(name: str, cache: Path) -> str:
-    """What `llmc build` takes for a model."""
+    """Return the argument of `llmc build` for a model."""
     if name == "demo.gguf":
         return "demo"
     if name == "gemma3-270m.gguf":
@@ -54,14 +54,14 @@ def locate(name: str, cache: Path) -> str:
 
 
 def measure(model: str, target: str, cache: Path) -> str:
-    """Build, verify, and read what the report says."""
+    """Build and verify a model, and read the figures of its report."""
     output = cache / f"gates-{Path(model).stem}-{target}"
     plan = plan_build(model, target=target, profile="local", output=output)
     result = build(plan, TerminalProgress(Console(stderr=True)))
     source = sum(file.stat().st_size for file in open_checkpoint(model).weight_files)
     size = sum(file.bytes for file in result.manifest.files.values())
-    found = {m.metric: m.value for m in read_report(result.path / REPORTS / "parity.json").measurements}
-    figures = ", ".join("-" if found[m] is None else f"{found[m]:.4f}" for m in FIGURES)
+    values = {m.metric: m.value for m in read_report(result.path / REPORTS / "parity.json").measurements}
+    figures = ", ".join("-" if values[m] is None else f"{values[m]:.4f}" for m in FIGURES)
     missed = ", ".join(c.metric.value for c in result.verdict.missed) if result.verdict is not None else "-"
     return f"{source / 1e6:.1f}, {size / 1e6:.1f}; {figures}; {result.seconds:.0f}; {missed or 'none'}"
 

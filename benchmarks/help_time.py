@@ -1,4 +1,4 @@
-"""How much longer `llmc --help` takes than a bare Python start: python benchmarks/help_time.py"""
+"""Measure how much longer `llmc --help` takes than a bare Python start: python benchmarks/help_time.py"""
 
 import subprocess
 import sys

@@ -1,18 +1,18 @@
-"""Builds that are killed, interrupted or run out of space at random moments: nothing finished is lost.
+"""Kill, interrupt or starve builds at random moments, and check that nothing finished is lost.
 
     python benchmarks/interruptions.py [--tries 100] [--seed 0] [--targets cpu-int4 cpu-mixed …]
 
 The builds are those of a random llama of three layers. Each try starts `llmc build`, in half of the tries
-over a verified artifact, and ends it after a random time by SIGKILL, SIGTERM or SIGINT, or bounds the size of
-its files, which the kernel refuses as it does on a full disk. Then it looks at what is there, once more after
+over a verified artifact, and ends it after a random time by SIGKILL, SIGTERM or SIGINT, or limits the size of
+its files, which the kernel refuses as on a full disk. It then checks the output, checks it again after
 `llmc targets`, and builds again:
 
-- an artifact that stood there is as it was, or is replaced by a verified one;
-- where the gate had begun, what was built is there: verified, or marked as not verified;
-- nothing else is beside the output or among the temporary files after the next command;
+- an artifact that was there before is unchanged, or is replaced by a verified one;
+- if the gate had begun, what was built is there: verified, or marked as not verified;
+- after the next command nothing else is beside the output or among the temporary files;
 - the second build gives the same files.
 
-Ends with 1 if any of that does not hold.
+The exit code is 1 if any of that does not hold.
 """
 
 import argparse
@@ -41,26 +41,26 @@ TARGETS = {
 }
 SIGNALS = {"SIGKILL": (-9, 137), "SIGTERM": (143,), "SIGINT": (130,)}
 FULL = "full"
-#: Positions of the model, and for engines as many as their KV cache has.
+#: Positions of the model; the KV cache of engines has as many.
 POSITIONS, ENGINE_POSITIONS = 256, 2048
 #: Stages of a build before its gate.
 BEFORE_THE_GATE = {
     *("checkpoint", "tokenizer files", "trace", "passes", "calibrate", "allocate", "quantize", "overflow"),
     *("kernels", "write", "engine", "prune"),
 }
-#: What libraries keep among temporary files under a fixed name.
+#: Files that libraries keep among temporary files under a fixed name.
 OF_LIBRARIES = {".ses", "torchinductor_root"}
 
 
 @dataclass
 class Outcome:
-    """What a build that was ended left.
+    """What an interrupted build left.
 
     Args:
-        kind: What ended it.
+        kind: How it was interrupted.
         code: Its exit code.
         said: Its messages.
-        finished: It was over before it was ended.
+        finished: Whether it was over before it was interrupted.
     """
 
     kind: str
@@ -70,16 +70,16 @@ class Outcome:
 
     @property
     def in_the_gate(self) -> bool:
-        """Whether a stage of the gate was over or stopped."""
+        """Whether a stage of the gate was finished or interrupted."""
         lines = [line.split("  ")[0] for line in self.said.splitlines() if "  " in line and " s" in line]
         return any(line.split(" SM")[0] not in BEFORE_THE_GATE for line in lines)
 
 
 class Trial:
-    """Builds of one target.
+    """The builds of one target.
 
     Args:
-        folder: Scratch space.
+        folder: Scratch folder.
         model: The checkpoint.
     """
 
@@ -118,7 +118,7 @@ class Trial:
         )
 
     def end(self, kind: str, draw: random.Random) -> Outcome:
-        """Start a build, and end it."""
+        """Start a build, and interrupt it."""
         if kind == FULL:
             process = self._start(self.output, most=int(draw.uniform(0, 1.1 * self.largest)))
             _, said = process.communicate()
@@ -133,10 +133,10 @@ class Trial:
             return Outcome(kind, process.returncode, said, process.returncode == 0)
 
     def attempt(self, kind: str, draw: random.Random) -> list[str]:
-        """One try.
+        """Run one try.
 
         Returns:
-            What did not hold.
+            The properties that did not hold.
         """
         shutil.rmtree(self.output.parent / "out", ignore_errors=True)
         shutil.rmtree(self.output.parent / "out.unverified", ignore_errors=True)
@@ -145,8 +145,8 @@ class Trial:
             shutil.copytree(self.folder / self.target / "whole", self.output)
             stated = manifest(self.output) | {"llmc_version": "0.0.earlier"}
             (self.output / "manifest.json").write_text(json.dumps(stated))
-        found = self.end(kind, draw)
-        wrong = list(self._look(found, stands))
+        outcome = self.end(kind, draw)
+        wrong = list(self._look(outcome, stands))
         environment = {**os.environ, "TMPDIR": str(self.temporary)}
         subprocess.run([sys.executable, "-m", "llmc", "targets"], stdout=subprocess.DEVNULL, env=environment)
         left = {p.name for p in self.output.parent.iterdir()} - {"out", "out.unverified", "whole"}
@@ -159,31 +159,31 @@ class Trial:
         shutil.rmtree(self.output.with_name("again"), ignore_errors=True)
         return wrong
 
-    def _look(self, found: Outcome, stands: bool) -> list[str]:
+    def _look(self, outcome: Outcome, stands: bool) -> list[str]:
         wrong = []
-        if found.kind == FULL:
+        if outcome.kind == FULL:
             codes: tuple[int, ...] = (0, 4)
         else:
-            codes = (0,) if found.finished else SIGNALS[found.kind]
-        early = not found.said and found.code in (-15, -2, 1)  # before llmc was imported
-        if found.code not in codes and not early:
-            wrong.append(f"exit code {found.code}: {found.said[-300:]}")
+            codes = (0,) if outcome.finished else SIGNALS[outcome.kind]
+        early = not outcome.said and outcome.code in (-15, -2, 1)  # before llmc was imported
+        if outcome.code not in codes and not early:
+            wrong.append(f"exit code {outcome.code}: {outcome.said[-300:]}")
         standing = manifest(self.output)
         if stands and not standing:
-            wrong.append("the artifact that stood there is gone")
+            wrong.append("the artifact that was there before is gone")
         beside = manifest(self.output.with_name("out.unverified"))
         replaced = bool(standing) and standing["llmc_version"] != "0.0.earlier"
         if stands and replaced and standing["unfinished"] is not None:
             wrong.append("a verified artifact was replaced by one that is not")
         built = [each for each in (standing if replaced else None, beside) if each]
-        if found.in_the_gate and not built:
+        if outcome.in_the_gate and not built:
             wrong.append("what was built is lost")
         wrong += ["what was kept differs" for each in built if each["files"] != self.files]
         return wrong
 
 
 def manifest(folder: Path) -> dict:
-    """The manifest in a folder; nothing if there is none."""
+    """Read the manifest in a folder; empty if there is none."""
     path = folder / "manifest.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 

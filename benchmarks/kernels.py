@@ -1,9 +1,9 @@
-"""Kernels alone on one core: products by rows, a row quantized, a tile of prefill's attention.
+"""Time kernels alone on one core: products by rows, quantizing a row, a tile of prefill's attention.
 
     python benchmarks/kernels.py [--isa "AVX-512 VNNI"]
 
-Compiled by the compiler that builds use. Best of seven rounds; weights of one product after the other are
-more than the caches hold where few rows read them.
+The compiler that builds use compiles them. Each figure is the best of seven rounds. Products use one weight
+after the other, more than the caches hold, where few rows read them.
 """
 
 import argparse
@@ -24,8 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sets = {known.name: known for known in INSTRUCTION_SETS}
-    parser.add_argument("--isa", choices=sets, help="default: the fastest that this CPU has")
+    sets = {each.name: each for each in INSTRUCTION_SETS}
+    parser.add_argument("--isa", choices=sets, help="default: the fastest that this CPU supports")
     options = parser.parse_args()
     isa = sets[options.isa] if options.isa else choose_isa(detect_cpu().isa, "local")
     compiler = find_compiler(isa.machine)

@@ -1,12 +1,13 @@
-"""What the type of the KV cache costs and gives, compiled kernels: quality and speed by context.
+"""Measure what the type of the KV cache costs and gains with compiled kernels: quality and speed by context.
 
     python benchmarks/kv_cache.py [--contexts 128 1024 4096] [--no-speed] [--no-quality]
 
-Builds one checkpoint with a cache in float32, float16 and int8, which differ in nothing else. Quality:
-windows of the evaluation text, all but the last tokens prefilled and those decoded one by one; NLL and KL
-divergence to PyTorch in float32, and KL divergence to the same kernels over a float32 cache. CPU time: of
-decode steps on one thread, over caches of noise, for a machine that others use as well. Speed: a process of
-onnxruntime-genai each, asked in turn. Ratios are to float32, with the range of the rounds' own ratios.
+Builds one checkpoint with a cache in float32, float16 and int8, which differ in nothing else. Quality uses
+windows of the evaluation text whose last tokens are decoded one by one after all others were prefilled; it is
+NLL and KL divergence to PyTorch in float32, and KL divergence to the same kernels with a float32 cache. CPU
+time is that of decode steps on one thread, with caches of noise, for a machine that has other users. For
+speed, one process of onnxruntime-genai per type is asked in turn. Ratios are to float32, with the range over
+the rounds.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from llmc.runtime.ort_model import OrtModel
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
 
-#: Tokens of text that are measured at each context, over all windows, and most of one window.
+#: Number of tokens that are measured at each context, over all windows, and maximum of one window.
 MEASURED, STEPS = 512, 128
 
 
@@ -91,32 +92,32 @@ def quality(
     original = log_softmax(np.load(file))
     wide = None
     for cache, folder in folders.items():
-        found = log_softmax(decoded(folder, windows, options.threads))
-        wide = found if wide is None else wide
+        logps = log_softmax(decoded(folder, windows, options.threads))
+        wide = logps if wide is None else wide
         following = windows[:, -STEPS:, None]
-        change = np.take_along_axis(original - found, following, axis=-1).mean()
-        apart = divergence(wide, found)
+        change = np.take_along_axis(original - logps, following, axis=-1).mean()
+        apart = divergence(wide, logps)
         print(
             f"context {context:5} {cache.value:8} dNLL {change:+.4f}, "
-            f"KL {divergence(original, found).mean():.4f}, to float32's cache {apart.mean():.1e}, "
+            f"KL {divergence(original, logps).mean():.4f}, to float32's cache {apart.mean():.1e}, "
             f"largest {apart.max():.1e}; {count} windows, {count * STEPS} tokens",
             flush=True,
         )
 
 
 def decoded(folder: Path, windows: np.ndarray, threads: int) -> np.ndarray:
-    """Logits (windows, STEPS, vocabulary) that speak of the last STEPS tokens of each window."""
+    """Return logits (windows, STEPS, vocabulary) that predict the last STEPS tokens of each window."""
     model = open_model(folder, threads)
-    made = []
+    rows = []
     for row in windows:
         first = model.prefill(row[None, :-STEPS], steps=STEPS)[:, -1]
         steps = [model.decode(row[None, i : i + 1])[:, -1] for i in range(len(row) - STEPS, len(row) - 1)]
-        made.append(np.concatenate([first, *steps]))
-    return np.stack(made)
+        rows.append(np.concatenate([first, *steps]))
+    return np.stack(rows)
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL divergence of each position, nats, from log-probabilities."""
+    """Return the KL divergence of each position, nats, from log-probabilities."""
     return (np.exp(p) * (p - q)).sum(-1)
 
 
@@ -139,16 +140,16 @@ def cpu_time(folders: dict[CacheType, Path], options: argparse.Namespace) -> Non
                 for _ in range(options.steps):
                     models[cache].decode(np.array([[7]]))
                 times[cache].append(1e3 * (time.thread_time() - start) / options.steps)
-        for cache, taken in times.items():
+        for cache, milliseconds in times.items():
             print(
-                f"context {context:5} {cache.value:8} {np.median(taken):.2f} ms of CPU a step, "
-                f"{ratio(times[CacheType.FLOAT32], taken)} x float32's",
+                f"context {context:5} {cache.value:8} {np.median(milliseconds):.2f} ms of CPU a step, "
+                f"{ratio(times[CacheType.FLOAT32], milliseconds)} x float32's",
                 flush=True,
             )
 
 
 def noise(cache: CacheType, shape: list[int], rng: np.random.Generator) -> np.ndarray:
-    """A cache of normally distributed rows."""
+    """Return a cache of normally distributed rows."""
     if cache is not CacheType.INT8:
         return rng.standard_normal(shape, np.float32).astype(cache.value)
     x = rng.standard_normal((*shape[:-1], shape[-1] - 4), np.float32)

@@ -1,11 +1,11 @@
-"""Prompt lookup beside plain decoding: speed, tokens per step and sameness of the text, by kind of prompt.
+"""Compare prompt lookup with plain decoding: speed, tokens per step and equal text, by kind of prompt.
 
     python benchmarks/lookup.py [--artifact FOLDER …] [--draft 3 7 …] [--rounds 3]
 
-Summaries and edits of code repeat their prompt, chat does not: they are measured apart. Each prompt is
-continued plainly and with drafts, in turn, in one process with onnxruntime-genai. A ratio is the time of a
-token plainly over that with drafts, above 1 where drafts are faster: the median over prompts and rounds, with
-the range. Without --artifact the demo is built for cpu-int4-compiled.
+Summaries and edits of code repeat their prompt, chat does not, so they are measured separately. Each prompt
+is continued plainly and with drafts, in turn, in one process with onnxruntime-genai. A ratio is the plain
+time per token over the time with drafts, above 1 where drafts are faster: the median over prompts and rounds,
+with the range. Without --artifact the demo is built for cpu-int4-compiled.
 """
 
 import argparse
@@ -92,13 +92,13 @@ PROMPTS = {
 
 @dataclass
 class Found:
-    """What one kind of prompt came to with one length of drafts.
+    """The results of one kind of prompt with one length of drafts.
 
     Args:
         decode: Plain time over time with drafts, without the prompt's.
         whole: The same with the prompt's.
         tokens, steps, drafted, accepted: Counts of one round.
-        same: Tokens before the first that differs, and tokens in all, by prompt.
+        same: Tokens before the first that differs, and total number of tokens, by prompt.
     """
 
     decode: list[float] = field(default_factory=list)
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, action="append", help="may be given several times")
     parser.add_argument("--draft", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
-    parser.add_argument("--tokens", type=int, default=160, help="new tokens at most")
+    parser.add_argument("--tokens", type=int, default=160, help="maximum number of new tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
@@ -144,26 +144,26 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     verifying = og.Model(config)
     tokenizer = og.Tokenizer(plain)
     for kind in options.prompts:
-        found = {draft: Found() for draft in options.draft}
+        results = {draft: Found() for draft in options.draft}
         for prompt in PROMPTS[kind]:
             messages = json.dumps([{"role": "user", "content": prompt}])
             ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
             for round_ in range(-1, options.rounds):
                 expected, *times, _ = generate(plain, ids, options.tokens, None)
-                for draft, one in found.items():
+                for draft, one in results.items():
                     made, *own, stats = generate(verifying, ids, options.tokens, draft)
-                    if round_ < 0:  # warm-up, and the counts, which are the same every time
+                    if round_ < 0:  # warm-up, which also gives the counts, since they are always the same
                         count(one, expected, made, stats)
                         continue
-                    # Texts that part are of different lengths: time of a token, not of the text.
+                    # Texts that diverge have different lengths, so times are per token.
                     one.decode.append(times[1] / len(expected) / (own[1] / len(made)))
                     one.whole.append(sum(times) / len(expected) / (sum(own) / len(made)))
-        for draft, one in found.items():
+        for draft, one in results.items():
             report(folder, kind, draft, one)
 
 
 def generate(model: Any, ids: Any, most: int, draft: int | None) -> tuple[list[int], float, float, Any]:
-    """Tokens, seconds of the prompt and of all tokens after it, and the runtime's counts."""
+    """Return tokens, seconds of the prompt and of all tokens after it, and the runtime's counts."""
     params = og.GeneratorParams(model)
     params.set_search_options(batch_size=1, do_sample=False, max_length=len(ids) + most)
     if draft is not None:
@@ -181,11 +181,11 @@ def generate(model: Any, ids: Any, most: int, draft: int | None) -> tuple[list[i
     return tokens, first - start, end - first, None if draft is None else generator.get_speculative_stats()
 
 
-def count(one: Found, expected: list[int], made: list[int], stats: Any) -> None:
-    pairs = zip(expected, made, strict=False)
-    common = min(len(expected), len(made))
+def count(one: Found, expected: list[int], tokens: list[int], stats: Any) -> None:
+    pairs = zip(expected, tokens, strict=False)
+    common = min(len(expected), len(tokens))
     one.same.append((next((i for i, (a, b) in enumerate(pairs) if a != b), common), len(expected)))
-    one.tokens += len(made)
+    one.tokens += len(tokens)
     one.steps += stats["target_forward_passes"] + stats["standard_fallback_steps"]
     one.drafted += stats["draft_tokens_proposed"]
     one.accepted += stats["draft_tokens_accepted"]

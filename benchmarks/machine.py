@@ -1,4 +1,4 @@
-"""One line about the machine and the releases that a figure was taken with."""
+"""Describe in one line the machine and the releases with which a figure was measured."""
 
 import os
 import platform

@@ -1,10 +1,10 @@
-"""How near decoding comes to the time that memory takes to give what a step reads.
+"""Measure how close decoding comes to the time that memory needs to deliver what a step reads.
 
     python benchmarks/memory_bound.py [--checkpoint rescaled] [--target cpu-int4-compiled] [--contexts 128 …]
 
-A step reads every packed weight once and the KV cache of its context. A buffer of as many bytes is read by
-as many threads (reading.cpp), in turn with decoding through onnxruntime-genai; a cache of the CPU that keeps
-part of either keeps as much of the other. The fraction is the time of reading over the time of a step.
+A step reads every packed weight once and the KV cache of its context. As many threads read a buffer of as
+many bytes (reading.cpp), in turn with decoding through onnxruntime-genai; a cache of the CPU that keeps part
+of either keeps as much of the other. The fraction is the time of reading over the time of a step.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def main() -> None:
         start = buffer.ctypes.data + -buffer.ctypes.data % 64
         reading = []
         for round_ in range(-1, options.rounds):
-            taken = reader(start, size, options.threads, PASSES)
+            pass_seconds = reader(start, size, options.threads, PASSES)
             runner.ask(context, options.steps, 1, counted=round_ >= 0)
-            reading += [1e3 * taken] * (round_ >= 0)
+            reading += [1e3 * pass_seconds] * (round_ >= 0)
         steps = runner.step_ms[context]
         parts = [a / b for a, b in zip(reading, steps, strict=True)]
         print(
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def bytes_of_token(interface: Interface) -> int:
-    """Bytes of the KV cache for each token."""
+    """Return the bytes of the KV cache per token."""
     types = {spec.name: spec.dtype for spec in interface.inputs}
     return sum(
         slot.kv_heads * (slot.key_width + slot.value_width) * BYTES[types[slot.past_key]]
@@ -74,7 +74,7 @@ def bytes_of_token(interface: Interface) -> int:
 
 
 def load_reader():  # type: ignore[no-untyped-def]
-    """`seconds_of_pass` of reading.cpp."""
+    """Load `seconds_of_pass` of reading.cpp."""
     source = Path(__file__).with_name("reading.cpp").read_text()
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
     library = compile_library(find_compiler(), {"reading.cpp": source}, (Unit("reading.cpp"),), flags)

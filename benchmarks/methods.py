@@ -1,11 +1,11 @@
-"""What quantization methods leave of the products of a few layers, on text that they were not calibrated on.
+"""Measure the error of quantization methods in products of a few layers, on text not used for calibration.
 
     python benchmarks/methods.py [--checkpoint rescaled|demo] [--off-grid] [--layers 1,12,22,28]
 
-Relative squared error of the products in thousandths, by kind of matrix and as a geometric mean, with the
-original's own activations: calibrated on all of the calibration text, told on 12 windows of 512 tokens of the
-evaluation text. `--off-grid` adds to every weight what 4 bits by block of 32 may have rounded away, since
-scaled channels come back to the grid that the demo's file has its weights on.
+The figure is the relative squared error of the products in thousandths, by kind of matrix and as a geometric
+mean, with the original's own activations: calibrated on all of the calibration text, measured on 12 windows
+of 512 tokens of the evaluation text. `--off-grid` adds to every weight what 4 bits by block of 32 may have
+rounded away, since scaled channels otherwise return to the grid on which the demo's file has its weights.
 """
 
 import argparse
@@ -58,21 +58,21 @@ def main() -> None:
 
 
 def collect(source: Checkpoint, layers: list[int]) -> dict[str, np.ndarray]:
-    """Weights of the layers, and sum(x x') of what they are given, by the kind of text."""
+    """Return weights of the layers, and sum(x x') of their inputs, by the kind of text."""
     model = source.load_reference().float().eval()
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     kind = ""
 
     def watch(name: str) -> Callable[..., None]:
         def add(_: object, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
-            found[f"{kind}|{name}"] = found.get(f"{kind}|{name}", 0) + (x.T @ x).numpy()
+            arrays[f"{kind}|{name}"] = arrays.get(f"{kind}|{name}", 0) + (x.T @ x).numpy()
 
         return add
 
     for name in (f"model.layers.{i}.{part}" for i in layers for group in GROUPS for part in group):
         linear = model.get_submodule(name)
-        found[f"weights|{name}"] = linear.weight.detach().numpy().copy()
+        arrays[f"weights|{name}"] = linear.weight.detach().numpy().copy()
         linear.register_forward_pre_hook(watch(name))
     texts = {"calibration": (calibration_text(), None), "held": (eval_text(), HELD)}
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def collect(source: Checkpoint, layers: list[int]) -> dict[str, np.ndarray]:
             for i in range(min(len(tokens) // length, most or len(tokens))):
                 row = [*start, *tokens[i * length : (i + 1) * length]]
                 model.model(input_ids=torch.tensor([row]), use_cache=False)
-    return found
+    return arrays
 
 
 def tell(data: dict[str, np.ndarray], layers: list[int], method: Method, *, off_grid: bool) -> str:
@@ -96,18 +96,18 @@ def tell(data: dict[str, np.ndarray], layers: list[int], method: Method, *, off_
             size = 64 if names[0].endswith(("o_proj", "down_proj")) else 32
             kind = {"bits": 4, "block_size": size, "symmetric": False, "method": "gptq"}
             schemes = [WeightScheme.model_validate(kind)] * len(names)
-            held = data[f"held|{names[0]}"]
-            found = method(weights, data[f"calibration|{names[0]}"], schemes, foldable)
-            for part, before, after in zip(group, weights, found, strict=True):
+            heldout = data[f"held|{names[0]}"]
+            quantized = method(weights, data[f"calibration|{names[0]}"], schemes, foldable)
+            for part, before, after in zip(group, weights, quantized, strict=True):
                 lost = after - before
-                error = np.sum((lost @ held) * lost) / np.sum((before @ held) * before)
+                error = np.sum((lost @ heldout) * lost) / np.sum((before @ heldout) * before)
                 errors.setdefault(part.split(".")[1], []).append(1e3 * float(error))
     mean = np.exp(np.mean([np.log(e) for each in errors.values() for e in each]))
     return f"{mean:.3f}: " + ", ".join(f"{part} {np.mean(each):.3f}" for part, each in errors.items())
 
 
 def blur(weights: np.ndarray) -> np.ndarray:
-    """Weights with up to half a step of 4 bits by block of 32 added to each."""
+    """Return weights with up to half a step of 4 bits by block of 32 added to each."""
     blocks = weights.reshape(len(weights), -1, 32)
     step = np.abs(blocks).max(2, keepdims=True) / 8
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, blocks.shape)

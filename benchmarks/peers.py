@@ -1,7 +1,8 @@
-"""The tools that others would serve the same model with, built as their users build them.
+"""Build the same model with other tools, as their users build it.
 
-onnxruntime-genai's builder runs beside llmc. The others have an environment each below the cache folder,
-made on first use with the releases of PINS; PIP_ARGS goes to every pip install, as in the Makefile.
+onnxruntime-genai's builder runs beside llmc. Each other tool has its own environment below the cache folder,
+which is created on first use with the releases of PINS; PIP_ARGS goes to every pip install, as in the
+Makefile.
 """
 
 import os
@@ -25,9 +26,9 @@ GENAI = {
     ),
     "k_quant_mixed": ("int4", ("algo_config=k_quant_mixed", "int4_accuracy_level=4")),
 }
-#: Types of llama.cpp's quantizer.
+#: The types of llama.cpp's quantizer.
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
-#: Options of `optimum-cli export openvino`.
+#: The options of `optimum-cli export openvino`.
 OPENVINO = {
     "int4": ("--weight-format", "int4", "--group-size", "32", "--sym", "--ratio", "1.0"),
     "int8": ("--weight-format", "int8"),
@@ -46,12 +47,12 @@ SENTENCEPIECE = "sentencepiece==0.2.1"
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of another tool.
+    """The model of another tool.
 
     Args:
-        runtime: What worker.py serves it with.
-        python: The interpreter of an environment that has that runtime.
-        model: What the runtime is given.
+        runtime: Name of the runtime in worker.py.
+        python: The interpreter of an environment that has the runtime.
+        model: The model argument of the runtime.
         bytes: Size of weights and graph.
     """
 
@@ -62,7 +63,7 @@ class Peer:
 
 
 def build_peer(name: str, source: Path, cache: Path) -> Peer:
-    """One of NAMES from a Hugging Face folder, built on first use."""
+    """Build one of NAMES from a Hugging Face folder on first use."""
     runtime, _, setting = name.partition("-")
     output = cache / f"{source.name}-{name}"
     if runtime == "genai":
@@ -83,7 +84,7 @@ def build_peer(name: str, source: Path, cache: Path) -> Peer:
 
 
 def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
-    """The command line that builds `output` with one of GENAI."""
+    """Return the command line that builds `output` with one of GENAI."""
     precision, options = GENAI[setting]
     return [
         sys.executable,
@@ -94,21 +95,23 @@ def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
 
 
 def _environment(runtime: str, cache: Path) -> Path:
-    """The interpreter of the environment of a runtime."""
+    """Return the interpreter of the environment of a runtime."""
     folder = (cache / f"env-{runtime}").resolve()
     python = folder / "bin" / "python"
     done = folder / "installed"
     if not done.is_file():
         venv.create(folder, with_pip=True, clear=True)
         _pip(python, "install", *PINS[runtime])
-        if runtime == "openvino":  # no model here sees; a build for CUDA does not load beside torch for CPUs
+        if (
+            runtime == "openvino"
+        ):  # no model here has vision; a CUDA build does not load beside torch for CPUs
             _pip(python, "uninstall", "-y", "torchvision")
         done.touch()
     return python
 
 
 def _gguf(python: Path, source: Path, cache: Path) -> Path:
-    """The checkpoint as GGUF in float16, by the converter in the source of llama-cpp-python."""
+    """Convert the checkpoint to GGUF in float16, with the converter in the source of llama-cpp-python."""
     file = cache / f"{source.name}-llama-f16.gguf"
     if not file.is_file():
         folder = cache / "llama-source"
@@ -119,7 +122,7 @@ def _gguf(python: Path, source: Path, cache: Path) -> Path:
             with tarfile.open(archive) as packed:
                 packed.extractall(folder, filter="data")
         (script,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
-        # It needs torch and transformers, which are here, gguf as it is in that source, and sentencepiece.
+        # It needs torch and transformers, which are here, gguf of the same source, and sentencepiece.
         path = os.pathsep.join((str(script.parent / "gguf-py"), str((cache / "llama-packages").resolve())))
         command = [sys.executable, script, source, "--outtype", "f16", "--outfile", file]
         _call(command, PYTHONPATH=path)
@@ -151,5 +154,5 @@ def _call(command: list[str | Path], **environment: str) -> None:
 
 
 def model_bytes(folder: Path, prefix: str = "model.onnx") -> int:
-    """Size of a model's files, weights and graph."""
+    """Return the size of a model's files, weights and graph."""
     return sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith(prefix))

@@ -1,9 +1,9 @@
-"""What pruning costs: NLL, KL divergence and top-1 agreement by recipe, with and without repair.
+"""Measure what pruning costs: NLL, KL divergence and top-1 agreement by recipe, with and without repair.
 
     python benchmarks/pruning.py [--checkpoint rescaled|demo] [--recipes layers-1,mlp-10,…] [--windows 20]
 
-PyTorch in float32 before and after, nothing quantized, on 8 windows of 512 tokens of the evaluation text.
-Parameters that are left count the embedding once; zeros of 2:4 sparsity count as parameters.
+The model runs in PyTorch in float32 before and after, without quantization, on 8 windows of 512 tokens of the
+evaluation text. Remaining parameters count the embedding once; zeros of 2:4 sparsity count as parameters.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", choices=("demo", "rescaled"), default="rescaled")
     parser.add_argument("--recipes", default=",".join(RECIPES))
-    parser.add_argument("--windows", type=int, default=20, help="of calibration text, 512 tokens each")
+    parser.add_argument(
+        "--windows", type=int, default=20, help="windows of calibration text, 512 tokens each"
+    )
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def recipe(name: str, windows: int) -> Pruning:
-    """`layers-2`, `mlp-20`, `heads-1` or `2:4`; with `-plain` behind it without repair."""
+    """Parse `layers-2`, `mlp-20`, `heads-1` or `2:4`; the suffix `-plain` switches repair off."""
     kind, _, amount = name.removesuffix("-plain").partition("-")
     match kind:
         case "layers":
@@ -68,7 +70,7 @@ def recipe(name: str, windows: int) -> Pruning:
 
 
 def compare(pruned: Pruned, windows: np.ndarray, original: np.ndarray) -> str:
-    """Figures of one pruned model."""
+    """Return the figures of one pruned model."""
     model = TorchModel(pruned.checkpoint.fill_reference())
     figures = []
     for i, row in enumerate(windows):

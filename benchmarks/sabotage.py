@@ -1,8 +1,8 @@
-"""Which check catches which sabotage, as a Markdown table.
+"""Print which check catches which sabotage, as a Markdown table.
 
     python benchmarks/sabotage.py
 
-Takes the artifacts and the sabotages of the test suite: tiny models, broken one way at a time.
+Uses the artifacts and the sabotages of the test suite: tiny models, broken in one way at a time.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _look(fault: Fault, good: Path, root: Path) -> str:
-    """The levels of an artifact with a fault that fail, those that the test suite holds in bold."""
+    """Return the levels that an artifact with a fault fails, in bold those that the test suite requires."""
     folder = copy_artifact(good, root / "broken")
     fault.apply(folder)
     reseal(folder)

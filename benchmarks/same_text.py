@@ -1,10 +1,10 @@
-"""Greedy text of compiled kernels beside ONNX Runtime's operators with the same weights.
+"""Compare greedy text of compiled kernels with that of ONNX Runtime's operators with the same weights.
 
     python benchmarks/same_text.py [--checkpoint demo] [--tokens 64]
 
-50 prompts through the model's chat template. Where two texts part, the gap is told: the smaller of what
-either side preferred its own token by, in logits. The weights are those of `cpu-int4`, and products of both
-sides take activations in 8 bits.
+50 prompts go through the model's chat template. Where two texts diverge, the gap is printed: the smaller of
+the margins by which either side preferred its own token, in logits. The weights are those of `cpu-int4`, and
+products of both sides use activations in 8 bits.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def first_difference(ours: OrtModel, theirs: OrtModel, ids: np.ndarray, tokens: int) -> float | None:
-    """The gap where greedy texts part; None if they do not."""
+    """Return the gap where greedy texts diverge; None if they do not."""
     logits = [model.prefill(ids, steps=tokens)[0, -1] for model in (ours, theirs)]
     for _ in range(tokens):
         first, second = (int(each.argmax()) for each in logits)

@@ -1,16 +1,16 @@
-"""Decode speed, time to first token, size, memory and fidelity beside the tools that others would use.
+"""Compare decode speed, time to first token, size, memory and fidelity with the tools that others would use.
 
     python benchmarks/serving.py [--checkpoint demo|rescaled|llama-1b] [--target cpu-int4 …]
         [--peer genai-int4 llama-Q4_0 openvino-int4 …] [--batch 1] [--json FILE]
 
-Builds the artifacts and the peers' models from one Hugging Face folder. Every runner is a process of its own,
-with onnxruntime-genai for ours; they are asked in turn, so that the noise of the machine falls on all alike.
-Ratios are ours / the peer's, of the medians over all rounds, with the range of the rounds' own ratios. A
-batch are as many prompts at once, in ours and in onnxruntime-genai's; tokens a second are those of all.
+Builds the artifacts and the peers' models from one Hugging Face folder. Every runner is a separate process,
+with onnxruntime-genai for llmc's; they are asked in turn, so that noise of the machine affects all alike.
+Ratios are ours / the peer's, of the medians over all rounds, with the range over the rounds. A batch consists
+of as many prompts at once, in ours and in onnxruntime-genai's; its tokens per second are the sum.
 
-Fidelity is that of what is served: windows of 512 tokens of the evaluation text, of each 32 tokens prefilled
-and the rest decoded one by one, against PyTorch in float32. dNLL and KL divergence in nats per token;
-sizes are those of the model's files, its graph included.
+Fidelity is measured on what is served: windows of 512 tokens of the evaluation text, 32 tokens of each
+prefilled and the rest decoded one by one, compared with PyTorch in float32. dNLL and KL divergence are in
+nats per token; sizes are those of the model's files, including its graph.
 """
 
 import argparse
@@ -33,22 +33,22 @@ from sources import NAMES, checkpoint
 
 from llmc.checkpoint import open_checkpoint
 
-#: Rest before a runner's turn, seconds: the threads of the one before spin a while after work.
+#: Seconds of rest before a runner's turn: the threads of the one before spin for a while after work.
 REST = 0.3
 
 
 @dataclass
 class Runner:
-    """One model and what was measured on it.
+    """The model of one runner, and its measurements.
 
     Args:
-        model: What its runtime is given.
-        bytes: Weights and graph.
-        runtime: What worker.py serves it with.
-        python: The interpreter of an environment that has that runtime.
+        model: The model argument of its runtime.
+        bytes: Size of weights and graph.
+        runtime: Name of the runtime in worker.py.
+        python: The interpreter of an environment that has the runtime.
         quality: dNLL, KL divergence and top-1 agreement.
-        ttft_ms: By prompt length, one figure a round.
-        step_ms: By prompt length, the median step of each round.
+        ttft_ms: Figures by prompt length, one per round.
+        step_ms: Median steps by prompt length, one per round.
     """
 
     name: str
@@ -102,11 +102,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--no-quality", action="store_true", help="skip fidelity")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
-    parser.add_argument("--path", type=Path, help="a folder with targets/ of your own")
+    parser.add_argument("--path", type=Path, help="a folder with your own targets/")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.batch > 1 and any(not name.startswith("genai") for name in options.peer):
-        parser.error("only peers of onnxruntime-genai take a batch")
+        parser.error("only peers of onnxruntime-genai support a batch")
 
     source = checkpoint(options.checkpoint, options.cache)
     targets = options.target or ["cpu-int4"]
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Namespace) -> None:
-    """Ask all runners in turn, the first round of each prompt not counted."""
+    """Ask all runners in turn; the first round of each prompt is not counted."""
     for runner in runners:
         runner.start(options.threads)
     for prompt in prompts:
@@ -153,7 +153,7 @@ def build_ours(source: Path, target: str, options: argparse.Namespace) -> Runner
 
 
 def measure(source: Path, runners: list[Runner], options: argparse.Namespace) -> None:
-    """Fidelity of each runner, a process of its own each."""
+    """Measure the fidelity of each runner, in a separate process each."""
     origin = open_checkpoint(str(source))
     windows = cut_windows(origin)
     original = reference(origin, windows, options.cache / f"{source.name}-logits.npy")

@@ -1,9 +1,9 @@
-"""Whether the latency gate cries wolf, and whether it finds a slow-down of 10 %.
+"""Measure how often the latency gate fails without cause, and whether it detects a slow-down of 10 %.
 
     python benchmarks/slowdown.py --artifact artifacts/demo/cpu-int4@local
 
-Twenty times each, an artifact is timed against itself as an earlier release, as it is and with every step
-made longer by 10 %, and held to its target's gate on `latency.previous_ratio`.
+An artifact is timed twenty times each against itself as an earlier release, unchanged and with every step
+made longer by 10 %, and compared with its target's gate on `latency.previous_ratio`.
 """
 
 import argparse
@@ -63,20 +63,20 @@ def main() -> None:
     for extra in options.slower:
         name = f"{100 * extra:.0f} % slower" if extra else "A/A"
         Slowed.slower = extra
-        found = []
+        failures = []
         for _ in range(options.runs):
             start = time.perf_counter()
-            made = measure_rival(model, previous, prompt, Pairing())
-            failed = evaluate(gates, [made]).checks[0].status is CheckStatus.FAIL
-            found.append(failed)
+            ratio = measure_rival(model, previous, prompt, Pairing())
+            failed = evaluate(gates, [ratio]).checks[0].status is CheckStatus.FAIL
+            failures.append(failed)
             seconds = time.perf_counter() - start
-            print(f"  {name}: {made.value:.3f} ({made.low:.3f} to {made.high:.3f}), {made.detail},"
+            print(f"  {name}: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {ratio.detail},"
                   f" {seconds:.0f} s, {'FAILS' if failed else 'passes'}", flush=True)  # fmt: skip
-        print(f"{name}: {sum(found)} of {len(found)} runs fail the gate", flush=True)
+        print(f"{name}: {sum(failures)} of {len(failures)} runs fail the gate", flush=True)
 
 
 def fastest_step(model: OrtModel, prompt: np.ndarray) -> float:
-    """Seconds of the fastest of 64 steps."""
+    """Return the seconds of the fastest of 64 steps."""
     model.prefill(prompt[None], steps=64)
     times = []
     for _ in range(64):

@@ -1,20 +1,21 @@
-"""Many requests at once on compiled kernels: no wrong row, no leak.
+"""Send many requests at once to compiled kernels, and check for wrong rows and leaks.
 
     python benchmarks/soak.py [--checkpoint demo|tiny] [--target cpu-int4-compiled] [--requests 10000]
 
-Four threads over two sessions of onnxruntime, so that each session has two requests at a time and both run
+Four threads share two sessions of onnxruntime, so that each session has two requests at a time and both run
 in one process. A request is a batch of 1 to 4 prompts of one random length and up to 4 decode steps; the
-logits of every row must be, bit for bit, those that the prompt had alone, before.
+logits of every row must equal, bit for bit, those that the prompt had alone before.
 
-Requests run in 40 rounds. Between two of them none is under way, and memory is read: the resident set, and
-what the C library has handed out and not got back. The first half is for whatever grows to the size of the
-largest request and stays there. In the second half neither may grow by more than --growth: with a leak
-both do, and the resident set alone where free memory is scattered. `tiny` is a random llama of three layers
-and 256 tokens, for many requests a second: what one leaves behind is a larger part of so small a process. It
-takes --requests 200000: four requests seldom meet there, and each kept workspace grows until it has met the
+Requests run in 40 rounds. Between two of them no request is running, and memory is read: the resident set,
+and the bytes that the C library has allocated and not freed. The first half is for memory that grows to the
+size of the largest request and stays there. In the second half neither may grow by more than --growth: a leak
+makes both grow, and scattered free memory only the resident set. `tiny` is a random llama of three layers and
+256 tokens, for many requests per second. A leak of one request is a larger part of so small a process. It
+needs --requests
+200000: four requests seldom run together there, and each kept workspace grows until it has served the
 largest.
 
-Ends with 1 after a wrong row or a growth beyond the bound.
+The exit code is 1 after a wrong row or a growth beyond the bound.
 """
 
 import argparse
@@ -37,12 +38,12 @@ from llmc.runtime.ort_model import OrtModel
 from llmc.validate.footprint import resident_bytes
 
 THREADS, SESSIONS, ROWS, STEPS, ROUNDS = 4, 2, 4, 4, 40
-#: Lengths of prompts, most of them short as in a chat, some beyond what kernels take in one piece.
+#: Prompt lengths, most of them short as in a chat, some longer than one piece of the kernels.
 LENGTHS = (*range(1, 41), 63, 64, 65, 96, 127, 128, 129, 200)
 
 
 class Mallinfo(ctypes.Structure):
-    """`struct mallinfo2` of the GNU C library."""
+    """The `struct mallinfo2` of the GNU C library."""
 
     _names = (
         *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
@@ -74,13 +75,13 @@ def main() -> None:
     }
 
     def serve(request: int) -> list[str]:
-        """What is wrong with one request."""
+        """Return what is wrong with one request."""
         draw = random.Random(request)
-        model = copy.copy(sessions[request % SESSIONS])  # the session is shared, the cache is not
+        model = copy.copy(sessions[request % SESSIONS])  # shares the session, but not the cache
         length, steps = draw.choice(LENGTHS), draw.randint(0, STEPS)
         rows = draw.sample(range(ROWS), draw.randint(1, ROWS))
-        found = answer(model, prompts[length][rows], steps)
-        bad = [r for r, own in zip(rows, found, strict=True) if own != alone[length][r][: steps + 1]]
+        digests = answer(model, prompts[length][rows], steps)
+        bad = [r for r, own in zip(rows, digests, strict=True) if own != alone[length][r][: steps + 1]]
         return [f"length {length}, batch {len(rows)}, prompt {r}" for r in bad]
 
     each = -(-options.requests // ROUNDS)
@@ -109,13 +110,13 @@ def main() -> None:
 
 
 def build(source: Path, target: str, output: Path) -> None:
-    """The artifact, built in a process of its own: one that holds torch is ten times as large."""
+    """Build the artifact in a separate process, since one with torch is ten times as large."""
     command = ["build", str(source), "--target", target, "--output", str(output), "--no-verify"]
     subprocess.run([sys.executable, "-m", "llmc", *command], check=True, stdout=sys.stderr)
 
 
 def answer(model: OrtModel, rows: np.ndarray, steps: int) -> list[list[bytes]]:
-    """Digests of the last logits of each prompt, and of those of `steps` greedy tokens after it."""
+    """Return digests of the last logits of each prompt, and of `steps` greedy tokens after it."""
     logits = model.prefill(rows, steps=steps)[:, -1]
     digests = [[digest(row)] for row in logits]
     for _ in range(steps):
@@ -130,15 +131,15 @@ def digest(logits: np.ndarray) -> bytes:
 
 
 def handed_out() -> int:
-    """Bytes that the C library has handed out, mapped ones included."""
+    """Return the bytes that the C library has allocated, including mapped ones."""
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = Mallinfo
-    found = ask()
-    return int(found.uordblks + found.hblkhd)
+    usage = ask()
+    return int(usage.uordblks + usage.hblkhd)
 
 
 def growth(marks: list[int]) -> float:
-    """Per cent by which the last quarter's median lies above that of the quarter before it."""
+    """Return the per cent by which the last quarter's median exceeds the median of the quarter before."""
     quarter = len(marks) // 4
     third, last = (float(np.median(part)) for part in (marks[-2 * quarter : -quarter], marks[-quarter:]))
     return 100 * (last / third - 1)

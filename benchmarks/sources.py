@@ -1,6 +1,6 @@
-"""The checkpoints of models.py, made on first use in a process of their own.
+"""Create the checkpoints of models.py on first use, in a separate process.
 
-A process that holds a model would pass its own size on to those it starts, in the system's account of them.
+The operating system would count the size of a process with a model for the processes that it starts.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ NAMES = ("demo", "rescaled", "llama-1b", "gemma3-270m", "tiny")
 
 
 def checkpoint(name: str, cache: Path) -> Path:
-    """The folder of one of NAMES below `cache`, made if it is not there."""
+    """Return the folder of one of NAMES below `cache`; create it if it does not exist."""
     folder = cache / name
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Trace time by depth: python benchmarks/trace_time.py [--layers 4 30] [--rounds 5]
+"""Measure trace time by depth: python benchmarks/trace_time.py [--layers 4 30] [--rounds 5]
 
-Traces the demo model's shape with so many layers, in turn in one process, nothing cached, after one trace
+Traces the demo model's shape with so many layers, in turn in one process, without a cache, after one trace
 that is not counted.
 """
 

@@ -1,12 +1,12 @@
-"""CPU time and peak memory of `llmc verify` on a model that does not fit in memory, by stage.
+"""Measure CPU time and peak memory of `llmc verify` on a model that does not fit in memory, by stage.
 
     python benchmarks/verify_cost.py [--layers 32] [--vocabulary 128256] [--target cpu-int4] [--kill SECONDS]
 
 The model has the shape of Llama-3.1-8B and random weights: 16 GB of bfloat16 with all layers, and the
-artifact's 5 GB beside them; both are removed afterwards. The original is streamed from disk whatever memory
-there is, as it is where float32 does not fit in half of it. Fewer layers or tokens cost in proportion to the
-parameters, which are told. `--kill` kills the run after so many seconds and starts it again: what both took
-together is told beside what the first of them had done.
+artifact's 5 GB beside them; both are removed afterwards. The original is streamed from disk however much
+memory there is, as if float32 did not fit in half of it. With fewer layers or tokens the cost is proportional
+to the number of parameters, which is printed. `--kill` kills the run after so many seconds and starts it
+again: the total of both is printed beside what the first of them had done.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from machine import describe
 from models import make_llama_8b
 
-#: Runs llmc as if no memory were free and every original were large.
+#: Code that runs llmc as if no memory were free and every original were large.
 STREAMED = (
     "from llmc.pipeline import loaders, subject; from llmc.validate import quality;"
     "loaders.available_memory = subject.available_memory = lambda: 0; quality.LARGE_BYTES = 0;"

@@ -1,10 +1,10 @@
-"""One runner of `serving.py` in a process of its own, in the environment of its runtime.
+"""Run one runner of `serving.py` in a separate process, in the environment of its runtime.
 
     python worker.py genai|llama|openvino MODEL THREADS
 
-Reads one JSON request a line from stdin and answers each with one line:
+Reads one JSON request per line from stdin and answers each with one line:
 {"prompt": n, "steps": m, "batch": k} -> {"ttft_ms": t, "step_ms": [m figures], "peak_bytes": b}, for k
-prompts of n tokens at once, which genai alone takes more than one of.
+prompts of n tokens at once; only genai supports more than one.
 {"score": IDS, "prefix": n, "into": FILE} -> {}: IDS is a file of (windows, length) tokens; FILE gets the
 logits of positions n - 1 to length - 2, (windows, length - n, vocabulary) float32, each window's first n
 tokens prefilled and the rest decoded one by one.
@@ -20,7 +20,7 @@ import numpy as np
 
 
 class Genai:
-    """A folder of onnxruntime-genai."""
+    """The runner of a folder of onnxruntime-genai."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime_genai
@@ -33,20 +33,20 @@ class Genai:
         self._generator: Any = None
 
     def begin(self, length: int, batch: int = 1) -> None:
-        """Forget what was; up to `length` tokens follow."""
-        self._generator = None  # its cache is given back before the next is made
+        """Forget the previous sequence; up to `length` tokens follow."""
+        self._generator = None  # releases its cache before the next one is created
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=batch)
         self._generator = self._og.Generator(self._model, params)
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
-        """Take tokens (n,) int32; the logits after the last, (vocabulary,)."""
+        """Feed tokens (n,) int32; return the logits after the last, (vocabulary,)."""
         self._generator.append_tokens(ids)
         logits: np.ndarray = self._generator.get_output("logits")[0, -1]
         return logits
 
     def time(self, ids: np.ndarray, steps: int) -> tuple[float, list[float]]:
-        """Seconds to the first token of prompts (batch, n), and of each of `steps` after it."""
+        """Return the seconds to the first token of prompts (batch, n), and of each of `steps` after it."""
         self.begin(ids.shape[1] + steps + 1, len(ids))
         start = time.perf_counter()
         self._generator.append_tokens(ids)
@@ -56,7 +56,7 @@ class Genai:
 
 
 class Llama:
-    """A GGUF file of llama.cpp."""
+    """The runner of a GGUF file with llama.cpp."""
 
     def __init__(self, file: Path, threads: int) -> None:
         import llama_cpp
@@ -92,7 +92,7 @@ class Llama:
 
 
 class OpenVino:
-    """A folder of optimum-intel: openvino-genai's pipeline for times, the model itself for logits."""
+    """The runner of a folder of optimum-intel: openvino-genai's pipeline for times, the model for logits."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         self._folder = folder
@@ -140,7 +140,7 @@ class OpenVino:
                 return openvino_genai.StreamingStatus.RUNNING
 
             def end(self) -> None:
-                """Nothing is kept back."""
+                """Do nothing: no text is held back."""
 
         self._pipeline.generate(
             openvino_genai.TokenizedInputs(tokens, openvino.Tensor(np.ones((1, len(prompt)), np.int64))),
@@ -160,17 +160,17 @@ def clocked(call: Any) -> float:
 
 
 def score(runner: Any, windows: np.ndarray, prefix: int, into: Path) -> None:
-    """Write the logits that the runner gives for a text."""
-    made = None
+    """Write the logits that the runner returns for a text."""
+    logits_file = None
     for at, window in enumerate(windows.astype(np.int32)):
         runner.begin(len(window))
         for step in range(len(window) - prefix):
             part = window[:prefix] if step == 0 else window[prefix + step - 1 : prefix + step]
             logits = runner.feed(part)
-            if made is None:
+            if logits_file is None:
                 shape = (len(windows), windows.shape[1] - prefix, len(logits))
-                made = np.lib.format.open_memmap(into, "w+", np.float32, shape)
-            made[at, step] = logits
+                logits_file = np.lib.format.open_memmap(into, "w+", np.float32, shape)
+            logits_file[at, step] = logits
 
 
 def main(runtime: str, model: Path, threads: int) -> None:
@@ -182,7 +182,7 @@ def main(runtime: str, model: Path, threads: int) -> None:
         if "score" in request:
             score(runner, np.load(request["score"]), request["prefix"], Path(request["into"]))
         else:
-            # Another prompt each time: a runtime may keep the cache of one that it knows.
+            # Each prompt is different, since a runtime may reuse the cache of a known prompt.
             starts = 31 * (count + np.arange(request["batch"]))
             ids = np.arange(request["prompt"], dtype=np.int64) * 7919 + starts[:, None]
             first, steps = runner.time((ids % 40000 + 100).astype(np.int32), request["steps"])
@@ -191,7 +191,7 @@ def main(runtime: str, model: Path, threads: int) -> None:
 
 
 def peak_bytes() -> int:
-    """Highest resident set of this process (VmHWM of proc(5)); rusage has that of its parent as well."""
+    """Return the peak resident set of this process (VmHWM of proc(5)); rusage includes the parent's."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
