@@ -1,4 +1,4 @@
-"""Which class of transformers a configuration is built with, and where in it the language model lies."""
+"""Find the transformers class of a configuration, and the language model inside of a multimodal one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def auto_class(config: Any) -> Any:
-    """The `AutoModelFor…` class of transformers that builds the model of `config`.
+    """Return the `AutoModelFor…` class of transformers that builds the model of `config`.
 
-    A multimodal model is built whole, as transformers runs it: given text alone, it is a causal language
+    A multimodal model is built as a whole, as transformers runs it: with text alone, it is a causal language
     model, and the parts for other modalities are not called.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -20,10 +20,10 @@ def auto_class(config: Any) -> Any:
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether the model of `config` is one that transformers lists as image-text-to-text.
+    """Return whether transformers lists the model of `config` as image-text-to-text.
 
-    Some configurations belong to a multimodal model and to its language model alone: `architectures` says
-    which of the two it is.
+    Some configurations belong both to a multimodal model and to its language model alone: `architectures`
+    states which of the two it is.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -38,17 +38,17 @@ def is_multimodal(config: Any) -> bool:
 
 
 def language_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The part of a model that makes hidden states of tokens.
+    """Return the part of a model that computes hidden states of tokens.
 
-    It holds the embedding and the decoder layers. Beside it are the head and, in a multimodal model, the
+    It contains the embedding and the decoder layers. Beside it are the head and, in a multimodal model, the
     towers and projectors of other modalities.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return model
-    found: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    return found
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder
 
 
 def beside_language_model(model: torch.nn.Module, names: list[str]) -> dict[str, list[str]]:
@@ -58,18 +58,18 @@ def beside_language_model(model: torch.nn.Module, names: list[str]) -> dict[str,
         names: Parameters and buffers of `model`.
 
     Returns:
-        The names by the outermost module that holds nothing of the language model, such as
-        `model.vision_tower`; empty where the language model is the whole model.
+        The names by the outermost module that contains nothing of the language model, such as
+        `model.vision_tower`; empty if the language model is the whole model.
     """
     modules = {id(module): name for name, module in model.named_modules()}
     own = modules[id(language_model(model))].split(".")
     head = model.get_output_embeddings()  # type: ignore[operator]
     if own == [""]:
         return {}
-    found: dict[str, list[str]] = {}
+    by_module: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
         shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), len(own))
         if shared < len(own) and not name.startswith(f"{modules.get(id(head))}."):
-            found.setdefault(".".join(parts[: shared + 1]), []).append(name)
-    return found
+            by_module.setdefault(".".join(parts[: shared + 1]), []).append(name)
+    return by_module

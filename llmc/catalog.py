@@ -1,14 +1,14 @@
-"""Finds targets and profiles by name.
+"""Find targets and profiles by name.
 
-Searched in this order, the first that has the name wins:
+The folders are searched in this order; the first that has the name wins:
 
 1. the folder given with `--path`,
 2. the folders of the environment variable LLMC_PATH (separated as in PATH),
-3. what ships with llmc.
+3. the files that ship with llmc.
 
-Each folder holds `targets/*.yaml` and `profiles/*.yaml`; the name inside a file is the file's own. A
-target may extend another one, whose file lies beside it or is found like any other; `_*.yaml` hold what
-several targets share and are not targets themselves. The profile `local` is not a file: `llmc.machine`
+Each folder contains `targets/*.yaml` and `profiles/*.yaml`; the name inside a file is the file's own. A
+target may extend another one, whose file is in the same folder or is found like any other; `_*.yaml` contain
+what several targets share and are not targets themselves. The profile `local` is not a file: `llmc.machine`
 describes the machine at hand.
 """
 
@@ -25,7 +25,7 @@ from llmc.machine import LOCAL, detect_profile
 from llmc.profile import Profile, ProfileKind
 
 PATH_VARIABLE = "LLMC_PATH"
-#: What files begin with that hold parts of targets.
+#: The prefix of files with parts of targets.
 _SHARED = "_"
 
 Document = TypeVar("Document", Target, Profile)
@@ -34,14 +34,14 @@ _Kind = Literal["targets", "profiles"]
 
 @dataclass(frozen=True)
 class Listed(Generic[Document]):
-    """One target or profile and the file it came from."""
+    """The target or profile of one file, with that file."""
 
     document: Document
     file: Path
 
 
 def shipped_folder() -> Path:
-    """The folder whose `targets/` and `profiles/` ship: in a wheel the package, else the checkout."""
+    """Return the folder of the shipped `targets/` and `profiles/`: a wheel's package, else the checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package, package.parent):
         if (folder / "targets").is_dir() and (folder / "profiles").is_dir():
@@ -53,7 +53,7 @@ def shipped_folder() -> Path:
 
 
 def search_folders(path: Path | None = None) -> tuple[Path, ...]:
-    """Folders in the order they are searched; ConfigError for one that holds neither kind."""
+    """Return the folders in the order of the search; ConfigError for one that has neither kind."""
     named = [(path, "--path")] if path is not None else []
     listed = os.environ.get(PATH_VARIABLE, "").split(os.pathsep)
     named += [(Path(entry), PATH_VARIABLE) for entry in listed if entry]
@@ -67,31 +67,31 @@ def search_folders(path: Path | None = None) -> tuple[Path, ...]:
 
 
 def list_targets(path: Path | None = None) -> tuple[Listed[Target], ...]:
-    """Every target that can be named, sorted by name."""
+    """Load every target that can be named, sorted by name."""
     files = _find("targets", search_folders(path))
     return tuple(Listed(_load_target(file, path), file) for _, file in sorted(files.items()))
 
 
 def list_profiles(path: Path | None = None) -> tuple[Listed[Profile], ...]:
-    """Every profile that can be named but `local`, sorted by name."""
+    """Load every profile that can be named except `local`, sorted by name."""
     files = _find("profiles", search_folders(path))
     return tuple(Listed(_load(file, Profile), file) for _, file in sorted(files.items()))
 
 
 def load_target(name: str, path: Path | None = None) -> Target:
-    """The target of this name; ConfigError if there is none or its file is not valid."""
+    """Load the target of this name; ConfigError if there is none or its file is not valid."""
     return _load_target(_file_of(name, "targets", path), path)
 
 
 def read_target(named: str, path: Path | None = None) -> Target:
-    """The target of a YAML file, or of this name.
+    """Load a target by its YAML file or by its name.
 
     Args:
         named: A file that ends in .yaml or .yml, or the name of a target.
-        path: As `search_folders`.
+        path: Folder of the user's own targets, as for `search_folders`.
 
     Raises:
-        ConfigError: There is none, or its file is not valid.
+        ConfigError: There is no such target, or its file is not valid.
     """
     if named.endswith((".yaml", ".yml")):
         return _load_target(Path(named), path)
@@ -99,36 +99,36 @@ def read_target(named: str, path: Path | None = None) -> Target:
 
 
 def find_target(name: str, path: Path | None = None) -> Target | None:
-    """The target of this name; None if there is none."""
+    """Load the target of this name; None if there is none."""
     file = _find("targets", search_folders(path)).get(name)
     return None if file is None else _load_target(file, path)
 
 
 def find_target_origins(name: str, path: Path | None = None) -> dict[tuple[str, ...], Path]:
-    """The file that states each value of a target, as `llmc.document.find_origins`."""
+    """Return the file that states each value of a target, as `llmc.document.find_origins` does."""
     return find_origins(_file_of(name, "targets", path), _extension(path))
 
 
 def load_profile(name: str, path: Path | None = None) -> Profile:
-    """The profile of this name; `local` is this machine's GPU, or its CPU where it has none."""
+    """Load the profile of this name; `local` describes this machine's GPU, or its CPU if it has none."""
     if name == LOCAL:
         return detect_profile()
     return _load(_file_of(name, "profiles", path), Profile)
 
 
 def load_profile_for(target: Target, name: str, path: Path | None = None) -> Profile:
-    """The profile of this name, of the kind of hardware that the target runs on.
+    """Load the profile of this name, which must have the kind of hardware that the target runs on.
 
-    `local` describes the CPU for a CPU target. For a CUDA target it describes the GPU, and where
-    there is none the CPU of the machine that builds: such an artifact is built, not executed.
+    `local` describes the CPU for a CPU target. For a CUDA target it describes the GPU, or without a GPU the
+    CPU of the building machine: such an artifact is built but not executed.
     """
-    wanted = target.hardware
+    kind = target.hardware
     if name == LOCAL:
-        return detect_profile() if wanted is ProfileKind.GPU else detect_profile(gpu=False)
+        return detect_profile() if kind is ProfileKind.GPU else detect_profile(gpu=False)
     profile = load_profile(name, path)
-    if profile.kind is not wanted:
+    if profile.kind is not kind:
         raise ConfigError(
-            f"target {target.name} runs on a {wanted.value.upper()} and profile {name} describes a "
+            f"target {target.name} runs on a {kind.value.upper()} and profile {name} describes a "
             f"{profile.kind.value.upper()}",
             hint="llmc profiles lists the profiles with their kind",
         )
@@ -136,7 +136,7 @@ def load_profile_for(target: Target, name: str, path: Path | None = None) -> Pro
 
 
 def _file_of(name: str, kind: _Kind, path: Path | None, *, shared: bool = False) -> Path:
-    """The file of this name, where `shared` also one that holds a part of targets."""
+    """Return the file of this name; with `shared` also a file with a part of targets."""
     files = _find(kind, search_folders(path), shared=shared)
     if name not in files:
         known = [*files, LOCAL] if kind == "profiles" else list(files)
@@ -156,7 +156,7 @@ def _find(kind: _Kind, folders: Sequence[Path], *, shared: bool = False) -> dict
             here[file.stem] = file
         if kind == "profiles" and LOCAL in here:
             raise ConfigError(
-                f"{here[LOCAL]} takes the name {LOCAL}, which stands for the machine at hand",
+                f"{here[LOCAL]} has the name {LOCAL}, which is reserved for the machine at hand",
                 hint="give the file another name",
             )
         found = here | found
@@ -168,7 +168,7 @@ def _load_target(file: Path, path: Path | None) -> Target:
 
 
 def _extension(path: Path | None) -> Extension:
-    """How a target is merged with the one that it extends: gates by their metric."""
+    """Return how a target is merged with the one that it extends: gates by their metric."""
 
     def find(name: str, file: Path) -> Path:
         beside = [file.parent / (name + suffix) for suffix in (".yaml", ".yml")]
@@ -184,6 +184,6 @@ def _load(file: Path, model: type[Document], extension: Extension | None = None)
     if document.name != file.stem:
         raise ConfigError(
             f"{file}: name is {document.name} and the file is named {file.stem}",
-            hint="a file carries the name that it defines",
+            hint="a file is named after the target or profile that it defines",
         )
     return document

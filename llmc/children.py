@@ -1,4 +1,4 @@
-"""Child processes that do not outlive this one."""
+"""Run child processes that do not outlive this one."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the system end this process with its parent, however that ends; called first in a worker."""
+    """Have the system kill this process when its parent ends, however it ends; a worker calls this first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -21,10 +21,10 @@ def die_with_parent() -> None:
 def run_apart(
     command: Sequence[str], folder: Path, seconds: float, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that starts processes of its own, and end them all if this one is interrupted.
+    """Run a command that starts processes of its own, and kill them all if this one is interrupted.
 
     Raises:
-        TimeoutExpired: It did not end in time, and was ended.
+        TimeoutExpired: It did not end in time, and was killed.
     """
     with subprocess.Popen(
         command,
@@ -37,11 +37,11 @@ def run_apart(
         start_new_session=True,
     ) as process:
         try:
-            out, said = process.communicate(timeout=seconds)
+            out, errors = process.communicate(timeout=seconds)
         except BaseException:
             _end(process)
             raise
-    return subprocess.CompletedProcess(command, process.returncode, out, said)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

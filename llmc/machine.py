@@ -1,4 +1,4 @@
-"""Describes the machine at hand as the profile `local`."""
+"""Describe the machine at hand as the profile `local`."""
 
 import ctypes
 import gc
@@ -16,7 +16,7 @@ from llmc.profile import Profile, ProfileKind
 
 LOCAL = "local"
 
-# Flags of /proc/cpuinfo that decide which kernels a CPU runtime picks; x86-64, then AArch64.
+# The flags of /proc/cpuinfo that decide which kernels a CPU runtime selects; x86-64, then AArch64.
 _ISA = frozenset(
     (
         *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "avx_vnni"),
@@ -32,21 +32,21 @@ _NVIDIA_SMI_SECONDS = 20.0
 
 
 def detect_profile(*, gpu: bool = True, measure: bool = False) -> Profile:
-    """This machine: its first NVIDIA GPU where there is one and `gpu` is set, else its CPU.
+    """Describe this machine: its first NVIDIA GPU if there is one and `gpu` is set, else its CPU.
 
     Args:
-        gpu: Look for a GPU.
-        measure: Measure the read bandwidth of main memory; takes a second or two, CPU only.
+        gpu: Whether to look for a GPU.
+        measure: Whether to measure the read bandwidth of main memory, which takes a second or two; CPU only.
     """
     if gpu:
-        found = detect_gpu()
-        if found is not None:
-            return found
+        gpu_profile = detect_gpu()
+        if gpu_profile is not None:
+            return gpu_profile
     return detect_cpu(measure=measure)
 
 
 def detect_gpu() -> Profile | None:
-    """The first GPU that nvidia-smi lists, or None without a driver or a GPU."""
+    """Describe the first GPU that nvidia-smi lists; None without a driver or a GPU."""
     try:
         answer = subprocess.run(
             _NVIDIA_SMI, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=False
@@ -62,9 +62,9 @@ def detect_gpu() -> Profile | None:
 
 
 def parse_gpu(listing: str) -> Profile | None:
-    """The first GPU of `nvidia-smi --query-gpu=name,compute_cap,memory.total`, memory in MiB.
+    """Parse the first GPU of `nvidia-smi --query-gpu=name,compute_cap,memory.total`, memory in MiB.
 
-    Memory shared with the CPU is printed as `[N/A]` and is not stated then.
+    Memory shared with the CPU is printed as `[N/A]` and is then left out.
     """
     lines = [line for line in listing.splitlines() if line.count(",") == 2]
     if not lines:
@@ -90,7 +90,7 @@ def parse_gpu(listing: str) -> Profile | None:
 
 
 def detect_cpu(*, measure: bool = False) -> Profile:
-    """The CPU: model, instruction sets, physical cores that this process may use, memory."""
+    """Describe the CPU: model, instruction sets, physical cores that this process may use, memory."""
     cpuinfo = _read("/proc/cpuinfo")
     threads = usable_cores()
     memory = total_memory()
@@ -115,39 +115,39 @@ def detect_cpu(*, measure: bool = False) -> Profile:
     )
 
 
-#: Bytes of growth from which on collecting garbage is worth its time.
+#: Bytes of growth above which collecting garbage is worth its time.
 _WORTH_RELEASING = 64 << 20
 
 
 class _Resident:
-    """Resident memory after the last release, in bytes."""
+    """The resident memory after the last release, in bytes."""
 
-    kept = 0
+    after_release = 0
 
 
 def release_memory() -> None:
-    """Collect garbage, and give what the C library keeps of freed memory back to the system.
+    """Collect garbage, and return the freed memory that the C library holds to the system.
 
-    glibc keeps freed blocks below 32 MB for itself, which is most of a model. Does nothing more than
-    collecting where the C library has no `malloc_trim`, and nothing at all while the process has grown by
-    less than 64 MB since the last release: a collection walks over some millions of objects of torch and
-    onnx, half a second of work, whatever there is to free.
+    glibc keeps freed blocks below 32 MB for itself, which is most of a model. Only collects garbage if the C
+    library has no `malloc_trim`, and does nothing while the process has grown by less than 64 MB since the
+    last release: a collection visits some millions of objects of torch and onnx, half a second of work,
+    however little there is to free.
     """
     resident = _resident_bytes()
-    if resident is not None and resident < _Resident.kept + _WORTH_RELEASING:
+    if resident is not None and resident < _Resident.after_release + _WORTH_RELEASING:
         return
     collect_garbage()
-    _Resident.kept = _resident_bytes() or 0
+    _Resident.after_release = _resident_bytes() or 0
 
 
 def _resident_bytes() -> int | None:
-    """Memory of this process that is resident; None where the system does not tell."""
+    """Return the resident memory of this process; None if the system does not report it."""
     pages = _read("/proc/self/statm").split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
 
 
 def collect_garbage() -> None:
-    """Do what `release_memory` does, whether it is worth its time or not."""
+    """Do what `release_memory` does, whether or not it is worth its time."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -156,9 +156,9 @@ def collect_garbage() -> None:
 
 
 def usable_cores() -> int | None:
-    """Physical cores among the CPUs of this process, at most its control group's quota.
+    """Return the number of physical cores among this process's CPUs, at most its control group's quota.
 
-    None where /proc/cpuinfo is missing: the runtime then counts for itself.
+    Returns None if /proc/cpuinfo is missing: the runtime then counts for itself.
     """
     cpuinfo = _read("/proc/cpuinfo")
     if not cpuinfo:
@@ -178,10 +178,10 @@ def usable_cores() -> int | None:
 
 
 def measure_read_bandwidth(threads: int, *, array_bytes: int = 2**27, passes: int = 8) -> float:
-    """GB/s (10**9 bytes) that `threads` threads read at once, each from its own array.
+    """Measure the GB/s (10**9 bytes) that `threads` threads read at once, each from its own array.
 
-    The arrays are to be larger than the caches; the best pass counts, since others only lose.
-    `bitwise_or.reduce` on 64-bit words is the least arithmetic per byte that NumPy offers.
+    The arrays must be larger than the caches. The best pass counts, since other load can only slow a pass
+    down. `bitwise_or.reduce` on 64-bit words is the least arithmetic per byte that NumPy offers.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -198,7 +198,7 @@ def measure_read_bandwidth(threads: int, *, array_bytes: int = 2**27, passes: in
 
 
 def _read(path: str) -> str:
-    """A file of /proc or /sys, or nothing where this system has none."""
+    """Read a file of /proc or /sys; empty if this system does not have it."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -206,7 +206,7 @@ def _read(path: str) -> str:
 
 
 def _field(text: str, key: str) -> str:
-    """The value of the first `key : value` line, or nothing."""
+    """Return the value of the first `key : value` line; empty if there is none."""
     for line in text.splitlines():
         name, colon, value = line.partition(":")
         if colon and name.strip() == key:

@@ -1,8 +1,8 @@
-"""How much memory this process may use, and how much of it is free.
+"""Determine how much memory this process may use, and how much of it is free.
 
-A control group bounds what all of its processes hold together, and so does every group above it
+A control group limits the total memory of its processes, and so does every group above it
 (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux). Cached pages of files count as
-used there, but Linux gives them up when memory is short, so that they are free; pages of tmpfs are not.
+used there, but Linux reclaims them when memory is short, so that they are free; pages of tmpfs are not.
 """
 
 import os
@@ -11,28 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path("/")
-#: Files of a control group: limits, what is used, and the fields of memory.stat that can be given up.
+#: Files of a control group: limits, usage, and the fields of memory.stat that can be reclaimed.
 _V2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 _V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-#: Limits of the process, and the line of /proc/self/status with what counts against each.
+#: Limits of the process, and the line of /proc/self/status with the usage that each limits.
 _PROCESS_LIMITS = (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"))
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """A limit in bytes, and how much of it is used and cannot be given up."""
+    """The limit in bytes, and how much of it is used and cannot be reclaimed."""
 
     limit: int
     used: int
 
 
 def available_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that this process may still take without swapping; None where the system does not tell.
+    """Return the bytes that this process may still use without swapping; None if the system does not tell.
 
-    The least of what the machine, each control group and the limits of the process (`ulimit -v`, `-d`) leave.
+    It is the least that the machine, each control group and the limits of the process (`ulimit -v`, `-d`)
+    leave.
 
     Args:
-        root: Where /proc and /sys are found.
+        root: Folder that contains /proc and /sys.
     """
     stated = _size(_field(_read(root / "proc/meminfo"), "MemAvailable"))
     if stated is None:
@@ -42,7 +43,7 @@ def available_memory(root: Path = _ROOT) -> int | None:
 
 
 def total_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that this process may use at most, by the machine and its control groups; None if untold."""
+    """Return the bytes that the machine and its control groups let this process use; None if unknown."""
     stated = _size(_field(_read(root / "proc/meminfo"), "MemTotal"))
     if stated is None:
         if os.name != "posix":
@@ -52,12 +53,12 @@ def total_memory(root: Path = _ROOT) -> int | None:
 
 
 def _group_bounds(root: Path) -> Iterator[_Bound]:
-    """The limits of the process's control groups and of all groups above them, v2 and v1."""
+    """Yield the limits of the process's control groups and of all groups above them, v2 and v1."""
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            # Beside v1 hierarchies, v2 is mounted one level lower, without the memory controller as a rule.
+            # Beside v1 hierarchies, v2 is mounted one level lower, usually without the memory controller.
             yield from _hierarchy(mount, path, _V2)
             yield from _hierarchy(mount / "unified", path, _V2)
         elif "memory" in controllers.split(","):
@@ -67,10 +68,10 @@ def _group_bounds(root: Path) -> Iterator[_Bound]:
 def _hierarchy(
     mount: Path, path: str, files: tuple[tuple[str, ...], str, tuple[str, ...]]
 ) -> Iterator[_Bound]:
-    """The limits of the group at `path` and those above it.
+    """Yield the limits of the group at `path` and of the groups above it.
 
-    Inside a container the path may be the host's and the mount may begin at the container's own group: levels
-    that are not there are passed over.
+    Inside a container the path may be the host's and the mount may begin at the container's own group:
+    missing levels are skipped.
     """
     limits, usage, reclaimable = files
     group = Path(path.lstrip("/"))
@@ -100,7 +101,7 @@ def _process_bounds(root: Path) -> Iterator[_Bound]:
 
 
 def _size(text: str) -> int | None:
-    """Bytes of `1234`, or of `1234 kB`; None for `max` and for nothing."""
+    """Return the bytes of `1234` or of `1234 kB`; None for `max` and for an empty text."""
     number, _, unit = text.strip().partition(" ")
     if not number.isdecimal():
         return None
@@ -108,7 +109,7 @@ def _size(text: str) -> int | None:
 
 
 def _read(path: Path) -> str:
-    """A file of /proc or /sys, or nothing where this system has none."""
+    """Read a file of /proc or /sys; empty if this system does not have it."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -116,6 +117,6 @@ def _read(path: Path) -> str:
 
 
 def _field(text: str, key: str) -> str:
-    """The value of the first `key: value` line, or nothing."""
-    found = (line.partition(":")[2] for line in text.splitlines() if line.startswith(f"{key}:"))
-    return next(found, "").strip()
+    """Return the value of the first `key: value` line; empty if there is none."""
+    values = (line.partition(":")[2] for line in text.splitlines() if line.startswith(f"{key}:"))
+    return next(values, "").strip()

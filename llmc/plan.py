@@ -1,4 +1,4 @@
-"""Turns what a user asked for into a fully resolved `BuildPlan`."""
+"""Resolve a user's request to a complete `BuildPlan`."""
 
 import re
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ def plan_build(
     seed: int | None = None,
     budget: float | None = None,
 ) -> BuildPlan:
-    """Resolve names to a target and a profile; ConfigError if one is unknown or they do not fit.
+    """Resolve names to a target and a profile; ConfigError if one is unknown or they do not match.
 
     Args:
-        profile: One name, or several with commas between them.
+        profile: One name, or several separated by commas.
         output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
         path: Folder of the user's own targets and profiles, searched first.
-        chat_template: File with a Jinja template in the place of the checkpoint's own.
-        token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
+        chat_template: File with a Jinja template that replaces the checkpoint's own.
+        token_ids: Whether to build although onnxruntime-genai's tokenizer does not give the model's tokens.
         adapter: Folder or hub id of a LoRA adapter that is merged into the model.
-        every_check: Measure everything although a cheap check has missed its gate.
-        seed: By which the positions that the gate looks at are drawn; None for the artifact's own.
-        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
+        every_check: Whether to measure everything although a cheap check has missed its gate.
+        seed: Seed of the positions that the gate verifies; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many positions are drawn; None for the default.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -49,10 +49,10 @@ def plan_build(
     if len(names) > 1 and not backend_of(resolved).several_profiles:
         raise ConfigError(
             f"target {target} is built for one profile, and {len(names)} are named: {profile}",
-            hint="targets of backend tensorrt take several",
+            hint="targets of backend tensorrt accept several",
         )
     if len(set(names)) != len(names) or "" in names:
-        raise ConfigError(f"--profile {profile} names a profile twice, or none between two commas")
+        raise ConfigError(f"--profile {profile} names a profile twice, or has an empty name")
     first, *also = (load_profile_for(resolved, name, path) for name in names)
     return BuildPlan(
         model=model,
@@ -82,12 +82,12 @@ def _read_template(file: Path) -> str:
 
 
 def default_output(model: str, target: str, profile: str, adapter: str | None = None) -> Path:
-    """`artifacts/<model>/<target>@<profile>`, the model by the last part of its path or its hub id.
+    """Return `artifacts/<model>/<target>@<profile>`; the model is the last part of its path, or its hub id.
 
     A model with an adapter is `<model>+<adapter>`.
 
     A hub id keeps its owner and revision: `org/name@rev` becomes `org--name@rev`; several profiles
-    stand with a plus between them.
+    are joined by plus signs.
     """
     name = _name_of(model) if adapter is None else f"{_name_of(model)}+{_name_of(adapter)}"
     safe = re.sub(r"[^\w.@+-]+", "-", name).strip("-.") or "model"
@@ -95,7 +95,7 @@ def default_output(model: str, target: str, profile: str, adapter: str | None = 
 
 
 def _name_of(ref: str) -> str:
-    """The last part of a path, or a whole hub id with its slash as two dashes."""
+    """Return the last part of a path, or a whole hub id with its slash as two dashes."""
     local = Path(ref)
     if local.is_dir():
         return local.resolve().name

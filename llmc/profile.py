@@ -1,4 +1,4 @@
-"""Facts on hardware; see `Profile`."""
+"""Define the facts about hardware; see `Profile`."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ class ProfileKind(StrEnum):
 
 
 class Throughput(Strict):
-    """Dense peak rates by type in TFLOP/s (TOP/s for integers), without sparsity."""
+    """The dense peak rates by type in TFLOP/s (TOP/s for integers), without sparsity."""
 
     fp32: float | None = None
     tf32: float | None = None
@@ -26,19 +26,19 @@ class Throughput(Strict):
 
 
 class Profile(Strict):
-    """Facts on one kind of hardware. `profiles/*.yaml`.
+    """The facts about one kind of hardware, as in `profiles/*.yaml`.
 
     Args:
         kind: CPU or GPU.
         device: The maker's name of the device.
         compute_capability: CUDA compute capability such as "8.9"; GPUs only.
-        isa: Instruction sets that code may use, as /proc/cpuinfo names them; CPUs only.
-        threads: Threads to run with; None takes the physical cores of the machine at hand.
+        isa: Instruction sets that code may use, by their names in /proc/cpuinfo; CPUs only.
+        threads: Number of threads; None uses the physical cores of the machine at hand.
         memory_gib: Memory of the device, GiB.
         bandwidth_gbs: Peak memory bandwidth, GB/s (10**9 bytes).
         dense: Peak rates.
-        sources: Where each stated fact comes from, by field name.
-        notes: What a reader should know.
+        sources: Source of each stated fact, by field name.
+        notes: Remarks for the reader.
     """
 
     schema_version: Literal[1]

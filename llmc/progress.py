@@ -1,6 +1,6 @@
-"""What a build says while it works: stages with their time and peak memory, and notes.
+"""Report the progress of a build: stages with their time and peak memory, and notes.
 
-All of it goes to stderr; stdout carries data. A station takes a `Progress` and never prints.
+All of it goes to stderr; stdout is for data. A station receives a `Progress` and never prints.
 """
 
 import re
@@ -22,13 +22,13 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One finished stage.
+    """The measurements of one finished stage.
 
     Args:
-        name: As given to `Progress.stage`.
+        name: Name as given to `Progress.stage`.
         seconds: Wall time.
         peak_rss_bytes: Peak resident memory of the process so far, not of the stage alone; None
-            where the system does not tell.
+            if the system does not report it.
     """
 
     name: str
@@ -37,40 +37,40 @@ class StageRecord:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: what would steer it is written out, as `\\x1b` for an escape character.
+    """Escape the characters of a text that would control a terminal, such as `\\x1b` for an escape character.
 
-    That is control characters but the ends of lines and tabs, and what turns the direction of writing. Names
-    of models and tensors, file names and messages of others come from outside.
+    These are control characters except line ends and tabs, and characters that change the direction of
+    writing. Names of models and tensors, file names and foreign messages are untrusted.
     """
     return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Progress(Protocol):
-    """Where stages and notes of a long task go."""
+    """The receiver of the stages and notes of a long task."""
 
     @property
     def records(self) -> Sequence[StageRecord]:
-        """The stages that finished, in order of their end."""
+        """The finished stages, in order of their end."""
         ...
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Time what runs inside; stages may nest."""
+        """Time the code of this context; stages may nest."""
         ...
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
         ...
 
     def advance(self, done: int, total: int) -> None:
-        """How much of the innermost running stage is done, in a unit of its own."""
+        """Report how much of the innermost running stage is done, in any unit."""
         ...
 
 
 def peak_rss_bytes() -> int | None:
-    """Peak resident memory of this process in bytes, or None where the system does not tell.
+    """Return the peak resident memory of this process in bytes; None if the system does not report it.
 
-    Linux: VmHWM of /proc/self/status, which unlike getrusage starts anew at exec. macOS:
-    getrusage, in bytes there.
+    On Linux it is VmHWM of /proc/self/status, which unlike getrusage is reset at exec. On macOS it is
+    getrusage's, which is in bytes there.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -86,7 +86,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def describe_record(record: StageRecord) -> str:
-    """One line for people: name, seconds, peak memory in GB (10**9 bytes)."""
+    """Return a human-readable line: name, seconds, peak memory in GB (10**9 bytes)."""
     text = f"{record.name}  {record.seconds:.1f} s"
     if record.peak_rss_bytes is not None:
         text += f"  peak {record.peak_rss_bytes / 1e9:.2f} GB"
@@ -94,14 +94,14 @@ def describe_record(record: StageRecord) -> str:
 
 
 class _Pace:
-    """How fast the counted work of a stage goes; a count that starts anew is further work."""
+    """The speed of the counted work of a stage; a count that starts again is further work."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
         self._last = 0
 
     def describe(self, done: int, total: int) -> str:
-        """`12 of 64`, and how long the rest takes at this pace, if that is known and worth saying."""
+        """Return `12 of 64`, and how long the rest takes at this pace, if that is known and long enough."""
         now = time.perf_counter()
         if self._first is None or done < self._last:
             self._first = (now, done)
@@ -116,13 +116,13 @@ class _Pace:
         return f"{text}, about {left:.0f} s left" if left < 90 else f"{text}, about {left / 60:.0f} min left"
 
 
-#: Seconds of counted work before its pace is told, and between two lines of a log.
+#: Seconds of counted work before its pace is reported, and between two lines of a log.
 PACE_SECONDS = 2.0
 LINE_SECONDS = 30.0
 
 
 class SilentProgress:
-    """Keeps the records and says nothing."""
+    """The progress that keeps the records and prints nothing."""
 
     def __init__(self) -> None:
         self._records: list[StageRecord] = []
@@ -149,29 +149,29 @@ class SilentProgress:
         self._end(record)
 
     def note(self, text: str) -> None:
-        """Nothing is said."""
+        """Print nothing."""
 
     def advance(self, done: int, total: int) -> None:
-        """Tell how much of the innermost stage is done, and how long the rest takes."""
+        """Report how much of the innermost stage is done, and how long the rest takes."""
         if self._running and total > 0:
             name, pace = self._running[-1]
             self._count(f"{name}  {pace.describe(done, total)}")
 
     def _begin(self) -> None:
-        """A stage starts."""
+        """Handle the start of a stage; does nothing here."""
 
     def _count(self, text: str) -> None:
-        """Some of the innermost stage is done."""
+        """Handle progress of the innermost stage; does nothing here."""
 
     def _end(self, record: StageRecord) -> None:
-        """A stage is done."""
+        """Handle the end of a stage; does nothing here."""
 
     def _fail(self, name: str, seconds: float) -> None:
-        """A stage raised."""
+        """Handle a stage that raised; does nothing here."""
 
 
 class PlainProgress(SilentProgress):
-    """One line for each finished stage and each note, and one every half minute: for logs and CI."""
+    """The progress for logs and CI: a line for each finished stage and note, and one every half minute."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class PlainProgress(SilentProgress):
 
 
 class TerminalProgress(SilentProgress):
-    """A spinner with the innermost running stage, and a line for each that is done."""
+    """The progress with a spinner for the innermost running stage, and a line for each finished one."""
 
     def __init__(self, console: "Console | None" = None) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
-"""Bases of the records that are read from and written to files."""
+"""Define the bases of the records that are read from and written to files."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A frozen record that takes no unknown keys."""
+    """The base of frozen records that accept no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Strict(Record):
-    """A record that converts no types either."""
+    """The base of records that do not convert types either."""
 
     model_config = ConfigDict(strict=True)

@@ -1,4 +1,4 @@
-"""A folder for the temporary files of one process, cleared away by the next one where it was killed."""
+"""Provide a folder for the temporary files of one process; the next process removes it after a kill."""
 
 import atexit
 import os
@@ -9,18 +9,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-#: In the folder of a process: outputs that it began to change, a line each.
+#: A file in the folder of a process: the outputs that it began to change, one per line.
 _OUTPUTS = "llmc-outputs"
 
 
 def own_scratch(tidy: Callable[[Path], None]) -> None:
-    """Have all temporary files of this process in one folder, and clear away those of killed processes.
+    """Put all temporary files of this process into one folder, and remove those of killed processes.
 
-    Each process holds an `flock` on its folder, which ends with it. Where there are no temporary files or no
-    such locks, nothing changes.
+    Each process holds an `flock` on its folder, which ends with the process. Without a folder for temporary
+    files or such locks, nothing changes.
 
     Args:
-        tidy: Clears away what was left beside an output that a killed process had begun to change.
+        tidy: Removes what was left beside an output that a killed process had begun to change.
     """
     if os.name != "posix":
         return
@@ -40,7 +40,7 @@ def own_scratch(tidy: Callable[[Path], None]) -> None:
 
 
 def record_output(output: Path) -> None:
-    """Note that this process begins to change an output, for the one that clears up after it."""
+    """Record that this process begins to change an output, for the process that cleans up after it."""
     listed = Path(tempfile.gettempdir()) / _OUTPUTS
     with suppress(OSError):
         status = listed.stat(follow_symlinks=False)
@@ -50,7 +50,7 @@ def record_output(output: Path) -> None:
 
 
 def _sweep(folder: Path, tidy: Callable[[Path], None]) -> None:
-    """Clear away the folder of a process of this user, if no process holds it."""
+    """Remove the folder of a process of this user, if no process holds it."""
     import fcntl
 
     with suppress(OSError):

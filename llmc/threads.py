@@ -1,4 +1,4 @@
-"""One pool of threads for the process, as wide as the machine."""
+"""Provide one pool of threads for the process, with a thread per core."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from functools import cache
 
 
 def spread(work: Sequence[Callable[[], None]]) -> None:
-    """Do all of `work` on the pool; the first error ends it."""
+    """Run all of `work` on the pool; the first error ends it."""
     tasks: list[Future[None]] = [_workers().submit(item) for item in work]
     try:
         for task in tasks:
@@ -19,5 +19,5 @@ def spread(work: Sequence[Callable[[], None]]) -> None:
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    """The pool: however many matrices are asked for at once, no more threads than cores."""
+    """Return the pool: however many matrices are requested at once, no more threads run than cores."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="llmc")

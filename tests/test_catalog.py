@@ -152,7 +152,7 @@ def test_a_file_carries_its_name(tmp_path: Path) -> None:
 
 
 def test_local_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="takes the name local"):
+    with pytest.raises(ConfigError, match="has the name local"):
         load_profile("l4", own(tmp_path, "local"))
 
 

@@ -31,5 +31,5 @@ def test_a_call_that_does_not_end(call: object, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_call_that_takes_gigabytes() -> None:
-    assert exceeded_limit(lambda: "a" * 10**10) == "takes more than 1 GiB of memory"
-    assert exceeded_limit(lambda: "a" * 10**8) == "makes more than 16,777,216 characters"
+    assert exceeded_limit(lambda: "a" * 10**10) == "needs more than 1 GiB of memory"
+    assert exceeded_limit(lambda: "a" * 10**8) == "returns more than 16,777,216 characters"

@@ -57,5 +57,5 @@ def test_several_profiles_are_for_engines() -> None:
     assert plan.output == Path("artifacts/demo/tensorrt-fp16@l4+rtx-4090")
     with pytest.raises(ConfigError, match="target cuda-int4 is built for one profile, and 2 are named"):
         plan_build("demo", target="cuda-int4", profile="l4,rtx-4090")
-    with pytest.raises(ConfigError, match="names a profile twice, or none between two commas"):
+    with pytest.raises(ConfigError, match="names a profile twice, or has an empty name"):
         plan_build("demo", target="tensorrt-fp16", profile="l4,l4")

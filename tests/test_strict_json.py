@@ -9,7 +9,7 @@ from llmc.strict_json import parse_json
 
 @pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', '{"a": [{"b": -1e999}]}', '{"a": [1.5, NaN]}'])
 def test_a_number_that_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is -?(nan|inf), which is no number"):
+    with pytest.raises(ValueError, match=r"is -?(nan|inf), which is not a number"):
         parse_json(text)
 
 
@@ -25,5 +25,5 @@ def test_what_no_parser_takes(text: str | bytes) -> None:
 
 def test_a_key_may_be_repeated_with_its_value_alone() -> None:
     assert parse_json('{"a": 1, "a": 1}') == {"a": 1}
-    with pytest.raises(ValueError, match="a is there twice, as 1 and 2"):
+    with pytest.raises(ValueError, match="a is given twice, as 1 and 2"):
         parse_json('{"a": 1, "a": 2}')

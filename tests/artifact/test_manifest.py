@@ -40,7 +40,7 @@ def test_json_has_sorted_keys_and_ends_with_a_newline(make_manifest: MakeManifes
         ('{"schema_version": "1"}', r"it has no schema_version"),
         ('{"schema_version": 2}', r"m\.json has schema version 2; this llmc reads up to 1"),
         ('{"schema_version": 1}', r"m\.json is damaged: llmc_version: Field required"),
-        ('{"state": 1, "state": 2}', r"m\.json is damaged: state is there twice, as 1 and 2"),
+        ('{"state": 1, "state": 2}', r"m\.json is damaged: state is given twice, as 1 and 2"),
     ],
 )
 def test_damaged_json_is_a_typed_error(text: str, fact: str) -> None:

@@ -96,7 +96,7 @@ def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
         (
             '{"model_type": "llama", "hidden_size": 64, "hidden_size": 128}',
-            "hidden_size is there twice, as 64",
+            "hidden_size is given twice, as 64",
         ),
         ('{"model_type": "llama", "rms_norm_eps": NaN}', "rms_norm_eps is nan"),
         ('{"model_type": "llama", "rms_norm_eps": 1e999}', "rms_norm_eps is inf"),

@@ -203,10 +203,10 @@ def test_a_template_that_renders_no_message_is_refused(template: str, said: str,
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "does not end within",
         ),
-        ("{{ 'a' * 10**10 }}", "takes more than 1 GiB of memory"),
+        ("{{ 'a' * 10**10 }}", "needs more than 1 GiB of memory"),
         (
             "{% if messages[0].role == 'system' %}{{ 'a'.center(10**8) }}{% endif %}",
-            "makes more than .* characters",
+            "returns more than .* characters",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def test_many_differences_are_counted() -> None:
     [
         ("a.json", None, "a.json is missing"),
         ("a.json", "{", "a.json is not JSON: Expecting property name"),
-        ("a.json", '{"search": 1, "search": 2}', "a.json: search is there twice, as 1 and 2"),
+        ("a.json", '{"search": 1, "search": 2}', "a.json: search is given twice, as 1 and 2"),
         ("a.json", json.dumps(BUILT, indent=7), "the bytes of a.json differ from what a build writes"),
         ("a.jinja", "{{ x }}", "a.jinja is not the file of the original"),
     ],
