@@ -24,20 +24,24 @@ def test_a_prompt_fits_the_cache() -> None:
 @pytest.mark.parametrize(
     ("target", "changes", "message"),
     [
-        ("tensorrt-fp16", {"engine": None}, "engine goes with backend tensorrt, which needs it"),
+        (
+            "tensorrt-fp16",
+            {"engine": None},
+            "engine requires backend tensorrt, and backend tensorrt requires engine",
+        ),
         ("tensorrt-fp16", {"provider": "cpu"}, "backend tensorrt needs provider cuda"),
-        ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine goes with backend tensorrt"),
-        ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 goes with backend tensorrt"),
-        ("cpu-int4", {"kv_cache": "int8"}, "kv_cache goes with kernels: compiled"),
+        ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine requires backend tensorrt"),
+        ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 requires backend tensorrt"),
+        ("cpu-int4", {"kv_cache": "int8"}, "kv_cache requires kernels: compiled"),
         ("cpu-int4-compiled", {"kv_cache": "int4"}, "Input should be 'float32', 'float16' or 'int8'"),
-        ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine goes with backend tensorrt"),
+        ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine requires backend tensorrt"),
         (
             "tensorrt-fp16",
             {"quantize": {"accuracy_level": 0, "rules": []}},
             "takes its formats from engine.weights; quantize must be null",
         ),
-        ("cpu-int4", {"lookup": 7}, "lookup goes with backend onnxruntime and logits of all tokens"),
-        ("tensorrt-fp16", {"lookup": 7, "logits": "all"}, "lookup goes with backend onnxruntime"),
+        ("cpu-int4", {"lookup": 7}, "lookup requires backend onnxruntime and logits of all tokens"),
+        ("tensorrt-fp16", {"lookup": 7, "logits": "all"}, "lookup requires backend onnxruntime"),
     ],
 )
 def test_backends_and_their_fields(target: str, changes: dict[str, object], message: str) -> None:

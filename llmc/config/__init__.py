@@ -1,6 +1,6 @@
-"""What a build is asked to do: `Target` (intent) and `BuildPlan`; facts on hardware are `llmc.profile`'s.
+"""Define what a build is asked to do: `Target` (intent) and `BuildPlan`; `llmc.profile` has the hardware.
 
-All are strict and frozen, and come from YAML through `llmc.catalog`; `model_copy` makes a variant.
+All of them are strict and frozen, and come from YAML through `llmc.catalog`; `model_copy` makes a variant.
 """
 
 from enum import StrEnum
@@ -30,14 +30,14 @@ from llmc.records import Strict
 
 
 class Provider(StrEnum):
-    """ONNX Runtime execution provider an artifact is lowered for."""
+    """The ONNX Runtime execution provider for which an artifact is lowered."""
 
     CPU = "cpu"
     CUDA = "cuda"
 
 
 class Dtype(StrEnum):
-    """Element type of activations, KV cache and logits."""
+    """The element type of activations, KV cache and logits."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -45,7 +45,7 @@ class Dtype(StrEnum):
 
 
 class CacheType(StrEnum):
-    """Element type of the KV cache of compiled kernels; int8 has a scale per token and head."""
+    """The element type of the KV cache of compiled kernels; int8 has a scale per token and head."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -53,7 +53,7 @@ class CacheType(StrEnum):
 
 
 class Gate(Strict):
-    """One threshold on one metric, with the reason for its value.
+    """The threshold on one metric, with the reason for its value.
 
     Exactly one of `max` and `min` is given, in the unit of the metric; see `llmc.config.metrics`.
     """
@@ -71,12 +71,12 @@ class Gate(Strict):
 
 
 class PassSpec(Strict):
-    """One pass of a target, and how often it must apply.
+    """The settings of one pass of a target, and how often it must apply.
 
     Args:
         name: Registered name of the pass.
-        per_layer: Times that it must apply per decoder layer, or [least, most]; accepted refusals count.
-        accept: Codes of refusals that are fine on this target; any other refusal fails the build.
+        per_layer: How often it must apply per decoder layer, or [least, most]; accepted refusals count.
+        accept: Codes of refusals that this target tolerates; any other refusal fails the build.
     """
 
     name: str
@@ -85,13 +85,13 @@ class PassSpec(Strict):
 
 
 class WeightScheme(Strict):
-    """How one matrix is stored: integers by block along the input features.
+    """The storage of one matrix: integers by block along the input features.
 
     Args:
         bits: 4 or 8.
-        block_size: Input features that share a scale.
+        block_size: Number of input features that share a scale.
         symmetric: True for a fixed zero point of 2**(bits-1), False for one per block.
-        method: How the codes are found; see `llmc.config.method`.
+        method: Method that finds the codes; see `llmc.config.method`.
     """
 
     bits: Literal[4, 8]
@@ -104,11 +104,12 @@ WeightRule = Rule[WeightScheme]
 
 
 class NeuronPruning(Strict):
-    """Neurons of every MLP that are left out.
+    """The neurons to leave out of every MLP.
 
     Args:
-        fraction: Of the neurons of a layer.
-        multiple: The nearest multiple of this stays: blocks of quantized weights and kernels want it.
+        fraction: Fraction of the neurons of a layer to remove.
+        multiple: The number that stays is the nearest multiple of this, as quantization blocks and kernels
+            need.
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -116,15 +117,16 @@ class NeuronPruning(Strict):
 
 
 class Pruning(Strict):
-    """What is left out of the model before it is quantized, chosen by what calibration text shows of it.
+    """The parts to leave out of the model before it is quantized, chosen by calibration text.
 
     Args:
-        calibration: That text.
-        repair: Let the weights that stay make up for those that go, by least squares and without training.
-        layers: Whole decoder layers.
-        mlp: Neurons, as many in each layer.
-        kv_groups: In each layer, heads of keys and values with the query heads that share them.
-        sparsity: Two of every four neighbouring weights of the layers' matrices are 0, for TensorRT.
+        calibration: The calibration text.
+        repair: Whether the remaining weights compensate for the removed ones, by least squares without
+            training.
+        layers: Number of whole decoder layers to remove.
+        mlp: Neurons to remove, equally many in each layer.
+        kv_groups: Heads of keys and values to remove in each layer, with the query heads that share them.
+        sparsity: Two of every four neighbouring weights of the layers' matrices become 0, for TensorRT.
     """
 
     calibration: CalibrationText
@@ -142,14 +144,14 @@ class Pruning(Strict):
 
 
 class Allocation(Strict):
-    """Mixed precision: how many bits each matrix gets, solved from how much the model's answers need them.
+    """The settings of mixed precision: the bits of each matrix are solved from its predicted KL divergence.
 
     Args:
-        choices: Schemes that a matrix can get; that of its rule is one more.
-        text: Calibration text that sensitivities are measured on.
-        budget_bits: Most stored bits by element over all matrices of the model, scales and zero points
-            included; within it the least predicted KL divergence is sought. Not with `max_kl`.
-        max_kl: Most predicted KL divergence, nats per token; within it the fewest bytes are sought.
+        choices: Schemes that a matrix can get, in addition to its rule's scheme.
+        text: Calibration text on which sensitivities are measured.
+        budget_bits: Maximum stored bits per element over all matrices of the model, with scales and zero
+            points; within it the predicted KL divergence is minimized. Excludes `max_kl`.
+        max_kl: Maximum predicted KL divergence, nats per token; within it the bytes are minimized.
     """
 
     choices: Annotated[tuple[WeightScheme, ...], Field(min_length=1)]
@@ -165,19 +167,20 @@ class Allocation(Strict):
 
 
 class Quantization(Strict):
-    """Weight-only quantization of a target.
+    """The weight-only quantization of a target.
 
     Args:
         accuracy_level: `MatMulNBits` attribute: 0 unset, 1 fp32, 2 fp16 (kernels: int16), 4 int8 activations.
-        kept_accuracy: The same, by role, for codes kept from the checkpoint, which lose nothing else.
-        scales: Type that scales are stored in: that of the `activations`, as operators take them, or
-            `float16`, made float32 when a session starts. Experts have the former; scales that a checkpoint
-            has in float16 stay so where its codes are kept.
-        rules: Tried in order, per matrix.
-        calibration: Text for methods that need it; None if nothing has such a method.
-        scale_channels: Scale channels of activations before their weights are calibrated, where that costs
-            nothing and helps (AWQ).
-        allocation: Decides anew on linear layers that the rules quantize; None leaves it at the rules.
+        kept_accuracy: The same, by role, for codes kept from the checkpoint, which have no other loss.
+        scales: Type of stored scales: that of the `activations`, as operators accept it, or `float16`,
+            converted to float32 when a session starts. Experts always have the former; scales that a
+            checkpoint stores in float16 stay so where its codes are kept.
+        rules: Rules that are tried in order, per matrix.
+        calibration: Text for methods that need it; None if no method does.
+        scale_channels: Whether to scale channels of activations before their weights are calibrated, where
+            that costs nothing and reduces the error (AWQ).
+        allocation: Decides the schemes of linear layers that the rules quantize; None keeps the rules'
+            schemes.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
@@ -203,22 +206,23 @@ class Quantization(Strict):
 
 
 class BackendName(StrEnum):
-    """What an artifact is made of: an ONNX Runtime model, or TensorRT engines."""
+    """The kind of an artifact: an ONNX Runtime model, or TensorRT engines."""
 
     ONNXRUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
 
 
 class Target(Strict):
-    """An intent: backend, passes in order, precision, interface, thresholds. `targets/*.yaml`.
+    """The intent of a build: backend, passes in order, precision, interface, thresholds; `targets/*.yaml`.
 
     `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
 
     Args:
-        kernels: `compiled` generates operators for the model and the profile's CPU, where they fit.
-        kv_cache: Element type of the KV cache, for `compiled` kernels alone; elsewhere it is `dtype`.
-        prune: What is left out of the model; parity is to the model without it, quality to the original.
-        lookup: Tokens that onnxruntime-genai drafts in a step by prompt lookup, whoever serves the
+        kernels: `compiled` generates operators for the model and the profile's CPU, where possible.
+        kv_cache: Element type of the KV cache, for `compiled` kernels only; otherwise it is `dtype`.
+        prune: Parts to leave out of the model; parity is measured to the pruned model, quality to the
+            original.
+        lookup: Number of tokens that onnxruntime-genai drafts per step by prompt lookup, whoever serves the
             artifact. It then refuses batches, and needs logits of all tokens.
     """
 
@@ -251,7 +255,7 @@ class Target(Strict):
     @model_validator(mode="after")
     def _backend_fits(self) -> "Target":
         if (self.backend is BackendName.TENSORRT) != (self.engine is not None):
-            raise ValueError("engine goes with backend tensorrt, which needs it, and with no other backend")
+            raise ValueError("engine requires backend tensorrt, and backend tensorrt requires engine")
         if self.backend is BackendName.TENSORRT and self.quantize is not None:
             raise ValueError("backend tensorrt takes its formats from engine.weights; quantize must be null")
         if self.backend is not BackendName.TENSORRT and self.prune is not None and self.prune.sparsity:
@@ -259,33 +263,33 @@ class Target(Strict):
                 f"backend {self.backend.value} has no kernels for sparsity {self.prune.sparsity}"
             )
         if self.backend is not BackendName.TENSORRT and self.dtype is Dtype.BFLOAT16:
-            raise ValueError("bfloat16 goes with backend tensorrt; onnxruntime lacks kernels for it")
+            raise ValueError("bfloat16 requires backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":
-            raise ValueError("kv_cache goes with kernels: compiled; elsewhere it is of the type dtype")
+            raise ValueError("kv_cache requires kernels: compiled; otherwise its type is dtype")
         if self.backend is BackendName.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
         if self.lookup is not None and (self.backend is BackendName.TENSORRT or self.logits == "last"):
-            raise ValueError("lookup goes with backend onnxruntime and logits of all tokens")
+            raise ValueError("lookup requires backend onnxruntime and logits of all tokens")
         return self
 
 
 class BuildPlan(Strict):
-    """One build, fully resolved.
+    """The complete description of one build.
 
     Args:
-        model: As the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
+        model: Model as the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
         adapter: Folder or hub id of a LoRA adapter that is merged into the model; None for none.
-        target: The intent.
-        profile: The hardware.
-        also: Further hardware that the artifact is to run on; engines alone are built for several.
+        target: The target.
+        profile: The hardware profile.
+        also: Further hardware for the artifact; only engines are built for several.
         output: Directory of the artifact.
-        verify: Run the parity gate after building.
-        eval_text: Files of evaluation text, `-` for standard input; none for the one that ships.
-        chat_template: Jinja template in the place of the checkpoint's own; None for that.
-        token_ids: Build although onnxruntime-genai's tokenizer does not give the model's tokens.
-        every_check: Measure everything although a cheap check of the gate has missed.
-        seed: By which the positions that the gate looks at are drawn; None for the artifact's own.
-        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
+        verify: Whether to run the parity gate after building.
+        eval_text: Files of evaluation text, `-` for standard input; empty for the text that ships.
+        chat_template: Jinja template that replaces the checkpoint's own; None keeps it.
+        token_ids: Whether to build although onnxruntime-genai's tokenizer does not give the model's tokens.
+        every_check: Whether to measure everything although a cheap check of the gate has missed.
+        seed: Seed of the positions that the gate verifies; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many positions are drawn; None for the default.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""What the parts of a target share."""
+"""Define what the parts of a target share."""
 
 from enum import StrEnum
 from typing import Annotated, Generic, TypeVar
@@ -9,11 +9,11 @@ from llmc.records import Strict
 
 
 class WeightRole(StrEnum):
-    """What a matrix is for, which decides its bits.
+    """The purpose of a matrix, which decides its bits.
 
-    RESIDUAL is a projection whose result is added to the residual stream (of attention's output, down
-    in the MLP); ROUTER chooses experts, EXPERTS are the stacked matrices of a layer of them; LINEAR is
-    any other linear layer.
+    RESIDUAL is a projection whose result is added to the residual stream (attention's output projection, the
+    MLP's down projection); ROUTER chooses experts, EXPERTS are the stacked matrices of a layer of them;
+    LINEAR is any other linear layer.
     """
 
     EMBEDDING = "embedding"
@@ -28,7 +28,7 @@ Scheme = TypeVar("Scheme", bound=BaseModel)
 
 
 class Rule(Strict, Generic[Scheme]):
-    """The first rule whose role and name pattern fit decides; `scheme: null` leaves it in float."""
+    """The scheme of matching matrices: the first rule whose role and name match decides; null keeps float."""
 
     role: Annotated[WeightRole, Field(strict=False)] | None = None
     match: str = "*"
@@ -36,11 +36,11 @@ class Rule(Strict, Generic[Scheme]):
 
 
 class CalibrationText(Strict):
-    """How much of the text that ships for calibration the model is run on.
+    """The part of the calibration text that ships on which the model is run.
 
     Args:
-        window_tokens: Tokens of one window; windows do not overlap.
-        max_windows: Most windows; fewer if the text has no more.
+        window_tokens: Number of tokens of one window; windows do not overlap.
+        max_windows: Maximum number of windows; fewer if the text has no more.
     """
 
     window_tokens: Annotated[int, Field(ge=16)]

@@ -1,4 +1,4 @@
-"""What a target says of TensorRT engines."""
+"""Define the settings of TensorRT engines in a target."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from llmc.records import Strict
 
 
 class WeightFormat(StrEnum):
-    """Type of a quantized matrix inside of a TensorRT graph; all of them are symmetric."""
+    """The type of a quantized matrix inside a TensorRT graph; all of them are symmetric."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -19,15 +19,15 @@ class WeightFormat(StrEnum):
 
 
 class EngineScheme(Strict):
-    """How one matrix of an engine is stored, and in which type its products are computed.
+    """The storage of one matrix of an engine, and the type in which its products are computed.
 
     Args:
         format: int8 and fp8 have a scale per output feature; int4 one per block; nvfp4 one per block of 16
             in fp8, times one per tensor.
-        block_size: Input features that share a scale; int4 alone, where it is required.
-        activations: `float`: products are computed in the graph's type. `static`: activations are stored in
-            `format` too, by one scale each that calibration text decides (int8 and fp8). `dynamic`: in
-            nvfp4, by block as they come.
+        block_size: Number of input features that share a scale; only for int4, where it is required.
+        activations: `float`: products are computed in the graph's type. `static`: activations are also stored
+            in `format`, by one scale each that calibration text decides (int8 and fp8). `dynamic`:
+            activations are stored in nvfp4, by block at run time.
     """
 
     format: Annotated[WeightFormat, Field(strict=False)]
@@ -36,24 +36,24 @@ class EngineScheme(Strict):
 
     @property
     def bits(self) -> int:
-        """Of one code."""
+        """The bits per stored value."""
         return 4 if self.format in (WeightFormat.INT4, WeightFormat.NVFP4) else 8
 
     @property
     def symmetric(self) -> bool:
-        """True: TensorRT takes no zero points."""
+        """True, since TensorRT supports no zero points."""
         return True
 
     @model_validator(mode="after")
     def _blocks(self) -> "EngineScheme":
         if (self.format is WeightFormat.INT4) != (self.block_size is not None):
             raise ValueError("block_size goes with int4, which needs it, and with no other format")
-        taken = {
+        accepted = {
             "float",
             {WeightFormat.INT4: "float", WeightFormat.NVFP4: "dynamic"}.get(self.format, "static"),
         }
-        if self.activations not in taken:
-            options = " or ".join(sorted(taken))
+        if self.activations not in accepted:
+            options = " or ".join(sorted(accepted))
             raise ValueError(f"{self.format.value} takes activations {options}, not {self.activations}")
         return self
 
@@ -62,7 +62,7 @@ EngineRule = Rule[EngineScheme]
 
 
 class Span(Strict):
-    """Sizes of one dynamic dimension: the least, the one to be fastest at, and the most."""
+    """The sizes of one dynamic dimension: the least, the one to optimize for, and the largest."""
 
     least: Annotated[int, Field(ge=1)]
     typical: int
@@ -78,16 +78,16 @@ class Span(Strict):
 
 
 class Engine(Strict):
-    """What a TensorRT engine is built for.
+    """The sizes and types for which a TensorRT engine is built.
 
     Args:
-        kv_capacity: Slots of the KV cache, and so the longest prompt and answer together.
+        kv_capacity: Slots of the KV cache, which limit the length of prompt and answer together.
         batch: Rows of a batch, in prefill and decode.
-        prefill: New tokens of a row in one prefill step; decode always takes one.
-        weights: Which matrices are quantized, and how.
-        calibration: Text for activations that are quantized; None if no rule quantizes any.
-        least_activation_db: Activations whose signal-to-noise ratio on that text is lower as quantized stay
-            in float, and so do the products that read them; None keeps none.
+        prefill: New tokens of a row in one prefill step; decode always has one.
+        weights: Rules for the matrices to quantize.
+        calibration: Text for quantized activations; None if no rule quantizes any.
+        least_activation_db: Activations whose signal-to-noise ratio as quantized on that text is lower stay
+            in float, and so do the products that read them; None keeps none in float.
     """
 
     kv_capacity: Annotated[int, Field(ge=2)]
@@ -99,8 +99,10 @@ class Engine(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Engine":
-        wanted = any(rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights)
-        if wanted != (self.calibration is not None):
+        quantizes_activations = any(
+            rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights
+        )
+        if quantizes_activations != (self.calibration is not None):
             raise ValueError("give calibration if and only if a rule quantizes activations")
         if self.prefill.most > self.kv_capacity:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""The methods that find the codes of a quantized matrix: one config class each.
+"""Define the methods that find the codes of a quantized matrix: one config class each.
 
-`llmc.quantize.methods` has the handler of each, which does the work. A target states a method by its name.
+`llmc.quantize.methods` has the handler of each method, which does the work. A target states a method by its
+name.
 """
 
 from typing import Annotated, Any, ClassVar
@@ -12,13 +13,13 @@ from llmc.records import Strict
 
 
 class Method(Strict):
-    """A method of quantization, and what a target must know of it.
+    """The base of quantization methods, with what a target must know of them.
 
     Args:
-        name: As targets state it.
-        starts_from: For a method that needs calibration text, the one that finds the scales which it begins
-            with; that one is used alone where calibration text is missing or brings no gain. None for a
-            method that needs no calibration text.
+        name: Name of the method in targets.
+        starts_from: For a method that needs calibration text, the method that finds its initial scales; that
+            method is used alone if calibration text is missing or brings no gain. None for a method that
+            needs no calibration text.
     """
 
     name: ClassVar[str]
@@ -29,24 +30,24 @@ class Method(Strict):
         return self.starts_from is not None
 
     def uncalibrated(self) -> "Method":
-        """The method that takes the place of this one without calibration text: itself, if it needs none."""
+        """Return the method that replaces this one without calibration text; itself if it needs none."""
         return self if self.starts_from is None else self.starts_from()
 
 
 class RoundToNearest(Method):
-    """Scales that just span their blocks, and the nearest codes."""
+    """The method of scales that just span their blocks, with the nearest codes."""
 
     name = "rtn"
 
 
 class LeastSquares(Method):
-    """Scales searched for the least squared error, and the nearest codes."""
+    """The method of scales that minimize the squared error, with the nearest codes."""
 
     name = "mse"
 
 
 class Gptq(Method):
-    """The scales of `LeastSquares`, and codes that compensate each other's error on calibration text."""
+    """The method of `LeastSquares` scales and of codes that compensate each other's error on a text."""
 
     name = "gptq"
     starts_from = LeastSquares
@@ -57,7 +58,7 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (RoundToNe
 
 
 def calibrated_methods() -> list[str]:
-    """Names of the methods that need calibration text."""
+    """Return the names of the methods that need calibration text."""
     return [name for name, method in METHODS.items() if method.starts_from is not None]
 
 
@@ -70,5 +71,5 @@ def _parse(value: Any) -> Method:
     return METHODS[value]()
 
 
-#: A method within a scheme; it is read from its name, and written as that.
+#: A method within a scheme; it is read from its name, and written as its name.
 NamedMethod = Annotated[Method, BeforeValidator(_parse), PlainSerializer(lambda method: method.name, str)]
