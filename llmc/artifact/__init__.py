@@ -1,1 +1,1 @@
-"""What a build leaves behind: its manifest, how it is written and read, and the cache of stages."""
+"""Define what a build leaves behind: its manifest, how it is written and read, and the cache of stages."""

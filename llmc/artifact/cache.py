@@ -1,7 +1,7 @@
-"""Stage cache: results of a stage by the digest of everything they depend on.
+"""Cache results of stages by the digest of everything that they depend on.
 
-No build needs it. Where its folder cannot be read or written, what one run keeps for itself goes to a
-temporary folder, and a warning of the logger `llmc` says so once.
+No build needs the cache. If its folder cannot be read or written, what one run stores for itself goes to a
+temporary folder, and the logger `llmc` warns of that once.
 """
 
 import errno
@@ -23,29 +23,29 @@ from llmc.errors import ConfigError
 _KEY = re.compile(r"[0-9a-f]{64}")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _PARTIAL = ".partial"
-#: Age from which on a partial entry is what a killed process left.
+#: Age from which a partial entry was left by a killed process.
 _ABANDONED_SECONDS = 3600
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def content_key(stage: str, facts: Mapping[str, object]) -> str:
-    """Key of a result: sha256 over the stage's name and all facts that shape it.
+    """Return the key of a result: sha256 over the stage's name and all facts that shape it.
 
     Args:
-        facts: What the result depends on, as JSON values; their order does not matter.
+        facts: Everything that the result depends on, as JSON values; their order does not matter.
     """
     text = json.dumps([stage, facts], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def default_cache_folder() -> Path:
-    """$LLMC_CACHE if set, else `llmc` in the user's cache directory."""
+    """Return $LLMC_CACHE if set, else `llmc` in the user's cache directory."""
     stated = os.environ.get("LLMC_CACHE")
     return Path(os.path.expanduser(stated)) if stated else user_cache_folder() / "llmc"
 
 
 def user_cache_folder() -> Path:
-    """$XDG_CACHE_HOME or ~/.cache; for a user without a home, a folder among the temporary files."""
+    """Return $XDG_CACHE_HOME or ~/.cache; for a user without a home, a folder among the temporary files."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(base) if base else Path.home() / ".cache"
@@ -55,24 +55,24 @@ def user_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class StageCache:
-    """Bytes by key on disk, each entry led by a sha256 over it; the oldest go when it grows too big.
+    """The entries stored on disk by key, each with a sha256 over it; the oldest are removed at a size limit.
 
-    Several processes may use one folder at a time. An entry counts only if it belongs to this user and nobody
-    else may write to it: some are libraries that are loaded.
+    Several processes may use one folder at a time. An entry is valid only if it belongs to this user and
+    nobody else may write to it: some entries are libraries that are loaded.
 
     Args:
-        folder: Where the entries are; made when the first is put.
-        max_bytes: Bound on the size of all entries together.
+        folder: Folder of the entries; created when the first is put.
+        max_bytes: Maximum size of all entries together.
     """
 
     folder: Path
     max_bytes: int = 1 << 30
 
     def get(self, key: str) -> bytes | None:
-        """The bytes put under `key`; None if there are none. A damaged entry is removed.
+        """Return the bytes put under `key`; None if there are none. A damaged entry is removed.
 
         Args:
-            key: As `content_key` gives it.
+            key: Key from `content_key`.
         """
         for path in self._paths(key):
             try:
@@ -86,12 +86,12 @@ class StageCache:
             digest, data = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
             if _seal(key, data) == digest:
                 return data
-            with suppress(OSError):  # it is not taken, whether it can be removed or not
+            with suppress(OSError):  # it is not used, whether or not it can be removed
                 path.unlink(missing_ok=True)
         return None
 
     def holds(self, key: str) -> bool:
-        """Whether there is an entry under `key`; only `get` finds out whether it is damaged."""
+        """Return whether there is an entry under `key`; only `get` detects whether it is damaged."""
         for path in self._paths(key):
             with suppress(OSError):
                 os.close(_open_own(path))
@@ -99,9 +99,10 @@ class StageCache:
         return False
 
     def put(self, key: str, data: bytes) -> None:
-        """Store `data` under `key` in one step, then remove the oldest entries beyond the bound.
+        """Store `data` under `key` atomically, then remove the oldest entries beyond the size limit.
 
-        Where that is not possible, in a temporary folder of this process; where even that is not, nowhere.
+        If that is not possible, store it in a temporary folder of this process; if that fails too, do
+        nothing.
         """
         path = self._path(key)
         if not have_substitute(self.folder):
@@ -136,7 +137,7 @@ class StageCache:
                 status = path.stat()
             except FileNotFoundError:  # another process evicted it
                 continue
-            if not path.is_file():  # another cache, with a bound of its own
+            if not path.is_file():  # another cache, with its own size limit
                 continue
             if path.suffix == _PARTIAL and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 _remove(path)
@@ -151,10 +152,10 @@ class StageCache:
 
 
 def _store(path: Path, key: str, data: bytes) -> None:
-    """Write an entry in one step, and see that it counts.
+    """Write an entry atomically, and check that it is valid.
 
     Raises:
-        OSError: It cannot be written, or would not be taken when it is read.
+        OSError: It cannot be written, or would not be valid when it is read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(suffix=_PARTIAL, dir=path.parent)
@@ -170,10 +171,10 @@ def _store(path: Path, key: str, data: bytes) -> None:
 
 
 def _open_own(path: Path) -> int:
-    """A descriptor to read a file of this user that nobody else may write to; no link is followed.
+    """Open a file of this user that nobody else may write to, for reading; follow no link.
 
     Raises:
-        OSError: There is none, or it is somebody else's.
+        OSError: There is no such file, or it is somebody else's.
     """
     if os.name != "posix":
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -190,7 +191,7 @@ def _open_own(path: Path) -> int:
 
 
 def _seal(key: str, data: bytes) -> bytes:
-    """The digest of an entry; with its key, so that none stands for another."""
+    """Return the digest of an entry with its key, so that no entry can replace another."""
     digest = hashlib.sha256(key.encode())
     digest.update(data)
     return digest.digest()

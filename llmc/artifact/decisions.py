@@ -1,4 +1,4 @@
-"""What pruning decided, kept in the artifact so that the same weights can be had again."""
+"""Store the decisions of pruning in the artifact, so that the same weights can be computed again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def write_decisions(
     decisions: Mapping[str, Array], influence: Sequence[float], folder: Path, reports: Path
 ) -> None:
-    """Keep what was decided beside the graph, and what layers were measured at among the reports.
+    """Write the decisions beside the graph, and the influence of layers among the reports.
 
     Args:
-        decisions: Indices that stay, int64 (kept,), by what they count.
-        influence: How much each layer of the original turns the hidden states; empty if that was not asked.
+        decisions: Indices that stay, int64 (kept,), by the name of what they index.
+        influence: How much each layer of the original turns the hidden states; empty if it was not measured.
 
     Raises:
         ResourceError: Disk full.
@@ -37,7 +37,7 @@ def write_decisions(
 
 
 def read_decisions(folder: Path) -> dict[str, Array]:
-    """What `write_decisions` kept.
+    """Read what `write_decisions` wrote.
 
     Raises:
         ParityError: The file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Writing to disk: space asked for before, files replaced whole, and what the operating system says."""
+"""Write to disk: check free space first, replace files atomically, and convert errors of the system."""
 
 import errno
 import os
@@ -11,19 +11,19 @@ from pathlib import Path
 from llmc.errors import ConfigError, ResourceError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: EXDEV: a folder that a container's image brought cannot be renamed.
+#: EXDEV: a folder from a container's image cannot be renamed.
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV}
 _HINT = "free some space, or choose another place for the output"
-#: How libraries written in Rust (safetensors, tokenizers) quote the operating system.
+#: The form in which libraries written in Rust (safetensors, tokenizers) quote the operating system.
 _QUOTED = re.compile(r"\(os error (\d+)\)")
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the file system of `folder` cannot hold.
+    """Refuse to begin what does not fit on the file system of `folder`.
 
     Args:
         folder: An existing directory.
-        needed: Bytes about to be written.
+        needed: Bytes that are about to be written.
 
     Raises:
         ResourceError: Less than `needed` bytes are free.
@@ -50,7 +50,7 @@ def space_errors(path: Path) -> Iterator[None]:
 
 
 def _error_number(error: Exception) -> int:
-    """The operating system's number for an error, also where a library only quotes it; 0 if there is none."""
+    """Return the operating system's number of an error, even if a library quotes it; 0 if there is none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     quoted = _QUOTED.search(str(error))
@@ -59,7 +59,7 @@ def _error_number(error: Exception) -> int:
 
 @contextmanager
 def access_errors(path: Path) -> Iterator[None]:
-    """Turn a place that may not be written to into a typed error.
+    """Convert a lack of write permission into a typed error.
 
     Raises:
         ConfigError: No permission, or a read-only file system.
@@ -75,11 +75,11 @@ def access_errors(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step: readers see the old one or the new one, whole.
+    """Replace a file by `text` atomically: readers see either the old or the new content.
 
     Raises:
-        ResourceError: No space for it; the file that was there is untouched.
-        ConfigError: The folder may not be written to.
+        ResourceError: No space for it; the existing file is untouched.
+        ConfigError: The folder is not writable.
     """
     partial = path.with_name(f".partial-{path.name}")
     with space_errors(path), access_errors(path):
@@ -97,12 +97,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # a file system without it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # the file system has no fsync
             raise
     finally:
         os.close(descriptor)

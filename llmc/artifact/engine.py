@@ -1,4 +1,4 @@
-"""What is recorded of a TensorRT engine when it is built, since none can be read back without its GPU."""
+"""Record the facts of a TensorRT engine when it is built, since none can be read back without its GPU."""
 
 from typing import Literal
 
@@ -8,14 +8,14 @@ from llmc.records import Strict
 
 
 class EnginePhase(Strict):
-    """One optimization profile of an engine.
+    """The facts of one optimization profile of an engine.
 
     Args:
-        name: Prefill, or decode with one new token a row.
+        name: Prefill, or decode with one new token per row.
         shapes: Least, typical and largest shape of every input with a dynamic dimension.
-        layers: Kernels and other steps of the engine.
-        layers_per_decoder_layer: Those that the decoder layer in the middle takes part in.
-        fused_attention: Attention layers of the model that one fused kernel computes.
+        layers: Number of kernels and other steps of the engine.
+        layers_per_decoder_layer: Number of those in which the middle decoder layer takes part.
+        fused_attention: Number of attention layers of the model that one fused kernel computes.
         scratch_bytes: Memory besides weights, inputs and outputs.
     """
 
@@ -28,21 +28,21 @@ class EnginePhase(Strict):
 
 
 class EngineRecord(Strict):
-    """One engine of an artifact, built or to be built on its GPU.
+    """The facts of one engine of an artifact, built or to be built on its GPU.
 
     Args:
         file: Its file in the artifact; None while it is pending.
         library: The Python module that builds and runs it.
-        version: Release of the library; None while it is pending. An engine runs under that release alone.
-        sms: Compute capabilities that it holds kernels for, by TensorRT's names.
+        version: Release of the library; None while it is pending. An engine runs only under that release.
+        sms: Compute capabilities for which it has kernels, by TensorRT's names.
         profiles: Hardware profiles that it serves.
-        weight_bytes: Weights that it holds on the device.
-        quantized_products: Products that the engine computes from a quantized weight directly, by its type.
-        sparse_weights: Whether the builder was allowed kernels for 2:4 sparse weights; which it took, it does
-            not say.
+        weight_bytes: Bytes of its weights on the device.
+        quantized_products: Number of products that it computes from a quantized weight directly, by type.
+        sparse_weights: Whether the builder was allowed kernels for 2:4 sparse weights; it does not report
+            which ones it used.
         phases: Its optimization profiles, in the engine's order.
-        context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that takes the engine.
-            Experimental: none was ever loaded.
+        context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that accepts the engine.
+            Experimental: no such model was ever loaded.
     """
 
     file: str | None

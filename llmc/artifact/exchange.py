@@ -1,4 +1,4 @@
-"""Puts a finished folder in the place of another in one step, where the file system can do that."""
+"""Replace a folder by a finished one atomically, if the file system supports that."""
 
 import ctypes
 import errno
@@ -8,19 +8,19 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-#: The file system or the kernel has no exchange.
+#: Errors of file systems and kernels that cannot exchange names.
 _NOT_THERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def put_in_place(new: Path, place: Path, aside: Path) -> None:
     """Rename the folder `new` to `place`.
 
-    What was at `place` is at `new` or `aside` afterwards. On Linux both change places by one call, so that
-    there is always a whole folder at `place`; where that is not possible, by two, and on a failure between
-    them the first is undone.
+    What was at `place` is at `new` or `aside` afterwards. On Linux one call exchanges both names, so that
+    there is always a complete folder at `place`; where that is not possible two calls do, and a failure
+    between them undoes the first.
 
     Args:
-        aside: A free name on the same file system.
+        aside: An unused name on the same file system.
     """
     if not place.exists():
         new.rename(place)
@@ -34,7 +34,7 @@ def put_in_place(new: Path, place: Path, aside: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names by renameat2(2); False where the system lacks the call."""
+    """Exchange two names by renameat2(2); return False if the system lacks the call."""
     if sys.platform != "linux":
         return False
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

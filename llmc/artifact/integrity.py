@@ -1,8 +1,8 @@
-"""Whether the files of an artifact are those that its manifest vouches for, before any of them is opened.
+"""Check before any file of an artifact is opened that the files are those in its manifest.
 
-Code is held to more than a digest. A library is executed only if the manifest names it as the artifact's
+Code needs more than a digest. A library is executed only if the manifest names it as the artifact's
 kernels, and nothing in the artifact may name a file outside of its folder: not genai_config.json, whose
-`custom_ops_library` onnxruntime-genai loads from wherever it points, not the external data of a graph, and no
+`custom_ops_library` onnxruntime-genai loads from any path, not the external data of a graph, and no
 symbolic link. A checkpoint may consist of links, as the hub's cache does; an artifact may not.
 """
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 _GENAI_CONFIG = "genai_config.json"
 _LIBRARY_KEY = "custom_ops_library"
-#: Options of a session that a build states; others load, write and share what the manifest does not know of.
+#: Options of a session that a build states; others load, write and share what the manifest does not cover.
 _OPTIONS = {"log_id", "provider_options", "intra_op_num_threads", _LIBRARY_KEY}
 _PROVIDERS = {"cuda"}
 _LIBRARIES = (".so", ".dll", ".dylib", ".engine", ".plan")
 _REPORTS = (".html", ".json", ".md", ".xml")
-#: Smaller files are read each time.
+#: Size in bytes below which a file is read each time.
 _REMEMBERED_BYTES = 1 << 20
-#: A file that changed so recently may change again within the resolution of its times.
+#: Seconds after a change during which a file may change again within the resolution of its times.
 _SETTLED_SECONDS = 2.0
 _CACHE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with an artifact's files, a sentence each.
+    """The errors in an artifact's files, a sentence each.
 
     Args:
         files: Files that are missing, changed, not listed or not inside the folder.
-        code: What would be executed or read from outside without the manifest vouching for it: such an
-            artifact is not opened, whatever the user allows.
+        code: Code or files outside that would be executed or read although the manifest does not cover them:
+            such an artifact is not opened, whatever the user allows.
     """
 
     files: tuple[str, ...] = ()
@@ -51,15 +51,15 @@ class Damage:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every sentence."""
+        """All sentences."""
         return self.files + self.code
 
 
 def require_intact(artifact: Artifact) -> None:
-    """Hold every file to the manifest before an artifact is executed.
+    """Compare every file with the manifest before an artifact is executed.
 
     Raises:
-        ConfigError: Files are missing or changed, or lie or point outside; all are named.
+        ConfigError: Files are missing or changed, or are or point outside; the message names all.
     """
     damage = find_damage(artifact, remember=True)
     if damage.all:
@@ -69,10 +69,10 @@ def require_intact(artifact: Artifact) -> None:
 
 
 def require_vouched(artifact: Artifact) -> None:
-    """Hold what would be executed to the manifest, where other files may differ from it.
+    """Compare what would be executed with the manifest; other files may differ from it.
 
     Raises:
-        ConfigError: A library or a path is not the manifest's; all are named.
+        ConfigError: A library or a path is not the manifest's; the message names all.
     """
     code = find_damage(artifact, remember=True).code
     if code:
@@ -87,8 +87,8 @@ def find_damage(artifact: Artifact, *, remember: bool = False) -> Damage:
     """Compare an artifact with its manifest: sizes, links, code and small files first.
 
     Args:
-        remember: Take the digest of a large file from the cache if the file has the inode, size and times
-            that it had when its digest was last computed, and compute none where something else is wrong.
+        remember: Whether to use the digest of a large file from the cache if its inode, size and times are
+            those at its last computation, and to compute none if something else is wrong.
     """
     folder, recorded = artifact.path, artifact.manifest.files
     files: list[str] = []
@@ -109,7 +109,7 @@ def find_damage(artifact: Artifact, *, remember: bool = False) -> Damage:
 
 
 def _unlisted(artifact: Artifact) -> Iterator[str]:
-    """Files that the manifest does not list, but for itself and reports; and links that lead out."""
+    """Yield files that the manifest does not list, except itself and reports; and links to the outside."""
     for path in sorted(artifact.path.rglob("*")):
         name = path.relative_to(artifact.path).as_posix()
         if name in artifact.manifest.files:
@@ -121,12 +121,12 @@ def _unlisted(artifact: Artifact) -> Iterator[str]:
 
 
 def _is_report(name: str) -> bool:
-    """Whether a file is one of those that llmc writes below `reports/`, to go by its place and its ending."""
+    """Return whether a file is one that llmc writes below `reports/`, judged by its place and its suffix."""
     return name.startswith(f"{REPORTS}/") and name.endswith(_REPORTS)
 
 
 def _compare(folder: Path, name: str, recorded: FileDigest) -> str | None:
-    """What is wrong with one file before it is read; None if nothing is."""
+    """Describe what is wrong with one file before it is read; None if nothing is."""
     path = folder / name
     if _leaves(folder, name):
         return f"{name} is a link to a file outside of the artifact"
@@ -137,7 +137,7 @@ def _compare(folder: Path, name: str, recorded: FileDigest) -> str | None:
 
 
 def _compare_digest(folder: Path, name: str, recorded: FileDigest, *, remember: bool = False) -> str | None:
-    """What is wrong with the contents of one file; None if nothing is."""
+    """Describe what is wrong with the contents of one file; None if nothing is."""
     path = folder / name
     try:
         digest = _remembered_digest(path) if remember else digest_file(path).sha256
@@ -147,12 +147,12 @@ def _compare_digest(folder: Path, name: str, recorded: FileDigest, *, remember: 
 
 
 def _leaves(folder: Path, name: str) -> bool:
-    """Whether a link on the way to a file leads out of the folder."""
+    """Return whether a link on the path of a file leads out of the folder."""
     return not Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
 
 
 def _remembered_digest(path: Path) -> str:
-    """sha256 of a file, from the cache where nothing was written to it since."""
+    """Return the sha256 of a file, from the cache if it was not written to since."""
     cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
     before = _identity(path)
     key = content_key("digest", before)
@@ -166,14 +166,14 @@ def _remembered_digest(path: Path) -> str:
 
 
 def _identity(path: Path) -> dict[str, int]:
-    """What changes with any write to a file: no program can set the time of its last change of status."""
+    """Return what changes with any write to a file: no program can set the time of its last status change."""
     status = path.stat()
     names = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
     return {name: int(getattr(status, name)) for name in names}
 
 
 def _unvouched(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What the files name that the manifest does not vouch for."""
+    """Yield what the files name but the manifest does not cover."""
     if (folder / _GENAI_CONFIG).is_file() and not _leaves(folder, _GENAI_CONFIG):
         yield from _named_by_config(folder / _GENAI_CONFIG, manifest)
     for engine in manifest.engines:
@@ -188,7 +188,7 @@ def _unvouched(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Paths in genai_config.json that lead elsewhere, and libraries that are not the artifact's kernels."""
+    """Yield paths in genai_config.json that lead elsewhere, and libraries that are not the kernels."""
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
     except (OSError, ValueError, RecursionError) as error:
@@ -209,7 +209,7 @@ def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _keys(node: Any, parent: str, inside: bool = False) -> Iterator[str]:
-    """Keys of every object that stands under a key, be it in a list there."""
+    """Yield keys of every object under a key, also of objects in a list there."""
     if not isinstance(node, list):
         return
     for item in node:
@@ -222,7 +222,7 @@ def _keys(node: Any, parent: str, inside: bool = False) -> Iterator[str]:
 
 
 def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a JSON document with its key, those of keys that occur twice as well."""
+    """Yield every text of a JSON document with its key, also those of keys that occur twice."""
     if isinstance(node, str):
         yield key, node
     elif isinstance(node, list):
@@ -234,7 +234,7 @@ def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _external_data(folder: Path, name: str, manifest: Manifest) -> Iterator[str]:
-    """Files that tensors of a graph are read from and that the manifest does not list."""
+    """Yield files from which tensors of a graph are read and that the manifest does not list."""
     for location in _locations(folder / name):
         inside = str(PurePosixPath(name).parent / location)
         if _is_outside(location):
@@ -244,11 +244,11 @@ def _external_data(folder: Path, name: str, manifest: Manifest) -> Iterator[str]
 
 
 def _locations(path: Path) -> Iterable[str]:
-    """Where the tensors of an ONNX file lie, each place once; remembered by the file's digest."""
+    """Return the files of the tensors of an ONNX file, each once; they are cached by the file's digest."""
     cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
     try:
         key = content_key("external data", {"graph": digest_file(path).sha256})
-    except OSError:  # told of the file itself
+    except OSError:  # the file itself is reported elsewhere
         return []
     known = cache.get(key)
     if known is not None:
@@ -258,7 +258,7 @@ def _locations(path: Path) -> Iterable[str]:
 
     try:
         model = load(path, load_external_data=False)
-    except DecodeError:  # what executes the graph says why it cannot be read
+    except DecodeError:  # the execution of the graph reports why it cannot be read
         return []
     found = list(dict.fromkeys(_entries(model)))
     cache.put(key, json.dumps(found).encode())
@@ -266,9 +266,10 @@ def _locations(path: Path) -> Iterable[str]:
 
 
 def _entries(message: "Message") -> Iterator[str]:
-    """Values of `location` in the external data of every tensor of a protobuf message, however deep.
+    """Yield values of `location` in the external data of every tensor of a protobuf message, however deep.
 
-    By TensorProto of onnx.proto; subgraphs, functions and sparse tensors are messages like any other.
+    This follows TensorProto of onnx.proto; subgraphs, functions and sparse tensors are messages like any
+    other.
     """
     from google.protobuf.message import Message
 
@@ -285,6 +286,6 @@ def _is_library(name: str) -> bool:
 
 
 def _is_outside(name: str) -> bool:
-    """Whether a path is absolute or leads upwards, by the rules of any system."""
+    """Return whether a path is absolute or leads upwards, by the rules of any system."""
     windows = PureWindowsPath(name)
     return bool(windows.anchor) or name.startswith("/") or ".." in windows.parts

@@ -1,10 +1,10 @@
-"""Timings of an artifact beside its original."""
+"""Record timings of an artifact beside its original."""
 
 from llmc.records import Strict
 
 
 class Timing(Strict):
-    """Samples of one duration, milliseconds; percentiles by linear interpolation."""
+    """The statistics of one duration in milliseconds; percentiles by linear interpolation."""
 
     n: int
     p50_ms: float
@@ -15,7 +15,7 @@ class Timing(Strict):
 
 
 class Ratio(Strict):
-    """Artifact / original of two interleaved series: of their medians, and the range over the rounds."""
+    """The ratio artifact / original of two interleaved series: of medians, and the range over the rounds."""
 
     value: float
     low: float
@@ -23,7 +23,7 @@ class Ratio(Strict):
 
 
 class PrefillLatency(Strict):
-    """Time to first token for a prompt of `prompt_tokens`, batch 1; rates in tokens of the prompt per second.
+    """The time to first token for a prompt of `prompt_tokens`, batch 1; rates in tokens of the prompt per second.
 
     `noise` is as for decode. Reports of earlier releases have no rates.
     """
@@ -38,11 +38,12 @@ class PrefillLatency(Strict):
 
 
 class DecodeLatency(Strict):
-    """Inter-token latency after `context` tokens, batch 1; rates in tokens/s, energy in joules per token:
-    the processor's, and that of the machine's GPUs.
+    """The inter-token latency after `context` tokens, batch 1.
 
-    `noise` is what the machine alone does to a ratio: by how much two series of the same artifact,
-    taken in turn with the original's, may differ from each other, as a fraction.
+    Rates are in tokens/s, energy in joules per token: of the processor, and of the machine's GPUs.
+
+    `noise` is the effect of the machine alone on a ratio: by how much two series of the same artifact,
+    interleaved with the original's, may differ from each other, as a fraction.
     """
 
     context: int
@@ -59,13 +60,13 @@ class DecodeLatency(Strict):
 
 
 class Footprint(Strict):
-    """One side alone in a process: start of the runtime, and the most memory it ever held.
+    """The load time and memory of one side alone in a process.
 
     Args:
         load: Time to load the weights, without importing the runtime's modules.
-        peak_bytes: Highest resident set over load, prefill and decode; None where the operating
-            system does not tell.
-        steady_bytes: Resident set after the last step, when nothing of the prompt is worked on any more;
+        peak_bytes: Highest resident set over load, prefill and decode; None if the operating
+            system does not report it.
+        steady_bytes: Resident set after the last step, when no work on the prompt remains;
             the median of the processes.
         prompt_tokens: Length of the prompt that was prefilled before `decoded_tokens` steps.
     """
@@ -78,10 +79,10 @@ class Footprint(Strict):
 
 
 class Roofline(Strict):
-    """The least time a decode step can take if every byte is read once at peak bandwidth.
+    """The least time of a decode step that reads every byte once at peak bandwidth.
 
     Args:
-        weight_bytes: Weights read per token; an embedding table that is only looked up counts as none.
+        weight_bytes: Weights read per token; an embedding table that is only looked up is not counted.
         kv_bytes: Keys and values read per token at this context.
         bandwidth_gbs: The profile's peak bandwidth, 10**9 bytes/s; None if the profile states none.
         bound_ms: (weight_bytes + kv_bytes) / bandwidth.
@@ -97,14 +98,14 @@ class Roofline(Strict):
 
 
 class BatchLatency(Strict):
-    """`batch` equal rows at once, taken in turn with the original's.
+    """The latency of `batch` equal rows at once, interleaved with the original's.
 
     Args:
         context: Tokens of each row's prompt, after which decode steps are timed.
         ttft: Time to first token of the artifact.
         artifact: Inter-token latency of the artifact.
-        tokens_per_s: Of all rows, of the artifact.
-        ratio: Of inter-token latencies.
+        tokens_per_s: Rate of the artifact, summed over all rows.
+        ratio: Ratio of inter-token latencies.
     """
 
     batch: int
@@ -119,12 +120,12 @@ class BatchLatency(Strict):
 
 
 class OperatorTime(Strict):
-    """Time of one kind of operator in a decode step, by the runtime's own profiler.
+    """The time of one kind of operator in a decode step, by the runtime's own profiler.
 
     Args:
         name: Operator, with its domain unless it is a standard one.
-        calls: In one step.
-        ms: In one step, the mean of several.
+        calls: Number of calls in one step.
+        ms: Milliseconds in one step, the mean of several.
     """
 
     name: str
@@ -133,16 +134,16 @@ class OperatorTime(Strict):
 
 
 class Latency(Strict):
-    """Artifact and original timed in turn in one process.
+    """The latency of artifact and original, measured in turn in one process.
 
     Args:
         where: Runtime and provider of the artifact.
-        original: What the original ran as, such as "torch 2.13.0 float32 sdpa, dynamic cache".
+        original: Runtime of the original, such as "torch 2.13.0 float32 sdpa, dynamic cache".
         threads: Intra-op threads of either side.
-        energy: The counters that joules are of, or why there are none.
-        batches: Decode in batches.
-        operators: Of a decode step at the first context, the slowest first.
-        dropped: Lengths that were not measured since the model's positions end before them, and why.
+        energy: The counters by which joules are measured, or why there are none.
+        batches: Latency of decoding in batches.
+        operators: Operators of a decode step at the first context, the slowest first.
+        dropped: Lengths that were not measured because the model has fewer positions, and why.
     """
 
     where: str

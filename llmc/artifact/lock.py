@@ -1,8 +1,9 @@
-"""One process at a time for one output.
+"""Allow one process at a time for one output.
 
-The lock is an `flock` on a file beside the output: the operating system drops it when its process ends. Where
+The lock is an `flock` on a file beside the output: the operating system releases it when its process ends. If
 the file system has no such locks (some kinds of NFS, Lustre and FUSE), the file itself is the lock: it is
-created exclusively, and holds the name of the host and the id of the process, by which a stale one is told.
+created exclusively, and contains the name of the host and the id of the process, by which a stale lock is
+recognized.
 """
 
 import errno
@@ -25,7 +26,7 @@ _HOLDER = re.compile(rb"llmc process (\d+) on (\S+)\n")
 def output_lock(lock: Path, output: Path) -> Iterator[None]:
     """Hold `lock` while `output` is being changed, and remove the file at the end.
 
-    A file that llmc did not write is left as it is, and no link is followed.
+    A file that llmc did not write is left unchanged, and no link is followed.
 
     Raises:
         ConfigError: Another process, named by its id, uses the output; or `lock` is not a lock file.
@@ -52,7 +53,7 @@ def _acquire(lock: Path, output: Path) -> int:
 
 
 def _open(lock: Path) -> tuple[int, bool]:
-    """A descriptor of the lock file, and whether this process created it."""
+    """Return a descriptor of the lock file, and whether this process created it."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     while True:
         try:
@@ -82,7 +83,7 @@ def _foreign(lock: Path) -> ConfigError:
 
 
 def _hold(descriptor: int, lock: Path, output: Path, *, created: bool) -> bool:
-    """Take the lock; False if it was stale and is now removed, so that another attempt can succeed.
+    """Take the lock; return False if it was stale and is now removed, so that another attempt can succeed.
 
     Raises:
         ConfigError: Another process holds it.
@@ -104,7 +105,7 @@ def _take_over(descriptor: int, lock: Path, output: Path) -> bool:
     """Remove the lock file of a process of this host that has ended.
 
     Raises:
-        ConfigError: Its process runs, or cannot be asked since it is on another host.
+        ConfigError: Its process runs, or cannot be checked because it is on another host.
     """
     holder = _holder(descriptor)
     if holder is None or holder[1] != _host() or _runs(holder[0]):
@@ -125,7 +126,7 @@ def _in_use(output: Path, holder: tuple[int, str] | None, more: str = "") -> Con
 
 
 def _holder(descriptor: int) -> tuple[int, str] | None:
-    """Process and host that the file names; None if it was not signed yet."""
+    """Return process and host that the file names; None if it was not signed yet."""
     found = _HOLDER.fullmatch(os.pread(descriptor, _MOST_BYTES, 0))
     return None if found is None else (int(found[1]), found[2].decode(errors="replace"))
 

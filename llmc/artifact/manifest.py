@@ -1,6 +1,6 @@
-"""`Manifest`: what an artifact is, from what it was made, and what was found out about it.
+"""Define `Manifest`: what an artifact is, what it was made from, and the outcome of its checks.
 
-Written as manifest.json, last, so that a directory without one is not an artifact. It holds no
+It is written as manifest.json, last, so that a directory without one is not an artifact. It has no
 timings and no measured figures: the same inputs give the same bytes.
 """
 
@@ -22,11 +22,11 @@ from llmc.records import Strict
 from llmc.strict_json import parse_json
 
 MANIFEST = "manifest.json"
-#: The graph.
+#: The file of the graph.
 MODEL = "model.onnx"
-#: Measurements and their timings live here, outside of what the manifest's digests cover.
+#: The folder of measurements and their timings, which the manifest's digests do not cover.
 REPORTS = "reports"
-#: Which layers and units of a pruned model stay.
+#: The file with the layers and units of a pruned model that stay.
 PRUNING = "pruning.safetensors"
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -34,7 +34,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileDigest(Strict):
-    """sha256 (hexadecimal) and size in bytes of one file."""
+    """The sha256 (hexadecimal) and size in bytes of one file."""
 
     sha256: Digest
     bytes: int
@@ -44,13 +44,13 @@ class ModelFacts(Strict):
     """The checkpoint that was compiled.
 
     Args:
-        ref: As the user wrote it.
+        ref: Reference as the user wrote it.
         digest: sha256 over its configuration, weights and tokenizer.
         architecture: Class of the transformers model, such as LlamaForCausalLM.
         model_type: transformers' name of the configuration, such as llama.
         parameters: Number of parameters, tied ones counted once.
         notes: What was left out of the input or read in an unusual way, a sentence each.
-        adapter: What was merged into it.
+        adapter: The adapter that was merged into it.
     """
 
     ref: str
@@ -63,18 +63,18 @@ class ModelFacts(Strict):
 
 
 class AdapterRecord(Strict):
-    """A LoRA adapter that was merged into the model.
+    """The LoRA adapter that was merged into the model.
 
     Args:
-        ref: As the user wrote it.
+        ref: Reference as the user wrote it.
         digest: sha256 over its config, tensors and tokenizer.
         base: The model that it was trained on, as its config names it.
         ranks: Ranks of its matrices, each once.
         alphas: Alphas, each once.
-        rslora: The scale is alpha / sqrt(rank) instead of alpha / rank.
-        dora: Merged weights have the norms that it stores.
+        rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+        dora: Whether merged weights have the norms that the adapter stores.
         merged: Number of modules that its matrices were added to, by the last part of their names.
-        replaced: Tensors that it holds whole.
+        replaced: Tensors that it replaces entirely.
     """
 
     ref: str
@@ -88,7 +88,7 @@ class AdapterRecord(Strict):
     replaced: tuple[str, ...]
 
     def render(self) -> str:
-        """Human-readable description."""
+        """Return a human-readable description."""
         parts = []
         if self.merged:
             sizes = f"rank {_listed(self.ranks)}, alpha {_listed(self.alphas)}"
@@ -109,13 +109,13 @@ def _listed(numbers: tuple[float, ...]) -> str:
 
 
 class Declined(Strict):
-    """Places where a pass nearly applied, and did not for one kind of reason.
+    """The places where a pass nearly applied, and did not for one kind of reason.
 
     Args:
         code: Stable identifier of the reason.
         reason: The fact with its values, at the first place.
         node: The first place.
-        count: Places.
+        count: Number of places.
         layers: Decoder layers that they are in, each once; places outside of the layers are in none.
     """
 
@@ -135,18 +135,18 @@ class PassRecord(Strict):
 
 
 class WeightRecord(Strict):
-    """How one matrix is stored.
+    """The storage of one matrix.
 
     Args:
         name: Parameter name.
-        role: What the matrix is for.
+        role: Purpose of the matrix.
         shape: (output features, input features).
         bits: Bits of one element; 16 or 32 for a matrix left in float.
-        block_size: Input features that share a scale; None in float.
+        block_size: Number of input features that share a scale; None in float.
         symmetric: Whether the zero point is fixed; None in float.
-        bytes: Codes, scales and zero points together.
-        origin: What became of codes that the checkpoint has for it: `kept` bit for bit, or `quantized again`
-            or `made floats`; None where it has floats.
+        bytes: Bytes of codes, scales and zero points together.
+        origin: How codes that the checkpoint has for it were handled: `kept` bit for bit, or `quantized
+            again` or `made floats`; None if the checkpoint has floats.
     """
 
     name: str
@@ -160,16 +160,16 @@ class WeightRecord(Strict):
 
 
 class PruneRecord(Strict):
-    """What was left out of the model; which units stay is in PRUNING.
+    """The parts that were left out of the model; the file PRUNING has the units that stay.
 
     Args:
         dropped: Decoder layers by their index in the original.
         layers: Decoder layers of the original.
-        neurons: Of each MLP, before and after; None if none went.
-        kv_groups: Heads of keys and values of each layer, before and after; None if none went.
-        sparse: Matrices with 2:4 sparsity.
-        repaired: Whether the weights of layers that stay make up for those that went; None if all stay.
-        parameters: Number of parameters that are left, tied ones counted once; zeros count.
+        neurons: Neurons of each MLP, before and after; None if none were removed.
+        kv_groups: Heads of keys and values of each layer, before and after; None if none were removed.
+        sparse: Number of matrices with 2:4 sparsity.
+        repaired: Whether the weights of remaining layers compensate for the removed ones; None if all stay.
+        parameters: Number of parameters that remain, tied ones counted once; zeros count.
     """
 
     dropped: tuple[int, ...]
@@ -181,7 +181,7 @@ class PruneRecord(Strict):
     parameters: int
 
     def render(self) -> str:
-        """In words."""
+        """Return a human-readable description."""
         parts = []
         if self.dropped:
             parts.append(f"layers {', '.join(map(str, self.dropped))} of {self.layers} dropped")
@@ -195,7 +195,7 @@ class PruneRecord(Strict):
 
 
 class LeftOutside(Strict):
-    """Operators that compiled kernels did not take, why, and how many."""
+    """The operators that compiled kernels did not take, the reason, and their number."""
 
     operator: str
     reason: str
@@ -203,15 +203,15 @@ class LeftOutside(Strict):
 
 
 class KernelRecord(Strict):
-    """Compiled kernels.
+    """The facts of compiled kernels.
 
     Args:
         library: File with the operators; ONNX Runtime loads it through RegisterCustomOps.
         isa: Instruction set that a CPU needs for it.
-        compiler: What compiled it, as it names itself.
+        compiler: Name and version that the compiler reports.
         source: sha256 of the generated source.
-        regions: Operators that stand for parts of the graph.
-        nodes: Operators of ONNX Runtime that they replaced.
+        regions: Number of operators that replace parts of the graph.
+        nodes: Number of operators of ONNX Runtime that they replaced.
     """
 
     library: str
@@ -224,7 +224,7 @@ class KernelRecord(Strict):
 
 
 class State(StrEnum):
-    """What is known of an artifact's numbers."""
+    """The state of knowledge about an artifact's numbers."""
 
     VERIFIED = "verified"
     NOT_VERIFIED = "built, not verified"
@@ -252,19 +252,19 @@ FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class Manifest(Strict):
-    """Everything about an artifact but its figures.
+    """The complete description of an artifact except its figures.
 
     Args:
         llmc_version: Version of the compiler.
         tools: Versions by name, such as torch and onnxruntime.
-        files: Every file by its path inside the artifact, `reports/` and the manifest left out.
-        also: Further hardware that the artifact is for.
+        files: Digests of all files by path inside the artifact, without `reports/` and the manifest.
+        also: Further hardware for which the artifact is built.
         text: How text becomes tokens, and whether onnxruntime-genai's tokenizer does the same.
-        pruned: Of targets that prune.
-        kernels: Of targets with compiled kernels.
+        pruned: The removed parts, for targets that prune.
+        kernels: The compiled kernels, for targets that have them.
         engines: TensorRT engines, built or pending.
         checks: The verdict's outcomes; empty unless the gates ran. For engines that were not executed they
-            speak of the graph that the engines are parsed from, and each says where it was measured.
+            describe the graph from which the engines are parsed, and each states where it was measured.
         unfinished: Why the gates that were to run have no outcome; None if they have one or were not to run.
     """
 
@@ -311,7 +311,7 @@ class Manifest(Strict):
         return self
 
     def to_json(self) -> str:
-        """JSON with sorted keys and a newline at the end: the same manifest gives the same text."""
+        """Return JSON with sorted keys and a newline at the end: the same manifest gives the same text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -319,10 +319,10 @@ def parse_manifest(text: str, source: str) -> Manifest:
     """Read a manifest's JSON.
 
     Args:
-        source: Where `text` is from, for the messages.
+        source: Origin of `text`, for the messages.
 
     Raises:
-        ConfigError: Not JSON, of a newer schema, or not what the schema says.
+        ConfigError: It is not JSON, has a newer schema, or does not match the schema.
     """
     try:
         data = parse_json(text)

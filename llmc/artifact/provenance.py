@@ -1,4 +1,4 @@
-"""The versions of the tools, and of the code, that a build ran with."""
+"""Determine the versions of the tools, and of the code, with which a build ran."""
 
 import hashlib
 import platform
@@ -28,9 +28,9 @@ _DISTRIBUTIONS = (
 
 
 def tool_versions() -> dict[str, str]:
-    """Version of Python and of every installed distribution that matters, by name; imports none.
+    """Return the version of Python and of every installed distribution that matters, by name; import none.
 
-    The machine's architecture is among them as `machine`: the last digits of sums depend on it.
+    The machine's architecture is included as `machine`, since the last digits of sums depend on it.
     """
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _DISTRIBUTIONS:
@@ -43,7 +43,7 @@ def tool_versions() -> dict[str, str]:
 
 @cache
 def code_digest(*packages: str) -> str:
-    """The SHA-256 digest of the source of these packages and modules, in hexadecimal."""
+    """Return the SHA-256 digest of the source of these packages and modules, in hexadecimal."""
     digest = hashlib.sha256()
     for package in packages:
         spec = find_spec(package)

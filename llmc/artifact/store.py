@@ -1,8 +1,8 @@
-"""Artifacts on disk: written beside their place and put there whole, opened, checked.
+"""Store artifacts on disk: write them beside their place and put them there complete, open and check them.
 
 Beside an output `NAME` there may be `NAME.unverified`, a finished artifact whose gates are not decided while
-another one stands at `NAME`; and `NAME.failed`, one that was kept though it failed its gates. What lies there
-while a build runs is in `llmc.artifact.workplace`.
+another one is at `NAME`; and `NAME.failed`, one that was kept although it failed its gates. For the files
+that are there while a build runs, see `llmc.artifact.workplace`.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from llmc.artifact.workplace import Place, holding, make_work_folder, move, tidy
 from llmc.errors import ConfigError
 
 _CHUNK = 1 << 20
-#: Endings of the files that llmc writes below `reports/`.
+#: Suffixes of the files that llmc writes below `reports/`.
 REPORT_SUFFIXES = (".html", ".json", ".md", ".xml")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk: its directory and its manifest."""
+    """The directory of an artifact on disk, and its manifest."""
 
     path: Path
     manifest: Manifest
@@ -34,11 +34,11 @@ class Artifact:
 
 @dataclass
 class Staging:
-    """A directory that will be an artifact.
+    """The directory that will be an artifact.
 
     Args:
-        path: Write the files here; where the artifact is, once it was kept or committed.
-        output: Where a verified artifact will be.
+        path: Directory for the files; the artifact's directory after it was kept or committed.
+        output: Directory for a verified artifact.
         work: The work folder.
     """
 
@@ -47,10 +47,10 @@ class Staging:
     work: Path
 
     def keep_unverified(self, manifest: Manifest) -> Artifact:
-        """Keep the directory, finished but for its gates.
+        """Keep the directory, which is finished except for its gates.
 
-        It is at the output where there is none, or none but one whose gates were never decided; else at
-        `<output>.unverified`, so that what stands at the output stays.
+        It is at the output if nothing is there, or only an artifact whose gates were never decided; otherwise
+        at `<output>.unverified`, so that what is at the output stays.
 
         Raises:
             ResourceError: No space for the manifest.
@@ -59,7 +59,7 @@ class Staging:
         return self._put(manifest, Place.OUTPUT if free else Place.UNVERIFIED)
 
     def commit(self, manifest: Manifest) -> Artifact:
-        """Write the manifest, and put the directory in the place of whatever was there before.
+        """Write the manifest, and replace whatever was there before by the directory.
 
         Raises:
             ResourceError: No space for the manifest; what was there before is untouched.
@@ -71,7 +71,7 @@ class Staging:
         return self._put(manifest, Place.FAILED)
 
     def restate(self, manifest: Manifest) -> Artifact:
-        """Replace the manifest of the artifact where it is.
+        """Replace the manifest of the artifact in its directory.
 
         Raises:
             ResourceError: No space for the manifest; the earlier one is untouched.
@@ -91,16 +91,16 @@ class Staging:
 
 @contextmanager
 def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
-    """A directory beside `output` to write an artifact in, removed unless it was committed or kept.
+    """Provide a directory beside `output` to write an artifact in; remove it unless it was committed or kept.
 
     Cleans up after builds of the same output that were killed.
 
     Args:
-        output: Where the artifact will be: absent, empty, or an artifact to replace.
+        output: Directory for the artifact: absent, empty, or an artifact to replace.
         needed: Estimate of the bytes to be written.
 
     Raises:
-        ConfigError: Another build uses `output`; it is a file or a directory that is no artifact;
+        ConfigError: Another build uses `output`; it is a file or a directory that is not an artifact;
             or it cannot be written to.
         ResourceError: The file system has less than `needed` bytes free.
     """
@@ -127,7 +127,7 @@ def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
 
 @contextmanager
 def reopened(artifact: Artifact) -> Iterator[Staging]:
-    """An artifact whose gates were not decided, to be committed or kept as failed.
+    """Reopen an artifact whose gates were not decided, to be committed or kept as failed.
 
     Raises:
         ConfigError: It is being built, it has changed since it was opened, or it cannot be written to.
@@ -150,7 +150,7 @@ def open_artifact(path: Path) -> Artifact:
     """Read the manifest of the artifact in directory `path`.
 
     Raises:
-        ConfigError: No such directory, no manifest in it, a damaged one, or one of a newer schema.
+        ConfigError: There is no such directory, no manifest in it, a damaged one, or one of a newer schema.
     """
     tidy(path)
     manifest = path / MANIFEST
@@ -171,11 +171,11 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
-    """Put `manifest` in the place of the artifact's own, at once.
+    """Replace the artifact's manifest by `manifest` atomically.
 
     Raises:
         ConfigError: Another build uses the artifact.
-        ResourceError: No space for it; the one that was there is untouched.
+        ResourceError: No space for it; the existing one is untouched.
     """
     path = artifact.path.resolve()
     with space_errors(path), access_errors(path), holding(path):
@@ -184,7 +184,7 @@ def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
 
 
 def digest_files(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
-    """Digests of all files below `folder` but `reports/` and the manifest, for `Manifest.files`.
+    """Return digests of all files below `folder` except `reports/` and the manifest, for `Manifest.files`.
 
     Args:
         known: Digests that were computed while writing; these files are not read again.
@@ -198,7 +198,7 @@ def digest_files(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, Fil
 
 
 def digest_file(path: Path) -> FileDigest:
-    """sha256 and size of one file."""
+    """Return the sha256 and size of one file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -215,9 +215,9 @@ def _make_parent(output: Path) -> None:
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Never replace what was not made by a build of this output.
+    """Refuse to replace what was not made by a build of this output.
 
-    What stands beside it is one only if its manifest says so: it may be the output of another build.
+    A folder beside it belongs to it only if its manifest says so: it may be the output of another build.
     """
     for place in Place:
         found = place.beside(output)
@@ -246,12 +246,12 @@ def _looks_built(folder: Path) -> bool:
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether the gates of the artifact in `folder` were to run, and were not decided."""
+    """Return whether the gates of the artifact in `folder` were to run, and were not decided."""
     return _looks_built(folder) and _stated(folder).get("unfinished") is not None
 
 
 def _stated(folder: Path) -> dict[str, Any]:
-    """What the manifest in `folder` states, unchecked; nothing if there is none."""
+    """Return what the manifest in `folder` states, unchecked; empty if there is none."""
     try:
         data = json.loads((folder / MANIFEST).read_bytes())
     except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError):

@@ -1,4 +1,4 @@
-"""Temporary folders in the place of cache folders that cannot be used, and folders for work that goes on."""
+"""Provide temporary folders in place of unusable cache folders, and folders for work that can be resumed."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from llmc.errors import ResourceError
 Result = TypeVar("Result")
 
 _LOGGER = logging.getLogger("llmc")
-#: Where there are no locks: age from which on a folder is not in use.
+#: Age from which a folder is not in use, where there are no locks.
 _UNUSED_SECONDS = 86400
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
-#: By the folder that each stands for; removed when the process ends.
+#: Temporary folders by the folder that each replaces; removed when the process ends.
 _SUBSTITUTES: dict[Path, "tempfile.TemporaryDirectory[str]"] = {}
 _TOLD: set[Path] = set()
 #: Descriptors of folders in use: their locks keep others from evicting them until the process ends.
@@ -28,7 +28,7 @@ _IN_USE: dict[Path, int] = {}
 
 
 def tell_once(folder: Path, reason: str) -> None:
-    """Warn that a folder of the cache is not used; once for all that lie in one cache."""
+    """Warn that a folder of the cache is not used; once for all folders of one cache."""
     told = any(folder in (known, known.parent) or folder.parent in (known, known.parent) for known in _TOLD)
     _TOLD.add(folder)
     if not told:
@@ -36,12 +36,12 @@ def tell_once(folder: Path, reason: str) -> None:
 
 
 def have_substitute(folder: Path) -> bool:
-    """Whether a temporary folder stands for `folder`."""
+    """Return whether a temporary folder replaces `folder`."""
     return folder in _SUBSTITUTES
 
 
 def substitute(folder: Path) -> Path:
-    """The temporary folder that stands for `folder` as long as this process runs.
+    """Return the temporary folder that replaces `folder` as long as this process runs.
 
     Raises:
         OSError: Temporary files cannot be written either.
@@ -52,17 +52,17 @@ def substitute(folder: Path) -> Path:
 
 
 def current_folder(folder: Path) -> Path:
-    """Where what is kept in `folder` is found; a temporary one if others may have written it."""
+    """Return the folder with the content of `folder`; a temporary one if others may have written to it."""
     if have_substitute(folder) or (folder.exists() and not _is_own(folder)):
         return substitute(folder)
     return folder
 
 
 def usable_folder(folder: Path, *, own: bool = True) -> Path:
-    """`folder`, made where it is missing, or a temporary one where it cannot be written to.
+    """Return `folder`, created if it is missing, or a temporary one if it cannot be written to.
 
     Args:
-        own: It must be this user's, with nobody else allowed to write to it, as are those that are made here.
+        own: Whether it must be this user's, and writable by nobody else, as folders created here are.
     """
     if have_substitute(folder):
         return substitute(folder)
@@ -80,7 +80,7 @@ def usable_folder(folder: Path, *, own: bool = True) -> Path:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder is this user's, and nobody else may write to it."""
+    """Return whether a folder is this user's, and nobody else may write to it."""
     if os.name != "posix":
         return True
     status = folder.stat()
@@ -88,12 +88,12 @@ def _is_own(folder: Path) -> bool:
 
 
 def working_folder(shelf: Path, key: str, kept: int) -> Path:
-    """A folder for work that goes on where it was killed, kept from eviction while this process runs.
+    """Return a folder for work that can be resumed after a kill, safe from eviction while this process runs.
 
     Args:
-        shelf: Where such folders are.
+        shelf: Folder of such folders.
         key: Name of this one.
-        kept: Folders on the shelf beyond which those that were not used for longest are removed.
+        kept: Number of folders on the shelf beyond which the least recently used ones are removed.
 
     Raises:
         ResourceError: No space.
@@ -110,13 +110,13 @@ def working_folder(shelf: Path, key: str, kept: int) -> Path:
 
 
 def with_working_folders(shelf: Path, work: Callable[[], Result]) -> Result:
-    """Do work in folders of a shelf, and once more in temporary ones where the cache has no room for it.
+    """Do work in folders of a shelf, and once more in temporary ones if the cache has no room for it.
 
     Args:
         work: Calls `working_folder`.
 
     Raises:
-        ResourceError: The place of temporary files has no room either.
+        ResourceError: The folder of temporary files has no room either.
     """
     try:
         return work()
@@ -129,7 +129,7 @@ def with_working_folders(shelf: Path, work: Callable[[], Result]) -> Result:
 
 
 def _hold(folder: Path) -> None:
-    """Take a shared lock on a folder, where the file system has such locks."""
+    """Take a shared lock on a folder, if the file system has such locks."""
     if os.name != "posix":
         _IN_USE[folder] = -1
         return
@@ -151,7 +151,7 @@ def _hold(folder: Path) -> None:
 
 
 def _make_room(home: Path, folder: Path, kept: int) -> None:
-    """Remove the folders that were not used for longest, beyond `kept`, but none that a process uses."""
+    """Remove the least recently used folders beyond `kept`, except those that a process uses."""
     ages = []
     for other in home.iterdir():
         try:
@@ -170,7 +170,7 @@ def _evict(folder: Path) -> None:
 
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # gone, or another user's
+    except OSError:  # it does not exist, or is another user's
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""How an artifact turns text into tokens and back: exactly as transformers does for the original.
+"""Turn text into tokens and back for an artifact, exactly as transformers does for the original.
 
-tokenizer.json is read by the library `tokenizers`, which is what transformers calls, so that every way
-through llmc (`llmc run`, engines, the parity gate) gives the same tokens and the same text.
+The library `tokenizers`, which transformers calls, reads tokenizer.json, so that every path through llmc
+(`llmc run`, engines, the parity gate) gives the same tokens and the same text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer.json"
 
 Messages = Sequence[Mapping[str, str]]
 
-#: `clean_up_tokenization` of transformers' tokenizers: applied in this order.
+#: The replacements of `clean_up_tokenization` of transformers' tokenizers, in this order.
 _CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -37,14 +37,14 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
-#: What a decoder writes for bytes that are not (yet) UTF-8.
+#: The character that a decoder writes for bytes that are not (yet) UTF-8.
 _UNFINISHED = "\ufffd"
-#: Token of one byte, in vocabularies of SentencePiece.
+#: The pattern of a token of one byte, in vocabularies of SentencePiece.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextKind(StrEnum):
-    """Kinds of rare texts that a runtime may treat in its own way, by the words for the user."""
+    """The kinds of rare texts that a runtime may treat differently, by the words for the user."""
 
     LEADING_SPACE = "texts that begin with a space"
     SPECIAL_TOKENS = "texts with special tokens in them"
@@ -52,10 +52,10 @@ class TextKind(StrEnum):
 
 
 def text_kinds(text: str, special_tokens: Sequence[str]) -> set[TextKind]:
-    """Find the kinds that a text is of; none for most texts.
+    """Return the kinds of a text; most texts have none.
 
     Args:
-        special_tokens: The tokenizer's, as they are written.
+        special_tokens: The tokenizer's special tokens, as they are written.
     """
     found = {
         TextKind.LEADING_SPACE: text[:1].isspace(),
@@ -72,13 +72,13 @@ class TextRecord(Strict):
         chat: Whether there is a chat template for a plain conversation.
         cleans_up: Whether decoding removes spaces before punctuation, as old tokenizers do.
         before: Token ids that the tokenizer puts before a text without a chat template.
-        after: Token ids that it puts after one.
-        served: Whether onnxruntime-genai's own tokenizer gives the same tokens and text. Where it does not,
+        after: Token ids that it puts after such a text.
+        served: Whether onnxruntime-genai's own tokenizer gives the same tokens and text. If it does not,
             the artifact is verified by token ids.
-        reason: Why it does not; None where it does.
+        reason: Why it does not; None if it does.
         adds_special_tokens: Whether onnxruntime-genai adds `before` and `after` if it is asked to.
-        exceptions: Kinds of texts of which onnxruntime-genai's tokenizer makes other tokens.
-        chat_template: The template that the user gave in the place of the checkpoint's; None for none.
+        exceptions: Kinds of texts that onnxruntime-genai's tokenizer encodes as other tokens.
+        chat_template: The user's template, which replaces the checkpoint's; None for none.
     """
 
     chat: bool = False
@@ -92,7 +92,7 @@ class TextRecord(Strict):
     chat_template: str | None = None
 
     def describe(self) -> tuple[str, ...]:
-        """What a server with onnxruntime-genai must know, a sentence each; mostly nothing."""
+        """Return what a server with onnxruntime-genai must know, a sentence each; mostly nothing."""
         if not self.served:
             return (f"onnxruntime-genai does not serve its text: {self.reason}",)
         told = []
@@ -114,7 +114,7 @@ class TextCodec:
 
     Args:
         folder: The artifact, with tokenizer.json.
-        record: Its facts.
+        record: Its text record.
 
     Raises:
         ConfigError: tokenizer.json is missing or damaged.
@@ -135,26 +135,26 @@ class TextCodec:
         self.record = record
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the tokens that stand before and after it."""
+        """Return the token ids of a text, with the tokens before and after it."""
         return list(self._tokenizer.encode(text).ids)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of what a chat template gave: its special tokens are in the text already."""
+        """Return the token ids of a rendered chat template, whose special tokens are already in the text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, prompt: str, render: Callable[[Messages], str] | None) -> list[int]:
-        """Token ids of a user's message.
+        """Return the token ids of a user's message.
 
         Args:
-            render: Puts messages into the chat template, up to the beginning of an answer; None to take the
-                prompt as it is.
+            render: Renders messages by the chat template, up to the beginning of an answer; None to use the
+                prompt unchanged.
         """
         if render is None or not self.record.chat:
             return self.encode(prompt)
         return self.encode_rendered(render([{"role": "user", "content": prompt}]))
 
     def render(self, messages: Messages, *, ask: bool = True) -> str:
-        """The chat template's text by transformers, with the beginning of an answer if `ask`.
+        """Render the chat template with transformers, with the beginning of an answer if `ask`.
 
         Raises:
             ConfigError: transformers cannot read the tokenizer, or the template refuses the messages.
@@ -178,7 +178,7 @@ class TextCodec:
         return text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         if self.record.cleans_up:
             for old, new in _CLEAN_UP:
@@ -186,9 +186,9 @@ class TextCodec:
         return text
 
     def is_open(self, token: int) -> bool:
-        """Whether the text of `token` depends on the next: a byte of a run that may be UTF-8 as a whole.
+        """Return whether the text of `token` depends on the next: a byte of a sequence that may be UTF-8.
 
-        Special tokens, which are left out of the text, do not end such a run.
+        Special tokens, which are left out of the text, do not end such a sequence.
         """
         if not self._falls_back:
             return False
@@ -196,12 +196,12 @@ class TextCodec:
         return _BYTE.fullmatch(name) is not None or not self.decode([token])
 
     def stream(self) -> TextStream:
-        """Begin a text that comes token by token."""
+        """Begin a text that arrives token by token."""
         return TextStream(self)
 
 
 class TextStream:
-    """A text that grows by a token at a time; its pieces together are what `decode` gives for all tokens."""
+    """The text that grows by a token at a time; its pieces together equal `decode` of all tokens."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
@@ -210,7 +210,7 @@ class TextStream:
         self._start = self._end = 0  # tokens that are decoded again for their context, and those handed on
 
     def step(self, token: int) -> str:
-        """The text that `token` completes; empty in the middle of a character."""
+        """Return the text that `token` completes; empty in the middle of a character."""
         self._ids.append(token)
         if self._codec.is_open(token):
             return ""
@@ -224,7 +224,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left at the end, such as half a character."""
+        """Return the rest at the end, such as half a character."""
         whole = self._codec.decode(self._ids)
         piece = whole[len(self._given) :] if whole.startswith(self._given) else ""
         self._given += piece

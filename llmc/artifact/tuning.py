@@ -1,8 +1,8 @@
-"""Candidates of a tuning as they were measured: what is asked of them, which is best, which is taken.
+"""Compare the measured candidates of a tuning: their constraints, which is best, which is chosen.
 
 A candidate dominates another if it is better in one of four objectives and worse in none: KL divergence,
-decode speed, time to first token, size. Those that none dominates are the Pareto front. Times count in steps
-of 3 percent, which is what a machine at work tells apart.
+decode speed, time to first token, size. Candidates that none dominates are the Pareto front. Times count in
+steps of 3 percent, which a machine under load can distinguish.
 """
 
 import math
@@ -14,14 +14,14 @@ from pydantic import Field
 from llmc.artifact.verdict import Figure
 from llmc.records import Strict
 
-#: Ratio of two times that are told apart.
+#: Ratio of two times that are distinguished.
 _GRAIN = 1.03
-#: By how much a few samples of times may be off.
+#: Factor by which a few samples of times may be wrong.
 _NOISE = 1.1
 
 
 class Bound(StrEnum):
-    """What a candidate can be held to."""
+    """The option that bounds a candidate."""
 
     KL = "--max-kl"
     SIZE = "--max-size"
@@ -29,18 +29,18 @@ class Bound(StrEnum):
 
 
 class Candidate(Strict):
-    """A target as it was built and measured beside the base.
+    """The measurements of a target that was built and measured beside the base.
 
     Args:
-        digest: Of all that the target says about the artifact, without name, summary and gates.
-        label: What sets it apart, in words.
-        level: Fidelity it was measured with, from 0.
+        digest: Digest of everything that the target says about the artifact, without name, summary and gates.
+        label: Human-readable difference from the base.
+        level: Fidelity of its measurement, from 0.
         kl: Mean KL divergence from the original, nats per token, with its 95 % confidence interval.
         step_ratio: Time of a decode step over the base's, in turn: the median of samples, with their range.
         first_ratio: Time to first token over the base's, in turn.
         tokens_per_s: Decode speed: the base's own over `step_ratio`.
         first_ms: Time to first token: the base's own times `first_ratio`.
-        bytes: Of all files of the artifact.
+        bytes: Bytes of all files of the artifact.
         model: sha256 of model.onnx and of its data, by file.
     """
 
@@ -61,20 +61,20 @@ class Candidate(Strict):
 
     @property
     def objectives(self) -> tuple[float, ...]:
-        """What is minimized, times in steps."""
+        """The values that are minimized, times in steps."""
         step, first = (
             float(round(math.log(ratio) / math.log(_GRAIN))) for ratio in (self.step_ratio, self.first_ratio)
         )
         return (self.kl, step, first, float(self.bytes))
 
     def dominates(self, other: "Candidate") -> bool:
-        """Better in one objective, and worse in none."""
+        """Return whether it is better in one objective, and worse in none."""
         pairs = list(zip(self.objectives, other.objectives, strict=True))
         return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 class Refused(Strict):
-    """A candidate that could not be built or run, and why."""
+    """The candidate that could not be built or run, and the reason."""
 
     digest: str
     label: str
@@ -82,12 +82,12 @@ class Refused(Strict):
 
 
 class Constraints(Strict):
-    """What is asked of a candidate.
+    """The constraints on a candidate.
 
     Args:
-        max_kl: Most KL divergence, nats per token; the whole confidence interval has to be below.
-        max_bytes: Most bytes of all files.
-        min_tokens_per_s: Least decode speed.
+        max_kl: Maximum KL divergence, nats per token; the whole confidence interval must be below.
+        max_bytes: Maximum bytes of all files.
+        min_tokens_per_s: Minimum decode speed.
     """
 
     max_kl: float | None = Field(default=None, gt=0)
@@ -95,7 +95,7 @@ class Constraints(Strict):
     min_tokens_per_s: float | None = Field(default=None, gt=0)
 
     def excesses(self, candidate: Candidate) -> dict[Bound, float]:
-        """By how much of itself each bound is missed; zero or less where it is met."""
+        """Return by which fraction of itself each bound is missed; zero or less if it is met."""
         found = {}
         if self.max_kl is not None:
             found[Bound.KL] = candidate.kl_high / self.max_kl - 1
@@ -106,11 +106,11 @@ class Constraints(Strict):
         return found
 
     def met(self, candidate: Candidate) -> bool:
-        """Whether every bound is met."""
+        """Return whether every bound is met."""
         return all(excess <= 0 for excess in self.excesses(candidate).values())
 
     def out_of_reach(self, candidate: Candidate) -> bool:
-        """Whether a bound is missed whatever more measuring would find."""
+        """Return whether a bound is missed whatever more measuring would find."""
         speed = self.min_tokens_per_s
         fastest = _NOISE * candidate.tokens_per_s * candidate.step_ratio / candidate.step_low
         return (
@@ -120,7 +120,7 @@ class Constraints(Strict):
         )
 
     def render(self, candidate: Candidate) -> str:
-        """Each bound that a candidate misses, with its figure."""
+        """Describe each bound that a candidate misses, with its figure."""
         told = {
             Bound.KL: f"KL divergence {candidate.kl:.4g} (up to {candidate.kl_high:.4g}), "
             f"at most {self.max_kl} is asked",
@@ -132,15 +132,15 @@ class Constraints(Strict):
 
 
 class Tuning(Strict):
-    """A tuning, finished or stopped by its budget: the document that every form is made from.
+    """The result of a tuning, finished or stopped by its budget, from which every report is rendered.
 
     Args:
-        base: Name of the target that the others are measured beside.
-        candidates: The base first; of each the highest fidelity that it was measured with.
-        levels: How each fidelity measured, in words.
-        front: Digests of the candidates on the Pareto front, of those measured with the highest fidelity.
-        chosen: Digest of the candidate that was taken; None if none meets the constraints.
-        seconds: Time spent on candidates, earlier runs of the same tuning included.
+        base: Name of the target beside which the others are measured.
+        candidates: The base first; each with the highest fidelity of its measurements.
+        levels: Human-readable description of how each fidelity measured.
+        front: Digests of the candidates on the Pareto front, among those measured with the highest fidelity.
+        chosen: Digest of the candidate that was chosen; None if none meets the constraints.
+        seconds: Time spent on candidates, including earlier runs of the same tuning.
     """
 
     model: str
@@ -157,22 +157,22 @@ class Tuning(Strict):
     seconds: float
 
     def find(self, digest: str) -> Candidate:
-        """The candidate of this digest, one of them."""
+        """Return the candidate of this digest, which must exist."""
         return next(c for c in self.candidates if c.digest == digest)
 
 
 def find_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other dominates, the most faithful first."""
+    """Return the candidates that no other dominates, the most faithful first."""
     front = [c for c in candidates if not any(other.dominates(c) for other in candidates)]
     return sorted(front, key=lambda c: c.objectives)
 
 
 def survives(candidate: Candidate, peers: Sequence[Candidate], constraints: Constraints) -> bool:
-    """Whether a candidate is worth more measuring: successive halving by fronts, one after the other.
+    """Return whether a candidate deserves more measuring: successive halving by fronts, one after the other.
 
-    It is if it stands in the better half of those measured alike, itself included: fronts are peeled off, and
-    those that share a front are as good. After Schmucker et al. 2021, Multi-objective asynchronous successive
-    halving, where candidates too are decided on as they come.
+    It does if it is in the better half of those measured alike, including itself: fronts are peeled off, and
+    candidates of one front are equally good. This follows Schmucker et al. 2021, Multi-objective asynchronous
+    successive halving, where candidates are also decided as they arrive.
     """
     if constraints.out_of_reach(candidate):
         return False
@@ -190,7 +190,7 @@ def survives(candidate: Candidate, peers: Sequence[Candidate], constraints: Cons
 
 
 def choose(candidates: Sequence[Candidate], constraints: Constraints) -> Candidate | None:
-    """The best that meets the constraints, by the first that is not bounded: KL divergence, speed, size."""
+    """Return the best that meets the constraints, by the first unbounded of KL divergence, speed, size."""
     fit = [c for c in candidates if constraints.met(c)]
     if not fit:
         return None
@@ -202,5 +202,5 @@ def choose(candidates: Sequence[Candidate], constraints: Constraints) -> Candida
 
 
 def nearest(candidates: Sequence[Candidate], constraints: Constraints) -> Candidate:
-    """The one that misses its constraints by least, summed over them as fractions."""
+    """Return the candidate that misses its constraints by least, summed over them as fractions."""
     return min(candidates, key=lambda c: sum(max(0.0, e) for e in constraints.excesses(c).values()))

@@ -1,4 +1,4 @@
-"""What was measured on an artifact, and the verdict on it."""
+"""Record what was measured on an artifact, and the verdict on it."""
 
 import math
 from enum import StrEnum
@@ -29,21 +29,22 @@ class MeasurementStatus(StrEnum):
 
 
 class Measurement(Strict):
-    """One metric of an artifact, or why there is none.
+    """The measured value of one metric of an artifact, or why there is none.
 
     Args:
-        metric: What was measured, in the unit that `llmc.config.Gate` states.
-        value: The figure; NaN where the artifact broke its interface or produced one; None unless
+        metric: The metric, in the unit that `llmc.config.metrics` states.
+        value: The figure; NaN if the artifact broke its interface or produced NaN; None unless
             the status is `measured`.
-        status: Measured; not applicable to this model (no sliding window); or not measured.
+        status: Whether it was measured, does not apply to this model (no sliding window), or was not
+            measured.
         detail: How it was measured and where the value comes from, or why there is none.
         where: Runtime and execution provider, such as "onnxruntime 1.31.1 CPUExecutionProvider".
-        figures: Values beside the main one by name, such as the difference at one prompt length.
+        figures: Further values by name, such as the difference at one prompt length.
         low: Lower end of the 95 % confidence interval; None for a figure that is not an estimate.
-        high: Upper end, likewise.
-        pairs: A sample of what the figure rests on: the original's value and the artifact's.
-        tolerance: What of the figure the original's own rounding explains, in its unit; a gate with a smaller
-            bound allows this much.
+        high: Upper end of the interval; None as for `low`.
+        pairs: A sample of the values behind the figure: the original's and the artifact's.
+        tolerance: Part of the figure that the original's own rounding explains, in its unit; a gate with a
+            smaller bound allows this much.
     """
 
     metric: Metric
@@ -74,20 +75,20 @@ class CheckStatus(StrEnum):
     NOT_APPLICABLE = "not applicable"
 
 
-#: A check that failed, one that there is too little text to decide, and one without a figure.
+#: Statuses of a check that failed, that has too little text to be decided, or that has no figure.
 MISSED = (CheckStatus.FAIL, CheckStatus.UNDECIDED, CheckStatus.NOT_MEASURED)
 
 
 class Check(Strict):
-    """One gate of the target held against its measurement.
+    """The comparison of one gate of the target with its measurement.
 
     Args:
-        low: Lower end of the measurement's confidence interval; None where it has none.
-        high: Upper end, likewise.
+        low: Lower end of the measurement's confidence interval; None if it has none.
+        high: Upper end of the interval; None as for `low`.
         bound: The threshold; None for a measurement that fails without a gate, being NaN or infinite.
         direction: Whether the value may be at most or must be at least `bound`.
         reason: The gate's reason for its threshold.
-        detail: The measurement's own words.
+        detail: The measurement's detail.
     """
 
     metric: Metric
@@ -103,10 +104,10 @@ class Check(Strict):
 
 
 class Verdict(Strict):
-    """Whether an artifact passed, check by check.
+    """The decision whether an artifact passed, check by check.
 
-    `passed` is False as soon as one check fails or cannot be decided: a release is let through by
-    evidence, not by a lack of it.
+    `passed` is False as soon as one check fails or cannot be decided: a release needs evidence, not the
+    absence of counter-evidence.
     """
 
     passed: bool
@@ -124,7 +125,7 @@ class Verdict(Strict):
 
     @property
     def unmeasured(self) -> dict[str, tuple[Metric, ...]]:
-        """What was not measured, by the reason."""
+        """The metrics that were not measured, by the reason."""
         found: dict[str, tuple[Metric, ...]] = {}
         for check in self.checks:
             if check.status is CheckStatus.NOT_MEASURED:
@@ -133,19 +134,19 @@ class Verdict(Strict):
 
     @property
     def causes(self) -> tuple[str, ...]:
-        """What was said of the checks without a figure, such as a runtime's error; each once."""
+        """The details of the checks without a figure, such as a runtime's error; each once."""
         broken = (c for c in self.missed if c.value is not None and math.isnan(c.value))
         return tuple(dict.fromkeys(c.detail for c in broken))
 
 
 class Change(Strict):
-    """One figure beside the same of an earlier report.
+    """The change of one figure since an earlier report.
 
     Args:
         name: A metric; `size`, stored bytes of the artifact; or `checks`, those that passed before and do
             not pass now.
-        unit: Of both figures, empty for a bare number.
-        regression: Why this holds up a release; None if it does not.
+        unit: Unit of both figures; empty for a bare number.
+        regression: Why this blocks a release; None if it does not.
     """
 
     name: str
@@ -156,7 +157,7 @@ class Change(Strict):
 
 
 class Peer(Strict):
-    """Another artifact of the same model: its size in bytes and its mean KL divergence in nats per token."""
+    """The size in bytes and mean KL divergence in nats per token of another artifact of the same model."""
 
     title: str
     bytes: int

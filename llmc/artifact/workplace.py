@@ -1,10 +1,10 @@
-"""The hidden folder beside an output in which an artifact is written, and recovery where its process died.
+"""Manage the hidden folder beside an output in which an artifact is written, and recover after a crash.
 
-Beside an output `NAME`, with the digest `D` of that name, there are while a process changes the output, or
-after it was killed:
+While a process changes an output `NAME`, or after it was killed, there are beside it, with the digest `D` of
+that name:
 
 - `.llmc-D.lock`, the lock;
-- `.llmc-D-RANDOM/`, a work folder, with `owner` (the output's name, so that no other is taken for it), `new/`
+- `.llmc-D-RANDOM/`, a work folder, with `owner` (the output's name, which identifies it), `new/`
   (an artifact being written), `PLACE-DIGEST/` (a finished one on its way to a place, by the digest of its
   manifest) and `old-PLACE/` (what it replaces).
 """
@@ -33,24 +33,24 @@ _FINISHED = re.compile(r"(output|unverified|failed)-([0-9a-f]{64})")
 
 
 class Place(StrEnum):
-    """Where an artifact may come to stand."""
+    """The places of an artifact."""
 
     OUTPUT = "output"
     UNVERIFIED = "unverified"
     FAILED = "failed"
 
     def beside(self, output: Path) -> Path:
-        """The folder of this place for an output."""
+        """Return the folder of this place for an output."""
         return output if self is Place.OUTPUT else output.with_name(f"{output.name}.{self.value}")
 
 
 def lock_path(output: Path) -> Path:
-    """The lock file of an output."""
+    """Return the lock file of an output."""
     return output.with_name(f"{_prefix(output)}.lock")
 
 
 def make_work_folder(output: Path) -> Path:
-    """A new work folder of an output; only under its lock."""
+    """Create a work folder of an output; requires its lock."""
     while True:
         work = output.with_name(f"{_prefix(output)}-{secrets.token_hex(4)}")
         try:
@@ -62,9 +62,9 @@ def make_work_folder(output: Path) -> Path:
 
 
 def move(source: Path, work: Path, output: Path, place: Place, manifest: str) -> Path:
-    """Give the folder `source` this manifest and put it to a place; only under the output's lock.
+    """Give the folder `source` this manifest and move it to a place; requires the output's lock.
 
-    Killed at any moment, `recover` finishes it or undoes it.
+    After a kill at any moment, `recover` finishes or undoes it.
 
     Returns:
         The folder of the place.
@@ -87,7 +87,7 @@ def move(source: Path, work: Path, output: Path, place: Place, manifest: str) ->
 
 
 def _sync_files(folder: Path) -> None:
-    """Have every file on the disk, so that no manifest speaks of what a power failure can still undo."""
+    """Flush every file to the disk, so that no manifest describes what a power failure can still undo."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -100,7 +100,7 @@ def _sync_files(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, text: str) -> None:
-    """Replace the manifest in `folder`, with everything on the disk afterwards."""
+    """Replace the manifest in `folder`, with everything flushed to the disk afterwards."""
     partial = folder / _PARTIAL
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def write_manifest(folder: Path, text: str) -> None:
 
 
 def recover(output: Path) -> None:
-    """Finish or undo what a killed process left of an output, and remove the rest; only under its lock."""
+    """Finish or undo what a killed process left of an output, and remove the rest; requires its lock."""
     for work in _work_folders(output):
         entries = [(entry, _FINISHED.fullmatch(entry.name)) for entry in work.iterdir()]
         for entry, finished in entries:
@@ -132,21 +132,21 @@ def recover(output: Path) -> None:
 
 
 def _bring_on(entry: Path, place: Place, digest: str, work: Path, output: Path) -> None:
-    """What a killed `move` left under the name that says where it was to go."""
+    """Finish what a killed `move` left under the name that states its destination."""
     if _digest(place.beside(output)) == digest:  # `entry` is what was replaced
         return
     if _digest(entry) == digest:
         aside = work / f"older-{place.value}"
         put_in_place(entry, place.beside(output), aside)
-    elif (entry / MANIFEST).is_file():  # its verdict was not written: it stays unverified
+    elif (entry / MANIFEST).is_file():  # its verdict was not written, so it stays unverified
         kept = Place.UNVERIFIED if output.exists() else Place.OUTPUT
         put_in_place(entry, kept.beside(output), work / f"older-{kept.value}")
 
 
 def tidy(path: Path) -> None:
-    """Recover what was left of the output that a folder belongs to, if nobody is at work on it.
+    """Recover what was left of the output that a folder belongs to, if no process works on it.
 
-    What cannot be tidied, since another process holds it or this one may not write there, is left.
+    What cannot be tidied, because another process holds it or this one may not write there, is left.
     """
     path = path.resolve()
     beside = (Place.UNVERIFIED, Place.FAILED)
@@ -162,7 +162,7 @@ def tidy(path: Path) -> None:
 
 @contextmanager
 def holding(output: Path) -> Iterator[None]:
-    """Hold an output's lock, with nothing left there of a killed process.
+    """Hold an output's lock, after removing what a killed process left there.
 
     Raises:
         ConfigError: Another process holds it.
@@ -179,14 +179,14 @@ def _is_littered(output: Path) -> bool:
 
 
 def _work_folders(output: Path) -> list[Path]:
-    """Work folders of an output, those of another one left out."""
+    """Return the work folders of an output, without those of other outputs."""
     prefix = f"{_prefix(output)}-"
     found = [p for p in output.parent.iterdir() if p.name.startswith(prefix)]
     return [p for p in found if p.is_dir() and not p.is_symlink() and _is_of(p, output)]
 
 
 def _is_of(work: Path, output: Path) -> bool:
-    """Whether a folder says that it is of an output, or its process died before it could write that."""
+    """Return whether a folder states that it belongs to an output, or its process died before stating it."""
     owner = work / _OWNER
     named = owner.is_file() and not owner.is_symlink()
     text = owner.read_text(encoding="utf-8", errors="surrogateescape") if named else ""

@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Better(StrEnum):
-    """Whether an artifact is better where a figure is smaller, or where it is larger."""
+    """The direction in which a figure is better: smaller or larger."""
 
     LESS = "less"
     MORE = "more"
@@ -79,7 +79,7 @@ _LESS, _MORE = Better.LESS, Better.MORE
 
 
 class Metric(StrEnum):
-    """Names of the figures, `area.figure`, in the order in which merged targets have their gates."""
+    """The names of the figures, `area.figure`, in the order of the gates of merged targets."""
 
     FILES = "files.mismatches", Unit.PLACES, _LESS, Family.FILES
     GATES = "gates.mismatches", Unit.PLACES, _LESS, Family.FILES
@@ -146,7 +146,7 @@ class Metric(StrEnum):
 
     @property
     def area(self) -> str:
-        """What it speaks of, such as `text`: the name up to the dot."""
+        """The subject of the metric, such as `text`: the name up to the dot."""
         return self.value.partition(".")[0]
 
     @property

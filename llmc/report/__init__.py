@@ -1,4 +1,4 @@
-"""One report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, text for a terminal."""
+"""Render one report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, terminal text."""
 
 from llmc.report.comparison import compare_reports, parse_allowed, render_changes
 from llmc.report.document import Report, read_report, render_schema, write_json

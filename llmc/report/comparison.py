@@ -1,4 +1,4 @@
-"""Two reports beside each other: what became better or worse, and what holds up a release."""
+"""Compare two reports: what became better or worse, and what blocks a release."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ CHECKS = "checks"
 
 
 def parse_allowed(stated: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=PERCENT` each: by how much a figure may become worse.
+    """Parse `NAME=PERCENT` each: by how much a figure may become worse.
 
     Raises:
-        ConfigError: A name is no metric and not `size`, or what follows is not a number from 0 on.
+        ConfigError: A name is neither a metric nor `size`, or what follows is not a number from 0 on.
     """
     known = [SIZE, *(m.value for m in Metric)]
     allowed = {}
@@ -36,12 +36,12 @@ def parse_allowed(stated: tuple[str, ...]) -> dict[str, float]:
 
 
 def compare_reports(before: Report, after: Report, allowed: Mapping[str, float]) -> tuple[Change, ...]:
-    """Every figure of both reports side by side.
+    """Compare every figure of both reports.
 
-    A figure with a confidence interval holds up a release if the whole interval became worse: even the
+    A figure with a confidence interval blocks a release if the whole interval became worse: even the
     better end is beyond the worse end of the one before. Any figure does if it became worse by more than
     the percentage in `allowed`, was measured before and is not now, or is NaN. So does a check that
-    passed and does not. Only times may be absent: `verify` and `bench` measure in reports of their own.
+    passed and no longer does. Only times may be absent: `verify` and `bench` write separate reports.
     """
     old = {m.metric: m for m in before.measurements}
     new = {m.metric: m for m in after.measurements}
@@ -85,7 +85,7 @@ def _change(
 
 
 def _beyond(old: Measurement, new: Measurement, sign: int) -> str | None:
-    """Whether the intervals are apart, the new one on the worse side."""
+    """Describe by how much the intervals are apart, if the new one is on the worse side; None otherwise."""
     if old.low is None or old.high is None or new.low is None or new.high is None:
         return None
     apart = new.low > old.high if sign > 0 else new.high < old.low
@@ -117,7 +117,7 @@ def _lost(before: Report, after: Report) -> Change:
 
 
 def render_changes(changes: tuple[Change, ...]) -> list[str]:
-    """One line a figure: before, after, and what holds up a release."""
+    """Render one line per figure: before, after, and what blocks a release."""
     lines = []
     for change in changes:
         unit = f" {change.unit}" if change.unit else ""

@@ -1,4 +1,4 @@
-"""The report: what was built, the verdict on it, and everything that was measured."""
+"""Define the report: what was built, the verdict on it, and everything that was measured."""
 
 import json
 from pathlib import Path
@@ -16,19 +16,19 @@ SCHEMA_VERSION: Literal[5] = 5
 
 
 class Report(Strict):
-    """Everything known about an artifact's parity and latency; each form is made from this alone.
+    """The complete facts about an artifact's parity and latency; every form is rendered from this alone.
 
     Args:
-        llmc: Version of llmc that measured.
+        llmc: Version of llmc that took the measurements.
         model: The original, as the user named it.
-        pruned: What was left out of the model, in words; None for nothing.
-        verdict: The target's gates held against `measurements`.
-        measurements: One per metric, those without a gate included.
+        pruned: Human-readable description of what was left out of the model; None for nothing.
+        verdict: The target's gates compared with `measurements`.
+        measurements: One per metric, including those without a gate.
         latency: Timings; None if latency was not measured.
         sizes: Stored bytes by kind of weight.
-        bytes: Of all files of the artifact.
-        changes: Figures beside those of the report that this one was compared with.
-        peers: Artifacts of the same model, this one included.
+        bytes: Bytes of all files of the artifact.
+        changes: Changes of figures since the report that this one was compared with.
+        peers: Artifacts of the same model, including this one.
     """
 
     schema_version: Literal[5] = SCHEMA_VERSION
@@ -47,7 +47,7 @@ class Report(Strict):
 
     @property
     def title(self) -> str:
-        """Model, target and profile."""
+        """The title: model, target and profile."""
         return f"{self.model} {self.target}@{self.profile}"
 
 
@@ -66,7 +66,7 @@ def read_report(path: Path) -> Report:
     """Read what `write_json` wrote.
 
     Raises:
-        ConfigError: It cannot be read, is no report, or is of another schema.
+        ConfigError: It cannot be read, is not a report, or has another schema.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A tuning as text and as a page: its candidates, the Pareto front among them, and what was taken."""
+"""Render a tuning as text and as a page: its candidates, their Pareto front, and which was chosen."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from llmc.report.html import render_page
 from llmc.report.pictures import FAINT, FIRST, SECOND, draw_svg
 
 _COLUMNS = ("", "candidate", "KL (95 %)", "tokens/s", "decode / base", "first token, ms", "MB")
-#: Axes of the pictures: what lies across, its caption and its label.
+#: Axes of the pictures: the caption, the label and the value of the horizontal axis.
 _ACROSS: tuple[tuple[str, str, Callable[[Candidate], float]], ...] = (
     ("Faithfulness and decode speed", "tokens/s", lambda c: c.tokens_per_s),
     ("Faithfulness and size", "MB", lambda c: c.bytes / 1e6),
@@ -20,7 +20,7 @@ _ACROSS: tuple[tuple[str, str, Callable[[Candidate], float]], ...] = (
 
 
 def render_front(tuning: Tuning, *, width: int = 140) -> str:
-    """The base, the front, and what was taken, as a table for a terminal; what it rests on below it."""
+    """Render the base, the front, and the choice as a table for a terminal; with the notes below it."""
     from io import StringIO
 
     from rich.console import Console
@@ -55,12 +55,12 @@ def write_tuning(tuning: Tuning, folder: Path) -> None:
 
 
 def order_candidates(tuning: Tuning) -> list[Candidate]:
-    """Those measured most closely first, and of these the most faithful."""
+    """Return the candidates measured most closely first, and among these the most faithful first."""
     return sorted(tuning.candidates, key=lambda c: (-c.level, c.kl))
 
 
 def row(tuning: Tuning, candidate: Candidate) -> tuple[str, ...]:
-    """One candidate's cells, in the order of the columns."""
+    """Return one candidate's cells, in the order of the columns."""
     return (
         _mark(tuning, candidate),
         candidate.label,
@@ -73,7 +73,7 @@ def row(tuning: Tuning, candidate: Candidate) -> tuple[str, ...]:
 
 
 def notes(tuning: Tuning) -> list[str]:
-    """What the figures rest on."""
+    """Return notes on how the figures were measured."""
     early = sum(c.level + 1 < len(tuning.levels) for c in tuning.candidates)
     lines = [
         f"{len(tuning.candidates)} candidates in {tuning.seconds:.0f} s on {tuning.where}, {tuning.threads}"
@@ -111,7 +111,7 @@ def _pictures(tuning: Tuning) -> dict[str, str]:
 
 
 def _scatter(axes: Any, tuning: Tuning, across: Callable[[Candidate], float]) -> None:
-    """Candidates as dots, those on the front filled, the one that was taken ringed."""
+    """Draw candidates as dots, those on the front filled, the chosen one ringed."""
     front = [c for c in tuning.candidates if c.digest in tuning.front]
     rest = [c for c in tuning.candidates if c.digest not in tuning.front]
     taken = [c for c in tuning.candidates if c.digest == tuning.chosen]

@@ -1,4 +1,4 @@
-"""The report as one HTML file: nothing is loaded from anywhere, and it follows light and dark."""
+"""Render the report as one HTML file, which loads nothing and follows the light and dark mode."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -14,13 +14,13 @@ from llmc.report.tables import make_notes, make_tables
 
 
 def write_html(report: Report, path: Path) -> None:
-    """Write the verdict, pictures and all figures; the report's own JSON is embedded as it is."""
+    """Write the verdict, pictures and all figures; the report's own JSON is embedded unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, render_html(report))
 
 
 def render_html(report: Report) -> str:
-    """The page as text; everything that comes from the report is escaped."""
+    """Return the page as text; everything that comes from the report is escaped."""
     return render_page(
         "page.html",
         report,
@@ -36,7 +36,7 @@ def render_html(report: Report) -> str:
 
 
 def render_page(name: str, document: BaseModel, pictures: Mapping[str, str], **values: object) -> str:
-    """A page from one of our templates, with a document embedded as it is; values are escaped.
+    """Render a page from one of our templates, with a document embedded unchanged; values are escaped.
 
     Args:
         pictures: SVG by caption.

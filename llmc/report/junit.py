@@ -1,7 +1,7 @@
-"""JUnit XML, as CI systems read it (the schema of Apache Ant's junitreport task).
+"""Write JUnit XML, as CI systems read it (the schema of Apache Ant's junitreport task).
 
-One testcase per check, then one per measurement that has no gate, which is `skipped` since nothing
-was asked of it.
+There is one testcase per check, then one per measurement that has no gate, which is `skipped` since
+nothing requires it.
 """
 
 import re
@@ -13,7 +13,7 @@ from llmc.artifact.verdict import MISSED, Check, CheckStatus, Measurement
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 
-#: What XML 1.0 cannot hold (section 2.2, Char).
+#: Characters that XML 1.0 cannot represent (section 2.2, Char).
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

@@ -1,4 +1,4 @@
-"""The report as Markdown, for a pull request or a release note."""
+"""Render the report as Markdown, for a pull request or a release note."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def write_markdown(report: Report, path: Path) -> None:
 
 
 def render_markdown(report: Report) -> str:
-    """The verdict, a table of checks, the figures without a gate, and all other tables."""
+    """Render the verdict, a table of checks, the figures without a gate, and all other tables."""
     outcome = "passed" if report.verdict.passed else "FAILED"
     lines = [f"## {_cell(report.title)}: {outcome}", ""]
     lines += [] if report.pruned is None else [_cell(report.pruned), ""]

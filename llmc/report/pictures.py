@@ -1,4 +1,4 @@
-"""Pictures of a report as SVG whose colours are the page's own, so that they follow light and dark.
+"""Draw pictures of a report as SVG with the page's own colours, so that they follow light and dark mode.
 
 matplotlib draws them with placeholder colours, which are then replaced by CSS variables.
 """
@@ -15,7 +15,7 @@ from llmc.config import Metric
 from llmc.progress import printable
 from llmc.report.document import Report
 
-#: What matplotlib is told, and what the page defines.
+#: Placeholder colours of matplotlib, and the variables that the page defines.
 _COLOURS = {
     "#010203": "var(--ink)",
     "#010204": "var(--faint)",
@@ -27,7 +27,7 @@ _SIZE = (4.8, 2.7)
 
 
 def draw_pictures(report: Report) -> dict[str, str]:
-    """SVG by caption, of whatever the report has figures for."""
+    """Return SVG by caption, for everything that the report has figures for."""
     by_metric = {m.metric: m for m in report.measurements}
     drawn: dict[str, str] = {}
 
@@ -81,7 +81,7 @@ def draw_pictures(report: Report) -> dict[str, str]:
 
 
 def draw_svg(plot: Callable[[Any], None]) -> str:
-    """What `plot` puts on a pair of axes, as SVG in the colours of the page."""
+    """Return what `plot` draws on a pair of axes, as SVG in the colours of the page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -193,12 +193,12 @@ def _roofline(axes: Any, latency: Latency) -> None:
 
 
 def _figures(measurement: Measurement | None) -> dict[str, float]:
-    """The finite figures of a measurement, if there is one."""
+    """Return the finite figures of a measurement, if there is one."""
     return {} if measurement is None else {n: v for n, v in measurement.figures.items() if math.isfinite(v)}
 
 
 def _by_layer(snr: dict[str, float]) -> dict[int, float]:
-    """Worst ratio by the layer's number, which is the first number in a tensor's name."""
+    """Return the worst ratio by the layer's number, which is the first number in a tensor's name."""
     worst: dict[int, float] = {}
     for name, value in snr.items():
         if match := re.search(r"\.(\d+)\.", name):

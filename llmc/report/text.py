@@ -1,4 +1,4 @@
-"""The report as text for a terminal."""
+"""Render the report as text for a terminal."""
 
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ _COLOURS = {
 
 
 def render_text(report: Report, *, width: int = 110, colour: bool = False) -> str:
-    """Tables of checks, of figures without a gate, and of all others, with the verdict in the last line.
+    """Render tables of checks, of figures without a gate, and of all others, with the verdict in the last line.
 
     Args:
         width: Columns of the terminal.
