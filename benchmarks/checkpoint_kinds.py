@@ -51,7 +51,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint on disk.
+    """The paths and settings of a checkpoint on disk.
 
     Args:
         model: The argument of `llmc build`.
@@ -70,7 +70,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Kind:
-    """A checkpoint and what a build must do with it.
+    """The definition of a checkpoint, and of what a build must do with it.
 
     Args:
         name: Group and name, separated by a slash.

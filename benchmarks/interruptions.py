@@ -54,7 +54,7 @@ OF_LIBRARIES = {".ses", "torchinductor_root"}
 
 @dataclass
 class Outcome:
-    """What an interrupted build left.
+    """The result of an interrupted build.
 
     Args:
         kind: How it was interrupted.

@@ -1,4 +1,4 @@
-"""`python -m llmc`."""
+"""Run the command line as `python -m llmc`."""
 
 from llmc.cli import program
 

@@ -61,7 +61,7 @@ def search_folders(path: Path | None = None) -> tuple[Path, ...]:
         if not ((folder / "targets").is_dir() or (folder / "profiles").is_dir()):
             raise ConfigError(
                 f"{folder} (from {origin}) has neither a folder targets nor a folder profiles",
-                hint="name the folder above them",
+                hint="name their parent folder",
             )
     return (*(folder for folder, _ in named), shipped_folder())
 
@@ -145,7 +145,7 @@ def _file_of(name: str, kind: _Kind, path: Path | None, *, shared: bool = False)
 
 
 def _find(kind: _Kind, folders: Sequence[Path], *, shared: bool = False) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in folders:
         here: dict[str, Path] = {}
         for file in sorted((folder / kind).glob("*")):
@@ -159,8 +159,8 @@ def _find(kind: _Kind, folders: Sequence[Path], *, shared: bool = False) -> dict
                 f"{here[LOCAL]} has the name {LOCAL}, which is reserved for the machine at hand",
                 hint="give the file another name",
             )
-        found = here | found
-    return found
+        files = here | files
+    return files
 
 
 def _load_target(file: Path, path: Path | None) -> Target:
@@ -173,8 +173,8 @@ def _extension(path: Path | None) -> Extension:
     def find(name: str, file: Path) -> Path:
         beside = [file.parent / (name + suffix) for suffix in (".yaml", ".yml")]
         named = Path(name).name == name  # not a path
-        found = next((each for each in beside if named and each.is_file()), None)
-        return _file_of(name, "targets", path, shared=True) if found is None else found
+        sibling = next((each for each in beside if named and each.is_file()), None)
+        return _file_of(name, "targets", path, shared=True) if sibling is None else sibling
 
     return Extension(find, {"gates": ("metric", [metric.value for metric in Metric])})
 

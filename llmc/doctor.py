@@ -98,7 +98,7 @@ def examine(folder: Path) -> DoctorReport:
             check_extra(
                 "tensorrt",
                 versions,
-                "it finishes engines for H100, H200 and B200 there; pip install 'llmc[tensorrt]'",
+                "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]'",
             ),
             check_extra(
                 "cuda-bindings",

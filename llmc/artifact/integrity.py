@@ -51,7 +51,7 @@ class Damage:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """All sentences."""
+        """The sentences of `files` and `code` together."""
         return self.files + self.code
 
 

@@ -23,7 +23,7 @@ class Ratio(Strict):
 
 
 class PrefillLatency(Strict):
-    """The time to first token for a prompt of `prompt_tokens`, batch 1; rates in tokens of the prompt per second.
+    """The time to first token for a prompt of `prompt_tokens`, batch 1; rates in prompt tokens per second.
 
     `noise` is as for decode. Reports of earlier releases have no rates.
     """

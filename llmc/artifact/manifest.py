@@ -127,7 +127,7 @@ class Declined(Strict):
 
 
 class PassRecord(Strict):
-    """How often a pass applied, and where it declined."""
+    """The count of how often a pass applied, and the places where it declined."""
 
     name: str
     applied: int

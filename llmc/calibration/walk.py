@@ -263,11 +263,11 @@ def _at(states: list[Any] | None, index: int) -> Any:
 
 
 class StopCallError(Exception):
-    """Ends a call of the model once its task has what it needs."""
+    """Raised to end a call of the model once its task has what it needs."""
 
 
 class _PassOn:
-    """Replaces a layer's forward, and returns the hidden states unchanged."""
+    """Replace a layer's forward by one that returns the hidden states unchanged."""
 
     def __init__(self, as_tuple: bool) -> None:
         self.as_tuple = as_tuple

@@ -41,20 +41,20 @@ class EngineScheme(Strict):
 
     @property
     def symmetric(self) -> bool:
-        """True, since TensorRT supports no zero points."""
+        """The symmetry of the codes: always True, since TensorRT supports no zero points."""
         return True
 
     @model_validator(mode="after")
     def _blocks(self) -> "EngineScheme":
         if (self.format is WeightFormat.INT4) != (self.block_size is not None):
-            raise ValueError("block_size goes with int4, which needs it, and with no other format")
+            raise ValueError("block_size is required for int4, and not allowed for other formats")
         accepted = {
             "float",
             {WeightFormat.INT4: "float", WeightFormat.NVFP4: "dynamic"}.get(self.format, "static"),
         }
         if self.activations not in accepted:
             options = " or ".join(sorted(accepted))
-            raise ValueError(f"{self.format.value} takes activations {options}, not {self.activations}")
+            raise ValueError(f"{self.format.value} supports activations {options}, not {self.activations}")
         return self
 
 

@@ -135,7 +135,7 @@ def require_units(units: tuple[Units, ...], layers: int, structure: Structure, w
     if wrong is not None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in structure.refused.items())
         raise UnsupportedError(
-            f"layer {wrong} has {by_layer[wrong]} projections whose {what} can be told apart, and 1 is needed"
+            f"layer {wrong} has {by_layer[wrong]} projections whose {what} can be separated, and 1 is needed"
             + (f" ({reasons[:300]})" if reasons else ""),
             hint="leave this recipe out of the target, or drop whole layers",
         )
@@ -190,7 +190,7 @@ def _follow(linear: Linear, layer: int, count: int, heads: int) -> Units:
     walk.require_no_other_readers(linear.node)
     reader = Part(str(linear.weight.name), 1 if linear.transposed else 0, 0, 1, width)
     if not walk.parts:
-        raise _MixedError("no matrix makes its inputs")
+        raise _MixedError("no matrix computes its inputs")
     return Units(layer, count, reader, tuple(dict.fromkeys(walk.parts)), heads)
 
 
@@ -270,7 +270,7 @@ class _Walk:
     def _of_product(self, node: ir.Node, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
         matrix = matrix_behind(node.inputs[1])
         if matrix is None or place.axis != -1:
-            raise _MixedError("a product that is not with a matrix of the model makes it")
+            raise _MixedError("a product without a matrix of the model computes it")
         weight, transposed = matrix
         if len(weight.uses()) != 1:
             raise _MixedError(f"{weight.name} is used elsewhere as well")
@@ -282,7 +282,7 @@ class _Walk:
     ) -> Iterator[tuple[ir.Value, _Place]]:
         heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
         if value is not node.outputs[0] or place != _Place(-2, heads // kv_heads):
-            raise _MixedError("attention gives its heads in another order")
+            raise _MixedError("attention returns its heads in another order")
         if len(node.outputs[1].uses()) or len(node.outputs[2].uses()):
             raise _MixedError("another layer reads the keys and values")
         query, key, values = (v for v in node.inputs[:3] if v is not None)
@@ -352,7 +352,7 @@ def _cut(node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Val
         yield from ((each, place) for each in inputs if each is not None)
         return
     if node.op_type == "Concat":
-        raise _MixedError(f"{value.name} is joined of several activations")
+        raise _MixedError(f"{value.name} is joined from several activations")
     if node.op_type == "Split":
         offset = 0
         for output in node.outputs:

@@ -22,7 +22,7 @@ _COLOURS = {
 
 
 def render_text(report: Report, *, width: int = 110, colour: bool = False) -> str:
-    """Render tables of checks, of figures without a gate, and of all others, with the verdict in the last line.
+    """Render tables of checks, of figures without a gate and of all others; the verdict is the last line.
 
     Args:
         width: Columns of the terminal.

@@ -54,7 +54,7 @@ def measure_choices(model: Session, reference: Reference, tokens: Array) -> Meas
     except ParityError as error:
         return broken((Metric.DECODE_TOP1,), error, model.where)[0]
     if not equal:
-        why = "no step fits"
+        why = "no step fits into the model's positions"
         return unmeasured(Metric.DECODE_TOP1, MeasurementStatus.NOT_MEASURED, why, model.where)
     prompts = ", ".join(map(str, lengths))
     detail = f"{len(equal)} steps of the original's greedy text after prompts of {prompts} tokens"

@@ -322,7 +322,7 @@ class _Planner:
 def _without_batches(ground: Ground) -> tuple[MeasurementStatus, str]:
     if ground.rows == 1:
         return MeasurementStatus.NOT_APPLICABLE, "the artifact accepts one row at a time"
-    why = f"the model ends at {ground.limit} positions, three rows do not fit"
+    why = f"the model ends at {ground.limit} positions, so that three rows do not fit"
     return MeasurementStatus.NOT_MEASURED, why
 
 

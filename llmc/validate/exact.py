@@ -70,22 +70,26 @@ def measure_tensors(
     """
     graph = open_model(folder).graph
     stored = graph.initializers
-    found, pages = [*beside], MappedPages(graph)
-    compared = len(found)
+    differences, pages = [*beside], MappedPages(graph)
+    compared = len(differences)
     groups = list(_groups(expected, calibrated))
     for done, group in enumerate(groups, 1):
         for name, difference in _compare_group(group, stored):
             compared += 1
             pages.count(group.members[name].nbytes)
             if difference is not None:
-                found.append(f"{name} {difference}")
+                differences.append(f"{name} {difference}")
         advance(done, len(groups))
-    found += find_strangers(folder, calibrated)
+    differences += find_strangers(folder, calibrated)
     fine = f"{compared} tensors equal those of a build, bit for bit"
-    detail = fine if not found else f"{len(found)} of {compared + len(calibrated)} differ: {_listed(found)}"
+    detail = (
+        fine
+        if not differences
+        else f"{len(differences)} of {compared + len(calibrated)} differ: {_listed(differences)}"
+    )
     if calibrated:
-        detail += f"; {len(calibrated)} matrices, whose codes are not known here, are held to their values"
-    return measured(Metric.WEIGHTS_EXACT, float(len(found)), detail, _WHERE)
+        detail += f"; {len(calibrated)} matrices, whose codes cannot be computed here, are compared by value"
+    return measured(Metric.WEIGHTS_EXACT, float(len(differences)), detail, _WHERE)
 
 
 def measure_graph(folder: Path, expected: ir.Model, otherwise: str | None) -> Measurement:

@@ -20,7 +20,7 @@ from llmc.runtime.session import Session
 
 @dataclass(frozen=True)
 class ArtifactJob:
-    """An artifact to open under its runtime, with prompt length and decode steps.
+    """The job of opening an artifact under its runtime, with prompt length and decode steps.
 
     Args:
         open: Opens the artifact; picklable.
@@ -35,7 +35,7 @@ class ArtifactJob:
 
 @dataclass(frozen=True)
 class OriginalJob:
-    """The original under PyTorch: a picklable function that loads it, prompt length and decode steps."""
+    """The job of running the original under PyTorch: its picklable loader, prompt length and decode steps."""
 
     load: Callable[[], Any]
     threads: int

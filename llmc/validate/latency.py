@@ -73,7 +73,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Timed:
-    """An artifact to be timed.
+    """The artifact to be timed.
 
     Args:
         open: Opens a session of the artifact; picklable, for the processes that measure memory.

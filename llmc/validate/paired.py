@@ -85,7 +85,7 @@ class Paired:
         noise = self._by_position()
         tokens = np.sqrt(self._by_token / len(self._noise))
         median = float(np.median(self._noise))
-        detail = f"{len(self._kl)} positions, the program as it is served beside the one in float32"
+        detail = f"{len(self._kl)} positions, the served program compared with the same in float32"
         deviation = f"{detail}; the difference of logits without its mean, over their standard deviation"
         each = "each number of tokens in a call" if self.routed else "each position"
         return (
@@ -93,7 +93,7 @@ class Paired:
             measured(
                 Metric.ROUNDING_KL_RATIO,
                 self._kl_ratio(median),
-                f"{detail}; over that of even noise",
+                f"{detail}; over the divergence of even noise",
                 self.where,
             ),
             measured(

@@ -110,7 +110,7 @@ class Parity:
         detail = (
             f"{len(plan.tokens):,} tokens, {plan.first:,} at once and the rest in {len(plan.pieces)} pieces; "
             f"{len(plan.turns)} further pieces of {_spread([n for _, n in plan.turns])} tokens, each over "
-            "what lies before it"
+            "the cache of all tokens before it"
         )
         return (self._worst(Metric.CHUNKS_MAX_ABS, by_end, detail),)
 

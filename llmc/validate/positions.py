@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def runs_of_levels(self) -> int:
-        """How often the levels run the artifact: prefills, pieces and steps, a batch counting as one."""
+        """The number of runs of the artifact by the levels; each prefill, piece, step or batch is one."""
         after = len(self.turns) + len(self.steps) + sum(1 + steps for _, steps in self.runs)
         walked = 1 + len(self.pieces) + after if self.pieces else 0
         alone = sum(len(prompts) for prompts in self.windows.values()) * (1 + WINDOW_STEPS)

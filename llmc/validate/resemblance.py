@@ -53,7 +53,7 @@ def describe_stranger(rows: Rows, stored: Stored) -> str | None:
         if not np.isfinite(actual).all():
             return f"has values that are not finite in rows {start} to {stop}"
         for row, block, gain in _outliers(expected, actual, stored.block):
-            return f"has a gain of {gain:.2f} in block {block} of row {start + row}, a rounding has 1"
+            return f"has a gain of {gain:.2f} in block {block} of row {start + row}, where a rounding has 1"
         cross += float(np.sum(expected * actual, dtype=np.float64))
         signal += float(np.sum(expected * expected, dtype=np.float64))
         noise += float(np.sum((expected - actual) ** 2, dtype=np.float64))
@@ -64,7 +64,7 @@ def describe_stranger(rows: Rows, stored: Stored) -> str | None:
     chance = _BIAS + _DEVIATIONS * math.sqrt(lost / count)
     if 1 - lost - chance <= gain <= 1 + chance:
         return None
-    return f"has a gain of {gain:.4f}, a rounding that loses {lost:.4f} has {1 - lost:.4f} to 1"
+    return f"has a gain of {gain:.4f}, where a rounding that loses {lost:.4f} has {1 - lost:.4f} to 1"
 
 
 def _outliers(expected: Array, actual: Array, block: int) -> Iterator[tuple[int, int, float]]:

@@ -48,11 +48,11 @@ def _measure(model: Session, reference: Reference, plan: Plan) -> tuple[Measurem
             kl[b] = _divergence(expected[b - 1], logits[0, -1], b - 1)
     ends = sum(b <= start for b in kl)
     detail = (
-        f"the ends of {ends} pieces and {plan.cache_steps} steps after {start:,} tokens, the original with "
-        "the artifact's weights"
+        f"the ends of {ends} pieces and {plan.cache_steps} steps after {start:,} tokens, "
+        "against the original with the artifact's weights"
     )
     worst = max(kl, key=lambda b: kl[b])
-    location = f"{detail}; the worst after {worst:,}"
+    location = f"{detail}; the worst is after {worst:,} tokens"
     return (
         measured(Metric.CACHE_KL_MEAN, float(np.mean(list(kl.values()))), detail, model.where),
         measured(Metric.CACHE_KL_MAX, kl[worst], location, model.where),

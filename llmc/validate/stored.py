@@ -134,7 +134,7 @@ def _plain(value: ir.Value) -> Stored | None:
 
 
 class _Turner:
-    """Transposes matrices. Reading any part of a matrix reads all of it, and the last one is cached."""
+    """Transpose matrices; reading a part of a matrix reads all of it, and the last matrix is cached."""
 
     def __init__(self) -> None:
         self._values: tuple[Stored, Array] | None = None

@@ -253,7 +253,7 @@ def _tokenizer(
     unequal = sorted(set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
     if unequal:
         different.append(
-            f"the vocabulary differs: {unequal[0][0]!r} with id {unequal[0][1]} is in one of the two"
+            f"the vocabulary differs: {unequal[0][0]!r} with id {unequal[0][1]} is in only one of the two"
         )
     read = f"{len(texts)} texts and {len(ids):,} ids"
     detail = "; ".join([read, *different[:_REPORTED], *codec.record.describe()])
@@ -267,15 +267,17 @@ def _chat(own: Any, sides: Sequence[Side], codec: TextCodec, tokenizer: Any, whe
     if not count:
         if codec.record.chat or any(_renders(side) for side in sides):
             return measured(
-                Metric.CHAT_EQUAL, 0.0, "the artifact has a chat template, the original has none", where
+                Metric.CHAT_EQUAL, 0.0, "the artifact has a chat template, but the original has none", where
             )
         status = MeasurementStatus.NOT_APPLICABLE
         return unmeasured(Metric.CHAT_EQUAL, status, "the original has no chat template", where)
     if not codec.record.chat:
-        return measured(Metric.CHAT_EQUAL, 0.0, "the original has a chat template, llmc run uses none", where)
+        return measured(
+            Metric.CHAT_EQUAL, 0.0, "the original has a chat template, but llmc run uses none", where
+        )
     detail = "; ".join([f"{count} conversations", *different[:1]])
     if codec.record.chat_template is not None:
-        detail += "; with the template that was given to the build in the place of the original's"
+        detail += "; with the chat template of the build, which replaces the original's"
     return measured(Metric.CHAT_EQUAL, 1 - len(different) / count, detail, where)
 
 

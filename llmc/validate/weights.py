@@ -193,7 +193,7 @@ def _compare(rows: Rows, stored: Stored) -> _Comparison:
 
 
 def _block_sums(squares: Array, block: int) -> Array:
-    """Sums over blocks of the last axis; a vector is one row."""
+    """Return sums over blocks of the last axis; a vector counts as one row."""
     flat = squares.reshape(-1, squares.shape[-1]) if squares.ndim > 1 else squares.reshape(1, -1)
     starts = np.arange(0, flat.shape[1], block)
     return np.add.reduceat(flat, starts, axis=1)

@@ -96,7 +96,11 @@ def test_an_own_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
             "target cpu-int4 runs on a CPU and profile l4",
             "llmc profiles",
         ),
-        (("build", "demo", "--path", "/nowhere"), "/nowhere (from --path) has neither", "name the folder"),
+        (
+            ("build", "demo", "--path", "/nowhere"),
+            "/nowhere (from --path) has neither",
+            "name their parent folder",
+        ),
         (("build", "demo", "--eval-text", "/nowhere.txt"), "evaluation text /nowhere.txt is not a file", ""),
     ],
 )

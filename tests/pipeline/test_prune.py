@@ -184,7 +184,7 @@ def test_weights_of_an_engine_are_sparse(tmp_path: Path) -> None:
             "mixtral",
             {"mlp": NEURONS},
             UnsupportedError,
-            "layer 0 has 0 projections whose neurons can be told",
+            "layer 0 has 0 projections whose neurons can be separated",
         ),
         (
             "gpt_neox",

@@ -59,7 +59,7 @@ def test_norms_over_all_heads_tie_them_together() -> None:
     found = _structure("olmo2")
     assert len(found.neurons) == LAYERS
     with pytest.raises(
-        UnsupportedError, match=r"layer 0 has 0 projections whose groups can be told apart.*o_proj"
+        UnsupportedError, match=r"layer 0 has 0 projections whose groups can be separated.*o_proj"
     ) as caught:
         require_units(found.groups, LAYERS, found, "groups")
     assert caught.value.hint is not None

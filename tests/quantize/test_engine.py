@@ -155,14 +155,14 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
 
 
 def test_activations_go_with_their_format() -> None:
-    with pytest.raises(ValidationError, match="int4 takes activations float, not static"):
+    with pytest.raises(ValidationError, match="int4 supports activations float, not static"):
         EngineScheme(format=WeightFormat.INT4, block_size=32, activations="static")
-    with pytest.raises(ValidationError, match="nvfp4 takes activations dynamic or float, not static"):
+    with pytest.raises(ValidationError, match="nvfp4 supports activations dynamic or float, not static"):
         EngineScheme(format=WeightFormat.NVFP4, activations="static")
 
 
 def test_block_sizes_belong_to_int4() -> None:
-    with pytest.raises(ValidationError, match="block_size goes with int4"):
+    with pytest.raises(ValidationError, match="block_size is required for int4"):
         EngineScheme(format=WeightFormat.INT8, block_size=32)
-    with pytest.raises(ValidationError, match="block_size goes with int4"):
+    with pytest.raises(ValidationError, match="block_size is required for int4"):
         EngineScheme(format=WeightFormat.INT4)

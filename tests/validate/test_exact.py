@@ -75,7 +75,7 @@ def test_a_changed_weight_is_told_by_place(tmp_path: Path) -> None:
     store = _Store()
     left = measure_tensors(tmp_path, _model(None).graph, {"w": StoredRows(store, store.infos()["w"])})
     assert left.value == 0
-    assert left.detail.endswith("1 matrices, whose codes are not known here, are held to their values")
+    assert left.detail.endswith("1 matrices, whose codes cannot be computed here, are compared by value")
 
 
 @pytest.mark.parametrize(

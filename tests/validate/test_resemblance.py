@@ -71,7 +71,7 @@ def _infinite(values: np.ndarray) -> None:
     ("change", "said"),
     [
         (_zero_block, "has a gain of 0.00 in block 1 of row 7"),
-        (_other_row, "of row 7, a rounding has 1"),
+        (_other_row, "of row 7, where a rounding has 1"),
         (_wide_scales, "a rounding that loses"),
         (_narrow_scales, "a rounding that loses"),
         (_infinite, "has values that are not finite"),
