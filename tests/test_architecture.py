@@ -187,6 +187,32 @@ def test_the_rule_sees_a_circle_inside_functions(tmp_path: Path, monkeypatch: py
     assert set(pairwise(circle())) == {(first, second), (second, third), (third, first)}
 
 
+def commands_imported() -> list[str]:
+    """Imports of a command's file in the folders of `pipeline` that the commands share."""
+    shared = [file for room in ("steps", "gate") for file in (PACKAGE / "pipeline" / room).glob("*.py")]
+    return [
+        f"{file.relative_to(ROOT)} imports {other.name}"
+        for file in shared
+        for other in sorted(imported_files(file))
+        if other.parent == PACKAGE / "pipeline" and other.name not in ("result.py", "__init__.py")
+    ]
+
+
+def test_the_gate_and_the_steps_import_no_command() -> None:
+    assert commands_imported() == []
+
+
+def test_the_rule_sees_a_gate_that_imports_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("steps", "gate"):
+        (tmp_path / "llmc" / "pipeline" / room).mkdir(parents=True)
+    (tmp_path / "llmc" / "pipeline" / "bisect.py").touch()
+    late = "def late():\n    from llmc.pipeline.bisect import graphs\n"
+    (tmp_path / "llmc" / "pipeline" / "gate" / "parity.py").write_text(late)
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "llmc")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert commands_imported() == ["llmc/pipeline/gate/parity.py imports bisect.py"]
+
+
 def test_runtimes_are_imported_where_their_telemetry_is_turned_off() -> None:
     allowed = {
         PACKAGE / "runtime" / "libraries.py",

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from llmc.artifact.integrity import find_damage
 from llmc.artifact.store import Artifact, open_artifact
 from llmc.backends import backend_of
+from llmc.config import Metric, Target
 from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
-from llmc.pipeline.gate.parity import hold_manifest, measure_parity
-from llmc.pipeline.gate.subject import Subject
+from llmc.pipeline.gate.parity import Extra, hold_manifest, measure_parity
+from llmc.pipeline.gate.run import Run
+from llmc.pipeline.gate.subject import Subject, open_compiled
 from llmc.pipeline.gate.thresholds import Thresholds, choose_thresholds
 from llmc.pipeline.gate.unfinished import finish
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.steps.original import open_pair
 from llmc.pipeline.steps.prune import reopen
 from llmc.pipeline.steps.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
+from llmc.pipeline.steps.stepwise import measure_passes
 from llmc.progress import Progress
 from llmc.report import compare_reports, parse_allowed, read_report
 from llmc.validate.positions import seed_of
@@ -88,6 +91,7 @@ def verify(
         damage = find_damage(artifact)
     manifest = artifact.manifest
     thresholds = choose_thresholds(manifest, target, search, own=own_gates)
+    extras = (_each_pass(thresholds.target),) if each_pass else ()
     gate, digest = hold_manifest(thresholds, damage, every=every), None
     if gate is None:
         backend_of(manifest.target).require_host(artifact)
@@ -101,7 +105,7 @@ def verify(
             progress,
             thresholds=thresholds,
             damage=damage,
-            each_pass=each_pass,
+            extras=extras,
             every=every,
         )
     profile, pruned = manifest.profile.name, manifest.pruned
@@ -113,9 +117,22 @@ def verify(
         write_all(report, folder)
     decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
     if manifest.unfinished is not None and decided:
-        finish(artifact, gate.verdict, report, progress)
+        finish(artifact, gate.verdict, report, progress, besides=[extra.metric for extra in extras])
     hint = thresholds.hint if thresholds.missed else advise(manifest.target, report.verdict)
     return GateReport(report=report, advice=hint)
+
+
+def _each_pass(target: Target) -> Extra:
+    """Hold every pass to the target's bound on prefill, the graph after it against the graph before it."""
+
+    def measure(run: Run) -> None:
+        subject = run.subject
+        whole = open_compiled(subject)
+        run.found.append(measure_passes(subject.compiled, subject.target, whole, run.progress))
+
+    metric = Metric.PASSES_MAX_ABS
+    bounds = [gate for gate in target.gates if gate.metric is Metric.PREFILL_MAX_ABS]
+    return Extra(metric, tuple(gate.model_copy(update={"metric": metric}) for gate in bounds), measure)
 
 
 def _subject(

@@ -238,7 +238,7 @@ def _compare(
     """Return (5, windows, steps): KL divergence, top-1, top-5, and the losses of artifact and original.
 
     Args:
-        known: The original's distributions of the measured tokens of each window.
+        distributions: The original's distributions of the measured tokens of each window.
         advance: Called after each step.
     """
     totals, tokens = _Totals(), windows.tokens

@@ -15,8 +15,8 @@ from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.errors import UnsupportedError
 from llmc.pipeline import bisect, build, verify
-from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.result import GateReport
+from llmc.pipeline.steps.stepwise import measure_passes
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.validate.reference import TorchModel

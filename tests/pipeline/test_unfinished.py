@@ -79,8 +79,8 @@ def test_verify_finishes_as_the_build_would_have(
         _build(model, tmp_path / "out", monkeypatch, KeyboardInterrupt())
     assert open_artifact(tmp_path / "out").manifest == whole
     (tmp_path / "out.unverified" / "reports" / "mark.json").touch()
-    verify(tmp_path / "out.unverified", None, (), SilentProgress())
-    assert open_artifact(tmp_path / "out").manifest == whole
+    verify(tmp_path / "out.unverified", None, (), SilentProgress(), each_pass=True)
+    assert open_artifact(tmp_path / "out").manifest == whole  # with no check that a build does not make
     assert {p.name for p in (tmp_path / "out" / "reports").iterdir()} >= {"mark.json", "parity.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

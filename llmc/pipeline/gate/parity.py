@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
 from llmc.config import Family, Gate, Metric, Target
 from llmc.errors import ParityError
-from llmc.pipeline.bisect import measure_passes
 from llmc.pipeline.gate.files import compare_settings, compare_tokenizer, compare_weights
 from llmc.pipeline.gate.graph import measure_served, measure_static
 from llmc.pipeline.gate.loaders import measure_loaders
 from llmc.pipeline.gate.run import Run
-from llmc.pipeline.gate.subject import Subject, open_compiled
+from llmc.pipeline.gate.subject import Subject
 from llmc.pipeline.gate.thresholds import Thresholds, given_thresholds
 from llmc.pipeline.steps.original import read_text
 from llmc.progress import Progress
@@ -33,6 +32,21 @@ if TYPE_CHECKING:
 _AHEAD = "{} missed before"
 
 Step = Callable[[Run], None]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A measurement that no build takes, made where a caller asks for it.
+
+    Args:
+        metric: Its metric.
+        gates: The gates on it.
+        step: Takes it; it runs among the costly steps.
+    """
+
+    metric: Metric
+    gates: tuple[Gate, ...]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ def measure_parity(
     *,
     thresholds: Thresholds | None = None,
     damage: Damage | None = None,
-    each_pass: bool = False,
+    extras: Sequence[Extra] = (),
     every: bool = False,
 ) -> GateResult:
     """Measure an artifact against the original, and hold the target's parity gates.
@@ -92,26 +106,19 @@ def measure_parity(
     Args:
         eval_text: Files with the user's text; none for the one that ships.
         damage: What is wrong with the files by the manifest; None for files that were written just now.
-        each_pass: Hold every pass to the target's bound on prefill, the graph after it against the graph
-            before it.
+        extras: Measurements to take and gates to hold besides the target's.
         every: Go on after a check that reads files alone has missed its gate.
 
     Raises:
         ConfigError: The text cannot be read, or is too short.
         ResourceError: A runtime is missing.
     """
-    gates = parity_gates(subject.target)
-    if each_pass:
-        gates += tuple(
-            gate.model_copy(update={"metric": Metric.PASSES_MAX_ABS})
-            for gate in gates
-            if gate.metric is Metric.PREFILL_MAX_ABS
-        )
+    gates = (*parity_gates(subject.target), *(gate for extra in extras for gate in extra.gates))
     ahead = _ahead(thresholds or given_thresholds(subject.target), damage)
     run = Run(subject, read_text(eval_text), progress, ahead)
     run.require_windows()
     try:
-        for phase in _phases(subject, each_pass=each_pass):
+        for phase in _phases(subject, tuple(extra.step for extra in extras)):
             missed = _first_missed(gates, run.found)
             if missed is not None and not every:
                 return _conclude(gates, run.found, _AHEAD.format(missed))
@@ -124,15 +131,14 @@ def measure_parity(
     return GateResult(tuple(run.found), evaluate(gates, run.found))
 
 
-def _phases(subject: Subject, *, each_pass: bool) -> tuple[tuple[Step, ...], ...]:
+def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ...], ...]:
     """The steps from cheap to costly; a gate that is missed in one phase ends the run before the next."""
-    passes = (_measure_passes,) if each_pass else ()
     measure = measure_served if subject.backend.served_by_genai else measure_static
     return (
         (compare_settings, compare_tokenizer),
         (compare_weights,),
         (_compare_loaders,),
-        (*passes, measure),
+        (*further, measure),
     )
 
 
@@ -146,12 +152,6 @@ def _ahead(thresholds: Thresholds, damage: Damage | None) -> list[Measurement]:
 def _compare_loaders(run: Run) -> None:
     subject = run.subject
     run.found.append(measure_loaders(subject.checkpoint, subject.model_digest, run.progress))
-
-
-def _measure_passes(run: Run) -> None:
-    subject = run.subject
-    whole = open_compiled(subject)
-    run.found.append(measure_passes(subject.compiled, subject.target, whole, run.progress))
 
 
 def _first_missed(gates: Sequence[Gate], found: Sequence[Measurement]) -> Metric | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -74,12 +74,16 @@ def _reason(error: BaseException) -> str:
     return str(error) or "interrupted"
 
 
-def record_verdict(manifest: Manifest, verdict: Verdict) -> Manifest:
-    """The manifest of an artifact whose gates were decided."""
+def record_verdict(manifest: Manifest, verdict: Verdict, besides: Collection[Metric] = ()) -> Manifest:
+    """The manifest of an artifact whose gates were decided.
+
+    Args:
+        besides: Metrics that were measured and that no build checks.
+    """
     checks = tuple(
         CheckRecord(metric=c.metric, status=c.status, where=c.where)
         for c in verdict.checks
-        if c.metric not in (Metric.PASSES_MAX_ABS, Metric.GATES)  # which no build checks
+        if c.metric not in (Metric.GATES, *besides)
     )
     state = State.VERIFIED if manifest.state is State.NOT_VERIFIED else manifest.state
     if any(check.status in MISSED for check in checks):
@@ -93,13 +97,23 @@ def put_by_verdict(stage: Staging, manifest: Manifest) -> Artifact:
     return stage.keep_failed(manifest) if manifest.state is State.FAILED else stage.commit(manifest)
 
 
-def finish(artifact: Artifact, verdict: Verdict, report: Report, progress: Progress) -> Artifact:
+def finish(
+    artifact: Artifact,
+    verdict: Verdict,
+    report: Report,
+    progress: Progress,
+    *,
+    besides: Collection[Metric] = (),
+) -> Artifact:
     """Give an artifact that was kept without an outcome its outcome, as its build would have.
+
+    Args:
+        besides: As `record_verdict`.
 
     Raises:
         ConfigError: It is being built, has changed since it was opened, or cannot be written to.
     """
-    manifest = record_verdict(artifact.manifest, verdict)
+    manifest = record_verdict(artifact.manifest, verdict, besides)
     record_output(artifact.path)
     with reopened(artifact) as stage:
         write_report(report, artifact.path / REPORTS, "parity")
