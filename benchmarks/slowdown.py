@@ -17,7 +17,8 @@ import numpy as np
 from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
-from llmc.pipeline.steps.original import read_text, tokenize
+from llmc.data import eval_text
+from llmc.pipeline.steps.original import tokenize
 from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.gates import evaluate
 from llmc.validate.rival import CONTEXT, Pairing, measure_rival
@@ -48,7 +49,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     manifest = open_artifact(options.artifact).manifest
-    tokens, _ = tokenize(AutoTokenizer.from_pretrained(options.artifact), read_text(()))
+    tokens, _ = tokenize(AutoTokenizer.from_pretrained(options.artifact), eval_text())
     gates = [g for g in manifest.target.gates if g.metric is Metric.PREVIOUS_RATIO]
     if not gates:
         parser.error(

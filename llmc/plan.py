@@ -8,6 +8,7 @@ from llmc.backends import backend_of
 from llmc.catalog import load_profile_for, load_target
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError
+from llmc.evaluation import EvaluationText, read_text, shipped_text
 
 
 def plan_build(
@@ -17,7 +18,7 @@ def plan_build(
     profile: str,
     output: Path | None = None,
     verify: bool = True,
-    eval_text: Sequence[str] = (),
+    eval_text: EvaluationText | None = None,
     path: Path | None = None,
     chat_template: Path | None = None,
     token_ids: bool = False,
@@ -30,6 +31,7 @@ def plan_build(
 
     Args:
         profile: One name, or several separated by commas.
+        eval_text: The text that the gate measures quality on; None for the one that ships.
         output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
         path: Folder of the user's own targets and profiles, searched first.
         chat_template: File with a Jinja template that replaces the checkpoint's own.
@@ -41,9 +43,6 @@ def plan_build(
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
-    for name in eval_text:
-        if name != "-" and not Path(name).is_file():
-            raise ConfigError(f"evaluation text {name} is not a file")
     resolved = load_target(target, path)
     names = profile.split(",")
     if len(names) > 1 and not backend_of(resolved).several_profiles:
@@ -62,13 +61,29 @@ def plan_build(
         also=tuple(also),
         output=output if output is not None else default_output(model, target, profile, adapter),
         verify=verify,
-        eval_text=tuple(eval_text),
+        eval_text=shipped_text() if eval_text is None else eval_text,
         chat_template=None if chat_template is None else _read_template(chat_template),
         token_ids=token_ids,
         every_check=every_check,
         seed=seed,
         budget=budget,
     )
+
+
+def read_eval_text(names: Sequence[str], *, verify: bool) -> EvaluationText:
+    """Read the evaluation text of a build, once for every plan that is made of the request.
+
+    Args:
+        names: Files of evaluation text, `-` for standard input; none for the one that ships.
+        verify: Whether the gates are to run; if not, the files must be there and are not read.
+
+    Raises:
+        ConfigError: A file is not there, or is not text in UTF-8.
+    """
+    for name in names:
+        if name != "-" and not Path(name).is_file():
+            raise ConfigError(f"evaluation text {name} is not a file")
+    return read_text(names if verify else ())
 
 
 def _read_template(file: Path) -> str:

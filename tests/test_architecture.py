@@ -35,11 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "arrays": set(),
     "profile": {"records"},
-    "config": {"errors", "profile", "records"},
+    "evaluation": {"errors", "records", "data"},
+    "config": {"errors", "profile", "records", "evaluation"},
     "document": {"errors"},
     "machine": BASE | {"memory"},
     "catalog": BASE | {"document", "machine"},
-    "plan": BASE | {"catalog", "backends"},
+    "plan": BASE | {"catalog", "backends", "evaluation"},
     "defaults": BASE | {"catalog", "machine", "backends"},
     "doctor": BASE | {"machine", "memory", "backends"},
     "graph": BASE,
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": STATION | {"runtime", "quantize", "catalog", "machine"},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
-    | {"calibration", "runtime", "backends", *STATIONS},
+    | {"calibration", "runtime", "backends", "evaluation", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
     | {"__init__"},

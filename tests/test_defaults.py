@@ -1,14 +1,17 @@
 """The target of a build that names none."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmc.catalog import list_targets
 from llmc.cli import main
+from llmc.config import BuildPlan
 from llmc.defaults import choose_target
-from llmc.errors import ConfigError
+from llmc.errors import ConfigError, KernelError
 from tests.models import EOS, save_tiny_model
 
 
@@ -58,3 +61,20 @@ def test_a_model_that_kernels_do_not_hold(tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr().err
     assert "bias or sinks; building target cpu-mixed instead" in told
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["target"]["name"] == "cpu-mixed"
+
+
+def test_standard_input_is_read_once_for_both_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[BuildPlan] = []
+
+    def refuse(plan: BuildPlan, progress: object) -> None:
+        plans.append(plan)
+        raise KernelError("no region") if len(plans) == 1 else ConfigError("seen")
+
+    monkeypatch.setattr("llmc.pipeline.build", refuse)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"one text")))
+    with pytest.raises(SystemExit):
+        main(("build", "demo", "--profile", "cpu-avx2", "--eval-text", "-", "-o", str(tmp_path / "out")))
+    assert [plan.target.name for plan in plans] == ["cpu-mixed-compiled", "cpu-mixed"]
+    assert {(plan.eval_text.text, plan.eval_text.names) for plan in plans} == {("one text", ("-",))}

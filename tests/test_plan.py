@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 
 from llmc.errors import ConfigError
-from llmc.plan import default_output, plan_build
+from llmc.evaluation import EvaluationText, read_text
+from llmc.plan import default_output, plan_build, read_eval_text
 
 
 def test_a_plan_is_resolved(tmp_path: Path) -> None:
-    text = tmp_path / "own.txt"
-    text.write_text("words")
-    plan = plan_build("demo", target="cuda-fp16", profile="l4", verify=False, eval_text=[str(text)])
+    file = tmp_path / "own.txt"
+    file.write_text("words")
+    text = read_eval_text([str(file)], verify=True)
+    plan = plan_build("demo", target="cuda-fp16", profile="l4", verify=False, eval_text=text)
     assert (plan.target.name, plan.profile.name, plan.verify) == ("cuda-fp16", "l4", False)
     assert plan.output == Path("artifacts/demo/cuda-fp16@l4")
-    assert plan.eval_text == (str(text),)
+    assert plan.eval_text == EvaluationText(text="words", names=(str(file),))
 
 
 def test_the_output_is_the_users(tmp_path: Path) -> None:
@@ -47,8 +49,14 @@ def test_a_folder_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="MODEL is empty"):
         plan_build(" ", target="cpu-fp32", profile="local")
-    with pytest.raises(ConfigError, match=r"absent\.txt is not a file"):
-        plan_build("demo", target="cpu-fp32", profile="local", eval_text=[str(tmp_path / "absent.txt")])
+    for verify in (True, False):
+        with pytest.raises(ConfigError, match=r"absent\.txt is not a file"):
+            read_eval_text([str(tmp_path / "absent.txt")], verify=verify)
+
+
+def test_text_is_not_read_for_a_build_without_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert read_eval_text(["-"], verify=False) == read_text(())
 
 
 def test_several_profiles_are_for_engines() -> None:

@@ -87,7 +87,7 @@ def build(
         emit(pipeline.resume(Path(model), open_progress()), as_json=as_json)
         return
     from llmc.errors import KernelError
-    from llmc.plan import plan_build
+    from llmc.plan import plan_build, read_eval_text
 
     choice = None
     if target is None:
@@ -101,7 +101,7 @@ def build(
         profile=profile,
         output=output,
         verify=not no_verify,
-        eval_text=eval_text or (),
+        eval_text=read_eval_text(eval_text or (), verify=not no_verify),
         path=path,
         chat_template=chat_template,
         token_ids=token_ids,

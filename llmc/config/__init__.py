@@ -25,6 +25,7 @@ from llmc.config.method import NamedMethod, calibrated_methods
 from llmc.config.metrics import Better as Better
 from llmc.config.metrics import Family as Family
 from llmc.config.metrics import Metric as Metric
+from llmc.evaluation import EvaluationText, shipped_text
 from llmc.profile import Profile, ProfileKind
 from llmc.records import Strict
 
@@ -284,7 +285,7 @@ class BuildPlan(Strict):
         also: Further hardware for the artifact; only engines are built for several.
         output: Directory of the artifact.
         verify: Whether to run the parity gate after building.
-        eval_text: Files of evaluation text, `-` for standard input; empty for the text that ships.
+        eval_text: The text that the gate measures quality on.
         chat_template: Jinja template that replaces the checkpoint's own; None keeps it.
         token_ids: Whether to build although onnxruntime-genai's tokenizer does not give the model's tokens.
         every_check: Whether to measure everything although a cheap check of the gate has missed.
@@ -299,7 +300,7 @@ class BuildPlan(Strict):
     also: tuple[Profile, ...] = ()
     output: Path
     verify: bool = True
-    eval_text: tuple[str, ...] = ()
+    eval_text: EvaluationText = Field(default_factory=shipped_text)
     chat_template: str | None = None
     token_ids: bool = False
     every_check: bool = False

@@ -12,11 +12,12 @@ from llmc.artifact.store import Artifact, open_artifact
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.backends import backend_of
 from llmc.config import Metric
+from llmc.data import eval_text
 from llmc.machine import detect_profile
 from llmc.pipeline.gate.parity import GateResult, latency_gates
 from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
-from llmc.pipeline.steps.original import open_pair, read_text, tokenize
+from llmc.pipeline.steps.original import open_pair, tokenize
 from llmc.profile import Profile, ProfileKind
 from llmc.progress import Progress
 from llmc.validate.gates import evaluate
@@ -100,7 +101,7 @@ def bench(
         rival = None if earlier is None else _timed(earlier)
     manifest = artifact.manifest
     with progress.stage("load the original"):
-        tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+        tokens, _ = tokenize(checkpoint.tokenizer(), eval_text())
         merged = checkpoint.adapter.ref if checkpoint.adapter is not None else None
         load = OriginalLoader(checkpoint.ref, _original_dtype(manifest), merged)
         reference = TorchModel(load())

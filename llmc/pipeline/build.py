@@ -104,9 +104,9 @@ def _hold_gates(
     unfinished = built.manifest.model_copy(update={"unfinished": BEGUN})
     kept = stage.keep_unverified(unfinished)
     reports = kept.path / REPORTS
-    with explaining(stage, unfinished, plan.eval_text, progress):
+    with explaining(stage, unfinished, plan.eval_text.names, progress):
         gate = measure_parity(
-            replace(subject, folder=kept.path), plan.eval_text, progress, every=plan.every_check
+            replace(subject, folder=kept.path), plan.eval_text.text, progress, every=plan.every_check
         )
         name, weights = plan.profile.name, built.manifest.weights
         report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, kept.path)

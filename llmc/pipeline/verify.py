@@ -11,6 +11,7 @@ from llmc.artifact.integrity import find_damage
 from llmc.artifact.store import Artifact, open_artifact
 from llmc.backends import backend_of
 from llmc.config import Metric, Target
+from llmc.evaluation import read_text
 from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
 from llmc.pipeline.gate.parity import Extra, hold_manifest, measure_parity
@@ -97,11 +98,12 @@ def verify(
         backend_of(manifest.target).require_host(artifact)
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
+        text = read_text(eval_text)
         subject = _subject(artifact, thresholds, checkpoint, digest, loaded, progress)
         subject = replace(subject, seed=subject.seed if seed is None else seed, budget=budget)
         gate = measure_parity(
             subject,
-            eval_text,
+            text.text,
             progress,
             thresholds=thresholds,
             damage=damage,

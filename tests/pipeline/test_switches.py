@@ -14,6 +14,7 @@ from llmc.artifact.verdict import CheckStatus
 from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import Dtype, Metric
 from llmc.errors import UnsupportedError
+from llmc.evaluation import read_text
 from llmc.graph.serial import dump_graph, load_graph
 from llmc.passes import registered_passes
 from llmc.pipeline import build, verify
@@ -46,7 +47,7 @@ def make(model: Path, output: Path, target: str, *, verify: bool = False) -> tup
     progress = Notes()
     text = (str(model.parent / "text"),) if verify else ()
     plan = plan_build(str(model), target=target, profile="local", output=output, verify=verify)
-    plan = plan.model_copy(update={"eval_text": text})
+    plan = plan.model_copy(update={"eval_text": read_text(text)})
     result = build(plan, progress)
     assert result.failure() is None
     return result.path, progress.notes

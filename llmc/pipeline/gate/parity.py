@@ -19,7 +19,6 @@ from llmc.pipeline.gate.loaders import measure_loaders
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import Subject
 from llmc.pipeline.gate.thresholds import Thresholds, given_thresholds
-from llmc.pipeline.steps.original import read_text
 from llmc.progress import Progress
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import broken, mismatches, unmeasured
@@ -85,7 +84,7 @@ def hold_manifest(thresholds: Thresholds, damage: Damage, *, every: bool) -> Gat
 
 def measure_parity(
     subject: Subject,
-    eval_text: Sequence[str],
+    text: str,
     progress: Progress,
     *,
     thresholds: Thresholds | None = None,
@@ -104,18 +103,18 @@ def measure_parity(
     for a GPU that is the graph, not the GPU's kernels.
 
     Args:
-        eval_text: Files with the user's text; none for the one that ships.
+        text: The evaluation text.
         damage: What is wrong with the files by the manifest; None for files that were written just now.
         extras: Measurements to take and gates to hold besides the target's.
         every: Go on after a check that reads files alone has missed its gate.
 
     Raises:
-        ConfigError: The text cannot be read, or is too short.
+        ConfigError: The text is too short.
         ResourceError: A runtime is missing.
     """
     gates = (*parity_gates(subject.target), *(gate for extra in extras for gate in extra.gates))
     ahead = _ahead(thresholds or given_thresholds(subject.target), damage)
-    run = Run(subject, read_text(eval_text), progress, ahead)
+    run = Run(subject, text, progress, ahead)
     run.require_windows()
     try:
         for phase in _phases(subject, tuple(extra.step for extra in extras)):

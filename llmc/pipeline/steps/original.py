@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.cache import StageCache, default_cache_folder
 from llmc.artifact.store import Artifact, open_artifact
-from llmc.data import eval_text
 from llmc.errors import ConfigError
 from llmc.graph.switches import rope_switches
 from llmc.validate.reference import TorchModel, sliding_window
@@ -21,30 +19,6 @@ if TYPE_CHECKING:
 
 #: Most bytes of the original's answers that are kept, over all models.
 CACHE_BYTES = 6 << 30
-
-
-def read_text(names: Sequence[str]) -> str:
-    """The evaluation text: the files one after the other, `-` for standard input, else the one that ships.
-
-    Raises:
-        ConfigError: A file is not text in UTF-8, or cannot be read.
-    """
-    if not names:
-        return eval_text()
-    parts = []
-    for name in names:
-        told = "from standard input" if name == "-" else name
-        try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-            parts.append(data.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"evaluation text {told} is not UTF-8 at byte {error.start}",
-                hint="convert it first: iconv -f WINDOWS-1252 -t UTF-8",
-            ) from error
-        except OSError as error:
-            raise ConfigError(f"evaluation text {told} cannot be read: {error.strerror}") from error
-    return "\n\n".join(parts)
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:

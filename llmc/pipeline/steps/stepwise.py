@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.backends import backend_of
 from llmc.config import Metric, Target
+from llmc.data import eval_text
 from llmc.errors import UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.steps.compile import trace
 from llmc.pipeline.steps.context import limit_context
-from llmc.pipeline.steps.original import read_text, tokenize
+from llmc.pipeline.steps.original import tokenize
 from llmc.progress import Progress
 from llmc.validate.measure import max_abs, measured
 
@@ -31,7 +32,7 @@ PROMPT_TOKENS = 8
 
 def short_prompt(checkpoint: Checkpoint) -> Any:
     """Return the first tokens of the text that ships, (PROMPT_TOKENS,) int64."""
-    tokens, _ = tokenize(checkpoint.tokenizer(), read_text(()))
+    tokens, _ = tokenize(checkpoint.tokenizer(), eval_text())
     return tokens[:PROMPT_TOKENS]
 
 

@@ -32,7 +32,7 @@ class TunePlan:
         most: Most candidates besides the base; None leaves it to the time.
         output: File of the target, in a folder `targets`.
         report: Folder for tuning.json and tuning.html; None for neither.
-        eval_text: As `BuildPlan`.
+        eval_text: Files of evaluation text, `-` for standard input; none for the one that ships.
         levels: Fidelities that a candidate is measured with, the cheapest first.
     """
 

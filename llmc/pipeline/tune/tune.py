@@ -25,10 +25,10 @@ from llmc.artifact.tuning import (
 from llmc.config import BuildPlan, Target
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, UnsupportedError
+from llmc.evaluation import read_text
 from llmc.machine import detect_cpu
 from llmc.pipeline.build import build
 from llmc.pipeline.result import PathText, require_folder
-from llmc.pipeline.steps.original import read_text
 from llmc.pipeline.tune.candidates import Space, describe
 from llmc.pipeline.tune.plan import TunePlan
 from llmc.pipeline.tune.restate import restate_gates, strict_gates
@@ -44,8 +44,6 @@ _CACHE_BYTES = 64 << 20
 _KEPT = 8
 #: Optuna's journal, in the tuning's folder.
 _JOURNAL = "study.log"
-#: The evaluation text, in the tuning's folder.
-_TEXT = "text"
 #: Candidates in a row that were known already, after which there is nothing left to look for.
 _KNOWN_IN_A_ROW = 200
 
@@ -133,7 +131,6 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     folder.mkdir(parents=True, exist_ok=True)
     _make_room(folder)
     with output_lock(folder / ".lock", folder):
-        (folder / _TEXT).write_text(bench.text, encoding="utf-8")  # standard input is read once
         run = _Run(plan, bench, Search(folder / _JOURNAL, space, plan.constraints), progress)
         try:
             run.measure_bases()
@@ -312,7 +309,7 @@ class _Run:
                 target=target.model_copy(update={"gates": strict}),
                 profile=plan.profile,
                 output=self.bench.folder / "chosen",
-                eval_text=(str(self.bench.folder / _TEXT),),
+                eval_text=self.bench.text,
                 token_ids=True,
             ),
             SilentProgress(),

@@ -32,6 +32,7 @@ from llmc.progress import SilentProgress
 
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
+    from llmc.evaluation import EvaluationText
     from llmc.runtime.session import Rewindable
     from llmc.validate.quality import Windows
     from llmc.validate.remembered import RememberedModel
@@ -114,7 +115,7 @@ class Workbench:
     checkpoint: Checkpoint
     profile: Profile
     base: Target
-    text: str
+    text: EvaluationText
     folder: Path
     cache: StageCache
     levels: tuple[Level, ...]
@@ -128,7 +129,7 @@ class Workbench:
             "base": target_digest(self.base),
             "profile": self.profile.model_dump(mode="json"),
             "machine": [machine.device, list(machine.isa), machine.threads],
-            "text": hashlib.sha256(self.text.encode()).hexdigest(),
+            "text": hashlib.sha256(self.text.text.encode()).hexdigest(),
             "tools": tool_versions(),
             "code": code_digest(*(f"llmc.{package}" for package in _CODE)),
         }
@@ -283,7 +284,7 @@ class Workbench:
 
     @cached_property
     def _tokens(self) -> tuple[Any, tuple[int, ...]]:
-        return tokenize(self.checkpoint.tokenizer(), self.text)
+        return tokenize(self.checkpoint.tokenizer(), self.text.text)
 
     @cached_property
     def _windows(self) -> Windows:
