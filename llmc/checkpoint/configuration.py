@@ -1,4 +1,4 @@
-"""The config of a checkpoint, what can be refused from it alone, and the model it describes."""
+"""Load the config of a checkpoint, refuse what it alone rules out, and load the model that it describes."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 CONFIG_FILES = ("config.json", "generation_config.json")
-_LISTED = 5  # names of files in a message
+_LISTED = 5  # file names listed in a message
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The config of a Hugging Face folder or of a GGUF file, if the model can be compiled at all.
+    """Load the config of a Hugging Face folder or of a GGUF file, and check that the model can be compiled.
 
     Raises:
-        CheckpointError: No config, or one that cannot be read.
-        UnsupportedError: Unknown architecture, encoder or encoder-decoder.
+        CheckpointError: There is no config, or it cannot be read.
+        UnsupportedError: The architecture is unknown, an encoder or an encoder-decoder.
     """
     config = load_gguf_config(GgufHeader.parse(path)) if path.is_file() else _folder_config(path)
-    config.name_or_path = ""  # where it lay is no property of the model
+    config.name_or_path = ""  # its location is not a property of the model
     _refuse_other_than_causal(config)
     return config
 
 
 def load_declarations(path: Path) -> tuple[Declaration, ...]:
-    """What a Hugging Face folder says about the quantization of its weights; empty for floats and for a GGUF.
+    """Return the declarations of weight quantization in a Hugging Face folder; empty for floats and GGUF.
 
-    The declaration in config.json is parsed here, so that an unsupported method is refused before weights are
-    fetched.
+    The declaration in config.json is parsed here, so that an unsupported method is refused before any weights
+    are downloaded.
 
     Raises:
-        CheckpointError: No config.json, or one that is damaged.
-        UnsupportedError: Quantized in a way that is not read.
+        CheckpointError: config.json is missing, or a declaration is damaged.
+        UnsupportedError: The quantization method is not supported.
     """
     if path.is_file():
         return ()
@@ -59,9 +59,9 @@ def load_declarations(path: Path) -> tuple[Declaration, ...]:
 
 
 def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationConfig:
-    """generation_config.json of the folder, or what the config says where there is none.
+    """Read generation_config.json of the folder, or derive the settings from the config where it is missing.
 
-    A GGUF model stops at its end-of-turn and end-of-message tokens as well, as llama.cpp has it.
+    A GGUF model also stops at its end-of-turn and end-of-message tokens, as in llama.cpp.
     """
     from transformers import GenerationConfig
 
@@ -84,7 +84,7 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
 
 
 def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The model as transformers loads it: float32, eval mode, CPU.
+    """Load the model with transformers: float32, eval mode, CPU.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -95,7 +95,7 @@ def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreT
 
 
 def from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
-    """What `kind.from_pretrained` makes of a folder or GGUF file in float32, without a word on the terminal.
+    """Call `kind.from_pretrained` on a folder or GGUF file in float32, without output on the terminal.
 
     Args:
         kind: An `AutoModelFor…` class.
@@ -120,10 +120,11 @@ def from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """Have transformers load `path` without a word on the terminal.
+    """Let transformers load `path` without output on the terminal.
 
     Raises:
-        CheckpointError: transformers raised; its quantizers raise anything where a package is missing.
+        CheckpointError: transformers raised an error; its quantizers raise any type where a package is
+            missing.
     """
     try:
         with _quiet():
@@ -136,9 +137,9 @@ def loading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and reports off the terminal, where llmc's own progress is.
+    """Keep transformers' progress bars and reports off the terminal, where llmc shows its own progress.
 
-    Some of its bars heed no setting, so that nothing is written to standard error meanwhile.
+    Some of its bars ignore every setting, so standard error is discarded meanwhile.
     """
     from transformers.utils import logging as untyped
 
@@ -170,18 +171,18 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         hint = did_you_mean(model_type, CONFIG_MAPPING) + "; an architecture newer than the installed"
         raise UnsupportedError(
-            f"{file} is of model_type {model_type}, which the installed transformers does not have",
-            hint=hint + " transformers needs an upgrade of it, and code shipped with a model is not run",
+            f"{file} has model_type {model_type}, which the installed transformers does not have",
+            hint=hint + " transformers requires an upgrade, and code shipped with a model is not run",
         )
     refuse_other_purpose(folder, fields)
     refuse_contradiction(str(file), fields)
     refuse_wrong_numbers(str(file), fields)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the config classes of transformers raise whatever their validators do
+    except Exception as error:  # transformers' config classes raise any type of error
         raise CheckpointError(
             f"{file} is not a valid config of {model_type}: {first_lines(error)}",
-            hint="correct the field that is named in it: transformers does not take the config as it is",
+            hint="correct the field that the message names; transformers rejects the config",
         ) from error
     _require_text_config(file, config)
     refuse_cross_attention(config)
@@ -193,7 +194,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
 
 
 def _require_text_config(file: Path, config: PreTrainedConfig) -> None:
-    """Check that what transformers takes for the config of the language model is one."""
+    """Check that the part which transformers uses as config of the language model is a config."""
     from transformers import PreTrainedConfig
 
     if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
@@ -204,10 +205,10 @@ def _require_text_config(file: Path, config: PreTrainedConfig) -> None:
 
 
 def _leave_out_settings(config: Any) -> None:
-    """Remove what says how a model is run or stored, and not what it computes.
+    """Remove the settings that say how a model is run or stored, not what it computes.
 
-    transformers would load the packages and the repositories that implementations are named by, and its model
-    is that of the dequantized weights.
+    transformers would load the packages and repositories that name implementations; the model it builds here
+    holds dequantized weights.
     """
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -220,7 +221,7 @@ def _leave_out_settings(config: Any) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         models = whole_models(file.parent)
-        inside = sorted(found.parent for found in file.parent.glob(f"*/{file.name}"))
+        inside = sorted(config_file.parent for config_file in file.parent.glob(f"*/{file.name}"))
         listed = ", ".join(models[1:_LISTED]) + (" …" if len(models) > _LISTED else "")
         raise CheckpointError(
             f"{file.parent} has no config.json" + (f"; its GGUF models: {len(models)}" if models else ""),

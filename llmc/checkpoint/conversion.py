@@ -1,9 +1,9 @@
-"""Tensors under the names of the model: the renamings and merges of transformers, done while reading.
+"""Read tensors under the model's names, with transformers' renamings and merges applied while reading.
 
 transformers loads old names, per-expert matrices and fused projections through one mapping per model
-(`conversion_mapping`, `core_model_loading`). The same mapping and the same operations run here, one
-target tensor at a time: on meta tensors at open, to know and check every shape, and on the rows read
-from the files when a tensor is asked for.
+(`conversion_mapping`, `core_model_loading`). This module runs the same mapping and the same operations, one
+target tensor at a time: on meta tensors when opening, to check every shape, and on rows from the files when
+a tensor is read.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Converted:
-    """A store under the model's names, with what is shared and what was left over.
+    """A store under the model's names, with tied names and leftovers.
 
     Args:
-        store: Every tensor of the files that the model takes.
-        tied: Absent name -> stored name of the same parameter.
-        unused: Names in the files that no parameter of the model takes -> the name after the renamings.
-            Copies of what is taken are not among them.
+        store: Every tensor in the files that the model uses.
+        tied: Name of an absent parameter -> stored name of the same parameter.
+        unused: Names in the files that no parameter of the model uses -> the name after the renamings.
+            Copies of used tensors are not included.
     """
 
     store: WeightStore
@@ -51,7 +51,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """One application of a `WeightConverter`: the file tensors by pattern, and what comes out."""
+    """One application of a `WeightConverter`: its source tensors by pattern, and its targets."""
 
     first_target: str
     converter: Any
@@ -89,7 +89,7 @@ class ConvertedStore:
         return self._whole.rows(name, lambda: self._convert(name, conversion, slice(None)), start, stop)
 
     def without(self, names: set[str]) -> ConvertedStore:
-        """The same store with some tensors left out."""
+        """Return the same store without some tensors."""
         infos = {name: info for name, info in self._infos.items() if name not in names}
         return ConvertedStore(self._raw, self._model, self._renamed, self._conversions, infos)
 
@@ -107,7 +107,7 @@ class ConvertedStore:
 
 
 def model_mapping(model: PreTrainedModel) -> list[Any]:
-    """transformers' own list of renamings and converters for checkpoints of this model."""
+    """Return transformers' own list of renamings and converters for checkpoints of this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     mapping: list[Any] = get_model_conversion_mapping(model)
@@ -115,11 +115,11 @@ def model_mapping(model: PreTrainedModel) -> list[Any]:
 
 
 def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) -> Converted:
-    """Put the tensors of `raw` under the names of `model`, and check them against it.
+    """Expose the tensors of `raw` under the names of `model`, and check them against it.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another shape than the config gives it.
-        UnsupportedError: A tensor has integers where the model has floats.
+        CheckpointError: A tensor is missing, or its shape differs from the one that the config implies.
+        UnsupportedError: A tensor holds integers where the model has floats.
     """
     expected = dict(model.state_dict())
     renamed, conversions, infos, unused = _plan(raw, model, mapping, expected)
@@ -127,9 +127,9 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
     for name, info in infos.items():
         shape = tuple(expected[name].shape)
         if info.shape != shape:
-            made = renamed.get(name) or _sources_text(conversions[name].sources)
+            origin = renamed.get(name) or _sources_text(conversions[name].sources)
             raise CheckpointError(
-                f"{name} has shape {list(info.shape)} in the files (from {made}), "
+                f"{name} has shape {list(info.shape)} in the files (from {origin}), "
                 f"and {list(shape)} by the config",
                 hint="config and weights must be of the same model",
             )
@@ -143,16 +143,16 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
 
 
 def name_check(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], bool]:
-    """Whether a name in the files leads to a parameter or buffer of `model`."""
+    """Return a test whether a name in the files leads to a parameter or buffer of `model`."""
     expected = set(model.state_dict())
     rename = _renaming(model, mapping)
     return lambda name: rename(name)[0] in expected
 
 
 def rename_to_model(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], str | None]:
-    """The parameter or buffer of `model` that a name in files stands for.
+    """Return a function from a name in the files to the parameter or buffer of `model` that it stands for.
 
-    None for a name without one, and for one that transformers joins with others into a parameter.
+    It returns None for a name that stands for none, or that transformers joins with others into a parameter.
     """
     expected = set(model.state_dict())
     rename = _renaming(model, mapping)
@@ -165,7 +165,7 @@ def rename_to_model(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str
 
 
 def _renaming(model: PreTrainedModel, mapping: list[Any]) -> Callable[[str], tuple[str, str | None]]:
-    """From a name in the files to the model's, and the pattern of the converter that takes it, if any."""
+    """Return a function from a name in the files to the model's name and the converter's pattern, if any."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     expected = dict(model.state_dict())
@@ -185,25 +185,25 @@ def _check_types(
     ]
     if codes:
         raise UnsupportedError(
-            f"{count_names(codes)} of the files have integers ({infos[codes[0]].dtype.name}) where "
-            f"{type(model).__name__} has floats: they are codes of quantized weights, and config.json does "
+            f"{count_names(codes)} in the files hold integers ({infos[codes[0]].dtype.name}) where "
+            f"{type(model).__name__} has floats: these are codes of quantized weights, and config.json does "
             "not say how to read them",
-            hint="config.json needs its quantization_config; else compile the original checkpoint in float",
+            hint="add the quantization_config to config.json, or compile the original checkpoint in float",
         )
 
 
-def _check_copy(raw: WeightStore, taken: str, other: str) -> None:
-    if not equal_rows(raw, taken, other):
+def _check_copy(raw: WeightStore, used: str, other: str) -> None:
+    if not equal_rows(raw, used, other):
         raise CheckpointError(
-            f"{taken} and {other} of the files are the same parameter of the model, and their values differ",
-            hint="take the one that does not belong to the model out of the files",
+            f"{used} and {other} in the files are the same parameter of the model, but their values differ",
+            hint="remove the tensor that does not belong to the model from the files",
         )
 
 
 def _plan(
     raw: WeightStore, model: PreTrainedModel, mapping: list[Any], expected: dict[str, torch.Tensor]
 ) -> tuple[dict[str, str], dict[str, _Conversion], dict[str, TensorInfo], dict[str, str]]:
-    """Which file tensors make which parameter: the loop of `convert_and_load_state_dict_in_model`."""
+    """Assign file tensors to parameters, as in the loop of `convert_and_load_state_dict_in_model`."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -228,15 +228,15 @@ def _plan(
         elif pattern is None:
             renamed[target] = source
         else:
-            _, found = collected.setdefault(target, (by_pattern[pattern], {}))
-            found.setdefault(pattern, []).append(source)
+            _, by_source_pattern = collected.setdefault(target, (by_pattern[pattern], {}))
+            by_source_pattern.setdefault(pattern, []).append(source)
 
     infos = {name: replace(info, name=name) for name, info in _infos_of(raw, renamed).items()}
     conversions: dict[str, _Conversion] = {}
     for first, (converter, lists) in collected.items():
         sources = {pattern: tuple(names) for pattern, names in lists.items()}
-        made = _describe(raw, model, first, converter, sources)
-        produced = {name: info for name, info in made.items() if name in expected}
+        targets = _describe(raw, model, first, converter, sources)
+        produced = {name: info for name, info in targets.items() if name in expected}
         conversion = _Conversion(first, converter, sources, _is_by_row(converter, sources, produced))
         conversions.update(dict.fromkeys(produced, conversion))
         infos.update({name: _with_codes(raw, model, conversion, info) for name, info in produced.items()})
@@ -246,7 +246,7 @@ def _plan(
 def _with_codes(
     raw: WeightStore, model: PreTrainedModel, conversion: _Conversion, info: TensorInfo
 ) -> TensorInfo:
-    """A stack of quantized experts, with their codes."""
+    """Add the codes to the description of a stack of quantized experts."""
     if info.codes is None or not conversion.by_row:
         return info
     order = [pattern for pattern in conversion.converter.source_patterns if pattern in conversion.sources]
@@ -267,7 +267,7 @@ def _describe(
     converter: Any,
     sources: Mapping[str, tuple[str, ...]],
 ) -> dict[str, TensorInfo]:
-    """What a conversion gives, by running it on the meta device.
+    """Describe the results of a conversion by running it on the meta device.
 
     Raises:
         CheckpointError: The sources do not fit together.
@@ -283,22 +283,22 @@ def _describe(
 
     fakes = {pattern: [fake(source) for source in names] for pattern, names in sources.items()}
     try:
-        made = _run(first, converter, fakes, model)
+        targets = _run(first, converter, fakes, model)
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{first} cannot be made from {_sources_text(sources)}: {str(error).strip().splitlines()[0]}",
             hint="tensors are missing, or config and weights are not of the same model",
         ) from error
     infos = [stored[name] for group in sources.values() for name in group]
-    found = _arrangements(model, first, converter, sources, stored)
+    arrangements = _arrangements(model, first, converter, sources, stored)
     return {
         name: TensorInfo(
             name,
             tuple(t.shape),
             ir.DataType.from_numpy(_to_numpy(t.new_empty(0, device="cpu")).dtype),
-            rearrange(infos, found.get(name)),
+            rearrange(infos, arrangements.get(name)),
         )
-        for name, t in made.items()
+        for name, t in targets.items()
     }
 
 
@@ -309,7 +309,7 @@ def _arrangements(
     sources: Mapping[str, tuple[str, ...]],
     stored: Mapping[str, TensorInfo],
 ) -> dict[str, Arrangement]:
-    """The targets of a conversion that whole rows of quantized sources make."""
+    """Find the targets of a conversion that consist of whole rows of quantized sources."""
     import torch
 
     names = [name for group in sources.values() for name in group]
@@ -327,11 +327,11 @@ def _arrangements(
             pattern: [partial(probes.__getitem__, n) for n in group] for pattern, group in sources.items()
         }
         try:
-            made = _run(first, converter, readers, model)
+            targets = _run(first, converter, readers, model)
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError):
-            continue  # it wants all columns, or rearranges more than rows
-        found = {name: find_arrangement(_to_numpy(value), width) for name, value in made.items()}
-        return {name: each for name, each in found.items() if each is not None}
+            continue  # the converter needs all columns, or rearranges more than rows
+        arrangements = {name: find_arrangement(_to_numpy(value), width) for name, value in targets.items()}
+        return {name: arrangement for name, arrangement in arrangements.items() if arrangement is not None}
     return {}
 
 
@@ -341,19 +341,19 @@ def _run(
     readers: Mapping[str, list[Callable[[], torch.Tensor]]],
     model: PreTrainedModel,
 ) -> dict[str, torch.Tensor]:
-    """Apply a converter of transformers to tensors that are read as it comes to them."""
+    """Apply a transformers converter to tensors that are read when the converter reaches them."""
     fresh = copy.deepcopy(converter)
     for pattern, functions in readers.items():
         for function in functions:
             fresh.add_tensor(first, first, pattern, function)
-    made = fresh.convert(first, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    targets = fresh.convert(first, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in targets.items()}
 
 
 def _is_by_row(
     converter: Any, sources: Mapping[str, tuple[str, ...]], produced: Mapping[str, TensorInfo]
 ) -> bool:
-    """True where the target stacks its sources along axis 0, and nothing after that mixes the rows."""
+    """Return whether the target stacks its sources along axis 0 and no later operation mixes the rows."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     first, *rest = converter.operations
@@ -366,12 +366,12 @@ def _is_by_row(
     )
 
 
-def _check_missing(model: PreTrainedModel, found: set[str]) -> None:
+def _check_missing(model: PreTrainedModel, available: set[str]) -> None:
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in found and not any(pattern.search(name) for pattern in ignored)
+        if name not in available and not any(pattern.search(name) for pattern in ignored)
     ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -1,7 +1,8 @@
-"""Where a Hugging Face folder says that it is quantized: keys of config.json, and files beside it.
+"""Find where a Hugging Face folder declares quantization: keys of config.json, and files beside it.
 
-config.json comes first. The side files are those of older releases (AutoGPTQ's quantize_config.json,
-AutoAWQ's quant_config.json) and of ModelOpt (hf_quant_config.json), which long wrote no key into config.json.
+config.json comes first. The side files belong to older releases (AutoGPTQ's quantize_config.json,
+AutoAWQ's quant_config.json) and to ModelOpt (hf_quant_config.json), which for long wrote no key into
+config.json.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from llmc.errors import CheckpointError
 #: Keys of a config that hold the config of its language model.
 _NESTED = ("text_config", "llm_config", "language_config")
 
-#: Side files, and the method of those that name none.
+#: Side files, and the quantization method of files that name none.
 SIDE_FILES = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
@@ -39,37 +40,37 @@ class Declaration:
         return method_name(self.fields)
 
     def parse(self) -> StoredQuantization:
-        """What the fields say.
+        """Parse the fields.
 
         Raises:
-            UnsupportedError: A method or layout that is not read.
-            CheckpointError: A field is missing or has a value that it cannot have.
+            UnsupportedError: The method or layout is not supported.
+            CheckpointError: A field is missing or has an invalid value.
         """
         return parse_quantization(self.fields, self.folder, self.source)
 
 
 def find_declarations(folder: Path, config: Mapping[str, Any]) -> tuple[Declaration, ...]:
-    """Everything in `folder` that says that its weights are quantized, config.json's word first.
+    """Find every declaration in `folder` that its weights are quantized, that of config.json first.
 
     Args:
         config: The fields of config.json.
 
     Raises:
-        CheckpointError: A file or field is not of the form that it must have.
+        CheckpointError: A file or field does not have the required form.
     """
-    found = []
+    declarations = []
     own = _of_config(config, folder)
     if own:
-        found.append(Declaration(folder, "config.json", own))
+        declarations.append(Declaration(folder, "config.json", own))
     for name, method in SIDE_FILES.items():
         fields = _side_file(folder / name, method)
         if fields:
-            found.append(Declaration(folder, name, fields))
-    return tuple(found)
+            declarations.append(Declaration(folder, name, fields))
+    return tuple(declarations)
 
 
 def _of_config(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The fields under the first key of config.json that has any; an empty or null one means floats."""
+    """Return the fields under the first non-empty key of config.json; an empty or null key means floats."""
     parts = [config, *(config[key] for key in _NESTED if isinstance(config.get(key), dict))]
     for part in parts:
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -77,7 +78,7 @@ def _of_config(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
             if not fields:
                 continue
             if not isinstance(fields, dict):
-                raise CheckpointError(f"{key} of {folder} is no JSON object")
+                raise CheckpointError(f"{key} of {folder} is not a JSON object")
             return _of_key(key, fields)
     return {}
 
@@ -91,7 +92,7 @@ def _of_key(key: str, fields: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _named(fields: dict[str, Any]) -> Mapping[str, Any]:
-    """The fields with their method, where only its other fields tell it."""
+    """Add the quantization method where only the other fields identify it."""
     if "quant_method" in fields:
         return fields
     if "quant_algo" in fields:
@@ -104,7 +105,7 @@ def _named(fields: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _side_file(file: Path, method: str | None) -> Mapping[str, Any]:
-    """The fields of a side file; nothing if it is missing or says that nothing is quantized."""
+    """Read the fields of a side file; empty if it is missing or says that nothing is quantized."""
     if not file.is_file():
         return {}
     fields = read_fields(file)

@@ -1,4 +1,4 @@
-"""A content digest over files that is quick for large ones.
+"""Compute a content digest over files that is fast for large files.
 
 Format: each file is cut into parts of 64 MiB; the digest is sha256 over one line per file,
 `name size part part …`, with each part's sha256 in hex. Parts are hashed on two threads (hashlib
@@ -16,7 +16,7 @@ _READ = 4 << 20
 
 
 def digest_files(files: Sequence[Path]) -> str:
-    """sha256 (hex) of the files' names and bytes, independent of their folder and order."""
+    """Compute the sha256 (hex) of the files' names and bytes, independent of their folder and order."""
     ordered = sorted(set(files), key=lambda file: file.name)
     with ThreadPoolExecutor(2) as pool:
         parts = [

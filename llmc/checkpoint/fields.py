@@ -1,4 +1,4 @@
-"""JSON objects of a checkpoint: config.json and the files beside it."""
+"""Read JSON objects of a checkpoint: config.json and the files beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        CheckpointError: It cannot be read, is not JSON, or is another JSON value.
+        CheckpointError: The file cannot be read, is not JSON, or holds another JSON value.
     """
     refuse_pointer(file)
     try:

@@ -1,17 +1,18 @@
-"""Matrices of quantized checkpoints in small floats or by a table of values, read by rows.
+"""Read matrices of quantized checkpoints stored as small floats or as indices of a table of values.
 
 - fp8 (DeepSeek, FBGEMM, compressed-tensors, ModelOpt, MXFP8): `weight` float8 E4M3 or E5M2 (N, K), times
-  `weight_scale_inv` or `weight_scale`: one value, one by output, or one by tile of outputs and inputs.
-- nvfp4 (ModelOpt): `weight` uint8 (N, K / 2), two E2M1 values in a byte, the even input in the low half;
-  `weight_scale` float8 E4M3 (N, K / 16), times `weight_scale_2`. compressed-tensors has `weight_packed`,
-  and a `weight_global_scale` that divides.
-- mxfp4 (compressed-tensors, ModelOpt): the same with `weight_scale` uint8 (N, K / 32), powers of two with 127
-  added (E8M0), https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.
-- mxfp4 of gpt-oss: `X_blocks` uint8 (experts, N, K / 32, 16) and `X_scales` uint8 (experts, N, K / 32) of a
+  `weight_scale_inv` or `weight_scale`: one value, one per output, or one per tile of outputs and inputs.
+- nvfp4 (ModelOpt): `weight` uint8 (N, K / 2), two E2M1 values per byte, the even input in the low half;
+  `weight_scale` float8 E4M3 (N, K / 16), times `weight_scale_2`. compressed-tensors names the values
+  `weight_packed`, and divides by `weight_global_scale`.
+- mxfp4 (compressed-tensors, ModelOpt): the same with `weight_scale` uint8 (N, K / 32), powers of two with a
+  bias of 127 (E8M0), https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.
+- mxfp4 of gpt-oss: `X_blocks` uint8 (experts, N, K / 32, 16) and `X_scales` uint8 (experts, N, K / 32) for a
   parameter X (experts, K, N).
-- bitsandbytes' nf4 and fp4: `weight` bytes of all codes in a row, the first in the high half; each indexes
-  `weight.quant_map`, times `weight.absmax` of its block. `weight.quant_state.*` holds JSON with shape and
-  block size. Nested absmax are bytes: nested_quant_map[byte] * nested_absmax of its block + nested_offset.
+- bitsandbytes' nf4 and fp4: `weight` holds the bytes of all codes in sequence, the first code in the high
+  half; each code indexes `weight.quant_map`, times `weight.absmax` of its block. `weight.quant_state.*` holds
+  JSON with shape and block size. Nested absmax are bytes: nested_quant_map[byte] * nested_absmax of its
+  block + nested_offset.
 """
 
 import json
@@ -27,18 +28,18 @@ from llmc.checkpoint.source import Source
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import CodeGrid, CodeRows, StackGrid
 
-#: Parts that hold the JSON of bitsandbytes.
+#: Tensors that hold the JSON state of bitsandbytes.
 BNB_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 
-#: Twice the values of E2M1, by code; all of them are integers.
+#: Doubled E2M1 values by code; all of them are integers.
 _E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 def _scales(source: Source, part: str, start: int = 0, stop: int | None = None) -> Array:
-    """Rows start:stop of scales as float32: bytes are powers of two with 127 added (E8M0).
+    """Read rows start:stop of scales as float32; bytes are powers of two with a bias of 127 (E8M0).
 
     Raises:
-        CheckpointError: A byte is E8M0's NaN.
+        CheckpointError: A byte is NaN in E8M0.
     """
     values = source.read(part, start, stop)
     if values.dtype != np.uint8:
@@ -49,35 +50,35 @@ def _scales(source: Source, part: str, start: int = 0, stop: int | None = None) 
 
 
 def _halves(packed: Array) -> Array:
-    """Bytes (…, n) as their halves, the low one first, (…, 2 n)."""
+    """Split bytes (…, n) into their halves, the low half first, (…, 2 n)."""
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def _fp4_codes(packed: Array, scales: Array) -> CodeRows:
-    """E2M1 values (n, K / 2) as codes of 8 bits: twice the values, with half the scales (n, groups)."""
+    """Express E2M1 values (n, K / 2) as 8-bit codes: doubled values, with halved scales (n, groups)."""
     codes = _E2M1_DOUBLED[_halves(packed)].view(np.uint8) ^ np.uint8(128)
     return CodeRows(codes, np.full(scales.shape, 128, np.uint8), scales * np.float32(0.5))
 
 
 def require_no_zero_points(source: Source) -> None:
-    """Check that floats, which have no zero points, have none other than 0.
+    """Check that small floats have no zero points other than 0.
 
     Raises:
-        UnsupportedError: They have.
+        UnsupportedError: Another zero point is stored.
     """
     part = "weight_zero_point"
     if source.has(part) and source.read(part).astype(np.float32).any():
         raise UnsupportedError(
-            f"{source.module}.{part} has zero points for small floats, which are not read", hint=FLOAT_HINT
+            f"{source.module}.{part} has zero points for small floats, which cannot be read", hint=FLOAT_HINT
         )
 
 
 @dataclass(frozen=True)
 class Fp8Matrix:
-    """A matrix (N, K) of float8, with one scale, one by output, or one by tile.
+    """A float8 matrix (N, K) with one scale, one per output, or one per tile.
 
     Args:
-        tile: (outputs, inputs) of a tile; None for the others.
+        tile: Size of a tile as (outputs, inputs); None without tiles.
     """
 
     source: Source
@@ -86,7 +87,7 @@ class Fp8Matrix:
     tile: tuple[int, int] | None
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
+        """Read outputs start:stop, float32 (n, K)."""
         values: Array = self.source.read("weight", start, stop).astype(np.float32)
         scales = _scales(self.source, self.scale_part)
         if self.tile is not None:
@@ -100,15 +101,15 @@ class Fp8Matrix:
         return values
 
     def grid(self) -> CodeGrid | str:
-        """Why there are no integer codes."""
+        """Return the reason why there are no integer codes."""
         return "it is stored in fp8"
 
 
 def fp8_matrix(source: Source, form: ModuleFormat) -> Fp8Matrix:
-    """The matrix of float8 and its scales.
+    """Return the float8 matrix and its scales.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     outputs, inputs = source.matrix("weight")
     part = "weight_scale_inv" if source.has("weight_scale_inv") else "weight_scale"
@@ -121,14 +122,14 @@ def fp8_matrix(source: Source, form: ModuleFormat) -> Fp8Matrix:
     tile = _tile_of(shape, (outputs, inputs))
     if tile is None:
         raise CheckpointError(
-            f"{source.module}.{part} has shape {list(shape)} for {outputs} outputs, and quantization_config "
+            f"{source.module}.{part} has shape {list(shape)} for {outputs} outputs, but quantization_config "
             "has no weight_block_size"
         )
     return Fp8Matrix(source, (outputs, inputs), part, tile)
 
 
 def _tile_of(scales: tuple[int, ...], shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Outputs and inputs that share a scale, if their numbers leave one answer."""
+    """Derive the outputs and inputs that share a scale; None if the shapes do not determine them."""
     if len(scales) == 4 and scales[1] == scales[3] == 1:  # ModelOpt's tiles
         scales = scales[::2]
     if len(scales) != 2 or any(size % count for size, count in zip(shape, scales, strict=True)):
@@ -138,12 +139,12 @@ def _tile_of(scales: tuple[int, ...], shape: tuple[int, int]) -> tuple[int, int]
 
 @dataclass(frozen=True)
 class Fp4Matrix:
-    """A matrix (N, K) of E2M1 values in blocks of inputs, each with a scale.
+    """A matrix (N, K) of E2M1 values in blocks of inputs, each with its own scale.
 
     Args:
-        part: Tensor that holds the values, two in a byte.
-        block_size: Inputs that share a scale.
-        factor: What all scales are multiplied with.
+        part: Tensor that holds the values, two per byte.
+        block_size: Number of inputs that share a scale.
+        factor: Factor applied to all scales.
     """
 
     source: Source
@@ -153,18 +154,18 @@ class Fp4Matrix:
     factor: np.float32
 
     def read(self, start: int, stop: int) -> CodeRows:
-        """Outputs start:stop as codes of 8 bits: twice the values, with half the scales."""
+        """Read outputs start:stop as 8-bit codes: doubled values, with halved scales."""
         return _fp4_codes(self.source.read(self.part, start, stop), self._by_block(start, stop))
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
+        """Read outputs start:stop, float32 (n, K)."""
         doubled = _E2M1_DOUBLED[_halves(self.source.read(self.part, start, stop))]
         scales = self._by_block(start, stop) * np.float32(0.5)
         values: Array = doubled.reshape(*scales.shape, self.block_size) * scales[:, :, None]
         return values.reshape(stop - start, -1)
 
     def grid(self) -> CodeGrid | str:
-        """The values as integers of 8 bits."""
+        """Return the values as a grid of 8-bit integers."""
         return CodeGrid(8, self.block_size, True, np.dtype(np.float32), self.read)
 
     def _by_block(self, start: int, stop: int) -> Array:
@@ -172,10 +173,10 @@ class Fp4Matrix:
 
 
 def nvfp4_matrix(source: Source, form: ModuleFormat) -> Fp4Matrix:
-    """The matrix of E2M1 values with E4M3 scales and a scale of all of them.
+    """Return the matrix of E2M1 values with E4M3 scales and one global scale.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     factor = np.float32(1)
     if source.has("weight_scale_2"):
@@ -186,10 +187,10 @@ def nvfp4_matrix(source: Source, form: ModuleFormat) -> Fp4Matrix:
 
 
 def mxfp4_matrix(source: Source, form: ModuleFormat) -> Fp4Matrix:
-    """The matrix of E2M1 values with powers of two as scales.
+    """Return the matrix of E2M1 values with powers of two as scales.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     return _fp4_matrix(source, np.float32(1))
 
@@ -200,9 +201,7 @@ def _fp4_matrix(source: Source, factor: np.float32) -> Fp4Matrix:
     _, groups = source.matrix("weight_scale")
     source.require("weight_scale", (outputs, groups))
     if not groups or 2 * half % groups:
-        raise CheckpointError(
-            f"{source.module}.{part} has {2 * half} inputs for {groups} scales of an output"
-        )
+        raise CheckpointError(f"{source.module}.{part} has {2 * half} inputs for {groups} scales per output")
     return Fp4Matrix(source, (outputs, 2 * half), part, 2 * half // groups, factor)
 
 
@@ -215,13 +214,13 @@ def _single(source: Source, part: str) -> np.float32:
 
 @dataclass(frozen=True)
 class Fp4Experts:
-    """Stacked matrices of gpt-oss, a parameter (experts, K, N); rows are experts."""
+    """The stacked matrices of gpt-oss, a parameter (experts, K, N); its rows are experts."""
 
     source: Source
     shape: tuple[int, int, int]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Experts start:stop, float32 (n, K, N)."""
+        """Read experts start:stop, float32 (n, K, N)."""
         experts, inputs, outputs = stop - start, *self.shape[1:]
         doubled = _E2M1_DOUBLED[_halves(self.source.read("blocks", start, stop))]
         scales = _scales(self.source, "scales", start, stop) * np.float32(0.5)
@@ -229,7 +228,7 @@ class Fp4Experts:
         return np.ascontiguousarray(values.swapaxes(1, 2))
 
     def read(self, start: int, stop: int) -> CodeRows:
-        """Outputs start:stop of all experts, one expert's after the other's, as codes of 8 bits."""
+        """Read outputs start:stop of all experts, one expert after the other, as 8-bit codes."""
         _, inputs, outputs = self.shape
         first, last = start // outputs, -(-stop // outputs)
         here = slice(start - first * outputs, stop - first * outputs)
@@ -238,16 +237,16 @@ class Fp4Experts:
         return _fp4_codes(packed, scales)
 
     def grid(self) -> CodeGrid | str:
-        """The values as integers of 8 bits."""
+        """Return the values as a grid of 8-bit integers."""
         outputs, wide = self.shape[2], np.dtype(np.float32)
         return StackGrid(8, 32, True, wide, self.read, outputs=outputs, turned=True)
 
 
 def mxfp4_experts(source: Source, form: ModuleFormat) -> Fp4Experts:
-    """The stack of matrices whose blocks of 32 inputs are 16 bytes.
+    """Return the stack of matrices whose blocks of 32 inputs take 16 bytes.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     shape = source.shape("blocks")
     if len(shape) != 4 or shape[3] != 16:
@@ -258,11 +257,11 @@ def mxfp4_experts(source: Source, form: ModuleFormat) -> Fp4Experts:
 
 @dataclass(frozen=True)
 class TableMatrix:
-    """A matrix (N, K) of bitsandbytes whose codes of 4 bits index a table of 16 values.
+    """A bitsandbytes matrix (N, K) whose 4-bit codes index a table of 16 values.
 
     Args:
-        block_size: Codes in a row that share an absmax, counted through all of the matrix.
-        state: The JSON of `weight.quant_state.*`.
+        block_size: Number of consecutive codes that share an absmax, counted through the whole matrix.
+        state: The JSON object of `weight.quant_state.*`.
     """
 
     source: Source
@@ -271,7 +270,7 @@ class TableMatrix:
     state: dict[str, object]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
+        """Read outputs start:stop, float32 (n, K)."""
         first, last = start * self.shape[1], stop * self.shape[1]
         packed = self._bytes(first // 2, -(-last // 2))
         codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[first % 2 :][: last - first]
@@ -280,11 +279,11 @@ class TableMatrix:
         return values.reshape(stop - start, -1)
 
     def grid(self) -> CodeGrid | str:
-        """Why the codes are not kept."""
+        """Return the reason why the codes are not kept."""
         return f"its codes index a table of values ({self.state.get('quant_type')})"
 
     def _bytes(self, start: int, stop: int) -> Array:
-        """Bytes start:stop of the codes, which may be stored as a column of any type."""
+        """Read bytes start:stop of the codes, which may be stored as a column of any type."""
         shape, size = self.source.shape("weight"), self.source.dtype("weight").itemsize
         if len(shape) != 2 or shape[1] != 1:
             return self.source.read("weight").reshape(-1).view(np.uint8)[start:stop]
@@ -305,10 +304,10 @@ class TableMatrix:
 
 
 def table_matrix(source: Source, form: ModuleFormat) -> TableMatrix:
-    """The matrix of nf4 or fp4 codes.
+    """Return the matrix of nf4 or fp4 codes.
 
     Raises:
-        CheckpointError: Its tensors do not fit together, or the JSON beside it is damaged.
+        CheckpointError: The tensors of the module do not fit together, or their JSON state is damaged.
     """
     part = next((p for p in BNB_STATES if source.has(p)), BNB_STATES[0])
     source.shape(part)
@@ -326,6 +325,6 @@ def table_matrix(source: Source, form: ModuleFormat) -> TableMatrix:
     if stored != -(-outputs * inputs // 2) or blocks != -(-outputs * inputs // block_size):
         raise CheckpointError(
             f"{source.module}.weight has {stored} bytes and {blocks} blocks for {outputs} x {inputs} codes "
-            f"of 4 bits by block of {block_size}"
+            f"of 4 bits in blocks of {block_size}"
         )
     return TableMatrix(source, (outputs, inputs), block_size, state)

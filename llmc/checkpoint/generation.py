@@ -1,4 +1,4 @@
-"""Settings of generation_config.json that no runtime of an artifact takes."""
+"""Check the settings of generation_config.json, and name those that artifacts do not support."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any
 
 from llmc.errors import CheckpointError
 
-#: Settings that become part of an artifact, and those that say nothing about the text.
-_TAKEN = {
+#: Settings that an artifact supports, and settings that do not affect the generated text.
+_KNOWN = {
     "cache_implementation",
     "bos_token_id",
     "do_sample",
@@ -31,36 +31,36 @@ _TAKEN = {
 
 
 def describe_unserved(generation_config: Any) -> str | None:
-    """One sentence on the settings that are left out of an artifact; None where there are none.
+    """Describe in one sentence the settings left out of an artifact; None if there are none.
 
     Args:
         generation_config: transformers `GenerationConfig`.
     """
     stated = generation_config.to_diff_dict()
     names = sorted(
-        name for name, value in stated.items() if name not in _TAKEN and name[0] != "_" and value is not None
+        name for name, value in stated.items() if name not in _KNOWN and name[0] != "_" and value is not None
     )
     if not names:
         return None
     settings = ", ".join(f"{name} = {stated[name]}"[:60] for name in names)
-    return f"settings of generation_config.json that an artifact does not take: {settings}"
+    return f"settings of generation_config.json that an artifact does not support: {settings}"
 
 
 def require_types(file: Path, generation_config: Any) -> None:
-    """Check the settings of `file` that an artifact takes; transformers takes others for ever, or fails late.
+    """Check the settings of `file` that an artifact supports; transformers may accept wrong ones.
 
     Args:
         generation_config: transformers `GenerationConfig`.
 
     Raises:
-        CheckpointError: One is of another type, or out of its range.
+        CheckpointError: A setting has a wrong type or is out of range.
     """
-    for names, wanted, holds in _WANTED:
+    for names, required, is_valid in _REQUIREMENTS:
         for name in names:
             value = getattr(generation_config, name, None)
-            if value is not None and not holds(value):
+            if value is not None and not is_valid(value):
                 raise CheckpointError(
-                    f"{file} states {name} = {str(value)[:60]}, which must be {wanted}",
+                    f"{file} states {name} = {str(value)[:60]}, which must be {required}",
                     hint="correct it, or remove the file to take the settings of config.json",
                 )
 
@@ -77,8 +77,8 @@ def _is_above_0(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-#: Settings, what they must be, and whether a value is.
-_WANTED: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+#: Settings, what they must be, and the check of a value.
+_REQUIREMENTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("bos_token_id", "eos_token_id", "pad_token_id"), "a token id or a list of them", _are_ids),
     (("temperature", "repetition_penalty"), "a number of 0 or above", lambda v: v == 0 or _is_above_0(v)),
     (("top_p",), "a number between 0 and 1", lambda v: v == 0 or (_is_above_0(v) and v <= 1)),

@@ -1,9 +1,9 @@
-"""Tensors of a GGUF file under transformers names, dequantized a range of rows at a time.
+"""Read the tensors of a GGUF file under transformers names, dequantized a range of rows at a time.
 
-Names and the undoing of llama.cpp's transformations (the q/k permutation of rotary embeddings, norms
-stored plus one, joined experts) are transformers' own: `integrations.gguf` for the architectures it
-covers, `modeling_gguf_pytorch_utils` for the rest. All values come as float32; beside them stand the
-codes, which follow wherever rows are only put into another order.
+transformers' own code maps the names and undoes llama.cpp's transformations (the q/k permutation of rotary
+embeddings, norms stored plus one, joined experts): `integrations.gguf` for the architectures that it covers,
+`modeling_gguf_pytorch_utils` for the rest. All values are read as float32. The integer codes are available
+beside them wherever rows are only reordered.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from llmc.graph.weights import CodeGrid, TensorInfo, WeightStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHUNK_ELEMENTS = 1 << 20  # dequantized at once; gguf needs several times their size as scratch
+_CHUNK_ELEMENTS = 1 << 20  # elements dequantized at once; gguf needs several times their size as scratch
 
 
 @dataclass(frozen=True)
 class GgufSource:
-    """The tensors of a file, and the transformers mapping that takes them on to the model's names.
+    """The tensors of a file, and the transformers mapping from their names to the model's names.
 
     Args:
-        store: What transformers' processor makes of the tensors, or the tensors as they are.
+        store: Results of transformers' processor, or the tensors unchanged.
         mapping: Renamings and converters for the names of `store`.
         files: Every tensor under its name in the file.
-        dropped: Names in the file of which the processor makes nothing.
+        dropped: Names in the file for which the processor gives no result.
     """
 
     store: WeightStore
@@ -53,11 +53,11 @@ class GgufSource:
 
 
 def open_gguf(header: GgufHeader, model: PreTrainedModel) -> GgufSource:
-    """The tensors of a GGUF model for `model`, none of them read but the factors of rotary frequencies.
+    """Open the tensors of a GGUF model for `model`; only the factors of rotary frequencies are read.
 
     Raises:
-        CheckpointError: Damaged, or not of this model.
-        UnsupportedError: An architecture, a quantization or a rotary embedding that is not taken.
+        CheckpointError: The file is damaged, or holds another model.
+        UnsupportedError: The architecture, a quantization or the rotary embedding is not supported.
     """
     from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
@@ -70,9 +70,9 @@ def open_gguf(header: GgufHeader, model: PreTrainedModel) -> GgufSource:
 
 
 class BlockStore:
-    """A `WeightStore` over a GGUF model, under the names in its files, as float32.
+    """A `WeightStore` over a GGUF model that gives float32 values under the names in its files.
 
-    Factors of rotary frequencies are left to the config.
+    Factors of rotary frequencies are excluded; they are part of the config.
     """
 
     def __init__(self, file: Path, header: GgufHeader) -> None:
@@ -111,18 +111,18 @@ class BlockStore:
         for at in range(low, high, step):
             end = min(at + step, high)
             raw = self._read_bytes(tensor, at, end)
-            with np.errstate(all="ignore"):  # values that are no numbers are refused below
+            with np.errstate(all="ignore"):  # non-finite values are refused below
                 out[at - low : end - low] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
         out = out.reshape((high - low, *tensor.shape[1:]) if tensor.shape else ())
         return self._finite.check(name, low, out)
 
     def _read_bytes(self, tensor: GgufTensor, start: int, stop: int) -> Array:
-        """Rows start:stop as the file has them, uint8 (stop - start, bytes of a row)."""
+        """Read rows start:stop as stored, uint8 (stop - start, bytes per row)."""
         stored = (tensor.shape[0] if tensor.shape else 1, tensor.row_bytes)
         return read_range(tensor.file, tensor.offset, np.dtype(np.uint8), stored, start, stop)
 
     def _codes(self, tensor: GgufTensor) -> Callable[[], CodeGrid | str] | None:
-        """What `TensorInfo.codes` says of a tensor."""
+        """Return the value of `TensorInfo.codes` for a tensor."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         kind = GGMLQuantizationType(tensor.type_id)
@@ -132,7 +132,7 @@ class BlockStore:
             return lambda: f"it has {len(tensor.shape)} axes"
         codes = block_codes(tensor.type_id)
         if codes is None:
-            return lambda: f"{kind.name} has codes of no even grid"
+            return lambda: f"{kind.name} has codes that are not evenly spaced"
         grid = codes.grid(tensor.type_id, lambda start, stop: self._read_bytes(tensor, start, stop))
         return lambda: grid
 
@@ -141,7 +141,7 @@ class BlockStore:
 class _Target:
     """A tensor under its transformers name.
 
-    `untouched` names the one file tensor with the same values; else `parts` go through the processor.
+    `untouched` says that one file tensor holds the same values; otherwise the processor converts `parts`.
     """
 
     info: TensorInfo
@@ -150,7 +150,7 @@ class _Target:
 
 
 class ProcessedStore:
-    """A `WeightStore` over the tensors that a `TensorProcessor` of transformers makes from a file's."""
+    """A `WeightStore` of the tensors that a transformers `TensorProcessor` makes from those of a file."""
 
     def __init__(
         self, blocks: BlockStore, processor: Any, names: dict[str, str], targets: Mapping[str, _Target]
@@ -164,7 +164,7 @@ class ProcessedStore:
 
     @classmethod
     def open(cls, blocks: BlockStore, architecture: str, model: PreTrainedModel) -> ProcessedStore:
-        """Find out what the processor does to each tensor by giving it a narrow one of the same rows."""
+        """Find the effect of the processor on each tensor by giving it a narrow tensor with as many rows."""
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,
@@ -185,9 +185,9 @@ class ProcessedStore:
         parts: dict[str, list[str]] = {}
         probed: dict[str, _Probed] = {}
         for name, info in blocks.infos().items():
-            for target, found in _probe(processor, names, info).items():
+            for target, effect in _probe(processor, names, info).items():
                 parts.setdefault(target, []).append(name)
-                probed[target] = found
+                probed[target] = effect
         targets: dict[str, _Target] = {}
         for target, sources in parts.items():
             stored = blocks.infos()[sources[0]].shape
@@ -209,7 +209,7 @@ class ProcessedStore:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Tensors of the file of which the processor makes nothing."""
+        """The tensors of the file for which the processor gives no result."""
         used = {part for target in self._targets.values() for part in target.parts}
         return tuple(name for name in self._blocks.infos() if name not in used)
 
@@ -220,19 +220,19 @@ class ProcessedStore:
         return self._whole.rows(name, lambda: self._process(target), start, stop)
 
     def _process(self, target: _Target) -> Array:
-        made: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for part in target.parts:
-            made.update(_process(self._processor, self._names, part, self._blocks.read(part), made))
-        value = made[target.info.name]
+            results.update(_process(self._processor, self._names, part, self._blocks.read(part), results))
+        value = results[target.info.name]
         return np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy(), np.float32)
 
 
 @dataclass(frozen=True)
 class _Names:
-    """As much of a model as `get_gguf_hf_weights_map` asks for: names, config and children.
+    """The part of a model that `get_gguf_hf_weights_map` needs: names, config and children.
 
-    It builds its name map anew for every module below; a file is written from the causal model or
-    from its base model, so these two are enough.
+    That function rebuilds its name map for every module below; a file is written from the causal model or
+    from its base model, so these two levels are enough.
     """
 
     config: Any
@@ -252,39 +252,39 @@ def names_of(model: PreTrainedModel) -> _Names:
 
 
 def _process(
-    processor: Any, names: dict[str, str], name: str, values: Array, made: dict[str, Any]
+    processor: Any, names: dict[str, str], name: str, values: Array, results: dict[str, Any]
 ) -> dict[str, Any]:
-    """The tensors, by transformers name, that the processor makes of file tensor `name`.
+    """Return the tensors, by transformers name, that the processor makes of file tensor `name`.
 
-    `made` holds what earlier parts of the same tensors gave; the processor adds to it in place.
+    `results` holds the results of earlier parts of the same tensors; the processor adds to it in place.
     """
     result = processor.process(
-        weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
+        weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": results}
     )
     if result.name in names:
         return {names[result.name]: result.weights}
-    return made if result.name is None else {}
+    return results if result.name is None else {}
 
 
 @dataclass(frozen=True)
 class _Probed:
-    """What the processor does to a tensor: nothing, an arrangement of rows, or something else (None)."""
+    """The effect of the processor on a tensor: none, an arrangement of rows, or something else (None)."""
 
     untouched: bool
     arrangement: Arrangement | None
 
 
 def _probe(processor: Any, names: dict[str, str], info: TensorInfo) -> dict[str, _Probed]:
-    """What the processor does to a file tensor, by target name; tried on a narrow one of as many rows."""
+    """Find the processor's effect on a file tensor, by target name, with a narrow tensor of as many rows."""
     for shape in probe_shapes(info.shape):
         values = probe(shape)
         try:
             with np.errstate(all="ignore"):
-                made = _process(processor, names, info.name, values, {})
-        except (ValueError, IndexError):  # it wants all columns, or rearranges more than rows
+                results = _process(processor, names, info.name, values, {})
+        except (ValueError, IndexError):  # the processor needs all columns, or rearranges more than rows
             continue
         return {
             target: _Probed(value is values, find_arrangement(np.asarray(value), shape[-1]))
-            for target, value in made.items()
+            for target, value in results.items()
         }
     return {names[info.name]: _Probed(False, None)} if info.name in names else {}

@@ -1,10 +1,10 @@
-"""Codes, scales and minimums of ggml's block types, read out of their bytes.
+"""Read codes, scales and minimums out of the bytes of ggml's block types.
 
 Every type listed here stores a weight as code * scale, or code * scale + minimum, with a small integer code
 (`block_q4_0` and its neighbours in ggml-common.h, https://github.com/ggml-org/ggml); the package `gguf`
-unpacks them in NumPy. Codes are what that gives for the same bytes with every scale set to 1, so that the
-order of bits is known in one place. The codebooks of IQ4 and FP4 have integer entries (FP4 doubled), and are
-codes of 8 bits. IQ1, IQ2 and IQ3 store points of a lattice with signs; they are not read as codes.
+unpacks them in NumPy. The codes are the result of that unpacking with every scale set to 1, so that only
+`gguf` has to know the order of bits. The codebooks of IQ4 and FP4 have integer entries (FP4 doubled), and
+are treated as 8-bit codes. IQ1, IQ2 and IQ3 store lattice points with signs; they are not read as codes.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,21 +16,21 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.graph.weights import CodeGrid, CodeRows
 
-#: Raw blocks, uint8 (n, bytes of a block), to scales or minimums, (n, groups of a block).
+#: Function from raw blocks, uint8 (n, bytes per block), to scales or minimums, (n, groups per block).
 Numbers = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class BlockCodes:
-    """How one block type stores its codes.
+    """The code format of one block type.
 
     Args:
         bits: Codes are in 0..2**bits - 1.
-        group: Weights that share a scale.
-        ones: Bytes to write at an offset, so that every scale is 1 and every minimum 0.
-        scales: In the type that holds them.
-        minimums: None for types whose zero point is 2**(bits - 1).
-        compact: Scales are products, of more digits than float16 has.
+        group: Number of weights that share a scale.
+        ones: Bytes to write at an offset so that every scale is 1 and every minimum 0.
+        scales: Reader of the scales, in the type that holds them.
+        minimums: Reader of the minimums; None for types whose zero point is 2**(bits - 1).
+        compact: Whether scales are products with more digits than float16 has.
     """
 
     bits: int
@@ -41,10 +41,10 @@ class BlockCodes:
     compact: bool = False
 
     def grid(self, kind: int, read: Callable[[int, int], Array]) -> CodeGrid:
-        """The codes of a matrix of ggml type `kind`.
+        """Return the codes of a matrix of ggml type `kind`.
 
         Args:
-            read: Raw bytes of outputs start:stop, uint8 (n, bytes of a row).
+            read: Reads raw bytes of outputs start:stop, uint8 (n, bytes per row).
         """
         wide = np.dtype(np.float32 if self.compact else np.float16)
 
@@ -62,7 +62,7 @@ class BlockCodes:
         )
 
     def unpack(self, kind: int, raw: Array) -> CodeRows:
-        """Codes, scales and minimums of rows of raw bytes."""
+        """Unpack codes, scales and minimums of rows of raw bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
         size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)][1]
@@ -80,7 +80,7 @@ class BlockCodes:
 
 
 def block_codes(kind: int) -> BlockCodes | None:
-    """How ggml type `kind` stores its codes; None where they are no integers with a scale."""
+    """Return how ggml type `kind` stores its codes; None if they are not integers with a scale."""
     from gguf import GGMLQuantizationType
 
     return _types().get(GGMLQuantizationType(kind).name)
@@ -91,7 +91,7 @@ _ZERO = np.float16(0).tobytes()
 
 
 def _half(at: int) -> Numbers:
-    """The float16 at a byte of each block."""
+    """Read the float16 at a byte offset of each block."""
 
     def read(blocks: Array) -> Array:
         return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
@@ -100,7 +100,7 @@ def _half(at: int) -> Numbers:
 
 
 def _times(half: int, factors: Numbers, sign: int = 1) -> Numbers:
-    """The float16 at a byte of each block times integers, float32."""
+    """Multiply the float16 at a byte offset of each block by integers, float32."""
 
     def read(blocks: Array) -> Array:
         return _half(half)(blocks).astype(np.float32) * (sign * factors(blocks).astype(np.float32))
@@ -113,7 +113,7 @@ def _nibbles(start: int, stop: int, shift: int) -> Numbers:
 
 
 def _pairs_of_six(part: int) -> Numbers:
-    """Scales (0) or minimums (1) of Q4_K and Q5_K: eight of 6 bits each in bytes 4 to 15 of a block."""
+    """Read scales (0) or minimums (1) of Q4_K and Q5_K: eight of 6 bits each in bytes 4 to 15 of a block."""
 
     def read(blocks: Array) -> Array:
         from gguf import quants
@@ -125,7 +125,7 @@ def _pairs_of_six(part: int) -> Numbers:
 
 
 def _sixteen_of_six(blocks: Array) -> Array:
-    """Scales of Q3_K: 16 of 6 bits, 4 in bytes 96 to 103 and 2 in 104 to 107; 32 stands for 0."""
+    """Read the scales of Q3_K: 16 of 6 bits, 4 in bytes 96 to 103 and 2 in 104 to 107; 32 stands for 0."""
     low = np.concatenate([blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4], axis=1)
     high = np.concatenate([(blocks[:, 104:108] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
     scales: Array = (low | (high << 4)).astype(np.int8) - np.int8(32)
@@ -133,7 +133,7 @@ def _sixteen_of_six(blocks: Array) -> Array:
 
 
 def _eight_of_six(blocks: Array) -> Array:
-    """Scales of IQ4_XS: eight of 6 bits, 2 in bytes 2 and 3 and 4 in 4 to 7; 32 stands for 0."""
+    """Read the scales of IQ4_XS: eight of 6 bits, 2 in bytes 2 and 3 and 4 in 4 to 7; 32 stands for 0."""
     high = np.stack([(blocks[:, 2 + i // 4] >> (2 * (i % 4))) & 3 for i in range(8)], axis=1)
     low = np.stack([(blocks[:, 4 + i // 2] >> (4 * (i % 2))) & 15 for i in range(8)], axis=1)
     scales: Array = (low | (high << 4)).astype(np.int8) - np.int8(32)
@@ -145,12 +145,12 @@ def _signed(start: int, stop: int) -> Numbers:
 
 
 def _powers(blocks: Array) -> Array:
-    """Scales of MXFP4 for doubled values: 2**(byte - 128)."""
+    """Compute the scales of MXFP4 for doubled values: 2**(byte - 128)."""
     return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
 
 
 def _fp8_scales(blocks: Array) -> Array:
-    """Scales of NVFP4 for doubled values, four a block."""
+    """Read the scales of NVFP4 for doubled values, four per block."""
     from gguf import quants
 
     scales: Array = quants.NVFP4.ue4m3_to_fp32(np.ascontiguousarray(blocks[:, :4])).astype(np.float16)
@@ -159,7 +159,7 @@ def _fp8_scales(blocks: Array) -> Array:
 
 @cache
 def _types() -> Mapping[str, BlockCodes]:
-    """By ggml's name of the type; offsets are bytes of a block, as ggml-common.h has its members."""
+    """Map ggml's name of each type to its format; offsets are bytes of a block, as in ggml-common.h."""
     unit = b"\x01" * 4 + b"\x00" * 4 + b"\x01" * 4  # eight scales of 1 and eight minimums of 0, 6 bits each
     return {
         "Q4_0": BlockCodes(4, 32, {0: _ONE}, _half(0)),

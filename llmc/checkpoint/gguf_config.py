@@ -1,8 +1,8 @@
-"""The transformers config of a GGUF model, with every key of the file that shapes its numbers.
+"""Build the transformers config of a GGUF model from every key of the file that affects its numbers.
 
-transformers maps a part of llama.cpp's keys (`integrations.ggml`, `integrations.gguf`) and leaves the rest
-at the defaults of its config class, whatever the file says. Here each `ARCHITECTURE.*` key is applied, is
-known to change nothing, or is the reason why the file is refused. Source of the keys: `gguf.constants.Keys`.
+transformers maps some of llama.cpp's keys (`integrations.ggml`, `integrations.gguf`) and leaves the rest at
+the defaults of its config class, whatever the file says. Here each `ARCHITECTURE.*` key is applied, is known
+to change nothing, or is the reason to refuse the file. Source of the keys: `gguf.constants.Keys`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _TOKENS = "tokenizer.ggml.tokens"
 _ORIGINAL = "compile the original Hugging Face checkpoint instead"
 
-# Key -> fields of transformers' configs that mean the same; the first that the config class has is set.
+# Key -> fields of transformers' configs with the same meaning; the first field that the config class has is
+# set.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "feed_forward_length": ("intermediate_size", "n_inner", "ffn_hidden_size"),
@@ -47,7 +48,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "logit_scale": ("logit_scale",),
 }
 
-# Values of a key under which the model computes what it would without it.
+# Values of a key that have the same effect as leaving the key out.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -80,13 +81,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ssm.dt_b_c_rms": (False,),
 }
 
-# Fields that older files state by the shape of a tensor alone: its name, and the axis.
+# Fields that older files state only by the shape of a tensor: its name, and the axis.
 _WIDTHS = {
     "moe_intermediate_size": ("blk.0.ffn_gate_exps.weight", 1),
     "shared_expert_intermediate_size": ("blk.0.ffn_gate_shexp.weight", 0),
 }
 
-# Of StableLM's residuals the tensors decide, since converters state the key for all of its models.
+# The tensors decide on StableLM's parallel residuals, since converters state the key for all of its models.
 _DESCRIPTIVE = frozenset(
     {"block_count", "embedding_length", "tensor_data_layout", "use_parallel_residual", "vocab_size"}
 )
@@ -94,32 +95,32 @@ _SPECIAL = frozenset({"attention.sliding_window_pattern"})  # read by `_implied_
 _OFF_WHEN_ZERO = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
 _POOLING = {1: "mean", 2: "the first token", 3: "the last token", 4: "ranking"}
 
-# Number of layers of the models that scale attention by the width of the model, not of a head.
+# Number of layers of the models that scale attention by the width of the model divided by the heads.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
 
 
 def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
-    """The config of a GGUF model.
+    """Build the config of a GGUF model.
 
     Raises:
         CheckpointError: The keys do not describe a model of the file's architecture.
-        UnsupportedError: Not a causal language model, of an architecture that transformers cannot read out
-            of a GGUF, or with a key that llmc does not know how to apply.
+        UnsupportedError: The model is not a causal language model, transformers cannot read its architecture
+            out of a GGUF file, or llmc does not know how to apply one of its keys.
     """
     _refuse_kinds(header)
     _check_blocks(header)
     fields, read = _transformers_fields(header)
     config_class = _config_class(header, fields["model_type"])
-    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    stated = _stated_fields(header, read, known)
+    field_names = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    stated = _stated_fields(header, read, field_names)
     fields |= _unstated_tokens(config_class, fields)
-    fields |= _implied_fields(header, known) | {field: value for field, (_, value) in stated.items()}
+    fields |= _implied_fields(header, field_names) | {field: value for field, (_, value) in stated.items()}
     config = _make(header, config_class, fields)
     rope = rope_parameters(header, config)
     if rope is not None:
         fields = {k: v for k, v in fields.items() if k not in ("rope_theta", "rope_scaling")}
         fields["rope_parameters"] = rope
-        if "original_max_position_embeddings" in known and "original_max_position_embeddings" in rope:
+        if "original_max_position_embeddings" in field_names and "original_max_position_embeddings" in rope:
             fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         config = _make(header, config_class, fields)
     for field, (key, value) in stated.items():
@@ -129,22 +130,22 @@ def load_gguf_config(header: GgufHeader) -> PreTrainedConfig:
 
 
 def stop_tokens(header: GgufHeader) -> list[int]:
-    """Ids that end a text, a turn or a message, as the file states them, without repetition."""
+    """Return the ids that end a text, a turn or a message, as the file states them, without repetition."""
     stated = [header.value(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
     return list(dict.fromkeys(index for index in stated if index is not None))
 
 
 def _refuse_kinds(header: GgufHeader) -> None:
-    """Refuse files that hold something else than a whole causal language model."""
+    """Refuse files that hold anything other than a whole causal language model."""
     file, kind = header.files[0], header.value("general.type")
     if kind == "adapter":
         raise UnsupportedError(
             f"{file} holds a LoRA adapter, not a model", hint="merge it into its base model first"
         )
     if kind in ("mmproj", "imatrix") or header.architecture == "clip":
-        held = "an importance matrix" if kind == "imatrix" else "the encoder of images or sound"
+        content = "an importance matrix" if kind == "imatrix" else "the encoder of images or sound"
         raise UnsupportedError(
-            f"{file} holds {held}, not a language model",
+            f"{file} holds {content}, not a language model",
             hint="give the file of the language model itself",
         )
     pooling = header.value("pooling_type")
@@ -161,27 +162,27 @@ def _refuse_kinds(header: GgufHeader) -> None:
         )
     if header.architecture == "falcon" and _uniform(header.value("attention.head_count_kv")) not in (None, 1):
         raise UnsupportedError(
-            f"{file} is a Falcon with {header.value('attention.head_count_kv')} heads of keys, "
-            "whose joined projection transformers does not put back into order",
+            f"{file} is a Falcon with {header.value('attention.head_count_kv')} key/value heads, "
+            "whose joined projection transformers does not reorder",
             hint=_ORIGINAL,
         )
 
 
 def _check_blocks(header: GgufHeader) -> None:
-    """Compare the number of blocks that the metadata states with the tensors."""
-    found = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in header.tensors]
-    count = 1 + max((int(match[1]) for match in found if match is not None), default=-1)
+    """Compare the number of blocks in the metadata with the tensors."""
+    matches = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in header.tensors]
+    count = 1 + max((int(match[1]) for match in matches if match is not None), default=-1)
     stated = header.value("block_count")
     if count and stated != count:
         raise CheckpointError(
-            f"{header.files[0]} has tensors of {count} blocks, "
+            f"{header.files[0]} has tensors for {count} blocks, "
             f"and {header.architecture}.block_count is {stated}",
             hint="download it again, or convert the original model again",
         )
 
 
 def _transformers_fields(header: GgufHeader) -> tuple[dict[str, Any], set[str]]:
-    """The fields that transformers makes of the keys, and the keys that it reads for them."""
+    """Return the fields that transformers derives from the keys, and the keys that it reads for them."""
     from transformers import PreTrainedConfig
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
@@ -197,8 +198,8 @@ def _transformers_fields(header: GgufHeader) -> tuple[dict[str, Any], set[str]]:
             with TemporaryDirectory() as folder, _without_warnings():
                 outline = Path(folder) / "outline.gguf"
                 write_outline(header, outline)
-                made: Any = PreTrainedConfig.get_config_dict(folder, gguf_file=outline.name)
-                fields = dict(made[0])
+                parsed: Any = PreTrainedConfig.get_config_dict(folder, gguf_file=outline.name)
+                fields = dict(parsed[0])
             model_type = fields["model_type"].removesuffix("_text")
             read = {key for key, field in mapped.get(model_type, {}).items() if field is not None}
     except Exception as error:  # transformers raises ValueError, KeyError or a type of its own
@@ -219,7 +220,7 @@ def _transformers_fields(header: GgufHeader) -> tuple[dict[str, Any], set[str]]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep off the terminal that the outline lacks a vocabulary."""
+    """Suppress the warning that the outline lacks a vocabulary."""
     logger = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -230,7 +231,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 class _Recorded(dict[str, Any]):
-    """Metadata that remembers which keys were asked for."""
+    """Metadata that records which keys were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -254,12 +255,12 @@ def _config_class(header: GgufHeader, model_type: str) -> type[PreTrainedConfig]
             "which the installed transformers does not have",
             hint=_ORIGINAL,
         )
-    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
-    return found
+    mapped_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    return mapped_class
 
 
 def _unstated_tokens(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of tokens that the file does not name and the class puts beyond the vocabulary: none."""
+    """Set token ids to None that the file does not name and the class defaults beyond the vocabulary."""
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: defaults.get(name) for name in names if name not in fields}
@@ -267,36 +268,36 @@ def _unstated_tokens(config_class: type[PreTrainedConfig], fields: Mapping[str, 
     return {name: None for name, index in ids.items() if isinstance(index, int) and index >= rows}
 
 
-def _stated_fields(header: GgufHeader, read: set[str], known: set[str]) -> dict[str, tuple[str, Any]]:
-    """Config field -> the key that states it, and its value.
+def _stated_fields(header: GgufHeader, read: set[str], field_names: set[str]) -> dict[str, tuple[str, Any]]:
+    """Return, for each config field, the key that states it and its value.
 
     Raises:
         UnsupportedError: A key is neither understood nor known to change nothing.
     """
-    found: dict[str, tuple[str, Any]] = {}
-    whole = header.architecture in ("lfm2", "qwen35", "qwen35moe")  # transformers takes all that it reads
+    stated: dict[str, tuple[str, Any]] = {}
+    whole = header.architecture in ("lfm2", "qwen35", "qwen35moe")  # transformers applies all keys it reads
     settled = {*_DESCRIPTIVE, "context_length"} if _has_positions(header) else _DESCRIPTIVE
     for key, suffix, raw in _model_keys(header):
         value = _uniform(raw)
-        field = next((name for name in _FIELDS.get(suffix, ()) if name in known), None)
+        field = next((name for name in _FIELDS.get(suffix, ()) if name in field_names), None)
         if suffix in settled or (whole and suffix in read):
             continue
         if field is not None and not isinstance(value, list):
-            found[field] = (key, None if field in _OFF_WHEN_ZERO and not value else value)
+            stated[field] = (key, None if field in _OFF_WHEN_ZERO and not value else value)
         elif isinstance(value, list) or not (
-            suffix in read or _changes_nothing(header, suffix, value, known)
+            suffix in read or _changes_nothing(header, suffix, value, field_names)
         ):
             raise _not_applied(header, key, raw)
-    return found
+    return stated
 
 
 def _has_positions(header: GgufHeader) -> bool:
-    """Whether the model has a table of positions, whose rows are its context."""
+    """Return whether the model has a table of positions, whose rows are its context."""
     return any(tensor.name == "position_embd.weight" for tensor in header.tensors)
 
 
 def _model_keys(header: GgufHeader) -> Iterator[tuple[str, str, Any]]:
-    """Keys of the model itself but for those of its rotary embedding: key, key without prefix, value."""
+    """Yield each key of the model except those of its rotary embedding: key, key without prefix, value."""
     prefix = f"{header.architecture}."
     for key in header.spans:
         suffix = key.removeprefix(prefix)
@@ -304,7 +305,7 @@ def _model_keys(header: GgufHeader) -> Iterator[tuple[str, str, Any]]:
             yield key, suffix, header.metadata.get(key, [])
 
 
-def _changes_nothing(header: GgufHeader, suffix: str, value: Any, known: set[str]) -> bool:
+def _changes_nothing(header: GgufHeader, suffix: str, value: Any, field_names: set[str]) -> bool:
     heads, width = _uniform(header.value("attention.head_count")), header.value("embedding_length")
     head = width // heads if heads and width else 0
     key_length = header.value("attention.key_length") or head
@@ -317,46 +318,46 @@ def _changes_nothing(header: GgufHeader, suffix: str, value: Any, known: set[str
         "embedding_length_out": width,
         "feed_forward_length": 4 * width if width else None,
     }
-    if suffix == "context_length":  # of a model that has no positions, or a table of them
-        return "max_position_embeddings" not in known
-    if suffix == "attention.scale" and "query_pre_attn_scalar" in known:
+    if suffix == "context_length":  # for a model without positions, or with a table of them
+        return "max_position_embeddings" not in field_names
+    if suffix == "attention.scale" and "query_pre_attn_scalar" in field_names:
         return True  # read by `_implied_fields`
     if suffix == "attention.max_alibi_bias" and header.architecture == "bloom":
         return bool(value == 8.0)
     return value in _NEUTRAL.get(suffix, ()) or (suffix in same and value == same[suffix])
 
 
-def _implied_fields(header: GgufHeader, known: set[str]) -> dict[str, Any]:
-    """Fields that llama.cpp derives from other keys, from tensors or from the architecture's name."""
+def _implied_fields(header: GgufHeader, field_names: set[str]) -> dict[str, Any]:
+    """Return the fields that llama.cpp derives from other keys, tensors or the architecture's name."""
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     heads, width = _uniform(header.value("attention.head_count")), header.value("embedding_length")
     implied: dict[str, Any] = {}
     for field, (tensor, axis) in _WIDTHS.items():
-        if field in known and len(shapes.get(tensor, ())) > axis:
+        if field in field_names and len(shapes.get(tensor, ())) > axis:
             implied[field] = shapes[tensor][axis]
-    if heads and width and "head_dim" in known:
+    if heads and width and "head_dim" in field_names:
         implied["head_dim"] = header.value("attention.key_length") or width // heads
-    if header.value("attention.head_count_kv") is None and "num_key_value_heads" in known:
+    if header.value("attention.head_count_kv") is None and "num_key_value_heads" in field_names:
         implied["num_key_value_heads"] = heads
-    if "attention_bias" in known:
+    if "attention_bias" in field_names:
         implied["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    if "mlp_bias" in known:
+    if "mlp_bias" in field_names:
         implied["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if "query_pre_attn_scalar" in known and heads and width:
+    if "query_pre_attn_scalar" in field_names and heads and width:
         whole = header.value("block_count") == _LARGEST_GEMMA.get(header.architecture)
         scale = header.value("attention.scale")
         divisor = width // heads if whole else implied["head_dim"]
         implied["query_pre_attn_scalar"] = round(scale**-2) if scale else divisor
     pattern = header.value("attention.sliding_window_pattern")
     if pattern is not None:
-        implied["layer_types"] = _layer_types(header, pattern, known)
+        implied["layer_types"] = _layer_types(header, pattern, field_names)
     return implied
 
 
-def _layer_types(header: GgufHeader, pattern: Any, known: set[str]) -> list[str]:
-    """Layer by layer: every `pattern`th is global, or those that a list of flags does not mark as sliding."""
+def _layer_types(header: GgufHeader, pattern: Any, field_names: set[str]) -> list[str]:
+    """Return each layer's type: every `pattern`th is global, or those not flagged as sliding."""
     count = header.value("block_count")
-    if "layer_types" not in known or not count or (isinstance(pattern, list) and len(pattern) != count):
+    if "layer_types" not in field_names or not count or (isinstance(pattern, list) and len(pattern) != count):
         raise _not_applied(header, f"{header.architecture}.attention.sliding_window_pattern", pattern)
     if not isinstance(pattern, list | int):
         raise _not_applied(header, f"{header.architecture}.attention.sliding_window_pattern", pattern)
@@ -369,12 +370,12 @@ def _make(
 ) -> PreTrainedConfig:
     try:
         return config_class.from_dict(dict(fields))
-    except Exception as error:  # the config classes of transformers raise whatever their validators do
+    except Exception as error:  # transformers' config classes raise any type of error
         raise _not_described(header, error) from error
 
 
 def _uniform(value: Any) -> Any:
-    """The element of a list whose elements are all the same; other values as they are."""
+    """Return the element of a list whose elements are all equal; return other values unchanged."""
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         return value[0]
     return value

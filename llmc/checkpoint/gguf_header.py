@@ -1,8 +1,8 @@
-"""The header of a GGUF model: architecture and tensor table, checked against the files' sizes.
+"""Read the header of a GGUF model: architecture and tensor table, checked against the file sizes.
 
 Format: magic, version, counts, key/value pairs, tensor table, aligned data, little-endian
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). `gguf.GGUFReader` builds a numpy view
-per string of the vocabulary, seconds for a usual one; this walks over them in milliseconds.
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). `gguf.GGUFReader` builds a numpy view for every
+string of the vocabulary, which takes seconds; this reader skips over the strings in milliseconds.
 """
 
 import math
@@ -26,20 +26,20 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 8
-_KEPT_ELEMENTS = 4096  # longest numeric array that the parsed metadata holds, e.g. one value a layer
+_KEPT_ELEMENTS = 4096  # longest numeric array kept in the parsed metadata, e.g. one value per layer
 _SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One row of the tensor table.
+    """One entry of the tensor table.
 
     Args:
-        shape: Slowest dimension first, as numpy has it; the file has it the other way round.
-        type_id: ggml type, a `gguf.GGMLQuantizationType`.
-        file: The file that holds the values, one of the model's parts.
-        offset: First byte in that file.
-        row_bytes: Bytes of all elements with one index along axis 0.
+        shape: Slowest dimension first, as in numpy; the file has the reverse order.
+        type_id: ggml type, a value of `gguf.GGMLQuantizationType`.
+        file: The file that holds the values; one of the model's parts.
+        offset: First byte of the values in that file.
+        row_bytes: Bytes of all elements with the same index along axis 0.
     """
 
     name: str
@@ -52,14 +52,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF model says of itself, in one file or in several parts.
+    """The header of a GGUF model that consists of one file or several parts.
 
     Args:
         metadata: Scalars, strings and short numeric arrays by key; other arrays are left out.
-        array_lengths: Elements of each array, by key.
-        spans: First byte and end of each key/value pair in the first file, key included.
-        tensors: The tensor tables in file order.
-        files: The files of the model in order.
+        array_lengths: Number of elements of each array, by key.
+        spans: First byte and end of each key/value pair in the first file, including the key.
+        tensors: The tensor tables, in file order.
+        files: The files of the model, in order.
     """
 
     architecture: str
@@ -71,16 +71,16 @@ class GgufHeader:
 
     @classmethod
     def parse(cls, file: Path) -> "GgufHeader":
-        """Read the header of `file`, and those of the other parts where it is one of several.
+        """Read the header of `file`, and the headers of the other parts if the model is split.
 
         Raises:
-            CheckpointError: Not a GGUF file, damaged, shorter than its tensor table says, or a part whose
-                other parts are missing or belong to another model.
-            UnsupportedError: A version, a byte order or a tensor type that is not read.
+            CheckpointError: The file is not a GGUF file, is damaged, is shorter than its tensor table says,
+                or is a part whose other parts are missing or belong to another model.
+            UnsupportedError: The version, the byte order or a tensor type is not supported.
         """
-        asked = _Part.read(file)
-        count = asked.metadata.get(_SPLIT_COUNT, 1)
-        parts = [asked] if count in (0, 1) else _read_set(asked)
+        requested = _Part.read(file)
+        count = requested.metadata.get(_SPLIT_COUNT, 1)
+        parts = [requested] if count in (0, 1) else _read_set(requested)
         first = parts[0]
         architecture = first.metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -100,15 +100,15 @@ class GgufHeader:
         )
 
     def value(self, key: str) -> Any:
-        """The value of `KEY` or `ARCHITECTURE.KEY`; None where the file does not state it."""
+        """Return the value of `KEY` or `ARCHITECTURE.KEY`; None if the file does not state it."""
         return self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
 
     def states(self, key: str) -> bool:
-        """Whether the file has `key`, an array included."""
+        """Return whether the file has `key`, including arrays."""
         return key in self.metadata or key in self.array_lengths
 
     def array(self, key: str) -> list[Any]:
-        """All elements of the array under `key`; empty where the file does not have it."""
+        """Return all elements of the array under `key`; empty if the file does not have it."""
         if key not in self.array_lengths:
             return []
         with _mapped(self.files[0]) as blob:
@@ -174,10 +174,10 @@ class _Part:
         return cls(file, metadata, lengths, spans, tensors)
 
 
-def _read_set(asked: _Part) -> list[_Part]:
-    """Read the other parts of the model and check that all of them are of one set."""
-    files = all_parts(asked.file)
-    parts = [asked if file == asked.file else _Part.read(file) for file in files]
+def _read_set(requested: _Part) -> list[_Part]:
+    """Read the other parts of the model and check that all parts belong together."""
+    files = all_parts(requested.file)
+    parts = [requested if file == requested.file else _Part.read(file) for file in files]
     for number, part in enumerate(parts):
         stated = (part.metadata.get(_SPLIT_NO), part.metadata.get(_SPLIT_COUNT))
         if stated != (number, len(files)):
@@ -187,10 +187,10 @@ def _read_set(asked: _Part) -> list[_Part]:
                 hint="give all parts the names that they were published under",
             )
     total = parts[0].metadata.get(_SPLIT_TENSORS)
-    found = sum(len(part.tensors) for part in parts)
-    if total is not None and total != found:
+    tensor_count = sum(len(part.tensors) for part in parts)
+    if total is not None and total != tensor_count:
         raise CheckpointError(
-            f"{parts[0].file} is split, its {len(files)} parts have {found} tensors, "
+            f"{parts[0].file} is split, its {len(files)} parts have {tensor_count} tensors, "
             f"and split.tensors.count is {total}",
             hint="download all parts again; they must be of the same model",
         )
@@ -206,7 +206,7 @@ def _check_version(file: Path, version: int) -> None:
             hint="convert it with gguf-convert-endian of the gguf package, or take a little-endian file",
         )
     raise UnsupportedError(
-        f"{file} is GGUF version {version}; read are {' and '.join(map(str, _VERSIONS))}",
+        f"{file} is GGUF version {version}; supported are {' and '.join(map(str, _VERSIONS))}",
         hint="convert the original model again with a current llama.cpp"
         if version == 1
         else "upgrade llmc, or take a file of an earlier version",
@@ -226,7 +226,7 @@ def _mapped(file: Path) -> Iterator[mmap.mmap]:
 
 
 class _Cursor:
-    """A position in the header; every read beyond the end of the file is a `CheckpointError`."""
+    """A position in the header; reading beyond the end of the file raises `CheckpointError`."""
 
     def __init__(self, blob: mmap.mmap, file: Path, position: int) -> None:
         self.file = file
@@ -272,7 +272,7 @@ class _Cursor:
         return int(count)
 
     def short_array(self, key: str, at: int) -> dict[str, Any]:
-        """The numeric array that begins at byte `at`, by its key; nothing for strings and nested ones."""
+        """Read the numeric array that begins at byte `at`; return nothing for strings and nested arrays."""
         after, self.position = self.position, at
         (kind,) = self.unpack("I")
         self.position = at
@@ -317,13 +317,13 @@ class _Cursor:
 def _row_bytes(file: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    known = {int(t): sizes for t, sizes in GGML_QUANT_SIZES.items()}
-    if kind not in known:
+    sizes_by_type = {int(t): sizes for t, sizes in GGML_QUANT_SIZES.items()}
+    if kind not in sizes_by_type:
         raise UnsupportedError(
             f"{name} in {file} is of ggml type {kind}, which the installed gguf package does not have",
             hint="upgrade gguf, or use another quantization of the model",
         )
-    block, block_bytes = known[kind]
+    block, block_bytes = sizes_by_type[kind]
     if block > 1 and (len(shape) < 2 or shape[-1] % block):
         raise CheckpointError(
             f"{name} in {file} has shape {list(shape)}, which {GGMLQuantizationType(kind).name} "

@@ -1,8 +1,8 @@
-"""GGUF files that describe the same model as a large one, or as several parts, without its vocabulary.
+"""Write GGUF files that describe the same model as a large or split one, but without its vocabulary.
 
-transformers reads a model's config out of a GGUF file with `gguf.GGUFReader`, which takes seconds for
-a usual vocabulary and needs none of it. The outline has every key but the tokenizer's arrays, and
-every tensor's name over a single element; the copy has every tensor whole.
+transformers reads a model's config out of a GGUF file with `gguf.GGUFReader`, which takes seconds for a usual
+vocabulary and needs none of it. The outline has every key except the tokenizer's arrays, and every tensor's
+name with a single element; the copy has every tensor whole.
 """
 
 import struct
@@ -23,7 +23,7 @@ _PIECE = 16 << 20
 def write_outline(header: GgufHeader, target: Path) -> None:
     """Write the outline of the model to `target`.
 
-    Where the file states no vocabulary size, the number of embeddings is added as one.
+    If the file states no vocabulary size, the number of embeddings is added as the size.
     """
     table = [_string(t.name) + struct.pack("<IQIQ", 1, 1, _F32, 0) for t in header.tensors]
     body = _head(header, table)
@@ -31,7 +31,7 @@ def write_outline(header: GgufHeader, target: Path) -> None:
 
 
 def write_copy(header: GgufHeader, target: Path) -> None:
-    """Write the model to `target`, all of its parts as one file, without the tokenizer's arrays."""
+    """Write the model to `target` as one file, including all of its parts, without the tokenizer's arrays."""
     table, offset = [], 0
     for tensor in header.tensors:
         dimensions = tensor.shape[::-1]
@@ -48,7 +48,7 @@ def write_copy(header: GgufHeader, target: Path) -> None:
 
 
 def _head(header: GgufHeader, table: list[bytes]) -> bytes:
-    """What stands before the tensors' values."""
+    """Return the bytes that precede the tensors' values."""
     dropped = {key for key in header.array_lengths if key.startswith("tokenizer.")} | {_ALIGNMENT_KEY}
     pairs = []
     with header.files[0].open("rb") as stream:

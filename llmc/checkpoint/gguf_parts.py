@@ -1,7 +1,7 @@
-"""The files of a GGUF model: one, or several parts named `NAME-00001-of-00003.gguf`.
+"""Find the files of a GGUF model: one, or several parts named `NAME-00001-of-00003.gguf`.
 
-Source of the naming and of the `split.*` keys: llama.cpp's gguf-split. `split.no` counts from 0, the
-name from 1; only the first part holds the model's metadata.
+llama.cpp's gguf-split defines the names and the `split.*` keys. `split.no` counts from 0, the name from 1;
+only the first part holds the model's metadata.
 """
 
 import re
@@ -20,19 +20,19 @@ def first_part(file: Path) -> Path:
 
 
 def model_stem(file: Path) -> str:
-    """The file's name without `.gguf` and without the number of the part."""
+    """Return the file's name without `.gguf` and without the part number."""
     match = _PART.fullmatch(file.name)
     return file.stem if match is None else match["stem"]
 
 
 def split_name(file: Path) -> tuple[int, int] | None:
-    """Number of this part, from 1, and count of parts by the file's name; None for a whole model."""
+    """Parse this part's number, from 1, and the count of parts from the name; None for a whole model."""
     match = _PART.fullmatch(file.name)
     return None if match is None else (int(match["number"]), int(match["count"]))
 
 
 def all_parts(file: Path) -> tuple[Path, ...]:
-    """Every part of the split model that `file` is a part of, in order.
+    """Return every part of the split model that `file` belongs to, in order.
 
     Raises:
         CheckpointError: `file` is not named as a part, or another part is missing.
@@ -40,8 +40,8 @@ def all_parts(file: Path) -> tuple[Path, ...]:
     match = _PART.fullmatch(file.name)
     if match is None:
         raise CheckpointError(
-            f"{file} is one part of a split model by its split.count, but its name is not that of a part",
-            hint="give all parts the names that they were published under, e.g. model-00001-of-00003.gguf",
+            f"{file} is one part of a split model by its split.count, but its name is not the name of a part",
+            hint="restore the published names of all parts, e.g. model-00001-of-00003.gguf",
         )
     parts = tuple(_part(file, match, number) for number in range(1, int(match["count"]) + 1))
     missing = [part.name for part in parts if not part.is_file()]
@@ -50,7 +50,7 @@ def all_parts(file: Path) -> tuple[Path, ...]:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise CheckpointError(
             f"{match['stem']} is split into {int(match['count'])} files, and {names}{more} "
-            f"{'is' if len(missing) < 2 else 'are'} missing in {file.parent}",
+            f"{'is' if len(missing) < 2 else 'are'} missing from {file.parent}",
             hint="put all parts of the model into one folder",
         )
     return parts

@@ -1,8 +1,8 @@
-"""How llama.cpp's pre-tokenizers cut a text into words before byte-level BPE merges them.
+"""Define how llama.cpp's pre-tokenizers split a text into words before byte-level BPE merges them.
 
 Source: `llm_tokenizer_bpe` and `llama_vocab::impl::load` of llama.cpp for the names, the order of the
-expressions and the flags; where llama.cpp rewrites an expression of a model's tokenizer.json, the model's own
-stands here. Each expression cuts the pieces that those before it left, matches and gaps alike.
+expressions and the flags; where llama.cpp rewrites an expression of a model's tokenizer.json, this module has
+the model's own. Each expression splits the pieces left by the expressions before it, matches and gaps alike.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _BLANKS
 )
-# Code points of cased letters as the tokenizer.json of deepseek-llm lists them; no class of Unicode has them.
+# Code points of cased letters as listed in the tokenizer.json of deepseek-llm; no Unicode class matches them.
 _DEEPSEEK_LETTERS = (
     "41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376-377 37b-37d 37f 386 "
     "388-38a 38c 38e-3a1 3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba "
@@ -46,7 +46,7 @@ _DEEPSEEK_LETTERS = (
 
 
 def _letters(ranges: str) -> str:
-    """The character class of `FIRST-LAST` ranges of hexadecimal code points."""
+    """Return the character class of `FIRST-LAST` ranges of hexadecimal code points."""
     ends = [[chr(int(end, 16)) for end in part.split("-")] for part in ranges.split()]
     return "[" + "".join("-".join(pair) for pair in ends) + "]"
 
@@ -59,9 +59,10 @@ class PreTokenizer:
     """One of llama.cpp's pre-tokenizers for byte-level BPE.
 
     Args:
-        splits: Expressions in the order in which they cut the text.
-        whole_words: A word that is a token is that token, whatever the merges say (`ignore_merges`).
-        begins: Whether a text gets the beginning-of-text token where the file does not say.
+        splits: Expressions in the order in which they split the text.
+        whole_words: Whether a word that is a token becomes that token, whatever the merges say
+            (`ignore_merges`).
+        begins: Whether a text gets the beginning-of-text token if the file does not say.
     """
 
     splits: tuple[str, ...]
@@ -70,7 +71,7 @@ class PreTokenizer:
 
     @property
     def ends_as_gpt2(self) -> bool:
-        """Whether the last expression is GPT-2's, which byte-level pre-tokenizers bring along."""
+        """Whether the last expression is GPT-2's, which byte-level pre-tokenizers include."""
         return self.splits[-1] == _GPT2
 
 
@@ -183,7 +184,7 @@ _KINDS: dict[PreTokenizer, tuple[str, ...]] = {
     ): ("minicpm5",),
 }
 
-#: llama.cpp's name, as `tokenizer.ggml.pre` states it -> what it does.
+#: llama.cpp's name, as stated in `tokenizer.ggml.pre` -> its pre-tokenizer.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
     {name: kind for kind, names in _KINDS.items() for name in names}
 )

@@ -1,8 +1,8 @@
-"""Rotary embeddings as a GGUF file states them, and the transformers parameters with the same numbers.
+"""Read the rotary embedding of a GGUF file, and express it as transformers parameters with the same numbers.
 
 Source of the formulas: `rope_yarn` of ggml and `llama_context` of llama.cpp. The angle of pair i at position
-p is p * f[i], cosine and sine are multiplied by one factor. f[i] is base^(-2i/n), divided by the tensor
-`rope_freqs.weight` (or `rope_factors_short.weight` / `rope_factors_long.weight`) and scaled by the
+p is p * f[i]; cosine and sine are multiplied by one factor. f[i] is base^(-2i/n), divided by the tensor
+`rope_freqs.weight` (or `rope_factors_short.weight` / `rope_factors_long.weight`) and scaled according to the
 `rope.scaling.*` keys.
 """
 
@@ -48,7 +48,7 @@ _READ = frozenset(
     }
 )
 _NEUTRAL = {"scaling.alpha": 0.0, "scaling.yarn_attn_factor": 1.0}
-_LLAMA3_CONTEXT = 8192  # of the models that the factors were made for; only its ratios to the bounds count
+_LLAMA3_CONTEXT = 8192  # context that the factors were made for; only its ratios to the bounds matter
 _EXACT = 1e-6  # relative; the factors are stored in float32
 _EQUAL = 1e-5  # relative; frequencies are computed in float32 by the model
 _SLIDING = "sliding_attention"
@@ -56,19 +56,19 @@ _SLIDING = "sliding_attention"
 
 @dataclass(frozen=True)
 class Rotary:
-    """A rotary embedding as llama.cpp computes it.
+    """A rotary embedding with llama.cpp's parameters.
 
     Args:
-        base: Theta.
-        dimensions: Rotated elements of a head, twice the number of frequencies.
-        scale: What positions are multiplied by where frequencies are interpolated; 1 / factor.
-        extrapolation: Share of YaRN's ramp; 0 without YaRN.
+        base: Theta, the base of the frequencies.
+        dimensions: Number of rotated elements of a head, twice the number of frequencies.
+        scale: Factor on positions where frequencies are interpolated; 1 / factor.
+        extrapolation: Weight of YaRN's ramp; 0 without YaRN.
         beta_fast: Rotations over the original context above which YaRN leaves a frequency alone.
         beta_slow: Rotations below which it is interpolated in full.
-        context: Length that the model was trained for before it was extended, in tokens.
+        context: Length that the model was trained for before extension, in tokens.
         attention: Factor on cosine and sine.
-        short: Divisors of the frequencies up to `context` tokens, (dimensions / 2); None for ones.
-        long: Divisors of the frequencies beyond; None if they are those of `short`.
+        short: Divisors of the frequencies up to `context` tokens, (dimensions / 2); None if all are 1.
+        long: Divisors of the frequencies beyond `context`; None if they equal `short`.
     """
 
     base: float
@@ -83,11 +83,11 @@ class Rotary:
     long: Array | None = None
 
     def plain(self) -> Array:
-        """Frequencies before any scaling, (dimensions / 2), float64."""
+        """Compute the frequencies before any scaling, (dimensions / 2), float64."""
         return self.base ** (-np.arange(0, self.dimensions, 2, dtype=np.float64) / self.dimensions)
 
     def frequencies(self, *, long: bool = False) -> Array:
-        """Frequencies in the short or the long range, (dimensions / 2), float64."""
+        """Compute the frequencies in the short or the long range, (dimensions / 2), float64."""
         divisors = self.long if long and self.long is not None else self.short
         free = self.plain() if divisors is None else self.plain() / divisors
         if self.extrapolation == 0.0:
@@ -106,7 +106,7 @@ class Rotary:
         return np.asarray(1 - np.clip(steps, 0, 1))
 
     def parameters(self, positions: int) -> dict[str, Any]:
-        """`rope_parameters` of transformers with these numbers.
+        """Return `rope_parameters` of transformers that give these numbers.
 
         Args:
             positions: Longest context of the model, in tokens.
@@ -146,7 +146,7 @@ class Rotary:
         }
 
     def _fixed(self, positions: int) -> dict[str, Any]:
-        """Express any frequencies: LongRoPE whose two lists are equal and whose switch is never reached."""
+        """Express any frequencies as LongRoPE whose two lists are equal and whose switch is never reached."""
         divisors = (self.plain() / self.frequencies()).tolist()
         return {
             "rope_type": "longrope",
@@ -158,7 +158,7 @@ class Rotary:
         }
 
     def _llama3(self) -> dict[str, Any] | None:
-        """The parameters of Llama 3.1 that give `short`; None if there are none that do.
+        """Return the Llama 3.1 parameters that reproduce `short`; None if no parameters do.
 
         Between the bounds, (1/divisor - 1/factor) / (1 - 1/factor) is linear in the frequency.
         """
@@ -176,8 +176,8 @@ class Rotary:
         context = self.context or _LLAMA3_CONTEXT
         width = context / slope
         low, high = _rounded(-start * width), _rounded((1 - start) * width)
-        made = _llama3_divisors(turns, factor, low, high, context)
-        if low >= high or not np.allclose(made, divisors, rtol=_EXACT, atol=0):
+        reproduced = _llama3_divisors(turns, factor, low, high, context)
+        if low >= high or not np.allclose(reproduced, divisors, rtol=_EXACT, atol=0):
             return None
         return {
             "rope_type": "llama3",
@@ -189,11 +189,11 @@ class Rotary:
 
 
 def read_rotary(header: GgufHeader) -> Rotary:
-    """The rotary embedding of the model, that of its global layers where layers differ.
+    """Read the rotary embedding of the model; if layers differ, the one of its global layers.
 
     Raises:
-        CheckpointError: A tensor of factors that does not fit.
-        UnsupportedError: A key or a kind of scaling that is not understood.
+        CheckpointError: A tensor of factors does not fit.
+        UnsupportedError: A key or a kind of scaling is not supported.
     """
     _refuse_unknown(header)
     heads = header.value("attention.head_count")
@@ -207,7 +207,7 @@ def read_rotary(header: GgufHeader) -> Rotary:
     if kind not in _TYPES:
         raise UnsupportedError(
             f"{header.files[0]} has {header.architecture}.rope.scaling.type = {kind}, "
-            f"and the kinds of llama.cpp are {', '.join(_TYPES)}",
+            f"but llama.cpp has {', '.join(_TYPES)}",
             hint="compile the original Hugging Face checkpoint instead",
         )
     context = header.value("rope.scaling.original_context_length") or header.value("context_length") or 0
@@ -237,15 +237,15 @@ def read_rotary(header: GgufHeader) -> Rotary:
     if not extrapolation:
         return rotary
     multiplier = header.value("rope.scaling.yarn_log_multiplier") or 0.0
-    grown = _mscale(factor, 1.0) / (_mscale(factor, multiplier) if multiplier else 1.0)
-    return replace(rotary, attention=rotary.attention * grown)
+    yarn_factor = _mscale(factor, 1.0) / (_mscale(factor, multiplier) if multiplier else 1.0)
+    return replace(rotary, attention=rotary.attention * yarn_factor)
 
 
 def rope_parameters(header: GgufHeader, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """`rope_parameters` for `config` with what the file states; None for a model without rotary embeddings.
+    """Return `rope_parameters` for `config` as the file states; None for a model without rotary embeddings.
 
     Raises:
-        UnsupportedError: The file scales what the model does not have, or in a way it cannot have.
+        UnsupportedError: The file states a scaling that the model does not have or cannot have.
     """
     rotary = read_rotary(header)
     current: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
@@ -264,22 +264,22 @@ def rope_parameters(header: GgufHeader, config: PreTrainedConfig) -> dict[str, A
 
 
 def _labels(parameters: Mapping[str, Any]) -> list[str]:
-    """Kinds of layers that have parameters of their own; none where all layers have the same."""
+    """Return the kinds of layers that have their own parameters; none if all layers share them."""
     return [key for key, value in parameters.items() if isinstance(value, dict)]
 
 
 def _of_layers(label: str, rotary: Rotary, header: GgufHeader) -> Rotary:
-    """The embedding of a kind of layers: llama.cpp scales global layers alone."""
+    """Return the embedding of a kind of layers: llama.cpp scales only global layers."""
     if label != _SLIDING:
         return rotary
     return Rotary(base=header.value("rope.freq_base_swa") or 10000.0, dimensions=rotary.dimensions)
 
 
 def check_rotary(header: GgufHeader, model: PreTrainedModel) -> None:
-    """Compare the frequencies that the model computes with those of the file.
+    """Compare the frequencies that the model computes with the frequencies in the file.
 
     Raises:
-        UnsupportedError: They differ, so the class of the model does not take what the file states.
+        UnsupportedError: They differ, so the model's class does not apply what the file states.
     """
     import torch
 
@@ -290,30 +290,30 @@ def check_rotary(header: GgufHeader, model: PreTrainedModel) -> None:
     used = [label for label in _labels(parameters) if label in (model.config.layer_types or ())]
     for kind in {type(m) for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")}:
         with torch.device("cpu"):
-            made: Any = kind(config=model.config)
+            module: Any = kind(config=model.config)
         for label in used or [""]:
             prefix = f"{label}_" if label else ""
-            found = getattr(made, f"{prefix}inv_freq", None)
-            scaling = getattr(made, f"{prefix}attention_scaling", 1.0)
-            wanted = _of_layers(label, rotary, header)
+            actual = getattr(module, f"{prefix}inv_freq", None)
+            scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
+            expected = _of_layers(label, rotary, header)
             if (
-                found is None
-                or found.shape != (wanted.dimensions // 2,)
-                or not np.allclose(found.double().numpy(), wanted.frequencies(), rtol=_EQUAL, atol=0)
-                or not math.isclose(scaling, wanted.attention, rel_tol=_EQUAL)
+                actual is None
+                or actual.shape != (expected.dimensions // 2,)
+                or not np.allclose(actual.double().numpy(), expected.frequencies(), rtol=_EQUAL, atol=0)
+                or not math.isclose(scaling, expected.attention, rel_tol=_EQUAL)
             ):
                 raise _not_taken(header, model.config.model_type)
 
 
 def _merge(current: Mapping[str, Any], rotary: Rotary, header: GgufHeader, positions: int) -> dict[str, Any]:
-    """Put the file's parameters in the place of the config's; sections of several axes stay."""
-    kept = {key: value for key, value in current.items() if key.startswith("mrope_")}
+    """Replace the config's parameters by the file's; keep the sections of several axes."""
+    merged = {key: value for key, value in current.items() if key.startswith("mrope_")}
     head = header.value("attention.key_length") or header.value("embedding_length") // header.value(
         "attention.head_count"
     )
     if rotary.dimensions != head or "partial_rotary_factor" in current:
-        kept["partial_rotary_factor"] = rotary.dimensions / head
-    return kept | rotary.parameters(positions)
+        merged["partial_rotary_factor"] = rotary.dimensions / head
+    return merged | rotary.parameters(positions)
 
 
 def _refuse_unknown(header: GgufHeader) -> None:
@@ -378,13 +378,13 @@ def _check_divisors(
     stated = f"{header.architecture}.rope.scaling"
     if (short is None) != (long is None) or (kind == "longrope" and long is None):
         raise CheckpointError(
-            f"{header.files[0]} is of LongRoPE, and has not both of {SHORT_TENSOR} and {LONG_TENSOR}",
+            f"{header.files[0]} uses LongRoPE but does not have both {SHORT_TENSOR} and {LONG_TENSOR}",
             hint="convert the original model again with a current llama.cpp",
         )
     if long is not None and (kind == "yarn" or factor != 1.0 or divisors[FREQUENCY_TENSOR] is not None):
         raise UnsupportedError(
             f"{header.files[0]} has LongRoPE's factors and {stated}.type = {kind}, "
-            f"{stated}.factor = {factor}; llama.cpp would scale twice, the original model does not",
+            f"{stated}.factor = {factor}; llama.cpp would scale twice, but the original model does not",
             hint="compile the original Hugging Face checkpoint instead",
         )
 
@@ -394,7 +394,7 @@ def _not_taken(header: GgufHeader, model_type: str) -> UnsupportedError:
     tensors = [t.name for t in header.tensors if t.name in ROPE_TENSORS]
     return UnsupportedError(
         f"{header.files[0]} states its rotary embedding by {', '.join([*stated, *tensors])}, "
-        f"and the {model_type} model of transformers computes other frequencies",
+        f"but the {model_type} model of transformers computes other frequencies",
         hint="compile the original Hugging Face checkpoint instead",
     )
 
@@ -404,7 +404,7 @@ def _mscale(factor: float, multiplier: float) -> float:
 
 
 def _rounded(value: float) -> float:
-    """The nearest quarter if the value is one but for the rounding of the stored factors."""
+    """Return the nearest quarter if the value differs from it only by the rounding of the stored factors."""
     near = round(value * 4) / 4
     return near if abs(value - near) < 1e-3 * max(1.0, near) else value
 

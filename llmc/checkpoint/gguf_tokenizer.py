@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file describes, built for transformers.
+"""Build the tokenizer that a GGUF file describes, for transformers.
 
-A GGUF has no tokenizer.json: it has tokens, scores or merges, types of tokens and a few flags under
-`tokenizer.*`. Sources: `llama_vocab::impl::load` of llama.cpp for what they mean and for the defaults,
-`integrations.gguf.gguf_tokenizer_mapping` of transformers for SentencePiece's forms.
+A GGUF file has no tokenizer.json: it has tokens, scores or merges, token types and a few flags under
+`tokenizer.*`. Sources: `llama_vocab::impl::load` of llama.cpp for their meaning and defaults,
+`integrations.gguf.gguf_tokenizer_mapping` of transformers for the variants of SentencePiece.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _KINDS = (_BYTE_LEVEL, _SENTENCEPIECE, _UNIGRAM, _GEMMA4)
 _NONE = ("none", "no_vocab")
 _BLANK = "\u2581"
 _GEMMAS = ("gemma", "gemma2", "gemma3")
-_NFC = ("qwen2", "qwen35")  # their models' own tokenizers bring text into Unicode's composed form
+_NFC = ("qwen2", "qwen35")  # their models' own tokenizers apply Unicode's composed form (NFC)
 
-# Keys under `tokenizer.` that are read here, or that change no ids of a text.
+# Keys under `tokenizer.` that are read here, or that do not affect the ids of a text.
 _KNOWN = re.compile(
     r"ggml\.(model|pre|tokens|token_type|token_type_count|scores|merges|precompiled_charsmap|\w+_token_ids?"
     r"|add_bos_token|add_eos_token|add_sep_token|add_space_prefix|remove_extra_whitespaces|version)"
     r"|chat_template(s|\.\w+)?|huggingface\.json|rwkv\.world"
 )
 
-#: Words in other keys that say what is done to a text before it is cut.
+#: Words in other keys that indicate a change of the text before it is split.
 _CHANGES_TOKENS = re.compile("normaliz|lowercase|accents|whitespace|prefix|suffix|merges|fallback")
 
 
 @dataclass(frozen=True)
 class Special:
-    """Tokens with a role by their text, None for a role that is not filled, and where they are added."""
+    """Tokens with a role by their text, None for a missing role, and whether they are added to a text."""
 
     bos: str | None
     eos: str | None
@@ -53,7 +53,7 @@ class Special:
     ends: bool
 
     def arguments(self) -> dict[str, Any]:
-        """As the tokenizer classes of transformers take them."""
+        """Return the arguments for the tokenizer classes of transformers."""
         return {
             "bos_token": self.bos,
             "eos_token": self.eos,
@@ -65,22 +65,22 @@ class Special:
 
 
 def has_vocabulary(header: GgufHeader) -> bool:
-    """Whether the file holds a tokenizer of any kind."""
+    """Return whether the file holds a tokenizer of any kind."""
     return _TOKENS in header.array_lengths and header.value("tokenizer.ggml.model") not in _NONE
 
 
 def check_tokenizer(header: GgufHeader) -> None:
-    """Refuse what cannot be built, by the header alone.
+    """Refuse a tokenizer that cannot be built, judging by the header alone.
 
     Raises:
         CheckpointError: Parts of the vocabulary are missing.
-        UnsupportedError: A kind of tokenizer, a pre-tokenizer or a flag that is not understood.
+        UnsupportedError: The kind of tokenizer, a pre-tokenizer or a flag is not supported.
     """
     file, kind = header.files[0], header.value("tokenizer.ggml.model")
     if kind not in _KINDS:
         raise UnsupportedError(
             f"{file} holds a tokenizer of the kind {kind} (tokenizer.ggml.model); "
-            f"read are {', '.join(_KINDS)}",
+            f"supported are {', '.join(_KINDS)}",
             hint=_ORIGINAL,
         )
     needed = "merges" if kind in (_BYTE_LEVEL, _GEMMA4) else "scores"
@@ -104,10 +104,10 @@ def check_tokenizer(header: GgufHeader) -> None:
 
 
 def tokenizer_notes(header: GgufHeader) -> tuple[str, ...]:
-    """Sentences for the user about what the tokenizer leaves out or takes for granted."""
+    """Return sentences for the user about what the tokenizer leaves out or assumes."""
     notes = []
     if header.value("tokenizer.ggml.model") == _BYTE_LEVEL and not header.value("tokenizer.ggml.pre"):
-        notes.append("the GGUF names no pre-tokenizer, so text is cut as llama.cpp does by default")
+        notes.append("the GGUF names no pre-tokenizer, so text is split as llama.cpp does by default")
     named = [key for key in header.spans if key.startswith("tokenizer.chat_template.")]
     if named:
         names = ", ".join(key.removeprefix("tokenizer.chat_template.") for key in named)
@@ -117,33 +117,32 @@ def tokenizer_notes(header: GgufHeader) -> tuple[str, ...]:
 
 
 def _unknown(header: GgufHeader) -> list[str]:
-    """Keys of the tokenizer that are not read."""
+    """Return the keys of the tokenizer that are not read."""
     prefix = "tokenizer."
     own = [key for key in header.spans if key.startswith(prefix)]
     return [key for key in own if not _KNOWN.fullmatch(key.removeprefix(prefix))]
 
 
 def pre_tokenizer(header: GgufHeader) -> PreTokenizer:
-    """How a byte-level vocabulary cuts text, by the name that the file gives.
+    """Return how a byte-level vocabulary splits text, by the pre-tokenizer name in the file.
 
     Raises:
-        UnsupportedError: A name that llama.cpp does not have, or that is not built here.
+        UnsupportedError: llama.cpp does not have that name, or this module does not implement it.
     """
     name = header.value("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
         raise UnsupportedError(
-            f"{header.files[0]} cuts text by the pre-tokenizer {name} (tokenizer.ggml.pre), "
-            "which llmc does not have",
+            f"{header.files[0]} uses the pre-tokenizer {name} (tokenizer.ggml.pre), which llmc does not have",
             hint=f"{_ORIGINAL}; {did_you_mean(name, PRE_TOKENIZERS)}",
         )
     return PRE_TOKENIZERS[name]
 
 
 def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
-    """The tokenizer of the file; takes seconds for a SentencePiece vocabulary.
+    """Build the tokenizer of the file; takes seconds for a SentencePiece vocabulary.
 
     Raises:
-        CheckpointError: A vocabulary that is damaged or contradicts itself.
+        CheckpointError: The vocabulary is damaged or contradicts itself.
         UnsupportedError: As `check_tokenizer`.
     """
     check_tokenizer(header)
@@ -163,7 +162,7 @@ def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         _GEMMA4: _gemma4,
     }[header.value("tokenizer.ggml.model")]
     try:
-        made = build(header, tokens, kinds, special)
+        tokenizer = build(header, tokens, kinds, special)
     except BaseException as error:  # tokenizers raises a bare Exception, or panics
         require_failure(error)
         raise CheckpointError(
@@ -171,8 +170,8 @@ def build_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         ) from error
     template = header.value("tokenizer.chat_template")
     if template:
-        made.chat_template = template
-    return made
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _tokens(header: GgufHeader) -> list[str]:
@@ -184,7 +183,7 @@ def _tokens(header: GgufHeader) -> list[str]:
 
 
 def _special(header: GgufHeader, tokens: list[str]) -> Special:
-    """Tokens with a role and the flags, with llama.cpp's defaults."""
+    """Return the tokens with a role and the flags, with llama.cpp's defaults."""
     kind = header.value("tokenizer.ggml.model")
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == _SENTENCEPIECE else {}
     defaults |= {"eos": 1, "unknown": 2} if kind == _UNIGRAM else {}
@@ -203,10 +202,10 @@ def _special(header: GgufHeader, tokens: list[str]) -> Special:
     for side, token in (("bos", bos), ("eos", eos)):
         if stated[side] and token is None:
             raise CheckpointError(
-                f"{header.files[0]} has tokenizer.ggml.add_{side}_token, and no {side}_token_id",
+                f"{header.files[0]} has tokenizer.ggml.add_{side}_token but no {side}_token_id",
                 hint=_ORIGINAL,
             )
-    if kind == _GEMMA4:  # its reference adds none, since the chat template begins with it
+    if kind == _GEMMA4:  # the reference tokenizer adds none, since the chat template begins with it
         stated["bos"] = False
     return Special(
         bos=bos,
@@ -245,12 +244,12 @@ def _wrap(tokenizer: Tokenizer, special: Special) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     kind: Any = PreTrainedTokenizerFast
-    made: PreTrainedTokenizerBase = kind(tokenizer_object=tokenizer, **special.arguments())
-    return made
+    wrapped: PreTrainedTokenizerBase = kind(tokenizer_object=tokenizer, **special.arguments())
+    return wrapped
 
 
 def _splitter(how: PreTokenizer) -> Any:
-    """The splits as tokenizers' own parts where it has them, which more runtimes know than expressions."""
+    """Build the splits, as tokenizers' own types where they exist, since more runtimes support them."""
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[Any] = [
@@ -275,16 +274,16 @@ def _sentencepiece(
     prefix = header.value("tokenizer.ggml.add_space_prefix")
     if header.architecture in _GEMMAS and not prefix:
         return _gemma(header, tokens, kinds, special, GemmaTokenizer)
-    made: Any = LlamaTokenizer(
+    llama_tokenizer: Any = LlamaTokenizer(
         vocab=_ids(tokens),
         merges=_implied_merges(tokens, kinds, _scores(header, tokens)),
         add_prefix_space=prefix is not False,
         **special.arguments(),
     )
-    backend = made.backend_tokenizer
+    backend = llama_tokenizer.backend_tokenizer
     _add_tokens(backend, tokens, kinds)
     if header.architecture != "phi3" or prefix is False:
-        llama: PreTrainedTokenizerBase = made
+        llama: PreTrainedTokenizerBase = llama_tokenizer
         return llama
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), normalizers.Replace(" ", _BLANK)])
     backend.pre_tokenizer = None
@@ -292,27 +291,27 @@ def _sentencepiece(
 
 
 def _gemma(
-    header: GgufHeader, tokens: list[str], kinds: list[int], special: Special, made_by: Any
+    header: GgufHeader, tokens: list[str], kinds: list[int], special: Special, tokenizer_class: Any
 ) -> PreTrainedTokenizerBase:
-    """Gemma's form: no space in front, and runs of spaces that the file spells as spaces.
+    """Build Gemma's variant: no leading space, and tokens of several spaces that the file spells as spaces.
 
-    Its scores do not order the tokens; their places do, those of runs of spaces included.
+    Its scores do not order the tokens; their ids do, including those of tokens of spaces.
     """
     spelled = [_BLANK * len(token) if " " in token and not token.strip() else token for token in tokens]
     if "tokenizer.ggml.merges" in header.array_lengths:
         merges = _merges(header)
     else:
         merges = _implied_merges(spelled, [_NORMAL] * len(kinds), [-float(i) for i in range(len(tokens))])
-    mask = "<mask>" if "<mask>" in spelled else None  # else the class would add one beyond the vocabulary
+    mask = "<mask>" if "<mask>" in spelled else None  # else the class would add one after the vocabulary
     arguments = {"vocab": _ids(spelled), "merges": merges, "mask_token": mask, **special.arguments()}
-    made: PreTrainedTokenizerBase = made_by(**arguments)
-    backend: Any = made
+    tokenizer: PreTrainedTokenizerBase = tokenizer_class(**arguments)
+    backend: Any = tokenizer
     whole = [
         _NORMAL if kind == _USER_DEFINED and spelling != token else kind
         for token, spelling, kind in zip(tokens, spelled, kinds, strict=True)
     ]
     _add_tokens(backend.backend_tokenizer, spelled, whole)
-    return made
+    return tokenizer
 
 
 def _gemma4(
@@ -350,7 +349,7 @@ def _unigram(
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Keep whole in text what the file marks as control, unknown or user-defined, under the ids it has."""
+    """Keep whole the tokens that the file marks as control, unknown or user-defined, under their ids."""
     from tokenizers import AddedToken
 
     marked: list[AddedToken] = [
@@ -367,7 +366,7 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 
 
 def _merges(header: GgufHeader) -> list[tuple[str, str]]:
-    """The merges of the file; a space that belongs to a token is written as another character."""
+    """Read the merges of the file; a space that belongs to a token is written as another character."""
     merges = []
     for text in header.array("tokenizer.ggml.merges"):
         left, space, right = text[1:].partition(" ")
@@ -385,9 +384,9 @@ def _scores(header: GgufHeader, tokens: list[str]) -> list[float]:
 
 
 def _implied_merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores stand for: the best token first, of equal ones the first.
+    """Derive the merges that SentencePiece's scores imply: best token first, in file order for equal scores.
 
-    Every way to put a normal token together from two normal tokens is a merge.
+    Every way to join two normal tokens into a normal token is a merge.
     """
     plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (0, _NORMAL)}
     order = sorted(range(len(tokens)), key=lambda index: -scores[index])
@@ -396,7 +395,7 @@ def _implied_merges(tokens: list[str], kinds: list[int], scores: list[float]) ->
         token = tokens[index]
         if len(token) > 1 and token in plain:
             cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
-            found = [(left, right) for left, right in cuts if left in plain and right in plain]
-            found.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])))
-            merges += found
+            pairs = [(left, right) for left, right in cuts if left in plain and right in plain]
+            pairs.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])))
+            merges += pairs
     return merges

@@ -1,7 +1,7 @@
-"""A GGUF's tokenizer as the files of a Hugging Face folder, made once and kept in the stage cache.
+"""Write a GGUF's tokenizer as the files of a Hugging Face folder, and cache them in the stage cache.
 
-Key of an entry: the bytes of the metadata that describe the tokenizer, the code that builds it and the
-versions of the libraries that write it. Entry: a JSON object of file names and texts.
+The key of an entry covers the bytes of the metadata that describe the tokenizer, the code that builds it and
+the versions of the libraries that write it. An entry is a JSON object of file names and texts.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.errors import LlmcError
 
 _CACHE_BYTES = 512 << 20  # a vocabulary of 262,144 tokens takes 33 MB
-_OF_THE_LOADING = ("local_files_only", "is_local", "name_or_path", "gguf_file")
+_LOADING_ARGUMENTS = ("local_files_only", "is_local", "name_or_path", "gguf_file")
 
 
 def tokenizer_texts(header: GgufHeader) -> dict[str, str]:
-    """Texts of tokenizer.json, tokenizer_config.json and the chat template, by name.
+    """Return the texts of tokenizer.json, tokenizer_config.json and the chat template, by file name.
 
     Raises:
-        CheckpointError: A vocabulary that is damaged.
-        UnsupportedError: A kind of tokenizer that is not built.
+        CheckpointError: The vocabulary is damaged.
+        UnsupportedError: The kind of tokenizer is not supported.
     """
     gguf_tokenizer.check_tokenizer(header)
     cache = StageCache(default_cache_folder() / "tokenizer", _CACHE_BYTES)
     key = _key(header)
-    kept = _kept(cache, key)
-    if kept is not None:
-        return kept
-    made = _make(header)
+    cached = _read_cached(cache, key)
+    if cached is not None:
+        return cached
+    texts = _make(header)
     try:
-        cache.put(key, json.dumps(made).encode())
-    except (LlmcError, OSError):  # a folder that cannot be written to costs the next build its seconds
-        return made
-    return made
+        cache.put(key, json.dumps(texts).encode())
+    except (LlmcError, OSError):  # a read-only folder only costs the next build some seconds
+        return texts
+    return texts
 
 
-def _kept(cache: StageCache, key: str) -> dict[str, str] | None:
+def _read_cached(cache: StageCache, key: str) -> dict[str, str] | None:
     try:
         entry = cache.get(key)
         texts = None if entry is None else json.loads(entry)
-    except (OSError, ValueError):  # nothing that can be read, so it is made anew
+    except (OSError, ValueError):  # unreadable entry: build it again
         return None
-    whole = isinstance(texts, dict) and "tokenizer.json" in texts
-    return texts if whole else None
+    is_complete = isinstance(texts, dict) and "tokenizer.json" in texts
+    return texts if is_complete else None
 
 
 def _key(header: GgufHeader) -> str:
@@ -67,7 +67,7 @@ def _key(header: GgufHeader) -> str:
 
 def _make(header: GgufHeader) -> dict[str, str]:
     tokenizer = gguf_tokenizer.build_tokenizer(header)
-    for key in _OF_THE_LOADING:  # the way it was loaded is not a property of the tokenizer
+    for key in _LOADING_ARGUMENTS:  # how it was loaded is not a property of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     with TemporaryDirectory() as folder:
         saved = [Path(name) for name in tokenizer.save_pretrained(folder)]

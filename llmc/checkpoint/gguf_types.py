@@ -1,6 +1,6 @@
-"""Types of the metadata that llmc reads from a GGUF file, checked once so that no reader meets another.
+"""Check the types of the metadata that llmc reads from a GGUF file, so that other code can rely on them.
 
-Source: `gguf.constants.Keys` and the types that `gguf.GGUFWriter` gives them.
+Source: `gguf.constants.Keys` and the types that `gguf.GGUFWriter` writes for them.
 """
 
 import math
@@ -35,22 +35,22 @@ def check_types(file: Path, architecture: str, metadata: Mapping[str, Any]) -> N
         metadata: Scalars, strings and short numeric arrays by key.
 
     Raises:
-        CheckpointError: A key has a value of another type.
+        CheckpointError: A key has a value of a wrong type.
     """
     for key, value in metadata.items():
         name = f"*.{key.removeprefix(f'{architecture}.')}" if key.startswith(f"{architecture}.") else key
-        wanted = _wanted(name)
+        kind = _required_kind(name)
         values = value if isinstance(value, list) and _BY_LAYER.fullmatch(name) else [value]
-        if wanted is not None and not all(_is(item, wanted) for item in values):
+        if kind is not None and not all(_has_type(item, kind) for item in values):
             shown = "an array" if isinstance(value, list) else repr(value)
             raise CheckpointError(
-                f"{file} has {key} = {shown}, which must be {wanted}", hint="convert the original model again"
+                f"{file} has {key} = {shown}, which must be {kind}", hint="convert the original model again"
             )
 
 
-def _wanted(name: str) -> str | None:
+def _required_kind(name: str) -> str | None:
     kinds = {
-        "a text": _TEXT,
+        "a string": _TEXT,
         "true or false": _FLAG,
         "a whole number above 0": _SIZE,
         "a whole number": _COUNT,
@@ -60,12 +60,12 @@ def _wanted(name: str) -> str | None:
     return next((kind for kind, pattern in kinds.items() if pattern.fullmatch(name)), None)
 
 
-def _is(value: Any, wanted: str) -> bool:
-    if wanted == "a text":
+def _has_type(value: Any, kind: str) -> bool:
+    if kind == "a string":
         return isinstance(value, str)
-    if wanted == "true or false":
+    if kind == "true or false":
         return isinstance(value, bool)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted.startswith("a whole number"):
-        return number and isinstance(value, int) and value >= wanted.endswith("above 0")
-    return number and (wanted != "a number above 0" or value > 0)
+    if kind.startswith("a whole number"):
+        return number and isinstance(value, int) and value >= kind.endswith("above 0")
+    return number and (kind != "a number above 0" or value > 0)

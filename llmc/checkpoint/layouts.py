@@ -1,17 +1,17 @@
-"""Matrices of quantized checkpoints in integers, read by rows as their libraries lay them out.
+"""Read integer matrices of quantized checkpoints by rows, in the layouts of their libraries.
 
 - GPTQ (AutoGPTQ, GPTQModel, auto-round): `qweight` int32 (K * bits / 32, N), codes packed along the inputs,
-  low bits first; `qzeros` int32 (groups, N * bits / 32), along the outputs, each smaller by one in the first
-  layout; `scales` (groups, N); `g_idx` (K,), the group of each input.
-- AWQ (AutoAWQ, gemm): `qweight` int32 (K, N / 8) and `qzeros` int32 (groups, N / 8), along the outputs, where
-  the i-th 4 bits of a word are output 0 2 4 6 1 3 5 7 [i] of its eight; `scales` (groups, N).
-- compressed-tensors: `weight_packed` int32 (N, K * bits / 32) or `weight` int8 (N, K), of signed codes that
-  are packed with 2**(bits-1) added; `weight_scale` (N, groups) or one value; `weight_zero_point` int8
+  low bits first; `qzeros` int32 (groups, N * bits / 32), packed along the outputs, each stored less one in
+  the first layout; `scales` (groups, N); `g_idx` (K,), the group of each input.
+- AWQ (AutoAWQ, gemm): `qweight` int32 (K, N / 8) and `qzeros` int32 (groups, N / 8), packed along the
+  outputs; the i-th 4 bits of a word are output [0 2 4 6 1 3 5 7][i] of its eight; `scales` (groups, N).
+- compressed-tensors: `weight_packed` int32 (N, K * bits / 32) or `weight` int8 (N, K), with signed codes that
+  are packed after adding 2**(bits-1); `weight_scale` (N, groups) or one value; `weight_zero_point` int8
   (N, groups), or packed along the outputs like the codes; `weight_g_idx` (K,).
-- ModelOpt: `weight` int8 (N, K) with `weight_scale` (N,), or uint8 (N / 2, K) of signed 4-bit codes, the even
-  output in the low half, with `weight_scale` (N, groups).
+- ModelOpt: `weight` int8 (N, K) with `weight_scale` (N,), or uint8 (N / 2, K) with signed 4-bit codes, the
+  even output in the low half, with `weight_scale` (N, groups).
 - bitsandbytes' LLM.int8: `weight` int8 (N, K) and `SCB` (N,), the largest magnitude of each output.
-- MLX: `weight` uint32 (N, K * bits / 32), low bits first; a weight is code * scale + bias, of `scales` and
+- MLX: `weight` uint32 (N, K * bits / 32), low bits first; a weight is code * scale + bias, with `scales` and
   `biases` (N, groups).
 """
 
@@ -27,12 +27,15 @@ from llmc.checkpoint.source import Part, Source
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import CodeGrid, CodeRows
 
-#: Output of each 4 bits of a word in AWQ's gemm layout.
+#: Output at each 4-bit position of a word in AWQ's gemm layout.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_words(words: Array, bits: int, count: int) -> Array:
-    """The first `count` codes of rows of 32-bit words, low bits first and across words, uint8 (n, count)."""
+    """Unpack the first `count` codes of rows of 32-bit words, low bits first, uint8 (n, count).
+
+    Codes may extend across words.
+    """
     octets = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
     if 8 % bits == 0:
         parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
@@ -45,15 +48,15 @@ def unpack_words(words: Array, bits: int, count: int) -> Array:
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """A matrix (N, K) of integer codes; its parts are read by a range of outputs.
+    """A matrix (N, K) of integer codes whose parts are read by a range of outputs.
 
     Args:
-        groups: Scales of one output.
-        group_size: Neighbouring inputs that share one.
-        codes: uint8 (n, K).
-        zero_points: uint8 (n, groups); None if all are 2**(bits - 1).
-        scales: (n, groups), of type `scale_dtype`.
-        index: Part of `source` with the group of each input; None if they are in order.
+        groups: Number of scales per output.
+        group_size: Number of adjacent inputs that share a scale.
+        codes: Reader of codes, uint8 (n, K).
+        zero_points: Reader of zero points, uint8 (n, groups); None if all are 2**(bits - 1).
+        scales: Reader of scales, (n, groups), of type `scale_dtype`.
+        index: Part of `source` with the group of each input; None if the groups are in order.
     """
 
     source: Source
@@ -68,7 +71,7 @@ class IntegerMatrix:
     index: str | None
 
     def read(self, start: int, stop: int) -> CodeRows:
-        """Outputs start:stop, as they are stored."""
+        """Read outputs start:stop as stored."""
         if self.zero_points is None:
             zeros = np.full((stop - start, self.groups), 1 << (self.bits - 1), np.uint8)
         else:
@@ -76,16 +79,16 @@ class IntegerMatrix:
         return CodeRows(self.codes(start, stop), zeros, self.scales(start, stop))
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K); exact where scales have no more than 16 bits."""
-        found = self.read(start, stop)
+        """Read outputs start:stop, float32 (n, K); exact where scales have at most 16 bits."""
+        stored = self.read(start, stop)
         group = self._groups
-        values: Array = found.codes.astype(np.float32)
-        values -= found.zero_points.astype(np.float32)[:, group]
-        values *= found.scales.astype(np.float32)[:, group]
+        values: Array = stored.codes.astype(np.float32)
+        values -= stored.zero_points.astype(np.float32)[:, group]
+        values *= stored.scales.astype(np.float32)[:, group]
         return values
 
     def grid(self) -> CodeGrid | str:
-        """The codes by block, or why they are in none."""
+        """Return the codes by block, or the reason why they are not in blocks."""
         return self._grid
 
     @cached_property
@@ -96,12 +99,12 @@ class IntegerMatrix:
     def _groups(self) -> Array:
         if self.index is None:
             return self._in_order
-        found = self.source.read(self.index).astype(np.int64)
-        if found.min(initial=0) < 0 or found.max(initial=0) >= self.groups:
+        indices = self.source.read(self.index).astype(np.int64)
+        if indices.min(initial=0) < 0 or indices.max(initial=0) >= self.groups:
             raise CheckpointError(
-                f"{self.source.module}.{self.index} names groups outside of the {self.groups} there are"
+                f"{self.source.module}.{self.index} names groups beyond the {self.groups} that exist"
             )
-        return found
+        return indices
 
     @cached_property
     def _grid(self) -> CodeGrid | str:
@@ -116,21 +119,22 @@ class IntegerMatrix:
 def gptq_matrix(
     source: Source, form: ModuleFormat, zero_offset: int, *, symmetric: bool = False
 ) -> IntegerMatrix:
-    """The matrix whose `qweight` is packed along the inputs.
+    """Return the matrix whose `qweight` is packed along the inputs.
 
-    A zero point that is the highest code when it is stored as one less stands for 0: quantizers give zero
-    points of 0..2**bits - 1, and packing wraps.
+    A stored zero point of 2**bits - 1 in the layout that stores zero points less one stands for 0: quantizers
+    produce zero points of 0..2**bits - 1, and packing wraps around.
 
     Args:
-        symmetric: Whether all zero points are said to be 2**(bits - 1); the stored ones then tell the offset.
+        symmetric: Whether all zero points are declared to be 2**(bits - 1); the stored ones then show the
+            offset.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     words, outputs = source.matrix("qweight")
     groups, _ = source.matrix("scales")
     _, zero_words = source.matrix("qzeros")
-    bits = zero_words * 32 // outputs if outputs else 0  # some modules have others than the config says
+    bits = zero_words * 32 // outputs if outputs else 0  # some modules have other bits than the config says
     if source.has("g_idx"):
         inputs = source.shape("g_idx")[0]
         bits = words * 32 // inputs if inputs else 0
@@ -149,8 +153,8 @@ def gptq_matrix(
     def zeros(words: Array) -> Array:
         stored = unpack_words(words, bits, outputs)
         missing = (1 << (bits - 1)) - int(stored[0, 0]) if stored.size else 0
-        told = symmetric and missing in {0, 1} and bool((stored == stored[0, 0]).all())
-        offset = np.uint8(missing if told else zero_offset)
+        is_certain = symmetric and missing in {0, 1} and bool((stored == stored[0, 0]).all())
+        offset = np.uint8(missing if is_certain else zero_offset)
         return turn((stored + offset) & np.uint8((1 << bits) - 1))
 
     return IntegerMatrix(
@@ -168,10 +172,10 @@ def gptq_matrix(
 
 
 def awq_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
-    """The matrix whose `qweight` is packed along the outputs in AutoAWQ's order.
+    """Return the matrix whose `qweight` is packed along the outputs in AutoAWQ's order.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     inputs, _ = source.matrix("qweight")
     groups, outputs = source.matrix("scales")
@@ -204,10 +208,10 @@ def awq_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
 
 
 def compressed_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
-    """The matrix of signed codes of compressed-tensors, packed or one a byte.
+    """Return the matrix of compressed-tensors' signed codes, packed or one per byte.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     bits, packed = form.bits, source.has("weight_packed")
     if packed:
@@ -255,18 +259,18 @@ def compressed_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
     )
 
 
-def _packed_bits(source: Source, wanted: int, inputs: int) -> int:
-    """Bits of packed codes: what the config says where it fits, else what the number of words says."""
+def _packed_bits(source: Source, declared: int, inputs: int) -> int:
+    """Return the bits of packed codes: as declared if that fits, else as the word count implies."""
     words = source.matrix("weight_packed")[1]
     fitting = [bits for bits in range(2, 9) if -(-inputs * bits // 32) == words]
-    return wanted if wanted in fitting or len(fitting) != 1 else fitting[0]
+    return declared if declared in fitting or len(fitting) != 1 else fitting[0]
 
 
 def modelopt_int4_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
-    """ModelOpt's signed 4-bit codes, two outputs in a byte, the even one in the low half.
+    """Return ModelOpt's matrix of signed 4-bit codes, two outputs per byte, the even one in the low half.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     pairs, inputs = source.matrix("weight")
     outputs, groups = source.matrix("weight_scale")
@@ -292,17 +296,17 @@ def modelopt_int4_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
 
 
 def bitsandbytes_int8_matrix(source: Source, form: ModuleFormat) -> IntegerMatrix:
-    """The signed bytes of LLM.int8: a weight is byte * SCB / 127.
+    """Return the matrix of LLM.int8's signed bytes: a weight is byte * SCB / 127.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
-        UnsupportedError: It is in the order of a GPU's kernels.
+        CheckpointError: The tensors of the module do not fit together.
+        UnsupportedError: It is stored in the order of a GPU's kernels.
     """
     outputs, inputs = source.matrix("weight")
     source.require("SCB", (outputs,))
     if source.has("weight_format") and int(source.read("weight_format").reshape(-1)[0]) != 0:
         raise UnsupportedError(
-            f"{source.module}.weight is in the order of a GPU's kernels (weight_format is not 0)",
+            f"{source.module}.weight is stored in the order of a GPU's kernels (weight_format is not 0)",
             hint="save it again with a newer bitsandbytes, which stores rows",
         )
 
@@ -325,7 +329,7 @@ def bitsandbytes_int8_matrix(source: Source, form: ModuleFormat) -> IntegerMatri
 
 @dataclass(frozen=True)
 class AffineMatrix:
-    """A matrix (N, K) of MLX: code * scale + bias, with a scale and a bias by group of inputs."""
+    """An MLX matrix (N, K): code * scale + bias, with one scale and one bias per group of inputs."""
 
     source: Source
     shape: tuple[int, int]
@@ -333,12 +337,12 @@ class AffineMatrix:
     group_size: int
 
     def read(self, start: int, stop: int) -> CodeRows:
-        """Outputs start:stop, as they are stored."""
+        """Read outputs start:stop as stored."""
         codes, scales, biases = self._parts(start, stop)
         return CodeRows(codes, np.zeros(scales.shape, np.uint8), scales, biases)
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
+        """Read outputs start:stop, float32 (n, K)."""
         codes, scales, biases = self._parts(start, stop)
         values: Array = codes.reshape(stop - start, -1, self.group_size).astype(np.float32)
         values *= scales.astype(np.float32)[:, :, None]
@@ -346,7 +350,7 @@ class AffineMatrix:
         return values.reshape(stop - start, -1)
 
     def grid(self) -> CodeGrid | str:
-        """The codes, with the biases as minimums."""
+        """Return the codes as a grid, with the biases as minimums."""
         kind = self.source.dtype("scales")
         return CodeGrid(self.bits, self.group_size, False, kind, self.read, minimums=True)
 
@@ -358,10 +362,10 @@ class AffineMatrix:
 
 
 def affine_matrix(source: Source, form: ModuleFormat) -> AffineMatrix:
-    """The matrix of MLX's affine mode; its bits are what its shape says.
+    """Return the matrix of MLX's affine mode; its shape determines the bits.
 
     Raises:
-        CheckpointError: Its tensors do not fit together.
+        CheckpointError: The tensors of the module do not fit together.
     """
     outputs, words = source.matrix("weight")
     _, groups = source.matrix("scales")
@@ -387,28 +391,28 @@ class _Rows(Protocol):
 
 @dataclass(frozen=True)
 class ScaledInputs:
-    """A matrix (N, K) whose inputs are multiplied by factors (K,) before it, folded into it."""
+    """A matrix (N, K) whose inputs are multiplied by factors (K,) first; the factors are folded into it."""
 
     source: Source
     inner: _Rows
     shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Outputs start:stop, float32 (n, K)."""
+        """Read outputs start:stop, float32 (n, K)."""
         factors = self.source.read("pre_quant_scale").astype(np.float32).reshape(-1)
         scaled: Array = self.inner.rows(start, stop) * factors
         return scaled
 
     def grid(self) -> CodeGrid | str:
-        """Why its codes are not kept."""
+        """Return the reason why its codes are not kept."""
         return "its inputs are scaled (pre_quant_scale)"
 
 
 def scale_inputs(source: Source, inner: _Rows) -> ScaledInputs:
-    """The matrix of ModelOpt whose AWQ scales its inputs with `pre_quant_scale`.
+    """Return the matrix of ModelOpt whose AWQ scales its inputs with `pre_quant_scale`.
 
     Raises:
-        CheckpointError: There are other factors than inputs.
+        CheckpointError: The number of factors differs from the number of inputs.
     """
     if int(np.prod(source.shape("pre_quant_scale"))) != inner.shape[-1]:
         raise CheckpointError(
@@ -419,10 +423,12 @@ def scale_inputs(source: Source, inner: _Rows) -> ScaledInputs:
 
 
 def _group_size(source: Source, form: ModuleFormat, inputs: int, groups: int) -> int:
-    """Inputs of a group: what the config says where it fits, else what the number of scales says."""
-    wanted = form.group_size or inputs
-    if -(-inputs // wanted) == groups:
-        return wanted
+    """Return the inputs per group: as declared if that fits, else as the number of scales implies."""
+    declared = form.group_size or inputs
+    if -(-inputs // declared) == groups:
+        return declared
     if inputs % groups == 0:
         return inputs // groups
-    raise CheckpointError(f"{source.module} has {groups} groups for {inputs} inputs, not by {wanted}")
+    raise CheckpointError(
+        f"{source.module} has {groups} groups for {inputs} inputs, but the group size is {declared}"
+    )

@@ -1,4 +1,4 @@
-"""From what the user wrote to a folder or file on this machine."""
+"""Resolve a reference given by the user to a folder or file on this machine."""
 
 import glob
 import importlib.util
@@ -18,12 +18,12 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<rev
 _DESCRIPTION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHT_PATTERNS = ("*.safetensors",)
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_LISTED = 5  # names of files in a message
+_LISTED = 5  # file names listed in a message
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository on the hub; `revision` None is its default branch."""
+    """A model repository on the hub; `revision` is None for its default branch."""
 
     repo_id: str
     revision: str | None
@@ -31,9 +31,9 @@ class Repository:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a checkpoint lies: a Hugging Face folder or a GGUF file, the first of its parts.
+    """The location of a checkpoint: a Hugging Face folder, or a GGUF file or the first of its parts.
 
-    `repository` is set where the folder is a hub snapshot whose weights may not be there yet.
+    `repository` is set if the folder is a hub snapshot whose weights may not be downloaded yet.
     """
 
     path: Path
@@ -41,10 +41,10 @@ class Location:
 
 
 def locate(ref: str) -> Location:
-    """Find the checkpoint that `ref` names; of a hub repository only config and tokenizer files are fetched.
+    """Find the checkpoint that `ref` names; from a hub repository, download only config and tokenizer files.
 
     Raises:
-        CheckpointError: Nothing is there, or the hub cannot be reached.
+        CheckpointError: Nothing exists there, or the hub cannot be reached.
     """
     if ref == DEMO:
         return Location(_demo_file())
@@ -56,7 +56,7 @@ def locate(ref: str) -> Location:
             first = first_part(path)
             return Location(first if first.is_file() else path)
         raise CheckpointError(
-            f"{ref} is a file and not a .gguf", hint="give the folder that holds config.json, or a .gguf file"
+            f"{ref} is a file but not a .gguf", hint="give the folder that holds config.json, or a .gguf file"
         )
     match = _HUB_ID.fullmatch(ref)
     if match is None or path.suffix.lower() == ".gguf":
@@ -75,10 +75,10 @@ def locate(ref: str) -> Location:
 
 
 def locate_adapter(ref: str) -> Path:
-    """Find the folder of the adapter that `ref` names: a folder here, or a hub id, which is fetched.
+    """Find the folder of the adapter that `ref` names: a local folder, or a hub id, which is downloaded.
 
     Raises:
-        CheckpointError: Nothing is there, it is a file, or the hub cannot be reached.
+        CheckpointError: Nothing exists there, it is a file, or the hub cannot be reached.
     """
     path = Path(ref).expanduser()
     if path.is_dir():
@@ -93,30 +93,30 @@ def locate_adapter(ref: str) -> Path:
 
 
 def download_weights(repository: Repository) -> None:
-    """Fetch the safetensors files of a repository into the snapshot that `locate` returned."""
+    """Download the safetensors files of a repository into the snapshot that `locate` returned."""
     _download(repository, _WEIGHT_PATTERNS)
 
 
 def whole_models(folder: Path) -> list[str]:
-    """Names of the GGUF files of a folder that open as a model of their own, sorted."""
+    """List the GGUF files of a folder that can be opened as a model, sorted by name."""
     return one_per_model([file.name for file in folder.glob("*.gguf")])
 
 
 def one_per_model(names: Iterable[str]) -> list[str]:
-    """GGUF files by name, sorted, with the first part of a split model in the place of all its parts."""
+    """List GGUF files by name, sorted, with only the first part of each split model."""
     files = [name for name in names if name.lower().endswith(".gguf")]
     return sorted({first_part(Path(name)).as_posix() for name in files})
 
 
 def _refuse_gguf_repository(repository: Repository) -> None:
-    """Raise `CheckpointError` for a repository that publishes GGUF files and no config.json."""
+    """Raise `CheckpointError` for a repository that publishes GGUF files without a config.json."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         names = one_per_model(list_repo_files(repository.repo_id, revision=repository.revision))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return  # the missing config.json is told by whoever reads it
+        return  # reading config.json reports that it is missing
     if names:
         shown = ", ".join(names[:_LISTED]) + (" …" if len(names) > _LISTED else "")
         raise CheckpointError(
@@ -127,7 +127,7 @@ def _refuse_gguf_repository(repository: Repository) -> None:
 
 
 def short_name(ref: str, path: Path) -> str:
-    """The part of a reference that names the model."""
+    """Return the part of a reference that names the model."""
     match = _HUB_ID.fullmatch(ref)
     if path.is_file():
         return model_stem(path)
@@ -162,12 +162,12 @@ def _download(repository: Repository, patterns: tuple[str, ...]) -> Path:
         folder = snapshot_download(name, revision=repository.revision, allow_patterns=list(patterns))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name} is a gated repository of the hub",
+            f"{name} is a gated repository on the hub",
             hint="accept its terms on the model's page and run `hf auth login`",
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is neither a folder here nor a repository of the hub that you can read",
+            f"{name} is neither a local folder nor a repository on the hub that you can read",
             hint="check the spelling; for a private repository run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
@@ -178,7 +178,7 @@ def _download(repository: Repository, patterns: tuple[str, ...]) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is not a folder here, and the hub cannot be reached: {first_line}",
+            f"{name} is not a local folder, and the hub cannot be reached: {first_line}",
             hint="check the network and HF_HUB_OFFLINE, or give a local folder",
         ) from error
     return Path(folder)

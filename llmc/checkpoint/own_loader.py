@@ -1,4 +1,4 @@
-"""A checkpoint by transformers' own reading of config and weights, for comparison with llmc's."""
+"""Load a checkpoint with transformers' own reader of config and weights, for comparison with llmc's."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ Loaded = tuple["PreTrainedModel", Mapping[str, Any]]
 
 
 def load_with_transformers(path: Path, config: PreTrainedConfig) -> Loaded:
-    """The model, and what transformers says of names that it misses or does not expect.
+    """Load the model, with transformers' report on missing and unexpected names.
 
-    Its quantizers are in use where their packages are installed.
+    transformers' quantizers are used if their packages are installed.
 
     Args:
         path: A Hugging Face folder, or a GGUF file.
-        config: Chooses the class, and is the model's own for a GGUF alone.
+        config: Selects the class; only a GGUF model is built from it.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
     if path.is_file():
         return _load_gguf(path, config)
-    made: Loaded = from_pretrained(path, auto_class(config), output_loading_info=True)
-    return made
+    loaded: Loaded = from_pretrained(path, auto_class(config), output_loading_info=True)
+    return loaded
 
 
 def _load_gguf(path: Path, config: PreTrainedConfig) -> Loaded:
-    """The steps of `from_pretrained` for a GGUF, without those that take nine tenths of its time.
+    """Run the steps of `from_pretrained` for a GGUF file without the two that take nine tenths of its time.
 
-    These read the vocabulary, which the model does not need, and map the names once for each module.
+    These read the vocabulary, which the model does not need, and rebuild the map of names for every module.
     """
     import torch
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     header = GgufHeader.parse(path)
-    made: Loaded
+    loaded: Loaded
     with TemporaryDirectory() as folder, loading(path):
         copy = Path(folder) / "model.gguf"
         write_copy(header, copy)
         if is_gguf_arch_supported(header.architecture):
-            made = from_pretrained(copy, auto_class(config), config=config, output_loading_info=True)
-            return made
+            loaded = from_pretrained(copy, auto_class(config), config=config, output_loading_info=True)
+            return loaded
         model: Any = build_skeleton(config)
         read: Any = load_gguf_checkpoint
         tensors = read(
             str(copy), return_tensors=True, model_to_load=names_of(model), torch_dtype=torch.float32
         )["tensors"]
-        made = type(model).from_pretrained(
+        loaded = type(model).from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
-    return made
+    return loaded

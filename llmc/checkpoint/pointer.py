@@ -1,4 +1,4 @@
-"""Files that only stand for others: Git LFS pointers, and links to nothing."""
+"""Refuse files that only stand for other files: Git LFS pointers, and dangling links."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ _POINTER = b"version https://git-lfs"
 
 
 def refuse_pointer(file: Path) -> None:
-    """Check that a file is not the pointer that Git leaves where LFS did not fetch the file.
+    """Check that a file is not the pointer that Git leaves if LFS did not download the file.
 
     Raises:
-        CheckpointError: It is.
+        CheckpointError: The file is a pointer.
     """
     with file.open("rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
-                f"{file} is a Git LFS pointer; the file itself was not fetched",
+                f"{file} is a Git LFS pointer; the file itself was not downloaded",
                 hint="run `git lfs pull` in its folder, or `hf download` the repository",
             )
 
 
 def refuse_dangling(folder: Path) -> None:
-    """Check that no weights of a folder are links to nothing, as in a cache whose blobs were removed.
+    """Check that no weights of a folder are dangling links, as in a cache whose blobs were removed.
 
     Raises:
-        CheckpointError: One is.
+        CheckpointError: A file is a dangling link.
     """
     for file in sorted(folder.glob("*.safetensors*")):
         if file.is_symlink() and not file.exists():

@@ -1,4 +1,4 @@
-"""A checkpoint without parts of its model: a smaller config, and tensors selected as they are read."""
+"""View a checkpoint without parts of its model: a smaller config, and tensors selected as they are read."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from llmc.graph.weights import TensorInfo, WeightStore
 if TYPE_CHECKING:
     from llmc.checkpoint.checkpoint import Checkpoint
 
-#: Lists of a config that say nothing of layers, however long they are.
+#: Suffixes of config lists that do not describe layers, whatever their length.
 _NO_LAYERS = ("architectures", "_token_id", "_token_ids")
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What stays of one tensor.
+    """The part of one tensor that remains.
 
     Args:
-        kept: Indices that stay along each axis that loses some, ascending.
-        file: Safetensors file with new values, after that; None for the old ones.
-        key: Their name in it.
+        kept: Indices that remain along each shortened axis, ascending.
+        file: Safetensors file with new values for the selected part; None to keep the old values.
+        key: Name of the new values in `file`.
     """
 
     kept: Mapping[int, Array] = field(default_factory=dict)
@@ -39,18 +39,18 @@ class Selection:
     key: str = ""
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what stays."""
+        """Return the shape of the part that remains."""
         return tuple(len(self.kept[a]) if a in self.kept else n for a, n in enumerate(before))
 
 
 @dataclass(frozen=True)
 class PrunedStore:
-    """Tensors under other names, and parts of tensors.
+    """A `WeightStore` of tensors under new names, and of parts of tensors.
 
     Args:
-        inner: The tensors as they were.
-        names: Name in `inner` by the new name; tensors without one are gone.
-        selections: By the new name.
+        inner: The original tensors.
+        names: Name in `inner` by the new name; tensors without a new name are removed.
+        selections: Selection by the new name.
     """
 
     inner: WeightStore
@@ -58,26 +58,26 @@ class PrunedStore:
     selections: Mapping[str, Selection]
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is; codes that the checkpoint has for a matrix stand only while it is whole."""
+        """Return every tensor; a matrix keeps the codes that the checkpoint has only if it is whole."""
         return self._infos
 
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
         before = self.inner.infos()
-        made = {}
+        selected = {}
         for name, old in self.names.items():
             info = replace(before[old], name=name)
             selection = self.selections.get(name)
             if selection is not None:
                 info = replace(info, shape=selection.shape(info.shape), codes=None)
-            made[name] = info
-        return made
+            selected[name] = info
+        return selected
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start:stop along axis 0, in the stored type.
+        """Read rows start:stop along axis 0, in the stored type.
 
         Raises:
-            CheckpointError: New values have been removed.
+            CheckpointError: The file with new values has been removed.
         """
         selection, old = self.selections.get(name), self.names[name]
         if selection is None:
@@ -107,21 +107,21 @@ def _read_rows(file: Path, key: str, start: int, stop: int | None) -> Array:
             rows: Array = data.get_slice(key)[start:stop]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"weights that pruning made cannot be read from {file}: {error}",
-            hint="run it again: another run has removed them from the cache",
+            f"pruned weights cannot be read from {file}: {error}",
+            hint="run the command again: another run has removed them from the cache",
         ) from error
     return rows
 
 
 def drop_layers(checkpoint: Checkpoint, layers: Sequence[str], kept: Sequence[int]) -> Checkpoint:
-    """The checkpoint with some of its decoder layers.
+    """Return the checkpoint with some of its decoder layers removed.
 
     Args:
-        layers: Qualified names of all of them, in order.
-        kept: Indices of those that stay, ascending.
+        layers: Qualified names of all decoder layers, in order.
+        kept: Indices of the layers that remain, ascending.
 
     Raises:
-        UnsupportedError: transformers cannot build that model, or its layers would be other ones.
+        UnsupportedError: transformers cannot build that model, or its layers would differ.
     """
     count = len(layers)
     lists = {
@@ -141,11 +141,11 @@ def drop_layers(checkpoint: Checkpoint, layers: Sequence[str], kept: Sequence[in
 
     names = {new_name: n for n in checkpoint.tensors.infos() if (new_name := rename(n)) is not None}
     tied = dict(_renamed(checkpoint.tied, rename))
-    made = _altered(checkpoint, new, PrunedStore(checkpoint.tensors, names, {}), tied, f"layers {list(kept)}")
-    _require_shapes(made)
+    part = _altered(checkpoint, new, PrunedStore(checkpoint.tensors, names, {}), tied, f"layers {list(kept)}")
+    _require_shapes(part)
     back = {renamed[layer]: layer for layer in renamed}
-    require_alike(checkpoint, made, back, sizes=False)
-    return made
+    require_alike(checkpoint, part, back, sizes=False)
+    return part
 
 
 def narrow(
@@ -155,29 +155,29 @@ def narrow(
     entries: Sequence[Mapping[str, int]],
     change: str,
 ) -> Checkpoint:
-    """The checkpoint with parts of its tensors, and new values for some.
+    """Return the checkpoint with parts of its tensors, and new values for some.
 
     Args:
         layers: Qualified names of the decoder layers.
-        selections: What stays, by parameter.
-        entries: What the config may have to say; the first that gives a model of these shapes is taken.
-        change: Digest of what was chosen and computed.
+        selections: Selection by parameter name.
+        entries: Candidate entries of the config; the first that gives a model of these shapes is used.
+        change: Digest of what was selected and computed.
 
     Raises:
-        UnsupportedError: No such config gives it.
+        UnsupportedError: No candidate gives such a model.
     """
     store = PrunedStore(checkpoint.tensors, {name: name for name in checkpoint.tensors.infos()}, selections)
     why = "it has no entry for the size"
-    for each in entries:
+    for candidate in entries:
         try:
-            config = _changed(checkpoint.config, each)
-            made = _altered(checkpoint, config, store, checkpoint.tied, change)
-            _require_shapes(made)
-            require_alike(checkpoint, made, {name: name for name in layers}, sizes=True)
+            config = _changed(checkpoint.config, candidate)
+            pruned = _altered(checkpoint, config, store, checkpoint.tied, change)
+            _require_shapes(pruned)
+            require_alike(checkpoint, pruned, {name: name for name in layers}, sizes=True)
         except UnsupportedError as error:
             why = error.fact
         else:
-            return made
+            return pruned
     raise UnsupportedError(
         f"the {checkpoint.config.model_type} config cannot state the pruned model: {why}",
         hint="leave this recipe out of the target, or drop whole layers",
@@ -185,23 +185,23 @@ def narrow(
 
 
 def size_entries(config: Any, old: int, new: int) -> list[dict[str, int]]:
-    """Entries of a config that may state the size `old`, each with `new` in its place."""
+    """Return config entries that may state the size `old`, each with `new` as its value."""
     return [{key: new} for key in _keys(config, old)]
 
 
 def head_entries(config: Any, old: tuple[int, int], new: tuple[int, int], width: int) -> list[dict[str, int]]:
-    """What a config may have to say for fewer heads.
+    """Return the config entries that may be needed for fewer heads.
 
     Args:
-        old: Query heads, and heads of keys and values.
-        new: Likewise.
-        width: Of a head, which some configs state.
+        old: Number of query heads, and of key/value heads.
+        new: The new numbers, in the same order.
+        width: Width of a head, which some configs state.
     """
     usual = "num_key_value_heads"
     keys = [usual] if hasattr(_text(config), usual) else _keys(config, old[1])
     heads = {"num_attention_heads": new[0]}
-    found = [{**heads, key: new[1]} for key in keys] + [heads]
-    return [entry for each in found for entry in ({**each, "head_dim": width}, each)]
+    candidates = [{**heads, key: new[1]} for key in keys] + [heads]
+    return [entry for candidate in candidates for entry in ({**candidate, "head_dim": width}, candidate)]
 
 
 def _keys(config: Any, size: int) -> list[str]:
@@ -217,21 +217,21 @@ def _altered(
 
 
 def _changed(config: Any, entries: Mapping[str, Any]) -> Any:
-    """A copy of a config with other entries.
+    """Return a copy of a config with other entries.
 
     Raises:
-        UnsupportedError: It does not take one of them.
+        UnsupportedError: The config does not accept an entry.
     """
-    made = copy.deepcopy(config)
+    changed = copy.deepcopy(config)
     for key, value in entries.items():
         try:
-            setattr(_text(made), key, value)
-        except Exception as error:  # a config of transformers checks itself; whatever it raises, it refuses
+            setattr(_text(changed), key, value)
+        except Exception as error:  # transformers' configs validate entries with any type of error
             raise UnsupportedError(
-                f"the {config.model_type} config does not take {key}: {error}",
+                f"the {config.model_type} config does not accept {key}: {error}",
                 hint="leave this recipe out of the target",
             ) from error
-    return made
+    return changed
 
 
 def _text(config: Any) -> Any:
@@ -245,26 +245,26 @@ def _renamed(tied: Mapping[str, str], rename: Callable[[str], str | None]) -> It
             yield names[0], names[1]
 
 
-def _require_shapes(made: Checkpoint) -> None:
-    """Check that the config's model has the tensors that there are."""
-    model = build_skeleton(made.config)
-    infos = made.tensors.infos()
+def _require_shapes(pruned: Checkpoint) -> None:
+    """Check that the config's model has exactly the shapes of the stored tensors."""
+    model = build_skeleton(pruned.config)
+    infos = pruned.tensors.infos()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        info = infos.get(made.tied.get(name, name))
+        info = infos.get(pruned.tied.get(name, name))
         if info is None or info.shape != tuple(parameter.shape):
             raise UnsupportedError(
-                f"{name} is {tuple(parameter.shape)} by the config, and "
-                + ("not there" if info is None else f"{info.shape} as it is pruned"),
+                f"{name} is {tuple(parameter.shape)} by the config, but "
+                + ("missing" if info is None else f"{info.shape} after pruning"),
                 hint="leave this recipe out of the target",
             )
 
 
 def require_alike(before: Checkpoint, after: Checkpoint, layers: Mapping[str, str], *, sizes: bool) -> None:
-    """Check that layers of the pruned model compute what they were: nothing but their sizes may differ.
+    """Check that the layers of the pruned model compute the same as before: only their sizes may differ.
 
     Args:
-        layers: Name of each layer of the pruned model, and what it was called.
-        sizes: Whole numbers may differ, which say how large a layer is.
+        layers: Name of each layer of the pruned model -> its name before pruning.
+        sizes: Whether whole numbers that state the size of a layer may differ.
     """
     old, new = build_skeleton(before.config), build_skeleton(after.config)
     for name, was in layers.items():
@@ -273,13 +273,13 @@ def require_alike(before: Checkpoint, after: Checkpoint, layers: Mapping[str, st
         odd = next((k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)), None)
         if odd is not None:
             raise UnsupportedError(
-                f"{'.'.join(p for p in (name, odd) if p)} of the pruned model would be another than {was}",
+                f"{'.'.join(p for p in (name, odd) if p)} of the pruned model would differ from {was}",
                 hint="leave this recipe out of the target",
             )
 
 
 def _facts(module: Any, *, sizes: bool) -> dict[str, Any]:
-    """What decides on what a module computes, its parameters aside."""
+    """Return what determines the computation of a module, except its parameters."""
     plain = (bool, str, float, type(None)) if sizes else (bool, str, float, type(None), int, list, tuple)
     facts = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"}
     return {**facts, "class": type(module), "buffers": {n: b.shape for n, b in module.named_buffers()}}

@@ -1,6 +1,6 @@
-"""What a folder's files say that its model is for, where that is something else than writing text.
+"""Refuse models whose files declare another purpose than generating text.
 
-Their weights often fit a causal language model of the same type, which would answer nonsense.
+Their weights often fit a causal language model of the same type, which would then generate nonsense.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmc.errors import UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: Ends of class names in `architectures`, and what such a model does.
+#: Suffixes of class names in `architectures`, and what such a model does.
 _OTHER_HEADS: tuple[tuple[str, str], ...] = (
     (r"(CrossEncoder|For\w*Ranking|Reranker)$", "ranks texts"),
     (r"(For\w*Reward\w*|RewardModel|For\w*Score)$", "scores answers (a reward model)"),
@@ -37,14 +37,14 @@ _SENTENCE_TRANSFORMERS = (
 
 
 def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Check that the model writes text.
+    """Check that the model generates text.
 
     Args:
-        folder: That of config.json.
-        fields: config.json.
+        folder: Folder of config.json.
+        fields: Fields of config.json.
 
     Raises:
-        UnsupportedError: It is an embedding model, a classifier, a reranker or a reward model.
+        UnsupportedError: The model is an embedding model, a classifier, a reranker or a reward model.
     """
     hint = "llmc compiles causal language models, which predict the next token"
     stated = fields.get("architectures")
@@ -54,9 +54,9 @@ def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{folder} holds a {name}, which {purpose}", hint=hint)
     beside = [name for name in _SENTENCE_TRANSFORMERS if (folder / name).is_file()]
     if beside or "sentence_transformers" in fields:
-        told = f"it has {beside[0]}" if beside else "its config.json says so"
+        reason = f"it has {beside[0]}" if beside else "its config.json says so"
         raise UnsupportedError(
-            f"{folder} holds a model of sentence-transformers ({told}), which embeds or ranks texts",
+            f"{folder} holds a model of sentence-transformers ({reason}), which embeds or ranks texts",
             hint=hint,
         )
 
@@ -81,27 +81,27 @@ def _purpose(name: str, model_type: str) -> str | None:
 
 
 def refuse_both_directions(config: PreTrainedConfig) -> None:
-    """Check that a token attends to those before it alone.
+    """Check that a token attends only to itself and earlier tokens.
 
     Raises:
-        UnsupportedError: It attends to those after it too, as in models that embed texts.
+        UnsupportedError: A token also attends to later ones, as in models that embed texts.
     """
-    if is_multimodal(config):  # tokens of an image see each other, those of a text do not
+    if is_multimodal(config):  # tokens of an image see each other, tokens of a text do not
         return
     text: Any = config.get_text_config(decoder=True)
     stated = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
     for key, value in stated.items():
-        found = getattr(text, key, None)
-        if found is value or (key == "use_bidirectional_attention" and found == "all"):
+        value_stated = getattr(text, key, None)
+        if value_stated is value or (key == "use_bidirectional_attention" and value_stated == "all"):
             raise UnsupportedError(
-                f"{config.model_type} with {key} = {str(found).lower()} attends in both directions: it embeds"
-                " texts and writes none",
+                f"{config.model_type} with {key} = {str(value_stated).lower()} attends in both directions: it"
+                " embeds texts and does not generate any",
                 hint="llmc compiles causal language models, which predict the next token",
             )
 
 
 def refuse_cross_attention(config: PreTrainedConfig) -> None:
-    """Check that every layer attends to the text alone.
+    """Check that every layer attends only to the text.
 
     Raises:
         UnsupportedError: Some layers attend to an image or to the states of another model.
@@ -114,7 +114,7 @@ def refuse_cross_attention(config: PreTrainedConfig) -> None:
     if layers or getattr(text, "add_cross_attention", False):
         which = f"layers {', '.join(map(str, layers))}" if layers else "every layer"
         raise UnsupportedError(
-            f"{config.model_type} has cross-attention in {which}: it reads an image or another model's "
-            "states beside the text",
-            hint="llmc compiles decoders that read text alone; take the text-only model of the family",
+            f"{config.model_type} has cross-attention in {which}: besides the text, it reads an image or "
+            "another model's states",
+            hint="llmc compiles decoders that read only text; use the text-only model of the family",
         )

@@ -1,4 +1,4 @@
-"""How a Hugging Face folder has its weights quantized, whoever wrote it down and wherever.
+"""Describe how the weights of a Hugging Face folder are quantized, whichever library and file declare it.
 
 `recipes.py` reads the fields of each method, `declared.py` finds them in config.json and beside it.
 """
@@ -11,7 +11,7 @@ from llmc.errors import CheckpointError
 
 
 class Method(StrEnum):
-    """Libraries whose layouts are read."""
+    """The quantization libraries whose layouts are supported."""
 
     GPTQ = "gptq"
     AWQ = "awq"
@@ -27,7 +27,7 @@ class Method(StrEnum):
 
 
 class Layout(StrEnum):
-    """How the tensors of one module hold its weight, as their names, types and shapes tell it."""
+    """The layout of the tensors that hold a module's weight, identified by their names, types and shapes."""
 
     GPTQ = "gptq"
     AWQ = "awq"
@@ -45,12 +45,12 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class ModuleFormat:
-    """How the weight of some modules is stored.
+    """The storage format of the weights of some modules.
 
     Args:
-        bits: Bits of a code.
-        group_size: Neighbouring inputs that share a scale; None where all inputs of an output do.
-        tile: (outputs, inputs) that share a scale, of fp8; None where one scale spans all inputs.
+        bits: Bits per code.
+        group_size: Number of adjacent inputs that share a scale; None if all inputs of an output share one.
+        tile: (outputs, inputs) that share a scale, for fp8; None if one scale spans all inputs.
     """
 
     bits: int
@@ -60,15 +60,15 @@ class ModuleFormat:
 
 @dataclass(frozen=True)
 class StoredQuantization:
-    """What a checkpoint says about its own quantization.
+    """The quantization that a checkpoint declares.
 
     Args:
-        targets: Names, `re:` patterns or classes of modules and their format; the first that fits counts.
-        layouts: Layouts that modules may have.
-        zero_offset: What is added to stored zero points: 1 in the first layout of AutoGPTQ, 0 in the second.
+        targets: Names, `re:` patterns or classes of modules and their format; the first match counts.
+        layouts: Layouts that its modules may have.
+        zero_offset: Number to add to stored zero points: 1 in the first layout of AutoGPTQ, 0 in the second.
             None if the declaration does not say, which means 1.
-        symmetric: Whether every zero point is said to be 2**(bits - 1).
-        source: File that says it.
+        symmetric: Whether every zero point is declared to be 2**(bits - 1).
+        source: File that contains the declaration.
     """
 
     method: Method
@@ -79,18 +79,18 @@ class StoredQuantization:
     source: str = "config.json"
 
     def format_of(self, module: str) -> ModuleFormat:
-        """The format of the module called `module` in the files.
+        """Return the format of the module called `module` in the files.
 
         Raises:
-            CheckpointError: No group has it.
+            CheckpointError: No group includes the module.
         """
-        for names, found in self.targets:
+        for names, form in self.targets:
             if any(_is_named(name, module) for name in names):
-                return found
-        for names, found in self.targets:  # the class of a module is less precise than its name
+                return form
+        for names, form in self.targets:  # the class of a module is less specific than its name
             if "Linear" in names:
-                return found
-        raise CheckpointError(f"{module} is quantized, and no group of quantization_config has it")
+                return form
+        raise CheckpointError(f"{module} is quantized, but no group of quantization_config includes it")
 
 
 def _is_named(target: str, module: str) -> bool:

@@ -1,8 +1,8 @@
-"""A quantized Hugging Face folder as floats: every quantized matrix under the name of its parameter.
+"""Read a quantized Hugging Face folder as floats: every quantized matrix under the name of its parameter.
 
-Values are float32, (code - zero point) * scale, read by rows; no matrix is held beyond the reading of it.
-Beside them stand the codes themselves, so that they can be stored as they are. Which layout a module has is
-told by its tensors; what config.json and side files say must fit them.
+Values are float32, (code - zero point) * scale, read by rows; no matrix is kept after it is read. The codes
+are available beside the values, so that they can be stored unchanged. The tensors of a module determine its
+layout; the declarations in config.json and side files must agree with it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class _Matrix(Protocol):
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a layout is read.
+    """The reader of a layout.
 
     Args:
-        parts: Tensors of a module that make its weight; the others stay as they are.
-        build: The matrix, of what the files have and the declaration says.
+        parts: Tensors of a module that hold its weight; its other tensors are unchanged.
+        build: Builds the matrix from the tensors in the files and the declared format.
     """
 
     parts: tuple[str, ...]
@@ -83,18 +83,18 @@ _GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class _Module:
-    """A quantized module of the files.
+    """A quantized module in the files.
 
     Args:
-        name: Its name; of stacked experts that of the parameter.
-        parameter: The parameter that it gives.
-        found: The tensor by which it was found.
-        joint: What stands between its name and those of its parts.
+        name: Name of the module; for stacked experts, name of the parameter.
+        parameter: Name of the parameter that the module provides.
+        tensor: Name of the tensor that identified the module.
+        joint: Separator between the module's name and the names of its parts.
     """
 
     name: str
     parameter: str
-    found: str
+    tensor: str
     layout: Layout
     joint: str = "."
 
@@ -104,7 +104,7 @@ class QuantizedFolder:
     """The tensors of a folder as floats.
 
     Args:
-        quantization: What its codes were read by; None if it has none.
+        quantization: The declaration by which the codes are read; None if the folder is not quantized.
         notes: Sentences for the user.
     """
 
@@ -114,7 +114,7 @@ class QuantizedFolder:
 
 
 class DequantizedStore:
-    """A `WeightStore` over the files of a quantized checkpoint, with floats for what modules are made of."""
+    """A `WeightStore` over the files of a quantized checkpoint, with floats in place of quantized modules."""
 
     def __init__(self, raw: WeightStore, matrices: Mapping[str, _Matrix], consumed: set[str]) -> None:
         self._raw = raw
@@ -135,13 +135,13 @@ class DequantizedStore:
 
 
 def read_quantized(raw: WeightStore, declared: Sequence[Declaration], folder: Path) -> QuantizedFolder:
-    """The tensors of `raw` with every quantized module's weight as floats.
+    """Return the tensors of `raw` with every quantized module's weight as floats.
 
     Args:
-        declared: What the folder says about its quantization, in the order in which it counts.
+        declared: Quantization declarations of the folder, by precedence.
 
     Raises:
-        UnsupportedError: The codes are not what any declaration says, or of a kind that is not read.
+        UnsupportedError: The codes do not match any declaration, or their kind is not supported.
         CheckpointError: The tensors of a module do not fit together.
     """
     modules = _find_modules(raw.infos())
@@ -157,15 +157,15 @@ def read_quantized(raw: WeightStore, declared: Sequence[Declaration], folder: Pa
     notes = []
     if quantization.source != declared[0].source:
         notes.append(
-            f"{declared[0].source} says {declared[0].method}, but the files hold what {quantization.source} "
-            f"says ({quantization.method}), and are read so."
+            f"{declared[0].source} says {declared[0].method}, but the files match {quantization.source} "
+            f"({quantization.method}), and are read accordingly."
         )
     _refuse_scaled_activations(raw.infos(), quantization, folder)
-    kept: dict[str, WholeValues] = {}
+    kept_values: dict[str, WholeValues] = {}
     matrices: dict[str, _Matrix] = {}
     consumed: set[str] = set()
     for module in modules:
-        source = Source(raw, module.name, kept, module.joint)
+        source = Source(raw, module.name, kept_values, module.joint)
         matrix, parts = _matrix(source, module.layout, quantization)
         if source.has("pre_quant_scale"):
             matrix, parts = layouts.scale_inputs(source, matrix), (*parts, "pre_quant_scale")
@@ -175,26 +175,26 @@ def read_quantized(raw: WeightStore, declared: Sequence[Declaration], folder: Pa
     _refuse_codes(store.infos())
     small = sum(module.layout in _SMALL_FLOATS for module in modules)
     if small:
-        notes.append(f"4-bit floats ({small} matrices) are read as integers of 8 bits, without loss.")
+        notes.append(f"4-bit floats ({small} matrices) are read as 8-bit integers, without loss.")
     return QuantizedFolder(store, quantization, tuple(notes))
 
 
 def _find_modules(infos: Mapping[str, TensorInfo]) -> list[_Module]:
-    found = []
+    modules = []
     for name, info in infos.items():
         module, _, part = name.rpartition(".")
         if name.endswith("_blocks") and name.replace("_blocks", "_scales") in infos:
             parameter = name.removesuffix("_blocks")
-            found.append(_Module(parameter, parameter, name, Layout.MXFP4_EXPERTS, "_"))
+            modules.append(_Module(parameter, parameter, name, Layout.MXFP4_EXPERTS, "_"))
         elif part in {"qweight", "weight_packed", "weight"}:
             layout = _layout(module, part, info, infos)
             if layout is not None:
-                found.append(_Module(module, f"{module}.weight", name, layout))
-    return found
+                modules.append(_Module(module, f"{module}.weight", name, layout))
+    return modules
 
 
 def _layout(module: str, part: str, info: TensorInfo, infos: Mapping[str, TensorInfo]) -> Layout | None:
-    """The layout of a module that has `part`; None for a float weight, or for codes without a known scale."""
+    """Identify the layout of a module that has `part`; None for floats and codes without a known scale."""
 
     def has(other: str) -> bool:
         return f"{module}.{other}" in infos
@@ -231,11 +231,11 @@ def _layout(module: str, part: str, info: TensorInfo, infos: Mapping[str, Tensor
 
 
 def _choose(modules: Sequence[_Module], declared: Sequence[Declaration]) -> StoredQuantization:
-    """The first declaration that allows the layouts of all modules.
+    """Return the first declaration that allows the layouts of all modules.
 
     Raises:
-        UnsupportedError: None does.
-        CheckpointError: The first one cannot be read.
+        UnsupportedError: No declaration does.
+        CheckpointError: The first declaration cannot be read.
     """
     parsed = []
     for declaration in declared:
@@ -244,19 +244,19 @@ def _choose(modules: Sequence[_Module], declared: Sequence[Declaration]) -> Stor
         if all(module.layout in quantization.layouts for module in modules):
             return _agreed(quantization, declared)
     first = next((m for m in modules if not parsed or m.layout not in parsed[0].layouts), modules[0])
-    said = "; ".join(f"{q.source} says {q.method} ({', '.join(sorted(q.layouts))})" for q in parsed)
+    declarations = "; ".join(f"{q.source} says {q.method} ({', '.join(sorted(q.layouts))})" for q in parsed)
     raise UnsupportedError(
-        f"{first.found} is laid out as {first.layout}, and "
-        + (said or "neither config.json nor a file beside it says how the weights are quantized"),
+        f"{first.tensor} is stored as {first.layout}, but "
+        + (declarations or "neither config.json nor a file beside it says how the weights are quantized"),
         hint=FLOAT_HINT,
     )
 
 
 def _agreed(chosen: StoredQuantization, declared: Sequence[Declaration]) -> StoredQuantization:
-    """What was chosen, with the layout of zero points that another declaration may state.
+    """Return the chosen declaration, with the layout of zero points that another declaration may state.
 
     Raises:
-        CheckpointError: Two declarations state different ones, and codes cannot tell which is right.
+        CheckpointError: Two declarations state different layouts, and the codes cannot tell which is right.
     """
     if Layout.GPTQ not in chosen.layouts:
         return chosen
@@ -269,7 +269,7 @@ def _agreed(chosen: StoredQuantization, declared: Sequence[Declaration]) -> Stor
     if len(stated) > 1 and not chosen.symmetric:
         raise CheckpointError(
             f"{' and '.join(stated.values())} state different layouts of zero points (checkpoint_format)",
-            hint="remove the file that is not of these weights",
+            hint="remove the file that does not belong to these weights",
         )
     return replace(chosen, zero_offset=next(iter(stated), None))
 
@@ -290,17 +290,17 @@ def _matrix(
 
 
 def _refuse_codes(infos: Mapping[str, TensorInfo]) -> None:
-    """Check that no weight is left in codes: without their scales they mean nothing.
+    """Check that no weight is left as codes, which mean nothing without their scales.
 
     Raises:
-        UnsupportedError: One is.
+        UnsupportedError: A weight is left as codes.
     """
     for name, info in infos.items():
         part = name.rpartition(".")[2]
         aside = part.endswith(("scale", "zero_point"))
         if (info.dtype in _FLOAT8 and not aside) or part in {"qweight", "weight_packed"}:
             raise UnsupportedError(
-                f"{name} is stored as {info.dtype.name}, and nothing in the folder says how it was quantized",
+                f"{name} is stored as {info.dtype.name}, but nothing in the folder says how it was quantized",
                 hint=FLOAT_HINT,
             )
 
@@ -308,15 +308,15 @@ def _refuse_codes(infos: Mapping[str, TensorInfo]) -> None:
 def _refuse_scaled_activations(
     infos: Mapping[str, TensorInfo], quantization: StoredQuantization, folder: Path
 ) -> None:
-    """Check that AWQ scaled no activation function, whose models llmc does not have.
+    """Check that AWQ did not scale an activation function; llmc does not support such models.
 
     Raises:
-        UnsupportedError: It did.
+        UnsupportedError: A scale of an activation function is stored.
     """
     for name in infos if Layout.AWQ in quantization.layouts else ():
         module, _, part = name.rpartition(".")
         if part == "scales" and f"{module}.qweight" not in infos:
             raise UnsupportedError(
-                f"{folder} scales an activation function ({name}), which llmc's models do not have",
+                f"{folder} scales an activation function ({name}), which llmc does not support",
                 hint=FLOAT_HINT,
             )

@@ -1,4 +1,4 @@
-"""Rows of a tensor: from a range of bytes of a file, or from a value that can only be had whole."""
+"""Read rows of a tensor from a byte range of a file, or from a value that can only be computed whole."""
 
 import math
 import threading
@@ -12,7 +12,7 @@ from llmc.errors import CheckpointError
 
 
 def row_range(shape: tuple[int, ...], start: int, stop: int | None) -> tuple[int, int]:
-    """`start:stop` along axis 0 as Python slices it; a scalar counts as one row."""
+    """Resolve `start:stop` along axis 0 as Python slices do; a scalar counts as one row."""
     low, high, _ = slice(start, stop).indices(shape[0] if shape else 1)
     return low, max(low, high)
 
@@ -20,10 +20,10 @@ def row_range(shape: tuple[int, ...], start: int, stop: int | None) -> tuple[int
 def read_range(
     file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...], start: int, stop: int | None
 ) -> Array:
-    """Rows start:stop of the row-major tensor at byte `offset`, (stop - start, *shape[1:]); a scalar whole.
+    """Read rows start:stop of a row-major tensor at byte `offset`, (stop - start, *shape[1:]); or a scalar.
 
     Raises:
-        CheckpointError: The file ends early, that is: it changed since it was opened.
+        CheckpointError: The file ends early, because it changed since it was opened.
     """
     low, high = row_range(shape, start, stop)
     out = np.empty((high - low, *shape[1:]) if shape else (), dtype)
@@ -39,10 +39,10 @@ def read_range(
 
 
 class WholeValues(threading.local):
-    """Rows of tensors that are only computed whole, asked for range by range.
+    """Serves ranges of rows of tensors that can only be computed whole.
 
-    Each thread keeps the last tensor it was asked a part of, until the part that reaches its end; so
-    a walk over the rows computes it once, and nothing stays behind.
+    Each thread keeps the last tensor that was read in part until its last row has been read; a loop over the
+    rows therefore computes it once, and nothing is kept afterwards.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class WholeValues(threading.local):
         self._value: Array | None = None
 
     def rows(self, key: Hashable, compute: Callable[[], Array], start: int, stop: int | None) -> Array:
-        """Rows start:stop of `compute()`, which `key` identifies."""
+        """Return rows start:stop of `compute()`, which `key` identifies."""
         if start == 0 and stop is None:
             return compute()
         value = self._value if self._key == key else None

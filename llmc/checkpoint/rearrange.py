@@ -1,7 +1,7 @@
-"""Codes of tensors whose rows a converter of transformers only puts into another order.
+"""Carry over the codes of tensors whose rows a transformers converter only reorders.
 
-What a converter does is found out by giving it tensors whose every element says where it stands. Blocks lie
-along the columns, so that codes can follow wherever whole rows come out, or the whole matrix turned.
+To find what a converter does, it is given tensors whose every element encodes its position. Blocks lie along
+the columns, so codes can be carried over if whole rows are reordered, or the whole matrix is transposed.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.graph.weights import CodeGrid, CodeRows, TensorInfo
 
-#: Columns of a probe: enough to see whether they keep their places.
+#: Columns of a probe: enough to see whether they keep their positions.
 _WIDTH = 2
 #: Elements of the largest probe of full width.
 _MOST_ELEMENTS = 1 << 25
@@ -21,11 +21,11 @@ _MOST_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
-    """Which rows a tensor is made of.
+    """The source rows that a tensor consists of.
 
     Args:
-        rows: int64 (rows of the tensor,), indices of the sources' rows, one source after the other.
-        turned: The tensor is what the rows make, with its two axes swapped.
+        rows: int64 (rows of the tensor,), indices into the sources' rows, one source after the other.
+        turned: Whether the tensor is the matrix of these rows transposed.
     """
 
     rows: Array
@@ -33,7 +33,7 @@ class Arrangement:
 
 
 def probe_shapes(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Shapes of probes for a tensor of `shape`: a narrow one, then the same one if it is not too large."""
+    """Yield probe shapes for a tensor of `shape`: a narrow one, then the full one if it is not too large."""
     if len(shape) != 2:
         yield (*shape[:1], *((1,) * (len(shape) - 1)))
         return
@@ -43,12 +43,12 @@ def probe_shapes(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def probe(shape: tuple[int, ...], first: int = 0) -> Array:
-    """A tensor whose elements count from `first`, float64."""
+    """Return a tensor whose elements count up from `first`, float64."""
     return np.arange(first, first + math.prod(shape), dtype=np.float64).reshape(shape)
 
 
 def find_arrangement(values: Array, width: int) -> Arrangement | None:
-    """How `values` is made of the rows of probes of `width` columns; None if it is made otherwise."""
+    """Return how `values` consists of rows of probes of `width` columns; None if it does not."""
     if values.ndim != 2:
         return None
     for turned, matrix in ((False, values), (True, values.T)):
@@ -63,7 +63,7 @@ def find_arrangement(values: Array, width: int) -> Arrangement | None:
 def rearrange(
     sources: Sequence[TensorInfo], arrangement: Arrangement | None
 ) -> Callable[[], CodeGrid | str] | None:
-    """What `TensorInfo.codes` says of a tensor that is made of `sources`."""
+    """Return the value of `TensorInfo.codes` for a tensor that is made from `sources`."""
     if all(info.codes is None for info in sources):
         return None
     if arrangement is None:
@@ -72,10 +72,10 @@ def rearrange(
     def codes() -> CodeGrid | str:
         grids: list[tuple[CodeGrid, int]] = []
         for info in sources:
-            found = None if info.codes is None else info.codes()
-            if not isinstance(found, CodeGrid):
-                return found or f"{info.name}, which it is joined with, is not quantized"
-            grids.append((found, info.shape[0]))
+            grid = None if info.codes is None else info.codes()
+            if not isinstance(grid, CodeGrid):
+                return grid or f"{info.name}, which it is joined with, is not quantized"
+            grids.append((grid, info.shape[0]))
         return _gather(grids, arrangement)
 
     return codes
@@ -91,12 +91,12 @@ def _gather(grids: Sequence[tuple[CodeGrid, int]], arrangement: Arrangement) -> 
     def read(start: int, stop: int) -> CodeRows:
         rows = arrangement.rows[start:stop]
         owners = np.searchsorted(ends, rows, side="right")
-        found = [
+        parts = [
             (owners == index, _read_rows(grid, rows[owners == index] - (end - count)))
             for index, ((grid, count), end) in enumerate(zip(grids, ends, strict=True))
             if (owners == index).any()
         ]
-        return _merge(found, len(rows))
+        return _merge(parts, len(rows))
 
     return CodeGrid(
         first.bits,
@@ -111,24 +111,24 @@ def _gather(grids: Sequence[tuple[CodeGrid, int]], arrangement: Arrangement) -> 
 
 
 def _read_rows(grid: CodeGrid, rows: Array) -> CodeRows:
-    """Any rows of a grid, read as the range that holds them."""
+    """Read arbitrary rows of a grid by reading the range that contains them."""
     low, high = int(rows.min()), int(rows.max()) + 1
     codes, zero_points, scales, minimums = grid.read(low, high)
     at = rows - low
     return CodeRows(codes[at], zero_points[at], scales[at], None if minimums is None else minimums[at])
 
 
-def _merge(found: Sequence[tuple[Array, CodeRows]], count: int) -> CodeRows:
-    """Rows of several grids, each where its mask says."""
-    if len(found) == 1:
-        return found[0][1]
+def _merge(masked: Sequence[tuple[Array, CodeRows]], count: int) -> CodeRows:
+    """Merge rows of several grids; a mask gives the positions of each."""
+    if len(masked) == 1:
+        return masked[0][1]
     merged: list[Array | None] = []
-    for parts in zip(*(rows for _, rows in found), strict=True):
+    for parts in zip(*(rows for _, rows in masked), strict=True):
         if parts[0] is None:
             merged.append(None)
             continue
         whole = np.empty((count, *parts[0].shape[1:]), parts[0].dtype)
-        for (mask, _), part in zip(found, parts, strict=True):
+        for (mask, _), part in zip(masked, parts, strict=True):
             whole[mask] = part
         merged.append(whole)
     codes, zero_points, scales, minimums = merged

@@ -1,4 +1,4 @@
-"""The fields in which each quantization library says what it did to a checkpoint.
+"""Parse the fields in which each quantization library declares what it did to a checkpoint.
 
 Sources: transformers' `utils/quantization_config.py` for `quant_method` and the fields of gptq, awq, fp8,
 fbgemm_fp8, mxfp4, bitsandbytes and compressed-tensors; GPTQModel's `QuantizeConfig` for `dynamic`;
@@ -19,7 +19,7 @@ FLOAT_HINT = "compile the original checkpoint in float instead"
 
 _Targets = tuple[tuple[tuple[str, ...], ModuleFormat], ...]
 
-#: Names that methods have in the wild besides their own.
+#: Other names of methods that occur in published checkpoints.
 _ALIASES = {
     "auto_round": Method.AUTO_ROUND,
     "intel/auto-round": Method.AUTO_ROUND,
@@ -32,7 +32,7 @@ _ALIASES = {
     "finegrained_fp8": Method.FP8,
 }
 
-#: Layouts by the name of a format of compressed-tensors.
+#: Layouts by format name of compressed-tensors.
 _COMPRESSED = {
     "pack-quantized": {Layout.PACKED_INTEGERS},
     "int-quantized": {Layout.INT8},
@@ -44,7 +44,7 @@ _COMPRESSED = {
     "mixed-precision": set(),
 }
 
-#: Layouts by ModelOpt's name of an algorithm; what it does to activations is no part of a weight.
+#: Layouts by ModelOpt's algorithm name; its treatment of activations does not concern the weights.
 _MODELOPT = {
     "FP8": Layout.FP8,
     "FP8_PER_CHANNEL_PER_TOKEN": Layout.FP8,
@@ -63,7 +63,7 @@ _MODELOPT = {
 
 
 def method_name(fields: Mapping[str, Any]) -> str:
-    """The method that `fields` name, by its usual name where it is one that is read."""
+    """Return the method that `fields` name, by its standard name if it is supported."""
     name = str(fields.get("quant_method") or fields.get("method") or "an unnamed method").lower()
     return _ALIASES.get(name, name)
 
@@ -71,16 +71,16 @@ def method_name(fields: Mapping[str, Any]) -> str:
 def parse_quantization(
     fields: Mapping[str, Any], folder: Path, source: str = "config.json"
 ) -> StoredQuantization:
-    """The quantization that `fields`, found in the file `source` of `folder`, describe.
+    """Parse the quantization that `fields`, found in the file `source` of `folder`, describe.
 
     Raises:
-        UnsupportedError: A method or layout that is not read.
-        CheckpointError: A field is missing or has a value that it cannot have.
+        UnsupportedError: The method or layout is not supported.
+        CheckpointError: A field is missing or has an invalid value.
     """
     name = method_name(fields)
     if name not in tuple(Method):
         raise UnsupportedError(
-            f"{folder} is quantized by {name}; read are {', '.join(Method)}", hint=FLOAT_HINT
+            f"{folder} is quantized by {name}; supported are {', '.join(Method)}", hint=FLOAT_HINT
         )
     try:
         _refuse_rotation(fields, folder, name)
@@ -94,9 +94,9 @@ def parse_quantization(
 
 
 def _refuse_rotation(fields: Mapping[str, Any], folder: Path, method: str) -> None:
-    """Refuse weights that belong to rotated activations, which llmc's models do not have.
+    """Refuse weights that need rotated activations, which llmc does not support.
 
-    Rotations of compressed-tensors at the side of a weight are part of the stored weight already.
+    Rotations of compressed-tensors on the side of a weight are already part of the stored weight.
     """
     for key, value in fields.items():
         if not value or not re.search("transform_config|rotat|hadamard", key):
@@ -122,13 +122,13 @@ def _parse_gptq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
 
 
 def _dynamic(rules: Mapping[str, Any], bits: int, group_size: Any) -> _Targets:
-    """GPTQModel's rules by module: a pattern, with `-:` before those that stay in float."""
-    found = []
+    """Parse GPTQModel's rules by module: a pattern, prefixed with `-:` for modules that stay in float."""
+    targets = []
     for pattern, fields in rules.items():
         if not pattern.startswith("-:"):
             form = ModuleFormat(int(fields.get("bits", bits)), _group(fields.get("group_size", group_size)))
-            found.append(((f"re:{pattern.removeprefix('+:')}",), form))
-    return tuple(found)
+            targets.append(((f"re:{pattern.removeprefix('+:')}",), form))
+    return tuple(targets)
 
 
 def _parse_awq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
@@ -143,7 +143,7 @@ def _parse_awq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
 
 
 def _parse_auto_round(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    """GPTQ's or AWQ's layout; auto-round's own one is GPTQ's with zero points as they are."""
+    """Parse GPTQ's or AWQ's layout; auto-round's own layout is GPTQ's with zero points stored unchanged."""
     kind = str(fields.get("data_type") or "int")
     packing = _packing(fields)
     by_kind = {"nv_fp": Layout.NVFP4, "mx_fp": Layout.MXFP4, "fp": Layout.FP8}
@@ -170,7 +170,7 @@ def _parse_auto_round(fields: Mapping[str, Any], folder: Path) -> StoredQuantiza
 
 
 def _packing(fields: Mapping[str, Any]) -> str:
-    """`packing_format`, or its older place `backend` where that names a layout."""
+    """Return `packing_format`, or its older key `backend` if that names a layout."""
     older = str(fields.get("backend") or "")
     named = any(word in older for word in ("auto_round", "gptq", "awq"))
     return str(fields.get("packing_format") or (older if named else "auto_round:auto_gptq"))
@@ -221,7 +221,7 @@ def _parse_mxfp8(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
 
 
 def _parse_modelopt(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    """ModelOpt's `quant_algo`, of all modules or of each (MIXED_PRECISION)."""
+    """Parse ModelOpt's `quant_algo`, for all modules or for each one (MIXED_PRECISION)."""
     inner = fields.get("quantization") or fields
     algorithm = inner.get("quant_algo")
     if algorithm == "MIXED_PRECISION":
@@ -237,7 +237,7 @@ def _parse_modelopt(fields: Mapping[str, Any], folder: Path) -> StoredQuantizati
 
 
 def _modelopt_of_groups(fields: Mapping[str, Any]) -> str:
-    """The algorithm of a config that has groups of compressed-tensors' form alone."""
+    """Derive the algorithm of a config that only has groups in compressed-tensors' form."""
     weights = next(iter(fields["config_groups"].values()))["weights"]
     kind = (weights["num_bits"], weights["type"])
     return {(8, "float"): "FP8", (4, "float"): "NVFP4", (8, "int"): "W8A16", (4, "int"): "W4A16_AWQ"}[kind]
@@ -278,12 +278,12 @@ _PARSERS: Mapping[Method, Callable[[Mapping[str, Any], Path], StoredQuantization
 
 
 def _linear(form: ModuleFormat) -> _Targets:
-    """One format for every module."""
+    """Return one format for every module."""
     return ((("Linear",), form),)
 
 
-def _bits(value: Any, known: tuple[int, ...], folder: Path, method: str) -> int:
-    if int(value) not in known:
+def _bits(value: Any, supported: tuple[int, ...], folder: Path, method: str) -> int:
+    if int(value) not in supported:
         raise _unknown(folder, method, f"{value} bits")
     return int(value)
 
@@ -297,11 +297,11 @@ def _group(value: Any) -> int | None:
 
 
 def _float_group(value: Any) -> int | None:
-    """Group of a float format; 0 and pairs stand for a whole tensor and for tiles, which shapes tell."""
+    """Return a float format's group size; 0 means a whole tensor and a pair a tile, which shapes tell."""
     return value if isinstance(value, int) and value > 0 else None
 
 
 def _unknown(folder: Path, method: str, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{folder} is quantized by {method} in {what}, which is not read", hint=FLOAT_HINT
+        f"{folder} is quantized by {method} with {what}, which is not supported", hint=FLOAT_HINT
     )

@@ -1,4 +1,4 @@
-"""transformers' own model code over the tensors of a checkpoint: all in memory, or one module at a time."""
+"""Run transformers' model code on the tensors of a checkpoint: all in memory, or one module at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-#: Bytes in float32 of the weights of a layer that are in memory at a time, where it is computed in blocks.
+#: Largest float32 size in bytes of a layer's weights in memory; larger layers are computed in blocks.
 BLOCK_BYTES = 256 << 20
 
 
@@ -28,50 +28,49 @@ def fill_model(
     tied: Mapping[str, str],
     attention: Literal["eager", "sdpa"] = "eager",
 ) -> PreTrainedModel:
-    """The model with every parameter in memory, float32.
+    """Build the model with every parameter in memory, float32.
 
-    Takes the memory of the parameters and of a few rows beside them, where `from_pretrained` holds
-    several copies of what it converts. The values are the same.
+    Only the parameters and a few rows take memory, whereas `from_pretrained` holds several copies of what it
+    converts. The values are the same.
 
     Args:
         tensors: Every stored parameter and persistent buffer, by name.
-        tied: Absent parameter -> stored parameter whose values it shares.
+        tied: Name of an absent parameter -> name of the stored parameter whose values it shares.
 
     Raises:
-        CheckpointError: The files lack a parameter.
-        UnsupportedError: transformers cannot build it.
+        CheckpointError: A parameter is missing from the files.
+        UnsupportedError: transformers cannot build the model.
     """
     model = build_hollow(config, attention)
     _fill_buffers(model, tensors)
-    made: dict[str, torch.nn.Parameter] = {}
+    parameters: dict[str, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
         for own in _parameter_names(module):
             full = _join(name, own)
             source = tied.get(full, full)
-            if source not in made:
-                made[source] = _parameter(_read(tensors, source))
-            module._parameters[own] = made[source]
+            if source not in parameters:
+                parameters[source] = _parameter(_read(tensors, source))
+            module._parameters[own] = parameters[source]
     return model
 
 
 def stream_model(
     config: PreTrainedConfig, tensors: WeightStore, tied: Mapping[str, str], put: Mapping[str, Array]
 ) -> PreTrainedModel:
-    """The model whose modules read their parameters from disk when they run, and drop them afterwards.
+    """Build a model whose modules read their parameters from disk when they run, and drop them afterwards.
 
-    Its numbers are those of the model that was loaded whole: the same code computes them. A step costs
-    reading every parameter, which is what a model that is larger than memory costs in any case. Of an
-    embedding the rows of the step's tokens are read, and a layer of more than BLOCK_BYTES, as heads are, is
-    computed in blocks of its outputs. What a module does with another module's parameters fails, since they
-    are not there.
+    The same code runs as for the whole model, so the results are the same. Every step reads every parameter,
+    which is unavoidable for a model that is larger than memory. From an embedding, only the rows of the
+    step's tokens are read; a layer of more than BLOCK_BYTES, such as the output head, is computed in blocks
+    of outputs. A module that uses another module's parameters fails, since they are not loaded.
 
     Args:
         tensors: Every stored parameter and persistent buffer, by name.
-        tied: Absent parameter -> stored parameter whose values it shares.
-        put: Values in the place of stored ones, by name.
+        tied: Name of an absent parameter -> name of the stored parameter whose values it shares.
+        put: Values that replace stored ones, by name.
 
     Raises:
-        UnsupportedError: transformers cannot build it.
+        UnsupportedError: transformers cannot build the model.
     """
     import torch
 
@@ -86,7 +85,7 @@ def stream_model(
         return _parameter(torch.from_numpy(np.require(put[given], np.float32, ["C", "W"])))
 
     def rows(name: str) -> StoredRows | None:
-        """The stored values of a parameter, unless others take their place."""
+        """Return the stored values of a parameter, unless `put` replaces them."""
         source = tied.get(name, name)
         info = tensors.infos().get(source)
         return None if info is None or {name, source} & set(put) else StoredRows(tensors, info)
@@ -108,7 +107,7 @@ def _compute_by(module: Any, forward: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _embed(weight: StoredRows, ids: torch.Tensor) -> torch.Tensor:
-    """The rows of `weight` for `ids` of any shape, float32."""
+    """Gather the rows of `weight` for `ids` of any shape, float32."""
     import torch
 
     tokens, places = torch.unique(ids, return_inverse=True)
@@ -117,17 +116,17 @@ def _embed(weight: StoredRows, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _project(weight: StoredRows, states: torch.Tensor) -> torch.Tensor:
-    """`states` (..., inputs) times the transpose of `weight` (outputs, inputs), in blocks of outputs."""
+    """Multiply `states` (..., inputs) by `weight` (outputs, inputs) transposed, in blocks of outputs."""
     import torch
 
     outputs, inputs = weight.shape
-    made = states.new_empty((*states.shape[:-1], outputs))
+    product = states.new_empty((*states.shape[:-1], outputs))
     step = max(1, BLOCK_BYTES // (4 * inputs))
     for start in range(0, outputs, step):
         stop = min(start + step, outputs)
         block = torch.from_numpy(weight.rows(start, stop).astype(np.float32))
-        made[..., start:stop] = torch.nn.functional.linear(states, block)
-    return made
+        product[..., start:stop] = torch.nn.functional.linear(states, block)
+    return product
 
 
 def _is_wide(weight: StoredRows) -> bool:
@@ -149,16 +148,16 @@ def _read_when_run(module: Any, readers: Mapping[str, Callable[[], torch.nn.Para
 
 
 def _fill_buffers(model: PreTrainedModel, tensors: WeightStore) -> None:
-    """Put what the files have of persistent buffers in the place of what the model begins with."""
+    """Replace the initial values of persistent buffers by the values in the files."""
     stored = tensors.infos()
     for name, module in model.named_modules():
-        for own, held in list(module.named_buffers(recurse=False)):
+        for own, buffer in list(module.named_buffers(recurse=False)):
             if _join(name, own) in stored:
-                setattr(module, own, _read(tensors, _join(name, own)).to(held.dtype))
+                setattr(module, own, _read(tensors, _join(name, own)).to(buffer.dtype))
 
 
 def _read(tensors: WeightStore, name: str) -> torch.Tensor:
-    """A tensor in float32, read in parts into memory that torch aligned for its kernels."""
+    """Read a tensor in float32, in parts, into memory that torch has aligned for its kernels."""
     import torch
 
     info = tensors.infos().get(name)

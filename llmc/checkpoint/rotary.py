@@ -1,4 +1,4 @@
-"""What config.json says about rotary embeddings, checked before transformers' model fails on it."""
+"""Check what config.json declares about rotary embeddings before transformers' model fails on it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from llmc.errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: Older names of rope types, as config classes of transformers read them.
+#: Older names of rope types, as transformers' config classes read them.
 _OLD_NAMES = {"su": "longrope", "mrope": "default", "xdrope": "dynamic"}
 
 
 def refuse_contradiction(file: str, fields: Mapping[str, Any]) -> None:
-    """Check that `type`, the older key, and `rope_type` of a config.json agree where both are there.
+    """Check that `type`, the older key, and `rope_type` of a config.json agree if both are present.
 
     Raises:
-        CheckpointError: They do not.
+        CheckpointError: They differ.
     """
     for place, group in _groups(fields):
         old, new = (str(group.get(key, "")) for key in ("type", "rope_type"))
         if old and new and _OLD_NAMES.get(old, old) != _OLD_NAMES.get(new, new):
             raise CheckpointError(
                 f"{place} of {file} says type {old} and rope_type {new}",
-                hint="leave the one that the model was trained with",
+                hint="keep only the one that the model was trained with",
             )
 
 
 def refuse_wrong_numbers(file: str, fields: Mapping[str, Any]) -> None:
-    """Check that a theta and a factor are above 0: frequencies are divided by them.
+    """Check that theta and factor are above 0, since frequencies are divided by them.
 
     Raises:
-        CheckpointError: One is not.
+        CheckpointError: A value is not above 0.
     """
     text = fields.get("text_config")
     places: list[tuple[str, Mapping[str, Any]]] = [(f"{place}.", group) for place, group in _groups(fields)]
@@ -43,34 +43,34 @@ def refuse_wrong_numbers(file: str, fields: Mapping[str, Any]) -> None:
             value = group.get(key)
             if (key == "rope_theta" or place) and isinstance(value, int | float) and value <= 0:
                 raise CheckpointError(
-                    f"{place}{key} of {file} is {value}, and frequencies are divided by it",
+                    f"{place}{key} of {file} is {value}, but frequencies are divided by it",
                     hint="take the config.json that belongs to the weights",
                 )
 
 
 def refuse_unknown_type(config: PreTrainedConfig) -> None:
-    """Check that transformers knows the rope type of a config.
+    """Check that transformers supports the rope type of a config.
 
     Raises:
-        UnsupportedError: It does not.
+        UnsupportedError: transformers does not support it.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     text: Any = config.get_text_config(decoder=True)
     stated = getattr(text, "rope_parameters", None) or {}
-    known = {"default", "axial", *ROPE_INIT_FUNCTIONS}
+    supported = {"default", "axial", *ROPE_INIT_FUNCTIONS}
     for group in (stated, *(value for value in stated.values() if isinstance(value, dict))):
         kind = str(group.get("rope_type", "default"))
-        if kind not in known:
+        if kind not in supported:
             raise UnsupportedError(
-                f"the rotary embedding of this {config.model_type} config is of rope_type {kind}, which "
-                f"transformers does not have; it has {', '.join(sorted(known))}",
-                hint="config.json needs the rope_type that the model was trained with",
+                f"the rotary embedding of this {config.model_type} config has rope_type {kind}, which "
+                f"transformers does not have; it has {', '.join(sorted(supported))}",
+                hint="set the rope_type in config.json that the model was trained with",
             )
 
 
 def _groups(fields: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every object that describes a rotary embedding, with its place."""
+    """Yield every object that describes a rotary embedding, with its place in the config."""
     text = fields.get("text_config")
     for prefix, stated in (("", fields), ("text_config.", text if isinstance(text, dict) else {})):
         for key in ("rope_scaling", "rope_parameters"):

@@ -1,9 +1,9 @@
-"""Tensors of a safetensors folder, read by byte range: headers at open, rows when asked.
+"""Read tensors of a safetensors folder by byte range: headers when opening, rows on demand.
 
 Format: 8 bytes little-endian length, that many bytes of JSON
 {name: {dtype, shape, data_offsets: [begin, end]}}, then the tensors back to back
-(https://github.com/huggingface/safetensors#format). Files are read with `pread`, not mapped, so that
-no page of them counts as the process's memory.
+(https://github.com/huggingface/safetensors#format). Files are read with `pread` instead of being mapped, so
+that their pages do not count as the process's memory.
 """
 
 import json
@@ -82,11 +82,12 @@ class SafetensorsStore:
 
     @classmethod
     def open(cls, folder: Path) -> "SafetensorsStore":
-        """Read the headers of `folder`'s weights and check files, sizes and index against each other.
+        """Read the headers of the weights in `folder` and check files, sizes and index against each other.
 
         Raises:
-            CheckpointError: No weights, a shard missing or truncated, an index that does not fit.
-            UnsupportedError: A tensor in a type that is not read, such as packed fp4.
+            CheckpointError: There are no weights, a shard is missing or truncated, or the index does not
+                match.
+            UnsupportedError: A tensor has an unsupported type, such as packed fp4.
         """
         if (folder / SINGLE).is_file():
             return cls((folder / SINGLE,), _read_header(folder / SINGLE), _unread_shards(folder))
@@ -104,17 +105,17 @@ class SafetensorsStore:
         if models:
             hint = f"give the GGUF file: {folder / models[0]}"
         elif named:
-            hint = f"one file must be named {SINGLE}, and several need their index, {INDEX}"
-        found = f"; it holds {count_names(named)}" if named else ""
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}", hint=hint)
+            hint = f"a single file must be named {SINGLE}; several need their index, {INDEX}"
+        content = f"; it holds {count_names(named)}" if named else ""
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{content}", hint=hint)
 
     @classmethod
     def open_file(cls, file: Path) -> "SafetensorsStore":
-        """Read the header of one file.
+        """Open a single file and read its header.
 
         Raises:
-            CheckpointError: It is truncated or damaged.
-            UnsupportedError: A tensor in a type that is not read.
+            CheckpointError: The file is truncated or damaged.
+            UnsupportedError: A tensor has an unsupported type.
         """
         return cls((file,), _read_header(file))
 
@@ -147,8 +148,8 @@ class SafetensorsStore:
             if tensor not in shards[file]:
                 raise CheckpointError(f"{index} places {tensor} in {file}, which does not hold it")
         tensors = {tensor: shards[file][tensor] for tensor, file in placed.items()}
-        for name, held in shards.items():
-            _check_placed(folder / name, held, tensors)
+        for name, tensors_of_shard in shards.items():
+            _check_placed(folder / name, tensors_of_shard, tensors)
         return cls(tuple(folder / name for name in names), tensors)
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -161,33 +162,33 @@ class SafetensorsStore:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a value can name a file of a folder."""
+    """Return whether a value can be the name of a file in a folder."""
     if not isinstance(value, str) or "\0" in value:
         return False
     return Path(value).name == value and 0 < len(value.encode(errors="surrogatepass")) < 256
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds one safetensors file, or an index of several."""
+    """Return whether a folder holds one safetensors file, or an index of several."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def _unread_shards(folder: Path) -> tuple[str, ...]:
-    """A note where shards lie beside the one file that is read, as by transformers."""
+    """Return a note if shards exist beside the single file that is read, as transformers does."""
     shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
     if not shards:
         return ()
-    return (f"Not used: {count_names(shards)}, since {SINGLE} lies beside them and is read first.",)
+    return (f"Not used: {count_names(shards)}, since {SINGLE} exists beside them and is read first.",)
 
 
-def _check_placed(shard: Path, held: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:
-    """Check that every tensor of a shard is the one that the index means.
+def _check_placed(shard: Path, shard_tensors: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:
+    """Check that every tensor of a shard is the one that the index refers to.
 
     Raises:
-        CheckpointError: The index does not name it, or names another file that has other values of it.
+        CheckpointError: The index does not list it, or assigns it to another file with other values.
     """
     hint = "the shards are of different versions of the model: download them again, with their index"
-    for name, stored in held.items():
+    for name, stored in shard_tensors.items():
         if name not in tensors:
             raise CheckpointError(f"{shard} holds {name}, which {INDEX} does not name", hint=hint)
         other = tensors[name]
@@ -207,7 +208,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
             refuse_pointer(file)
             raise CheckpointError(
-                f"{file} is no safetensors file, or truncated within its header ({size} bytes)",
+                f"{file} is not a safetensors file, or is truncated within its header ({size} bytes)",
                 hint="download it again",
             )
         text = stream.read(length)
@@ -217,7 +218,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
     for name, dtype_name, shape, begin, end in entries:
         if dtype_name not in _DTYPES:
             raise UnsupportedError(
-                f"{name} in {file} is stored as {dtype_name}; known: {', '.join(_DTYPES)}",
+                f"{name} in {file} is stored as {dtype_name}; supported are {', '.join(_DTYPES)}",
                 hint="compile the original checkpoint in float instead",
             )
         dtype = _DTYPES[dtype_name]
@@ -249,7 +250,7 @@ class _Entry(NamedTuple):
 
 
 def _parse_entries(file: Path, text: bytes) -> list[_Entry]:
-    """The tensors that a header describes, a repeated name as often as it stands there."""
+    """List the tensors that a header describes; a repeated name is listed each time it occurs."""
     try:
         pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
         fields = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
@@ -270,10 +271,10 @@ def _parse_entries(file: Path, text: bytes) -> list[_Entry]:
 
 
 def _check_format(file: Path) -> None:
-    """Check a file by the rules of the safetensors library, which maps it and reads its header alone.
+    """Check a file by the rules of the safetensors library, which maps it and reads only its header.
 
     Raises:
-        CheckpointError: Tensors overlap or leave bytes between them, or a field is of another type.
+        CheckpointError: Tensors overlap or leave gaps between them, or a field has a wrong type.
     """
     from safetensors import SafetensorError, safe_open
 

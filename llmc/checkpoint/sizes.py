@@ -1,4 +1,4 @@
-"""Sizes of a config that no files bear out, refused before transformers builds modules of them."""
+"""Refuse sizes in a config that the files contradict, before transformers builds modules of these sizes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmc.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: Keys of configs that count modules, which transformers makes one by one.
+#: Keys of configs that count modules, which transformers creates one by one.
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|experts|heads?|depth)$")
-#: Sizes that no model is without, by the names that configs have for them.
+#: Sizes that every model has, by their names in configs.
 _POSITIVE = frozenset(
     {"vocab_size", "hidden_size", "n_embd", "d_model", "max_position_embeddings", "n_positions"}
     | {"num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads"}
 )
-_CHOSEN, _EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERTS_USED, _EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
 #: Most modules of a kind; published models have 16,384 experts at most, and fewer layers.
 _MOST_MODULES = 100_000
 _LARGEST = 2**63 - 1  # of an axis, in PyTorch
@@ -27,35 +27,35 @@ _HINT = "take the config.json that belongs to the weights"
 
 
 def refuse_impossible(file: str, fields: Mapping[str, Any]) -> None:
-    """Check the integers of a config.json alone.
+    """Check the integers of a config.json by themselves.
 
     Raises:
-        CheckpointError: One counts more modules than any model has, or is not an integer of 64 bits.
+        CheckpointError: An integer counts more modules than any model has, or does not fit into 64 bits.
     """
     text = fields.get("text_config")
     for part in (fields, text if isinstance(text, dict) else {}):
         for key in sorted(_POSITIVE.intersection(part)):
             if isinstance(part[key], int) and part[key] < 1:
-                raise CheckpointError(f"{file} says {key} {part[key]}, and it must be at least 1", hint=_HINT)
-        chosen, all_of_them = part.get(_CHOSEN), next((part[key] for key in _EXPERTS if key in part), None)
-        if isinstance(chosen, int) and isinstance(all_of_them, int) and chosen > all_of_them > 0:
+                raise CheckpointError(f"{file} says {key} {part[key]}, but it must be at least 1", hint=_HINT)
+        used, total = part.get(_EXPERTS_USED), next((part[key] for key in _EXPERTS if key in part), None)
+        if isinstance(used, int) and isinstance(total, int) and used > total > 0:
             raise CheckpointError(
-                f"{file} says {_CHOSEN} {chosen}, and there are {all_of_them} experts", hint=_HINT
+                f"{file} says {_EXPERTS_USED} {used}, but there are only {total} experts", hint=_HINT
             )
     for key, value in _integers(fields):
         if abs(value) > _LARGEST:
             raise CheckpointError(f"{file} has a {key} of {len(str(abs(value)))} digits", hint=_HINT)
         if _COUNT.search(key.rpartition(".")[2]) and value > _MOST_MODULES:
             raise CheckpointError(
-                f"{file} says {key} {value:,}, and no model has more than {_MOST_MODULES:,}", hint=_HINT
+                f"{file} says {key} {value:,}, but no model has more than {_MOST_MODULES:,}", hint=_HINT
             )
 
 
 def require_stored(source: Path, config: PreTrainedConfig, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Check a config against the headers of its files: every layer has a tensor, and the width is an axis.
+    """Check a config against the headers of its files: there is a tensor per layer, and the width is an axis.
 
     Args:
-        shapes: Those of all stored tensors.
+        shapes: Shapes of all stored tensors.
 
     Raises:
         CheckpointError: There are fewer tensors than layers, or no tensor has the hidden size.
@@ -70,14 +70,14 @@ def require_stored(source: Path, config: PreTrainedConfig, shapes: Sequence[tupl
         )
     if isinstance(width, int) and not any(width in shape for shape in shapes):
         raise CheckpointError(
-            f"hidden_size is {width:,} in the config of {source}, and no tensor of its files has such "
+            f"hidden_size is {width:,} in the config of {source}, but no tensor of its files has such "
             "an axis",
             hint=_HINT,
         )
 
 
 def _integers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every integer with its key, of nested objects too."""
+    """Yield every integer with its key, including those of nested objects."""
     for key, value in fields.items():
         if isinstance(value, dict):
             yield from _integers(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The model that transformers would build, without its weights."""
+"""Build the model that transformers would build, without its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device: names, shapes and ties, no memory.
+    """Build the causal language model of `config` on the meta device: names, shapes and ties, no memory.
 
     Raises:
-        UnsupportedError: transformers cannot build it.
+        UnsupportedError: transformers cannot build the model.
     """
     import torch
 
@@ -24,11 +24,11 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    except Exception as error:  # model code of transformers; whatever it raises, the model cannot be had
+    except Exception as error:  # transformers' model code raises any type of error
         raise UnsupportedError(
             f"transformers cannot build a causal language model from this {config.model_type} config: "
             f"{type(error).__name__}: {error}",
-            hint="take the config.json that belongs to the weights, or correct the field that is meant",
+            hint="take the config.json that belongs to the weights, or correct the field at fault",
         ) from error
     _require_text_alone(model)
     return model
@@ -40,16 +40,16 @@ def _require_text_alone(model: PreTrainedModel) -> None:
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in plain]
     if others := [name for name in needed if name != "input_ids"]:
         raise UnsupportedError(
-            f"{type(model).__name__} does not run on text alone: it needs {' and '.join(others)}",
-            hint="multimodal models that put images among the tokens are built from text",
+            f"{type(model).__name__} does not run on text alone: it requires {' and '.join(others)}",
+            hint="only multimodal models that insert images between the tokens can be built for text",
         )
 
 
 def build_hollow(config: PreTrainedConfig, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
-    """The model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
+    """Build the model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
 
     Raises:
-        UnsupportedError: transformers cannot build it.
+        UnsupportedError: transformers cannot build the model.
     """
     import torch
     from accelerate import init_empty_weights

@@ -1,4 +1,4 @@
-"""Codes of experts that the files have one by one and the model stacked."""
+"""Provide the codes of experts that the files store separately and the model stacks."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,12 +11,12 @@ from llmc.graph.weights import CodeGrid, CodeRows, StackGrid, TensorInfo, Weight
 def stack_codes(
     raw: WeightStore, patterns: Sequence[Sequence[str]], shape: tuple[int, ...], read: Callable[[], Array]
 ) -> Callable[[], CodeGrid | str]:
-    """What `TensorInfo.codes` says of a stack whose experts are joined along their outputs.
+    """Return the value of `TensorInfo.codes` for a stack whose experts are joined along their outputs.
 
     Args:
-        patterns: Names of the matrices of each part of an expert (gate, up), one for each expert.
-        shape: That of the stack.
-        read: The first expert of the stack, (1, N, K), which its codes must give.
+        patterns: Names of the matrices of each part of an expert (gate, up), one name per expert.
+        shape: Shape of the stack.
+        read: Reads the first expert of the stack, (1, N, K), which its codes must reproduce.
     """
     experts = [[raw.infos()[name] for name in names] for names in zip(*patterns, strict=True)]
 
@@ -32,7 +32,7 @@ def stack_codes(
         if len({(g.bits, g.group_size, g.scale_dtype) for g, _ in grids}) > 1:
             return "its experts are quantized differently"
         if any(grid.minimums or grid.turned for grid, _ in grids):
-            return "its experts have no integers for zero points"
+            return "its experts have zero points that are not integers"
         outputs = sum(info.shape[0] for info in experts[0])
         symmetric = all(grid.symmetric for grid, _ in grids)
         stack = StackGrid(
@@ -70,10 +70,10 @@ def _reader(grids: Sequence[tuple[CodeGrid, int]]) -> Callable[[int, int], CodeR
 
 
 def _values(stack: StackGrid) -> Array:
-    """The first expert, float32 (N, K)."""
-    found = stack.read(0, stack.outputs)
-    group = np.arange(found.codes.shape[1]) // stack.group_size
-    values: Array = found.codes.astype(np.float32)
-    values -= found.zero_points.astype(np.float32)[:, group]
-    values *= found.scales.astype(np.float32)[:, group]
+    """Dequantize the first expert, float32 (N, K)."""
+    rows = stack.read(0, stack.outputs)
+    group = np.arange(rows.codes.shape[1]) // stack.group_size
+    values: Array = rows.codes.astype(np.float32)
+    values -= rows.zero_points.astype(np.float32)[:, group]
+    values *= rows.scales.astype(np.float32)[:, group]
     return values

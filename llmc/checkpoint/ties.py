@@ -1,4 +1,4 @@
-"""Parameters that share their values."""
+"""Find parameters that share their values."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ties:
-    """Which names stand for one parameter.
+    """The names that refer to the same parameter.
 
     Args:
-        tied: Name that is not to be read -> stored name with its values.
-        duplicates: Names of `tied` that the files hold a second time, with equal values.
+        tied: Name that must not be read -> stored name that has its values.
+        duplicates: Names of `tied` that the files store as well, with equal values.
     """
 
     tied: Mapping[str, str]
@@ -29,7 +29,7 @@ class Ties:
 
 
 def resolve_ties(model: PreTrainedModel, store: WeightStore) -> Ties:
-    """Find, for each parameter that `model` has under several names, the one that is stored.
+    """Find the stored name of each parameter that `model` has under several names.
 
     Raises:
         CheckpointError: Two of the names are stored with different values.
@@ -54,7 +54,7 @@ def resolve_ties(model: PreTrainedModel, store: WeightStore) -> Ties:
 
 
 def equal_rows(store: WeightStore, first: str, second: str) -> bool:
-    """Whether two tensors have the same shape and values; reads both, some rows at a time."""
+    """Return whether two tensors have the same shape and values; read both a few rows at a time."""
     info = store.infos()[first]
     return info.shape == store.infos()[second].shape and all(
         np.array_equal(store.read(first, start, stop), store.read(second, start, stop))
@@ -65,6 +65,6 @@ def equal_rows(store: WeightStore, first: str, second: str) -> bool:
 def _check_equal(store: WeightStore, first: str, second: str) -> None:
     if not equal_rows(store, first, second):
         raise CheckpointError(
-            f"{first} and {second} differ in the files, and the config ties them",
+            f"{first} and {second} differ in the files, but the config ties them",
             hint="set tie_word_embeddings to false in config.json if they are meant to differ",
         )

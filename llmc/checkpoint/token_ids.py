@@ -1,4 +1,4 @@
-"""Token ids of a tokenizer and of generation settings against the rows of the embedding."""
+"""Check token ids of a tokenizer and of generation settings against the rows of the embedding."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _HINT = "take the tokenizer that belongs to the model, or resize the model's emb
 
 
 def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
-    """Check that what text becomes has a row in the embedding.
+    """Check that the embedding has a row for every token that text can produce.
 
-    Special tokens beyond it are left to whoever writes them: text-only models keep the tokenizer of their
+    Special tokens without a row are the caller's concern: text-only models keep the tokenizer of their
     multimodal relatives.
 
     Args:
-        tokenizer: The checkpoint's, by transformers.
+        tokenizer: The checkpoint's tokenizer, loaded by transformers.
 
     Returns:
         Sentences for the user about tokens that the model does not have.
 
     Raises:
-        CheckpointError: A token that ordinary text can become, one that stands around every text, or every
-            end of a text has none.
+        CheckpointError: There is no row for a token that ordinary text can produce, for a token that
+            surrounds every text, or for any token that ends a text.
     """
     rows = checkpoint.config.get_text_config(decoder=True).vocab_size
     notes = _stated_beyond(checkpoint, tokenizer, rows)
@@ -34,8 +34,8 @@ def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
     around = set(tokenizer("a", verbose=False)["input_ids"])
     if max(around, default=0) >= rows:
         raise CheckpointError(
-            f"the tokenizer puts the token with id {max(around)} around a text, and the model's embedding "
-            f"has {rows} rows",
+            f"the tokenizer puts the token with id {max(around)} around a text, but the model's embedding "
+            f"has only {rows} rows",
             hint=_HINT,
         )
     decoder = tokenizer.added_tokens_decoder
@@ -49,17 +49,17 @@ def require_rows(checkpoint: Checkpoint, tokenizer: Any) -> tuple[str, ...]:
         )
     if not beyond:
         return tuple(notes)
-    told = ", ".join(f"{token} ({i})" for i, token in beyond[:3])
+    listed = ", ".join(f"{token} ({i})" for i, token in beyond[:3])
     more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
-    notes.append(f"the model's embedding of {rows} rows has none for the special tokens {told}{more}")
+    notes.append(f"the model's embedding of {rows} rows has no row for the special tokens {listed}{more}")
     return tuple(notes)
 
 
 def _stated_beyond(checkpoint: Checkpoint, tokenizer: Any, rows: int) -> list[str]:
-    """Sentences on tokens of the beginning and the end that are stated beyond the embedding.
+    """Describe in sentences the begin and end tokens that are stated beyond the embedding.
 
     Raises:
-        CheckpointError: So is every end of a text, the tokenizer's own included.
+        CheckpointError: Every token that ends a text is beyond it, including the tokenizer's own.
     """
     sources = {
         "generation_config.json": checkpoint.generation_config(),

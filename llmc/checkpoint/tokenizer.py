@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and the files in which runtimes expect it."""
+"""Load the tokenizer of a checkpoint, and write the files in which runtimes expect it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmc.errors import CheckpointError, ResourceError, UnsupportedError, first_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Files that alone define a vocabulary, and those that go with them.
+# Files that define a vocabulary by themselves, and files that accompany them.
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,27 +45,27 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 _CONFIG = "tokenizer_config.json"
 _AGAIN = "download tokenizer.json and tokenizer_config.json again"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-#: transformers' name for a tokenizer that is its tokenizer.json and nothing else, in all of its releases.
+#: transformers' name, in all of its releases, for a tokenizer fully defined by its tokenizer.json.
 _GENERIC = "PreTrainedTokenizerFast"
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a Hugging Face folder that belong to its tokenizer."""
+    """List the files of a Hugging Face folder that belong to its tokenizer."""
     return [folder / name for name in _FILES if (folder / name).is_file()]
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a file that defines a vocabulary."""
+    """Return whether a folder holds a file that defines a vocabulary."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def require_tokenizer(path: Path) -> None:
-    """Check by names and headers alone that a folder or GGUF file holds a tokenizer that can be read here.
+    """Check by names and headers alone that a folder or GGUF file holds a supported tokenizer.
 
     Raises:
-        CheckpointError: There is none.
-        UnsupportedError: A GGUF holds one of a kind that is not built.
-        ResourceError: The package that reads it is missing.
+        CheckpointError: There is no tokenizer.
+        UnsupportedError: A GGUF file holds a tokenizer of an unsupported kind.
+        ResourceError: The package that reads the tokenizer is missing.
     """
     if path.is_file():
         header = GgufHeader.parse(path)
@@ -84,23 +84,23 @@ def require_tokenizer(path: Path) -> None:
 
 
 def _require_sentencepiece(path: Path) -> None:
-    """A model of SentencePiece is a protobuf message; tiktoken's files of the same name are text."""
+    """Check that sentencepiece is installed for its protobuf models; tiktoken's namesakes are text."""
     models = [path / name for name in _SENTENCEPIECE if (path / name).is_file()]
     if not models or (path / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
         return
     with models[0].open("rb") as stream:
         if stream.read(1) == b"\n":  # the first field of the message, a piece of the vocabulary
             raise ResourceError(
-                f"{models[0]} is a SentencePiece model, and the package sentencepiece is not installed",
+                f"{models[0]} is a SentencePiece model, but the package sentencepiece is not installed",
                 hint="pip install sentencepiece",
             )
 
 
 def load_tokenizer(path: Path, template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or GGUF file, through `AutoTokenizer`.
+    """Load the tokenizer of a folder or GGUF file with `AutoTokenizer`.
 
     Args:
-        template: Chat template in the place of its own; None to leave its own.
+        template: Chat template that replaces the tokenizer's own; None to keep its own.
     """
     require_tokenizer(path)
     if path.is_file():
@@ -117,7 +117,7 @@ def load_tokenizer(path: Path, template: str | None = None) -> PreTrainedTokeniz
 
 
 def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
-    """Load from the files of `folder`; `named` is what the user gave."""
+    """Load the tokenizer from the files of `folder`; `named` is the path that the user gave."""
     from transformers import AutoTokenizer
 
     try:
@@ -141,30 +141,30 @@ def _load_folder(folder: Path, named: Path) -> PreTrainedTokenizerBase:
 
 
 def _refuse_dropout(tokenizer: Any, named: Path) -> None:
-    """Refuse a tokenizer that leaves merges out at random, as some are saved after training."""
+    """Refuse a tokenizer that skips merges at random, as some are saved after training."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
     dropout = getattr(getattr(inner, "model", None), "dropout", None)
     if dropout:
         raise CheckpointError(
-            f"the tokenizer of {named} leaves out merges at random (dropout {dropout:g}), so that one text "
-            "becomes other tokens every time",
-            hint=f"set dropout to null in {TOKENIZER}, as it is when a model is used",
+            f"the tokenizer of {named} leaves out merges at random (dropout {dropout:g}), so that the same "
+            "text gives different tokens every time",
+            hint=f"set dropout to null in {TOKENIZER}, as is usual for inference",
         )
 
 
 def _refuse_code(file: Path, error: BaseException) -> None:
-    """Raise `UnsupportedError` where a tokenizer is code that comes with the model."""
+    """Raise `UnsupportedError` if the tokenizer is code shipped with the model."""
     settings = _read_settings(file)
     if settings.get("auto_map"):
         raise UnsupportedError(
-            f"{file} names the tokenizer class {settings.get('tokenizer_class')} of code that comes with the "
+            f"{file} names the tokenizer class {settings.get('tokenizer_class')} of code shipped with the "
             "model, which is not run",
             hint=f"remove auto_map and tokenizer_class from {file.name} if its tokenizer.json is complete",
         ) from error
 
 
 def plain_template(tokenizer: Any) -> str | None:
-    """The chat template of a conversation without tools; None where there is none."""
+    """Return the chat template for conversations without tools; None if there is none."""
     stated = tokenizer.chat_template
     template: str | None = stated.get("default") if isinstance(stated, dict) else stated
     return template or None
@@ -174,8 +174,8 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
     """Write the tokenizer's files into `folder`; see `Checkpoint.save_tokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
     copied = tokenizer_files(path) if path.is_dir() else []
-    made = TOKENIZER not in {file.name for file in copied}
-    if made:
+    is_new = TOKENIZER not in {file.name for file in copied}
+    if is_new:
         _save_converted(tokenizer, folder)
     for file in copied:
         shutil.copyfile(file, folder / file.name)
@@ -185,7 +185,7 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
             f"{TOKENIZER}",
             hint=f"put a {TOKENIZER} into the checkpoint's folder",
         )
-    _write_vocabulary(tokenizer, folder / TOKENIZER, made=made)
+    _write_vocabulary(tokenizer, folder / TOKENIZER, is_new=is_new)
     if tokenizer.chat_template is None or template is not None:
         for name in _TEMPLATES:
             (folder / name).unlink(missing_ok=True)
@@ -195,14 +195,14 @@ def save_tokenizer(path: Path, folder: Path, tokenizer: Any, template: str | Non
     return tuple(sorted(file for name in _FILES if (file := folder / name).is_file()))
 
 
-def _write_vocabulary(tokenizer: Any, file: Path, *, made: bool) -> None:
-    """Replace a tokenizer.json that is not what transformers makes of it.
+def _write_vocabulary(tokenizer: Any, file: Path, *, is_new: bool) -> None:
+    """Replace a tokenizer.json that differs from the tokenizer that transformers builds from it.
 
-    Some classes build parts of the tokenizer anew, or add tokens that tokenizer_config.json names; an added
-    token whose id leaves a gap gets the next free one.
+    Some classes rebuild parts of the tokenizer, or add tokens that tokenizer_config.json names; an added
+    token whose id leaves a gap gets the next free id.
 
     Args:
-        made: Whether transformers wrote it, which indents it to more than twice its size.
+        is_new: Whether transformers wrote the file; its indentation more than doubles the size.
     """
     from tokenizers import Tokenizer
 
@@ -217,17 +217,17 @@ def _write_vocabulary(tokenizer: Any, file: Path, *, made: bool) -> None:
     whole = plain(Tokenizer.from_str(inner.to_str()))
     stated = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
     moved = any(inner.token_to_id(token["content"]) != token["id"] for token in stated)
-    if made or moved or plain(Tokenizer.from_file(str(file))) != whole:
+    if is_new or moved or plain(Tokenizer.from_file(str(file))) != whole:
         file.write_text(whole, encoding="utf-8")
 
 
 def _write_settings(tokenizer: Any, file: Path, *, given: bool) -> None:
-    """Write tokenizer_config.json with the class that transformers took, where it does not name that.
+    """Write tokenizer_config.json with the class that transformers used, if it names another.
 
-    Without the checkpoint's config.json beside it, transformers would guess another.
+    Without the checkpoint's config.json beside it, transformers would guess a different class.
 
     Args:
-        given: Whether the chat template is one that the user gave, which has a file of its own.
+        given: Whether the user gave the chat template, which is stored in its own file.
     """
     settings = _read_settings(file)
     before = dict(settings)
@@ -243,7 +243,7 @@ def _write_settings(tokenizer: Any, file: Path, *, given: bool) -> None:
 
 
 def _bare_class(name: str) -> str:
-    """One name for what transformers 4 and 5 call a class."""
+    """Return one name for a class that transformers 4 and 5 name differently."""
     return _GENERIC if name == "TokenizersBackend" else f"{name.removesuffix('Fast')}Fast"
 
 
@@ -252,7 +252,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _save_converted(tokenizer: Any, folder: Path) -> None:
-    # How it was loaded is no property of the tokenizer, and would differ between machines.
+    # How it was loaded is not a property of the tokenizer, and would differ between machines.
     for key in ("local_files_only", "is_local", "name_or_path"):
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.save_pretrained(folder)

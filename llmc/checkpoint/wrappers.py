@@ -1,4 +1,4 @@
-"""Names that a wrapper of PyTorch or peft has put a prefix before, given back their own."""
+"""Remove the prefixes that wrappers of PyTorch or peft put before tensor names."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ class RenamedStore:
         return self._inner.read(self._names[name], start, stop)
 
 
-def unwrap(store: WeightStore, known: Callable[[str], bool]) -> tuple[WeightStore, tuple[str, ...]]:
-    """The tensors without the prefixes of wrappers, and a note that says so; `store` where there are none.
+def unwrap(store: WeightStore, is_known: Callable[[str], bool]) -> tuple[WeightStore, tuple[str, ...]]:
+    """Return the tensors without the prefixes of wrappers, and a note; `store` itself if there are none.
 
     Args:
-        known: Whether a name leads to a parameter of the model.
+        is_known: Returns whether a name leads to a parameter of the model.
 
     Raises:
-        CheckpointError: The names have a wrapper's prefix, and without it they are not the model's.
+        CheckpointError: The names have a wrapper's prefix, but do not match the model without it either.
     """
     names = list(store.infos())
     bare = [_INNER.sub("", name) for name in names]
     inner = bare != names
     common = _common_parts(bare)
-    if not inner and (not common or any(map(known, names))):
+    if not inner and (not common or any(map(is_known, names))):
         return store, ()
     for count in range(len(common) + 1):
         prefix = "".join(f"{part}." for part in common[:count])
         without = {name.removeprefix(prefix): own for name, own in zip(bare, names, strict=True)}
-        if len(without) == len(names) and all(map(known, without)):
+        if len(without) == len(names) and all(map(is_known, without)):
             new, old = next(iter(without.items()))
-            note = f"Names of tensors are read as {new} instead of {old}: a wrapper was saved with the model."
+            note = f"Tensor names are read as {new} instead of {old}: a wrapper was saved with the model."
             return RenamedStore(store, without), (note,)
     if inner or common[0] in _OUTER:
         raise CheckpointError(
-            f"names of tensors begin as {names[0]} does: a wrapper was saved with the model, and without its "
-            "prefix not all of them are the model's",
-            hint="save the model that the wrapper holds with save_pretrained",
+            f"tensor names begin like {names[0]}: a wrapper was saved with the model, and without its prefix "
+            "some names do not belong to the model",
+            hint="save the wrapped model itself with save_pretrained",
         )
     return store, ()
 
 
 def _common_parts(names: list[str]) -> list[str]:
-    """What all names begin with, by component."""
+    """Return the components that all names begin with."""
     if not names:
         return []
     first, last = min(names).split("."), max(names).split(".")

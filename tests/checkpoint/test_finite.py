@@ -39,7 +39,7 @@ def test_a_damaged_row_is_named(value: float, dtype: torch.dtype, tmp_path: Path
     save_file(tensors, file)
     store = open_checkpoint(str(tmp_path)).tensors
     assert len(store.read(NAME, 0, 70)) == 70
-    with pytest.raises(CheckpointError, match=f"{NAME} of the files holds NaN or infinity in row 70"):
+    with pytest.raises(CheckpointError, match=f"{NAME} in the files holds NaN or infinity in row 70"):
         store.read(NAME, 64, 80)
 
 
@@ -49,7 +49,7 @@ def test_a_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "tests.checkpoint.tiny_gguf.tensor_values", lambda name, shape: np.resize(values, shape)
     )
     file = write_gguf(tmp_path / "tiny.gguf", kind=GGMLQuantizationType.F32)
-    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight of the files holds NaN"):
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight in the files holds NaN"):
         open_checkpoint(str(file)).tensors.read(NAME)
 
 

@@ -85,7 +85,7 @@ def test_missing_part_is_named(named: int, missing: int, tmp_path: Path) -> None
 
 def test_part_under_another_name(tmp_path: Path) -> None:
     first = split(write_gguf(tmp_path / "m.gguf"))[0].rename(tmp_path / "renamed.gguf")
-    with pytest.raises(CheckpointError, match="its name is not that of a part"):
+    with pytest.raises(CheckpointError, match="its name is not the name of a part"):
         open_checkpoint(str(first))
 
 
@@ -143,7 +143,7 @@ def edit(file: Path, offset: int, data: bytes) -> Path:
     ("version", "message"),
     [
         ((3).to_bytes(4, "big"), "is a big-endian GGUF file"),
-        ((1).to_bytes(4, "little"), "is GGUF version 1; read are 2 and 3"),
+        ((1).to_bytes(4, "little"), "is GGUF version 1; supported are 2 and 3"),
     ],
 )
 def test_byte_order_and_version(version: bytes, message: str, tmp_path: Path) -> None:

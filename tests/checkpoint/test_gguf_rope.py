@@ -132,7 +132,7 @@ def test_gemma3_scales_its_global_layers_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"rope.scaling.type": "dynamic"}, r"rope\.scaling\.type = dynamic, and the kinds of llama\.cpp are"),
+        ({"rope.scaling.type": "dynamic"}, r"rope\.scaling\.type = dynamic, but llama\.cpp has"),
         ({"rope.scaling.alpha": 3.0}, r"llama\.rope\.scaling\.alpha = 3\.0, which llmc does not know"),
         ({"rope.dimension_sections": [2, 3, 3, 0]}, r"rope\.dimension_sections = "),
         ({"rope.freq_base_swa": 500.0}, r"rope\.freq_base_swa = 500\.0 beside a base of 10000"),
@@ -156,5 +156,5 @@ def test_scaling_beside_factors_of_longrope(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="would scale twice"):
         open_checkpoint(str(write_gguf(tmp_path / "x.gguf", facts=YARN, tensors=tensors)))
     del tensors["rope_factors_long.weight"]
-    with pytest.raises(CheckpointError, match="has not both of rope_factors_short"):
+    with pytest.raises(CheckpointError, match="does not have both rope_factors_short"):
         open_checkpoint(str(write_gguf(tmp_path / "y.gguf", tensors=tensors)))

@@ -207,8 +207,8 @@ def test_tokens_around_the_text(
 @pytest.mark.parametrize(
     ("facts", "error", "message"),
     [
-        ({"pre": "kimi-k2"}, UnsupportedError, r"by the pre-tokenizer kimi-k2 \(tokenizer\.ggml\.pre\)"),
-        ({"pre": "lama-bpe"}, UnsupportedError, "by the pre-tokenizer lama-bpe"),
+        ({"pre": "kimi-k2"}, UnsupportedError, r"uses the pre-tokenizer kimi-k2 \(tokenizer\.ggml\.pre\)"),
+        ({"pre": "lama-bpe"}, UnsupportedError, "uses the pre-tokenizer lama-bpe"),
         ({"model": "bert"}, UnsupportedError, "a tokenizer of the kind bert"),
         ({"model": "rwkv"}, UnsupportedError, "a tokenizer of the kind rwkv"),
         ({"model": "none"}, CheckpointError, "has no tokenizer"),
@@ -250,7 +250,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     }
     file = write_gguf(tmp_path / "x.gguf", facts=facts)
     assert open_checkpoint(str(file)).notes == (
-        "the GGUF names no pre-tokenizer, so text is cut as llama.cpp does by default",
+        "the GGUF names no pre-tokenizer, so text is split as llama.cpp does by default",
         "chat templates beside the default one are left out: tools",
         "tokenizer.ggml.some_new_flag of the GGUF is not applied",
     )

@@ -85,12 +85,16 @@ def test_left_out_with_a_note(
     ("tensors", "fact", "hint"),
     [
         ({f"{LAYER}.q_proj.bias": VECTOR}, f"hold biases .*{LAYER}.q_proj.bias", "attention_bias"),
-        ({"model.layers.3.mlp.up_proj.weight": MATRIX}, "have 4 decoder layers .* says 3", "config.json"),
+        ({"model.layers.3.mlp.up_proj.weight": MATRIX}, "have 4 decoder layers, .* says 3", "config.json"),
         ({f"{LAYER}.q_proj.lora_A.weight": MATRIX}, "hold an adapter beside the model", "merge"),
         ({f"{LAYER}.q_proj.weight_scale": VECTOR}, "parts of quantized weights", "quantization_config"),
-        ({"v_head.summary.weight": MATRIX}, "LlamaForCausalLM has no place for v_head.summary", "same model"),
+        (
+            {"v_head.summary.weight": MATRIX},
+            "LlamaForCausalLM has no parameter for v_head.summary",
+            "same model",
+        ),
         ({f"{LAYER}.attn.bias": VECTOR}, "hold biases", "attention_bias"),
-        ({"norm.weight": VECTOR}, "are the same parameter of the model", "take the one"),
+        ({"norm.weight": VECTOR}, "are the same parameter of the model", "remove the tensor"),
     ],
 )
 def test_refused_by_name(tensors: Arrays, fact: str, hint: str, with_tensors: Callable[..., Path]) -> None:
@@ -98,7 +102,7 @@ def test_refused_by_name(tensors: Arrays, fact: str, hint: str, with_tensors: Ca
 
 
 def test_half_of_the_layers(models: Callable[[str], Path], with_tensors: Callable[..., Path]) -> None:
-    refused(edit_config(with_tensors("gpt2", {}), n_layer=2), "have 3 decoder layers and config.json says 2")
+    refused(edit_config(with_tensors("gpt2", {}), n_layer=2), "have 3 decoder layers, but config.json says 2")
 
 
 def test_shards_beside_the_whole_file(with_tensors: Callable[..., Path]) -> None:
@@ -143,7 +147,7 @@ def test_prefixes_of_wrappers(wrap: Callable[[str], str], with_tensors: Callable
 @pytest.mark.parametrize("wrap", WRAPPED[:3])
 def test_a_wrapper_of_another_model(wrap: Callable[[str], str], with_tensors: Callable[..., Path]) -> None:
     folder = renamed(with_tensors("llama", {f"{LAYER}.q_proj.lora_A.weight": MATRIX}), wrap)
-    refused(folder, f"begin as {wrap('lm_head.weight')} does: a wrapper was saved", CheckpointError)
+    refused(folder, f"begin like {wrap('lm_head.weight')}: a wrapper was saved", CheckpointError)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
@@ -153,4 +157,4 @@ def test_a_gguf_tensor_that_transformers_has_no_name_for(
     layer = {**tiny_gguf.LAYER[architecture], "attn_twist.weight": (64,)}
     monkeypatch.setitem(tiny_gguf.LAYER, architecture, layer)
     file = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", architecture)
-    refused(file, r"has no place for blk\.0\.attn_twist\.weight and 1 more")
+    refused(file, r"has no parameter for blk\.0\.attn_twist\.weight and 1 more")

@@ -47,7 +47,7 @@ def test_layers_that_the_config_would_make_others_of_are_refused(tmp_path: Path)
     folder = save_tiny_model("deepseek_v3", tmp_path / "dense", first_k_dense_replace=1)
     checkpoint = open_checkpoint(str(folder))
     with pytest.raises(
-        UnsupportedError, match=r"model\.layers\.0\.mlp\.\S+ is .* by the config, and not there"
+        UnsupportedError, match=r"model\.layers\.0\.mlp\.\S+ is .* by the config, but missing"
     ):
         drop_layers(checkpoint, LAYERS, [1, 2])
     assert drop_layers(checkpoint, LAYERS, [0, 2]).config.num_hidden_layers == 2
@@ -59,7 +59,9 @@ def test_layers_that_compute_something_else_are_refused(tmp_path: Path) -> None:
     config.attention_multiplier = 0.5
     store = PrunedStore(checkpoint.tensors, {n: n for n in checkpoint.tensors.infos()}, {})
     other = replace(checkpoint, config=config, tensors=store)
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn of the pruned model would be"):
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.0\.self_attn of the pruned model would differ from"
+    ):
         require_alike(checkpoint, other, {n: n for n in LAYERS}, sizes=True)
 
 
@@ -87,7 +89,7 @@ def test_parts_of_tensors_are_read_by_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.read("both", 1), whole[rows[1:]][:, columns])
     np.testing.assert_array_equal(store.read("new", 2, 5), whole[2:5])
     file.unlink()
-    with pytest.raises(CheckpointError, match="weights that pruning made cannot be read"):
+    with pytest.raises(CheckpointError, match="pruned weights cannot be read"):
         store.read("new")
 
 

@@ -155,26 +155,26 @@ def test_rotations_of_weights_are_part_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "hqq", "quant_config": {}}, "is quantized by hqq; read are gptq"),
+        ({"quant_method": "hqq", "quant_config": {}}, "is quantized by hqq; supported are gptq"),
         ({"bits": 4}, "is quantized by an unnamed method"),
-        (gptq_config(checkpoint_format="marlin"), "by gptq in layout marlin, which is not read"),
-        (gptq_config(5), "by gptq in 5 bits"),
-        (AWQ | {"version": "gemv"}, "by awq in layout gemv"),
-        (AWQ | {"version": None, "checkpoint_format": "gemv_fast"}, "by awq in layout gemv_fast"),
-        (compressed_config("marlin-24"), "by compressed-tensors in format marlin-24"),
-        ({"quant_method": "auto-round", "bits": 5, "group_size": 32}, "by auto-round in 5 bits"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by modelopt in algorithm W4A8_AWQ"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}, "by modelopt in algorithm NVFP4_SVD"),
-        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "by mlx in mode mxfp4"),
+        (gptq_config(checkpoint_format="marlin"), "by gptq with layout marlin, which is not supported"),
+        (gptq_config(5), "by gptq with 5 bits"),
+        (AWQ | {"version": "gemv"}, "by awq with layout gemv"),
+        (AWQ | {"version": None, "checkpoint_format": "gemv_fast"}, "by awq with layout gemv_fast"),
+        (compressed_config("marlin-24"), "by compressed-tensors with format marlin-24"),
+        ({"quant_method": "auto-round", "bits": 5, "group_size": 32}, "by auto-round with 5 bits"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by modelopt with algorithm W4A8_AWQ"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}, "by modelopt with algorithm NVFP4_SVD"),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "by mlx with mode mxfp4"),
         (
             compressed_config("pack-quantized", **PACKED) | {"sparsity_config": {"format": "sparse-24"}},
-            "in sparse format sparse-24",
+            "with sparse format sparse-24",
         ),
         (
             compressed_config("pack-quantized", **PACKED) | {"transform_config": rotation("input")},
-            r"in rotated activations \(transform_config\)",
+            r"with rotated activations \(transform_config\)",
         ),
-        (gptq_config(hadamard_size=64), r"by gptq in rotated activations \(hadamard_size\)"),
+        (gptq_config(hadamard_size=64), r"by gptq with rotated activations \(hadamard_size\)"),
     ],
 )
 def test_other_layouts_are_refused(config: Mapping[str, Any], message: str, tmp_path: Path) -> None:
@@ -205,9 +205,9 @@ def test_damaged_settings(config: Mapping[str, Any], message: str, tmp_path: Pat
     ("part", "changed", "message"),
     [
         ("qzeros", None, "the files lack .*q_proj.qzeros, which a quantized module needs"),
-        ("scales", np.ones((2, 8), np.float16), r"q_proj.scales has shape \[2, 8\], and \[2, 64\]"),
-        ("qweight", np.ones(8, np.int32), r"q_proj.qweight has shape \[8\], and a matrix"),
-        ("g_idx", np.full(64, 7, np.int32), "q_proj.g_idx names groups outside of the 2"),
+        ("scales", np.ones((2, 8), np.float16), r"q_proj.scales has shape \[2, 8\], but .* imply \[2, 64\]"),
+        ("qweight", np.ones(8, np.int32), r"q_proj.qweight has shape \[8\], but a matrix"),
+        ("g_idx", np.full(64, 7, np.int32), "q_proj.g_idx names groups beyond the 2"),
     ],
 )
 def test_tensors_that_do_not_fit(part: str, changed: Array | None, message: str, tmp_path: Path) -> None:
@@ -242,5 +242,5 @@ def test_the_group_of_a_module_is_found_by_its_name_first() -> None:
     assert found.format_of("model.layers.0.mlp.down_proj") == ModuleFormat(8)
     assert found.format_of("model.layers.0.mlp.up_proj") == ModuleFormat(4, 32)
     del config["config_groups"]["group_0"]
-    with pytest.raises(CheckpointError, match="up_proj is quantized, and no group of quantization_config"):
+    with pytest.raises(CheckpointError, match="up_proj is quantized, but no group of quantization_config"):
         parse_quantization(config, Path("model")).format_of("model.layers.0.mlp.up_proj")

@@ -145,7 +145,7 @@ def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path: Path) 
     checkpoint = open_checkpoint(str(tmp_path))
     state = checkpoint.load_reference().state_dict()
     assert (len(values), checkpoint.unused) == (2, ())
-    assert checkpoint.notes == ("4-bit floats (2 matrices) are read as integers of 8 bits, without loss.",)
+    assert checkpoint.notes == ("4-bit floats (2 matrices) are read as 8-bit integers, without loss.",)
     for name, wanted in values.items():
         np.testing.assert_array_equal(checkpoint.tensors.read(name), wanted)
         np.testing.assert_array_equal(checkpoint.tensors.read(name, 1, 3), wanted[1:3])
@@ -243,9 +243,9 @@ def test_a_side_file_alone_describes_modelopt(
     check_values(checkpoint, values)
     assert checkpoint.notes[-2:] == (
         "Not used: model.layers.0.mlp.up_proj.input_scale (scales of quantized activations; the artifact "
-        "takes the weights).",
+        "uses only the weights).",
         "Not used: model.layers.0.self_attn.k_proj.k_scale (scales of a quantized KV cache; the artifact "
-        "takes the weights).",
+        "uses only the weights).",
     )
 
 
@@ -304,7 +304,7 @@ def test_the_declaration_that_fits_the_codes_counts(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text(json.dumps(gptq_config()))
     check(tmp_path, values)
     assert open_checkpoint(str(tmp_path)).notes == (
-        "config.json says awq, but the files hold what quantize_config.json says (gptq), and are read so.",
+        "config.json says awq, but the files match quantize_config.json (gptq), and are read accordingly.",
     )
 
 
@@ -350,16 +350,16 @@ def test_zero_points_that_nothing_tells_are_refused(tmp_path: Path) -> None:
         (
             {},
             formats.pack_int8_by_output,
-            "is laid out as int8, and neither config.json nor a file beside it",
+            "is stored as int8, but neither config.json nor a file beside it",
         ),
-        ({}, pack_fp8, "is laid out as fp8, and neither"),
+        ({}, pack_fp8, "is stored as fp8, but neither"),
         (
             {},
             partial(formats.pack_mlx, bits=4),
-            "is laid out as integers with scales and biases, and neither",
+            "is stored as integers with scales and biases, but neither",
         ),
-        (gptq_config(), pack_fp8, r"is laid out as fp8, and config.json says gptq \(gptq\)"),
-        (BNB, formats.pack_mxfp4, "is laid out as mxfp4, and config.json says bitsandbytes"),
+        (gptq_config(), pack_fp8, r"is stored as fp8, but config.json says gptq \(gptq\)"),
+        (BNB, formats.pack_mxfp4, "is stored as mxfp4, but config.json says bitsandbytes"),
         (
             {},
             lambda shape: ({"weight": np.ones(shape, np.int8)}, np.ones(shape)),
@@ -384,7 +384,7 @@ def test_codes_that_nothing_describes_are_refused(
             np.zeros((), np.float32),
             "is not one finite number other than 0",
         ),
-        ("nf4", "weight.quant_map", np.zeros(8, np.float32), r"has shape \[8\], and \[16\]"),
+        ("nf4", "weight.quant_map", np.zeros(8, np.float32), r"has shape \[8\], but .* imply \[16\]"),
         ("nf4", "weight.absmax", np.zeros(3, np.float32), "bytes and 3 blocks for 64 x 64 codes"),
         (
             "nf4",
@@ -392,7 +392,7 @@ def test_codes_that_nothing_describes_are_refused(
             np.zeros(4, np.uint8),
             "bitsandbytes__nf4 is damaged: JSONDecodeError",
         ),
-        ("llm-int8", "weight_format", np.array(2, np.uint8), "is in the order of a GPU's kernels"),
+        ("llm-int8", "weight_format", np.array(2, np.uint8), "is stored in the order of a GPU's kernels"),
         ("mlx-4", "scales", np.ones((64, 3), np.float16), "has 8 words for 3 groups of 32 inputs"),
         ("modelopt-awq", "pre_quant_scale", np.ones(5, np.float32), r"has shape \[5\] for 64 inputs"),
     ],

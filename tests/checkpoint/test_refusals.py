@@ -69,7 +69,7 @@ def test_no_such_gguf() -> None:
 
 
 def test_file_that_is_no_gguf(llama: Path) -> None:
-    refused(llama / "config.json", "is a file and not a .gguf")
+    refused(llama / "config.json", "is a file but not a .gguf")
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
         ("{}", "has no model_type"),
         (
             '{"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9}',
-            "num_experts_per_tok 9, and there are 4 experts",
+            "num_experts_per_tok 9, but there are only 4 experts",
         ),
         ('{"model_type": "llama", "text_config": {"hidden_size": 64}}', "has a text_config, and a model of"),
         ("[" * 100_000, "nested too deeply"),
@@ -100,12 +100,12 @@ def test_folder_with_only_a_gguf(tmp_path: Path) -> None:
         ),
         ('{"model_type": "llama", "rms_norm_eps": NaN}', "rms_norm_eps is nan"),
         ('{"model_type": "llama", "rms_norm_eps": 1e999}', "rms_norm_eps is inf"),
-        ('{"model_type": "gpt2", "n_layer": 1000000}', "n_layer 1,000,000, and no model"),
+        ('{"model_type": "gpt2", "n_layer": 1000000}', "n_layer 1,000,000, but no model"),
         (
             '{"model_type": "llama", "num_attention_heads": 0}',
-            "num_attention_heads 0, and it must be at least 1",
+            "num_attention_heads 0, but it must be at least 1",
         ),
-        ('{"model_type": "llama", "rope_theta": 0.0}', "rope_theta of .* is 0.0, and frequencies"),
+        ('{"model_type": "llama", "rope_theta": 0.0}', "rope_theta of .* is 0.0, but frequencies"),
         ('{"model_type": "llama", "rope_scaling": {"factor": -1, "type": "linear"}}', "factor of .* is -1"),
         ('{"text_config": {"num_experts": 1000000}, "model_type": "x"}', "text_config.num_experts 1,000,000"),
         (f'{{"model_type": "llama", "vocab_size": {10**30}}}', "vocab_size of 31 digits"),
@@ -130,7 +130,7 @@ def test_unknown_model_type(tmp_path: Path) -> None:
         ({"model_type": "deberta-v2"}, "no causal language model"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "voxtral"}, "no causal language model"),
-        ({"model_type": "blip-2"}, "does not run on text alone: it needs pixel_values"),
+        ({"model_type": "blip-2"}, "does not run on text alone: it requires pixel_values"),
     ],
 )
 def test_other_than_causal(config: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_cross_attention(config: dict[str, object], layers: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("scaling", "message", "kind"),
     [
-        ({"rope_type": ["linear"]}, r"is of rope_type \['linear'\]", UnsupportedError),
+        ({"rope_type": ["linear"]}, r"has rope_type \['linear'\]", UnsupportedError),
         ({"type": "su2", "factor": 2.0}, "rope_type su2, .* it has .*linear, llama3", UnsupportedError),
         (
             {"type": "linear", "rope_type": "yarn", "factor": 4.0},
@@ -248,7 +248,7 @@ def test_config_that_builds_no_model(llama: Path, damaged: Callable[[Path], Path
     ("sizes", "message"),
     [
         ({"num_hidden_layers": 9000}, "num_hidden_layers is 9,000 in .*, whose files hold 30 tensors"),
-        ({"hidden_size": 1 << 40, "head_dim": 16}, "hidden_size is 1,099,511,627,776 in .*, and no tensor"),
+        ({"hidden_size": 1 << 40, "head_dim": 16}, "hidden_size is 1,099,511,627,776 in .*, but no tensor"),
     ],
 )
 def test_sizes_that_the_files_do_not_have(
@@ -375,7 +375,7 @@ def test_a_tensor_that_the_index_does_not_name(sharded: Path, damaged: Callable[
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        (0, "no safetensors file, or truncated within its header"),
+        (0, "not a safetensors file, or is truncated within its header"),
         (500, "truncated within its header"),
         (-1000, "is truncated: .* bytes, its header describes"),
     ],
@@ -444,7 +444,7 @@ def test_tensor_type_that_is_not_read(llama: Path, damaged: Callable[[Path], Pat
 def test_fp8_without_its_scales(llama: Path, damaged: Callable[[Path], Path]) -> None:
     folder = damaged(llama)
     write_header(folder / "model.safetensors", dtype="F8_E4M3", shape=[64], data_offsets=[0, 64])
-    refused(folder, "w is stored as FLOAT8E4M3FN, and nothing in the folder says how", UnsupportedError)
+    refused(folder, "w is stored as FLOAT8E4M3FN, but nothing in the folder says how", UnsupportedError)
 
 
 def test_codes_that_nothing_describes(llama: Path, damaged: Callable[[Path], Path]) -> None:
@@ -503,7 +503,7 @@ def test_file_that_shrinks_after_open(llama: Path, damaged: Callable[[Path], Pat
 def test_sentencepiece_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(ResourceError, match=r"is a SentencePiece model, and .* not installed") as caught:
+    with pytest.raises(ResourceError, match=r"is a SentencePiece model, but .* not installed") as caught:
         require_tokenizer(tmp_path)
     assert caught.value.hint == "pip install sentencepiece"
     (tmp_path / "tokenizer.model").write_text("IQ== 0\n")  # tiktoken's
@@ -514,7 +514,7 @@ def test_hub_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     error = refused(
-        "nobody/no-such-model@v1", "nobody/no-such-model is not a folder here, and the hub cannot be reached"
+        "nobody/no-such-model@v1", "nobody/no-such-model is not a local folder, and the hub cannot be reached"
     )
     assert "HF_HUB_OFFLINE" in str(error.hint)
 

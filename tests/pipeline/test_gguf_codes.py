@@ -79,7 +79,7 @@ def test_what_has_no_codes_is_quantized_again_and_the_loss_is_told(tmp_path: Pat
     file = write_gguf(tmp_path / "m.gguf", kind=Kind.Q8_0, kinds={"ffn_down.weight": Kind.IQ2_XXS}, scale=8)
     progress = Notes()
     result = build(make_plan(file), progress)
-    reason = "quantized again (IQ2_XXS has codes of no even grid)"
+    reason = "quantized again (IQ2_XXS has codes that are not evenly spaced)"
     assert origins(result) == {"kept", reason}
     (note,) = [n for n in progress.notes if n.startswith(f"write: codes of the checkpoint: {reason}: 2 mat")]
     assert 10 < float(note.partition("matrices, ")[2].partition(" dB below")[0]) < 30

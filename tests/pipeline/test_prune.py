@@ -190,7 +190,7 @@ def test_weights_of_an_engine_are_sparse(tmp_path: Path) -> None:
             "gpt_neox",
             {"kv_groups": 1},
             UnsupportedError,
-            r"gpt_neox config cannot state the pruned model: .*\(192, 64\) by the config, and \(144, 64\)",
+            r"gpt_neox config cannot state the pruned model: .*\(192, 64\) by the config, but \(144, 64\)",
         ),
         (
             "llama",

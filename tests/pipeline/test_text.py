@@ -254,7 +254,7 @@ def test_an_added_token_behind_a_gap_has_the_id_that_transformers_gives_it(tmp_p
 
 def test_tokens_beyond_the_embedding_are_named(tmp_path: Path) -> None:
     n = _add_token(tmp_path, "<image>", special=True)
-    told = f"the model's embedding of {n} rows has none for the special tokens <image> ({n})"
+    told = f"the model's embedding of {n} rows has no row for the special tokens <image> ({n})"
     assert examine(tmp_path)[1][0] == told
     edit(tmp_path / "generation_config.json", eos_token_id=n)
     said = f"eos_token_id is {n} in generation_config.json ('<image>' in the tokenizer); "
@@ -294,7 +294,7 @@ def test_a_class_that_cannot_take_every_text_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_an_artifact_does_not_take_are_told(tmp_path: Path) -> None:
     edit(save_model(tmp_path) / "generation_config.json", num_beams=4, suppress_tokens=[7], temperature=0.5)
-    told = "settings of generation_config.json that an artifact does not take: num_beams = 4, "
+    told = "settings of generation_config.json that an artifact does not support: num_beams = 4, "
     assert examine(tmp_path)[1] == [f"{told}suppress_tokens = [7]"]
 
 

@@ -1,7 +1,7 @@
-"""LoRA adapters in peft's layout, merged into a base model while its rows are read.
+"""Merge LoRA adapters in peft's layout into a base model while its rows are read.
 
 https://huggingface.co/docs/peft/developer_guides/checkpoint describes the files. A merged row is computed in
-float32 when it is asked for; neither the model nor a matrix is held.
+float32 when it is read; neither the model nor a whole matrix is kept in memory.
 """
 
 from llmc.checkpoint.adapter.folder import open_adapter, refuse_adapter_beside

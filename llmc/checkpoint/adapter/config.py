@@ -1,7 +1,7 @@
-"""adapter_config.json of a LoRA adapter, in the layout of peft (https://huggingface.co/docs/peft).
+"""Read adapter_config.json of a LoRA adapter, in the layout of peft (https://huggingface.co/docs/peft).
 
-Fields that say how the adapter was trained are not read. A field that changes what the adapter computes is
-either merged or refused by its name, and so is a field that is not known here: it may change numbers.
+Fields that only say how the adapter was trained are not read. A field that changes what the adapter computes
+is either merged or refused by name; an unknown field is refused too, since it may change numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 _MERGE = "merge it with peft (merge_and_unload, save_pretrained) and build the merged model"
-#: Value of `target_modules` for every linear layer but the head.
+#: Value of `target_modules` for every linear layer except the head.
 ALL_LINEAR = "all-linear"
 #: Fields that are read.
 _READ = frozenset(
@@ -39,37 +39,37 @@ _READ = frozenset(
     | {"layers_to_transform", "layers_pattern", "trainable_token_indices", "ensure_weight_tying"}
     | {"init_lora_weights"}
 )
-#: Fields about training, or that the tensors and the base's modules say again.
+#: Fields about training, or fields whose content the tensors and the base's modules repeat.
 _NEUTRAL = frozenset(
     {"auto_mapping", "inference_mode", "lora_dropout", "fan_in_fan_out", "bias", "peft_version"}
     | {"runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}
     | {"megatron_config", "megatron_core", "qalora_group_size", "lora_bias", "_custom_modules"}
 )
-#: Initializations that leave the base's weights as they are.
+#: Initializations that do not change the base's weights.
 _PLAIN_INIT = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What adapter_config.json says.
+    """The content of adapter_config.json.
 
     Args:
-        base: The model that the adapter was trained on, as its trainer named it; None if that is not said.
+        base: Model that the adapter was trained on, as its trainer named it; None if the config names none.
         revision: That model's revision.
-        rank: Rows of A where `ranks` has no other number.
-        alpha: Numerator of the scale where `alphas` has no other number.
+        rank: Number of rows of A, unless `ranks` has another number.
+        alpha: Numerator of the scale, unless `alphas` has another number.
         ranks: Rank by regular expression over the ends of module names.
-        alphas: Alpha likewise.
-        rslora: The scale is alpha / sqrt(rank) instead of alpha / rank.
-        dora: Merged weights have the norms that the adapter stores.
+        alphas: Alpha by regular expression over the ends of module names.
+        rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+        dora: Whether merged weights get the norms that the adapter stores.
         targets: Ends of module names, or one regular expression over whole names.
-        excluded: Modules that are not adapted though they are targets; in the same forms.
-        layers: Indices of the layers that are adapted; None for all.
-        layer_lists: Names of the lists that `layers` counts in; empty for any.
-        parameters: Ends of names of parameters that are adapted by themselves, such as stacked experts.
+        excluded: Modules that are not adapted although `targets` names them, in the same forms.
+        layers: Indices of the adapted layers; None for all.
+        layer_lists: Names of the lists in which `layers` counts; empty for any list.
+        parameters: Ends of names of parameters that are adapted individually, such as stacked experts.
         saved: Modules that are stored whole.
-        tokens: Rows that are stored by the embedding's name; "" stands for the input embedding.
-        tie: What is changed of one of two tied matrices is changed of both.
+        tokens: Indices of stored rows by the embedding's name; "" stands for the input embedding.
+        tie: Whether a change to one of two tied matrices applies to both.
     """
 
     base: str | None
@@ -90,20 +90,20 @@ class LoraConfig:
     tie: bool
 
     def rank_of(self, module: str) -> int:
-        """Rank of a module by its full name."""
+        """Return the rank of a module by its full name."""
         return int(_pattern_value(self.ranks, module, self.rank))
 
     def alpha_of(self, module: str) -> float:
-        """Alpha of a module by its full name."""
+        """Return the alpha of a module by its full name."""
         return float(_pattern_value(self.alphas, module, self.alpha))
 
     def scale_of(self, module: str) -> float:
-        """What B @ A is multiplied by."""
+        """Return the factor on B @ A."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
     def adapts(self, module: str) -> bool:
-        """Whether the fields name this module as one with matrices of its own."""
+        """Return whether the fields say that this module has its own matrices."""
         if _names(self.excluded, module) or any(
             re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved
         ):
@@ -114,8 +114,8 @@ class LoraConfig:
             return False
         if self.layers is None or isinstance(self.targets, str) or module in self.targets:
             return True
-        found = next(filter(None, (re.match(p, module) for p in self._layer_patterns())), None)
-        return found is not None and int(found["index"]) in self.layers
+        layer = next(filter(None, (re.match(p, module) for p in self._layer_patterns())), None)
+        return layer is not None and int(layer["index"]) in self.layers
 
     def _layer_patterns(self) -> Iterable[str]:
         if not self.layer_lists:
@@ -124,23 +124,23 @@ class LoraConfig:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """adapter_config.json of `folder`.
+    """Read adapter_config.json of `folder`.
 
     Raises:
-        CheckpointError: It is missing or damaged.
-        UnsupportedError: The adapter is of another kind than LoRA, or uses what is not merged here.
+        CheckpointError: The file is missing or damaged.
+        UnsupportedError: The adapter is not a LoRA adapter, or uses features that are not supported.
     """
     file = folder / CONFIG
     fields = _read_fields(file)
     kind = fields.get("peft_type")
     if kind != "LORA":
-        told = f"of kind {kind}" if kind else "not in peft's layout: it has no peft_type"
-        raise UnsupportedError(f"the adapter {folder} is {told}; LORA is merged", hint=_MERGE)
+        description = f"of kind {kind}" if kind else "not in peft's layout: it has no peft_type"
+        raise UnsupportedError(f"the adapter {folder} is {description}; only LORA is supported", hint=_MERGE)
     task = fields.get("task_type")
     if task not in (None, "", "CAUSAL_LM"):
         raise UnsupportedError(
-            f"the adapter {folder} was trained for {task}, and llmc builds causal language models",
-            hint="take an adapter with the task_type CAUSAL_LM",
+            f"the adapter {folder} was trained for {task}, but llmc builds causal language models",
+            hint="use an adapter with the task_type CAUSAL_LM",
         )
     _refuse_unknown(fields, folder)
     try:
@@ -152,7 +152,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def base_of(folder: Path) -> str | None:
-    """The model that the adapter in `folder` names as its base; None if it names none."""
+    """Return the model that the adapter in `folder` names as its base; None if it names none."""
     base = _read_fields(folder / CONFIG).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
@@ -173,12 +173,12 @@ def _refuse_unknown(fields: Mapping[str, Any], folder: Path) -> None:
     used = sorted(k for k, v in fields.items() if v and k not in _READ and k not in _NEUTRAL)
     if used:
         raise UnsupportedError(
-            f"the adapter {folder} uses {', '.join(used)}, which is not merged here", hint=_MERGE
+            f"the adapter {folder} uses {', '.join(used)}, which llmc cannot merge", hint=_MERGE
         )
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init not in _PLAIN_INIT:
         raise UnsupportedError(
-            f"the adapter {folder} was initialized by {init}, which changes the base's weights as well",
+            f"the adapter {folder} was initialized by {init}, which also changes the base's weights",
             hint="save it with path_initial_model_for_weight_conversion, or " + _MERGE,
         )
 

@@ -1,4 +1,4 @@
-"""An adapter on disk: found, opened, and told apart from a model."""
+"""Find and open an adapter on disk, and distinguish it from a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llmc.graph.weights import Rows, StoredRows, WeightStore
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk, none of its tensors read.
+    """An adapter on disk; none of its tensors has been read.
 
     Args:
-        ref: As the user wrote it: folder, or hub id with optional @revision.
-        path: Its folder.
+        ref: The reference as the user wrote it: folder, or hub id with optional @revision.
+        path: Folder of the adapter.
     """
 
     ref: str
@@ -30,42 +30,42 @@ class Adapter:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether its folder brings a tokenizer."""
+        """Whether the adapter's folder contains a tokenizer."""
         return tokenizer.has_tokenizer(self.path)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over its config, its tensors and its tokenizer's files."""
+        """The sha256 (hex) over the adapter's config, tensors and tokenizer files."""
         files = [self.path / CONFIG, self.path / WEIGHTS, *tokenizer.tokenizer_files(self.path)]
         return digest_files(files)
 
     def require_vocabulary(self, rows: int) -> None:
-        """Check that its tokenizer has no more tokens than the model has rows in its embedding.
+        """Check that the adapter's tokenizer has no more tokens than the model's embedding has rows.
 
         Raises:
-            CheckpointError: It has more, or cannot be read.
+            CheckpointError: It has more tokens, or cannot be read.
         """
         vocabulary = tokenizer.load_tokenizer(self.path).get_vocab()
         token = max(vocabulary, key=lambda each: vocabulary[each], default="")
         if token and vocabulary[token] >= rows:
             raise CheckpointError(
                 f"the tokenizer of the adapter {self.path} has {vocabulary[token] + 1} tokens, up to "
-                f"{token!r}, and the base's embedding has {rows} rows",
+                f"{token!r}, but the base's embedding has only {rows} rows",
                 hint="tokens were added in training: give the base rows for them (resize_token_embeddings), "
-                "or take the tokenizer's files out of the adapter's folder",
+                "or remove the tokenizer's files from the adapter's folder",
             )
 
     def rows(self, name: str) -> Rows:
-        """A tensor of the adapter's file."""
+        """Return the rows of a tensor in the adapter's file."""
         return StoredRows(self.tensors, self.tensors.infos()[name])
 
 
 def open_adapter(ref: str) -> Adapter:
-    """Open the adapter that `ref` names; reads its config and its file's header.
+    """Open the adapter that `ref` names; reads only its config and the header of its file.
 
     Raises:
-        CheckpointError: It is missing, pickled or damaged.
-        UnsupportedError: It is of a kind that is not merged.
+        CheckpointError: The adapter is missing, pickled or damaged.
+        UnsupportedError: The kind of adapter is not supported.
     """
     path = location.locate_adapter(ref)
     config = read_adapter_config(path)
@@ -85,20 +85,20 @@ def open_adapter(ref: str) -> Adapter:
 
 
 def refuse_adapter_beside(path: Path, ref: str, adapter: Adapter | None) -> None:
-    """Check that the model in `path` is not an adapter, and has none beside it that would be left out.
+    """Check that the model in `path` is not an adapter, and has no adapter beside it that would be ignored.
 
-    transformers loads an adapter that lies beside a model where peft is installed, so that without it the
-    folder would be another model than its owner has.
+    Where peft is installed, transformers also loads an adapter beside a model; without the adapter, the
+    folder would be a different model than its owner knows.
 
     Raises:
-        CheckpointError: It is or has one, and the user does not name it.
+        CheckpointError: The folder is an adapter or holds one, and the user does not name it.
     """
     if not (path / CONFIG).is_file():
         return
     base = base_of(path) or "BASE"
     if not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} is an adapter of {base}, not a model of its own",
+            f"{path} is an adapter of {base}, not a model by itself",
             hint=f"llmc build {base} --adapter {ref}",
         )
     if adapter is None or adapter.path.resolve() != path.resolve():

@@ -1,7 +1,7 @@
-"""Rows of a weight with an adapter's change added as they are read, float32.
+"""Add an adapter's change to the rows of a weight as they are read, in float32.
 
-The formulas are those of peft's `merge` (peft/tuners/lora): W + scale * B @ A, for DoRA
-m / |W + scale * B @ A| times that (https://arxiv.org/abs/2402.09353), and stored rows in the place of others.
+The formulas are the same as in peft's `merge` (peft/tuners/lora): W + scale * B @ A; for DoRA, this sum times
+m / |W + scale * B @ A| (https://arxiv.org/abs/2402.09353); and stored rows that replace others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLOAT = ir.DataType.FLOAT
 
 @dataclass(frozen=True, eq=False)
 class _Changed:
-    """What every change keeps of the rows that it is applied to."""
+    """The common part of all changes: the rows that a change is applied to."""
 
     inner: Rows
 
@@ -40,18 +40,18 @@ class _Changed:
         return self.inner.rows(start, stop).astype(np.float32)
 
     def _plus(self, start: int, stop: int, delta: Array, scale: float) -> Array:
-        made: Array = self._before(start, stop) + delta * np.float32(scale)
-        return made
+        total: Array = self._before(start, stop) + delta * np.float32(scale)
+        return total
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankRows(_Changed):
-    """W + scale * B @ A.
+    """The rows of W + scale * B @ A.
 
     Args:
-        a: (rank, inputs).
-        b: (outputs, rank).
-        transposed: W is (inputs, outputs), as in gpt2's Conv1D and in an embedding.
+        a: Rows of A, (rank, inputs).
+        b: Rows of B, (outputs, rank).
+        transposed: Whether W is (inputs, outputs), as in gpt2's Conv1D and in an embedding.
     """
 
     a: Rows
@@ -69,12 +69,12 @@ class LowRankRows(_Changed):
 
 @dataclass(frozen=True, eq=False)
 class ExpertLowRankRows(_Changed):
-    """W[e] + scale * B[e] @ A[e] for stacked experts.
+    """The rows of W[e] + scale * B[e] @ A[e] for stacked experts.
 
     Args:
-        a: (experts * rank, inputs), the ranks of an expert one after the other.
-        b: (outputs, rank * experts), the experts of a rank one after the other.
-        transposed: W is (experts, inputs, outputs) instead of (experts, outputs, inputs).
+        a: (experts * rank, inputs); the ranks of an expert are adjacent.
+        b: (outputs, rank * experts); the experts of a rank are adjacent.
+        transposed: Whether W is (experts, inputs, outputs) instead of (experts, outputs, inputs).
     """
 
     a: Rows
@@ -96,11 +96,11 @@ class ExpertLowRankRows(_Changed):
 
 @dataclass(frozen=True, eq=False)
 class MagnitudeRows(_Changed):
-    """Rows or columns that are given the norms that DoRA stores.
+    """The rows or columns scaled to the norms that DoRA stores.
 
     Args:
-        magnitude: (outputs,).
-        transposed: Outputs are along axis 1. Their norms take one pass over the whole tensor.
+        magnitude: Norms, (outputs,).
+        transposed: Whether outputs are along axis 1; their norms take one pass over the whole tensor.
     """
 
     magnitude: Rows
@@ -126,11 +126,11 @@ class MagnitudeRows(_Changed):
 
 @dataclass(frozen=True, eq=False)
 class TokenRows(_Changed):
-    """Rows of an embedding with some that are stored in their place.
+    """The rows of an embedding, some of them replaced by stored rows.
 
     Args:
-        indices: Rows that are replaced.
-        stored: (len(indices), width), in that order.
+        indices: Indices of the replaced rows.
+        stored: Replacements, (len(indices), width), in that order.
     """
 
     indices: tuple[int, ...]
@@ -147,7 +147,7 @@ class TokenRows(_Changed):
 
 @dataclass(frozen=True, eq=False)
 class SumRows(_Changed):
-    """A bias with scale * another added, of B's product."""
+    """The sum of a bias and scale * `added`, the bias of B's product."""
 
     added: Rows
     scale: float

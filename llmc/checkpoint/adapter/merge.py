@@ -1,4 +1,4 @@
-"""What an adapter changes in a base, and the base's tensors with it, changed while they are read."""
+"""Describe the changes that an adapter makes to a base, and apply them while the base's tensors are read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from llmc.checkpoint.ties import equal_rows
 from llmc.graph.weights import Rows, StoredRows, TensorInfo, WeightStore
 
 _CODES = "an adapter changes its values"
-#: Makes the changed rows of a tensor from the base's.
+#: Function from the base's rows of a tensor to the changed rows.
 Change = Callable[[Rows], Rows]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A base with an adapter in it: what `Checkpoint` says of the same fields."""
+    """A base with a merged adapter; the fields have the same meaning as in `Checkpoint`."""
 
     config: Any
     tensors: WeightStore
@@ -35,12 +35,12 @@ class Merged:
 
 @dataclass(frozen=True)
 class Merge:
-    """What an adapter changes in a base model.
+    """The changes that an adapter makes to a base model.
 
     Args:
-        own: By parameter of transformers' model.
-        files: By tensor of the files, of which transformers makes parameters.
-        record: What the manifest keeps.
+        own: Changes by parameter of transformers' model.
+        files: Changes by tensor in the files, from which transformers makes parameters.
+        record: Entry for the manifest.
         notes: Sentences for the user.
     """
 
@@ -51,12 +51,12 @@ class Merge:
     notes: tuple[str, ...]
 
     def apply(self, config: Any, tensors: WeightStore, tied: Mapping[str, str]) -> Merged:
-        """The base's parameters with the changes in `own`.
+        """Apply the changes in `own` to the base's parameters.
 
-        A matrix that is tied to another stays so where the adapter changes both alike, or asks for it; else
-        it becomes one of its own.
+        Two tied matrices stay tied if the adapter changes both alike or asks for it; otherwise they become
+        separate.
         """
-        changes, names, left = dict(self.own), dict[str, str](), dict(tied)
+        changes, names, ties = dict(self.own), dict[str, str](), dict(tied)
         notes = []
         for absent, stored in tied.items():
             if absent not in changes and stored not in changes:
@@ -66,21 +66,21 @@ class Merge:
                 changes.pop(absent, None)
                 continue
             names[absent] = stored
-            del left[absent]
+            del ties[absent]
             which = " and ".join(name for name in (absent, stored) if name in changes)
-            notes.append(f"{absent} and {stored} are not tied any more: the adapter changes {which}.")
+            notes.append(f"{absent} and {stored} are no longer tied: the adapter changes {which}.")
         return Merged(
-            _untied(config) if names else config, AdaptedStore(tensors, changes, names), left, tuple(notes)
+            _untied(config) if names else config, AdaptedStore(tensors, changes, names), ties, tuple(notes)
         )
 
     def tokenizer_notes(self, base: Path) -> tuple[str, ...]:
-        """A sentence about the adapter's tokenizer, where it is another than the base's."""
+        """Return a sentence about the adapter's tokenizer, if it differs from the base's."""
         if not self.adapter.has_tokenizer or _same_files(self.adapter.path, base):
             return ()
-        return (f"The tokenizer and its chat template are those of the adapter {self.adapter.ref}.",)
+        return (f"The tokenizer and its chat template come from the adapter {self.adapter.ref}.",)
 
     def _keeps_tie(self, absent: str, stored: str) -> bool:
-        """Whether two tied tensors stay one: both change by the same, or peft changes them together."""
+        """Return whether two tied tensors stay one: both change alike, or peft changes them together."""
         if self.adapter.config.tie or self.adapter.config.tokens:
             return True
         _, whole = sort_tensors(self.adapter.tensors.infos())
@@ -95,20 +95,20 @@ def _same_files(folder: Path, other: Path) -> bool:
 
 
 def _untied(config: Any) -> Any:
-    """A copy of a config whose head has weights of its own."""
-    made = copy.deepcopy(config)
-    for each in (made, made.get_text_config(decoder=True)):
+    """Return a copy of a config whose head has its own weights."""
+    untied = copy.deepcopy(config)
+    for each in (untied, untied.get_text_config(decoder=True)):
         each.tie_word_embeddings = False
-    return made
+    return untied
 
 
 class AdaptedStore:
     """A `WeightStore` with some of its tensors changed.
 
     Args:
-        inner: The tensors as they were.
-        changes: By the name in this store.
-        names: Name in `inner` by the name in this store, where they differ.
+        inner: The unchanged tensors.
+        changes: Changes by the name in this store.
+        names: Name in `inner` by the name in this store, if they differ.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class AdaptedStore:
         self._infos = {name: self._info(name, info) for name, info in sorted(sources.items())}
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor; a changed one is float32, and has no codes."""
+        """Return every tensor; a changed tensor is float32 and has no codes."""
         return self._infos
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start:stop along axis 0."""
+        """Read rows start:stop along axis 0."""
         rows = self._rows.get(name)
         if rows is None:
             return self._inner.read(self._names.get(name, name), start, stop)

@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors: what of a module each is, and which tensor of the base it changes."""
+"""Map the names of an adapter's tensors to their role in a module and to the base's tensors they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmc.graph.weights import WeightStore
 
 
 class Part(StrEnum):
-    """What a tensor of an adapter is to its module."""
+    """The role of an adapter's tensor in its module."""
 
     A = "lora_A"
     B = "lora_B"
@@ -21,7 +21,7 @@ class Part(StrEnum):
     TOKENS = "trainable_tokens_delta"
 
 
-#: peft's names after the module's: with the adapter's own name, where a trainer has kept it, or without.
+#: peft's suffixes after the module's name, with or without the adapter's own name, which some trainers keep.
 _PARTS = (
     (re.compile(r"\.lora_A(\.\w+)?\.weight$"), Part.A, False),
     (re.compile(r"\.lora_B(\.\w+)?\.weight$"), Part.B, False),
@@ -36,12 +36,12 @@ _WRAPPER = "base_model.model."
 
 @dataclass
 class Adapted:
-    """The tensors of one adapted module, by the name that each has in the adapter's file.
+    """The tensors of one adapted module, by their names in the adapter's file.
 
     Args:
-        module: Name of the module, without what peft puts before and into it.
-        depth: How many other adapted parameters of the module lie around this one.
-        embedding: The matrices are those of an embedding.
+        module: Name of the module, without the parts that peft puts before and into it.
+        depth: Number of other adapted parameters of the module that are wrapped around this one.
+        embedding: Whether the matrices belong to an embedding.
     """
 
     module: str
@@ -51,17 +51,17 @@ class Adapted:
 
 
 def sort_tensors(names: Iterable[str]) -> tuple[list[Adapted], dict[str, str]]:
-    """The adapted modules, and the tensors that are stored whole by the name that they have in the base."""
+    """Return the adapted modules, and the tensors stored whole by their name in the base."""
     modules: dict[tuple[str, int], Adapted] = {}
     whole: dict[str, str] = {}
     for name in sorted(names):
         own = name.removeprefix(_WRAPPER)
-        found = next(((m, part, emb) for p, part, emb in _PARTS if (m := p.search(own))), None)
-        if found is None:
+        recognized = next(((m, part, emb) for p, part, emb in _PARTS if (m := p.search(own))), None)
+        if recognized is None:
             plain = re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)", "", own)
             whole[plain] = name
             continue
-        match, part, embedding = found
+        match, part, embedding = recognized
         path = own[: match.start()]
         module, depth = path.replace(".base_layer", ""), path.count(".base_layer")
         adapted = modules.setdefault((module, depth), Adapted(module, depth))
@@ -75,9 +75,9 @@ class Place:
     """A tensor of the base.
 
     Args:
-        name: Its name.
-        in_files: It is one of the files' tensors, of which transformers makes its own; else it is a
-            parameter of transformers' model.
+        name: Name of the tensor.
+        in_files: Whether it is a tensor in the files, from which transformers makes its own; otherwise it is
+            a parameter of transformers' model.
     """
 
     name: str
@@ -86,13 +86,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Names:
-    """The names under which the base has its tensors.
+    """The names of the base's tensors.
 
     Args:
-        own: Of transformers' model.
-        rename: The name in that model of a name that an earlier version of transformers used; None if no
-            parameter stands for that one alone.
-        files: Tensors as the files have them.
+        own: Names in transformers' model.
+        rename: Returns the name in that model for a name from an earlier version of transformers; None if no
+            parameter corresponds to it alone.
+        files: Tensors as stored in the files.
     """
 
     own: frozenset[str]
@@ -100,22 +100,22 @@ class Names:
     files: WeightStore
 
     def find(self, name: str) -> Place | None:
-        """The tensor that an adapter calls `name`; None if the base has none."""
+        """Return the tensor that an adapter calls `name`; None if the base does not have it."""
         for candidate in (name, self.rename(name)):
             if candidate in self.own:
                 return Place(str(candidate))
         return Place(name, in_files=True) if name in self.files.infos() else None
 
     def require(self, name: str, whose: str) -> Place:
-        """The tensor that an adapter calls `name`.
+        """Return the tensor that an adapter calls `name`.
 
         Raises:
-            CheckpointError: The base has none.
+            CheckpointError: The base does not have it.
         """
         place = self.find(name)
         if place is None:
             raise CheckpointError(
                 f"{whose} changes {name}, which the base does not have",
-                hint="an adapter fits the model that it was trained on",
+                hint="an adapter only fits the model that it was trained on",
             )
         return place

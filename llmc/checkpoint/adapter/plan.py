@@ -1,4 +1,4 @@
-"""Which tensor of a base each tensor of an adapter is for, and whether the two fit."""
+"""Assign each tensor of an adapter to a tensor of the base, and check that the two fit."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 def plan_merge(adapter: Adapter, ref: str, model: PreTrainedModel, files: WeightStore) -> Merge:
-    """Find the tensor that each of an adapter's is for, and check that they fit.
+    """Assign each tensor of an adapter to a tensor of the base, and check that they fit.
 
     Args:
         ref: The base, as the user wrote it.
-        model: The base's model without weights.
-        files: The base's tensors, dequantized, as the files have them.
+        model: The base's model, without weights.
+        files: The base's tensors as stored in the files, dequantized.
 
     Raises:
-        CheckpointError: The adapter is not of this base, or incomplete.
-        UnsupportedError: It changes a module in a way that is not merged.
+        CheckpointError: The adapter does not belong to this base, or is incomplete.
+        UnsupportedError: It changes a module in an unsupported way.
     """
     planner = _Planner(adapter, model, files)
     modules, whole = sort_tensors(adapter.tensors.infos())
@@ -59,7 +59,7 @@ def plan_merge(adapter: Adapter, ref: str, model: PreTrainedModel, files: Weight
 
 
 def _notes(adapter: Adapter, ref: str) -> tuple[str, ...]:
-    """What the user should look at: the base that the adapter names, where it goes by another name."""
+    """Return a note for the user if the adapter names its base differently."""
     name, revision = ref.partition("@")[::2]
     base = adapter.config.base
     if base and base.rstrip("/").rpartition("/")[2].lower() != name.rstrip("/").rpartition("/")[2].lower():
@@ -70,7 +70,7 @@ def _notes(adapter: Adapter, ref: str) -> tuple[str, ...]:
 
 
 class _Planner:
-    """Collects the changes of one adapter, by whether they are to a tensor of the files."""
+    """Collects the changes of one adapter, by whether they apply to a tensor in the files."""
 
     def __init__(self, adapter: Adapter, model: PreTrainedModel, files: WeightStore) -> None:
         self._adapter, self._model, self._config = adapter, model, adapter.config
@@ -82,7 +82,7 @@ class _Planner:
         self.replaced: set[str] = set()
 
     def replace(self, name: str, stored: str) -> None:
-        """Take a whole tensor, such as a bias or one of `modules_to_save`."""
+        """Use a whole tensor, such as a bias or one of `modules_to_save`."""
         place = self._names.require(name, self._whose)
         rows = self._adapter.rows(stored)
         self._require(stored, rows.shape, self._shape(place), place.name)
@@ -90,7 +90,7 @@ class _Planner:
         self._add(place, lambda _: rows)
 
     def adapt(self, module: Adapted) -> None:
-        """Add what is stored for one module."""
+        """Add the stored changes of one module."""
         if Part.TOKENS in module.parts:
             self._take_tokens(module)
             return
@@ -117,26 +117,26 @@ class _Planner:
             magnitude = self._adapter.rows(module.parts[Part.MAGNITUDE])
             self._add(place, lambda rows: MagnitudeRows(rows, magnitude, transposed))
         elif self._config.dora:
-            raise CheckpointError(f"{self._whose} uses DoRA, and has no magnitudes of {module.module}")
+            raise CheckpointError(f"{self._whose} uses DoRA but has no magnitudes for {module.module}")
         if Part.B_BIAS in module.parts:
             bias = self._adapter.rows(module.parts[Part.B_BIAS])
             place = self._names.require(f"{module.module}.bias", self._whose)
             self._add(place, lambda rows: SumRows(rows, bias, scale))
 
     def _require_named(self, key: str) -> None:
-        """Check that the config names a module that has matrices: peft leaves others out."""
+        """Check that the config names a module that has matrices: peft ignores others."""
         if self._config.targets and not self._config.adapts(key) and not self._names_parameter(key):
             raise CheckpointError(
                 f"{self._whose} has matrices for {key}, which its target_modules and layers_to_transform do "
                 "not name",
-                hint="adapter_config.json and the matrices must be of one training: save the adapter again",
+                hint="adapter_config.json and the matrices must come from one run: save the adapter again",
             )
 
     def require_all(self) -> None:
         """Check that every module that the config names has matrices.
 
         Raises:
-            CheckpointError: One has none, so that the base is a larger model.
+            CheckpointError: A module has none, so the base is a larger model.
         """
         import torch
         from transformers.pytorch_utils import Conv1D
@@ -150,7 +150,7 @@ class _Planner:
             if candidate and name not in self.merged and self._config.adapts(name):
                 raise CheckpointError(
                     f"{self._whose} has nothing for {name}, which its target_modules name",
-                    hint="an adapter fits the model that it was trained on",
+                    hint="an adapter only fits the model that it was trained on",
                 )
 
     @property
@@ -158,7 +158,7 @@ class _Planner:
         return f"the adapter {self._adapter.path}"
 
     def _place_of(self, module: Adapted) -> tuple[Place, str, bool]:
-        """The weight of a module, the name that patterns match, and whether outputs are its columns."""
+        """Return a module's weight, the name that patterns match, and whether outputs are its columns."""
         place = self._names.find(f"{module.module}.weight")
         if place is None:
             return self._parameter_of(module)
@@ -174,17 +174,17 @@ class _Planner:
         return place, own, module.embedding or kind == "Conv1D"
 
     def _parameter_of(self, module: Adapted) -> tuple[Place, str, bool]:
-        """The parameter of a module without a weight, by the order in which peft wraps several of them."""
+        """Find the parameter of a module without a weight, by the order in which peft wraps several."""
         try:
-            found: Any = self._model.get_submodule(module.module)
+            owner: Any = self._model.get_submodule(module.module)
         except AttributeError:
-            found = None
-        names = [] if found is None else [n for n, _ in found.named_parameters(recurse=False)]
+            owner = None
+        names = [] if owner is None else [n for n, _ in owner.named_parameters(recurse=False)]
         names = [n for n in names if self._names_parameter(f"{module.module}.{n}")]
         if module.depth >= len(names):
             self._names.require(f"{module.module}.weight", self._whose)
         name = f"{module.module}.{names[len(names) - 1 - module.depth]}"
-        return Place(name), name, bool(getattr(found, "is_transposed", False))
+        return Place(name), name, bool(getattr(owner, "is_transposed", False))
 
     def _names_parameter(self, name: str) -> bool:
         return any(name == each or name.endswith(f".{each}") for each in self._config.parameters)
@@ -216,7 +216,7 @@ class _Planner:
         if indices is None or max(indices, default=0) >= count:
             raise CheckpointError(
                 f"{self._whose} replaces rows {indices} of {place.name}, which has {count}",
-                hint="an adapter fits the model that it was trained on",
+                hint="an adapter only fits the model that it was trained on",
             )
         self._require(stored, rows.shape, (len(indices), width), place.name)
         self.replaced.add(f"{place.name} ({len(indices)} rows)")
@@ -230,14 +230,14 @@ class _Planner:
     def _shape(self, place: Place) -> tuple[int, ...]:
         return self._names.files.infos()[place.name].shape if place.in_files else self._shapes[place.name]
 
-    def _require(self, stored: str, found: tuple[int, ...], shape: tuple[int, ...], name: str) -> None:
-        if found == shape:
+    def _require(self, stored: str, own: tuple[int, ...], shape: tuple[int, ...], name: str) -> None:
+        if own == shape:
             return
-        hint = "an adapter fits the model that it was trained on"
-        if len(found) == len(shape) == 2 and found[1:] == shape[1:] and found[0] > shape[0]:
-            hint = f"if tokens were added, give the base {found[0]} of them first: resize_token_embeddings"
+        hint = "an adapter only fits the model that it was trained on"
+        if len(own) == len(shape) == 2 and own[1:] == shape[1:] and own[0] > shape[0]:
+            hint = f"if tokens were added, give the base {own[0]} rows first: resize_token_embeddings"
         raise CheckpointError(
-            f"{stored} of {self._whose} has shape {list(found)}, and {list(shape)} by its config and {name} "
-            "of the base",
+            f"{stored} of {self._whose} has shape {list(own)}, but its config and {name} of the base "
+            f"imply {list(shape)}",
             hint=hint,
         )
