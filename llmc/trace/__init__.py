@@ -1,4 +1,4 @@
-"""Tracing: a model's own transformers code -> `Graph` in the canonical dialect."""
+"""Trace a model's own transformers code into a `Graph` in the canonical dialect."""
 
 from llmc.trace.tracer import trace_model
 

@@ -1,8 +1,8 @@
-"""A transformers `Cache` for tracing: it hands keys and values on, and notes what it was given.
+"""Provide a transformers `Cache` for tracing that passes keys and values on and records them.
 
-Where attention is captured, each step's keys and values go straight through, since the captured
-operator extends the cache. Where a model computes attention itself, `ExtendCache` stands for past and
-new ones together, until `llmc.trace.expand` puts the graph's own inputs in its place.
+If attention is captured, each step's keys and values pass through unchanged, since the captured operator
+extends the cache. If a model computes attention itself, the node `ExtendCache` represents the past and new
+keys and values together, until `llmc.trace.expand` replaces it by the graph's own inputs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EXTEND = "ExtendCache"
 
 @cache
 def tracing_cache_class() -> type:
-    """The class, made on first use so that importing this module does not import torch."""
+    """Define the class on first use, so that importing this module does not import torch."""
     from transformers.cache_utils import Cache
 
     class TracingCache(Cache):
-        """Stands for a cache of `total - sequence` positions in each of `layers` layers.
+        """A cache of `total - sequence` positions in each of `layers` layers.
 
-        With `whole`, layers get past and new keys and values together.
+        With `whole`, layers receive past and new keys and values together.
         """
 
         def __init__(self, capture: Capture, total: Any, sequence: Any, layers: int, *, whole: bool) -> None:
@@ -102,7 +102,7 @@ def tracing_cache_class() -> type:
 def extend_cache(
     past: Any, keys: torch.Tensor, values: torch.Tensor, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Past and new keys and values of one layer, as one node; (batch, kv_heads, total, width) each."""
+    """Join past and new keys and values of one layer in one node; (batch, kv_heads, total, width) each."""
     import torch
 
     from llmc.trace.capture import StoredKeys

@@ -1,9 +1,9 @@
-"""Hooks into transformers' public interfaces while a model's own code runs.
+"""Hook into transformers' public interfaces while a model's own code runs.
 
-Attention goes through `AttentionInterface`, masks through `AttentionMaskInterface`, keys and values
-through a `Cache`, and mixture-of-experts products through `ExpertsInterface`. Registering one of
-each turns every layer's attention into a single `llmc::CachedAttention` node, with nothing
-decomposed and no code per architecture.
+Attention goes through `AttentionInterface`, masks through `AttentionMaskInterface`, keys and values through a
+`Cache`, and mixture-of-experts products through `ExpertsInterface`. Registering one hook for each turns every
+layer's attention into a single `llmc::CachedAttention` node, without decomposition and without code for any
+architecture.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llmc.trace.mask import MaskRule
 if TYPE_CHECKING:
     import torch
 
-#: The name under which everything is registered with transformers.
+#: The name of llmc's hooks in transformers' registries.
 NAME = "llmc"
-#: transformers' name for models on torch's scaled dot product attention.
+#: transformers' name for torch's scaled dot product attention.
 SDPA = "sdpa"
-#: Its name for attention in plain operators.
+#: transformers' name for attention in plain operators.
 EAGER = "eager"
 
 #: Keyword arguments of the attention interface that do not change its result in evaluation.
@@ -39,10 +39,10 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class CapturedAttention:
-    """What the attention interface was called with in one layer.
+    """The arguments of one layer's call to the attention interface.
 
-    `owner` is the layer whose cache slot is used: the layer itself, or an earlier one that it
-    shares keys and values with. `rule` decides what is visible; without one, `window` does.
+    `owner` is the layer whose cache slot is used: the layer itself, or an earlier one with which it shares
+    keys and values. `rule` decides which keys are visible; without a rule, `window` does.
     """
 
     layer: int
@@ -57,7 +57,7 @@ class CapturedAttention:
 
 @dataclass(frozen=True)
 class StoredKeys:
-    """Keys and values that one layer put into the cache, while it computes attention itself."""
+    """The keys and values that one layer stores in the cache while it computes attention itself."""
 
     kv_heads: int
     key_width: int
@@ -66,7 +66,7 @@ class StoredKeys:
 
 @dataclass
 class Capture:
-    """What was seen while a model ran once."""
+    """The record of one run of a model."""
 
     attentions: dict[int, CapturedAttention] = field(default_factory=dict)
     updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Capture:
     dense_experts: dict[str, int] = field(default_factory=dict)
 
     def layer_of_call(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[int, int]:
-        """(layer, owner of the cache slot) of an attention call."""
+        """Return (layer, owner of the cache slot) of an attention call."""
         own = getattr(module, "layer_idx", None)
         owner = next((i for i, (k, _) in self.updates.items() if k is key), None)
         if own is None:
@@ -91,7 +91,7 @@ class Capture:
             if own not in self.updates:
                 raise UnsupportedError(
                     f"attention of layer {own} ({type(module).__name__}) neither stores its keys and values "
-                    "nor shares those of an earlier layer"
+                    "nor shares the keys and values of an earlier layer"
                 )
             owner = own
         return own, owner
@@ -102,7 +102,7 @@ _current: ContextVar[Capture | None] = ContextVar("llmc_capture", default=None)
 
 @contextmanager
 def capturing() -> Iterator[Capture]:
-    """Within this context every attention of a model built with `NAME` is recorded."""
+    """Record every attention of a model built with `NAME` within this context."""
     capture = Capture()
     token = _current.set(capture)
     try:
@@ -119,7 +119,7 @@ def _active() -> Capture:
 
 
 def register_interfaces() -> None:
-    """Make the hooks known to transformers under `NAME`; may be called repeatedly."""
+    """Register the hooks with transformers under `NAME`; may be called repeatedly."""
     from transformers import AttentionInterface
     from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -131,9 +131,9 @@ def register_interfaces() -> None:
 
 @contextmanager
 def intercepting_sdpa() -> Iterator[None]:
-    """For models that call torch's scaled dot product attention themselves: capture it there.
+    """Capture attention in models that call torch's scaled dot product attention themselves.
 
-    Within this context transformers' `sdpa` implementation is the capturing one, too.
+    Within this context, transformers' `sdpa` implementation is replaced by the hooks as well.
     """
     import torch
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -142,7 +142,7 @@ def intercepting_sdpa() -> Iterator[None]:
     tables = ((ALL_ATTENTION_FUNCTIONS, _attention), (ALL_MASK_ATTENTION_FUNCTIONS, _mask))
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention
-    kept = [(table, table[SDPA]) for table, _ in tables]
+    originals = [(table, table[SDPA]) for table, _ in tables]
     for table, hook in tables:
         table[SDPA] = hook
     functional.scaled_dot_product_attention = _scaled_dot_product
@@ -150,7 +150,7 @@ def intercepting_sdpa() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = original
-        for table, hook in kept:
+        for table, hook in originals:
             table[SDPA] = hook
 
 
@@ -164,7 +164,7 @@ def _scaled_dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """In place of torch's `scaled_dot_product_attention`; output (batch, heads, sequence, width)."""
+    """Replace torch's `scaled_dot_product_attention`; output (batch, heads, sequence, width)."""
     import torch
 
     output, _ = _attention(torch.nn.Identity(), query, key, value, attn_mask, scaling=scale)
@@ -183,7 +183,7 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one step, as one node; shapes as in `llmc.graph.dialect`."""
+    """Emit the attention of one step as one node; shapes as in `llmc.graph.dialect`."""
     import torch
 
     capture = _active()
@@ -226,7 +226,7 @@ def _attention(
 
 
 def _mask(*_: Any, **kwargs: Any) -> MaskRule:
-    """The mask's rule instead of a mask: `CachedAttention` makes its own."""
+    """Return the mask's rule instead of a mask, since `CachedAttention` makes its own mask."""
     rule = MaskRule(kwargs["mask_function"], int(kwargs.get("local_size") or 0))
     _active().masks.append(rule)
     return rule
@@ -235,7 +235,7 @@ def _mask(*_: Any, **kwargs: Any) -> MaskRule:
 def _experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """A layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
+    """Trace a layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
     output, reason = trace_experts(self, hidden_states, top_k_index, top_k_weights)
     if reason is not None:
         _active().dense_experts[reason] = _active().dense_experts.get(reason, 0) + 1

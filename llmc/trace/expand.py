@@ -1,4 +1,4 @@
-"""Markers out, layers in: from the traced representatives to every layer of the model."""
+"""Expand a trace of representative layers to every layer of the model, and remove the markers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llmc.trace.stamp import BEGIN, END, STUB, LayerStack, NotStampableError
 
 
 def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndarray]) -> None:
-    """Replace every marker and stub by the nodes of its layer; every node of a layer knows its index.
+    """Replace every marker and stub by the nodes of its layer; record a layer's index in each of its nodes.
 
     Args:
         graph: Traced graph; changed in place.
         stack: The layers and their representatives.
-        buffers: Data of every layer's buffers by qualified name.
+        buffers: Values of every layer's buffers, by qualified name.
     """
     _unfold_runs(graph)
     begins, ends, stubs = (_by_index(graph, kind) for kind in (BEGIN, END, STUB))
@@ -48,7 +48,7 @@ def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndar
 
 
 def _unfold_runs(graph: ir.Graph) -> None:
-    """One `LayerStub` for each layer of a run."""
+    """Replace the stub of a run of layers by one `LayerStub` per layer."""
     for run in find_nodes(graph, STUB, TRACE):
         indices, operands, counts = (
             list(run.attributes[key].as_ints()) for key in ("indices", "operands", "counts")
@@ -73,9 +73,9 @@ def _unfold_runs(graph: ir.Graph) -> None:
 def attach_cache(
     graph: ir.Graph, stack: LayerStack, capture: Capture, dtype: ir.DataType
 ) -> tuple[CacheSlot, ...]:
-    """Give every `CachedAttention` its mask, past and present, as graph inputs and outputs.
+    """Give every `CachedAttention` its mask, past and present as graph inputs and outputs.
 
-    Every `ExtendCache` becomes concatenations of its layer's past with what it was given.
+    Every `ExtendCache` becomes concatenations of its layer's past with its inputs.
 
     Returns:
         The cache slots by layer.
@@ -85,8 +85,8 @@ def attach_cache(
     pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
     for node in find_nodes(graph, EXTEND, TRACE):
         layer = node.attributes["layer"].as_int()
-        seen = capture.stored[_traced_index(stack, layer)]
-        slots[layer] = _concatenate(graph, node, _slot(layer, seen, None), dtype)
+        keys_and_values = capture.stored[_traced_index(stack, layer)]
+        slots[layer] = _concatenate(graph, node, _slot(layer, keys_and_values, None), dtype)
     for node in find_nodes(graph, dialect.CACHED_ATTENTION, DIALECT):
         layer = node.attributes["layer"].as_int()
         owner = node.attributes["owner"].as_int()
@@ -126,7 +126,7 @@ def attach_cache(
 
 
 def _traced_index(stack: LayerStack, layer: int) -> int:
-    """The index of the layer that was traced for `layer`."""
+    """Return the index of the layer that was traced to represent `layer`."""
     if layer not in stack.indices:
         return layer
     return stack.indices[stack.representatives[stack.indices.index(layer)]]
@@ -138,7 +138,7 @@ def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.Data
     ):
         past = _cache_value(past_name, slot, width, "past", dtype)
         present = _cache_value(present_name, slot, width, "total", dtype)
-        made = ir.Node(
+        concatenation = ir.Node(
             "",
             "Concat",
             [past, new],
@@ -147,7 +147,7 @@ def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.Data
             name=f"layer.{slot.layer}/{present_name}",
             metadata_props={LAYER: str(slot.layer)},
         )
-        graph.insert_before(node, made)
+        graph.insert_before(node, concatenation)
         ir.convenience.replace_all_uses_with(whole, present)
         graph.inputs.append(past)
         graph.outputs.append(present)
@@ -155,16 +155,16 @@ def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.Data
     return slot
 
 
-def _slot(layer: int, seen: CapturedAttention | StoredKeys, window: int | None) -> CacheSlot:
+def _slot(layer: int, captured: CapturedAttention | StoredKeys, window: int | None) -> CacheSlot:
     return CacheSlot(
         layer=layer,
         past_key=f"past_key_values.{layer}.key",
         past_value=f"past_key_values.{layer}.value",
         present_key=f"present.{layer}.key",
         present_value=f"present.{layer}.value",
-        kv_heads=seen.kv_heads,
-        key_width=seen.key_width,
-        value_width=seen.value_width,
+        kv_heads=captured.kv_heads,
+        key_width=captured.key_width,
+        value_width=captured.value_width,
         window=window,
     )
 
@@ -178,7 +178,7 @@ def _by_index(graph: ir.Graph, kind: str) -> dict[int, ir.Node]:
 
 
 def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
-    """Nodes between the markers that depend on the layer's input or weights, in graph order."""
+    """List the nodes between the markers that depend on the layer's input or weights, in graph order."""
     inside: dict[ir.Node, bool] = {begin: True}
 
     def owned(value: ir.Value | None) -> bool:
@@ -217,7 +217,7 @@ def _prefix_outputs(node: ir.Node, prefix: str) -> None:
 
 
 class _Renaming:
-    """From a representative's names to a stamped layer's."""
+    """The renaming of a representative's names to a stamped layer's names."""
 
     def __init__(
         self, graph: ir.Graph, stack: LayerStack, old: int, new: int, buffers: dict[str, np.ndarray]
@@ -232,7 +232,7 @@ class _Renaming:
         return self.values[1] + name.removeprefix(self.values[0])
 
     def initializer(self, value: ir.Value) -> ir.Value:
-        """The stamped layer's own weight or buffer; a shared constant stays what it is."""
+        """Return the stamped layer's own weight or buffer; shared constants stay the same."""
         old, new = self.module
         if not value.name or not value.name.startswith(old):
             return value
@@ -255,7 +255,7 @@ class _Renaming:
 def _stamp(
     graph: ir.Graph, stub: ir.Node, body: list[ir.Node], begin: ir.Node, end: ir.Node, renaming: _Renaming
 ) -> None:
-    """Put a copy of `body` in the stub's place."""
+    """Replace the stub by a copy of `body`."""
     mapped: dict[ir.Value, ir.Value | None] = dict(zip(begin.outputs, stub.inputs, strict=True))
 
     def resolve(value: ir.Value | None) -> ir.Value | None:

@@ -1,9 +1,9 @@
-"""Mixture of experts while a model's own code runs: one `llmc::Experts` node for each layer of experts.
+"""Trace mixtures of experts as one `llmc::Experts` node per layer while a model's own code runs.
 
 transformers calls the experts of a layer through `ExpertsInterface` with the router's choice, and gives
-their modules a gate of their own (`_apply_gate`). What a gate computes is read off by calling it with
-numbers: if it is a SwiGLU (Shazeer 2020) of some slope, offset and limit, the layer becomes one node; any
-other gate is traced as dense products over all experts.
+their modules their own gate function (`_apply_gate`). The gate is identified by calling it with numbers: if
+it is a SwiGLU (Shazeer 2020) with some slope, offset and limit, the layer becomes one node; any other gate
+is traced as dense products over all experts.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from llmc.graph.domains import DIALECT, VERSION
 if TYPE_CHECKING:
     import torch
 
-#: Attribute of an experts module that holds what its gate was found to be.
+#: Attribute of an experts module that holds its identified gate.
 _GATE = "llmc_gate"
-#: No limit that a model states is as large.
+#: Bound above all limits that models use.
 _UNLIMITED = 1e4
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class SwiGlu:
-    """min(g, limit) sigmoid(alpha min(g, limit)) (clip(u, limit) + beta) of gate g and up u.
+    """The function min(g, limit) sigmoid(alpha min(g, limit)) (clip(u, limit) + beta) of gate g and up u.
 
     Args:
-        alpha: Slope.
-        beta: Offset.
-        limit: Bound of both operands; 0 for none.
-        interleaved: Whether gate and up alternate; else all of the gate comes first.
+        alpha: Slope of the sigmoid.
+        beta: Offset on up.
+        limit: Bound of both operands; 0 for no bound.
+        interleaved: Whether gate and up alternate; otherwise the whole gate comes first.
     """
 
     alpha: float
@@ -43,7 +43,7 @@ class SwiGlu:
     interleaved: bool
 
     def __call__(self, both: torch.Tensor) -> torch.Tensor:
-        """(…, 2 width) -> (…, width)."""
+        """Apply the function, (…, 2 width) -> (…, width)."""
         import torch
 
         gate, up = (both[..., ::2], both[..., 1::2]) if self.interleaved else both.chunk(2, dim=-1)
@@ -53,7 +53,7 @@ class SwiGlu:
 
 
 def read_gates(model: torch.nn.Module) -> None:
-    """Note at every experts module of `model` what its gate computes; see `read_gate`."""
+    """Store at every experts module of `model` the function of its gate; see `read_gate`."""
     for module in model.modules():
         apply: Callable[[torch.Tensor], torch.Tensor] | None = getattr(module, "_apply_gate", None)
         if apply is not None and getattr(module, "has_gate", False):
@@ -62,7 +62,7 @@ def read_gates(model: torch.nn.Module) -> None:
 
 
 def read_gate(apply: Callable[[torch.Tensor], torch.Tensor], width: int) -> SwiGlu | None:
-    """The SwiGLU that `apply` (n, width) -> (n, width / 2) computes; None if it computes something else."""
+    """Identify the SwiGLU that `apply` (n, width) -> (n, width / 2) computes; None for another function."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def read_gate(apply: Callable[[torch.Tensor], torch.Tensor], width: int) -> SwiG
 
 
 def _fit(apply: Callable[[torch.Tensor], torch.Tensor], width: int, interleaved: bool) -> SwiGlu | None:
-    """The only SwiGLU of a layout that agrees with `apply` where the gate is 1 and up is 0, 1/2 and huge."""
+    """Fit the only SwiGLU of a layout that agrees with `apply` where gate is 1 and up is 0, 1/2 and huge."""
     import torch
 
     inputs = torch.zeros(3, width, dtype=torch.float64)
@@ -95,24 +95,24 @@ def _fit(apply: Callable[[torch.Tensor], torch.Tensor], width: int, interleaved:
 def trace_experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[torch.Tensor, str | None]:
-    """One layer of experts.
+    """Trace one layer of experts.
 
     Args:
         self: The experts module: stacked weights (experts, …) and its own gate function.
         hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k) chosen experts.
-        top_k_weights: (tokens, k) their weights.
+        top_k_index: Chosen experts, (tokens, k).
+        top_k_weights: Weights of the chosen experts, (tokens, k).
 
     Returns:
-        (tokens, hidden), and why it is no `Experts` node if it is not.
+        The output (tokens, hidden), and the reason if it is not an `Experts` node.
     """
     import torch
 
     gate: SwiGlu | None = getattr(self, _GATE, None)
     if gate is None:
-        return _dense(self, hidden_states, top_k_index, top_k_weights), "their gate is no SwiGLU"
+        return _dense(self, hidden_states, top_k_index, top_k_weights), "their gate is not a SwiGLU"
     if self.has_post_expert_norm:
-        return _dense(self, hidden_states, top_k_index, top_k_weights), "each expert has a norm of its own"
+        return _dense(self, hidden_states, top_k_index, top_k_weights), "each expert has its own norm"
     weights = [self.gate_up_proj, self.down_proj]
     if self.is_transposed:
         weights = [weight.transpose(1, 2) for weight in weights]
@@ -132,7 +132,7 @@ def trace_experts(
 def _dense(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Dense products over all experts, weighted by the router."""
+    """Compute dense products over all experts, weighted by the router."""
     import torch
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:

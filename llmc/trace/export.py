@@ -1,4 +1,4 @@
-"""A model's own code -> plain ONNX plus dialect operators and layer markers, with no weights."""
+"""Export a model's own code as plain ONNX with dialect operators and layer markers, without weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-#: Example sizes while tracing: all different, none of them 0 or 1, which torch specialises.
+#: Example sizes for tracing: all different, and none of them 0 or 1, which torch specialises.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 
@@ -36,13 +36,13 @@ class Exported:
     """The raw result of one trace.
 
     Args:
-        model: ONNX with weights as initializers that have no usable data.
-        weights: Names of the initializers that a checkpoint stores: parameters and persistent buffers. The
-            data of other buffers is real.
-        stack: Decoder layers, with the stubs still to be expanded.
+        model: ONNX model whose weights are initializers without usable data.
+        weights: Names of the initializers that a checkpoint stores: parameters and persistent buffers. Other
+            buffers have real data.
+        stack: The decoder layers, whose stubs are not yet expanded.
         layer_buffers: Buffers of every layer, by qualified name, as arrays.
-        held: Largest length up to which the model keeps its rotary frequencies, which the trace holds; None
-            where they do not grow with the length.
+        held: Largest length up to which the model's rotary frequencies, fixed in the trace, are constant;
+            None if they do not depend on the length.
         restart: Length at which the model's `generate` drops the KV cache; None if it never does.
     """
 
@@ -62,12 +62,13 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
     Args:
         config: A transformers configuration.
         dtype: Type of parameters and activations.
-        stamp: Trace only one layer of each kind.
-        captured: Attention is one operator a layer; else it is traced as the model computes it.
+        stamp: Whether to trace only one layer of each kind.
+        captured: Whether attention becomes one operator per layer; otherwise it is traced as the model
+            computes it.
 
     Raises:
-        UnsupportedError: The model cannot be captured; the message says what was in the way.
-        NotStampableError: With `stamp`, if layers that look alike are not.
+        UnsupportedError: The model cannot be captured; the message gives the reason.
+        NotStampableError: With `stamp`, if layers that look alike behave differently.
     """
     import torch
 
@@ -122,7 +123,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
     first = first_position(model)
 
     class Step(torch.nn.Module):
-        """One step: `sequence` new tokens after total - sequence cached ones."""
+        """One step with `sequence` new tokens after total - sequence cached ones."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -145,7 +146,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
 
     total = _SEQUENCE + _PAST
     limit = stated_positions(config)
-    # Code that cuts a table of `limit` rows is another at exactly that length, so the trace ends before it.
+    # Code that slices a table of `limit` rows differs at exactly that length, so the trace ends before it.
     bound = limit - 1 if limit is not None and limit > 2 * total else None
     batch = torch.export.Dim("batch")
     sequence, all_positions = (torch.export.Dim(n, max=bound) for n in ("sequence", "total"))
@@ -162,7 +163,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
 
 
 def _translate(program: Any) -> ir.Model:
-    """An exported program as ONNX, its dynamic dimensions called batch, sequence and total."""
+    """Translate an exported program to ONNX with dynamic dimensions called batch, sequence and total."""
     import torch
 
     with warnings.catch_warnings():
@@ -180,7 +181,7 @@ def _translate(program: Any) -> ir.Model:
         except torch.onnx.OnnxExporterError as error:
             cause = str(_root_cause(error)).strip().splitlines() or ["no message"]
             raise UnsupportedError(
-                f"the traced model has no ONNX form: {cause[0]}",
+                f"the traced model cannot be expressed in ONNX: {cause[0]}",
                 hint="run with --debug for the full traceback",
             ) from error
     if onnx_program is None:
@@ -212,7 +213,7 @@ def _rename_dimensions(model: ir.Model) -> None:
 
 
 def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
-    """Everything that touched the cache was captured; every mask rule is one we know, and sets the window."""
+    """Check that every use of the cache was captured, and every mask rule is known; set the windows."""
     if not capture.attentions:
         raise UnsupportedError(
             f"{name}: no attention was captured",
@@ -238,20 +239,20 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
             raise UnsupportedError(
                 f"{name}: attention of layer {attention.layer} was called with "
                 f"{f'window {attention.window}' if attention.window else 'no window'} and no mask; "
-                f"the masks asked for have windows {sorted(ruled)}"
+                f"the requested masks have windows {sorted(ruled)}"
             )
 
 
 def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
-    """Every layer that was traced put its keys and values into the cache."""
+    """Check that every traced layer stored its keys and values in the cache."""
     if not capture.stored:
         raise UnsupportedError(
-            f"{name} stores no keys and values in the cache",
+            f"{name} does not store keys and values in the cache",
             hint="only models with a KV cache can be compiled",
         )
     traced = {n for i, n in enumerate(stack.indices) if stack.representatives[i] == i}
     if silent := sorted(traced - set(capture.stored)):
-        raise UnsupportedError(f"{name}: layers {silent} store no keys and values in the cache")
+        raise UnsupportedError(f"{name}: layers {silent} do not store keys and values in the cache")
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -261,7 +262,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _reason(cause: BaseException) -> str:
-    """Why a trace failed; where the model branches on values of a step, the line that does."""
+    """Explain why a trace failed, with the line of code if the model branches on values of a step."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if isinstance(cause, GuardOnDataDependentSymNode):
@@ -276,7 +277,7 @@ def _reason(cause: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracers' progress and advice off the terminal."""
+    """Keep the tracers' progress output and advice off the terminal."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Mask rules: transformers' functions of positions, read as what an attention operator can say."""
+"""Interpret mask rules, transformers' functions of positions, as settings of an attention operator."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from llmc.errors import UnsupportedError
 
 @dataclass(frozen=True, eq=False)
 class MaskRule:
-    """What transformers' mask interface was asked for; models hand it on as if it were the mask.
+    """The rule requested from transformers' mask interface; models pass it on as if it were the mask.
 
     Args:
-        function: Of (batch, head, query position, key position), true where the key is visible.
-        local_size: The sliding window that the caller states, 0 for none.
+        function: Function of (batch, head, query position, key position), true where the key is visible.
+        local_size: The sliding window that the caller states; 0 for none.
     """
 
     function: Callable[..., Any]
     local_size: int
 
     def __getitem__(self, _: Any) -> MaskRule:
-        """Models cut masks to the length of their keys, which a rule does not need."""
+        """Return the rule itself; models slice masks to the length of their keys, but a rule has none."""
         return self
 
     def window(self, stated: int = 0) -> int:
-        """The sliding window, 0 for plain causal.
+        """Return the sliding window; 0 for a plain causal mask.
 
         Args:
-            stated: The window that the attention was called with, 0 for none.
+            stated: The window with which the attention was called; 0 for none.
 
         Raises:
-            UnsupportedError: The rule is neither, or depends on more than positions.
+            UnsupportedError: The rule is neither causal nor a window, or depends on more than positions.
         """
         name = getattr(self.function, "__qualname__", str(self.function))
         try:
@@ -45,7 +45,7 @@ class MaskRule:
 
 
 def classify_mask(rule: Callable[..., Any], reach: int) -> int | None:
-    """The sliding window of a mask rule (0 for plain causal), or None if it is neither.
+    """Return the sliding window of a mask rule (0 for plain causal), or None if it is neither.
 
     Args:
         rule: transformers' mask function of (batch, head, query position, key position).
@@ -57,12 +57,12 @@ def classify_mask(rule: Callable[..., Any], reach: int) -> int | None:
     keys = torch.arange(count)
     last = torch.tensor(count - 1)
     zero = torch.tensor(0)
-    seen = rule(zero, zero, last, keys).broadcast_to(keys.shape)
-    window = int(seen.sum())
+    visible = rule(zero, zero, last, keys).broadcast_to(keys.shape)
+    window = int(visible.sum())
     probes = sorted({0, 1, count // 2, max(window - 1, 0), min(window, count - 1), count - 1})
     for position in probes:
         expected = (keys <= position) & (keys > position - window)
-        got = rule(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
-        if not torch.equal(got, expected):
+        actual = rule(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
+        if not torch.equal(actual, expected):
             return None
     return 0 if window == count else window

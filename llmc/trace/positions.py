@@ -1,9 +1,9 @@
-"""Positions: how many a model knows, where they begin, and what that means for ragged batches.
+"""Determine how many positions a model has, where they begin, and which padding of ragged batches they allow.
 
-A model places a token either by `position_ids`, or by the slot that it takes in the cache: a range of
-the step's length, a cut out of a table of positions. Slots compared with each other make a mask, which
-is right wherever the padding stands as long as it is masked too. Slots that become numbers, or look up a
-row of a table, are positions, and count the padding along.
+A model derives the position of a token either from `position_ids`, or from the slot that it takes in the
+cache: a range of the step's length, or a slice of a table of positions. If slots are only compared with each
+other, they form a mask, which is right for any padding that is masked too. If slots become numbers, or select
+rows of a table, they are positions, and padding shifts them.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
-#: Operators of whose inputs only the first has elements that matter; the rest are sizes, axes and bounds.
+#: Operators for which only the first input has elements that matter; the others are sizes, axes and bounds.
 _FIRST_ONLY = frozenset(
     {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Tile", "Split", "Pad"}
     | {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"}
 )
 
-#: Names under which configurations state how many positions their model knows.
+#: Names under which configurations state their model's number of positions.
 _STATED = ("max_position_embeddings", "max_target_positions", "max_seq_len", "max_sequence_length")
 
 
 def stated_positions(config: Any) -> int | None:
-    """How many positions a transformers configuration states; None if it states none."""
+    """Return the number of positions that a transformers configuration states; None if it states none."""
     text = config.get_text_config(decoder=True)
-    found = (getattr(text, name, None) for name in _STATED)
-    return next((n for n in found if isinstance(n, int) and n > 0), None)
+    values = (getattr(text, name, None) for name in _STATED)
+    return next((n for n in values if isinstance(n, int) and n > 0), None)
 
 
 def first_position(model: torch.nn.Module) -> int:
-    """The position that the model gives the first token.
+    """Return the position that the model gives the first token.
 
-    Models after fairseq keep a row of their table of positions for padding, and begin after it
-    (`padding_idx + 1`), unless they are told positions; ours are counted from 0.
+    Models derived from fairseq reserve a row of their table of positions for padding, and begin after it
+    (`padding_idx + 1`) unless they are given positions; llmc counts positions from 0.
     """
     import torch
 
@@ -57,7 +57,7 @@ def first_position(model: torch.nn.Module) -> int:
 
 
 def table_positions(graph: ir.Graph) -> int | None:
-    """How many positions the graph's smallest table of them has rows for; None without a table."""
+    """Return the number of positions in the graph's smallest table of positions; None without a table."""
     rows = []
     for node in graph:
         data = node.inputs[0] if node.inputs else None
@@ -76,7 +76,7 @@ def table_positions(graph: ir.Graph) -> int | None:
 
 
 def _offset(value: ir.Value | None) -> int | None:
-    """What is added to positions to get `value`; None if it is not made of positions."""
+    """Return the offset of `value` from the positions; None if it is not derived from positions."""
     offset = 0
     while value is not None:
         node = value.producer()
@@ -102,14 +102,14 @@ def _offset(value: ir.Value | None) -> int | None:
 
 
 def padding_side(graph: ir.Graph, *, windowed: bool) -> Literal["left", "any", "none"]:
-    """The side that this graph may be padded on.
+    """Return the side on which batches for this graph may be padded.
 
     Args:
-        windowed: The graph builds the mask of a sliding window from slots, so that padding between
-            real tokens would take up room in it.
+        windowed: Whether the graph builds the mask of a sliding window from slots, so that padding between
+            real tokens would take up room in the window.
 
     Returns:
-        "none" if positions are slots; "left" if a window counts slots; else "any".
+        "none" if positions are slots; "left" if a window counts slots; otherwise "any".
     """
     slots: set[ir.Value] = set()
     for node in graph:
@@ -126,26 +126,26 @@ def padding_side(graph: ir.Graph, *, windowed: bool) -> Literal["left", "any", "
 
 
 def _element_inputs(node: ir.Node) -> list[ir.Value | None]:
-    """The inputs whose elements, not sizes, matter to the result."""
+    """List the inputs whose elements, rather than sizes, affect the result."""
     if node.op_type in ("Shape", "Size", "ConstantOfShape"):
         return []
     return list(node.inputs[:1] if node.op_type in _FIRST_ONLY else node.inputs)
 
 
 def _makes_slots(node: ir.Node) -> bool:
-    """A range of dynamic length, or integers cut at a dynamic place out of a constant."""
+    """Return whether a node makes a range of dynamic length, or slices a constant of integers at run time."""
     if node.op_type == "Range":
         return any(constant_of(v) is None for v in node.inputs)
     return _cut(node) is not None and node.outputs[0].dtype in _INTEGERS
 
 
 def _cuts_a_table(node: ir.Node) -> bool:
-    """Numbers cut at a dynamic place out of a constant or a weight."""
+    """Return whether a node slices numbers from a constant or a weight at a position known at run time."""
     return _cut(node) is not None and node.outputs[0].dtype in _FLOATS
 
 
 def _cuts_a_window(node: ir.Node) -> bool:
-    """A mask cut at a dynamic place out of a table that hides more than the future."""
+    """Return whether a node slices a mask at run time from a table that hides more than the future."""
     source = _cut(node)
     table = constant_of(source)
     if table is None or node.outputs[0].dtype != ir.DataType.BOOL:
@@ -158,7 +158,7 @@ def _cuts_a_window(node: ir.Node) -> bool:
 
 
 def _cut(node: ir.Node) -> ir.Value | None:
-    """The constant or weight that `node` slices from a start that is known only at run time."""
+    """Return the constant or weight that `node` slices from a start known only at run time."""
     if node.op_type != "Slice" or len(node.inputs) < 3:
         return None
     source, start = node.inputs[0], node.inputs[1]
@@ -168,7 +168,7 @@ def _cut(node: ir.Node) -> ir.Value | None:
 
 
 def _is_stored(value: ir.Value | None) -> bool:
-    """Whether `value` is a weight or a constant."""
+    """Return whether `value` is a weight or a constant."""
     return value is not None and (
         constant_of(value) is not None or isinstance(value.const_value, Placeholder)
     )

@@ -1,4 +1,4 @@
-"""Clean up what the exporter writes for dynamic shapes, without looking at any weight."""
+"""Simplify the exporter's output for dynamic shapes without reading any weight."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llmc.graph.edit import set_value
 from llmc.graph.match import constant_of
 from llmc.graph.model import Placeholder
 
-#: Constants folded while simplifying stay below this many bytes.
+#: Upper limit in bytes of constants that are folded while simplifying.
 _FOLD_BYTES = 64 * 1024
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants, make reshapes static, drop duplicates and dead nodes; in place."""
+    """Fold constants, make reshapes static, remove duplicates and dead nodes; in place."""
     from onnx_ir.passes import common
 
     weights = _hide_weights(model.graph)
@@ -37,14 +37,14 @@ def simplify(model: ir.Model) -> None:
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Drop nodes and initializers that nothing reads; in place."""
+    """Remove nodes and initializers that nothing reads; in place."""
     from onnx_ir.passes import common
 
     common.RemoveUnusedNodesPass()(model)
 
 
 def _hide_weights(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Make weights plain inputs, so that no optimiser asks for their data."""
+    """Turn weights into plain inputs, so that no optimiser asks for their data."""
     weights = {n: v for n, v in graph.initializers.items() if isinstance(v.const_value, Placeholder)}
     for name, value in weights.items():
         del graph.initializers[name]
@@ -71,7 +71,7 @@ def _fold(model: ir.Model) -> None:
 
 
 def _fold_dimension(node: ir.Node) -> None:
-    """Replace the element of a shape by a constant where that dimension is known."""
+    """Replace the element of a shape by a constant if that dimension is known."""
     shape = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
     index = constant_of(node.inputs[1]) if shape is not None else None
     if shape is None or shape.op_type != "Shape" or index is None or index.shape.rank():
@@ -110,9 +110,9 @@ def _make_reshape_static(node: ir.Node) -> None:
 def static_shape(
     source: Sequence[int | ir.SymbolicDim], target: Sequence[int | ir.SymbolicDim]
 ) -> list[int] | None:
-    """`Reshape` target for a dynamic `target`: 0 where a dimension is copied from the same position.
+    """Return the `Reshape` target for a dynamic `target`: 0 copies the dimension at the same position.
 
-    Returns None if more than one dimension would have to be inferred.
+    Return None if more than one dimension would have to be inferred.
     """
     dims: list[int] = []
     for position, dim in enumerate(target):
@@ -153,7 +153,7 @@ def _drop_neutral(node: ir.Node) -> None:
 
 
 def _keeps_everything(node: ir.Node, source: ir.Value) -> bool:
-    """Whether a slice takes every element: from 0, to the end, by steps of 1."""
+    """Return whether a slice keeps every element: from 0, to the end, with steps of 1."""
     bounds = [constant_of(v) for v in node.inputs[1:]]
     if len(bounds) < 2 or any(b is None for b in bounds) or source.shape is None:
         return False

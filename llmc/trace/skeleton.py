@@ -1,4 +1,4 @@
-"""A model's own code with no weights: parameters are fake tensors, buffers are real."""
+"""Build a model's own code without weights: parameters are fake tensors, buffers are real."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.nn.Module:
-    """The causal LM of `config` in evaluation mode, with no memory behind its parameters.
+    """Build the causal LM of `config` in evaluation mode, without memory for its parameters.
 
-    Its attention is the capturing one where the model supports exchangeable attention, else torch's
+    Its attention is the capturing hook if the model supports exchangeable attention; otherwise it is torch's
     scaled dot product attention (see `llmc.trace.capture.intercepting_sdpa`).
 
     Args:
         config: A transformers configuration; not changed.
         dtype: Type of the parameters.
-        captured: Capture attention; else it is the model's own, in plain operators.
+        captured: Whether to capture attention; otherwise the model's own attention runs in plain operators.
 
     Raises:
         UnsupportedError: transformers has no causal LM for the configuration.
@@ -58,21 +58,21 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.
     model.tie_weights()
     read_gates(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, torch.nn.Parameter] = {}
+    fakes: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in fakes:
                 with mode:
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+                    fakes[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = fakes[id(parameter)]
     return model  # type: ignore[no-any-return]
 
 
 def parameter_aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of every parameter that has more than one, under each of its names."""
+    """Return all names of every parameter that has several, under each of its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

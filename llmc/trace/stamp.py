@@ -1,11 +1,11 @@
-"""One layer of each kind is traced; the others are stamped out from it.
+"""Trace one layer of each kind, and stamp the other layers out from it.
 
-While a model is traced, the first decoder layer of each kind runs between two marker nodes
-(`LayerBegin`, `LayerEnd`), and every other layer of that kind is a `LayerStub` with the same inputs.
-Stubs in a row are one node, and a negation stands for the result of each but the last: nodes of many
-outputs are what tracing spends its time on. `llmc.trace.expand` then copies the nodes between the
-markers into each stub with that layer's weights. Two layers are of one kind if their modules have the
-same classes, parameters, plain attributes and per-layer configuration.
+While a model is traced, the first decoder layer of each kind runs between two marker nodes (`LayerBegin`,
+`LayerEnd`), and every other layer of that kind is a `LayerStub` with the same inputs. Consecutive stubs form
+one node, and a negation represents the result of each stub but the last, because tracing spends most of its
+time on nodes with many outputs. `llmc.trace.expand` then replaces each stub by a copy of the nodes between
+the markers, with that layer's weights. Two layers are of one kind if their modules have the same classes,
+parameters, plain attributes and per-layer configuration.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
 
 
 class NotStampableError(Exception):
-    """Layers that look alike do not behave alike; the model has to be traced in full."""
+    """Layers that look alike behave differently, so the model has to be traced in full."""
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The decoder layers of a model: their modules' names and the kind of each.
+    """The decoder layers of a model: the names of their modules and their kinds.
 
     Args:
         names: Qualified module name of each layer, such as `model.layers.0`.
         indices: The index by which each layer addresses the KV cache.
-        representatives: For each layer the index of the first layer of its kind.
+        representatives: For each layer, the index of the first layer of its kind.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class LayerStack:
 
 @dataclass
 class _Call:
-    """How a representative was called and what it returned."""
+    """The arguments and the result of a call to a representative."""
 
     arguments: tuple[Any, ...]
     argument_spec: Any
@@ -56,14 +56,14 @@ class _Call:
 
 @dataclass
 class _Run:
-    """Stubs in a row, as far as they have been called; the last one becomes a node for all.
+    """A run of consecutive stubs called so far; the last call becomes a node for all of them.
 
     Args:
         indices: Layers called so far.
-        operands: For each of their tensors the position in `tensors`, or -1 for the layer before's result.
-        counts: How many operands each layer has.
-        tensors: What they are called with, results of the run's own layers aside.
-        results: What stands for the result of each layer: a negation, which export keeps as a node.
+        operands: For each of their tensors, its position in `tensors`, or -1 for the previous layer's result.
+        counts: Number of operands of each layer.
+        tensors: Tensors that they are called with, except results of layers in the run.
+        results: Stand-in for the result of each layer: a negation, which export keeps as a node.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -73,7 +73,7 @@ class _Run:
     results: list[Any] = field(default_factory=list)
 
     def call(self, index: int, leaves: Any) -> None:
-        """Note the call of one more layer."""
+        """Record the call of one more layer."""
         mine = _tensors(leaves)
         for tensor in mine:
             if self.results and tensor is self.results[-1]:
@@ -83,21 +83,21 @@ class _Run:
                 raise NotStampableError(
                     f"layer {index} takes the result of a layer that is not the one before it"
                 )
-            known = next((n for n, t in enumerate(self.tensors) if t is tensor), None)
-            if known is None:
-                known = len(self.tensors)
+            position = next((n for n, t in enumerate(self.tensors) if t is tensor), None)
+            if position is None:
+                position = len(self.tensors)
                 self.tensors.append(tensor)
-            self.operands.append(known)
+            self.operands.append(position)
         self.indices.append(index)
         self.counts.append(len(mine))
 
     def attributes(self) -> dict[str, list[int]]:
-        """The run as attributes of its node."""
+        """Return the run as attributes of its node."""
         return {"indices": self.indices, "operands": self.operands, "counts": self.counts}
 
 
 class LayerIndex(int):
-    """A layer index that notes when code computes with it, which makes layers unlike."""
+    """A layer index that records when code computes with it, which makes layers differ."""
 
     computed: list[str] = []  # noqa: RUF012  (shared on purpose: one trace at a time)
 
@@ -148,26 +148,26 @@ class LayerIndex(int):
 
 
 def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerStack:
-    """The model's list of decoder layers and which of them are alike.
+    """Find the model's list of decoder layers and which of them are alike.
 
-    A decoder layer is an element of the longest `ModuleList` whose elements each hold attention of
-    one layer index. With `stamp` False every layer is its own representative.
+    A decoder layer is an element of the longest `ModuleList` whose elements each hold attention with one
+    layer index. If `stamp` is False, every layer is its own representative.
     """
     import torch
 
-    found: tuple[str, torch.nn.ModuleList, list[int]] | None = None
+    longest: tuple[str, torch.nn.ModuleList, list[int]] | None = None
     inside = set(language_model(model).modules())
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.ModuleList) or not len(module) or module not in inside:
             continue
-        held = [_layer_indices(layer) for layer in module]
-        owned = [next(iter(i)) for i in held if len(i) == 1]
-        longer = found is None or len(module) > len(found[1])
+        indices_by_layer = [_layer_indices(layer) for layer in module]
+        owned = [next(iter(i)) for i in indices_by_layer if len(i) == 1]
+        longer = longest is None or len(module) > len(longest[1])
         if longer and len(owned) == len(module) and len(set(owned)) == len(owned):
-            found = (name, module, owned)
-    if found is None:
+            longest = (name, module, owned)
+    if longest is None:
         return LayerStack((), (), ())
-    name, layers, indices = found
+    name, layers, indices = longest
     first: dict[str, int] = {}
     representatives = []
     for i, layer in enumerate(layers):
@@ -201,10 +201,10 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
 
 
 def fold_runs(program: torch.export.ExportedProgram) -> None:
-    """Take the negations out of a traced program, which have done their work; every node costs time later.
+    """Remove the negations from a traced program once they have served; every node costs time later.
 
     Raises:
-        NotStampableError: The result of a layer inside of a run is used by more than the next one.
+        NotStampableError: The result of a layer inside a run is used by more than the next layer.
     """
     import torch
 
@@ -239,14 +239,14 @@ def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) ->
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         inputs = _tensors(leaves)
-        begun = _emit(BEGIN, inputs, [(t.dtype, t.shape) for t in inputs], index)
-        replaced = {id(t): new for t, new in zip(inputs, begun, strict=True)}
+        marked = _emit(BEGIN, inputs, [(t.dtype, t.shape) for t in inputs], index)
+        replaced = {id(t): new for t, new in zip(inputs, marked, strict=True)}
         new_args, new_kwargs = pytree.tree_unflatten([replaced.get(id(x), x) for x in leaves], spec)
         result = forward(*new_args, **new_kwargs)
         out_leaves, out_spec = pytree.tree_flatten(result)
         outputs = _tensors(out_leaves)
-        ended = _emit(END, outputs, [(t.dtype, t.shape) for t in outputs], index)
-        swapped = {id(t): new for t, new in zip(outputs, ended, strict=True)}
+        marked_outputs = _emit(END, outputs, [(t.dtype, t.shape) for t in outputs], index)
+        swapped = {id(t): new for t, new in zip(outputs, marked_outputs, strict=True)}
         calls[index] = _Call(tuple(leaves), spec, tuple(out_leaves), out_spec)
         return pytree.tree_unflatten([swapped.get(id(x), x) for x in out_leaves], out_spec)
 
@@ -282,12 +282,12 @@ def _stub(
         if last or len(outputs) != 1 or like is None:
             chain = row.results[-1:]
             sizes = [(t.dtype, t.shape) for t in outputs]
-            made = _emit(STUB, [*chain, *row.tensors], sizes, index, row.attributes())
+            stand_ins = _emit(STUB, [*chain, *row.tensors], sizes, index, row.attributes())
             row.__init__()  # type: ignore[misc]
         else:
-            made = (-like,)
-            row.results.append(made[0])
-        swapped = {id(t): new for t, new in zip(outputs, made, strict=True)}
+            stand_ins = (-like,)
+            row.results.append(stand_ins[0])
+        swapped = {id(t): new for t, new in zip(outputs, stand_ins, strict=True)}
         return pytree.tree_unflatten([swapped.get(id(x), x) for x in call.result], call.result_spec)
 
     return run
@@ -304,7 +304,7 @@ def _emit(
 
     if not outputs:
         raise NotStampableError(f"layer {index} takes or returns no tensor")
-    made = torch.onnx.ops.symbolic_multi_out(
+    tensors = torch.onnx.ops.symbolic_multi_out(
         f"{TRACE}::{kind}",
         [torch.view_as_real(t) if t.is_complex() else t for t in inputs],
         attrs={"index": index, **(run or {})},
@@ -314,23 +314,23 @@ def _emit(
     )
     return tuple(
         torch.view_as_complex(t) if dtype.is_complex else t
-        for t, (dtype, _) in zip(made, outputs, strict=True)
+        for t, (dtype, _) in zip(tensors, outputs, strict=True)
     )
 
 
 def _tensors(leaves: Any) -> list[Any]:
-    """The distinct tensors among `leaves`, in order of first appearance."""
+    """List the distinct tensors among `leaves`, in order of first appearance."""
     import torch
 
-    seen: dict[int, Any] = {}
+    distinct: dict[int, Any] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            seen.setdefault(id(leaf), leaf)
-    return list(seen.values())
+            distinct.setdefault(id(leaf), leaf)
+    return list(distinct.values())
 
 
 def _aliasing(leaves: Any) -> list[int]:
-    """For each tensor leaf the position of its first appearance."""
+    """Return, for each tensor leaf, the position of its first appearance."""
     import torch
 
     first: dict[int, int] = {}
@@ -355,7 +355,7 @@ def _layer_indices(module: torch.nn.Module) -> set[int]:
 
 
 def _kind(layer: torch.nn.Module, index: int, count: int, config: Any) -> str:
-    """A digest of everything about a layer that its trace may depend on."""
+    """Compute a digest of every property of a layer that can affect its trace."""
     digest = hashlib.sha256()
 
     def add(*parts: Any) -> None:

@@ -1,8 +1,8 @@
-"""What a model does at lengths beyond which it would compute otherwise, as far as its own code tells.
+"""Find the lengths beyond which a model computes differently, as far as its own code shows.
 
-A dynamic rotary embedding (dynamic NTK scaling) computes its frequencies from the longest step that it has
-seen, once that exceeds the positions of the configuration. Up to there they are constant, and a trace holds
-them so.
+A dynamic rotary embedding (dynamic NTK scaling) computes its frequencies from the longest step so far, once
+that exceeds the positions of the configuration. Up to that length the frequencies are constant, and a trace
+fixes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DYNAMIC = "dynamic"
 
 
 def hold_frequencies(model: torch.nn.Module) -> int | None:
-    """Make every dynamic rotary embedding keep the frequencies that it begins with.
+    """Make every dynamic rotary embedding keep its initial frequencies.
 
     Returns:
         The largest length up to which the model itself keeps them; None without such an embedding.
@@ -29,16 +29,16 @@ def hold_frequencies(model: torch.nn.Module) -> int | None:
         kinds = kind if isinstance(kind, dict) else {None: kind}
         if not any(isinstance(k, str) and _DYNAMIC in k for k in kinds.values()):
             continue
-        held = {layer: "default" if k and _DYNAMIC in k else k for layer, k in kinds.items()}
-        module.rope_type = held if isinstance(kind, dict) else held[None]
+        fixed = {layer: "default" if k and _DYNAMIC in k else k for layer, k in kinds.items()}
+        module.rope_type = fixed if isinstance(kind, dict) else fixed[None]
         lengths.append(int(module.max_seq_len_cached))
     return min(lengths, default=None)
 
 
 def restart_length(model: Any, switches: Sequence[int]) -> int | None:
-    """The first switch at which `generate` drops the KV cache and computes all tokens anew; None if none.
+    """Return the first switch at which `generate` drops the KV cache and recomputes all tokens; None if none.
 
-    The model's own `prepare_inputs_for_generation` is asked, with a cache of as many tokens.
+    The model's own `prepare_inputs_for_generation` decides, given a cache of as many tokens.
     """
     import torch
     from transformers import DynamicCache

@@ -1,4 +1,4 @@
-"""The station's one entry: a configuration in, a canonical `Graph` without weight data out."""
+"""Turn a configuration into a canonical `Graph` without weight data: the only entry to tracing."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     Args:
         config: transformers configuration of the model.
         dtype: Type of parameters, activations and KV cache.
-        stamp: Trace one layer of each kind and copy it for the others. Where layers that look alike
-            turn out not to be, the model is traced in full and the graph's notes say why.
+        stamp: Whether to trace one layer of each kind and copy it for the others. If layers that look alike
+            behave differently, the model is traced in full and the graph's notes give the reason.
 
     Returns:
-        The canonical graph; its weights are named and shaped, and have no data.
+        The canonical graph; its weights have names and shapes but no data.
 
     Raises:
         UnsupportedError: The model has no attention with a KV cache that can be captured.
@@ -73,7 +73,7 @@ def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured
     try:
         return export(stamp=False)
     except NotStampableError as error:
-        raise UnsupportedError(f"the model's layers cannot be told apart: {error}") from error
+        raise UnsupportedError(f"the model's layers cannot be distinguished: {error}") from error
 
 
 def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> Graph:
@@ -92,7 +92,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     padding = padding_side(graph, windowed=bool(exported.capture.stored) and any(rules))
     if padding != "any":
         why = {"left": "a window counts slots", "none": "positions are slots of the cache"}[padding]
-        side = {"left": "on the left only", "none": "nowhere: its rows must be of equal length"}[padding]
+        side = {"left": "on the left only", "none": "nowhere: its rows must have equal length"}[padding]
         notes.append(f"a batch is padded {side}, since {why}")
     _define_dialect(model)
     graph.name = "decoder"
@@ -120,7 +120,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
 
 
 def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
-    """Call initializers as the model's parameters are called; drop the exporter's fake data."""
+    """Name initializers like the model's parameters, and drop the exporter's fake data."""
     for old, value in list(graph.initializers.items()):
         del graph.initializers[old]
         name = old.removeprefix("model.")
@@ -157,7 +157,7 @@ def _define_dialect(model: ir.Model) -> None:
 
 
 def _give_sinks(graph: ir.Graph, attention: list[ir.Node]) -> None:
-    """Sinks that draw nothing, for layers that have none in a model where others do."""
+    """Add sinks without effect to layers that have none in a model where others have sinks."""
     for node in attention:
         heads = node.attributes["num_heads"].as_int()
         dtype = node.inputs[0].dtype if node.inputs[0] is not None else None

@@ -52,5 +52,5 @@ def test_experts_with_another_gate_are_dense_and_said_to_be() -> None:
     graph = trace_model(tiny_config("mixtral", hidden_act="gelu"), Dtype.FLOAT32)
     assert not [n for n in graph.graph if n.op_type == "Experts"]
     assert graph.notes == [
-        "experts traced as dense products in 1 layers, kept in float: their gate is no SwiGLU"
+        "experts traced as dense products in 1 layers, kept in float: their gate is not a SwiGLU"
     ]
