@@ -1,1 +1,1 @@
-"""The graph that every station works on: an ONNX model, its KV cache, its lazy weights."""
+"""Define the graph that every station works on: an ONNX model, its KV cache and its lazy weights."""

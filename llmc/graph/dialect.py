@@ -1,4 +1,4 @@
-"""The canonical dialect: operators of domain `llmc`, each an ONNX function over standard operators.
+"""Define the canonical dialect: operators of domain `llmc`, each an ONNX function over standard operators.
 
 `CachedAttention` is the attention of one decoder layer over its KV cache
 (Vaswani et al. 2017; grouped queries: Ainslie et al. 2023; softcap: Gemma 2; sinks: GPT-OSS):
@@ -12,8 +12,8 @@
              present_key (batch, kv_heads, total, key_width), present_value (… value_width)
     attributes  num_heads, kv_num_heads, scale, softcap (0: none), window (0: unlimited)
 
-Query i of this step stands at position past + i and sees the positions j <= past + i with
-attention_mask[b, j] = 1, and, with a window w, only those with j > past + i - w. Softmax is float32.
+Query i of this step is at position past + i. It sees the positions j <= past + i with attention_mask[b, j] =
+1 and, with a window w, only those with j > past + i - w. Softmax is computed in float32.
 
 `Experts` is a layer of experts (Shazeer et al. 2017) after the router's choice, each a SwiGLU (Shazeer 2020):
 
@@ -23,10 +23,10 @@ attention_mask[b, j] = 1, and, with a window w, only those with j > past + i - w
     outputs  output (tokens, hidden)
     attributes  alpha, beta, limit (0: none), interleaved (gate and up alternate; else the gate comes first)
 
-Expert e gives down[e] (g sigmoid(alpha g) (u + beta)) of gate g and up u, which are clipped at the limit, u
-on both sides; the output is the sum over the chosen experts by their weights.
+Expert e computes down[e] (g sigmoid(alpha g) (u + beta)) from gate g and up u. The limit clips g from above
+and u on both sides. The output is the sum over the chosen experts, weighted by their weights.
 
-The lowered operators of later passes live in other domains; nothing but a backend depends on them.
+The lowered operators of later passes belong to other domains; only backends depend on them.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ from llmc.graph.domains import DIALECT, OPSET
 CACHED_ATTENTION = "CachedAttention"
 EXPERTS = "Experts"
 
-#: A score no query can reach, finite so that a row without any visible position stays finite.
+#: A score that no query can reach, finite so that a row without any visible position stays finite.
 _MASKED = float(np.finfo(np.float32).min)
 
 
@@ -57,8 +57,8 @@ class _Body:
         attributes: Sequence[ir.Attr] = (),
         **attrs: int | float | list[int],
     ) -> ir.Value:
-        made = [*attributes, *ir.convenience.convert_attributes(attrs)]
-        node = ir.Node("", op, inputs, made)
+        all_attributes = [*attributes, *ir.convenience.convert_attributes(attrs)]
+        node = ir.Node("", op, inputs, all_attributes)
         node.outputs[0].name = name or f"{op.lower()}_{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
@@ -69,13 +69,13 @@ class _Body:
         return self("Constant", attributes=[attr])
 
     def attribute(self, name: str, kind: ir.AttributeType) -> ir.Value:
-        """The function's own attribute `name` as a tensor."""
+        """Return the function's own attribute `name` as a tensor."""
         key = {ir.AttributeType.INT: "value_int", ir.AttributeType.FLOAT: "value_float"}[kind]
         return self("Constant", attributes=[ir.RefAttr(key, name, kind)])
 
 
 def cached_attention(*, sinks: bool) -> ir.Function:
-    """The definition of `CachedAttention`, with or without attention sinks."""
+    """Define `CachedAttention`, with or without attention sinks."""
     names = ["query", "key", "value", "past_key", "past_value", "attention_mask"]
     if sinks:
         names.append("sinks")
@@ -111,7 +111,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
     divisor = b("Where", capped, softcap, b.constant(1.0))
     scores = b("Where", capped, b("Mul", softcap, b("Tanh", b("Div", scores, divisor))), scores)
 
-    # Positions by slot: the query's are past + i.
+    # Positions are slots: the query's positions are past + i.
     past = b("Shape", past_key, start=2, end=3)
     total = b("Shape", present_key, start=2, end=3)
     zero = b.constant(0)
@@ -156,7 +156,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
 
 
 def experts(*, biases: bool) -> ir.Function:
-    """The definition of `Experts`, with or without biases: dense products over all experts."""
+    """Define `Experts`, with or without biases, as dense products over all experts."""
     names = ["hidden", "indices", "weights", "gate_up", "down"]
     if biases:
         names += ["gate_up_bias", "down_bias"]
@@ -201,7 +201,7 @@ def experts(*, biases: bool) -> ir.Function:
 
 
 def _declare(integers: Sequence[str], floats: Sequence[str]) -> list[ir.Attr]:
-    """The attributes that a function takes, all of them required."""
+    """Declare the attributes that a function takes, all of them required."""
     return [ir.Attr(name, ir.AttributeType.INT, None) for name in integers] + [
         ir.Attr(name, ir.AttributeType.FLOAT, None) for name in floats
     ]

@@ -1,4 +1,4 @@
-"""Functions that change a graph: new nodes and initializers, replaced values and nodes, dead ones removed."""
+"""Change a graph: add nodes and initializers, replace values and nodes, remove dead ones."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +22,12 @@ _IR_OF_OPSET_23 = 11
 
 @dataclass(frozen=True)
 class Site:
-    """The place where new nodes go: before `anchor`.
+    """The place where new nodes are inserted: before `anchor`.
 
     Args:
-        graph: The graph.
-        anchor: The node that they are inserted before.
-        metadata: Metadata that they get; the layer of `anchor` if None.
+        graph: The graph to change.
+        anchor: The node before which new nodes are inserted.
+        metadata: Metadata of the new nodes; if None, the layer of `anchor`.
     """
 
     graph: ir.Graph
@@ -49,10 +49,10 @@ class Site:
     ) -> ir.Node:
         """Insert a new node, and return it.
 
-        Its first output is called `name` and has the shape and type of `like`, or those given. Further
-        outputs have an empty name, which leaves them out, until `set_value` names them.
+        Its first output is called `name` and has the given shape and type, or those of `like`. Further
+        outputs have an empty name, which omits them, until `set_value` names them.
         """
-        made = ir.Node(
+        node = ir.Node(
             domain,
             op,
             inputs,
@@ -61,16 +61,16 @@ class Site:
             name=f"{name}/{op}",
             metadata_props=self._metadata(),
         )
-        for output in made.outputs[1:]:
+        for output in node.outputs[1:]:
             output.name = ""
         if like is not None:
             shape = shape if shape is not None else tuple(like.shape or ())
             dtype = dtype or like.dtype
-        set_value(made.outputs[0], name, shape, dtype)
-        self.graph.insert_before(self.anchor, made)
+        set_value(node.outputs[0], name, shape, dtype)
+        self.graph.insert_before(self.anchor, node)
         if domain != STANDARD:
             require_domain(self.graph, domain)
-        return made
+        return node
 
     def _metadata(self) -> dict[str, str]:
         if self.metadata is not None:
@@ -95,7 +95,7 @@ def set_value(
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
-    """Put `new` in the place of `old`: its name, its shape and type, its users and its place as an output."""
+    """Replace `old` by `new`, which takes its name, shape, type, users and its position as a graph output."""
     name, old.name = old.name, None
     new.name = name
     new.shape, new.type = old.shape, old.type
@@ -103,10 +103,10 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put `new` in the place of `old`.
+    """Replace the node `old` by the nodes `new`.
 
-    The last new node takes its name, and the output of that node the name, type, shape and users of the old
-    output. All new nodes take its metadata.
+    The last new node takes the name of `old`, and its output takes the name, type, shape and users of the old
+    output. All new nodes take the metadata of `old`.
     """
     new[-1].name = old.name
     for node in new:
@@ -115,12 +115,12 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
 
 
 def require_domain(graph: ir.Graph, domain: str) -> None:
-    """Import an operator domain other than the standard one, if the graph does not yet."""
+    """Import an operator domain other than the standard one, unless the graph already imports it."""
     graph.opset_imports.setdefault(domain, VERSION)
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Add an initializer with the name and the data of `tensor`."""
+    """Add an initializer with the name and data of `tensor`."""
     value = ir.val(tensor.name, const_value=tensor)
     graph.register_initializer(value)
     return value
@@ -128,40 +128,40 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 def name_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """Return the initializer `name`; add it with the data of `array` if the graph does not have it yet."""
-    known = graph.initializers.get(name)
-    return known if known is not None else add_initializer(graph, ir.tensor(array, name=name))
+    existing = graph.initializers.get(name)
+    return existing if existing is not None else add_initializer(graph, ir.tensor(array, name=name))
 
 
 def add_constant(graph: ir.Graph, array: Array, hint: str) -> ir.Value:
     """Return an initializer with the data of `array`; equal data gives the same initializer.
 
     Args:
-        hint: The beginning of its name, which ends in a digest of the data.
+        hint: Prefix of its name, which ends in a digest of the data.
     """
     digest = hashlib.sha256(np.ascontiguousarray(array).tobytes())
     digest.update(repr((array.shape, array.dtype.str)).encode())
     name = f"{hint}_{digest.hexdigest()[:12]}"
-    known = graph.initializers.get(name)
-    return known if known is not None else add_initializer(graph, ir.tensor(array, name=name))
+    existing = graph.initializers.get(name)
+    return existing if existing is not None else add_initializer(graph, ir.tensor(array, name=name))
 
 
 def add_weight(graph: ir.Graph, name: str, rows: Rows) -> ir.Value:
-    """Return an initializer with the values of `rows`; the one there is if `name` is taken by the same ones.
+    """Return an initializer with the values of `rows`; reuse the existing one if `name` has the same rows.
 
     Raises:
-        GraphError: `name` is taken by another value.
+        GraphError: `name` is used by another value.
     """
-    known = graph.initializers.get(name)
-    if known is None:
+    existing = graph.initializers.get(name)
+    if existing is None:
         return add_initializer(graph, LazyWeight.from_rows(name, rows))
-    tensor = known.const_value
+    tensor = existing.const_value
     if not isinstance(tensor, LazyWeight) or tensor.rows != rows:
         raise GraphError(f"two weights would be called {name}")
-    return known
+    return existing
 
 
 def drop_dead(graph: ir.Graph) -> None:
-    """Remove nodes whose outputs nobody reads, then initializers nobody reads."""
+    """Remove nodes whose outputs nothing reads, then initializers that nothing reads."""
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
@@ -171,15 +171,15 @@ def drop_dead(graph: ir.Graph) -> None:
 
 
 def drop_unused_functions(model: ir.Model) -> None:
-    """Remove the functions that no node calls any more, and imports of domains without a node."""
+    """Remove functions that no node calls any more, and imports of domains without a node."""
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass(process_functions=False)(model)
 
 
 def require_opset(model: ir.Model, version: int) -> None:
-    """Raise the standard opset, and the IR version that goes with it, to what new operators need.
+    """Raise the standard opset, and the matching IR version, to what new operators need.
 
-    From opset 21, which tracing emits, to 24 the operators of a trace gain element types alone.
+    From opset 21, which tracing emits, to opset 24, operators of a trace only gain element types.
     """
     imports = model.graph.opset_imports
     imports[""] = max(imports.get("", 0), version)

@@ -1,4 +1,4 @@
-"""What a model exchanges with its runtime: inputs, outputs and the KV cache between steps."""
+"""Describe what a model exchanges with its runtime: inputs, outputs and the KV cache between steps."""
 
 from typing import Literal
 
@@ -6,27 +6,27 @@ from llmc.records import Record
 
 Padding = Literal["left", "right", "any", "none"]
 
-#: Input of graphs whose KV cache has a fixed length, in the place of attention_mask and position_ids:
-#: (batch,) int64, the slot of each row's first new token.
+#: Input of graphs whose KV cache has a fixed length, which replaces attention_mask and position_ids: (batch,)
+#: int64, the slot of each row's first new token.
 WRITE_INDICES = "write_indices"
-#: Input beside it of graphs with the logits of the last token only: (batch,) int64, the real new tokens of
-#: each row of this step; the pads behind them do not count.
+#: Additional input of such graphs if they only have the logits of the last token: (batch,) int64, the number
+#: of real new tokens of each row in this step; the padding after them does not count.
 TOKEN_COUNTS = "token_counts"
-#: Value of graphs with the logits of the last token only: (batch, 1, 1) int64, its place in the step.
+#: Value of graphs that only have the logits of the last token: (batch, 1, 1) int64, its index in the step.
 CHOSEN_TOKENS = "last/index"
 
 
-#: Elements of a row of an int8 KV cache besides its numbers: a float32, its scale (llmc/kernels/cache.h).
+#: Bytes that a row of an int8 KV cache has besides its numbers: its scale, a float32 (llmc/kernels/cache.h).
 SCALE_BYTES = 4
 
 
 def unscaled_width(dtype: str, width: int) -> int:
-    """Numbers of a row of a KV cache of `width` elements."""
+    """Return how many numbers a row of a KV cache with `width` elements holds."""
     return width - SCALE_BYTES if dtype == "int8" else width
 
 
 class TensorSpec(Record):
-    """Name, element type (`float32`, `int64`, …) and shape; a string is a named dynamic dimension."""
+    """The name, element type (`float32`, `int64`, …) and shape; a string is a named dynamic dimension."""
 
     name: str
     dtype: str
@@ -34,10 +34,10 @@ class TensorSpec(Record):
 
 
 class CacheSlot(Record):
-    """Keys and values of one decoder layer, as inputs (past) and outputs (present).
+    """The keys and values of one decoder layer, as inputs (past) and outputs (present).
 
-    Keys are (batch, kv_heads, past or total, key_width), values likewise with value_width; `window`
-    is the number of most recent positions a query may see, None for all of them.
+    Keys have shape (batch, kv_heads, past or total, key_width), values the same with value_width; `window`
+    is the number of most recent positions that a query can see, None for all positions.
     """
 
     layer: int
@@ -52,34 +52,34 @@ class CacheSlot(Record):
 
     @property
     def pairs(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Past and present of the keys, then of the values."""
+        """The names of past and present keys, then of past and present values."""
         return (self.past_key, self.present_key), (self.past_value, self.present_value)
 
     @property
     def pasts(self) -> tuple[str, str]:
-        """Inputs: past keys and values."""
+        """The inputs: past keys and past values."""
         return self.past_key, self.past_value
 
     @property
     def names(self) -> tuple[str, str, str, str]:
-        """Inputs and outputs: past keys and values, then present ones."""
+        """The inputs and outputs: past keys and values, then present keys and values."""
         return self.past_key, self.past_value, self.present_key, self.present_value
 
 
 class Interface(Record):
-    """Everything a runtime needs to know to run prefill and decode.
+    """The description that a runtime needs to run prefill and decode.
 
     Args:
-        inputs: All inputs in order, the cache included.
-        outputs: All outputs in order, the cache included.
+        inputs: All inputs in order, including the cache.
+        outputs: All outputs in order, including the cache.
         cache: One slot per attention layer, by layer.
         logits: Whether `logits` has every position of the step or only the last one.
         position_ids: Whether `position_ids` is an input.
-        padding: The side on which the shorter rows of a ragged batch are padded; "none" if rows must be
-            of equal length.
-        max_length: Largest total length the model knows positions for; None if unbounded.
-        restart: Total length beyond which the runtime has to compute the KV cache anew from all tokens, once,
-            as the original's `generate` does; None if never.
+        padding: The side on which the shorter rows of a ragged batch are padded; "none" if all rows must
+            have the same length.
+        max_length: Largest total length for which the model has positions; None if unbounded.
+        restart: Total length beyond which the runtime must recompute the KV cache from all tokens, once, as
+            the original's `generate` does; None if never.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -93,11 +93,11 @@ class Interface(Record):
 
     @property
     def static_cache(self) -> bool:
-        """Whether the KV cache has `max_length` slots from the beginning and is written in place."""
+        """Whether the KV cache has `max_length` slots from the start and is written in place."""
         return any(spec.name == WRITE_INDICES for spec in self.inputs)
 
     @property
     def vocabulary(self) -> int:
-        """Size of the vocabulary, the last dimension of `logits`."""
+        """The size of the vocabulary, which is the last dimension of `logits`."""
         logits = next(spec for spec in self.outputs if spec.name == "logits")
         return int(logits.shape[-1])

@@ -1,4 +1,4 @@
-"""Linear products and embeddings of a graph: where its weights are used."""
+"""Find linear products and embeddings of a graph, where its weights are used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Linear:
 
     Args:
         node: The `MatMul`.
-        weight: The initializer, (out_features, in_features) if `transposed`, else (in_features,
+        weight: The initializer, (out_features, in_features) if `transposed`, otherwise (in_features,
             out_features).
-        transposed: The weight stands behind a `Transpose` node, as torch stores linear layers.
-        role: Language-model head, projection into the residual stream, or any other linear layer.
+        transposed: Whether the weight passes through a `Transpose` node, as torch stores linear layers.
+        role: The product's role: language-model head, router, projection into the residual stream, or other.
     """
 
     node: ir.Node
@@ -31,7 +31,7 @@ class Linear:
 
     @property
     def activation(self) -> ir.Value:
-        """What the node reads now, (…, in_features): another value once its producer has been replaced."""
+        """The value that the node reads now, (…, in_features); a new one once its producer is replaced."""
         return cast(ir.Value, self.node.inputs[0])
 
     @property
@@ -61,18 +61,18 @@ class Embedding:
 
 
 def as_linear(node: ir.Node) -> Linear | None:
-    """The linear product that `node` computes; None if it is no product with a weight matrix."""
+    """Return the linear product that `node` computes; None if it is not a product with a weight matrix."""
     if not is_op(node, "MatMul") or len(node.inputs) != 2:
         return None
     activation, factor = node.inputs
-    found = matrix_behind(factor)
-    if activation is None or found is None:
+    matrix = matrix_behind(factor)
+    if activation is None or matrix is None:
         return None
-    return Linear(node, *found, _role(node))
+    return Linear(node, *matrix, _role(node))
 
 
 def matrix_behind(factor: ir.Value | None) -> tuple[ir.Value, bool] | None:
-    """The weight matrix that the second factor of a product is, and whether it stands behind a Transpose."""
+    """Return the weight matrix that is a product's second factor, and whether it is transposed first."""
     if factor is None:
         return None
     weight = behind(factor, "Transpose")
@@ -80,7 +80,7 @@ def matrix_behind(factor: ir.Value | None) -> tuple[ir.Value, bool] | None:
 
 
 def find_linears(graph: Graph) -> Iterator[Linear]:
-    """Every linear product, in graph order."""
+    """Yield every linear product, in graph order."""
     for node in graph.graph:
         linear = as_linear(node)
         if linear is not None:
@@ -88,9 +88,9 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
 
 
 def find_embeddings(graph: Graph) -> Iterator[Embedding]:
-    """Every lookup of a weight's rows by token ids, in graph order.
+    """Yield every lookup of a weight's rows by token ids, in graph order.
 
-    GPT-2 and OPT give their ids the shape that they have, by a Reshape.
+    GPT-2 and OPT pass their ids through a Reshape that does not change the shape.
     """
     ids = {v for v in graph.graph.inputs if v.name == "input_ids"}
     for node in graph.graph:
@@ -108,7 +108,7 @@ def find_embeddings(graph: Graph) -> Iterator[Embedding]:
 
 
 def is_weight(value: ir.Value) -> bool:
-    """Whether `value` is a parameter of the model, as opposed to a constant or an activation."""
+    """Return whether `value` is a parameter of the model, rather than a constant or an activation."""
     return isinstance(value.const_value, LazyWeight)
 
 
@@ -121,7 +121,7 @@ _TO_CHOICE = frozenset({"Add", "Mul", "Div", "Cast", "Reshape", "Softmax", "Sigm
 
 
 def _role(node: ir.Node) -> WeightRole:
-    """What the product is for, from the operators that its result goes through."""
+    """Determine the role of the product from the operators that its result passes through."""
     if _reaches_choice(node.outputs[0], 8):
         return WeightRole.ROUTER
     value, residual = node.outputs[0], True
@@ -143,7 +143,7 @@ def _role(node: ir.Node) -> WeightRole:
 
 
 def _reaches_choice(value: ir.Value, steps: int) -> bool:
-    """Whether `value` becomes what a TopK chooses by, within so many operators."""
+    """Return whether a TopK chooses by a value computed from `value` within `steps` operators."""
     users = set(value.consumers())
     return any(user.op_type == "TopK" for user in users) or (
         steps > 0

@@ -1,21 +1,21 @@
-"""Memory that tensors take which are mapped from their files."""
+"""Limit the memory that tensors mapped from their files take."""
 
 import mmap
 
 import onnx_ir as ir
 
-#: Bytes that are read before pages are dropped.
+#: Number of bytes read before pages are dropped.
 _MOST = 512 << 20
 
 
 class MappedPages:
-    """Drops the pages of a graph's tensors from the process once enough of them was read.
+    """Drops the pages of a graph's tensors from the process once enough of them have been read.
 
-    onnx_ir maps a file anew for each of its tensors, and keeps the map as long as the tensor. Pages of files
-    that are dropped are read again when they are asked for, from the system's cache if it still has them.
+    onnx_ir maps a file separately for each of its tensors, and keeps the map as long as the tensor. Dropped
+    pages are read again on access, from the system's page cache if it still holds them.
 
     Args:
-        graph: Its initializers are in files.
+        graph: The graph, whose initializers are in files.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -23,7 +23,7 @@ class MappedPages:
         self._read = 0
 
     def count(self, size: int) -> None:
-        """Say that `size` bytes more were read."""
+        """Report that `size` more bytes were read."""
         self._read += size
         if self._read < _MOST:
             return

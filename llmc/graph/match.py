@@ -1,6 +1,6 @@
-"""Functions that read a graph: producers, users, constants, shapes, and casts and slices seen through.
+"""Read a graph: producers, users, constants and shapes, and values behind casts and slices.
 
-They match by structure alone, and change nothing.
+These functions match by structure alone, and change nothing.
 """
 
 from collections.abc import Iterator

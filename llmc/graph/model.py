@@ -1,4 +1,4 @@
-"""`Graph`: an ONNX model in memory together with its KV-cache signature."""
+"""Define `Graph`: an ONNX model in memory together with its KV-cache signature."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,21 +12,21 @@ from llmc.graph.interface import CacheSlot, Interface, Padding, TensorSpec
 from llmc.graph.match import dims_of
 from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, WeightStore
 
-#: Node metadata: index of the decoder layer a node belongs to.
+#: Node metadata: index of the decoder layer to which a node belongs.
 LAYER = "llmc.layer"
-#: Node metadata: layouts of the packed weights that a compiled operator reads, JSON by initializer name:
+#: Node metadata: layouts of the packed weights that a compiled operator reads, as JSON by initializer name:
 #: [outputs, inputs, bits, block size, PackedZero].
 PACKED = "llmc.packed"
 
-#: Node metadata: bits that the codes of an operator with float zero points need, where it has wider ones.
+#: Node metadata: bits that the codes of an operator with float zero points need, if its codes are wider.
 CODE_BITS = "llmc.code_bits"
 
 
 class PackedZero(IntEnum):
-    """What stands for zero in the blocks of a packed matrix.
+    """The representation of zero in the blocks of a packed matrix.
 
-    MIDDLE: the middle code. CODE: a 4-bit code per block, value = (code - zero) * scale. MINIMUM: a float16
-    per block, value = code * scale + minimum.
+    MIDDLE: the middle code. CODE: a 4-bit zero point per block, value = (code - zero) * scale. MINIMUM: a
+    float16 minimum per block, value = code * scale + minimum.
     """
 
     MIDDLE = 0
@@ -43,12 +43,12 @@ class Graph:
         cache: One slot per attention layer that owns keys and values, by layer.
         layers: Number of decoder layers.
         logits: Whether `logits` has every position or only the last one.
-        padding: Side on which a ragged batch may be padded; "none" if rows must be of equal length.
-        max_length: Largest total length the model knows positions for; None if unbounded.
-        restart: Total length beyond which whoever serves the graph has to compute the KV cache anew, as the
-            original's `generate` does; None if never.
+        padding: Side on which a ragged batch may be padded; "none" if all rows must have the same length.
+        max_length: Largest total length for which the model has positions; None if unbounded.
+        restart: Total length beyond which the runtime that serves the graph must recompute the KV cache, as
+            the original's `generate` does; None if never.
         aliases: For a weight that several parameters share, all their names, by initializer name.
-        notes: What tracing and passes want a reader to know.
+        notes: Remarks of tracing and passes for the user.
     """
 
     model: ir.Model
@@ -66,7 +66,7 @@ class Graph:
         return self.model.graph
 
     def interface(self) -> Interface:
-        """What a runtime needs to know of this graph."""
+        """Describe what a runtime needs to know of this graph."""
         inputs = tuple(_spec(v) for v in self.graph.inputs)
         return Interface(
             inputs=inputs,
@@ -80,23 +80,23 @@ class Graph:
         )
 
     def unbound(self) -> Iterator[ir.Value]:
-        """Weights that have a name, a shape and a type, and no data yet."""
+        """Yield the weights that have a name, a shape and a type, but no data yet."""
         for value in self.graph.initializers.values():
             if isinstance(value.const_value, Placeholder):
                 yield value
 
     def bind(self, store: WeightStore, tied: Mapping[str, str]) -> tuple[str, ...]:
-        """Give every weight its source in `store`, cast to the graph's type where they differ.
+        """Give every weight its source in `store`, cast to the graph's type if it differs.
 
         Args:
             store: The checkpoint's tensors.
-            tied: Parameter names absent from the store, and the stored name that stands for each.
+            tied: Parameter names absent from the store -> the stored name to use for each.
 
         Returns:
             The ledger's leftovers: stored tensors that nothing in the graph reads.
 
         Raises:
-            CheckpointError: A weight has no source, or one of another shape.
+            CheckpointError: A weight has no source, or a source of another shape.
         """
         infos = store.infos()
         used: set[str] = set()
@@ -130,7 +130,7 @@ class Graph:
 
 
 class Placeholder(LazyWeight):
-    """Stands where a weight's data will be; reading it is an error."""
+    """A weight whose data is not yet known; reading it is an error."""
 
     def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
         def refuse() -> Mapping[str, object]:
@@ -141,7 +141,7 @@ class Placeholder(LazyWeight):
 
 
 def layer_of(node: ir.Node) -> int | None:
-    """The decoder layer that `node` belongs to; None outside of the layers."""
+    """Return the decoder layer to which `node` belongs; None outside the layers."""
     text = node.metadata_props.get(LAYER)
     return None if text is None else int(text)
 

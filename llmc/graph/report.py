@@ -1,17 +1,17 @@
-"""What a pass says about its run: where it applied, and where it declined and why."""
+"""Report a pass's run: where it applied, and where it declined and why."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One place where a pass nearly applied.
+    """One place where a pass almost applied.
 
     Args:
         code: Stable identifier of the reason, such as `value-width`; targets may accept it.
-        reason: The fact with its values.
+        reason: The reason, with its values.
         node: Name of the node.
-        layer: Decoder layer of the node; None outside of the layers.
+        layer: Decoder layer of the node; None outside the layers.
     """
 
     code: str
@@ -25,9 +25,9 @@ class PassReport:
     """The result of one pass over one graph.
 
     Args:
-        name: The pass.
-        applied: The layer of every application, None outside of the layers.
-        refusals: Near misses.
+        name: Name of the pass.
+        applied: The layer of every application, None outside the layers.
+        refusals: Places where the pass almost applied.
     """
 
     name: str
@@ -35,6 +35,6 @@ class PassReport:
     refusals: tuple[Refusal, ...] = ()
 
     def in_layer(self, layer: int, accept: tuple[str, ...] = ()) -> int:
-        """Applications in `layer`, with refusals of the accepted codes counted in."""
+        """Count the applications in `layer`, including refusals with accepted codes."""
         declined = sum(r.layer == layer and r.code in accept for r in self.refusals)
         return self.applied.count(layer) + declined

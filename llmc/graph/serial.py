@@ -1,4 +1,4 @@
-"""An unbound graph as bytes and back: what the trace cache keeps. Weights are named, never stored."""
+"""Serialize an unbound graph for the trace cache, and load it; weights are named but not stored."""
 
 import json
 from typing import Any
@@ -11,10 +11,10 @@ _KEY = "llmc.graph"
 
 
 def dump_graph(graph: Graph) -> bytes:
-    """Serialize a graph whose weights have no data yet; weights travel as inputs of the ONNX model.
+    """Serialize a graph whose weights have no data yet; weights become inputs of the ONNX model.
 
     Raises:
-        GraphError: A weight has data already.
+        GraphError: A weight already has data.
     """
     import onnx_ir.serde
 
@@ -47,7 +47,7 @@ def dump_graph(graph: Graph) -> bytes:
 
 
 def load_graph(data: bytes) -> Graph:
-    """The graph that `dump_graph` made `data` from."""
+    """Load a graph from `data` written by `dump_graph`."""
     import onnx
     import onnx_ir.serde
 

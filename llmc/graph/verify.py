@@ -1,4 +1,4 @@
-"""The invariants of a graph, checked after tracing, after every pass and before writing."""
+"""Check the invariants of a graph: after tracing, after every pass and before writing."""
 
 import onnx_ir as ir
 
@@ -11,7 +11,7 @@ def verify(graph: Graph) -> None:
     """Check a graph's names, order, interface, shapes and consumers.
 
     Raises:
-        GraphError: The first invariant that does not hold, with the value or node it fails at.
+        GraphError: The first invariant that is violated, with the value or node at fault.
     """
     _check_values(graph.graph)
     _check_interface(graph)
@@ -20,23 +20,23 @@ def verify(graph: Graph) -> None:
 
 def _check_values(graph: ir.Graph) -> None:
     names: dict[str, ir.Value] = {}
-    known: set[ir.Value] = set()
+    available: set[ir.Value] = set()
     for value in [*graph.inputs, *graph.initializers.values()]:
         _claim(names, value)
-        known.add(value)
+        available.add(value)
     for node in graph:
         for source in node.inputs:
-            if source is not None and source not in known:
+            if source is not None and source not in available:
                 raise GraphError(
-                    f"node {node.name} ({node.op_type}) reads {source.name}, which nothing made before it"
+                    f"node {node.name} ({node.op_type}) reads {source.name}, which no earlier node produces"
                 )
         for output in node.outputs:
             if output.name != "":
                 _claim(names, output)
-            known.add(output)
+            available.add(output)
     for output in graph.outputs:
-        if output not in known:
-            raise GraphError(f"output {output.name} is made by no node")
+        if output not in available:
+            raise GraphError(f"output {output.name} is not produced by any node")
 
 
 def _claim(names: dict[str, ir.Value], value: ir.Value) -> None:
@@ -75,4 +75,4 @@ def _check_initializers(graph: ir.Graph) -> None:
         if value.const_value is None:
             raise GraphError(f"initializer {name} has no data")
         if not value.uses():
-            raise GraphError(f"weight {name} is read by nothing")
+            raise GraphError(f"weight {name} is not read by any node")

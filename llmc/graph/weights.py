@@ -1,8 +1,8 @@
-"""Weights that are read when they are written: lazy rows, groups of outputs, initializers.
+"""Read weights only when they are written: lazy rows, groups of outputs, initializers.
 
-Nothing here holds a tensor: a `Rows` hands out slices along its first axis, a `WeightGroup`
-computes one or several initializers (codes, scales, zero points) from them, and a `LazyWeight`
-is the initializer that stands in the graph until a backend writes it.
+Nothing here holds a tensor: a `Rows` returns slices along its first axis, a `WeightGroup` computes one or
+several initializers (codes, scales, zero points) from them, and a `LazyWeight` represents the initializer in
+the graph until a backend writes it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ from llmc.arrays import Array
 
 
 class CodeRows(NamedTuple):
-    """Some outputs of a matrix in codes.
+    """Codes of some outputs of a matrix.
 
     Args:
-        codes: uint8 (n, K).
-        zero_points: uint8 (n, groups); what they are does not matter where there are minimums.
-        scales: (n, groups), in the type that the checkpoint has them in.
-        minimums: (n, groups), in the type of the scales; None unless the grid has them.
+        codes: Codes, uint8 (n, K).
+        zero_points: Zero points, uint8 (n, groups); their values do not matter if there are minimums.
+        scales: Scales, (n, groups), in the type that the checkpoint stores.
+        minimums: Minimums, (n, groups), in the type of the scales; None unless the grid has them.
     """
 
     codes: Array
@@ -33,20 +33,21 @@ class CodeRows(NamedTuple):
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """Codes that a checkpoint stores for a matrix (N, K).
+    """The codes that a checkpoint stores for a matrix (N, K).
 
     A weight is (code - zero point) * scale, or code * scale + minimum.
 
     Args:
         bits: Codes and zero points are in 0..2**bits - 1.
-        group_size: Neighbouring inputs that share a scale and a zero point; K if all of an output do.
-        symmetric: Every zero point is 2**(bits - 1).
+        group_size: Adjacent inputs that share a scale and a zero point; K if all inputs of an output do.
+        symmetric: Whether every zero point is 2**(bits - 1).
         scale_dtype: Type of the scales.
-        read: Outputs start:stop.
-        minimums: Whether a group has a minimum in the place of a zero point.
-        compact: The checkpoint has its scales in fewer bits than `scale_dtype`, as products of small numbers;
-            they are stored as float16, since all their digits would take more room than the checkpoint.
-        turned: The tensor has the inputs first, (…, K, N), and its codes are by output all the same.
+        read: Reads outputs start:stop.
+        minimums: Whether a group has a minimum instead of a zero point.
+        compact: Whether the checkpoint stores its scales in fewer bits than `scale_dtype`, as products of
+            small numbers; they are stored as float16, since all their digits would take more space than in
+            the checkpoint.
+        turned: Whether the tensor has its inputs first, (…, K, N), although its codes are by output.
     """
 
     bits: int
@@ -61,10 +62,10 @@ class CodeGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class StackGrid(CodeGrid):
-    """Codes of stacked matrices as of one, (experts * N, K): one expert after the other.
+    """The codes of stacked matrices as one matrix, (experts * N, K): one expert after the other.
 
     Args:
-        outputs: N.
+        outputs: N, the outputs of one expert.
     """
 
     outputs: int
@@ -72,11 +73,12 @@ class StackGrid(CodeGrid):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, shape and element type of a stored tensor, without its data.
+    """The name, shape and element type of a stored tensor, without its data.
 
     Args:
-        codes: Gives the codes of a tensor that the checkpoint has quantized, or the reason why they are no
-            grid of blocks; None for a tensor that is stored as it is. Reads zero points and group indices.
+        codes: Returns the codes of a tensor that the checkpoint has quantized, or the reason why they do not
+            form a grid of blocks; None for a tensor that is not quantized. Reads zero points and group
+            indices.
     """
 
     name: str
@@ -89,13 +91,13 @@ class WeightStore(Protocol):
     """The tensors of a checkpoint by the parameter names of the transformers model."""
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is, by name; reads no data."""
+        """Return a description of every tensor, by name; reads no data."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start:stop along axis 0 of tensor `name`, (stop - start, ...), in the stored type.
+        """Read rows start:stop along axis 0 of tensor `name`, (stop - start, ...), in the stored type.
 
-        bfloat16 comes as `ml_dtypes.bfloat16`. A scalar (0-d) tensor is returned whole.
+        bfloat16 is returned as `ml_dtypes.bfloat16`. A scalar (0-d) tensor is returned whole.
         """
         ...
 
@@ -111,17 +113,17 @@ class Rows(Protocol):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the checkpoint tensors that this is made of."""
+        """The names of the checkpoint tensors from which the rows are made."""
         ...
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows start:stop along axis 0, in `dtype`."""
+        """Read rows start:stop along axis 0, in `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A tensor as the checkpoint has it."""
+    """A tensor as the checkpoint stores it."""
 
     store: WeightStore
     info: TensorInfo
@@ -144,7 +146,7 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class CastRows:
-    """Rows converted to another element type."""
+    """The rows of a tensor, converted to another element type."""
 
     inner: Rows
     dtype: ir.DataType
@@ -163,7 +165,7 @@ class CastRows:
 
 @dataclass(frozen=True)
 class ConcatRows:
-    """Several tensors of equal trailing shape and type, one after the other along axis 0."""
+    """The concatenation of tensors of equal trailing shape and type along axis 0."""
 
     parts: tuple[Rows, ...]
 
@@ -192,7 +194,7 @@ class ConcatRows:
 
 @dataclass(frozen=True)
 class TransposedRows:
-    """A matrix with its two axes swapped; reads the whole matrix for any range of rows."""
+    """The transpose of a matrix; reads the whole matrix for any range of rows."""
 
     inner: Rows
 
@@ -214,12 +216,12 @@ class TransposedRows:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Matrices or biases of stacked experts, one expert a row: (experts, outputs, …).
+    """The matrices or biases of stacked experts, one expert per row: (experts, outputs, …).
 
     Args:
-        inner: (experts, outputs, inputs), (experts, inputs, outputs) or (experts, outputs).
-        transposed: Outputs and inputs are swapped.
-        interleave: The second half of the outputs is put between the first: 0, n / 2, 1, n / 2 + 1, …
+        inner: Rows of shape (experts, outputs, inputs), (experts, inputs, outputs) or (experts, outputs).
+        transposed: Whether to swap outputs and inputs.
+        interleave: Whether to interleave the two halves of the outputs: 0, n / 2, 1, n / 2 + 1, …
     """
 
     inner: Rows
@@ -249,7 +251,7 @@ class ExpertRows:
         return array
 
     def undo(self, array: Array) -> Array:
-        """What `inner` would have for rows that read `array`."""
+        """Return the rows of `inner` for which reading gives `array`."""
         if self.interleave:
             pairs = array.reshape(len(array), -1, 2, *array.shape[2:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
@@ -258,11 +260,11 @@ class ExpertRows:
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """Rows times a factor for each index of one axis.
+    """The rows times a factor for each index of one axis.
 
     Args:
-        factors: float32, as many as the axis has indices.
-        axis: 0, or 1 of a matrix.
+        factors: Factors, float32, one per index of the axis.
+        axis: Axis of the factors: 0, or 1 of a matrix.
     """
 
     inner: Rows
@@ -288,7 +290,7 @@ class ScaledRows:
         return scaled
 
     def undo(self, array: Array) -> Array:
-        """What `inner` would have for all of `array`, float32."""
+        """Return the rows of `inner` for which reading gives all of `array`, float32."""
         return self._times(array, 1 / self.factors)
 
     def _times(self, array: Array, factors: Array) -> Array:
@@ -299,14 +301,14 @@ class ScaledRows:
 
 
 def read_all(rows: Rows) -> Array:
-    """All rows at once, shape `rows.shape`."""
+    """Read all rows at once, shape `rows.shape`."""
     return rows.rows(0, rows.shape[0] if rows.shape else 1)
 
 
 def code_form(rows: Rows) -> tuple[int, int, bool] | None:
-    """Bits of the operators' codes, inputs of a group, and whether there are minimums, of codes to be kept.
+    """Return bits of the operators' codes, inputs per group and presence of minimums, for codes to be kept.
 
-    None for a matrix that is stored as floats, or whose codes are no grid of blocks.
+    Return None for a matrix that is stored as floats, or whose codes do not form a grid of blocks.
     """
     match rows:
         case CastRows():
@@ -322,7 +324,7 @@ def code_form(rows: Rows) -> tuple[int, int, bool] | None:
 
 
 def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that hold about `chunk_bytes` as float32 each."""
+    """Yield ranges of rows that take about `chunk_bytes` each as float32."""
     if not rows.shape:  # a scalar is read whole
         yield 0, 1
         return
@@ -334,7 +336,7 @@ def row_chunks(rows: Rows, chunk_bytes: int = 16 << 20) -> Iterator[tuple[int, i
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Initializers that come out of one computation, such as codes, scales and zero points.
+    """The initializers that one computation gives, such as codes, scales and zero points.
 
     Args:
         sources: Checkpoint tensors read by `compute`.
@@ -346,11 +348,11 @@ class WeightGroup:
 
 
 class LazyWeight(ir.LazyTensor):
-    """An initializer whose data is computed when it is asked for, and not kept.
+    """An initializer whose data is computed on access and not kept.
 
-    `rows` is set where the initializer is a plain (possibly joined, cast or transposed) tensor of
-    the checkpoint, so that a pass can take it apart or quantize it; else it is None and the value
-    is the `key` member of `group`.
+    `rows` is set if the initializer is a plain (possibly joined, cast or transposed) tensor of the
+    checkpoint, so that a pass can take it apart or quantize it; otherwise it is None and the value is the
+    `key` member of `group`.
     """
 
     def __init__(
@@ -370,7 +372,7 @@ class LazyWeight(ir.LazyTensor):
 
     @classmethod
     def from_rows(cls, name: str, rows: Rows) -> "LazyWeight":
-        """An initializer with the values of `rows`."""
+        """Create an initializer with the values of `rows`."""
         group = WeightGroup(rows.sources, lambda: {"value": read_all(rows)})
         return cls(name=name, dtype=rows.dtype, shape=rows.shape, group=group, key="value", rows=rows)
 

@@ -172,11 +172,11 @@ def _no_data(graph: Graph) -> None:
     [
         (_rename_output, r"outputs do not match the KV cache: present\.0\.key, present\.0\.keys"),
         (_orphan_input, "input position_ids has no consumer"),
-        (_orphan_weight, "weight orphan is read by nothing"),
+        (_orphan_weight, "weight orphan is not read by any node"),
         (_same_name, "two values are called merged"),
-        (_out_of_order, "reads hidden, which nothing made before it"),
+        (_out_of_order, "reads hidden, which no earlier node produces"),
         (_lost_shape, "logits has no shape"),
-        (_lost_input, "reads attention_mask, which nothing made before it"),
+        (_lost_input, "reads attention_mask, which no earlier node produces"),
         (_no_data, "initializer axes has no data"),
     ],
 )
