@@ -1,5 +1,5 @@
-// Attention of grouped queries (Ainslie et al. 2023) over an appended cache, with running softmax (Milakov and
-// Gimelshein 2018; Dao et al. 2022) by tiles of keys. The cache is (batch, KV heads, slots, elements of a row).
+// Grouped-query attention (Ainslie et al. 2023) over an appended cache, with running softmax (Milakov and Gimelshein
+// 2018; Dao et al. 2022) over tiles of keys. The cache is (batch, KV heads, slots, elements of a row).
 #pragma once
 #include <type_traits>
 
@@ -17,13 +17,13 @@ struct Attention {
   using Rows = Type<D>;
   static constexpr int group = Heads / KvHeads;
   static constexpr int vectors = D / kLanes;
-  static constexpr int queries_of_tile = group >= 16 ? 4 : group >= 8 ? 32 : 64;  // tokens, each with `group` rows
+  static constexpr int queries_of_tile = group >= 16 ? 4 : group >= 8 ? 32 : 64;  // tokens; each has `group` rows
   static constexpr int rows_of_tile = queries_of_tile * group;
   static constexpr int keys_of_split = 128;
-  static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries are of integers
-  static constexpr int partial = D + kLanes;  // floats of one partial result: output, then maximum and sum
+  static constexpr bool integers = Rows::scaled && D % 64 == 0;  // products of few queries use integers
+  static constexpr int partial = D + kLanes;  // floats of a partial result: output, maximum, sum
   using Keys = Many<Rows, D>;
-  /// What one thread works in: many queries, or the scores of few.
+  /// Working memory of one thread: for many queries, or for the scores of few queries.
   struct alignas(64) Room {
     Keys keys;
     alignas(64) float out[rows_of_tile * D];
@@ -34,15 +34,15 @@ struct Attention {
   static constexpr size_t scratch = sizeof(Room) > scores_of_few ? sizeof(Room) : scores_of_few;
   static_assert(D % kLanes == 0 && Heads % KvHeads == 0, "whole vectors and whole groups");
 
-  /// Whether the step runs by splits of the keys instead of tiles of queries, which sum in another order: up to
-  /// kSameTokens tokens give each the bits that it has alone.
+  /// Whether the step splits the keys instead of tiling the queries. The two ways sum in different orders, so a token
+  /// has the same bits in steps of up to kSameTokens tokens as alone.
   static bool few(const Run& run) { return group <= 16 * 4 && run.sequence <= kSameTokens; }
   static int64_t splits(const Run& run) { return (run.total + keys_of_split - 1) / keys_of_split; }
   static size_t shared(const Run& run) {
     return few(run) ? sizeof(float) * run.batch * run.sequence * Heads * splits(run) * partial : 0;
   }
 
-  /// Tokens of row b after this step, and before this piece of it.
+  /// The number of tokens of row b after this step, and before this piece of it.
   static int64_t after(const Run& run, const Op& op, int64_t b) {
     return run.tensor<const int32_t>(op.lengths)[b] + static_cast<int64_t>(1);
   }
@@ -78,7 +78,7 @@ struct Attention {
     return nullptr;
   }
 
-  /// Where past and present are two buffers, what is in the past; the step's first piece brings it over.
+  /// Copy the past into the present if they are two buffers; the step's first piece does so.
   static uint32_t carry_chunks(const Run& run, const Op& op) {
     const auto same = [&](int i) { return run.tensor<uint8_t>(op.cache[i]) == run.tensor<uint8_t>(op.cache[2 + i]); };
     return run.earlier > 0 || (same(0) && same(1)) ? 0 : static_cast<uint32_t>(run.batch * KvHeads);
@@ -91,7 +91,7 @@ struct Attention {
     }
   }
 
-  /// Rotate query and key (Su et al. 2021), scale the query, append key and value to the cache.
+  /// Rotate query and key (Su et al. 2021), scale the query, and append key and value to the cache.
   static void append(const Run& run, const Op& op, int64_t row) {
     const int64_t b = row / run.sequence, position = before(run, op, b) + row % run.sequence;
     float* query = run.at(op.out, row);
@@ -135,13 +135,13 @@ struct Attention {
     }
   }
 
-  /// Keys that the query at `position` of row b sees: from here, to before there.
+  /// The keys that the query at `position` of row b sees: from start to before stop.
   struct Range {
     int64_t start, stop;
   };
   static Range seen(const Run& run, const Op& op, int64_t b, int64_t position) {
     const int64_t total = after(run, op, b);
-    const int64_t stop = position + 1 < total ? position + 1 : total;  // padding sees what there is
+    const int64_t stop = position + 1 < total ? position + 1 : total;  // padding sees the keys that exist
     const int64_t start = op.window > 0 && stop > op.window ? stop - op.window : 0;
     return {start, stop};
   }
@@ -152,7 +152,7 @@ struct Attention {
     return reinterpret_cast<float*>(run.shared) + ((row * Heads + head) * splits(run) + split) * partial;
   }
 
-  /// One part of the keys for the few queries of one KV head.
+  /// Process one split of the keys for the few queries of one KV head.
   static void split(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
     const int64_t count = splits(run), part = index % count, head = index / count % KvHeads,
                   b = index / count / KvHeads;
@@ -193,10 +193,10 @@ struct Attention {
     }
   }
 
-  /// Heads whose queries are in registers together.
+  /// Number of heads whose queries are in registers together.
   static constexpr int heads_of_block = group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
 
-  /// Scores of `length` keys for each query of the group; lanes beyond the end are -3e38.
+  /// Compute the scores of `length` keys for each query of the group; lanes beyond the end are -3e38.
   static void score(const Op& op, const float* query, const uint8_t* keys, int64_t length, float* scores) {
     for (int h = 0; h < group; h += heads_of_block)
       score_keys<Rows, D, heads_of_block, integers>(query + h * D, keys, length, scores + h * keys_of_split,
@@ -221,7 +221,7 @@ struct Attention {
     }
   }
 
-  /// The parts of one row together, in their order.
+  /// Combine the partial results of one row in their order.
   static void combine(const Run& run, const Op& op, int64_t row) {
     if (!few(run)) return;
     float* out = run.at(op.out, row);
@@ -246,17 +246,17 @@ struct Attention {
     }
   }
 
-  /// A tile of queries, all heads of one KV head, over all keys they see.
+  /// Process a tile of queries, with all heads of one KV head, over all the keys that they see.
   static void tile(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
     const int64_t tiles = (run.sequence + queries_of_tile - 1) / queries_of_tile;
-    // The last queries see the most keys: begin with them, so that the threads end together.
+    // The last queries see the most keys: start with them, so that the threads finish together.
     const int64_t first = (tiles - 1 - index % tiles) * queries_of_tile, head = index / tiles % KvHeads,
                   b = index / tiles / KvHeads;
     const int64_t tokens = run.sequence - first < queries_of_tile ? run.sequence - first : queries_of_tile;
     const int rows = static_cast<int>(tokens * group);
     const int64_t position = before(run, op, b) + first;
     Room& room = *reinterpret_cast<Room*>(scratch.bytes);
-    const auto numbers_of = [&](const Ref& ref, int r) {  // of a query, or of what comes of it
+    const auto numbers_of = [&](const Ref& ref, int r) {  // of a query or of its result
       return run.at(ref, b * run.sequence + first + r / group) + (head * group + r % group) * D;
     };
     for (int r = 0; r < rows; r++) {

@@ -1,21 +1,22 @@
-// Attention of few queries, a step of decoding: scores of keys, and sums of values by weight, straight from the rows of
-// a KV cache. `Heads` queries that share a KV head go together. Where the cache is int8 and D a multiple of 64, both
-// are integer products: the query is rounded to 8 bits like activations, a weight to 15 bits of the largest beside it.
+// Attention of few queries, for a decoding step: scores of keys and weighted sums of values, computed directly from the
+// rows of a KV cache. `Heads` queries that share a KV head are processed together. If the cache is int8 and D is a
+// multiple of 64, both are integer products: a query is rounded to 8 bits like activations, and a weight to 15 bits of
+// the largest weight in the split.
 #pragma once
 #include "cache.h"
 #include "simd.h"
 
 namespace llmc {
 
-/// Bytes between the row of the cache that is read and the one that memory is asked for.
+/// Bytes between the cache row that is read and the row that is prefetched.
 constexpr int64_t kRowsAhead = 8 << 10;
 
-/// Ask memory for what is `kRowsAhead` beyond `bytes` from here.
+/// Prefetch `bytes` bytes that are `kRowsAhead` ahead.
 inline void ask_ahead(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + kRowsAhead + i);
 }
 
-/// `Heads` queries and the products with one key, in lanes whose sums are the scores.
+/// `Heads` queries and their products with one key, in lanes whose sums are the scores.
 template <class Rows, int D, int Heads, bool Integer>
 struct Queries {
   typedef F V;
@@ -38,7 +39,7 @@ template <class Rows, int D, int Heads>
 struct Queries<Rows, D, Heads, true> {
   typedef I V;
   I codes[Heads][D / 64];
-  I start[Heads];  // takes back what keys are multiplied above their value
+  I start[Heads];  // corrects for keys being multiplied above their value
   F scales[Heads];
 
   explicit Queries(const float* query) {
@@ -63,7 +64,7 @@ struct Queries<Rows, D, Heads, true> {
   F score(int h, I whole) const { return to_float(whole) * scales[h]; }
 };
 
-/// Scores of `length` keys, at least one, for `Heads` queries, 16 keys at a time, `stride` floats from query to query.
+/// Scores of `length` keys, at least one, for `Heads` queries, 16 keys at a time; `stride` floats between queries.
 template <class Rows, int D, int Heads, bool Integer>
 inline void score_keys(const float* query, const uint8_t* keys, int64_t length, float* scores, int64_t stride) {
   const Queries<Rows, D, Heads, Integer> queries(query);
@@ -88,7 +89,7 @@ inline void score_keys(const float* query, const uint8_t* keys, int64_t length, 
   }
 }
 
-/// Sums of `length` values by the weights of `Heads` queries, `stride` floats from query to query.
+/// Sums of `length` values by the weights of `Heads` queries; `stride` floats between queries.
 template <class Rows, int D, int Heads>
 inline void sum_values(const uint8_t* values, int64_t length, const float* weights, int64_t stride,
                        float* const* results) {
@@ -108,7 +109,7 @@ inline void sum_values(const uint8_t* values, int64_t length, const float* weigh
     for (int v = 0; v < D / kLanes; v++) store(results[h] + v * kLanes, out[h][v]);
 }
 
-/// The same in integers. `Most`: most values, a multiple of 16, such that no sum overflows.
+/// The same in integers. `Most`: largest number of values, a multiple of 16, such that no sum overflows.
 template <class Rows, int D, int Heads, int Most>
 inline void sum_codes(const uint8_t* values, int64_t length, const float* weights, int64_t stride,
                       float* const* results) {
@@ -138,7 +139,7 @@ inline void sum_codes(const uint8_t* values, int64_t length, const float* weight
     for (int64_t t = 0; t < length; t += 2) {
       const uint8_t* first = values + t * Rows::bytes + d;
       ask_ahead(first, 2 * Rows::bytes);
-      const uint8_t* second = t + 1 < length ? first + Rows::bytes : first;  // of which the weight is 0
+      const uint8_t* second = t + 1 < length ? first + Rows::bytes : first;  // its weight is 0
       I weight[Heads];
       for (int h = 0; h < Heads; h++) {
         int32_t pair;

@@ -1,6 +1,6 @@
-// Attention of many queries, a prompt: tiles of keys and values as 16-bit codes, and blocks of queries that go through
-// a tile at once, with scores, softmax and sums of values in registers. The numbers of levels are chosen such that
-// products of pairs of codes add up in 32 bits without overflow.
+// Attention of many queries, for a prompt: tiles of keys and values as 16-bit codes, and blocks of queries that go
+// through a tile together, with scores, softmax and sums of values in registers. The numbers of levels are chosen such
+// that sums of products of pairs of codes fit in 32 bits without overflow.
 #pragma once
 #include "cache.h"
 #include "simd.h"
@@ -9,14 +9,14 @@ namespace llmc {
 
 constexpr int kKeysOfTile = 64;
 
-/// Largest bits of two signed factors, without their signs, such that the sum of `Count` products fits in 32 bits.
+/// Largest total bits of two signed factors, without signs, such that the sum of `Count` products fits in 32 bits.
 constexpr int bits_of_sum(int count) {
   int bits = 31;
   for (int n = 1; n < count; n *= 2) bits--;
   return bits;
 }
 
-/// 32 numbers, each in 16 bits: pairs of neighbours in a lane.
+/// Pack 32 numbers into 16 bits each, two neighbours per lane.
 inline I pair_up(I low, I high) {
   typedef int16_t Half __attribute__((vector_size(32)));
   const Half a = __builtin_convertvector(low, Half), b = __builtin_convertvector(high, Half);
@@ -24,7 +24,7 @@ inline I pair_up(I low, I high) {
                                     22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-/// One step of the transposition of 16 by 16: squares of `Step` across the diagonal change places.
+/// One step of a 16 by 16 transposition: exchange squares of `Step` across the diagonal.
 template <int Step>
 inline void swap_squares(I* rows) {
 #define LLMC_LANES(OF) \
@@ -42,7 +42,7 @@ inline void swap_squares(I* rows) {
 #undef LLMC_LANES
 }
 
-/// Scores of a tile's keys without those before `start` and from `stop` on.
+/// Mask the scores of a tile's keys before `start` and from `stop` on.
 template <class Range>
 inline void hide_unseen(const Range& range, F* scores) {
   if (range.start <= 0 && range.stop >= kKeysOfTile) return;
@@ -54,34 +54,34 @@ inline void hide_unseen(const Range& range, F* scores) {
   }
 }
 
-/// Tiles of one KV head, and blocks of queries.
+/// A tile of one KV head, and blocks of queries over it.
 template <class Cache, int D>
 struct Tile {
-  using Number = int32_t;  // of an encoded query
+  using Number = int32_t;  // element of an encoded query
   static constexpr int columns = kKeysOfTile / kLanes;
   static constexpr int vectors = D / kLanes;
-  static constexpr int pairs = (D + 31) / 32 * 16;  // of neighbouring numbers of a row, the last with zeros
-  static constexpr int numbers = pairs;             // of an encoded query
+  static constexpr int pairs = (D + 31) / 32 * 16;  // of neighbouring numbers of a row, the last padded with zeros
+  static constexpr int numbers = pairs;             // elements of an encoded query
   static constexpr int query_bits = bits_of_sum(D) / 2, key_bits = bits_of_sum(D) - query_bits;
   static constexpr int value_bits = bits_of_sum(kKeysOfTile) / 2, weight_bits = bits_of_sum(kKeysOfTile) - value_bits;
   static_assert(query_bits >= 8 && key_bits < 16 && weight_bits == 13, "codes have 16 bits");
   static constexpr float levels(int bits) { return static_cast<float>((1 << bits) - 1); }
   static constexpr float log_of_levels = weight_bits * 0.69314718f - 1e-4f;  // rounds to the last level
-  /// Powers of two between the largest value of a tile and those whose codes have fewer bits.
+  /// Powers of two between the largest value of a tile and values whose codes have fewer bits.
   static constexpr int32_t kOctaves = 20;
-  /// Values below 2 to it are rounded to its codes: their counts would leave the range of floats.
+  /// Values below 2 to this exponent use its codes: their units would leave the range of floats.
   static constexpr int32_t kLeastExponent = -60;
-  /// Queries that are in registers at once.
+  /// Number of queries that are in registers together.
   static constexpr int rows_of_block = kVectorRegisters >= 32 ? 6 : 1;
 
   int32_t keys[pairs * kKeysOfTile];            // (pairs, keys)
   int32_t values[kKeysOfTile / 2 * D];          // (pairs of keys, D)
-  alignas(64) float key_scales[kKeysOfTile];    // what a code of a key counts; zeros beyond the end
-  alignas(64) float value_logs[kKeysOfTile];    // natural logarithm of what a code of a value counts
-  alignas(64) float value_counts[kKeysOfTile];  // one over it
+  alignas(64) float key_scales[kKeysOfTile];    // value of one code unit of a key; zeros beyond the end
+  alignas(64) float value_logs[kKeysOfTile];    // natural logarithm of the value of one code unit of a value
+  alignas(64) float value_counts[kKeysOfTile];  // the reciprocal of that unit
   int length;
 
-  /// A row of the cache with its largest number.
+  /// A row of the cache with its largest magnitude.
   struct Row {
     F x[vectors];
     float peak;
@@ -98,7 +98,7 @@ struct Tile {
   };
   static float inverse(float peak, int bits) { return peak > 1e-30f ? levels(bits) / peak : 0.0f; }
 
-  /// The next `count` keys and values of the cache, at most a tile.
+  /// Load the next `count` keys and values of the cache, at most one tile.
   void take(const uint8_t* key_rows, const uint8_t* value_rows, int count) {
     length = count;
     std::memset(key_scales, 0, sizeof key_scales);
@@ -142,7 +142,7 @@ struct Tile {
     }
   }
 
-  /// The exponent of the least power of two above x.
+  /// The exponent of the smallest power of two above x.
   static int32_t exponent_of(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -155,7 +155,7 @@ struct Tile {
     return x;
   }
 
-  /// A query as codes, `pairs` 32-bit words; returns what a code counts.
+  /// Encode a query as codes, `pairs` 32-bit words; return the value of one code unit.
   static float encode(const float* query, int32_t* codes) {
     F top = F{};
     for (int v = 0; v < vectors; v++) top = max(top, abs(load(query + v * kLanes)));
@@ -169,24 +169,24 @@ struct Tile {
     return peak > 1e-30f ? peak / levels(query_bits) : 0.0f;
   }
 
-  /// A query on its way through the tiles: what a code of it counts, the largest logarithm of a part of the result so
+  /// The state of a query between tiles: the value of one code unit, the largest logarithm of a part of the result so
   /// far, and sums of weights relative to it, in lanes.
   struct alignas(64) State {
     F total;
     float scale, peak;
   };
 
-  /// `Rows` queries over this tile. `seen` gives the keys of a query, counted in this tile: from `start` to before
-  /// `stop`; `bend` what becomes of scores. Sums go to `out`, (Rows, D).
+  /// Process `Rows` queries over this tile. `seen` returns the keys of a query, counted in this tile: from `start` to
+  /// before `stop`; `bend` transforms scores. Sums are added to `out`, (Rows, D).
   ///
-  /// A weight's code is that of the exponential times what a code of its value counts, relative to the largest of
-  /// the tile: what is rounded is small against the largest part of the result, be it by weight or by value.
+  /// A weight's code is the code of the exponential times the unit of its value, relative to the largest in the tile:
+  /// the rounding error is small compared with the largest part of the result, whether by weight or by value.
   template <int Rows, class Seen, class Bend>
   void pass(const int32_t* codes, State* states, float* out, const Seen& seen, const Bend& bend) const {
     alignas(64) int32_t weights[Rows][kKeysOfTile / 2];
     F scores[Rows][columns];
     score<Rows>(codes, states, seen, bend, scores);
-    F here = all(-3e38f), before = here;  // the largest scores of the rows, in this tile and before it
+    F here = all(-3e38f), before = here;  // the rows' largest scores, in this tile and before it
     for (int r = 0; r < Rows; r++) {
       F top = scores[r][0];
       for (int c = 1; c < columns; c++) top = max(top, scores[r][c]);
@@ -198,7 +198,7 @@ struct Tile {
     for (int r = 0; r < Rows; r++) {
       F added = F{};
       I code[columns];
-      const F top = all(max(here, all(-2e38f))[r] - log_of_levels);  // where no key is seen, all weights are 0
+      const F top = all(max(here, all(-2e38f))[r] - log_of_levels);  // if no key is seen, all weights are 0
       for (int c = 0; c < columns; c++) {
         const F weight = exp(scores[r][c] - top);
         added += weight * load(value_counts + c * kLanes);

@@ -1,12 +1,12 @@
-// Rows of a KV cache: key or value of one head at one position, D numbers in the type of the cache. Rows are of
-// `bytes`, which are `elements` in the last dimension of the cache's tensor; what is read times `scale` is the number.
+// Rows of a KV cache: the key or value of one head at one position, D numbers in the type of the cache. A row takes
+// `bytes` bytes, or `elements` elements in the last dimension of the cache's tensor; a number is a code times `scale`.
 #pragma once
 #include "program.h"
 #include "simd.h"
 
 namespace llmc {
 
-/// float32 as it is.
+/// Stores float32 unchanged.
 template <int D>
 struct FloatRows {
   static constexpr int elements = D;
@@ -18,7 +18,7 @@ struct FloatRows {
   static float scale(const uint8_t*) { return 1.0f; }
 };
 
-/// float16; numbers beyond its range become the largest that it has.
+/// Stores float16; numbers beyond its range become its largest number.
 template <int D>
 struct HalfRows {
   static constexpr int elements = D;
@@ -33,7 +33,7 @@ struct HalfRows {
   static float scale(const uint8_t*) { return 1.0f; }
 };
 
-/// int8: D codes, nearest(x * 127 / max|x|), then max|x| / 127 as a float32.
+/// Stores int8: D codes, nearest(x * 127 / max|x|), then max|x| / 127 as a float32.
 template <int D>
 struct ByteRows {
   static constexpr int elements = D + 4;
@@ -58,7 +58,7 @@ struct ByteRows {
   }
 };
 
-/// Scales of rows t to t + 15, zeros from `length` on.
+/// Load the scales of rows t to t + 15, zeros from `length` on.
 template <class Rows>
 inline F load_scales(const uint8_t* rows, int64_t t, int64_t length) {
   float scales[kLanes];

@@ -1,11 +1,11 @@
 // Threads that work through the phases of a step together.
 //
-// Every thread calls the same phases in the same order. The chunks of a phase are cut into shares, one after the
-// other in memory; a thread claims those of its own share from the front, which the hardware likes, and then helps with
-// the others from their ends. So a thread that comes late, or is descheduled between two chunks, holds nobody up, and
-// one thread alone gets through as well, which makes the crew safe on a thread pool that promises no concurrency.
-// Whoever finishes the last chunk runs the phase's serial tail and opens the next phase. What a chunk computes does
-// not depend on who claims it.
+// Every thread calls the same phases in the same order. The chunks of a phase are divided into shares that are adjacent
+// in memory; a thread claims chunks of its own share from the front, which suits hardware prefetching, and then helps
+// with the other shares from their ends. A thread that comes late, or is descheduled between two chunks, therefore
+// delays nobody, and one thread alone finishes as well, which makes the crew safe on a thread pool that promises no
+// concurrency. The thread that finishes the last chunk runs the phase's serial tail and opens the next phase. The
+// result of a chunk does not depend on which thread claims it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -20,13 +20,13 @@ class Crew {
   explicit Crew(uint32_t shares) : shares_(shares < 1 ? 1 : shares > kMaxShares ? kMaxShares : shares) {}
 
   uint32_t share_of(size_t thread) const { return static_cast<uint32_t>(thread % shares_); }
-  /// The first of a share's chunks.
+  /// The first chunk of a share.
   uint32_t first_of(uint32_t share, uint32_t chunks) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(chunks) * share / shares_);
   }
 
-  /// Work through phase `index`, which counts from 0 without gaps, as long as it has chunks to claim; there is at
-  /// least one. `idle` is called when there is nothing left to claim. Returns whether this thread claimed any.
+  /// Work through phase `index`, counted from 0 without gaps, as long as it has chunks to claim; it has at least one.
+  /// `idle` is called when nothing is left to claim. Returns whether this thread claimed any chunk.
   template <class Work, class Idle, class Tail>
   bool phase(uint32_t index, uint32_t own, uint32_t chunks, Work&& work, Idle&& idle, Tail&& tail) {
     for (unsigned turns = 0; phase_of(claims_[own].word.load(std::memory_order_acquire)) < index;) rest(++turns);
@@ -57,13 +57,13 @@ class Crew {
   }
 
  private:
-  /// A word has the phase, then what is claimed of the share from its front and from its back, of kBits each.
+  /// A word holds the phase, then the claimed counts at the share's front and back, in kBits bits each.
   static constexpr int kBits = 24;
   static uint32_t phase_of(uint64_t word) { return static_cast<uint32_t>(word >> (2 * kBits)); }
   static uint64_t front(uint64_t word) { return word >> kBits & ((uint64_t{1} << kBits) - 1); }
   static uint64_t back(uint64_t word) { return word & ((uint64_t{1} << kBits) - 1); }
 
-  /// Spin for some tens of microseconds, then let others run: there may be more threads than cores.
+  /// Spin for some tens of microseconds, then yield: there may be more threads than cores.
   static void rest(unsigned turns) {
     if (turns > 2000) {
       std::this_thread::yield();

@@ -1,13 +1,13 @@
 // The products and tiles of the gate's programs, which replace those of matmul.h and attention_prefill.h: they read the
-// same packed weights, and keep activations, scores and weights of attention in float32. Over a cache in float32, their
-// results differ from the original by the rounding of float32 alone.
+// same packed weights, but keep activations, scores and attention weights in float32. Over a float32 cache, their
+// results differ from the original only by the rounding of float32.
 #pragma once
 #include "attention_prefill.h"
 #include "matmul.h"
 
 namespace llmc {
 
-/// M: the `Matmul` that it stands for.
+/// M: the `Matmul` that this class replaces.
 template <class M>
 struct Exact {
   static constexpr int64_t rows_of_tile = 64;
@@ -21,7 +21,7 @@ struct Exact {
     return static_cast<uint32_t>(M::groups(op) * tiles(run, op));
   }
 
-  /// 16 outputs of up to `rows_of_tile` rows.
+  /// Compute 16 outputs of up to `rows_of_tile` rows.
   static void chunk(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
     const int64_t g = index % M::groups(op), start = index / M::groups(op) * rows_of_tile;
     const int64_t rows = run.rows(op.space), stop = start + rows_of_tile < rows ? start + rows_of_tile : rows;
@@ -33,7 +33,7 @@ struct Exact {
   }
 
  private:
-  /// The weights of a group: for each input those of its 16 outputs.
+  /// Unpack the weights of a group: for each input, the weights of its 16 outputs.
   static void unpack(const uint8_t* group, F* weights) {
     for (int b = 0; b < M::blocks; b++) {
       const uint8_t* codes = group + b * M::block_bytes;
@@ -68,16 +68,16 @@ struct Exact {
   }
 };
 
-/// A tile of keys and values, and queries that go through it, as those of `Tile`.
+/// A tile of keys and values, and the queries that go through it, like `Tile`.
 template <class Cache, int D>
 struct ExactTile {
   static_assert(Cache::floats, "rows of the cache are float32");
-  using Number = float;  // of an encoded query
+  using Number = float;  // element of an encoded query
   static constexpr int numbers = D;
   static constexpr int columns = kKeysOfTile / kLanes, vectors = D / kLanes;
   static constexpr int rows_of_block = kVectorRegisters >= 32 ? 4 : 1;
 
-  /// A query on its way: the largest score so far, and lanes whose sum is that of the weights relative to it.
+  /// The state of a query: the largest score so far, and lanes whose sum is the sum of the weights relative to it.
   struct alignas(64) State {
     F total;
     float scale, peak;
@@ -126,7 +126,7 @@ struct ExactTile {
       hide_unseen(seen(r), scores[r]);
       for (int c = 0; c < columns; c++) top = max(top, scores[r][c]);
       const float peak = largest(top);
-      const F shift = all(peak > -2e38f ? peak : -2e38f);  // where no key is seen, all weights are 0
+      const F shift = all(peak > -2e38f ? peak : -2e38f);  // if no key is seen, all weights are 0
       shrink[r] = exp(all(states[r].peak) - shift);
       states[r].total *= shrink[r];
       for (int c = 0; c < columns; c++) {

@@ -1,5 +1,5 @@
-// The shared library as ONNX Runtime loads it. Compiled for the baseline of the architecture, unlike the regions: a
-// CPU without their instruction set is told so before any of them runs.
+// The shared library that ONNX Runtime loads. It is compiled for the baseline of the architecture, unlike the regions:
+// on a CPU without their instruction set, loading fails with a message before any of them runs.
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -24,16 +24,16 @@ namespace llmc {
 namespace {
 
 constexpr size_t kMaxThreads = 64;
-constexpr size_t kKeptBytes = size_t{64} << 20;  // a workspace beyond it is given back after the step
+constexpr size_t kKeptBytes = size_t{64} << 20;  // a larger workspace is freed after the step
 
 #if defined(__x86_64__)
 struct Registers {
   unsigned eax, ebx, ecx, edx;
 };
 
-/// Where CPUID tells of an instruction set, and the registers that the system has to save for it (XCR0); Intel's
-/// Software Developer's Manual, volume 2A (CPUID) and volume 1 (13.1). The names are those of /proc/cpuinfo.
-/// `__builtin_cpu_supports` would do, but for the clang of ziglang, where it knows of none.
+/// Bits that report an instruction set in CPUID, and registers that the system must save for it (XCR0); source: Intel's
+/// Software Developer's Manual, volume 2A (CPUID) and volume 1 (13.1). The names match /proc/cpuinfo.
+/// `__builtin_cpu_supports` would suffice, but it supports none of them in the clang of ziglang.
 struct Feature {
   unsigned leaf;
   unsigned Registers::*word;
@@ -46,9 +46,9 @@ constexpr unsigned kYmm = 0x06, kZmm = 0xe6;
     avx512bw{7, &Registers::ebx, 30, kZmm}, avx512vl{7, &Registers::ebx, 31, kZmm},
     avx512_vnni{7, &Registers::ecx, 11, kZmm};
 
-/// Whether this CPU has every instruction set in LLMC_NEEDS, names with commas between them.
+/// Return whether this CPU has every instruction set in LLMC_NEEDS, names separated by commas.
 bool cpu_fits() {
-  constexpr unsigned kSavesState = 1u << 27;  // of leaf 1 in ecx: XCR0 can be read
+  constexpr unsigned kSavesState = 1u << 27;  // leaf 1, ecx: XCR0 can be read
   Registers basic{};
   if (!__get_cpuid(1, &basic.eax, &basic.ebx, &basic.ecx, &basic.edx) || !(basic.ecx & kSavesState)) return false;
   unsigned saved, high;
@@ -61,10 +61,10 @@ bool cpu_fits() {
   return true;
 }
 #elif defined(__aarch64__) && defined(__linux__)
-/// Bits of AT_HWCAP, as Linux states them in asm/hwcap.h; the names are those of /proc/cpuinfo.
+/// Bits of AT_HWCAP, as in Linux's asm/hwcap.h; the names match /proc/cpuinfo.
 [[maybe_unused]] constexpr unsigned long asimd = 1ul << 1, asimddp = 1ul << 20;
 
-/// Whether this CPU has every instruction set in LLMC_NEEDS, names with commas between them.
+/// Return whether this CPU has every instruction set in LLMC_NEEDS, names separated by commas.
 bool cpu_fits() {
   const unsigned long here = getauxval(AT_HWCAP);
   for (const unsigned long needed : {LLMC_NEEDS})
@@ -75,7 +75,7 @@ bool cpu_fits() {
 #error "compiled kernels are for x86-64, and for AArch64 on Linux"
 #endif
 
-/// Memory of one step, kept for the next.
+/// The memory of one step, kept for the next.
 struct Workspace {
   void* data = nullptr;
   size_t size = 0;
@@ -105,18 +105,18 @@ class Kernel {
   const Region& region_;
   std::mutex mutex_;
   std::vector<Workspace> free_;
-  std::atomic<uint32_t> shares_{2};  // the threads that worked on the last step are likely to come again
+  std::atomic<uint32_t> shares_{2};  // the threads that worked on the last step are likely to return
 };
 
-/// What the threads of one step share.
+/// The data that the threads of one step share.
 struct Job {
   Job(const Run& run, uint8_t* scratch, size_t scratch_size, uint32_t shares)
       : run(run), crew(shares), scratch(scratch), scratch_size(scratch_size) {}
 
   const Run& run;
   Crew crew;
-  std::atomic<size_t> threads{0};   // that came
-  std::atomic<uint32_t> workers{0};  // that found something to do
+  std::atomic<size_t> threads{0};   // number that have arrived
+  std::atomic<uint32_t> workers{0};  // number that found work
   std::atomic<bool> over{false};
   uint8_t* const scratch;
   const size_t scratch_size;
@@ -131,17 +131,17 @@ void run_rows(const Run& run, int32_t first, int32_t last, int64_t start, int64_
       if (ops[i].row != nullptr) ops[i].row(run, ops[i], row);
 }
 
-/// Operations `first` to before `last` as one phase of `chunks`, those from `tail` on in its serial tail.
+/// Operations from `first` to before `last` as one phase of `chunks`; those from `tail` on run in its serial tail.
 struct Phase {
   int32_t first, tail, last;
   uint32_t chunks;
 };
 
-/// The phase that begins with operation `first`, or nothing (no chunks) after the last one.
+/// Return the phase that begins with operation `first`, or no chunks after the last one.
 Phase next_phase(const Run& run, int32_t first) {
   const Op* ops = run.region->ops;
   const int32_t count = run.region->op_count;
-  const auto idle = [&](int32_t i) {  // there is nothing to do in this piece of the step
+  const auto idle = [&](int32_t i) {  // nothing to do in this piece of the step
     return run.rows(ops[i].space) == 0 || (ops[i].row == nullptr && ops[i].chunks(run, ops[i]) == 0);
   };
   while (first < count && idle(first)) first++;
@@ -307,7 +307,7 @@ void Kernel::put_back(Workspace workspace) {
   free_.push_back(workspace);
 }
 
-/// One operator: ONNX Runtime's table of functions, then the region it stands for.
+/// One operator: ONNX Runtime's table of functions, then the region that it runs.
 struct Operator {
   OrtCustomOp table;
   const Region* region;
@@ -347,7 +347,7 @@ OrtCustomOp make_table() {
   return t;
 }
 
-/// The operators of all domains, a domain after the other; they live as long as the library.
+/// Return the operators of all domains, domain after domain; they live as long as the library.
 const std::vector<Operator>& operators() {
   static const std::vector<Operator>* const list = [] {
     auto* made = new std::vector<Operator>;

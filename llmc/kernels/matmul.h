@@ -1,29 +1,29 @@
-// Products with weights of 4 or 8 bits by block, activations quantized to 8 or 16 bits by block.
+// Products with weights of 4 or 8 bits per block, and activations quantized to 8 or 16 bits per block.
 //
-// Weights come packed in groups of 16 outputs. A group holds, each from a multiple of 64 bytes on counted from the
-// group's own start only for the codes:
-//   codes   for each block, registers of 64 bytes: lane n has inputs 4r .. 4r+3 of output n. With 4 bits a register's
+// Weights are packed in groups of 16 outputs. A group holds the following parts; only the codes are certain to start at
+// a multiple of 64 bytes from the group's start:
+//   codes   for each block, registers of 64 bytes: lane n has inputs 4r .. 4r+3 of output n. With 4 bits, a register's
 //           low nibbles are register 2q and its high nibbles register 2q+1 of the unpacked order.
 //   scales  float16, blocks x 16 outputs
 //   zeros   with Zero::kCode 4 bits, blocks x 16 outputs, the even output in the low half: value = (code - zero) * scale;
 //           with Zero::kMinimum float16, blocks x 16 outputs: value = code * scale + minimum
-// and is padded to a multiple of 64 bytes. With Zero::kMiddle the zero point is the middle code.
+// A group is padded to a multiple of 64 bytes. With Zero::kMiddle, the zero point is the middle code.
 #pragma once
 #include "program.h"
 #include "simd.h"
 
 namespace llmc {
 
-/// What stands for zero in the blocks of a matrix (PackedZero of llmc/graph/model.py).
+/// The representation of zero in the blocks of a matrix (PackedZero of llmc/graph/model.py).
 enum class Zero { kMiddle, kCode, kMinimum };
 
 constexpr int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
 /// Activations of one row, K inputs in blocks of B: codes, then scales (float32), then the codes' sums (int32), then
-/// the sums times their scales (float32). These are the sums of what the codes stand for, not of the activations: so
-/// the error of a product is that of each activation times the weight, as without a minimum; with the exact sum it
-/// would be times the weight above the minimum, which is larger.
-/// With two parts a code has 16 bits and is 256 times that of the first part plus that of the second.
+/// the sums times their scales (float32). The sums add up what the codes represent, not the activations: the error of
+/// a product is then the error of each activation times the weight, as without a minimum. With the exact sum it would
+/// be the error times the weight above the minimum, which is larger.
+/// With two parts, a code has 16 bits and is 256 times the first part's code plus the second part's code.
 template <int K, int B, int Parts>
 struct Quantized {
   static constexpr int blocks = (K + B - 1) / B;
@@ -39,8 +39,8 @@ struct Quantized {
   static const float* totals(const float* row) { return row + scales_at + 2 * blocks; }
 };
 
-/// Quantize a row by block: code = nearest(x * largest / max|x|). With many rows the codes are stored `kStoredAbove`
-/// above their value. Width: floats that the result has room for.
+/// Quantize a row by block: code = nearest(x * largest / max|x|). With many rows, codes are stored with `kStoredAbove`
+/// added. Width: number of floats that fit in the result.
 template <int K, int B, int Parts, int Width>
 void quantize_row(const Run& run, const Op& op, int64_t row) {
   using Q = Quantized<K, B, Parts>;
@@ -52,7 +52,7 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
   int32_t* sums = reinterpret_cast<int32_t*>(scales + Q::blocks);
   float* products = scales + 2 * Q::blocks;
   const I flip = all(run.rows(op.space) >= kManyRows ? kStoredAbove : 0);
-  for (int b = 0; b < Q::blocks; b += kLanes) {  // of which as many peaks and sums make a vector
+  for (int b = 0; b < Q::blocks; b += kLanes) {  // as many peaks and sums as a vector has lanes
     const int count = Q::blocks - b < kLanes ? Q::blocks - b : kLanes;
     const auto numbers = [&](int i, int v) {
       const int k = (b + i) * B + v * kLanes;
@@ -88,26 +88,26 @@ void quantize_row(const Run& run, const Op& op, int64_t row) {
   }
 }
 
-/// Bytes between what a product reads and what it asks memory for.
+/// Bytes between the weights that a product reads and the weights that it prefetches.
 constexpr int kPrefetched = 12 << 10;
 
-/// Parts: of the activations' codes.
+/// Parts: number of parts of the activations' codes.
 template <int K_, int B_, int Bits_, Zero Zero_, int Parts_ = 1>
 struct Matmul {
   static constexpr int K = K_, B = B_, Bits = Bits_, Parts = Parts_;
   static constexpr bool Codes = Zero_ == Zero::kCode, Minimum = Zero_ == Zero::kMinimum;
   using Q = Quantized<K, B, Parts>;
   static constexpr int blocks = Q::blocks;
-  static constexpr int registers = B / 4;                    // unpacked, of a block
+  static constexpr int registers = B / 4;                    // unpacked registers of a block
   static constexpr int block_bytes = B * kLanes * Bits / 8;  // codes of a block
   static constexpr int scales_at = blocks * block_bytes;
   static constexpr int zeros_at = scales_at + blocks * 2 * kLanes;
   static constexpr int zeros_bytes = Minimum ? blocks * 2 * kLanes : Codes ? blocks * kLanes / 2 : 0;
   static constexpr int group_bytes = round_up(zeros_at + zeros_bytes, 64);
 
-  /// Codes of a chunk when there are few rows: large against the cost of a claim, small against a matrix.
+  /// Groups per chunk when there are few rows: large compared with the cost of a claim, small compared with a matrix.
   static constexpr int groups_of_chunk = group_bytes >= (48 << 10) ? 1 : (48 << 10) / group_bytes;
-  /// Cache lines that are asked for with each block: those of a group, scales and zero points too.
+  /// Cache lines prefetched with each block: those of a group, including scales and zero points.
   static constexpr int lines_of_block = (group_bytes / 64 + blocks - 1) / blocks;
   static constexpr int64_t rows_of_tile = 256;
   static constexpr int strip_block = (registers + (Minimum ? 3 : 2)) * 64;
@@ -129,7 +129,7 @@ struct Matmul {
     return static_cast<uint32_t>((groups(op) + 1) / 2 * ((rows + rows_of_tile - 1) / rows_of_tile));
   }
 
-  /// Asks memory for what comes before the first line that the chunk itself asks for.
+  /// Prefetch the weights before the first line that the chunk itself prefetches.
   static void ahead(const Run& run, const Op& op, uint32_t index) {
     if (run.rows(op.space) >= kManyRows) return;
     const int64_t start = static_cast<int64_t>(index) * groups_of_chunk * group_bytes;
@@ -163,7 +163,7 @@ struct Matmul {
   }
 
  private:
-  /// 16 outputs of `Rows` rows straight from the packed weights.
+  /// Compute 16 outputs of `Rows` rows directly from the packed weights.
   template <int Rows>
   static void few(const Run& run, const Op& op, const uint8_t* group, int64_t g, int64_t row) {
     const float* a[Rows];
@@ -214,7 +214,7 @@ struct Matmul {
     for (int r = 0; r < Rows; r++) put(run, op, g, row + r, total[r]);
   }
 
-  /// Up to 32 outputs of up to `rows_of_tile` rows.
+  /// Compute up to 32 outputs of up to `rows_of_tile` rows.
   static void tile(const Run& run, const Op& op, uint32_t index, Scratch& scratch) {
     const int64_t pairs = (groups(op) + 1) / 2, rows = run.rows(op.space);
     const int64_t start = index / pairs * rows_of_tile, g = index % pairs * 2;
@@ -235,9 +235,9 @@ struct Matmul {
     }
   }
 
-  /// A group as signed bytes without their zero points: for each block its registers, then what the accumulator
-  /// starts from, -`kStoredAbove` times the sum of the block's weights; then scales; then minima, those of what
-  /// 8-bit codes are made signed by included.
+  /// Unpack a group into signed bytes minus their zero points: for each block its registers, then the initial value of
+  /// the accumulator, -`kStoredAbove` times the sum of the block's weights; then scales; then minima, which include the
+  /// offset that makes 8-bit codes signed.
   static void unpack(const uint8_t* group, uint8_t* strip) {
     for (int b = 0; b < blocks; b++, strip += strip_block) {
       const uint8_t* codes = group + b * block_bytes;
@@ -317,7 +317,7 @@ inline const char* check_ids(const Run& run, const Op& op) {
   return nullptr;
 }
 
-/// Rows of an embedding that is packed like a product's weights. Ids are checked before the region runs.
+/// Read rows of an embedding that is packed like a product's weights. Ids are checked before the region runs.
 template <class M>
 void embed_row(const Run& run, const Op& op, int64_t row) {
   const int64_t id = run.tensor<const int64_t>(op.lengths)[row];

@@ -1,8 +1,8 @@
 // The part of ONNX Runtime's C interface that the compiled operators use.
 //
-// OrtApi is a table of function pointers that only grows at its end, so an entry's place is part of the binary
-// interface: https://onnxruntime.ai/docs/reference/compatibility.html. Wheels of ONNX Runtime ship no headers, so
-// the places used are stated here; the runtime confirms that it knows this version before any is called.
+// OrtApi is a table of function pointers that only grows at its end, so an entry's index is part of the binary
+// interface: https://onnxruntime.ai/docs/reference/compatibility.html. Wheels of ONNX Runtime ship no headers, so the
+// indices used are stated here; the runtime confirms that it supports this version before any function is called.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@ struct OrtTensorTypeAndShapeInfo;
 
 namespace llmc {
 
-constexpr uint32_t kApiVersion = 17;  // KernelContext_ParallelFor appeared in it
+constexpr uint32_t kApiVersion = 17;  // the first version with KernelContext_ParallelFor
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 

@@ -1,4 +1,4 @@
-// A compiled region: a list of steps over rows of activations, and what one execution of it knows.
+// A compiled region: a list of operations over rows of activations, and the data of one execution.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,30 +8,30 @@ namespace llmc {
 struct Run;
 struct Op;
 
-/// A matrix of float32 rows. `base` counts columns of the workspace that lie before it; a negative one, ~index, is a
-/// tensor of the operator: inputs first, then outputs. `stride` and `offset` are in floats.
+/// A matrix of float32 rows. `base` is the number of workspace columns before it; a negative base, ~index, is a tensor
+/// of the operator: inputs first, then outputs. `stride` and `offset` are in floats.
 struct Ref {
   int32_t base = 0;
   int32_t stride = 0;
   int32_t offset = 0;
 };
 
-/// Rows that an operation has: one a token, or one a chosen token.
+/// The rows that an operation has: one per token, or one per chosen token.
 enum class Space : int32_t { kTokens, kLast };
 
-/// Memory of one thread.
+/// The memory of one thread.
 struct Scratch {
   uint8_t* bytes;
   size_t size;
 };
 
-/// One operation. Row operations are done for each row, chunk operations cut their work themselves.
+/// One operation. Row operations run for each row; chunk operations divide their work themselves.
 struct Op {
-  const char* (*check)(const Run&, const Op&);  // what is wrong with the inputs, before anything runs
+  const char* (*check)(const Run&, const Op&);  // error in the inputs, before anything runs
   void (*row)(const Run&, const Op&, int64_t row);
   uint32_t (*chunks)(const Run&, const Op&);
   void (*chunk)(const Run&, const Op&, uint32_t index, Scratch&);
-  void (*ahead)(const Run&, const Op&, uint32_t index);  // asks memory for what a chunk begins with; or null
+  void (*ahead)(const Run&, const Op&, uint32_t index);  // prefetches the start of a chunk; or null
   Space space;
   Ref out, a, b, c;
   int32_t weight, bias, n, k;
@@ -42,16 +42,16 @@ struct Op {
   int64_t limit;                      // entries of the embedding, or positions of the rotary tables
 };
 
-/// Shape of a tensor of the operator; dimensions beyond `rank` are 1.
+/// The shape of a tensor of the operator; dimensions beyond `rank` are 1.
 struct Shape {
   int64_t dims[4];
   size_t rank;
 };
 
-/// Dimensions of outputs that a step decides; kSlots are those of the cache, kChosen the chosen tokens of a sequence.
+/// Output dimensions that a step determines; kSlots are the cache's slots, kChosen the chosen tokens of a sequence.
 constexpr int64_t kBatch = ~0, kSequence = ~1, kSlots = ~2, kChosen = ~3;
 
-/// An output: its type (ONNX TensorProto), and its shape, of numbers and the dimensions above. Input `past` is the past
+/// An output: its type (ONNX TensorProto), and its shape of numbers and the dimensions above. Input `past` is the past
 /// of the cache whose slots kSlots means.
 struct Output {
   int32_t type;
@@ -60,8 +60,8 @@ struct Output {
   int32_t past;
 };
 
-/// What the elements of a tensor, of `bytes` each, are counted by first: its first dimension is sequences, or its
-/// first two are sequences and their tokens.
+/// The leading dimensions that count a tensor's elements of `bytes` each: the first is sequences, or the first two are
+/// sequences and their tokens.
 enum class Over : int32_t { kNothing, kSequences, kTokens };
 struct Extent {
   Over over;
@@ -77,17 +77,17 @@ struct Region {
   int32_t output_count;
   const Op* ops;  // a row operation has `row`, a chunk operation `chunks` and `chunk`
   int32_t op_count;
-  int32_t computed;  // inputs that are no weights; they come first
+  int32_t computed;  // inputs that are not weights; they come first
   int32_t rows_from;             // input whose first two dimensions are batch and sequence
   int32_t total;                 // input with the longest total length, int32 scalar; -1 without attention
-  int32_t chosen;                // input whose second dimension is the chosen tokens of a sequence; -1 if one
-  int32_t choice;                // input with the chosen tokens' numbers, int64; -1 if none are chosen here
+  int32_t chosen;                // input whose second dimension is the chosen tokens per sequence; -1 for one
+  int32_t choice;                // input with the indices of the chosen tokens, int64; -1 if none are chosen here
   int32_t width;                 // floats of the workspace for each row
   size_t scratch;                // bytes of each thread's memory
-  size_t (*shared)(const Run&);  // bytes that the threads share
+  size_t (*shared)(const Run&);  // bytes shared by the threads
 };
 
-/// The regions of a model as one variant computes them, operators of the domain `name`.
+/// The regions of a model as one variant computes them: operators of the domain `name`.
 struct Domain {
   const char* name;
   const Region* regions;
@@ -113,11 +113,11 @@ struct Run {
   }
 };
 
-/// Few rows run in the tail of the phase before them, many in a phase of their own.
+/// Up to this many rows run in the tail of the previous phase; more rows get their own phase.
 constexpr int64_t kFewRows = 2;
-/// Tokens of a sequence in one step, whose numbers do not depend on how many they are.
+/// Number of tokens of a sequence in one step up to which their results do not depend on that number.
 constexpr int64_t kSameTokens = 8;
-/// From here on a product unpacks its weights once for all rows.
+/// From this number of rows on, a product unpacks its weights once for all rows.
 constexpr int64_t kManyRows = 64;
 
 }  // namespace llmc

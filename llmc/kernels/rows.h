@@ -6,7 +6,7 @@
 namespace llmc {
 
 /// out = norm(a + b), c = a + b. RMS norm (Zhang and Sennrich 2019), or layer norm (Ba et al. 2016) if `Centred`.
-/// Skip: whether there is a b; Repeats: norms of W features beside each other that share one scale.
+/// Skip: whether there is a b. Repeats: number of adjacent norms of W features that share one scale.
 template <int W, int Repeats, bool Centred, bool Skip>
 void norm_row(const Run& run, const Op& op, int64_t row) {
   const float* scale = run.tensor<const float>(op.weight);
@@ -39,7 +39,7 @@ void norm_row(const Run& run, const Op& op, int64_t row) {
   }
 }
 
-/// A tensor from outside of the region into the workspace, or the other way round.
+/// Copy a tensor from outside the region into the workspace, or the other way round.
 template <int W>
 void copy_row(const Run& run, const Op& op, int64_t row) {
   std::memcpy(run.at(op.out, row), run.at(op.a, row), sizeof(float) * W);
@@ -52,7 +52,7 @@ inline const char* check_choice(const Run& run, const Op& op) {
   return nullptr;
 }
 
-/// The rows of each sequence's chosen tokens.
+/// Copy the rows of each sequence's chosen tokens.
 template <int W>
 void chosen_row(const Run& run, const Op& op, int64_t row) {
   const int64_t token = run.tensor<const int64_t>(op.lengths)[row];

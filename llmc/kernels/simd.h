@@ -1,6 +1,6 @@
-// Vectors of 16 lanes for the instruction set that the compiler's flags name, and functions of them. What depends on
-// the set is in a header for each, all with the same names; simd_portable.h states what they compute. Intrinsics are
-// in those headers alone.
+// Vectors of 16 lanes for the instruction set that the compiler's flags select, and functions of them. Each instruction
+// set has a header, all with the same names; simd_portable.h defines what they compute. Only these headers use
+// intrinsics.
 #pragma once
 #include "vector.h"
 
@@ -19,7 +19,7 @@ using namespace portable;
 
 namespace llmc {
 
-/// e**x with a relative error below 2e-7; 0 below -87.3 (with AVX-512 below the smallest float), no infinity above 88.
+/// e**x with a relative error below 2e-7; 0 below -87.3 (AVX-512: below the smallest float), no infinity above 88.
 inline F exp(F x) {
   const F y = min(max(x, all(-104.0f)), all(88.0f));
   const F whole = to_float(nearest(y * all(1.44269504089f)));
@@ -38,7 +38,7 @@ inline F exp(F x) {
 inline F sigmoid(F x) { return reciprocal(all(1.0f) + exp(-x)); }
 inline F tanh(F x) { return all(1.0f) - all(2.0f) / (exp(x + x) + all(1.0f)); }
 
-/// The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
+/// The error function, accurate to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
 inline F erf(F x) {
   F z = abs(x);
   F t = all(1.0f) / (all(1.0f) + all(0.3275911f) * z);
@@ -51,7 +51,7 @@ inline F erf(F x) {
   return x < F{} ? -y : y;
 }
 
-/// x * sigmoid(alpha x): SiLU with alpha 1; and the two forms of GELU (Hendrycks and Gimpel 2016).
+/// x * sigmoid(alpha x), which is SiLU for alpha 1; and the two forms of GELU (Hendrycks and Gimpel 2016).
 inline F scaled_silu(F x, float alpha) { return x * sigmoid(x * all(alpha)); }
 inline F gelu(F x) { return all(0.5f) * x * (all(1.0f) + erf(x * all(0.70710678f))); }
 inline F gelu_tanh(F x) {

@@ -1,4 +1,4 @@
-// AVX2 with F16C: a vector is two registers. What each operation computes is stated in simd_portable.h.
+// AVX2 with F16C: a vector takes two registers. simd_portable.h defines what each operation computes.
 #pragma once
 #include <immintrin.h>
 

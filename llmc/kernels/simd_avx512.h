@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: a vector is one register. What each operation computes is stated in simd_portable.h.
+// AVX-512 with VNNI: a vector takes one register. simd_portable.h defines what each operation computes.
 #pragma once
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-// NEON with dot products: a vector is four registers. What each operation computes is stated in simd_portable.h.
+// NEON with dot products: a vector takes four registers. simd_portable.h defines what each operation computes.
 #pragma once
 #include <arm_neon.h>
 
@@ -19,7 +19,7 @@ using portable::times_power;
 
 typedef int32_t Quarter __attribute__((vector_size(16)));
 
-/// c + the four products of signed bytes of a with signed bytes of b, in each lane.
+/// c + the four products of signed bytes of a and of b, in each lane.
 inline I dot_signed(I c, I a, I b) {
   union { Quarter part[4]; I whole; } u, x, y;
   u.whole = c;

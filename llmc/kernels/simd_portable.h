@@ -1,30 +1,30 @@
-// The operations that an instruction set may have instructions for, in C++ that every CPU executes. The header of an
-// instruction set takes those from here for which it has none.
+// Operations for which an instruction set may have instructions, in C++ that runs on every CPU. The header of an
+// instruction set uses these where it has no instruction.
 #pragma once
 #include "vector.h"
 
 namespace llmc::portable {
 
-/// Registers that hold a whole vector, or as many bytes in parts.
+/// Number of registers that hold a whole vector, or as many bytes in parts.
 constexpr int kVectorRegisters = 8;
 
-/// What is added to the value of an activation where it is stored for `dot_stored`.
+/// Offset added to the value of an activation when it is stored for `dot_stored`.
 constexpr int kStoredAbove = 128;
 
-/// Nearest integers, ties to even, of |x| < 2**22.
+/// The nearest integers, ties to even, for |x| < 2**22.
 inline I nearest(F x) {
   return (I)(x + all(12582912.0f)) - all(0x4b400000);  // the sum with 1.5 * 2**23 has them in its low bits
 }
 
-/// p * 2**whole, which is e**x; 0 for x below -87.3, or below the smallest float where an instruction scales.
+/// p * 2**whole, which is e**x; 0 for x below -87.3, or below the smallest float if an instruction scales.
 inline F times_power(F p, F whole, F x) {
   return x < all(-87.3f) ? F{} : p * (F)((nearest(whole) + all(127)) << 23);
 }
 
-/// 1 / x of normal numbers, to 1e-7.
+/// 1 / x for normal numbers, accurate to 1e-7.
 inline F reciprocal(F x) { return all(1.0f) / x; }
 
-/// 16 half-precision floats.
+/// Load 16 half-precision floats.
 inline F load_half(const uint16_t* p) {
   typedef _Float16 H __attribute__((vector_size(32), aligned(2), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const H*>(p), F);
@@ -36,11 +36,11 @@ inline void store_half(uint16_t* p, F v) {
   *reinterpret_cast<H*>(p) = __builtin_convertvector(v, H);
 }
 
-/// 16 signed bytes as floats.
+/// Load 16 signed bytes as floats.
 inline F load_bytes(const void* p) { return to_float(__builtin_convertvector(*static_cast<const B16Any*>(p), I)); }
 
-/// c + the four products of unsigned bytes of a with signed bytes of b, in each lane.
-/// Bits: width of the unsigned or the signed bytes' values, whichever is narrower; up to 5 leaves 16 bits room.
+/// c + the four products of unsigned bytes of a and signed bytes of b, in each lane.
+/// Bits: width of the values of the unsigned or the signed bytes, whichever is narrower; up to 5 bits fit 16-bit sums.
 template <int Bits>
 inline I dot(I c, I a, I b) {
   for (int i = 0; i < kLanes; i++) {
@@ -53,18 +53,18 @@ inline I dot(I c, I a, I b) {
   return c;
 }
 
-/// `dot` of activations as they are stored (`kStoredAbove`) with signed bytes.
+/// The `dot` of activations in their stored form (`kStoredAbove`) with signed bytes.
 template <int Bits>
 inline I dot_stored(I c, I a, I b) {
   return dot<Bits>(c, a, b);
 }
 
-/// c + the two products of signed 16-bit halves of a with those of b, in each lane.
+/// c + the two products of signed 16-bit halves of a and of b, in each lane.
 inline I dot_pairs(I c, I a, I b) {
   return c + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 }
 
-/// 16 nibbles, two in a byte, the low half first.
+/// Load 16 nibbles, two per byte, the low half first.
 inline I load_nibbles(const uint8_t* p) {
   typedef uint8_t Pairs __attribute__((vector_size(8), aligned(1), may_alias));
   const Pairs pairs = *reinterpret_cast<const Pairs*>(p);

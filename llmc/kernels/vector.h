@@ -1,5 +1,5 @@
-// Vectors of 16 lanes: their types, and the operations that the compiler itself has for every instruction set. What has
-// no portable form, or a slow one, is in the headers that simd.h chooses from.
+// Vectors of 16 lanes: their types, and the operations that the compiler provides for every instruction set. Operations
+// without a portable form, or with a slow one, are in the headers that simd.h selects from.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,7 +19,7 @@ inline F load(const float* p) { return *reinterpret_cast<const FAny*>(p); }
 inline void store(float* p, F v) { *reinterpret_cast<FAny*>(p) = v; }
 inline I load_ints(const void* p) { return *static_cast<const IAny*>(p); }
 inline void store_ints(void* p, I v) { *static_cast<IAny*>(p) = v; }
-/// The low byte of each lane.
+/// Store the low byte of each lane.
 inline void store_bytes(void* p, I v) { *static_cast<B16Any*>(p) = __builtin_convertvector(v, B16); }
 inline F all(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline I all(int32_t x) { return I{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -49,7 +49,7 @@ inline float largest(F v) {
   return v[0];
 }
 
-/// Lanes of two vectors in pairs, at distance `Step`: those of a first where the lane has not that bit.
+/// Join lanes of two vectors in pairs at distance `Step`: lanes without this bit in their index come from a.
 template <int Step, class V, class Join>
 inline V fold(V a, V b, Join&& join) {
   if constexpr (Step == 1)
@@ -66,7 +66,7 @@ inline V fold(V a, V b, Join&& join) {
                 __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
 }
 
-/// One vector of 16, whose lane i has all lanes of the i-th joined.
+/// Reduce 16 vectors to one, whose lane i joins all lanes of the i-th vector.
 template <class V, class Join>
 inline V fold(V* v, Join&& join) {
   for (int i = 0; i < 8; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1], join);
