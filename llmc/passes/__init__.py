@@ -1,7 +1,7 @@
-"""Passes: one fusion or lowering a file, each a module with one object called `PASS`.
+"""Transform graphs with passes: one fusion or lowering per module, each with one object called `PASS`.
 
-A pass mutates the graph it is given and returns a `PassReport`: how often it applied, and for each
-place where it nearly did, why not.
+A pass mutates the graph that it is given and returns a `PassReport`: how often it applied, and the reason for
+each place where it almost applied.
 """
 
 import importlib
@@ -22,12 +22,12 @@ class Pass(Protocol):
 
     @property
     def name(self) -> str:
-        """As targets call it, such as `group-query-attention`."""
+        """The name that targets use, such as `group-query-attention`."""
         ...
 
     @property
     def summary(self) -> str:
-        """One line on what it does."""
+        """A one-line description."""
         ...
 
     def run(self, graph: Graph) -> PassReport:
@@ -37,47 +37,47 @@ class Pass(Protocol):
 
 @cache
 def registered_passes() -> dict[str, Pass]:
-    """Every pass in this package by name; a module that fails to import is an error."""
-    found: dict[str, Pass] = {}
+    """Return every pass in this package by name; a module that fails to import is an error."""
+    passes: dict[str, Pass] = {}
     for info in pkgutil.iter_modules(__path__):
         if info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{__name__}.{info.name}")
         item: Pass = module.PASS
-        if item.name in found:
+        if item.name in passes:
             raise ConfigError(f"two passes are called {item.name}")
-        found[item.name] = item
-    return found
+        passes[item.name] = item
+    return passes
 
 
 def resolve_passes(specs: Iterable[PassSpec]) -> list[tuple[Pass, PassSpec]]:
-    """The passes that a target names, in its order.
+    """Return the passes that a target names, in its order.
 
     Raises:
         ConfigError: A name is not registered.
     """
-    known = registered_passes()
+    registered = registered_passes()
     resolved = []
     for spec in specs:
-        if spec.name not in known:
-            raise ConfigError(f"there is no pass {spec.name!r}", hint=did_you_mean(spec.name, known))
-        resolved.append((known[spec.name], spec))
+        if spec.name not in registered:
+            raise ConfigError(f"there is no pass {spec.name!r}", hint=did_you_mean(spec.name, registered))
+        resolved.append((registered[spec.name], spec))
     return resolved
 
 
 def run_passes(
     graph: Graph, specs: Iterable[PassSpec], note: Callable[[PassReport], None] | None = None
 ) -> list[PassReport]:
-    """Run a target's passes in order, verify the graph after each, and hold the counts it asks for.
+    """Run a target's passes in order, verify the graph after each, and enforce the asserted counts.
 
     Args:
-        graph: Changed in place.
+        graph: The graph; changed in place.
         specs: Passes and their expected counts.
-        note: Called with each report as it is made.
+        note: Called with each report when it is available.
 
     Raises:
-        GraphError: A pass left an invalid graph; the message names it and those before it.
-        UnsupportedError: A pass applied less or more often than the target asserts.
+        GraphError: A pass left an invalid graph; the message names it and the passes before it.
+        UnsupportedError: A pass applied fewer or more times than the target asserts.
     """
     reports: list[PassReport] = []
     for item, spec in resolve_passes(specs):
@@ -103,7 +103,7 @@ def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
         raise UnsupportedError(
             f"pass {spec.name} declined at {len(refused)} places that the target does not accept, "
             f"first at {first.node}: {first.reason} [{first.code}]",
-            hint=f"add {first.code} to the pass's `accept` in the target if that is fine",
+            hint=f"add {first.code} to the pass's `accept` in the target if this is acceptable",
         )
     if spec.per_layer is None:
         return
@@ -111,10 +111,10 @@ def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
     for layer in range(layers):
         count = report.in_layer(layer, spec.accept)
         if not least <= count <= most:
-            wanted = str(least) if least == most else f"{least} to {most}"
+            expected = str(least) if least == most else f"{least} to {most}"
             near = [f"{r.reason} [{r.code}]" for r in report.refusals if r.layer == layer]
             raise UnsupportedError(
-                f"pass {spec.name} applied {count} times in layer {layer}; the target asks for {wanted}",
+                f"pass {spec.name} applied {count} times in layer {layer}; the target asks for {expected}",
                 hint=f"it declined there: {'; '.join(near)}"
                 if near
                 else "nothing in that layer resembles its pattern",

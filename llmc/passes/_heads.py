@@ -1,4 +1,4 @@
-"""From heads as attention has them to one row of features per token, as ONNX Runtime's operators take it."""
+"""Convert attention's heads to one row of features per token, as ONNX Runtime's operators expect."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ _NORMS = ("SimplifiedLayerNormalization", "LayerNormalization")
 class HeadLayout:
     """Turns (batch, heads, sequence, width) into (batch, sequence, heads * width).
 
-    Norms over the width and rotary embeddings are moved over to the other side, so that the transposes
-    that torch needs between products and attention go away.
+    Norms over the width and rotary embeddings are moved to the other side, so that the transposes that torch
+    needs between products and attention disappear.
 
     Args:
-        site: Where new nodes go.
-        name: Beginning of the names of new values.
+        site: Place of new nodes.
+        name: Prefix of the names of new values.
         heads: Number of heads.
         width: Width of a head.
     """
@@ -33,7 +33,7 @@ class HeadLayout:
     _count: int = 0
 
     def flatten(self, value: ir.Value) -> ir.Value:
-        """`value` (batch, heads, sequence, width) as (batch, sequence, heads * width)."""
+        """Convert `value` (batch, heads, sequence, width) to (batch, sequence, heads * width)."""
         transpose, rotary = made_by(value, "Transpose"), made_by(value, "RotaryEmbedding", MICROSOFT)
         heads_first = transpose is not None and permutation_of(transpose) == [0, 2, 1, 3]
         if transpose is not None and heads_first and (source := input_of(transpose)) is not None:
@@ -57,14 +57,14 @@ class HeadLayout:
         return self._merge(turned.outputs[0])
 
     def _over_width(self, norm: ir.Node) -> bool:
-        """Whether the norm is over the width alone, with vectors that are the same for every head."""
+        """Return whether the norm is over the width alone, with vectors that are the same for every head."""
         vectors = [v for v in norm.inputs[1:] if v is not None]
         return norm.attributes.get_int("axis", -1) in (-1, 3) and all(
             dims_of(v) == [self.width] for v in vectors
         )
 
     def _merge(self, value: ir.Value) -> ir.Value:
-        """(batch, sequence, heads, width) to (batch, sequence, heads * width)."""
+        """Reshape (batch, sequence, heads, width) to (batch, sequence, heads * width)."""
         reshape = made_by(value, "Reshape")
         source = input_of(reshape) if reshape is not None else None
         if source is not None and dims_of(source) == [*dims_of(value)[:2], self.heads * self.width]:
@@ -73,7 +73,7 @@ class HeadLayout:
         return self._emit("Reshape", [value, target], [*dims_of(value)[:2], self.heads * self.width], value)
 
     def _split(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """(batch, sequence, heads * width) to (batch, sequence, heads, width)."""
+        """Reshape (batch, sequence, heads * width) to (batch, sequence, heads, width)."""
         target = add_constant(self.site.graph, np.array([0, 0, self.heads, self.width], np.int64), "shape")
         return self._emit("Reshape", [value, target], [*dims_of(value)[:2], self.heads, self.width], like)
 
@@ -90,10 +90,10 @@ class HeadLayout:
         domain: str = "",
         template: ir.Node | None = None,
     ) -> ir.Value:
-        made = self.site.emit(op, inputs, self._next(op.lower()), domain=domain, shape=dims, dtype=like.dtype)
+        node = self.site.emit(op, inputs, self._next(op.lower()), domain=domain, shape=dims, dtype=like.dtype)
         if template is not None:
-            made.attributes.update(template.attributes)
-        return made.outputs[0]
+            node.attributes.update(template.attributes)
+        return node.outputs[0]
 
     def _next(self, what: str) -> str:
         self._count += 1

@@ -1,4 +1,4 @@
-"""Norms spelled out: x divided by the root of its mean square, with or without its mean taken off."""
+"""Match norms in plain operators: x divided by the root of its mean square, with or without centring."""
 
 from dataclasses import dataclass, replace
 
@@ -27,13 +27,13 @@ from llmc.passes._scales import Scale, scale_of, unit_scale
 
 @dataclass(frozen=True)
 class Norm:
-    """One matched norm: `output` = normalised `source`, times `scale` if there is one.
+    """A matched norm: `output` = normalised `source`, times `scale` if there is one.
 
     Args:
-        source: (…, width), as it is before a cast to float32.
-        output: Of the shape and type of `source`.
+        source: Input of the norm, (…, width), before any cast to float32.
+        output: Result, with the shape and type of `source`.
         width: The last dimension.
-        centred: The mean of `source` is taken off first.
+        centred: Whether the mean of `source` is subtracted first.
     """
 
     source: ir.Value
@@ -45,22 +45,22 @@ class Norm:
 
 
 def replace_norms(graph: Graph, name: str, operator: str, *, centred: bool) -> PassReport:
-    """Put one `operator` in the place of every norm with or without centring; the report of pass `name`."""
+    """Replace every norm with or without centring by one `operator`; return the report of pass `name`."""
     norms, refusals = find_norms(graph, centred=centred)
     replaced: dict[ir.Value, ir.Value] = {}
     for norm, _ in norms:
         anchor, dtype = norm.output.producer(), norm.output.dtype
         if anchor is None or dtype is None:
             raise GraphError(f"norm {norm.output.name} has no element type")
-        made = Site(graph.graph, anchor).emit(
+        fused = Site(graph.graph, anchor).emit(
             operator,
             [replaced.get(norm.source, norm.source), _bind_scale(graph.graph, norm, dtype)],
             f"{norm.output.name}/norm",
             attributes={"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
             like=norm.output,
         )
-        take_over(norm.output, made.outputs[0])
-        replaced[norm.output] = made.outputs[0]  # a norm of a norm
+        take_over(norm.output, fused.outputs[0])
+        replaced[norm.output] = fused.outputs[0]  # a norm of a norm
     drop_dead(graph.graph)
     return PassReport(name, tuple(layer for _, layer in norms), tuple(refusals))
 
@@ -70,8 +70,8 @@ def _bind_scale(graph: ir.Graph, norm: Norm, dtype: ir.DataType) -> ir.Value:
 
 
 def find_norms(graph: Graph, *, centred: bool) -> tuple[list[tuple[Norm, int | None]], list[Refusal]]:
-    """Every norm with or without centring, with its layer, and the near misses."""
-    found: list[tuple[Norm, int | None]] = []
+    """Find every norm with or without centring, with its layer, and the refusals."""
+    norms: list[tuple[Norm, int | None]] = []
     refusals: list[Refusal] = []
     for node in graph.graph:
         if not is_op(node, "ReduceMean"):
@@ -81,14 +81,14 @@ def find_norms(graph: Graph, *, centred: bool) -> tuple[list[tuple[Norm, int | N
             continue
         norm = match_norm(node)
         if isinstance(norm, Norm):
-            found.append((norm, layer_of(node)))
+            norms.append((norm, layer_of(node)))
         elif norm is not None:
             refusals.append(Refusal("norm-form", norm, str(node.name), layer_of(node)))
-    return found, refusals
+    return norms, refusals
 
 
 def squared(value: ir.Value | None) -> ir.Value | None:
-    """x where `value` is x * x or x ** 2."""
+    """Return x if `value` is x * x or x ** 2."""
     if (power := made_by(value, "Pow")) is not None and is_scalar(input_of(power, 1), 2.0):
         return input_of(power)
     if (product := made_by(value, "Mul")) is not None and product.inputs[0] is product.inputs[1]:
@@ -97,7 +97,7 @@ def squared(value: ir.Value | None) -> ir.Value | None:
 
 
 def _origin_of_centred(value: ir.Value) -> ir.Value | None:
-    """x where `value` is x - mean(x) over the last axis."""
+    """Return x if `value` is x - mean(x) over the last axis."""
     difference = made_by(value, "Sub")
     mean = made_by(input_of(difference, 1), "ReduceMean") if difference is not None else None
     if difference is None or mean is None or mean.inputs[0] is not difference.inputs[0]:
@@ -112,9 +112,9 @@ def _over_last_axis(mean: ir.Node) -> bool:
 
 
 def match_norm(mean: ir.Node) -> Norm | str | None:
-    """The norm around the mean of squares `mean`; a text says why a norm could not be taken.
+    """Match the norm around the mean of squares `mean`; a string gives the reason why a norm was refused.
 
-    None where nothing divides by the root of the mean: a mean of squares alone is no norm.
+    Return None if nothing divides by the root of the mean: a mean of squares alone is not a norm.
     """
     x = squared(input_of(mean))
     root = _inverse_root(mean.outputs[0])
@@ -123,7 +123,7 @@ def match_norm(mean: ir.Node) -> Norm | str | None:
     width = last_dim_of(x)
     if not _over_last_axis(mean) or width is None:
         axes = ints_of(input_of(mean, 1))
-        return f"the mean is over axes {axes} of {rank_of(x)}, not over a static last one alone"
+        return f"the mean is over axes {axes} of {rank_of(x)}, not only over a static last one"
     epsilon, factor, divides = root
     scaled = only_user(factor)
     if scaled is None or not is_op(scaled, "Div" if divides else "Mul"):
@@ -137,7 +137,7 @@ def match_norm(mean: ir.Node) -> Norm | str | None:
 
 
 def _inverse_root(mean: ir.Value) -> tuple[float, ir.Value, bool] | None:
-    """(epsilon, value, whether it is a divisor) where a value is the (inverse) root of mean + epsilon."""
+    """Return (epsilon, value, whether it is a divisor) for the (inverse) root of mean + epsilon."""
     epsilon, value = 0.0, mean
     add = only_user(value)
     if add is not None and is_op(add, "Add"):
@@ -166,13 +166,13 @@ def _inverse_root(mean: ir.Value) -> tuple[float, ir.Value, bool] | None:
 
 
 def _with_scale(norm: Norm) -> Norm | str:
-    """`norm` together with the product with its weight, and the casts on either side of it."""
+    """Extend `norm` by the product with its weight, and the casts on either side of it."""
     output, scale = _after_cast(norm.output), norm.scale
     user = only_user(output)
     if user is not None and is_op(user, "Mul"):
         for one, other in operands(user):
-            if one is output and (found := scale_of(other, norm.width)) is not None:
-                scale, output = found, _after_cast(user.outputs[0])
+            if one is output and (weight := scale_of(other, norm.width)) is not None:
+                scale, output = weight, _after_cast(user.outputs[0])
                 break
     origin = uncast(norm.source)
     source = origin if origin.dtype == output.dtype else norm.source

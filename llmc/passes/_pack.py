@@ -1,4 +1,4 @@
-"""Several linear products of one activation as one product with their weights joined."""
+"""Join several linear products of one activation into one product with concatenated weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from llmc.graph.weights import ConcatRows, LazyWeight, Rows, code_form
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear product and the bias that is added to it, if any; `output` is what others read."""
+    """A linear product and the bias that is added to it, if any; other nodes read `output`."""
 
     linear: Linear
     bias: ir.Value | None
@@ -21,7 +21,7 @@ class Projection:
 
 
 def projection_of(value: ir.Value | None) -> Projection | None:
-    """The projection that makes `value`; None if it is made otherwise."""
+    """Return the projection that computes `value`; None if something else does."""
     node = None if value is None else value.producer()
     if value is None or node is None:
         return None
@@ -31,19 +31,19 @@ def projection_of(value: ir.Value | None) -> Projection | None:
     if not is_op(node, "Add"):
         return None
     for product, bias in (node.inputs, node.inputs[::-1]):
-        made = None if product is None else product.producer()
-        inner = None if made is None else as_linear(made)
+        node_before = None if product is None else product.producer()
+        inner = None if node_before is None else as_linear(node_before)
         if inner is not None and bias is not None and is_weight(bias) and only_user(inner.output) is node:
             return Projection(inner, bias, value)
     return None
 
 
 def obstacle(projections: Sequence[Projection]) -> tuple[str, str] | None:
-    """(code, reason) why these projections cannot be joined; None if they can."""
+    """Return (code, reason) why these projections cannot be joined; None if they can."""
     if len({p.linear.activation for p in projections}) != 1:
         return "activation", "they read different activations"
     if not all(p.linear.transposed for p in projections):
-        return "layout", "their weights are stored by input features"
+        return "layout", "their weights are stored with input features first"
     if len({p.bias is None for p in projections}) != 1:
         return "bias", "only some of them have a bias"
     if any(_rows(v) is None for p in projections for v in (p.linear.weight, p.bias) if v is not None):
@@ -52,18 +52,18 @@ def obstacle(projections: Sequence[Projection]) -> tuple[str, str] | None:
 
 
 def differing_codes(projections: Sequence[Projection]) -> tuple[str, str] | None:
-    """(code, reason) why the checkpoint's codes would not stay as they are in one matrix; None for none."""
+    """Return (code, reason) why one matrix would not keep the checkpoint's codes; None if it would."""
     rows = [_rows(p.linear.weight) for p in projections]
     if len({None if each is None else code_form(each) for each in rows}) > 1:
-        return "codes", "the checkpoint has them quantized differently, and one matrix would widen some"
+        return "codes", "the checkpoint quantizes them differently, and one matrix would widen some"
     return None
 
 
 def join(graph: ir.Graph, anchor: ir.Node, projections: Sequence[Projection], suffix: str) -> ir.Value:
-    """One product in the place of `projections`; returns (…, sum of their output features).
+    """Replace `projections` by one product; return its output (…, sum of their output features).
 
     Args:
-        anchor: The new nodes go before it.
+        anchor: The node before which new nodes are inserted.
         suffix: Last part of the joined weight's name, such as `qkv_proj`.
     """
     site = Site(graph, anchor)

@@ -1,8 +1,8 @@
-"""Values that depend on positions alone, such as cosines and sines of rotary embeddings, as tables.
+"""Tabulate values that depend only on positions, such as cosines and sines of rotary embeddings.
 
-Nothing here knows a kind of rotary embedding: the graph's own operators are run for every position. Where a
-condition on the whole step decides between two sets of values, such as its largest position against the
-length of the original training, the table has the rows of both.
+No kind of rotary embedding is known here: the graph's own operators are run for every position. If a
+condition on the whole step selects one of two sets of values, such as its largest position compared with the
+length of the original training, the table has the rows of both sets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ from llmc.graph.match import constant_of
 from llmc.graph.weights import LazyWeight
 from llmc.runtime.libraries import load_onnxruntime
 
-#: Positions that one run computes.
+#: Number of positions that one run computes.
 _CHUNK = 4096
-#: Types that are computed in float32 here: a table keeps all digits.
+#: Types that are computed in float32 here, so that a table keeps all digits.
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-#: Positions of the check that order and company do not matter.
+#: Number of positions in the check that a row does not depend on the other positions of a step.
 _PROBE = 64
 
-#: Values of a graph that are taken to be constant.
+#: Values of a graph that are assumed to be constant.
 Fixed = Mapping[ir.Value, bool]
 
 
 @dataclass(frozen=True)
 class Declined:
-    """Why a value has no table: a refusal's code and reason."""
+    """The code and the reason of a refusal, for a value without a table."""
 
     code: str
     reason: str
@@ -37,12 +37,12 @@ class Declined:
 
 @dataclass(frozen=True)
 class Table:
-    """Values by position.
+    """The values by position.
 
     Args:
         rows: (switch + length, width) float32.
-        switch: Steps whose largest position is below it read row `position`, all others row
-            `switch + position`; 0 where there is one set of values.
+        switch: Steps whose largest position is below it read row `position`, all others read row
+            `switch + position`; 0 if there is one set of values.
     """
 
     rows: Array
@@ -51,10 +51,10 @@ class Table:
 
 @dataclass
 class PositionTables:
-    """Tables of values by position, each computed once however many layers spell it out.
+    """The tables of values by position, each computed once for any number of layers.
 
     Args:
-        graph: The graph.
+        graph: The graph to tabulate.
         length: Number of positions, 0 to length - 1.
     """
 
@@ -65,18 +65,18 @@ class PositionTables:
     _tables: dict[int, Table | Declined] = field(default_factory=dict)
 
     def table(self, value: ir.Value, width: int) -> Table | Declined:
-        """The table of `value`, which has `width` elements per batch row and position."""
+        """Return the table of `value`, which has `width` elements per batch row and position."""
         key = self._key(value)
         if key not in self._tables:
             self._tables[key] = self._compute(value, width)
         table = self._tables[key]
         if not isinstance(table, Declined) and table.rows.shape[1] != width:
-            reason = f"{value.name} has {table.rows.shape[1]} elements a position, not {width}"
+            reason = f"{value.name} has {table.rows.shape[1]} elements per position, not {width}"
             return Declined("rotary-shape", reason)
         return table
 
     def _key(self, value: ir.Value) -> int:
-        """Equal for values that are computed alike from the same leaves."""
+        """Return a key that is equal for values computed in the same way from the same leaves."""
         order = [value]
         while order:
             current = order[-1]
@@ -117,7 +117,7 @@ class PositionTables:
         return table if self._agrees(value, table) else _depends_on_others(value)
 
     def _switch(self, condition: ir.Value) -> int | Declined:
-        """The least position at which `condition` holds; `length` if it holds at none."""
+        """Find the lowest position at which `condition` holds; `length` if it holds at none."""
         nodes = self._ancestors(condition)
         if isinstance(nodes, Declined):
             return nodes
@@ -132,11 +132,11 @@ class PositionTables:
             low, high = (low, middle) if holds(middle) else (middle + 1, high)
         probes = np.random.default_rng(0).integers(0, self.length, _PROBE).tolist()
         if any(holds(position) != (position >= low) for position in probes):
-            return Declined("rotary-order", f"{condition.name} holds at some positions and not beyond them")
+            return Declined("rotary-order", f"{condition.name} holds at some positions but not beyond them")
         return low
 
     def _agrees(self, value: ir.Value, table: Table) -> bool:
-        """Whether the graph itself gives the rows of `table` on both sides of its switch."""
+        """Return whether the graph itself gives the rows of `table` on both sides of its switch."""
         nodes = self._ancestors(value)
         if isinstance(nodes, Declined):
             return False
@@ -149,7 +149,7 @@ class PositionTables:
         )
 
     def _whole(self, value: ir.Value, width: int, fixed: Fixed) -> Table | Declined:
-        """The table of `value` where `fixed` are constant, rows (length, width)."""
+        """Compute the table of `value` with `fixed` as constants, rows (length, width)."""
         nodes = self._ancestors(value, fixed)
         if isinstance(nodes, Declined):
             return nodes
@@ -164,7 +164,7 @@ class PositionTables:
             positions = np.arange(start, min(start + _CHUNK, self.length), dtype=np.int64)
             rows = run(positions[None])
             if rows is None:
-                return Declined("rotary-shape", f"{value.name} does not have {width} elements a position")
+                return Declined("rotary-shape", f"{value.name} does not have {width} elements per position")
             table[start : start + len(rows)] = rows
         random = np.random.default_rng(0)
         few = np.arange(min(8, self.length), dtype=np.int64)
@@ -175,8 +175,8 @@ class PositionTables:
         return Table(table)
 
     def _ancestors(self, value: ir.Value, fixed: Fixed | None = None) -> list[ir.Node] | Declined:
-        """The nodes that `value` is computed by where `fixed` are constant, in graph order."""
-        seen: set[ir.Node] = set()
+        """List the nodes that compute `value` with `fixed` as constants, in graph order."""
+        ancestors: set[ir.Node] = set()
         pending = [value]
         while pending:
             current = pending.pop()
@@ -184,17 +184,17 @@ class PositionTables:
                 continue
             node = current.producer()
             if node is not None:
-                if node not in seen:
-                    seen.add(node)
+                if node not in ancestors:
+                    ancestors.add(node)
                     pending.extend(v for v in node.inputs if v is not None and not _counts_rows(node))
             elif isinstance(current.const_value, LazyWeight):
                 return Declined("rotary-weights", f"{value.name} is computed from weight {current.name}")
             elif constant_of(current) is None and current.name != "position_ids":
-                reason = f"{value.name} depends on {current.name}, not on positions alone"
+                reason = f"{value.name} depends on {current.name}, not only on positions"
                 return Declined("rotary-positions", reason)
-        if not seen or not any(_reads_positions(node) for node in seen):
+        if not ancestors or not any(_reads_positions(node) for node in ancestors):
             return Declined("rotary-positions", f"{value.name} does not depend on position_ids")
-        return _in_order(seen)
+        return _in_order(ancestors)
 
 
 def _depends_on_others(value: ir.Value) -> Declined:
@@ -204,11 +204,11 @@ def _depends_on_others(value: ir.Value) -> Declined:
 
 
 def _conditions(nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    """Computed conditions of one element that decide between two values."""
-    found = [n.inputs[0] for n in nodes if n.op_type == "Where"]
+    """List the computed conditions of one element that select one of two values."""
+    conditions = [n.inputs[0] for n in nodes if n.op_type == "Where"]
     return [
         c
-        for c in dict.fromkeys(found)
+        for c in dict.fromkeys(conditions)
         if c is not None
         and c.producer() in set(nodes)
         and c.shape is not None
@@ -219,7 +219,7 @@ def _conditions(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 def _session(
     value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed
 ) -> Callable[[Array], Array]:
-    """Computes `value` from positions (batch, sequence) int64."""
+    """Return a function that computes `value` from positions (batch, sequence) int64."""
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -234,9 +234,9 @@ def _session(
 
 
 def _counts_rows(node: ir.Node) -> bool:
-    """Whether a node gives the batch size, as the first dimension of an input of the graph.
+    """Return whether a node computes the batch size, as the first dimension of an input of the graph.
 
-    Every input of the graph has it, `position_ids` too.
+    Every input of the graph has this dimension, including `position_ids`.
     """
     source = node.inputs[0] if node.op_type == "Shape" else None
     start, end = (node.attributes.get_int(name, 0) for name in ("start", "end"))
@@ -248,7 +248,7 @@ def _reads_positions(node: ir.Node) -> bool:
 
 
 def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
-    """`nodes` such that each stands after those it reads from."""
+    """Sort `nodes` so that each follows the nodes that it reads from."""
     done: dict[ir.Node, None] = {}
     pending = sorted(nodes, key=lambda n: str(n.name))
     while pending:
@@ -264,7 +264,7 @@ def _in_order(nodes: set[ir.Node]) -> list[ir.Node]:
 
 
 def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: Fixed) -> ir.Model:
-    """A model of copies of `nodes` alone, from position_ids (batch, sequence) to `value`, in float32."""
+    """Build a model of copies of `nodes`, from position_ids (batch, sequence) to `value`, in float32."""
     positions = ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"])
     copies: dict[ir.Value, ir.Value] = {}
     constants: list[ir.Value] = []
@@ -283,21 +283,21 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: 
             constants.append(copies[source])
         return copies[source]
 
-    made = []
+    copied = []
     for node in nodes:
         inputs = [positions] if _counts_rows(node) else [copy_of(v) for v in node.inputs]
         outputs = [ir.Value(name=o.name) for o in node.outputs]
         copies.update(zip(node.outputs, outputs, strict=True))
         attributes = [_widen_attribute(a) for a in node.attributes.values()]
-        made.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
-    made.append(ir.node("Identity", [copies[value]]))
-    result = made[-1].outputs[0]
+        copied.append(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
+    copied.append(ir.node("Identity", [copies[value]]))
+    result = copied[-1].outputs[0]
     result.name, result.shape = "rows", value.shape
     result.dtype = value.dtype if value.dtype is ir.DataType.BOOL else ir.DataType.FLOAT
     extracted = ir.Graph(
         [positions],
         [result],
-        nodes=made,
+        nodes=copied,
         initializers=constants,
         opset_imports=dict(graph.opset_imports),
         name="table",
@@ -306,14 +306,14 @@ def _extract(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, fixed: 
 
 
 def _widen(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """`tensor` in float32 if it is narrower."""
+    """Return `tensor` in float32 if it is narrower."""
     if tensor.dtype not in _NARROW:
         return tensor
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _widen_attribute(attribute: ir.Attr) -> ir.Attr:
-    """The same for a constant's value, and for the type that a cast makes."""
+    """Widen a constant's value, or the type to which a cast converts."""
     if attribute.type is ir.AttributeType.TENSOR:
         return ir.AttrTensor(attribute.name, _widen(attribute.as_tensor()))
     if attribute.name == "to" and attribute.as_int() in _NARROW:

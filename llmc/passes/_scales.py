@@ -1,4 +1,4 @@
-"""Vectors that a norm multiplies by: a weight, 1 + weight, either of them cast; as one initializer."""
+"""Match vectors that a norm multiplies by: a weight or 1 + weight, possibly cast, as one initializer."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from llmc.graph.weights import CastRows, LazyWeight, Rows
 
 @dataclass(frozen=True)
 class ShiftedRows:
-    """Rows plus a constant, added in float32."""
+    """The rows plus a constant, added in float32."""
 
     inner: Rows
     shift: float
@@ -34,12 +34,12 @@ class ShiftedRows:
 
 @dataclass(frozen=True)
 class Scale:
-    """A vector (width,) that stands for `weight + shift`.
+    """A vector (width,) equal to `weight + shift`.
 
     Args:
         weight: The initializer.
-        rows: Its rows.
-        shift: 0, or what the graph adds to it.
+        rows: Rows of the initializer.
+        shift: Constant that the graph adds to it; 0 if none.
     """
 
     weight: ir.Value
@@ -47,7 +47,7 @@ class Scale:
     shift: float
 
     def bind(self, graph: ir.Graph, dtype: ir.DataType) -> ir.Value:
-        """The initializer of type `dtype` that holds the scale."""
+        """Return the initializer of type `dtype` that holds the scale."""
         if self.shift == 0 and self.weight.dtype == dtype:
             return self.weight
         name = str(self.weight.name)
@@ -60,7 +60,7 @@ class Scale:
 
 
 def scale_of(value: ir.Value | None, width: int | None) -> Scale | None:
-    """The scale that `value` is: an initializer (width,), possibly shifted by a constant and cast."""
+    """Match a scale: an initializer (width,), possibly shifted by a constant and cast."""
     shift = 0.0
     while value is not None:
         tensor = value.const_value
@@ -83,5 +83,5 @@ def scale_of(value: ir.Value | None, width: int | None) -> Scale | None:
 
 
 def unit_scale(graph: ir.Graph, width: int, dtype: ir.DataType) -> ir.Value:
-    """Ones (width,)."""
+    """Return an initializer of ones, (width,)."""
     return add_constant(graph, np.ones(width, dtype.numpy()), "ones")

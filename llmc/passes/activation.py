@@ -1,10 +1,10 @@
-"""Activation functions spelled out, as one operator.
+"""Fuse activation functions in plain operators into one operator.
 
     x * sigmoid(x)                                             com.microsoft QuickGelu, alpha 1 (SiLU)
     x * sigmoid(1.702 x)                                       com.microsoft QuickGelu, alpha 1.702
     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x ** 3)))       Gelu, approximate "tanh", ONNX opset 20
 
-The formulas are those of Hendrycks and Gimpel 2016.
+The formulas are from Hendrycks and Gimpel 2016.
 """
 
 import math
@@ -40,7 +40,7 @@ class Activation:
 
 
 def _sigmoid_gate(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """(x, alpha) of a product x * sigmoid(alpha x)."""
+    """Return (x, alpha) of a product x * sigmoid(alpha x)."""
     for x, other in operands(node):
         sigmoid = made_by(other, "Sigmoid")
         if sigmoid is None:
@@ -57,7 +57,7 @@ def _sigmoid_gate(node: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _tanh_gelu(node: ir.Node) -> ir.Value | None:
-    """x of a product (0.5 x) * (1 + tanh(...)), whichever way round."""
+    """Return x of a product (0.5 x) * (1 + tanh(...)), in either order."""
     for half, rest in operands(node):
         halved, shifted = made_by(half, "Mul"), made_by(rest, "Add")
         if halved is None or shifted is None:
@@ -71,7 +71,7 @@ def _tanh_gelu(node: ir.Node) -> ir.Value | None:
 
 
 def _is_inner(tanh: ir.Node | None, x: ir.Value) -> bool:
-    """Whether the argument of `tanh` is sqrt(2 / pi) (x + 0.044715 x ** 3)."""
+    """Return whether the argument of `tanh` is sqrt(2 / pi) (x + 0.044715 x ** 3)."""
     scaled = made_by(tanh.inputs[0], "Mul") if tanh is not None else None
     for total, factor in operands(scaled) if scaled is not None else ():
         added = made_by(total, "Add")
@@ -85,7 +85,7 @@ def _is_inner(tanh: ir.Node | None, x: ir.Value) -> bool:
 
 
 def _is_cubic(node: ir.Node, x: ir.Value) -> bool:
-    """Whether `node` is 0.044715 x ** 3."""
+    """Return whether `node` computes 0.044715 x ** 3."""
     for power, factor in operands(node):
         cube = made_by(power, "Pow")
         if cube is not None and cube.inputs[0] is x and is_scalar(cube.inputs[1], 3.0):
@@ -97,10 +97,10 @@ def _replace(
     graph: ir.Graph, node: ir.Node, source: ir.Value, op: str, domain: str, attributes: dict[str, float | str]
 ) -> None:
     output = node.outputs[0]
-    made = Site(graph, node).emit(
+    fused = Site(graph, node).emit(
         op, [source], f"{output.name}/{op}", domain=domain, attributes=attributes, like=output
     )
-    take_over(output, made.outputs[0])
+    take_over(output, fused.outputs[0])
 
 
 PASS = Activation()

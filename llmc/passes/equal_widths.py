@@ -1,7 +1,7 @@
-"""Values as wide as keys: multi-head latent attention (DeepSeek-V2, 2024) over a cache of one width.
+"""Pad values to the width of keys: multi-head latent attention (DeepSeek-V2, 2024) with one cache width.
 
-Runtimes allocate keys and values of a layer alike. Where values are narrower than keys, zeros are put
-behind them on their way into the cache, and the same places are cut off the result: sums of zeros.
+Runtimes allocate keys and values of a layer alike. If values are narrower than keys, they are padded with
+zeros on their way into the cache, and the same columns, sums of zeros, are cut off the result.
 """
 
 from dataclasses import dataclass
@@ -47,10 +47,10 @@ class EqualWidths:
 
 
 def _decline(slot: CacheSlot, node: ir.Node | None) -> tuple[str, str] | None:
-    """(code, reason) if the values of `slot` stay as wide as they are."""
+    """Return (code, reason) if the values of `slot` keep their width."""
     widths = f"keys of layer {slot.layer} are {slot.key_width} wide, values {slot.value_width}"
     if node is None:
-        return "plain-attention", f"{widths}, and the layer computes attention in operators of its own"
+        return "plain-attention", f"{widths}, and the layer computes attention in plain operators"
     if slot.key_width < slot.value_width:
         return "narrow-keys", widths
     if len(operand(node, 4).consumers()) > 1:

@@ -1,12 +1,14 @@
-"""`Experts` as com.microsoft MoE, which computes the chosen experts only.
+"""Lower `Experts` to com.microsoft MoE, which computes only the chosen experts.
 
-MoE routes by itself: it takes the k largest of a row of router logits, and mixes by their softmax. Logits
-that are log(weight) for the chosen experts and minus infinity for the others give back the router's choice
-whatever made it, and weights over their sum; a product with the sum follows. Weights must not be negative.
+MoE does its own routing: it takes the k largest router logits of a row, and mixes by their softmax. Logits
+that are log(weight) for the chosen experts and minus infinity for the others reproduce the router's choice,
+however it was made, and the weights divided by their sum; a product with the sum follows. Weights must not
+be negative.
 
-What ONNX Runtime 1.31 does on a CPU: of the gated experts only SwiGLU with gate and up interleaved, no
-third matrix. Weights are interleaved as they are written. Its MoE may be given its own input's memory for
-the output, and reads what it has overwritten: a `Where` after it keeps the input alive until it is done.
+Limits of ONNX Runtime 1.31 on a CPU: the only gated experts are SwiGLU with gate and up interleaved, without
+a third matrix, so weights are interleaved as they are written. Its MoE may receive its own input's memory
+for the output, and then reads what it has overwritten: a `Where` after it keeps the input alive until it is
+done.
 """
 
 from dataclasses import dataclass
@@ -48,10 +50,10 @@ class Experts:
 
 
 def _decline(node: ir.Node) -> tuple[str, str] | None:
-    """(code, reason) why `node` cannot be lowered; None if it can."""
+    """Return (code, reason) why `node` cannot be lowered; None if it can."""
     _, indices, weights, *parameters = node.inputs
     if _topk(indices) is None:
-        return "routing", "its experts are not the result of a TopK, and one might be chosen twice"
+        return "routing", "its experts are not the result of a TopK, so one might be chosen twice"
     if not _is_nonnegative(weights):
         return "signed-weights", "the router's weights are not known to be at least 0"
     if any(_stored(value) is None for value in parameters):
@@ -60,7 +62,7 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
 
 
 def _topk(value: ir.Value | None) -> ir.Node | None:
-    """The TopK that chose experts, from its indices."""
+    """Return the TopK that chose experts, given its indices."""
     while (step := None if value is None else value.producer()) is not None:
         if is_op(step, "TopK"):
             return step if value is step.outputs[1] else None
@@ -70,8 +72,8 @@ def _topk(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-#: Operators whose result is at least 0 whatever they are given, if all of their operands are, and if the
-#: first one is.
+#: Operators whose result is at least 0: for any operands, if all of their operands are, and if the first one
+#: is.
 _ALWAYS = frozenset({"Softmax", "Sigmoid", "Exp", "Relu", "Softplus", "Abs"})
 _TOGETHER = frozenset({"Add", "Mul", "Div", "Max", "Min", "Concat"})
 _FORWARDED = frozenset(
@@ -81,7 +83,7 @@ _FORWARDED = frozenset(
 
 
 def _is_nonnegative(value: ir.Value | None) -> bool:
-    """Whether the operators that make `value` cannot give a number below 0."""
+    """Return whether the operators that compute `value` cannot give a number below 0."""
     if value is None:
         return False
     constant = constant_of(value)
@@ -96,7 +98,7 @@ def _is_nonnegative(value: ir.Value | None) -> bool:
 
 
 def _stored(value: ir.Value | None) -> tuple[LazyWeight, bool] | None:
-    """A weight of the checkpoint, and whether it stands behind a Transpose of its last two axes."""
+    """Return a weight of the checkpoint, and whether a Transpose swaps its last two axes."""
     turned = made_by(value, "Transpose")
     transposed = turned is not None and permutation_of(turned) == [0, 2, 1]
     source = turned.inputs[0] if transposed and turned is not None else value
@@ -136,21 +138,21 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _weight(graph: ir.Graph, value: ir.Value | None, interleave: bool) -> ir.Value:
-    """The stored weight as MoE reads it."""
-    found = _stored(value)
-    if found is None or found[0].rows is None:
+    """Return the stored weight in the layout that MoE reads."""
+    weight = _stored(value)
+    if weight is None or weight[0].rows is None:
         raise GraphError(f"experts read {value.name if value else 'nothing'}, which is not stored")
-    tensor, transposed = found
+    tensor, transposed = weight
     if not transposed and not interleave and value is not None:
         return value
-    rows = ExpertRows(found[0].rows, transposed, interleave)
+    rows = ExpertRows(weight[0].rows, transposed, interleave)
     return add_weight(graph, f"{tensor.name}.experts", rows)
 
 
 def _routing(
     site: Site, stem: str, indices: ir.Value | None, weights: ir.Value | None, experts: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Router logits (tokens, experts) that give the weights over their sum, and that sum (tokens, 1)."""
+    """Emit router logits (tokens, experts) that give the weights over their sum, and that sum (tokens, 1)."""
     dtype = ir.DataType.FLOAT if weights is None or weights.dtype is None else weights.dtype
     tokens = dims_of(indices)[0]
     length = site.emit(

@@ -1,14 +1,15 @@
-"""`CachedAttention` as com.microsoft GroupQueryAttention (Ainslie et al. 2023).
+"""Lower `CachedAttention` to com.microsoft GroupQueryAttention (Ainslie et al. 2023).
 
-The operator keeps the tokens of a row of a batch together from slot 0: it takes the number of real
-tokens of each row, not a mask, and appends at the row's own end. Ragged batches are therefore padded on
-the right, and positions are those that the mask implies. Its sliding window, softcap and sinks mean what
-the dialect's do. Where query and key come from rotary embeddings with the same tables, it rotates them
-itself; the positions are then its own, and `position_ids` may be no input any more. An embedding whose
-positions are shifted as a whole, beyond a switch of its frequencies, gives the operator its positions.
+The operator keeps the tokens of each batch row contiguous from slot 0: it takes the number of real tokens of
+each row instead of a mask, and appends at the row's own end. Ragged batches are therefore padded on the
+right, and positions are the ones that the mask implies. Its sliding window, softcap and sinks have the same
+meaning as in the dialect. If query and key come from rotary embeddings with the same tables, the operator
+rotates them itself; it then derives the positions itself, and `position_ids` may be removed from the inputs.
+An embedding whose positions are shifted as a whole, beyond a switch of its frequencies, passes its positions
+to the operator.
 
-What ONNX Runtime 1.31 does on a CPU: several tokens at once on a past that is not empty need a batch of
-1; widths of heads are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
+Limits of ONNX Runtime 1.31 on a CPU: several tokens at once on a past that is not empty need a batch of 1;
+head widths are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 @dataclass(frozen=True)
 class GroupQueryAttention:
     name: str = "group-query-attention"
-    summary: str = "attention as one GroupQueryAttention, with the rotary embedding inside where it can be"
+    summary: str = "attention as one GroupQueryAttention, with the rotary embedding inside if possible"
 
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
@@ -58,27 +59,27 @@ class GroupQueryAttention:
             require_domain(graph.graph, MICROSOFT)
             _drop_unused_positions(graph)
         for reason, count in outside.items():
-            graph.notes.append(f"the rotary embedding stays outside of attention in {count} layers: {reason}")
+            graph.notes.append(f"the rotary embedding stays outside attention in {count} layers: {reason}")
         return PassReport(self.name, tuple(applied), tuple(refusals))
 
 
 def _uncaptured(graph: Graph, captured: set[int | None]) -> Iterator[Refusal]:
-    """Layers with a KV cache whose attention is in plain operators."""
+    """Yield a refusal for each layer with a KV cache whose attention is in plain operators."""
     for slot in graph.cache:
         if slot.layer not in captured:
-            reason = "the layer computes attention in operators of its own"
+            reason = "the layer computes attention in plain operators"
             yield Refusal("plain-attention", reason, slot.past_key, slot.layer)
 
 
 @dataclass
 class _Lengths:
-    """Token counts in the operator's form, computed once a graph from attention_mask (batch, total)."""
+    """The token counts in the operator's form, computed once per graph from attention_mask (batch, total)."""
 
     graph: ir.Graph
     _values: tuple[ir.Value, ir.Value] | None = field(default=None)
 
     def values(self, first: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """(real tokens of each row - 1 (batch,), total length ()), both int32, made before `first`."""
+        """Return (real tokens per row - 1 (batch,), total length ()), both int32, emitted before `first`."""
         if self._values is None:
             mask = first.inputs[5]
             if mask is None:
@@ -107,7 +108,7 @@ class _Lengths:
 
 
 def _decline(node: ir.Node) -> tuple[str, str] | None:
-    """(code, reason) if the operator cannot stand for `node`."""
+    """Return (code, reason) if the operator cannot replace `node`."""
     past_key, past_value = node.inputs[3], node.inputs[4]
     if past_key is None or past_value is None:
         raise GraphError(f"attention {node.name} has no past")
@@ -126,9 +127,9 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Rotary:
-    """Tables (positions, rotated / 2) of a rotary embedding that the operator applies itself.
+    """The tables (positions, rotated / 2) of a rotary embedding that the operator applies itself.
 
-    `positions` are rows of the tables for each token; None where they are the tokens' own positions.
+    `positions` are the table rows for each token; None if they are the tokens' own positions.
     """
 
     cos: ir.Value
@@ -138,7 +139,7 @@ class _Rotary:
 
 
 def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str | None]:
-    """The rotary embedding of both, if the operator can apply it; else why not, if there is one."""
+    """Return the rotary embedding of both, if the operator can apply it; else the reason, if there is one."""
     nodes = [made_by(v, "RotaryEmbedding", MICROSOFT) for v in (query, key)]
     first, second = nodes
     if first is None or second is None:
@@ -160,7 +161,7 @@ def _shared_rotary(query: ir.Value, key: ir.Value) -> tuple[_Rotary | None, str 
 
 
 def _are_positions(value: ir.Value) -> bool:
-    """Whether `value` is the input position_ids, or that shifted by one number for all tokens."""
+    """Return whether `value` is the input position_ids, possibly shifted by one number for all tokens."""
     if (shifted := made_by(value, "Add")) is not None:
         source, shift = shifted.inputs
         return source is not None and _are_positions(source) and shift is not None and not dims_of(shift)
@@ -168,7 +169,7 @@ def _are_positions(value: ir.Value) -> bool:
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
-    """Replace `node`; returns why its rotary embedding stays outside, if it has one that does."""
+    """Replace `node`; return the reason if a rotary embedding stays outside."""
     query, key, value, past_key, past_value = node.inputs[:5]
     if query is None or key is None or value is None:
         raise GraphError(f"attention {node.name} has no query, key or value")
@@ -196,7 +197,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
         inputs += [rotary.positions] if rotary.positions is not None else []
     if len(node.inputs) > 6:
         inputs += [None] * (11 - len(inputs)) + [node.inputs[6]]
-    made = site.emit(
+    fused = site.emit(
         OPERATOR,
         inputs,
         f"{stem}/output",
@@ -206,9 +207,9 @@ def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
         dtype=query.dtype,
         outputs=3,
     )
-    for old, new in zip(node.outputs[1:], made.outputs[1:], strict=True):
+    for old, new in zip(node.outputs[1:], fused.outputs[1:], strict=True):
         take_over(old, new)
-    _replace_output(site, node.outputs[0], made.outputs[0], heads * width)
+    _replace_output(site, node.outputs[0], fused.outputs[0], heads * width)
     return outside
 
 
@@ -220,7 +221,7 @@ def _before_rotary(value: ir.Value) -> ir.Value:
 
 
 def _replace_output(site: Site, old: ir.Value, new: ir.Value, features: int) -> None:
-    """Users of `old` (batch, sequence, heads, width) take `new` (batch, sequence, features)."""
+    """Let users of `old` (batch, sequence, heads, width) read `new` (batch, sequence, features)."""
     user = only_user(old)
     if user is not None and is_op(user, "Reshape") and dims_of(user.outputs[0]) == dims_of(new):
         take_over(user.outputs[0], new)

@@ -1,8 +1,8 @@
-"""Logits of each row's last token only: the language-model head runs on one position per sequence.
+"""Compute logits of each row's last token only: the language-model head runs on one position per sequence.
 
-A row of a ragged batch that is padded on the right ends before the last slot of the step. Its last token
-is where the attention mask of the step's own slots, the last `sequence` of `total`, has its last 1. A graph
-with a KV cache of fixed length has no mask: it gets the input token_counts (batch,) int64 instead.
+A row of a ragged batch that is padded on the right ends before the last slot of the step. Its last token is
+at the last 1 in the attention mask of the step's own slots, the last `sequence` of `total`. A graph with a
+KV cache of fixed length has no mask: it gets the input token_counts (batch,) int64 instead.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class LastTokenLogits:
 
 
 def _last_tokens(graph: Graph, site: Site) -> ir.Value:
-    """Slot of each row's last token among those of this step, int64 (batch, 1, 1)."""
+    """Emit the slot of each row's last token among the slots of this step, int64 (batch, 1, 1)."""
     inputs = {value.name: value for value in graph.graph.inputs}
     ids = inputs["input_ids"]
     batch, sequence = dims_of(ids)
@@ -81,7 +81,7 @@ def _last_tokens(graph: Graph, site: Site) -> ir.Value:
         shape=[batch, sequence],
         dtype=mask.dtype,
     )
-    floats = site.emit(  # the one type for which every provider has ArgMax
+    floats = site.emit(  # the only type for which every provider has ArgMax
         "Cast",
         [own.outputs[0]],
         "last/floats",

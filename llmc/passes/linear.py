@@ -1,10 +1,10 @@
-"""A Gemm (ONNX opset 13) as MatMul and Add, which the quantizer and the other passes know.
+"""Replace a Gemm (ONNX opset 13) by MatMul and Add, which the quantizer and the other passes support.
 
-    alpha = beta = 1, no transposed activation: y = x W + b, W (in_features, out_features), or its
+    alpha = beta = 1, activation not transposed: y = x W + b, W (in_features, out_features), or its
     transpose as torch stores it
 
-Tracing makes a Gemm of `addmm`, which wants matrices: where reshapes to rows and back stand around it, they
-go as well.
+Tracing turns `addmm`, which takes matrices, into a Gemm; reshapes to rows and back around it are removed as
+well.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class LinearPass:
 
 
 def _obstacle(node: ir.Node) -> tuple[str, str] | None:
-    """Code and reason why `node` stays."""
+    """Return the code and the reason why `node` stays."""
     for name in ("alpha", "beta"):
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.as_float() != 1.0:
@@ -47,7 +47,7 @@ def _obstacle(node: ir.Node) -> tuple[str, str] | None:
         return "gemm-transposed", "its activation is transposed"
     weight = node.inputs[1]
     if weight is None or not is_weight(weight):
-        return "computed", "its factor is no weight"
+        return "computed", "its factor is not a weight"
     return None
 
 
@@ -72,10 +72,10 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
             dtype=weight.dtype,
         )
         weight = turned.outputs[0]
-    made = site.emit("MatMul", [rows, weight], f"{name}/product", like=old)
+    result = site.emit("MatMul", [rows, weight], f"{name}/product", like=old)
     if rest and rest[0] is not None:
-        made = site.emit("Add", [made.outputs[0], rest[0]], f"{name}/biased", like=old)
-    take_over(old, made.outputs[0])
+        result = site.emit("Add", [result.outputs[0], rest[0]], f"{name}/biased", like=old)
+    take_over(old, result.outputs[0])
 
 
 PASS = LinearPass()

@@ -1,4 +1,4 @@
-"""Gate and up projections of a gated feed-forward layer (Shazeer 2020) as one product and a split."""
+"""Pack gate and up projections of a gated feed-forward layer (Shazeer 2020) into one product and a split."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class PackGateUp:
 
 
 def _pair(node: ir.Node) -> tuple[Projection, Projection] | None:
-    """(gate, up) of a product activation(gate) * up."""
+    """Return (gate, up) of a product activation(gate) * up."""
     if not is_op(node, "Mul") or len(node.inputs) != 2:
         return None
     for activated, plain in (node.inputs, node.inputs[::-1]):
@@ -49,14 +49,14 @@ def _pair(node: ir.Node) -> tuple[Projection, Projection] | None:
 
 
 def _gate(value: ir.Value | None) -> Projection | None:
-    """The projection below an activation function of one argument."""
+    """Return the projection that an activation function of one argument reads."""
     node = None if value is None else value.producer()
     if node is None:
         return None
     if is_op(node, "Mul"):  # x * sigmoid(x)
         for plain, other in (node.inputs, node.inputs[::-1]):
-            made = None if other is None else other.producer()
-            if made is not None and is_op(made, "Sigmoid") and made.inputs[0] is plain:
+            gating = None if other is None else other.producer()
+            if gating is not None and is_op(gating, "Sigmoid") and gating.inputs[0] is plain:
                 return projection_of(plain)
         return None
     return projection_of(node.inputs[0]) if node.op_type in _ACTIVATIONS else None

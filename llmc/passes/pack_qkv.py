@@ -1,4 +1,4 @@
-"""Query, key and value projections as one product that feeds attention packed."""
+"""Pack query, key and value projections into one product that feeds attention packed."""
 
 from dataclasses import dataclass
 
@@ -33,15 +33,15 @@ class PackQkv:
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> tuple[str, str] | None:
-    found = [projection_of(v) for v in node.inputs[:3]]
-    projections = [p for p in found if p is not None]
+    candidates = [projection_of(v) for v in node.inputs[:3]]
+    projections = [p for p in candidates if p is not None]
     if len(projections) < 3:
         return (
             "not-a-projection",
             "query, key or value is not a plain projection (normalised, rotated or split)",
         )
     if any(only_user(p.output) is not node for p in projections):
-        return "shared", "a projection is read by others as well"
+        return "shared", "other nodes read a projection as well"
     declined = obstacle(projections) or differing_codes(projections)
     if declined is not None:
         return declined

@@ -1,7 +1,7 @@
-"""Linear products of one activation as one product and a split: query, key and value; gate and up.
+"""Pack linear products of one activation into one product and a split: query, key and value; gate and up.
 
-Biases are added to the parts, as before. TensorRT joins products with float weights itself and leaves
-quantized ones apart, each with kernels of its own.
+Biases are added to the parts, as before. TensorRT joins products with float weights itself but keeps
+quantized products separate, each with its own kernel.
 """
 
 from dataclasses import dataclass

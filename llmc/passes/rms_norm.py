@@ -1,9 +1,9 @@
-"""RMSNorm (Zhang & Sennrich 2019) as ONNX Runtime's SimplifiedLayerNormalization.
+"""Fuse RMSNorm (Zhang & Sennrich 2019) into ONNX Runtime's SimplifiedLayerNormalization.
 
     y = x / sqrt(mean(x * x) + epsilon) * scale        over the last axis, in float32
 
-ONNX Runtime registers SimplifiedLayerNormalization in the default domain with the attributes axis,
-epsilon and stash_type (type of the mean); on the CPU input, scale and output have one type.
+ONNX Runtime registers SimplifiedLayerNormalization in the default domain with the attributes axis, epsilon
+and stash_type (type of the mean); on the CPU, input, scale and output have the same type.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019) as ONNX's own RMSNormalization, opset 23.
+"""Fuse RMSNorm (Zhang and Sennrich 2019) into ONNX's own RMSNormalization, opset 23.
 
 y = x / sqrt(mean(x * x) + epsilon) * scale        over the last axis, in float32
 """

@@ -1,13 +1,13 @@
-"""Rotary position embeddings (Su et al. 2021) as com.microsoft RotaryEmbedding with tables by position.
+"""Fuse rotary position embeddings (Su et al. 2021) into com.microsoft RotaryEmbedding with tables.
 
     y = x * cos(position) + rotate(x) * sin(position)
 
-`rotate` takes the halves (x1, x2) to (-x2, x1), or every pair of neighbours likewise (interleaved).
-Where only the first part of a head is rotated, the rest is passed through. The tables of cos and sin,
-(positions, rotated / 2), are computed by the graph itself, whatever the kind of embedding.
+`rotate` maps the halves (x1, x2) to (-x2, x1), or does the same to every pair of neighbours (interleaved). If
+only the first part of a head is rotated, the rest is passed through. The graph itself computes the tables of
+cos and sin, (positions, rotated / 2), for any kind of embedding.
 
-An embedding that has other frequencies where the step's largest position is beyond a length (LongRoPE) has
-the rows of both in its tables, and its positions are shifted to the second ones there.
+If an embedding has other frequencies when the step's largest position is beyond a length (LongRoPE), its
+tables have the rows of both, and its positions are then shifted to the second rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,23 +35,24 @@ from llmc.graph.report import PassReport, Refusal
 from llmc.passes._positions import Declined, PositionTables, Table
 
 OPERATOR = "RotaryEmbedding"
-#: Rows of a table where the model states no largest position, and at most.
+#: Rows of a table if the model states no largest position, and upper limit.
 MOST_POSITIONS = 131072
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """One matched embedding.
+    """A matched embedding.
 
     Args:
-        node: The last node of it.
-        source: (batch, heads, sequence, width) or (batch, sequence, heads, width).
-        output: Of the same shape.
-        cos: Broadcast against the rotated part.
-        sin: Likewise.
-        rotated: Elements of a head that are rotated, from its beginning.
-        interleaved: Neighbours make a pair, not halves.
-        halved: cos and sin have rotated / 2 elements a position, else every one twice.
+        node: Its last node.
+        source: Input, (batch, heads, sequence, width) or (batch, sequence, heads, width).
+        output: Result, of the same shape.
+        cos: Cosines, broadcast against the rotated part.
+        sin: Sines, broadcast likewise.
+        rotated: Number of elements of a head that are rotated, from its start.
+        interleaved: Whether pairs are neighbours instead of elements of the two halves.
+        halved: Whether cos and sin have rotated / 2 elements per position; otherwise each element occurs
+            twice.
     """
 
     node: ir.Node
@@ -83,12 +84,12 @@ class Rotary:
         return replace_rotations(graph, self.name, emit)
 
 
-#: Makes the operator from the heads, the positions, the tables of cosines and sines, and its attributes.
+#: Emits the operator given the heads, the positions, the tables of cosines and sines, and its attributes.
 Emit = Callable[[Site, ir.Value, ir.Value, list[ir.Value], dict[str, int]], ir.Node]
 
 
 def replace_rotations(graph: Graph, name: str, emit: Emit) -> PassReport:
-    """Put one operator in the place of every rotary embedding; the report of pass `name`."""
+    """Replace every rotary embedding by one operator; return the report of pass `name`."""
     rotations = [(r, layer_of(node)) for node in graph.graph for r in _match(node)]
     if not rotations:
         return PassReport(name, ())
@@ -144,23 +145,23 @@ def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: 
         flat = add_constant(graph, np.array([0, 0, heads * width], np.int64), "shape")
         shape = [*dims[:2], heads * width]
         value = site.emit("Reshape", [source, flat], f"{name}/flat", shape=shape, dtype=dtype).outputs[0]
-    made = emit(site, value, positions, caches, attributes).outputs[0]
+    rotated = emit(site, value, positions, caches, attributes).outputs[0]
     if heads_axis == 2:
         split = add_constant(graph, np.array([0, 0, heads, width], np.int64), "shape")
-        made = site.emit("Reshape", [made, split], f"{name}/heads", like=source).outputs[0]
-    take_over(output, made)
+        rotated = site.emit("Reshape", [rotated, split], f"{name}/heads", like=source).outputs[0]
+    take_over(output, rotated)
     return None
 
 
 def rotary_positions(graph: ir.Graph, switch: int) -> ir.Value:
-    """Rows of a `Table` for the positions of the step, (batch, sequence) int64."""
+    """Return the rows of a `Table` for the positions of the step, (batch, sequence) int64."""
     positions = next(v for v in graph.inputs if v.name == "position_ids")
     if not switch:
         return positions
     name = f"rotary/positions_{switch}"
-    known = next((n.outputs[0] for n, _ in positions.uses() if n.outputs[0].name == name), None)
-    if known is not None:
-        return known
+    existing = next((n.outputs[0] for n, _ in positions.uses() if n.outputs[0].name == name), None)
+    if existing is not None:
+        return existing
     site = Site(graph, graph[0])
 
     def emit(op: str, inputs: list[ir.Value], part: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
@@ -178,9 +179,9 @@ def rotary_positions(graph: ir.Graph, switch: int) -> ir.Value:
 
 
 def _in_type(graph: ir.Graph, table: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """The float32 `table` as `dtype`, by one cast that runtimes compute when they load or build.
+    """Cast the float32 `table` to `dtype`, with one cast that runtimes fold when they load or build.
 
-    The file keeps all digits, so that the graph can be held to the original in float32.
+    The file keeps all digits, so that the graph can be compared with the original in float32.
     """
     if table.dtype is dtype:
         return table
@@ -200,7 +201,7 @@ def _static(dims: list[int | str], axis: int | None) -> int | None:
 
 
 def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Table | Declined:
-    """One column per pair of rotated elements, (positions, rotated / 2) float32."""
+    """Return one column per pair of rotated elements, (positions, rotated / 2) float32."""
     pairs = rotation.rotated // 2
     if rotation.halved:
         return tables.table(value, pairs)
@@ -217,14 +218,14 @@ def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> 
 
 
 def _match(node: ir.Node) -> Iterator[Rotation]:
-    """The embedding that ends in `node`, grown to the end of the head and over a cast back."""
-    found = _match_sum(node) if is_op(node, "Add") else _match_halves(node) if is_op(node, "Concat") else None
-    if found is not None:
-        yield _with_cast(_with_rest(found))
+    """Match the embedding that ends in `node`, extended to the whole head and over a cast back."""
+    match = _match_sum(node) if is_op(node, "Add") else _match_halves(node) if is_op(node, "Concat") else None
+    if match is not None:
+        yield _with_cast(_with_rest(match))
 
 
 def _match_sum(add: ir.Node) -> Rotation | None:
-    """x * cos + rotate(x) * sin."""
+    """Match x * cos + rotate(x) * sin."""
     for one, other in operands(add):
         turned, straight = made_by(one, "Mul"), made_by(other, "Mul")
         if turned is None or straight is None:
@@ -244,7 +245,7 @@ def _match_sum(add: ir.Node) -> Rotation | None:
 
 
 def _turned(value: ir.Value) -> tuple[ir.Value, bool] | None:
-    """(x, interleaved) where `value` is rotate(x)."""
+    """Return (x, interleaved) if `value` is rotate(x)."""
     joined, interleaved = made_by(value, "Concat"), False
     if (reshape := made_by(value, "Reshape")) is not None:
         joined, interleaved = made_by(input_of(reshape), "Concat"), True
@@ -261,7 +262,7 @@ def _turned(value: ir.Value) -> tuple[ir.Value, bool] | None:
 
 
 def _pair(first: ir.Value | None, second: ir.Value | None, interleaved: bool) -> ir.Value | None:
-    """x where `first` and `second` are its halves, or its even and odd elements."""
+    """Return x if `first` and `second` are its halves, or its even and odd elements."""
     low, high = part_of(first), part_of(second)
     if low is None or high is None or low[0] is not high[0]:
         return None
@@ -270,24 +271,24 @@ def _pair(first: ir.Value | None, second: ir.Value | None, interleaved: bool) ->
     if width is None or width % 2:
         return None
     if interleaved:
-        wanted = ((last, 0, width, 2), (last, 1, width, 2))
+        expected = ((last, 0, width, 2), (last, 1, width, 2))
     else:
-        wanted = ((last, 0, width // 2, 1), (last, width // 2, width, 1))
-    return x if (low[1:], high[1:]) == wanted else None
+        expected = ((last, 0, width // 2, 1), (last, width // 2, width, 1))
+    return x if (low[1:], high[1:]) == expected else None
 
 
 def _match_halves(concat: ir.Node) -> Rotation | None:
-    """(x1 * cos - x2 * sin, x2 * cos + x1 * sin) joined, where x is (x1, x2) and cos has half its width."""
+    """Match (x1 * cos - x2 * sin, x2 * cos + x1 * sin) joined; x is (x1, x2) and cos has half its width."""
     if len(concat.inputs) != 2 or not _joins_last_axis(concat):
         return None
     minus, plus = made_by(concat.inputs[0], "Sub"), made_by(concat.inputs[1], "Add")
     if minus is None or plus is None:
         return None
-    kept, taken = made_by(minus.inputs[0], "Mul"), made_by(minus.inputs[1], "Mul")
-    if kept is None or taken is None:
+    cos_product, sin_product = made_by(minus.inputs[0], "Mul"), made_by(minus.inputs[1], "Mul")
+    if cos_product is None or sin_product is None:
         return None
-    for first, cos in operands(kept):
-        for second, sin in operands(taken):
+    for first, cos in operands(cos_product):
+        for second, sin in operands(sin_product):
             x = _pair(uncast(first), uncast(second), False)
             if x is None or not _sums(plus, (second, cos), (first, sin)):
                 continue
@@ -299,14 +300,14 @@ def _match_halves(concat: ir.Node) -> Rotation | None:
 
 
 def _sums(add: ir.Node, one: tuple[ir.Value, ir.Value], other: tuple[ir.Value, ir.Value]) -> bool:
-    """Whether `add` sums the products of two pairs, in any order."""
+    """Return whether `add` sums the products of two pairs, in any order."""
     products = [made_by(v, "Mul") for v in add.inputs]
     factors = [frozenset(p.inputs) for p in products if p is not None]
     return len(factors) == 2 and set(factors) == {frozenset(one), frozenset(other)}
 
 
 def _with_rest(rotation: Rotation) -> Rotation:
-    """`rotation` of a whole head where its output is joined with the part that is left as it is."""
+    """Extend `rotation` to the whole head if its output is joined with the part that is not rotated."""
     part, user = part_of(rotation.source), only_user(rotation.output)
     if part is None or user is None or not is_op(user, "Concat") or not _joins_last_axis(user):
         return rotation
@@ -322,7 +323,7 @@ def _with_rest(rotation: Rotation) -> Rotation:
 
 
 def _with_cast(rotation: Rotation) -> Rotation:
-    """`rotation` with the cast back to the type of its source."""
+    """Extend `rotation` by the cast back to the type of its source."""
     user = only_user(rotation.output)
     if user is None or not is_op(user, "Cast") or user.outputs[0].dtype != rotation.source.dtype:
         return rotation

@@ -1,6 +1,6 @@
-"""Rotary position embeddings (Su et al. 2021) as ONNX's own RotaryEmbedding, opset 23.
+"""Fuse rotary position embeddings (Su et al. 2021) into ONNX's own RotaryEmbedding, opset 23.
 
-It differs from the operator of com.microsoft in the order of its inputs alone.
+It differs from com.microsoft's operator only in the order of its inputs.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A residual sum and the norm of it as one operator, which hands on the sum as well."""
+"""Fuse a residual sum and its norm into one operator, which outputs the sum as well."""
 
 from dataclasses import dataclass
 

@@ -1,17 +1,17 @@
-"""`CachedAttention` over a KV cache of fixed length: TensorScatter and Attention of ONNX opset 24.
+"""Lower `CachedAttention` to a KV cache of fixed length: TensorScatter and Attention of ONNX opset 24.
 
-The cache inputs and outputs are (batch, kv_heads, capacity, width), where the capacity is the graph's
-largest length, so that a runtime can give both one address. A new input takes the place of the mask and of
-the positions:
+The cache inputs and outputs are (batch, kv_heads, capacity, width), where the capacity is the graph's largest
+length, so that a runtime can give both the same address. A new input replaces the mask and the positions:
 
-    write_indices (batch,) int64      the slot of each row's first new token: how many it has already
+    write_indices (batch,) int64      the slot of each row's first new token: the number of tokens it has
 
-Token i of a row stands in slot, and at position, write_indices + i. It sees the slots up to its own, and
-with a window w only the last w of them. Ragged batches are therefore padded on the right: a row's pads lie
-behind its end, are seen by no real token and are overwritten by what comes next.
+Token i of a row is in slot, and at position, write_indices + i. It sees the slots up to its own, and with a
+window w only the last w of them. Ragged batches are therefore padded on the right: a row's padding lies after
+its end, is seen by no real token and is overwritten by the next tokens.
 
-Attention has one output and an explicit mask (batch, 1, sequence, capacity) bool. Where TensorRT has no
-kernel for it, attention is spelled out, with its softmax in float32, and the report says so by layer.
+Attention has one output and an explicit mask (batch, 1, sequence, capacity) bool. If TensorRT has no kernel
+for it, attention is written in plain operators, with its softmax in float32, and the report says so for each
+layer.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 
-#: TensorRT-RTX 1.7 has attention kernels for heads up to this width, in half precision alone.
+#: Largest head width for which TensorRT-RTX 1.7 has attention kernels, only in half precision.
 WIDEST_HEAD = 256
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
@@ -45,7 +45,7 @@ class StaticCache:
     def run(self, graph: Graph) -> PassReport:
         nodes = find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT)
         if graph.max_length is None:
-            raise GraphError("a KV cache of fixed length needs the graph's largest length, and it has none")
+            raise GraphError("a KV cache of fixed length needs the graph's largest length, but it has none")
         if not nodes:
             return PassReport(self.name, ())
         require_opset(graph.model, SINCE["TensorScatter"])
@@ -67,31 +67,31 @@ class StaticCache:
 
 
 def _missing_kernel(node: ir.Node) -> tuple[str, str] | None:
-    """(code, reason) where TensorRT has no attention kernel for `node`, which is spelled out then."""
+    """Return (code, reason) if TensorRT has no kernel for `node`, which then becomes plain operators."""
     query, key, value = node.inputs[:3]
     if query is None or key is None or value is None:
         raise GraphError(f"attention {node.name} has no query, key or value")
     key_width, value_width = dims_of(key)[-1], dims_of(value)[-1]
     if query.dtype not in _HALVES:
-        return "float32-attention", f"attention in {query.dtype} has no kernel; float16 and bfloat16 have"
+        return "float32-attention", f"attention in {query.dtype} has no kernel, unlike float16 and bfloat16"
     if not isinstance(key_width, int) or key_width > WIDEST_HEAD:
         return "head-width", f"heads are {key_width} wide; kernels go up to {WIDEST_HEAD}"
     if key_width != value_width:
-        return "value-width", f"keys are {key_width} wide and values {value_width}; kernels take one width"
+        return "value-width", f"keys are {key_width} wide and values {value_width}; kernels support one width"
     if node.attributes["softcap"].as_float():
         return "softcap", f"scores are capped at {node.attributes['softcap'].as_float():g}; no kernel caps"
     if len(node.inputs) > 6:
-        return "sinks", "softmax has attention sinks, which no kernel takes"
+        return "sinks", "softmax has attention sinks, which no kernel supports"
     return None
 
 
 @dataclass
 class _Slots:
-    """Positions and masks, each computed once a graph before its first node.
+    """The positions and masks, each computed once per graph before its first node.
 
     Args:
-        graph: The graph.
-        capacity: Slots of the KV cache.
+        graph: The graph to change.
+        capacity: Number of slots of the KV cache.
     """
 
     graph: ir.Graph
@@ -105,13 +105,13 @@ class _Slots:
         self.positions = self._positions()
 
     def mask(self, window: int) -> ir.Value:
-        """Slots that each query sees, (batch, 1, sequence, capacity) bool; a window of 0 is unlimited."""
+        """Return which slots each query sees, (batch, 1, sequence, capacity) bool; window 0 is unlimited."""
         if window not in self._masks:
             self._masks[window] = self._mask(window)
         return self._masks[window]
 
     def _positions(self) -> ir.Value:
-        """Slot of each new token, (batch, sequence) int64."""
+        """Emit the slot of each new token, (batch, sequence) int64."""
         graph = self.graph
         ids = next(v for v in graph.inputs if v.name == "input_ids")
         length = self._emit("Shape", [ids], "slots/length", [1], attributes={"start": 1, "end": 2})
@@ -165,15 +165,15 @@ def _rewrite(graph: ir.Graph, node: ir.Node, slots: _Slots, *, fused: bool) -> N
             raise GraphError(f"attention {node.name} has no past")
         _fix_length(past, slots.capacity)
         _fix_length(present, slots.capacity)
-        made = site.emit(
+        scatter = site.emit(
             "TensorScatter",
             [past, update, slots.write_indices],
             f"{present.name}/updated",
             attributes={"axis": 2, "mode": "linear"},
             like=present,
         )
-        take_over(present, made.outputs[0])
-        caches.append(made.outputs[0])
+        take_over(present, scatter.outputs[0])
+        caches.append(scatter.outputs[0])
     if query is None:
         raise GraphError(f"attention {node.name} has no query")
     mask = slots.mask(node.attributes.get_int("window", 0))
@@ -189,14 +189,14 @@ def _rewrite(graph: ir.Graph, node: ir.Node, slots: _Slots, *, fused: bool) -> N
             dtype=output.dtype,
         ).outputs[0]
     else:
-        attended = _Spelled(site, stem, node, slots.capacity).attend(query, caches, mask)
+        attended = _PlainAttention(site, stem, node, slots.capacity).attend(query, caches, mask)
     turned = site.emit("Transpose", [attended], f"{stem}/rows", attributes=_ROWS_OF_HEADS, like=output)
     take_over(output, turned.outputs[0])
 
 
 @dataclass(frozen=True)
-class _Spelled:
-    """Attention in single operators; keys and values are repeated for the heads that share them."""
+class _PlainAttention:
+    """The attention in plain operators; keys and values are repeated for the heads that share them."""
 
     site: Site
     stem: str
@@ -204,7 +204,7 @@ class _Spelled:
     capacity: int
 
     def attend(self, query: ir.Value, caches: list[ir.Value], mask: ir.Value) -> ir.Value:
-        """Attended values (batch, heads, sequence, value_width)."""
+        """Emit attended values (batch, heads, sequence, value_width)."""
         dims, dtype = dims_of(query), query.dtype
         if dtype is None:
             raise GraphError(f"{query.name} has no element type")
@@ -227,7 +227,7 @@ class _Spelled:
         return self._emit("MatMul", [weights, values], "attended", [*dims[:3], width], dtype)
 
     def _repeat(self, cache: ir.Value, heads: int | str) -> ir.Value:
-        """(batch, kv_heads, capacity, width) with every head as often as queries share it."""
+        """Repeat every head of (batch, kv_heads, capacity, width) for the queries that share it."""
         batch, kv_heads, capacity, width = dims_of(cache)
         if kv_heads == heads:
             return cache
@@ -266,20 +266,20 @@ class _Spelled:
         sink = self._emit("Reshape", [sinks, column], "sinks", [1, shape[1], 1, 1], sinks.dtype)
         if sinks.dtype != _FLOAT:
             sink = self._emit("Cast", [sink], "float_sinks", [1, shape[1], 1, 1], _FLOAT, {"to": int(_FLOAT)})
-        # max over scores and sink, then exp and sum: a softmax with one more column that is left out.
+        # max over scores and sink, then exp and sum: a softmax with one more column, which is dropped.
         axis = self._constant(np.array([-1], np.int64))
         thin = [*shape[:3], 1]
         peak = self._emit("ReduceMax", [scores, axis], "peak", thin, _FLOAT, {"keepdims": 1})
         peak = self._emit("Max", [peak, sink], "peak_with_sink", thin, _FLOAT)
-        grown = self._emit(
+        exponentials = self._emit(
             "Exp", [self._emit("Sub", [scores, peak], "below", shape, _FLOAT)], "exp", shape, _FLOAT
         )
-        total = self._emit("ReduceSum", [grown, axis], "sum", thin, _FLOAT, {"keepdims": 1})
+        total = self._emit("ReduceSum", [exponentials, axis], "sum", thin, _FLOAT, {"keepdims": 1})
         sunk = self._emit(
             "Exp", [self._emit("Sub", [sink, peak], "sink_below", thin, _FLOAT)], "sunk", thin, _FLOAT
         )
         total = self._emit("Add", [total, sunk], "sum_with_sink", thin, _FLOAT)
-        return self._emit("Div", [grown, total], "softmax", shape, _FLOAT)
+        return self._emit("Div", [exponentials, total], "softmax", shape, _FLOAT)
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         return add_constant(self.site.graph, array, "attention")
@@ -303,7 +303,7 @@ def _fix_length(value: ir.Value, capacity: int) -> None:
 
 
 def _replace_inputs(graph: Graph, slots: _Slots) -> None:
-    """write_indices instead of attention_mask and position_ids."""
+    """Replace the inputs attention_mask and position_ids by write_indices."""
     inputs = {str(v.name): v for v in graph.graph.inputs}
     positions = inputs.get("position_ids")
     if positions is not None:
@@ -325,7 +325,7 @@ def _replace_inputs(graph: Graph, slots: _Slots) -> None:
 
 
 def _is_batch_size(node: ir.Node) -> bool:
-    """Whether `node` reads the number of rows off its input, which other inputs tell as well."""
+    """Return whether `node` reads the number of rows from its input; other inputs have the same number."""
     span = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
     return node.op_type == "Shape" and span == (0, 1)
 

@@ -108,7 +108,7 @@ def test_what_has_no_kernel_is_spelled_out_by_layer() -> None:
 
 
 def test_a_graph_without_a_largest_length_is_refused() -> None:
-    with pytest.raises(GraphError, match="needs the graph's largest length, and it has none"):
+    with pytest.raises(GraphError, match="needs the graph's largest length, but it has none"):
         lower("gpt2", Dtype.FLOAT32, capacity=None)
 
 
