@@ -1,1 +1,1 @@
-"""What executes graphs: sessions of ONNX Runtime, and what all sessions have in common."""
+"""Execute graphs: sessions of ONNX Runtime, and the common part of all sessions."""

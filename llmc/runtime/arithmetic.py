@@ -1,4 +1,4 @@
-"""The arithmetic that a graph is run in: as it is served, or without what serving rounds."""
+"""Select the arithmetic in which a graph is run: as served, or without the rounding of serving."""
 
 from enum import StrEnum
 from typing import Any
@@ -8,11 +8,11 @@ from llmc.graph.interface import CacheSlot, Interface, TensorSpec, unscaled_widt
 
 
 class Arithmetic(StrEnum):
-    """How products with quantized weights, and compiled attention, are computed.
+    """The arithmetic of products with quantized weights and of compiled attention.
 
-    `served`: as the graph asks for. `products`: products in float32, so that activations are not rounded
-    (`accuracy_level` of com.microsoft MatMulNBits). `exact`: the same, and compiled kernels hold keys and
-    values in float32 and compute attention in it, so that nothing is rounded but the artifact's weights.
+    `served`: as the graph specifies. `products`: products in float32, so that activations are not rounded
+    (`accuracy_level` of com.microsoft MatMulNBits). `exact`: in addition, compiled kernels store keys and
+    values and compute attention in float32, so that only the artifact's weights are rounded.
     """
 
     SERVED = "served"
@@ -21,13 +21,13 @@ class Arithmetic(StrEnum):
 
 
 def compute_in(arithmetic: Arithmetic, model: Any, interface: Interface) -> Interface:
-    """Change an `onnx_ir.Model` in place to compute in another arithmetic than the one that is served.
+    """Change an `onnx_ir.Model` in place to compute in another arithmetic than the served one.
 
     Args:
-        interface: What the graph takes and gives.
+        interface: Inputs and outputs of the graph.
 
     Returns:
-        What it takes and gives then.
+        The inputs and outputs of the changed graph.
     """
     import onnx_ir as ir
 
@@ -62,7 +62,7 @@ def _cache_names(interface: Interface) -> set[str]:
 
 
 def _widen(interface: Interface) -> Interface:
-    """The same with keys and values in float32."""
+    """Return the interface with keys and values in float32."""
     names = _cache_names(interface)
     types = {spec.name: spec.dtype for spec in interface.inputs}
 

@@ -1,11 +1,11 @@
-"""A graph as one that onnxruntime can compute on the CPU, where it lacks kernels for the graph's types.
+"""Change a graph so that onnxruntime can compute it on a CPU without kernels for the graph's types.
 
-bfloat16 becomes float32. Every bfloat16 number is one, so that weights are the same; what activations in
-bfloat16 round away is not seen. Codes of NVFP4 become twice their value in int8, which is exact, and
-activations are rounded to NVFP4 and back by arithmetic in float32: this stands for TensorRT's own operator.
+bfloat16 becomes float32. Every bfloat16 number is a float32 number, so the weights are the same; the rounding
+of activations in bfloat16 is not reproduced. Codes of NVFP4 become their doubled value in int8, which is
+exact, and activations are rounded to NVFP4 and back by float32 arithmetic, in place of TensorRT's operator.
 
-To ask whether a graph is right, whatever its types lose, all of it can be put into float32, with activations
-as they come and weights as they are stored.
+To check whether a graph is right regardless of its types, all of it can be converted to float32, with
+activations unrounded and weights as stored.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ from llmc.graph.edit import Site, name_constant, set_value, take_over
 from llmc.graph.interface import Interface, TensorSpec
 
 _WIDE, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
-#: Types that become float32, where one of them has to.
+#: Types that become float32 if one of them has to.
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _BLOCK = 16
 
@@ -34,13 +34,13 @@ _BLOCK = 16
 def computable(
     folder: Path, interface: Interface, *, exact: bool = False
 ) -> Iterator[tuple[Path, Interface, str]]:
-    """A folder with a model.onnx that can be computed, its interface, and what was done; empty if nothing.
+    """Provide a folder with a computable model.onnx, its interface, and a description of the changes, if any.
 
     Args:
-        exact: Put all of it into float32, and leave activations as they come.
+        exact: Whether to convert everything to float32 and leave activations unrounded.
 
     Raises:
-        ResourceError: Disk full.
+        ResourceError: The disk is full.
     """
     kinds = {spec.dtype for spec in (*interface.inputs, *interface.outputs)}
     narrow = "bfloat16" in kinds or (exact and "float16" in kinds)
@@ -53,7 +53,7 @@ def computable(
     done = []
     with TemporaryDirectory(prefix="llmc-computable-") as scratch:
         if plain:
-            done.append("activations as they come")
+            done.append("unrounded activations")
         if fp4:
             _spell_fp4(model.graph)
             done.append("NVFP4 by arithmetic")
@@ -68,8 +68,8 @@ def computable(
 
 
 def _leave_activations(graph: ir.Graph) -> bool:
-    """Let products read activations that are quantized as they were before; whether any are."""
-    found = False
+    """Let products read quantized activations before quantization; return whether there are any."""
+    changed = False
     for node in list(graph):
         if node.op_type not in ("QuantizeLinear", DYNAMIC_QUANTIZE):
             continue
@@ -77,8 +77,8 @@ def _leave_activations(graph: ir.Graph) -> bool:
         ir.convenience.replace_all_uses_with(back.outputs[0], _typed_input(node))
         for dead in (back, *_makers(back.inputs[1]), node):
             graph.remove(dead, safe=True)
-        found = True
-    return found
+        changed = True
+    return changed
 
 
 def _typed_input(node: ir.Node) -> ir.Value:
@@ -94,7 +94,7 @@ def _makers(value: ir.Value | None) -> tuple[ir.Node, ...]:
 
 
 def _spell_fp4(graph: ir.Graph) -> None:
-    """Weights and activations in NVFP4 as what the CPU has kernels for."""
+    """Express weights and activations in NVFP4 with operators that the CPU has kernels for."""
     for node in list(graph):
         if node.op_type == DYNAMIC_QUANTIZE:
             _round_trip(graph, node)
@@ -126,10 +126,10 @@ def _doubled(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
-    """Spell TensorRT's dynamic quantization and the two dequantizations behind it, in float32.
+    """Express TensorRT's dynamic quantization and the two dequantizations after it in float32.
 
-    A block of 16 has the scale max|x| / 6 / whole rounded to E4M3, times whole; codes are the nearest of
-    0, 0.5, 1, 1.5, 2, 3, 4 and 6, and of two that are as near the even one.
+    A block of 16 has the scale max|x| / 6 / whole rounded to E4M3, times whole; codes are the nearest of 0,
+    0.5, 1, 1.5, 2, 3, 4 and 6, with ties to even.
     """
     x, whole = _typed_input(node), cast(ir.Value, node.inputs[1])
     kind = cast(ir.DataType, x.dtype)
@@ -166,8 +166,8 @@ def _round_trip(graph: ir.Graph, node: ir.Node) -> None:
     step = op("Where", op("Less", size, number(2)), number(0.5), step)
     size = op("Mul", op("Round", op("Div", size, step)), step)
     values = op("Mul", op("Mul", op("Sign", codes), size), scale)
-    spelled = op("Cast", op("Reshape", values, shape), to=int(kind))
-    take_over(result, spelled)
+    rounded = op("Cast", op("Reshape", values, shape), to=int(kind))
+    take_over(result, rounded)
     for dead in (dequantize, *_makers(dequantize.inputs[1]), node):
         graph.remove(dead, safe=True)
 
@@ -203,7 +203,7 @@ def _widen_value(value: ir.Value) -> None:
 
 
 def _widen_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """`tensor` in float32 if it is narrower; its data is read when it is written."""
+    """Return `tensor` in float32 if it is narrower; its data is read when it is written."""
     if tensor.dtype not in _NARROW:
         return tensor
     return ir.LazyTensor(

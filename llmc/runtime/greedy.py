@@ -1,4 +1,4 @@
-"""Greedy tokens and text over a KV cache of fixed length."""
+"""Generate tokens and text greedily over a KV cache of fixed length."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,25 +16,25 @@ def generate_greedy(
 
     Args:
         prompts: Token ids of each row.
-        max_new: New tokens of a row at most; fewer where the KV cache is full before.
+        max_new: Largest number of new tokens per row; fewer if the KV cache fills up first.
         stop: Tokens that end a row.
 
     Yields:
-        The next token of each row, None for a row that has ended; nothing once all have.
+        The next token of each row, None for a row that has ended; generation stops once all rows have ended.
 
     Raises:
-        ConfigError: No token is asked for, or a prompt is empty or leaves no room in the KV cache.
+        ConfigError: No token is requested, or a prompt is empty or leaves no room in the KV cache.
         ParityError: The model fails.
     """
     if max_new < 1:
-        raise ConfigError(f"{max_new} new tokens are asked for", hint="ask for 1 or more")
+        raise ConfigError(f"{max_new} new tokens are requested", hint="request 1 or more")
     lengths = [len(prompt) for prompt in prompts]
     if not min(lengths, default=0):
         raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
     longest = max(lengths)
     if longest >= session.capacity:
         raise ConfigError(
-            f"the prompt has {longest} tokens; the KV cache has {session.capacity} slots",
+            f"the prompt has {longest} tokens, but the KV cache has only {session.capacity} slots",
             hint="shorten the prompt, or build with a larger kv_capacity",
         )
     steps = min(max_new, session.capacity - longest)
@@ -65,16 +65,16 @@ def stream_text(
     stop: Sequence[int],
     emit: Callable[[str], None],
 ) -> int:
-    """Answer `prompt` greedily, handing on each piece of text as soon as it is there.
+    """Answer `prompt` greedily, and emit each piece of text as soon as it is available.
 
     Args:
-        codec: The artifact's tokenizer; the prompt is put into its chat template if it has one.
-        max_tokens: New tokens at most; fewer where the KV cache is full before.
+        codec: The artifact's tokenizer; its chat template, if there is one, is applied to the prompt.
+        max_tokens: Largest number of new tokens; fewer if the KV cache fills up first.
         stop: Tokens that end the answer.
-        emit: Takes each piece of the answer, in order.
+        emit: Receives each piece of the answer, in order.
 
     Returns:
-        New tokens.
+        The number of new tokens.
 
     Raises:
         ConfigError: As for `generate_greedy`.

@@ -1,4 +1,4 @@
-"""The runtimes that execute graphs, with what they report to their vendor turned off."""
+"""Import the runtimes that execute graphs, with their telemetry turned off."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from llmc.errors import ResourceError
 
 
 def load_onnxruntime() -> Any:
-    """The module onnxruntime.
+    """Import the module onnxruntime.
 
     Raises:
         ResourceError: It cannot be imported.
@@ -23,7 +23,7 @@ def load_onnxruntime() -> Any:
 
 
 def load_genai() -> Any:
-    """The module onnxruntime_genai.
+    """Import the module onnxruntime_genai.
 
     Raises:
         ResourceError: It cannot be imported.

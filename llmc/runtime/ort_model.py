@@ -1,4 +1,4 @@
-"""An artifact as onnxruntime runs it: prefill and decode over a KV cache, fed as its interface says."""
+"""Run an artifact with onnxruntime: prefill and decode over a KV cache, with the inputs of its interface."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ _STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class CacheState:
-    """A point to come back to.
+    """A point of a sequence that can be restored.
 
     Args:
         mask: Attention mask so far, (batch, total) int64.
-        cache: Growing mode: past keys and values in the interface's order. Shared mode: empty, since
-            slots beyond `total` are overwritten by whatever comes next.
+        cache: In growing mode, past keys and values in the interface's order. In shared mode, empty, since
+            slots beyond `total` are overwritten by the next steps.
     """
 
     mask: Array
@@ -34,25 +34,24 @@ class CacheState:
 
 
 class OrtModel:
-    """One onnxruntime session with the KV cache of one batch.
+    """An onnxruntime session with the KV cache of one batch.
 
-    The cache never leaves OrtValues: in growing mode each step's present tensors are the next
-    step's past; in shared mode (`past_present_share_buffer` of onnxruntime-genai) one buffer of
-    `capacity` slots is bound as past and present alike and the graph writes into it.
+    The cache stays in OrtValues: in growing mode, each step's present tensors are the next step's past; in
+    shared mode (`past_present_share_buffer` of onnxruntime-genai), one buffer of `capacity` slots is bound
+    as both past and present, and the graph writes into it.
 
     Args:
         folder: Directory with model.onnx.
-        interface: What the graph takes and gives.
-        threads: Intra-op threads; None leaves it to onnxruntime.
-        share_buffer: Shared mode; only graphs of GroupQueryAttention allow it.
-        arithmetic: What the graph is computed in; its interface is then that of this session.
-        profile: Where onnxruntime writes how long each kernel took, as the beginning of a file's name.
+        interface: Inputs and outputs of the graph.
+        threads: Number of intra-op threads; None for onnxruntime's default.
+        share_buffer: Whether to use shared mode; only graphs with GroupQueryAttention allow it.
+        arithmetic: Arithmetic of the session; `interface` of the session changes accordingly.
+        profile: Prefix of the file in which onnxruntime records the time of each kernel.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
         ResourceError: onnxruntime is not installed.
-        ParityError: onnxruntime cannot load the graph, or its inputs and outputs are not the
-            interface's.
+        ParityError: onnxruntime cannot load the graph, or its inputs and outputs differ from the interface.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class OrtModel:
             Logits, (batch, sequence or 1, vocabulary) float32.
 
         Raises:
-            ParityError: The run failed, or an output has another shape than the interface says.
+            ParityError: The run failed, or the shape of an output differs from the interface.
         """
         batch, sequence = input_ids.shape
         self._mask = np.ones_like(input_ids) if mask is None else mask
@@ -138,25 +137,25 @@ class OrtModel:
         total = self._mask.shape[1] + tokens.shape[1]
         if self.share_buffer and total > self._capacity:
             raise ConfigError(
-                f"the KV cache has {self._capacity} slots and the step needs {total}",
+                f"the KV cache has {self._capacity} slots, but the step needs {total}",
                 hint="reserve more steps at prefill",
             )
         self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
         return self._run(tokens)
 
     def profiled(self, prefix: Path) -> "OrtModel":
-        """The same artifact in a session that writes a profile."""
+        """Open the same artifact in a session that writes a profile."""
         folder, threads = self._opened
         return OrtModel(
             folder, self.interface, threads=threads, share_buffer=self.share_buffer, profile=prefix
         )
 
     def end_profiling(self) -> str:
-        """Path of the profile, in the format of Chrome's traces."""
+        """Stop profiling and return the path of the profile, in Chrome's trace format."""
         return str(self._session.end_profiling())
 
     def state(self) -> CacheState:
-        """This point of the sequence, to `restore` later; holds no copy of the cache."""
+        """Return this point of the sequence, to `restore` later; holds no copy of the cache."""
         return CacheState(self._mask, () if self.share_buffer else self._cache)
 
     def restore(self, state: CacheState) -> None:
@@ -185,7 +184,7 @@ class OrtModel:
                 binding.bind_ortvalue_input(past, value)
             for _, present, *_ in self._slots:
                 binding.bind_output(present, "cpu")
-        binding.bind_output("logits", "cpu")  # anew each time: a bound value keeps the last run's shape
+        binding.bind_output("logits", "cpu")  # bind again each time: a bound value keeps the last run's shape
         feeds = {"input_ids": input_ids, "attention_mask": self._mask}
         if self.interface.position_ids:
             positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
@@ -220,13 +219,13 @@ def open_session(
     profile: Path | None = None,
     arena: bool = True,
 ) -> tuple[Any, Any, str]:
-    """The module onnxruntime, a session of model.onnx on the CPU, and both in words.
+    """Open a session of model.onnx on the CPU; return the module onnxruntime, the session and a description.
 
     Args:
-        entries: Further configuration entries of the session.
+        entries: Further session configuration entries.
         edit: Changes the graph, an `onnx_ir.Model`, before it is loaded.
         profile: As for `OrtModel`.
-        arena: Keep freed memory for the next step, which is faster where steps are short.
+        arena: Whether to keep freed memory for the next step, which is faster for short steps.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`.
@@ -259,7 +258,7 @@ def open_session(
 
 
 def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
-    """The changed graph, whose weights are read from where they are."""
+    """Return the changed graph, whose weights are read from their original files."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -272,7 +271,7 @@ def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
 
 
 def shares_buffer(folder: Path) -> bool:
-    """Whether onnxruntime-genai serves the artifact with one buffer as past and present.
+    """Return whether onnxruntime-genai serves the artifact with one buffer for past and present.
 
     Read from `search.past_present_share_buffer` of genai_config.json.
 
@@ -292,7 +291,7 @@ def _genai_config(folder: Path) -> Mapping[str, Any]:
 
 
 def custom_operators(folder: Path) -> Path | None:
-    """The library of custom operators that genai_config.json names, if there is one that does."""
+    """Return the library of custom operators that genai_config.json names, if it names one."""
     path = folder / "genai_config.json"
     if not path.is_file():
         return None
@@ -302,13 +301,13 @@ def custom_operators(folder: Path) -> Path | None:
 
 
 def _require_fed(interface: Interface, past: set[str]) -> None:
-    """Every input of the interface must be one this module knows how to feed, and the other way round."""
-    known = past | set(_STEP_INPUTS[: 3 if interface.position_ids else 2])
+    """Check that this module can feed every input of the interface, and that no input is missing."""
+    fed = past | set(_STEP_INPUTS[: 3 if interface.position_ids else 2])
     names = {spec.name for spec in interface.inputs}
-    if names != known:
+    if names != fed:
         raise ParityError(
-            f"the interface has inputs {sorted(names - known)} that nothing feeds"
-            f" and lacks {sorted(known - names)}"
+            f"the interface has inputs {sorted(names - fed)} that nothing feeds"
+            f" and lacks {sorted(fed - names)}"
         )
     present = {n for slot in interface.cache for n in (slot.present_key, slot.present_value)}
     missing = (present | {"logits"}) - {spec.name for spec in interface.outputs}
@@ -316,9 +315,9 @@ def _require_fed(interface: Interface, past: set[str]) -> None:
         raise ParityError(f"the interface lacks the outputs {sorted(missing)}")
 
 
-def compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> None:
-    """The session's inputs or outputs must be those of the interface by name, type and static size."""
-    actual = {arg.name: arg for arg in found}
+def compare_signature(kind: str, specs: tuple[TensorSpec, ...], arguments: Any) -> None:
+    """Check that the session's inputs or outputs match the interface by name, type and static size."""
+    actual = {arg.name: arg for arg in arguments}
     expected = {spec.name for spec in specs}
     if missing := sorted(expected - set(actual)):
         raise ParityError(f"the graph lacks the {kind} {', '.join(missing)}")
@@ -328,16 +327,18 @@ def compare_signature(kind: str, specs: tuple[TensorSpec, ...], found: Any) -> N
         arg = actual[spec.name]
         dtype = {"float": "float32", "double": "float64"}.get(arg.type[7:-1], arg.type[7:-1])
         if dtype != spec.dtype:
-            raise ParityError(f"{kind} {spec.name} is {dtype}, the interface says {spec.dtype}")
+            raise ParityError(f"{kind} {spec.name} is {dtype}, but the interface says {spec.dtype}")
         if len(arg.shape) != len(spec.shape):
-            raise ParityError(f"{kind} {spec.name} has shape {arg.shape}, the interface says {spec.shape}")
+            raise ParityError(
+                f"{kind} {spec.name} has shape {arg.shape}, but the interface says {spec.shape}"
+            )
         for size, stated in zip(arg.shape, spec.shape, strict=True):
             if isinstance(size, int) and isinstance(stated, int) and size != stated:
                 raise ParityError(
-                    f"{kind} {spec.name} has shape {arg.shape}, the interface says {list(spec.shape)}"
+                    f"{kind} {spec.name} has shape {arg.shape}, but the interface says {list(spec.shape)}"
                 )
 
 
 def require_shape(name: str, shape: list[int], expected: tuple[int, ...]) -> None:
     if tuple(shape) != expected:
-        raise ParityError(f"output {name} has shape {list(shape)}, it must be {list(expected)}")
+        raise ParityError(f"output {name} has shape {list(shape)}, but it must be {list(expected)}")

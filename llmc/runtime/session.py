@@ -1,4 +1,4 @@
-"""What measurements ask of a model, whatever executes it."""
+"""Define what measurements need from a model, whichever runtime executes it."""
 
 from typing import Any, Protocol
 
@@ -7,21 +7,21 @@ from llmc.graph.interface import Interface
 
 
 class Session(Protocol):
-    """What the measurements ask of a model: prefill and decode over the KV cache of one batch."""
+    """The operations that measurements need: prefill and decode over the KV cache of one batch."""
 
     interface: Interface
     where: str
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
-        """Logits of a prompt, run from an empty cache."""
+        """Run a prompt from an empty cache and return its logits."""
         ...
 
     def decode(self, tokens: Array) -> Array:
-        """Logits of one more token of every row."""
+        """Run one more token of every row and return its logits."""
         ...
 
     def state(self) -> Any:
-        """This point of the sequence."""
+        """Return this point of the sequence."""
         ...
 
     def rewind(self, state: Any, total: int) -> None:
@@ -30,7 +30,7 @@ class Session(Protocol):
 
 
 class Rewindable(Session, Protocol):
-    """A session that goes back to an earlier point, so that steps from there can be timed again."""
+    """A session that can go back to an earlier point, so that steps from there can be timed again."""
 
     def restore(self, state: Any) -> None:
         """Go back to a point since the last prefill."""

@@ -1,7 +1,7 @@
-"""A graph with a KV cache of fixed length as the same graph with fewer slots, where a text needs no more.
+"""Reduce the slots of a graph whose KV cache has a fixed length, if a text needs fewer.
 
-Every run of such a graph copies the whole cache and attends to all of its slots, those that a mask hides
-included: 189 MB a row for the demo's 8,192 slots. What is hidden has a weight of exactly zero.
+Every run of such a graph copies the whole cache and attends to all of its slots, including masked ones: 189
+MB per row for the demo's 8,192 slots. Masked slots have a weight of exactly zero.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface, TensorSpec
 
-#: Axis of the slots in keys and values, and in the shape that repeated heads are given.
+#: Axis of the slots in keys and values, and in the shape of repeated heads.
 _AXIS = 2
 
 
 def shorten(interface: Interface, slots: int) -> Interface:
-    """The interface of the graph with `slots` in the place of its own."""
+    """Return the interface of the graph with `slots` slots instead of its own number."""
     caches = {name for slot in interface.cache for name in slot.names}
 
     def fewer(spec: TensorSpec) -> TensorSpec:
@@ -36,13 +36,13 @@ def shorten(interface: Interface, slots: int) -> Interface:
 
 
 def shorten_graph(model: Any, interface: Interface, slots: int) -> None:
-    """Give an `onnx_ir.Model` of `interface` so many slots, in place.
+    """Change the number of slots of an `onnx_ir.Model` of `interface`, in place.
 
-    `llmc.passes.static_cache` states their number in the caches, in the numbers of the slots that masks
-    compare with, and in the shape of repeated heads; shapes of what lies between are inferred anew.
+    `llmc.passes.static_cache` states the number in the caches, in the slot numbers that masks compare with,
+    and in the shape of repeated heads; the shapes of values in between are inferred again.
 
     Raises:
-        ParityError: No mask compares with the slots.
+        ParityError: No mask compares with the slot numbers.
     """
     graph, capacity = model.graph, interface.max_length or 0
     shorter = shorten(interface, slots)
@@ -54,10 +54,10 @@ def shorten_graph(model: Any, interface: Interface, slots: int) -> None:
         value.shape = ir.Shape(list(specs[value.name].shape))
     numbered = False
     for value in list(graph.initializers.values()):
-        held = value.const_value
-        if held is None or held.dtype is not ir.DataType.INT64:
+        tensor = value.const_value
+        if tensor is None or tensor.dtype is not ir.DataType.INT64:
             continue
-        array = held.numpy()
+        array = tensor.numpy()
         if array.shape == (capacity,) and (array == np.arange(capacity)).all():
             numbered = True
             _replace(value, np.arange(slots, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Stacked experts of com.microsoft QMoE read back by its operator schema: (code - zero point) * scale."""
+"""Dequantize stacked experts of com.microsoft QMoE by its operator schema: (code - zero point) * scale."""
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +13,7 @@ PARTS = ((2, 3, 4, 11), (5, 6, 7, 12))
 
 
 def read_experts(node: ir.Node, parts: tuple[int, int, int, int], start: int, stop: int) -> Array:
-    """Experts start:stop of one stack of matrices, (experts, outputs, inputs) float32."""
+    """Dequantize experts start:stop of one stack of matrices, (experts, outputs, inputs) float32."""
     codes, scales, zeros = (array_of(input_of(node, parts[i])) for i in (0, 1, 3))
     if codes is None or scales is None:
         raise ParityError(f"experts {node.name} of the artifact have no codes or no scales")
@@ -28,31 +28,31 @@ def read_experts(node: ir.Node, parts: tuple[int, int, int, int], start: int, st
 
 
 def in_float32(node: ir.Node) -> None:
-    """Make a QMoE compute in float32: by its attribute, or as MoE with the weights that it reads back.
+    """Make a QMoE compute in float32: by its attribute, or as MoE with dequantized weights.
 
-    With 8 bits ONNX Runtime 1.31 has no kernel for float32 activations on a CPU.
+    With 8 bits, ONNX Runtime 1.31 has no CPU kernel for float32 activations.
     """
     node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
     if node.attributes["expert_weight_bits"].as_int() != 8:
         return
     graph = node.graph
     if graph is None:
-        raise ParityError(f"experts {node.name} are in no graph")
+        raise ParityError(f"experts {node.name} are not in a graph")
     inputs = list(node.inputs[:2])
     for parts in PARTS:
         weights = read_experts(node, parts, 0, int(_shape(node, parts[0])[0]))
         value = add_initializer(graph, ir.tensor(weights, name=f"{node.name}.float.{parts[0]}"))
         inputs += [value, input_of(node, parts[2])]
-    kept = [
+    attributes = [
         a
         for n, a in node.attributes.items()
         if n not in ("accuracy_level", "expert_weight_bits", "block_size")
     ]
-    replace_node(graph, node, [ir.Node(node.domain, "MoE", inputs, kept)])
+    replace_node(graph, node, [ir.Node(node.domain, "MoE", inputs, attributes)])
 
 
 def unpack(packed: Array, bits: int) -> Array:
-    """Codes (…, k) of uint8 (…, k * bits / 8), the first of a byte in its low bits."""
+    """Unpack codes (…, k) from uint8 (…, k * bits / 8), the first code of a byte in its low bits."""
     if bits == 8:
         return packed
     parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]

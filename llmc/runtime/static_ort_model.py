@@ -1,7 +1,7 @@
-"""An artifact with a KV cache of fixed length as onnxruntime runs it on the CPU.
+"""Run an artifact with a KV cache of fixed length with onnxruntime on the CPU.
 
-It stands for an engine that is parsed from the very same file: what is measured here is the graph, not the
-engine's kernels. bfloat16 and NVFP4 are computed in other types (`computable`).
+It represents an engine that is built from the same file: it measures the graph, not the engine's kernels.
+bfloat16 and NVFP4 are computed in other types (`computable`).
 """
 
 from functools import partial
@@ -18,26 +18,26 @@ from llmc.runtime.ort_model import compare_signature, open_session, require_shap
 from llmc.runtime.slots import shorten, shorten_graph
 from llmc.runtime.static_session import StaticSession
 
-#: Dequantize weights once, when the session is made, not in every step.
+#: Dequantize weights once when the session is created instead of in every step.
 _FOLD_WEIGHTS = {"session.disable_quant_qdq": "1"}
 
 
 class StaticOrtModel(StaticSession):
-    """One onnxruntime session with the static KV cache of one batch.
+    """An onnxruntime session with the static KV cache of one batch.
 
     Args:
         folder: Directory with model.onnx.
-        interface: What the graph takes and gives; afterwards float32 stands for bfloat16 in it.
-        threads: Intra-op threads; None leaves it to onnxruntime.
-        most: New tokens of a row that one run takes, as for an engine's prefill; None for any number.
-        exact: Compute in float32, with weights as they are stored and activations as they come.
-        slots: Slots of the KV cache, fewer than the graph's own; None for as many as it has.
+        interface: Inputs and outputs of the graph; the session's own has float32 instead of bfloat16.
+        threads: Number of intra-op threads; None for onnxruntime's default.
+        most: Largest number of new tokens per row in one run, as for an engine's prefill; None for any
+            number.
+        exact: Whether to compute in float32, with weights as stored and unrounded activations.
+        slots: Slots of the KV cache, fewer than the graph has; None for the graph's own number.
 
     Raises:
         ConfigError: There is no model.onnx in `folder`, or its cache has no fixed length.
         ResourceError: onnxruntime is not installed.
-        ParityError: onnxruntime cannot load the graph, or its inputs and outputs are not the
-            interface's.
+        ParityError: onnxruntime cannot load the graph, or its inputs and outputs differ from the interface.
     """
 
     def __init__(

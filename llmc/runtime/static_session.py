@@ -1,7 +1,7 @@
-"""A KV cache of fixed length, step by step: what every runtime of such a graph has in common.
+"""Step through a KV cache of fixed length: the part that every runtime of such a graph shares.
 
-A row's slots are filled from 0 on; pads stand on the right and are overwritten by what comes next. What lies
-behind a row's end is seen by no token, so that going back to an earlier point takes no more than its lengths.
+A row's slots are filled from 0 on; padding is on the right and is overwritten by the next tokens. No token
+sees slots after a row's end, so only the lengths are needed to go back to an earlier point.
 """
 
 from abc import ABC, abstractmethod
@@ -17,9 +17,9 @@ class StaticSession(ABC):
     """A model with the static KV cache of one batch; a runtime provides `_clear` and `_run`.
 
     Args:
-        interface: What the graph takes and gives.
-        where: Runtime and device, for whoever reports what was measured.
-        most: New tokens of a row that one run takes at most, so that more go in pieces; None for any number.
+        interface: Inputs and outputs of the graph.
+        where: Runtime and device, for reports of measurements.
+        most: Largest number of new tokens per row in one run; longer inputs are split. None for any number.
 
     Raises:
         ConfigError: The cache has no fixed length.
@@ -36,16 +36,16 @@ class StaticSession(ABC):
 
     @abstractmethod
     def _clear(self, batch: int) -> None:
-        """Make the cache one of `batch` rows and zero it: a slot that is masked may hold no NaN."""
+        """Give the cache `batch` rows and zero it: a masked slot must not hold NaN."""
 
     @abstractmethod
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
-        """One run of the graph.
+        """Run the graph once.
 
         Args:
-            input_ids: (batch, sequence) int64, at most `most` tokens a row.
+            input_ids: (batch, sequence) int64, at most `most` tokens per row.
             written: (batch,) int64, the slot of each row's first token.
-            real: (batch,) int64, tokens of each row before its pads, at least 1.
+            real: (batch,) int64, number of tokens of each row before its padding, at least 1.
 
         Returns:
             Logits, (batch, sequence or 1, vocabulary) float32.
@@ -56,7 +56,8 @@ class StaticSession(ABC):
 
         Args:
             input_ids: (batch, sequence) int64.
-            mask: (batch, sequence) int64, 1 where a token is real, pads on the right; None if all are.
+            mask: (batch, sequence) int64, 1 where a token is real, padding on the right; None if all are
+                real.
             steps: Decode steps that will follow.
 
         Returns:
@@ -64,7 +65,7 @@ class StaticSession(ABC):
 
         Raises:
             ConfigError: Prompt and steps exceed the cache.
-            ParityError: The run failed, or an output has another shape than the interface says.
+            ParityError: The run failed, or the shape of an output differs from the interface.
         """
         batch, sequence = input_ids.shape
         self._require_slots(sequence + steps)
@@ -74,7 +75,7 @@ class StaticSession(ABC):
         return self._advance(input_ids, lengths)
 
     def decode(self, tokens: Array) -> Array:
-        """Run further tokens of every row, one or several.
+        """Run one or several further tokens of every row.
 
         Args:
             tokens: (batch, sequence) int64.
@@ -91,7 +92,7 @@ class StaticSession(ABC):
         return self._advance(tokens, np.full(batch, sequence, np.int64))
 
     def state(self) -> Array:
-        """This point of the sequence, to `restore` later: tokens that each row has, (batch,) int64."""
+        """Return this point of the sequence, to `restore` later: number of tokens per row, (batch,) int64."""
         return self._written
 
     def restore(self, state: Array) -> None:
@@ -103,7 +104,7 @@ class StaticSession(ABC):
         self._written = np.minimum(state, total)
 
     def _advance(self, tokens: Array, lengths: Array) -> Array:
-        """Run `tokens` piece by piece; rows that end before a piece stay where they are."""
+        """Run `tokens` in pieces; rows that end before a piece do not advance."""
         parts: list[Array] = []
         for start in range(0, tokens.shape[1], self._most):
             piece = tokens[:, start : start + self._most]
@@ -119,6 +120,6 @@ class StaticSession(ABC):
     def _require_slots(self, needed: int) -> None:
         if needed > self.capacity:
             raise ConfigError(
-                f"the KV cache has {self.capacity} slots and {needed} are needed",
+                f"the KV cache has {self.capacity} slots, but {needed} are needed",
                 hint="build with a larger kv_capacity",
             )

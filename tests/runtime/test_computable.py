@@ -39,7 +39,7 @@ def test_exact_leaves_activations_as_they_come(
     rounded, where = _logits(tmp_path / "rounded", Dtype.FLOAT16, rule, exact=False)
     assert ("NVFP4 by arithmetic" in where) == (kind is WeightFormat.NVFP4)
     exact, where = _logits(tmp_path / "exact", Dtype.FLOAT16, rule, exact=True)
-    assert "activations as they come" in where
+    assert "unrounded activations" in where
     assert where.endswith("in float32")
     # What is left are quantized weights.
     difference = np.abs(exact - plain).max()

@@ -71,7 +71,7 @@ def test_it_ends_with_the_cache(session: StaticSession) -> None:
     prompt = np.random.default_rng(1).integers(3, 250, CAPACITY - 3).tolist()
     assert _rows(session, [prompt], 50) == [_original(prompt, 3)]
     assert len(_rows(session, [prompt, [4]], 50)[1]) == 3
-    message = f"the prompt has {CAPACITY} tokens; the KV cache has {CAPACITY} slots"
+    message = f"the prompt has {CAPACITY} tokens, but the KV cache has only {CAPACITY} slots"
     with pytest.raises(ConfigError, match=message):
         _rows(session, [[7] * CAPACITY], 1)
 
@@ -79,7 +79,7 @@ def test_it_ends_with_the_cache(session: StaticSession) -> None:
 def test_what_cannot_be_continued(session: StaticSession) -> None:
     with pytest.raises(ConfigError, match="the prompt has no tokens"):
         _rows(session, [[1], []], 1)
-    with pytest.raises(ConfigError, match="0 new tokens are asked for"):
+    with pytest.raises(ConfigError, match="0 new tokens are requested"):
         _rows(session, [[1]], 0)
 
 

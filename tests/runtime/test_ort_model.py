@@ -45,7 +45,7 @@ def test_shared_cache_without_a_slot_left(llama: Any, tokens: np.ndarray, tmp_pa
     interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=True)
     model.prefill(tokens[None, :9], steps=0)
-    with pytest.raises(ConfigError, match="has 9 slots and the step needs 10"):
+    with pytest.raises(ConfigError, match="has 9 slots, but the step needs 10"):
         model.decode(tokens[None, :1])
 
 
@@ -66,7 +66,7 @@ def test_output_the_interface_does_not_name(llama: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float16"}, "output logits is float32, the interface says float16"),
+        ({"dtype": "float16"}, "output logits is float32, but the interface says float16"),
         ({"shape": ("batch", "sequence", 255)}, "the interface says .*255"),
         ({"shape": ("batch", 256)}, "output logits has shape"),
     ],
@@ -85,7 +85,7 @@ def test_logits_of_every_position_where_the_last_is_promised(
 ) -> None:
     interface = write_decoder(llama, tmp_path).model_copy(update={"logits": "last"})
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
-    with pytest.raises(ParityError, match=r"logits has shape \[1, 5, 256\], it must be \[1, 1, 256\]"):
+    with pytest.raises(ParityError, match=r"logits has shape \[1, 5, 256\], but it must be \[1, 1, 256\]"):
         model.prefill(tokens[None, :5], steps=0)
 
 
