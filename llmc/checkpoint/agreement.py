@@ -74,7 +74,7 @@ def _compare(checkpoint: Checkpoint, theirs: Mapping[str, torch.Tensor], toleran
             mismatches.append(f"transformers' model has no {name}")
         elif tuple(value.shape) != info.shape:
             mismatches.append(
-                f"{name} has shape {list(value.shape)} by transformers, {list(info.shape)} here"
+                f"{name} has shape {list(value.shape)} in transformers and {list(info.shape)} in llmc"
             )
         else:
             differing = sum(_differing(StoredRows(checkpoint.tensors, info), value, tolerance))

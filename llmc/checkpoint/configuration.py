@@ -199,7 +199,7 @@ def _require_text_config(file: Path, config: PreTrainedConfig) -> None:
 
     if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
         raise CheckpointError(
-            f"{file} has a text_config, and a model of type {config.model_type} has no part of that name",
+            f"{file} has a text_config, but a model of type {config.model_type} has no part of that name",
             hint="take the config.json that belongs to the weights",
         )
 

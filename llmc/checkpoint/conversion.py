@@ -130,8 +130,8 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
             origin = renamed.get(name) or _sources_text(conversions[name].sources)
             raise CheckpointError(
                 f"{name} has shape {list(info.shape)} in the files (from {origin}), "
-                f"and {list(shape)} by the config",
-                hint="config and weights must be of the same model",
+                f"but the config implies {list(shape)}",
+                hint="config and weights must belong to the same model",
             )
     store = ConvertedStore(raw, model, renamed, conversions, infos)
     ties = resolve_ties(model, store)
@@ -287,7 +287,7 @@ def _describe(
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{first} cannot be made from {_sources_text(sources)}: {str(error).strip().splitlines()[0]}",
-            hint="tensors are missing, or config and weights are not of the same model",
+            hint="tensors are missing, or config and weights do not belong to the same model",
         ) from error
     infos = [stored[name] for group in sources.values() for name in group]
     arrangements = _arrangements(model, first, converter, sources, stored)
@@ -377,7 +377,7 @@ def _check_missing(model: PreTrainedModel, available: set[str]) -> None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
             f"the files lack {', '.join(missing[:3])}{more}, which {type(model).__name__} has",
-            hint="config and weights must be of the same causal language model",
+            hint="config and weights must belong to the same causal language model",
         )
 
 

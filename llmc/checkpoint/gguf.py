@@ -197,7 +197,7 @@ class ProcessedStore:
                 raise CheckpointError(
                     f"{', '.join(sources)} in {blocks.file} have {elements} elements, "
                     f"{target} has {list(shape)}",
-                    hint="the file's metadata and tensors must be of the same model",
+                    hint="the file's metadata and tensors must belong to the same model",
                 )
             codes = rearrange([blocks.infos()[source] for source in sources], probed[target].arrangement)
             info = TensorInfo(target, shape, ir.DataType.FLOAT, codes)

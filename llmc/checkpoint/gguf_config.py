@@ -176,7 +176,7 @@ def _check_blocks(header: GgufHeader) -> None:
     if count and stated != count:
         raise CheckpointError(
             f"{header.files[0]} has tensors for {count} blocks, "
-            f"and {header.architecture}.block_count is {stated}",
+            f"but {header.architecture}.block_count is {stated}",
             hint="download it again, or convert the original model again",
         )
 

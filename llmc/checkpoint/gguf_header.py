@@ -184,7 +184,7 @@ def _read_set(requested: _Part) -> list[_Part]:
             raise CheckpointError(
                 f"{part.file} is part {stated[0]} of {stated[1]} by split.no (from 0) and split.count, "
                 f"and part {number} of {len(files)} by its name",
-                hint="give all parts the names that they were published under",
+                hint="restore the published names of all parts",
             )
     total = parts[0].metadata.get(_SPLIT_TENSORS)
     tensor_count = sum(len(part.tensors) for part in parts)
@@ -192,7 +192,7 @@ def _read_set(requested: _Part) -> list[_Part]:
         raise CheckpointError(
             f"{parts[0].file} is split, its {len(files)} parts have {tensor_count} tensors, "
             f"and split.tensors.count is {total}",
-            hint="download all parts again; they must be of the same model",
+            hint="download all parts again; they must belong to the same model",
         )
     return parts
 

@@ -342,7 +342,7 @@ def _refuse_second_base(header: GgufHeader, rotary: Rotary) -> None:
     local = header.value("rope.freq_base_swa")
     if local not in (None, rotary.base):
         raise UnsupportedError(
-            f"{header.files[0]} has {header.architecture}.rope.freq_base_swa = {local} beside a base of "
+            f"{header.files[0]} has {header.architecture}.rope.freq_base_swa = {local} but a base of "
             f"{rotary.base}, and this model of transformers has one base",
             hint="compile the original Hugging Face checkpoint instead",
         )
@@ -357,7 +357,7 @@ def _divisors(header: GgufHeader, name: str, dimensions: int) -> Array | None:
         raise CheckpointError(
             f"{name} in {tensor.file} has shape {list(values.shape)}; "
             f"{dimensions} rotated dimensions have {dimensions // 2} positive factors",
-            hint="the file's metadata and tensors must be of the same model",
+            hint="the file's metadata and tensors must belong to the same model",
         )
     return values.astype(np.float64)
 

@@ -192,7 +192,7 @@ def _special(header: GgufHeader, tokens: list[str]) -> Special:
         key = f"tokenizer.ggml.{role}_token_id"
         index = header.value(key)
         if index is not None and index >= len(tokens):
-            raise CheckpointError(f"{header.files[0]} has {key} = {index}, and {len(tokens)} tokens")
+            raise CheckpointError(f"{header.files[0]} has {key} = {index} but only {len(tokens)} tokens")
         index = defaults.get(role, -1) if index is None else index
         return tokens[index] if 0 <= index < len(tokens) else None
 

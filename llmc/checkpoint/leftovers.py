@@ -176,7 +176,7 @@ def _refusal(tensors: Sequence[Leftover]) -> CheckpointError:
             return error
     return CheckpointError(
         f"{type(tensors[0].model).__name__} has no parameter for {listed} in the files",
-        hint="config and weights must be of the same model",
+        hint="config and weights must belong to the same model",
     )
 
 
@@ -222,7 +222,7 @@ def _biases(tensors: Sequence[Leftover], listed: str) -> CheckpointError | None:
         f"the files hold biases that the model of config.json does not have: {listed}",
         hint=f"set {' or '.join(switches)} to true in config.json"
         if switches
-        else "config and weights must be of the same model",
+        else "config and weights must belong to the same model",
     )
 
 

@@ -164,7 +164,7 @@ def _read(tensors: WeightStore, name: str) -> torch.Tensor:
     if info is None:
         raise CheckpointError(
             f"the files lack {name}, which the model has",
-            hint="config and weights must be of the same causal language model",
+            hint="config and weights must belong to the same causal language model",
         )
     values = torch.empty(info.shape, dtype=torch.float32)
     view = np.atleast_1d(values.numpy())

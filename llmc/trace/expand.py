@@ -206,7 +206,7 @@ def _body(begin: ir.Node, end: ir.Node, prefix: str) -> list[ir.Node]:
     members = {n for n, is_inside in inside.items() if is_inside and n is not begin}
     graph = begin.graph
     if graph is None:
-        raise NotStampableError("a layer marker is in no graph")
+        raise NotStampableError("a layer marker is not in a graph")
     return [n for n in graph if n in members]
 
 

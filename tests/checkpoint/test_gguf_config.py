@@ -118,8 +118,8 @@ def test_generation_ends_at_the_end_of_a_turn(facts: dict[str, Any], ends: objec
         ({"tokenizer.ggml.bos_token_id": [1, 2]}, r"bos_token_id = an array, which must be a whole number"),
         ({"tokenizer.ggml.add_bos_token": 1.5}, "which must be true or false"),
         ({"tokenizer.ggml.pre": 3}, "which must be a string"),
-        ({"block_count": 2**31}, r"has tensors for 2 blocks, and llama\.block_count is 2147483648"),
-        ({"block_count": 1}, r"has tensors for 2 blocks, and llama\.block_count is 1"),
+        ({"block_count": 2**31}, r"has tensors for 2 blocks, but llama\.block_count is 2147483648"),
+        ({"block_count": 1}, r"has tensors for 2 blocks, but llama\.block_count is 1"),
         ({"rope.dimension_count": 1}, "a rotary embedding of 1 dimensions"),
     ],
 )

@@ -135,7 +135,7 @@ def test_gemma3_scales_its_global_layers_alone(tmp_path: Path) -> None:
         ({"rope.scaling.type": "dynamic"}, r"rope\.scaling\.type = dynamic, but llama\.cpp has"),
         ({"rope.scaling.alpha": 3.0}, r"llama\.rope\.scaling\.alpha = 3\.0, which llmc does not know"),
         ({"rope.dimension_sections": [2, 3, 3, 0]}, r"rope\.dimension_sections = "),
-        ({"rope.freq_base_swa": 500.0}, r"rope\.freq_base_swa = 500\.0 beside a base of 10000"),
+        ({"rope.freq_base_swa": 500.0}, r"rope\.freq_base_swa = 500\.0 but a base of 10000"),
         ({"rope.dimension_count": HIDDEN // HEADS // 2}, "computes other frequencies"),
     ],
 )

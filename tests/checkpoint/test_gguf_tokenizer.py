@@ -229,7 +229,7 @@ def test_what_is_not_built_is_refused_by_the_header(
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"bos_token_id": 400}, r"bos_token_id = 400, and 256 tokens"),
+        ({"bos_token_id": 400}, r"bos_token_id = 400 but only 256 tokens"),
         ({"tokens": ["a"] * 256}, "has the token 'a' twice"),
         ({"merges": ["a z"]}, "cannot be built: .*out of vocabulary"),
         ({"token_type": [1, 1]}, "256 tokens .* and 2 types"),
