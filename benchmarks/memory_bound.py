@@ -19,7 +19,7 @@ from serving import build_ours
 from sources import NAMES, checkpoint
 
 from llmc.artifact.store import open_artifact
-from llmc.backends.compiled.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
 from llmc.graph.interface import Interface
 
 PASSES = 20
@@ -77,7 +77,9 @@ def load_reader():  # type: ignore[no-untyped-def]
     """Load `seconds_of_pass` of reading.cpp."""
     source = Path(__file__).with_name("reading.cpp").read_text()
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread")
-    library = compile_library(find_compiler(), {"reading.cpp": source}, (Unit("reading.cpp"),), flags)
+    library = compile_library(
+        find_compiler(), {"reading.cpp": source}, (TranslationUnit("reading.cpp"),), flags
+    )
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()

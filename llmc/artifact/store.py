@@ -183,7 +183,7 @@ def update_manifest(artifact: Artifact, manifest: Manifest) -> Artifact:
     return Artifact(artifact.path, manifest)
 
 
-def digest_files(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+def digest_folder(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
     """Return digests of all files below `folder` except `reports/` and the manifest, for `Manifest.files`.
 
     Args:

@@ -97,13 +97,13 @@ class Checkpoint:
         digest = digest_files([file for file in files if file.is_file()])
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
-    def text_only_note(self, leftovers: Sequence[str]) -> str | None:
+    def text_only_note(self, unread: Sequence[str]) -> str | None:
         """Describe in one sentence which modules of other modalities are left out; None if there are none.
 
         Args:
-            leftovers: Names of tensors that the model's graph does not read.
+            unread: Names of tensors that the model's graph does not read.
         """
-        left = set(leftovers)
+        left = set(unread)
         counts = {module: len(left.intersection(names)) for module, names in self.beside.items()}
         modules = [module for module, count in counts.items() if count]
         if not modules:

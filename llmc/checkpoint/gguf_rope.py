@@ -55,7 +55,7 @@ _SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True)
-class Rotary:
+class GgufRotary:
     """A rotary embedding with llama.cpp's parameters.
 
     Args:
@@ -188,7 +188,7 @@ class Rotary:
         }
 
 
-def read_rotary(header: GgufHeader) -> Rotary:
+def read_rotary(header: GgufHeader) -> GgufRotary:
     """Read the rotary embedding of the model; if layers differ, the one of its global layers.
 
     Raises:
@@ -222,7 +222,7 @@ def read_rotary(header: GgufHeader) -> Rotary:
         extrapolation = 1.0 if kind == "yarn" else 0.0
     divisors = {name: _divisors(header, name, dimensions) for name in ROPE_TENSORS}
     _check_divisors(header, kind, factor, divisors)
-    rotary = Rotary(
+    rotary = GgufRotary(
         base=header.value("rope.freq_base") or 10000.0,
         dimensions=dimensions,
         scale=1.0 if kind == "none" else 1 / factor,
@@ -268,11 +268,11 @@ def _labels(parameters: Mapping[str, Any]) -> list[str]:
     return [key for key, value in parameters.items() if isinstance(value, dict)]
 
 
-def _of_layers(label: str, rotary: Rotary, header: GgufHeader) -> Rotary:
+def _of_layers(label: str, rotary: GgufRotary, header: GgufHeader) -> GgufRotary:
     """Return the embedding of a kind of layers: llama.cpp scales only global layers."""
     if label != _SLIDING:
         return rotary
-    return Rotary(base=header.value("rope.freq_base_swa") or 10000.0, dimensions=rotary.dimensions)
+    return GgufRotary(base=header.value("rope.freq_base_swa") or 10000.0, dimensions=rotary.dimensions)
 
 
 def check_rotary(header: GgufHeader, model: PreTrainedModel) -> None:
@@ -305,7 +305,9 @@ def check_rotary(header: GgufHeader, model: PreTrainedModel) -> None:
                 raise _not_taken(header, model.config.model_type)
 
 
-def _merge(current: Mapping[str, Any], rotary: Rotary, header: GgufHeader, positions: int) -> dict[str, Any]:
+def _merge(
+    current: Mapping[str, Any], rotary: GgufRotary, header: GgufHeader, positions: int
+) -> dict[str, Any]:
     """Replace the config's parameters by the file's; keep the sections of several axes."""
     merged = {key: value for key, value in current.items() if key.startswith("mrope_")}
     head = header.value("attention.key_length") or header.value("embedding_length") // header.value(
@@ -338,7 +340,7 @@ def _refuse_unknown(header: GgufHeader) -> None:
         )
 
 
-def _refuse_second_base(header: GgufHeader, rotary: Rotary) -> None:
+def _refuse_second_base(header: GgufHeader, rotary: GgufRotary) -> None:
     local = header.value("rope.freq_base_swa")
     if local not in (None, rotary.base):
         raise UnsupportedError(

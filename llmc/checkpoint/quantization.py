@@ -10,7 +10,7 @@ from enum import StrEnum
 from llmc.errors import CheckpointError
 
 
-class Method(StrEnum):
+class QuantMethod(StrEnum):
     """The quantization libraries whose layouts are supported."""
 
     GPTQ = "gptq"
@@ -71,7 +71,7 @@ class StoredQuantization:
         source: File that contains the declaration.
     """
 
-    method: Method
+    method: QuantMethod
     targets: tuple[tuple[tuple[str, ...], ModuleFormat], ...]
     layouts: frozenset[Layout]
     zero_offset: int | None = None

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.checkpoint import float_layouts, layouts
 from llmc.checkpoint.declared import Declaration
-from llmc.checkpoint.quantization import Layout, Method, ModuleFormat, StoredQuantization
+from llmc.checkpoint.quantization import Layout, ModuleFormat, QuantMethod, StoredQuantization
 from llmc.checkpoint.ranges import WholeValues, row_range
 from llmc.checkpoint.recipes import FLOAT_HINT
 from llmc.checkpoint.source import Source
@@ -262,7 +262,7 @@ def _agreed(chosen: StoredQuantization, declared: Sequence[Declaration]) -> Stor
         return chosen
     stated: dict[int, str] = {}
     for declaration in declared:
-        if declaration.method in {Method.GPTQ, Method.AUTO_ROUND}:
+        if declaration.method in {QuantMethod.GPTQ, QuantMethod.AUTO_ROUND}:
             other = declaration.parse()
             if other.zero_offset is not None:
                 stated.setdefault(other.zero_offset, other.source)
@@ -281,7 +281,7 @@ def _matrix(
     if layout is Layout.GPTQ:
         offset = 1 if quantization.zero_offset is None else quantization.zero_offset
         return layouts.gptq_matrix(source, form, offset, symmetric=quantization.symmetric), _GPTQ_PARTS
-    if layout is Layout.INT8 and quantization.method is Method.MODELOPT:
+    if layout is Layout.INT8 and quantization.method is QuantMethod.MODELOPT:
         form = replace(form, bits=8)
     if layout in {Layout.FP8, Layout.NVFP4, Layout.MXFP4}:
         float_layouts.require_no_zero_points(source)

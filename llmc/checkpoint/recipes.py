@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmc.checkpoint.quantization import Layout, Method, ModuleFormat, StoredQuantization
+from llmc.checkpoint.quantization import Layout, ModuleFormat, QuantMethod, StoredQuantization
 from llmc.errors import CheckpointError, UnsupportedError
 
 FLOAT_HINT = "compile the original checkpoint in float instead"
@@ -21,15 +21,15 @@ _Targets = tuple[tuple[tuple[str, ...], ModuleFormat], ...]
 
 #: Other names of methods that occur in published checkpoints.
 _ALIASES = {
-    "auto_round": Method.AUTO_ROUND,
-    "intel/auto-round": Method.AUTO_ROUND,
-    "autoround": Method.AUTO_ROUND,
-    "compressed_tensors": Method.COMPRESSED_TENSORS,
-    "modelopt_fp8": Method.MODELOPT,
-    "modelopt_fp4": Method.MODELOPT,
-    "modelopt_mxfp8": Method.MODELOPT,
-    "modelopt_mixed": Method.MODELOPT,
-    "finegrained_fp8": Method.FP8,
+    "auto_round": QuantMethod.AUTO_ROUND,
+    "intel/auto-round": QuantMethod.AUTO_ROUND,
+    "autoround": QuantMethod.AUTO_ROUND,
+    "compressed_tensors": QuantMethod.COMPRESSED_TENSORS,
+    "modelopt_fp8": QuantMethod.MODELOPT,
+    "modelopt_fp4": QuantMethod.MODELOPT,
+    "modelopt_mxfp8": QuantMethod.MODELOPT,
+    "modelopt_mixed": QuantMethod.MODELOPT,
+    "finegrained_fp8": QuantMethod.FP8,
 }
 
 #: Layouts by format name of compressed-tensors.
@@ -78,13 +78,13 @@ def parse_quantization(
         CheckpointError: A field is missing or has an invalid value.
     """
     name = method_name(fields)
-    if name not in tuple(Method):
+    if name not in tuple(QuantMethod):
         raise UnsupportedError(
-            f"{folder} is quantized by {name}; supported are {', '.join(Method)}", hint=FLOAT_HINT
+            f"{folder} is quantized by {name}; supported are {', '.join(QuantMethod)}", hint=FLOAT_HINT
         )
     try:
         _refuse_rotation(fields, folder, name)
-        parsed = _PARSERS[Method(name)](fields, folder)
+        parsed = _PARSERS[QuantMethod(name)](fields, folder)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         where = "quantization_config" if source == "config.json" else source
         raise CheckpointError(
@@ -117,7 +117,7 @@ def _parse_gptq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
     offset = {None: None, "gptq": 1, "gptq_v2": 0}[layout]
     symmetric = fields.get("sym") is True
     return StoredQuantization(
-        Method.GPTQ, (*named, *rest), frozenset({Layout.GPTQ}), offset, symmetric=symmetric
+        QuantMethod.GPTQ, (*named, *rest), frozenset({Layout.GPTQ}), offset, symmetric=symmetric
     )
 
 
@@ -139,7 +139,7 @@ def _parse_awq(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
     bits = fields["bits"] if "bits" in fields else fields["w_bit"]
     group_size = fields["group_size"] if "group_size" in fields else fields["q_group_size"]
     form = ModuleFormat(_bits(bits, (4,), folder, "awq"), _group(group_size))
-    return StoredQuantization(Method.AWQ, _linear(form), frozenset({Layout.AWQ}))
+    return StoredQuantization(QuantMethod.AWQ, _linear(form), frozenset({Layout.AWQ}))
 
 
 def _parse_auto_round(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
@@ -153,7 +153,7 @@ def _parse_auto_round(fields: Mapping[str, Any], folder: Path) -> StoredQuantiza
             raise _unknown(folder, "auto-round", f"{kind} by {packing}")
         form = ModuleFormat(int(fields["bits"]), _float_group(fields.get("group_size")))
         allowed = {layouts[0], Layout.FP8} if int(fields["bits"]) == 8 else {layouts[0]}
-        return StoredQuantization(Method.AUTO_ROUND, _linear(form), frozenset(allowed))
+        return StoredQuantization(QuantMethod.AUTO_ROUND, _linear(form), frozenset(allowed))
     bits = _bits(fields["bits"], (2, 3, 4, 8), folder, "auto-round")
     rest = _linear(ModuleFormat(bits, _group(fields["group_size"])))
     named = []
@@ -165,7 +165,7 @@ def _parse_auto_round(fields: Mapping[str, Any], folder: Path) -> StoredQuantiza
     layout, offset = (Layout.AWQ, None) if "awq" in packing else (Layout.GPTQ, _auto_round_offset(packing))
     symmetric = fields.get("sym") is True and layout is Layout.GPTQ
     return StoredQuantization(
-        Method.AUTO_ROUND, (*named, *rest), frozenset({layout}), offset, symmetric=symmetric
+        QuantMethod.AUTO_ROUND, (*named, *rest), frozenset({layout}), offset, symmetric=symmetric
     )
 
 
@@ -197,27 +197,27 @@ def _parse_compressed(fields: Mapping[str, Any], folder: Path) -> StoredQuantiza
         form = ModuleFormat(bits, group_size, None if tile is None else (int(tile[0]), int(tile[1])))
         targets.append((tuple(map(str, group["targets"])), form))
         layouts |= _COMPRESSED[layout]
-    return StoredQuantization(Method.COMPRESSED_TENSORS, tuple(targets), frozenset(layouts))
+    return StoredQuantization(QuantMethod.COMPRESSED_TENSORS, tuple(targets), frozenset(layouts))
 
 
 def _parse_fp8(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
     size = fields.get("weight_block_size")
     tile = None if size is None else (int(size[0]), int(size[1]))
     layouts = frozenset({Layout.FP8})
-    return StoredQuantization(Method.FP8, _linear(ModuleFormat(8, tile=tile)), layouts)
+    return StoredQuantization(QuantMethod.FP8, _linear(ModuleFormat(8, tile=tile)), layouts)
 
 
 def _parse_fbgemm(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    return StoredQuantization(Method.FBGEMM_FP8, _linear(ModuleFormat(8)), frozenset({Layout.FP8}))
+    return StoredQuantization(QuantMethod.FBGEMM_FP8, _linear(ModuleFormat(8)), frozenset({Layout.FP8}))
 
 
 def _parse_mxfp4(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
     layouts = frozenset({Layout.MXFP4_EXPERTS, Layout.MXFP4})
-    return StoredQuantization(Method.MXFP4, _linear(ModuleFormat(4, 32)), layouts)
+    return StoredQuantization(QuantMethod.MXFP4, _linear(ModuleFormat(4, 32)), layouts)
 
 
 def _parse_mxfp8(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
-    return StoredQuantization(Method.MXFP8, _linear(ModuleFormat(8)), frozenset({Layout.FP8}))
+    return StoredQuantization(QuantMethod.MXFP8, _linear(ModuleFormat(8)), frozenset({Layout.FP8}))
 
 
 def _parse_modelopt(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
@@ -233,7 +233,7 @@ def _parse_modelopt(fields: Mapping[str, Any], folder: Path) -> StoredQuantizati
         raise _unknown(folder, "modelopt", f"algorithm {unknown[0]}")
     layouts = frozenset(_MODELOPT[name] for name in layers.values())
     form = ModuleFormat(8 if layouts <= {Layout.FP8, Layout.INT8} else 4)
-    return StoredQuantization(Method.MODELOPT, _linear(form), layouts)
+    return StoredQuantization(QuantMethod.MODELOPT, _linear(form), layouts)
 
 
 def _modelopt_of_groups(fields: Mapping[str, Any]) -> str:
@@ -245,7 +245,7 @@ def _modelopt_of_groups(fields: Mapping[str, Any]) -> str:
 
 def _parse_bitsandbytes(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
     layouts = frozenset({Layout.BNB_4BIT, Layout.BNB_INT8})
-    return StoredQuantization(Method.BITSANDBYTES, _linear(ModuleFormat(4)), layouts)
+    return StoredQuantization(QuantMethod.BITSANDBYTES, _linear(ModuleFormat(4)), layouts)
 
 
 def _parse_mlx(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
@@ -259,21 +259,21 @@ def _parse_mlx(fields: Mapping[str, Any], folder: Path) -> StoredQuantization:
         if "bits" in form
     )
     rest = _linear(ModuleFormat(int(fields["bits"]), int(fields["group_size"])))
-    return StoredQuantization(Method.MLX, (*named, *rest), frozenset({Layout.AFFINE}))
+    return StoredQuantization(QuantMethod.MLX, (*named, *rest), frozenset({Layout.AFFINE}))
 
 
-_PARSERS: Mapping[Method, Callable[[Mapping[str, Any], Path], StoredQuantization]] = {
-    Method.GPTQ: _parse_gptq,
-    Method.AWQ: _parse_awq,
-    Method.AUTO_ROUND: _parse_auto_round,
-    Method.COMPRESSED_TENSORS: _parse_compressed,
-    Method.FP8: _parse_fp8,
-    Method.FBGEMM_FP8: _parse_fbgemm,
-    Method.MXFP4: _parse_mxfp4,
-    Method.MXFP8: _parse_mxfp8,
-    Method.MODELOPT: _parse_modelopt,
-    Method.BITSANDBYTES: _parse_bitsandbytes,
-    Method.MLX: _parse_mlx,
+_PARSERS: Mapping[QuantMethod, Callable[[Mapping[str, Any], Path], StoredQuantization]] = {
+    QuantMethod.GPTQ: _parse_gptq,
+    QuantMethod.AWQ: _parse_awq,
+    QuantMethod.AUTO_ROUND: _parse_auto_round,
+    QuantMethod.COMPRESSED_TENSORS: _parse_compressed,
+    QuantMethod.FP8: _parse_fp8,
+    QuantMethod.FBGEMM_FP8: _parse_fbgemm,
+    QuantMethod.MXFP4: _parse_mxfp4,
+    QuantMethod.MXFP8: _parse_mxfp8,
+    QuantMethod.MODELOPT: _parse_modelopt,
+    QuantMethod.BITSANDBYTES: _parse_bitsandbytes,
+    QuantMethod.MLX: _parse_mlx,
 }
 
 

@@ -93,7 +93,7 @@ class Graph:
             tied: Parameter names absent from the store -> the stored name to use for each.
 
         Returns:
-            The ledger's leftovers: stored tensors that nothing in the graph reads.
+            The stored tensors that nothing in the graph reads.
 
         Raises:
             CheckpointError: A weight has no source, or a source of another shape.

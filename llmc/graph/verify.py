@@ -7,7 +7,7 @@ from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES
 from llmc.graph.model import Graph
 
 
-def verify(graph: Graph) -> None:
+def verify_graph(graph: Graph) -> None:
     """Check a graph's names, order, interface, shapes and consumers.
 
     Raises:

@@ -14,7 +14,7 @@ from llmc.config import PassSpec
 from llmc.errors import ConfigError, GraphError, UnsupportedError, did_you_mean
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 
 
 class Pass(Protocol):
@@ -83,7 +83,7 @@ def run_passes(
     for item, spec in resolve_passes(specs):
         try:
             report = item.run(graph)
-            verify(graph)
+            verify_graph(graph)
         except GraphError as error:
             before = ", ".join(r.name for r in reports) or "none"
             raise GraphError(

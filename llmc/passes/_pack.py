@@ -38,7 +38,7 @@ def projection_of(value: ir.Value | None) -> Projection | None:
     return None
 
 
-def obstacle(projections: Sequence[Projection]) -> tuple[str, str] | None:
+def joining_obstacle(projections: Sequence[Projection]) -> tuple[str, str] | None:
     """Return (code, reason) why these projections cannot be joined; None if they can."""
     if len({p.linear.activation for p in projections}) != 1:
         return "activation", "they read different activations"

@@ -28,7 +28,7 @@ Fixed = Mapping[ir.Value, bool]
 
 
 @dataclass(frozen=True)
-class Declined:
+class NoTable:
     """The code and the reason of a refusal, for a value without a table."""
 
     code: str
@@ -62,17 +62,17 @@ class PositionTables:
     length: int
     _keys: dict[ir.Value, int] = field(default_factory=dict)
     _numbers: dict[object, int] = field(default_factory=dict)
-    _tables: dict[int, Table | Declined] = field(default_factory=dict)
+    _tables: dict[int, Table | NoTable] = field(default_factory=dict)
 
-    def table(self, value: ir.Value, width: int) -> Table | Declined:
+    def table(self, value: ir.Value, width: int) -> Table | NoTable:
         """Return the table of `value`, which has `width` elements per batch row and position."""
         key = self._key(value)
         if key not in self._tables:
             self._tables[key] = self._compute(value, width)
         table = self._tables[key]
-        if not isinstance(table, Declined) and table.rows.shape[1] != width:
+        if not isinstance(table, NoTable) and table.rows.shape[1] != width:
             reason = f"{value.name} has {table.rows.shape[1]} elements per position, not {width}"
-            return Declined("rotary-shape", reason)
+            return NoTable("rotary-shape", reason)
         return table
 
     def _key(self, value: ir.Value) -> int:
@@ -98,28 +98,28 @@ class PositionTables:
             identity = (node.domain, node.op_type, inputs, attributes, node.outputs.index(value))
         return self._numbers.setdefault(identity, len(self._numbers))
 
-    def _compute(self, value: ir.Value, width: int) -> Table | Declined:
+    def _compute(self, value: ir.Value, width: int) -> Table | NoTable:
         nodes = self._ancestors(value)
-        if isinstance(nodes, Declined):
+        if isinstance(nodes, NoTable):
             return nodes
         conditions = _conditions(nodes)
         if len({self._key(c) for c in conditions}) != 1:
             return self._whole(value, width, {})
         at = self._switch(conditions[0])
-        if isinstance(at, Declined):
+        if isinstance(at, NoTable):
             return at
         if at in (0, self.length):
             return self._whole(value, width, dict.fromkeys(conditions, at == 0))
         below, beyond = (self._whole(value, width, dict.fromkeys(conditions, c)) for c in (False, True))
-        if isinstance(below, Declined) or isinstance(beyond, Declined):
-            return below if isinstance(below, Declined) else beyond
+        if isinstance(below, NoTable) or isinstance(beyond, NoTable):
+            return below if isinstance(below, NoTable) else beyond
         table = Table(np.concatenate([below.rows[:at], beyond.rows]), at)
         return table if self._agrees(value, table) else _depends_on_others(value)
 
-    def _switch(self, condition: ir.Value) -> int | Declined:
+    def _switch(self, condition: ir.Value) -> int | NoTable:
         """Find the lowest position at which `condition` holds; `length` if it holds at none."""
         nodes = self._ancestors(condition)
-        if isinstance(nodes, Declined):
+        if isinstance(nodes, NoTable):
             return nodes
         run = _session(condition, nodes, self.graph, {})
 
@@ -132,13 +132,13 @@ class PositionTables:
             low, high = (low, middle) if holds(middle) else (middle + 1, high)
         probes = np.random.default_rng(0).integers(0, self.length, _PROBE).tolist()
         if any(holds(position) != (position >= low) for position in probes):
-            return Declined("rotary-order", f"{condition.name} holds at some positions but not beyond them")
+            return NoTable("rotary-order", f"{condition.name} holds at some positions but not beyond them")
         return low
 
     def _agrees(self, value: ir.Value, table: Table) -> bool:
         """Return whether the graph itself gives the rows of `table` on both sides of its switch."""
         nodes = self._ancestors(value)
-        if isinstance(nodes, Declined):
+        if isinstance(nodes, NoTable):
             return False
         run, at = _session(value, nodes, self.graph, {}), table.switch
         random = np.random.default_rng(0)
@@ -148,10 +148,10 @@ class PositionTables:
             run(beyond[None]).reshape(_PROBE, -1), table.rows[at + beyond]
         )
 
-    def _whole(self, value: ir.Value, width: int, fixed: Fixed) -> Table | Declined:
+    def _whole(self, value: ir.Value, width: int, fixed: Fixed) -> Table | NoTable:
         """Compute the table of `value` with `fixed` as constants, rows (length, width)."""
         nodes = self._ancestors(value, fixed)
-        if isinstance(nodes, Declined):
+        if isinstance(nodes, NoTable):
             return nodes
         session = _session(value, nodes, self.graph, fixed)
 
@@ -164,7 +164,7 @@ class PositionTables:
             positions = np.arange(start, min(start + _CHUNK, self.length), dtype=np.int64)
             rows = run(positions[None])
             if rows is None:
-                return Declined("rotary-shape", f"{value.name} does not have {width} elements per position")
+                return NoTable("rotary-shape", f"{value.name} does not have {width} elements per position")
             table[start : start + len(rows)] = rows
         random = np.random.default_rng(0)
         few = np.arange(min(8, self.length), dtype=np.int64)
@@ -174,7 +174,7 @@ class PositionTables:
                 return _depends_on_others(value)
         return Table(table)
 
-    def _ancestors(self, value: ir.Value, fixed: Fixed | None = None) -> list[ir.Node] | Declined:
+    def _ancestors(self, value: ir.Value, fixed: Fixed | None = None) -> list[ir.Node] | NoTable:
         """List the nodes that compute `value` with `fixed` as constants, in graph order."""
         ancestors: set[ir.Node] = set()
         pending = [value]
@@ -188,19 +188,17 @@ class PositionTables:
                     ancestors.add(node)
                     pending.extend(v for v in node.inputs if v is not None and not _counts_rows(node))
             elif isinstance(current.const_value, LazyWeight):
-                return Declined("rotary-weights", f"{value.name} is computed from weight {current.name}")
+                return NoTable("rotary-weights", f"{value.name} is computed from weight {current.name}")
             elif constant_of(current) is None and current.name != "position_ids":
                 reason = f"{value.name} depends on {current.name}, not only on positions"
-                return Declined("rotary-positions", reason)
+                return NoTable("rotary-positions", reason)
         if not ancestors or not any(_reads_positions(node) for node in ancestors):
-            return Declined("rotary-positions", f"{value.name} does not depend on position_ids")
+            return NoTable("rotary-positions", f"{value.name} does not depend on position_ids")
         return _in_order(ancestors)
 
 
-def _depends_on_others(value: ir.Value) -> Declined:
-    return Declined(
-        "rotary-order", f"{value.name} at one position depends on the other positions of the step"
-    )
+def _depends_on_others(value: ir.Value) -> NoTable:
+    return NoTable("rotary-order", f"{value.name} at one position depends on the other positions of the step")
 
 
 def _conditions(nodes: Sequence[ir.Node]) -> list[ir.Value]:

@@ -9,7 +9,7 @@ from llmc.graph.edit import Site, add_constant, drop_dead, set_value, take_over
 from llmc.graph.match import dims_of, is_op
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._pack import Projection, differing_codes, join, obstacle, projection_of
+from llmc.passes._pack import Projection, differing_codes, join, joining_obstacle, projection_of
 
 _ACTIVATIONS = ("Sigmoid", "Gelu", "QuickGelu", "FastGelu", "Relu", "Tanh")
 
@@ -26,7 +26,7 @@ class PackGateUp:
             pair = _pair(node)
             if pair is None:
                 continue
-            declined = obstacle(pair) or differing_codes(pair)
+            declined = joining_obstacle(pair) or differing_codes(pair)
             if declined is not None:
                 refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
                 continue

@@ -9,7 +9,7 @@ from llmc.graph.edit import drop_dead
 from llmc.graph.match import is_op, only_user
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._pack import differing_codes, join, obstacle, projection_of
+from llmc.passes._pack import differing_codes, join, joining_obstacle, projection_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> tuple[str, str] | None:
         )
     if any(only_user(p.output) is not node for p in projections):
         return "shared", "other nodes read a projection as well"
-    declined = obstacle(projections) or differing_codes(projections)
+    declined = joining_obstacle(projections) or differing_codes(projections)
     if declined is not None:
         return declined
     node.replace_input_with(0, join(graph, node, projections, "qkv_proj"))

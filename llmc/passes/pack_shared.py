@@ -14,7 +14,7 @@ from llmc.graph.linear import Linear, find_linears
 from llmc.graph.match import dims_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._pack import Projection, join, obstacle
+from llmc.passes._pack import Projection, join, joining_obstacle
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PackShared:
             if len(group) < 2:
                 continue
             projections = [Projection(linear, None, linear.output) for linear in group]
-            declined, first = obstacle(projections), group[0].node
+            declined, first = joining_obstacle(projections), group[0].node
             if declined is not None:
                 refusals.append(Refusal(*declined, str(first.name), layer_of(first)))
                 continue

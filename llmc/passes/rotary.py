@@ -32,7 +32,7 @@ from llmc.graph.match import (
 )
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.passes._positions import Declined, PositionTables, Table
+from llmc.passes._positions import NoTable, PositionTables, Table
 
 OPERATOR = "RotaryEmbedding"
 #: Rows of a table if the model states no largest position, and upper limit.
@@ -116,21 +116,21 @@ def _limit_length(graph: Graph, length: int) -> None:
         graph.max_length = length
 
 
-def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: Emit) -> Declined | None:
+def _rewrite(graph: ir.Graph, rotation: Rotation, tables: PositionTables, emit: Emit) -> NoTable | None:
     source, output = rotation.source, rotation.output
     dims, dtype = dims_of(source), output.dtype
     heads_axis = next((a for a in (1, 2) if len(dims) == 4 and isinstance(dims[a], int)), None)
     heads, width = _static(dims, heads_axis), last_dim_of(source)
     if heads is None or width is None or dtype is None or source.dtype != dtype:
-        return Declined(
+        return NoTable(
             "rotary-layout", f"{source.name}, {source.dtype} {dims}, is not heads of known number and width"
         )
     cos, sin = (_half_table(tables, rotation, value) for value in (rotation.cos, rotation.sin))
-    if isinstance(cos, Declined) or isinstance(sin, Declined):
-        return cos if isinstance(cos, Declined) else sin if isinstance(sin, Declined) else None
+    if isinstance(cos, NoTable) or isinstance(sin, NoTable):
+        return cos if isinstance(cos, NoTable) else sin if isinstance(sin, NoTable) else None
     if cos.switch != sin.switch:
         reason = f"cosines switch at position {cos.switch}, sines at {sin.switch}"
-        return Declined("rotary-order", reason)
+        return NoTable("rotary-order", reason)
     caches = [
         _in_type(graph, add_constant(graph, table.rows, hint), dtype)
         for table, hint in ((cos, "rotary_cos"), (sin, "rotary_sin"))
@@ -200,20 +200,20 @@ def _static(dims: list[int | str], axis: int | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Table | Declined:
+def _half_table(tables: PositionTables, rotation: Rotation, value: ir.Value) -> Table | NoTable:
     """Return one column per pair of rotated elements, (positions, rotated / 2) float32."""
     pairs = rotation.rotated // 2
     if rotation.halved:
         return tables.table(value, pairs)
     table = tables.table(value, rotation.rotated)
-    if isinstance(table, Declined):
+    if isinstance(table, NoTable):
         return table
     if rotation.interleaved:
         first, second = table.rows[:, 0::2], table.rows[:, 1::2]
     else:
         first, second = table.rows[:, :pairs], table.rows[:, pairs:]
     if not np.array_equal(first, second):
-        return Declined("rotary-halves", f"{value.name} turns the two elements of a pair by different angles")
+        return NoTable("rotary-halves", f"{value.name} turns the two elements of a pair by different angles")
     return Table(np.ascontiguousarray(first), table.switch)
 
 

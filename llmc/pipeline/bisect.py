@@ -17,7 +17,7 @@ from llmc.progress import Progress
 from llmc.records import Record
 
 if TYPE_CHECKING:
-    from llmc.validate.values import Difference, Values
+    from llmc.validate.values import ValueDifference, Values
 
 #: Largest difference over largest value that another order of float32 sums may make.
 TOLERANCE = 1e-3
@@ -137,7 +137,7 @@ def bisect(
     return BisectResult(right=(*right, "artifact"), divergence=None)
 
 
-def _divergence(step: str, found: Difference) -> Divergence:
+def _divergence(step: str, found: ValueDifference) -> Divergence:
     place = found.place
     return Divergence(
         step=step,

@@ -15,7 +15,7 @@ from llmc.artifact.decisions import write_decisions
 from llmc.artifact.disk import replace_text
 from llmc.artifact.manifest import REPORTS, FileDigest, Manifest, ModelFacts, PruneRecord, State
 from llmc.artifact.provenance import tool_versions
-from llmc.artifact.store import Artifact, Staging, digest_files, staging
+from llmc.artifact.store import Artifact, Staging, digest_folder, staging
 from llmc.backends import backend_of
 from llmc.backends.base import Made, Stage
 from llmc.config import BuildPlan
@@ -130,8 +130,8 @@ def _write(
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
     compiled = compile_graph(pruned.checkpoint, plan.target, progress)
-    text_only = opened.text_only_note(compiled.leftovers)
-    for note in _leftover_notes(opened, compiled.leftovers, text_only):
+    text_only = opened.text_only_note(compiled.unread)
+    for note in _unread_notes(opened, compiled.unread, text_only):
         progress.note(note)
     checkpoint = replace(opened, notes=(*opened.notes, *filter(None, [text_only])))
     graph, backend = compiled.graph, backend_of(plan.target)
@@ -159,7 +159,7 @@ def _write(
         pruned.record,
         compiled,
         digest.result(),
-        digest_files(folder, {**files, **made.files}),
+        digest_folder(folder, {**files, **made.files}),
         made,
         prepared.state(made),
     )
@@ -185,10 +185,10 @@ def _write(
     return Built(manifest, forecasts, subject if gated else None, pruned.record)
 
 
-def _leftover_notes(checkpoint: Checkpoint, leftovers: Sequence[str], text_only: str | None) -> list[str]:
+def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str | None) -> list[str]:
     """What the graph does not read: towers in one sentence, any other tensor by its name."""
     towers = {name for names in checkpoint.beside.values() for name in names}
-    others = [f"the model does not use tensor {n} of the checkpoint" for n in leftovers if n not in towers]
+    others = [f"the model does not use tensor {n} of the checkpoint" for n in unread if n not in towers]
     return [*filter(None, [text_only]), *others]
 
 

@@ -10,7 +10,7 @@ from llmc.artifact.store import open_artifact
 from llmc.artifact.verdict import Change
 from llmc.errors import ConfigError, LlmcError
 from llmc.pipeline.inspect import count_operators
-from llmc.pipeline.reports import stored_bytes, stored_report
+from llmc.pipeline.reports import artifact_bytes, stored_report
 from llmc.pipeline.result import regression_failure
 from llmc.records import Record
 from llmc.report import compare_reports, parse_allowed, render_changes
@@ -105,5 +105,5 @@ def _bits(manifest: Manifest) -> dict[str, str]:
     for role, records in by_role.items():
         forms = sorted({f"{r.bits} bits" + (f" by {r.block_size}" if r.block_size else "") for r in records})
         told[role] = f"{', '.join(forms)}, {sum(r.bytes for r in records) / 1e6:.4g} MB"
-    told["all"] = f"{stored_bytes(manifest) / 1e6:.4g} MB with all files"
+    told["all"] = f"{artifact_bytes(manifest) / 1e6:.4g} MB with all files"
     return told

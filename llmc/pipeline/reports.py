@@ -82,12 +82,12 @@ def stored_report(artifact: Artifact) -> Report:
             "measurements": tuple(measurements.values()),
             "latency": next((r.latency for r in reversed(reports) if r.latency is not None), None),
             "sizes": next((r.sizes for r in reversed(reports) if r.sizes), {}),
-            "bytes": stored_bytes(artifact.manifest),
+            "bytes": artifact_bytes(artifact.manifest),
         }
     )
 
 
-def stored_bytes(manifest: Manifest) -> int:
+def artifact_bytes(manifest: Manifest) -> int:
     """Of all files of an artifact."""
     return sum(f.bytes for f in manifest.files.values())
 
@@ -116,7 +116,7 @@ def _peer(other: Artifact, digest: str) -> Peer | None:
     kl = found.get(Metric.TEXT_KL_MEAN)
     if kl is None or math.isnan(kl):
         return None
-    return Peer(title=other.path.name, bytes=stored_bytes(other.manifest), kl_mean=kl)
+    return Peer(title=other.path.name, bytes=artifact_bytes(other.manifest), kl_mean=kl)
 
 
 def _find_reports(artifact: Artifact) -> list[Path]:

@@ -36,7 +36,7 @@ _REDUCTIONS = frozenset({"ReduceMean", "ReduceSum", "ReduceMax"})
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitSlice:
     """The place of units in a parameter: entry k of unit u is at start + (u * width + k) * step of `axis`."""
 
     parameter: str
@@ -66,12 +66,12 @@ class Units:
 
     layer: int
     count: int
-    reader: Part
-    makers: tuple[Part, ...]
+    reader: UnitSlice
+    makers: tuple[UnitSlice, ...]
     heads: int = 0
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[UnitSlice, ...]:
         """The parameters that a unit is removed from."""
         return (*self.makers, self.reader)
 
@@ -188,7 +188,7 @@ def _follow(linear: Linear, layer: int, count: int, heads: int) -> Units:
     walk = _Walk(count, layer)
     walk.back(linear.activation, _Place(-1, width))
     walk.require_no_other_readers(linear.node)
-    reader = Part(str(linear.weight.name), 1 if linear.transposed else 0, 0, 1, width)
+    reader = UnitSlice(str(linear.weight.name), 1 if linear.transposed else 0, 0, 1, width)
     if not walk.parts:
         raise _MixedError("no matrix computes its inputs")
     return Units(layer, count, reader, tuple(dict.fromkeys(walk.parts)), heads)
@@ -198,7 +198,7 @@ class _Walk:
     """The walk that follows units back to the weights that produce them."""
 
     def __init__(self, count: int, layer: int) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[UnitSlice] = []
         self._count = count
         self._layer = layer
         self._places: dict[ir.Value, _Place] = {}
@@ -240,7 +240,7 @@ class _Walk:
     def _add(self, weight: ir.Value, place: _Place, axis: int) -> None:
         if axis < 0:
             raise _MixedError(f"{weight.name} has no axis of units")
-        self.parts.append(Part(str(weight.name), axis, place.start, place.step, place.width))
+        self.parts.append(UnitSlice(str(weight.name), axis, place.start, place.step, place.width))
 
     def _inputs(self, node: ir.Node, value: ir.Value, place: _Place) -> Iterator[tuple[ir.Value, _Place]]:
         whole = place.start == 0 and place.step == 1

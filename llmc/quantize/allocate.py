@@ -19,7 +19,7 @@ _SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PricedScheme:
     """The scheme, size and predicted loss of one way to store a matrix.
 
     Args:
@@ -33,11 +33,11 @@ class Candidate:
 
 
 def allocate(
-    candidates: Mapping[str, Sequence[Candidate]],
+    candidates: Mapping[str, Sequence[PricedScheme]],
     *,
     most_bytes: float | None = None,
     most_kl: float | None = None,
-) -> dict[str, Candidate]:
+) -> dict[str, PricedScheme]:
     """Minimize the predicted KL divergence within `most_bytes`, or the bytes within `most_kl`.
 
     Args:
@@ -79,5 +79,5 @@ def allocate(
     return dict(zip(candidates, chosen, strict=True))
 
 
-def _spent(candidate: Candidate, unit: str) -> float:
+def _spent(candidate: PricedScheme, unit: str) -> float:
     return candidate.bytes if unit == "bytes" else candidate.kl

@@ -6,7 +6,7 @@ from llmc.artifact.disk import replace_text
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
-from llmc.report.tables import Table, make_notes, make_tables
+from llmc.report.tables import ReportTable, make_notes, make_tables
 
 _MARKS = {
     CheckStatus.PASS: "pass",
@@ -54,7 +54,7 @@ def render_markdown(report: Report) -> str:
     return "\n".join([*lines, "", f"llmc {report.llmc}", ""])
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: ReportTable) -> list[str]:
     """Its heading, its columns and its rows, a line each."""
     columns = " | ".join(map(_cell, table.columns))
     lines = ["", f"### {table.caption}", "", f"| {columns} |", "|---" * len(table.columns) + "|"]

@@ -15,7 +15,7 @@ Cell = str | float | None
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table of a report, with its cells as text.
 
     Args:
@@ -32,7 +32,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """How a table is made.
 
     Args:
@@ -52,7 +52,7 @@ def _timed(entries: Callable[[Latency], Iterable[Any]]) -> Callable[[Report], It
 
 
 LAYOUTS = (
-    Layout(
+    TableLayout(
         "latency",
         "Latency, ms",
         _timed(
@@ -75,7 +75,7 @@ LAYOUTS = (
             "n": lambda row: str(row[1].artifact.n),
         },
     ),
-    Layout(
+    TableLayout(
         "decode",
         "One decode step and the memory roofline",
         _timed(lambda latency: zip(latency.decode, latency.roofline, strict=True)),
@@ -87,7 +87,7 @@ LAYOUTS = (
             "roofline, ms": lambda row: row[1].bound_ms,
         },
     ),
-    Layout(
+    TableLayout(
         "footprints",
         "Load time and memory",
         _timed(
@@ -103,7 +103,7 @@ LAYOUTS = (
             "steady, MB": lambda row: row[1].steady_bytes and row[1].steady_bytes / 1e6,
         },
     ),
-    Layout(
+    TableLayout(
         "energy",
         "Energy of one token",
         _timed(lambda latency: (d for d in latency.decode if d.artifact_joules_per_token is not None)),
@@ -113,7 +113,7 @@ LAYOUTS = (
             "original, J": lambda decode: decode.original_joules_per_token,
         },
     ),
-    Layout(
+    TableLayout(
         "energy-gpu",
         "Energy of one token, GPUs",
         _timed(lambda latency: (d for d in latency.decode if d.artifact_gpu_joules_per_token is not None)),
@@ -123,7 +123,7 @@ LAYOUTS = (
             "original, J": lambda decode: decode.original_gpu_joules_per_token,
         },
     ),
-    Layout(
+    TableLayout(
         "operators",
         "One step by kind of operator",
         _timed(lambda latency: latency.operators),
@@ -133,7 +133,7 @@ LAYOUTS = (
             "ms": lambda operator: operator.ms,
         },
     ),
-    Layout(
+    TableLayout(
         "batches",
         "Batches",
         _timed(lambda latency: latency.batches),
@@ -153,7 +153,7 @@ LAYOUTS = (
 )
 
 
-def make_tables(report: Report) -> list[Table]:
+def make_tables(report: Report) -> list[ReportTable]:
     """Every table that the report has figures for."""
     found = (_make_table(layout, list(layout.entries(report))) for layout in LAYOUTS)
     return [table for table in found if table.rows]
@@ -171,12 +171,12 @@ def make_notes(report: Report) -> list[str]:
     ]
 
 
-def _make_table(layout: Layout, entries: list[Any]) -> Table:
+def _make_table(layout: TableLayout, entries: list[Any]) -> ReportTable:
     """The table without the columns that no entry has a value for."""
     values = {caption: [value(entry) for entry in entries] for caption, value in layout.columns.items()}
     shown = {caption: cells for caption, cells in values.items() if any(c is not None for c in cells)}
     rows = zip(*([_format_cell(c) for c in cells] for cells in shown.values()), strict=True)
-    return Table(layout.name, layout.caption, tuple(shown), tuple(rows))
+    return ReportTable(layout.name, layout.caption, tuple(shown), tuple(rows))
 
 
 def _format_cell(cell: Cell) -> str:

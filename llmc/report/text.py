@@ -7,10 +7,10 @@ from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, ungated
-from llmc.report.tables import Table, make_notes, make_tables
+from llmc.report.tables import ReportTable, make_notes, make_tables
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
 _COLOURS = {
     CheckStatus.PASS: "green",
@@ -53,11 +53,11 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
     return buffer.getvalue()
 
 
-def _checks(report: Report) -> "RichTable":
-    from rich.table import Table as RichTable
+def _checks(report: Report) -> "Table":
+    from rich.table import Table
     from rich.text import Text
 
-    table = RichTable("metric", "value", "gate", "status", "detail")
+    table = Table("metric", "value", "gate", "status", "detail")
     for check in report.verdict.checks:
         if check.status is CheckStatus.NOT_MEASURED:  # told in one line below
             continue
@@ -74,11 +74,11 @@ def _checks(report: Report) -> "RichTable":
     return table
 
 
-def _table(made: Table) -> "RichTable":
-    from rich.table import Table as RichTable
+def _table(made: ReportTable) -> "Table":
+    from rich.table import Table
     from rich.text import Text
 
-    table = RichTable(*made.columns, title=made.caption, title_justify="left")
+    table = Table(*made.columns, title=made.caption, title_justify="left")
     for row in made.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -18,11 +18,11 @@ def read_experts(node: ir.Node, parts: tuple[int, int, int, int], start: int, st
     if codes is None or scales is None:
         raise ParityError(f"experts {node.name} of the artifact have no codes or no scales")
     bits, block = (node.attributes[key].as_int() for key in ("expert_weight_bits", "block_size"))
-    levels = unpack(codes[start:stop], bits).astype(np.float32)
+    levels = unpack_codes(codes[start:stop], bits).astype(np.float32)
     blocks = levels.reshape(*levels.shape[:2], -1, block)
     middle: Array | float = 1 << (bits - 1)
     if zeros is not None:
-        middle = unpack(zeros[start:stop], bits)[:, :, : blocks.shape[2], None].astype(np.float32)
+        middle = unpack_codes(zeros[start:stop], bits)[:, :, : blocks.shape[2], None].astype(np.float32)
     values: Array = (blocks - middle) * scales[start:stop, :, :, None].astype(np.float32)
     return values.reshape(levels.shape)
 
@@ -51,7 +51,7 @@ def in_float32(node: ir.Node) -> None:
     replace_node(graph, node, [ir.Node(node.domain, "MoE", inputs, attributes)])
 
 
-def unpack(packed: Array, bits: int) -> Array:
+def unpack_codes(packed: Array, bits: int) -> Array:
     """Unpack codes (…, k) from uint8 (…, k * bits / 8), the first code of a byte in its low bits."""
     if bits == 8:
         return packed

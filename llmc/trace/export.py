@@ -19,7 +19,7 @@ from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.positions import first_position, stated_positions
-from llmc.trace.skeleton import build_skeleton, parameter_aliases
+from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
 from llmc.trace.switches import hold_frequencies, restart_length
 
@@ -73,7 +73,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
     import torch
 
     with _quiet():
-        model = build_skeleton(config, dtype, captured=captured)
+        model = build_fake_model(config, dtype, captured=captured)
         held = hold_frequencies(model)
         restart = restart_length(model, rope_switches(config))
         aliases = parameter_aliases(model)

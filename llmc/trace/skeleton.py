@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def build_skeleton(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.nn.Module:
+def build_fake_model(config: Any, dtype: torch.dtype, *, captured: bool) -> torch.nn.Module:
     """Build the causal LM of `config` in evaluation mode, without memory for its parameters.
 
     Its attention is the capturing hook if the model supports exchangeable attention; otherwise it is torch's

@@ -14,7 +14,7 @@ from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, Placeholder
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.trace.expand import attach_cache, expand_layers
 from llmc.trace.export import Exported, export_model
 from llmc.trace.positions import padding_side, stated_positions, table_positions
@@ -115,7 +115,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
         aliases=exported.aliases,
         notes=notes,
     )
-    verify(result)
+    verify_graph(result)
     return result
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.validate.measure import measured
-from llmc.validate.positions import Batch, Plan
+from llmc.validate.positions import Plan, PromptBatch
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Coverage:
         self.positions.update(positions)
         self.reached = max(self.reached, end)
 
-    def batch(self, batch: Batch) -> None:
+    def batch(self, batch: PromptBatch) -> None:
         """Count the token ids of a batch that was compared."""
         for row, prompt in zip(batch.tokens, batch.prompts, strict=True):
             self._ids.update(row[: prompt + batch.steps].tolist())

@@ -14,7 +14,7 @@ from llmc.artifact.verdict import MeasurementStatus
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.validate.costs import Costs, bits_of
-from llmc.validate.positions import WINDOW_STEPS, Batch, Plan
+from llmc.validate.positions import WINDOW_STEPS, Plan, PromptBatch
 
 #: Seconds, as forecast by `Costs`, that the levels may take on both sides.
 BUDGET = 80.0
@@ -265,7 +265,7 @@ class _Planner:
         stated = {window - 2, window - 1, window, window + 1, beyond}
         return tuple(sorted({min(max(1, n), total - WINDOW_STEPS) for n in stated}))
 
-    def _batches(self, total: int) -> tuple[Batch, ...]:
+    def _batches(self, total: int) -> tuple[PromptBatch, ...]:
         """Draw batches until the input has held the whole vocabulary or their share is spent."""
         rows = min(ROWS, self.ground.rows or ROWS)
         if rows < 2:
@@ -301,18 +301,20 @@ class _Planner:
         asked = costs.original(length, rows)
         return runs <= share * BATCHES * self.budget and asked <= share * BATCH_ORIGINAL * self.budget
 
-    def _batch(self, ids: "_Ids", rows: int, longest: int, steps: int) -> Batch:
+    def _batch(self, ids: "_Ids", rows: int, longest: int, steps: int) -> PromptBatch:
         """Draw a batch with a row of `longest` tokens and others of random lengths, or equal if need be."""
         lengths = [longest, *self.rng.integers(1, longest + 1, rows - 1).tolist()]
         if self.ground.interface.padding == "none":
             lengths = [longest] * rows
         return self._filled(ids, self.rng.permutation(lengths).tolist(), steps)
 
-    def _filled(self, ids: "_Ids", lengths: Sequence[int], steps: int, window: int | None = None) -> Batch:
+    def _filled(
+        self, ids: "_Ids", lengths: Sequence[int], steps: int, window: int | None = None
+    ) -> PromptBatch:
         tokens = np.zeros((len(lengths), max(lengths) + steps), np.int64)
         for row, length in zip(tokens, lengths, strict=True):
             row[:] = np.resize(ids.draw(length + steps), row.shape)
-        return Batch(tokens, tuple(lengths), steps, window)
+        return PromptBatch(tokens, tuple(lengths), steps, window)
 
     def _room(self) -> int:
         """Return how many positions' logits may be requested."""

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.model import PACKED, PackedZero
-from llmc.runtime.stacks import unpack
+from llmc.runtime.stacks import unpack_codes
 
 _OUTPUTS = 16
 #: Bytes of a block's zero points or minima in a group.
@@ -64,7 +64,7 @@ class PackedMatrix:
                 values = (values - (1 << (self.bits - 1))) * scales
             case PackedZero.CODE:
                 pairs = groups[:, zeros_at : zeros_at + blocks * _OUTPUTS // 2]
-                points = unpack(pairs, 4).reshape(count, blocks, _OUTPUTS).swapaxes(1, 2)
+                points = unpack_codes(pairs, 4).reshape(count, blocks, _OUTPUTS).swapaxes(1, 2)
                 values = (values - points[..., None].astype(np.float32)) * scales
             case PackedZero.MINIMUM:
                 values = values * scales + self._halves(groups, zeros_at)

@@ -17,7 +17,7 @@ from llmc.validate.measure import measure, measured, unmeasured
 from llmc.validate.positions import WINDOW_STEPS, Plan, ReferencePass
 from llmc.validate.ragged import compare_ragged, row_differences
 from llmc.validate.reference import Advance, Reference, quietly
-from llmc.validate.stability import Difference
+from llmc.validate.stability import LogitDifference
 
 DECODE = (Metric.DECODE_MAX_ABS, Metric.DECODE_TOP1)
 #: Number of parts of the context for each of which the report states the largest difference.
@@ -50,7 +50,7 @@ class Parity:
     model: Session
     reference: Reference
     plan: Plan
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[LogitDifference] = field(default_factory=list)
     _coverage: Coverage = field(default_factory=Coverage)
 
     def measure(self) -> tuple[Measurement, ...]:
@@ -249,7 +249,7 @@ class Parity:
         self, metric: Metric, reference_pass: int, row: int, positions: Sequence[int], values: Array
     ) -> None:
         self.differences.extend(
-            Difference(metric, reference_pass, row, int(at), float(value))
+            LogitDifference(metric, reference_pass, row, int(at), float(value))
             for at, value in zip(positions, values, strict=True)
         )
 

@@ -45,7 +45,7 @@ class ReferencePass:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """The prompts that are run as one padded batch, and the steps after them.
 
     Args:
@@ -105,7 +105,7 @@ class Plan:
     runs: tuple[tuple[int, int], ...]
     windows: Mapping[int, tuple[int, ...]]
     unreached: tuple[int, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[PromptBatch, ...]
     cache_steps: int
     vocabulary: int
     sides: tuple[str, ...]

@@ -7,11 +7,11 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.runtime.session import Session
 from llmc.validate.measure import require_comparable
-from llmc.validate.positions import Batch
+from llmc.validate.positions import PromptBatch
 
 
 def compare_ragged(
-    model: Session, batch: Batch, expected: Array, side: str
+    model: Session, batch: PromptBatch, expected: Array, side: str
 ) -> Iterator[tuple[int, Array, Array]]:
     """Yield rows, positions (n,), and the largest absolute difference of a logit at each, of real tokens.
 
@@ -63,6 +63,6 @@ def row_differences(actual: Array, expected: Array, place: str) -> Array:
     return differences
 
 
-def _pad_token(batch: Batch) -> int:
+def _pad_token(batch: PromptBatch) -> int:
     """Return a token that would have an effect if a pad were attended to; any real token does."""
     return int(batch.tokens[0, 0])

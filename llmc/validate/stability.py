@@ -26,7 +26,7 @@ _LEAST = 1e-3
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """The largest difference of a logit at one position.
 
     Args:
@@ -44,7 +44,7 @@ class Difference:
 def allow_rounding(
     levels: Sequence[Measurement],
     bounds: Mapping[Metric, float],
-    differences: Sequence[Difference],
+    differences: Sequence[LogitDifference],
     passes: Sequence[ReferencePass],
     original: SensitiveReference,
 ) -> tuple[Measurement, ...]:
@@ -63,7 +63,7 @@ def allow_rounding(
 def _allow(
     level: Measurement,
     bounds: Mapping[Metric, float],
-    differences: Sequence[Difference],
+    differences: Sequence[LogitDifference],
     passes: Sequence[ReferencePass],
     original: SensitiveReference,
 ) -> Measurement:
@@ -89,7 +89,7 @@ def _allow(
 
 
 def _explained(
-    missed: Sequence[Difference], passes: Sequence[ReferencePass], original: SensitiveReference
+    missed: Sequence[LogitDifference], passes: Sequence[ReferencePass], original: SensitiveReference
 ) -> list[Sensitivity]:
     """Return the effect of rounding at each of these positions; nothing if one of them differs by more."""
     sensitivities = []

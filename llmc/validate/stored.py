@@ -19,7 +19,7 @@ from llmc.errors import ParityError
 from llmc.graph.mapped import MappedPages
 from llmc.graph.match import array_of
 from llmc.graph.weights import Rows
-from llmc.runtime.stacks import PARTS, read_experts, unpack
+from llmc.runtime.stacks import PARTS, read_experts, unpack_codes
 from llmc.validate.packed import open_packed
 
 #: Number of neighbours along the last axis whose error is measured together if there are no blocks.
@@ -186,7 +186,7 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
     features = _width(graph, node, stem) or packed.shape[1] * 8 // bits
 
     def read(start: int, stop: int) -> Array:
-        levels = unpack(packed[start:stop], bits).astype(np.float32)
+        levels = unpack_codes(packed[start:stop], bits).astype(np.float32)
         blocks = levels.reshape(len(levels), -1, block)
         if low is not None:
             wide = scale[start:stop, :, None].astype(np.float32)
@@ -194,7 +194,7 @@ def _quantized(graph: ir.Graph, codes: ir.Value, stem: str) -> Stored | None:
             return values.reshape(len(levels), -1)[:, :features]
         middle: Array | float = 1 << (bits - 1)
         if zero is not None:
-            middle = unpack(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
+            middle = unpack_codes(zero[start:stop], bits)[:, : blocks.shape[1], None].astype(np.float32)
         values = (blocks - middle) * scale[start:stop, :, None].astype(np.float32)
         return values.reshape(len(levels), -1)[:, :features]
 

@@ -114,14 +114,14 @@ def _own_texts(tokenizer: Any) -> list[str]:
     return [tokenizer.decode(draw.choices(ids, k=12)) for _ in range(FEWEST)]
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
+def written_special_tokens(tokenizer: Any) -> list[str]:
     """Return the special tokens of a transformers tokenizer as they are written, including unnamed ones."""
     added = tokenizer.added_tokens_decoder.values()
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)]))
 
 
 def compare_texts(
-    original: Side, sides: Sequence[Side], texts: Sequence[str], special_tokens: Sequence[str]
+    original: Side, sides: Sequence[Side], texts: Sequence[str], special: Sequence[str]
 ) -> dict[str, str]:
     """Describe by text what differs from the original in its tokens, or in the text decoded from them.
 
@@ -133,7 +133,7 @@ def compare_texts(
     """
     different = {}
     for text in texts:
-        golden, kinds = original.encode(text), text_kinds(text, special_tokens)
+        golden, kinds = original.encode(text), text_kinds(text, special)
         back = original.decode(golden)
         wrong = []
         for side in sides:
@@ -246,7 +246,7 @@ def _tokenizer(
     files: Sequence[str],
 ) -> Measurement:
     original = original_side(tokenizer)
-    by_text = compare_texts(original, sides, texts, special_tokens(tokenizer))
+    by_text = compare_texts(original, sides, texts, written_special_tokens(tokenizer))
     ids = sorted(set(tokenizer.get_vocab().values()))
     different = [*files, *by_text.values(), *compare_ids(original, sides, ids)]
     different += compare_streams(sides, [original.encode_rendered(text) for text in texts])

@@ -22,7 +22,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlace:
     """The node of a graph that computes a value.
 
     value: Name of its output.
@@ -43,14 +43,14 @@ class Values:
     """The values that one run computed: arrays by name, and the places in the order of execution."""
 
     arrays: Mapping[str, Array]
-    places: tuple[Place, ...]
+    places: tuple[NodePlace, ...]
 
 
 @dataclass(frozen=True)
-class Difference:
+class ValueDifference:
     """The first value that differs, and the largest difference relative to the largest value."""
 
-    place: Place
+    place: NodePlace
     relative: float
 
 
@@ -120,7 +120,7 @@ def module_values(model: Any, tokens: Array) -> dict[str, Array]:
     return outputs
 
 
-def first_difference(before: Values, after: Values, tolerance: float) -> Difference | None:
+def first_difference(before: Values, after: Values, tolerance: float) -> ValueDifference | None:
     """Return the first value of `after` that differs from that of the same name and shape in `before`."""
     for place in after.places:
         expected = before.arrays.get(place.value)
@@ -128,13 +128,13 @@ def first_difference(before: Values, after: Values, tolerance: float) -> Differe
         if expected is not None and expected.shape == actual.shape:
             relative = relative_error(actual, expected)
             if relative > tolerance:
-                return Difference(place, relative)
+                return ValueDifference(place, relative)
     return None
 
 
 def first_module_difference(
     modules: Mapping[str, Array], values: Values, tolerance: float
-) -> Difference | None:
+) -> ValueDifference | None:
     """Return the first module of the original whose result differs from its last node's in the graph."""
     last = {place.module: place for place in values.places if place.module is not None}
     for place in last.values():
@@ -143,7 +143,7 @@ def first_module_difference(
         if expected is not None and expected.shape == actual.shape:
             relative = relative_error(actual, expected)
             if relative > tolerance:
-                return Difference(place, relative)
+                return ValueDifference(place, relative)
     return None
 
 
@@ -179,7 +179,7 @@ def _feeds(interface: Interface, tokens: Array) -> dict[str, Array]:
     return {name: np.ascontiguousarray(value, dtypes[name]) for name, value in feeds.items()}
 
 
-def _places(nodes: Sequence[Any]) -> list[Place]:
+def _places(nodes: Sequence[Any]) -> list[NodePlace]:
     """Return every output with its layer and module.
 
     One layer of each kind is traced and stamped out for the rest: the name of a stamped value equals its
@@ -199,7 +199,7 @@ def _places(nodes: Sequence[Any]) -> list[Place]:
             if module is None and layer is not None and name.startswith(f"layer.{layer}/"):
                 pattern = traced.get(name.partition("/")[2])
                 module = None if pattern is None else pattern.replace("{}", str(layer))
-            places.append(Place(name, node.op_type, layer, module))
+            places.append(NodePlace(name, node.op_type, layer, module))
     return places
 
 

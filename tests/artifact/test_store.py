@@ -14,7 +14,7 @@ import pytest
 from llmc.artifact.disk import require_space, space_errors
 from llmc.artifact.integrity import find_damage, require_intact
 from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
-from llmc.artifact.store import digest_file, digest_files, open_artifact, staging
+from llmc.artifact.store import digest_file, digest_folder, open_artifact, staging
 from llmc.artifact.verdict import CheckStatus
 from llmc.artifact.workplace import lock_path
 from llmc.config import Metric
@@ -31,7 +31,7 @@ def build(make_manifest: MakeManifest) -> Build:
     def run(output: Path, contents: bytes) -> None:
         with staging(output) as draft:
             (draft.path / "model.onnx").write_bytes(contents)
-            draft.commit(make_manifest(files=digest_files(draft.path, {})))
+            draft.commit(make_manifest(files=digest_folder(draft.path, {})))
 
     return run
 
@@ -285,7 +285,7 @@ def test_changed_and_missing_files_are_all_named(tmp_path: Path, make_manifest: 
     with staging(tmp_path / "model") as draft:
         for name in ("a.onnx", "b.onnx", "c.onnx", "d.onnx"):
             (draft.path / name).write_bytes(b"1234")
-        draft.commit(make_manifest(files=digest_files(draft.path, {})))
+        draft.commit(make_manifest(files=digest_folder(draft.path, {})))
     model = tmp_path / "model"
     (model / "a.onnx").write_bytes(b"1235")
     (model / "b.onnx").write_bytes(b"12345")
@@ -313,7 +313,7 @@ def test_digests_leave_out_reports_and_the_manifest_and_trust_what_is_known(tmp_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     known = FileDigest(sha256="b" * 64, bytes=1)
-    found = digest_files(tmp_path, {"model.onnx": known})
+    found = digest_folder(tmp_path, {"model.onnx": known})
     assert found == {"extra/tokens.json": digest_file(tmp_path / "extra/tokens.json"), "model.onnx": known}
     assert found["extra/tokens.json"].sha256 == hashlib.sha256(b"extra/tokens.json").hexdigest()
 

@@ -11,7 +11,7 @@ import pytest
 from llmc.artifact import exchange, workplace
 from llmc.artifact.lock import output_lock
 from llmc.artifact.manifest import Manifest, State
-from llmc.artifact.store import Staging, digest_files, open_artifact, reopened, staging
+from llmc.artifact.store import Staging, digest_folder, open_artifact, reopened, staging
 from llmc.artifact.workplace import lock_path
 from llmc.errors import ConfigError
 
@@ -21,7 +21,7 @@ UNFINISHED = {"state": State.NOT_VERIFIED, "checks": (), "unfinished": "interrup
 
 def _write(draft: Staging, contents: bytes, manifest: MakeManifest, **changes: object) -> Manifest:
     (draft.path / "model.onnx").write_bytes(contents)
-    return manifest(files=digest_files(draft.path, {}), **changes)
+    return manifest(files=digest_folder(draft.path, {}), **changes)
 
 
 def _build(output: Path, contents: bytes, manifest: MakeManifest) -> None:
@@ -75,7 +75,7 @@ def test_the_next_command_finishes_or_undoes_a_killed_commit(
         _in_a_process_that_dies(lambda: _build(output, b"two", make_manifest))
     artifact = open_artifact(output)
     assert (output / "model.onnx").read_bytes() == contents
-    assert artifact.manifest.files == digest_files(output, {})
+    assert artifact.manifest.files == digest_folder(output, {})
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

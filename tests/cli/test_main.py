@@ -10,7 +10,7 @@ import pytest
 import llmc
 import llmc.doctor
 from llmc.cli import main
-from llmc.doctor import Check, DoctorReport
+from llmc.doctor import DoctorReport, Finding
 from llmc.errors import (
     CheckpointError,
     ConfigError,
@@ -122,7 +122,7 @@ def test_a_typed_error_has_a_traceback_for_debug(call: Call, failing: Fail) -> N
 
 
 def test_data_comes_out_even_if_the_verdict_is_bad(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = DoctorReport(checks=(Check(name="gguf", status="problem", detail="not installed"),))
+    report = DoctorReport(checks=(Finding(name="gguf", status="problem", detail="not installed"),))
     monkeypatch.setattr(llmc.doctor, "examine", lambda _: report)
     outcome = call("doctor", "--json")
     assert outcome.code == 4

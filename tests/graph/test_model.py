@@ -8,7 +8,7 @@ from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import constant_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.serial import dump_graph, load_graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.graph.weights import LazyWeight, TensorInfo
 
 from .decoder import HIDDEN, VOCAB, constant, node, tiny_graph, value
@@ -38,8 +38,8 @@ def bound() -> Graph:
 
 
 def test_a_valid_graph_verifies() -> None:
-    verify(tiny_graph())
-    verify(bound())
+    verify_graph(tiny_graph())
+    verify_graph(bound())
 
 
 def test_interface() -> None:
@@ -124,7 +124,7 @@ def test_dump_and_load_give_the_same_graph() -> None:
     graph = tiny_graph()
     data = dump_graph(graph)
     again = load_graph(data)
-    verify(again)
+    verify_graph(again)
     assert dump_graph(again) == data
     assert again.cache == graph.cache
     assert again.aliases == graph.aliases
@@ -184,4 +184,4 @@ def test_verify_finds_what_is_broken(sabotage: object, message: str) -> None:
     graph = tiny_graph()
     sabotage(graph)  # type: ignore[operator]
     with pytest.raises(GraphError, match=message):
-        verify(graph)
+        verify_graph(graph)

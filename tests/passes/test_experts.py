@@ -11,7 +11,7 @@ from llmc.graph import dialect
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.serial import dump_graph, load_graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.graph.weights import ExpertRows, LazyWeight, WeightGroup
 from llmc.passes import registered_passes
 from llmc.trace import trace_model
@@ -36,7 +36,7 @@ def _graph(model_type: str) -> Graph:
 
 def _run(graph: Graph) -> PassReport:
     report = registered_passes()["experts"].run(graph)
-    verify(graph)
+    verify_graph(graph)
     return report
 
 

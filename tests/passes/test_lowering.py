@@ -14,7 +14,7 @@ from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
 from llmc.graph.serial import dump_graph, load_graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.passes._norms import Norm, match_norm, squared
 from llmc.trace import trace_model
@@ -53,7 +53,7 @@ def _lowered(model_type: str, last: str) -> tuple[Graph, Graph, PassReport]:
         graph.bind(StateStore(_model(model_type)), {})
         for name in ORDER[:stop]:
             report = registered_passes()[name].run(graph)
-            verify(graph)
+            verify_graph(graph)
         graphs.append(graph)
     return graphs[0], graphs[1], report
 
@@ -234,7 +234,7 @@ def test_residual_sums_and_norms_are_one_operator() -> None:
 def test_logits_of_each_rows_last_token() -> None:
     before, graph, _ = _lowered("llama", "skip-norm")
     report = registered_passes()["last-token-logits"].run(graph)
-    verify(graph)
+    verify_graph(graph)
     assert report.applied == (None,)
     assert graph.logits == "last"
     assert graph.interface().outputs[0].shape == ("batch", 1, 256)
@@ -268,13 +268,13 @@ def test_values_are_as_wide_as_keys_and_the_numbers_stay() -> None:
     expected = run_steps(graph, ids, mask, positions, prompt=5)
     assert {(s.key_width, s.value_width) for s in graph.cache} == {(32, 8)}
     report = registered_passes()["equal-widths"].run(graph)
-    verify(graph)
+    verify_graph(graph)
     assert report.applied == (0, 1, 2)
     assert report.refusals == ()
     assert {(s.key_width, s.value_width) for s in graph.cache} == {(32, 32)}
     np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=5), expected, atol=1e-5)
     report = registered_passes()["group-query-attention"].run(graph)
-    verify(graph)
+    verify_graph(graph)
     assert report.applied == (0, 1, 2)
     assert not _operators(graph)["CachedAttention"]
     np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=5), expected, atol=1e-5)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import llmc.passes
 from llmc.artifact.manifest import MANIFEST
-from llmc.artifact.store import digest_files
+from llmc.artifact.store import digest_folder
 from llmc.config import Metric
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
@@ -79,7 +79,7 @@ def reseal(folder: Path, **changes: Any) -> None:
     """Make the manifest describe the files as they are now."""
     path = folder / MANIFEST
     stated = json.loads(path.read_text(encoding="utf-8"))
-    stated["files"] = {n: f.model_dump() for n, f in digest_files(folder, {}).items()}
+    stated["files"] = {n: f.model_dump() for n, f in digest_folder(folder, {}).items()}
     stated |= changes
     path.write_text(json.dumps(stated), encoding="utf-8")
 

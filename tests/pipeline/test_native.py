@@ -14,9 +14,9 @@ import llmc
 from llmc.artifact.manifest import MANIFEST
 from llmc.artifact.store import digest_file
 from llmc.artifact.verdict import CheckStatus
-from llmc.backends.compiled.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
-from llmc.backends.onnxruntime.tokenizer_worker import Answers, Question, ask_runtime
+from llmc.backends.onnxruntime.tokenizer_worker import Answers, TokenizerQuestion, ask_runtime
 from llmc.config import Metric
 from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import bench, bisect, build, inspect, run, verify
@@ -52,7 +52,7 @@ def library(good: Path) -> tuple[Path, Path]:
     marker = good.parent / "it-ran"
     path = good.parent / "evil.so"
     sources = {"evil.cpp": SOURCE.format(marker=marker)}
-    path.write_bytes(compile_library(find_compiler(), sources, (Unit("evil.cpp"),), ("-fPIC",)))
+    path.write_bytes(compile_library(find_compiler(), sources, (TranslationUnit("evil.cpp"),), ("-fPIC",)))
     ctypes.CDLL(str(path))
     marker.unlink()  # the trap works
     return path, marker
@@ -247,7 +247,7 @@ def test_modules_in_a_folder_are_not_imported(tmp_path: Path) -> None:
     """A child process that works in an artifact takes Python's own modules, not what lies there."""
     (tmp_path / "json.py").write_text("open('it-ran', 'w').close()\n", encoding="utf-8")
     with pytest.raises(ParityError, match="genai_config"):
-        Answers.read(Question((), (), ()), ask_runtime(tmp_path, Question((), (), ())))
+        Answers.read(TokenizerQuestion((), (), ()), ask_runtime(tmp_path, TokenizerQuestion((), (), ())))
     assert not (tmp_path / "it-ran").exists()
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
-from llmc.prune.units import Part, Structure, find_matrices, find_units, require_units
+from llmc.prune.units import Structure, UnitSlice, find_matrices, find_units, require_units
 from llmc.trace import trace_model
 from tests.models import tiny_config
 
@@ -21,17 +21,17 @@ def test_matrices_that_each_make_one_thing() -> None:
     assert [(u.layer, u.count, u.heads) for u in found.neurons] == [(i, 96, 0) for i in range(LAYERS)]
     assert [(u.layer, u.count, u.heads) for u in found.groups] == [(i, 2, 2) for i in range(LAYERS)]
     mlp, attention = "model.layers.1.mlp", "model.layers.1.self_attn"
-    assert found.neurons[1].reader == Part(f"{mlp}.down_proj.weight", 1, 0, 1, 1)
+    assert found.neurons[1].reader == UnitSlice(f"{mlp}.down_proj.weight", 1, 0, 1, 1)
     assert {p.parameter for p in found.neurons[1].makers} == {
         f"{mlp}.gate_proj.weight",
         f"{mlp}.up_proj.weight",
     }
     assert set(found.groups[1].makers) == {
-        Part(f"{attention}.q_proj.weight", 0, 0, 1, 32),
-        Part(f"{attention}.k_proj.weight", 0, 0, 1, 16),
-        Part(f"{attention}.v_proj.weight", 0, 0, 1, 16),
+        UnitSlice(f"{attention}.q_proj.weight", 0, 0, 1, 32),
+        UnitSlice(f"{attention}.k_proj.weight", 0, 0, 1, 16),
+        UnitSlice(f"{attention}.v_proj.weight", 0, 0, 1, 16),
     }
-    assert found.groups[1].reader == Part(f"{attention}.o_proj.weight", 1, 0, 1, 32)
+    assert found.groups[1].reader == UnitSlice(f"{attention}.o_proj.weight", 1, 0, 1, 32)
 
 
 def test_matrices_that_are_joined() -> None:
@@ -49,8 +49,8 @@ def test_heads_one_after_the_other_with_their_biases() -> None:
     found = _structure("gpt_neox")
     joined = "gpt_neox.layers.0.attention.query_key_value"
     assert set(found.groups[0].makers) == {
-        Part(f"{joined}.weight", 0, 0, 1, 48),
-        Part(f"{joined}.bias", 0, 0, 1, 48),
+        UnitSlice(f"{joined}.weight", 0, 0, 1, 48),
+        UnitSlice(f"{joined}.bias", 0, 0, 1, 48),
     }
     assert found.groups[0].reader.indices(np.array([1, 3])).tolist() == [*range(16, 32), *range(48, 64)]
 

@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.errors import ConfigError
-from llmc.quantize.allocate import Candidate, allocate
+from llmc.quantize.allocate import PricedScheme, allocate
 from tests.quantize.reference import scheme
 
 CHOICES = (scheme(4, 128, True), scheme(4, 32, False), scheme(8, 128, True))
 
 
 @st.composite
-def candidates(draw: st.DrawFn) -> dict[str, list[Candidate]]:
+def candidates(draw: st.DrawFn) -> dict[str, list[PricedScheme]]:
     count = draw(st.integers(1, 5))
     return {
         f"w{i}": [
-            Candidate(choice, draw(st.integers(1, 10**6)), draw(st.floats(1e-6, 1.0))) for choice in CHOICES
+            PricedScheme(choice, draw(st.integers(1, 10**6)), draw(st.floats(1e-6, 1.0)))
+            for choice in CHOICES
         ]
         for i in range(count)
     }
@@ -26,7 +27,7 @@ def candidates(draw: st.DrawFn) -> dict[str, list[Candidate]]:
 
 @settings(max_examples=50, deadline=None)
 @given(candidates(), st.floats(0.0, 1.0))
-def test_nothing_within_the_budget_is_better(given_: dict[str, list[Candidate]], part: float) -> None:
+def test_nothing_within_the_budget_is_better(given_: dict[str, list[PricedScheme]], part: float) -> None:
     everything = list(itertools.product(*given_.values()))
     sizes = [sum(c.bytes for c in each) for each in everything]
     prices = [sum(c.kl for c in each) for each in everything]
@@ -44,7 +45,7 @@ def test_nothing_within_the_budget_is_better(given_: dict[str, list[Candidate]],
 
 
 def test_the_nearest_is_said_where_none_fits() -> None:
-    given_ = {n: [Candidate(c, 100 * (i + 1), 0.5**i) for i, c in enumerate(CHOICES)] for n in "ab"}
+    given_ = {n: [PricedScheme(c, 100 * (i + 1), 0.5**i) for i, c in enumerate(CHOICES)] for n in "ab"}
     with pytest.raises(ConfigError, match="within 150 bytes; the nearest needs 200"):
         allocate(given_, most_bytes=150)
     with pytest.raises(ConfigError, match=r"within 0\.1 nats per token; the nearest needs 0\.5"):

@@ -13,7 +13,7 @@ from llmc.backends.model_file import write_model
 from llmc.config import Dtype, EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.model import Graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.quantize.activations import InputRange, plan_inputs
 from llmc.quantize.engine import quantize_for_engine
 from llmc.runtime.computable import computable
@@ -75,7 +75,7 @@ def _ranges(graph: Graph, rule: EngineRule, peak: float, snr_db: float = 40) -> 
 def test_a_static_activation_is_rounded_by_its_range() -> None:
     graph, _ = lower("llama", Dtype.FLOAT16, "pack-shared")
     _, kept = quantize_for_engine(graph, (W8A8,), _ranges(graph, W8A8, 2.54))
-    verify(graph)
+    verify_graph(graph)
     assert kept == ()
     quantize = [n for n in graph.graph if n.op_type == "QuantizeLinear"]
     assert len(quantize) == 4 * 3 + 1  # one for the products that share an activation
@@ -107,7 +107,7 @@ def test_dynamic_activations_are_spelled_for_the_cpu(tmp_path: Path) -> None:
     """Against the definition of NVFP4 by ml_dtypes, through the first product of the graph."""
     graph, _ = lower("llama", Dtype.FLOAT32, "pack-shared")
     quantize_for_engine(graph, (W4A4,), _ranges(graph, W4A4, 3.0))
-    verify(graph)
+    verify_graph(graph)
     first = next(n for n in graph.graph if n.op_type == "TRT_FP4DynamicQuantize")
     given, (back,) = first.inputs[0], [u for u, _ in first.outputs[0].uses()]
     for value in (given, back.outputs[0]):

@@ -10,7 +10,7 @@ from llmc.config import Dtype, Quantization, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.passes import registered_passes
 from llmc.quantize.blocks import dequantize_blocks
@@ -60,7 +60,7 @@ def test_computes_with_the_dequantized_weights(model_type: str, symmetric: bool)
     model = build_tiny_model(model_type)
     graph = _lowered(model)
     report = quantize_weights(graph, _rules(block_size=32, symmetric=symmetric), Dtype.FLOAT32)
-    verify(graph)
+    verify_graph(graph)
     assert [n.op_type for n in graph.graph].count("QMoE") == LAYERS
     stored = [t for t in report.tensors if t.role is WeightRole.EXPERTS]
     assert len(stored) == 2 * LAYERS

@@ -7,7 +7,7 @@ import pytest
 
 from llmc.backends.model_file import write_model
 from llmc.config import Dtype
-from llmc.graph.verify import verify
+from llmc.graph.verify import verify_graph
 from llmc.quantize.fold import find_shared_inputs, scale_channels
 from llmc.runtime.static_ort_model import StaticOrtModel
 from tests.lowering import lower
@@ -50,7 +50,7 @@ def test_scaled_channels_change_nothing(model_type: str, tmp_path: Path) -> None
                     scale_channels(shared, random.uniform(0.1, 10, width).astype(np.float32))
             changed = [n for n, v in graph.graph.initializers.items() if v.const_value is not before[n]]
             assert len(changed) >= 8
-        verify(graph)
+        verify_graph(graph)
         folder = tmp_path / name
         folder.mkdir()
         write_model(graph.model, folder)

@@ -13,7 +13,7 @@ from llmc.config import Gate, Metric
 from llmc.errors import ConfigError
 from llmc.runtime.ort_model import OrtModel
 from llmc.validate.gates import evaluate
-from llmc.validate.positions import Batch
+from llmc.validate.positions import PromptBatch
 from llmc.validate.quality import measure_quality, plan_windows
 from llmc.validate.ragged import compare_ragged
 from llmc.validate.reference import TorchModel
@@ -124,7 +124,7 @@ def test_every_row_is_compared_from_its_last_prompt_token_on(
     """A fault in one logit of the shorter row only must show."""
     interface = write_decoder(llama, tmp_path, Variant(logits=logits))
     model = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
-    batch = Batch(np.stack([tokens[:13], tokens[20:33]]), prompts=(9, 5), steps=4)
+    batch = PromptBatch(np.stack([tokens[:13], tokens[20:33]]), prompts=(9, 5), steps=4)
     reference_pass = batch.reference_pass
     expected = TorchModel(llama).logits_at(reference_pass.tokens, reference_pass.positions)
     assert all(found.max() < 1e-4 for _, _, found in compare_ragged(model, batch, expected, side))

@@ -9,7 +9,7 @@ from llmc.config import Metric
 from llmc.validate.measure import measured
 from llmc.validate.positions import ReferencePass
 from llmc.validate.sensitivity import Sensitivity
-from llmc.validate.stability import Difference, allow_rounding
+from llmc.validate.stability import LogitDifference, allow_rounding
 
 METRIC = Metric.DECODE_MAX_ABS
 BOUND = 1e-3
@@ -38,7 +38,7 @@ def judge(
     differences: dict[int, float], original: Any, reference_pass: int = 0, row: int = 0
 ) -> float | None:
     every = dict.fromkeys(range(100), 1e-05) | differences
-    found = [Difference(METRIC, reference_pass, row, at, value) for at, value in every.items()]
+    found = [LogitDifference(METRIC, reference_pass, row, at, value) for at, value in every.items()]
     level = measured(METRIC, max(every.values()), "steps", "here")
     allowed = allow_rounding([level], {METRIC: BOUND}, found, PASSES, original)
     assert allowed[0].value == level.value
@@ -67,7 +67,7 @@ def test_what_rounding_explains(
 def test_a_bound_below_rounding_is_held_as_it_stands() -> None:
     original = Original({70: 1.0})
     level = measured(METRIC, 9e-4, "steps", "here")
-    found = [Difference(METRIC, 0, 0, 70, 9e-4)]
+    found = [LogitDifference(METRIC, 0, 0, 70, 9e-4)]
     assert allow_rounding([level], {METRIC: 0.0}, found, PASSES, original) == (level,)
     assert original.asked == []
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from llmc.backends.compiled.program import Place, Space, Tensor
+from llmc.backends.compiled.program import RowPlace, Space, Tensor
 from llmc.graph.domains import MICROSOFT
 
 #: Leaves that one function takes besides weights: members a, b and c of llmc::Op.
@@ -16,7 +16,7 @@ MOST_PLACES = 3
 class Leaf:
     """Rows, or a vector that is the same for every row."""
 
-    source: Place | Tensor
+    source: RowPlace | Tensor
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Expression:
     space: Space
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        return tuple(x.source for x in self.leaves if isinstance(x.source, Place))
+    def places(self) -> tuple[RowPlace, ...]:
+        return tuple(x.source for x in self.leaves if isinstance(x.source, RowPlace))
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
         return tuple(x.source for x in self.leaves if isinstance(x.source, Tensor))
 
 
-def leaf(source: Place | Tensor, width: int, space: Space) -> Expression:
+def leaf(source: RowPlace | Tensor, width: int, space: Space) -> Expression:
     return Expression("{0}", (Leaf(source),), width, space)
 
 

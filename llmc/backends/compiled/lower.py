@@ -21,7 +21,7 @@ from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import width_of
 from llmc.backends.compiled.program import CHOSEN, SYMBOLS, Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
-from llmc.backends.compiled.toolchain import Compiler, Unit, compile_library
+from llmc.backends.compiled.toolchain import Compiler, TranslationUnit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT
@@ -294,6 +294,6 @@ def compile_source(source: str, isa: InstructionSet, compiler: Compiler) -> byte
     folder = files("llmc") / "kernels"
     sources = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.is_file()}
     flags = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
-    units = (Unit("glue.cpp", isa.defines), Unit("model.cpp", isa.flags))
+    units = (TranslationUnit("glue.cpp", isa.defines), TranslationUnit("model.cpp", isa.flags))
     sources["model.cpp"] = f"{agreement_text()}\n{source}"
     return compile_library(compiler, sources, units, flags)

@@ -74,10 +74,10 @@ class PackedWeight:
 
     def __call__(self) -> Mapping[str, Array]:
         members = self.source.compute()
-        return {"packed": pack(members, self.layout)}
+        return {"packed": pack_groups(members, self.layout)}
 
 
-def pack(members: Mapping[str, Array], layout: PackedLayout) -> Array:
+def pack_groups(members: Mapping[str, Array], layout: PackedLayout) -> Array:
     """Bytes uint8 (groups, bytes of a group).
 
     Args:

@@ -34,7 +34,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPlace:
     """Rows of float32: where they are, how far apart, and which part of them is meant.
 
     Args:
@@ -50,7 +50,7 @@ class Place:
     width: int
     space: Space
 
-    def part(self, offset: int, width: int) -> "Place":
+    def part(self, offset: int, width: int) -> "RowPlace":
         return replace(self, offset=self.offset + offset, width=width)
 
     def text(self) -> str:
@@ -65,7 +65,7 @@ class Caches:
     tensors: tuple[Tensor, ...]
 
 
-Operand = Place | Tensor | Caches | int | float | str
+Operand = RowPlace | Tensor | Caches | int | float | str
 Fields = dict[str, Operand]
 
 
@@ -88,7 +88,7 @@ class Operation:
     instead: "Mapping[Variant, Sequence[Operation]]" = field(default_factory=dict)
 
     def buffers(self) -> list[Buffer]:
-        places = [v for v in self.fields.values() if isinstance(v, Place)]
+        places = [v for v in self.fields.values() if isinstance(v, RowPlace)]
         return [p.home for p in places if isinstance(p.home, Buffer)]
 
 
@@ -188,7 +188,7 @@ class Program:
 
 def _operand(value: Operand) -> str:
     match value:
-        case Place():
+        case RowPlace():
             return value.text()
         case Tensor():
             return str(value.index)

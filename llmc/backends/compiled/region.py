@@ -26,8 +26,8 @@ from llmc.backends.compiled.program import (
     Caches,
     Fields,
     Operation,
-    Place,
     Program,
+    RowPlace,
     Space,
     Tensor,
     Variant,
@@ -66,9 +66,9 @@ class RegionBuilder:
     chosen: ir.Value | None = None
     choice: ir.Value | None = None
     total: ir.Value | None = None
-    _places: dict[ir.Value, Place] = field(default_factory=dict)
+    _places: dict[ir.Value, RowPlace] = field(default_factory=dict)
     _pending: dict[ir.Value, Expression] = field(default_factory=dict)
-    _quantized: dict[tuple[Place, int, int], Place] = field(default_factory=dict)
+    _quantized: dict[tuple[RowPlace, int, int], RowPlace] = field(default_factory=dict)
 
     def build(self) -> None:
         """Fill the program, and number the tensors of the operator."""
@@ -120,21 +120,21 @@ class RegionBuilder:
         self.layouts[str(self.packed[key].name)] = layout
         return self.weight(self.packed[key])
 
-    def make(self, value: ir.Value, width: int, space: Space) -> Place:
+    def make(self, value: ir.Value, width: int, space: Space) -> RowPlace:
         """Where `value` is to be written: its output tensor, or a new buffer."""
         if value in self.outputs:
-            place = Place(self.outputs[value], width, 0, width, space)
+            place = RowPlace(self.outputs[value], width, 0, width, space)
         else:
             stride = -(-width // LANES) * LANES
-            place = Place(Buffer(stride), stride, 0, width, space)
+            place = RowPlace(Buffer(stride), stride, 0, width, space)
         self._places[value] = place
         return place
 
-    def temporary(self, width: int, space: Space) -> Place:
+    def temporary(self, width: int, space: Space) -> RowPlace:
         stride = -(-width // LANES) * LANES
-        return Place(Buffer(stride), stride, 0, width, space)
+        return RowPlace(Buffer(stride), stride, 0, width, space)
 
-    def _place(self, value: ir.Value) -> Place:
+    def _place(self, value: ir.Value) -> RowPlace:
         """The rows of an activation, computed now if it was not yet."""
         if value in self._places:
             return self._places[value]
@@ -144,7 +144,7 @@ class RegionBuilder:
             self._elementwise(expression, out)
             return out
         width, space = width_of(value), space_of(value)
-        place = Place(self.input(value), width, 0, width, space)
+        place = RowPlace(self.input(value), width, 0, width, space)
         self._places[value] = place
         return place
 
@@ -176,12 +176,12 @@ class RegionBuilder:
             joined = apply(pattern, *settled)
         self._pending[output] = joined
 
-    def _elementwise(self, expression: Expression, out: Place) -> None:
+    def _elementwise(self, expression: Expression, out: RowPlace) -> None:
         names: dict[int, str] = {}
         fields: Fields = {"out": out}
         loads, members = [], {"places": iter("abc"), "vectors": iter(("weight", "bias"))}
         for index, item in enumerate(expression.leaves):
-            kind = "places" if isinstance(item.source, Place) else "vectors"
+            kind = "places" if isinstance(item.source, RowPlace) else "vectors"
             member = next(members[kind])
             fields[member] = item.source
             names[index] = f"load({member} + i)"
@@ -201,7 +201,7 @@ class RegionBuilder:
 
     def _copy(self, value: ir.Value) -> None:
         source = self._places[value]
-        out = Place(self.outputs[value], source.width, 0, source.width, source.space)
+        out = RowPlace(self.outputs[value], source.width, 0, source.width, source.space)
         fields = {"row": f"copy_row<{source.width}>", "out": out, "a": source}
         self.program.operations.append(Operation("row", source.space, fields))  # type: ignore[arg-type]
 
@@ -252,7 +252,7 @@ class RegionBuilder:
             Operation("chunk", space, fields, f"{kind}::scratch", instead={"products": exact, "exact": exact})
         )
 
-    def _quantize(self, place: Place, layout: PackedLayout, parts: int) -> Place:
+    def _quantize(self, place: RowPlace, layout: PackedLayout, parts: int) -> RowPlace:
         key = (place, layout.block, parts)
         if key not in self._quantized:
             width = parts * layout.blocks * layout.block // 4 + 3 * layout.blocks
@@ -354,7 +354,11 @@ class RegionBuilder:
 
 
 def _attention(
-    kind: str, common: Fields, operands: tuple[Place, Place, Place], turned: Place, output: Place
+    kind: str,
+    common: Fields,
+    operands: tuple[RowPlace, RowPlace, RowPlace],
+    turned: RowPlace,
+    output: RowPlace,
 ) -> tuple[Operation, ...]:
     """Attention of the C++ type `kind`: over `operands`, query, key and value, by `turned`, to `output`."""
     query, key, value = operands

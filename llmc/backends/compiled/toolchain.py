@@ -44,7 +44,7 @@ class Compiler:
 
 
 @dataclass(frozen=True)
-class Unit:
+class TranslationUnit:
     """One source file and the flags that it alone is compiled with."""
 
     name: str
@@ -89,7 +89,7 @@ def host_machine() -> str:
 
 
 def compile_library(
-    compiler: Compiler, sources: Mapping[str, str], units: Sequence[Unit], flags: Sequence[str]
+    compiler: Compiler, sources: Mapping[str, str], units: Sequence[TranslationUnit], flags: Sequence[str]
 ) -> bytes:
     """Compile and link a shared library.
 

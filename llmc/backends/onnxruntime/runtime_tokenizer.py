@@ -25,7 +25,7 @@ from llmc.artifact.provenance import tool_versions
 from llmc.artifact.store import digest_file
 from llmc.backends.onnxruntime import tokenizer_worker
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
-from llmc.backends.onnxruntime.tokenizer_worker import Answers, Question
+from llmc.backends.onnxruntime.tokenizer_worker import Answers, TokenizerQuestion
 from llmc.errors import ParityError
 from llmc.graph.domains import OPSET, STANDARD
 from llmc.runtime.libraries import load_genai
@@ -76,7 +76,7 @@ def stated_class(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def try_runtime_tokenizer(folder: Path, question: Question) -> Answers:
+def try_runtime_tokenizer(folder: Path, question: TokenizerQuestion) -> Answers:
     """Ask the runtime about a tokenizer without its model, beside a model of one operator.
 
     Answers are kept in the cache by the files, the question and the release of the runtime: a process that

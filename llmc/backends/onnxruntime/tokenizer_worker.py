@@ -28,7 +28,7 @@ class NoAnswerError(ParityError):
 
 
 @dataclass(frozen=True)
-class Question:
+class TokenizerQuestion:
     """What the runtime is asked.
 
     Args:
@@ -48,7 +48,7 @@ class Answers:
     Each method raises `ParityError` with the runtime's words where it failed.
     """
 
-    def __init__(self, question: Question, data: dict[str, list[Any]]) -> None:
+    def __init__(self, question: TokenizerQuestion, data: dict[str, list[Any]]) -> None:
         self._plain = dict(zip(question.texts, data["plain"], strict=True))
         self._whole = dict(zip(question.texts, data["whole"], strict=True))
         self._decoded = {tuple(ids): text for ids, text in zip(question.ids, data["decoded"], strict=True)}
@@ -56,7 +56,7 @@ class Answers:
         self._rendered = dict(zip(chats, data["rendered"], strict=True))
 
     @classmethod
-    def read(cls, question: Question, data: dict[str, list[Any]]) -> Answers:
+    def read(cls, question: TokenizerQuestion, data: dict[str, list[Any]]) -> Answers:
         """The answers in what `ask_runtime` returned for a question.
 
         Raises:
@@ -80,7 +80,7 @@ class Answers:
         return str(_value(self._rendered[_key(messages, ask)]))
 
 
-def ask_runtime(folder: Path, question: Question) -> dict[str, list[Any]]:
+def ask_runtime(folder: Path, question: TokenizerQuestion) -> dict[str, list[Any]]:
     """Ask onnxruntime-genai about the tokenizer of a model folder, in a process of its own.
 
     Args:

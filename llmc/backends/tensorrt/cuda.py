@@ -64,7 +64,7 @@ def _freed_with(owner: object, function: Callable[..., Any], handle: int) -> Non
     weakref.finalize(owner, function, handle).atexit = False
 
 
-class Buffer:
+class DeviceBuffer:
     """Device memory.
 
     Args:
@@ -81,7 +81,7 @@ class Buffer:
         _freed_with(self, runtime.cudaFree, self.address)
 
 
-class Graph:
+class CapturedGraph:
     """Work that was captured from a stream, to be launched as one."""
 
     def __init__(self, handle: int) -> None:
@@ -105,13 +105,13 @@ class Stream:
         self.handle = int(call(self._runtime.cudaStreamCreateWithFlags, flags))
         _freed_with(self, self._runtime.cudaStreamDestroy, self.handle)
 
-    def write(self, buffer: Buffer, values: Array) -> None:
+    def write(self, buffer: DeviceBuffer, values: Array) -> None:
         """Copy a contiguous array to the beginning of `buffer`."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         source = values.ctypes.data
         call(self._runtime.cudaMemcpyAsync, buffer.address, source, values.nbytes, kind, self.handle)
 
-    def read(self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def read(self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """The beginning of `buffer`, once everything before it on the stream is done."""
         values = np.empty(shape, dtype)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -120,7 +120,7 @@ class Stream:
         self.synchronize()
         return values
 
-    def clear(self, buffer: Buffer) -> None:
+    def clear(self, buffer: DeviceBuffer) -> None:
         """Set every byte of `buffer` to 0."""
         call(self._runtime.cudaMemsetAsync, buffer.address, 0, buffer.size, self.handle)
 
@@ -128,7 +128,7 @@ class Stream:
         """Wait until all work on the stream is done; its errors show up here."""
         call(self._runtime.cudaStreamSynchronize, self.handle)
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None]) -> CapturedGraph:
         """What `work` puts on the stream, as a graph; nothing of it is executed.
 
         Raises:
@@ -144,10 +144,10 @@ class Stream:
             raise
         graph = call(self._runtime.cudaStreamEndCapture, self.handle)
         try:
-            return Graph(int(call(self._runtime.cudaGraphInstantiate, graph, 0)))
+            return CapturedGraph(int(call(self._runtime.cudaGraphInstantiate, graph, 0)))
         finally:
             call(self._runtime.cudaGraphDestroy, graph)
 
-    def launch(self, graph: Graph) -> None:
+    def launch(self, graph: CapturedGraph) -> None:
         """Put the work of `graph` on the stream."""
         call(self._runtime.cudaGraphLaunch, graph.handle, self.handle)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
-from llmc.backends.tensorrt.cuda import Buffer, Graph, Stream
+from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.support import Library
@@ -88,9 +88,9 @@ class EngineSession(StaticSession):
             for index, phase in enumerate((prefill, decode))
         )
         self._specs = {spec.name: spec for spec in (*interface.inputs, *interface.outputs)}
-        self._buffers: dict[str, Buffer] = {}
+        self._buffers: dict[str, DeviceBuffer] = {}
         self._batch = 0
-        self._graph: Graph | None = None
+        self._graph: CapturedGraph | None = None
         self._captures = self._library is Library.TENSORRT
 
     def _open_context(self, trt: Any, index: int) -> Any:
@@ -135,7 +135,7 @@ class EngineSession(StaticSession):
         for name, spec in self._specs.items():
             if name not in shared:
                 shape = sized(spec, batch, self._most)
-                self._buffers[name] = Buffer(int(np.prod(shape)) * _dtype(spec).itemsize)
+                self._buffers[name] = DeviceBuffer(int(np.prod(shape)) * _dtype(spec).itemsize)
         for present, past in shared.items():
             self._buffers[present] = self._buffers[past]
         for phase in (self._prefill, self._decode):

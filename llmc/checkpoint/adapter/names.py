@@ -71,7 +71,7 @@ def sort_tensors(names: Iterable[str]) -> tuple[list[Adapted], dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseTensor:
     """A tensor of the base.
 
     Args:
@@ -99,14 +99,14 @@ class Names:
     rename: Callable[[str], str | None]
     files: WeightStore
 
-    def find(self, name: str) -> Place | None:
+    def find(self, name: str) -> BaseTensor | None:
         """Return the tensor that an adapter calls `name`; None if the base does not have it."""
         for candidate in (name, self.rename(name)):
             if candidate in self.own:
-                return Place(str(candidate))
-        return Place(name, in_files=True) if name in self.files.infos() else None
+                return BaseTensor(str(candidate))
+        return BaseTensor(name, in_files=True) if name in self.files.infos() else None
 
-    def require(self, name: str, whose: str) -> Place:
+    def require(self, name: str, whose: str) -> BaseTensor:
         """Return the tensor that an adapter calls `name`.
 
         Raises:

@@ -16,7 +16,7 @@ from llmc.checkpoint.adapter.low_rank import (
     TokenRows,
 )
 from llmc.checkpoint.adapter.merge import Change, Merge
-from llmc.checkpoint.adapter.names import Adapted, Names, Part, Place, sort_tensors
+from llmc.checkpoint.adapter.names import Adapted, BaseTensor, Names, Part, sort_tensors
 from llmc.checkpoint.conversion import model_mapping, rename_to_model
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.weights import WeightStore
@@ -157,7 +157,7 @@ class _Planner:
     def _whose(self) -> str:
         return f"the adapter {self._adapter.path}"
 
-    def _place_of(self, module: Adapted) -> tuple[Place, str, bool]:
+    def _place_of(self, module: Adapted) -> tuple[BaseTensor, str, bool]:
         """Return a module's weight, the name that patterns match, and whether outputs are its columns."""
         place = self._names.find(f"{module.module}.weight")
         if place is None:
@@ -173,7 +173,7 @@ class _Planner:
             )
         return place, own, module.embedding or kind == "Conv1D"
 
-    def _parameter_of(self, module: Adapted) -> tuple[Place, str, bool]:
+    def _parameter_of(self, module: Adapted) -> tuple[BaseTensor, str, bool]:
         """Find the parameter of a module without a weight, by the order in which peft wraps several."""
         try:
             owner: Any = self._model.get_submodule(module.module)
@@ -184,14 +184,14 @@ class _Planner:
         if module.depth >= len(names):
             self._names.require(f"{module.module}.weight", self._whose)
         name = f"{module.module}.{names[len(names) - 1 - module.depth]}"
-        return Place(name), name, bool(getattr(owner, "is_transposed", False))
+        return BaseTensor(name), name, bool(getattr(owner, "is_transposed", False))
 
     def _names_parameter(self, name: str) -> bool:
         return any(name == each or name.endswith(f".{each}") for each in self._config.parameters)
 
     def _add_experts(
         self,
-        place: Place,
+        place: BaseTensor,
         module: Adapted,
         shape: tuple[int, ...],
         rank: int,
@@ -222,12 +222,12 @@ class _Planner:
         self.replaced.add(f"{place.name} ({len(indices)} rows)")
         self._add(place, lambda before: TokenRows(before, indices, rows))
 
-    def _add(self, place: Place, change: Change) -> None:
+    def _add(self, place: BaseTensor, change: Change) -> None:
         changes = self.changes[place.in_files]
         earlier = changes.get(place.name)
         changes[place.name] = change if earlier is None else lambda rows: change(earlier(rows))
 
-    def _shape(self, place: Place) -> tuple[int, ...]:
+    def _shape(self, place: BaseTensor) -> tuple[int, ...]:
         return self._names.files.infos()[place.name].shape if place.in_files else self._shapes[place.name]
 
     def _require(self, stored: str, own: tuple[int, ...], shape: tuple[int, ...], name: str) -> None:

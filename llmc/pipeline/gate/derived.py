@@ -16,7 +16,7 @@ from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.errors import LlmcError
 from llmc.pipeline.steps.prune import count_parameters
 from llmc.pipeline.steps.text import derive_text
-from llmc.validate.derived import compare_file, json_differences
+from llmc.validate.file_differences import compare_file, json_differences
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import Manifest

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmc.artifact.verdict import Measurement
 
 
-def compare_settings(run: Run) -> None:
+def hold_settings(run: Run) -> None:
     """Hold the file by which a runtime serves the artifact against the original and what a build derives."""
     subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
@@ -29,7 +29,7 @@ def compare_settings(run: Run) -> None:
             )
 
 
-def compare_tokenizer(run: Run) -> None:
+def hold_tokenizer(run: Run) -> None:
     """Hold the tokenizer and chat template against the original's, in every runtime that reads them.
 
     Raises:
@@ -51,6 +51,6 @@ def compare_tokenizer(run: Run) -> None:
         run.found += measure(Family.TOKENS.metrics, readers, take)
 
 
-def compare_weights(run: Run) -> None:
+def hold_weights(run: Run) -> None:
     """Hold every stored weight against the checkpoint's."""
     run.found += run.weights.measurements

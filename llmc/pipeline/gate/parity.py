@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
 from llmc.config import Family, Gate, Metric, Target
 from llmc.errors import ParityError
-from llmc.pipeline.gate.files import compare_settings, compare_tokenizer, compare_weights
+from llmc.pipeline.gate.files import hold_settings, hold_tokenizer, hold_weights
 from llmc.pipeline.gate.graph import measure_served, measure_static
 from llmc.pipeline.gate.loaders import measure_loaders
 from llmc.pipeline.gate.run import Run
@@ -134,8 +134,8 @@ def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ..
     """The steps from cheap to costly; a gate that is missed in one phase ends the run before the next."""
     measure = measure_served if subject.backend.served_by_genai else measure_static
     return (
-        (compare_settings, compare_tokenizer),
-        (compare_weights,),
+        (hold_settings, hold_tokenizer),
+        (hold_weights,),
         (_compare_loaders,),
         (*further, measure),
     )

@@ -10,7 +10,7 @@ from llmc.config import Allocation, Dtype, Quantization, WeightRule, WeightSchem
 from llmc.errors import ConfigError
 from llmc.pipeline.steps.calibrate import prepare, walking
 from llmc.progress import Progress
-from llmc.quantize.allocate import Candidate, allocate
+from llmc.quantize.allocate import PricedScheme, allocate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,11 +128,11 @@ def _measure(
 
 def _candidates(
     plan: MatrixPlan, wanted: Allocation, prices: Mapping[str, Array], scale_bytes: int
-) -> list[Candidate]:
+) -> list[PricedScheme]:
     from llmc.quantize.blocks import stored_bytes
 
     return [
-        Candidate(
+        PricedScheme(
             scheme,
             stored_bytes(plan.shape, scheme, scale_bytes),
             sum(float(prices[source][i]) for source in plan.sources),
@@ -157,7 +157,7 @@ def _rest(graph: Graph, plans: Sequence[MatrixPlan], scale_bytes: int) -> _Share
     return _Share(total, elements)
 
 
-def _summary(chosen: Mapping[str, Candidate]) -> str:
+def _summary(chosen: Mapping[str, PricedScheme]) -> str:
     counts: dict[str, int] = {}
     for each in chosen.values():
         name = f"{each.scheme.bits} bits by {each.scheme.block_size}"

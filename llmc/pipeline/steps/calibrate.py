@@ -219,7 +219,7 @@ def require_range(found: Activations, dtype: Dtype, progress: Progress) -> None:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PreparedModel:
     """A model to be taken over a text."""
 
     model: Any
@@ -234,7 +234,7 @@ def prepare(
     purpose: str,
     facts: Mapping[str, Any],
     shelf: str = "calibration",
-) -> Subject:
+) -> PreparedModel:
     """The model without weights, its text, and where results of this purpose are kept.
 
     Args:
@@ -251,7 +251,7 @@ def _plan(
     purpose: str,
     facts: Mapping[str, Any],
     shelf: str = "calibration",
-) -> Subject:
+) -> PreparedModel:
     """`prepare` without making the folder."""
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.trace.stamp import find_layers
@@ -267,7 +267,7 @@ def _plan(
         )
     key = calibration_key(checkpoint, purpose, windows, facts, shelf)
     folder = current_folder(default_cache_folder() / shelf) / key
-    return Subject(model, layers, windows, folder)
+    return PreparedModel(model, layers, windows, folder)
 
 
 def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positions: int | None) -> Any:

@@ -37,7 +37,7 @@ class Compiled:
         graph: Lowered and quantized, its weights still lazy.
         passes: What each pass did.
         weights: How every matrix is stored.
-        leftovers: Tensors of the checkpoint that nothing in the graph reads.
+        unread: Tensors of the checkpoint that nothing in the graph reads.
         sources: What each weight is made of, by the name of its initializer before quantization.
         activations: What was found out about the original's activations; nothing if nothing was asked.
         floats: Activations that stay in float against their rule.
@@ -48,7 +48,7 @@ class Compiled:
     graph: Graph
     passes: tuple[PassReport, ...]
     weights: tuple[WeightRecord, ...]
-    leftovers: tuple[str, ...]
+    unread: tuple[str, ...]
     sources: Mapping[str, Rows]
     activations: Activations
     floats: tuple[FloatInput, ...] = ()
@@ -61,7 +61,7 @@ class Lowered:
 
     graph: Graph
     passes: tuple[PassReport, ...]
-    leftovers: tuple[str, ...]
+    unread: tuple[str, ...]
     sources: Mapping[str, Rows]
 
 
@@ -100,7 +100,7 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
         UnsupportedError: The model cannot be traced, or a pass misses what the target asserts.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
-    from llmc.graph.verify import verify
+    from llmc.graph.verify import verify_graph
     from llmc.passes import resolve_passes, run_passes
 
     resolve_passes(target.passes)  # a misspelt pass fails before the trace, not after
@@ -109,14 +109,14 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
         limit = limit_context(graph, checkpoint.config, target)
         for note in (*graph.notes, *(() if limit is None else (limit,))):
             progress.note(f"trace: {note}")
-        leftovers = graph.bind(checkpoint.tensors, checkpoint.tied)
+        unread = graph.bind(checkpoint.tensors, checkpoint.tied)
         capacity = backend_of(target).capacity(target)
         if capacity is not None:
             fix_length(graph, capacity, limit)
-        verify(graph)
+        verify_graph(graph)
     with progress.stage("passes"):
         reports = run_passes(graph, target.passes)
-    return Lowered(graph, tuple(reports), leftovers, graph_sources(graph))
+    return Lowered(graph, tuple(reports), unread, graph_sources(graph))
 
 
 def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
@@ -127,7 +127,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
             checkpoint.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
-    from llmc.graph.verify import verify
+    from llmc.graph.verify import verify_graph
     from llmc.quantize.activations import Activations
     from llmc.quantize.fold import scale_graph
 
@@ -148,12 +148,12 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
         quantized = quantizer.apply(graph, observed)
         for note in quantized.notes:
             progress.note(f"quantize: {note}")
-        verify(graph)
+        verify_graph(graph)
     return Compiled(
         graph=graph,
         passes=lowered.passes,
         weights=weight_records(quantized.tensors, target.dtype),
-        leftovers=lowered.leftovers,
+        unread=lowered.unread,
         sources=sources,
         activations=peaks if observed.inputs is None else observed.inputs,
         floats=quantized.floats,

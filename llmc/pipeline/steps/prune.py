@@ -17,7 +17,7 @@ from llmc.artifact.decisions import read_decisions
 from llmc.artifact.manifest import PruneRecord
 from llmc.config import NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
-from llmc.pipeline.steps.calibrate import Subject, prepare, walking
+from llmc.pipeline.steps.calibrate import PreparedModel, prepare, walking
 from llmc.pipeline.steps.compile import trace
 from llmc.progress import Progress
 
@@ -199,7 +199,7 @@ class _Recipes:
 
     def _choose(
         self, checkpoint: Checkpoint, choices: Sequence[UnitChoice]
-    ) -> tuple[Subject, dict[str, Path]]:
+    ) -> tuple[PreparedModel, dict[str, Path]]:
         """Which units stay, and the file with what the walk kept of each projection.
 
         What was decided before is taken as it was if it comes out otherwise here: another processor adds up
@@ -228,7 +228,7 @@ class _Recipes:
 
     def _walk_units(
         self, checkpoint: Checkpoint, choices: Sequence[UnitChoice]
-    ) -> tuple[Subject, dict[str, Path]]:
+    ) -> tuple[PreparedModel, dict[str, Path]]:
         from safetensors.numpy import load_file
 
         from llmc.prune.tasks import KEPT, UnitTask
@@ -313,7 +313,7 @@ class _Recipes:
         self._sparse = len(selections)
         return narrow(checkpoint, subject.layers, selections, [{}], subject.folder.name)
 
-    def _walk(self, checkpoint: Checkpoint, subject: Subject, task: LayerTask) -> list[Path]:
+    def _walk(self, checkpoint: Checkpoint, subject: PreparedModel, task: LayerTask) -> list[Path]:
         from llmc.calibration.walk import LayerWalk
 
         tied = dict(checkpoint.tied)

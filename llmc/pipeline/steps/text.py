@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.text import TextCodec, TextRecord, text_kinds
 from llmc.backends import backend_of
-from llmc.backends.onnxruntime.tokenizer_worker import Answers, NoAnswerError, Question
+from llmc.backends.onnxruntime.tokenizer_worker import Answers, NoAnswerError, TokenizerQuestion
 from llmc.config import BuildPlan, Target
 from llmc.data import eval_text, prompts
 from llmc.errors import (
@@ -30,7 +30,7 @@ from llmc.validate.tokens import (
     compare_texts,
     represents,
     sample_texts,
-    special_tokens,
+    written_special_tokens,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
     try:
         original = original_side(tokenizer)
         sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
-        texts = compare_texts(original, sides, _texts(tokenizer), special_tokens(tokenizer))
+        texts = compare_texts(original, sides, _texts(tokenizer), written_special_tokens(tokenizer))
         different = list(texts.values()) or compare_chats(original, sides, known)[1]
     except (ParityError, ConfigError) as error:
         different = [error.fact]
@@ -243,12 +243,12 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
     return first, record
 
 
-def _question(record: TextRecord, tokenizer: Any) -> Question:
+def _question(record: TextRecord, tokenizer: Any) -> TokenizerQuestion:
     """All that the runtime is compared in."""
     original, texts = original_side(tokenizer), _texts(tokenizer)
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)] if record.chat else []
     rendered = [original.render(*chat) for chat in chats] if original.render is not None else []
-    return Question(
+    return TokenizerQuestion(
         texts=list(dict.fromkeys([*texts, *(text for text in rendered if text is not None)])),
         ids=[original.encode(text) for text in texts],
         chats=chats,
@@ -299,7 +299,7 @@ def _compare_texts(
     answers: Answers, record: TextRecord, tokenizer: Any
 ) -> tuple[LlmcError | None, TextRecord]:
     """Compare texts; differences in rare kinds alone become the record's exceptions."""
-    side, special = _side(answers, record), special_tokens(tokenizer)
+    side, special = _side(answers, record), written_special_tokens(tokenizer)
     try:
         different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
     except ParityError as error:

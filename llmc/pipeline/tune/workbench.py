@@ -24,7 +24,7 @@ from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedEr
 from llmc.machine import detect_cpu, release_memory
 from llmc.pipeline.build import build
 from llmc.pipeline.gate.subject import load_original
-from llmc.pipeline.reports import stored_bytes
+from llmc.pipeline.reports import artifact_bytes
 from llmc.pipeline.steps.original import remember, tokenize
 from llmc.pipeline.tune.candidates import describe
 from llmc.profile import Profile
@@ -227,7 +227,7 @@ class Workbench:
             first_ratio=first[0],
             tokens_per_s=1 / (speed.step * step[0]),
             first_ms=1e3 * speed.first * first[0],
-            bytes=stored_bytes(artifact.manifest),
+            bytes=artifact_bytes(artifact.manifest),
             model={name: file.sha256 for name, file in files.items() if name.startswith("model.onnx")},
         )
 

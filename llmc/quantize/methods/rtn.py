@@ -11,7 +11,7 @@ from llmc.quantize.blocks import SMALLEST, ScaleType, Workspace, invert, round_s
 from llmc.quantize.methods import Handler
 
 
-class Span(NamedTuple):
+class BlockRange(NamedTuple):
     """The range that a block covers, float32 (n,) each.
 
     Args:
@@ -23,7 +23,7 @@ class Span(NamedTuple):
     low: Array
 
 
-def span_columns(work: Workspace, scheme: WeightScheme) -> Span:
+def span_columns(work: Workspace, scheme: WeightScheme) -> BlockRange:
     """Return the span of every column.
 
     In a symmetric scheme the element of largest magnitude becomes level -2**(bits-1) exactly, so that the
@@ -42,7 +42,7 @@ def span_columns(work: Workspace, scheme: WeightScheme) -> Span:
         np.minimum(low, 0, out=low)
         scale = (np.maximum(high, 0) - low) / np.float32(2 * middle - 1)
     scale[np.abs(scale) < SMALLEST] = 0
-    return Span(scale, low)
+    return BlockRange(scale, low)
 
 
 def place_zero(low: Array, inverse: Array, spare: float, scheme: WeightScheme) -> Array:

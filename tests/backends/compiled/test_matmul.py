@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.backends.compiled.isa import InstructionSet
-from llmc.backends.compiled.pack import PackedLayout, pack
+from llmc.backends.compiled.pack import PackedLayout, pack_groups
 from llmc.errors import CheckpointError
 from llmc.graph.model import PackedZero
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
@@ -199,7 +199,7 @@ def test_packing_keeps_every_code(n: int, k: int, block: int, kind: tuple[int, b
     )
     layout = PackedLayout(n, k, bits, block, PackedZero.MIDDLE if symmetric else PackedZero.CODE)
     members = {"codes": blocks.codes, "scales": blocks.scales, "zero_points": blocks.zero_points}
-    packed = pack(members, layout)  # type: ignore[arg-type]
+    packed = pack_groups(members, layout)  # type: ignore[arg-type]
     assert packed.shape == (layout.groups, layout.group_bytes)
     read_back = np.zeros((layout.groups * 16, layout.blocks * block))
     for output, row in enumerate(read_back):
@@ -224,4 +224,4 @@ def test_a_number_beyond_float16_is_an_error(scale: float, found: str) -> None:
     members = {"codes": np.zeros((16, 1, 8), np.uint8), "scales": np.full((16, 1), scale, np.float32)}
     members["zero_points"] = np.full((16, 1), 1e3, np.float32)
     with pytest.raises(CheckpointError, match=f"a {found} is too large for float16"):
-        pack(members, layout)
+        pack_groups(members, layout)

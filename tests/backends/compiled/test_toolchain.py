@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmc.backends.compiled import toolchain
-from llmc.backends.compiled.toolchain import Unit, compile_library, find_compiler
+from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
 from llmc.errors import ExitCode, ResourceError
 
 SOURCES = {
@@ -55,7 +55,7 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("LLMC_CXX", str(script))
     compiler = find_compiler()
-    units, flags = (Unit("a.cpp", ("-O1",)),), ("-fPIC",)
+    units, flags = (TranslationUnit("a.cpp", ("-O1",)),), ("-fPIC",)
     library = compile_library(compiler, SOURCES, units, flags)
     (tmp_path / "a.so").write_bytes(library)
     assert ctypes.CDLL(str(tmp_path / "a.so")).answer() == 42
@@ -71,5 +71,7 @@ def test_a_failure_has_the_compilers_words_and_the_command() -> None:
     with pytest.raises(
         ResourceError, match=r"failed with code 1: .* -c a\.cpp -o a\.cpp\.o(.|\n)*ANSWER"
     ) as caught:
-        compile_library(find_compiler(), {"a.cpp": SOURCES["a.cpp"], "b.h": ""}, (Unit("a.cpp"),), ())
+        compile_library(
+            find_compiler(), {"a.cpp": SOURCES["a.cpp"], "b.h": ""}, (TranslationUnit("a.cpp"),), ()
+        )
     assert caught.value.exit_code is ExitCode.RESOURCES

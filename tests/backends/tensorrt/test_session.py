@@ -12,7 +12,7 @@ from cuda.bindings import runtime as cuda
 
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt import session as tensorrt_session
-from llmc.backends.tensorrt.cuda import Buffer, Stream, call, load_runtime
+from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
 from llmc.backends.tensorrt.engine import build_engine
 from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.session import EngineSession, load_engine, require_device, sized
@@ -74,13 +74,13 @@ def test_tensorrt_says_why_it_cannot_load_an_engine(built: Built, tmp_path: Path
 
 def test_every_call_of_cuda_tells_its_code() -> None:
     with pytest.raises(ResourceError, match=r"cudaMalloc of CUDA fails: .*\(cudaError\w+, \d+\)"):
-        Buffer(64)
+        DeviceBuffer(64)
     with pytest.raises(ResourceError, match="of CUDA fails: "):
         Stream()
     # A stream without a device under it: what it calls takes the arguments that it is called with.
     stream = Stream.__new__(Stream)
     stream._runtime, stream.handle = cuda, 0
-    buffer = Buffer.__new__(Buffer)
+    buffer = DeviceBuffer.__new__(DeviceBuffer)
     buffer.address, buffer.size = 256, 8
     values = np.zeros(1, np.int64)
     calls = {

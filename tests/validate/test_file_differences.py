@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmc.validate.derived import compare_file, json_differences
+from llmc.validate.file_differences import compare_file, json_differences
 
 BUILT: dict[str, Any] = {"model": {"eos_token_id": [2, 5]}, "search": {"top_k": 50, "do_sample": True}}
 
