@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.artifact.tuning import Bound, Constraints
+from llmc.artifact.tuning import Constraints
 from llmc.catalog import load_profile_for, load_target
 from llmc.config import Target
 from llmc.errors import ConfigError
+from llmc.pipeline.tune.choosing import Bound
 from llmc.pipeline.tune.workbench import LEVELS, Level
 from llmc.profile import Profile
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmc.artifact.tuning import Bound
 from llmc.config import Gate, Metric
+from llmc.pipeline.tune.choosing import Bound
 from llmc.validate.gates import evaluate
 
 if TYPE_CHECKING:

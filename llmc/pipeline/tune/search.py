@@ -1,7 +1,7 @@
 """Which candidate comes next: Optuna's multi-objective TPE over a journal that survives the process.
 
 Optuna's pruners know one objective only, so that how far a candidate is measured is decided by
-`llmc.artifact.tuning.survives`; Optuna is told the figures that a candidate got as far as.
+`llmc.pipeline.tune.choosing.survives`; Optuna is told the figures that a candidate got as far as.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from llmc.artifact.tuning import Candidate, Constraints, Refused
 from llmc.errors import ResourceError
 from llmc.pipeline.tune.candidates import Option, Space
+from llmc.pipeline.tune.choosing import find_excesses
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -108,7 +109,7 @@ class Search:
         if isinstance(last, Refused):
             self._study.tell(trial, state=self._states.FAIL)
             return
-        for bound, excess in self._constraints.excesses(last).items():
+        for bound, excess in find_excesses(last, self._constraints).items():
             trial.set_constraint(bound.value, excess)
         values = (max(last.kl, _LEAST_KL), last.step_ratio, last.first_ratio, last.bytes)
         self._study.tell(trial, [math.log(value) for value in values])

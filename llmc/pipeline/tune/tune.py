@@ -12,16 +12,7 @@ from llmc.artifact.disk import access_errors, space_errors
 from llmc.artifact.lock import output_lock
 from llmc.artifact.manifest import REPORTS
 from llmc.artifact.substitute import usable_folder
-from llmc.artifact.tuning import (
-    Bound,
-    Candidate,
-    Refused,
-    Tuning,
-    choose,
-    find_front,
-    nearest,
-    survives,
-)
+from llmc.artifact.tuning import Candidate, Refused, Tuning
 from llmc.config import BuildPlan, Target
 from llmc.document import render_document
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError, UnsupportedError
@@ -30,6 +21,15 @@ from llmc.machine import detect_cpu
 from llmc.pipeline.build import build
 from llmc.pipeline.result import PathText, require_folder
 from llmc.pipeline.tune.candidates import Space, describe
+from llmc.pipeline.tune.choosing import (
+    Bound,
+    choose,
+    find_excesses,
+    find_front,
+    nearest,
+    render_excesses,
+    survives,
+)
 from llmc.pipeline.tune.plan import TunePlan
 from llmc.pipeline.tune.restate import restate_gates, strict_gates
 from llmc.pipeline.tune.search import Asked, Search, require_optuna
@@ -72,7 +72,7 @@ class TuneResult(Record):
         if tuning.chosen is not None:
             return None
         near = nearest(tuning.candidates, tuning.constraints)
-        missed = {bound for bound, excess in tuning.constraints.excesses(near).items() if excess > 0}
+        missed = {bound for bound, excess in find_excesses(near, tuning.constraints).items() if excess > 0}
         if not missed:
             return ParityError(
                 f"none of {len(tuning.candidates)} candidates that meets the constraints keeps the gates of "
@@ -82,7 +82,7 @@ class TuneResult(Record):
         kind = LatencyError if missed == {Bound.SPEED} else ParityError
         return kind(
             f"none of {len(tuning.candidates)} candidates meets the constraints; the nearest is "
-            f"{near.label}: {tuning.constraints.render(near)}",
+            f"{near.label}: {render_excesses(near, tuning.constraints)}",
             hint="ask for less, or go on looking with more --budget",
         )
 
