@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import TerminalProgress

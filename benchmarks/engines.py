@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import FileDigest
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.tensorrt.support import EnginePlan, plan_engines
 from llmc.catalog import list_targets, load_profile, load_target
 from llmc.config import Engine, Span

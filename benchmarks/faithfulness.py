@@ -16,7 +16,7 @@ from rich.console import Console
 from sources import checkpoint
 
 from artifacts import open_model
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.data import eval_text
 from llmc.pipeline import build

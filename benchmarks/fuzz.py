@@ -210,8 +210,8 @@ def read_checkpoint(path: Path) -> None:
 
 def read_artifact(path: Path) -> None:
     """Inspect an artifact, check its files, and run it for one token."""
-    from llmc.artifact.integrity import require_intact
-    from llmc.artifact.store import open_artifact
+    from llmc.artifact.store.folder import open_artifact
+    from llmc.artifact.store.integrity import require_intact
     from llmc.errors import LlmcError
     from llmc.pipeline import inspect, run
     from llmc.progress import SilentProgress

@@ -23,7 +23,7 @@ from serving import Runner, ratio, take_turns
 from sources import NAMES, checkpoint
 
 from artifacts import open_model
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import CacheType
 from llmc.data import eval_text

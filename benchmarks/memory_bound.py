@@ -18,7 +18,7 @@ from machine import describe
 from serving import build_ours
 from sources import NAMES, checkpoint
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
 from llmc.graph.interface import Interface
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
 from llmc.data import eval_text

@@ -1,1 +1,1 @@
-"""Define what a build leaves behind: its manifest, how it is written and read, and the cache of stages."""
+"""Artifacts: the records of which their files consist; `store` reads and writes the files."""

@@ -13,8 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
+from llmc.artifact.store.integrity import require_intact
 from llmc.config import BuildPlan, Target
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
@@ -25,7 +25,7 @@ from llmc.runtime.arithmetic import Arithmetic
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
-    from llmc.artifact.store import Artifact
+    from llmc.artifact.store.folder import Artifact
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.session import Rewindable

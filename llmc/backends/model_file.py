@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from llmc.artifact.disk import require_space, space_errors
 from llmc.artifact.manifest import MODEL, FileDigest
+from llmc.artifact.store.disk import require_space, space_errors
 from llmc.backends.external import Batch, DataFile, Progress, compute_ahead, lay_out
 
 DATA = "model.onnx.data"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.artifact.disk import space_errors
+from llmc.artifact.store.disk import space_errors
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.weights import WeightStore
 

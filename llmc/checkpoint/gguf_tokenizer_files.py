@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
 from llmc.checkpoint import gguf_pretokenizers, gguf_tokenizer
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.errors import LlmcError

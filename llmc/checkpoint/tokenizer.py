@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.text import TOKENIZER
+from llmc.artifact.store.codec import TOKENIZER
 from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import check_tokenizer, has_vocabulary

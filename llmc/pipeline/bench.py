@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.integrity import require_intact
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.folder import Artifact, open_artifact
+from llmc.artifact.store.integrity import require_intact
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.backends import backend_of
 from llmc.config import Metric

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from llmc.artifact.integrity import require_vouched
+from llmc.artifact.store.integrity import require_vouched
 from llmc.config import Dtype
 from llmc.errors import LlmcError, UnsupportedError
 from llmc.machine import release_memory

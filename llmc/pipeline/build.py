@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import __version__
-from llmc.artifact.decisions import write_decisions
-from llmc.artifact.disk import replace_text
 from llmc.artifact.manifest import REPORTS, FileDigest, Manifest, ModelFacts, PruneRecord, State
 from llmc.artifact.provenance import tool_versions
-from llmc.artifact.store import Artifact, Staging, digest_folder, staging
+from llmc.artifact.store.decisions import write_decisions
+from llmc.artifact.store.disk import replace_text
+from llmc.artifact.store.folder import Artifact, Staging, digest_folder, staging
 from llmc.backends import backend_of
 from llmc.backends.base import Made, Stage
 from llmc.config import BuildPlan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import MODEL, Manifest, WeightRecord
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.integrity import require_intact
 from llmc.artifact.verdict import Change
 from llmc.errors import ConfigError, LlmcError
 from llmc.pipeline.inspect import count_operators

@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from llmc.artifact.manifest import MANIFEST, Declined
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.errors import ConfigError, LlmcError, did_you_mean
 from llmc.records import Record
 

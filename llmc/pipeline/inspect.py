@@ -9,9 +9,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from llmc.artifact.engine import EngineRecord
-from llmc.artifact.integrity import find_damage
 from llmc.artifact.manifest import MANIFEST, MODEL, AdapterRecord, PassRecord, PruneRecord, WeightRecord
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.integrity import find_damage
 from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import LlmcError

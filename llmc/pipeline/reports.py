@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.artifact.verdict import Peer, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError, LlmcError

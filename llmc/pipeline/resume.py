@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.artifact.store import open_artifact, update_manifest
+from llmc.artifact.store.folder import open_artifact, update_manifest
 from llmc.backends import backend_of
 from llmc.pipeline.result import BuildResult, build_result
 from llmc.progress import Progress

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from llmc.artifact.integrity import require_intact
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.integrity import require_intact
 from llmc.backends import backend_of
 from llmc.backends.base import SameText
 from llmc.errors import LlmcError

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.artifact.integrity import find_damage
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.folder import Artifact, open_artifact
+from llmc.artifact.store.integrity import find_damage
 from llmc.backends import backend_of
 from llmc.config import Metric, Target
 from llmc.evaluation import read_text

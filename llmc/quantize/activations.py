@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.artifact.disk import space_errors
+from llmc.artifact.store.disk import space_errors
 from llmc.calibration.walk import named_linears
 from llmc.config import EngineRule, WeightFormat
 from llmc.errors import CheckpointError, ParityError

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from llmc.artifact.disk import replace_text
 from llmc.artifact.latency import Latency
+from llmc.artifact.store.disk import replace_text
 from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
 from llmc.records import Strict

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.disk import replace_text
+from llmc.artifact.store.disk import replace_text
 from llmc.artifact.tuning import Candidate, Tuning
 from llmc.report.figures import format_estimate, format_figure
 from llmc.report.html import render_page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from llmc.artifact.disk import replace_text
+from llmc.artifact.store.disk import replace_text
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated
 from llmc.report.pictures import draw_pictures

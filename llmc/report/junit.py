@@ -8,7 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from llmc.artifact.disk import replace_text
+from llmc.artifact.store.disk import replace_text
 from llmc.artifact.verdict import MISSED, Check, CheckStatus, Measurement
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated

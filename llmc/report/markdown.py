@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmc.artifact.disk import replace_text
+from llmc.artifact.store.disk import replace_text
 from llmc.artifact.verdict import CheckStatus
 from llmc.report.document import Report
 from llmc.report.figures import format_bound, format_estimate, format_figure, ungated

@@ -17,8 +17,8 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
-from llmc.artifact.disk import space_errors
 from llmc.artifact.manifest import MODEL
+from llmc.artifact.store.disk import space_errors
 from llmc.errors import ParityError
 from llmc.graph.domains import DYNAMIC_QUANTIZE
 from llmc.graph.edit import Site, name_constant, set_value, take_over

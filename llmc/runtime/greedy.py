@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from llmc.artifact.text import TextCodec
+from llmc.artifact.store.codec import TextCodec
 from llmc.errors import ConfigError
 from llmc.runtime.static_session import StaticSession
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.text import TextCodec
+from llmc.artifact.store.codec import TextCodec
 from llmc.artifact.verdict import Measurement
 from llmc.config import Family, Metric
 from llmc.validate.measure import measure, measured

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.artifact.cache import StageCache, content_key
+from llmc.artifact.store.cache import StageCache, content_key
 from llmc.graph.switches import crosses
 from llmc.validate.batch import answer
 from llmc.validate.questions import Question, ask_logits, read_logits

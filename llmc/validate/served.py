@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llmc.artifact.text import Messages, TextRecord
+from llmc.artifact.store.codec import Messages
+from llmc.artifact.text import TextRecord
 from llmc.errors import ParityError
 from llmc.runtime.libraries import load_genai
 

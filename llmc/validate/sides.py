@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.text import Messages, TextCodec, TextKind
+from llmc.artifact.store.codec import Messages, TextCodec
+from llmc.artifact.text import TextKind
 from llmc.errors import ParityError
 from llmc.validate.served import ServedTokenizer
 

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.text import TextCodec, text_kinds
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import text_kinds
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
 from llmc.errors import ParityError

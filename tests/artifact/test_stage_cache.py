@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
-from llmc.artifact.substitute import with_working_folders, working_folder
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.store.substitute import with_working_folders, working_folder
 from llmc.errors import ConfigError, ResourceError
 
 KEYS = [content_key("trace", {"number": n}) for n in range(4)]
@@ -176,7 +176,7 @@ def test_a_working_folder_in_use_is_not_evicted(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from llmc.artifact.substitute import working_folder
+from llmc.artifact.store.substitute import working_folder
 working_folder(Path(sys.argv[1]), "used", 1)
 print("holds", flush=True)
 sys.stdin.read()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.disk import require_space, space_errors
-from llmc.artifact.integrity import find_damage, require_intact
 from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
-from llmc.artifact.store import digest_file, digest_folder, open_artifact, staging
+from llmc.artifact.store.disk import require_space, space_errors
+from llmc.artifact.store.folder import digest_file, digest_folder, open_artifact, staging
+from llmc.artifact.store.integrity import find_damage, require_intact
+from llmc.artifact.store.workplace import lock_path
 from llmc.artifact.verdict import CheckStatus
-from llmc.artifact.workplace import lock_path
 from llmc.config import Metric
 from llmc.errors import ConfigError, ExitCode, ResourceError
 
@@ -104,7 +104,8 @@ def test_a_failed_swap_restores_the_old_artifact(
     def refuse_exchange(*_: Path) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmc.artifact.exchange._exchange", refuse_exchange if exchange else lambda *_: False)
+    swap = refuse_exchange if exchange else lambda *_: False
+    monkeypatch.setattr("llmc.artifact.store.exchange._exchange", swap)
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(KeyboardInterrupt), staging(tmp_path / "model") as draft:
         draft.commit(make_manifest())
@@ -131,7 +132,7 @@ BUILDER = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from llmc.artifact.store import staging
+from llmc.artifact.store.folder import staging
 with staging(Path(sys.argv[1])) as draft:
     (draft.path / "model.onnx.data").write_bytes(b"half" * 1000)
     print("writing", flush=True)
@@ -332,7 +333,7 @@ def test_opening_imports_neither_torch_nor_onnx(tmp_path: Path, build: Build) ->
     code = """
 import sys
 from pathlib import Path
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 open_artifact(Path(sys.argv[1]))
 print([name for name in ("torch", "transformers", "onnx") if name in sys.modules])
 """

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmc.artifact.text import TextCodec, TextKind, TextRecord, text_kinds
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextKind, TextRecord, text_kinds
 from llmc.errors import ConfigError
 from tests.models import save_tiny_tokenizer
 from tests.texts import edit, replace_tokenizer

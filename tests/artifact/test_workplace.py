@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact import exchange, workplace
-from llmc.artifact.lock import output_lock
 from llmc.artifact.manifest import Manifest, State
-from llmc.artifact.store import Staging, digest_folder, open_artifact, reopened, staging
-from llmc.artifact.workplace import lock_path
+from llmc.artifact.store import exchange, workplace
+from llmc.artifact.store.folder import Staging, digest_folder, open_artifact, reopened, staging
+from llmc.artifact.store.lock import output_lock
+from llmc.artifact.store.workplace import lock_path
 from llmc.errors import ConfigError
 
 MakeManifest = Callable[..., Manifest]

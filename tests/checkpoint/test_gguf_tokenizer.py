@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from llmc.artifact.cache import default_cache_folder
+from llmc.artifact.store.cache import default_cache_folder
 from llmc.checkpoint import gguf_tokenizer, gguf_tokenizer_files, open_checkpoint
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS

@@ -15,7 +15,7 @@ WAITING = """
 import time
 from pathlib import Path
 import llmc.doctor
-from llmc.artifact.store import staging
+from llmc.artifact.store.folder import staging
 from llmc.scratch import record_output
 def examine(*_):
     record_output(Path("out"))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import llmc.passes
 from llmc.artifact.manifest import MANIFEST
-from llmc.artifact.store import digest_folder
+from llmc.artifact.store.folder import digest_folder
 from llmc.config import Metric
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport

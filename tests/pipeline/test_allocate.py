@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.config import Allocation, BuildPlan, CalibrationText, Gate, Metric, Quantization
 from llmc.errors import ConfigError
 from llmc.pipeline import build, verify

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llmc.passes
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import CheckStatus, Measurement
 from llmc.catalog import load_target
 from llmc.checkpoint import open_checkpoint

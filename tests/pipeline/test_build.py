@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from llmc.artifact.manifest import State
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.catalog import load_target
 from llmc.config import (
     BuildPlan,

@@ -10,7 +10,7 @@ import pytest
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import State
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.special_tokens import read_stop_tokens
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.engines import require_engine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.base import SameText
 from llmc.backends.onnxruntime.lookup import same_text
 from llmc.cli import main

@@ -12,7 +12,7 @@ import pytest
 
 import llmc
 from llmc.artifact.manifest import MANIFEST
-from llmc.artifact.store import digest_file
+from llmc.artifact.store.folder import digest_file
 from llmc.artifact.verdict import CheckStatus
 from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
@@ -221,8 +221,8 @@ def test_options_that_no_build_writes_are_refused(
 
 
 def test_a_large_file_is_read_once(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.artifact import integrity
-    from llmc.artifact.store import open_artifact
+    from llmc.artifact.store import integrity
+    from llmc.artifact.store.folder import open_artifact
 
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(integrity, "_REMEMBERED_BYTES", 1 << 16)

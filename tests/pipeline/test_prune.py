@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from llmc.artifact.manifest import PRUNING
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import BuildPlan, CalibrationText, Gate, Metric, NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import CheckStatus
 from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import Dtype, Metric

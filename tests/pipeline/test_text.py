@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmc import limits
 from llmc.artifact.manifest import State
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.text import TextKind, TextRecord
 from llmc.backends.onnxruntime.runtime_tokenizer import open_runtime_tokenizer
 from llmc.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmc.artifact.manifest import MANIFEST, Manifest
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import CheckStatus
 from llmc.catalog import load_target, shipped_folder
 from llmc.config import Metric

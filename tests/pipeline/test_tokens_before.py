@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmc.artifact.cache import StageCache
-from llmc.artifact.text import TextCodec, TextRecord
+from llmc.artifact.store.cache import StageCache
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextRecord
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CalibrationText
 from llmc.data import eval_text

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.lock import output_lock
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.lock import output_lock
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.catalog import load_target
 from llmc.cli import main

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.manifest import Manifest, State
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.errors import ResourceError
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmc.artifact.text import TextCodec, TextRecord
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextRecord
 from llmc.config import Dtype
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmc import data
-from llmc.artifact.text import TextCodec, TextRecord
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError

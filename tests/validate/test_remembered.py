@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.cache import StageCache
+from llmc.artifact.store.cache import StageCache
 from llmc.validate.questions import ask_distributions, ask_followed, ask_logits, ask_score
 from llmc.validate.reference import TorchModel
 from llmc.validate.remembered import RememberedModel

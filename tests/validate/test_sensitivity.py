@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmc.artifact.cache import StageCache
+from llmc.artifact.store.cache import StageCache
 from llmc.config import Metric
 from llmc.runtime.ort_model import OrtModel
 from llmc.validate.quality import measure_quality, plan_windows

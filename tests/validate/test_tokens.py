@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmc.artifact.text import TextCodec, TextRecord
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextRecord
 from llmc.config import Metric
 from llmc.data import eval_text, prompts
 from llmc.validate.tokens import measure_tokens

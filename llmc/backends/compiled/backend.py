@@ -14,7 +14,7 @@ from llmc.config import BuildPlan, CacheType, Target
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import Manifest
-    from llmc.artifact.store import Artifact
+    from llmc.artifact.store.folder import Artifact
     from llmc.backends.compiled.lower import KernelSource
     from llmc.graph.model import Graph
 

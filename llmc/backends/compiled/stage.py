@@ -17,7 +17,7 @@ from llmc.profile import Profile
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
-    from llmc.artifact.store import Artifact
+    from llmc.artifact.store.folder import Artifact
     from llmc.backends.compiled.lower import KernelSource
     from llmc.graph.model import Graph
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder, user_cache_folder
-from llmc.artifact.substitute import usable_folder
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder, user_cache_folder
+from llmc.artifact.store.substitute import usable_folder
 from llmc.children import run_apart
 from llmc.errors import ResourceError
 

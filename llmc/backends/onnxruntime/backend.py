@@ -19,7 +19,7 @@ from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
 
 if TYPE_CHECKING:
-    from llmc.artifact.store import Artifact
+    from llmc.artifact.store.folder import Artifact
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.ort_model import OrtModel

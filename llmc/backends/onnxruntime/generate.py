@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.artifact.manifest import MODEL
-from llmc.artifact.text import Messages, TextCodec, TextRecord
+from llmc.artifact.store.codec import Messages, TextCodec
+from llmc.artifact.text import TextRecord
 from llmc.backends.base import Generated
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model

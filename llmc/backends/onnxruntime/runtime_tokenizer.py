@@ -19,10 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.provenance import tool_versions
-from llmc.artifact.store import digest_file
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.store.folder import digest_file
 from llmc.backends.onnxruntime import tokenizer_worker
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.tokenizer_worker import Answers, TokenizerQuestion

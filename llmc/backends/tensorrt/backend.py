@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.manifest import KernelRecord, Manifest, State
-from llmc.artifact.text import TextCodec
+from llmc.artifact.store.codec import TextCodec
 from llmc.backends.base import Backend, Executable, Generated, Made, Stage
 from llmc.backends.special_tokens import read_stop_tokens, write_generation_config
 from llmc.backends.tensorrt.engines import (
@@ -31,7 +31,7 @@ from llmc.runtime.greedy import stream_text
 
 if TYPE_CHECKING:
     from llmc.artifact.forecast import Forecast
-    from llmc.artifact.store import Artifact
+    from llmc.artifact.store.folder import Artifact
     from llmc.backends.tensorrt.nodes import NodeChecker
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer

@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.disk import require_space, space_errors
 from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MODEL, FileDigest
+from llmc.artifact.store.disk import require_space, space_errors
 from llmc.backends.tensorrt.log import (
     BuildLog,
     Layer,

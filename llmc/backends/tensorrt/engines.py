@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import FileDigest, Manifest, State
-from llmc.artifact.store import Artifact, digest_file
+from llmc.artifact.store.folder import Artifact, digest_file
+from llmc.artifact.store.integrity import require_intact
 from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
 from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines
 from llmc.backends.tensorrt.worker import build_apart

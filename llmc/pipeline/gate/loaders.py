@@ -11,8 +11,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.provenance import code_digest
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.machine import release_memory

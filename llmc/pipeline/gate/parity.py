@@ -24,8 +24,8 @@ from llmc.validate.gates import evaluate
 from llmc.validate.measure import broken, mismatches, unmeasured
 
 if TYPE_CHECKING:
-    from llmc.artifact.integrity import Damage
     from llmc.artifact.latency import Latency
+    from llmc.artifact.store.integrity import Damage
 
 #: Why a metric was not measured.
 _AHEAD = "{} missed before"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.text import TextCodec
+from llmc.artifact.store.codec import TextCodec
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.switches import rope_switches, trained_lengths
 from llmc.pipeline.gate.contents import compare_contents

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import REPORTS, CheckRecord, Manifest, State
-from llmc.artifact.store import Artifact, Staging, reopened
+from llmc.artifact.store.folder import Artifact, Staging, reopened
 from llmc.artifact.verdict import MISSED, Verdict
 from llmc.config import Metric
 from llmc.errors import LlmcError, ResourceError, first_lines

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmc.artifact.cache import content_key, default_cache_folder
 from llmc.artifact.provenance import code_digest, tool_versions
-from llmc.artifact.substitute import current_folder, with_working_folders, working_folder
+from llmc.artifact.store.cache import content_key, default_cache_folder
+from llmc.artifact.store.substitute import current_folder, with_working_folders, working_folder
 from llmc.config import CalibrationText, Dtype
 from llmc.data import calibration_text
 from llmc.errors import UnsupportedError

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmc.arrays import Array
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
 from llmc.artifact.provenance import code_digest, tool_versions
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
 from llmc.backends import backend_of
 from llmc.config import Dtype, Target
 from llmc.errors import UnsupportedError

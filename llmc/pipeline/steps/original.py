@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.cache import StageCache, default_cache_folder
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.cache import StageCache, default_cache_folder
+from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.errors import ConfigError
 from llmc.graph.switches import rope_switches
 from llmc.validate.reference import TorchModel, sliding_window

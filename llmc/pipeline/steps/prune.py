@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.decisions import read_decisions
 from llmc.artifact.manifest import PruneRecord
+from llmc.artifact.store.decisions import read_decisions
 from llmc.config import NeuronPruning, Pruning, Target
 from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.pipeline.steps.calibrate import PreparedModel, prepare, walking

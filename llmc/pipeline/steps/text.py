@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.text import TextCodec, TextRecord, text_kinds
+from llmc.artifact.store.codec import TextCodec
+from llmc.artifact.text import TextRecord, text_kinds
 from llmc.backends import backend_of
 from llmc.backends.onnxruntime.tokenizer_worker import Answers, NoAnswerError, TokenizerQuestion
 from llmc.config import BuildPlan, Target

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmc.artifact.workplace import tidy
+from llmc.artifact.store.workplace import tidy
 
 
 def tidy_output(output: Path) -> None:

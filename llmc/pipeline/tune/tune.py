@@ -7,11 +7,11 @@ import shutil
 import time
 from pathlib import Path
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
-from llmc.artifact.disk import access_errors, space_errors
-from llmc.artifact.lock import output_lock
 from llmc.artifact.manifest import REPORTS
-from llmc.artifact.substitute import usable_folder
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.store.disk import access_errors, space_errors
+from llmc.artifact.store.lock import output_lock
+from llmc.artifact.store.substitute import usable_folder
 from llmc.artifact.tuning import Candidate, Refused, Tuning
 from llmc.config import BuildPlan, Target
 from llmc.document import render_document

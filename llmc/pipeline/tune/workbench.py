@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from llmc.artifact.cache import StageCache, content_key
 from llmc.artifact.provenance import code_digest, tool_versions
-from llmc.artifact.store import Artifact, open_artifact
+from llmc.artifact.store.cache import StageCache, content_key
+from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.artifact.tuning import Candidate, Refused
 from llmc.config import BuildPlan, Metric, Target
 from llmc.errors import CheckpointError, ConfigError, ParityError, UnsupportedError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact.manifest import State
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.compiled import stage, toolchain
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet, choose_isa
 from llmc.backends.compiled.toolchain import find_compiler, host_machine

@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from llmc.artifact.integrity import require_intact
 from llmc.artifact.manifest import Manifest
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.integrity import require_intact
 from llmc.backends.compiled.isa import InstructionSet, choose_isa
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import Measurement
 from llmc.backends.compiled import lower
 from llmc.checkpoint import open_checkpoint

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.machine import collect_garbage
 from llmc.pipeline import build
 from llmc.plan import plan_build

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import Measurement
 from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import CacheType, Metric

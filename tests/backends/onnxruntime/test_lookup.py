@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from transformers import GenerationConfig, LlamaConfig
 
-from llmc.artifact.store import open_artifact
+from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.text import TextRecord
 from llmc.backends.model_file import write_model
 from llmc.backends.onnxruntime.genai import write_genai_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper, save_model
 
-from llmc.artifact.store import digest_file
+from llmc.artifact.store.folder import digest_file
 from llmc.backends.tensorrt import engine as tensorrt
 from llmc.backends.tensorrt.engine import build_engine, load_library, pending
 from llmc.backends.tensorrt.log import BuildLog, Layer, require_fused_attention, require_quantized_products

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.artifact.disk import space_errors
 from llmc.artifact.manifest import PRUNING
+from llmc.artifact.store.disk import space_errors
 from llmc.errors import ParityError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from llmc.artifact.disk import space_errors
+from llmc.artifact.store.disk import space_errors
 from llmc.errors import ResourceError
 
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.artifact.substitute import have_substitute, substitute, tell_once
+from llmc.artifact.store.substitute import have_substitute, substitute, tell_once
 from llmc.errors import ConfigError
 
 _KEY = re.compile(r"[0-9a-f]{64}")

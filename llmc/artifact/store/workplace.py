@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-from llmc.artifact.disk import sync_folder
-from llmc.artifact.exchange import put_in_place
-from llmc.artifact.lock import output_lock
 from llmc.artifact.manifest import MANIFEST
+from llmc.artifact.store.disk import sync_folder
+from llmc.artifact.store.exchange import put_in_place
+from llmc.artifact.store.lock import output_lock
 from llmc.errors import ConfigError
 
 _OWNER = "owner"

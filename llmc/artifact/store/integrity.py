@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from llmc.artifact.cache import StageCache, content_key, default_cache_folder
 from llmc.artifact.manifest import MANIFEST, REPORTS, FileDigest, Manifest
-from llmc.artifact.store import Artifact, digest_file
+from llmc.artifact.store.cache import StageCache, content_key, default_cache_folder
+from llmc.artifact.store.folder import Artifact, digest_file
 from llmc.errors import ConfigError
 
 if TYPE_CHECKING:

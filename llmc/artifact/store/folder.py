@@ -2,7 +2,7 @@
 
 Beside an output `NAME` there may be `NAME.unverified`, a finished artifact whose gates are not decided while
 another one is at `NAME`; and `NAME.failed`, one that was kept although it failed its gates. For the files
-that are there while a build runs, see `llmc.artifact.workplace`.
+that are there while a build runs, see `llmc.artifact.store.workplace`.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.disk import access_errors, require_space, space_errors
 from llmc.artifact.manifest import MANIFEST, REPORTS, FileDigest, Manifest, State, parse_manifest
-from llmc.artifact.workplace import Place, holding, make_work_folder, move, tidy, write_manifest
+from llmc.artifact.store.disk import access_errors, require_space, space_errors
+from llmc.artifact.store.workplace import Place, holding, make_work_folder, move, tidy, write_manifest
 from llmc.errors import ConfigError
 
 _CHUNK = 1 << 20

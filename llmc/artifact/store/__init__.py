@@ -1,0 +1,1 @@
+"""What reads and writes artifacts and caches on disk; the records in them are in `llmc.artifact`."""
