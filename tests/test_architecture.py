@@ -325,6 +325,34 @@ def test_helpers_for_graphs_have_one_definition() -> None:
     assert found == []
 
 
+def store_imported() -> list[str]:
+    """Imports of the store by files that state the records of artifacts."""
+    store = PACKAGE / "artifact" / "store"
+    return [
+        f"{file.relative_to(ROOT)} imports {other.relative_to(store)}"
+        for file in (PACKAGE / "artifact").glob("*.py")
+        for other in sorted(imported_files(file))
+        if other.is_relative_to(store)
+    ]
+
+
+def test_records_of_artifacts_do_not_know_the_store() -> None:
+    assert store_imported() == []
+
+
+def test_the_rule_sees_a_record_that_imports_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "llmc" / "artifact"
+    (folder / "store").mkdir(parents=True)
+    (folder / "store" / "disk.py").touch()
+    (folder / "store" / "lock.py").write_text("from llmc.artifact.store.disk import sync\n")
+    (folder / "manifest.py").write_text("def save():\n    from llmc.artifact.store.disk import sync\n")
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "llmc")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert store_imported() == ["llmc/artifact/manifest.py imports disk.py"]
+
+
 def test_records_have_one_base() -> None:
     stated = [file for file in PACKAGE.rglob("*.py") if 'extra="forbid"' in file.read_text(encoding="utf-8")]
     assert stated == [PACKAGE / "records.py"]
