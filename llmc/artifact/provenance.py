@@ -26,6 +26,9 @@ _DISTRIBUTIONS = (
     "transformers",
 )
 
+#: Endings of files that are source.
+_SOURCES = (".py", ".h", ".cpp")
+
 
 def tool_versions() -> dict[str, str]:
     """Return the version of Python and of every installed distribution that matters, by name; import none.
@@ -43,13 +46,18 @@ def tool_versions() -> dict[str, str]:
 
 @cache
 def code_digest(*packages: str) -> str:
-    """Return the SHA-256 digest of the source of these packages and modules, in hexadecimal."""
+    """Return the SHA-256 digest of the source of these packages and modules, in hexadecimal.
+
+    The source includes packages within a package, and C++.
+    """
     digest = hashlib.sha256()
     for package in packages:
         spec = find_spec(package)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-        for file in files or ([Path(spec.origin)] if spec and spec.origin else []):
-            digest.update(file.name.encode())
-            digest.update(file.read_bytes())
+        for folder in map(Path, (spec.submodule_search_locations or ()) if spec else ()):
+            for file in sorted(file for ending in _SOURCES for file in folder.rglob(f"*{ending}")):
+                digest.update(file.relative_to(folder).as_posix().encode())
+                digest.update(file.read_bytes())
+        if spec and spec.origin and not spec.submodule_search_locations:
+            digest.update(Path(spec.origin).name.encode())
+            digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()

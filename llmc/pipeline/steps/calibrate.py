@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 _KEPT = {"calibration": 3, "pruning": 6}
 #: What decides the results that are kept there.
 _CODE = {
-    "calibration": ("calibration", "quantize", "quantize.methods"),
+    "calibration": ("calibration", "quantize"),
     "pruning": ("calibration", "prune"),
 }
 #: What a target in float16 without calibration of its own is looked at on.

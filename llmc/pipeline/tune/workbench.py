@@ -49,10 +49,9 @@ _CODE = (
     "calibration",
     "prune",
     "quantize",
-    "quantize.methods",
     "backends",
-    "backends.compiled",
     "kernels",
+    "runtime",
     "validate",
 )
 #: Turns of the base alone that its own speed is the median of.
