@@ -28,11 +28,13 @@ class Site:
         graph: The graph to change.
         anchor: The node before which new nodes are inserted.
         metadata: Metadata of the new nodes; if None, the layer of `anchor`.
+        after: Insert them directly after `anchor` instead; of several nodes, the newest comes first.
     """
 
     graph: ir.Graph
     anchor: ir.Node
     metadata: Mapping[str, str] | None = None
+    after: bool = False
 
     def emit(
         self,
@@ -46,11 +48,13 @@ class Site:
         shape: Iterable[int | str | ir.SymbolicDim] | None = None,
         dtype: ir.DataType | None = None,
         outputs: int = 1,
+        node_name: str | None = None,
     ) -> ir.Node:
         """Insert a new node, and return it.
 
         Its first output is called `name` and has the given shape and type, or those of `like`. Further
-        outputs have an empty name, which omits them, until `set_value` names them.
+        outputs have an empty name, which omits them, until `set_value` names them. The node is called
+        `node_name`; `name` and its operator if None.
         """
         node = ir.Node(
             domain,
@@ -58,7 +62,7 @@ class Site:
             inputs,
             ir.convenience.convert_attributes(dict(attributes or {})),
             num_outputs=outputs,
-            name=f"{name}/{op}",
+            name=node_name or f"{name}/{op}",
             metadata_props=self._metadata(),
         )
         for output in node.outputs[1:]:
@@ -67,7 +71,10 @@ class Site:
             shape = shape if shape is not None else tuple(like.shape or ())
             dtype = dtype or like.dtype
         set_value(node.outputs[0], name, shape, dtype)
-        self.graph.insert_before(self.anchor, node)
+        if self.after:
+            self.graph.insert_after(self.anchor, node)
+        else:
+            self.graph.insert_before(self.anchor, node)
         if domain != STANDARD:
             require_domain(self.graph, domain)
         return node

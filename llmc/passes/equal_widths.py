@@ -67,10 +67,8 @@ def _widen(graph: ir.Graph, node: ir.Node, wide: int, narrow: int) -> None:
     for cached in (past, node.outputs[2]):
         cached.shape = ir.Shape([*dims_of(cached)[:3], wide])
     bounds = [add_constant(graph, np.array([n], np.int64), "bound") for n in (0, narrow, 3)]
-    after = ir.Node(
-        "", "Slice", [output, *bounds], name=f"{stem}/narrow", metadata_props=dict(node.metadata_props)
-    )
-    graph.insert_after(node, after)
+    name, metadata = f"{stem}/narrow", node.metadata_props
+    after = Site(graph, node, metadata, after=True).emit("Slice", [output, *bounds], name, node_name=name)
     take_over(output, after.outputs[0])
     output.name = f"{stem}/wide_output"
     output.shape = ir.Shape([*dims_of(after.outputs[0])[:3], wide])

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.edit import Site, add_constant, drop_dead, set_value, take_over
+from llmc.graph.edit import Site, add_constant, drop_dead, take_over
 from llmc.graph.match import (
     dims_of,
     input_of,
@@ -189,9 +189,10 @@ def _in_type(graph: ir.Graph, table: ir.Value, dtype: ir.DataType) -> ir.Value:
     for node, _ in table.uses():
         if node.name == name:
             return node.outputs[0]
-    cast = ir.node("Cast", [table], {"to": int(dtype)}, name=name)
-    set_value(cast.outputs[0], name, dims_of(table), dtype)
-    graph.insert_before(graph[0], cast)
+    site = Site(graph, graph[0], metadata={})
+    cast = site.emit(
+        "Cast", [table], name, attributes={"to": int(dtype)}, like=table, dtype=dtype, node_name=name
+    )
     return cast.outputs[0]
 
 

@@ -20,10 +20,10 @@ from llmc.arrays import Array
 from llmc.config import EngineRule, EngineScheme, WeightFormat, WeightRole
 from llmc.errors import CheckpointError, UnsupportedError
 from llmc.graph.domains import DYNAMIC_QUANTIZE, TENSORRT
-from llmc.graph.edit import add_initializer, replace_node, require_domain, set_value
+from llmc.graph.edit import Site, add_initializer, replace_node, set_value
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import lazy_of
-from llmc.graph.model import LAYER, Graph
+from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
@@ -31,8 +31,6 @@ from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, w
 from llmc.quantize.place import QuantizedTensor, choose_scheme
 from llmc.quantize.quantizer import FloatInput
 from llmc.quantize.stored import MADE_FLOATS, is_stored
-
-#: Domain of TensorRT's own operators.
 
 
 def quantize_for_engine(
@@ -94,47 +92,58 @@ def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale
     stored = add_initializer(
         graph, ir.tensor(scale.stored(value.dtype), dtype=value.dtype, name=f"{name}.scale")
     )
-    nodes: list[ir.Node] = []
-
-    def emit(
-        op: str,
-        inputs: Sequence[ir.Value],
-        attributes: Mapping[str, int] | None = None,
-        outputs: Sequence[tuple[str, ir.DataType, tuple[int | ir.SymbolicDim, ...]]] = (),
-        domain: str = "",
-    ) -> tuple[ir.Value, ...]:
-        node = ir.node(op, list(inputs), dict(attributes or {}), domain=domain, num_outputs=len(outputs))
-        node.name = f"{name}/{op}_{len(nodes)}"
-        if LAYER in first.metadata_props:
-            node.metadata_props[LAYER] = first.metadata_props[LAYER]
-        for output, (suffix, dtype, dims) in zip(node.outputs, outputs, strict=True):
-            set_value(output, f"{name}.{suffix}", dims, dtype)
-        nodes.append(node)
-        return tuple(node.outputs)
-
-    back = ("dequantized", value.dtype, shape)
+    site = Site(graph, first)
     if scale.kind is WeightFormat.NVFP4:
         fine = (*shape[:-1], cast(int, shape[-1]) // NVFP4_BLOCK)
-        codes, parts = emit(
+        blocks = {"axis": -1, "block_size": NVFP4_BLOCK}
+        codes, parts = site.emit(
             DYNAMIC_QUANTIZE,
             [value, stored],
-            {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)},
-            [("codes", kind, shape), ("parts", ir.DataType.FLOAT8E4M3FN, fine)],
-            TENSORRT,
+            f"{name}.codes",
+            domain=TENSORRT,
+            attributes={**blocks, "scale_type": int(ir.DataType.FLOAT8E4M3FN)},
+            shape=shape,
+            dtype=kind,
+            outputs=2,
+            node_name=f"{name}/{DYNAMIC_QUANTIZE}_0",
+        ).outputs
+        scales = site.emit(
+            "DequantizeLinear",
+            [set_value(parts, f"{name}.parts", fine, ir.DataType.FLOAT8E4M3FN), stored],
+            f"{name}.scales",
+            shape=fine,
+            dtype=value.dtype,
+            node_name=f"{name}/DequantizeLinear_1",
         )
-        (scales,) = emit("DequantizeLinear", [parts, stored], None, [("scales", value.dtype, fine)])
-        blocks = {"axis": -1, "block_size": NVFP4_BLOCK}
-        (result,) = emit("DequantizeLinear", [codes, scales], blocks, [back])
-        require_domain(graph, TENSORRT)
+        result = site.emit(
+            "DequantizeLinear",
+            [codes, scales.outputs[0]],
+            f"{name}.dequantized",
+            attributes=blocks,
+            like=value,
+            node_name=f"{name}/DequantizeLinear_2",
+        )
     else:
         zero = add_initializer(
             graph, ir.tensor(np.zeros((), kind.numpy()), dtype=kind, name=f"{name}.zero_point")
         )
-        (codes,) = emit("QuantizeLinear", [value, stored, zero], None, [("codes", kind, shape)])
-        (result,) = emit("DequantizeLinear", [codes, stored, zero], None, [back])
-    graph.insert_before(first, nodes)
+        quantized = site.emit(
+            "QuantizeLinear",
+            [value, stored, zero],
+            f"{name}.codes",
+            shape=shape,
+            dtype=kind,
+            node_name=f"{name}/QuantizeLinear_0",
+        )
+        result = site.emit(
+            "DequantizeLinear",
+            [quantized.outputs[0], stored, zero],
+            f"{name}.dequantized",
+            like=value,
+            node_name=f"{name}/DequantizeLinear_1",
+        )
     for linear in shared.linears:
-        linear.node.replace_input_with(0, result)
+        linear.node.replace_input_with(0, result.outputs[0])
 
 
 def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
@@ -219,9 +228,16 @@ def _dequantize(
     dtype: ir.DataType,
     shape: tuple[int, ...],
 ) -> ir.Value:
-    node = ir.node("DequantizeLinear", list(inputs), dict(attributes), name=f"{name}/dequantized")
-    graph.insert_before(before, node)
-    return set_value(node.outputs[0], f"{name}.dequantized", shape, dtype)
+    made = Site(graph, before, metadata={}).emit(
+        "DequantizeLinear",
+        inputs,
+        f"{name}.dequantized",
+        attributes=attributes,
+        shape=shape,
+        dtype=dtype,
+        node_name=f"{name}/dequantized",
+    )
+    return made.outputs[0]
 
 
 def block_of(scheme: EngineScheme) -> int | None:

@@ -18,7 +18,7 @@ from llmc.arrays import Array
 from llmc.config import Dtype, Quantization, WeightRole, WeightScheme
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.edit import add_initializer, name_constant, replace_node, require_domain, set_value
+from llmc.graph.edit import Site, add_initializer, name_constant, replace_node, require_domain, set_value
 from llmc.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.graph.model import CODE_BITS, Graph
@@ -294,10 +294,16 @@ class _Operands:
 
     def _widen(self, graph: ir.Graph) -> ir.Value:
         """Cast the scales to the type that the operators accept; a session folds the cast when it starts."""
-        node = ir.node("Cast", [self.scales], {"to": int(self.scale_dtype)}, name=f"{self.name}.widen")
-        graph.insert_before(graph[0], node)
-        shape = (self.out_features, self.blocks)
-        return set_value(node.outputs[0], f"{self.name}.wide_scales", shape, self.scale_dtype)
+        node = Site(graph, graph[0], metadata={}).emit(
+            "Cast",
+            [self.scales],
+            f"{self.name}.wide_scales",
+            attributes={"to": int(self.scale_dtype)},
+            like=self.scales,
+            dtype=self.scale_dtype,
+            node_name=f"{self.name}.widen",
+        )
+        return node.outputs[0]
 
     def flat_codes(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """Return the codes as (N, bytes of an entry)."""
@@ -305,10 +311,16 @@ class _Operands:
             shape = name_constant(
                 graph, f"{self.name}.entry_shape", np.array([self.out_features, self.entry_bytes], np.int64)
             )
-            node = ir.Node("", "Reshape", [self.codes, shape], name=f"{self.name}.entries")
-            graph.insert_before(before, node)
-            entries = (self.out_features, self.entry_bytes)
-            self._flat = set_value(node.outputs[0], f"{self.name}.entries", entries, ir.DataType.UINT8)
+            entries = f"{self.name}.entries"
+            node = Site(graph, before, metadata={}).emit(
+                "Reshape",
+                [self.codes, shape],
+                entries,
+                shape=(self.out_features, self.entry_bytes),
+                dtype=ir.DataType.UINT8,
+                node_name=entries,
+            )
+            self._flat = node.outputs[0]
         return self._flat
 
 

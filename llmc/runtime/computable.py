@@ -21,7 +21,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.artifact.store.disk import space_errors
 from llmc.errors import ParityError
 from llmc.graph.domains import DYNAMIC_QUANTIZE
-from llmc.graph.edit import Site, name_constant, set_value, take_over
+from llmc.graph.edit import Site, name_constant, take_over
 from llmc.graph.interface import Interface, TensorSpec
 
 _WIDE, _FP8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
@@ -108,12 +108,11 @@ def _spell_fp4(graph: ir.Graph) -> None:
         output = node.outputs[0]
         name, output.name = output.name, f"{output.name}.twice"
         half = name_constant(graph, f"{name}.half", np.array(0.5, output.dtype.numpy()))  # type: ignore[union-attr]
-        halved = ir.node("Mul", [output, half], name=f"{name}/halved")
-        set_value(halved.outputs[0], name, output.shape, output.dtype)
+        site = Site(graph, node, metadata={}, after=True)
+        halved = site.emit("Mul", [output, half], str(name), like=output, node_name=f"{name}/halved")
         for user, index in list(output.uses()):
             if user is not halved:
                 user.replace_input_with(index, halved.outputs[0])
-        graph.insert_after(node, halved)
 
 
 def _doubled(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -63,6 +63,13 @@ def test_metadata_can_be_given_and_further_outputs_are_left_out(graph: ir.Graph)
     assert site.emit("Abs", made.outputs[:1], "b").outputs[0].shape is None
 
 
+def test_a_new_node_can_stand_after_its_place_by_a_name_of_its_own(graph: ir.Graph) -> None:
+    neg = graph.node("neg")
+    made = Site(graph, neg, after=True).emit("Abs", neg.outputs, "a", node_name="again")
+    assert list(graph) == [neg, made]
+    assert (made.name, made.outputs[0].name) == ("again", "a")
+
+
 def test_a_value_takes_the_place_of_another(graph: ir.Graph) -> None:
     neg = graph.node("neg")
     old = neg.outputs[0]

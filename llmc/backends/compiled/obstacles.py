@@ -10,7 +10,6 @@ from llmc.backends.compiled.operands import (
     PARTS,
     codes_of,
     embedding_layout,
-    given,
     layout_of,
     scales_of,
     shift_of,
@@ -21,7 +20,7 @@ from llmc.backends.compiled.operands import (
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import dims_of, scalar_of
+from llmc.graph.match import dims_of, operand, scalar_of
 from llmc.graph.model import PackedZero
 from llmc.graph.weights import LazyWeight
 
@@ -53,15 +52,15 @@ def _check_weights(node: ir.Node, layout: PackedLayout, codes: ir.Value) -> str 
 def _check_matmul(node: ir.Node) -> str | None:
     if any(v is not None for v in node.inputs[4:]):
         return "it has group indices or a bias of its own"
-    if width_of(given(node.inputs[0])) == 0 or width_of(node.outputs[0]) == 0:
+    if width_of(operand(node, 0)) == 0 or width_of(node.outputs[0]) == 0:
         return "its operand is no row of features per token"
     if node.attributes.get_int("accuracy_level", 0) not in PARTS:
         return "its activations are not to be quantized"
-    return _check_weights(node, layout_of(node), given(node.inputs[1]))
+    return _check_weights(node, layout_of(node), operand(node, 1))
 
 
 def _check_embedding(node: ir.Node) -> str | None:
-    ids = given(node.inputs[1])
+    ids = operand(node, 1)
     if not ids.is_graph_input() or ids.dtype != ir.DataType.INT64 or dims_of(ids) != ["batch", "sequence"]:
         return "its indices are not the token ids"
     layout = embedding_layout(node)
@@ -72,7 +71,7 @@ def _check_embedding(node: ir.Node) -> str | None:
 
 def _check_norm(node: ir.Node) -> str | None:
     centred, skip = NORMS[node.domain, node.op_type]
-    source = given(node.inputs[0])
+    source = operand(node, 0)
     width = width_of(source)
     vectors = [v for v in node.inputs[2 if skip else 1 :] if v is not None]
     limit = 2 if centred else 1
@@ -85,7 +84,7 @@ def _check_norm(node: ir.Node) -> str | None:
     features = int(dims_of(vectors[0])[0])
     if width == 0 or features % LANES or width % features or int(dims_of(source)[-1]) != features:
         return f"it is over {features} features of {width}; kernels take multiples of {LANES}"
-    if skip and (dims_of(given(node.inputs[1])) != dims_of(source) or width != features):
+    if skip and (dims_of(operand(node, 1)) != dims_of(source) or width != features):
         return "what it adds has another shape"
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:3]):
         return "its mean or inverse deviation is read"
@@ -97,14 +96,14 @@ def _check_elementwise(node: ir.Node) -> str | None:
     if width == 0 or width % LANES:
         return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
     rows = 0
-    for value in node.inputs:
-        operand = given(value)
-        if scalar_of(operand) is not None:
+    for index in range(len(node.inputs)):
+        value = operand(node, index)
+        if scalar_of(value) is not None:
             continue
-        if operand.const_value is not None:
-            if dims_of(operand) != [width] or operand.dtype != ir.DataType.FLOAT:
+        if value.const_value is not None:
+            if dims_of(value) != [width] or value.dtype != ir.DataType.FLOAT:
                 return "an operand is neither a row, nor a vector, nor a number"
-        elif dims_of(operand) == dims_of(node.outputs[0]):
+        elif dims_of(value) == dims_of(node.outputs[0]):
             rows += 1
         else:
             return "an operand has another shape"
@@ -112,7 +111,7 @@ def _check_elementwise(node: ir.Node) -> str | None:
 
 
 def _check_choice(node: ir.Node) -> str | None:
-    source, index = given(node.inputs[0]), given(node.inputs[1])
+    source, index = operand(node, 0), operand(node, 1)
     width = width_of(source)
     if width == 0 or width % LANES or space_of(source) != "kTokens":
         return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
@@ -122,7 +121,7 @@ def _check_choice(node: ir.Node) -> str | None:
 
 
 def _check_split(node: ir.Node) -> str | None:
-    source = given(node.inputs[0])
+    source = operand(node, 0)
     rank = len(dims_of(source))
     if width_of(source) == 0 or rank != 3 or node.attributes.get_int("axis", 0) % rank != 2:
         return "it is not along the features"
@@ -142,7 +141,7 @@ def _check_slice(node: ir.Node) -> str | None:
 
 
 def _check_reshape(node: ir.Node) -> str | None:
-    before, after = given(node.inputs[0]), node.outputs[0]
+    before, after = operand(node, 0), node.outputs[0]
     if max(len(dims_of(before)), len(dims_of(after))) > 4:
         return "a tensor has more than 4 dimensions"
     same = (
@@ -158,7 +157,7 @@ def _check_attention(node: ir.Node) -> str | None:
         return "its position ids are not those of the mask"
     if node.attributes.get_int("smooth_softmax", 0):
         return "it has a smooth softmax"
-    past = given(node.inputs[3])
+    past = operand(node, 3)
     width = dims_of(past)[-1]
     if not isinstance(width, int) or width % LANES:
         return f"its heads are {width} wide; kernels take multiples of {LANES}"

@@ -59,15 +59,9 @@ def shift_of(node: ir.Node) -> ir.Value | None:
     made = made_by(input_of(node, 9), "Add")
     if made is None:
         return None
-    source, shift = (given(v) for v in made.inputs)
+    source, shift = operand(made, 0), operand(made, 1)
     plain = source.name == "position_ids" and source.is_graph_input()
     return shift if plain and dims_of(shift) == [] and shift.dtype is ir.DataType.INT64 else None
-
-
-def given(value: ir.Value | None) -> ir.Value:
-    if value is None:
-        raise ValueError("an operand that was checked is missing")
-    return value
 
 
 def codes_of(node: ir.Node) -> ir.Value:
@@ -98,7 +92,7 @@ def layout_of(node: ir.Node) -> PackedLayout:
 def embedding_layout(node: ir.Node) -> PackedLayout:
     bits, block = (node.attributes[a].as_int() for a in ("bits", "block_size"))
     features = _features_of(node.outputs[0], block)
-    return PackedLayout(int(dims_of(given(node.inputs[2]))[0]), features, bits, block, _zero_of(node))
+    return PackedLayout(int(dims_of(operand(node, 2))[0]), features, bits, block, _zero_of(node))
 
 
 def _features_of(rows: ir.Value, block: int) -> int:

@@ -12,7 +12,6 @@ from llmc.backends.compiled.operands import (
     PARTS,
     codes_of,
     embedding_layout,
-    given,
     layout_of,
     shift_of,
     slice_bounds,
@@ -34,7 +33,8 @@ from llmc.backends.compiled.program import (
 )
 from llmc.config import CacheType
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import dims_of, lazy_of, scalar_of
+from llmc.graph.edit import add_initializer
+from llmc.graph.match import dims_of, input_of, lazy_of, operand, scalar_of
 from llmc.graph.weights import LazyWeight, WeightGroup
 
 #: Types of llmc/kernels/cache.h.
@@ -113,10 +113,7 @@ class RegionBuilder:
             name = str(codes.name).removesuffix(".codes") + ".packed"
             shape = (layout.groups, layout.group_bytes)
             tensor = LazyWeight(name=name, dtype=ir.DataType.UINT8, shape=shape, group=group, key="packed")
-            kind = ir.TensorType(ir.DataType.UINT8)
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=kind, const_value=tensor)
-            self.graph.register_initializer(value)
-            self.packed[key] = value
+            self.packed[key] = add_initializer(self.graph, tensor)
         self.layouts[str(self.packed[key].name)] = layout
         return self.weight(self.packed[key])
 
@@ -209,20 +206,20 @@ class RegionBuilder:
         centred, skip = NORMS[node.domain, node.op_type]
         vectors = [v for v in node.inputs[2 if skip else 1 :] if v is not None]
         scale = vectors[0]
-        bias = node.inputs[3 if skip else 2] if len(node.inputs) > (3 if skip else 2) and centred else None
-        source = given(node.inputs[0])
+        bias = input_of(node, 3 if skip else 2) if centred else None
+        source = operand(node, 0)
         space = space_of(source)
         a = self._place(source)
         width = int(dims_of(scale)[0])
         fields: Fields = {
             "a": a,
             "weight": self.weight(scale),
-            "x": node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5,
+            "x": node.attributes.get_float("epsilon", 1e-5),
         }
         if bias is not None:
             fields["bias"] = self.weight(bias)
         if skip:
-            fields["b"] = self._place(given(node.inputs[1]))
+            fields["b"] = self._place(operand(node, 1))
             total = node.outputs[3] if len(node.outputs) > 3 else None
             used = total is not None and (total.uses() or total.is_graph_output())
             fields["c"] = (
@@ -237,11 +234,11 @@ class RegionBuilder:
 
     def matmul(self, node: ir.Node) -> None:
         layout = layout_of(node)
-        source, output = given(node.inputs[0]), node.outputs[0]
+        source, output = operand(node, 0), node.outputs[0]
         space = space_of(output)
         parts = PARTS[node.attributes["accuracy_level"].as_int()]
         kind = _matmul_type(layout, parts)
-        weight = self.packed_weight(given(node.inputs[1]), layout)
+        weight = self.packed_weight(operand(node, 1), layout)
         place = self._place(source)
         activation = self._quantize(place, layout, parts)
         common: Fields = {"weight": weight, "n": layout.n, "out": self.make(output, layout.n, space)}
@@ -272,15 +269,15 @@ class RegionBuilder:
             "row": f"embed_row<{kind}>",
             "check": "check_ids",
             "weight": self.packed_weight(codes, layout),
-            "lengths": self.input(given(node.inputs[1])),
+            "lengths": self.input(operand(node, 1)),
             "limit": layout.n,
             "out": self.make(node.outputs[0], layout.k, "kTokens"),
         }
         self.program.operations.append(Operation("row", "kTokens", fields))
 
     def choose(self, node: ir.Node) -> None:
-        a = self._place(given(node.inputs[0]))
-        self.choice = given(node.inputs[1])
+        a = self._place(operand(node, 0))
+        self.choice = operand(node, 1)
         fields: Fields = {
             "row": f"chosen_row<{a.width}>",
             "check": "check_choice",
@@ -291,7 +288,7 @@ class RegionBuilder:
         self.program.operations.append(Operation("row", "kLast", fields))
 
     def split(self, node: ir.Node) -> None:
-        source, start = self._place(given(node.inputs[0])), 0
+        source, start = self._place(operand(node, 0)), 0
         for output in node.outputs:
             width = width_of(output)
             self._places[output] = source.part(start, width)
@@ -299,26 +296,26 @@ class RegionBuilder:
 
     def slice(self, node: ir.Node) -> None:
         start, stop = slice_bounds(node) or (0, 0)
-        self._places[node.outputs[0]] = self._place(given(node.inputs[0])).part(start, stop - start)
+        self._places[node.outputs[0]] = self._place(operand(node, 0)).part(start, stop - start)
 
     def reshape(self, node: ir.Node) -> None:
-        self._places[node.outputs[0]] = self._place(given(node.inputs[0]))
+        self._places[node.outputs[0]] = self._place(operand(node, 0))
 
     def attention(self, node: ir.Node) -> None:
         heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
-        past_key, past_value = given(node.inputs[3]), given(node.inputs[4])
+        past_key, past_value = operand(node, 3), operand(node, 4)
         width = int(dims_of(past_key)[-1])
-        query = self._place(given(node.inputs[0]))
+        query = self._place(operand(node, 0))
         if node.inputs[1] is None:
             parts = (0, heads * width, (heads + kv_heads) * width)
             sizes = (heads * width, kv_heads * width, kv_heads * width)
             query, key, value = (query.part(o, w) for o, w in zip(parts, sizes, strict=True))
         else:
-            key, value = (self._place(given(node.inputs[i])) for i in (1, 2))
+            key, value = (self._place(operand(node, i)) for i in (1, 2))
         rotated, interleaved = 0, False
         fields: Fields = {}
         if node.attributes.get_int("do_rotary", 0):
-            cos, sin = given(node.inputs[7]), given(node.inputs[8])
+            cos, sin = operand(node, 7), operand(node, 8)
             positions, half = (int(d) for d in dims_of(cos))
             rotated, interleaved = 2 * half, bool(node.attributes.get_int("rotary_interleaved", 0))
             fields |= {"cos": self.weight(cos), "sin": self.weight(sin), "limit": positions}
@@ -330,14 +327,14 @@ class RegionBuilder:
         for past, present in ((past_key, node.outputs[1]), (past_value, node.outputs[2])):
             self.pasts[present] = past
             caches.append(self.outputs[present])
-        self.total = given(node.inputs[6])
+        self.total = operand(node, 6)
         self.input(self.total)
-        scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 0.0
-        softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0
+        scale = node.attributes.get_float("scale", 0.0)
+        softcap = node.attributes.get_float("softcap", 0.0)
         common: Fields = {
             **fields,
             "cache": Caches(tuple(caches)),
-            "lengths": self.input(given(node.inputs[5])),
+            "lengths": self.input(operand(node, 5)),
             "window": max(0, node.attributes.get_int("local_window_size", -1)),
             "x": scale or width**-0.5,
             "y": softcap,
