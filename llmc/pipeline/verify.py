@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from llmc.config import Metric, Target
 from llmc.evaluation import read_text
 from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
-from llmc.pipeline.gate.parity import Extra, hold_manifest, measure_parity
+from llmc.pipeline.gate.parity import Extra, GateResult, hold_manifest, measure_parity
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import Subject, open_compiled
 from llmc.pipeline.gate.thresholds import Thresholds, choose_thresholds
@@ -25,7 +24,7 @@ from llmc.pipeline.steps.prune import reopen
 from llmc.pipeline.steps.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
 from llmc.pipeline.steps.stepwise import measure_passes
 from llmc.progress import Progress
-from llmc.report import compare_reports, parse_allowed, read_report
+from llmc.report import Report, compare_reports, parse_allowed, read_report
 from llmc.validate.positions import seed_of
 
 if TYPE_CHECKING:
@@ -99,8 +98,7 @@ def verify(
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
         text = read_text(eval_text)
-        subject = _subject(artifact, thresholds, checkpoint, digest, loaded, progress)
-        subject = replace(subject, seed=subject.seed if seed is None else seed, budget=budget)
+        subject = _subject(artifact, thresholds, checkpoint, digest, loaded, seed, budget, progress)
         gate = measure_parity(
             subject,
             text.text,
@@ -110,16 +108,10 @@ def verify(
             extras=extras,
             every=every,
         )
-    profile, pruned = manifest.profile.name, manifest.pruned
-    model = against or manifest.model.ref
-    report = gate_report(model, manifest.target, profile, gate, pruned, manifest.weights, path)
-    if earlier is not None:
-        report = report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
+    report = _report(artifact, gate, against, earlier, allowed)
     if folder is not None:
         write_all(report, folder)
-    decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
-    if manifest.unfinished is not None and decided:
-        finish(artifact, gate.verdict, report, progress, besides=[extra.metric for extra in extras])
+    _finish(artifact, report, thresholds, digest, extras, progress)
     hint = thresholds.hint if thresholds.missed else advise(manifest.target, report.verdict)
     return GateReport(report=report, advice=hint)
 
@@ -137,12 +129,57 @@ def _each_pass(target: Target) -> Extra:
     return Extra(metric, tuple(gate.model_copy(update={"metric": metric}) for gate in bounds), measure)
 
 
+def _report(
+    artifact: Artifact,
+    gate: GateResult,
+    against: str | None,
+    earlier: Report | None,
+    allowed: Mapping[str, float],
+) -> Report:
+    """Put the gate's result into a report on the artifact.
+
+    Args:
+        against: As `verify`.
+        earlier: The report to compare it with; None for none.
+        allowed: As `compare_reports`.
+    """
+    path, manifest = artifact.path, artifact.manifest
+    model, profile = against or manifest.model.ref, manifest.profile.name
+    report = gate_report(model, manifest.target, profile, gate, manifest.pruned, manifest.weights, path)
+    if earlier is None:
+        return report
+    return report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
+
+
+def _finish(
+    artifact: Artifact,
+    report: Report,
+    thresholds: Thresholds,
+    digest: str | None,
+    extras: Sequence[Extra],
+    progress: Progress,
+) -> None:
+    """Give an artifact whose gate was interrupted its outcome, if its own gates and original were used.
+
+    Args:
+        digest: Digest of the original; None if it was not opened.
+        extras: What was measured beside the gates of the target.
+    """
+    manifest = artifact.manifest
+    decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
+    if manifest.unfinished is not None and decided:
+        besides = [extra.metric for extra in extras]
+        finish(artifact, report.verdict, report, progress, besides=besides)
+
+
 def _subject(
     artifact: Artifact,
     thresholds: Thresholds,
     checkpoint: Checkpoint,
     digest: str,
     tasks: Tasks | None,
+    seed: int | None,
+    budget: float | None,
     progress: Progress,
 ) -> Subject:
     """What is measured of an artifact on this machine, against which original."""
@@ -169,5 +206,6 @@ def _subject(
         built_otherwise=otherwise if otherwise is not None or rebuilt.complete else UNKNOWN_INPUTS,
         derived=derived,
         foreign=digest != manifest.model.digest,
-        seed=seed_of(manifest.files),
+        seed=seed_of(manifest.files) if seed is None else seed,
+        budget=budget,
     )
