@@ -363,6 +363,27 @@ def test_files_stay_short() -> None:
     assert {str(file.relative_to(ROOT)): count for file, count in lines.items() if count > 450} == {}
 
 
+def long_functions(files: Iterable[Path]) -> list[str]:
+    """Functions of more than 80 lines, counted from their first line to their last."""
+    return [
+        f"{file.parent.name}/{file.name}: {node.name} has {lines} lines"
+        for file in sorted(files)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > 80
+    ]
+
+
+def test_functions_stay_short() -> None:
+    assert long_functions(PACKAGE.rglob("*.py")) == []
+
+
+def test_the_rule_sees_a_long_method(tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text("class A:\n    def f(self):\n" + "        pass\n" * 80)
+    (tmp_path / "short.py").write_text("def f():\n" + "    pass\n" * 79)
+    assert long_functions(tmp_path.glob("*.py")) == [f"{tmp_path.name}/long.py: f has 81 lines"]
+
+
 def test_no_method_of_quantization_is_named_outside_its_config_class() -> None:
     # Names in checkpoint/ are those of formats that other tools write.
     elsewhere = (

@@ -9,6 +9,52 @@ import typer
 from llmc.cli.options import Adapter, Budget, EvalText, Every, Json, Model, SearchPath, Seed
 from llmc.cli.text import emit, examples, open_progress
 
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Target to build, listed by `llmc targets`.",
+        show_default="the best target for the profile",
+    ),
+]
+Hardware = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Hardware to build for, listed by `llmc profiles`; engines accept several with commas.",
+    ),
+]
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder of the artifact.",
+        show_default="artifacts/<model>/<target>@<profile>",
+    ),
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Jinja template to use in place of the model's own."),
+]
+TokenIds = Annotated[
+    bool,
+    typer.Option(
+        "--token-ids",
+        help="Build even if onnxruntime-genai's tokenizer does not produce the model's tokens; "
+        "`llmc run` then uses transformers' tokenizer.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Treat MODEL as an artifact, and build its pending engines on this machine's GPU.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -28,53 +74,15 @@ def register(app: typer.Typer) -> None:
 def build(
     model: Model,
     adapter: Adapter = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Target to build, listed by `llmc targets`.",
-            show_default="the best target for the profile",
-        ),
-    ] = None,
-    profile: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Hardware to build for, listed by `llmc profiles`; engines accept several with commas.",
-        ),
-    ] = "local",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder of the artifact.",
-            show_default="artifacts/<model>/<target>@<profile>",
-        ),
-    ] = None,
+    target: TargetName = None,
+    profile: Hardware = "local",
+    output: OutputFolder = None,
     eval_text: EvalText = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+    no_verify: NoVerify = False,
     every: Every = False,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Jinja template to use in place of the model's own."),
-    ] = None,
-    token_ids: Annotated[
-        bool,
-        typer.Option(
-            "--token-ids",
-            help="Build even if onnxruntime-genai's tokenizer does not produce the model's tokens; "
-            "`llmc run` then uses transformers' tokenizer.",
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Treat MODEL as an artifact, and build its pending engines on this machine's GPU.",
-        ),
-    ] = False,
+    chat_template: ChatTemplate = None,
+    token_ids: TokenIds = False,
+    resume: Resume = False,
     seed: Seed = None,
     budget: Budget = None,
     path: SearchPath = None,

@@ -8,6 +8,52 @@ import typer
 from llmc.cli.options import Adapter, EvalText, Json, Model, SearchPath
 from llmc.cli.text import emit, examples, open_progress
 
+FirstTargets = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Target to start from; candidates keep its passes, types and kernels. Separate several by "
+        "commas; times are ratios to the first.",
+    ),
+]
+Hardware = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Hardware to build for; candidates are measured on this machine."),
+]
+MaxKl = Annotated[
+    float | None, typer.Option(metavar="NATS", help="Maximum KL divergence from the original per token.")
+]
+MaxSize = Annotated[float | None, typer.Option(metavar="MB", help="Maximum total size of all files.")]
+MinSpeed = Annotated[
+    float | None, typer.Option(metavar="TOKENS", help="Minimum tokens per second in decode.")
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="Time for measuring candidates, over all runs of the same tuning, such as 90s, 30m or 1.5h.",
+    ),
+]
+Candidates = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Maximum number of candidates in addition to the first target."),
+]
+TargetFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="File to write the target to. If its folder is named targets, builds find "
+        "it with --path and the parent of that folder.",
+        show_default="artifacts/<model>/targets/<target>-tuned.yaml",
+    ),
+]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="DIR", help="Write tuning.json and tuning.html, with charts, into DIR."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -25,57 +71,15 @@ def register(app: typer.Typer) -> None:
 def tune(
     model: Model,
     adapter: Adapter = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Target to start from; candidates keep its passes, types and kernels. Separate several by "
-            "commas; times are ratios to the first.",
-        ),
-    ] = "cpu-int4",
-    profile: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Hardware to build for; candidates are measured on this machine."),
-    ] = "local",
-    max_kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Maximum KL divergence from the original per token.")
-    ] = None,
-    max_size: Annotated[
-        float | None, typer.Option(metavar="MB", help="Maximum total size of all files.")
-    ] = None,
-    min_tok_s: Annotated[
-        float | None, typer.Option(metavar="TOKENS", help="Minimum tokens per second in decode.")
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="TIME",
-            help="Time for measuring candidates, over all runs of the same tuning, such as 90s, 30m or 1.5h.",
-        ),
-    ] = "30m",
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Maximum number of candidates in addition to the first target."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="File to write the target to. If its folder is named targets, builds find "
-            "it with --path and the parent of that folder.",
-            show_default="artifacts/<model>/targets/<target>-tuned.yaml",
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", metavar="DIR", help="Write tuning.json and tuning.html, with charts, into DIR."
-        ),
-    ] = None,
+    target: FirstTargets = "cpu-int4",
+    profile: Hardware = "local",
+    max_kl: MaxKl = None,
+    max_size: MaxSize = None,
+    min_tok_s: MinSpeed = None,
+    budget: Budget = "30m",
+    candidates: Candidates = None,
+    output: TargetFile = None,
+    report: ReportFolder = None,
     eval_text: EvalText = None,
     path: SearchPath = None,
     as_json: Json = False,
