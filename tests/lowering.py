@@ -37,7 +37,7 @@ def tiny(model_type: str) -> PreTrainedModel:
 
 
 @cache
-def _traced(model_type: str, dtype: Dtype) -> bytes:
+def traced(model_type: str, dtype: Dtype) -> bytes:
     return dump_graph(trace_model(tiny(model_type).config, dtype))
 
 
@@ -45,7 +45,7 @@ def lower(
     model_type: str, dtype: Dtype, last: str = "static-cache", capacity: int | None = CAPACITY
 ) -> tuple[Graph, dict[str, PassReport]]:
     """The graph after the pass `last`, and the report of each pass."""
-    graph = load_graph(_traced(model_type, dtype))
+    graph = load_graph(traced(model_type, dtype))
     graph.bind(StateStore(tiny(model_type)), {})
     graph.max_length = capacity
     reports = {}

@@ -1,6 +1,5 @@
 """Lowering to a KV cache of fixed length: counts, what is left, the numbers of PyTorch, refusals."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,12 @@ import pytest
 from llmc.config import Dtype, Metric
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.edit import Site
-from llmc.graph.model import Graph
 from llmc.passes import registered_passes
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.reference import TorchModel
 from tests.lowering import CAPACITY, lower, tiny, write_lowered
+from tests.passes.harness import LAYERS, operators
 from tests.validate.levels import parity_of
-
-LAYERS = 3
-
-
-def _operators(graph: Graph) -> Counter[str]:
-    return Counter(node.op_type for node in graph.graph)
 
 
 def _parity(folder: Path, model_type: str, dtype: Dtype) -> dict[Metric, float | None]:
@@ -76,12 +69,12 @@ def test_attention_is_fused_in_half_precision() -> None:
     report = reports["static-cache"]
     assert report.refusals == ()
     assert report.applied == (0, 1, 2)
-    operators = _operators(graph)
-    assert operators["Attention"] == LAYERS
-    assert operators["TensorScatter"] == 2 * LAYERS
-    assert operators["RMSNormalization"] == 2 * LAYERS + 1
-    assert operators["RotaryEmbedding"] == 2 * LAYERS
-    assert not {"CachedAttention", "ReduceMean", "Neg", "Concat"} & set(operators)
+    found = operators(graph)
+    assert found["Attention"] == LAYERS
+    assert found["TensorScatter"] == 2 * LAYERS
+    assert found["RMSNormalization"] == 2 * LAYERS + 1
+    assert found["RotaryEmbedding"] == 2 * LAYERS
+    assert not {"CachedAttention", "ReduceMean", "Neg", "Concat"} & set(found)
     assert graph.model.opset_imports[""] == 24
     assert not graph.model.functions
 
@@ -101,8 +94,8 @@ def test_what_has_no_kernel_is_spelled_out_by_layer() -> None:
     refusals = reports["static-cache"].refusals
     assert [(r.code, r.layer) for r in refusals] == [("softcap", i) for i in range(LAYERS)]
     assert "scores are capped at 50; no kernel caps" in refusals[0].reason
-    assert _operators(graph)["Softmax"] == LAYERS
-    assert "Attention" not in _operators(graph)
+    assert operators(graph)["Softmax"] == LAYERS
+    assert "Attention" not in operators(graph)
     _, reports = lower("llama", Dtype.FLOAT32)
     assert {r.code for r in reports["static-cache"].refusals} == {"float32-attention"}
 
@@ -128,25 +121,3 @@ def test_a_mask_that_others_read_is_refused() -> None:
     head.replace_input_with(0, scaled.outputs[0])
     with pytest.raises(UnsupportedError, match=r"total/ReduceSum \(ReduceSum\) reads attention_mask outside"):
         registered_passes()["static-cache"].run(graph)
-
-
-def test_products_of_one_activation_are_packed() -> None:
-    graph, reports = lower("llama", Dtype.FLOAT16, last="pack-shared")
-    assert [reports["pack-shared"].in_layer(i) for i in range(LAYERS)] == [2] * LAYERS
-    assert _operators(graph)["MatMul"] == 4 * LAYERS + 1
-    assert "model.layers.0.self_attn.q_proj+k_proj+v_proj.weight" in graph.graph.initializers
-
-
-def test_packing_declines_weights_stored_by_inputs() -> None:
-    graph, _ = lower("llama", Dtype.FLOAT32)
-    transpose = next(n for n in graph.graph if n.op_type == "Transpose" and n.inputs[0] in _weights(graph))
-    weight = transpose.inputs[0]
-    assert weight is not None
-    weight.shape = ir.Shape(list(weight.shape or ())[::-1])
-    ir.convenience.replace_all_uses_with(transpose.outputs[0], weight)
-    report = registered_passes()["pack-shared"].run(graph)
-    assert [(r.code, r.layer) for r in report.refusals] == [("layout", 0)]
-
-
-def _weights(graph: Graph) -> list[ir.Value]:
-    return list(graph.graph.initializers.values())

@@ -1,0 +1,40 @@
+"""The language-model head on each row's last token only."""
+
+import numpy as np
+
+from llmc.config import Dtype
+from tests.lowering import lower
+from tests.passes.harness import copy_of, graph_of, lowered, run_pass
+from tests.state_store import run_steps
+
+BEFORE = ("linear", "rms-norm", "rotary", "group-query-attention")
+
+
+def test_logits_of_each_rows_last_token() -> None:
+    before, graph, report = lowered("last-token-logits", "llama", BEFORE)
+    assert report.applied == (None,)
+    assert graph.logits == "last"
+    assert graph.interface().outputs[0].shape == ("batch", 1, 256)
+    ids = np.random.default_rng(0).integers(3, 250, (2, 9))
+    mask, positions = np.ones_like(ids), np.tile(np.arange(9), (2, 1))
+    mask[1, 6:] = 0  # the second row ends before the last slot
+    every = run_steps(before, ids, mask, positions, prompt=9)
+    expected = np.stack([every[0, 8:], every[1, 5:6]])
+    np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=9), expected, atol=1e-5)
+
+
+def test_a_cache_of_fixed_length_is_given_the_count_of_tokens() -> None:
+    graph, reports = lower("llama", Dtype.FLOAT32, last="last-token-logits")
+    assert reports["last-token-logits"].applied == (None,)
+    assert [v.name for v in graph.graph.inputs][:3] == ["input_ids", "write_indices", "token_counts"]
+    assert graph.interface().outputs[0].shape == ("batch", 1, 256)
+
+
+def test_declines_logits_that_are_no_product_with_a_weight() -> None:
+    graph = graph_of("llama", BEFORE)
+    head = next(v for v in graph.graph.outputs if v.name == "logits").producer()
+    assert head is not None
+    head.replace_input_with(1, copy_of(graph, head.inputs[1], head))  # type: ignore[arg-type]
+    report = run_pass("last-token-logits", graph)
+    assert [(r.code, r.node) for r in report.refusals] == [("no-head", "logits")]
+    assert graph.logits == "all"
