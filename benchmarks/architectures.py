@@ -7,20 +7,17 @@ sliding window, within 1e-4 on every logit. Types without a working tiny config 
 llmc and are left out of the percentage.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from machine import describe
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.machine import describe
+from common.options import make_parser
 
 from llmc.config import Gate, Metric
 from llmc.errors import LlmcError
@@ -92,9 +89,7 @@ def run(model_type: str, seconds: float) -> tuple[str, str, str]:
 def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--only", help="types, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one type")

@@ -7,24 +7,21 @@ run under sanitizers, products of 4 and 8 bits over few and many rows and attent
 run on the same numbers. This does not measure speed.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from common import ROOT
+from common.options import make_parser
 
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, InstructionSet
 
-ROOT = Path(__file__).parent.parent
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cpu", default="neoverse-n1", help="QEMU's name of the emulated CPU")
+    parser = make_parser(__doc__)
+    parser.add_argument("--cpu", default="neoverse-n1", help="QEMU's name of the CPU that is emulated")
     options = parser.parse_args()
     sets = {isa.name: isa for isa in INSTRUCTION_SETS}
     emulator = ("qemu-aarch64", "-cpu", options.cpu)

@@ -7,7 +7,6 @@ every time (`cold`), and once more with the trace in it (`warm`). Memory is the 
 process, as the operating system reports it.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -17,19 +16,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe
-from peers import genai_command
-from sources import NAMES, checkpoint
+from common.machine import describe
+from common.options import add_checkpoint, make_parser
+from common.peers import genai_command
+from common.sources import checkpoint
+from common.timing import spread, wait_for
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--target", default="cpu-int4")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = checkpoint(options.checkpoint, options.cache)
 
@@ -55,10 +53,7 @@ def main() -> None:
     for name in ("llmc cold", "llmc warm"):
         pairs = [(a[0] / b[0], a[1] / b[1]) for a, b in zip(figures[name], figures["genai"], strict=True)]
         wall, memory = zip(*pairs, strict=True)
-        print(
-            f"{name} / genai: wall {np.median(wall):.2f} ({min(wall):.2f}-{max(wall):.2f}),"
-            f" peak {np.median(memory):.2f}"
-        )
+        print(f"{name} / genai: wall {spread(wall)}, peak {np.median(memory):.2f}")
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -66,12 +61,12 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
+        usage = wait_for(process.pid)
         seconds = time.perf_counter() - start
-        if os.waitstatus_to_exitcode(status):
+        if usage.code:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024.0
+    return seconds, usage.peak_bytes
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ refusal must name the cause and have a hint. Three kinds of mistakes are counted
     refused without a cause  the message does not name the cause, has no hint, or is an internal error
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoint_kinds import KINDS, Kind, Written
-from machine import describe
+from common.checkpoint_kinds import KINDS, Kind, Written
+from common.machine import describe
+from common.options import make_parser
 
 from llmc.errors import LlmcError
 from llmc.pipeline import build, run
@@ -176,10 +176,8 @@ def generate(original: Any, tokenizer: Any, prompt: str, template: str | None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", help="prefixes of names, separated by commas")
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", help="beginnings of names, separated by commas")
     parser.add_argument("--folder", type=Path, help="keep checkpoints and artifacts there")
     options = parser.parse_args()
     beginnings = tuple(options.only.split(",")) if options.only else ("",)

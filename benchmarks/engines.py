@@ -8,17 +8,15 @@ peak "without TensorRT", which is that of the process that lowers, quantizes and
 target is built twice. No engine is executed.
 """
 
-import argparse
 import os
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from machine import describe
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.machine import describe
+from common.options import make_parser
+from common.timing import wait_for
 
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import FileDigest
@@ -45,9 +43,7 @@ PROFILES = ("t4", "rtx-3090", "rtx-4090", "rtx-5090", "dgx-spark")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--profiles", nargs="+", default=PROFILES)
@@ -105,11 +101,11 @@ def build_measured(
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
-    _, _, usage = os.wait4(child, 0)
+    usage = wait_for(child)
     outcome = Outcome.model_validate_json(text)
     if outcome.record is None or outcome.digest is None:
         raise SystemExit(f"no engine for {plan.name}")
-    return outcome.record, outcome.digest, time.perf_counter() - start, usage.ru_maxrss * 1024.0
+    return outcome.record, outcome.digest, time.perf_counter() - start, usage.peak_bytes
 
 
 def try_architectures(scratch: Path) -> None:

@@ -5,8 +5,6 @@
 The faults are in the files of the artifact, in a pass, and between the original and the trace.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.options import make_parser
 
 import llmc.passes
 from llmc.checkpoint import Checkpoint
@@ -61,7 +59,7 @@ FAULTS: tuple[Callable[[Path], Any], ...] = (in_the_files, in_a_pass, in_the_tra
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="demo")
     options = parser.parse_args()
     with TemporaryDirectory() as place:

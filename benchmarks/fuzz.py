@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.options import make_parser
 
 Random = random.Random
 TAKEN, REFUSED, UNTYPED, CRASH, HANG = "taken", "refused", "untyped", "crash", "hang"
@@ -119,8 +119,8 @@ def mutate_safetensors(data: bytes, draw: Random) -> bytes:
 
 
 def write_ggufs(root: Path) -> list[Path]:
-    """Write GGUF files of several architectures and types."""
-    from checkpoint_kinds import GGUF_LINEAR, GGUF_YARN, gguf
+    """GGUF files of several architectures and types."""
+    from common.tiny_checkpoints import GGUF_LINEAR, GGUF_YARN, gguf
 
     options: list[dict[str, Any]] = [
         {},
@@ -135,10 +135,11 @@ def write_ggufs(root: Path) -> list[Path]:
 
 
 def write_folders(root: Path) -> list[Path]:
-    """Write folders: whole, sharded, quantized, with scaled rotary embeddings, an adapter beside its base."""
-    from checkpoint_kinds import codes, gptq_config, model, pack_gptq, rope
+    """Folders: whole, in shards, quantized, with scaled rotary embeddings, and an adapter beside its base."""
+    from common.tiny_checkpoints import codes, model, rope
     from safetensors.torch import load_file, save_file
 
+    from tests.checkpoint.quantized_folders import gptq_config, pack_gptq
     from tests.models import save_tiny_model
 
     whole = model(_fresh(root / "whole"), num_hidden_layers=1)
@@ -150,8 +151,8 @@ def write_folders(root: Path) -> list[Path]:
 
 
 def write_artifacts(root: Path) -> list[Path]:
-    """Write an artifact of a tiny model."""
-    from checkpoint_kinds import model
+    """An artifact of a tiny model."""
+    from common.tiny_checkpoints import model
 
     from llmc.pipeline import build
     from llmc.plan import plan_build
@@ -319,9 +320,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("kind", choices=WRITERS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=5000)

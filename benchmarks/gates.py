@@ -9,32 +9,29 @@ artifact, KL divergence in nats per token, top-1 agreement, the ratio of perplex
 divergence to that of plain rounding, the seconds that it took, and the gates that were missed.
 """
 
-import argparse
 from pathlib import Path
 
-from machine import describe
-from models import gemma_file
-from rich.console import Console
-from sources import NAMES, checkpoint
+from common.artifacts import show_progress
+from common.machine import describe
+from common.models import gemma_file
+from common.options import add_cache, make_parser
+from common.sources import NAMES, checkpoint
 
 from llmc.artifact.manifest import REPORTS
 from llmc.checkpoint import open_checkpoint
 from llmc.config import Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
-from llmc.progress import TerminalProgress
 from llmc.report import read_report
 
 FIGURES = (Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO, Metric.TEXT_KL_RATIO)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", default="demo.gguf,rescaled,gemma3-270m.gguf,gemma3-270m")
     parser.add_argument("--targets", default="cpu-int4,cpu-mixed-compiled,cpu-int8-compiled")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    add_cache(parser)
     options = parser.parse_args()
     print(describe())
     print("model, target: MB, MB; KL, top-1, perplexity ratio, KL ratio; seconds; missed")
@@ -57,7 +54,7 @@ def measure(model: str, target: str, cache: Path) -> str:
     """Build and verify a model, and read the figures of its report."""
     output = cache / f"gates-{Path(model).stem}-{target}"
     plan = plan_build(model, target=target, profile="local", output=output)
-    result = build(plan, TerminalProgress(Console(stderr=True)))
+    result = build(plan, show_progress())
     source = sum(file.stat().st_size for file in open_checkpoint(model).weight_files)
     size = sum(file.bytes for file in result.manifest.files.values())
     values = {m.metric: m.value for m in read_report(result.path / REPORTS / "parity.json").measurements}

@@ -2,22 +2,27 @@
 
 import subprocess
 import sys
-import time
 
 import numpy as np
-from machine import describe
+from common.machine import describe
+from common.options import make_parser
+from common.timing import seconds_of
 
 
 def seconds(*arguments: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    return time.perf_counter() - start
+    command = [sys.executable, *arguments]
+    return seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    make_parser(__doc__).parse_args()
     pairs = [(seconds("-m", "llmc", "--help"), seconds("-c", "pass")) for _ in range(15)]
     ours, bare = np.median(pairs, axis=0)
     print(describe())
     print(
         f"llmc --help {ours:.3f} s, bare {bare:.3f} s, difference {ours - bare:.3f} s (medians of 15 pairs)"
     )
+
+
+if __name__ == "__main__":
+    main()

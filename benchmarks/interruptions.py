@@ -15,7 +15,6 @@ its files, which the kernel refuses as on a full disk. It then checks the output
 The exit code is 1 if any of that does not hold.
 """
 
-import argparse
 import json
 import os
 import random
@@ -30,9 +29,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import describe
+from common.machine import describe
+from common.options import make_parser
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
     "cpu-int4": "local",
     "cpu-mixed": "local",
@@ -189,14 +188,11 @@ def manifest(folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tries", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     from tests.models import EOS, save_tiny_model
 
     print(describe())

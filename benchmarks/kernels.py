@@ -6,26 +6,23 @@ The compiler that builds use compiles them. Each figure is the best of seven rou
 after the other, more than the caches hold, where few rows read them.
 """
 
-import argparse
 import subprocess
 import tempfile
 from pathlib import Path
 
-from machine import describe
+from common import ROOT
+from common.machine import describe
+from common.options import make_parser
 
 from llmc.backends.compiled.isa import INSTRUCTION_SETS, choose_isa
 from llmc.backends.compiled.toolchain import find_compiler
 from llmc.machine import detect_cpu
 
-ROOT = Path(__file__).parent.parent
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sets = {each.name: each for each in INSTRUCTION_SETS}
-    parser.add_argument("--isa", choices=sets, help="default: the fastest that this CPU supports")
+    parser = make_parser(__doc__)
+    sets = {known.name: known for known in INSTRUCTION_SETS}
+    parser.add_argument("--isa", choices=sets, help="default: the fastest that this CPU has")
     options = parser.parse_args()
     isa = sets[options.isa] if options.isa else choose_isa(detect_cpu().isa, "local")
     compiler = find_compiler(isa.machine)

@@ -11,47 +11,39 @@ the rounds.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe
-from peers import model_bytes
-from rich.console import Console
-from serving import Runner, ratio, take_turns
-from sources import NAMES, checkpoint
+from common.artifacts import open_model, show_progress
+from common.fidelity import cut_windows, divergence, reference
+from common.machine import describe
+from common.options import add_checkpoint, add_timing, make_parser
+from common.peers import model_bytes
+from common.runners import Runner, take_turns
+from common.sources import checkpoint
+from common.timing import ratio
 
-from artifacts import open_model
 from llmc.artifact.store.folder import open_artifact
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.config import CacheType
-from llmc.data import eval_text
 from llmc.pipeline import build
-from llmc.pipeline.steps.original import tokenize
 from llmc.plan import plan_build
-from llmc.progress import TerminalProgress
 from llmc.runtime.ort_model import OrtModel
 from llmc.validate.distribution import log_softmax
-from llmc.validate.reference import TorchModel
 
 #: Number of tokens that are measured at each context, over all windows, and maximum of one window.
 MEASURED, STEPS = 512, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
-    parser.add_argument("--steps", type=int, default=48, help="timed tokens after each prompt")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    add_timing(parser)
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--no-cpu-time", action="store_true")
     parser.add_argument("--no-quality", action="store_true")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     parser.set_defaults(batch=1)
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
@@ -72,24 +64,16 @@ def make(source: Checkpoint, cache: CacheType, options: argparse.Namespace) -> P
         str(source.path), target="cpu-int4-compiled", profile="local", output=output, verify=False
     )
     target = plan.target.model_copy(update={"kv_cache": cache})
-    build(plan.model_copy(update={"target": target}), TerminalProgress(Console(stderr=True)))
+    build(plan.model_copy(update={"target": target}), show_progress())
     return output
 
 
 def quality(
     source: Checkpoint, folders: dict[CacheType, Path], context: int, options: argparse.Namespace
 ) -> None:
-    tokens, start = tokenize(source.tokenizer(), eval_text())
-    length = context + STEPS - len(start)
-    count = min(MEASURED // STEPS, len(tokens) // length)
-    stride = len(tokens) // count
-    windows = np.array([[*start, *tokens[i * stride : i * stride + length]] for i in range(count)])
-    file = options.cache / f"{options.checkpoint}-{context}-logits.npy"
-    if not file.is_file():
-        model = TorchModel(source.load_reference())
-        np.save(file, np.stack([model.logits(row[:-1], keep=STEPS) for row in windows]))
-        del model
-    original = log_softmax(np.load(file))
+    windows = cut_windows(source, MEASURED // STEPS, context + STEPS)
+    count, file = len(windows), options.cache / f"{options.checkpoint}-{context}-logits.npy"
+    original = log_softmax(reference(source, windows, file, STEPS))
     wide = None
     for cache, folder in folders.items():
         logps = log_softmax(decoded(folder, windows, options.threads))
@@ -114,11 +98,6 @@ def decoded(folder: Path, windows: np.ndarray, threads: int) -> np.ndarray:
         steps = [model.decode(row[None, i : i + 1])[:, -1] for i in range(len(row) - STEPS, len(row) - 1)]
         rows.append(np.concatenate([first, *steps]))
     return np.stack(rows)
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the KL divergence of each position, nats, from log-probabilities."""
-    return (np.exp(p) * (p - q)).sum(-1)
 
 
 def cpu_time(folders: dict[CacheType, Path], options: argparse.Namespace) -> None:

@@ -10,20 +10,21 @@ with the range. Without --artifact the demo is built for cpu-int4-compiled.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime_genai as og
-from machine import describe
+from common.artifacts import build_apart
+from common.machine import describe
+from common.options import add_cache, make_parser
+from common.timing import spread
 
 from llmc.artifact.manifest import MODEL
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 
+TARGET = "cpu-int4-compiled"
 ARTICLE = """\
 The town of Varnholt lies on a bend of the river Asel, where the old trade road crosses it. For most \
 of its history the bridge was made of wood and had to be rebuilt after every flood. In 1764 the \
@@ -111,28 +112,19 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--artifact", type=Path, action="append", help="may be given several times")
     parser.add_argument("--draft", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--tokens", type=int, default=160, help="maximum number of new tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    add_cache(parser)
     options = parser.parse_args()
     print(describe())
     names = f"{'artifact':20} {'prompt':8} draft  {'decode':17} {'whole':17}"
     print(f"{names} tok/step accepted   same text")
-    for folder in options.artifact or [build_demo(options.cache)]:
+    for folder in options.artifact or [build_apart("demo", TARGET, options.cache / f"demo-{TARGET}")]:
         measure(folder, options)
-
-
-def build_demo(cache: Path) -> Path:
-    output = cache / "demo-cpu-int4-compiled"
-    command = [sys.executable, "-m", "llmc", "build", "demo", "--target", "cpu-int4-compiled", "--no-verify"]
-    subprocess.run([*command, "-o", str(output)], check=True)
-    return output
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
@@ -192,7 +184,7 @@ def count(one: Found, expected: list[int], tokens: list[int], stats: Any) -> Non
 
 
 def report(folder: Path, kind: str, draft: int, one: Found) -> None:
-    ratios = [f"{np.median(r):.2f} ({min(r):.2f}-{max(r):.2f})".ljust(17) for r in (one.decode, one.whole)]
+    ratios = [spread(r).ljust(17) for r in (one.decode, one.whole)]
     same = ", ".join(f"{equal} of {total}" for equal, total in one.same)
     share = f"{one.accepted} of {one.drafted}"
     print(

@@ -7,16 +7,15 @@ many bytes (reading.cpp), in turn with decoding through onnxruntime-genai; a cac
 of either keeps as much of the other. The fraction is the time of reading over the time of a step.
 """
 
-import argparse
 import ctypes
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from machine import describe
-from serving import build_ours
-from sources import NAMES, checkpoint
+from common.machine import describe
+from common.options import add_checkpoint, add_timing, make_parser
+from common.runners import build_ours
+from common.sources import checkpoint
 
 from llmc.artifact.store.folder import open_artifact
 from llmc.backends.compiled.toolchain import TranslationUnit, compile_library, find_compiler
@@ -27,16 +26,11 @@ BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="rescaled")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser, "rescaled")
     parser.add_argument("--target", default="cpu-int4-compiled")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    add_timing(parser, steps=32)
     parser.set_defaults(batch=1, path=None)
     options = parser.parse_args()
     runner = build_ours(checkpoint(options.checkpoint, options.cache), options.target, options)

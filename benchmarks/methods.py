@@ -8,13 +8,12 @@ of 512 tokens of the evaluation text. `--off-grid` adds to every weight what 4 b
 rounded away, since scaled channels otherwise return to the grid on which the demo's file has its weights.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from sources import checkpoint
+from common.options import add_checkpoint, make_parser
+from common.sources import checkpoint
 
 from llmc.calibration.hessian import weigh_features
 from llmc.checkpoint import Checkpoint, open_checkpoint
@@ -39,13 +38,10 @@ Method = Callable[[Matrices, np.ndarray, list[WeightScheme], bool], Matrices]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=("demo", "rescaled"), default="rescaled")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser, "rescaled", ("demo", "rescaled"))
     parser.add_argument("--off-grid", action="store_true")
     parser.add_argument("--layers", default="1,12,22,28")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     layers = [int(i) for i in options.layers.split(",")]
     file = options.cache / f"{options.checkpoint}-products-{'-'.join(map(str, layers))}.npz"

@@ -6,7 +6,6 @@ The exit code is 1 if the page writes to the console, is wider than the window, 
 figure that differs from the JSON inside it. Requires Debian's package `chromium`.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -15,6 +14,8 @@ import sys
 from html import unescape
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from common.options import make_parser
 
 from llmc.report import Report
 from llmc.report.figures import format_estimate
@@ -30,7 +31,7 @@ PROBE = """<script>addEventListener("load", () => document.title = JSON.stringif
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--browser", default="chromium")

@@ -6,21 +6,19 @@ The model runs in PyTorch in float32 before and after, without quantization, on 
 evaluation text. Remaining parameters count the embedding once; zeros of 2:4 sparsity count as parameters.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
-from faithfulness import PREFIX, WINDOW, compare_logits, cut_windows, reference
-from machine import describe
-from rich.console import Console
-from sources import checkpoint
+from common.artifacts import show_progress
+from common.fidelity import PREFIX, WINDOW, compare_logits, cut_windows, reference
+from common.machine import describe
+from common.options import add_checkpoint, make_parser
+from common.sources import checkpoint
 
 from llmc.catalog import load_target
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CalibrationText, NeuronPruning, Pruning
 from llmc.pipeline.steps.prune import Pruned, count_parameters, prune
-from llmc.progress import TerminalProgress
 from llmc.validate.reference import TorchModel
 
 MULTIPLE = 64
@@ -30,15 +28,10 @@ RECIPES = (*_LAYERS, *(f"{name}{end}" for name in _REPAIRED for end in ("", "-pl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=("demo", "rescaled"), default="rescaled")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser, "rescaled", ("demo", "rescaled"))
     parser.add_argument("--recipes", default=",".join(RECIPES))
-    parser.add_argument(
-        "--windows", type=int, default=20, help="windows of calibration text, 512 tokens each"
-    )
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    parser.add_argument("--windows", type=int, default=20, help="of calibration text, 512 tokens each")
     options = parser.parse_args()
     source = open_checkpoint(str(checkpoint(options.checkpoint, options.cache)))
     windows = cut_windows(source)
@@ -48,7 +41,7 @@ def main() -> None:
     for name in options.recipes.split(","):
         begun = time.perf_counter()
         target = base.model_copy(update={"prune": recipe(name, options.windows)})
-        pruned = prune(source, target, TerminalProgress(Console(stderr=True)))
+        pruned = prune(source, target, show_progress())
         seconds = time.perf_counter() - begun
         print(f"{name:14} {compare(pruned, windows, original)}, pruned in {seconds:.0f} s", flush=True)
 

@@ -5,14 +5,12 @@
 Uses the artifacts and the sabotages of the test suite: tiny models, broken in one way at a time.
 """
 
-import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.options import make_parser
 
 from llmc.artifact.verdict import CheckStatus
 from llmc.config import Metric
@@ -48,7 +46,7 @@ row.
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    make_parser(__doc__).parse_args()
     print(HEADER)
     with TemporaryDirectory() as place:
         root = Path(place)

@@ -7,14 +7,12 @@ the margins by which either side preferred its own token, in logits. The weights
 products of both sides use activations in 8 bits.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from machine import describe
-from sources import NAMES, checkpoint
+from common.artifacts import build_target, open_model
+from common.machine import describe
+from common.options import add_checkpoint, make_parser
+from common.sources import checkpoint
 
-from artifacts import build_target, open_model
 from llmc.checkpoint import open_checkpoint
 from llmc.runtime.ort_model import OrtModel
 
@@ -33,15 +31,12 @@ SUBJECTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = checkpoint(options.checkpoint, options.cache)
-    ours, theirs = (open_model(build_target(source, name, options.cache)) for name in TARGETS)
+    ours, theirs = (open_model(build_target(source, name, options.cache).path) for name in TARGETS)
     tokenizer = open_checkpoint(str(source)).tokenizer()
     gaps = []
     for prompt in (task.format(subject) for subject in SUBJECTS for task in TASKS):

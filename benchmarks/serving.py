@@ -15,94 +15,33 @@ nats per token; sizes are those of the model's files, including its graph.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from faithfulness import PREFIX, WINDOW, WINDOWS, compare_logits, cut_windows, reference
-from machine import describe
-from peers import NAMES as PEERS
-from peers import build_peer, model_bytes
-from sources import NAMES, checkpoint
+from common.fidelity import PREFIX, WINDOW, WINDOWS, compare_logits, cut_windows, reference
+from common.machine import describe
+from common.options import add_checkpoint, add_timing, make_parser
+from common.peers import NAMES as PEERS
+from common.peers import build_peer
+from common.runners import Runner, build_ours, take_turns
+from common.sources import checkpoint
+from common.timing import ratio
 
 from llmc.checkpoint import open_checkpoint
 
-#: Seconds of rest before a runner's turn: the threads of the one before spin for a while after work.
-REST = 0.3
-
-
-@dataclass
-class Runner:
-    """The model of one runner, and its measurements.
-
-    Args:
-        model: The model argument of its runtime.
-        bytes: Size of weights and graph.
-        runtime: Name of the runtime in worker.py.
-        python: The interpreter of an environment that has the runtime.
-        quality: dNLL, KL divergence and top-1 agreement.
-        ttft_ms: Figures by prompt length, one per round.
-        step_ms: Median steps by prompt length, one per round.
-    """
-
-    name: str
-    model: Path
-    bytes: int
-    runtime: str = "genai"
-    python: Path = Path(sys.executable)
-    quality: tuple[float, float, float] | None = None
-    peak_bytes: int = 0
-    ttft_ms: dict[int, list[float]] = field(default_factory=dict)
-    step_ms: dict[int, list[float]] = field(default_factory=dict)
-    process: Any = field(default=None, repr=False)
-
-    def start(self, threads: int) -> None:
-        worker = Path(__file__).with_name("worker.py")
-        command = [str(self.python), str(worker), self.runtime, str(self.model), str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"{self.name} cannot be served: {' '.join(command)}")
-
-    def request(self, **facts: object) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(facts) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def ask(self, prompt: int, steps: int, batch: int, *, counted: bool) -> None:
-        time.sleep(REST)
-        answer = self.request(prompt=prompt, steps=steps, batch=batch)
-        if counted:
-            self.ttft_ms.setdefault(prompt, []).append(answer["ttft_ms"])
-            self.step_ms.setdefault(prompt, []).append(float(np.median(answer["step_ms"])))
-            self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--target", action="append", help="default: cpu-int4; may be given several times")
     parser.add_argument("--peer", choices=PEERS, nargs="*", default=["genai-int4"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024])
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    add_timing(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--no-quality", action="store_true", help="skip fidelity")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
-    parser.add_argument("--path", type=Path, help="a folder with your own targets/")
+    parser.add_argument("--path", type=Path, help="a folder with targets/ of your own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.batch > 1 and any(not name.startswith("genai") for name in options.peer):
@@ -118,38 +57,6 @@ def main() -> None:
         measure(source, runners, options)
     take_turns(runners, options.prompts, options)
     report(ours, peers, options)
-
-
-def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Namespace) -> None:
-    """Ask all runners in turn; the first round of each prompt is not counted."""
-    for runner in runners:
-        runner.start(options.threads)
-    for prompt in prompts:
-        for round_ in range(-1, options.rounds):
-            for runner in runners if round_ % 2 else reversed(runners):
-                runner.ask(prompt, options.steps, options.batch, counted=round_ >= 0)
-            print(f"\rprompt {prompt}, round {round_ + 1} of {options.rounds} ", end="", file=sys.stderr)
-    for runner in runners:
-        runner.stop()
-    print(file=sys.stderr)
-
-
-def build_ours(source: Path, target: str, options: argparse.Namespace) -> Runner:
-    output = options.cache / f"{source.name}-{target}"
-    command = [
-        sys.executable,
-        "-m",
-        "llmc",
-        "build",
-        str(source),
-        "--target",
-        target,
-        "--no-verify",
-    ]
-    if options.path:
-        command += ["--path", str(options.path)]
-    subprocess.run([*command, "-o", str(output)], check=True)
-    return Runner(target, output, model_bytes(output))
 
 
 def measure(source: Path, runners: list[Runner], options: argparse.Namespace) -> None:
@@ -204,11 +111,6 @@ def report(ours: list[Runner], peers: list[Runner], options: argparse.Namespace)
         hidden = ("process", "model", "python")
         made = [{k: v for k, v in vars(r).items() if k not in hidden} for r in [*ours, *peers]]
         options.json.write_text(json.dumps({"machine": describe(), "runners": made}, indent=1))
-
-
-def ratio(a: list[float], b: list[float]) -> str:
-    rounds = [x / y for x, y in zip(a, b, strict=True)]
-    return f"{np.median(a) / np.median(b):.2f} ({min(rounds):.2f}-{max(rounds):.2f})"
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ An artifact is timed twenty times each against itself as an earlier release, unc
 made longer by 10 %, and compared with its target's gate on `latency.previous_ratio`.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.options import make_parser
+from common.timing import seconds_of
 
 from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.verdict import CheckStatus
@@ -39,7 +40,7 @@ class Slowed(OrtModel):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--slower", type=float, nargs="+", default=[0.0, 0.10])
@@ -79,12 +80,7 @@ def main() -> None:
 def fastest_step(model: OrtModel, prompt: np.ndarray) -> float:
     """Return the seconds of the fastest of 64 steps."""
     model.prefill(prompt[None], steps=64)
-    times = []
-    for _ in range(64):
-        start = time.perf_counter()
-        model.decode(np.array([[1]]))
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds_of(lambda: model.decode(np.array([[1]]))) for _ in range(64))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,20 @@ largest.
 The exit code is 1 after a wrong row or a growth beyond the bound.
 """
 
-import argparse
 import copy
 import ctypes
 import hashlib
 import random
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-from machine import describe
-from sources import NAMES, checkpoint
+from common.artifacts import build_apart, open_model
+from common.machine import describe
+from common.options import add_checkpoint, make_parser
+from common.sources import checkpoint
 
-from artifacts import open_model
 from llmc.runtime.ort_model import OrtModel
 from llmc.validate.footprint import resident_bytes
 
@@ -53,18 +51,14 @@ class Mallinfo(ctypes.Structure):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", choices=NAMES, default="demo")
+    parser = make_parser(__doc__)
+    add_checkpoint(parser)
     parser.add_argument("--target", default="cpu-int4-compiled")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--growth", type=float, default=2.0, help="per cent, in the second half")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
     options = parser.parse_args()
     source = checkpoint(options.checkpoint, options.cache)
-    output = options.cache / f"{source.name}-{options.target}"
-    build(source, options.target, output)
+    output = build_apart(str(source), options.target, options.cache / f"{source.name}-{options.target}")
     sessions = [open_model(output) for _ in range(SESSIONS)]
     vocabulary = sessions[0].interface.vocabulary
     random_ids = np.random.default_rng(0)
@@ -107,12 +101,6 @@ def main() -> None:
         sys.exit("\n".join(wrong[:20]))
     if max(growths) > options.growth:
         sys.exit(f"memory grew by more than {options.growth} %")
-
-
-def build(source: Path, target: str, output: Path) -> None:
-    """Build the artifact in a separate process, since one with torch is ten times as large."""
-    command = ["build", str(source), "--target", target, "--output", str(output), "--no-verify"]
-    subprocess.run([sys.executable, "-m", "llmc", *command], check=True, stdout=sys.stderr)
 
 
 def answer(model: OrtModel, rows: np.ndarray, steps: int) -> list[list[bytes]]:

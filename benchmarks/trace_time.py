@@ -4,12 +4,12 @@ Traces the demo model's shape with so many layers, in turn in one process, witho
 that is not counted.
 """
 
-import argparse
 import gc
-import time
 
 import numpy as np
-from machine import describe
+from common.machine import describe
+from common.options import make_parser
+from common.timing import ratio, seconds_of
 from transformers import LlamaConfig
 
 from llmc.config import Dtype
@@ -27,24 +27,22 @@ def seconds(layers: int) -> float:
         tie_word_embeddings=True,
     )
     gc.collect()
-    start = time.perf_counter()
-    trace_model(config, Dtype.FLOAT32)
-    return time.perf_counter() - start
+    return seconds_of(lambda: trace_model(config, Dtype.FLOAT32))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, nargs=2, default=[4, 30], metavar=("FEW", "MANY"))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     seconds(options.layers[0])
     rounds = [[seconds(n) for n in options.layers] for _ in range(options.rounds)]
-    few, many = np.median(rounds, axis=0)
-    ratios = [b / a for a, b in rounds]
+    few, many = zip(*rounds, strict=True)
+    sides = zip(options.layers, (few, many), strict=True)
+    medians = [f"{count} layers {np.median(times):.2f} s" for count, times in sides]
     print(describe())
-    print(
-        f"{options.layers[0]} layers {few:.2f} s, {options.layers[1]} layers {many:.2f} s:"
-        f" ratio {many / few:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    )
+    print(f"{', '.join(medians)}: ratio {ratio(many, few)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ to the number of parameters, which is printed. `--kill` kills the run after so m
 again: the total of both is printed beside what the first of them had done.
 """
 
-import argparse
 import os
 import shutil
 import signal
@@ -19,26 +18,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe
-from models import make_llama_8b
+from common.machine import describe
+from common.models import make_llama_8b
+from common.options import add_cache, make_parser
+from common.timing import wait_for
 
 #: Code that runs llmc as if no memory were free and every original were large.
 STREAMED = (
-    "from llmc.pipeline import loaders, subject; from llmc.validate import quality;"
+    "from llmc.pipeline.gate import loaders, subject; from llmc.validate import quality;"
     "loaders.available_memory = subject.available_memory = lambda: 0; quality.LARGE_BYTES = 0;"
     "from llmc.cli import program; program()"
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--target", default="cpu-int4")
     parser.add_argument("--kill", type=float, help="seconds after which the first run is killed")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
+    add_cache(parser)
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.cache) as scratch:
@@ -65,11 +64,11 @@ def run(name: str, arguments: list[str], environment: dict[str, str], limit: flo
     if limit is not None:
         time.sleep(limit)
         process.send_signal(signal.SIGKILL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+    usage = wait_for(process.pid)
+    seconds = time.perf_counter() - start
     print(
-        f"{name}: exit {os.waitstatus_to_exitcode(status)}, {cpu:.0f} CPU s, {seconds:.0f} s,"
-        f" {usage.ru_maxrss * 1024 / 1e9:.2f} GB peak",
+        f"{name}: exit {usage.code}, {usage.cpu:.0f} CPU s, {seconds:.0f} s,"
+        f" {usage.peak_bytes / 1e9:.2f} GB peak",
         flush=True,
     )
 

@@ -265,8 +265,9 @@ def copies(files: Iterable[Path]) -> list[list[str]]:
     return [places for places in found.values() if len(places) > 1]
 
 
-def test_no_function_is_written_twice() -> None:
-    assert copies(PACKAGE.rglob("*.py")) == []
+@pytest.mark.parametrize("folder", [PACKAGE, ROOT / "benchmarks"], ids=lambda folder: str(folder.name))
+def test_no_function_is_written_twice(folder: Path) -> None:
+    assert copies(folder.rglob("*.py")) == []
 
 
 def test_the_rule_sees_a_copy_under_another_docstring(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Create the checkpoints of models.py on first use, in a separate process.
+"""The checkpoints of benchmarks/models.py, made on first use in a process of their own.
 
 The operating system would count the size of a process with a model for the processes that it starts.
 """
@@ -15,6 +15,6 @@ def checkpoint(name: str, cache: Path) -> Path:
     folder = cache / name
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        script = Path(__file__).with_name("models.py")
+        script = Path(__file__).parents[1] / "models.py"
         subprocess.run([sys.executable, str(script), name, str(folder)], check=True, stdout=sys.stderr)
     return folder

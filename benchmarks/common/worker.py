@@ -1,4 +1,4 @@
-"""Run one runner of `serving.py` in a separate process, in the environment of its runtime.
+"""One `Runner` of runners.py in a process of its own, in the environment of its runtime.
 
     python worker.py genai|llama|openvino MODEL THREADS
 

@@ -1,0 +1,7 @@
+"""What the benchmarks share. Importing it lets them import the repository's tests as well."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
