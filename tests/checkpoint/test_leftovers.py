@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from llmc.checkpoint import Checkpoint, open_checkpoint
 from llmc.errors import CheckpointError
 from tests.checkpoint import tiny_gguf
-from tests.checkpoint.test_refusals import edit_config, refused
+from tests.checkpoint.refusals import edit_config, refused
 from tests.models import save_tiny_model
 
 LAYER = "model.layers.0.self_attn"
