@@ -83,7 +83,7 @@ def _quick_gelu(node: ir.Node) -> str:
 UNARY: dict[tuple[str, str], Callable[[ir.Node], str]] = {
     ("", "Sigmoid"): lambda node: "sigmoid($0)",
     ("", "Tanh"): lambda node: "tanh($0)",
-    ("", "Relu"): lambda node: "max($0, F{})",
+    ("", "Relu"): lambda node: "max($0, all(0.0f))",
     ("", "Neg"): lambda node: "(-$0)",
     ("", "Gelu"): _gelu,
     (MICROSOFT, "Gelu"): _gelu,

@@ -225,3 +225,21 @@ def test_a_number_beyond_float16_is_an_error(scale: float, found: str) -> None:
     members["zero_points"] = np.full((16, 1), 1e3, np.float32)
     with pytest.raises(CheckpointError, match=f"a {found} is too large for float16"):
         pack_groups(members, layout)
+
+
+def test_relu_is_part_of_a_region(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    builder = GraphBuilder()
+    x = builder.input("x", 32)
+    blocks = quantized(rng.standard_normal((48, 32)).astype(np.float32), 8, 32, True)
+    made = write_compiled(
+        builder.finish([builder.node("Relu", [builder.matmul(x, blocks, "up")], "y", 48)]),
+        tmp_path,
+        usable_sets()[0],
+    )
+    assert (made.regions, made.nodes) == (1, 2)
+    data = rng.standard_normal((2, 3, 32)).astype(np.float32)
+    (found,) = open_session(tmp_path).run(None, {"x": data})
+    expected = np.maximum(quantize_activations(data, 32) @ half_scales(blocks).T, 0)
+    assert 0 < np.count_nonzero(found) < found.size
+    np.testing.assert_allclose(found, expected, atol=5e-3 * np.abs(expected).max())
