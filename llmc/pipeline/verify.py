@@ -97,16 +97,10 @@ def verify(
         backend_of(manifest.target).require_host(artifact)
         with progress.stage("artifact"):
             _, checkpoint, digest = open_pair(path, against, force=force, adapter=adapter)
-        text = read_text(eval_text)
+        text = read_text(eval_text).text
         subject = _subject(artifact, thresholds, checkpoint, digest, loaded, seed, budget, progress)
         gate = measure_parity(
-            subject,
-            text.text,
-            progress,
-            thresholds=thresholds,
-            damage=damage,
-            extras=extras,
-            every=every,
+            subject, text, progress, thresholds=thresholds, damage=damage, extras=extras, every=every
         )
     report = _report(artifact, gate, against, earlier, allowed)
     if folder is not None:
