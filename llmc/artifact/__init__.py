@@ -1,1 +1,1 @@
-"""Artifacts: the records of which their files consist; `store` reads and writes the files."""
+"""Define the records in an artifact's files; `store` reads and writes the files."""

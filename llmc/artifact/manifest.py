@@ -1,4 +1,4 @@
-"""Define `Manifest`: what an artifact is, what it was made from, and the outcome of its checks.
+"""Define `Manifest`: what an artifact is, what it was built from, and the outcome of its checks.
 
 It is written as manifest.json, last, so that a directory without one is not an artifact. It has no
 timings and no measured figures: the same inputs give the same bytes.
@@ -291,7 +291,7 @@ class Manifest(Strict):
     def _state_fits_checks(self) -> "Manifest":
         missed = ", ".join(check.metric.value for check in self.checks if check.status in MISSED)
         if self.checks and self.unfinished is not None:
-            raise ValueError(f"checks ran, and are said to be unfinished: {self.unfinished}")
+            raise ValueError(f"checks ran, but are recorded as unfinished: {self.unfinished}")
         match self.state:
             case State.VERIFIED if missed:
                 raise ValueError(f"state is verified, but {missed} did not pass")
@@ -307,7 +307,9 @@ class Manifest(Strict):
                 raise ValueError(f"state is '{self.state.value}', but checks ran")
         pending = [", ".join(engine.sms) for engine in self.engines if engine.file is None]
         if self.state is not State.FAILED and bool(pending) != (self.state is State.ENGINE_PENDING):
-            raise ValueError(f"state is '{self.state.value}', and engines pending are {pending or 'none'}")
+            raise ValueError(
+                f"state is '{self.state.value}', but the pending engines are {pending or 'none'}"
+            )
         return self
 
     def to_json(self) -> str:
@@ -338,8 +340,9 @@ def parse_manifest(text: str, source: str) -> Manifest:
         raise ConfigError(f"{source} is not the manifest of an artifact: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise ConfigError(
-            f"{source} has schema version {version}; this llmc reads up to {SCHEMA_VERSION}",
-            hint="update llmc, or build the artifact again with this one",
+            f"{source} has schema version {version}, but this version of llmc reads only up to "
+            f"{SCHEMA_VERSION}",
+            hint="update llmc, or build the artifact again with this version",
         )
     try:
         return Manifest.model_validate_json(text)

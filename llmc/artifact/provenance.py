@@ -35,13 +35,13 @@ def tool_versions() -> dict[str, str]:
 
     The machine's architecture is included as `machine`, since the last digits of sums depend on it.
     """
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @cache

@@ -26,12 +26,12 @@ def text_kinds(text: str, special_tokens: Sequence[str]) -> set[TextKind]:
     Args:
         special_tokens: The tokenizer's special tokens, as they are written.
     """
-    found = {
+    applies = {
         TextKind.LEADING_SPACE: text[:1].isspace(),
         TextKind.SPECIAL_TOKENS: any(token in text for token in special_tokens),
         TextKind.NOT_COMPOSED: not unicodedata.is_normalized("NFC", text),
     }
-    return {kind for kind, holds in found.items() if holds}
+    return {kind for kind, holds in applies.items() if holds}
 
 
 class TextRecord(Strict):
@@ -64,15 +64,15 @@ class TextRecord(Strict):
         """Return what a server with onnxruntime-genai must know, a sentence each; mostly nothing."""
         if not self.served:
             return (f"onnxruntime-genai does not serve its text: {self.reason}",)
-        told = []
+        sentences = []
         if not self.adds_special_tokens and (self.before or self.after):
-            told.append(
-                "onnxruntime-genai's add_special_tokens does not give the tokens that the tokenizer puts "
-                f"around a text, {list(self.before)} before and {list(self.after)} after: llmc run does"
+            sentences.append(
+                "onnxruntime-genai's add_special_tokens does not add the tokens that the tokenizer puts "
+                f"around a text, {list(self.before)} before and {list(self.after)} after; llmc run adds them"
             )
         if self.exceptions:
-            told.append(
-                "onnxruntime-genai's own tokenizer makes other tokens than transformers and llmc run of "
+            sentences.append(
+                "onnxruntime-genai's own tokenizer encodes these differently from transformers and llmc run: "
                 + ", ".join(self.exceptions)
             )
-        return tuple(told)
+        return tuple(sentences)

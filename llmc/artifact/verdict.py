@@ -126,11 +126,11 @@ class Verdict(Strict):
     @property
     def unmeasured(self) -> dict[str, tuple[Metric, ...]]:
         """The metrics that were not measured, by the reason."""
-        found: dict[str, tuple[Metric, ...]] = {}
+        metrics: dict[str, tuple[Metric, ...]] = {}
         for check in self.checks:
             if check.status is CheckStatus.NOT_MEASURED:
-                found[check.detail] = (*found.get(check.detail, ()), check.metric)
-        return found
+                metrics[check.detail] = (*metrics.get(check.detail, ()), check.metric)
+        return metrics
 
     @property
     def causes(self) -> tuple[str, ...]:

@@ -13,17 +13,19 @@ CHECKS = "checks"
 
 
 def parse_allowed(stated: tuple[str, ...]) -> dict[str, float]:
-    """Parse `NAME=PERCENT` each: by how much a figure may become worse.
+    """Parse texts `NAME=PERCENT`: how much worse each figure may become.
 
     Raises:
-        ConfigError: A name is neither a metric nor `size`, or what follows is not a number from 0 on.
+        ConfigError: A name is neither a metric nor `size`, or its value is not a number from 0 on.
     """
-    known = [SIZE, *(m.value for m in Metric)]
+    figures = [SIZE, *(m.value for m in Metric)]
     allowed = {}
     for text in stated:
         name, _, percent = text.partition("=")
-        if name not in known:
-            raise ConfigError(f"--allow {text}: there is no figure {name!r}", hint=did_you_mean(name, known))
+        if name not in figures:
+            raise ConfigError(
+                f"--allow {text}: there is no figure {name!r}", hint=did_you_mean(name, figures)
+            )
         try:
             allowed[name] = float(percent)
         except ValueError:
@@ -74,11 +76,11 @@ def _change(
     why = None
     if old is not None and before is not None:
         if new is None:
-            why = None if _is_time(metric) else f"was {format_figure(before)}, and is absent now"
+            why = None if _is_time(metric) else f"was {format_figure(before)}, but is absent now"
         elif after is None:
-            why = f"was {format_figure(before)}, and is {new.status} now"
+            why = f"was {format_figure(before)}, but is {new.status} now"
         elif after != after:
-            why = f"was {format_figure(before)}, and is not a number now"
+            why = f"was {format_figure(before)}, but is not a number now"
         else:
             why = _beyond(old, new, sign) or _too_much(before, after, sign, allowed)
     return Change(name=metric.value, before=before, after=after, regression=why)
@@ -102,7 +104,7 @@ def _too_much(before: float, after: float, sign: int, allowed: float | None) -> 
     if worse <= abs(before) * allowed / 100:
         return None
     share = f"{100 * worse / abs(before):.3g} %" if before else format_figure(worse)
-    return f"worse by {share}, allowed are {allowed:g} %"
+    return f"worse by {share}, but only {allowed:g} % is allowed"
 
 
 def _lost(before: Report, after: Report) -> Change:
@@ -110,8 +112,8 @@ def _lost(before: Report, after: Report) -> Change:
     fine = {
         c.metric for c in after.verdict.checks if c.status in (CheckStatus.PASS, CheckStatus.NOT_APPLICABLE)
     }
-    asked = {c.metric for c in after.verdict.checks}
-    lost = [m.value for m in passed - fine if m in asked or not _is_time(m)]
+    checked = {c.metric for c in after.verdict.checks}
+    lost = [m.value for m in passed - fine if m in checked or not _is_time(m)]
     why = f"passed before and do not pass now: {', '.join(sorted(lost))}" if lost else None
     return Change(name=CHECKS, before=0.0, after=float(len(lost)), regression=why)
 

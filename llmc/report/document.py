@@ -58,12 +58,12 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def render_schema() -> str:
-    """The JSON schema of what `write_json` writes, as docs/report.schema.json publishes it."""
+    """Render the JSON schema of `write_json`'s output, as published in docs/report.schema.json."""
     return json.dumps(Report.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
 def read_report(path: Path) -> Report:
-    """Read what `write_json` wrote.
+    """Read a report that `write_json` wrote.
 
     Raises:
         ConfigError: It cannot be read, is not a report, or has another schema.
@@ -72,11 +72,13 @@ def read_report(path: Path) -> Report:
         text = path.read_text(encoding="utf-8")
         version = json.loads(text).get("schema_version")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is no report: {error}", hint="llmc verify --report writes one") from error
+        raise ConfigError(
+            f"{path} is not a report: {error}", hint="llmc verify --report writes one"
+        ) from error
     if version != SCHEMA_VERSION:
         raise ConfigError(
-            f"{path} has schema version {version}; this llmc reads {SCHEMA_VERSION}",
-            hint="write the report again with this llmc",
+            f"{path} has schema version {version}, but this version of llmc reads {SCHEMA_VERSION}",
+            hint="write the report again with this version of llmc",
         )
     try:
         return Report.model_validate_json(text)

@@ -78,7 +78,7 @@ def notes(tuning: Tuning) -> list[str]:
     lines = [
         f"{len(tuning.candidates)} candidates in {tuning.seconds:.0f} s on {tuning.where}, {tuning.threads}"
         f" threads; {early} not measured to the end, {len(tuning.refused)} refused",
-        *(f"level {i}: {told}" for i, told in enumerate(tuning.levels)),
+        *(f"level {i}: {description}" for i, description in enumerate(tuning.levels)),
         f"tokens/s and ms are those of {tuning.base} by itself, times the ratio measured in turn with it",
     ]
     return lines + [f"refused: {r.label}: {r.reason}" for r in tuning.refused]
@@ -87,13 +87,13 @@ def notes(tuning: Tuning) -> list[str]:
 def _mark(tuning: Tuning, candidate: Candidate) -> str:
     marks = [
         name
-        for name, held in (
-            ("TAKEN", candidate.digest == tuning.chosen),
+        for name, applies in (
+            ("CHOSEN", candidate.digest == tuning.chosen),
             ("base", candidate.digest == tuning.candidates[0].digest),
             ("front", candidate.digest in tuning.front),
             (f"level {candidate.level}", candidate.level + 1 < len(tuning.levels)),
         )
-        if held
+        if applies
     ]
     return " ".join(marks)
 
@@ -114,7 +114,7 @@ def _scatter(axes: Any, tuning: Tuning, across: Callable[[Candidate], float]) ->
     """Draw candidates as dots, those on the front filled, the chosen one ringed."""
     front = [c for c in tuning.candidates if c.digest in tuning.front]
     rest = [c for c in tuning.candidates if c.digest not in tuning.front]
-    taken = [c for c in tuning.candidates if c.digest == tuning.chosen]
+    chosen = [c for c in tuning.candidates if c.digest == tuning.chosen]
     base = tuning.candidates[:1]
 
     def put(of: Sequence[Candidate], label: str, **style: Any) -> None:
@@ -124,7 +124,7 @@ def _scatter(axes: Any, tuning: Tuning, across: Callable[[Candidate], float]) ->
     put(rest, "dominated", color=FAINT, s=16)
     put(front, "front", color=FIRST, s=30)
     put(base, "base", color=SECOND, s=30, marker="s")
-    put(taken, "taken", facecolors="none", edgecolors=SECOND, s=120)
+    put(chosen, "chosen", facecolors="none", edgecolors=SECOND, s=120)
     if all(c.kl > 0 for c in tuning.candidates):
         axes.set_yscale("log")
     axes.legend()

@@ -18,7 +18,7 @@ _MARKS = {
 
 
 def write_markdown(report: Report, path: Path) -> None:
-    """Write what `render_markdown` gives."""
+    """Write the Markdown of `render_markdown`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, render_markdown(report))
 
@@ -43,9 +43,9 @@ def render_markdown(report: Report) -> str:
     if report.changes:
         lines += ["", "| against the baseline | before | now | |", "|---|---|---|---|"]
         for c in report.changes:
-            told = "" if c.regression is None else f"**regression**: {_cell(c.regression)}"
+            regression = "" if c.regression is None else f"**regression**: {_cell(c.regression)}"
             lines.append(
-                f"| {c.name} | {format_figure(c.before)} | {format_figure(c.after)} {c.unit} | {told} |"
+                f"| {c.name} | {format_figure(c.before)} | {format_figure(c.after)} {c.unit} | {regression} |"
             )
     for table in make_tables(report):
         lines += _table(table)
@@ -55,7 +55,7 @@ def render_markdown(report: Report) -> str:
 
 
 def _table(table: ReportTable) -> list[str]:
-    """Its heading, its columns and its rows, a line each."""
+    """Return the lines of a table: its heading, its columns and its rows."""
     columns = " | ".join(map(_cell, table.columns))
     lines = ["", f"### {table.caption}", "", f"| {columns} |", "|---" * len(table.columns) + "|"]
     return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in table.rows)]

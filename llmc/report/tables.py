@@ -1,6 +1,6 @@
-"""The tables of a report: figures that are not metrics, each stated once for every form of the report.
+"""Define the tables of a report: figures that are not metrics, each defined once for every form.
 
-A figure is one column of `LAYOUTS`: its caption, and how an entry of the report gives its value.
+A figure is one column of `LAYOUTS`: its caption, and the function that reads its value from an entry.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +19,9 @@ class ReportTable:
     """A table of a report, with its cells as text.
 
     Args:
-        name: A name that no other table of the report has.
+        name: Unique name among the tables of the report.
         caption: Its heading.
-        columns: Captions of the columns; the first is of what a row is about.
+        columns: Captions of the columns; the first is for the subject of a row.
         rows: As many cells each as there are columns.
     """
 
@@ -33,10 +33,10 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """How a table is made.
+    """The layout of a table.
 
     Args:
-        entries: What the rows are about.
+        entries: Function that returns the subjects of the rows.
         columns: The value of an entry by the caption of its column; None for a figure that was not measured.
     """
 
@@ -47,7 +47,7 @@ class TableLayout:
 
 
 def _timed(entries: Callable[[Latency], Iterable[Any]]) -> Callable[[Report], Iterable[Any]]:
-    """Entries of a report's latency; none where that was not measured."""
+    """Return the entries of a report's latency; none if it was not measured."""
     return lambda report: () if report.latency is None else entries(report.latency)
 
 
@@ -154,13 +154,13 @@ LAYOUTS = (
 
 
 def make_tables(report: Report) -> list[ReportTable]:
-    """Every table that the report has figures for."""
-    found = (_make_table(layout, list(layout.entries(report))) for layout in LAYOUTS)
-    return [table for table in found if table.rows]
+    """Create every table that the report has figures for."""
+    tables = (_make_table(layout, list(layout.entries(report))) for layout in LAYOUTS)
+    return [table for table in tables if table.rows]
 
 
 def make_notes(report: Report) -> list[str]:
-    """How the figures of the tables were measured, a line each, and what was not measured."""
+    """Describe line by line how the figures of the tables were measured, and what was not measured."""
     latency = report.latency
     if latency is None:
         return []
@@ -172,7 +172,7 @@ def make_notes(report: Report) -> list[str]:
 
 
 def _make_table(layout: TableLayout, entries: list[Any]) -> ReportTable:
-    """The table without the columns that no entry has a value for."""
+    """Create the table without columns for which no entry has a value."""
     values = {caption: [value(entry) for entry in entries] for caption, value in layout.columns.items()}
     shown = {caption: cells for caption, cells in values.items() if any(c is not None for c in cells)}
     rows = zip(*([_format_cell(c) for c in cells] for cells in shown.values()), strict=True)

@@ -34,8 +34,8 @@ def render_text(report: Report, *, width: int = 110, colour: bool = False) -> st
     buffer = StringIO()
     console = Console(file=buffer, width=width, force_terminal=colour, no_color=not colour, highlight=False)
     console.print(_checks(report))
-    for made in make_tables(report):
-        console.print(_table(made))
+    for table in make_tables(report):
+        console.print(_table(table))
     for line in make_notes(report):
         console.print(Text(line))
     for m in report.measurements:
@@ -59,7 +59,7 @@ def _checks(report: Report) -> "Table":
 
     table = Table("metric", "value", "gate", "status", "detail")
     for check in report.verdict.checks:
-        if check.status is CheckStatus.NOT_MEASURED:  # told in one line below
+        if check.status is CheckStatus.NOT_MEASURED:  # listed in one line below
             continue
         table.add_row(
             str(check.metric),
@@ -74,11 +74,11 @@ def _checks(report: Report) -> "Table":
     return table
 
 
-def _table(made: ReportTable) -> "Table":
+def _table(content: ReportTable) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*made.columns, title=made.caption, title_justify="left")
-    for row in made.rows:
+    table = Table(*content.columns, title=content.caption, title_justify="left")
+    for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -38,7 +38,10 @@ def test_json_has_sorted_keys_and_ends_with_a_newline(make_manifest: MakeManifes
         ("{", r"m\.json is damaged: Expecting property name .* at line 1, column 2"),
         ("[]", r"m\.json is not the manifest of an artifact: it has no schema_version"),
         ('{"schema_version": "1"}', r"it has no schema_version"),
-        ('{"schema_version": 2}', r"m\.json has schema version 2; this llmc reads up to 1"),
+        (
+            '{"schema_version": 2}',
+            r"m\.json has schema version 2, but this version of llmc reads only up to 1",
+        ),
         ('{"schema_version": 1}', r"m\.json is damaged: llmc_version: Field required"),
         ('{"state": 1, "state": 2}', r"m\.json is damaged: state is given twice, as 1 and 2"),
     ],
@@ -52,7 +55,7 @@ def test_damaged_json_is_a_typed_error(text: str, fact: str) -> None:
 def test_a_later_schema_says_how_to_go_on() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_manifest('{"schema_version": 9}', "m.json")
-    assert caught.value.hint == "update llmc, or build the artifact again with this one"
+    assert caught.value.hint == "update llmc, or build the artifact again with this version"
 
 
 def test_an_unknown_key_is_damage(make_manifest: MakeManifest) -> None:

@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_used_is_told_once_and_replaced(
         cache.put(key, b"graph")
         assert cache.holds(key)
         assert StageCache(folder).get(key) == b"graph"
-    assert [f"goes on without the cache in {folder}" in m for m in caplog.messages] == [True]
+    assert [f"continues without the cache in {folder}" in m for m in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -195,4 +195,4 @@ def test_work_without_room_goes_to_a_temporary_folder(
         return folder
 
     assert with_working_folders(shelf, work).is_dir()
-    assert caplog.messages == [f"goes on without the cache in {shelf}: no space left"]
+    assert caplog.messages == [f"continues without the cache in {shelf}: no space left"]

@@ -230,12 +230,12 @@ def test_the_root_is_no_output(build: Build) -> None:
 
 
 def test_a_mounted_file_system_is_no_output(build: Build) -> None:
-    with pytest.raises(ConfigError, match="output /proc is where a file system is mounted"):
+    with pytest.raises(ConfigError, match="output /proc is a mount point"):
         build(Path("/proc"), b"one")
 
 
 def test_too_little_space_is_told_before_writing(tmp_path: Path) -> None:
-    fact = r"has [\d,]+ bytes free; the build writes 1,152,921,504,606,846,976"
+    fact = r"has [\d,]+ bytes free, but the build writes 1,152,921,504,606,846,976"
     with pytest.raises(ResourceError, match=fact) as caught, staging(tmp_path / "model", 1 << 60):
         pytest.fail("began to write")
     assert caught.value.exit_code is ExitCode.RESOURCES

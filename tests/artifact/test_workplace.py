@@ -120,7 +120,7 @@ def test_an_artifact_of_its_own_is_not_replaced(
     tmp_path: Path, make_manifest: MakeManifest, name: str
 ) -> None:
     _build(tmp_path / name, b"one", make_manifest)
-    with pytest.raises(ConfigError, match=f"{name} is an artifact of its own"):
+    with pytest.raises(ConfigError, match=f"{name} is another artifact"):
         _build(tmp_path / "model", b"two", make_manifest)
     assert (tmp_path / name / "model.onnx").read_bytes() == b"one"
 
@@ -129,7 +129,7 @@ def test_a_changed_artifact_is_not_finished(tmp_path: Path, make_manifest: MakeM
     with staging(tmp_path / "model") as draft:
         kept = draft.keep_unverified(_write(draft, b"two", make_manifest, **UNFINISHED))
     _build(tmp_path / "model", b"three", make_manifest)
-    with pytest.raises(ConfigError, match="model has changed meanwhile"), reopened(kept):
+    with pytest.raises(ConfigError, match="model has changed in the meantime"), reopened(kept):
         pytest.fail("was opened")
 
 

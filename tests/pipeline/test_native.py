@@ -191,7 +191,7 @@ def test_what_lies_in_the_folder_is_listed(good: Path, tmp_path: Path) -> None:
     (folder / "added_tokens.json").write_text("{}")
     shutil.move(folder / MANIFEST, tmp_path / MANIFEST)
     (folder / MANIFEST).symlink_to(tmp_path / MANIFEST)
-    fact = r"added_tokens\.json is not listed in the manifest; manifest\.json is a link to what lies outside"
+    fact = r"added_tokens\.json is not listed in the manifest; manifest\.json is a link to a place outside"
     with pytest.raises(ConfigError, match=fact):
         COMMANDS["run"](folder)
 

@@ -223,7 +223,7 @@ def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path:
     page = report(folders["int4"])
     assert '"title": "float"' not in page.path.read_text(encoding="utf-8")
     assert "left out: " in page.render()
-    assert "has schema version 1; this llmc reads" in page.left_out[0]
+    assert "has schema version 1, but this version of llmc reads" in page.left_out[0]
 
     shutil.move(folders["int4"] / REPORTS, tmp_path / "elsewhere")
     (folders["int4"] / REPORTS).symlink_to(tmp_path / "elsewhere")
@@ -264,10 +264,12 @@ def test_bad_input_is_told_before_any_long_work(artifacts: dict[str, Path], tmp_
     manifest.write_text(
         manifest.read_text().replace('"schema_version": 1,\n  "state"', '"schema_version": 9,\n  "state"')
     )
-    with pytest.raises(ConfigError, match=r"manifest\.json has schema version 9; this llmc reads up to 1"):
+    with pytest.raises(
+        ConfigError, match=r"manifest\.json has schema version 9, but this version of llmc reads only up to 1"
+    ):
         verify(folder, None, (), SilentProgress())
     (tmp_path / "notes.txt").write_text("not a report")
-    with pytest.raises(ConfigError, match=r"notes\.txt is no report"):
+    with pytest.raises(ConfigError, match=r"notes\.txt is not a report"):
         verify(artifacts["float"], None, (), SilentProgress(), baseline=tmp_path / "notes.txt")
     with pytest.raises(ConfigError, match="there is no figure 'sise'") as caught:
         verify(artifacts["float"], None, (), SilentProgress(), allow=("sise=2",))

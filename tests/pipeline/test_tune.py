@@ -145,10 +145,10 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert json.loads((report / "tuning.json").read_text()) == json.loads(tuning.model_dump_json())
     page = (report / "tuning.html").read_text()
     assert page.count("<svg") == 3
-    assert page.count("TAKEN") == 1
+    assert page.count("CHOSEN") == 1
     text = result.render()
     assert f"llmc build {home / 'model'} --target best --profile one --path {tmp_path / 'mine'}" in text
-    assert "TAKEN" in text
+    assert "CHOSEN" in text
     left = {p.name for p in (home / "cache" / "tune").rglob("*") if p.is_dir()}
     assert not left & {"base", "candidate", "chosen"}
 

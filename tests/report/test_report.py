@@ -323,12 +323,12 @@ def test_a_report_reads_back_or_says_why_not(report: Report, tmp_path: Path) -> 
     write_json(report, path)
     assert read_report(path).model_dump_json() == report.model_dump_json()
     path.write_text(path.read_text().replace('"schema_version": 5', '"schema_version": 6'))
-    with pytest.raises(ConfigError, match="has schema version 6; this llmc reads 5"):
+    with pytest.raises(ConfigError, match="has schema version 6, but this version of llmc reads 5"):
         read_report(path)
     path.write_text('{"schema_version": 5}')
     with pytest.raises(ConfigError, match="is damaged: llmc: Field required"):
         read_report(path)
-    with pytest.raises(ConfigError, match=r"is no report: .*No such file"):
+    with pytest.raises(ConfigError, match=r"is not a report: .*No such file"):
         read_report(tmp_path / "absent")
 
 

@@ -1,1 +1,1 @@
-"""What reads and writes artifacts and caches on disk; the records in them are in `llmc.artifact`."""
+"""Read and write artifacts and caches on disk; their records are in `llmc.artifact`."""

@@ -21,11 +21,11 @@ def write_decisions(
     """Write the decisions beside the graph, and the influence of layers among the reports.
 
     Args:
-        decisions: Indices that stay, int64 (kept,), by the name of what they index.
+        decisions: Remaining indices, int64 (remaining,), by the name of what they index.
         influence: How much each layer of the original turns the hidden states; empty if it was not measured.
 
     Raises:
-        ResourceError: Disk full.
+        ResourceError: The disk is full.
     """
     from safetensors.numpy import save
 
@@ -37,7 +37,7 @@ def write_decisions(
 
 
 def read_decisions(folder: Path) -> dict[str, Array]:
-    """Read what `write_decisions` wrote.
+    """Read the decisions that `write_decisions` wrote.
 
     Raises:
         ParityError: The file is missing or damaged.
@@ -46,10 +46,10 @@ def read_decisions(folder: Path) -> dict[str, Array]:
     from safetensors.numpy import load_file
 
     try:
-        found: dict[str, Array] = load_file(folder / PRUNING)
+        decisions: dict[str, Array] = load_file(folder / PRUNING)
     except (OSError, SafetensorError) as error:
         raise ParityError(
-            f"{folder / PRUNING}, what was left out of the artifact's model, cannot be read: {error}",
+            f"{folder / PRUNING}, which records how the model was pruned, cannot be read: {error}",
             hint="build the artifact again",
         ) from error
-    return found
+    return decisions

@@ -30,7 +30,7 @@ def require_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ResourceError(f"{folder} has {free:,} bytes free; the build writes {needed:,}", hint=_HINT)
+        raise ResourceError(f"{folder} has {free:,} bytes free, but the build writes {needed:,}", hint=_HINT)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
         raise ConfigError(f"{output} cannot be an output directory", hint="name a directory below it")
     if output.is_mount():
         raise ConfigError(
-            f"output {output} is where a file system is mounted, and cannot be replaced in one step",
+            f"output {output} is a mount point, which cannot be replaced atomically",
             hint="name a directory below it",
         )
     with space_errors(output), ExitStack() as stack:
@@ -140,7 +140,7 @@ def reopened(artifact: Artifact) -> Iterator[Staging]:
             stack.enter_context(holding(output))
             _refuse_foreign(output)
             if open_artifact(path).manifest != artifact.manifest:
-                raise ConfigError(f"{path} has changed meanwhile", hint="run the command again")
+                raise ConfigError(f"{path} has changed in the meantime", hint="run the command again")
             work = make_work_folder(output)
         stack.callback(shutil.rmtree, work)
         yield Staging(path, output, work)
@@ -155,7 +155,7 @@ def open_artifact(path: Path) -> Artifact:
     tidy(path)
     manifest = path / MANIFEST
     if not path.is_dir():
-        raise ConfigError(f"there is no artifact at {path}", hint="llmc build makes one")
+        raise ConfigError(f"there is no artifact at {path}", hint="create one with llmc build")
     if not manifest.is_file():
         raise ConfigError(
             f"{path} is not an artifact: it has no {MANIFEST}",
@@ -189,12 +189,12 @@ def digest_folder(folder: Path, known: Mapping[str, FileDigest]) -> dict[str, Fi
     Args:
         known: Digests that were computed while writing; these files are not read again.
     """
-    found = {}
+    digests = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST and not name.startswith(f"{REPORTS}/"):
-            found[name] = known[name] if name in known else digest_file(path)
-    return found
+            digests[name] = known[name] if name in known else digest_file(path)
+    return digests
 
 
 def digest_file(path: Path) -> FileDigest:
@@ -215,28 +215,28 @@ def _make_parent(output: Path) -> None:
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Refuse to replace what was not made by a build of this output.
+    """Refuse to replace anything that was not written by a build of this output.
 
     A folder beside it belongs to it only if its manifest says so: it may be the output of another build.
     """
     for place in Place:
-        found = place.beside(output)
-        if not found.exists():
+        path = place.beside(output)
+        if not path.exists():
             continue
-        if not found.is_dir():
-            raise ConfigError(f"output {found} is a file", hint="choose a directory")
-        if any(found.iterdir()) and not _looks_built(found):
+        if not path.is_dir():
+            raise ConfigError(f"output {path} is a file", hint="choose a directory")
+        if any(path.iterdir()) and not _looks_built(path):
             raise ConfigError(
-                f"output directory {found} is not empty and is not an artifact",
+                f"output directory {path} is not empty and is not an artifact",
                 hint="choose another output, or remove it yourself",
             )
-        taken = (place is Place.UNVERIFIED and not _is_unfinished(found)) or (
-            place is Place.FAILED and _stated(found).get("state") != State.FAILED.value
+        foreign = (place is Place.UNVERIFIED and not _is_unfinished(path)) or (
+            place is Place.FAILED and _stated(path).get("state") != State.FAILED.value
         )
-        if any(found.iterdir()) and taken:
+        if any(path.iterdir()) and foreign:
             raise ConfigError(
-                f"{found} is an artifact of its own, and where a build of {output} keeps one that is "
-                f"{'not verified' if place is Place.UNVERIFIED else 'failed'}",
+                f"{path} is another artifact, in the place where a build of {output} keeps one that "
+                f"{'is not verified' if place is Place.UNVERIFIED else 'failed'}",
                 hint="choose another output, or move it elsewhere",
             )
 

@@ -77,7 +77,7 @@ def require_vouched(artifact: Artifact) -> None:
     code = find_damage(artifact, remember=True).code
     if code:
         raise ConfigError(
-            f"{artifact.path} is not opened, it names code or files that its manifest does not vouch for: "
+            f"{artifact.path} is not opened, because it names code or files that its manifest does not list: "
             f"{'; '.join(code)}",
             hint="build the artifact again",
         )
@@ -115,7 +115,7 @@ def _unlisted(artifact: Artifact) -> Iterator[str]:
         if name in artifact.manifest.files:
             continue
         if _leaves(artifact.path, name):
-            yield f"{name} is a link to what lies outside of the artifact"
+            yield f"{name} is a link to a place outside of the artifact"
         elif not path.is_dir() and name != MANIFEST and not _is_report(name):
             yield f"{name} is not listed in the manifest"
 
@@ -156,9 +156,9 @@ def _remembered_digest(path: Path) -> str:
     cache = StageCache(default_cache_folder() / "digests", _CACHE_BYTES)
     before = _identity(path)
     key = content_key("digest", before)
-    known = cache.get(key)
-    if known is not None:
-        return known.decode()
+    cached = cache.get(key)
+    if cached is not None:
+        return cached.decode()
     digest = digest_file(path).sha256
     if _identity(path) == before and time.time() - path.stat().st_ctime > _SETTLED_SECONDS:
         cache.put(key, digest.encode())
@@ -198,13 +198,13 @@ def _named_by_config(path: Path, manifest: Manifest) -> Iterator[str]:
     for key, value in _strings(pairs):
         if key == _LIBRARY_KEY or _is_library(value):
             if value != vouched:
-                yield f"{path.name} names the library {value}, which the manifest does not"
+                yield f"{path.name} names the library {value}, which the manifest does not name"
         elif _is_outside(value):
             yield f"{path.name} names {value} as {key}, outside of the artifact"
         elif key.endswith("filename") and value not in manifest.files:
-            yield f"{path.name} names {value} as {key}, which the manifest does not"
-    for kind, known in (("session_options", _OPTIONS), ("provider_options", _PROVIDERS)):
-        for key in sorted(set(_keys(pairs, kind)) - known):
+            yield f"{path.name} names {value} as {key}, which the manifest does not list"
+    for kind, allowed in (("session_options", _OPTIONS), ("provider_options", _PROVIDERS)):
+        for key in sorted(set(_keys(pairs, kind)) - allowed):
             yield f"{path.name} has {key} among its {kind}, which no build writes"
 
 
@@ -250,9 +250,9 @@ def _locations(path: Path) -> Iterable[str]:
         key = content_key("external data", {"graph": digest_file(path).sha256})
     except OSError:  # the file itself is reported elsewhere
         return []
-    known = cache.get(key)
-    if known is not None:
-        return [str(location) for location in json.loads(known)]
+    cached = cache.get(key)
+    if cached is not None:
+        return [str(location) for location in json.loads(cached)]
     from google.protobuf.message import DecodeError
     from onnx import load
 
@@ -260,9 +260,9 @@ def _locations(path: Path) -> Iterable[str]:
         model = load(path, load_external_data=False)
     except DecodeError:  # the execution of the graph reports why it cannot be read
         return []
-    found = list(dict.fromkeys(_entries(model)))
-    cache.put(key, json.dumps(found).encode())
-    return found
+    locations = list(dict.fromkeys(_entries(model)))
+    cache.put(key, json.dumps(locations).encode())
+    return locations
 
 
 def _entries(message: "Message") -> Iterator[str]:

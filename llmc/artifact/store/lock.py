@@ -78,7 +78,7 @@ def _open(lock: Path) -> tuple[int, bool]:
 
 def _foreign(lock: Path) -> ConfigError:
     return ConfigError(
-        f"{lock} is in the place of a lock file, and llmc did not write it", hint="move it elsewhere"
+        f"{lock} is in the place of a lock file, but llmc did not write it", hint="move it elsewhere"
     )
 
 
@@ -127,8 +127,8 @@ def _in_use(output: Path, holder: tuple[int, str] | None, more: str = "") -> Con
 
 def _holder(descriptor: int) -> tuple[int, str] | None:
     """Return process and host that the file names; None if it was not signed yet."""
-    found = _HOLDER.fullmatch(os.pread(descriptor, _MOST_BYTES, 0))
-    return None if found is None else (int(found[1]), found[2].decode(errors="replace"))
+    match = _HOLDER.fullmatch(os.pread(descriptor, _MOST_BYTES, 0))
+    return None if match is None else (int(match[1]), match[2].decode(errors="replace"))
 
 
 def _sign(descriptor: int) -> None:

@@ -29,10 +29,12 @@ _IN_USE: dict[Path, int] = {}
 
 def tell_once(folder: Path, reason: str) -> None:
     """Warn that a folder of the cache is not used; once for all folders of one cache."""
-    told = any(folder in (known, known.parent) or folder.parent in (known, known.parent) for known in _TOLD)
+    warned = any(
+        folder in (earlier, earlier.parent) or folder.parent in (earlier, earlier.parent) for earlier in _TOLD
+    )
     _TOLD.add(folder)
-    if not told:
-        _LOGGER.warning("goes on without the cache in %s: %s", folder, reason)
+    if not warned:
+        _LOGGER.warning("continues without the cache in %s: %s", folder, reason)
 
 
 def have_substitute(folder: Path) -> bool:

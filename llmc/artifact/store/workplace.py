@@ -139,8 +139,8 @@ def _bring_on(entry: Path, place: Place, digest: str, work: Path, output: Path) 
         aside = work / f"older-{place.value}"
         put_in_place(entry, place.beside(output), aside)
     elif (entry / MANIFEST).is_file():  # its verdict was not written, so it stays unverified
-        kept = Place.UNVERIFIED if output.exists() else Place.OUTPUT
-        put_in_place(entry, kept.beside(output), work / f"older-{kept.value}")
+        remaining = Place.UNVERIFIED if output.exists() else Place.OUTPUT
+        put_in_place(entry, remaining.beside(output), work / f"older-{remaining.value}")
 
 
 def tidy(path: Path) -> None:
@@ -181,8 +181,8 @@ def _is_littered(output: Path) -> bool:
 def _work_folders(output: Path) -> list[Path]:
     """Return the work folders of an output, without those of other outputs."""
     prefix = f"{_prefix(output)}-"
-    found = [p for p in output.parent.iterdir() if p.name.startswith(prefix)]
-    return [p for p in found if p.is_dir() and not p.is_symlink() and _is_of(p, output)]
+    folders = [p for p in output.parent.iterdir() if p.name.startswith(prefix)]
+    return [p for p in folders if p.is_dir() and not p.is_symlink() and _is_of(p, output)]
 
 
 def _is_of(work: Path, output: Path) -> bool:
