@@ -3,7 +3,7 @@
     python benchmarks/architectures.py [--only llama,gpt2] [--jobs 2] [--timeout 120] [--json FILE]
 
 Each type is built for cpu-fp32 and compared with PyTorch: prefill, cached decode, a ragged batch and the
-sliding window, within 1e-4 on every logit. Types without a working tiny config or model say nothing about
+sliding window, within 1e-4 on every logit. Types without a working tiny config or model do not test
 llmc and are left out of the percentage.
 """
 

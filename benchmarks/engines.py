@@ -61,11 +61,11 @@ def main() -> None:
 
 def measure_target(model: str, name: str, profiles: list[str], folder: Path) -> None:
     """Build one engine per profile from one graph."""
-    target, known = load_target(name), [listed.document for listed in list_targets()]
+    target, targets = load_target(name), [listed.document for listed in list_targets()]
     plans: list[EnginePlan] = []
     for profile in profiles:
         try:
-            plans += plan_engines(target, [load_profile(profile)], known)
+            plans += plan_engines(target, [load_profile(profile)], targets)
         except UnsupportedError as error:
             print(f"{name:14} {profile:10}  refused: {error.fact}", flush=True)
     if not plans or target.engine is None:

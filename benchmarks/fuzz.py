@@ -119,7 +119,7 @@ def mutate_safetensors(data: bytes, draw: Random) -> bytes:
 
 
 def write_ggufs(root: Path) -> list[Path]:
-    """GGUF files of several architectures and types."""
+    """Write GGUF files of several architectures and types."""
     from common.tiny_checkpoints import GGUF_LINEAR, GGUF_YARN, gguf
 
     options: list[dict[str, Any]] = [
@@ -135,7 +135,7 @@ def write_ggufs(root: Path) -> list[Path]:
 
 
 def write_folders(root: Path) -> list[Path]:
-    """Folders: whole, in shards, quantized, with scaled rotary embeddings, and an adapter beside its base."""
+    """Write folders: whole, sharded, quantized, with scaled rotary embeddings, an adapter beside its base."""
     from common.tiny_checkpoints import codes, model, rope
     from safetensors.torch import load_file, save_file
 
@@ -151,7 +151,7 @@ def write_folders(root: Path) -> list[Path]:
 
 
 def write_artifacts(root: Path) -> list[Path]:
-    """An artifact of a tiny model."""
+    """Write an artifact of a tiny model."""
     from common.tiny_checkpoints import model
 
     from llmc.pipeline import build
@@ -260,7 +260,7 @@ def judge(kind: str, path: Path) -> tuple[str, str]:
 
 
 def serve(kind: str) -> None:
-    """Run as the child: read a path a line, write an answer a line."""
+    """Run as the child: read one path per line, write one answer per line."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -297,7 +297,7 @@ class Child:
             if process.poll() is not None:
                 self.process = None
                 return CRASH, f"exit code {process.returncode}"
-            if _cpu_seconds(process.pid) - started > self.seconds + 10:  # it imports first
+            if _cpu_seconds(process.pid) - started > self.seconds + 10:  # the child imports llmc first
                 self.close()
                 return HANG, ""
             time.sleep(0.002)

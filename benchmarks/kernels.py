@@ -21,7 +21,7 @@ from llmc.machine import detect_cpu
 
 def main() -> None:
     parser = make_parser(__doc__)
-    sets = {known.name: known for known in INSTRUCTION_SETS}
+    sets = {each.name: each for each in INSTRUCTION_SETS}
     parser.add_argument("--isa", choices=sets, help="default: the fastest that this CPU has")
     options = parser.parse_args()
     isa = sets[options.isa] if options.isa else choose_isa(detect_cpu().isa, "local")

@@ -92,7 +92,7 @@ PROMPTS = {
 
 
 @dataclass
-class Found:
+class Results:
     """The results of one kind of prompt with one length of drafts.
 
     Args:
@@ -136,20 +136,20 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     verifying = og.Model(config)
     tokenizer = og.Tokenizer(plain)
     for kind in options.prompts:
-        results = {draft: Found() for draft in options.draft}
+        results = {draft: Results() for draft in options.draft}
         for prompt in PROMPTS[kind]:
             messages = json.dumps([{"role": "user", "content": prompt}])
             ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
             for round_ in range(-1, options.rounds):
                 expected, *times, _ = generate(plain, ids, options.tokens, None)
                 for draft, one in results.items():
-                    made, *own, stats = generate(verifying, ids, options.tokens, draft)
+                    drafted_text, *own, stats = generate(verifying, ids, options.tokens, draft)
                     if round_ < 0:  # warm-up, which also gives the counts, since they are always the same
-                        count(one, expected, made, stats)
+                        count(one, expected, drafted_text, stats)
                         continue
                     # Texts that diverge have different lengths, so times are per token.
-                    one.decode.append(times[1] / len(expected) / (own[1] / len(made)))
-                    one.whole.append(sum(times) / len(expected) / (sum(own) / len(made)))
+                    one.decode.append(times[1] / len(expected) / (own[1] / len(drafted_text)))
+                    one.whole.append(sum(times) / len(expected) / (sum(own) / len(drafted_text)))
         for draft, one in results.items():
             report(folder, kind, draft, one)
 
@@ -173,7 +173,7 @@ def generate(model: Any, ids: Any, most: int, draft: int | None) -> tuple[list[i
     return tokens, first - start, end - first, None if draft is None else generator.get_speculative_stats()
 
 
-def count(one: Found, expected: list[int], tokens: list[int], stats: Any) -> None:
+def count(one: Results, expected: list[int], tokens: list[int], stats: Any) -> None:
     pairs = zip(expected, tokens, strict=False)
     common = min(len(expected), len(tokens))
     one.same.append((next((i for i, (a, b) in enumerate(pairs) if a != b), common), len(expected)))
@@ -183,7 +183,7 @@ def count(one: Found, expected: list[int], tokens: list[int], stats: Any) -> Non
     one.accepted += stats["draft_tokens_accepted"]
 
 
-def report(folder: Path, kind: str, draft: int, one: Found) -> None:
+def report(folder: Path, kind: str, draft: int, one: Results) -> None:
     ratios = [spread(r).ljust(17) for r in (one.decode, one.whole)]
     same = ", ".join(f"{equal} of {total}" for equal, total in one.same)
     share = f"{one.accepted} of {one.drafted}"

@@ -48,7 +48,7 @@ def main() -> None:
     print(describe())
     print(
         f"{options.checkpoint}: {len(gaps) - len(parted)} of {len(gaps)} texts of {options.tokens} tokens "
-        f"are equal; gaps where others part: {', '.join(f'{gap:.3f}' for gap in sorted(parted)) or 'none'}"
+        f"are equal; gaps where others diverge: {', '.join(f'{gap:.3f}' for gap in sorted(parted)) or 'none'}"
     )
 
 

@@ -109,8 +109,8 @@ def report(ours: list[Runner], peers: list[Runner], options: argparse.Namespace)
         print("  ".join(cells))
     if options.json:
         hidden = ("process", "model", "python")
-        made = [{k: v for k, v in vars(r).items() if k not in hidden} for r in [*ours, *peers]]
-        options.json.write_text(json.dumps({"machine": describe(), "runners": made}, indent=1))
+        records = [{k: v for k, v in vars(r).items() if k not in hidden} for r in [*ours, *peers]]
+        options.json.write_text(json.dumps({"machine": describe(), "runners": records}, indent=1))
 
 
 if __name__ == "__main__":

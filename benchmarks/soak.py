@@ -80,22 +80,22 @@ def main() -> None:
 
     each = -(-options.requests // ROUNDS)
     wrong: list[str] = []
-    resident, held = [], []
+    resident, allocated = [], []
     start = time.perf_counter()
     print(describe())
-    print("requests  resident MB  handed out MB", flush=True)
+    print("requests  resident MB   allocated MB", flush=True)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in range(0, options.requests, each):
             some = range(done, min(done + each, options.requests))
             wrong += [line for lines in pool.map(serve, some) for line in lines]
             resident.append(resident_bytes()[1] or 0)
-            held.append(handed_out())
-            print(f"{some.stop:8,}  {resident[-1] / 1e6:11.1f}  {held[-1] / 1e6:13.2f}", flush=True)
-    growths = [growth(resident), growth(held)]
+            allocated.append(handed_out())
+            print(f"{some.stop:8,}  {resident[-1] / 1e6:11.1f}  {allocated[-1] / 1e6:13.2f}", flush=True)
+    growths = [growth(resident), growth(allocated)]
     print(
         f"{options.checkpoint}, {options.target}: {options.requests:,} requests in"
         f" {time.perf_counter() - start:.0f} s, {len(wrong)} wrong rows; in the second half the resident set"
-        f" grew by {growths[0]:.2f} %, what is handed out by {growths[1]:.2f} %"
+        f" grew by {growths[0]:.2f} %, allocated memory by {growths[1]:.2f} %"
     )
     if wrong:
         sys.exit("\n".join(wrong[:20]))

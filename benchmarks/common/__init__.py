@@ -1,4 +1,4 @@
-"""What the benchmarks share. Importing it lets them import the repository's tests as well."""
+"""Share code among the benchmarks. Importing this package lets them import the repository's tests as well."""
 
 import sys
 from pathlib import Path

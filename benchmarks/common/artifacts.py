@@ -1,4 +1,4 @@
-"""Artifacts of the benchmarks: built here or in a process of their own, and opened in onnxruntime."""
+"""Build artifacts for the benchmarks, here or in a separate process, and open them in onnxruntime."""
 
 import subprocess
 import sys
@@ -15,23 +15,23 @@ from llmc.runtime.ort_model import OrtModel, shares_buffer
 
 
 def show_progress() -> TerminalProgress:
-    """Progress on stderr, since stdout is for figures."""
+    """Show progress on stderr, since stdout is for figures."""
     return TerminalProgress(Console(stderr=True))
 
 
 def build_target(source: Path, target: str, cache: Path) -> BuildResult:
-    """Build a checkpoint for this machine, below `cache`; not verified."""
+    """Build a checkpoint for this machine in a folder of `cache`, without verification."""
     output = cache / f"{source.name}-{target}"
     plan = plan_build(str(source), target=target, profile="local", output=output, verify=False)
     return build(plan, show_progress())
 
 
 def build_apart(source: str, target: str, output: Path, path: Path | None = None) -> Path:
-    """The same in a process of its own: one that holds torch is ten times as large.
+    """Build a checkpoint in a separate process: a process that has loaded torch is ten times as large.
 
     Args:
-        source: What `llmc build` takes for a model.
-        path: A folder with targets/ of the user's.
+        source: The model argument of `llmc build`.
+        path: A folder with the user's targets/.
     """
     command = [sys.executable, "-m", "llmc", "build", source, "--target", target, "--no-verify"]
     more = [] if path is None else ["--path", str(path)]
@@ -40,6 +40,6 @@ def build_apart(source: str, target: str, output: Path, path: Path | None = None
 
 
 def open_model(folder: Path, threads: int = 2) -> OrtModel:
-    """An artifact in onnxruntime, its KV cache shared between past and present where it may be."""
+    """Open an artifact in onnxruntime; past and present share the KV cache if possible."""
     interface = open_artifact(folder).manifest.interface
     return OrtModel(folder, interface, threads=threads, share_buffer=shares_buffer(folder))

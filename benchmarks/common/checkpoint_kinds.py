@@ -1,7 +1,7 @@
-"""Small checkpoints of every kind that `checkpoints.py` judges: what is written, and what a build owes it.
+"""List small checkpoints of every kind that `checkpoints.py` checks, and the required result of a build.
 
-A checkpoint that must build has an original: a model of transformers that llmc's readers have no part in. A
-checkpoint that must be refused has words of its cause, which the refusal must hold.
+A checkpoint that must build has an original: a model loaded by transformers without llmc's readers. A
+checkpoint that must be refused has an expression for the cause, which the error must contain.
 """
 
 from collections.abc import Callable
@@ -72,13 +72,13 @@ BIAS = f"{PROJECTION}.bias"
 
 @dataclass(frozen=True)
 class Kind:
-    """A checkpoint and what a build owes it.
+    """A checkpoint and the required result of its build.
 
     Args:
-        name: Group and name, with a slash between them.
-        write: Writes it into an empty folder.
-        refused: Expression that the refusal holds; empty where the checkpoint must build.
-        told: Expression that one of the build's notes holds; empty for none.
+        name: Group and name, separated by a slash.
+        write: Function that writes it into an empty folder.
+        refused: Expression that the refusal must match; empty if the checkpoint must build.
+        told: Expression that one of the build's notes must match; empty for none.
         target: Name of the target.
     """
 

@@ -1,4 +1,4 @@
-"""Windows of the evaluation text, what the original makes of them, and how far other logits are from that."""
+"""Cut windows of the evaluation text, and compare logits with the original's on them."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from llmc.pipeline.steps.original import tokenize
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
 
-#: Windows, tokens of each, and tokens that are prefilled before the rest is decoded.
+#: Number of windows, tokens of each, and tokens that are prefilled before the rest is decoded.
 WINDOWS, WINDOW, PREFIX = 8, 512, 32
 
 
 def cut_windows(source: Checkpoint, most: int = WINDOWS, length: int = WINDOW) -> np.ndarray:
-    """Tokens of the evaluation text, (windows, length), spread over all of it."""
+    """Cut windows of the evaluation text, (windows, length), spread evenly over it."""
     tokens, start = tokenize(source.tokenizer(), eval_text())
     own = length - len(start)
     count = min(most, len(tokens) // own)
@@ -24,7 +24,7 @@ def cut_windows(source: Checkpoint, most: int = WINDOWS, length: int = WINDOW) -
 
 
 def reference(source: Checkpoint, windows: np.ndarray, file: Path, keep: int = WINDOW - PREFIX) -> np.ndarray:
-    """Logits of the original for the last `keep` tokens of each window, (windows, keep, vocabulary)."""
+    """Compute the original's logits for each window's last `keep` tokens, (windows, keep, vocabulary)."""
     if not file.is_file():
         model = TorchModel(source.load_reference())
         np.save(file, np.stack([model.logits(row[:-1], keep=keep) for row in windows]))
@@ -35,7 +35,7 @@ def reference(source: Checkpoint, windows: np.ndarray, file: Path, keep: int = W
 def compare_logits(
     logits: np.ndarray, windows: np.ndarray, original: np.ndarray
 ) -> tuple[float, float, float]:
-    """dNLL and KL divergence in nats per token, and top-1 agreement, of logits as `reference` gives them."""
+    """Return dNLL and KL divergence in nats per token, and top-1 agreement; shapes as in `reference`."""
     rows = np.arange(len(windows))
     nll, kl, equal = [], [], []
     for step in range(WINDOW - PREFIX):
@@ -48,5 +48,5 @@ def compare_logits(
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL divergence of each position, nats, from log-probabilities."""
+    """Compute the KL divergence of each position, nats, from log-probabilities."""
     return (np.exp(p) * (p - q)).sum(-1)

@@ -1,4 +1,4 @@
-"""Describe in one line the machine and the releases with which a figure was measured."""
+"""Describe in one line the machine and the package versions with which a figure was measured."""
 
 import os
 import platform

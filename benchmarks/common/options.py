@@ -1,4 +1,4 @@
-"""Command lines: a parser that prints a program's docstring, and the options that several programs have."""
+"""Create parsers for command lines that print a program's docstring, and the options that programs share."""
 
 import argparse
 import os
@@ -9,27 +9,27 @@ from common.sources import NAMES
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help has the lines of `description` as they are."""
+    """Create a parser whose help shows the lines of `description` unchanged."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
-    """The folder that checkpoints and artifacts are kept in."""
+    """Add the folder for checkpoints and artifacts."""
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmarks"))
 
 
 def add_checkpoint(
     parser: argparse.ArgumentParser, default: str = "demo", names: Sequence[str] = NAMES
 ) -> None:
-    """One of the checkpoints, and the folder that it is kept in."""
+    """Add the choice of a checkpoint, and the folder for it."""
     parser.add_argument("--checkpoint", choices=names, default=default)
     add_cache(parser)
 
 
 def add_timing(parser: argparse.ArgumentParser, steps: int = 48, rounds: int = 7) -> None:
-    """How often what is timed, and on how many threads."""
+    """Add the number of timed steps, rounds and threads."""
     parser.add_argument("--steps", type=int, default=steps, help="timed tokens after each prompt")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

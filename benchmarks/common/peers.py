@@ -1,7 +1,7 @@
 """Build the same model with other tools, as their users build it.
 
 onnxruntime-genai's builder runs beside llmc. Each other tool has its own environment below the cache folder,
-which is created on first use with the releases of PINS; PIP_ARGS goes to every pip install, as in the
+which is created on first use with the versions in PINS; PIP_ARGS is passed to every pip install, as in the
 Makefile.
 """
 

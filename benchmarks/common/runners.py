@@ -1,4 +1,4 @@
-"""Models served in processes of their own, and asked in turn."""
+"""Serve models in separate processes, and measure them in turn."""
 
 import argparse
 import json
@@ -14,22 +14,22 @@ import numpy as np
 from common.artifacts import build_apart
 from common.peers import model_bytes
 
-#: Rest before a runner's turn, seconds: the threads of the one before spin a while after work.
+#: Seconds of rest before a runner's turn: the threads of the previous one spin for a while after work.
 REST = 0.3
 
 
 @dataclass
 class Runner:
-    """One model and what was measured on it.
+    """A model and its measurements.
 
     Args:
-        model: What its runtime is given.
-        bytes: Weights and graph.
-        runtime: What worker.py serves it with.
-        python: The interpreter of an environment that has that runtime.
+        model: The model argument of its runtime.
+        bytes: Size of weights and graph.
+        runtime: Name of the runtime in worker.py.
+        python: The interpreter of an environment with that runtime.
         quality: dNLL, KL divergence and top-1 agreement.
-        ttft_ms: By prompt length, one figure a round.
-        step_ms: By prompt length, the median step of each round.
+        ttft_ms: Times to first token by prompt length, one figure per round.
+        step_ms: Median step of each round by prompt length.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Runner:
 
 
 def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Namespace) -> None:
-    """Ask all runners in turn, the first round of each prompt not counted."""
+    """Measure all runners in turn; the first round of each prompt is not counted."""
     for runner in runners:
         runner.start(options.threads)
     for prompt in prompts:
@@ -84,6 +84,6 @@ def take_turns(runners: list[Runner], prompts: list[int], options: argparse.Name
 
 
 def build_ours(source: Path, target: str, options: argparse.Namespace) -> Runner:
-    """The artifact of a checkpoint, to be served by onnxruntime-genai."""
+    """Build the artifact of a checkpoint, to be served by onnxruntime-genai."""
     output = build_apart(str(source), target, options.cache / f"{source.name}-{target}", options.path)
     return Runner(target, output, model_bytes(output))

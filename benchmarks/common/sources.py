@@ -1,4 +1,4 @@
-"""The checkpoints of benchmarks/models.py, made on first use in a process of their own.
+"""Create the checkpoints of benchmarks/models.py on first use, in a separate process.
 
 The operating system would count the size of a process with a model for the processes that it starts.
 """

@@ -1,4 +1,4 @@
-"""Small checkpoints of many kinds, written to a folder, with the model that transformers makes of them."""
+"""Write small checkpoints of many kinds to a folder, with the model that transformers loads from them."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""One `Runner` of runners.py in a process of its own, in the environment of its runtime.
+"""Serve a `Runner` of runners.py in a separate process, in the environment of its runtime.
 
     python worker.py genai|llama|openvino MODEL THREADS
 

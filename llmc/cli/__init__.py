@@ -110,5 +110,5 @@ def _say(fact: str, hint: str | None, code: int) -> int:
 
 
 def _coloured() -> bool:
-    """Whether to use colours: only on a terminal, and as https://no-color.org asks."""
+    """Return whether to use colours: only on a terminal, and as https://no-color.org asks."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")

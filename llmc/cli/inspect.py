@@ -40,5 +40,5 @@ def inspect(
     """Show the operators, the passes applied and declined, the bits per tensor and the sizes."""
     from llmc import pipeline
 
-    found = pipeline.inspect(reference) if explain is None else pipeline.explain(reference, explain)
-    emit(found, as_json=as_json)
+    result = pipeline.inspect(reference) if explain is None else pipeline.explain(reference, explain)
+    emit(result, as_json=as_json)
