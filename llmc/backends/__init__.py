@@ -1,6 +1,6 @@
-"""Backends: a folder each, and the one of a target.
+"""Implement the backends, a folder each, and select the one of a target.
 
-A backend is an `llmc.backends.base.Backend`. To add one, write its folder and name its class here.
+A backend is an `llmc.backends.base.Backend`. To add one, write its folder and return its class here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def backend_of(target: Target) -> Backend:
-    """The backend of a target."""
+    """Return the backend of a target."""
     if target.backend is BackendName.TENSORRT:
         from llmc.backends.tensorrt.backend import TensorRtBackend
 

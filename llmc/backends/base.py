@@ -1,7 +1,7 @@
-"""What the pipeline asks of a backend, and the answers that most backends share.
+"""Define what the pipeline asks of a backend, and the answers that most backends share.
 
 A backend turns a quantized graph into the files of an artifact, and executes them. `llmc.backends.backend_of`
-finds the one of a target; nothing outside of `llmc.backends` and `llmc.config` asks which it is.
+returns the one of a target; code outside of `llmc.backends` and `llmc.config` never asks which one it is.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Made:
-    """What a backend wrote beside model.onnx, as the manifest records it.
+    """The files that a backend wrote beside model.onnx, as recorded in the manifest.
 
     Args:
         kernels: The library of compiled kernels.
         engines: TensorRT engines, built or pending.
-        files: Digests of the files that are known already.
+        files: Digests of files that are already known.
     """
 
     kernels: KernelRecord | None = None
@@ -47,32 +47,32 @@ class Made:
 
 
 class Stage(ABC):
-    """The backend's part of one build, prepared before any other work: what it needs is there."""
+    """The backend's part of a build, prepared first so that missing requirements show before other work."""
 
     @property
     @abstractmethod
     def measurable(self) -> bool:
-        """Whether this machine can hold the gates of what is built."""
+        """Return whether this machine can run the gates of the artifact."""
 
     @abstractmethod
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
-        """Bring a quantized graph into the form that is written, and write what its operators need."""
+        """Convert a quantized graph to its final form, and write what its operators need."""
 
     def write(self, folder: Path, interface: Interface, progress: Progress) -> Made:
-        """Write what is made from model.onnx in `folder`."""
+        """Write the files that are derived from model.onnx in `folder`."""
         return Made()
 
     def state(self, made: Made) -> State:
-        """The state of the artifact before any gate was held."""
+        """Return the state of the artifact before any gate has run."""
         return State.NOT_VERIFIED if self.measurable else State.NOT_EXECUTED
 
 
 class SameText(StrEnum):
-    """What the text with drafts being that without them rests on.
+    """The reason why the text with drafts equals the text without them.
 
-    EXACT: a token's numbers are the same bits in a step of several tokens.
-    TIES: they differ by the order of summation in float32; two tokens so near to each other are a tie.
-    ROUNDED: they differ by the rounding of activations or floats to few bits, which turns near ties.
+    EXACT: a token's logits have the same bits in a step of several tokens.
+    TIES: they differ by the summation order in float32; two tokens whose logits are that close are a tie.
+    ROUNDED: they differ by the rounding of activations or floats to few bits, which can flip near ties.
     """
 
     EXACT = "exact"
@@ -82,14 +82,14 @@ class SameText(StrEnum):
 
 @dataclass(frozen=True)
 class Generated:
-    """Text that an artifact made.
+    """The text that an artifact generated.
 
     Args:
-        tokens: New tokens, without the one that ends the text.
-        steps: Runs of the model that chose them.
-        drafted: Tokens that prompt lookup drafted.
-        accepted: Drafted tokens that the model chose too.
-        same_text: What the text being equal to that without lookup rests on; None without lookup.
+        tokens: Number of new tokens, without the one that ends the text.
+        steps: Number of model runs that chose them.
+        drafted: Number of tokens that prompt lookup drafted.
+        accepted: Number of drafted tokens that the model chose too.
+        same_text: Why the text equals the text without lookup; None without lookup.
     """
 
     tokens: int
@@ -104,10 +104,10 @@ class Executable:
     """An artifact on this machine's hardware.
 
     Args:
-        open: Makes a session; picklable, for processes that measure memory.
+        open: Function that opens a session; picklable, for processes that measure memory.
         library: The Python module of its runtime.
-        weight_bytes: Weights that a decode step reads; None where they are those of model.onnx.
-        rows: Most rows of a batch; None for any number.
+        weight_bytes: Bytes of weights that a decode step reads; None if they are those of model.onnx.
+        rows: Largest number of rows of a batch; None for any number.
     """
 
     open: Callable[[], Rewindable]
@@ -117,49 +117,49 @@ class Executable:
 
 
 class Backend(ABC):
-    """One way to write and execute an artifact; it has no state."""
+    """A way to write and execute an artifact; it has no state."""
 
-    #: Whether one artifact can serve several profiles.
+    #: Whether an artifact can serve several profiles.
     several_profiles = False
     #: Whether onnxruntime-genai serves the artifact, with its own tokenizer; if not, llmc generates text.
     served_by_genai = True
-    #: Whether attention of the served program rounds more than the type of its KV cache says.
+    #: Whether attention in the served program rounds more than the type of its KV cache implies.
     rounds_attention = False
 
     # -- plan ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(self, plan: BuildPlan) -> Stage:
-        """Find what a build needs on this machine, before any work.
+        """Check what a build needs on this machine, before any work.
 
         Raises:
             LlmcError: Something is missing, or the profile's hardware cannot have such an artifact.
         """
 
     def capacity(self, target: Target) -> int | None:
-        """Slots of a KV cache of fixed length; None where it grows."""
+        """Return the number of slots of a KV cache of fixed length; None if it grows."""
         return None
 
     @abstractmethod
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
-        """Why the artifact cannot follow the original across a switch of its rotary embedding.
+        """Explain why the artifact cannot reproduce the original across a switch of its rotary embedding.
 
         Args:
-            restart: Total length beyond which the original computes its KV cache anew; None if never.
+            restart: Total length beyond which the original recomputes its KV cache; None if never.
         """
 
     # -- lower and write ----------------------------------------------------------------------------------
 
     @abstractmethod
     def quantizer(self, target: Target) -> Quantizer:
-        """How the target stores weights."""
+        """Return the quantizer that stores weights as the target states."""
 
     @abstractmethod
     def lower(self, graph: Graph, target: Target) -> Any:
-        """Bring a quantized graph into the form that is written, without compiling or writing anything.
+        """Convert a quantized graph to its final form, without compiling or writing anything.
 
         Returns:
-            What `differences` compares with the artifact; None where there is nothing beside the graph.
+            The object that `differences` compares with the artifact; None if only the graph exists.
         """
 
     @abstractmethod
@@ -175,24 +175,24 @@ class Backend(ABC):
         """Write the file by which a runtime serves the artifact, beside the tokenizer's files in `folder`.
 
         Args:
-            threads: Intra-op threads; None leaves them to the runtime.
+            threads: Intra-op threads; None for the runtime's default.
             config: transformers configuration of the model.
             generation_config: transformers `GenerationConfig`; None if the checkpoint has none.
-            graph: As it is written.
+            graph: The graph in its final form.
 
         Raises:
             UnsupportedError: The runtime cannot serve the graph.
         """
 
     def forecasts(self, target: Target, profiles: Sequence[Profile], made: Manifest) -> tuple[Forecast, ...]:
-        """Bounds on latency from data sheets, one for each profile; none where nothing is forecast."""
+        """Return latency bounds from data sheets, one for each profile; empty if nothing is forecast."""
         return ()
 
     # -- execute ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def require_host(self, artifact: Artifact) -> None:
-        """Find out whether this machine can load what the graph needs.
+        """Check that this machine can load what the graph needs.
 
         Raises:
             ResourceError: It cannot.
@@ -200,17 +200,17 @@ class Backend(ABC):
 
     @abstractmethod
     def executable(self, artifact: Artifact) -> Executable:
-        """The artifact on the hardware that it is built for.
+        """Return the artifact on the hardware that it is built for.
 
         Raises:
             ResourceError: This machine does not have that hardware, or lacks its runtime.
         """
 
     def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
-        """The artifact on an accelerator of this machine, to be measured there.
+        """Return the artifact on an accelerator of this machine, to be measured there.
 
         Returns:
-            None, and a note why, where there is none: the graph is measured on the CPU.
+            None, with a note that states why, if there is none: then the graph is measured on the CPU.
         """
         return None
 
@@ -225,12 +225,12 @@ class Backend(ABC):
         arithmetic: Arithmetic = Arithmetic.SERVED,
         slots: int | None = None,
     ) -> Rewindable:
-        """A session of the graph on the CPU.
+        """Open a session of the graph on the CPU.
 
         Args:
-            threads: Intra-op threads; None leaves them to the runtime.
-            arithmetic: What it is computed in.
-            slots: Slots of a KV cache of fixed length, fewer than the graph's own; None for all.
+            threads: Intra-op threads; None for the runtime's default.
+            arithmetic: Arithmetic of the computation.
+            slots: Slots of a KV cache of fixed length, fewer than the graph has; None for all.
 
         Raises:
             ResourceError: onnxruntime is not installed.
@@ -247,11 +247,11 @@ class Backend(ABC):
         lookup: int | None,
         progress: Progress,
     ) -> Generated:
-        """Generate text greedily, as it comes.
+        """Generate text greedily and emit it piece by piece.
 
         Args:
-            emit: Takes each piece of text.
-            lookup: Tokens to draft in a step by prompt lookup; None for none.
+            emit: Receives each piece of text.
+            lookup: Number of tokens to draft in a step by prompt lookup; None for no lookup.
 
         Raises:
             ConfigError: So many tokens cannot be drafted.
@@ -260,37 +260,37 @@ class Backend(ABC):
             ParityError: The model fails.
         """
 
-    # -- say what is there --------------------------------------------------------------------------------
+    # -- describe -----------------------------------------------------------------------------------------
 
     def describe(self, manifest: Manifest) -> list[str]:
-        """Lines for a terminal on what was written beside the graph."""
+        """Return lines for a terminal on the files written beside the graph."""
         return []
 
     def describe_measured(self, manifest: Manifest) -> str | None:
-        """What was measured in the place of the artifact itself; None where it was the artifact."""
+        """Describe what was measured instead of the artifact itself; None if it was the artifact."""
         return None
 
     def describe_unexecuted(self, manifest: Manifest) -> str:
-        """How an artifact can be measured that this machine could not execute."""
+        """Describe how to measure an artifact that this machine could not execute."""
         return "llmc verify runs its graph on the CPU"
 
     def own_files(self, manifest: Manifest) -> set[str]:
-        """Names of the files beside model.onnx that the manifest says a build wrote."""
+        """Return the names of the files beside model.onnx that a build wrote according to the manifest."""
         return set()
 
     def differences(self, path: Path, manifest: Manifest, lowered: Any) -> Iterator[str]:
-        """What differs of the files beside model.onnx from a build.
+        """Describe how the files beside model.onnx differ from those of a build.
 
         Args:
             path: The artifact.
-            lowered: What `lower` gave for the graph that a build makes.
+            lowered: The result of `lower` for the graph of a build.
         """
         yield from ()
 
     # -- commands of one backend --------------------------------------------------------------------------
 
     def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
-        """Build what waits for this machine's hardware.
+        """Build what is pending for this machine's hardware.
 
         Returns:
             The manifest with it.
@@ -303,13 +303,13 @@ class Backend(ABC):
         raise ConfigError(f"{artifact.path} has no engine pending: it is {artifact.manifest.state.value}")
 
     def node_checker(self, target: Target) -> Any:
-        """What `llmc check` asks about every node of a lowered graph.
+        """Return the checker with which `llmc check` asks about every node of a lowered graph.
 
         Raises:
             ConfigError: The backend has none.
             ResourceError: It is not installed.
         """
         raise ConfigError(
-            f"llmc check asks TensorRT, and target {target.name} is of backend {target.backend.value}",
+            f"llmc check asks TensorRT, but target {target.name} is of backend {target.backend.value}",
             hint="name a target such as tensorrt-fp16: llmc targets",
         )

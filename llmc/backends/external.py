@@ -1,8 +1,8 @@
-"""Weights into one file of external data, computed while it is written.
+"""Compute weights and write them into a file of external data at the same time.
 
-Two threads work ahead of the writer, a few groups and a bounded number of bytes at a time: both
-cores are used, and memory does not grow with the model. Offsets and lengths are known beforehand
-from shapes and types; the format is ONNX's (docs/ExternalData.md).
+Two threads compute ahead of the writer, limited to a few groups and a number of bytes: both cores are used,
+and memory does not grow with the model. Offsets and lengths are known in advance from shapes and types; the
+format is ONNX's (docs/ExternalData.md).
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from llmc.artifact.manifest import FileDigest
 from llmc.errors import GraphError, LlmcError, ResourceError
 from llmc.graph.weights import LazyWeight
 
-#: Told after each tensor: bytes written so far, bytes in all.
+#: Function called after each tensor with the number of bytes written so far, and in total.
 Progress = Callable[[int, int], None]
 
-#: Tensors below this size stay in the model, where shape inference and constant folding see them.
+#: Tensors below this size stay in the model, where shape inference and constant folding can read them.
 _INLINE_BYTES = 1024
-#: Tensors begin at multiples of a cache line. ONNX Runtime maps the file at any such offset; page
+#: Alignment of tensors: a cache line. ONNX Runtime maps the file at any such offset; page
 #: alignment changed neither its load time nor its memory (1.31.1, Linux).
 _ALIGN = 64
 _WORKERS = 2
@@ -35,7 +35,7 @@ _BYTES_AHEAD = 256 << 20
 
 @dataclass(frozen=True)
 class Slot:
-    """One initializer and its place in the data file; `offset` is None if it stays in the model."""
+    """An initializer and its place in the data file; `offset` is None if it stays in the model."""
 
     value: ir.Value
     tensor: ir.TensorProtocol
@@ -44,7 +44,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Batch:
-    """Initializers that come out of one computation, in the order in which they are written."""
+    """Initializers that result from one computation, in the order in which they are written."""
 
     slots: tuple[Slot, ...]
 
@@ -58,11 +58,11 @@ class Batch:
 
 
 def lay_out(values: Sequence[ir.Value]) -> tuple[tuple[Batch, ...], int]:
-    """Give every initializer its place.
+    """Assign every initializer its place.
 
     Args:
-        values: Initializers in the order in which they are to be written; members of one
-            `WeightGroup` follow the first of them. Small ones that have data already are left out.
+        values: Initializers in the order in which to write them; members of one `WeightGroup` follow the
+            first of them. Small ones that already have data are left out.
 
     Returns:
         The batches in order, and the size of the data file in bytes.
@@ -93,10 +93,10 @@ def lay_out(values: Sequence[ir.Value]) -> tuple[tuple[Batch, ...], int]:
 
 
 def compute_ahead(batches: Sequence[Batch]) -> Generator[tuple[Slot, Array]]:
-    """The data of every slot, in order, while two threads compute what comes next.
+    """Yield the data of every slot, in order, while two threads compute the next ones.
 
     Raises:
-        GraphError: A weight was not computed, or not as declared.
+        GraphError: A weight was not computed, or differs from its declaration.
         ResourceError: Memory ran out.
     """
     waiting = deque(batches)
@@ -129,14 +129,14 @@ class DataFile:
         self._end = 0
 
     def append(self, slot: Slot, array: Array) -> None:
-        """Write the tensor of `slot`, zeros before it up to its offset."""
+        """Write the tensor of `slot`, after zeros up to its offset."""
         if slot.offset is None or slot.offset < self._end:
             raise GraphError(f"weight {slot.value.name} has no place after byte {self._end} of the data file")
         self._write(bytes(slot.offset - self._end))
         self._write(_raw(array, slot.tensor.dtype))
 
     def digest(self) -> FileDigest:
-        """Of everything written so far."""
+        """Return the digest of everything written so far."""
         return FileDigest(sha256=self._digest.hexdigest(), bytes=self._end)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -171,7 +171,7 @@ def _compute(batch: Batch) -> tuple[Array, ...]:
 def _member(results: Mapping[str, Array], slot: Slot) -> Array:
     key = slot.tensor.key if isinstance(slot.tensor, LazyWeight) else ""
     if key not in results:
-        raise GraphError(f"its computation gives {', '.join(sorted(results))}, but no '{key}'")
+        raise GraphError(f"its computation gives {', '.join(sorted(results))}, but not '{key}'")
     return results[key]
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: a graph with lazy weights into model.onnx and model.onnx.data."""
+"""Write a graph with lazy weights as model.onnx and model.onnx.data."""
 
 import hashlib
 from contextlib import closing
@@ -14,21 +14,21 @@ DATA = "model.onnx.data"
 
 
 def write_model(model: ir.Model, folder: Path, progress: Progress | None = None) -> dict[str, FileDigest]:
-    """Write `model` as model.onnx, its weights beside it in model.onnx.data.
+    """Write `model` as model.onnx, with its weights beside it in model.onnx.data.
 
-    Each `WeightGroup` is computed once, two of them at a time, and forgotten when it is written.
-    Tensors below 1 KiB stay inside of model.onnx; those in the data file begin at multiples of 64
-    bytes. The same model gives the same bytes. The model itself keeps its lazy weights.
+    Each `WeightGroup` is computed once, two of them at a time, and released when it is written. Tensors below
+    1 KiB stay inside of model.onnx; those in the data file begin at multiples of 64 bytes. The same model
+    gives the same bytes. The model itself keeps its lazy weights.
 
     Args:
         folder: An existing directory.
-        progress: Told after each tensor: bytes written so far, bytes in all.
+        progress: Function called after each tensor with the number of bytes written so far, and in total.
 
     Returns:
         Digest and size by file name; model.onnx.data only if there is one.
 
     Raises:
-        GraphError: A weight is not computed, or not as the graph declares it; it is named.
+        GraphError: A weight is not computed, or differs from the graph's declaration; it is named.
         ResourceError: Disk or memory ran out.
     """
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
@@ -53,7 +53,7 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
 def _write_weights(
     batches: tuple[Batch, ...], size: int, data: DataFile, folder: Path, progress: Progress | None
 ) -> FileDigest:
-    """Write all weights, and leave each initializer with what model.onnx is to say of it."""
+    """Write all weights, and leave each initializer with the form that model.onnx records."""
     with closing(compute_ahead(batches)) as computed:
         for slot, array in computed:
             tensor, name = slot.tensor, str(slot.value.name)

@@ -1,4 +1,4 @@
-"""Which tokens end a text, pad it and begin it."""
+"""Determine which tokens end, pad and begin a text."""
 
 import json
 from collections.abc import Iterable
@@ -7,18 +7,18 @@ from typing import Any
 
 from llmc.errors import ConfigError
 
-#: transformers' file of defaults for generation, which names the tokens that end a text.
+#: transformers' file of generation defaults, which names the tokens that end a text.
 GENERATION_CONFIG = "generation_config.json"
 
 
 def special_tokens(
     folder: Path, config: Any, generation_config: Any, vocab: int
 ) -> dict[str, list[int] | int]:
-    """End-of-sequence ids, padding id and the id of the beginning, each where it is known.
+    """Return the end-of-sequence ids, the padding id and the beginning-of-sequence id, each if known.
 
-    The generation config decides, then the model's config. Where nobody wrote a generation config, or none of
-    its ends is in the vocabulary, the tokenizer's end of sequence is added: a chat model's config often names
-    only the end of text, and small models keep the default of a larger vocabulary.
+    The generation config decides, then the model's config. If there is no hand-written generation config, or
+    none of its end ids is in the vocabulary, the tokenizer's end of sequence is added: a chat model's config
+    often names only the end of text, and small models keep the default of a larger vocabulary.
 
     Args:
         folder: Directory with the tokenizer files.
@@ -27,23 +27,23 @@ def special_tokens(
         vocab: Size of the vocabulary; ids outside of it are left out.
     """
     sources = [generation_config, config, config.get_text_config(decoder=True)]
-    known = {
+    ids = {
         name: [i for i in _ids(sources, f"{name}_token_id") if 0 <= i < vocab]
         for name in ("bos", "eos", "pad")
     }
-    if generation_config is None or generation_config._from_model_config or not known["eos"]:
+    if generation_config is None or generation_config._from_model_config or not ids["eos"]:
         ends = _tokenizer_eos(folder)
-        known["eos"] += [i for i in ends if i < vocab and i not in known["eos"]]
+        ids["eos"] += [i for i in ends if i < vocab and i not in ids["eos"]]
     tokens: dict[str, list[int] | int] = {}
-    if eos := known["eos"] or known["pad"]:
-        tokens = {"eos_token_id": eos, "pad_token_id": (known["pad"] or eos)[0]}
-    if known["bos"]:
-        tokens["bos_token_id"] = known["bos"][0]
+    if eos := ids["eos"] or ids["pad"]:
+        tokens = {"eos_token_id": eos, "pad_token_id": (ids["pad"] or eos)[0]}
+    if ids["bos"]:
+        tokens["bos_token_id"] = ids["bos"][0]
     return tokens
 
 
 def write_generation_config(folder: Path, config: Any, generation_config: Any, vocab: int) -> None:
-    """Write generation_config.json with the special tokens, for runtimes without a file of their own.
+    """Write generation_config.json with the special tokens, for runtimes without their own file.
 
     Args:
         folder: Directory with the tokenizer files.
@@ -57,7 +57,7 @@ def write_generation_config(folder: Path, config: Any, generation_config: Any, v
 
 
 def read_stop_tokens(folder: Path) -> tuple[int, ...]:
-    """Tokens that end a text by generation_config.json in `folder`; none where it names none.
+    """Read the tokens that end a text from generation_config.json in `folder`; empty if it names none.
 
     Raises:
         ConfigError: The file is missing or damaged.
@@ -73,7 +73,7 @@ def read_stop_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def _ids(sources: Iterable[Any], attribute: str) -> list[int]:
-    """Ids of the first source that states any."""
+    """Return the ids of the first source that states any."""
     for source in sources:
         stated = getattr(source, attribute, None)
         if stated is not None:
@@ -82,7 +82,7 @@ def _ids(sources: Iterable[Any], attribute: str) -> list[int]:
 
 
 def _tokenizer_eos(folder: Path) -> list[int]:
-    """Id of the end-of-sequence token that the tokenizer files in `folder` state, if they do."""
+    """Return the id of the end-of-sequence token that the tokenizer files in `folder` state, if they do."""
     settings, tokenizer = (_read_json(folder / f) for f in ("tokenizer_config.json", "tokenizer.json"))
     token = settings.get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token

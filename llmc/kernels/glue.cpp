@@ -379,7 +379,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     return Api(base->GetApi(1)).error(kFail, text.c_str());
   }
   const Api api(table);
-  if (!cpu_fits()) return api.error(kFail, "this model is compiled for CPUs with " LLMC_ISA "; this one has it not");
+  if (!cpu_fits())
+    return api.error(kFail, "this model is compiled for CPUs with " LLMC_ISA "; this CPU does not support it");
   for (int32_t d = 0; d < llmc_domain_count; d++)
     if (OrtStatus* status = add_domain(api, options, d)) return status;
   return nullptr;

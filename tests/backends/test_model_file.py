@@ -281,7 +281,7 @@ def exhausted() -> Mapping[str, Array]:
         (
             lambda: {"codes": array(0, 512)},
             GraphError,
-            "weight w1: its computation gives codes, but no 'value'",
+            "weight w1: its computation gives codes, but not 'value'",
         ),
         (
             lambda: {"value": array(0, 511)},

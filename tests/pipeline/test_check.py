@@ -71,4 +71,4 @@ def test_targets_of_other_backends_have_nothing_to_ask(
 ) -> None:
     code, out, err = _call(capsys, model, "--target", "cuda-fp16", "--profile", "l4")
     assert (code, out) == (2, "")
-    assert "llmc check asks TensorRT, and target cuda-fp16 is of backend onnxruntime" in err
+    assert "llmc check asks TensorRT, but target cuda-fp16 is of backend onnxruntime" in err

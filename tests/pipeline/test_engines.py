@@ -72,7 +72,7 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     text = result.render()
     assert "SM89 (l4, rtx-4090): " in text
     assert "SM90 (h100-sxm): pending, llmc build --resume on that GPU with tensorrt" in text
-    assert "on the CPU; none was executed" in text
+    assert "on the CPU; no engine was executed" in text
     assert [f.profile for f in result.forecasts] == ["l4", "h100-sxm", "rtx-4090"]
     assert "forecast for l4, not measured: at most " in text
     assert len(json.loads((tmp_path / "out/reports/forecast.json").read_text())) == 3
@@ -92,19 +92,21 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     verified = verify(tmp_path / "out", None, (), PlainProgress(told), own_gates=True)
     assert verified.failure() is None
     assert not any("tensorrt" in m.where for m in verified.report.measurements)
-    assert "the graph is measured on the CPU, and no engine: the artifact holds TensorRT" in told.getvalue()
+    assert (
+        "the graph is measured on the CPU instead of an engine: the artifact has TensorRT" in told.getvalue()
+    )
     (tmp_path / "out/sm90.engine").touch()  # of a command that was killed
     with pytest.raises(ResourceError, match="the engine for SM90 needs an NVIDIA GPU of that compute capab"):
         resume(tmp_path / "out", SilentProgress())
     assert not (tmp_path / "out/sm90.engine").exists()
-    with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
+    with pytest.raises(ResourceError, match="engines for SM89, SM90, but this machine is "):
         run(tmp_path / "out", "hello", 4, print, SilentProgress())
     with pytest.raises(
-        UnsupportedError, match="its logits of the last token alone verify no draft"
+        UnsupportedError, match="it has only the logits of the last token, which cannot verify a draft"
     ) as refused:
         run(tmp_path / "out", "hello", 4, print, SilentProgress(), lookup=4)
     assert refused.value.hint == "run it without --lookup"
-    with pytest.raises(ResourceError, match="engines for SM89, SM90, and this machine is "):
+    with pytest.raises(ResourceError, match="engines for SM89, SM90, but this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
@@ -131,9 +133,11 @@ def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
     installed = load_library(Library.RTX).__version__
     l4, t4 = load_profile("l4"), load_profile("t4")
     assert require_engine([_record(installed)], l4).file == "sm89.engine"
-    with pytest.raises(ResourceError, match=r"engines for SM89, and this machine is NVIDIA T4 \(SM75\)"):
+    with pytest.raises(ResourceError, match=r"engines for SM89, but this machine is NVIDIA T4 \(SM75\)"):
         require_engine([_record(installed)], t4)
-    message = f"sm89.engine was built by tensorrt_rtx 1.0.0, the only release that loads it; {installed} is"
+    message = (
+        f"sm89.engine was built by tensorrt_rtx 1.0.0, the only version that loads it, but {installed} is"
+    )
     with pytest.raises(ResourceError, match=message) as caught:
         require_engine([_record("1.0.0")], l4)
     assert caught.value.hint == "pip install tensorrt-rtx-cu13==1.0.0, or build it again"

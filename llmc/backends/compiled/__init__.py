@@ -1,1 +1,1 @@
-"""Compiled kernels: regions of a graph as operators of a library, generated for the model and the CPU."""
+"""Compile kernels: regions of a graph become operators of a library, generated for the model and the CPU."""

@@ -1,4 +1,4 @@
-"""The static_asserts that keep generated programs and llmc/kernels in agreement."""
+"""Write the static_asserts that keep generated programs and llmc/kernels in agreement."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -8,7 +8,7 @@ from llmc.backends.compiled.program import CHOSEN, LANES, MEMBERS, SAME_TOKENS, 
 from llmc.graph.interface import SCALE_BYTES
 
 _INCLUDES = ("cache.h", "program.h")
-#: Names in program.h of the dimensions of outputs that a step decides.
+#: Names in program.h of output dimensions that a step determines.
 _DIMENSIONS = {
     "kBatch": SYMBOLS["batch"],
     "kSequence": SYMBOLS["sequence"],
@@ -29,7 +29,7 @@ def agreement_text() -> str:
 
 
 def _constants() -> Iterator[tuple[str, str]]:
-    """Compare constants: yields conditions, each with what is wrong where it does not hold."""
+    """Compare constants: yields conditions, each with a description of the violation."""
     yield f"kLanes == {LANES}", f"kLanes of vector.h is not LANES of program.py, {LANES}"
     yield f"kLanes == {GROUP}", f"kLanes of vector.h is not GROUP of pack.py, {GROUP}"
     yield (

@@ -1,4 +1,4 @@
-"""ONNX Runtime with operators that are compiled for the model and the profile's CPU."""
+"""Implement the backend of ONNX Runtime with operators compiled for the model and the profile's CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CompiledBackend(OnnxRuntimeBackend):
-    """Compiled kernels where they fit, ONNX Runtime's own for the rest."""
+    """The backend with compiled kernels where possible, and ONNX Runtime's own for the rest."""
 
     rounds_attention = True
     library = LIBRARY
@@ -30,7 +30,7 @@ class CompiledBackend(OnnxRuntimeBackend):
         return KernelStage.prepare(plan.target, plan.profile)
 
     def lower(self, graph: Graph, target: Target) -> KernelSource:
-        """See `Backend`; the program of the kernels, which is not compiled."""
+        """See `Backend`; returns the program of the kernels without compiling it."""
         from llmc.backends.compiled.lower import lower_kernels
         from llmc.backends.onnxruntime.finish import finish_graph
 
@@ -51,7 +51,7 @@ class CompiledBackend(OnnxRuntimeBackend):
         return set() if manifest.kernels is None else {manifest.kernels.library}
 
     def differences(self, path: Path, manifest: Manifest, lowered: Any) -> Iterator[str]:
-        """Compare the program of the kernels, and the library that is made of it."""
+        """Compare the program of the kernels, and the library compiled from it."""
         record, source = manifest.kernels, lowered
         if record is None or source is None:
             return
@@ -60,4 +60,4 @@ class CompiledBackend(OnnxRuntimeBackend):
             return
         library, file = compile_again(record, source), path / record.library
         if library is not None and (not file.is_file() or file.read_bytes() != library):
-            yield f"{record.library} is not what {record.compiler} makes of its program"
+            yield f"{record.library} differs from the output of {record.compiler} for its program"

@@ -1,4 +1,4 @@
-"""The KV cache of a graph in another type than float32, where kernels hold it in all layers."""
+"""Change the KV cache of a graph to another type than float32, if kernels read it in all layers."""
 
 from collections.abc import Mapping, Set
 
@@ -12,21 +12,21 @@ from llmc.graph.match import dims_of
 from llmc.graph.model import Graph
 
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
-#: Elements of a row besides its numbers.
+#: Extra elements per row for its scales.
 _EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: SCALE_BYTES}
 
 
 def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: Mapping[ir.Node, str]) -> None:
-    """Change the type, and where it takes scales the width, of every past and present.
+    """Change the type, and for types with scales the width, of every past and present.
 
-    A runtime allocates one type for all layers, so that it is all of them or none.
+    A runtime allocates one type for all layers, so either all layers change or none.
 
     Args:
         held: Pasts of the attention that kernels compute.
         reasons: Why nodes stay with ONNX Runtime.
 
     Raises:
-        KernelError: ONNX Runtime's operators read the past of some layer.
+        KernelError: ONNX Runtime's operators read the past of a layer.
     """
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
     left = [slot for slot in graph.cache if not {values[name] for name in slot.pasts} <= held]
@@ -35,7 +35,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
         why = whys[0] if whys else "it is in plain operators"
         raise KernelError(
-            f"a KV cache in {cache.value} needs compiled attention in every layer; {len(left)} of "
+            f"a KV cache in {cache.value} needs compiled attention in every layer, but {len(left)} of "
             f"{len(graph.cache)} stay with ONNX Runtime: {why}",
             hint="use kv_cache: float32",
         )

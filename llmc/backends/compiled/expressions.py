@@ -1,4 +1,4 @@
-"""Element-wise functions of a graph as C++ over vectors, several operators in one."""
+"""Generate C++ over vectors for element-wise functions of a graph, several operators in one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ import onnx_ir as ir
 from llmc.backends.compiled.program import RowPlace, Space, Tensor
 from llmc.graph.domains import MICROSOFT
 
-#: Leaves that one function takes besides weights: members a, b and c of llmc::Op.
+#: Largest number of leaves of a function besides weights: members a, b and c of llmc::Op.
 MOST_PLACES = 3
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Rows, or a vector that is the same for every row."""
+    """An operand of a function: rows, or a vector that is the same for every row."""
 
     source: RowPlace | Tensor
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A function of leaves; `text` has {0}, {1} … in their places."""
+    """A function of leaves; `text` has the placeholders {0}, {1} … for them."""
 
     text: str
     leaves: tuple[Leaf, ...]
@@ -51,7 +51,7 @@ def constant(value: float, width: int, space: Space) -> Expression:
 
 
 def apply(pattern: str, *arguments: Expression) -> Expression:
-    """`pattern` with $0, $1 … for the arguments; equal leaves are taken once."""
+    """Fill the arguments into $0, $1 … of `pattern`; equal leaves are loaded once."""
     leaves: list[Leaf] = []
     texts = []
     for argument in arguments:
@@ -79,7 +79,7 @@ def _quick_gelu(node: ir.Node) -> str:
     return f"scaled_silu($0, {alpha!r}f)"
 
 
-#: C++ of the operators with one activation, by domain and name.
+#: C++ code of the operators with one activation, by domain and name.
 UNARY: dict[tuple[str, str], Callable[[ir.Node], str]] = {
     ("", "Sigmoid"): lambda node: "sigmoid($0)",
     ("", "Tanh"): lambda node: "tanh($0)",

@@ -1,4 +1,4 @@
-"""Instruction sets that there are kernels for, and which of them a profile has."""
+"""List the instruction sets that have kernels, and choose the one for a profile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from llmc.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One instruction set that kernels are compiled for.
+    """An instruction set that kernels are compiled for.
 
     Args:
         machine: Architecture, as `platform.machine` names it on Linux.
-        needs: Flags of /proc/cpuinfo that a CPU needs; glue.cpp, which asks at load, knows the same names.
-        flags: Of the compiler.
+        needs: Flags of /proc/cpuinfo that a CPU needs; glue.cpp, which checks at load, uses the same names.
+        flags: Compiler flags.
     """
 
     name: str
@@ -23,11 +23,11 @@ class InstructionSet:
 
     @property
     def defines(self) -> tuple[str, ...]:
-        """What glue.cpp is compiled with."""
+        """Return the definitions for compiling glue.cpp."""
         return (f"-DLLMC_NEEDS={','.join(sorted(self.needs))}", f'-DLLMC_ISA="{self.name}"')
 
 
-#: From the fastest to the slowest.
+#: Instruction sets with kernels, from the fastest to the slowest.
 INSTRUCTION_SETS = (
     InstructionSet(
         name="AVX-512 VNNI",
@@ -54,17 +54,17 @@ INSTRUCTION_SETS = (
 
 
 def choose_isa(isa: Sequence[str], profile: str) -> InstructionSet:
-    """The fastest instruction set with kernels that a profile has.
+    """Choose the fastest instruction set with kernels that a profile has.
 
     Raises:
         UnsupportedError: There are no kernels for it.
     """
-    for known in INSTRUCTION_SETS:
-        if known.needs <= set(isa):
-            return known
-    names = [known.name for known in INSTRUCTION_SETS]
+    for candidate in INSTRUCTION_SETS:
+        if candidate.needs <= set(isa):
+            return candidate
+    names = [candidate.name for candidate in INSTRUCTION_SETS]
     raise UnsupportedError(
-        f"there are kernels for {', '.join(names[:-1])} and {names[-1]}; profile {profile} has "
+        f"there are kernels for {', '.join(names[:-1])} and {names[-1]}, but profile {profile} has "
         f"{', '.join(isa) or 'no instruction set stated'}",
         hint="use a target without compiled kernels, such as cpu-int4",
     )

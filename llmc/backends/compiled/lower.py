@@ -1,8 +1,8 @@
-"""Graph to kernels: regions found, replaced by one operator each, and their library compiled.
+"""Lower a graph to kernels: find regions, replace each by one operator, and compile their library.
 
-A region is a largest set of nodes that kernels can take without leaving and coming back: each node has a
-level, the number of changes between kernels and ONNX Runtime on the longest way to it, and the nodes of one
-level are one region. What kernels cannot take stays with ONNX Runtime's operators.
+A region is a largest set of nodes that kernels can compute without leaving it in between: each node has a
+level, the number of changes between kernels and ONNX Runtime on the longest path to it, and the nodes of one
+level form a region. Nodes without a kernel stay with ONNX Runtime's operators.
 """
 
 import hashlib
@@ -30,22 +30,22 @@ from llmc.graph.match import dims_of
 from llmc.graph.model import PACKED, Graph
 
 _CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
-#: Domain of the operators of each variant of the regions.
+#: Domain of the operators by variant of the regions.
 _DOMAINS: dict[Variant, str] = {"served": COMPILED, "products": COMPILED_PRODUCTS, "exact": COMPILED_EXACT}
 
 
 @dataclass(frozen=True)
 class CompiledKernels:
-    """What became of a graph.
+    """The result of compiling a graph's regions.
 
     Args:
         library: The shared library.
-        regions: Number of operators that stand for regions.
-        nodes: Nodes that they replaced.
-        outside: Why nodes stayed with ONNX Runtime: (operator, reason) and how often. What only they read
-            whose place regions took is gone, such as a Cast of scales.
-        compiler: What compiled it.
-        isa: Instruction set it needs.
+        regions: Number of operators that replace regions.
+        nodes: Number of nodes that they replaced.
+        outside: Why nodes stayed with ONNX Runtime: (operator, reason) and how often. Nodes that only
+            replaced nodes read, such as a Cast of scales, are gone.
+        compiler: Version of the compiler.
+        isa: Instruction set that the library needs.
         source: sha256 of the generated source.
     """
 
@@ -69,14 +69,14 @@ class KernelSource:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the text."""
+        """Return the sha256 (hex) of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def compile_kernels(
     graph: Graph, isa: InstructionSet, compiler: Compiler, cache: CacheType = CacheType.FLOAT32
 ) -> CompiledKernels:
-    """Replace what kernels can take by operators of domain `llmc.compiled`, and compile them.
+    """Replace what kernels can compute by operators of domain `llmc.compiled`, and compile them.
 
     Raises:
         UnsupportedError: As `lower_kernels`.
@@ -95,15 +95,15 @@ def compile_kernels(
 
 
 def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelSource:
-    """Replace what kernels can take by operators of domain `llmc.compiled`, and generate their program.
+    """Replace what kernels can compute by operators of domain `llmc.compiled`, and generate their program.
 
     Args:
-        graph: Lowered and quantized; changed in place. Weights are packed when they are written.
-        cache: Type of the KV cache afterwards.
+        graph: The lowered and quantized graph; changed in place. Weights are packed when they are written.
+        cache: Type of the KV cache after the change.
 
     Raises:
-        UnsupportedError: There is nothing for kernels in the graph, or they cannot hold the cache of every
-            layer in its type.
+        UnsupportedError: The graph has nothing for kernels, or they cannot store the cache of every layer in
+            its type.
     """
     levels, reasons = _levels(graph.graph)
     groups: dict[int, list[ir.Node]] = {}
@@ -115,7 +115,7 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
     replaced = 0
     for nodes in groups.values():
         if not any((n.domain, n.op_type) in _CORE for n in nodes):
-            reasons.update(dict.fromkeys(nodes, "nothing beside it is worth a kernel"))
+            reasons.update(dict.fromkeys(nodes, "its region has nothing that is worth a kernel"))
             continue
         builder = RegionBuilder(nodes, graph.graph, packed, cache)
         builder.build()
@@ -123,7 +123,7 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
         replaced += len(nodes)
     if not builders:
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(_left(graph.graph, reasons)))
-        raise UnsupportedError("the graph has nothing that kernels can take", hint=why)
+        raise UnsupportedError("the graph has nothing that kernels can compute", hint=why)
     texts: dict[Variant, list[str]] = {"exact": _region_texts(builders, "exact")}
     if cache is not CacheType.FLOAT32:
         narrow_cache(graph, cache, {past for b in builders for past in b.pasts.values()}, reasons)
@@ -143,40 +143,40 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
 
 
 def _levels(graph: ir.Graph) -> tuple[dict[ir.Node, int], dict[ir.Node, str]]:
-    """Level of every node, odd where kernels take it, and why not of the others."""
+    """Return the level of every node, odd if kernels compute it, and the reasons for the others."""
     levels: dict[ir.Node, int] = {}
     reasons: dict[ir.Node, str] = {}
     for node in graph:
         reason = obstacle(node)
         if reason is not None:
             reasons[node] = reason
-        taken = reason is None
-        level = 1 if taken else 0
+        compiled = reason is None
+        level = 1 if compiled else 0
         for value in node.inputs:
             producer = None if value is None else value.producer()
             if producer in levels:
                 before = levels[producer]
-                level = max(level, before + (taken != bool(before % 2)))
+                level = max(level, before + (compiled != bool(before % 2)))
         levels[node] = level
     return levels, reasons
 
 
 def _left(graph: ir.Graph, reasons: Mapping[ir.Node, str]) -> Counter[tuple[str, str]]:
-    """Operators of the graph that are no regions, with why, and how often."""
+    """Count the operators of the graph that are not in regions, by operator and reason."""
     return Counter((node.op_type, reasons[node]) for node in graph if node in reasons)
 
 
 def _replace(
     graph: ir.Graph, builder: RegionBuilder, name: str, replaced_by: dict[ir.Value, ir.Value]
 ) -> None:
-    """One node in the place of a region; `replaced_by` leads from values of regions to what is there now."""
+    """Replace a region by one node; `replaced_by` maps values of regions to their replacements."""
     values = [replaced_by.get(value, value) for value in [*builder.inputs, *builder.weights]]
-    made = ir.Node(COMPILED, name, values, num_outputs=len(builder.outputs), name=name)
+    region = ir.Node(COMPILED, name, values, num_outputs=len(builder.outputs), name=name)
     layouts = {n: [x.n, x.k, x.bits, x.block, int(x.zero)] for n, x in sorted(builder.layouts.items())}
-    made.metadata_props[PACKED] = json.dumps(layouts)
+    region.metadata_props[PACKED] = json.dumps(layouts)
     first = builder.inside[0]
-    graph.insert_before(first, made)
-    for old, new in zip(list(builder.outputs), made.outputs, strict=True):
+    graph.insert_before(first, region)
+    for old, new in zip(list(builder.outputs), region.outputs, strict=True):
         take_over(old, new)
         replaced_by[old] = new
     graph.remove(list(builder.inside), safe=True)
@@ -186,7 +186,7 @@ def _replace(
 
 
 def _region_texts(builders: Sequence[RegionBuilder], variant: Variant) -> list[str]:
-    """The text of each region as a variant computes it, over the cache that the graph has now."""
+    """Return the text of each region as a variant computes it, with the graph's current cache."""
     return [_region_text(builder, f"{variant}_{index}", variant) for index, builder in enumerate(builders)]
 
 
@@ -222,7 +222,7 @@ constexpr Output outputs_{name}[] = {{
 
 
 def _program_text(program: Program, name: str) -> str:
-    """The table of a program's operations, with the memory that it takes."""
+    """Return the table of a program's operations, with the memory that it needs."""
     width = program.lay_out()
     operations = ",\n  ".join(program.text(operation) for operation in program.operations)
     scratch = sorted({o.scratch for o in program.operations if o.scratch})

@@ -1,4 +1,4 @@
-"""Why an operator stays outside of compiled regions."""
+"""Find out why an operator stays outside of compiled regions."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ from llmc.graph.weights import LazyWeight
 
 
 def obstacle(node: ir.Node) -> str | None:
-    """Why `node` stays with ONNX Runtime; None if a region can take it."""
+    """Return the reason why `node` stays with ONNX Runtime; None if a region can contain it."""
     check = _CHECKS.get((node.domain, node.op_type))
     if check is None:
         return "there is no kernel for it"
@@ -39,11 +39,11 @@ def _check_weights(node: ir.Node, layout: PackedLayout, codes: ir.Value) -> str 
     tensors = [value.const_value for value in (codes, *scales_of(node))]
     groups = {id(t.group) if isinstance(t, LazyWeight) else None for t in tensors}
     if None in groups:
-        return "its weights are no initializer"
+        return "its weights are not an initializer"
     if len(groups) > 1:
         return "its scales are not stored with its codes"
     if layout.k % LANES:
-        return f"it has {layout.k} input features; kernels take multiples of {LANES}"
+        return f"it has {layout.k} input features, but kernels need multiples of {LANES}"
     if layout.bits == 8 and layout.zero is PackedZero.CODE:
         return "8-bit weights have integer zero points"
     return None
@@ -53,9 +53,9 @@ def _check_matmul(node: ir.Node) -> str | None:
     if any(v is not None for v in node.inputs[4:]):
         return "it has group indices or a bias of its own"
     if width_of(operand(node, 0)) == 0 or width_of(node.outputs[0]) == 0:
-        return "its operand is no row of features per token"
+        return "its operand is not one row of features per token"
     if node.attributes.get_int("accuracy_level", 0) not in PARTS:
-        return "its activations are not to be quantized"
+        return "its activations are not quantized"
     return _check_weights(node, layout_of(node), operand(node, 1))
 
 
@@ -80,12 +80,12 @@ def _check_norm(node: ir.Node) -> str | None:
         or len(vectors) > limit
         or any(v.const_value is None or len(dims_of(v)) != 1 for v in vectors)
     ):
-        return "its scale or bias is no vector of the model"
+        return "its scale or bias is not a vector of the model"
     features = int(dims_of(vectors[0])[0])
     if width == 0 or features % LANES or width % features or int(dims_of(source)[-1]) != features:
-        return f"it is over {features} features of {width}; kernels take multiples of {LANES}"
+        return f"it normalizes {features} features of {width}, but kernels need multiples of {LANES}"
     if skip and (dims_of(operand(node, 1)) != dims_of(source) or width != features):
-        return "what it adds has another shape"
+        return "its summand has another shape"
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:3]):
         return "its mean or inverse deviation is read"
     return None
@@ -94,7 +94,9 @@ def _check_norm(node: ir.Node) -> str | None:
 def _check_elementwise(node: ir.Node) -> str | None:
     width = width_of(node.outputs[0])
     if width == 0 or width % LANES:
-        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+        return (
+            f"its rows have {width or 'no static number of'} features, but kernels need multiples of {LANES}"
+        )
     rows = 0
     for index in range(len(node.inputs)):
         value = operand(node, index)
@@ -114,7 +116,9 @@ def _check_choice(node: ir.Node) -> str | None:
     source, index = operand(node, 0), operand(node, 1)
     width = width_of(source)
     if width == 0 or width % LANES or space_of(source) != "kTokens":
-        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+        return (
+            f"its rows have {width or 'no static number of'} features, but kernels need multiples of {LANES}"
+        )
     if node.attributes.get_int("batch_dims", 0) != 1 or dims_of(index) != ["batch", 1, 1]:
         return "it does not choose one token of each sequence"
     return None
@@ -126,7 +130,7 @@ def _check_split(node: ir.Node) -> str | None:
     if width_of(source) == 0 or rank != 3 or node.attributes.get_int("axis", 0) % rank != 2:
         return "it is not along the features"
     if any(width_of(o) == 0 or width_of(o) % LANES for o in node.outputs):
-        return f"its parts are no multiples of {LANES} wide"
+        return f"the widths of its parts are not multiples of {LANES}"
     return None
 
 
@@ -136,7 +140,9 @@ def _check_slice(node: ir.Node) -> str | None:
         return "it does not cut features at constant places"
     width = width_of(node.outputs[0])
     if width == 0 or width % LANES or width != bounds[1] - bounds[0]:
-        return f"its rows have {width or 'no static number of'} features; kernels take multiples of {LANES}"
+        return (
+            f"its rows have {width or 'no static number of'} features, but kernels need multiples of {LANES}"
+        )
     return None
 
 
@@ -160,13 +166,13 @@ def _check_attention(node: ir.Node) -> str | None:
     past = operand(node, 3)
     width = dims_of(past)[-1]
     if not isinstance(width, int) or width % LANES:
-        return f"its heads are {width} wide; kernels take multiples of {LANES}"
+        return f"its heads are {width} wide, but kernels need multiples of {LANES}"
     if past.dtype != ir.DataType.FLOAT or not past.is_graph_input():
         return "its cache is not float32"
     if any(not o.is_graph_output() for o in node.outputs[1:3]):
-        return "its cache is no output of the graph"
+        return "its cache is not an output of the graph"
     if any(width_of(v) == 0 for v in node.inputs[:3] if v is not None):
-        return "its query, key or value is no row of features per token"
+        return "its query, key or value is not one row of features per token"
     return None
 
 

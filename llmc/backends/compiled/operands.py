@@ -1,4 +1,4 @@
-"""What a node's operands are: rows of features, vectors, numbers, packed matrices."""
+"""Read a node's operands: rows of features, vectors, numbers, packed matrices."""
 
 import onnx_ir as ir
 
@@ -8,9 +8,9 @@ from llmc.graph.domains import MICROSOFT
 from llmc.graph.match import behind, constant_of, dims_of, input_of, made_by, operand
 from llmc.graph.model import PackedZero
 
-#: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 wants int8, 2 at least float16.
+#: Bytes of an activation's code by the accuracy level of MatMulNBits: 4 needs int8, 2 at least float16.
 PARTS = {4: 1, 2: 2}
-#: Norms by domain and name: whether the mean is taken off, whether a sum is part of it.
+#: Norms by domain and name: whether the mean is subtracted, whether a sum is included.
 NORMS = {
     ("", "SimplifiedLayerNormalization"): (False, False),
     ("", "LayerNormalization"): (True, False),
@@ -20,7 +20,7 @@ NORMS = {
 
 
 def width_of(value: ir.Value) -> int:
-    """Features of one row of an activation; 0 if it is no activation."""
+    """Return the features of one row of an activation; 0 if the value is not an activation."""
     dims = dims_of(value)
     if len(dims) < 3 or dims[0] != "batch" or dims[1] not in ("sequence", 1):
         return 0
@@ -37,7 +37,7 @@ def space_of(value: ir.Value) -> Space:
 
 
 def slice_bounds(node: ir.Node) -> tuple[int, int] | None:
-    """(first, beyond the last) of a Slice of the features with constant bounds and step 1."""
+    """Return (first, one past the last) of a Slice of the features with constant bounds and step 1."""
     source = node.inputs[0]
     constants = [constant_of(v) for v in node.inputs[1:]]
     if source is None or len(constants) < 3 or len(dims_of(source)) != 3 or width_of(source) == 0:
@@ -52,27 +52,27 @@ def slice_bounds(node: ir.Node) -> tuple[int, int] | None:
 
 
 def shift_of(node: ir.Node) -> ir.Value | None:
-    """What is added to the positions of an attention's tokens for the rows of its rotary tables, int64 ().
+    """Return what is added to the positions of an attention's tokens for its rotary tables, int64 ().
 
-    None where nothing is, or where its position ids are made otherwise.
+    Returns None if nothing is added, or if its position ids are computed in another way.
     """
-    made = made_by(input_of(node, 9), "Add")
-    if made is None:
+    added = made_by(input_of(node, 9), "Add")
+    if added is None:
         return None
-    source, shift = operand(made, 0), operand(made, 1)
+    source, shift = operand(added, 0), operand(added, 1)
     plain = source.name == "position_ids" and source.is_graph_input()
     return shift if plain and dims_of(shift) == [] and shift.dtype is ir.DataType.INT64 else None
 
 
 def codes_of(node: ir.Node) -> ir.Value:
-    """The codes of an embedding, before the reshape that stands in between where a product shares them."""
+    """Return the codes of an embedding, before the reshape that is in between if a product shares them."""
     return behind(operand(node, 0), "Reshape")
 
 
 def scales_of(node: ir.Node) -> list[ir.Value]:
-    """Scales and, where there are any, zero points of a product or an embedding, as they are stored.
+    """Return the scales and, if there are any, zero points of a product or an embedding, as stored.
 
-    Those in another type than that of the activations have a Cast behind them.
+    If their type differs from that of the activations, a Cast follows them.
     """
     return [behind(value, "Cast") for value in node.inputs[2:4] if value is not None]
 
@@ -96,7 +96,7 @@ def embedding_layout(node: ir.Node) -> PackedLayout:
 
 
 def _features_of(rows: ir.Value, block: int) -> int:
-    """Features of an embedding's rows, without what fills their last block up where a Slice cuts it off."""
+    """Return the features of an embedding's rows, without padding of the last block that a Slice cuts off."""
     width, users = width_of(rows), [user for user, _ in rows.uses()]
     if len(users) != 1 or users[0].op_type != "Slice" or rows.is_graph_output():
         return width

@@ -1,4 +1,4 @@
-"""Quantized weights in the order in which the kernels read them (layout: llmc/kernels/matmul.h)."""
+"""Pack quantized weights in the order in which kernels read them (layout: llmc/kernels/matmul.h)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ GROUP = 16
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Sizes of a packed matrix of N outputs and K inputs.
+    """The sizes of a packed matrix of N outputs and K inputs.
 
     Args:
         bits: 4 or 8.
-        zero: What stands for zero; with 8 bits no code per block.
+        zero: Representation of zero; with 8 bits not a code per block.
     """
 
     n: int
@@ -38,7 +38,7 @@ class PackedLayout:
 
     @property
     def scales_at(self) -> int:
-        """First byte of a group's scales, which follow its codes."""
+        """Return the first byte of a group's scales, which follow its codes."""
         return self.blocks * self.block * GROUP * self.bits // 8
 
     @property
@@ -51,7 +51,7 @@ class PackedLayout:
 
     @property
     def zeros_bytes(self) -> int:
-        """Bytes of a group's zero points or minima."""
+        """Return the bytes of a group's zero points or minimums."""
         match self.zero:
             case PackedZero.MIDDLE:
                 return 0
@@ -63,10 +63,10 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Computes a packed matrix, uint8 (groups, bytes of a group), from the members of MatMulNBits's group.
+    """The computation of a packed matrix, uint8 (groups, bytes of a group), from MatMulNBits's group.
 
     Args:
-        source: Computes `codes`, `scales` and, with zero points, `zero_points`.
+        source: Group with `codes`, `scales` and, if there are zero points, `zero_points`.
     """
 
     source: WeightGroup
@@ -78,13 +78,13 @@ class PackedWeight:
 
 
 def pack_groups(members: Mapping[str, Array], layout: PackedLayout) -> Array:
-    """Bytes uint8 (groups, bytes of a group).
+    """Return the packed matrix as bytes, uint8 (groups, bytes of a group).
 
     Args:
         members: codes uint8 (N, blocks, block * bits / 8), scales (N, blocks) of any floating type,
-            zero_points uint8 (N, ceil(blocks / 2)) of 4 bits each, or floating (N, blocks); as MatMulNBits
-            has them. Of floating ones the minimum -zero_point * scale is stored, which is the float16 number
-            of a GGUF file again where zero points are float32.
+            zero_points uint8 (N, ceil(blocks / 2)) of 4 bits each, or floating (N, blocks); as in
+            MatMulNBits. For floating ones the minimum -zero_point * scale is stored, which restores the
+            float16 number of a GGUF file if zero points are float32.
 
     Raises:
         CheckpointError: A scale or a minimum is too large for float16.
@@ -116,14 +116,14 @@ def _halves(name: str, values: Array, groups: int) -> Array:
         halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
         raise CheckpointError(
-            f"a {name} of {np.abs(values).max():g} is too large for float16, which kernels read",
+            f"a {name} of {np.abs(values).max():g} is too large for float16, in which kernels read it",
             hint="the checkpoint is damaged, or needs a target without compiled kernels",
         )
     return _by_lane(halves, groups).reshape(groups, -1).view(np.uint8)
 
 
 def _nibbles(pairs: Array, blocks: int, groups: int) -> Array:
-    """Turn zero points of 4 bits, two in a byte along the blocks, into bytes of each group."""
+    """Convert zero points of 4 bits, two in a byte along the blocks, to bytes of each group."""
     zeros = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)[:, :blocks]
     turned = _by_lane(zeros, groups)
     joined: Array = (turned[..., 0::2] | (turned[..., 1::2] << 4)).reshape(groups, -1)
@@ -131,7 +131,7 @@ def _nibbles(pairs: Array, blocks: int, groups: int) -> Array:
 
 
 def _pad(rows: Array, groups: int) -> Array:
-    """Zeros after the last output up to a whole group."""
+    """Append zeros after the last output up to a whole group."""
     missing = groups * GROUP - len(rows)
     if not missing:
         return rows
@@ -139,6 +139,6 @@ def _pad(rows: Array, groups: int) -> Array:
 
 
 def _by_lane(values: Array, groups: int) -> Array:
-    """(N, blocks) to (groups, blocks, 16), contiguous."""
+    """Reorder (N, blocks) to (groups, blocks, 16), contiguous."""
     padded = _pad(values, groups).reshape(groups, GROUP, -1)
     return np.ascontiguousarray(padded.transpose(0, 2, 1))

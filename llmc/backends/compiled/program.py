@@ -1,26 +1,26 @@
-"""A region's program: operations over places in a workspace, and its C++ text (llmc/kernels/program.h)."""
+"""Represent a region's program: operations on places in a workspace, and its C++ text (program.h)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 LANES = 16
-#: Tokens of a sequence in one step up to which kernels give each the bits that it has alone.
+#: Largest number of tokens of a sequence in one step for which kernels give each the same bits as alone.
 SAME_TOKENS = 8
-#: Dimensions of outputs that a step decides, in C++, by their names in the graph.
+#: Dimensions of outputs that a step determines, in C++, by their names in the graph.
 SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
-#: The dimension of the tokens of a sequence that are chosen, in C++.
+#: The dimension of the chosen tokens of a sequence, in C++.
 CHOSEN = "~3"
 
 Space = Literal["kTokens", "kLast"]
 
-#: How a region is computed: as it is served; with products in float32; with the KV cache and attention too.
+#: How a region is computed: as served; with products in float32; or also with float32 cache and attention.
 Variant = Literal["served", "products", "exact"]
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Columns of the workspace, `width` floats for every row; `column` is set when all are laid out."""
+    """Columns of the workspace, `width` floats for every row; `lay_out` sets `column`."""
 
     width: int
     column: int = -1
@@ -35,13 +35,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Rows of float32: where they are, how far apart, and which part of them is meant.
+    """Rows of float32: their place, their distance, and the part of them that is meant.
 
     Args:
         stride: Floats from row to row.
         offset: Floats before the part.
         width: Floats of the part.
-        space: One row a token, or one a sequence.
+        space: Whether there is a row per token or per sequence.
     """
 
     home: Buffer | Tensor
@@ -60,7 +60,7 @@ class RowPlace:
 
 @dataclass(frozen=True)
 class Caches:
-    """Past key and value, present key and value."""
+    """The tensors of past key and value, present key and value."""
 
     tensors: tuple[Tensor, ...]
 
@@ -71,13 +71,13 @@ Fields = dict[str, Operand]
 
 @dataclass
 class Operation:
-    """One entry of the program.
+    """An entry of the program.
 
     Args:
-        kind: Done row by row, or in chunks of its own making.
+        kind: Whether it runs row by row, or in chunks that it defines.
         fields: Members of `llmc::Op` by name, functions as C++ text.
-        scratch, shared: C++ expressions for the memory it needs of each thread, and of all together.
-        instead: What replaces it in programs of other variants, by variant; the others have it too.
+        scratch, shared: C++ expressions for the memory it needs per thread, and of all threads together.
+        instead: Its replacements in programs of other variants, by variant; unlisted variants keep it.
     """
 
     kind: Literal["row", "chunk"]
@@ -92,7 +92,7 @@ class Operation:
         return [p.home for p in places if isinstance(p.home, Buffer)]
 
 
-#: Members in their order of the structs of llmc/kernels/program.h that a generated program initializes.
+#: Members of the structs of llmc/kernels/program.h that a generated program initializes, in order.
 MEMBERS: Mapping[str, tuple[str, ...]] = {
     "Ref": ("base", "stride", "offset"),
     "Op": (
@@ -111,7 +111,7 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass
 class Program:
-    """Operations in order, with the element-wise functions that they call.
+    """The operations in order, with the element-wise functions that they call.
 
     Args:
         functions: Bodies of generated row functions by name.
@@ -121,23 +121,23 @@ class Program:
     functions: dict[str, str] = field(default_factory=dict)
 
     def variant(self, variant: Variant) -> "Program":
-        """The same program as another variant has it.
+        """Return the program of another variant.
 
-        All share their buffers: `lay_out` the one whose text is made next.
+        All share their buffers: call `lay_out` on the one whose text is generated next.
         """
-        made = [
+        operations = [
             replacement
             for operation in self.operations
             for replacement in operation.instead.get(variant, (operation,))
         ]
-        return Program(made, self.functions)
+        return Program(operations, self.functions)
 
     def lay_out(self) -> int:
-        """Give every buffer its columns; returns the width of the workspace.
+        """Assign every buffer its columns; return the width of the workspace.
 
-        Rows that follow each other run in one phase, in which threads are at different rows. So two buffers
-        share memory only if no phase uses both, or lies between the uses of one and uses the other. The
-        widest are placed first (Pisarchyk and Lee 2020, greedy by size).
+        Consecutive row operations run in one phase, in which threads are at different rows. So two buffers
+        share memory only if no phase uses both, or is between the uses of one and uses the other. The widest
+        are placed first (Pisarchyk and Lee 2020, greedy by size).
         """
         phases = self._phases()
         first: dict[Buffer, int] = {}
@@ -149,13 +149,13 @@ class Program:
         placed: list[Buffer] = []
         for buffer in sorted(first, key=lambda b: -b.width):
             size = -(-buffer.width // LANES) * LANES
-            taken = sorted(
+            occupied = sorted(
                 (other.column, other.column + -(-other.width // LANES) * LANES)
                 for other in placed
                 if last[other] >= first[buffer] and first[other] <= last[buffer]
             )
             column = 0
-            for start, stop in taken:
+            for start, stop in occupied:
                 if start - column >= size:
                     break
                 column = max(column, stop)

@@ -1,4 +1,4 @@
-"""One region of a graph as a program: what each operator becomes."""
+"""Convert a region of a graph to a program, operator by operator."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,19 +37,19 @@ from llmc.graph.edit import add_initializer
 from llmc.graph.match import dims_of, input_of, lazy_of, operand, scalar_of
 from llmc.graph.weights import LazyWeight, WeightGroup
 
-#: Types of llmc/kernels/cache.h.
+#: C++ types of llmc/kernels/cache.h for the rows of the KV cache.
 ROWS = {CacheType.FLOAT32: "FloatRows", CacheType.FLOAT16: "HalfRows", CacheType.INT8: "ByteRows"}
 
 
 @dataclass
 class RegionBuilder:
-    """Builds the program of one region.
+    """The builder of a region's program.
 
     Args:
-        inside: Its nodes, in order.
-        packed: Initializers that hold packed weights, by the group of the codes; shared by all regions.
-        cache: Type that keys and values are to be stored in; the graph's own is still float32.
-        layouts: Of those that the region reads, by name.
+        inside: Nodes of the region, in order.
+        packed: Initializers with packed weights, by the group of the codes; shared by all regions.
+        cache: Type in which keys and values are to be stored; the graph's own is still float32.
+        layouts: Layouts of the packed weights that the region reads, by name.
     """
 
     inside: Sequence[ir.Node]
@@ -90,10 +90,10 @@ class RegionBuilder:
         ):
             tensor.index = index
 
-    # What values are
+    # Values
 
     def input(self, value: ir.Value) -> Tensor:
-        """A computed value from outside."""
+        """Register a computed value from outside of the region."""
         dims = dims_of(value)
         if self.rows_from is None and dims[:2] == ["batch", "sequence"]:
             self.rows_from = value
@@ -105,7 +105,7 @@ class RegionBuilder:
         return self.weights.setdefault(value, Tensor())
 
     def packed_weight(self, codes: ir.Value, layout: PackedLayout) -> Tensor:
-        """The packed form of codes, and of the scales that are stored with them, however many read it."""
+        """Return the packed form of codes and the scales stored with them, shared by all readers."""
         lazy = lazy_of(codes)
         key = id(lazy.group)
         if key not in self.packed:
@@ -118,7 +118,7 @@ class RegionBuilder:
         return self.weight(self.packed[key])
 
     def make(self, value: ir.Value, width: int, space: Space) -> RowPlace:
-        """Where `value` is to be written: its output tensor, or a new buffer."""
+        """Assign the place to write `value` to: its output tensor, or a new buffer."""
         if value in self.outputs:
             place = RowPlace(self.outputs[value], width, 0, width, space)
         else:
@@ -132,7 +132,7 @@ class RegionBuilder:
         return RowPlace(Buffer(stride), stride, 0, width, space)
 
     def _place(self, value: ir.Value) -> RowPlace:
-        """The rows of an activation, computed now if it was not yet."""
+        """Return the rows of an activation; computes them now if they are pending."""
         if value in self._places:
             return self._places[value]
         if value in self._pending:
@@ -357,7 +357,7 @@ def _attention(
     turned: RowPlace,
     output: RowPlace,
 ) -> tuple[Operation, ...]:
-    """Attention of the C++ type `kind`: over `operands`, query, key and value, by `turned`, to `output`."""
+    """Create attention of the C++ type `kind`: reads `operands` (query, key, value), writes `output`."""
     query, key, value = operands
     carry: Fields = {"chunks": f"{kind}::carry_chunks", "chunk": f"{kind}::carry", "check": f"{kind}::check"}
     append: Fields = {"row": f"{kind}::append", "a": query, "b": key, "c": value, "out": turned}
@@ -373,12 +373,12 @@ def _attention(
 
 
 def _matmul_type(layout: PackedLayout, parts: int) -> str:
-    """The C++ type of products with a packed matrix."""
+    """Return the C++ type of products with a packed matrix."""
     return f"Matmul<{layout.k}, {layout.block}, {layout.bits}, Zero::k{layout.zero.name.title()}, {parts}>"
 
 
 def _exact_product(kind: str, fields: Fields, space: Space) -> Operation:
-    """The product of `kind` with activations in float32."""
+    """Create the product of `kind` with activations in float32."""
     exact = f"Exact<{kind}>"
     functions: Fields = {f: f"{exact}::{f}" for f in ("chunks", "chunk")}
     return Operation("chunk", space, {**functions, **fields}, f"{exact}::scratch")

@@ -1,4 +1,4 @@
-"""The stage that compiles kernels, only for targets that ask for them, and what it takes to load them."""
+"""Compile kernels in a stage of the build, and check what is needed to load them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
 
 
-#: The library's name inside of an artifact.
+#: Name of the library inside of an artifact.
 LIBRARY = "kernels.so"
 
 
 @dataclass(frozen=True)
 class KernelStage(Stage):
-    """A compiler and what to compile for, found before any work is done."""
+    """A compiler and an instruction set, found before any work is done."""
 
     compiler: Compiler
     isa: InstructionSet
@@ -47,7 +47,7 @@ class KernelStage(Stage):
 
     @property
     def measurable(self) -> bool:
-        """Whether this machine's CPU can execute what is compiled."""
+        """Return whether this machine's CPU can execute the compiled kernels."""
         return _misfit(self.isa) is None
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
@@ -60,33 +60,34 @@ class KernelStage(Stage):
         from llmc.backends.compiled.lower import compile_kernels
 
         with progress.stage("kernels"):
-            made = compile_kernels(graph, self.isa, self.compiler, self.cache)
-            (folder / LIBRARY).write_bytes(made.library)
+            compiled = compile_kernels(graph, self.isa, self.compiler, self.cache)
+            (folder / LIBRARY).write_bytes(compiled.library)
         progress.note(
-            f"kernels: {made.regions} regions of {made.nodes} operators for {made.isa}, {made.compiler}"
+            f"kernels: {compiled.regions} regions of {compiled.nodes} operators for {compiled.isa}, "
+            f"{compiled.compiler}"
         )
-        for op, reason, count in made.outside:
+        for op, reason, count in compiled.outside:
             progress.note(f"kernels: {count} {op} stay with ONNX Runtime: {reason}")
         return KernelRecord(
             library=LIBRARY,
-            isa=made.isa,
-            compiler=made.compiler,
-            source=made.source,
-            regions=made.regions,
-            nodes=made.nodes,
-            outside=tuple(LeftOutside(operator=o, reason=r, count=c) for o, r, c in made.outside),
+            isa=compiled.isa,
+            compiler=compiled.compiler,
+            source=compiled.source,
+            regions=compiled.regions,
+            nodes=compiled.nodes,
+            outside=tuple(LeftOutside(operator=o, reason=r, count=c) for o, r, c in compiled.outside),
         )
 
 
 def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
-    """The library of an artifact's kernels, compiled here; None where this machine has not their compiler.
+    """Compile the library of an artifact's kernels here; None if this machine lacks their compiler.
 
     Args:
-        source: The program, which must be that of the record.
+        source: The program, which must be the one of the record.
     """
     from llmc.backends.compiled.lower import compile_source
 
-    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    isa = next((candidate for candidate in INSTRUCTION_SETS if candidate.name == record.isa), None)
     if isa is None:
         return None
     try:
@@ -97,7 +98,7 @@ def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
 
 
 def require_kernels(artifact: Artifact) -> None:
-    """Find out whether this CPU can execute an artifact's kernels, before it is loaded.
+    """Require that this CPU can execute an artifact's kernels, before it is loaded.
 
     Raises:
         ResourceError: They are for another architecture, or for instructions that this CPU lacks.
@@ -105,22 +106,23 @@ def require_kernels(artifact: Artifact) -> None:
     record = artifact.manifest.kernels
     if record is None:
         return
-    isa = next((known for known in INSTRUCTION_SETS if known.name == record.isa), None)
+    isa = next((candidate for candidate in INSTRUCTION_SETS if candidate.name == record.isa), None)
     if isa is None:
         raise ResourceError(
-            f"the kernels of {artifact.path} are for {record.isa}, which this llmc does not know",
-            hint="update llmc, or build the artifact again with this one",
+            f"the kernels of {artifact.path} are for {record.isa}, which this version of llmc does not know",
+            hint="update llmc, or build the artifact again with this version",
         )
     misfit = _misfit(isa)
     if misfit is not None:
         raise ResourceError(
-            f"the kernels of {artifact.path} are compiled for {isa.machine} CPUs with {isa.name}; {misfit}",
+            f"the kernels of {artifact.path} are compiled for {isa.machine} CPUs with {isa.name}, "
+            f"but {misfit}",
             hint="copy it to such a machine, or build it for this one with --profile local",
         )
 
 
 def _misfit(isa: InstructionSet) -> str | None:
-    """What this machine is, if it cannot execute kernels for `isa`."""
+    """Describe this machine if it cannot execute kernels for `isa`."""
     machine, host = host_machine(), detect_cpu()
     if machine != isa.machine:
         return f"this machine is {machine} ({host.device})"

@@ -1,8 +1,8 @@
-"""A C++ compiler: sources and flags to a shared library, from a cache where the same was compiled before.
+"""Compile C++ sources to a shared library, with a cache of earlier results.
 
-LLMC_CXX names a compiler; else `ziglang` (a whole clang in a wheel) is taken where it is installed, else the
-system's `c++`, `g++` or `clang++`, or for another architecture than this machine's the cross compiler that
-Debian and Fedora call `aarch64-linux-gnu-g++`.
+LLMC_CXX names a compiler; otherwise `ziglang` (a complete clang in a wheel) is used if it is installed, else
+the system's `c++`, `g++` or `clang++`, or for another architecture than this machine's the cross compiler
+that Debian and Fedora call `aarch64-linux-gnu-g++`.
 """
 
 import os
@@ -26,7 +26,7 @@ _NAMES = ("c++", "g++", "clang++")
 _SECONDS = 600.0
 _LINK = ("-shared", "-s")
 _HINT = "pip install 'llmc[compile]' or install g++ or clang++; LLMC_CXX names another compiler"
-#: Release of glibc that cross-compiled libraries ask for at most: that of the wheels of ONNX Runtime.
+#: Newest version of glibc that cross-compiled libraries may require: that of the wheels of ONNX Runtime.
 _GLIBC = "2.28"
 
 
@@ -35,8 +35,8 @@ class Compiler:
     """A C++ compiler.
 
     Args:
-        command: What starts it, to be followed by arguments as GCC takes them.
-        version: First line of what it says of itself.
+        command: Command that starts it; arguments in GCC's syntax follow.
+        version: First line of its output for --version.
     """
 
     command: tuple[str, ...]
@@ -45,17 +45,17 @@ class Compiler:
 
 @dataclass(frozen=True)
 class TranslationUnit:
-    """One source file and the flags that it alone is compiled with."""
+    """A source file and its own compiler flags."""
 
     name: str
     flags: tuple[str, ...] = ()
 
 
 def find_compiler(machine: str | None = None) -> Compiler:
-    """The compiler that builds use.
+    """Find the compiler for builds.
 
     Args:
-        machine: Architecture to compile for, as `platform.machine` names it on Linux; None is this machine's.
+        machine: Architecture to compile for, as `platform.machine` names it on Linux; None for this one.
 
     Raises:
         ResourceError: There is none, or LLMC_CXX names one that does not run or compiles for another CPU.
@@ -77,13 +77,13 @@ def find_compiler(machine: str | None = None) -> Compiler:
     which = f"a C++ compiler for {machine}" if cross else "a C++ compiler"
     hint = f"pip install 'llmc[compile]' or install {names[0]}; LLMC_CXX names another compiler"
     raise ResourceError(
-        f"compiled kernels need {which}; neither ziglang nor {', '.join(names)} is installed",
+        f"compiled kernels need {which}, but neither ziglang nor {', '.join(names)} is installed",
         hint=hint if cross else _HINT,
     )
 
 
 def host_machine() -> str:
-    """This machine's architecture, by the name that Linux has for it."""
+    """Return this machine's architecture, by its name in Linux."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -95,8 +95,8 @@ def compile_library(
 
     Args:
         sources: Text by file name, headers included.
-        units: The sources that are compiled, with their own flags.
-        flags: Of every call.
+        units: The sources to compile, with their own flags.
+        flags: Flags of every call.
 
     Raises:
         ResourceError: The compiler fails; the error has its output and the command.
@@ -110,9 +110,9 @@ def compile_library(
     }
     cache = StageCache(default_cache_folder())
     key = content_key("library", facts)
-    known = cache.get(key)
-    if known is not None:
-        return known
+    cached = cache.get(key)
+    if cached is not None:
+        return cached
     with tempfile.TemporaryDirectory(prefix="llmc-compile-") as name:
         folder = Path(name)
         for file, text in sources.items():
@@ -137,30 +137,30 @@ def _identify(command: tuple[str, ...]) -> Compiler:
             f"the C++ compiler {command[0]} cannot be started: {error.strerror}", hint=_HINT
         ) from error
     if answer.returncode != 0 or not answer.stdout:
-        said = (answer.stderr or answer.stdout).strip().splitlines()
+        lines = (answer.stderr or answer.stdout).strip().splitlines()
         raise ResourceError(
-            f"the C++ compiler {shlex.join(command)} does not tell its version: "
-            f"{said[0] if said else 'no output'}",
+            f"the C++ compiler {shlex.join(command)} does not report its version: "
+            f"{lines[0] if lines else 'no output'}",
             hint=_HINT,
         )
     return Compiler(command, answer.stdout.splitlines()[0].strip())
 
 
 def _require_target(compiler: Compiler, machine: str) -> None:
-    """`-dumpmachine` of GCC and clang begins with the architecture that they compile for."""
+    """Require that a compiler's `-dumpmachine`, which starts with its target architecture, is `machine`."""
     command = [*compiler.command, "-dumpmachine"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     target = answer.stdout.strip()
     if target.partition("-")[0] != machine:
         raise ResourceError(
-            f"the C++ compiler {shlex.join(compiler.command)} compiles for {target or 'an unnamed target'}; "
-            f"the profile's CPU is {machine}",
-            hint=f"LLMC_CXX is to name a compiler for {machine}, or none",
+            f"the C++ compiler {shlex.join(compiler.command)} compiles for {target or 'an unnamed target'}, "
+            f"but the profile's CPU is {machine}",
+            hint=f"set LLMC_CXX to a compiler for {machine}, or unset it",
         )
 
 
 def _environment(compiler: Compiler, folder: Path) -> dict[str, str]:
-    """The process's own, with temporary files in `folder`, and a cache for zig where it could write none."""
+    """Return the process's own variables with temporary files in `folder`, and a writable cache for zig."""
     changed = {"TMPDIR": str(folder)}
     if "ziglang" in compiler.command and "ZIG_GLOBAL_CACHE_DIR" not in os.environ:
         changed["ZIG_GLOBAL_CACHE_DIR"] = str(usable_folder(user_cache_folder() / "zig", own=False))

@@ -1,1 +1,1 @@
-"""ONNX Runtime and onnxruntime-genai: the files by which they serve an artifact, and text from it."""
+"""Serve artifacts with ONNX Runtime and onnxruntime-genai: their files, and text generation."""

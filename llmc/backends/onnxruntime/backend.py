@@ -1,4 +1,4 @@
-"""ONNX Runtime with its own kernels, on a CPU or on CUDA; onnxruntime-genai serves the artifact."""
+"""Implement the backend of ONNX Runtime's own kernels, on a CPU or on CUDA, served by onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OrtStage(Stage):
-    """A build for ONNX Runtime, which needs nothing but its files.
+    """A build for ONNX Runtime, which needs only its files.
 
     Args:
         provider: The execution provider.
@@ -37,7 +37,7 @@ class OrtStage(Stage):
 
     @property
     def measurable(self) -> bool:
-        """The gate runs on a CPU."""
+        """Return whether the provider is the CPU, on which gates run."""
         return self.provider is Provider.CPU
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
@@ -49,9 +49,9 @@ class OrtStage(Stage):
 
 
 class OnnxRuntimeBackend(Backend):
-    """ONNX Runtime's own kernels."""
+    """The backend of ONNX Runtime's own kernels."""
 
-    #: File in the artifact with custom operators that the graph uses; None for none.
+    #: File in the artifact with custom operators that the graph uses; None if there are none.
     library: str | None = None
 
     def prepare(self, plan: BuildPlan) -> Stage:
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend(Backend):
         if restart is not None and restart not in RESTARTING_TYPES:
             lengths = " or ".join(str(n) for n in RESTARTING_TYPES)
             return (
-                "there the original's generate computes its KV cache anew, which onnxruntime-genai does only "
+                "there the original's generate recomputes its KV cache, which onnxruntime-genai does only "
                 f"beyond {lengths} tokens"
             )
         return None
@@ -108,7 +108,7 @@ class OnnxRuntimeBackend(Backend):
         )
 
     def require_host(self, artifact: Artifact) -> None:
-        """The graph needs nothing but ONNX Runtime."""
+        """Accept every host: the graph needs only ONNX Runtime."""
 
     def executable(self, artifact: Artifact) -> Executable:
         """See `Backend`."""
@@ -117,9 +117,9 @@ class OnnxRuntimeBackend(Backend):
         path, manifest = artifact.path, artifact.manifest
         if manifest.target.provider is not Provider.CPU:
             raise ResourceError(
-                f"{path} is built for {manifest.target.provider.value.upper()}; its latency on the CPU says "
-                "nothing",
-                hint="llmc verify measures the numbers of its graph on the CPU",
+                f"{path} is built for {manifest.target.provider.value.upper()}; its latency on the CPU is "
+                "meaningless",
+                hint="llmc verify measures the results of its graph on the CPU",
             )
         self.require_host(artifact)
         threads = manifest.profile.threads or os.cpu_count() or 1
@@ -137,7 +137,7 @@ class OnnxRuntimeBackend(Backend):
         arithmetic: Arithmetic = Arithmetic.SERVED,
         slots: int | None = None,
     ) -> OrtModel:
-        """See `Backend`; its KV cache grows, or has the slots that a prompt reserves."""
+        """See `Backend`; the KV cache grows, or has the slots that a prompt reserves."""
         from llmc.runtime.ort_model import OrtModel, shares_buffer
 
         share = shares_buffer(folder)
@@ -152,7 +152,7 @@ class OnnxRuntimeBackend(Backend):
         lookup: int | None,
         progress: Progress,
     ) -> Generated:
-        """Generate through onnxruntime-genai."""
+        """Generate text with onnxruntime-genai."""
         from llmc.backends.onnxruntime.generate import generate_text
         from llmc.backends.onnxruntime.lookup import require_draft, same_text
 

@@ -1,4 +1,4 @@
-"""The last changes to a quantized graph before ONNX Runtime's model.onnx is written."""
+"""Apply the last changes to a quantized graph before ONNX Runtime's model.onnx is written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 
 def finish_graph(graph: Graph, kernels: Callable[[Graph], Result]) -> Result:
-    """Bring a quantized graph into the form that is written.
+    """Convert a quantized graph to its final form.
 
     Args:
-        kernels: Replaces regions of the graph by operators of compiled kernels, if the target has them.
+        kernels: Function that replaces regions of the graph by compiled operators, if the target has them.
 
     Returns:
-        What `kernels` gives.
+        The result of `kernels`.
     """
     tables = find_pairs(graph)
     result = kernels(graph)

@@ -1,22 +1,21 @@
-"""genai_config.json: an artifact as onnxruntime-genai serves it.
+"""Write genai_config.json, by which onnxruntime-genai serves an artifact.
 
 The keys are those that onnxruntime-genai 0.18 parses (its src/config.h); it refuses unknown ones.
-What the runtime does, as observed with 0.18.0:
-
-- `model.type` must be on its list; "decoder" takes any decoder-only graph, with none of the special
-  cases that it has for some architectures. One of them is wanted where the model has it: "phimoe" and
-  "phi3small" compute the KV cache of a single sequence anew when its length passes 4,096 or 8,192.
+The behaviour of the runtime, as observed with 0.18.0:
+- `model.type` must be on its list; "decoder" accepts any decoder-only graph, without the special cases for
+  some architectures. One special case is needed for models that have it: "phimoe" and "phi3small" recompute
+  the KV cache of a single sequence when its length passes 4,096 or 8,192.
 - A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
-  new token; `position_ids`, fed only if the graph has them, count from 0 in each row, 0 at padding,
-  and go on from the row's own length.
-- Only a batch of one or of equal prompts is served right where the graph's padding is not on the right;
+  new token; `position_ids`, fed only if the graph has them, count from 0 in each row, are 0 at padding,
+  and continue from the row's own length.
+- If the graph's padding is not on the right, only a batch of one or of equal prompts is served correctly;
   the interface says so, and tracing notes it.
-- Logits of the last position only are taken when their second dimension is the constant 1.
+- Only logits of the last position are read if their second dimension is the constant 1.
 - KV heads and head size of each layer are read from the shapes of the graph's past keys; past values
   must have the same shape.
-- A section `speculative` turns n-gram decoding on, which refuses batches and graphs with logits of the last
-  position only.
-- Every end-of-sequence id must be inside of the vocabulary, and there must be one.
+- A section `speculative` turns n-gram decoding on, which refuses batches and graphs with logits of only the
+  last position.
+- Every end-of-sequence id must be inside of the vocabulary, and there must be at least one.
 """
 
 import json
@@ -39,16 +38,16 @@ from llmc.graph.switches import runtime_type
 GENAI_CONFIG = "genai_config.json"
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
-#: What a model without a bound on positions is given, since the runtime asks for one.
+#: Context length of a model without a bound on positions, since the runtime needs one.
 _UNBOUNDED_CONTEXT = 1 << 20
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def shares_cache(model: ir.Model, interface: Interface) -> bool:
-    """Whether past and present of all layers may be one buffer of the maximum length.
+    """Return whether past and present of all layers may share one buffer of the maximum length.
 
-    True if only `GroupQueryAttention` and compiled kernels read a past: they take the valid length
-    from `seqlens_k`, where a concatenation would take it from the shape.
+    They may if only `GroupQueryAttention` and compiled kernels read a past: these read the valid length from
+    `seqlens_k`, whereas a concatenation would use the shape.
     """
     past = {name for slot in interface.cache for name in slot.pasts}
     readers = [node for value in model.graph.inputs if value.name in past for node in value.consumers()]
@@ -74,20 +73,20 @@ def write_genai_config(
     Args:
         config: transformers `PreTrainedConfig` of the model.
         generation_config: transformers `GenerationConfig`; None if the checkpoint has none. Its
-            sampling settings become the defaults of whoever serves the artifact.
-        threads: Intra-op threads; None leaves them to the runtime.
-        share_cache: As `shares_cache` finds.
+            sampling settings become the defaults for serving the artifact.
+        threads: Intra-op threads; None for the runtime's default.
+        share_cache: Result of `shares_cache`.
         library: File in `folder` with custom operators that the graph uses.
-        lookup: Tokens to draft in a step by prompt lookup; None for none.
+        lookup: Number of tokens to draft in a step by prompt lookup; None for no lookup.
 
     Raises:
         ConfigError: So many tokens cannot be drafted in a step.
-        UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, other inputs
-            than are fed, values of another width than keys or names without a pattern; or there is no
-            end-of-sequence token.
+        UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, inputs that the
+            runtime does not feed, values of another width than keys or names without a pattern; or there is
+            no end-of-sequence token.
     """
     if not interface.cache:
-        raise UnsupportedError("onnxruntime-genai serves graphs with a KV cache; this one has none")
+        raise UnsupportedError("onnxruntime-genai serves only graphs with a KV cache, but this one has none")
     logits = _logits(interface)
     vocab = logits.shape[-1]
     if not isinstance(vocab, int):
@@ -129,15 +128,15 @@ def write_genai_config(
 def serving_tokens(
     folder: Path, config: Any, generation_config: Any, vocab: int
 ) -> dict[str, list[int] | int]:
-    """`special_tokens` with an end of the sequence, which the runtime needs.
+    """Return `special_tokens`, with an end of the sequence, which the runtime needs.
 
     Raises:
-        UnsupportedError: Nothing names a token that ends a text.
+        UnsupportedError: No file names a token that ends a text.
     """
     tokens = special_tokens(folder, config, generation_config, vocab)
     if "eos_token_id" not in tokens:
         raise UnsupportedError(
-            "onnxruntime-genai needs an end-of-sequence token; neither generation_config.json nor "
+            "onnxruntime-genai needs an end-of-sequence token, but neither generation_config.json nor "
             f"config.json nor the tokenizer has one inside of the vocabulary of {vocab}",
             hint="set eos_token_id in the checkpoint's generation_config.json",
         )
@@ -166,7 +165,7 @@ def _inputs(interface: Interface) -> dict[str, str]:
     for slot in interface.cache:
         if slot.key_width != slot.value_width:
             raise UnsupportedError(
-                f"onnxruntime-genai allocates values as wide as keys; "
+                f"onnxruntime-genai allocates values as wide as keys, but "
                 f"layer {slot.layer} has keys of {slot.key_width} and values of {slot.value_width}"
             )
     return {name: name for name in _INPUTS if name in names} | {
@@ -178,8 +177,8 @@ def _inputs(interface: Interface) -> dict[str, str]:
 def _outputs(interface: Interface, logits: TensorSpec) -> dict[str, str]:
     if interface.logits == "last" and logits.shape[1] != 1:
         raise GraphError(
-            f"logits of the last position have shape {logits.shape}; "
-            "onnxruntime-genai needs the constant 1 in the second place"
+            f"logits of the last position have shape {logits.shape}, "
+            "but onnxruntime-genai needs the constant 1 as the second dimension"
         )
     return {
         "logits": logits.name,
@@ -193,20 +192,20 @@ def _logits(interface: Interface) -> TensorSpec:
     others = [spec for spec in interface.outputs if spec.name not in cache]
     if len(others) != 1 or len(others[0].shape) != 3:
         raise UnsupportedError(
-            f"onnxruntime-genai takes logits (batch, sequence, vocabulary) and the KV cache; "
-            f"the graph has outputs {', '.join(f'{o.name} {o.shape}' for o in others) or 'of the cache only'}"
+            "onnxruntime-genai reads logits (batch, sequence, vocabulary) and the KV cache, but the graph "
+            f"has outputs {', '.join(f'{o.name} {o.shape}' for o in others) or 'only of the cache'}"
         )
     return others[0]
 
 
 def _pattern(names: Sequence[tuple[int, str]]) -> str:
-    """The name of all layers with %d in the place of the layer's number."""
+    """Return the name of all layers with %d in place of the layer's number."""
     layer, name = names[0]
     for match in re.finditer(rf"(?<!\d){layer}(?!\d)", name):
         before, after = name[: match.start()], name[match.end() :]
         if all(other == f"{before}{index}{after}" for index, other in names):
             return f"{before}%d{after}"
     raise UnsupportedError(
-        f"onnxruntime-genai needs cache names that differ in the layer's number only; these are "
+        f"onnxruntime-genai needs cache names that differ only in the layer number, but these are "
         f"{', '.join(n for _, n in names)}"
     )

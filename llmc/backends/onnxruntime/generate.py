@@ -1,4 +1,4 @@
-"""Text and tokens out of an artifact, through onnxruntime-genai."""
+"""Generate text and tokens with an artifact through onnxruntime-genai."""
 
 import ctypes
 import json
@@ -26,19 +26,19 @@ def generate_text(
     text: TextRecord,
     lookup: int | None = None,
 ) -> Generated:
-    """Continue `prompt` greedily, handing on each piece of text as soon as it is there.
+    """Continue `prompt` greedily, and emit each piece of text as soon as it is generated.
 
     Args:
         folder: An artifact.
-        prompt: The user's message; put into the artifact's chat template where it has one.
-        max_tokens: New tokens at most; less where the model's context ends before.
-        emit: Takes each piece of the answer, in order.
+        prompt: The user's message; put into the artifact's chat template if it has one.
+        max_tokens: Largest number of new tokens; fewer if the model's context ends earlier.
+        emit: Receives each piece of the answer, in order.
         text: How the artifact turns text into tokens.
-        lookup: Tokens drafted in a step by prompt lookup; None leaves it to the artifact, which mostly
-            drafts none.
+        lookup: Number of tokens drafted in a step by prompt lookup; None for the artifact's setting, which
+            usually drafts none.
 
     Raises:
-        ConfigError: The folder cannot be served, no token is asked for, or the prompt has no token, one that
+        ConfigError: The folder cannot be served, no token is requested, or the prompt has no token, one that
             the model does not have, or more than the context.
         UnsupportedError: The graph cannot verify drafts.
         ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
@@ -63,23 +63,25 @@ def generate_text(
         if piece:
             emit(piece)
 
-    made = _generate(og, model, folder, ids, max_tokens, lookup, lambda token: hand_on(stream.step(token)))
+    generated = _generate(
+        og, model, folder, ids, max_tokens, lookup, lambda token: hand_on(stream.step(token))
+    )
     hand_on(stream.finish())
-    return made
+    return generated
 
 
 def generate_tokens(folder: Path, ids: Sequence[int], max_new: int, lookup: int | None = None) -> list[int]:
     """Continue `ids` greedily, batch 1.
 
     Args:
-        max_new: New tokens at most; less where the model's context ends before.
+        max_new: Largest number of new tokens; fewer if the model's context ends earlier.
         lookup: As for `generate_text`.
 
     Returns:
         The new tokens, without the one that ends the sequence.
 
     Raises:
-        ConfigError: The folder cannot be served, no token is asked for, or `ids` are none or longer
+        ConfigError: The folder cannot be served, no token is requested, or `ids` are empty or longer
             than the context.
         UnsupportedError: The graph cannot verify drafts.
         ResourceError: onnxruntime-genai or the GPU that the artifact is built for is missing.
@@ -105,13 +107,13 @@ def _generate(
     context, stated = config["context_length"], config["eos_token_id"]
     ends = set(stated) if isinstance(stated, list) else {stated}
     if max_new < 1:
-        raise ConfigError(f"{max_new} new tokens are asked for", hint="ask for 1 or more")
+        raise ConfigError(f"{max_new} new tokens are requested", hint="request 1 or more")
     if not ids:
         raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
     _require_rows(ids, config["vocab_size"])
     if len(ids) >= context:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens; {folder} has a context of {context}",
+            f"the prompt has {len(ids)} tokens, but {folder} has a context of {context}",
             hint="shorten the prompt",
         )
     with _runtime_errors(folder):
@@ -149,7 +151,7 @@ def _generate(
 
 
 def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
-    """The module onnxruntime_genai, and the artifact's model in it; one that verifies drafts, for lookup."""
+    """Load the module onnxruntime_genai and the artifact's model; for lookup, one that verifies drafts."""
     config = _genai_config(folder)
     og = load_genai()
     providers = config["model"]["decoder"]["session_options"]["provider_options"]
@@ -168,12 +170,12 @@ def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
 
 @contextmanager
 def _runtime_errors(folder: Path) -> Iterator[None]:
-    """onnxruntime-genai's own errors, all of them `RuntimeError`, as typed ones."""
+    """Convert onnxruntime-genai's errors, all of type `RuntimeError`, to typed ones."""
     try:
         yield
     except RuntimeError as error:
         raise ConfigError(
-            f"onnxruntime-genai cannot run {folder}: {error}", hint="llmc verify tells what is wrong with it"
+            f"onnxruntime-genai cannot run {folder}: {error}", hint="llmc verify finds what is wrong with it"
         ) from error
 
 
@@ -195,13 +197,13 @@ def _require_rows(ids: Sequence[int], vocabulary: int) -> None:
     beyond = [i for i in ids if not 0 <= i < vocabulary]
     if beyond:
         raise ConfigError(
-            f"the prompt has token {beyond[0]}; the model's embedding has {vocabulary} rows",
-            hint="leave the special token that stands for it out of the prompt",
+            f"the prompt has token {beyond[0]}, but the model's embedding has only {vocabulary} rows",
+            hint="leave the special token with this id out of the prompt",
         )
 
 
 def _has_nvidia_gpu() -> bool:
-    """Ask the driver (cuInit and cuDeviceGetCount, CUDA driver API) without a CUDA library."""
+    """Ask the driver for a GPU (cuInit and cuDeviceGetCount, CUDA driver API) without a CUDA library."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

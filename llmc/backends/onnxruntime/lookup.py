@@ -1,10 +1,10 @@
-"""Prompt lookup decoding (Saxena 2023): tokens drafted from the text so far, verified several in one step.
+"""Decode with prompt lookup (Saxena 2023): tokens are drafted from the text so far, and verified together.
 
 onnxruntime-genai drafts and verifies (its n-gram decoding, since 0.18). It needs logits for every token of a
-step, where artifacts compute those of the last one. Which token that is, is one value of the graph: here it
-becomes the last few tokens of the step, in memory, over the same weights. A drafted token is kept if it is
-the most likely one, so that the text is the one without drafts as far as the numbers of a step do not depend
-on its length.
+step, but artifacts compute only those of the last token. One value of the graph selects that token: here it
+becomes the last few tokens of the step, in memory, with the same weights. A drafted token is accepted if it
+is the most likely one, so the text is the same as without drafts, as far as the logits of a step do not
+depend on its length.
 """
 
 from pathlib import Path
@@ -20,25 +20,25 @@ from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.edit import Site, name_constant, set_value
 from llmc.graph.interface import CHOSEN_TOKENS
 
-#: Tokens that must repeat for what came after them to be drafted, and one more: ngram_size of the runtime.
+#: Tokens that must repeat before the next ones are drafted, plus one: ngram_size of the runtime.
 NGRAM_SIZE = 4
 #: Drafted tokens of a step: onnxruntime-genai's limit of max_draft_tokens.
 MOST_DRAFTED = 16
-#: Rows of logits: more than the widest step that is verified, the drafted tokens and the one before them.
+#: Rows of logits: more than the widest verified step, the drafted tokens and the one before them.
 _ROWS = 32
-#: A longer prompt is run in pieces, since the runtime wants room for the logits of all their tokens.
+#: Length of pieces of longer prompts, since the runtime allocates logits for all their tokens.
 _PIECE = 256
-#: Before the names of what is added to a graph, and the dimension of tokens that have logits.
+#: Prefix of the names of added nodes, and the dimension of tokens that have logits.
 _PREFIX = "lookup"
 _DIMENSION = "chosen"
-#: Operators whose sums depend on how many tokens they are given.
+#: Operators whose sums depend on the number of tokens.
 _PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
 #: accuracy_level of MatMulNBits for activations rounded to 8 bits.
 _INT8 = 4
 
 
 def same_text(manifest: Manifest) -> SameText:
-    """What the text with drafts being that without them rests on, for an artifact of ONNX Runtime."""
+    """Return why the text with drafts equals the text without them, for an artifact of ONNX Runtime."""
     kernels, quantize = manifest.kernels, manifest.target.quantize
     if kernels is not None and not any(left.operator in _PRODUCTS for left in kernels.outside):
         return SameText.EXACT
@@ -47,39 +47,39 @@ def same_text(manifest: Manifest) -> SameText:
 
 
 def require_draft(draft: int, *, compiled: bool) -> None:
-    """A number of drafted tokens that a step can verify.
+    """Require a number of drafted tokens that a step can verify.
 
     Args:
-        compiled: Whether the artifact has compiled kernels, whose numbers are held to the last bit.
+        compiled: Whether the artifact has compiled kernels, whose results are equal to the last bit.
 
     Raises:
-        ConfigError: It is less than one, or too large.
+        ConfigError: The number is less than one, or too large.
     """
     most = SAME_TOKENS - 1 if compiled else MOST_DRAFTED
     if draft < 1:
-        raise ConfigError(f"{draft} tokens are to be drafted in a step", hint="ask for 1 or more")
+        raise ConfigError(f"{draft} tokens are to be drafted in a step", hint="request 1 or more")
     if draft > most:
         why = (
-            f"compiled kernels give a token the numbers that it has alone beside {most} others at most"
+            f"compiled kernels give a token the same results as alone only beside at most {most} others"
             if compiled
-            else f"onnxruntime-genai verifies {most} at most"
+            else f"onnxruntime-genai verifies at most {most}"
         )
-        raise ConfigError(f"{draft} tokens are to be drafted in a step; {why}", hint=f"ask for 1 to {most}")
+        raise ConfigError(f"{draft} tokens are to be drafted in a step; {why}", hint=f"request 1 to {most}")
 
 
 def speculative_options(draft: int) -> dict[str, int | bool]:
-    """Options of onnxruntime-genai, by its names: those of genai_config.json and of a generator.
+    """Return options of onnxruntime-genai, by its names: those of genai_config.json and of a generator.
 
-    A chained lookup goes on behind the end of the text, so that what repeats in short is drafted in full.
+    A chained lookup continues past the end of the text, so that short repetitions are drafted in full.
     """
     return {"ngram_size": NGRAM_SIZE, "max_draft_tokens": draft, "ngram_chained_lookup": True}
 
 
 def piece_length(tokens: int) -> int:
-    """Tokens of a prompt to run at once.
+    """Return the number of tokens of a prompt to run at once.
 
-    No piece is so short that kernels take it for a step of decoding, which sums in another order: the prompt
-    would have other numbers than in one piece.
+    No piece is so short that kernels treat it as a decode step, which sums in another order: the results for
+    the prompt would differ from those in one piece.
     """
     if tokens <= SAME_TOKENS:
         return _PIECE
@@ -87,16 +87,16 @@ def piece_length(tokens: int) -> int:
 
 
 def verifying_model(path: Path) -> bytes | None:
-    """The graph of an artifact with logits for the last tokens of a step, and zeros for those before them.
+    """Return an artifact's graph with logits for the last tokens of a step, and zeros for those before them.
 
     Args:
         path: model.onnx; the weights stay in the file beside it.
 
     Returns:
-        The graph, serialized; None where it has logits for every token as it is.
+        The graph, serialized; None if it already has logits for every token.
 
     Raises:
-        UnsupportedError: It has logits for the last token, and not by the pass last-token-logits.
+        UnsupportedError: It has logits for the last token, but not by the pass last-token-logits.
     """
     model = ir.load(path)
     graph = model.graph
@@ -106,8 +106,8 @@ def verifying_model(path: Path) -> bytes | None:
     chosen = next((v for node in graph for v in node.outputs if v.name == CHOSEN_TOKENS), None)
     if chosen is None:
         raise UnsupportedError(
-            f"{path} gives the logits of the last token alone, which verifies no draft",
-            hint="run it without lookup, or build it with this llmc",
+            f"{path} computes only the logits of the last token, which cannot verify a draft",
+            hint="run it without lookup, or build it with this version of llmc",
         )
     first = next(iter(chosen.uses())).node
     ids = next(value for value in graph.inputs if value.name == "input_ids")
@@ -120,11 +120,11 @@ def verifying_model(path: Path) -> bytes | None:
 
 
 def _last_tokens(graph: ir.Graph, before: ir.Node, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first token of the step that has logits, (1,), and all that have, (1, tokens, 1)."""
+    """Emit the first token of the step that has logits, (1,), and all that have, (1, tokens, 1)."""
 
     def emit(op: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
-        made = Site(graph, before).emit(op, inputs, f"{_PREFIX}/{name}", attributes=attributes)
-        return made.outputs[0]
+        emitted = Site(graph, before).emit(op, inputs, f"{_PREFIX}/{name}", attributes=attributes)
+        return emitted.outputs[0]
 
     none = _constant(graph, "none", [0])
     length = emit("Shape", [ids], "length", start=1, end=2)
@@ -135,7 +135,7 @@ def _last_tokens(graph: ir.Graph, before: ir.Node, ids: ir.Value) -> tuple[ir.Va
 
 
 def _widen(first: ir.Node) -> None:
-    """State that what follows from the chosen tokens has a row for each."""
+    """State that every value computed from the chosen tokens has a row for each of them."""
     waiting, seen = [first], {first}
     while waiting:
         for value in waiting.pop().outputs:
@@ -147,10 +147,10 @@ def _widen(first: ir.Node) -> None:
 
 
 def _pad_logits(graph: ir.Graph, logits: ir.Value, start: ir.Value) -> None:
-    """Logits for every token, as the runtime wants room for them: zeros before those that are computed."""
+    """Pad logits to every token, as the runtime expects: zeros before those that are computed."""
     some = logits.producer()
     if some is None or logits.shape is None:
-        raise UnsupportedError("the logits are computed by no operator")
+        raise UnsupportedError("the logits are not computed by an operator")
     zeros = [_constant(graph, f"none_{place}", [0] * count) for place, count in (("before", 1), ("after", 4))]
     last = list(graph)[-1]
     joined = ir.node("Concat", [zeros[0], start, zeros[1]], {"axis": 0}, name=f"{_PREFIX}/pads")

@@ -1,13 +1,13 @@
-"""Float zero points in a form that ONNX Runtime computes fast: a product of codes and one of minimums.
+"""Split float zero points so that ONNX Runtime computes them fast: a product of codes and one of minimums.
 
 A weight (code - zero point) * scale with any zero point is code * scale + minimum. With a middle code c,
 
     x w = sum over blocks of  (sum of x (code - c)) scale  +  (sum of x) (minimum + c scale)
 
 the first term is MatMulNBits with integer zero points, the second a small product of the sums over the blocks
-of x. ONNX Runtime's own MatMulNBits with float zero points makes the whole matrix floats at every call, and
-has none with 8 bits (1.31.1, CPU). Stored are codes, scales and minimums; the rest is folded when a session
-starts. A lookup adds the minimums of the looked-up entries in the same way.
+of x. ONNX Runtime's own MatMulNBits with float zero points converts the whole matrix to floats at every call,
+and does not support them with 8 bits (1.31.1, CPU). Codes, scales and minimums are stored; the rest is folded
+when a session starts. A lookup adds the minimums of its entries in the same way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,21 +25,21 @@ from llmc.graph.model import CODE_BITS, Graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 
 Dim = int | ir.SymbolicDim
-#: Where zero points are among the inputs of both operators, and scales.
+#: Indices of zero points and of scales among the inputs of both operators.
 _ZEROS_AT, _SCALES_AT = 3, 2
 
 
 def split_minimums(graph: Graph) -> int:
-    """Rewrite every MatMulNBits and GatherBlockQuantized of `graph` whose zero points are floats; how many.
+    """Rewrite every MatMulNBits and GatherBlockQuantized of `graph` with float zero points; return how many.
 
     Raises:
         GraphError: Zero points are not stored with their scales.
     """
-    found = [node for node in graph.graph if has_float_zeros(node)]
+    rewritten = [node for node in graph.graph if has_float_zeros(node)]
     stored: dict[ir.Value, _Stored] = {}
     sums: dict[tuple[ir.Value, int], ir.Value] = {}
     dropped = set()
-    for node in found:
+    for node in rewritten:
         zeros = operand(node, _ZEROS_AT)
         dropped.add(zeros)
         if zeros not in stored:
@@ -48,11 +48,11 @@ def split_minimums(graph: Graph) -> int:
         split(_Nodes(graph.graph, node), stored[zeros], sums)
     for zeros in dropped:
         del graph.graph.initializers[str(zeros.name)]
-    return len(found)
+    return len(rewritten)
 
 
 def has_float_zeros(node: ir.Node) -> bool:
-    """Whether `node` reads codes whose zero points are floats."""
+    """Return whether `node` reads codes whose zero points are floats."""
     if node.op_type not in ("MatMulNBits", "GatherBlockQuantized") or len(node.inputs) <= _ZEROS_AT:
         return False
     zeros = node.inputs[_ZEROS_AT]
@@ -61,7 +61,7 @@ def has_float_zeros(node: ir.Node) -> bool:
 
 @dataclass(frozen=True)
 class _WithMinimums:
-    """Computes codes, scales and minimums, the latter in the type of the stored scales."""
+    """The computation of codes, scales and minimums, the latter in the type of the stored scales."""
 
     source: WeightGroup
 
@@ -74,13 +74,13 @@ class _WithMinimums:
 
 @dataclass
 class _Stored:
-    """The initializers of one matrix, each (outputs, blocks), and what is computed of them.
+    """The initializers of one matrix, each (outputs, blocks), and values computed from them.
 
     Args:
         stem: Name of the matrix.
-        middle: The code that integer zero points are.
+        middle: The code that is the integer zero point.
         offsets: minimum + middle * scale, (blocks, outputs).
-        points: Integer zero points; None where the operators take `middle` without.
+        points: Integer zero points; None if `middle` is the operators' default.
     """
 
     stem: str
@@ -95,7 +95,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Emits nodes before `anchor`, with its metadata but for the width of its codes."""
+    """An emitter of nodes before `anchor`, with its metadata except the width of its codes."""
 
     graph: ir.Graph
     anchor: ir.Node
@@ -111,9 +111,9 @@ class _Nodes:
         like: ir.Node | None = None,
         **attributes: int | Sequence[int],
     ) -> ir.Value:
-        """The output of a new node, whose domain and attributes are those of `like` if it is given."""
+        """Emit a node, with domain and attributes of `like` if it is given, and return its output."""
         metadata = {key: text for key, text in self.anchor.metadata_props.items() if key != CODE_BITS}
-        made = Site(self.graph, self.anchor, metadata).emit(
+        emitted = Site(self.graph, self.anchor, metadata).emit(
             op,
             inputs,
             name,
@@ -122,21 +122,21 @@ class _Nodes:
             shape=shape,
             dtype=dtype,
         )
-        return made.outputs[0]
+        return emitted.outputs[0]
 
     def cast(self, value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
-        """`value` in type `dtype`."""
+        """Cast `value` to type `dtype`."""
         if value.dtype is dtype:
             return value
         return self.emit("Cast", [value], name, tuple(value.shape or ()), dtype, to=int(dtype))
 
     def constant(self, name: str, array: Array) -> ir.Value:
-        """A small initializer, made once by name."""
+        """Return a small initializer, created once per name."""
         return name_constant(self.graph, name, array)
 
 
 def _store(graph: ir.Graph, node: ir.Node, zeros: ir.Value) -> _Stored:
-    """Put minimums beside codes and scales, in one group."""
+    """Store minimums beside codes and scales, in one group."""
     tensor = zeros.const_value
     scales = behind(operand(node, _SCALES_AT), "Cast")
     if not isinstance(tensor, LazyWeight) or not isinstance(scales.const_value, LazyWeight):
@@ -147,8 +147,8 @@ def _store(graph: ir.Graph, node: ir.Node, zeros: ir.Value) -> _Stored:
         if isinstance(member, LazyWeight) and member.group is tensor.group and value is not zeros:
             value.const_value = _member(member, str(value.name), member.dtype, group, member.key)
     stem = str(zeros.name).removesuffix(".zero_points")
-    made = _member(tensor, f"{stem}.minimums", scales.const_value.dtype, group, "minimums")
-    minimums = add_initializer(graph, made)
+    lazy = _member(tensor, f"{stem}.minimums", scales.const_value.dtype, group, "minimums")
+    minimums = add_initializer(graph, lazy)
     bits = int(node.metadata_props.get(CODE_BITS, node.attributes["bits"].as_int()))
     outputs, blocks = (int(size) for size in tensor.shape.numpy())
     return _Stored(stem, 1 << (bits - 1), outputs, blocks, scales, minimums)
@@ -199,10 +199,10 @@ def _split_lookup(site: _Nodes, stored: _Stored, _: dict[tuple[ir.Value, int], i
 
 
 def _sum_blocks(site: _Nodes, activation: ir.Value, block: int) -> ir.Value:
-    """Sums over the blocks of an activation's features, (…, blocks)."""
+    """Emit sums over the blocks of an activation's features, (…, blocks)."""
     *lead, features = tuple(activation.shape or ())
     if not isinstance(features, int) or features % block:
-        raise GraphError(f"{activation.name} has {features} features, no multiple of blocks of {block}")
+        raise GraphError(f"{activation.name} has {features} features, not a multiple of blocks of {block}")
     dtype = activation.dtype or ir.DataType.FLOAT
     shape = (*lead, features // block, block)
     name = f"{activation.name}.sums_{block}"
@@ -213,7 +213,7 @@ def _sum_blocks(site: _Nodes, activation: ir.Value, block: int) -> ir.Value:
 
 
 def _offsets(site: _Nodes, stored: _Stored, dtype: ir.DataType) -> ir.Value:
-    """minimum + middle * scale, (blocks, outputs) of type `dtype`, computed in float32."""
+    """Emit minimum + middle * scale, (blocks, outputs) of type `dtype`, computed in float32."""
     if stored.offsets is None:
         stem, shape, wide = stored.stem, (stored.outputs, stored.blocks), ir.DataType.FLOAT
         middle = site.constant(f"{stem}.middle", np.array(stored.middle, np.float32))
@@ -227,7 +227,7 @@ def _offsets(site: _Nodes, stored: _Stored, dtype: ir.DataType) -> ir.Value:
 
 
 def _points(site: _Nodes, stored: _Stored) -> ir.Value | None:
-    """Zero points that are all `middle`; None where that is what the operator takes without any."""
+    """Emit zero points that are all `middle`; None if that is the operator's default."""
     bits = site.anchor.attributes["bits"].as_int()
     if stored.points is None and stored.middle != 1 << (bits - 1):
         shape = (stored.outputs, -(-stored.blocks * bits // 8))
@@ -238,9 +238,9 @@ def _points(site: _Nodes, stored: _Stored) -> ir.Value | None:
     return stored.points
 
 
-def _replace(site: _Nodes, made: ir.Value) -> None:
-    """`made` in the place of the output of the site's node, which goes."""
-    take_over(site.anchor.outputs[0], made)
+def _replace(site: _Nodes, replacement: ir.Value) -> None:
+    """Replace the output of the site's node by `replacement`, and remove the node."""
+    take_over(site.anchor.outputs[0], replacement)
     site.graph.remove(site.anchor, safe=True)
 
 

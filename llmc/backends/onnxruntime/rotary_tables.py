@@ -1,8 +1,8 @@
-"""Tables of rotary embeddings that a session computes when it starts, instead of reading them from a file.
+"""Replace tables of rotary embeddings by nodes that compute them when a session starts.
 
-A table of cosines is amplitude * cos(position * frequency), with one frequency a column; the file holds the
-frequencies. For 32,768 positions of heads 256 wide both tables take 34 MB as float32, and 0.2 s to compute. A
-pair of tables that such frequencies do not give to the last digits stays as it is.
+A table of cosines is amplitude * cos(position * frequency), with one frequency per column; the file stores
+the frequencies. For 32,768 positions of heads 256 wide, both tables take 34 MB as float32, and 0.2 s to
+compute. A pair of tables that no frequencies reproduce to the last digits is left unchanged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from llmc.graph.edit import Site, name_constant, take_over
 from llmc.graph.match import constant_of
 from llmc.graph.model import Graph
 
-#: Where operators read cosines and sines.
+#: Indices of cosines and sines among the inputs of operators.
 _TABLES_AT = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-#: Bytes below which a table is not worth it.
+#: Smallest size in bytes of a table that is replaced.
 _LEAST_BYTES = 1 << 19
-#: Largest difference from the stored table, as a part of the amplitude: two units of float32 at 1.
+#: Largest difference from the stored table, relative to the amplitude: two units of float32 at 1.
 _TOLERANCE = 2.0**-22
-#: Neighbours of a frequency, in units of its last digit, that are tried.
+#: Number of neighbours of a frequency, in units of its last digit, that are tried.
 _NEIGHBOURS = 8
-#: Positions that frequencies are fitted on.
+#: Number of positions on which frequencies are fitted.
 _FITTED = 256
 
 
 @dataclass(frozen=True)
 class RotaryPair:
-    """Initializers float32 (positions, pairs of rotated elements), and what gives them."""
+    """Initializers float32 (positions, pairs of rotated elements), and the numbers that reproduce them."""
 
     cos: ir.Value
     sin: ir.Value
@@ -39,20 +39,20 @@ class RotaryPair:
 
 
 def find_pairs(graph: Graph) -> list[RotaryPair]:
-    """Tables of `graph` that frequencies give, in graph order; found while operators read them by name."""
-    found: dict[tuple[ir.Value, ir.Value], RotaryPair | None] = {}
+    """Find tables of `graph` that frequencies reproduce, in graph order, by the operators that read them."""
+    pairs: dict[tuple[ir.Value, ir.Value], RotaryPair | None] = {}
     for node in graph.graph:
         places = _TABLES_AT.get(node.op_type)
         if places is None or len(node.inputs) <= places[1]:
             continue
         cos, sin = (node.inputs[at] for at in places)
-        if cos is not None and sin is not None and (cos, sin) not in found:
-            found[cos, sin] = _fit(cos, sin)
-    return [pair for pair in found.values() if pair is not None]
+        if cos is not None and sin is not None and (cos, sin) not in pairs:
+            pairs[cos, sin] = _fit(cos, sin)
+    return [pair for pair in pairs.values() if pair is not None]
 
 
 def compute_tables(graph: Graph, pairs: Iterable[RotaryPair]) -> None:
-    """Put nodes that compute them in the place of tables; ONNX Runtime folds them when a session starts."""
+    """Replace tables by nodes that compute them; ONNX Runtime folds them when a session starts."""
     for pair in pairs:
         count, width = (int(size) for size in tuple(pair.cos.shape or ()))  # type: ignore[arg-type]
         stem = str(pair.cos.name)
@@ -64,12 +64,14 @@ def compute_tables(graph: Graph, pairs: Iterable[RotaryPair]) -> None:
         frequencies = nodes.constant("frequencies", pair.frequencies[None])
         angles = nodes.emit("Mul", [column, frequencies], "angles", (count, width))
         for table, op in ((pair.cos, "Cos"), (pair.sin, "Sin")):
-            made = nodes.emit(op, [angles], op.lower(), (count, width))
+            table_value = nodes.emit(op, [angles], op.lower(), (count, width))
             if pair.amplitude != 1:
                 amplitude = nodes.constant("amplitude", np.array(pair.amplitude))
-                made = nodes.emit("Mul", [made, amplitude], f"{op.lower()}.scaled", (count, width))
+                table_value = nodes.emit(
+                    "Mul", [table_value, amplitude], f"{op.lower()}.scaled", (count, width)
+                )
             del graph.graph.initializers[str(table.name)]
-            take_over(table, made)
+            take_over(table, table_value)
 
 
 def _range(count: int) -> tuple[tuple[str, float], ...]:
@@ -103,7 +105,7 @@ def _fit(cos: ir.Value, sin: ir.Value) -> RotaryPair | None:
 def _error(
     frequencies: Array, amplitude: np.float32, rows: Array, cosines: Array, sines: Array, axis: int | None
 ) -> Array:
-    """Largest difference of both tables, of all or by column."""
+    """Return the largest difference of both tables, over everything or by column."""
     angles = (rows.astype(np.float32)[:, None] * frequencies).astype(np.float64)
     differences = [np.abs(f(angles) * amplitude - table) for f, table in ((np.cos, cosines), (np.sin, sines))]
     largest: Array = np.maximum(*differences).max(axis=axis)
@@ -112,7 +114,7 @@ def _error(
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Emits nodes at the beginning of a graph, in order, named after `stem`."""
+    """An emitter of nodes at the beginning of a graph, in order, named after `stem`."""
 
     site: Site
     stem: str

@@ -1,8 +1,8 @@
-"""tokenizer_module.json: what onnxruntime-genai reads of a tokenizer over tokenizer_config.json.
+"""Write and test tokenizer_module.json, with which onnxruntime-genai overrides tokenizer_config.json.
 
 The runtime (onnxruntime-extensions, operators/tokenizer/tokenizer_jsconfig.hpp) reads tokenizer_config.json
-with stricter types than transformers writes, and then puts the keys of tokenizer_module.json over it.
-transformers does not read that file, so that the runtime's form of the settings can stand beside the
+with stricter types than transformers writes, and then overrides its keys by those of tokenizer_module.json.
+transformers does not read that file, so the runtime's form of the settings can be stored beside the
 checkpoint's own. Observed with onnxruntime-genai 0.18:
 
 - `tokenizer_class` chooses the algorithm from a fixed list of names; a few names change it further.
@@ -33,7 +33,7 @@ from llmc.runtime.libraries import load_genai
 RUNTIME_SETTINGS = "tokenizer_module.json"
 #: Classes of the runtime to try after the tokenizer's own: plain BPE, BPE after NFC, Unigram.
 CLASSES = ("TokenizersBackend", "Qwen2Tokenizer", "XLMRobertaTokenizer")
-#: Most bytes of answers that are kept.
+#: Largest size in bytes of the cache of answers.
 _CACHE_BYTES = 256 << 20
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -44,11 +44,11 @@ def write_runtime_settings(
     """Write tokenizer_module.json beside the tokenizer's files.
 
     Args:
-        tokenizer: The original's, by transformers.
-        name: Class that the runtime is told.
-        template: Chat template of a plain conversation; None for none.
-        before: Whether the token of the beginning stands before a text.
-        after: Whether the token of the end stands after it.
+        tokenizer: The original's, loaded by transformers.
+        name: Class that the file names.
+        template: Chat template of a plain conversation; None if there is none.
+        before: Whether the beginning-of-sequence token precedes a text.
+        after: Whether the end-of-sequence token follows it.
     """
     settings: dict[str, object] = {key: getattr(tokenizer, key) or "" for key in _SPECIAL}
     settings |= {
@@ -67,7 +67,7 @@ def write_runtime_settings(
 
 
 def stated_class(folder: Path) -> str | None:
-    """The class that tokenizer_module.json names; None where the file or the class is missing."""
+    """Return the class that tokenizer_module.json names; None if the file or the class is missing."""
     try:
         stated = json.loads((folder / RUNTIME_SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,13 +77,13 @@ def stated_class(folder: Path) -> str | None:
 
 
 def try_runtime_tokenizer(folder: Path, question: TokenizerQuestion) -> Answers:
-    """Ask the runtime about a tokenizer without its model, beside a model of one operator.
+    """Ask the runtime about a tokenizer without its model, using a model of one operator.
 
-    Answers are kept in the cache by the files, the question and the release of the runtime: a process that
-    reads a vocabulary of 262,144 tokens takes seconds, and a model is built for several targets.
+    Answers are cached by the files, the question and the version of the runtime: a process that reads a
+    vocabulary of 262,144 tokens takes seconds, and a model is built for several targets.
 
     Args:
-        folder: The tokenizer's files; the model lies in a folder inside for as long as this takes.
+        folder: The tokenizer's files; the model is in a folder inside until this function returns.
 
     Raises:
         ParityError: As for `ask_runtime`.
@@ -97,9 +97,9 @@ def try_runtime_tokenizer(folder: Path, question: TokenizerQuestion) -> Answers:
         "tools": tool_versions(),
     }
     key = content_key("runtime tokenizer", facts)
-    known = cache.get(key)
-    if known is not None:
-        return Answers.read(question, json.loads(known))
+    cached = cache.get(key)
+    if cached is not None:
+        return Answers.read(question, json.loads(cached))
     with TemporaryDirectory(dir=folder) as inside:
         _write_minimal_model(Path(inside), folder)
         data = tokenizer_worker.ask_runtime(Path(inside), question)
@@ -108,7 +108,7 @@ def try_runtime_tokenizer(folder: Path, question: TokenizerQuestion) -> Answers:
 
 
 def open_runtime_tokenizer(folder: Path) -> Any:
-    """The `onnxruntime_genai.Tokenizer` of an artifact's files; the artifact's graph is not loaded.
+    """Open the `onnxruntime_genai.Tokenizer` of an artifact's files, without loading the artifact's graph.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
@@ -119,17 +119,17 @@ def open_runtime_tokenizer(folder: Path) -> Any:
         _write_minimal_model(Path(apart), folder)
         try:
             return og.Tokenizer(og.Model(apart))
-        except RuntimeError as error:  # all that the bindings raise
+        except RuntimeError as error:  # the only type that the bindings raise
             raise ParityError(
                 f"onnxruntime-genai {og.__version__} cannot read the tokenizer of {folder}: {error}"
             ) from error
 
 
 def _write_minimal_model(folder: Path, tokenizer: Path) -> None:
-    """Write a decoder of one token and one layer, and a genai_config.json with a tokenizer of another folder.
+    """Write a decoder of one token and one layer, and a genai_config.json with another folder's tokenizer.
 
     Args:
-        tokenizer: Folder of the tokenizer's files, which the runtime finds from `folder`.
+        tokenizer: Folder of the tokenizer's files, relative to which the runtime finds them from `folder`.
     """
     import numpy as np
     import onnx_ir as ir

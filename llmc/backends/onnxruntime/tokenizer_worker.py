@@ -1,7 +1,7 @@
-"""A process of its own in which onnxruntime-genai reads a tokenizer, since some files end the process.
+"""Run onnxruntime-genai's tokenizer in a separate process, since some files crash the process.
 
-The child imports the runtime alone. It is given texts, token ids and conversations, and answers what the
-runtime makes of each, or what it said where it failed.
+The child imports only the runtime. It receives texts, token ids and conversations, and returns the runtime's
+result for each, or its error message.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _SECONDS, _CPU_SECONDS = 300, 30
 
 
 class NoAnswerError(ParityError):
-    """The runtime did not end: a regex of the tokenizer or its chat template may never do."""
+    """The error of a runtime that did not finish: a tokenizer's regex or chat template may never end."""
 
 
 @dataclass(frozen=True)
 class TokenizerQuestion:
-    """What the runtime is asked.
+    """The question to the runtime.
 
     Args:
-        texts: To encode, with special tokens around them and without.
-        ids: To decode.
+        texts: Texts to encode, with special tokens around them and without.
+        ids: Token ids to decode.
         chats: Messages to render, and whether the beginning of an answer follows.
     """
 
@@ -43,9 +43,9 @@ class TokenizerQuestion:
 
 
 class Answers:
-    """What the runtime made of a question, in the form of its tokenizer.
+    """The runtime's results for a question, with the interface of its tokenizer.
 
-    Each method raises `ParityError` with the runtime's words where it failed.
+    Each method raises `ParityError` with the runtime's message if it failed.
     """
 
     def __init__(self, question: TokenizerQuestion, data: dict[str, list[Any]]) -> None:
@@ -57,43 +57,43 @@ class Answers:
 
     @classmethod
     def read(cls, question: TokenizerQuestion, data: dict[str, list[Any]]) -> Answers:
-        """The answers in what `ask_runtime` returned for a question.
+        """Read the answers from the result of `ask_runtime` for a question.
 
         Raises:
-            ParityError: The runtime cannot read the tokenizer, with its own words.
+            ParityError: The runtime cannot read the tokenizer; the error quotes it.
         """
         if "failure" in data:
             raise ParityError(str(data["failure"]))
         return cls(question, data)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text of the question."""
+        """Return the token ids of a text of the question."""
         ids: list[int] = _value((self._whole if special else self._plain)[text])
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids of the question."""
+        """Return the text of token ids of the question."""
         return str(_value(self._decoded[tuple(ids)]))
 
     def render(self, messages: Any, ask: bool) -> str:
-        """The chat template's text for messages of the question."""
+        """Return the chat template's text for messages of the question."""
         return str(_value(self._rendered[_key(messages, ask)]))
 
 
 def ask_runtime(folder: Path, question: TokenizerQuestion) -> dict[str, list[Any]]:
-    """Ask onnxruntime-genai about the tokenizer of a model folder, in a process of its own.
+    """Ask onnxruntime-genai about the tokenizer of a model folder, in a separate process.
 
     Args:
-        folder: With genai_config.json, which may name another folder for the tokenizer.
+        folder: Folder with genai_config.json, which may name another folder for the tokenizer.
 
     Returns:
-        What `Answers.read` takes.
+        The data that `Answers.read` reads.
 
     Raises:
         ParityError: The runtime ended the process, or gave no answer in time.
     """
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
-    asked = {
+    request = {
         "texts": list(question.texts),
         "ids": [list(ids) for ids in question.ids],
         "chats": [[list(messages), ask] for messages, ask in question.chats],
@@ -101,7 +101,7 @@ def ask_runtime(folder: Path, question: TokenizerQuestion) -> dict[str, list[Any
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-B", "-c", f"from {__name__} import main; main()"],
-            input=json.dumps(asked),
+            input=json.dumps(request),
             capture_output=True,
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path},
@@ -114,32 +114,32 @@ def ask_runtime(folder: Path, question: TokenizerQuestion) -> dict[str, list[Any
     if done.returncode == -signal.SIGXCPU:
         raise NoAnswerError(f"onnxruntime-genai gave no answer within {_CPU_SECONDS} s of CPU time")
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = done.stderr.strip().splitlines()[-1:] or ["without a message"]
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ParityError(f"onnxruntime-genai ended its process with {how}: {said[0]}")
+        raise ParityError(f"onnxruntime-genai ended its process with {how}: {last[0]}")
     data: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
     return data
 
 
 def main() -> None:
-    """Entry of the child process."""
+    """Run the child process."""
     die_with_parent()
     import onnxruntime_genai as og
 
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, hard))
     og.disable_telemetry_events()
-    asked = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.read())
     try:
         tokenizer = og.Tokenizer(og.Model("."))
-    except RuntimeError as error:  # all that the bindings raise
+    except RuntimeError as error:  # the only type that the bindings raise
         answer: dict[str, Any] = {"failure": str(error)}
     else:
-        answer = _answer(tokenizer, asked)
+        answer = _answer(tokenizer, request)
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def _answer(tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _answer(tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     def attempt(call: Callable[[Any], Any], argument: Any) -> dict[str, Any]:
@@ -157,13 +157,13 @@ def _answer(tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
     def render(chat: tuple[Any, bool]) -> str:
         return str(tokenizer.apply_chat_template(json.dumps(chat[0]), add_generation_prompt=chat[1]))
 
-    plain = [attempt(encode, text) for text in asked["texts"]]
+    plain = [attempt(encode, text) for text in request["texts"]]
     tokenizer.update_options(add_special_tokens="true")
     return {
         "plain": plain,
-        "whole": [attempt(encode, text) for text in asked["texts"]],
-        "decoded": [attempt(decode, ids) for ids in asked["ids"]],
-        "rendered": [attempt(render, chat) for chat in asked["chats"]],
+        "whole": [attempt(encode, text) for text in request["texts"]],
+        "decoded": [attempt(decode, ids) for ids in request["ids"]],
+        "rendered": [attempt(render, chat) for chat in request["chats"]],
     }
 
 

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: engines, and what it takes to build, load and execute them."""
+"""Build, load and execute engines of TensorRT and TensorRT-RTX."""

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: an engine for each kind of GPU, parsed from model.onnx."""
+"""Implement the backend of TensorRT and TensorRT-RTX: engines for kinds of GPUs, built from model.onnx."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineStage(Stage):
-    """The engines of one build, each with a library that builds it here or on its GPU."""
+    """The engines of a build, each with a library that builds it here or on its GPU."""
 
     target: Target
     plans: tuple[EnginePlan, ...]
 
     @property
     def measurable(self) -> bool:
-        """The gate measures the graph that engines are parsed from, on the CPU."""
+        """Return whether engines are planned; the gate then measures their graph on the CPU."""
         return bool(self.plans)
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
-        """Nothing is left to do: passes and quantization make the graph that TensorRT parses."""
+        """Change nothing: passes and quantization already create the graph that TensorRT parses."""
         return None
 
     def write(self, folder: Path, interface: Interface, progress: Progress) -> Made:
@@ -60,13 +60,13 @@ class EngineStage(Stage):
         return Made(engines=engines, files=files)
 
     def state(self, made: Made) -> State:
-        """See `Stage`; no engine was executed."""
+        """See `Stage`; engines are not executed."""
         pending = any(engine.file is None for engine in made.engines)
         return State.ENGINE_PENDING if pending else State.NOT_EXECUTED
 
 
 class TensorRtBackend(Backend):
-    """Engines with a KV cache of fixed length; llmc generates text with them."""
+    """The backend for engines with a KV cache of fixed length; llmc generates text with them."""
 
     several_profiles = True
     served_by_genai = False
@@ -81,7 +81,7 @@ class TensorRtBackend(Backend):
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
         """See `Backend`."""
-        return "an engine takes a long prompt in pieces, and the first would not know how long it is"
+        return "an engine runs a long prompt in pieces, and the first would not know how long the prompt is"
 
     def quantizer(self, target: Target) -> Quantizer:
         """See `Backend`."""
@@ -90,7 +90,7 @@ class TensorRtBackend(Backend):
         return EngineQuantizer(_engine_of(target), target.dtype)
 
     def lower(self, graph: Graph, target: Target) -> Any:
-        """Nothing is left to do."""
+        """Change nothing and return None: nothing is left to lower."""
         return None
 
     def write_serving(
@@ -112,7 +112,7 @@ class TensorRtBackend(Backend):
         return tuple(forecast(made.interface, made.weights, engine, p, scratch) for p in profiles)
 
     def require_host(self, artifact: Artifact) -> None:
-        """The graph needs nothing but ONNX Runtime."""
+        """Accept every host: the graph needs only ONNX Runtime."""
 
     def executable(self, artifact: Artifact) -> Executable:
         """See `Backend`."""
@@ -131,7 +131,7 @@ class TensorRtBackend(Backend):
         try:
             return self.executable(artifact)
         except ResourceError as error:
-            progress.note(f"the graph is measured on the CPU, and no engine: {error.fact}")
+            progress.note(f"the graph is measured on the CPU instead of an engine: {error.fact}")
             return None
 
     def open_graph(
@@ -144,7 +144,7 @@ class TensorRtBackend(Backend):
         arithmetic: Arithmetic = Arithmetic.SERVED,
         slots: int | None = None,
     ) -> StaticSession:
-        """See `Backend`; as it is served, a prompt is run in the pieces that the engine would take."""
+        """See `Backend`; in served arithmetic, a prompt is run in pieces of the engine's size."""
         from llmc.runtime.static_ort_model import StaticOrtModel
 
         exact = arithmetic is not Arithmetic.SERVED
@@ -160,13 +160,14 @@ class TensorRtBackend(Backend):
         lookup: int | None,
         progress: Progress,
     ) -> Generated:
-        """Generate by the engine of this machine's GPU."""
+        """Generate text with the engine of this machine's GPU."""
         from llmc.backends.tensorrt.session import EngineSession
 
         path, manifest = artifact.path, artifact.manifest
         if lookup is not None:
             raise UnsupportedError(
-                f"{path} is a TensorRT engine: its logits of the last token alone verify no draft",
+                f"{path} is a TensorRT engine: it has only the logits of the last token, which cannot "
+                "verify a draft",
                 hint="run it without --lookup",
             )
         record = require_engine(manifest.engines, detect_profile())
@@ -178,7 +179,7 @@ class TensorRtBackend(Backend):
         return Generated(tokens, tokens)
 
     def describe(self, manifest: Manifest) -> list[str]:
-        """One line per engine: what it is for, its size and kernels, or what it waits for."""
+        """Describe each engine on a line: its purpose, its size and kernels, or what it is pending for."""
         lines = []
         for engine in manifest.engines:
             sms, profiles = ", ".join(engine.sms), ", ".join(engine.profiles)
@@ -197,7 +198,7 @@ class TensorRtBackend(Backend):
 
     def describe_measured(self, manifest: Manifest) -> str | None:
         """See `Backend`."""
-        return "measured on the graph that the engines are parsed from, on the CPU; none was executed"
+        return "measured on the graph that the engines are built from, on the CPU; no engine was executed"
 
     def own_files(self, manifest: Manifest) -> set[str]:
         """See `Backend`."""
@@ -205,21 +206,21 @@ class TensorRtBackend(Backend):
         return {file for file in files if file is not None}
 
     def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
-        """Build the engines that wait for this machine's GPU."""
+        """Build the engines that are pending for this machine's GPU."""
         return resume_engines(artifact, progress)
 
     def node_checker(self, target: Target) -> NodeChecker:
-        """The parser of TensorRT-RTX."""
+        """Return the parser of TensorRT-RTX."""
         from llmc.backends.tensorrt.nodes import NodeChecker
 
         return NodeChecker(Library.RTX)
 
 
 def _engine_of(target: Target) -> Engine:
-    """The section `engine` of a target of this backend.
+    """Return the section `engine` of a target of this backend.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: The target has none.
     """
     if target.engine is None:
         raise ConfigError(f"target {target.name} has no section engine, which backend tensorrt needs")

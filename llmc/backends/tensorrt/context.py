@@ -1,10 +1,10 @@
-"""An ONNX model around an engine, for ONNX Runtime's provider of TensorRT-RTX. Experimental: never loaded.
+"""Write an ONNX model around an engine, for ONNX Runtime's TensorRT-RTX provider. Experimental: never loaded.
 
-Its one node is EPContext of domain com.microsoft, which names the engine's file (ONNX Runtime's "EP context
-design", and nv_tensorrt_rtx/onnx_ctx_model_helper.cc for what the provider reads of it). The provider loads
-an engine of the very release that it is linked to; it takes compute capabilities 8.6, 8.9 and 12.0 on.
-ONNX Runtime's provider of TensorRT reads the same node, and is linked to releases before those that build
-our engines. Whoever runs the model binds each past and its present to one buffer: the engine writes in place.
+Its only node is EPContext of domain com.microsoft, which names the engine's file (ONNX Runtime's "EP context
+design", and nv_tensorrt_rtx/onnx_ctx_model_helper.cc for what the provider reads). The provider loads only
+engines of the version that it is linked to; it supports compute capabilities 8.6, 8.9 and from 12.0 on.
+ONNX Runtime's TensorRT provider reads the same node, but is linked to versions older than those that build
+our engines. Callers must bind each past and its present to one buffer: the engine writes in place.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ from llmc.graph.interface import Interface, TensorSpec
 
 PROVIDER = "NvTensorRTRTXExecutionProvider"
 
-_TAKEN = frozenset({"SM86", "SM89", "SM120", "SM121"})
-#: Written for these, so that the file does not ask for a newer ONNX Runtime than it must.
+_SUPPORTED = frozenset({"SM86", "SM89", "SM120", "SM121"})
+#: ONNX IR version of the file, old enough not to require a newer ONNX Runtime than necessary.
 _IR_VERSION = 10
 
 
 def context_name(engine: str) -> str:
-    """Name of the model around an engine's file."""
+    """Return the name of the model around an engine's file."""
     return f"{Path(engine).stem}.context.onnx"
 
 
@@ -35,16 +35,16 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
 
     Args:
         folder: Directory with the engine.
-        record: The engine, built.
+        record: The engine, already built.
         interface: Its inputs and outputs.
 
     Returns:
-        The file's name; None where the provider does not take the engine.
+        The file's name; None if the provider does not support the engine.
 
     Raises:
         ResourceError: The disk is full.
     """
-    if record.file is None or Library(record.library) is not Library.RTX or not _TAKEN & set(record.sms):
+    if record.file is None or Library(record.library) is not Library.RTX or not _SUPPORTED & set(record.sms):
         return None
     inputs, outputs = ([_value(spec) for spec in specs] for specs in (interface.inputs, interface.outputs))
     attributes: dict[str, int | str] = {

@@ -1,8 +1,8 @@
-"""Device memory, a stream and graphs of the CUDA runtime, through cuda-bindings.
+"""Wrap device memory, a stream and graphs of the CUDA runtime, through cuda-bindings.
 
-cuda-bindings brings the CUDA runtime along and looks for the driver when the first function is called: it is
-imported on any machine, and each function tells by its error code what is missing. Whatever is made here is
-freed with its Python object.
+cuda-bindings includes the CUDA runtime and looks for the driver at the first call of a function: it can be
+imported on any machine, and the error code of each function tells what is missing. Resources created here are
+freed with their Python objects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HINTS = {
 
 
 def load_runtime() -> Any:
-    """The module `cuda.bindings.runtime`.
+    """Import the module `cuda.bindings.runtime`.
 
     Raises:
         ResourceError: cuda-bindings is not installed, or does not load.
@@ -34,23 +34,23 @@ def load_runtime() -> Any:
         from cuda.bindings import runtime
     except (ImportError, OSError) as error:
         raise ResourceError(
-            f"cuda-bindings, which engines are executed with, cannot be imported: {error}",
+            f"cuda-bindings, which executes engines, cannot be imported: {error}",
             hint="pip install 'llmc[gpu]'",
         ) from error
     return runtime
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the CUDA runtime returns besides its error code, None for nothing.
+    """Call a function of the CUDA runtime; return its results besides the error code, None if there are none.
 
     Raises:
-        ResourceError: Its error code is not success; the code is named.
+        ResourceError: Its error code is not success; the error names the code.
     """
     code, *values = function(*arguments)
     if code:
         name = function.__name__
-        told = _describe(code)
-        raise ResourceError(f"{name} of CUDA fails: {told}", hint=_HINTS.get(code.name))
+        description = _describe(code)
+        raise ResourceError(f"{name} of CUDA fails: {description}", hint=_HINTS.get(code.name))
     return values[0] if values else None
 
 
@@ -60,7 +60,7 @@ def _describe(code: Any) -> str:
 
 
 def _freed_with(owner: object, function: Callable[..., Any], handle: int) -> None:
-    """Have `function` free `handle` once `owner` is gone; a process that ends frees all by itself."""
+    """Have `function` free `handle` when `owner` is freed; at its end, a process frees everything anyway."""
     weakref.finalize(owner, function, handle).atexit = False
 
 
@@ -68,10 +68,10 @@ class DeviceBuffer:
     """Device memory.
 
     Args:
-        size: Bytes.
+        size: Size in bytes.
 
     Raises:
-        ResourceError: There is no device, or not so much memory.
+        ResourceError: There is no device, or not enough memory.
     """
 
     def __init__(self, size: int) -> None:
@@ -82,7 +82,7 @@ class DeviceBuffer:
 
 
 class CapturedGraph:
-    """Work that was captured from a stream, to be launched as one."""
+    """Work captured from a stream, to be launched as one unit."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -90,7 +90,7 @@ class CapturedGraph:
 
 
 class Stream:
-    """A stream of the first device, named by `device` and `capability`, and the work that is put on it.
+    """A stream of the first device, identified by `device` and `capability`, and the work queued on it.
 
     Raises:
         ResourceError: cuda-bindings, the driver or a device is missing.
@@ -99,9 +99,9 @@ class Stream:
     def __init__(self) -> None:
         self._runtime = load_runtime()
         flags = self._runtime.cudaStreamNonBlocking
-        found = call(self._runtime.cudaGetDeviceProperties, 0)
-        self.device = found.name.decode()
-        self.capability = f"{found.major}.{found.minor}"
+        properties = call(self._runtime.cudaGetDeviceProperties, 0)
+        self.device = properties.name.decode()
+        self.capability = f"{properties.major}.{properties.minor}"
         self.handle = int(call(self._runtime.cudaStreamCreateWithFlags, flags))
         _freed_with(self, self._runtime.cudaStreamDestroy, self.handle)
 
@@ -112,7 +112,7 @@ class Stream:
         call(self._runtime.cudaMemcpyAsync, buffer.address, source, values.nbytes, kind, self.handle)
 
     def read(self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The beginning of `buffer`, once everything before it on the stream is done."""
+        """Return the beginning of `buffer`, after all earlier work on the stream is done."""
         values = np.empty(shape, dtype)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         target = values.ctypes.data
@@ -125,22 +125,22 @@ class Stream:
         call(self._runtime.cudaMemsetAsync, buffer.address, 0, buffer.size, self.handle)
 
     def synchronize(self) -> None:
-        """Wait until all work on the stream is done; its errors show up here."""
+        """Wait until all work on the stream is done; its errors are raised here."""
         call(self._runtime.cudaStreamSynchronize, self.handle)
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
-        """What `work` puts on the stream, as a graph; nothing of it is executed.
+        """Capture what `work` queues on the stream as a graph, without executing it.
 
         Raises:
             ResourceError: CUDA cannot capture it.
-            LlmcError: As `work` raises.
+            LlmcError: The error that `work` raises.
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call(self._runtime.cudaStreamBeginCapture, self.handle, mode)
         try:
             work()
         except LlmcError:
-            self._runtime.cudaStreamEndCapture(self.handle)  # whatever it says, `work` says why
+            self._runtime.cudaStreamEndCapture(self.handle)  # its error code matters less than `work`'s error
             raise
         graph = call(self._runtime.cudaStreamEndCapture, self.handle)
         try:
@@ -149,5 +149,5 @@ class Stream:
             call(self._runtime.cudaGraphDestroy, graph)
 
     def launch(self, graph: CapturedGraph) -> None:
-        """Put the work of `graph` on the stream."""
+        """Queue the work of `graph` on the stream."""
         call(self._runtime.cudaGraphLaunch, graph.handle, self.handle)

@@ -1,9 +1,9 @@
-"""TensorRT engines from a lowered graph, for GPUs that need not be at hand.
+"""Build TensorRT engines from a lowered graph, for GPUs that this machine need not have.
 
-`tensorrt_rtx` and `tensorrt` are one implementation under two names. The first builds for the compute
-capabilities that it is told, on any machine; the second builds on the GPU and for it. Precision is in the
-graph (strongly typed). An engine has two optimization profiles: prefill, and decode with exactly one new
-token a row, which gets kernels of its own.
+`tensorrt_rtx` and `tensorrt` are one implementation under two names. The first builds for given compute
+capabilities, on any machine; the second builds on the GPU and for it. Precision is part of the graph
+(strongly typed). An engine has two optimization profiles: prefill, and decode with exactly one new token per
+row, which gets its own kernels.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from llmc.errors import ResourceError, UnsupportedError
 if TYPE_CHECKING:
     from llmc.backends.tensorrt.outline import Outline
 
-#: Oldest releases with the operators of opset 24 that the graphs are made of.
+#: Oldest versions with the operators of opset 24 that the graphs consist of.
 OLDEST: dict[Library, tuple[int, ...]] = {Library.RTX: (1, 7), Library.TENSORRT: (11, 0)}
-#: Distributions that bring each library.
+#: Distributions that contain each library.
 PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
 _PHASES = ("prefill", "decode")
 
@@ -41,7 +41,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 def load_library(library: Library) -> Any:
-    """The module.
+    """Import the module of a library.
 
     Raises:
         ResourceError: It is not installed, does not load, or is too old.
@@ -56,10 +56,10 @@ def load_library(library: Library) -> Any:
     oldest = OLDEST[library]
     release = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[: len(oldest)])
     if release < oldest:
-        wanted = ".".join(map(str, oldest))
+        required = ".".join(map(str, oldest))
         raise ResourceError(
-            f"{library.value} {trt.__version__} is older than {wanted}",
-            hint=f"pip install '{PACKAGES[library]}>={wanted}'",
+            f"{library.value} {trt.__version__} is older than {required}",
+            hint=f"pip install '{PACKAGES[library]}>={required}'",
         )
     return trt
 
@@ -69,18 +69,19 @@ def build_engine(
 ) -> tuple[EngineRecord, FileDigest]:
     """Build the engine of `plan` from model.onnx in `folder`, and write it beside it.
 
-    Bytes are the same for one graph and release in processes with the same addresses (`tensorrt_worker`).
+    The bytes are the same for the same graph and version in processes with the same addresses
+    (`tensorrt_worker`).
 
     Args:
-        sparse: Weights have 2:4 sparsity, and TensorRT may take kernels that make use of it.
+        sparse: Whether weights have 2:4 sparsity, so that TensorRT may choose kernels for it.
 
     Returns:
-        What is known of it, and its digest.
+        The engine's record and its digest.
 
     Raises:
         ResourceError: The library is missing or too old, or disk or memory ran out.
         UnsupportedError: TensorRT refuses the graph, ignores one of its inputs, or leaves attention or a
-            quantized product without the kernel that it is to have.
+            quantized product without the kernel that it needs.
     """
     trt = load_library(plan.library)
     log = BuildLog()
@@ -105,7 +106,7 @@ def build_engine(
 
 
 def pending(plan: EnginePlan) -> EngineRecord:
-    """The record of an engine that only its GPU can build."""
+    """Create the record of an engine that only its GPU can build."""
     return EngineRecord(
         file=None, library=plan.library.value, version=None, sms=plan.sms, profiles=plan.profiles
     )
@@ -123,7 +124,7 @@ def _parse(parser: Any, model: Path) -> None:
 
 
 def _require_consumers(network: Any) -> None:
-    """The parser drops inputs of some operators without a word: the result would be wrong."""
+    """Refuse a network without all inputs: the parser drops some silently, and results would be wrong."""
     used = set()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -207,7 +208,8 @@ def _record(
 def _scratch(log: BuildLog) -> list[int]:
     if len(log.scratch) != len(_PHASES):
         raise UnsupportedError(
-            f"TensorRT's log states the memory of {len(log.scratch)} profiles, {len(_PHASES)} were asked for"
+            f"TensorRT's log states the memory of {len(log.scratch)} profiles, but {len(_PHASES)} were "
+            "requested"
         )
     return log.scratch
 
@@ -217,7 +219,7 @@ def _count(layers: list[Layer], nodes: frozenset[str]) -> int:
 
 
 def _write(data: memoryview, folder: Path, plan: EnginePlan) -> FileDigest:
-    """Write all of it or nothing."""
+    """Write the engine atomically."""
     path, partial = folder / plan.name, folder / plan.partial
     try:
         with space_errors(path):

@@ -1,4 +1,4 @@
-"""The engines of an artifact: to build, to resume on their GPU, and the one that this machine can load."""
+"""Build the engines of an artifact, resume those pending on their GPU, and find the one for this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmc.machine import detect_profile
 from llmc.profile import Profile
 from llmc.progress import Progress
 
-_MEASURE_THE_GRAPH = "llmc verify measures the graph that they are parsed from, on the CPU"
+_MEASURE_THE_GRAPH = "llmc verify measures the graph that they are built from, on the CPU"
 
 if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def plan_all_engines(target: Target, profiles: Sequence[Profile]) -> tuple[EnginePlan, ...]:
-    """The engines that a build needs; nothing is built yet.
+    """Plan the engines that a build needs, without building anything.
 
     Raises:
-        LlmcError: A profile cannot have an engine of this target, or what builds it is missing here.
+        LlmcError: A profile cannot have an engine of this target, or the library that builds it is missing.
     """
-    known = [listed.document for listed in list_targets()]
-    plans = plan_engines(target, profiles, known)
+    targets = [listed.document for listed in list_targets()]
+    plans = plan_engines(target, profiles, targets)
     for each in plans:
         if _builds_here(each):
             load_library(each.library)
@@ -43,10 +43,10 @@ def plan_all_engines(target: Target, profiles: Sequence[Profile]) -> tuple[Engin
 def write_engines(
     folder: Path, target: Target, interface: Interface, plans: tuple[EnginePlan, ...], progress: Progress
 ) -> tuple[tuple[EngineRecord, ...], dict[str, FileDigest]]:
-    """Build what can be built here from model.onnx in `folder`.
+    """Build the engines that can be built here from model.onnx in `folder`.
 
     Returns:
-        A record of every engine, those that wait for their GPU included, and the digests of the files: the
+        A record of every engine, including those pending for their GPU, and the digests of the files: the
         engines, and ONNX models around them.
     """
     from llmc.backends.tensorrt.context import write_context
@@ -72,18 +72,18 @@ def write_engines(
 
 
 def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
-    """Build the engines of an artifact that wait for the GPU of this machine.
+    """Build the pending engines of an artifact that need the GPU of this machine.
 
     Args:
-        artifact: In the state "engine pending".
+        artifact: An artifact in the state "engine pending".
 
     Returns:
-        Its manifest with them.
+        Its manifest with the engines.
 
     Raises:
-        ConfigError: It is damaged, or none of its engines is pending.
+        ConfigError: The artifact is damaged, or none of its engines is pending.
         ResourceError: This machine does not have the GPU or the library that a pending engine needs; the
-            artifact is as it was.
+            artifact is unchanged.
         UnsupportedError: TensorRT refuses the graph.
     """
     manifest, path = artifact.manifest, artifact.path
@@ -111,7 +111,7 @@ def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
 
 
 def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
-    """Remove engines, whole or not, that a command left which was ended before it recorded them."""
+    """Remove engines, whole or not, left by a command that ended before it recorded them."""
     from llmc.backends.tensorrt.context import context_name
 
     for plan in plans:
@@ -135,7 +135,7 @@ def _require_host(plan: EnginePlan) -> None:
 
 
 def _builds_here(plan: EnginePlan) -> bool:
-    """TensorRT-RTX builds anywhere; TensorRT on the GPU that the engine is for."""
+    """Return whether this machine can build an engine: TensorRT-RTX any, TensorRT only one for its GPU."""
     if plan.library is Library.RTX:
         return True
     capability = detect_profile().compute_capability
@@ -143,31 +143,31 @@ def _builds_here(plan: EnginePlan) -> bool:
 
 
 def require_engine(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
-    """The engine that `host` can load with the library installed there, by what is recorded of it.
+    """Find the engine that `host` can load with the installed library, by the engines' records.
 
     Raises:
-        ResourceError: None is for its GPU; or that one is pending, or needs another library or release.
+        ResourceError: None is for its GPU; or it is pending, or needs another library or version.
     """
     own = None if host.compute_capability is None else f"SM{host.compute_capability.replace('.', '')}"
     fitting = [engine for engine in engines if own in engine.sms]
     if not fitting:
         sms = ", ".join(dict.fromkeys(sm for engine in engines for sm in engine.sms))
         raise ResourceError(
-            f"the artifact holds TensorRT engines for {sms}, and this machine is {host.device}"
+            f"the artifact has TensorRT engines for {sms}, but this machine is {host.device}"
             + (f" ({own})" if own else ""),
             hint=_MEASURE_THE_GRAPH,
         )
     engine = next((e for e in fitting if e.file is not None), fitting[0])
     if engine.file is None:
         raise ResourceError(
-            f"the engine for {own} is pending", hint="llmc build --resume on this machine builds it"
+            f"the engine for {own} is pending", hint="build it with llmc build --resume on this machine"
         )
     library = Library(engine.library)
     installed = load_library(library).__version__
     if installed != engine.version:
         raise ResourceError(
-            f"{engine.file} was built by {library.value} {engine.version}, the only release that loads it; "
-            f"{installed} is installed",
+            f"{engine.file} was built by {library.value} {engine.version}, the only version that loads it, "
+            f"but {installed} is installed",
             hint=f"pip install {PACKAGES[library]}=={engine.version}, or build it again",
         )
     return engine

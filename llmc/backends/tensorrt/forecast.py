@@ -1,4 +1,4 @@
-"""The roofline of an engine on a profile's hardware."""
+"""Forecast the performance of an engine on a profile's hardware with the roofline model."""
 
 import numpy as np
 
@@ -16,9 +16,9 @@ def forecast(
     profile: Profile,
     scratch_bytes: int,
 ) -> Forecast:
-    """Bounds for one row at the engine's full KV cache, and what fits.
+    """Compute bounds for one row at the engine's full KV cache, and the largest batch and context that fit.
 
-    An embedding table that is only looked up is not read by a step, and counts for the memory alone. The
+    A step does not read an embedding table that is only looked up; the table counts only for memory. The
     scratch memory is the engine's own for its largest batch.
     """
     stored = sum(w.bytes for w in weights)
@@ -50,17 +50,17 @@ def forecast(
 
 
 def _peak_rate(engine: Engine, profile: Profile) -> float | None:
-    """Dense TFLOP/s of the fastest type that products are computed in; None if one of them is not stated."""
+    """Return dense TFLOP/s of the fastest type used by products; None if one of them is not stated."""
     dense = profile.dense
     by_type = {WeightFormat.INT8: dense.int8, WeightFormat.FP8: dense.fp8, WeightFormat.NVFP4: dense.fp4}
     schemes = [rule.scheme for rule in engine.weights if rule.scheme is not None]
     rates = [dense.fp16, *(by_type[s.format] for s in schemes if s.activations != "float")]
-    known = [rate for rate in rates if rate is not None]
-    return max(known) if len(known) == len(rates) else None
+    stated = [rate for rate in rates if rate is not None]
+    return max(stated) if len(stated) == len(rates) else None
 
 
 def _kv_bytes(interface: Interface) -> int:
-    """Keys and values of one token in all layers; a static cache keeps them whatever a layer's window."""
+    """Return the bytes of one token's keys and values in all layers; windows do not shrink a static cache."""
     sizes = {spec.name: np.dtype(spec.dtype).itemsize for spec in interface.inputs}
     return sum(
         slot.kv_heads * (slot.key_width * sizes[slot.past_key] + slot.value_width * sizes[slot.past_value])

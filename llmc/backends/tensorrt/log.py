@@ -1,7 +1,7 @@
-"""What TensorRT says while it builds an engine: errors, memory, and the layers it came to.
+"""Parse TensorRT's log of a build: errors, memory, and the resulting layers.
 
-With detailed profiling verbosity, the log of severity VERBOSE holds every layer of the finished engine: its
-name, types, and the ONNX nodes it came from. It is the one way to look into an engine without a GPU.
+With detailed profiling verbosity, the log of severity VERBOSE contains every layer of the finished engine:
+its name, types, and the ONNX nodes it came from. It is the only way to inspect an engine without a GPU.
 """
 
 import re
@@ -12,25 +12,25 @@ from typing import Any
 
 from llmc.errors import UnsupportedError
 
-#: Part of the names of fused attention: _gemm_mha_v2 for several queries, _gemv_mha_v1 for one.
+#: Part of the names of fused attention kernels: _gemm_mha_v2 for several queries, _gemv_mha_v1 for one.
 _FUSED_ATTENTION = "mha"
 _SCRATCH = re.compile(r"^Max Scratch Memory: (\d+) bytes")
 _WEIGHTS = re.compile(r"^Total Weights Memory: (\d+) bytes")
 _GRAPH = re.compile(r"_myl(\d+)_\d+$")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _DATATYPE = re.compile(r"Datatype: (\w+)")
-#: Most lines of TensorRT's own words that an error quotes.
+#: Largest number of lines of TensorRT's messages that an error quotes.
 _QUOTED = 3
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine.
+    """A layer of an engine.
 
     Args:
         name: TensorRT's name.
-        phase: Index of the optimization profile that it belongs to.
-        nodes: Names of the ONNX nodes that it computes, or a part of which.
+        phase: Index of its optimization profile.
+        nodes: Names of the ONNX nodes that it computes, wholly or in part.
         inputs: Types of its inputs, by TensorRT's names, such as Half or Int4.
         constants: Types of its constants.
     """
@@ -44,7 +44,7 @@ class Layer:
 
 @dataclass
 class BuildLog:
-    """Collects what matters of the log of one build."""
+    """The relevant parts of the log of a build."""
 
     errors: list[str] = field(default_factory=list)
     scratch: list[int] = field(default_factory=list)
@@ -52,23 +52,23 @@ class BuildLog:
     lines: list[str] = field(default_factory=list)
 
     def take(self, severity: int, text: str) -> None:
-        """One message; severities as in TensorRT, 0 and 1 are errors."""
+        """Process a message; severities as in TensorRT, 0 and 1 are errors."""
         if severity <= 1:
             self.errors.append(text)
         elif text.startswith("Layers:"):
             self.lines += [line for line in text.splitlines() if line.startswith("Name: ")]
-        elif (found := _SCRATCH.match(text)) is not None:
-            self.scratch.append(int(found[1]))
-        elif (found := _WEIGHTS.match(text)) is not None:
-            self.weights = int(found[1])
+        elif (match := _SCRATCH.match(text)) is not None:
+            self.scratch.append(int(match[1]))
+        elif (match := _WEIGHTS.match(text)) is not None:
+            self.weights = int(match[1])
 
     def reason(self) -> str:
-        """The first errors in TensorRT's own words."""
+        """Return the first errors as TensorRT states them."""
         texts = [" ".join(text.split()) for text in self.errors[:_QUOTED]]
         return "; ".join(texts) or "it gives no reason"
 
     def layers(self) -> list[Layer]:
-        """Every layer of the engine, by profile in order."""
+        """Return every layer of the engine, by profile in order."""
         rows = []
         later: set[str] = set()
         for line in self.lines:
@@ -84,7 +84,7 @@ class BuildLog:
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
-    """TensorRT's logger that hands every message to `log`."""
+    """Create a logger for TensorRT that passes every message to `log`."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -97,14 +97,14 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
 
 
 def require_fused_attention(layers: list[Layer], attention: frozenset[str], phase: int, name: str) -> int:
-    """How many attention nodes fused kernels compute in a phase: all of them.
+    """Require that fused kernels compute all attention nodes of a phase; return how many there are.
 
     Args:
         attention: Names of the ONNX nodes of attention.
         phase: Index of the optimization profile, called `name`.
 
     Raises:
-        UnsupportedError: Some are not fused; the first is named.
+        UnsupportedError: Some are not fused; the error names the first.
     """
     fused: set[str] = set()
     for layer in layers:
@@ -114,7 +114,7 @@ def require_fused_attention(layers: list[Layer], attention: frozenset[str], phas
     if missing:
         raise UnsupportedError(
             f"TensorRT fuses {len(attention & fused)} of {len(attention)} attention layers in {name}; "
-            f"not fused is {missing[0]}",
+            f"the first not fused is {missing[0]}",
             hint="such an engine is many times slower; report the model",
         )
     return len(attention)
@@ -123,7 +123,7 @@ def require_fused_attention(layers: list[Layer], attention: frozenset[str], phas
 def require_quantized_products(
     layers: list[Layer], products: Mapping[str, tuple[str, str | None]], phase: int, name: str
 ) -> dict[str, int]:
-    """How many products of a phase are computed from their quantized factors, by type: all of them.
+    """Require that all products of a phase use their quantized factors; return how many by type.
 
     Args:
         products: Types of weight and activation by the name of the ONNX node, by TensorRT's names; None for
@@ -131,7 +131,7 @@ def require_quantized_products(
         phase: Index of the optimization profile, called `name`.
 
     Raises:
-        UnsupportedError: No engine layer takes the product's weight or activation in its type; it is named.
+        UnsupportedError: No engine layer reads the product's weight or activation in its type; it is named.
     """
     weights: dict[str, set[str]] = {}
     activations: dict[str, set[str]] = {}
@@ -148,10 +148,10 @@ def require_quantized_products(
     return dict(Counter(w if a is None else f"{a} x {w}" for w, a in products.values()))
 
 
-def _require_type(node: str, phase: str, factor: str, wanted: str, taken: set[str]) -> None:
-    if wanted not in taken:
+def _require_type(node: str, phase: str, factor: str, expected: str, actual: set[str]) -> None:
+    if expected not in actual:
         raise UnsupportedError(
-            f"TensorRT computes {node} in {phase} from {factor}s in {', '.join(sorted(taken)) or 'no type'}, "
-            f"and the graph has it in {wanted}",
+            f"TensorRT computes {node} in {phase} from {factor}s in {', '.join(sorted(actual)) or 'no type'}"
+            f", but the graph has it in {expected}",
             hint="the engine would be larger and slower than its format promises; report the model",
         )

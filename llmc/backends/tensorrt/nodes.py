@@ -1,9 +1,9 @@
-"""Which nodes of a graph TensorRT would refuse: every one of them, found before anything is written.
+"""Find every node of a graph that TensorRT would refuse, before anything is written.
 
-TensorRT's parser stops at the first node that it refuses. So each node is given to it on its own: a model of
-that one node, with the types of its inputs as the graph states them. Nodes that look alike are asked once.
-Weights are never read: zeros stand for them. A node with an input of unknown type cannot be asked, and is
-unknown, not refused.
+TensorRT's parser stops at the first node that it refuses. Therefore each node is parsed on its own: a model
+with only that node, with the types of its inputs as the graph states them. Equal nodes are parsed once.
+Weights are never read: zeros replace them. A node with an input of unknown type cannot be parsed alone, and
+is unknown, not refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,29 +27,29 @@ from llmc.records import Record
 
 #: Constants up to this many elements are part of a signature: axes, shapes, scalars, sizes.
 _SMALL = 64
-#: What helps, by domain and by TensorRT's error code; the first that fits.
+#: Advice by domain and by TensorRT's error code; the first that applies.
 _BY_DOMAIN = {
-    MICROSOFT: "an operator of ONNX Runtime: take the pass that makes it out of the target",
+    MICROSOFT: "an operator of ONNX Runtime: remove the pass that creates it from the target",
     DIALECT: "an operator of llmc's dialect: the target lacks a pass that lowers it",
 }
 _BY_CODE = {
     "UNSUPPORTED_NODE_DATATYPE": "store or compute it in another type: float16, or a symmetric int8 or int4",
-    "UNSUPPORTED_NODE_DYNAMIC": "TensorRT wants this size fixed: rewrite the node in a pass of your own",
+    "UNSUPPORTED_NODE_DYNAMIC": "TensorRT needs this size fixed: rewrite the node in a pass of your own",
 }
 _OTHERWISE = "ONNX Runtime computes it on the same GPU: build for a cuda target, or rewrite it in a pass"
 
 
 class NodeFinding(Record):
-    """Nodes that look alike and that TensorRT would refuse, or that it cannot be asked about.
+    """Equal nodes that TensorRT would refuse, or that its parser cannot check.
 
     Args:
-        operator: `domain::name` outside of the standard domain.
+        operator: Operator name, `domain::name` outside of the standard domain.
         inputs: Type and shape of each input, such as "float16[batch, 4, sequence, 16]".
-        reason: TensorRT's own words, or why it cannot be asked.
-        advice: What can be done.
-        node: Name of the first of them.
-        count: How many they are.
-        layers: Decoder layers that they stand in, ascending.
+        reason: TensorRT's message, or why it cannot check them.
+        advice: What the user can do.
+        node: Name of the first node.
+        count: Number of nodes.
+        layers: Decoder layers that contain them, ascending.
     """
 
     operator: str
@@ -63,14 +63,14 @@ class NodeFinding(Record):
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What TensorRT says of the nodes of a graph.
+    """TensorRT's answers on the nodes of a graph.
 
     Args:
-        version: Release that was asked.
-        nodes: Nodes of the graph.
-        signatures: Distinct ones, each asked once.
-        refused: By signature, in graph order.
-        unknown: By signature, in graph order.
+        version: Version of the library that was asked.
+        nodes: Number of nodes of the graph.
+        signatures: Number of distinct nodes, each asked once.
+        refused: Refused nodes by signature, in graph order.
+        unknown: Nodes that cannot be checked, by signature, in graph order.
     """
 
     version: str
@@ -81,7 +81,7 @@ class NodeReport:
 
 
 class NodeChecker:
-    """The parser of a library that is installed here.
+    """The parser of an installed library.
 
     Raises:
         ResourceError: It is not installed.
@@ -94,15 +94,15 @@ class NodeChecker:
     def obstacles(
         self, target: Target, profiles: Sequence[Profile]
     ) -> Iterator[tuple[Profile, UnsupportedError]]:
-        """Each profile that cannot have an engine of the target, and why.
+        """Yield each profile that cannot have an engine of the target, and why.
 
         Raises:
             ConfigError: A profile states no compute capability.
         """
-        known = [listed.document for listed in list_targets()]
+        targets = [listed.document for listed in list_targets()]
         for profile in profiles:
             try:
-                plan_engines(target, [profile], known)
+                plan_engines(target, [profile], targets)
             except UnsupportedError as error:
                 yield profile, error
 
@@ -116,7 +116,7 @@ def check_nodes(model: ir.Model, trt: Any) -> NodeReport:
 
     Args:
         model: A lowered graph; its weights may be lazy and are not read.
-        trt: The module, as `tensorrt.load_library` gives it.
+        trt: The module that `tensorrt.load_library` returns.
     """
     alike: dict[object, list[ir.Node]] = {}
     for node in model.graph:
@@ -128,7 +128,7 @@ def check_nodes(model: ir.Model, trt: Any) -> NodeReport:
     for nodes in alike.values():
         why = _untyped(nodes[0])
         if why is not None:
-            unknown.append(_finding(nodes, why, "what comes before it decides; see the refused nodes"))
+            unknown.append(_finding(nodes, why, "earlier nodes decide; see the refused nodes"))
         elif (refusal := _ask(trt, builder, logger, model, nodes[0])) is not None:
             code, reason = refusal
             advice = _BY_DOMAIN.get(nodes[0].domain) or _BY_CODE.get(code, _OTHERWISE)
@@ -139,7 +139,7 @@ def check_nodes(model: ir.Model, trt: Any) -> NodeReport:
 
 
 def _signature(node: ir.Node) -> object:
-    """Equal for nodes that the parser cannot tell apart but for their names."""
+    """Compute a key that is equal for nodes that the parser cannot distinguish except by name."""
     inputs = tuple(None if v is None else (_describe(v), _content(v)) for v in node.inputs)
     attributes = tuple(sorted((k, str(a.type), str(a.value)) for k, a in node.attributes.items()))
     outputs = tuple(bool(v.name) and (bool(v.uses()) or v.is_graph_output()) for v in node.outputs)
@@ -153,7 +153,7 @@ def _describe(value: ir.Value) -> str:
 
 
 def _content(value: ir.Value) -> object:
-    """What a constant holds, as far as the parser may look at it."""
+    """Return the contents of a constant, as far as the parser may read it."""
     constant = _constant(value)
     if constant is None:
         return None
@@ -169,12 +169,12 @@ def _untyped(node: ir.Node) -> str | None:
         if value is not None and (value.dtype is None or value.shape is None):
             return f"the type or the shape of its input {value.name} is not known"
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-        return "it holds a graph of its own, which cannot be asked about alone"
+        return "it contains a graph of its own, which cannot be checked alone"
     return None
 
 
 def _ask(trt: Any, builder: Any, logger: Any, model: ir.Model, node: ir.Node) -> tuple[str, str] | None:
-    """Error code and words with which the parser refuses the node; None if it takes it."""
+    """Return the error code and message with which the parser refuses the node; None if it accepts it."""
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if parser.parse(ir.to_proto(_alone(model, node)).SerializeToString()):
@@ -184,7 +184,7 @@ def _ask(trt: Any, builder: Any, logger: Any, model: ir.Model, node: ir.Node) ->
 
 
 def _alone(model: ir.Model, node: ir.Node) -> ir.Model:
-    """A model of a copy of `node`."""
+    """Create a model of a copy of `node`."""
     copies: dict[ir.Value, ir.Value] = {}
     for value in dict.fromkeys(v for v in node.inputs if v is not None):
         copies[value] = ir.Value(
@@ -213,9 +213,9 @@ def _alone(model: ir.Model, node: ir.Node) -> ir.Model:
 
 
 def _stand_in(value: ir.Value) -> ir.TensorProtocol | None:
-    """A small constant as it is, ones for a quantized weight and its scales; None for a float weight.
+    """Return a small constant unchanged, ones for a quantized weight and its scales, None for a float weight.
 
-    The parser takes a float weight as an input just as well.
+    The parser accepts a float weight as an input too.
     """
     constant = _constant(value)
     if constant is None or constant.size <= _SMALL:

@@ -1,4 +1,4 @@
-"""What the guards on an engine need to know of the graph that it is built from."""
+"""Read from a graph what the checks of its engine need."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ _STORED = {
 
 @dataclass(frozen=True)
 class Outline:
-    """Nodes by name.
+    """Nodes of a graph by name.
 
     Args:
-        attention: Each `Attention`.
-        products: Each product with a quantized weight, and TensorRT's names of the types that it is computed
-            from: the weight's, and the activation's if that is quantized too, else None.
-        middle: Nodes of the decoder layer in the middle.
+        attention: Names of all `Attention` nodes.
+        products: Products with a quantized weight, and TensorRT's names of the types that each is computed
+            from: the weight's, and the activation's if it is quantized too, otherwise None.
+        middle: Names of the nodes of the middle decoder layer.
     """
 
     attention: frozenset[str]
@@ -33,15 +33,15 @@ class Outline:
 
 
 def read_outline(path: Path) -> Outline:
-    """The outline of an ONNX file."""
+    """Read the outline of an ONNX file."""
     graph = ir.load(path).graph
     layers = [layer for node in graph if (layer := layer_of(node)) is not None]
     middle = max(layers, default=0) // 2
     products = {}
     for node in graph:
         if node.op_type == "MatMul" and (stored := _stored_type(node.inputs[1])) is not None:
-            taken = _stored_type(node.inputs[0])
-            products[str(node.name)] = _STORED[stored], None if taken is None else _STORED[taken]
+            activation = _stored_type(node.inputs[0])
+            products[str(node.name)] = _STORED[stored], None if activation is None else _STORED[activation]
     return Outline(
         attention=frozenset(str(n.name) for n in graph if n.op_type == "Attention"),
         products=products,
@@ -50,7 +50,7 @@ def read_outline(path: Path) -> Outline:
 
 
 def _stored_type(value: ir.Value | None) -> ir.DataType | None:
-    """Type that a factor is stored in, seen through its dequantization; None for a float one."""
+    """Return the type in which a factor is stored before its dequantization; None for a float factor."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0]
         if node.op_type == "DequantizeLinear":

@@ -1,12 +1,12 @@
-"""An engine executed by TensorRT, on a machine with its GPU: prefill and decode over one static KV cache.
+"""Execute an engine with TensorRT on its GPU: prefill and decode over one static KV cache.
 
-Each optimization profile has an execution context of its own over the engine's one copy of the weights. A
-layer's cache lies in device memory once: past and present are bound to the same address, where the engine
-writes the new slots. A decode step is one launch of a CUDA graph where that can be had: TensorRT-RTX captures
-it by itself, for TensorRT the step is captured from the stream.
+Each optimization profile has its own execution context over the engine's single copy of the weights. A
+layer's cache is in device memory once: past and present are bound to the same address, where the engine
+writes the new slots. A decode step is one launch of a CUDA graph if possible: TensorRT-RTX captures it by
+itself, for TensorRT the step is captured from the stream.
 
-Written against the Python interface of TensorRT-RTX 1.7, which TensorRT shares. Nothing of it has run on a
-GPU yet.
+Written for the Python interface of TensorRT-RTX 1.7, which TensorRT shares. This module has not run on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class EngineSession(StaticSession):
 
     Args:
         folder: The artifact.
-        record: What is recorded of the engine; its file is there, and the host has its GPU and release.
-        interface: What the graph takes and gives that the engine is made of.
+        record: Record of the engine; its file exists, and the host has its GPU and version.
+        interface: Inputs and outputs of the graph that the engine is built from.
 
-    Afterwards `notes` has a sentence for each thing that is slower than it could be, and `where` says so too.
+    Afterwards `notes` has a sentence for everything that is slower than possible, and `where` mentions it.
 
     Raises:
-        ConfigError: The record or the file is not one of an engine that was built.
+        ConfigError: The record or the file is not that of a built engine.
         ResourceError: TensorRT, cuda-bindings, the driver, the GPU or memory is missing, or TensorRT cannot
             load the engine.
-        ParityError: Its inputs and outputs are not the interface's.
+        ParityError: Its inputs and outputs differ from the interface.
     """
 
     def __init__(self, folder: Path, record: EngineRecord, interface: Interface) -> None:
@@ -94,23 +94,23 @@ class EngineSession(StaticSession):
         self._captures = self._library is Library.TENSORRT
 
     def _open_context(self, trt: Any, index: int) -> Any:
-        """An execution context for profile `index`, with memory for that profile alone."""
+        """Create an execution context for profile `index`, with memory for only that profile."""
         strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if self._library is Library.RTX:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             if index:
-                wanted = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-                config.cuda_graph_strategy = wanted
-                if config.cuda_graph_strategy != wanted:
-                    self._without_graph("TensorRT-RTX does not take that strategy")
+                capture = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                config.cuda_graph_strategy = capture
+                if config.cuda_graph_strategy != capture:
+                    self._without_graph("TensorRT-RTX does not accept that strategy")
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
             raise ResourceError(
-                f"TensorRT cannot make the engine's optimization profile {index} ready: {self._log.reason()}",
-                hint="where memory is short, free some on the GPU or build with a smaller batch or prefill",
+                f"TensorRT cannot prepare the engine's optimization profile {index}: {self._log.reason()}",
+                hint="if memory is short, free some on the GPU or build with a smaller batch or prefill",
             )
         self._stream.synchronize()
         return context
@@ -118,7 +118,7 @@ class EngineSession(StaticSession):
     def _clear(self, batch: int) -> None:
         if batch not in self._batches:
             raise ConfigError(
-                f"the engine takes {self._batches[0]} to {self._batches[-1]} rows at once, not {batch}",
+                f"the engine runs {self._batches[0]} to {self._batches[-1]} rows at once, not {batch}",
                 hint="copy the target, set another range of batch, and build again",
             )
         if batch != self._batch:
@@ -128,9 +128,9 @@ class EngineSession(StaticSession):
                 self._stream.clear(self._buffers[name])
 
     def _bind(self, batch: int) -> None:
-        """Allocate everything for `batch` rows, and tell both contexts where it lies."""
+        """Allocate all buffers for `batch` rows, and bind them in both contexts."""
         self._batch, self._graph = 0, None
-        self._buffers.clear()  # what is bound now is freed before as much again is asked for
+        self._buffers.clear()  # frees the bound buffers before new ones are allocated
         shared = {present: past for slot in self.interface.cache for past, present in slot.pairs}
         for name, spec in self._specs.items():
             if name not in shared:
@@ -150,7 +150,7 @@ class EngineSession(StaticSession):
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
         batch, sequence = input_ids.shape
         if batch != self._batch:
-            raise ConfigError(f"the cache is one of {self._batch} rows, and {batch} were given")
+            raise ConfigError(f"the cache has {self._batch} rows, but {batch} were given")
         feeds = {"input_ids": input_ids, WRITE_INDICES: written, TOKEN_COUNTS: real}
         for name in feeds.keys() & self._specs.keys():
             self._stream.write(self._buffers[name], np.ascontiguousarray(feeds[name], np.int64))
@@ -170,7 +170,7 @@ class EngineSession(StaticSession):
     def _require_length(self, sequence: int) -> None:
         if sequence < self._least:
             raise ConfigError(
-                f"the engine's prefill takes {self._least} tokens or more; {sequence} are left to run",
+                f"the engine's prefill needs at least {self._least} tokens, but {sequence} are left to run",
                 hint="copy the target, set prefill.least to 1, and build again",
             )
 
@@ -181,7 +181,7 @@ class EngineSession(StaticSession):
             )
 
     def _capture(self) -> None:
-        """Have the next decode steps of this batch launched as one graph, after a step without."""
+        """Capture the decode step of this batch as a graph for the next steps, after a step without."""
         step = (self._batch, 1)
         try:
             self._graph = self._stream.capture(lambda: self._enqueue(self._decode, step))
@@ -196,43 +196,44 @@ class EngineSession(StaticSession):
     def _read_logits(self, phase: _Phase, batch: int, sequence: int) -> Array:
         spec = self._specs["logits"]
         expected = sized(spec, batch, sequence)
-        found = tuple(phase.context.get_tensor_shape("logits"))
-        if found != expected:
-            raise ParityError(f"output logits has shape {list(found)}, it must be {list(expected)}")
+        actual = tuple(phase.context.get_tensor_shape("logits"))
+        if actual != expected:
+            raise ParityError(f"output logits has shape {list(actual)}, but it must be {list(expected)}")
         values = self._stream.read(self._buffers["logits"], expected, _dtype(spec))
         return values.astype(np.float32, copy=False)
 
     def _shape(self, phase: _Phase, name: str, shape: tuple[int, ...]) -> None:
-        taken = phase.context.set_input_shape(name, shape)
-        _require(taken, name, f"shape {list(shape)} in {phase.name}", self._log)
+        accepted = phase.context.set_input_shape(name, shape)
+        _require(accepted, name, f"shape {list(shape)} in {phase.name}", self._log)
 
 
 def sized(spec: TensorSpec, batch: int, sequence: int) -> tuple[int, ...]:
-    """The shape of an input or output in numbers."""
+    """Return the shape of an input or output in numbers."""
     named = {"batch": batch, "sequence": sequence}
     return tuple(size if isinstance(size, int) else named[size] for size in spec.shape)
 
 
 def require_device(stream: Stream, record: EngineRecord) -> None:
-    """The device that CUDA counts first is one that the engine is for.
+    """Require that the first CUDA device is one that the engine is for.
 
     Raises:
-        ResourceError: It is another: CUDA may count in another order than nvidia-smi.
+        ResourceError: It is not: CUDA may order devices differently from nvidia-smi.
     """
     own = f"SM{stream.capability.replace('.', '')}"
     if own not in record.sms:
         raise ResourceError(
-            f"CUDA's first device is {stream.device} ({own}); {record.file} is for {', '.join(record.sms)}",
+            f"CUDA's first device is {stream.device} ({own}), but {record.file} is for "
+            f"{', '.join(record.sms)}",
             hint="CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
         )
 
 
 def load_engine(runtime: Any, path: Path, log: BuildLog) -> Any:
-    """The engine in a file, on the device.
+    """Load the engine in a file onto the device.
 
     Raises:
         ConfigError: There is no such file.
-        ResourceError: TensorRT cannot load it: it says why.
+        ResourceError: TensorRT cannot load it; the error quotes the reason.
     """
     if not path.is_file():
         raise ConfigError(f"there is no engine {path}", hint="build the artifact again")
@@ -240,22 +241,22 @@ def load_engine(runtime: Any, path: Path, log: BuildLog) -> Any:
     if engine is None:
         raise ResourceError(
             f"TensorRT cannot load {path.name}: {log.reason()}",
-            hint="llmc verify tells whether the file is the one that was built",
+            hint="llmc verify checks whether the file is the one that was built",
         )
     return engine
 
 
 def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
-    """Hold an engine's inputs and outputs to the interface, and its cache to one place.
+    """Require the interface's inputs and outputs of an engine, and one place for its cache.
 
     Raises:
-        ParityError: A name, type or shape differs, or a present is not written where its past lies.
+        ParityError: A name, type or shape differs, or a present is not written to its past's place.
     """
     modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     for mode, specs in zip(modes, (interface.inputs, interface.outputs), strict=True):
-        found = {name for name in names if engine.get_tensor_mode(name) == mode}
-        if strange := found ^ {spec.name for spec in specs}:
+        names_of_mode = {name for name in names if engine.get_tensor_mode(name) == mode}
+        if strange := names_of_mode ^ {spec.name for spec in specs}:
             kind = mode.name.lower()
             raise ParityError(f"the {kind}s of engine and interface differ in {', '.join(sorted(strange))}")
         for spec in specs:
@@ -263,7 +264,7 @@ def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
             stated = tuple(size if isinstance(size, int) else -1 for size in spec.shape)
             if dtype.name != _TYPES[spec.dtype] or shape != stated:
                 raise ParityError(
-                    f"{spec.name} of the engine is {dtype.name} {list(shape)}, the interface says "
+                    f"{spec.name} of the engine is {dtype.name} {list(shape)}, but the interface says "
                     f"{_TYPES[spec.dtype]} {list(stated)}"
                 )
     for slot in interface.cache:
@@ -274,9 +275,9 @@ def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
                 )
 
 
-def _require(taken: bool, name: str, what: str, log: BuildLog) -> None:
-    if not taken:
-        raise ParityError(f"TensorRT does not take the {what} of {name}: {log.reason()}")
+def _require(accepted: bool, name: str, what: str, log: BuildLog) -> None:
+    if not accepted:
+        raise ParityError(f"TensorRT does not accept the {what} of {name}: {log.reason()}")
 
 
 def _dtype(spec: TensorSpec) -> np.dtype[Any]:

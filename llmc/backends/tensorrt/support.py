@@ -1,7 +1,7 @@
-"""Which TensorRT builds engines for which GPU, and which precision that GPU takes.
+"""Define which TensorRT builds engines for which GPU, and which precision that GPU supports.
 
 All of it is data, checked before anything is built. Facts on TensorRT-RTX were found by building engines with
-release 1.7 on a machine without a GPU; those on TensorRT are of NVIDIA's support matrix (TensorRT 10 and
+version 1.7 on a machine without a GPU; those on TensorRT are from NVIDIA's support matrix (TensorRT 10 and
 later, "Hardware and Precision"), and none of its engines was built yet.
 """
 
@@ -21,14 +21,14 @@ class Library(StrEnum):
     TENSORRT = "tensorrt"
 
 
-#: Compute capabilities, most wanted library first. TensorRT-RTX builds for them without a GPU; TensorRT
+#: Compute capabilities, the preferred library first. TensorRT-RTX builds for them without a GPU; TensorRT
 #: builds on the GPU itself.
 BUILDS_FOR: dict[Library, tuple[str, ...]] = {
     Library.RTX: ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
     Library.TENSORRT: ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
 }
 
-#: Capabilities that TensorRT refuses a precision on, or computes from float on, whatever it is stored in.
+#: Capabilities on which TensorRT refuses a precision, or computes in float regardless of how it is stored.
 REFUSED_ON: dict[str, tuple[str, ...]] = {
     Dtype.FLOAT16: (),
     Dtype.BFLOAT16: ("7.5",),
@@ -38,17 +38,17 @@ REFUSED_ON: dict[str, tuple[str, ...]] = {
     WeightFormat.NVFP4: ("7.5", "8.0", "8.6", "8.9", "9.0"),
 }
 
-#: Capabilities that get an engine of their own: NVIDIA's support matrix of TensorRT-RTX says that an engine
-#: for Turing and others is slower on the others.
+#: Capabilities that get a separate engine: NVIDIA's support matrix of TensorRT-RTX says that an engine for
+#: Turing and others is slower on the others.
 ALONE = ("7.5",)
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine to be built.
+    """The plan of an engine.
 
     Args:
-        library: What builds and runs it.
+        library: Library that builds and runs it.
         sms: Compute capabilities by TensorRT's names, such as SM89, ascending.
         profiles: Names of the profiles that it serves.
     """
@@ -59,17 +59,17 @@ class EnginePlan:
 
     @property
     def name(self) -> str:
-        """Name of the engine's file."""
+        """Return the name of the engine's file."""
         return f"{'-'.join(self.sms).lower()}.engine"
 
     @property
     def partial(self) -> str:
-        """Name of the file while it is being written."""
+        """Return the name of the file while it is being written."""
         return f".{self.name}.partial"
 
 
 def precisions_of(target: Target) -> tuple[str, ...]:
-    """The types that the target's graph computes and stores in, float first."""
+    """Return the types in which the target's graph computes and stores, float first."""
     rules = target.engine.weights if target.engine is not None else ()
     formats = dict.fromkeys(rule.scheme.format.value for rule in rules if rule.scheme is not None)
     return (target.dtype.value, *formats)
@@ -78,10 +78,10 @@ def precisions_of(target: Target) -> tuple[str, ...]:
 def plan_engines(
     target: Target, profiles: Sequence[Profile], known: Iterable[Target]
 ) -> tuple[EnginePlan, ...]:
-    """As few engines as the profiles' capabilities allow.
+    """Plan as few engines as the profiles' capabilities allow.
 
     Args:
-        profiles: Where the engines are to run.
+        profiles: Profiles that the engines are to run on.
         known: Targets that an error may propose instead.
 
     Raises:
@@ -93,7 +93,7 @@ def plan_engines(
         capability = profile.compute_capability
         if capability is None:
             raise ConfigError(
-                f"profile {profile.name} states no compute capability; TensorRT builds for one",
+                f"profile {profile.name} states no compute capability, but TensorRT builds for one",
                 hint="llmc profiles lists the GPUs that engines can be built for, such as rtx-4090",
             )
         library = _library(profile, capability)
@@ -132,14 +132,14 @@ def _require_precisions(target: Target, profile: Profile, capability: str, known
         and not any(capability in REFUSED_ON[p] for p in precisions_of(t))
     ]
     first = refused[0]
-    takers = [c for c in BUILDS_FOR[Library.TENSORRT] if c not in REFUSED_ON[first]]
+    supporting = [c for c in BUILDS_FOR[Library.TENSORRT] if c not in REFUSED_ON[first]]
     raise UnsupportedError(
         f"target {target.name} needs {first}, which {profile.device} (profile {profile.name}, compute "
-        f"capability {capability}) does not take; {', '.join(takers)} do",
+        f"capability {capability}) does not support; {', '.join(supporting)} do",
         hint=f"for {profile.name} use {' or '.join(others)}" if others else f"leave {profile.name} out",
     )
 
 
 def _ascending(capabilities: Iterable[str | None]) -> list[str]:
-    found = {c for c in capabilities if c is not None}
-    return sorted(found, key=lambda c: tuple(int(part) for part in c.split(".")))
+    distinct = {c for c in capabilities if c is not None}
+    return sorted(distinct, key=lambda c: tuple(int(part) for part in c.split(".")))

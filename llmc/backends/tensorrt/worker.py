@@ -1,11 +1,9 @@
-"""Builds one engine in a process of its own.
+"""Build an engine in a separate process.
 
 TensorRT orders parts of an engine by the addresses of its objects. A fresh process with a fixed hash seed, a
-fixed environment, no randomized addresses, modules that are compiled anew each time (whether they lie in a
-cache would shift addresses) and one core, so that its threads take turns the same way, gives the same bytes
-each time on one installation; one that TensorRT takes down with it, or that the system kills for its memory,
-leaves the build alive.
-
+fixed environment, no randomized addresses, newly compiled modules (a module cache would shift addresses) and
+one core, so that its threads alternate in the same way, gives the same bytes each time on one installation.
+The build also survives if TensorRT crashes the process or the system kills it for its memory.
 The parent writes a `Job` as JSON to stdin and reads one line of JSON from stdout: an `Outcome`.
 """
 
@@ -24,15 +22,15 @@ from llmc.config import Engine
 from llmc.errors import LlmcError, ResourceError, UnsupportedError
 from llmc.records import Record
 
-#: personality(2): read the current one; no randomized addresses.
+#: Arguments of personality(2): read the current one; no randomized addresses.
 _READ_PERSONALITY, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
-#: What a process needs to find its libraries; any other variable would shift addresses.
+#: Variables that a process needs to find its libraries; any other one would shift addresses.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "CUDA_VISIBLE_DEVICES")
 _KINDS: dict[str, type[LlmcError]] = {kind.__name__: kind for kind in (ResourceError, UnsupportedError)}
 
 
 class Job(Record):
-    """What the child is to build, in its working directory."""
+    """The job of the child: what to build in its working directory."""
 
     library: Library
     sms: tuple[str, ...]
@@ -50,7 +48,7 @@ class Failure(Record):
 
 
 class Outcome(Record):
-    """An engine's record and digest, or why there is none."""
+    """The record and digest of an engine, or why there is none."""
 
     record: EngineRecord | None = None
     digest: FileDigest | None = None
@@ -60,7 +58,7 @@ class Outcome(Record):
 def build_apart(
     folder: Path, plan: EnginePlan, engine: Engine, *, sparse: bool = False
 ) -> tuple[EngineRecord, FileDigest]:
-    """`build_engine` in a process of its own.
+    """Call `build_engine` in a separate process.
 
     Raises:
         ResourceError: The process died, or as for `build_engine`.
@@ -83,11 +81,11 @@ def build_apart(
     )
     if done.returncode != 0:
         (folder / plan.partial).unlink(missing_ok=True)
-        last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ResourceError(
             f"the process that builds the engine for {', '.join(plan.sms)} ended with {done.returncode}: "
             f"{last[0]}",
-            hint="a process that the system killed ends with -9: it ran out of memory",
+            hint="exit code -9 means that the system killed it because memory ran out",
         )
     outcome = Outcome.model_validate_json(done.stdout.splitlines()[-1])
     if outcome.failure is not None:
@@ -98,7 +96,7 @@ def build_apart(
 
 
 def main() -> None:
-    """Entry of the child process."""
+    """Run the child process."""
     die_with_parent()
     _fix_addresses()
     if sys.platform == "linux":
@@ -115,7 +113,7 @@ def main() -> None:
 
 
 def _fix_addresses() -> None:
-    """Start this process again without randomized addresses, where the system allows that."""
+    """Restart this process without randomized addresses, if the system allows that."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

@@ -80,7 +80,7 @@ def test_a_compiler_for_another_architecture_keeps_what_was_there(
         verify=False,
     )
     with pytest.raises(
-        ResourceError, match=rf"g\+\+ compiles for {host_machine()}.*; the profile's CPU is {FOREIGN}"
+        ResourceError, match=rf"g\+\+ compiles for {host_machine()}.*, but the profile's CPU is {FOREIGN}"
     ) as caught:
         build(plan, SilentProgress())
     assert caught.value.exit_code is ExitCode.RESOURCES
@@ -104,7 +104,7 @@ def test_what_this_machine_cannot_execute_is_built_and_not_executed(
     assert before.kernels is not None
     assert result.manifest.kernels.isa == before.kernels.isa
     assert "not executed, nothing of it was measured" in result.render()
-    with pytest.raises(ResourceError, match=r"compiled for .* CPUs .*; this machine is riscv64"):
+    with pytest.raises(ResourceError, match=r"compiled for .* CPUs .*, but this machine is riscv64"):
         run(tmp_path / "out", "hello", 4, lambda text: None, SilentProgress())
 
 
@@ -112,8 +112,8 @@ def test_what_this_machine_cannot_execute_is_built_and_not_executed(
 @pytest.mark.parametrize(
     ("isa", "message"),
     [
-        (foreign_set().name, f"compiled for {FOREIGN} CPUs with {foreign_set().name}; this machine is"),
-        ("AVX10", "are for AVX10, which this llmc does not know"),
+        (foreign_set().name, f"compiled for {FOREIGN} CPUs with {foreign_set().name}, but this machine is"),
+        ("AVX10", "are for AVX10, which this version of llmc does not know"),
     ],
 )
 def test_kernels_for_another_cpu_are_refused_before_they_are_loaded(

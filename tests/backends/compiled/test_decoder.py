@@ -289,14 +289,14 @@ def test_a_cpu_without_the_instruction_set_is_told_at_load(tmp_path: Path) -> No
     er = "Feature{7, &Registers::ebx, 27, kZmm}"  # of one generation of accelerators
     isa = InstructionSet("AVX-512 ER", "x86_64", frozenset((er,)), usable_sets()[-1].flags)
     write_compiled(builder.finish([out]), tmp_path, isa)
-    with pytest.raises(Exception, match="compiled for CPUs with AVX-512 ER; this one has it not"):
+    with pytest.raises(Exception, match="compiled for CPUs with AVX-512 ER; this CPU does not support it"):
         open_session(tmp_path)
 
 
 def test_a_profile_without_kernels_is_not_supported() -> None:
     with pytest.raises(
         UnsupportedError,
-        match="there are kernels for AVX-512 VNNI, AVX2 and NEON dotprod; profile old has sse2",
+        match="there are kernels for AVX-512 VNNI, AVX2 and NEON dotprod, but profile old has sse2",
     ):
         choose_isa(("sse2",), "old")
     assert choose_isa(("avx2", "fma", "f16c"), "new").name == "AVX2"
@@ -305,9 +305,9 @@ def test_a_profile_without_kernels_is_not_supported() -> None:
 def test_a_graph_without_products_is_not_supported() -> None:
     x = (builder := GraphBuilder()).input("x", 32)
     graph = builder.finish([builder.node("Relu", [x], "y", 32)])
-    with pytest.raises(UnsupportedError, match="nothing that kernels can take") as caught:
+    with pytest.raises(UnsupportedError, match="nothing that kernels can compute") as caught:
         compile_kernels(graph, usable_sets()[0], find_compiler())
-    assert caught.value.hint == "Relu: nothing beside it is worth a kernel"
+    assert caught.value.hint == "Relu: its region has nothing that is worth a kernel"
 
 
 def test_a_build_without_a_compiler_keeps_what_was_there(

@@ -159,7 +159,7 @@ def test_scales_that_are_computed() -> None:
     builder.nodes.insert(0, doubled)
     with pytest.raises(UnsupportedError) as caught:
         compile_kernels(builder.finish([out]), usable_sets()[0], find_compiler())
-    assert "MatMulNBits: its weights are no initializer" in str(caught.value.hint)
+    assert "MatMulNBits: its weights are not an initializer" in str(caught.value.hint)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def test_no_compiler_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLMC_CXX", raising=False)
     with pytest.raises(
-        ResourceError, match=r"need a C\+\+ compiler; neither ziglang nor c\+\+, g\+\+"
+        ResourceError, match=r"need a C\+\+ compiler, but neither ziglang nor c\+\+, g\+\+"
     ) as caught:
         find_compiler()
     assert caught.value.exit_code is ExitCode.RESOURCES
@@ -40,7 +40,7 @@ def test_a_stated_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_stated_compiler_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CXX", "sh -c 'exit 1'")
-    with pytest.raises(ResourceError, match="compiler sh -c 'exit 1' does not tell its version: no output"):
+    with pytest.raises(ResourceError, match="compiler sh -c 'exit 1' does not report its version: no output"):
         find_compiler()
 
 

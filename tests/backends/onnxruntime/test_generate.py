@@ -54,15 +54,15 @@ def test_tokens_stop_where_asked_and_leave_out_the_end(artifact: Path) -> None:
 
 def test_the_context_ends_the_text(artifact: Path) -> None:
     assert len(generate_tokens(artifact, [1] * 60, 100)) == 4
-    with pytest.raises(ConfigError, match=r"the prompt has 64 tokens; .* has a context of 64") as caught:
+    with pytest.raises(ConfigError, match=r"the prompt has 64 tokens, but .* has a context of 64") as caught:
         generate_tokens(artifact, [1] * 64, 1)
     assert caught.value.hint == "shorten the prompt"
 
 
 def test_less_than_one_token_is_refused(artifact: Path) -> None:
-    with pytest.raises(ConfigError, match="0 new tokens are asked for") as caught:
+    with pytest.raises(ConfigError, match="0 new tokens are requested") as caught:
         generate_tokens(artifact, [1], 0)
-    assert caught.value.hint == "ask for 1 or more"
+    assert caught.value.hint == "request 1 or more"
 
 
 def test_an_empty_prompt_is_refused(artifact: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_served_is_named(artifact: Path) -> None:
     (artifact / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="onnxruntime-genai cannot run") as caught:
         generate_tokens(artifact, [1], 1)
-    assert caught.value.hint == "llmc verify tells what is wrong with it"
+    assert caught.value.hint == "llmc verify finds what is wrong with it"
     (artifact / "genai_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"genai_config\.json is damaged"):
         generate_tokens(artifact, [1], 1)

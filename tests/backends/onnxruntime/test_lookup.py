@@ -123,7 +123,7 @@ def test_logits_of_the_last_token_by_another_way_are_refused(
     write_model(model, tmp_path)
     generation = GenerationConfig(eos_token_id=31, pad_token_id=0)
     write_genai_config(tmp_path, LlamaConfig(), generation, interface, Provider.CPU, 1, share_cache=False)
-    with pytest.raises(UnsupportedError, match="gives the logits of the last token alone") as caught:
+    with pytest.raises(UnsupportedError, match="computes only the logits of the last token") as caught:
         generate_tokens(tmp_path, [1, 2, 3], 4, DRAFT)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("run it without lookup")
@@ -167,14 +167,14 @@ def test_the_graph_gives_the_logits_of_the_last_tokens(artifact: Path, tmp_path:
 @pytest.mark.parametrize(
     ("draft", "compiled", "message", "hint"),
     [
-        (0, False, "0 tokens are to be drafted in a step", "ask for 1 or more"),
-        (-3, True, "-3 tokens are to be drafted in a step", "ask for 1 or more"),
-        (17, False, "17 tokens .*; onnxruntime-genai verifies 16 at most", "ask for 1 to 16"),
+        (0, False, "0 tokens are to be drafted in a step", "request 1 or more"),
+        (-3, True, "-3 tokens are to be drafted in a step", "request 1 or more"),
+        (17, False, "17 tokens .*; onnxruntime-genai verifies at most 16", "request 1 to 16"),
         (
             8,
             True,
-            "8 tokens .*; compiled kernels give a token the numbers that it has alone",
-            "ask for 1 to 7",
+            "8 tokens .*; compiled kernels give a token the same results as alone",
+            "request 1 to 7",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_attention_that_is_not_fused_is_an_error() -> None:
         Layer("__myl_Softmax_myl0_2", 0, frozenset({"layer.1/attention"}), ("Half",), ()),
     ]
     both = frozenset({"layer.0/attention", "layer.1/attention"})
-    message = "TensorRT fuses 1 of 2 attention layers in prefill; not fused is layer.1/attention"
+    message = "TensorRT fuses 1 of 2 attention layers in prefill; the first not fused is layer.1/attention"
     with pytest.raises(UnsupportedError, match=message):
         require_fused_attention(layers, both, 0, "prefill")
     with pytest.raises(UnsupportedError, match="fuses 0 of 1 attention layers in decode"):
@@ -117,13 +117,13 @@ def test_attention_that_is_not_fused_is_an_error() -> None:
 def test_a_product_from_a_float_factor_is_an_error() -> None:
     head = frozenset({"head"})
     layers = [Layer("__myl_Fc_myl1_1", 1, head, ("Half",), ("Half", "Float"))]
-    message = "computes head in decode from weights in Float, Half, and the graph has it in Int4"
+    message = "computes head in decode from weights in Float, Half, but the graph has it in Int4"
     with pytest.raises(UnsupportedError, match=message):
         require_quantized_products(layers, {"head": ("Int4", None)}, 1, "decode")
     with pytest.raises(UnsupportedError, match="computes head in prefill from weights in no type"):
         require_quantized_products(layers, {"head": ("Int4", None)}, 0, "prefill")
     layers = [Layer("a", 0, head, ("Half",), ("Int8",)), Layer("b", 0, head, ("Int8",), ("Half",))]
-    message = "computes head in prefill from activations in Half, and the graph has it in Int8"
+    message = "computes head in prefill from activations in Half, but the graph has it in Int8"
     with pytest.raises(UnsupportedError, match=message):
         require_quantized_products(layers, {"head": ("Int8", "Int8")}, 0, "prefill")
 

@@ -64,7 +64,7 @@ def test_tensorrt_says_why_it_cannot_load_an_engine(built: Built, tmp_path: Path
     runtime = trt.Runtime(make_logger(trt, log))
     with pytest.raises(ResourceError, match=r"TensorRT cannot load sm86-sm89\.engine: .*[Cc]uda") as caught:
         load_engine(runtime, folder / str(record.file), log)
-    assert caught.value.hint == "llmc verify tells whether the file is the one that was built"
+    assert caught.value.hint == "llmc verify checks whether the file is the one that was built"
     (tmp_path / "cut.engine").write_bytes((folder / str(record.file)).read_bytes()[:1000])
     with pytest.raises(ResourceError, match=r"TensorRT cannot load cut\.engine: "):
         load_engine(runtime, tmp_path / "cut.engine", log)
@@ -107,9 +107,7 @@ def test_every_call_of_cuda_tells_its_code() -> None:
 
 def test_cuda_bindings_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(
-        ResourceError, match="cuda-bindings, which engines are executed with, cannot be"
-    ) as caught:
+    with pytest.raises(ResourceError, match="cuda-bindings, which executes engines, cannot be") as caught:
         load_runtime()
     assert caught.value.hint == "pip install 'llmc[gpu]'"
 
@@ -148,7 +146,7 @@ def test_what_is_asked_of_tensorrt_is_there() -> None:
 def test_the_first_device_may_be_another_one(built: Built) -> None:
     stream = Stream.__new__(Stream)
     stream.device, stream.capability = "NVIDIA T4", "7.5"
-    message = r"first device is NVIDIA T4 \(SM75\); sm86-sm89\.engine is for SM86, SM89"
+    message = r"first device is NVIDIA T4 \(SM75\), but sm86-sm89\.engine is for SM86, SM89"
     with pytest.raises(ResourceError, match=message) as caught:
         require_device(stream, built[1])
     assert str(caught.value.hint).startswith("CUDA_VISIBLE_DEVICES names the GPU to use")

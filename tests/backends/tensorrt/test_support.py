@@ -38,7 +38,9 @@ def test_names_of_files() -> None:
 
 
 def test_a_precision_that_the_gpu_lacks_is_refused_with_what_works() -> None:
-    message = r"needs int8, which NVIDIA T4 \(profile t4, compute capability 7.5\) does not take; 8.0, 8.6, "
+    message = (
+        r"needs int8, which NVIDIA T4 \(profile t4, compute capability 7.5\) does not support; 8.0, 8.6, "
+    )
     with pytest.raises(UnsupportedError, match=message) as caught:
         _plans("tensorrt-int4", "rtx-4090", "t4")
     assert caught.value.hint == "for t4 use tensorrt-fp16"
@@ -46,7 +48,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused_with_what_works() -> None:
 
 def test_bfloat16_is_refused_on_turing() -> None:
     with pytest.raises(
-        UnsupportedError, match=r"needs bfloat16, which NVIDIA T4 .* does not take; 8.0"
+        UnsupportedError, match=r"needs bfloat16, which NVIDIA T4 .* does not support; 8.0"
     ) as caught:
         _plans("tensorrt-bf16", "t4")
     assert caught.value.hint == "for t4 use tensorrt-fp16"
@@ -57,7 +59,9 @@ def test_fp8_is_refused_on_ampere() -> None:
     target = load_target("tensorrt-int8")
     assert target.engine is not None
     fp8 = target.model_copy(update={"engine": target.engine.model_copy(update={"weights": (rule,)})})
-    with pytest.raises(UnsupportedError, match=r"needs fp8, .*compute capability 8.6\) does not take; 8.9"):
+    with pytest.raises(
+        UnsupportedError, match=r"needs fp8, .*compute capability 8.6\) does not support; 8.9"
+    ):
         plan_engines(fp8, [load_profile("rtx-3090")], KNOWN)
     assert plan_engines(fp8, [load_profile("l4")], KNOWN)[0].sms == ("SM89",)
 
