@@ -1,7 +1,7 @@
-"""The order of the stations: what each command does, from a model to an artifact and its verdict.
+"""Run the stations in order: what each command does, from a model to an artifact and its verdict.
 
-Only this package knows all stations. Modules that load onnx_ir, torch or a runtime are imported inside
-functions as a rule, everything else at the top of its files.
+Only this package imports all stations. As a rule, modules that load onnx_ir, torch or a runtime are imported
+inside functions, and everything else at the top of each file.
 """
 
 from llmc.pipeline.bench import bench

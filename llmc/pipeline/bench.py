@@ -1,4 +1,4 @@
-"""`llmc bench`: latency beside the original."""
+"""Implement `llmc bench`: measure an artifact's latency beside the original's."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OriginalLoader:
-    """Loads the original, in a process of its own too.
+    """The function that loads the original; picklable, so that a separate process can call it too.
 
     Args:
         ref: The checkpoint.
-        dtype: Type that it computes in on the GPU; None leaves it on the CPU, in float32.
-        adapter: What is merged into it.
+        dtype: Type in which it computes on the GPU; None for float32 on the CPU.
+        adapter: Adapter to merge into it.
     """
 
     ref: str
@@ -68,23 +68,23 @@ def bench(
     search: Path | None = None,
     own_gates: bool = False,
 ) -> GateReport:
-    """Measure an artifact's latency interleaved with the original's, and hold the latency gates.
+    """Measure an artifact's latency interleaved with the original's, and check the latency gates.
 
     Args:
         path: An artifact.
         against: The original; None for the one that the manifest names.
-        force: Take an original that the artifact was not built from.
-        folder: Where the report goes in all its forms; None for nowhere.
-        previous: An earlier artifact, timed in turn with this one.
+        force: Accept an original that the artifact was not built from.
+        folder: Folder for the report in all its formats; None to write none.
+        previous: An earlier artifact, timed alternately with this one.
         adapter: As `open_pair`.
-        target: As `verify`, for the gates on time.
+        target: As `verify`, for the latency gates.
         search: As `verify`.
         own_gates: As `verify`.
 
     Raises:
-        ConfigError: `previous` is no artifact, or is damaged.
-        ResourceError: An artifact is for hardware that this machine has not.
-        ParityError: An artifact cannot be run, or its gates on time are not those of its target.
+        ConfigError: `previous` is not an artifact, or is damaged.
+        ResourceError: An artifact needs hardware that this machine does not have.
+        ParityError: An artifact cannot be run, or its latency gates differ from those of its target.
     """
     from llmc.validate.latency import Schedule, measure_latency, ratios
 
@@ -125,17 +125,19 @@ def bench(
 
 
 def _timed(artifact: Artifact) -> Timed:
-    """What is timed of an artifact on this machine: its engine, or its graph on the CPU.
+    """Return what is timed of an artifact on this machine: its engine, or its graph on the CPU.
 
     Raises:
-        ResourceError: It is for hardware that this machine has not.
+        ResourceError: The artifact needs hardware that this machine does not have.
     """
     from llmc.validate.latency import Timed
 
     manifest = artifact.manifest
-    found = backend_of(manifest.target).executable(artifact)
-    weights = streamed_weight_bytes(artifact.path) if found.weight_bytes is None else found.weight_bytes
-    return Timed(found.open, found.library, manifest.interface, weights, found.rows)
+    executable = backend_of(manifest.target).executable(artifact)
+    weights = (
+        streamed_weight_bytes(artifact.path) if executable.weight_bytes is None else executable.weight_bytes
+    )
+    return Timed(executable.open, executable.library, manifest.interface, weights, executable.rows)
 
 
 def _threads(manifest: Manifest) -> int:
@@ -143,7 +145,7 @@ def _threads(manifest: Manifest) -> int:
 
 
 def _host_profile(manifest: Manifest) -> Profile:
-    """The profile whose bandwidth bounds what is timed: of engines the host's, if the artifact is for it."""
+    """Return the profile whose bandwidth bounds the latency: for engines the host's if listed."""
     if manifest.target.hardware is not ProfileKind.GPU:
         return manifest.profile
     host = detect_profile()
@@ -151,7 +153,7 @@ def _host_profile(manifest: Manifest) -> Profile:
 
 
 def _original_dtype(manifest: Manifest) -> str | None:
-    """What the original computes in on the GPU beside an engine; None where PyTorch has no GPU."""
+    """Return the original's type on the GPU for comparison with an engine; None if PyTorch has no GPU."""
     import torch
 
     on_gpu = manifest.target.hardware is ProfileKind.GPU and torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""`llmc bisect`: where an artifact's numbers part from the original's, and which step did it."""
+"""Implement `llmc bisect`: find where results first diverge from the original's, and in which step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from llmc.records import Record
 if TYPE_CHECKING:
     from llmc.validate.values import ValueDifference, Values
 
-#: Largest difference over largest value that another order of float32 sums may make.
+#: Largest difference, relative to the largest value, that another order of float32 sums may cause.
 TOLERANCE = 1e-3
 
 
 class Divergence(Record):
-    """Where the numbers part.
+    """The place where results first diverge.
 
     Args:
-        step: What was done between the last right numbers and the first wrong ones: `trace`, a pass,
-            or `artifact` for what is in the files and in no graph that the compiler makes.
+        step: The step between the last right values and the first wrong ones: `trace`, a pass, or `artifact`
+            if the files differ from every graph that the compiler builds.
         layer: Decoder layer; None outside of the layers.
-        operator: Of the graph after the step.
-        value: Its output.
-        module: The original's module that it belongs to, where the trace knows it.
-        relative: Largest difference over the largest value.
+        operator: Operator in the graph after the step.
+        value: The operator's output.
+        module: The original's module that it belongs to, if the trace records it.
+        relative: Largest difference divided by the largest value.
     """
 
     step: str
@@ -45,29 +45,29 @@ class Divergence(Record):
 
 
 class BisectResult(Record):
-    """The first divergence, and the steps that were found right before it."""
+    """The first divergence, and the steps before it whose results are right."""
 
     right: tuple[str, ...]
     divergence: Divergence | None
 
     def render(self) -> str:
-        """A few lines for a terminal."""
+        """Return a few lines for a terminal."""
         lines = [f"right  {step}" for step in self.right]
-        found = self.divergence
-        if found is None:
+        divergence = self.divergence
+        if divergence is None:
             return "\n".join([*lines, "no step changed the numbers"])
-        place = "outside of the layers" if found.layer is None else f"layer {found.layer}"
-        module = "" if found.module is None else f", module {found.module}"
+        place = "outside of the layers" if divergence.layer is None else f"layer {divergence.layer}"
+        module = "" if divergence.module is None else f", module {divergence.module}"
         return "\n".join(
             [
                 *lines,
-                f"WRONG  {found.step}: {place}, operator {found.operator}, value {found.value}{module},"
-                f" off by {found.relative:.3g} of its largest value",
+                f"WRONG  {divergence.step}: {place}, operator {divergence.operator}, "
+                f"value {divergence.value}{module}, off by {divergence.relative:.3g} of its largest value",
             ]
         )
 
     def failure(self) -> LlmcError | None:
-        """Finding the place is what was asked for."""
+        """Return None: finding the place is the purpose of the command."""
         return None
 
 
@@ -81,14 +81,14 @@ def bisect(
 ) -> BisectResult:
     """Compare intermediate values step by step: original, trace, each pass, files of the artifact.
 
-    Every step's graph is written to a temporary folder and run on one short prompt; only the values of
-    two steps are held at a time. Quantization is no step, nor is pruning: what they cost is for `verify` to
-    say, and the original here is what pruning left of it.
+    Every step's graph is written to a temporary folder and run on a short prompt; only the values of two
+    steps are in memory at a time. Quantization and pruning are not steps: `verify` measures their cost, and
+    the original here is the pruned model.
 
     Args:
         path: An artifact.
         against: The original; None for the one that the manifest names.
-        force: Take an original that the artifact was not built from.
+        force: Accept an original that the artifact was not built from.
         adapter: As `open_pair`.
 
     Raises:
@@ -103,8 +103,8 @@ def bisect(
         target = artifact.manifest.target
         if target.dtype is not Dtype.FLOAT32:
             raise UnsupportedError(
-                f"llmc bisect holds values in float32 against the original's, and {target.name} computes in "
-                f"{target.dtype.value}, whose rounding it would find first",
+                f"llmc bisect compares values in float32 with the original's, but {target.name} computes in "
+                f"{target.dtype.value}, whose rounding would be difference first",
                 hint="build the model for cpu-fp32, and bisect that",
             )
         prompt = short_prompt(original)
@@ -120,30 +120,30 @@ def bisect(
         if step == "quantize":
             before = values
             continue
-        found = (
+        difference = (
             first_module_difference(modules, values, TOLERANCE)
             if before is None
             else first_difference(before, values, TOLERANCE)
         )
-        if found is not None:
-            return BisectResult(right=tuple(right), divergence=_divergence(step, found))
+        if difference is not None:
+            return BisectResult(right=tuple(right), divergence=_divergence(step, difference))
         right.append(step)
         before = values
     with progress.stage("files"):
         values = graph_values(path, artifact.manifest.interface, prompt)
-    found = None if before is None else first_difference(before, values, TOLERANCE)
-    if found is not None:
-        return BisectResult(right=tuple(right), divergence=_divergence("artifact", found))
+    difference = None if before is None else first_difference(before, values, TOLERANCE)
+    if difference is not None:
+        return BisectResult(right=tuple(right), divergence=_divergence("artifact", difference))
     return BisectResult(right=(*right, "artifact"), divergence=None)
 
 
-def _divergence(step: str, found: ValueDifference) -> Divergence:
-    place = found.place
+def _divergence(step: str, difference: ValueDifference) -> Divergence:
+    place = difference.place
     return Divergence(
         step=step,
         layer=place.layer,
         operator=place.operator,
         value=place.value,
         module=place.module,
-        relative=found.relative,
+        relative=difference.relative,
     )

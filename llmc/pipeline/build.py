@@ -1,4 +1,4 @@
-"""`llmc build`: a model in, a verified artifact out."""
+"""Implement `llmc build`: compile a model into a verified artifact."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """What was written into a folder: an artifact but for the outcome of its gates.
+    """A folder with all of an artifact except the outcome of its gates.
 
     Args:
         manifest: Its manifest, without an outcome.
-        forecasts: Bounds by profile for engines.
+        forecasts: Latency bounds by profile for engines.
         subject: What the gates measure; None if they are not to run, or cannot run here.
-        pruned: What was left out of the model.
+        pruned: What was pruned from the model.
     """
 
     manifest: Manifest
@@ -58,15 +58,15 @@ class Built:
 
 
 def build(plan: BuildPlan, progress: Progress) -> BuildResult:
-    """Compile a model for a target and a profile, verify it, and put the artifact in its place.
+    """Compile a model for a target and a profile, verify it, and move the artifact to its output path.
 
-    What stood at the output before stays until the new artifact is complete and verified. An artifact that
-    misses a gate is kept as `<output>.failed` and the result says so. Where the gates are interrupted or
-    cannot run, what was built is kept with the state "built, not verified": at the output if none is there,
-    else as `<output>.unverified`; `llmc verify` finishes it.
+    An existing artifact at the output stays until the new one is complete and verified. An artifact that
+    misses a gate is kept as `<output>.failed`, and the result says so. If the gates are interrupted or cannot
+    run, the build is kept with the state "built, not verified": at the output if nothing is there, otherwise
+    as `<output>.unverified`; `llmc verify` finishes it.
 
     Raises:
-        LlmcError: Any of its kinds; before the gates nothing is left behind.
+        LlmcError: Any subclass; before the gates no files are left behind.
     """
     from llmc.checkpoint import open_checkpoint
 
@@ -100,16 +100,16 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
 def _hold_gates(
     plan: BuildPlan, built: Built, subject: Subject, stage: Staging, progress: Progress
 ) -> tuple[Artifact, Verdict]:
-    """Keep what was built as unverified, measure it there, and put it where its verdict says."""
+    """Store the build as unverified, measure it there, and move it to the place that its verdict requires."""
     unfinished = built.manifest.model_copy(update={"unfinished": BEGUN})
-    kept = stage.keep_unverified(unfinished)
-    reports = kept.path / REPORTS
+    unverified = stage.keep_unverified(unfinished)
+    reports = unverified.path / REPORTS
     with explaining(stage, unfinished, plan.eval_text.names, progress):
         gate = measure_parity(
-            replace(subject, folder=kept.path), plan.eval_text.text, progress, every=plan.every_check
+            replace(subject, folder=unverified.path), plan.eval_text.text, progress, every=plan.every_check
         )
         name, weights = plan.profile.name, built.manifest.weights
-        report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, kept.path)
+        report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, unverified.path)
         write_report(report, reports, "parity")
         _write_stages(progress, reports / "build.json")
         return put_by_verdict(stage, record_verdict(built.manifest, gate.verdict)), gate.verdict
@@ -123,7 +123,7 @@ def _write(
     digest: Future[str],
     progress: Progress,
 ) -> Built:
-    """Compile the model, and write every file of the artifact but its manifest into `folder`."""
+    """Compile the model, and write every file of the artifact except its manifest into `folder`."""
     from llmc.backends.model_file import write_model
     from llmc.quantize.activations import write_smoothing
 
@@ -146,7 +146,7 @@ def _write(
         compact = pruned.checkpoint
         config, generation_config = compact.config, compact.generation_config()
         backend.write_serving(folder, plan.target, plan.profile.threads, config, generation_config, graph)
-    made = replace(prepared.write(folder, interface, progress), kernels=kernels)
+    written = replace(prepared.write(folder, interface, progress), kernels=kernels)
     reports = folder / REPORTS
     reports.mkdir()
     _write_activations(compiled, reports)
@@ -159,9 +159,9 @@ def _write(
         pruned.record,
         compiled,
         digest.result(),
-        digest_folder(folder, {**files, **made.files}),
-        made,
-        prepared.state(made),
+        digest_folder(folder, {**files, **written.files}),
+        written,
+        prepared.state(written),
     )
     subject = Subject(
         folder=folder,
@@ -186,35 +186,35 @@ def _write(
 
 
 def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str | None) -> list[str]:
-    """What the graph does not read: towers in one sentence, any other tensor by its name."""
+    """Return a note on what the graph does not read: one sentence for towers, one for each other tensor."""
     towers = {name for names in checkpoint.beside.values() for name in names}
     others = [f"the model does not use tensor {n} of the checkpoint" for n in unread if n not in towers]
     return [*filter(None, [text_only]), *others]
 
 
 def _require_fit(plan: BuildPlan) -> None:
-    """The target's provider and the profile's kind of hardware belong together."""
-    wanted = plan.target.hardware
-    if plan.profile.kind is not wanted:
+    """Require that the profile's kind of hardware is the one that the target runs on."""
+    hardware = plan.target.hardware
+    if plan.profile.kind is not hardware:
         raise ConfigError(
-            f"target {plan.target.name} runs on a {wanted.value.upper()}; profile {plan.profile.name} is "
+            f"target {plan.target.name} runs on a {hardware.value.upper()}; profile {plan.profile.name} is "
             f"{plan.profile.device}, a {plan.profile.kind.value.upper()}",
             hint="see llmc profiles",
         )
 
 
 def _write_activations(compiled: Compiled, folder: Path) -> None:
-    """Write what was found out about activations, if anything was, as activations.json in `folder`.
+    """Write the statistics of activations, if there are any, as activations.json in `folder`.
 
-    Peaks are those of the original's modules, in float32; ratios are those of quantized activations, in dB.
+    Peaks are those of the original's modules in float32; ratios are those of quantized activations, in dB.
     """
-    found = compiled.activations
-    if not found.peaks:
+    activations = compiled.activations
+    if not activations.peaks:
         return
     facts = {
-        "peaks": dict(sorted(found.peaks.items(), key=lambda item: -item[1])),
-        "snr_db": {name: each.snr_db for name, each in found.ranges.items()},
-        "smoothed": [name for name, each in found.ranges.items() if each.smoothing is not None],
+        "peaks": dict(sorted(activations.peaks.items(), key=lambda item: -item[1])),
+        "snr_db": {name: each.snr_db for name, each in activations.ranges.items()},
+        "smoothed": [name for name, each in activations.ranges.items() if each.smoothing is not None],
         "float": {each.weight: each.reason for each in compiled.floats},
     }
     text = json.dumps(facts, indent=2)
@@ -229,7 +229,7 @@ def _manifest(
     compiled: Compiled,
     digest: str,
     files: dict[str, FileDigest],
-    made: Made,
+    written: Made,
     state: State,
 ) -> Manifest:
     return Manifest(
@@ -253,14 +253,14 @@ def _manifest(
         weights=compiled.weights,
         text=text,
         pruned=pruned,
-        kernels=made.kernels,
-        engines=made.engines,
+        kernels=written.kernels,
+        engines=written.engines,
         state=state,
     )
 
 
 def _write_stages(progress: Progress, path: Path) -> None:
-    """Stage timings and peak memory, outside of what the manifest's digests cover."""
+    """Write stage timings and peak memory to a file that the manifest's digests do not cover."""
     stages: list[dict[str, Any]] = [
         {"name": r.name, "seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes} for r in progress.records
     ]

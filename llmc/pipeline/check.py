@@ -1,4 +1,4 @@
-"""`llmc check`: what of a model TensorRT would refuse, before any long work."""
+"""Implement `llmc check`: list what TensorRT would refuse of a model, before any long work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmc.records import Record
 
 
 class Obstacle(Record):
-    """What stands against a build as a whole: a GPU without the precision, a model that does not lower."""
+    """A reason against the whole build: a GPU without the precision, or a model that cannot be lowered."""
 
     where: str
     reason: str
@@ -21,16 +21,16 @@ class Obstacle(Record):
 
 
 class CheckResult(Record):
-    """What was found.
+    """The result of a check.
 
     Args:
-        asked: Library and release whose parser was asked; None if it did not come to that.
-        nodes: Nodes of the lowered graph.
-        signatures: Distinct ones.
-        obstacles: What stands against the build as a whole.
+        asked: Library and version of the parser that was asked; None if no parser was.
+        nodes: Number of nodes of the lowered graph.
+        signatures: Number of distinct nodes.
+        obstacles: Reasons against the whole build.
         refused: Nodes that TensorRT refuses.
-        unknown: Nodes that it cannot be asked about.
-        passes: What each pass did, and where it declined as the target accepts.
+        unknown: Nodes that cannot be submitted to the parser.
+        passes: What each pass did, and where it declined with a code that the target accepts.
     """
 
     architecture: str
@@ -45,7 +45,7 @@ class CheckResult(Record):
     passes: tuple[PassRecord, ...]
 
     def render(self) -> str:
-        """Text for a terminal."""
+        """Return text for a terminal."""
         lines = [f"{self.architecture} for {self.target} on {', '.join(self.profiles)}"]
         for obstacle in self.obstacles:
             lines += [f"{obstacle.where}: {obstacle.reason}"]
@@ -56,7 +56,7 @@ class CheckResult(Record):
         for each in self.refused:
             lines += _render(each)
         if self.unknown:
-            lines.append("cannot be asked about")
+            lines.append("not checkable by the parser")
         for each in self.unknown:
             lines += _render(each)
         for record in self.passes:
@@ -64,24 +64,24 @@ class CheckResult(Record):
         return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """An error if anything is refused."""
+        """Return an error if anything is refused."""
         if not self.obstacles and not self.refused:
             return None
-        found = [each.where for each in self.obstacles]
-        found += [f"{each.count} x {each.operator}" for each in self.refused]
-        return UnsupportedError(f"{self.target} cannot be built: {', '.join(found)}")
+        refused = [each.where for each in self.obstacles]
+        refused += [f"{each.count} x {each.operator}" for each in self.refused]
+        return UnsupportedError(f"{self.target} cannot be built: {', '.join(refused)}")
 
 
 def check(plan: BuildPlan, progress: Progress) -> CheckResult:
-    """Lower a model for a target, and ask TensorRT about every node; no weight is read, nothing is written.
+    """Lower a model for a target and ask TensorRT about every node; reads no weights, writes nothing.
 
-    What the target leaves out of the model is left in: only weights could say what that is, and it leaves the
-    kinds of nodes as they are.
+    Pruning is not applied: only weights decide what is pruned, and pruning does not change the kinds of
+    nodes.
 
     Raises:
         ConfigError: The target is not of backend tensorrt, or a profile states no compute capability.
         CheckpointError: The checkpoint cannot be opened, or lacks a tensor.
-        ResourceError: tensorrt_rtx, whose parser is asked, is missing.
+        ResourceError: tensorrt_rtx, which provides the parser, is missing.
     """
     from llmc.checkpoint import open_checkpoint
     from llmc.quantize.quantizer import Observations
@@ -125,11 +125,11 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
     )
 
 
-def _render(found: NodeFinding) -> list[str]:
-    layers = f", layers {', '.join(map(str, found.layers))}" if found.layers else ""
+def _render(finding: NodeFinding) -> list[str]:
+    layers = f", layers {', '.join(map(str, finding.layers))}" if finding.layers else ""
     return [
-        f"  {found.count} x {found.operator}({', '.join(found.inputs)}){layers}",
-        f"    first at {found.node}",
-        f"    {found.reason}",
-        f"    {found.advice}",
+        f"  {finding.count} x {finding.operator}({', '.join(finding.inputs)}){layers}",
+        f"    first at {finding.node}",
+        f"    {finding.reason}",
+        f"    {finding.advice}",
     ]

@@ -1,4 +1,4 @@
-"""`llmc compare`: two artifacts side by side."""
+"""Implement `llmc compare`: compare two artifacts side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmc.report import compare_reports, parse_allowed, render_changes
 
 
 class Difference(Record):
-    """Something that both artifacts have, or only one, and that is not the same in both.
+    """A property that differs between two artifacts, or that only one of them has.
 
     Args:
         kind: operator, pass, weights or tool.
@@ -30,11 +30,11 @@ class Difference(Record):
 
 
 class Comparison(Record):
-    """Figures of two artifacts, and what differs in how they were made.
+    """The figures of two artifacts, and the differences in how they were built.
 
     Args:
-        changes: Size, and every figure of the reports that lie in the artifacts.
-        differences: In operators, passes, bits of weights and versions of tools.
+        changes: Changes of the size and of every figure in the artifacts' reports.
+        differences: Differences in operators, passes, bits of weights and versions of tools.
     """
 
     before: str
@@ -43,25 +43,25 @@ class Comparison(Record):
     differences: tuple[Difference, ...]
 
     def render(self) -> str:
-        """Text for a terminal."""
+        """Return text for a terminal."""
         lines = [f"{self.before} -> {self.after}", *render_changes(self.changes)]
         for d in self.differences:
             lines.append(f"  {d.kind:10} {d.name}: {d.before} -> {d.after}")
         return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """A parity error, or a latency error if nothing else became worse."""
+        """Return a parity error, or a latency error if nothing else became worse."""
         return regression_failure(self.changes)
 
 
 def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
-    """Size, quality, speed where it was measured, graph and bits of two artifacts of one model.
+    """Compare size, quality, measured speed, graph and bits of two artifacts of one model.
 
     Args:
-        allow: `NAME=PERCENT`, by how much a figure may become worse.
+        allow: `NAME=PERCENT`, how much worse a figure may become.
 
     Raises:
-        ConfigError: One is no artifact, is damaged or has no report, or they are of different models.
+        ConfigError: One is not an artifact, is damaged or has no report, or their models differ.
     """
     allowed = parse_allowed(allow)
     old, new = open_artifact(before), open_artifact(after)
@@ -69,9 +69,9 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
         require_intact(artifact)
     if old.manifest.model.digest != new.manifest.model.digest:
         raise ConfigError(
-            f"{before} is made of {old.manifest.model.ref} and {after} of {new.manifest.model.ref},"
-            " which are not one model",
-            hint="figures against different originals cannot be compared",
+            f"{before} was built from {old.manifest.model.ref} and {after} from {new.manifest.model.ref},"
+            " which are different models",
+            hint="compare artifacts of one model: figures relative to different originals are not comparable",
         )
     reports = [stored_report(artifact) for artifact in (old, new)]
     counts = [count_operators(artifact.path / MODEL) for artifact in (old, new)]
@@ -97,13 +97,13 @@ def _differences(kind: str, old: dict[str, str], new: dict[str, str]) -> list[Di
 
 
 def _bits(manifest: Manifest) -> dict[str, str]:
-    """How the weights of each role are stored, and how many bytes they take."""
+    """Describe how the weights of each role are stored, and how many bytes they take."""
     by_role: dict[str, list[WeightRecord]] = {}
     for record in manifest.weights:
         by_role.setdefault(record.role.value, []).append(record)
-    told = {}
+    described = {}
     for role, records in by_role.items():
         forms = sorted({f"{r.bits} bits" + (f" by {r.block_size}" if r.block_size else "") for r in records})
-        told[role] = f"{', '.join(forms)}, {sum(r.bytes for r in records) / 1e6:.4g} MB"
-    told["all"] = f"{artifact_bytes(manifest) / 1e6:.4g} MB with all files"
-    return told
+        described[role] = f"{', '.join(forms)}, {sum(r.bytes for r in records) / 1e6:.4g} MB"
+    described["all"] = f"{artifact_bytes(manifest) / 1e6:.4g} MB with all files"
+    return described

@@ -1,4 +1,4 @@
-"""`llmc inspect --explain`: where one pass applied in an artifact, and why it declined elsewhere."""
+"""Implement `llmc inspect --explain`: where a pass applied in an artifact, and why it declined elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmc.records import Record
 
 
 class Explanation(Record):
-    """What one pass did when the artifact was built.
+    """The effect of a pass when the artifact was built.
 
     Args:
         name: The pass.
-        summary: What it does.
-        applied: Places where it applied.
-        declined: Where it nearly did, by kind of reason.
+        summary: Its purpose.
+        applied: Number of places where it applied.
+        declined: Places where it almost applied, by kind of reason.
     """
 
     name: str
@@ -27,34 +27,34 @@ class Explanation(Record):
     declined: tuple[Declined, ...]
 
     def render(self) -> str:
-        """Text for a terminal."""
-        lines = [f"{self.name}: {self.summary}", f"applied at {_places(self.applied)}"]
+        """Return text for a terminal."""
+        lines = [f"{self.name}: {self.summary}", f"applied {_times(self.applied)}"]
         for each in self.declined:
             where = f", in layers {_ranges(each.layers)}" if each.layers else ""
             lines += [
-                f"declined at {_places(each.count)}{where} [{each.code}]",
+                f"declined {_times(each.count)}{where} [{each.code}]",
                 f"  {each.reason}",
                 f"  first at {each.node}",
             ]
-        return "\n".join(lines if self.declined else [*lines, "declined nowhere"])
+        return "\n".join(lines if self.declined else [*lines, "never declined"])
 
     def failure(self) -> LlmcError | None:
-        """Looking at something never fails a gate."""
+        """Return None: an inspection cannot fail."""
         return None
 
 
 def explain(reference: str, name: str) -> Explanation:
-    """What pass `name` did in an artifact.
+    """Explain what pass `name` did in an artifact.
 
     Raises:
-        ConfigError: No artifact, or its target does not have the pass.
+        ConfigError: `reference` is not an artifact, or its target does not have the pass.
     """
     from llmc.passes import registered_passes
 
     if not (Path(reference) / MANIFEST).is_file():
         raise ConfigError(
-            f"{reference} is no artifact: passes run when a model is built for a target",
-            hint="llmc build it first, and name the artifact",
+            f"{reference} is not an artifact: passes run when a model is built for a target",
+            hint="build it with llmc build, and name the artifact",
         )
     manifest = open_artifact(Path(reference)).manifest
     records = {record.name: record for record in manifest.passes}
@@ -63,17 +63,19 @@ def explain(reference: str, name: str) -> Explanation:
             f"target {manifest.target.name} has no pass {name!r}", hint=did_you_mean(name, records)
         )
     record = records[name]
-    known = registered_passes().get(name)
-    summary = known.summary if known is not None else "a pass that this llmc does not have"
+    registered = registered_passes().get(name)
+    summary = (
+        registered.summary if registered is not None else "a pass that this version of llmc does not have"
+    )
     return Explanation(name=name, summary=summary, applied=record.applied, declined=record.declined)
 
 
-def _places(count: int) -> str:
-    return f"{count} place" if count == 1 else f"{count} places"
+def _times(count: int) -> str:
+    return f"{count} time" if count == 1 else f"{count} times"
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """Sorted numbers in words: (0, 1, 2, 5) as `0-2, 5`."""
+    """Render sorted numbers as ranges: (0, 1, 2, 5) as `0-2, 5`."""
     runs = [
         [number for _, number in run]
         for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])

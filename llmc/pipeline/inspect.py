@@ -1,4 +1,4 @@
-"""`llmc inspect`: what is in an artifact or a model."""
+"""Implement `llmc inspect`: describe the contents of an artifact or a model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from llmc.records import Record
 
 
 class Inspection(Record):
-    """What is in it.
+    """The contents of an artifact or a model.
 
     Args:
         kind: Artifact, or the canonical graph of a model.
-        operators: Nodes of the graph by operator, `domain::name` outside of the standard domain; empty for a
+        operators: Number of nodes by operator, `domain::name` outside of the standard domain; empty for a
             damaged artifact, whose graph is not read.
-        adapter: What was merged into the model; None for nothing.
-        pruned: What was left out of the model; None for nothing.
+        adapter: The adapter that was merged into the model; None if there is none.
+        pruned: What was pruned from the model; None if nothing was.
         passes: What each pass did; empty for a model.
         weights: How every matrix is stored; empty for a model.
         engines: TensorRT engines, built and pending; empty for a model.
         files: Size of every file in bytes; empty for a model.
-        damage: What is wrong with the files by the manifest, a sentence each; empty for a model.
-        bits_per_weight: Stored bits over matrix elements; None for a model.
+        damage: How the files differ from the manifest, one sentence each; empty for a model.
+        bits_per_weight: Stored bits divided by matrix elements; None for a model.
         text: How an artifact turns text into tokens; None for a model.
-        notes: What a reader must know: of a model by tracing it, of an artifact about its text.
+        notes: Notes for the reader: on tracing for a model, on text for an artifact.
     """
 
     kind: Literal["artifact", "model"]
@@ -57,9 +57,9 @@ class Inspection(Record):
     notes: tuple[str, ...]
 
     def render(self) -> str:
-        """Text for a terminal."""
+        """Return text for a terminal."""
         lines = [f"{self.architecture} ({self.state or self.kind})"]
-        lines += [f"DAMAGED, not what the manifest describes: {wrong}" for wrong in self.damage]
+        lines += [f"DAMAGED, does not match the manifest: {wrong}" for wrong in self.damage]
         lines += [each.render() for each in (self.adapter, self.pruned) if each is not None]
         lines += ["", "operators"]
         lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
@@ -83,7 +83,7 @@ class Inspection(Record):
         return "\n".join([*lines, *self.notes])
 
     def failure(self) -> LlmcError | None:
-        """Looking at something never fails a gate."""
+        """Return None: an inspection cannot fail."""
         return None
 
 
@@ -91,7 +91,7 @@ def inspect(reference: str) -> Inspection:
     """Describe an artifact by its manifest and graph, or a model by its canonical graph.
 
     Args:
-        reference: Folder of an artifact, or what `build` takes.
+        reference: Folder of an artifact, or a model as for `build`.
     """
     if (Path(reference) / MANIFEST).is_file():
         return _inspect_artifact(Path(reference))
@@ -102,7 +102,7 @@ def _inspect_artifact(path: Path) -> Inspection:
     artifact = open_artifact(path)
     manifest, damage = artifact.manifest, find_damage(artifact, remember=True)
     elements = sum(_product(w.shape) for w in manifest.weights)
-    unfinished = [] if manifest.unfinished is None else [f"{manifest.unfinished}; llmc verify goes on"]
+    unfinished = [] if manifest.unfinished is None else [f"{manifest.unfinished}; llmc verify continues it"]
     return Inspection(
         kind="artifact",
         architecture=manifest.model.architecture,
@@ -143,12 +143,12 @@ def _inspect_model(reference: str) -> Inspection:
 
 
 def count_operators(path: Path) -> dict[str, int]:
-    """Operators of a graph on disk by name, the most frequent first."""
+    """Count the operators of a graph on disk by name, the most frequent first."""
     return _count(ir.load(path))
 
 
 def _render_engine(engine: EngineRecord) -> list[str]:
-    """What an engine is for and made of, a line for each of its phases."""
+    """Describe an engine's purpose and contents, and each of its phases on a line."""
     where = f"{', '.join(engine.sms)} ({', '.join(engine.profiles)})"
     if engine.file is None:
         return [f"  {where}: pending, built by {engine.library} on its GPU"]
@@ -159,7 +159,7 @@ def _render_engine(engine: EngineRecord) -> list[str]:
     return [
         ", ".join([head, *products]),
         *(
-            f"    {p.name:7}  {p.layers} layers, {p.layers_per_decoder_layer} of them for a decoder layer, "
+            f"    {p.name:7}  {p.layers} layers, {p.layers_per_decoder_layer} per decoder layer, "
             f"{p.fused_attention} fused attention, {p.scratch_bytes / 1e6:.1f} MB of scratch"
             for p in engine.phases
         ),

@@ -1,4 +1,4 @@
-"""Reports that lie in an artifact's folder, and `llmc report`, which makes one page of them."""
+"""Read the reports in an artifact's folder, and implement `llmc report`, which makes one page of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmc.pipeline.result import PathText, require_folder
 from llmc.records import Record
 from llmc.report import Report, read_report, write_html
 
-#: Written by `build`; by `verify --report` and `bench --report` into any folder below `reports/`.
+#: Names of reports: `build` writes the first, `verify --report` and `bench --report` the second.
 _NAMES = ("parity.json", "report.json")
 
 
@@ -22,57 +22,58 @@ class ReportPage(Record):
     """The page that was written.
 
     Args:
-        left_out: Why an artifact that lies beside this one is not on it, one text each.
+        left_out: Reasons why neighbouring artifacts are not on it, one text each.
     """
 
     path: PathText
     left_out: tuple[str, ...] = ()
 
     def render(self) -> str:
-        """Its path, and what is not on it."""
+        """Return its path, and the artifacts that are not on it."""
         return "\n".join([str(self.path), *(f"left out: {reason}" for reason in self.left_out)])
 
     def failure(self) -> LlmcError | None:
-        """Looking at a verdict does not repeat it."""
+        """Return None: a page of earlier reports does not fail again on their verdict."""
         return None
 
 
 def report(path: Path) -> ReportPage:
-    """Write `reports/report.html` into an artifact, from all reports that lie there.
+    """Write `reports/report.html` into an artifact, from all reports in its folder.
 
-    Beside the figures it shows size and quality of the other artifacts of the same model in the folders
-    next to it.
+    Beside the figures it shows size and quality of the other artifacts of the same model in the parent
+    folder.
 
     Raises:
-        ConfigError: No artifact, no report in it, or its folder cannot be written to or is a link elsewhere.
+        ConfigError: There is no artifact or no report in it, or its folder is not writable or is a link
+            elsewhere.
     """
     artifact = open_artifact(path)
-    made = stored_report(artifact)
+    merged = stored_report(artifact)
     page = path / REPORTS / "report.html"
     if not page.resolve().is_relative_to(path.resolve()):
         raise ConfigError(
-            f"{path / REPORTS} leads out of the artifact, to {page.resolve().parent}",
+            f"{path / REPORTS} points outside of the artifact, to {page.resolve().parent}",
             hint="remove the link; a report is written into the artifact itself",
         )
     require_folder(page.parent)
     peers, left_out = _peers(artifact)
-    write_html(made.model_copy(update={"peers": peers}), page)
+    write_html(merged.model_copy(update={"peers": peers}), page)
     return ReportPage(path=page, left_out=left_out)
 
 
 def stored_report(artifact: Artifact) -> Report:
-    """The reports in an artifact as one; of each metric the one that was written last counts.
+    """Merge the reports in an artifact; for each metric the report that was written last counts.
 
     Raises:
         ConfigError: There is none, or one of them is damaged or of another schema.
     """
-    found = _find_reports(artifact)
-    if not found:
+    paths = _find_reports(artifact)
+    if not paths:
         raise ConfigError(
             f"{artifact.path} has no report",
             hint=f"llmc verify {artifact.path} --report {artifact.path / REPORTS}",
         )
-    reports = [read_report(p) for p in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name))]
+    reports = [read_report(p) for p in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))]
     measurements = {m.metric: m for r in reports for m in r.measurements}
     checks = {c.metric: c for r in reports for c in r.verdict.checks}
     verdict = Verdict(passed=True, checks=tuple(checks.values()))
@@ -88,19 +89,19 @@ def stored_report(artifact: Artifact) -> Report:
 
 
 def artifact_bytes(manifest: Manifest) -> int:
-    """Of all files of an artifact."""
+    """Return the total size of an artifact's files."""
     return sum(f.bytes for f in manifest.files.values())
 
 
 def _peers(artifact: Artifact) -> tuple[tuple[Peer, ...], tuple[str, ...]]:
-    """Artifacts of the same model beside this one, itself included, and why others cannot be shown."""
+    """Return artifacts of this model in the same folder, this one included, and why others are left out."""
     peers, left_out = [], []
     for folder in sorted(artifact.path.resolve().parent.iterdir()):
         if not (folder / MANIFEST).is_file():
             continue
         try:
             peer = _peer(open_artifact(folder), artifact.manifest.model.digest)
-        except ConfigError as error:  # another artifact's trouble, which is told
+        except ConfigError as error:  # another artifact is at fault; the page says so
             left_out.append(error.fact)
             continue
         if peer is not None:
@@ -109,11 +110,11 @@ def _peers(artifact: Artifact) -> tuple[tuple[Peer, ...], tuple[str, ...]]:
 
 
 def _peer(other: Artifact, digest: str) -> Peer | None:
-    """None for an artifact of another model, or one whose KL divergence was not measured."""
+    """Return None for an artifact of another model, or without a measured KL divergence."""
     if other.manifest.model.digest != digest or not _find_reports(other):
         return None
-    found = {m.metric: m.value for m in stored_report(other).measurements}
-    kl = found.get(Metric.TEXT_KL_MEAN)
+    values = {m.metric: m.value for m in stored_report(other).measurements}
+    kl = values.get(Metric.TEXT_KL_MEAN)
     if kl is None or math.isnan(kl):
         return None
     return Peer(title=other.path.name, bytes=artifact_bytes(other.manifest), kl_mean=kl)

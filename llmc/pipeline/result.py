@@ -1,4 +1,4 @@
-"""What the commands give back: data for machines, text for people, and whether it amounts to a failure."""
+"""Define the commands' results: data for machines, text for people, and whether they are failures."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PathText = Annotated[Path, PlainSerializer(str, when_used="json")]
 
 
 class BuildResult(Record):
-    """One finished build.
+    """The result of a build.
 
     Args:
-        path: Where the artifact is; `<output>.failed` if it missed a gate.
+        path: Path of the artifact; `<output>.failed` if it missed a gate.
         manifest: Its manifest.
         verdict: The parity gates; None if they did not run.
         seconds: Wall time of all stages.
-        peak_rss_bytes: Peak resident memory of the process; None where the system does not tell.
-        forecasts: Bounds by profile for engines, from data sheets.
+        peak_rss_bytes: Peak resident memory of the process; None if the system does not report it.
+        forecasts: Latency bounds by profile for engines, from data sheets.
     """
 
     path: PathText
@@ -55,7 +55,7 @@ class BuildResult(Record):
     forecasts: tuple[Forecast, ...] = ()
 
     def render(self) -> str:
-        """A few lines for a terminal."""
+        """Return a few lines for a terminal."""
         manifest = self.manifest
         total = sum(f.bytes for f in manifest.files.values())
         lines = [
@@ -80,21 +80,21 @@ class BuildResult(Record):
         if measured is not None and self.verdict is not None:
             lines.append(f"  {measured}")
         elif manifest.state is State.NOT_EXECUTED:
-            way = backend.describe_unexecuted(manifest)
-            lines.append(f"  not executed, nothing of it was measured: {way}")
+            reason = backend.describe_unexecuted(manifest)
+            lines.append(f"  not executed, so nothing was measured: {reason}")
         elif manifest.state is State.NOT_VERIFIED:
-            lines.append("  its numbers were not compared with the original: llmc verify does that")
+            lines.append("  not compared with the original: llmc verify does that")
         return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """A parity error if a gate failed."""
+        """Return a parity error if a gate failed."""
         kept = f"kept for inspection at {self.path}"
         advice = None if self.verdict is None else advise(self.manifest.target, self.verdict)
         return parity_failure(self.verdict, kept if advice is None else f"{advice}; {kept}")
 
 
 def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progress: Progress) -> BuildResult:
-    """The result of a build whose stages `progress` has recorded."""
+    """Create the result of a build whose stages `progress` has recorded."""
     return BuildResult(
         path=path,
         manifest=manifest,
@@ -105,7 +105,7 @@ def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progre
 
 
 def render_checks(verdict: Verdict) -> list[str]:
-    """One line per gate: metric, value, bound, outcome; and why those without a figure have none."""
+    """Render one line per gate: metric, value, bound, outcome; and why gates without a figure have none."""
     lines = []
     for check in verdict.checks:
         value = "not measured" if check.value is None else format_figure(check.value)
@@ -117,14 +117,14 @@ def render_checks(verdict: Verdict) -> list[str]:
 
 
 def parity_failure(verdict: Verdict | None, hint: str) -> LlmcError | None:
-    """The error that a failed verdict amounts to."""
+    """Return the error for a failed verdict."""
     if verdict is None or verdict.passed:
         return None
     return ParityError(_missed(verdict), hint=hint)
 
 
 def _missed(verdict: Verdict) -> str:
-    """One sentence on the gates that were missed, and on those that cannot be decided."""
+    """Describe in one sentence the missed and the undecidable gates."""
     named = {
         status: [c.metric.value for c in verdict.missed if c.status is status]
         for status in (CheckStatus.FAIL, CheckStatus.UNDECIDED, CheckStatus.NOT_MEASURED)
@@ -136,7 +136,7 @@ def _missed(verdict: Verdict) -> str:
     if undecided:
         parts.append(f"too little text to decide: {', '.join(undecided)}")
     if left and failed:
-        parts.append(f"{len(left)} gates were not measured, --all measures them")
+        parts.append(f"{len(left)} gates were not measured; --all measures them")
     elif left:
         parts.append(f"not measured: {', '.join(left)}")
     parts += verdict.causes
@@ -147,25 +147,25 @@ class GateReport(Record):
     """A report as a command's result: its document as data, its tables as text.
 
     Args:
-        advice: What to do about gates on quality that were missed, for the hint of the error.
+        advice: What to do about missed quality gates, for the hint of the error.
     """
 
     report: Report
     advice: str | None = None
 
     def model_dump_json(self, *, indent: int | None = None, **_: object) -> str:
-        """The report's own document."""
+        """Return the report's own document."""
         return self.report.model_dump_json(indent=indent)
 
     def render(self) -> str:
-        """Tables for a terminal."""
+        """Return tables for a terminal."""
         lines = [render_text(self.report).rstrip()]
         if self.report.changes:
             lines += ["against the baseline:", *render_changes(self.report.changes)]
         return "\n".join(lines)
 
     def failure(self) -> LlmcError | None:
-        """A parity or latency error if a gate failed, or if something is worse than the baseline."""
+        """Return a parity or latency error if a gate failed, or if a figure is worse than the baseline."""
         verdict = self.report.verdict
         if verdict.passed:
             return regression_failure(self.report.changes)
@@ -182,12 +182,12 @@ def gate_report(
     weights: Sequence[WeightRecord],
     folder: Path,
 ) -> Report:
-    """The report of a gate.
+    """Create the report of a gate.
 
     Args:
-        pruned: What was left out of the model.
+        pruned: What was pruned from the model.
         weights: How every matrix is stored.
-        folder: The artifact, whose size counts without its manifest and reports.
+        folder: The artifact; its size is counted without its manifest and reports.
     """
     sizes: dict[str, int] = {}
     for record in weights:
@@ -212,30 +212,31 @@ def gate_report(
 
 
 def _price(pruned: PruneRecord, measurements: Sequence[Measurement]) -> str:
-    """What was left out, and what the artifact as a whole lost by the same text."""
+    """Describe what was pruned, and the artifact's total loss on the same text."""
     ratio = next((m.value for m in measurements if m.metric is Metric.TEXT_PERPLEXITY_RATIO), None)
     if not ratio:
-        return f"{pruned.render()}; what that costs was not measured"
-    return f"{pruned.render()}; with quantization the artifact costs {math.log(ratio):+.3f} nats per token"
+        return f"{pruned.render()}; its cost was not measured"
+    return f"{pruned.render()}; with quantization, the artifact costs {math.log(ratio):+.3f} nats per token"
 
 
 def regression_failure(changes: tuple[Change, ...]) -> LlmcError | None:
-    """The error that regressions amount to."""
+    """Return the error for regressions."""
     worse = [c for c in changes if c.regression is not None]
     if not worse:
         return None
     kind = LatencyError if all(c.name in Family.LATENCY.metrics for c in worse) else ParityError
-    told = "; ".join(f"{c.name} {c.regression}" for c in worse)
+    listed = "; ".join(f"{c.name} {c.regression}" for c in worse)
     return kind(
-        f"{len(worse)} regressions: {told}", hint="--allow NAME=PERCENT states how much worse a figure may be"
+        f"{len(worse)} regressions: {listed}",
+        hint="--allow NAME=PERCENT states how much worse a figure may be",
     )
 
 
 def require_folder(folder: Path) -> None:
-    """Make the folder that a report goes into, before work whose end it is.
+    """Create the folder for a report before the work that it is about.
 
     Raises:
-        ConfigError: It cannot be made or written to.
+        ConfigError: It cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`llmc build --resume`: what an artifact still waits for is built on this machine."""
+"""Implement `llmc build --resume`: build an artifact's pending engines on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmc.progress import Progress
 
 
 def resume(path: Path, progress: Progress) -> BuildResult:
-    """Build the engines of an artifact that wait for the GPU of this machine.
+    """Build the pending engines of an artifact that need the GPU of this machine.
 
     Args:
         path: An artifact in the state "engine pending".
@@ -19,7 +19,7 @@ def resume(path: Path, progress: Progress) -> BuildResult:
     Raises:
         ConfigError: There is no artifact, it is damaged, or none of its engines is pending.
         ResourceError: This machine does not have the GPU or the library that a pending engine needs; the
-            artifact is as it was.
+            artifact is unchanged.
         UnsupportedError: TensorRT refuses the graph.
     """
     artifact = open_artifact(path)

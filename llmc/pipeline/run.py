@@ -1,4 +1,4 @@
-"""`llmc run`: text out of an artifact."""
+"""Implement `llmc run`: generate text with an artifact."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,13 @@ from llmc.records import Record
 
 
 class LookupFigures(Record):
-    """How prompt lookup went.
+    """The outcome of prompt lookup.
 
     Args:
-        draft: Tokens drafted in a step at most.
-        drafted: Tokens drafted in all.
-        accepted: Those that the model chose too.
-        same_text: What the text being that without lookup rests on.
+        draft: Largest number of tokens drafted in a step.
+        drafted: Number of drafted tokens in total.
+        accepted: Number of drafted tokens that the model chose too.
+        same_text: Why the text is the same as without lookup.
     """
 
     draft: int
@@ -32,10 +32,10 @@ class RunResult(Record):
     """A generated text.
 
     Args:
-        tokens: New tokens, without the one that ends the text.
-        steps: Runs of the model that chose them.
-        tokens_per_step: Their ratio; 0 where the text is empty.
-        lookup: None without prompt lookup.
+        tokens: Number of new tokens, without the one that ends the text.
+        steps: Number of model runs that chose them.
+        tokens_per_step: Tokens divided by steps; 0 if the text is empty.
+        lookup: Outcome of prompt lookup; None without it.
     """
 
     text: str
@@ -45,11 +45,11 @@ class RunResult(Record):
     lookup: LookupFigures | None = None
 
     def render(self) -> str:
-        """The text."""
+        """Return the text."""
         return self.text
 
     def failure(self) -> LlmcError | None:
-        """A text is no failure."""
+        """Return None: generating a text is not a failure."""
         return None
 
 
@@ -61,20 +61,20 @@ def run(
     progress: Progress,
     lookup: int | None = None,
 ) -> RunResult:
-    """Generate text greedily, as it comes: through onnxruntime-genai, or by the artifact's engine.
+    """Generate text greedily and emit it piece by piece, with onnxruntime-genai or the artifact's engine.
 
     Args:
         path: An artifact.
-        prompt: The user's message; put into the chat template where the artifact has one.
-        max_tokens: New tokens at most.
-        emit: Takes each piece of text.
-        lookup: Tokens to draft in a step by prompt lookup; None for none.
+        prompt: The user's message; put into the chat template if the artifact has one.
+        max_tokens: Largest number of new tokens.
+        emit: Receives each piece of text.
+        lookup: Number of tokens to draft in a step by prompt lookup; None for no lookup.
 
     Raises:
-        ConfigError: No artifact there, or a damaged one; or so many tokens cannot be drafted.
+        ConfigError: There is no artifact, it is damaged, or so many tokens cannot be drafted.
         UnsupportedError: The artifact cannot verify drafts.
         ResourceError: The runtime, the GPU or the CPU that it needs is missing.
-        ParityError: The engine fails, or is not what the manifest says.
+        ParityError: The engine fails, or differs from the manifest.
     """
     artifact = open_artifact(path)
     require_intact(artifact)
@@ -86,21 +86,21 @@ def run(
         pieces.append(piece)
         emit(piece)
 
-    made = backend.generate(artifact, prompt, max_tokens, take, lookup, progress)
-    if lookup is None or made.same_text is None:
-        return _result(pieces, made.tokens, made.steps, None)
+    generated = backend.generate(artifact, prompt, max_tokens, take, lookup, progress)
+    if lookup is None or generated.same_text is None:
+        return _result(pieces, generated.tokens, generated.steps, None)
     figures = LookupFigures(
-        draft=lookup, drafted=made.drafted, accepted=made.accepted, same_text=made.same_text
+        draft=lookup, drafted=generated.drafted, accepted=generated.accepted, same_text=generated.same_text
     )
-    result = _result(pieces, made.tokens, made.steps, figures)
+    result = _result(pieces, generated.tokens, generated.steps, figures)
     progress.note(
-        f"{made.tokens} tokens in {made.steps} steps, {result.tokens_per_step:.2f} a step; "
-        f"{made.accepted} of {made.drafted} drafted tokens accepted"
+        f"{generated.tokens} tokens in {generated.steps} steps, {result.tokens_per_step:.2f} per step; "
+        f"{generated.accepted} of {generated.drafted} drafted tokens accepted"
     )
     if figures.same_text is SameText.ROUNDED:
         progress.note(
-            "a step of several tokens rounds otherwise than a step of one here: the text may turn from that "
-            "without --lookup where two tokens are nearly as likely"
+            "a step of several tokens rounds differently from a step of one here: the text may diverge from "
+            "the text without --lookup where two tokens are almost equally likely"
         )
     return result
 

@@ -1,4 +1,4 @@
-"""`llmc verify`: the parity gate again."""
+"""Implement `llmc verify`: check the parity gates of an artifact again."""
 
 from __future__ import annotations
 
@@ -53,31 +53,32 @@ def verify(
     seed: int | None = None,
     budget: float | None = None,
 ) -> GateReport:
-    """Hold an artifact to the parity gates of its target on this machine.
+    """Check an artifact against the parity gates of its target on this machine.
 
-    The artifact is not changed, unless the gate of its build was interrupted: it then gets its outcome, and
-    comes to its place or to `<output>.failed`.
+    The artifact is not changed, unless the gate of its build was interrupted: then its outcome is recorded,
+    and it is moved to its output path or to `<output>.failed`.
 
-    An engine is executed where its GPU is at hand; elsewhere the graph that it is parsed from is measured.
+    An engine is executed if its GPU is available; otherwise the graph that it is built from is measured.
 
     Args:
         each_pass: Run the graph before and after every pass as well.
         path: An artifact.
         against: The original; None for the one that the manifest names.
         adapter: As `open_pair`.
-        eval_text: Files with the user's text; none for the one that ships.
-        force: Take an original that the artifact was not built from.
-        folder: Where the report goes in all its forms; None for nowhere.
-        baseline: report.json of an earlier artifact that this one may not be worse than.
+        eval_text: Files with the user's text; empty for the built-in text.
+        force: Accept an original that the artifact was not built from.
+        folder: Folder for the report in all its formats; None to write none.
+        baseline: report.json of an earlier artifact; this one must not be worse.
         tasks: Multiple-choice tasks of lm-evaluation-harness, by name or YAML file.
-        task_items: Most items of each task.
-        every: Measure everything although a check that reads files alone has missed its gate.
-        target: Target whose gates are held, by name or YAML file; None for the one that the manifest names.
-        search: The user's folder of targets, searched before what ships.
-        own_gates: Let the artifact's own gates differ, and hold them where no target is named.
-        seed: By which the positions to look at are drawn; None for the artifact's own.
-        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
-        allow: `NAME=PERCENT`, by how much a figure may be worse all the same.
+        task_items: Largest number of items of each task.
+        every: Measure everything even if a check that reads only files has missed its gate.
+        target: Target whose gates are checked, by name or YAML file; None for the one that the manifest
+            names.
+        search: The user's folder of targets, searched before the built-in ones.
+        own_gates: Allow the artifact's own gates to differ, and check them if no target is named.
+        seed: Seed for drawing the positions to compare; None for the artifact's own.
+        budget: Seconds of the forecast that decides how many are drawn; None for the default.
+        allow: `NAME=PERCENT`, how much worse a figure may be.
     """
     from llmc.validate.tasks import load_tasks
 
@@ -111,7 +112,7 @@ def verify(
 
 
 def _each_pass(target: Target) -> Extra:
-    """Hold every pass to the target's bound on prefill, the graph after it against the graph before it."""
+    """Apply the target's bound on prefill to every pass, comparing the graph after it with the one before."""
 
     def measure(run: Run) -> None:
         subject = run.subject
@@ -130,11 +131,11 @@ def _report(
     earlier: Report | None,
     allowed: Mapping[str, float],
 ) -> Report:
-    """Put the gate's result into a report on the artifact.
+    """Create the report on the artifact from the gate's result.
 
     Args:
         against: As `verify`.
-        earlier: The report to compare it with; None for none.
+        earlier: The report to compare it with; None to compare with none.
         allowed: As `compare_reports`.
     """
     path, manifest = artifact.path, artifact.manifest
@@ -153,11 +154,11 @@ def _finish(
     extras: Sequence[Extra],
     progress: Progress,
 ) -> None:
-    """Give an artifact whose gate was interrupted its outcome, if its own gates and original were used.
+    """Record the outcome of an interrupted gate, if its own gates and original were used.
 
     Args:
         digest: Digest of the original; None if it was not opened.
-        extras: What was measured beside the gates of the target.
+        extras: Measurements beside the gates of the target.
     """
     manifest = artifact.manifest
     decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
@@ -176,7 +177,7 @@ def _subject(
     budget: float | None,
     progress: Progress,
 ) -> Subject:
-    """What is measured of an artifact on this machine, against which original."""
+    """Collect what is measured of an artifact on this machine, and against which original."""
     path, manifest = artifact.path, artifact.manifest
     compiled = reopen(checkpoint, manifest.target, path, progress)
     rebuilt = rebuild(compiled, manifest.target, manifest.weights, path, progress)

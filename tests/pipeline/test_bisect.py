@@ -128,9 +128,11 @@ def test_targets_that_cannot_be_bisected(artifact: Path, tmp_path: Path) -> None
     model = str(artifact.parent / "model")
     plan = plan_build(model, target="cuda-fp16", profile="rtx-4090", output=tmp_path / "half")
     half = build(plan, SilentProgress()).path
-    with pytest.raises(UnsupportedError, match="cuda-fp16 computes in float16, whose rounding it would find"):
+    with pytest.raises(
+        UnsupportedError, match="cuda-fp16 computes in float16, whose rounding would be found"
+    ):
         bisect(half, None, SilentProgress())
     checkpoint = open_checkpoint(model)
     original = TorchModel(checkpoint.fill_reference())
-    with pytest.raises(UnsupportedError, match="the passes of tensorrt-fp16 cannot be held"):
+    with pytest.raises(UnsupportedError, match="the passes of tensorrt-fp16 cannot be compared"):
         measure_passes(checkpoint, load_target("tensorrt-fp16"), original, SilentProgress())

@@ -101,7 +101,7 @@ def test_float16_that_overflows_is_refused_with_the_modules(tmp_path: Path) -> N
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     _spoil(model, "model.layers.1.mlp.down_proj.weight", 3e6)
     with pytest.raises(
-        UnsupportedError, match=r"float16 ends at 65,504, .* come out of model\.layers\.\d.* \("
+        UnsupportedError, match=r"float16 ends at 65,504, .* return larger values: model\.layers\.\d.* \("
     ) as caught:
         look_for_overflow(open_checkpoint(str(model)), Dtype.FLOAT16, SilentProgress())
     assert "model.layers.1.mlp.down_proj (" in str(caught.value)

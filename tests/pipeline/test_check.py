@@ -61,7 +61,7 @@ def test_a_model_that_does_not_lower(model: str) -> None:
     plan = plan.model_copy(update={"target": plan.target.model_copy(update={"engine": engine})})
     result = check(plan, SilentProgress())
     assert [each.where for each in result.obstacles] == ["model"]
-    assert "kv_capacity is 4096, and the model has 2048 positions" in result.render()
+    assert "kv_capacity is 4096, but the model has 2048 positions" in result.render()
     assert isinstance(result.failure(), UnsupportedError)
     assert result.asked is None
 

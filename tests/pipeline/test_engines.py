@@ -173,7 +173,7 @@ def test_where_there_is_the_gpu_its_engine_is_what_runs(
 
 def test_a_cache_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
-    message = "kv_capacity is 512, and the model has 256 positions"
+    message = "kv_capacity is 512, but the model has 256 positions"
     with pytest.raises(UnsupportedError, match=message) as caught:
         build(_plan(model, tmp_path / "out", "l4", capacity=512), SilentProgress())
     assert caught.value.hint == "copy the target and set kv_capacity to 256 or less"

@@ -90,7 +90,7 @@ def test_targets_that_calibrate_leave_the_codes_alone(tmp_path: Path) -> None:
     progress = Notes()
     result = build(make_plan(file, "cpu-mixed"), progress)
     assert origins(result) == {"kept"}
-    assert "allocate: nothing to decide, the checkpoint's codes are kept" in progress.notes
+    assert "allocate: nothing to decide, all matrices keep the checkpoint's codes" in progress.notes
     assert not [n for n in progress.notes if n.startswith("calibrate")]
     assert worst_error(result, file, "cpu-mixed") == 0
 

@@ -117,4 +117,4 @@ def test_rounding_is_said_and_an_artifact_may_ask_for_drafts(
     assert served.text == again.text
     with pytest.raises(SystemExit):
         main(["run", str(made), "the river", "--max-tokens", "4", "--lookup", "6"])
-    assert "the text may turn from that without --lookup" in capsys.readouterr().err
+    assert "the text may diverge from the text without --lookup" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_code_that_the_manifest_does_not_vouch_for_never_runs(
     (failed,) = (c for c in verdict.checks if c.status is CheckStatus.FAIL)
     assert failed.metric is Metric.FILES
     assert not marker.exists()
-    assert "DAMAGED, not what the manifest describes: " in inspect(str(folder)).render()
+    assert "DAMAGED, does not match the manifest: " in inspect(str(folder)).render()
 
 
 def test_zeroed_weights_are_refused(good: Path, tmp_path: Path) -> None:

@@ -161,18 +161,18 @@ def test_weights_of_an_engine_are_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "recipe", "error", "message"),
     [
-        ("llama", {"layers": 3}, ConfigError, "3 layers are to be dropped, and the model has 3"),
+        ("llama", {"layers": 3}, ConfigError, "3 layers are to be dropped, but the model has 3"),
         (
             "llama",
             {"kv_groups": 2},
             ConfigError,
-            "2 heads of keys and values are to go, and each layer has 2",
+            "2 heads of keys and values are to be dropped, but each layer has 2",
         ),
         (
             "llama",
             {"mlp": NeuronPruning(fraction=0.8, multiple=64)},
             ConfigError,
-            "of 96 neurons without 0.8 of them, in multiples of 64, nothing would be left",
+            "of 96 neurons without a fraction of 0.8, in multiples of 64, nothing would be left",
         ),
         (
             "llama",

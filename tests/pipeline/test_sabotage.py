@@ -227,12 +227,12 @@ def test_two_artifacts_and_the_page_of_one(artifacts: dict[str, Path], tmp_path:
 
     shutil.move(folders["int4"] / REPORTS, tmp_path / "elsewhere")
     (folders["int4"] / REPORTS).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"int4/reports leads out of the artifact, to .*elsewhere"):
+    with pytest.raises(ConfigError, match=r"int4/reports points outside of the artifact, to .*elsewhere"):
         report(folders["int4"])
 
     other = save_tiny_model("mistral", tmp_path / "model2", tokenizer=True, tie_word_embeddings=True, seed=1)
     plan = plan_build(str(other), target="cpu-fp32", profile="local", output=tmp_path / "other", verify=False)
-    with pytest.raises(ConfigError, match="which are not one model"):
+    with pytest.raises(ConfigError, match="which are different models"):
         compare(folders["float"], build(plan, SilentProgress()).path, ())
 
 

@@ -152,7 +152,7 @@ def test_a_cache_that_generate_computes_anew(switch: int, context: int, kind: st
     folder, notes = make(model, tmp_path / "out", "cpu-fp32", verify=switch == 64)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     assert (config["model"]["context_length"], config["model"]["type"]) == (context, kind)
-    assert any("the context ends at 64 tokens, of 256" in note for note in notes) == (switch == 64)
+    assert any("the context ends at 64 tokens of 256" in note for note in notes) == (switch == 64)
     if kind == "phimoe":
         tokens = prompt(switch - 2)
         expected = original(model).generate(np.array(tokens), NEW, (2,)).tolist()
@@ -165,5 +165,5 @@ def test_an_engine_ends_before_the_switch(tmp_path: Path) -> None:
     engine = plan.target.engine
     assert engine is not None
     target = plan.target.model_copy(update={"engine": engine.model_copy(update={"kv_capacity": 256})})
-    with pytest.raises(UnsupportedError, match="the context ends at 192 tokens, of 256"):
+    with pytest.raises(UnsupportedError, match="the context ends at 192 tokens of 256"):
         build(plan.model_copy(update={"target": target}), SilentProgress())

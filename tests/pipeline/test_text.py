@@ -66,7 +66,7 @@ def test_settings_that_people_publish_are_served(settings: Any, chat: bool, tmp_
 
 def test_templates_that_are_left_out_are_told(tmp_path: Path) -> None:
     _, notes = examine(save_model(tmp_path, chat_template=LISTED))
-    assert "of the checkpoint's chat templates, default is used and not tool_use" in notes
+    assert "of the checkpoint's chat templates, only default is used, not tool_use" in notes
 
 
 def test_templates_without_a_default_are_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mixed precision within a build: matrices priced on calibration text, then given their bits."""
+"""Allocate bits within a build: estimate each matrix's loss on calibration text, then choose its bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Share:
-    """What an allocation does not decide on."""
+    """The part of the model that an allocation does not decide on."""
 
     bytes: int
     elements: int
@@ -33,33 +33,33 @@ class _Share:
 def allocate_bits(
     checkpoint: Checkpoint, graph: Graph, quantization: Quantization, dtype: Dtype, progress: Progress
 ) -> Quantization:
-    """The rules with one more in front for each matrix that the allocation decides on.
+    """Return the rules preceded by one for each matrix that the allocation decides on.
 
-    Linear layers that the rules quantize are decided on. Matrices that rules leave in float, embeddings of
-    their own and experts stay as the rules say; their bytes count. Matrices whose codes are those of the
-    checkpoint are no part of the budget; where all of them are, there is nothing to decide.
+    It decides on linear layers that the rules quantize. Matrices that rules leave in float, separate
+    embeddings and experts stay as the rules say; their bytes count. Matrices that keep the checkpoint's codes
+    are not part of the budget; if all do, there is nothing to decide.
 
     Raises:
         ConfigError: No allocation stays within the bound, or there is too little text.
-        CheckpointError: Weights, activations or gradients that are not finite.
+        CheckpointError: Weights, activations or gradients are not finite.
         UnsupportedError: The model cannot be run layer by layer.
     """
     import numpy as np
 
     from llmc.quantize.linear import plan_matrices, scale_type
 
-    wanted = quantization.allocation
-    if wanted is None:
+    allocation = quantization.allocation
+    if allocation is None:
         return quantization
     kind = scale_type(quantization, dtype)
     scale_bytes = np.dtype(kind).itemsize
     plans = plan_matrices(graph, quantization, dtype)
     if any(plan.kept for plan in plans) and not any(_is_open(plan) and plan.scheme for plan in plans):
-        progress.note("allocate: nothing to decide, the checkpoint's codes are kept")
+        progress.note("allocate: nothing to decide, all matrices keep the checkpoint's codes")
         return quantization.model_copy(update={"allocation": None})
-    prices = _measure(checkpoint, wanted, plans, kind, progress)
+    prices = _measure(checkpoint, allocation, plans, kind, progress)
     candidates = {
-        plan.name: _candidates(plan, wanted, prices, scale_bytes)
+        plan.name: _candidates(plan, allocation, prices, scale_bytes)
         for plan in plans
         if plan.scheme is not None and _is_open(plan) and all(s in prices for s in plan.sources)
     }
@@ -69,8 +69,8 @@ def allocate_bits(
         )
     rest = _rest(graph, [p for p in plans if p.name not in candidates and not p.kept], scale_bytes)
     elements = rest.elements + sum(p.shape[0] * p.shape[1] for p in plans if p.name in candidates)
-    bound = None if wanted.budget_bits is None else wanted.budget_bits * elements / 8 - rest.bytes
-    chosen = allocate(candidates, most_bytes=bound, most_kl=wanted.max_kl)
+    bound = None if allocation.budget_bits is None else allocation.budget_bits * elements / 8 - rest.bytes
+    chosen = allocate(candidates, most_bytes=bound, most_kl=allocation.max_kl)
     stored = rest.bytes + sum(c.bytes for c in chosen.values())
     progress.note(
         f"allocate: {8 * stored / elements:.3f} bits per weight, predicted KL divergence "
@@ -84,13 +84,13 @@ def _is_open(plan: MatrixPlan) -> bool:
     return plan.is_linear and not plan.kept
 
 
-def _choices(plan: MatrixPlan, wanted: Allocation) -> tuple[WeightScheme, ...]:
-    return tuple(dict.fromkeys((*wanted.choices, *([plan.scheme] if plan.scheme else []))))
+def _choices(plan: MatrixPlan, allocation: Allocation) -> tuple[WeightScheme, ...]:
+    return tuple(dict.fromkeys((*allocation.choices, *([plan.scheme] if plan.scheme else []))))
 
 
 def _measure(
     checkpoint: Checkpoint,
-    wanted: Allocation,
+    allocation: Allocation,
     plans: Sequence[MatrixPlan],
     scale_type: ScaleType,
     progress: Progress,
@@ -100,7 +100,7 @@ def _measure(
     from llmc.quantize.sensitivity import SensitivityWalk
 
     schemes = {
-        source: _choices(plan, wanted)
+        source: _choices(plan, allocation)
         for plan in plans
         if _is_open(plan) and plan.scheme is not None
         for source in plan.sources
@@ -111,7 +111,7 @@ def _measure(
     }
 
     def work() -> Mapping[str, Array]:
-        subject = prepare(checkpoint, wanted.text, "sensitivity", facts)
+        subject = prepare(checkpoint, allocation.text, "sensitivity", facts)
         walk = SensitivityWalk(
             subject.model,
             subject.layers,
@@ -127,7 +127,7 @@ def _measure(
 
 
 def _candidates(
-    plan: MatrixPlan, wanted: Allocation, prices: Mapping[str, Array], scale_bytes: int
+    plan: MatrixPlan, allocation: Allocation, prices: Mapping[str, Array], scale_bytes: int
 ) -> list[PricedScheme]:
     from llmc.quantize.blocks import stored_bytes
 
@@ -137,12 +137,12 @@ def _candidates(
             stored_bytes(plan.shape, scheme, scale_bytes),
             sum(float(prices[source][i]) for source in plan.sources),
         )
-        for i, scheme in enumerate(_choices(plan, wanted))
+        for i, scheme in enumerate(_choices(plan, allocation))
     ]
 
 
 def _rest(graph: Graph, plans: Sequence[MatrixPlan], scale_bytes: int) -> _Share:
-    """Matrices that keep what their rules say; experts are no part of the budget."""
+    """Measure the matrices that keep what their rules say; experts are not part of the budget."""
     from llmc.quantize.blocks import stored_bytes
 
     total = elements = 0

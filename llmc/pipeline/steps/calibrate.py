@@ -1,4 +1,4 @@
-"""Calibration within a build: the text that ships, the model layer by layer, what is kept between builds."""
+"""Calibrate within a build: run the model layer by layer on built-in text, and cache the results."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-#: Where what walks find is kept, finished or not, and how many of each; those not used for longest go.
-#: Pruned weights are read from there for as long as a build takes, and a target has up to three recipes.
+#: Number of folders with results, finished or not, in each cache; the least recently used are removed.
+#: A build reads pruned weights from there until it ends, and a target has up to three recipes.
 _KEPT = {"calibration": 3, "pruning": 6}
-#: What decides the results that are kept there.
+#: Packages whose code decides the results in each cache.
 _CODE = {
     "calibration": ("calibration", "quantize"),
     "pruning": ("calibration", "prune"),
 }
-#: What a target in float16 without calibration of its own is looked at on.
+#: Text for the overflow check of a float16 target without calibration of its own.
 _OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
 #: Largest finite number of float16 (IEEE 754 binary16).
 _FLOAT16 = 65504.0
-#: Most modules that an error names.
+#: Largest number of modules that an error names.
 _NAMED = 5
 
 
 def observe(
     checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer, dtype: Dtype, progress: Progress
 ) -> Observations:
-    """Run the original over calibration text, for what a quantizer needs to know of it.
+    """Run the original over calibration text to collect what a quantizer needs.
 
     Args:
-        graph: Lowered, not yet quantized.
-        dtype: Type that the artifact computes in, whose range the original's values must fit.
+        graph: The lowered graph, not yet quantized.
+        dtype: Type that the artifact computes in; the original's values must fit its range.
 
     Raises:
-        ConfigError: Too little text for the model.
-        CheckpointError: Weights or activations that are not finite.
-        UnsupportedError: The model cannot be run layer by layer, or leaves the range of `dtype`.
+        ConfigError: The text is too short for the model.
+        CheckpointError: Weights or activations are not finite.
+        UnsupportedError: The model cannot be run layer by layer, or exceeds the range of `dtype`.
     """
     from llmc.quantize.quantizer import Observations
 
@@ -71,7 +71,7 @@ def observe(
 
 
 def recall(checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer) -> Observations:
-    """What `observe` gave for the same arguments, as far as the cache has it.
+    """Return what `observe` returned for the same arguments, as far as it is cached.
 
     Raises:
         UnsupportedError: The model cannot be run layer by layer.
@@ -86,7 +86,7 @@ def recall(checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer) -> Observ
 
 
 def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Progress) -> Calibration:
-    """Quantize tensors of a checkpoint on calibration text, going on where a killed build stopped.
+    """Quantize tensors of a checkpoint on calibration text; continues where a killed build stopped.
 
     Raises:
         As `observe`.
@@ -111,7 +111,7 @@ def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Prog
 
 
 def _recall_weights(checkpoint: Checkpoint, needs: WeightNeeds) -> Calibration | None:
-    """What `calibrate_weights` gave, if the cache has all of it; None if it does not."""
+    """Return the result of `calibrate_weights` if it is completely cached, otherwise None."""
     from llmc.calibration.walk import finished_files
     from llmc.quantize.calibrate import read_calibration
 
@@ -121,7 +121,7 @@ def _recall_weights(checkpoint: Checkpoint, needs: WeightNeeds) -> Calibration |
 
 
 def _facts(needs: WeightNeeds) -> dict[str, Any]:
-    """What the results of a calibration depend on, besides the checkpoint and the text."""
+    """List what the results of a calibration depend on besides the checkpoint and the text."""
     import numpy as np
 
     return {
@@ -134,10 +134,10 @@ def _facts(needs: WeightNeeds) -> dict[str, Any]:
 def observe_inputs(
     checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan], progress: Progress
 ) -> Activations:
-    """Run the original over calibration text, for the ranges of activations and the peaks of all modules.
+    """Run the original over calibration text to measure ranges of activations and peaks of all modules.
 
     Args:
-        plans: Activations that are to be quantized.
+        plans: Activations to quantize.
 
     Raises:
         As `observe`.
@@ -158,7 +158,7 @@ def observe_inputs(
 
 
 def _recall_inputs(checkpoint: Checkpoint, needs: InputNeeds) -> Activations | None:
-    """What `observe_inputs` found, if the cache has all of it; None if it does not."""
+    """Return the result of `observe_inputs` if it is completely cached, otherwise None."""
     from llmc.calibration.walk import finished_files
     from llmc.quantize.activations import read_activations
 
@@ -172,11 +172,11 @@ def _input_facts(plans: Sequence[InputPlan]) -> dict[str, Any]:
 
 
 def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Activations:
-    """The original's peaks on some text, where the target computes in float16; none where it does not.
+    """Measure the original's peaks on some text if the target computes in float16; otherwise return none.
 
     Raises:
-        UnsupportedError: A module's results do not fit into float16.
-        CheckpointError: Weights or activations that are not finite.
+        UnsupportedError: Results of a module do not fit into float16.
+        CheckpointError: Weights or activations are not finite.
     """
     from llmc.quantize.activations import Activations
 
@@ -184,34 +184,34 @@ def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) 
         return Activations()
     with progress.stage("overflow"):
         try:
-            found = observe_inputs(checkpoint, _OVERFLOW_TEXT, (), progress)
+            activations = observe_inputs(checkpoint, _OVERFLOW_TEXT, (), progress)
         except UnsupportedError as error:
-            progress.note(f"overflow: float16's range was not looked at: {error.fact}")
+            progress.note(f"overflow: the range of float16 was not checked: {error.fact}")
             return Activations()
-        require_range(found, dtype, progress)
-    return found
+        require_range(activations, dtype, progress)
+    return activations
 
 
-def require_range(found: Activations, dtype: Dtype, progress: Progress) -> None:
-    """Hold the peaks of a model's modules against the largest number of float16.
+def require_range(activations: Activations, dtype: Dtype, progress: Progress) -> None:
+    """Require that the peaks of a model's modules fit into float16.
 
     Raises:
-        UnsupportedError: Some are larger; they are named.
+        UnsupportedError: Some do not; they are named.
     """
     if dtype is not Dtype.FLOAT16:
         return
-    over = {name: peak for name, peak in found.peaks.items() if peak > _FLOAT16}
+    over = {name: peak for name, peak in activations.peaks.items() if peak > _FLOAT16}
     if over:
         worst = sorted(over, key=lambda name: -over[name])
         listed = ", ".join(f"{name} ({over[name]:,.0f})" for name in worst[:_NAMED])
         more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
         raise UnsupportedError(
-            f"float16 ends at {_FLOAT16:,.0f}, and on the calibration text larger values come out of "
-            f"{listed}{more}",
+            f"float16 ends at {_FLOAT16:,.0f}, but on the calibration text these modules return larger "
+            f"values: {listed}{more}",
             hint="use a target in bfloat16, such as tensorrt-bf16, or one in float32",
         )
-    name = max(found.peaks, key=lambda n: found.peaks[n])
-    peak = found.peaks[name]
+    name = max(activations.peaks, key=lambda n: activations.peaks[n])
+    peak = activations.peaks[name]
     progress.note(
         f"overflow: the largest value on the calibration text is {peak:,.0f}, from {name}; "
         f"float16 ends at {_FLOAT16:,.0f}"
@@ -220,7 +220,7 @@ def require_range(found: Activations, dtype: Dtype, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model to be taken over a text."""
+    """A model to run over a text, layer by layer."""
 
     model: Any
     layers: tuple[str, ...]
@@ -235,10 +235,10 @@ def prepare(
     facts: Mapping[str, Any],
     shelf: str = "calibration",
 ) -> PreparedModel:
-    """The model without weights, its text, and where results of this purpose are kept.
+    """Return the model without weights, its text, and the folder for results of this purpose.
 
     Args:
-        shelf: One of those with a limit of their own.
+        shelf: Cache with its own limit: `calibration` or `pruning`.
     """
     subject = _plan(checkpoint, text, purpose, facts, shelf)
     folder = working_folder(default_cache_folder() / shelf, subject.folder.name, _KEPT[shelf])
@@ -252,7 +252,7 @@ def _plan(
     facts: Mapping[str, Any],
     shelf: str = "calibration",
 ) -> PreparedModel:
-    """`prepare` without making the folder."""
+    """Do what `prepare` does without creating the folder."""
     from llmc.checkpoint.skeleton import build_hollow
     from llmc.trace.stamp import find_layers
 
@@ -262,19 +262,17 @@ def _plan(
     model = build_hollow(checkpoint.config)
     layers = find_layers(model, checkpoint.config.get_text_config(), stamp=False).names
     if not layers:
-        raise UnsupportedError(
-            f"{checkpoint.architecture} has no list of decoder layers that could be walked"
-        )
+        raise UnsupportedError(f"{checkpoint.architecture} has no list of decoder layers to run one by one")
     key = calibration_key(checkpoint, purpose, windows, facts, shelf)
     folder = current_folder(default_cache_folder() / shelf) / key
     return PreparedModel(model, layers, windows, folder)
 
 
 def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positions: int | None) -> Any:
-    """Windows that do not overlap, each after the tokenizer's `start`, (windows, length) int64.
+    """Cut windows that do not overlap, each after the tokenizer's `start`, (windows, length) int64.
 
     Args:
-        positions: Most tokens of a window that the model takes; None if any number.
+        positions: Largest number of tokens per window that the model accepts; None for any.
     """
     import numpy as np
 
@@ -288,8 +286,8 @@ def cut_text(tokens: Any, start: tuple[int, ...], text: CalibrationText, positio
 def calibration_key(
     checkpoint: Checkpoint, purpose: str, windows: Any, facts: Mapping[str, Any], shelf: str
 ) -> str:
-    """Name of the calibration of these weights on these tokens, for one purpose."""
-    known = {
+    """Return the cache key of the calibration of these weights on these tokens, for one purpose."""
+    inputs = {
         "checkpoint": checkpoint.digest(),
         "purpose": purpose,
         "facts": dict(facts),
@@ -297,13 +295,13 @@ def calibration_key(
         "tools": tool_versions(),
         "code": code_digest(*(f"llmc.{package}" for package in _CODE[shelf])),
     }
-    return content_key("calibration", known)
+    return content_key("calibration", inputs)
 
 
 def walking(work: Callable[[], Result], shelf: str = "calibration") -> Result:
-    """Walk over a model, in temporary folders where the cache has no room for what is kept of it.
+    """Run a walk over a model, in temporary folders if the cache has no space for its results.
 
     Args:
-        work: Calls `prepare` with this shelf.
+        work: The walk, which calls `prepare` with this shelf.
     """
     return with_working_folders(default_cache_folder() / shelf, work)

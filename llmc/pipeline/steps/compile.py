@@ -1,4 +1,4 @@
-"""From a checkpoint to a lowered, quantized graph: the stations before a backend."""
+"""Compile a checkpoint to a lowered, quantized graph: the stations before a backend."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Compiled:
     """A graph ready for its backend.
 
     Args:
-        graph: Lowered and quantized, its weights still lazy.
+        graph: The lowered and quantized graph, with lazy weights.
         passes: What each pass did.
         weights: How every matrix is stored.
-        unread: Tensors of the checkpoint that nothing in the graph reads.
-        sources: What each weight is made of, by the name of its initializer before quantization.
-        activations: What was found out about the original's activations; nothing if nothing was asked.
-        floats: Activations that stay in float against their rule.
-        smoothing: What channels of activations were divided by, by the first of the weights that read the
+        unread: Tensors of the checkpoint that the graph does not read.
+        sources: Origin of each weight, by the name of its initializer before quantization.
+        activations: Statistics of the original's activations; empty if none were collected.
+        floats: Activations that stay in float despite their rule.
+        smoothing: Divisors of the channels of activations, by the first of the weights that read the
             activation.
     """
 
@@ -57,7 +57,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph after its target's passes, before quantization: what `Compiled` says, as far as it goes."""
+    """A graph after its target's passes, before quantization, with the fields of `Compiled` known by then."""
 
     graph: Graph
     passes: tuple[PassReport, ...]
@@ -66,23 +66,23 @@ class Lowered:
 
 
 def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
-    """The canonical graph of a checkpoint's model, without weight data, from the cache where it is known."""
+    """Return the canonical graph of a checkpoint's model, without weight data, from the cache if possible."""
     from llmc.graph.serial import dump_graph, load_graph
     from llmc.trace import trace_model
 
     cache = StageCache(default_cache_folder())
     key = trace_key(checkpoint.config, dtype)
-    known = cache.get(key)
-    if known is not None:
+    cached = cache.get(key)
+    if cached is not None:
         progress.note("trace: unchanged model code and configuration, taken from the cache")
-        return load_graph(known)
+        return load_graph(cached)
     graph = trace_model(checkpoint.config, dtype)
     cache.put(key, dump_graph(graph))
     return graph
 
 
 def trace_key(config: Any, dtype: Dtype) -> str:
-    """Cache key of a trace: configuration, type, the versions of everything that traces, and our own code."""
+    """Compute the cache key of a trace: configuration, type, versions of tracing tools, and llmc's code."""
     facts = {
         "config": json.loads(config.to_json_string(use_diff=False)),
         "architecture": type(config).__name__,
@@ -94,7 +94,7 @@ def trace_key(config: Any, dtype: Dtype) -> str:
 
 
 def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Lowered:
-    """Trace, bind and lower.
+    """Trace, bind and lower a model.
 
     Raises:
         UnsupportedError: The model cannot be traced, or a pass misses what the target asserts.
@@ -120,10 +120,10 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
 
 
 def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
-    """Trace, bind, lower and quantize.
+    """Trace, bind, lower and quantize a model.
 
     Raises:
-        UnsupportedError: As `lower_graph`; or a rule wants a weight quantized that is no tensor of the
+        UnsupportedError: As `lower_graph`; or a rule quantizes a weight that is not a tensor of the
             checkpoint.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
@@ -162,20 +162,20 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
 
 
 def graph_sources(graph: Graph) -> dict[str, Rows]:
-    """Rows of every weight that some node reads."""
-    found: dict[str, Rows] = {}
+    """Return the rows of every weight that a node reads."""
+    sources: dict[str, Rows] = {}
     for value in graph.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, LazyWeight) and tensor.rows is not None and value.uses():
-            found[str(value.name)] = tensor.rows
-    return found
+            sources[str(value.name)] = tensor.rows
+    return sources
 
 
 def fix_length(graph: Graph, capacity: int, limit: str | None = None) -> None:
     """Give the KV cache its fixed number of slots.
 
     Args:
-        limit: Why the model has fewer positions than its configuration says.
+        limit: Why the model has fewer positions than its configuration states.
 
     Raises:
         UnsupportedError: The model has fewer positions.
@@ -183,14 +183,14 @@ def fix_length(graph: Graph, capacity: int, limit: str | None = None) -> None:
     if graph.max_length is not None and capacity > graph.max_length:
         fact = limit or f"the model has {graph.max_length} positions"
         raise UnsupportedError(
-            f"the target's kv_capacity is {capacity}, and {fact}",
+            f"the target's kv_capacity is {capacity}, but {fact}",
             hint=f"copy the target and set kv_capacity to {graph.max_length} or less",
         )
     graph.max_length = capacity
 
 
 def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[WeightRecord, ...]:
-    """How every matrix is stored, as the manifest keeps it."""
+    """Describe how every matrix is stored, as recorded in the manifest."""
     float_bits = 32 if dtype is Dtype.FLOAT32 else 16
     return tuple(
         WeightRecord(
@@ -208,7 +208,7 @@ def weight_records(tensors: Sequence[QuantizedTensor], dtype: Dtype) -> tuple[We
 
 
 def pass_records(reports: Sequence[PassReport]) -> tuple[Any, ...]:
-    """Reports as the manifest keeps them: refusals of one code counted, with one example each."""
+    """Convert reports to records of the manifest: refusals counted by code, with one example each."""
     records = []
     for report in reports:
         by_code: dict[str, list[Any]] = {}

@@ -1,4 +1,4 @@
-"""Where the context of an artifact ends, because its runtime cannot follow the original any further."""
+"""Limit the context of an artifact to the length at which its runtime still reproduces the original."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def limit_context(graph: Graph, config: Any, target: Target) -> str | None:
-    """End the context of `graph` before the first switch that the target's runtime cannot follow.
+    """End the context of `graph` before the first switch that the target's runtime cannot reproduce.
 
     Args:
-        graph: As traced; changed in place.
+        graph: The traced graph; changed in place.
         config: The model's transformers configuration.
 
     Returns:
-        What the user has to know of it; None if the context stays as it is.
+        A note for the user; None if the context is unchanged.
     """
     length = graph.max_length
     backend = backend_of(target)
@@ -36,6 +36,6 @@ def limit_context(graph: Graph, config: Any, target: Target) -> str | None:
         return None
     graph.max_length, graph.restart = switches[0], None
     return (
-        f"the context ends at {switches[0]} tokens, of {length or 'any number'}, before the rotary embedding "
+        f"the context ends at {switches[0]} tokens of {length or 'any number'}, before the rotary embedding "
         f"switches to its long factors: {reason}"
     )

@@ -1,4 +1,4 @@
-"""What is lost of weights whose codes the checkpoint has and the artifact does not keep exactly."""
+"""Measure the loss of weights that the checkpoint stores as codes and the artifact stores otherwise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def loss_notes(folder: Path, weights: Sequence[WeightRecord], sources: Mapping[str, Rows]) -> Iterator[str]:
-    """A line on each origin that may have lost something: how many matrices, and how much.
+    """Describe each origin that may be lossy on a line: number of matrices, and the loss.
 
-    Read from the files of the artifact, against the checkpoint.
+    The files of the artifact are compared with the checkpoint.
 
     Raises:
         ParityError: A weight cannot be found in the files.
@@ -30,12 +30,12 @@ def loss_notes(folder: Path, weights: Sequence[WeightRecord], sources: Mapping[s
         if weight.origin not in (None, KEPT, MADE_FLOATS) and weight.name in sources:
             by_origin.setdefault(weight.origin, {})[weight.name] = sources[weight.name]
     for origin, rows in by_origin.items():
-        found = {m.metric: m for m in compare_weights(folder, rows).measurements}[Metric.WEIGHTS_SNR]
+        measurement = {m.metric: m for m in compare_weights(folder, rows).measurements}[Metric.WEIGHTS_SNR]
         what = f"codes of the checkpoint: {origin}: {len(rows)} matrices"
-        if found.value is None:
-            yield f"{what}, {found.detail}"
-        elif found.value == math.inf:
+        if measurement.value is None:
+            yield f"{what}, {measurement.detail}"
+        elif measurement.value == math.inf:
             yield f"{what}, without any loss"
         else:
-            worst = min(found.figures, key=lambda name: found.figures[name])
-            yield f"{what}, {found.value:.1f} dB below the checkpoint's own values in the worst, {worst}"
+            worst = min(measurement.figures, key=lambda name: measurement.figures[name])
+            yield f"{what}, {measurement.value:.1f} dB below the checkpoint's values in {worst}, the worst"

@@ -1,4 +1,4 @@
-"""The original's side of a comparison: its text in tokens, and its answers, remembered."""
+"""Provide the original's side of a comparison: the text as its tokens, and its cached results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llmc.validate.remembered import RememberedModel
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
 
-#: Most bytes of the original's answers that are kept, over all models.
+#: Largest size in bytes of the cache of the original's results, over all models.
 CACHE_BYTES = 6 << 30
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
-    """Token ids of `text`, (n,) int64, and what the tokenizer puts before any text.
+    """Return the token ids of `text`, (n,) int64, and those that the tokenizer puts before any text.
 
     Raises:
         ConfigError: The text has no tokens.
@@ -41,11 +41,11 @@ def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
 def remember(
     checkpoint: Checkpoint, model_digest: str, weights_digest: str, load: Callable[[], TorchModel]
 ) -> RememberedModel:
-    """The original whose answers are kept below the cache folder.
+    """Return the original with its results cached in the cache folder.
 
     Args:
-        model_digest: Of the checkpoint.
-        weights_digest: Of weights that `load` puts in the place of its own; empty for none.
+        model_digest: Digest of the checkpoint.
+        weights_digest: Digest of the weights by which `load` replaces its own; empty for none.
     """
     from importlib.metadata import version
 
@@ -64,16 +64,16 @@ def remember(
 def open_pair(
     path: Path, against: str | None, *, force: bool, adapter: str | None = None
 ) -> tuple[Artifact, Checkpoint, str]:
-    """An artifact, the original it is to be compared with, and the original's digest.
+    """Open an artifact and the original to compare it with, and compute the original's digest.
 
     Args:
         against: The original; None for the one that the manifest names.
-        force: Take an original of another digest than the manifest's.
-        adapter: What is merged into the original: a folder or hub id, `none` for nothing; None for what the
-            manifest names.
+        force: Accept an original whose digest differs from the manifest's.
+        adapter: Adapter to merge into the original: a folder or hub id, `none` for no adapter; None for the
+            one that the manifest names.
 
     Raises:
-        ConfigError: There is no artifact, or the original is not the artifact's.
+        ConfigError: There is no artifact, or the original is another one than the artifact's.
         CheckpointError: The original cannot be opened.
     """
     from llmc.checkpoint import open_checkpoint
@@ -90,7 +90,7 @@ def open_pair(
     if digest != manifest.model.digest and not force:
         raise ConfigError(
             f"{checkpoint.ref} is not the model that {path} was built from: its digest is {digest[:12]}…,"
-            f" the manifest says {manifest.model.digest[:12]}…",
-            hint="name the original with --against, or compare them all the same with --force",
+            f" but the manifest says {manifest.model.digest[:12]}…",
+            hint="name the original with --against, or compare them anyway with --force",
         )
     return artifact, checkpoint, digest

@@ -1,8 +1,8 @@
-"""Pruning within a build: a checkpoint in, the same one without what the target leaves out.
+"""Prune within a build: return a checkpoint without the parts that the target removes.
 
-Each recipe looks at the model on calibration text, one layer in memory at a time, and gives a checkpoint with
-a smaller config whose tensors are selected as they are read. Everything behind it compiles that one. What was
-decided is kept in the artifact, so that the same weights can be had again.
+Each recipe runs the model on calibration text, one layer in memory at a time, and returns a checkpoint with a
+smaller config whose tensors are selected as they are read. All later stages compile that checkpoint. The
+decisions are stored in the artifact, so that the same weights can be selected again.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from llmc.prune.tasks import UnitChoice
     from llmc.prune.units import Units
 
-#: Name of the layers that stay among what was decided.
+#: Key of the remaining layers among the decisions.
 _LAYERS = "layers"
 _SHELF = "pruning"
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A checkpoint without what a target leaves out.
+    """A checkpoint without the parts that a target removes.
 
     Args:
-        checkpoint: What is compiled.
-        record: What was left out; None if the target leaves out nothing.
-        decisions: Indices that stay, int64: of layers, and of units by the parameter that reads them.
-        influence: How much each layer of the original turns the hidden states; empty if that was not asked.
+        checkpoint: The checkpoint to compile.
+        record: What was removed; None if the target removes nothing.
+        decisions: Indices that remain, int64: of layers, and of units by the parameter that reads them.
+        influence: How much each layer of the original turns the hidden states; empty if not measured.
     """
 
     checkpoint: Checkpoint
@@ -57,33 +57,33 @@ def prune(
     progress: Progress,
     decided: Mapping[str, Array] | None = None,
 ) -> Pruned:
-    """Leave out of a model what the target says.
+    """Remove from a model what the target states.
 
     Args:
-        decided: `Pruned.decisions` of an earlier run; None decides anew.
+        decided: `Pruned.decisions` of an earlier run; None to decide anew.
 
     Raises:
-        ConfigError: Nothing or everything would be left, or the calibration text is too short.
-        UnsupportedError: The model cannot be run layer by layer, its layers have no units that can be told
-            apart, or its config cannot state what is left.
-        CheckpointError: Weights or activations that are not finite.
-        ResourceError: Disk full.
+        ConfigError: Nothing or everything would remain, or the calibration text is too short.
+        UnsupportedError: The model cannot be run layer by layer, its layers have no distinguishable units, or
+            its config cannot describe the rest.
+        CheckpointError: Weights or activations are not finite.
+        ResourceError: The disk is full.
     """
     if target.prune is None:
         return Pruned(checkpoint)
     spec = target.prune
     with progress.stage("prune"):
-        made = walking(lambda: _Recipes(target, spec, progress, decided).run(checkpoint), _SHELF)
-    if made.record is not None:
-        progress.note(f"prune: {made.record.render()}")
-    return made
+        pruned = walking(lambda: _Recipes(target, spec, progress, decided).run(checkpoint), _SHELF)
+    if pruned.record is not None:
+        progress.note(f"prune: {pruned.record.render()}")
+    return pruned
 
 
 def reopen(checkpoint: Checkpoint, target: Target, folder: Path, progress: Progress) -> Checkpoint:
-    """What the artifact in `folder` was compiled from, by the decisions that it keeps.
+    """Restore the checkpoint from which the artifact in `folder` was compiled, by its stored decisions.
 
     Raises:
-        ParityError: They cannot be read.
+        ParityError: The decisions cannot be read.
         As `prune`.
     """
     if target.prune is None:
@@ -92,12 +92,12 @@ def reopen(checkpoint: Checkpoint, target: Target, folder: Path, progress: Progr
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:
-    """Number of parameters, tied ones counted once."""
+    """Count the parameters, tied ones once."""
     return sum(math.prod(info.shape) for info in checkpoint.tensors.infos().values())
 
 
 class _Recipes:
-    """The recipes of one target, in order: layers, heads and neurons, sparsity."""
+    """The recipes of a target, in order: layers, heads and neurons, sparsity."""
 
     def __init__(
         self, target: Target, spec: Pruning, progress: Progress, decided: Mapping[str, Array] | None
@@ -114,15 +114,15 @@ class _Recipes:
         self._sparse = 0
 
     def run(self, checkpoint: Checkpoint) -> Pruned:
-        """All of them; see `prune` for errors."""
+        """Run all of them; see `prune` for errors."""
         before = int(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
-        made = checkpoint
+        current = checkpoint
         if self._spec.layers:
-            made = self._drop_layers(made)
+            current = self._drop_layers(current)
         if self._spec.mlp is not None or self._spec.kv_groups:
-            made = self._drop_units(made)
+            current = self._drop_units(current)
         if self._spec.sparsity is not None:
-            made = self._sparsify(made)
+            current = self._sparsify(current)
         record = PruneRecord(
             dropped=self._dropped,
             layers=before,
@@ -130,9 +130,9 @@ class _Recipes:
             kv_groups=self._kv_groups,
             sparse=self._sparse,
             repaired=self._spec.repair if self._sparse or self._neurons or self._kv_groups else None,
-            parameters=count_parameters(made),
+            parameters=count_parameters(current),
         )
-        return Pruned(made, record, self._decisions, self._influence)
+        return Pruned(current, record, self._decisions, self._influence)
 
     def _drop_layers(self, checkpoint: Checkpoint) -> Checkpoint:
         import numpy as np
@@ -145,46 +145,46 @@ class _Recipes:
         count = len(subject.layers)
         if self._spec.layers >= count:
             raise ConfigError(
-                f"{self._spec.layers} layers are to be dropped, and the model has {count}",
+                f"{self._spec.layers} layers are to be dropped, but the model has {count}",
                 hint="copy the target and drop fewer",
             )
         if self._decided is not None:
-            known = _require_indices(self._decided.get(_LAYERS), count - self._spec.layers, count, "layers")
+            indices = _require_indices(self._decided.get(_LAYERS), count - self._spec.layers, count, "layers")
         else:
             files = self._walk(checkpoint, subject, InfluenceTask())
             self._influence = tuple(float(load_file(file)[INFLUENCE][0]) for file in files[:count])
             order = np.argsort(np.array(self._influence), kind="stable")
-            known = np.sort(order[self._spec.layers :])
-        kept = [int(i) for i in known]
-        self._decisions[_LAYERS] = np.array(kept, np.int64)
-        self._dropped = tuple(i for i in range(count) if i not in kept)
-        return drop_layers(checkpoint, subject.layers, kept)
+            indices = np.sort(order[self._spec.layers :])
+        remaining = [int(i) for i in indices]
+        self._decisions[_LAYERS] = np.array(remaining, np.int64)
+        self._dropped = tuple(i for i in range(count) if i not in remaining)
+        return drop_layers(checkpoint, subject.layers, remaining)
 
     def _drop_units(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Heads and neurons, chosen in one walk: neither changes what the other is given."""
+        """Remove heads and neurons, chosen in one walk: neither changes the inputs of the other."""
         from llmc.checkpoint.pruned import head_entries, narrow, size_entries
         from llmc.prune.tasks import UnitChoice
         from llmc.prune.units import find_units, require_units
 
         structure = find_units(trace(checkpoint, self._target.dtype, self._progress))
         layers = int(checkpoint.config.get_text_config(decoder=True).num_hidden_layers)
-        wanted: list[tuple[tuple[Units, ...], int]] = []
+        removals: list[tuple[tuple[Units, ...], int]] = []
         if self._spec.kv_groups:
             require_units(structure.groups, layers, structure, "groups of heads")
             count = structure.groups[0].count
             keep = _kept_groups(count, self._spec.kv_groups)
             self._kv_groups = (count, keep)
-            wanted.append((structure.groups, keep))
+            removals.append((structure.groups, keep))
         if self._spec.mlp is not None:
             require_units(structure.neurons, layers, structure, "neurons")
             count = structure.neurons[0].count
             keep = _kept_neurons(count, self._spec.mlp)
             self._neurons = (count, keep)
-            wanted.append((structure.neurons, keep))
-        choices = [UnitChoice(each, keep) for units, keep in wanted for each in units]
+            removals.append((structure.neurons, keep))
+        choices = [UnitChoice(each, keep) for units, keep in removals for each in units]
         subject, files = self._choose(checkpoint, choices)
-        made = checkpoint
-        for units, keep in wanted:
+        narrowed = checkpoint
+        for units, keep in removals:
             first = units[0]
             config = checkpoint.config
             if first.heads:
@@ -194,37 +194,37 @@ class _Recipes:
                 entries = size_entries(config, first.count, keep)
             selections = self._select(checkpoint, units, files)
             change = f"{subject.folder.name} {first.reader.parameter}"
-            made = narrow(made, subject.layers, selections, entries, change)
-        return made
+            narrowed = narrow(narrowed, subject.layers, selections, entries, change)
+        return narrowed
 
     def _choose(
         self, checkpoint: Checkpoint, choices: Sequence[UnitChoice]
     ) -> tuple[PreparedModel, dict[str, Path]]:
-        """Which units stay, and the file with what the walk kept of each projection.
+        """Choose the units that remain; return them with the file of the walk for each projection.
 
-        What was decided before is taken as it was if it comes out otherwise here: another processor adds up
-        in another order, and units that matter as little as each other change places.
+        If the choice differs from earlier decisions, the earlier decisions are used: another processor adds
+        in another order, and units that matter equally little may change places.
         """
         import numpy as np
 
-        found = self._walk_units(checkpoint, choices)
+        walked = self._walk_units(checkpoint, choices)
         if self._decided is not None:
-            known = [self._known(choice) for choice in choices]
-            made = [self._decisions[choice.units.reader.parameter] for choice in choices]
-            if not all(np.array_equal(a, b) for a, b in zip(known, made, strict=True)):
-                fixed = [replace(c, decided=units) for c, units in zip(choices, known, strict=True)]
-                found = self._walk_units(checkpoint, fixed)
-        return found
+            earlier = [self._earlier(choice) for choice in choices]
+            chosen = [self._decisions[choice.units.reader.parameter] for choice in choices]
+            if not all(np.array_equal(a, b) for a, b in zip(earlier, chosen, strict=True)):
+                fixed = [replace(c, decided=units) for c, units in zip(choices, earlier, strict=True)]
+                walked = self._walk_units(checkpoint, fixed)
+        return walked
 
-    def _known(self, choice: UnitChoice) -> Array:
-        """Which units stay by what was decided before.
+    def _earlier(self, choice: UnitChoice) -> Array:
+        """Return the units that remain according to the earlier decisions.
 
         Raises:
-            ParityError: It does not say.
+            ParityError: The decisions do not say.
         """
         name = choice.units.reader.parameter
-        known = None if self._decided is None else self._decided.get(name)
-        return _require_indices(known, choice.keep, choice.units.count, f"units of {name}")
+        indices = None if self._decided is None else self._decided.get(name)
+        return _require_indices(indices, choice.keep, choice.units.count, f"units of {name}")
 
     def _walk_units(
         self, checkpoint: Checkpoint, choices: Sequence[UnitChoice]
@@ -261,7 +261,7 @@ class _Recipes:
     def _select(
         self, checkpoint: Checkpoint, units: Sequence[Units], files: Mapping[str, Path]
     ) -> dict[str, Selection]:
-        """What stays of every tensor that the units stand in."""
+        """Return the selection from every tensor that contains the units."""
         import numpy as np
 
         from llmc.checkpoint.pruned import Selection
@@ -276,14 +276,16 @@ class _Recipes:
                 here = stay.setdefault((name, part.axis), np.ones(infos[name].shape[part.axis], bool))
                 here[part.indices(gone)] = False
         readers = {_stored(checkpoint, u.reader.parameter): u.reader.parameter for u in units}
-        made: dict[str, Selection] = {}
+        selections: dict[str, Selection] = {}
         for (name, axis), mask in stay.items():
-            kept = {axis: np.flatnonzero(mask)}
+            remaining = {axis: np.flatnonzero(mask)}
             reader = readers.get(name) if self._spec.repair else None
-            made[name] = (
-                Selection(kept) if reader is None else Selection(kept, files[reader], f"{reader}{WEIGHTS}")
+            selections[name] = (
+                Selection(remaining)
+                if reader is None
+                else Selection(remaining, files[reader], f"{reader}{WEIGHTS}")
             )
-        return made
+        return selections
 
     def _sparsify(self, checkpoint: Checkpoint) -> Checkpoint:
         from safetensors import safe_open
@@ -295,7 +297,7 @@ class _Recipes:
         matrices = find_matrices(trace(checkpoint, self._target.dtype, self._progress))
         if not matrices:
             raise UnsupportedError(
-                f"the layers of {checkpoint.architecture} have no matrices that could be made sparse",
+                f"the layers of {checkpoint.architecture} have no matrices that can be made sparse",
                 hint="leave sparsity out of the target",
             )
         facts = {"repair": self._spec.repair, "matrices": dict(matrices)}
@@ -321,56 +323,56 @@ class _Recipes:
         return walk.run(subject.windows, task, lambda line: self._progress.note(f"prune: {line}"))
 
 
-def _require_indices(known: Array | None, keep: int, count: int, what: str) -> Array:
-    """What was decided, `keep` ascending indices below `count`.
+def _require_indices(indices: Array | None, keep: int, count: int, what: str) -> Array:
+    """Require `keep` ascending indices below `count`.
 
     Raises:
-        ParityError: It is something else.
+        ParityError: `indices` is something else.
     """
     import numpy as np
 
-    if known is None or known.shape != (keep,) or not (np.diff([-1, *known, count]) > 0).all():
+    if indices is None or indices.shape != (keep,) or not (np.diff([-1, *indices, count]) > 0).all():
         raise ParityError(
             f"the artifact does not say which {keep} of {count} {what} stay", hint="build the artifact again"
         )
-    return known
+    return indices
 
 
-def _kept_neurons(count: int, wanted: NeuronPruning) -> int:
-    """The nearest multiple.
+def _kept_neurons(count: int, pruning: NeuronPruning) -> int:
+    """Return how many neurons remain, rounded to the nearest multiple.
 
     Raises:
-        ConfigError: It is nothing, or all.
+        ConfigError: None or all would remain.
     """
-    keep = round(count * (1 - wanted.fraction) / wanted.multiple) * wanted.multiple
+    keep = round(count * (1 - pruning.fraction) / pruning.multiple) * pruning.multiple
     if not 0 < keep < count:
         left = "nothing" if keep <= 0 else "all"
         raise ConfigError(
-            f"of {count} neurons without {wanted.fraction:g} of them, in multiples of {wanted.multiple}, "
-            f"{left} would be left",
+            f"of {count} neurons without a fraction of {pruning.fraction:g}, in multiples of "
+            f"{pruning.multiple}, {left} would be left",
             hint="copy the target and state another fraction or multiple",
         )
     return keep
 
 
 def _kept_groups(count: int, gone: int) -> int:
-    """What stays.
+    """Return how many groups remain.
 
     Raises:
-        ConfigError: It is nothing.
+        ConfigError: None would remain.
     """
     if gone >= count:
         raise ConfigError(
-            f"{gone} heads of keys and values are to go, and each layer has {count}",
-            hint="copy the target and take fewer",
+            f"{gone} heads of keys and values are to be dropped, but each layer has {count}",
+            hint="copy the target and drop fewer",
         )
     return count - gone
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """NumPy's type of every parameter as it is stored, by each of its names."""
-    found = {name: info.dtype.numpy() for name, info in checkpoint.tensors.infos().items()}
-    return found | {name: found[stored] for name, stored in checkpoint.tied.items() if stored in found}
+    """Return NumPy's type of every parameter as stored, by each of its names."""
+    dtypes = {name: info.dtype.numpy() for name, info in checkpoint.tensors.infos().items()}
+    return dtypes | {name: dtypes[stored] for name, stored in checkpoint.tied.items() if stored in dtypes}
 
 
 def _stored(checkpoint: Checkpoint, parameter: str) -> str:

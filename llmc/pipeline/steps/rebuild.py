@@ -1,4 +1,4 @@
-"""What a build makes of a checkpoint, once more: the graph and the weights that an artifact must hold."""
+"""Repeat a build up to its graph and weights, to compare them with those of an artifact."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
     from llmc.graph.weights import Rows
 
-#: Why nodes are not known where activations are quantized on calibration text.
-UNKNOWN_INPUTS = "what calibration decided on activations is not in the cache"
-#: What the nodes of a graph depend on, by the names of manifests.
+#: Why nodes cannot be compared if activations are quantized on calibration text.
+UNKNOWN_INPUTS = "the results of calibrating activations are not in the cache"
+#: Tools that determine the nodes of a graph, by their names in manifests.
 _SHAPING = ("llmc", "torch", "transformers", "onnx-ir", "onnxscript")
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a build gives for a checkpoint and a target.
+    """The result of a build for a checkpoint and a target.
 
     Args:
-        graph: As a backend writes it, its weights still lazy.
-        sources: What each weight is made of, by the name of its initializer before quantization.
-        calibrated: Names in `sources` of matrices whose codes are not known here, such as those that were
-            quantized on calibration text whose results are not in the cache.
-        complete: Whether nodes are known too; they are not where calibration decides on activations.
-        lowered: What the backend's `lower` gave, such as the program of compiled kernels.
-        smoothing: What channels of activations were divided by, where calibration is in the cache.
-        records: How every matrix is stored, as the manifest keeps it.
-        passes: What each pass did, likewise.
+        graph: As a backend writes it, with lazy weights.
+        sources: Origin of each weight, by the name of its initializer before quantization.
+        calibrated: Names in `sources` of matrices whose codes are unknown here, such as matrices quantized on
+            calibration text whose results are not cached.
+        complete: Whether the nodes are known too; they are not if calibration decides on activations.
+        lowered: The result of the backend's `lower`, such as the program of compiled kernels.
+        smoothing: Divisors of the channels of activations, if the calibration is cached.
+        records: How every matrix is stored, as recorded in the manifest.
+        passes: What each pass did, as recorded in the manifest.
     """
 
     graph: Graph
@@ -66,16 +66,16 @@ def rebuild(
     folder: Path,
     progress: Progress,
 ) -> Rebuilt:
-    """Lower and quantize a checkpoint as the build of the artifact in `folder` did; no weight is read.
+    """Lower and quantize a checkpoint as the build of the artifact in `folder` did, without reading weights.
 
     Args:
-        checkpoint: What was compiled.
-        records: How the artifact stores each matrix, which decides where the target allocates bits.
+        checkpoint: The checkpoint that was compiled.
+        records: How the artifact stores each matrix; decides the bits if the target allocates them.
 
     Raises:
         UnsupportedError: As `compile_graph`.
         CheckpointError: As `compile_graph`.
-        ParityError: What the artifact says it did to its weights cannot be read.
+        ParityError: The artifact's record of the changes to its weights cannot be read.
     """
     from llmc.quantize.activations import read_smoothing
     from llmc.quantize.fold import scale_graph
@@ -108,20 +108,20 @@ def rebuild(
 
 
 def explain_versions(manifest: Manifest) -> str | None:
-    """Why a build here may give other files than those of an artifact; None where it gives the same."""
+    """Explain why a build here may give other files than the artifact's; None if it gives the same."""
     here = {"llmc": __version__, **tool_versions()}
     there = {"llmc": manifest.llmc_version, **manifest.tools}
     for name in _SHAPING:
         if here.get(name) != there.get(name):
-            return f"it was built with {name} {there.get(name)}, and {here.get(name)} is installed"
+            return f"it was built with {name} {there.get(name)}, but {here.get(name)} is installed"
     return None
 
 
 def forget_searches(rebuilt: Rebuilt, manifest: Manifest) -> Rebuilt:
-    """Leave codes open whose last digits depend on the machine, where an artifact is from another one.
+    """Mark codes as unknown if their last digits depend on the machine and the artifact is from another one.
 
-    Scales are searched by sums of float32 numbers, whose order depends on the release of NumPy and on the
-    instructions of the machine.
+    Scales are searched with sums of float32 numbers, whose order depends on the version of NumPy and on the
+    machine's instruction set.
     """
     from llmc.quantize.stored import KEPT
 

@@ -1,4 +1,4 @@
-"""The graph after each step of a compilation, and what each step changes about the numbers."""
+"""Run the graph after each step of a compilation, and measure how each step changes the results."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from llmc.validate.reference import Reference
     from llmc.validate.values import Values
 
-#: Tokens of the prompt whose values are compared: all of them are kept.
+#: Tokens of the prompt whose values are compared; all values are in memory.
 PROMPT_TOKENS = 8
 
 
 def short_prompt(checkpoint: Checkpoint) -> Any:
-    """Return the first tokens of the text that ships, (PROMPT_TOKENS,) int64."""
+    """Return the first tokens of the built-in text, (PROMPT_TOKENS,) int64."""
     tokens, _ = tokenize(checkpoint.tokenizer(), eval_text())
     return tokens[:PROMPT_TOKENS]
 
 
 def graphs_by_step(checkpoint: Checkpoint, target: Target, progress: Progress) -> Iterator[tuple[str, Graph]]:
-    """Yield the name of each step and the graph after it: always the same object, changed in place."""
+    """Yield each step's name and the graph after it: always the same object, changed in place."""
     from llmc.backends.onnxruntime.minimums import split_minimums
     from llmc.passes import run_passes
     from llmc.quantize.quantizer import Observations
@@ -69,21 +69,21 @@ def values_of(graph: Graph, folder: Path, prompt: object) -> Values:
 def measure_passes(
     checkpoint: Checkpoint, target: Target, original: Reference, progress: Progress
 ) -> Measurement:
-    """PASSES_MAX_ABS: largest difference of logits between the graph before a pass and after it.
+    """Measure PASSES_MAX_ABS: largest difference of logits between the graphs before and after a pass.
 
-    The traced graph is held against the original. Every pass of the target is measured on its own, so that
-    two that undo each other's fault are found.
+    The traced graph is compared with the original. Every pass of the target is measured separately, so that
+    two passes whose errors cancel are found.
 
     Args:
-        original: PyTorch's model in float32, with the checkpoint's weights.
+        original: The PyTorch model in float32, with the checkpoint's weights.
 
     Raises:
         ParityError: A graph cannot be run.
-        UnsupportedError: The target has a KV cache of fixed length, which changes what a graph takes.
+        UnsupportedError: The target has a KV cache of fixed length, which changes the graph's inputs.
     """
     if backend_of(target).capacity(target) is not None:
         raise UnsupportedError(
-            f"the passes of {target.name} cannot be held against each other: one of them gives the graph "
+            f"the passes of {target.name} cannot be compared with each other: one of them gives the graph "
             "other inputs, for a KV cache of fixed length",
             hint="verify it without --each-pass, or another target of the model with it",
         )
@@ -99,7 +99,7 @@ def measure_passes(
         before = logits
     worst = max(figures, key=lambda name: figures[name])
     detail = (
-        f"the trace against the original, {len(figures) - 1} passes, each against the graph before it;"
+        f"the trace compared with the original, {len(figures) - 1} passes, each with the graph before it;"
         f" the worst is {worst}"
     )
     value = max(figures.values())

@@ -1,4 +1,4 @@
-"""The first thing that a build finds out: whether text becomes the original's tokens in every runtime."""
+"""Check first of all in a build whether every runtime turns text into the original's tokens."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
 
 TOKEN_IDS = (
-    "--token-ids builds an artifact that is verified by token ids; llmc run makes them as transformers does"
+    "--token-ids builds an artifact that is verified by token ids; llmc run tokenizes as transformers does"
 )
-_TEMPLATE = "--chat-template FILE takes a Jinja template of your own in its place"
+_TEMPLATE = "--chat-template FILE uses your own Jinja template instead"
 
 
 def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: Progress) -> TextRecord:
-    """Write the tokenizer's files into `folder`, and try what every runtime makes of them.
+    """Write the tokenizer's files into `folder`, and test how every runtime reads them.
 
     Returns:
         How the artifact turns text into tokens.
 
     Raises:
         CheckpointError: There is no tokenizer, it cannot be read, it has tokens that the model lacks, or the
-            chat template renders nothing.
-        UnsupportedError: A runtime gives other tokens or another text than transformers.
+            chat template cannot be rendered.
+        UnsupportedError: The tokens or the text of a runtime differ from those of transformers.
     """
     from llmc.backends.onnxruntime.genai import serving_tokens
     from llmc.checkpoint.generation import describe_unserved
@@ -68,10 +68,10 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
     if isinstance(tokenizer.chat_template, dict) and checkpoint.chat_template is None:
         others = ", ".join(sorted(set(tokenizer.chat_template) - {"default"}))
         progress.note(
-            f"of the checkpoint's chat templates, default is used and not {others}"
+            f"of the checkpoint's chat templates, only default is used, not {others}"
             if record.chat
-            else f"none of the checkpoint's chat templates ({others}) is the default: prompts are taken as "
-            "they are, and --chat-template FILE takes one"
+            else f"none of the checkpoint's chat templates ({others}) is the default: prompts are used "
+            "unchanged, and --chat-template FILE sets one"
         )
     if record.chat:
         _require_template(tokenizer)
@@ -84,20 +84,20 @@ def write_text(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, progress: 
 
 
 def _require_end(tokenizer: Any) -> None:
-    """Refuse a tokenizer or a chat template that takes too long or too much for what the gate asks of it."""
+    """Refuse a tokenizer or chat template that needs too much time or memory for the texts of the gate."""
     render = original_side(tokenizer).render
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)]
-    found = exceeded_limit(lambda: "".join(render(*chat) or "" for chat in chats)) if render else None
-    if found is not None:
+    exceeded = exceeded_limit(lambda: "".join(render(*chat) or "" for chat in chats)) if render else None
+    if exceeded is not None:
         raise CheckpointError(
-            f"the chat template {found}, given {len(CONVERSATIONS)} short chats",
+            f"the chat template {exceeded}, given {len(CONVERSATIONS)} short chats",
             hint=f"correct it; {_TEMPLATE}",
         )
-    found = exceeded_limit(lambda: _texts(tokenizer))
-    if found is not None:
+    exceeded = exceeded_limit(lambda: _texts(tokenizer))
+    if exceeded is not None:
         raise CheckpointError(
-            f"the tokenizer {found}, given short texts",
-            hint="take the tokenizer that belongs to the model; a regex of its pre_tokenizer may never end",
+            f"the tokenizer {exceeded}, given short texts",
+            hint="use the tokenizer that belongs to the model; a regex of its pre_tokenizer may never end",
         )
     try:
         _texts(tokenizer)
@@ -105,12 +105,12 @@ def _require_end(tokenizer: Any) -> None:
         require_failure(error)
         raise CheckpointError(
             f"the tokenizer, a {type(tokenizer).__name__}, fails on short texts: {first_lines(error)}",
-            hint="take the tokenizer_config.json that belongs to its tokenizer.json",
+            hint="use the tokenizer_config.json that belongs to its tokenizer.json",
         ) from error
 
 
 def save_text(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TextRecord:
-    """Write the original's tokenizer into `folder`; what it does with a text, as transformers has it."""
+    """Write the original's tokenizer into `folder`; return how transformers treats a text with it."""
     from llmc.checkpoint.tokenizer import plain_template
 
     checkpoint.save_tokenizer(folder, tokenizer)
@@ -125,10 +125,10 @@ def save_text(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TextRecor
 
 
 def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, target: Target) -> TextRecord:
-    """Write what `write_text` wrote for the artifact in folder `artifact` into `folder`; nothing is tried.
+    """Write the files that `write_text` wrote for the artifact in `artifact` into `folder`, without testing.
 
     Args:
-        artifact: States by which of its classes onnxruntime-genai reads the tokenizer.
+        artifact: Artifact whose settings name the class by which onnxruntime-genai reads the tokenizer.
 
     Raises:
         CheckpointError: As `write_text`.
@@ -146,7 +146,7 @@ def derive_text(checkpoint: Checkpoint, artifact: Path, folder: Path, target: Ta
 
 
 def _require_template(tokenizer: Any) -> None:
-    """Refuse a chat template that takes no message of a user: `llmc run` puts every prompt into it."""
+    """Refuse a chat template that renders no user message: `llmc run` puts every prompt into it."""
     messages = [{"role": "user", "content": "Name three rivers."}]
     try:
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -158,7 +158,7 @@ def _require_template(tokenizer: Any) -> None:
 
 
 def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids that a tokenizer puts before a text and after it."""
+    """Return the token ids that a tokenizer puts before and after a text."""
     whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
     bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
@@ -167,7 +167,7 @@ def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether transformers removes spaces before punctuation, as it does for old tokenizers."""
+    """Return whether transformers removes spaces before punctuation, as it does for old tokenizers."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     forced = getattr(
@@ -181,52 +181,52 @@ def _texts(tokenizer: Any) -> list[str]:
 
 
 def _require_own(folder: Path, record: TextRecord, tokenizer: Any) -> None:
-    """Refuse a tokenizer that is more than its files say, so that no runtime could read them right."""
-    known = partial(represents, tokenizer)
+    """Refuse a tokenizer that does more than its files say, since no runtime could read them correctly."""
+    is_represented = partial(represents, tokenizer)
     try:
         original = original_side(tokenizer)
         sides = artifact_sides(load_own(folder), TextCodec(folder, record), None)
         texts = compare_texts(original, sides, _texts(tokenizer), written_special_tokens(tokenizer))
-        different = list(texts.values()) or compare_chats(original, sides, known)[1]
+        different = list(texts.values()) or compare_chats(original, sides, is_represented)[1]
     except (ParityError, ConfigError) as error:
         different = [error.fact]
     if different:
         raise UnsupportedError(
-            f"the tokenizer, a {type(tokenizer).__name__}, is not what its files say: {_short(different[0])}",
-            hint="save it with transformers' save_pretrained as a tokenizer.json that is complete",
+            f"the tokenizer, a {type(tokenizer).__name__}, differs from its files: {_short(different[0])}",
+            hint="save it as a complete tokenizer.json with transformers' save_pretrained",
         )
 
 
 def _try_runtime(
     folder: Path, record: TextRecord, tokenizer: Any, plan: BuildPlan, progress: Progress
 ) -> TextRecord:
-    """Try onnxruntime-genai's own tokenizer on the files."""
+    """Test onnxruntime-genai's own tokenizer on the files."""
     from llmc.backends.onnxruntime.runtime_tokenizer import CLASSES
 
     if find_spec("onnxruntime_genai") is None:
         _write_settings(folder, record, tokenizer, CLASSES[0])
-        progress.note("onnxruntime-genai is not installed here: what its tokenizer does was not tried")
+        progress.note("onnxruntime-genai is not installed here: its tokenizer was not tested")
         return record
     with progress.stage("tokenizer files"):
-        problem, found = _choose_class(folder, record, tokenizer)
+        problem, tested = _choose_class(folder, record, tokenizer)
     if problem is not None:
         if not plan.token_ids:
             raise problem
-        found = found.model_copy(update={"served": False, "reason": problem.fact})
-    for note in found.describe():
+        tested = tested.model_copy(update={"served": False, "reason": problem.fact})
+    for note in tested.describe():
         progress.note(note)
-    return found
+    return tested
 
 
 def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
-    """Name the class by which the runtime gives the original's tokens; the first problem where none does."""
+    """Name the class with which the runtime gives the original's tokens; return the first problem if none."""
     from llmc.backends.onnxruntime.runtime_tokenizer import CLASSES, try_runtime_tokenizer
 
     first: LlmcError | None = None
     question = _question(record, tokenizer)
     for name in dict.fromkeys((type(tokenizer).__name__, *CLASSES)):
         _write_settings(folder, record, tokenizer, name)
-        found = record
+        candidate = record
         try:
             answers = try_runtime_tokenizer(folder, question)
         except ParityError as error:
@@ -235,9 +235,9 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
                 first = problem
                 break
         else:
-            problem, found = _compare(answers, record, tokenizer)
+            problem, candidate = _compare(answers, record, tokenizer)
         if problem is None:
-            return None, found
+            return None, candidate
         if first is None or "Unsupported tokenizer class" in first.fact:
             first = problem
     _write_settings(folder, record, tokenizer, CLASSES[0])
@@ -245,7 +245,7 @@ def _choose_class(folder: Path, record: TextRecord, tokenizer: Any) -> tuple[Llm
 
 
 def _question(record: TextRecord, tokenizer: Any) -> TokenizerQuestion:
-    """All that the runtime is compared in."""
+    """Collect everything in which the runtime is compared."""
     original, texts = original_side(tokenizer), _texts(tokenizer)
     chats = [(messages, ask) for messages in CONVERSATIONS for ask in (True, False)] if record.chat else []
     rendered = [original.render(*chat) for chat in chats] if original.render is not None else []
@@ -271,35 +271,35 @@ def _write_settings(folder: Path, record: TextRecord, tokenizer: Any, name: str)
 
 
 def _compare(answers: Answers, record: TextRecord, tokenizer: Any) -> tuple[LlmcError | None, TextRecord]:
-    """What the runtime does otherwise than the original, if that is common; and the rare cases."""
+    """Return how the runtime commonly differs from the original, if it does, and the rare cases."""
     apart = record.model_copy(update={"adds_special_tokens": False})
-    problem, found = _compare_texts(answers, apart, tokenizer)
+    problem, compared = _compare_texts(answers, apart, tokenizer)
     if problem is not None:
-        return problem, found
+        return problem, compared
     whole, with_special_tokens = _compare_texts(answers, record, tokenizer)
-    if whole is None and with_special_tokens.exceptions == found.exceptions:
-        found = with_special_tokens
+    if whole is None and with_special_tokens.exceptions == compared.exceptions:
+        compared = with_special_tokens
     try:
-        side = _side(answers, found)
-        original, known = original_side(tokenizer), partial(represents, tokenizer)
-        chats = compare_chats(original, [side], known)[1] if record.chat else []
+        side = _side(answers, compared)
+        original, is_represented = original_side(tokenizer), partial(represents, tokenizer)
+        chats = compare_chats(original, [side], is_represented)[1] if record.chat else []
     except ParityError as error:
         chats = [error.fact]
     if not chats:
-        return None, found
+        return None, compared
     if " in the original; " in chats[0]:
-        return _unequal(tokenizer, chats[0]), found
+        return _unequal(tokenizer, chats[0]), compared
     problem = UnsupportedError(
         f"onnxruntime-genai does not render the chat template as transformers does: {_short(chats[0])}",
         hint=f"{_TEMPLATE}; {TOKEN_IDS}",
     )
-    return problem, found
+    return problem, compared
 
 
 def _compare_texts(
     answers: Answers, record: TextRecord, tokenizer: Any
 ) -> tuple[LlmcError | None, TextRecord]:
-    """Compare texts; differences in rare kinds alone become the record's exceptions."""
+    """Compare texts; differences only in rare kinds become the record's exceptions."""
     side, special = _side(answers, record), written_special_tokens(tokenizer)
     try:
         different = compare_texts(original_side(tokenizer), [side], _texts(tokenizer), special)
@@ -314,7 +314,7 @@ def _compare_texts(
 
 
 def _side(answers: Answers, record: TextRecord) -> Side:
-    """The runtime's answers as a way from text to tokens."""
+    """Wrap the runtime's answers as one side of the comparison."""
 
     def encode(text: str) -> list[int]:
         if record.adds_special_tokens:
@@ -330,9 +330,9 @@ def _side(answers: Answers, record: TextRecord) -> Side:
     )
 
 
-def _unreadable(tokenizer: Any, said: str) -> UnsupportedError:
+def _unreadable(tokenizer: Any, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"onnxruntime-genai cannot read this tokenizer ({_kind(tokenizer)}): {_short(said)}", hint=TOKEN_IDS
+        f"onnxruntime-genai cannot read this tokenizer ({_kind(tokenizer)}): {_short(reason)}", hint=TOKEN_IDS
     )
 
 
@@ -344,7 +344,7 @@ def _unequal(tokenizer: Any, difference: str) -> UnsupportedError:
 
 
 def _kind(tokenizer: Any) -> str:
-    """The parts of a tokenizer by the names of the library `tokenizers`."""
+    """Name the parts of a tokenizer by their classes in the library `tokenizers`."""
     inner = tokenizer.backend_tokenizer
     parts = (inner.model, inner.normalizer, inner.pre_tokenizer)
     return ", ".join(type(part).__name__ for part in parts if part is not None)

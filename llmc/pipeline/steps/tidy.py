@@ -1,4 +1,4 @@
-"""What killed commands left beside their outputs."""
+"""Clean up what killed commands left beside their outputs."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ from llmc.artifact.store.workplace import tidy
 
 
 def tidy_output(output: Path) -> None:
-    """Finish or undo what a killed process left of an output, unless another one is at work on it."""
+    """Finish or undo the leftovers of a killed process at an output, unless another process works on it."""
     tidy(output)

@@ -103,7 +103,7 @@ def test_what_this_machine_cannot_execute_is_built_and_not_executed(
     assert result.manifest.kernels is not None
     assert before.kernels is not None
     assert result.manifest.kernels.isa == before.kernels.isa
-    assert "not executed, nothing of it was measured" in result.render()
+    assert "not executed, so nothing was measured" in result.render()
     with pytest.raises(ResourceError, match=r"compiled for .* CPUs .*, but this machine is riscv64"):
         run(tmp_path / "out", "hello", 4, lambda text: None, SilentProgress())
 
