@@ -39,7 +39,7 @@ def test_the_next_target_that_would_hold(target: str, kl: float, advised: str) -
     advice = advise(load_target(target), judge(target, kl_mean=kl))
     assert advice is not None
     bound = next(g.max for g in load_target(advised).gates if g.metric is Metric.TEXT_KL_MEAN)
-    assert advice.startswith(f"--target {advised} would hold")
+    assert advice.startswith(f"--target {advised} would pass")
     assert advice.endswith(f"and {bound:g} allowed")
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_advised_where_nothing_is_known() -> None:
 @pytest.mark.parametrize(
     ("metric", "advised"),
     [
-        (Metric.FILES, "its files are not those that were built: build the artifact again"),
+        (Metric.FILES, "its files differ from those that were built: build the artifact again"),
         (Metric.SERVING, None),
     ],
 )

@@ -252,7 +252,7 @@ def test_weights_that_are_not_read_back_leave_levels_unmeasured(
     assert {c.metric for c in made.verdict.missed} >= PARITY
     told = next(m.detail for m in made.measurements if m.metric is Metric.PREFILL_MAX_ABS)
     assert "down_proj" in told
-    assert "weights are stored in a form that is not read back: 1, the first" in told
+    assert "1 weights are stored in a form that cannot be read back, the first" in told
     # Quality needs no weights: it is measured all the same.
     assert next(m for m in made.measurements if m.metric is Metric.TEXT_KL_MEAN).value is not None
 

@@ -61,7 +61,7 @@ def loosen(target: dict[str, Any]) -> None:
         ),
         (
             lambda t: t.update(name="mine"),
-            "there is no target mine to take the gates from",
+            "there is no target mine whose gates could apply",
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_the_gates_that_are_held(good: Path, tmp_path: Path) -> None:
     other = choose_thresholds(manifest, "cpu-int4", None, own=False)
     assert not other.missed
     assert other.target.gates[1:] == load_target("cpu-int4").gates
-    assert other.compared.detail == "those of cpu-int4, as asked; the artifact is built for mine"
+    assert other.compared.detail == "those of cpu-int4, as requested; the artifact was built for mine"
     with pytest.raises(ConfigError, match="no target is named cpu-int3"):
         choose_thresholds(manifest, "cpu-int3", None, own=False)
 

@@ -64,7 +64,7 @@ def test_what_was_built_is_kept_and_finished(
     output = tmp_path / "out"
     with pytest.raises(kind):
         _build(model, output, monkeypatch, error)
-    assert f"built, not verified: {output} is kept; llmc verify {output} goes on" in capsys.readouterr().err
+    assert f"built, not verified: {output} is kept; llmc verify {output} continues" in capsys.readouterr().err
     kept = open_artifact(output).manifest
     assert kept.state is State.NOT_VERIFIED
     assert kept.unfinished == f"the gates were begun and not finished: {reason}"

@@ -1,1 +1,1 @@
-"""The gate: what is measured of an artifact, against which original, and the verdict."""
+"""Run the gate: what is measured of an artifact, against which original, and the verdict."""

@@ -1,4 +1,4 @@
-"""What to do about an artifact that misses its gates on quality."""
+"""Advise what to do about an artifact that misses its quality gates."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from llmc.backends import backend_of
 from llmc.catalog import list_targets
 from llmc.config import Metric, Target
 
-#: Metrics that more bits improve, as they go with the divergence that is expected of a finer target.
+#: Metrics that more bits improve, in step with the divergence that is expected of a finer target.
 _QUALITY = (Metric.TEXT_KL_MEAN, Metric.TEXT_TOP1, Metric.TEXT_PERPLEXITY_RATIO)
 _FLOAT_BITS = 16.0
 
 
 def advise(target: Target, verdict: Verdict) -> str | None:
-    """A sentence on the shipped target that would hold, or on where to look; None where neither is known.
+    """Name in a sentence the built-in target that would pass, or where to look; None if neither is known.
 
     Args:
         target: The target whose gates were missed.
@@ -21,7 +21,7 @@ def advise(target: Target, verdict: Verdict) -> str | None:
     """
     missed = {check.metric for check in verdict.decided}
     if Metric.FILES in missed:
-        return "its files are not those that were built: build the artifact again"
+        return "its files differ from those that were built: build the artifact again"
     if Metric.TEXT_KL_RATIO in missed:
         return "it loses more than plain rounding to the same bits: llmc bisect ARTIFACT finds the step"
     if not missed or not missed <= set(_QUALITY):
@@ -38,14 +38,14 @@ def advise(target: Target, verdict: Verdict) -> str | None:
         bound = next((g.max for g in finer.gates if g.metric is Metric.TEXT_KL_MEAN), None)
         if bound is not None and expected <= bound:
             return (
-                f"--target {finer.name} would hold: as each bit more quarters the divergence, "
-                f"{expected:.2g} nats are expected of it, and {bound:g} allowed"
+                f"--target {finer.name} would pass: each additional bit quarters the divergence, so that "
+                f"{expected:.2g} nats are expected, and {bound:g} allowed"
             )
     return None
 
 
 def explain_missed(checks: Sequence[Check]) -> list[str]:
-    """For each missed check that has a figure: how it was measured, and where its bound comes from."""
+    """Describe for each missed check with a value how it was measured, and the source of its bound."""
     return [
         f"{c.metric.value}: {c.detail}; the bound: {c.reason}"
         for c in checks
@@ -54,6 +54,6 @@ def explain_missed(checks: Sequence[Check]) -> list[str]:
 
 
 def stored_bits(target: Target) -> float:
-    """Bits of a weight of most matrices, scales aside; 16 for floats of any width."""
+    """Return the bits per weight of most matrices, without scales; 16 for floats of any width."""
     bits = backend_of(target).quantizer(target).bits
     return _FLOAT_BITS if bits is None else bits

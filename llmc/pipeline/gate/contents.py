@@ -1,4 +1,4 @@
-"""What an artifact's graph holds, against what a build makes of the checkpoint."""
+"""Compare the contents of an artifact's graph with what a build makes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _WHERE = "numpy, from the files"
 
 
 def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
-    """Hold the weights of an artifact to the checkpoint, and all of its graph to what a build gives."""
+    """Compare an artifact's weights with the checkpoint, and its whole graph with the result of a build."""
     from dataclasses import replace
 
     from llmc.validate.weights import WeightParity, compare_weights
 
     with progress.stage("weights"):
         try:
-            found = compare_weights(subject.folder, subject.sources, progress.advance)
+            parity = compare_weights(subject.folder, subject.sources, progress.advance)
         except ParityError as error:
-            found = WeightParity(broken(Family.WEIGHTS.metrics, error, _WHERE), "", ())
+            parity = WeightParity(broken(Family.WEIGHTS.metrics, error, _WHERE), "", ())
     with progress.stage("weights, bit for bit"):
         exact = _measure_exact(subject, progress)
-    return replace(found, measurements=(*exact, *found.measurements))
+    return replace(parity, measurements=(*exact, *parity.measurements))
 
 
 def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, ...]:
@@ -53,21 +53,21 @@ def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, .
 
 
 def _compare_smoothing(subject: Subject) -> Iterator[str]:
-    """What differs in the vectors that channels were divided by, where calibration gave them once more.
+    """Describe differences in the divisors of channels, if calibration could be repeated.
 
     Raises:
-        ParityError: The artifact's cannot be read.
+        ParityError: The artifact's divisors cannot be read.
     """
     import numpy as np
 
     from llmc.quantize.activations import read_smoothing
 
-    wanted = subject.rebuilt.smoothing
-    if wanted is None:
+    expected = subject.rebuilt.smoothing
+    if expected is None:
         return
     stored = read_smoothing(subject.folder)
-    for name in sorted({*wanted, *stored}):
-        if name not in wanted or name not in stored:
-            yield f"what the input of {name} is scaled by is {'added' if name in stored else 'missing'}"
-        elif not np.array_equal(stored[name], wanted[name]):
-            yield f"what the input of {name} is scaled by differs"
+    for name in sorted({*expected, *stored}):
+        if name not in expected or name not in stored:
+            yield f"the scales for the input of {name} are {'added' if name in stored else 'missing'}"
+        elif not np.array_equal(stored[name], expected[name]):
+            yield f"the scales for the input of {name} differ"

@@ -1,4 +1,4 @@
-"""Every file of an artifact but its weights, derived from the original again and compared."""
+"""Derive every file of an artifact except its weights from the original again, and compare them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from llmc.pipeline.steps.rebuild import Rebuilt
 
 _SERVING = (GENAI_CONFIG, GENERATION_CONFIG)
-#: Facts of a text record that a runtime decides, which `derive_text` does not try.
+#: Facts of a text record that a runtime decides; `derive_text` does not test them.
 _BY_RUNTIME = ("served", "reason", "adds_special_tokens", "exceptions")
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What of an artifact is not what a build derives, a sentence each.
+    """The differences between an artifact and what a build derives, a sentence each.
 
     Args:
-        settings: Files and facts by which it is served.
-        text: Files and facts of its tokenizer.
+        settings: Differences in the files and facts for serving.
+        text: Differences in the files and facts of its tokenizer.
     """
 
     settings: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
 
 
-#: What is said where nothing differs.
+#: The result if nothing differs.
 NOTHING = Derived()
 
 
@@ -54,13 +54,13 @@ def compare_derived(
     rebuilt: Rebuilt,
     otherwise: str | None,
 ) -> Derived:
-    """Derive the files of an artifact in a folder aside, and compare them key by key.
+    """Derive the files of an artifact in a temporary folder, and compare them key by key.
 
     Args:
         checkpoint: The original.
-        compiled: What was compiled.
-        otherwise: Why a build here may give other files; then those that are copies of the original's and
-            the facts of the manifest alone are compared. None where it gives the same.
+        compiled: The checkpoint that was compiled.
+        otherwise: Why a build here may give other files; then only copies of the original's files and the
+            facts of the manifest are compared. None if it gives the same.
     """
     backend = backend_of(manifest.target)
     settings = list(_interface_differences(manifest, rebuilt))
@@ -83,22 +83,22 @@ def compare_derived(
         except LlmcError as error:
             return Derived((*settings, f"its files cannot be derived: {error.fact}"))
         text += _record_differences(manifest.text, record)
-        made = sorted(file.name for file in folder.iterdir() if file.is_file())
-        for each in made:
+        derived = sorted(file.name for file in folder.iterdir() if file.is_file())
+        for each in derived:
             if otherwise is not None and not _is_copy(folder / each, checkpoint):
                 continue
-            found = settings if each in _SERVING else text
-            found += compare_file(path / each, folder / each)
+            differences = settings if each in _SERVING else text
+            differences += compare_file(path / each, folder / each)
     settings += [
-        f"{each} is no file of a build"
+        f"{each} is not written by a build"
         for each in sorted(manifest.files)
-        if not _is_known(each, made, manifest)
+        if not _is_known(each, derived, manifest)
     ]
     return Derived(tuple(settings), tuple(text))
 
 
 def _recorded_differences(manifest: Manifest, checkpoint: Checkpoint, rebuilt: Rebuilt) -> Iterator[str]:
-    """What the manifest says otherwise than a build of its matrices, its passes and its model."""
+    """Describe where the manifest differs from a build of its matrices, its passes and its model."""
     model = manifest.model
     facts = {
         "architecture": model.architecture,
@@ -106,14 +106,14 @@ def _recorded_differences(manifest: Manifest, checkpoint: Checkpoint, rebuilt: R
         "parameters": model.parameters,
     }
     yield from json_differences(facts, _describe(checkpoint), "manifest: model")
-    for name, stated, made in (
+    for name, stated, rebuilt_records in (
         ("weights", manifest.weights, rebuilt.records),
         ("passes", manifest.passes, rebuilt.passes),
     ):
-        actual, wanted = (
-            [record.model_dump(mode="json") for record in records] for records in (stated, made)
+        actual, expected = (
+            [record.model_dump(mode="json") for record in records] for records in (stated, rebuilt_records)
         )
-        yield from json_differences(actual, wanted, f"manifest: {name}")
+        yield from json_differences(actual, expected, f"manifest: {name}")
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, str | int]:
@@ -125,7 +125,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, str | int]:
 
 
 def _is_copy(file: Path, checkpoint: Checkpoint) -> bool:
-    """Whether the original has the file as it is."""
+    """Return whether the original has the same file."""
     for folder in {checkpoint.tokenizer_path or checkpoint.path, checkpoint.path}:
         source = folder / file.name
         if folder.is_dir() and source.is_file() and source.read_bytes() == file.read_bytes():
@@ -134,7 +134,7 @@ def _is_copy(file: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _is_known(name: str, derived: Sequence[str], manifest: Manifest) -> bool:
-    """Whether a build writes a file of this name."""
+    """Return whether a build writes a file of this name."""
     from llmc.quantize.activations import SMOOTHING
 
     names = {*derived, MODEL, DATA, SMOOTHING, PRUNING}
@@ -142,13 +142,13 @@ def _is_known(name: str, derived: Sequence[str], manifest: Manifest) -> bool:
 
 
 def _record_differences(stated: TextRecord, derived: TextRecord) -> Iterator[str]:
-    actual, wanted = (
+    actual, expected = (
         record.model_dump(mode="json", exclude=set(_BY_RUNTIME)) for record in (stated, derived)
     )
-    yield from json_differences(actual, wanted, "manifest: text")
+    yield from json_differences(actual, expected, "manifest: text")
 
 
 def _interface_differences(manifest: Manifest, rebuilt: Rebuilt) -> Iterator[str]:
     interfaces = (manifest.interface, rebuilt.graph.interface())
-    actual, wanted = (interface.model_dump(mode="json") for interface in interfaces)
-    yield from json_differences(actual, wanted, "manifest: interface")
+    actual, expected = (interface.model_dump(mode="json") for interface in interfaces)
+    yield from json_differences(actual, expected, "manifest: interface")

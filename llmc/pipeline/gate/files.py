@@ -1,4 +1,4 @@
-"""Steps of the gate that read files and execute nothing of the artifact: settings, tokenizer, weights."""
+"""Check settings, tokenizer and weights: the steps of the gate that only read the artifact's files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def hold_settings(run: Run) -> None:
-    """Hold the file by which a runtime serves the artifact against the original and what a build derives."""
+    """Compare the file by which a runtime serves the artifact with the original and with a build."""
     subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
         if not subject.backend.served_by_genai:
-            fine = "generation_config.json and the manifest are what a build derives"
+            fine = "generation_config.json and the manifest match what a build derives"
             run.found.append(mismatches(Metric.SERVING, derived, fine, "json, from the files"))
         else:
             run.found.append(
@@ -30,7 +30,7 @@ def hold_settings(run: Run) -> None:
 
 
 def hold_tokenizer(run: Run) -> None:
-    """Hold the tokenizer and chat template against the original's, in every runtime that reads them.
+    """Compare tokenizer and chat template with the original's, in every runtime that reads them.
 
     Raises:
         ResourceError: onnxruntime-genai is not installed.
@@ -39,7 +39,7 @@ def hold_tokenizer(run: Run) -> None:
 
     folder, record = run.subject.folder, run.subject.text
     files = run.subject.derived.text
-    # Some files end the process of the runtime: only those that a build wrote are read in this one.
+    # Some files crash the process of the runtime: this one reads only files that a build wrote.
     by_runtime = record.served and run.subject.backend.served_by_genai and not files
     readers = "onnxruntime-genai on the CPU, and transformers" if by_runtime else "transformers"
 
@@ -52,5 +52,5 @@ def hold_tokenizer(run: Run) -> None:
 
 
 def hold_weights(run: Run) -> None:
-    """Hold every stored weight against the checkpoint's."""
+    """Compare every stored weight with the checkpoint's."""
     run.found += run.weights.measurements

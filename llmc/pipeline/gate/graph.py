@@ -1,4 +1,4 @@
-"""Steps of the gate that execute an artifact: its text, its logits and its quality beside the original's."""
+"""Execute an artifact in the gate: compare its text, its logits and its quality with the original's."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 def measure_served(run: Run) -> None:
-    """Measure an artifact that onnxruntime-genai serves, as it serves it.
+    """Measure an artifact as onnxruntime-genai serves it.
 
     Raises:
-        ParityError: The artifact cannot be loaded, so that nothing further can be measured.
+        ParityError: The artifact cannot be loaded, so nothing further can be measured.
     """
     from llmc.validate.parity import prepare_parity
 
     where = _require_interface(run)
     limit = run.subject.interface.max_length
     count = generation.new_tokens(limit)
-    asked = generation.fitting_prompts(prompts(), run.tokenizer, limit)
-    drawn, runtime = _serve(run, asked, count)
+    chosen_prompts = generation.fitting_prompts(prompts(), run.tokenizer, limit)
+    drawn, runtime = _serve(run, chosen_prompts, count)
     release_memory()
     with run.progress.stage("original"):
         questions = generation.original_questions(drawn, run.stated.stop)
@@ -78,10 +78,10 @@ def measure_served(run: Run) -> None:
 
 
 def measure_static(run: Run) -> None:
-    """Measure the graph that engines are parsed from, and the engine where its GPU is at hand.
+    """Measure the graph that engines are built from, and the engine if its GPU is available.
 
-    Parity is the graph's, in float32 and with the artifact's weights on both sides. Quality and the choice of
-    tokens step by step are the engine's, or else those of the graph in its own types.
+    Parity is measured on the graph, in float32 and with the artifact's weights on both sides. Quality and the
+    choice of tokens step by step are measured on the engine, or otherwise on the graph in its own types.
 
     Raises:
         ParityError: TensorRT or onnxruntime cannot load it.
@@ -107,7 +107,7 @@ def measure_static(run: Run) -> None:
         except ParityError as error:
             run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
             raise
-        release_memory()  # a second copy of weights that were folded
+        release_memory()  # frees a second copy of folded weights
         run.found.append(_interface_holds(subject.interface, graph.where))
         if run.weights.unread:
             levels = _not_comparable(run.weights.unread, graph.where)
@@ -132,7 +132,7 @@ def measure_static(run: Run) -> None:
 def _quality(
     run: Run, model: Session, rows: int | None, rounding: RememberedModel | None = None
 ) -> tuple[Measurement, ...]:
-    """Quality on some windows of the text, and on all of them where some do not decide a gate.
+    """Measure quality on some windows of the text, and on all of them if some do not decide a gate.
 
     Args:
         rows, rounding: As for `measure_quality`.
@@ -140,22 +140,24 @@ def _quality(
     from llmc.validate.quality import measure_quality
 
     unstable = bound_on_divergence(run.subject, run.original, is_large(run.subject.compiled))
-    found: tuple[Measurement, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
     for windows in (run.windows, run.all_windows):
         run.original.prepare(windows.questions(), run.progress.advance)
         run.original.release()
-        found = measure_quality(model, run.original, windows, rows, rounding, unstable, run.progress.advance)
+        measurements = measure_quality(
+            model, run.original, windows, rows, rounding, unstable, run.progress.advance
+        )
         more = len(run.all_windows.tokens) > len(windows.tokens)
-        if not more or not is_undecided(run.subject.target.gates, found):
+        if not more or not is_undecided(run.subject.target.gates, measurements):
             break
-    return found
+    return measurements
 
 
 def _open_graph(run: Run, arithmetic: Arithmetic, slots: int | None = None) -> Rewindable:
-    """A session of the graph on the CPU.
+    """Open a session of the graph on the CPU.
 
     Args:
-        slots: Slots of the KV cache that are needed, where its length is fixed.
+        slots: Slots of the KV cache that are needed, if its length is fixed.
     """
     subject = run.subject
     return subject.backend.open_graph(
@@ -169,7 +171,7 @@ def _open_graph(run: Run, arithmetic: Arithmetic, slots: int | None = None) -> R
 
 
 def _measure_cache(run: Run) -> tuple[Measurement, ...]:
-    """What attention loses as it is served, over the KV cache that is served."""
+    """Measure the loss of attention as served, with the KV cache as served."""
     from llmc.validate.counted import Counted
     from llmc.validate.served_attention import measure_cache
 
@@ -178,22 +180,22 @@ def _measure_cache(run: Run) -> tuple[Measurement, ...]:
 
 
 def _compare_exact(run: Run) -> tuple[Measurement, ...]:
-    """The parity levels in float32; for compiled kernels also what they round as they are served."""
+    """Measure the parity levels in float32; for compiled kernels also the rounding of serving."""
     from llmc.validate.paired import Paired, chooses_experts
 
     target, exact = run.subject.target, _open_graph(run, Arithmetic.EXACT)
-    asked = any(gate.metric.family is Family.ROUNDING for gate in target.gates)
-    if not run.subject.backend.rounds_attention and not asked:
+    gated = any(gate.metric.family is Family.ROUNDING for gate in target.gates)
+    if not run.subject.backend.rounds_attention and not gated:
         return _levels(run, exact)
     pair = Paired(exact, _open_graph(run, Arithmetic.SERVED), chooses_experts(run.subject.folder))
     return (*_levels(run, pair), *pair.measure())
 
 
 def _require_interface(run: Run) -> str:
-    """Load the graph once and let go of it; what executes it.
+    """Load the graph once, release it, and return what executes it.
 
     Raises:
-        ParityError: onnxruntime cannot load it, or it has another interface.
+        ParityError: onnxruntime cannot load it, or its interface differs.
     """
     release_memory()
     with run.progress.stage("interface"):
@@ -206,12 +208,12 @@ def _require_interface(run: Run) -> str:
     return where
 
 
-def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText, ...], str]:
-    """Text that onnxruntime-genai makes of each prompt, and its name; none where nothing can judge it.
+def _serve(run: Run, chosen_prompts: Sequence[str], count: int) -> tuple[tuple[ServedText, ...], str]:
+    """Return onnxruntime-genai's text for each prompt, and its name; no text if nothing can judge it.
 
     Raises:
         ParityError: The runtime cannot load the folder.
-        ResourceError: It is not installed.
+        ResourceError: The runtime is not installed.
     """
     with run.progress.stage("generation"):
         served = Served(run.subject.folder)
@@ -219,7 +221,7 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
             return (), served.where
         try:
             drawn = generation.served_texts(
-                served, run.codec, run.tokenizer, asked, count, run.progress.advance
+                served, run.codec, run.tokenizer, chosen_prompts, count, run.progress.advance
             )
         except ParityError as error:
             run.found += broken(Family.GENERATION.metrics, error, served.where)
@@ -228,7 +230,7 @@ def _serve(run: Run, asked: Sequence[str], count: int) -> tuple[tuple[ServedText
 
 
 def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
-    """The parity levels against the original with the artifact's weights, which is released."""
+    """Measure the parity levels against the original with the artifact's weights; releases the original."""
     from llmc.validate.counted import Counted
     from llmc.validate.parity import Parity
 
@@ -240,8 +242,8 @@ def _levels(run: Run, model: Session) -> tuple[Measurement, ...]:
 
 
 def _not_comparable(unread: Sequence[str], where: str) -> tuple[Measurement, ...]:
-    """Levels that need the original with the artifact's weights, where those cannot be read: no pass."""
-    why = f"weights are stored in a form that is not read back: {len(unread)}, the first {unread[0]}"
+    """Mark levels that need the original with the artifact's weights as not measured."""
+    why = f"{len(unread)} weights are stored in a form that cannot be read back, the first {unread[0]}"
     status = MeasurementStatus.NOT_MEASURED
     return tuple(unmeasured(m, status, why, where) for m in Metric if m.family.needs_own_weights)
 
@@ -255,15 +257,15 @@ def _measure_tasks(run: Run, model: Session) -> None:
 
 
 def _open_static(run: Run, slots: int | None = None) -> Rewindable:
-    """The engine on its GPU, or its graph on the CPU, in the pieces that the engine would take.
+    """Open the engine on its GPU, or its graph on the CPU, in pieces of the engine's size.
 
     Args:
-        slots: Slots of the KV cache that are needed; the graph is given no more.
+        slots: Slots of the KV cache that are needed; the graph gets no more.
     """
     accelerated = run.subject.accelerated
     return _open_graph(run, Arithmetic.SERVED, slots) if accelerated is None else accelerated.open()
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:
-    told = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
-    return mismatches(Metric.INTERFACE, (), told, where)
+    fine = f"{len(interface.inputs)} inputs and {len(interface.outputs)} outputs as stated"
+    return mismatches(Metric.INTERFACE, (), fine, where)

@@ -1,7 +1,6 @@
-"""Whether the original is the one that a user of transformers has: its own loader against llmc's reader.
+"""Check whether the original is the model that transformers loads: compare its loader with llmc's reader.
 
-Everything else that the gate measures starts from what llmc reads, on both sides; a mistake in reading would
-cancel out.
+Everything else in the gate starts from what llmc reads, on both sides; a reading error would cancel out.
 """
 
 from __future__ import annotations
@@ -29,33 +28,33 @@ _WHERE = "transformers' from_pretrained, from the files"
 
 
 def measure_loaders(checkpoint: Checkpoint, model_digest: str, progress: Progress) -> Measurement:
-    """How many parameters transformers' own loader gives another value than llmc's reader.
+    """Count the parameters to which transformers' own loader gives another value than llmc's reader.
 
-    Not applicable where transformers cannot load the checkpoint, or where its model does not fit in half of
-    the free memory. A comparison that was made is remembered by everything it depends on.
+    The metric is not applicable if transformers cannot load the checkpoint, or if its model does not fit in
+    half of the free memory. A comparison is cached by everything that it depends on.
 
     Args:
-        model_digest: Of the checkpoint.
+        model_digest: Digest of the checkpoint.
     """
     free, needed = available_memory(), checkpoint.reference_bytes()
     with progress.stage("original by transformers' loader"):
-        found = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
+        agreement = _recall(checkpoint, model_digest, fits=free is None or needed <= free // 2)
     release_memory()
-    if found is None:
+    if agreement is None:
         why = f"{2 * needed / 1e9:.1f} GB needed, {(free or 0) / 1e9:.1f} GB free"
-    elif not found.compared and not found.mismatches:
-        why = found.left_out
+    elif not agreement.compared and not agreement.mismatches:
+        why = agreement.left_out
     else:
-        detail = "; ".join(found.mismatches) or f"{found.compared} parameters are equal"
-        if found.left_out:
-            detail += f"; {found.left_out}, which are not compared"
-        return measured(Metric.ORIGINAL, float(len(found.mismatches)), detail, _WHERE)
+        detail = "; ".join(agreement.mismatches) or f"{agreement.compared} parameters are equal"
+        if agreement.left_out:
+            detail += f"; {agreement.left_out}, which are not compared"
+        return measured(Metric.ORIGINAL, float(len(agreement.mismatches)), detail, _WHERE)
     detail = f"not compared with transformers' own loader: {why}"
     return unmeasured(Metric.ORIGINAL, MeasurementStatus.NOT_APPLICABLE, detail, _WHERE)
 
 
 def _recall(checkpoint: Checkpoint, model_digest: str, *, fits: bool) -> Agreement | None:
-    """The comparison from the cache, or made now if it `fits`."""
+    """Return the comparison from the cache, or compare now if it `fits`."""
     from llmc.checkpoint.agreement import Agreement
 
     facts = {
@@ -65,13 +64,13 @@ def _recall(checkpoint: Checkpoint, model_digest: str, *, fits: bool) -> Agreeme
     }
     cache = StageCache(default_cache_folder() / "loaders", _CACHE_BYTES)
     key = content_key("loaders", facts)
-    known = cache.get(key)
-    if known is not None:
-        stored = json.loads(known)
+    cached = cache.get(key)
+    if cached is not None:
+        stored = json.loads(cached)
         return Agreement(tuple(stored["mismatches"]), stored["compared"], stored["left_out"])
     if not fits:
         return None
-    made = checkpoint.compare_loaders()
-    if made.compared:
-        cache.put(key, json.dumps(asdict(made)).encode())
-    return made
+    agreement = checkpoint.compare_loaders()
+    if agreement.compared:
+        cache.put(key, json.dumps(asdict(agreement)).encode())
+    return agreement

@@ -1,7 +1,7 @@
-"""The parity gate: what `build` runs before it commits an artifact, and `verify` again later.
+"""Run the parity gate: `build` runs it before it commits an artifact, and `verify` again later.
 
-Its checks run from cheap to costly. What only reads files comes first, and a gate that is missed there ends
-the run before any model is loaded.
+Its checks run from cheap to costly. Checks that only read files come first, and a gate that is missed there
+ends the run before any model is loaded.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Step = Callable[[Run], None]
 
 @dataclass(frozen=True)
 class Extra:
-    """A measurement that no build takes, made where a caller asks for it.
+    """A measurement that builds do not make, added on request of a caller.
 
     Args:
         metric: Its metric.
         gates: The gates on it.
-        step: Takes it; it runs among the costly steps.
+        step: The function that measures it; it runs among the costly steps.
     """
 
     metric: Metric
@@ -50,7 +50,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class GateResult:
-    """Everything that was measured, and the target's thresholds held against it."""
+    """The measurements of a gate, and the verdict by the target's thresholds."""
 
     measurements: tuple[Measurement, ...]
     verdict: Verdict
@@ -58,28 +58,28 @@ class GateResult:
 
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
-    """The target's gates on numbers."""
+    """Return the target's gates on everything except latency."""
     return tuple(gate for gate in target.gates if gate.metric.family is not Family.LATENCY)
 
 
 def latency_gates(target: Target) -> tuple[Gate, ...]:
-    """The target's gates on time."""
+    """Return the target's gates on latency."""
     return tuple(gate for gate in target.gates if gate.metric.family is Family.LATENCY)
 
 
 def hold_manifest(thresholds: Thresholds, damage: Damage, *, every: bool) -> GateResult | None:
-    """The verdict where the manifest decides it already, before the original is opened; else None.
+    """Return the verdict if the manifest decides it, before the original is opened; otherwise None.
 
     Args:
-        thresholds: Where the gates of the subject's target are from; None for a build, which is given them.
-        damage: What is wrong with the files by the manifest.
-        every: As `measure_parity`; code that the manifest does not vouch for is not executed all the same.
+        thresholds: The gates of the subject's target, and their source; a build passes its own.
+        damage: How the files differ from the manifest.
+        every: As `measure_parity`; code that the manifest does not list is not executed even then.
     """
-    found, gates = _ahead(thresholds, damage), parity_gates(thresholds.target)
-    missed = _first_missed(gates, found)
+    measurements, gates = _ahead(thresholds, damage), parity_gates(thresholds.target)
+    missed = _first_missed(gates, measurements)
     if damage.code:
-        return _conclude(gates, found, "nothing is executed that the manifest does not vouch for")
-    return None if missed is None or every else _conclude(gates, found, _AHEAD.format(missed))
+        return _conclude(gates, measurements, "code that the manifest does not list is not executed")
+    return None if missed is None or every else _conclude(gates, measurements, _AHEAD.format(missed))
 
 
 def measure_parity(
@@ -92,21 +92,21 @@ def measure_parity(
     extras: Sequence[Extra] = (),
     every: bool = False,
 ) -> GateResult:
-    """Measure an artifact against the original, and hold the target's parity gates.
+    """Measure an artifact against the original, and apply the target's parity gates.
 
-    Logits are compared twice. Quality is that of the artifact as it is served beside the original as
-    it is. The parity levels ask whether the graph is right whatever its weights lost: the original is
-    given the artifact's own weights, and quantized products are computed in float32 on both sides, so
-    that a tight bound holds for every target. What pruning left out of the model is left out of it there too.
+    Logits are compared twice. Quality compares the artifact as served with the unmodified original. The
+    parity levels ask whether the graph is right regardless of the loss of its weights: the original gets the
+    artifact's own weights, and quantized products are computed in float32 on both sides, so that a tight
+    bound holds for every target. There, what was pruned from the model is pruned from the original too.
 
-    All of it is taken on the CPU, unless the subject names an engine for the GPU at hand. Of what is built
-    for a GPU that is the graph, not the GPU's kernels.
+    Everything is measured on the CPU, unless the subject names an engine for the GPU of this machine. For
+    targets of a GPU, that measures the graph, not the GPU's kernels.
 
     Args:
         text: The evaluation text.
-        damage: What is wrong with the files by the manifest; None for files that were written just now.
-        extras: Measurements to take and gates to hold besides the target's.
-        every: Go on after a check that reads files alone has missed its gate.
+        damage: How the files differ from the manifest; None for newly written files.
+        extras: Measurements and gates beside the target's.
+        every: Whether to continue after a check that only reads files has missed its gate.
 
     Raises:
         ConfigError: The text is too short.
@@ -124,14 +124,14 @@ def measure_parity(
             for step in phase:
                 step(run)
     except ParityError as error:
-        taken = {m.metric for m in run.found}
-        left = tuple(gate.metric for gate in gates if gate.metric not in taken)
+        measured_metrics = {m.metric for m in run.found}
+        left = tuple(gate.metric for gate in gates if gate.metric not in measured_metrics)
         run.found += broken(left, error, subject.runtime)
     return GateResult(tuple(run.found), evaluate(gates, run.found))
 
 
 def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ...], ...]:
-    """The steps from cheap to costly; a gate that is missed in one phase ends the run before the next."""
+    """Return the steps from cheap to costly; a gate missed in one phase ends the run before the next."""
     measure = measure_served if subject.backend.served_by_genai else measure_static
     return (
         (hold_settings, hold_tokenizer),
@@ -142,9 +142,9 @@ def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ..
 
 
 def _ahead(thresholds: Thresholds, damage: Damage | None) -> list[Measurement]:
-    """What the manifest and the files show."""
-    found = () if damage is None else damage.all
-    files = mismatches(Metric.FILES, found, "all as the manifest says", "sha256, from the files")
+    """Return the measurements of the manifest and the files."""
+    differences = () if damage is None else damage.all
+    files = mismatches(Metric.FILES, differences, "all files match the manifest", "sha256, from the files")
     return [thresholds.compared, files]
 
 
@@ -153,19 +153,19 @@ def _compare_loaders(run: Run) -> None:
     run.found.append(measure_loaders(subject.checkpoint, subject.model_digest, run.progress))
 
 
-def _first_missed(gates: Sequence[Gate], found: Sequence[Measurement]) -> Metric | None:
-    """The first gate that a figure misses; None if none does."""
-    missed = evaluate(gates, found).missed
+def _first_missed(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> Metric | None:
+    """Return the first gate that a measured value misses; None if none does."""
+    missed = evaluate(gates, measurements).missed
     return next((check.metric for check in missed if check.value is not None), None)
 
 
-def _conclude(gates: Sequence[Gate], found: Sequence[Measurement], why: str) -> GateResult:
-    """The verdict of a run that ends early.
+def _conclude(gates: Sequence[Gate], measurements: Sequence[Measurement], why: str) -> GateResult:
+    """Return the verdict of a run that ends early.
 
     Args:
-        why: What is said of every gate whose metric was not reached; such a gate does not pass.
+        why: Reason for every gate whose metric was not reached; such a gate does not pass.
     """
-    taken = {m.metric for m in found}
+    measured_metrics = {m.metric for m in measurements}
     status = MeasurementStatus.NOT_MEASURED
-    left = [unmeasured(g.metric, status, why, "nowhere") for g in gates if g.metric not in taken]
-    return GateResult((*found, *left), evaluate(gates, (*found, *left)))
+    left = [unmeasured(g.metric, status, why, "nowhere") for g in gates if g.metric not in measured_metrics]
+    return GateResult((*measurements, *left), evaluate(gates, (*measurements, *left)))

@@ -1,4 +1,4 @@
-"""The original with plainly rounded weights, which the quality of a quantized artifact is held to."""
+"""Provide the original with plainly rounded weights, the yardstick for a quantized artifact's quality."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def plan_roundings(
     target: Target, weights: Sequence[WeightRecord], sources: Mapping[str, Rows]
 ) -> dict[str, Rounding]:
-    """How each matrix that the artifact stores as integers by block is rounded for the yardstick.
+    """Plan for the yardstick how to round each matrix that the artifact stores as integers in blocks.
 
     Returns:
-        Nothing where the target has no gate on it.
+        The plan; empty if the target has no gate on it.
     """
     from llmc.validate.yardstick import Rounding
 
@@ -41,7 +41,7 @@ def plan_roundings(
 
 
 def digest_roundings(roundings: Mapping[str, Rounding]) -> str:
-    """sha256 (hex) of the plan, for the cache of the yardstick's answers."""
+    """Return the sha256 (hex) of the plan, for the cache of the yardstick's results."""
     lines = [f"{name} {rounding}" for name, rounding in sorted(roundings.items())]
     return hashlib.sha256("\n".join(["rounded", *lines]).encode()).hexdigest()
 
@@ -52,7 +52,7 @@ def load_rounded(
     sources: Mapping[str, Rows],
     roundings: Mapping[str, Rounding],
 ) -> TorchModel:
-    """The model of `checkpoint` with rounded matrices: in `loaded` where there is one, else streamed."""
+    """Return the model of `checkpoint` with rounded matrices: in `loaded` if given, otherwise streamed."""
     from llmc.validate.weights import StoredParameters, parameters
     from llmc.validate.yardstick import round_weights
 
@@ -72,11 +72,11 @@ def allow_own_rounding(
     levels: Sequence[Measurement],
     large: bool,
 ) -> tuple[Measurement, ...]:
-    """The parity levels, with what the original's own rounding explains where one of them misses its bound.
+    """Return the parity levels; levels that miss their bound allow for the original's own rounding.
 
     Args:
         own: The original with the artifact's weights.
-        parity: What measured them.
+        parity: The object that measured the levels.
         large: Whether the original is streamed, so that each question costs a pass over its weights.
     """
     if large:
@@ -88,7 +88,7 @@ def allow_own_rounding(
 def bound_on_divergence(
     subject: Subject, original: RememberedModel, large: bool
 ) -> tuple[RememberedModel, float] | None:
-    """The original and the target's bound on mean KL divergence, to find what rounding alone moves by more.
+    """Return the original and the bound on mean KL divergence, to find what rounding alone moves by more.
 
     Args:
         large: Whether the original is streamed, so that each question costs a pass over its weights.

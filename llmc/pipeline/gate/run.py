@@ -1,4 +1,4 @@
-"""One run of the gate: what its steps share, each made when a step first asks for it."""
+"""Hold the state of a run of the gate: what its steps share, created on first use."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """The state of one run.
+    """The state of a run of the gate.
 
     Args:
         text: The evaluation text.
-        found: Measurements, appended as they are taken.
+        found: Measurements so far; steps append to them.
     """
 
     subject: Subject
@@ -42,7 +42,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The original's tokenizer, by transformers."""
+        """Return the original's tokenizer, loaded by transformers."""
         return self.subject.checkpoint.tokenizer()
 
     @cached_property
@@ -51,19 +51,19 @@ class Run:
 
     @property
     def tokens(self) -> Any:
-        """Token ids of the evaluation text, (n,) int64.
+        """Return the token ids of the evaluation text, (n,) int64.
 
         Raises:
-            ConfigError: It has none.
+            ConfigError: The text has no tokens.
         """
         return self._tokenized[0]
 
     @cached_property
     def codec(self) -> TextCodec:
-        """The artifact's tokenizer, as `llmc run` uses it.
+        """Return the artifact's tokenizer, as `llmc run` uses it.
 
         Raises:
-            ParityError: It cannot be read.
+            ParityError: The tokenizer cannot be read.
         """
         try:
             return TextCodec(self.subject.folder, self.subject.text)
@@ -72,18 +72,18 @@ class Run:
 
     @cached_property
     def stated(self) -> Original:
-        """What the original says of serving it."""
+        """Return what the original states about serving."""
         checkpoint = self.subject.checkpoint
         return describe_original(checkpoint.config, checkpoint.generation_config(), self.tokenizer)
 
     @cached_property
     def weights(self) -> WeightParity:
-        """What became of the weights; broken measurements where they cannot be read."""
+        """Return the comparison of the weights; broken measurements if they cannot be read."""
         return compare_contents(self.subject, self.progress)
 
     @cached_property
     def windows(self) -> Windows:
-        """Pieces of the evaluation text that quality is measured on first.
+        """Return the windows of the evaluation text on which quality is measured first.
 
         Raises:
             ConfigError: The text is too short.
@@ -92,7 +92,7 @@ class Run:
 
     @cached_property
     def all_windows(self) -> Windows:
-        """Those, and as many more, which are looked at where the first do not decide a gate."""
+        """Return those windows and as many more, used if the first do not decide a gate."""
         from llmc.validate.quality import plan_windows
 
         return plan_windows(self.subject.interface, *self._tokenized, 2 * self._most_windows)
@@ -104,26 +104,26 @@ class Run:
         return most_windows(self.subject.checkpoint.reference_bytes())
 
     def require_windows(self) -> None:
-        """Find out whether the evaluation text is long enough, before work that it would be the end of.
+        """Require that the evaluation text is long enough, before the expensive work.
 
         Raises:
-            ConfigError: It is not.
+            ConfigError: The text is too short.
         """
         _ = self.windows
 
     @cached_property
     def original(self) -> RememberedModel:
-        """The original."""
+        """Return the original."""
         return open_original(self.subject)
 
     @cached_property
     def own(self) -> RememberedModel:
-        """The original with the artifact's own weights."""
+        """Return the original with the artifact's own weights."""
         return open_own(self.subject, self.original, self.weights)
 
     @cached_property
     def plan(self) -> Plan:
-        """The positions that the parity levels look at."""
+        """Return the positions that the parity levels compare."""
         subject, config = self.subject, self.subject.checkpoint.config
         ground = Ground(
             interface=subject.interface,

@@ -1,4 +1,4 @@
-"""What the gate measures, and how the original is loaded to be held against it."""
+"""Define what the gate measures, and load the original to compare it with."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and against what.
+    """An artifact to measure, and the original to compare it with.
 
     Args:
-        folder: model.onnx, genai_config.json and the tokenizer.
-        interface: What the graph is said to take and give.
-        target: Whose gates are held.
-        threads: Intra-op threads of the artifact; None leaves them to the runtime.
+        folder: Folder with model.onnx, genai_config.json and the tokenizer.
+        interface: Stated inputs and outputs of the graph.
+        target: Target whose gates are checked.
+        threads: Intra-op threads of the artifact; None for the runtime's default.
         checkpoint: The original.
         model_digest: Its digest.
-        rebuilt: What a build gives here.
-        compiled: What was compiled: the original, or what pruning left of it.
+        rebuilt: The result of a build here.
+        compiled: The checkpoint that was compiled: the original, or the pruned one.
         text: How the artifact turns text into tokens.
-        accelerated: The artifact on an accelerator of this machine; None measures its graph on the CPU.
+        accelerated: The artifact on an accelerator of this machine; None to measure its graph on the CPU.
         tasks: Multiple-choice tasks to answer as well.
         weights: How every matrix is stored.
-        seed: By which the positions to look at are drawn; `seed_of` the artifact's files.
-        budget: Seconds of the forecast that decides how many are drawn; None for the usual.
-        built_otherwise: Why a build here may give another graph; None where it gives the same.
-        derived: What of the files beside the graph is not what a build derives.
-        foreign: Whether the original is another model than the one that was compiled, as the user forced.
+        seed: Seed for drawing the positions to compare; `seed_of` the artifact's files.
+        budget: Seconds of the forecast that decides how many are drawn; None for the default.
+        built_otherwise: Why a build here may give another graph; None if it gives the same.
+        derived: Differences between the files beside the graph and what a build derives.
+        foreign: Whether the original is another model than the compiled one, as forced by the user.
     """
 
     folder: Path
@@ -72,33 +72,33 @@ class Subject:
 
     @property
     def sources(self) -> Mapping[str, Rows]:
-        """What each weight is made of, by the name of its initializer before quantization."""
+        """Return the origin of each weight, by the name of its initializer before quantization."""
         return self.rebuilt.sources
 
     @property
     def runtime(self) -> str:
-        """The library that executes it."""
+        """Return the library that executes the artifact."""
         return "onnxruntime" if self.accelerated is None else self.accelerated.library
 
     @property
     def backend(self) -> Backend:
-        """The backend of the target."""
+        """Return the backend of the target."""
         return backend_of(self.target)
 
 
 def open_original(subject: Subject) -> RememberedModel:
-    """The original as it is, loaded at the first question that the cache cannot answer."""
+    """Open the unmodified original; it is loaded at the first question that the cache cannot answer."""
     checkpoint = subject.checkpoint
     return remember(checkpoint, subject.model_digest, "", lambda: load_original(checkpoint))
 
 
 def open_compiled(subject: Subject) -> RememberedModel:
-    """What was compiled, as it is before any pass: the original without what pruning left out."""
+    """Open the compiled checkpoint as it is before any pass: the original after pruning."""
     return _remember(subject, "", lambda: load_original(subject.compiled))
 
 
 def open_own(subject: Subject, original: RememberedModel, weights: WeightParity) -> RememberedModel:
-    """The original with the artifact's own weights; the original itself where nothing was lost."""
+    """Open the original with the artifact's own weights; the original itself if the weights are equal."""
     if not weights.digest and not subject.compiled.altered:
         return original
 
@@ -110,7 +110,7 @@ def open_own(subject: Subject, original: RememberedModel, weights: WeightParity)
 
 
 def open_rounding(subject: Subject, own: RememberedModel) -> RememberedModel | None:
-    """The yardstick of the target, if it has one, in the memory of `own`, which is released for it."""
+    """Open the target's yardstick, if it has one, in the memory of `own`, which is released for it."""
     plans = plan_roundings(subject.target, subject.weights, subject.sources)
     if not plans:
         return None
@@ -127,26 +127,26 @@ def open_rounding(subject: Subject, own: RememberedModel) -> RememberedModel | N
 
 
 def load_original(checkpoint: Checkpoint) -> TorchModel:
-    """The original, in memory if there is room for it, else streamed from disk."""
+    """Load the original, in memory if there is enough, otherwise streamed from disk."""
     return TorchModel(
         checkpoint.stream_reference({}) if is_large(checkpoint) else checkpoint.fill_reference()
     )
 
 
 def is_large(checkpoint: Checkpoint) -> bool:
-    """Whether the original in float32 would take more than half of the memory that is free."""
+    """Return whether the original in float32 would need more than half of the free memory."""
     free = available_memory()
     return free is not None and checkpoint.reference_bytes() > free // 2
 
 
 def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchModel]) -> RememberedModel:
-    """`remember` for what was compiled."""
+    """Call `remember` for the checkpoint that was compiled."""
     digest = f"{subject.model_digest}{subject.compiled.altered}"
     return remember(subject.compiled, digest, weights_digest, load)
 
 
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
-    """The original with the artifact's own weights, put into `loaded` if that is the original."""
+    """Load the original with the artifact's own weights, in `loaded` if that is the original."""
     from llmc.validate.stored import read_stored
     from llmc.validate.weights import StoredParameters, parameters
 

@@ -1,4 +1,4 @@
-"""Artifacts whose gates have no outcome yet: kept when the gate is interrupted, finished by `llmc verify`."""
+"""Keep artifacts whose gate is interrupted without an outcome, for `llmc verify` to finish."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llmc.scratch import record_output
 if TYPE_CHECKING:
     from llmc.report import Report
 
-#: What a manifest says while the gate runs, and after a process that could say nothing more.
+#: Reason in the manifest while the gate runs, and after a process that could not write another.
 BEGUN = "the gates were begun and not finished"
-#: How libraries in C++ say that there is no memory.
+#: Messages of C++ libraries that are out of memory.
 _NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "Failed to allocate memory")
 
 
@@ -29,12 +29,12 @@ _NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "Failed to
 def explaining(
     stage: Staging, manifest: Manifest, eval_text: Sequence[str], progress: Progress
 ) -> Iterator[None]:
-    """Say why the gates of a kept artifact have no outcome, where they are interrupted or cannot run.
+    """Record why the gates of a kept artifact have no outcome if they are interrupted or cannot run.
 
     Args:
-        stage: Where it was kept.
+        stage: The output where it was kept.
         manifest: Its manifest.
-        eval_text: Files with the user's text, for the command that goes on.
+        eval_text: Files with the user's text, for the command that continues.
 
     Raises:
         ResourceError: No memory is left.
@@ -42,16 +42,16 @@ def explaining(
     try:
         yield
     except BaseException as error:
-        if not stage.path.exists():  # interrupted just when it came to its place
+        if not stage.path.exists():  # interrupted while it was moved to its output path
             raise
         reason = _reason(error)
         progress.note(
-            f"built, not verified: {stage.path} is kept; {_command(stage, eval_text)} goes on from what was "
-            "measured"
+            f"built, not verified: {stage.path} is kept; {_command(stage, eval_text)} continues from the "
+            "measurements so far"
         )
         try:
             stage.restate(manifest.model_copy(update={"unfinished": f"{BEGUN}: {reason}"}))
-        except LlmcError as unwritten:  # it says already that they were not finished
+        except LlmcError as unwritten:  # the manifest already says that they were not finished
             progress.note(f"the reason is not in its manifest: {unwritten.fact}")
         if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
             raise ResourceError(
@@ -66,7 +66,7 @@ def _command(stage: Staging, eval_text: Sequence[str]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in one line."""
+    """Describe the cause in one line."""
     if isinstance(error, LlmcError):
         return error.fact
     if isinstance(error, Exception):
@@ -75,10 +75,10 @@ def _reason(error: BaseException) -> str:
 
 
 def record_verdict(manifest: Manifest, verdict: Verdict, besides: Collection[Metric] = ()) -> Manifest:
-    """The manifest of an artifact whose gates were decided.
+    """Return the manifest of an artifact with the decision of its gates.
 
     Args:
-        besides: Metrics that were measured and that no build checks.
+        besides: Measured metrics that builds do not check.
     """
     checks = tuple(
         CheckRecord(metric=c.metric, status=c.status, where=c.where)
@@ -93,7 +93,7 @@ def record_verdict(manifest: Manifest, verdict: Verdict, besides: Collection[Met
 
 
 def put_by_verdict(stage: Staging, manifest: Manifest) -> Artifact:
-    """Put an artifact in its place, or keep it as failed."""
+    """Move an artifact to its output path, or keep it as failed."""
     return stage.keep_failed(manifest) if manifest.state is State.FAILED else stage.commit(manifest)
 
 
@@ -105,13 +105,13 @@ def finish(
     *,
     besides: Collection[Metric] = (),
 ) -> Artifact:
-    """Give an artifact that was kept without an outcome its outcome, as its build would have.
+    """Record the outcome of an artifact that was kept without one, as its build would have.
 
     Args:
         besides: As `record_verdict`.
 
     Raises:
-        ConfigError: It is being built, has changed since it was opened, or cannot be written to.
+        ConfigError: The artifact is being built, has changed since it was opened, or is not writable.
     """
     manifest = record_verdict(artifact.manifest, verdict, besides)
     record_output(artifact.path)
