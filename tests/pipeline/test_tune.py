@@ -198,7 +198,7 @@ def test_a_killed_tuning_goes_on(
     progress = Killed(2)
     with pytest.raises(KeyboardInterrupt):
         run(progress, max_size=0.001)
-    assert progress.notes[-1] == "what was measured is kept: the same command goes on from here"
+    assert progress.notes[-1] == "the measurements are kept: the same command continues from here"
     assert not (mine / "targets" / "best.yaml").exists()
     before = builds.count("candidate")
     assert before == 2
@@ -239,13 +239,13 @@ def test_constraints_that_nothing_meets_are_refused_with_the_nearest(
     missed = _bounded(run, max_kl=1e-7, most=1)
     assert type(missed) is ParityError
     assert missed.fact.startswith("none of 2 candidates meets the constraints; the nearest is ")
-    assert "at most 1e-07 is asked" in missed.fact
+    assert "at most 1e-07 is requested" in missed.fact
     missed = _bounded(run, min_tok_s=1e9, most=1)
     assert type(missed) is LatencyError
-    assert "at least 1000000000.0 are asked" in missed.fact
+    assert "at least 1000000000.0 are requested" in missed.fact
     missed = _bounded(run, max_size=0.001, most=1)
     assert type(missed) is ParityError
-    assert "MB, at most 0.001 are asked" in missed.fact
+    assert "MB, at most 0.001 MB are requested" in missed.fact
     arguments = [str(home / "model"), "--target", "small", "--profile", "one", "--path", str(mine), "--json"]
     arguments += ["--candidates", "1", "--eval-text", str(home / "text"), "--min-tok-s", "1e9"]
     arguments += ["-o", str(mine / "targets" / "fast.yaml")]
@@ -270,8 +270,8 @@ def test_what_is_wrong_is_not_taken(
         monkeypatch.setattr(sys, "stdin", text)
         failure = run(progress, most=1, eval_text=("-",)).failure()
     assert type(failure) is ParityError
-    assert failure.fact.startswith("none of 2 candidates that meets the constraints keeps the gates of the")
-    refused = [note for note in progress.notes if "is not taken: " in note]
+    assert failure.fact.startswith("of 2 candidates, none that meets the constraints passes the gates of its")
+    refused = [note for note in progress.notes if "is rejected: " in note]
     assert len(refused) == 2
     assert all("the artifact misses 1 of its gates: prefill.max_abs" in note for note in refused)
     assert not (mine / "targets" / "best.yaml").exists()
@@ -279,7 +279,7 @@ def test_what_is_wrong_is_not_taken(
 
 def test_optuna_is_an_extra(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ResourceError, match="optuna, which proposes what to measure, is not") as caught:
+    with pytest.raises(ResourceError, match="optuna, which proposes candidates, is not") as caught:
         run()
     assert caught.value.hint == "pip install 'llmc[tune]'"
 
@@ -294,7 +294,7 @@ def test_bad_input(run: Tune, tmp_path: Path) -> None:
             parse_seconds(text)
     assert [parse_seconds(text) for text in ("90s", "30m", "1.5h", "7")] == [90, 1800, 5400, 7]
     shipped = {name: load_target(name) for name in ("cpu-fp32", "cuda-int4", "cpu-int4")}
-    with pytest.raises(ConfigError, match="target cpu-fp32 has no scheme for weights in general"):
+    with pytest.raises(ConfigError, match="target cpu-fp32 has no general scheme for weights"):
         Space.around((shipped["cpu-fp32"],))
     with pytest.raises(UnsupportedError, match="target cuda-int4 runs on a GPU"):
         Space.around((shipped["cuda-int4"],))

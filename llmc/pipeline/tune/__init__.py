@@ -1,1 +1,1 @@
-"""`llmc tune`: candidates, the order in which they are tried, and what is measured of them."""
+"""Implement `llmc tune`: candidates, the order in which they are tried, and their measurements."""

@@ -1,7 +1,7 @@
-"""What `llmc tune` varies: targets that differ from a base in how weights are stored and multiplied.
+"""Define what `llmc tune` varies: targets that differ from a base in how weights are stored and multiplied.
 
-Passes, types and kernels are those of the base; several bases bring several of them. Rules of a base that
-keep matrices in float, or that name matrices, stay in front of those made here.
+Candidates use the passes, types and kernels of their base; several bases provide several of them. Rules of a
+base that keep matrices in float, or that name matrices, precede the rules generated here.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from llmc.config import (
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.profile import ProfileKind
 
-#: Matrices that share a scheme: roles by the name of their group. What has no role here is `linear`.
+#: Matrices that share a scheme: roles by the name of their group; all other roles belong to `linear`.
 _GROUPS: dict[str, tuple[WeightRole, ...]] = {
     "head": (WeightRole.LM_HEAD, WeightRole.EMBEDDING),
     "residual": (WeightRole.RESIDUAL,),
     "linear": (),
 }
-#: float32 and int8 activations; ONNX Runtime has no other kernels for a CPU.
+#: Levels for int8 and float32 activations; ONNX Runtime has no other kernels for a CPU.
 _ACCURACY_LEVELS = (4, 1)
-#: Stored bits by weight between 4 bits by block of 128 and 8 bits.
+#: Stored bits per weight between 4 bits in blocks of 128 and 8 bits.
 _BUDGETS = (4.4, 4.6, 4.8, 5.0, 5.2, 5.5, 6.0, 7.0)
-#: Those of cpu-mixed, for a base that has none.
+#: Settings of cpu-mixed, for a base that has none.
 _CALIBRATION = CalibrationText(window_tokens=512, max_windows=32)
 _SENSITIVITY = CalibrationText(window_tokens=256, max_windows=8)
 
 Option = TypeVar("Option", bool, int, float, str)
-#: What each variable is to be.
+#: Value of each variable.
 Choices = dict[str, bool | int | float | str]
 
 
 class Choose(Protocol):
-    """Picks one of the options of a variable."""
+    """The function that picks an option of a variable."""
 
     def __call__(self, name: str, options: Sequence[Option]) -> Option: ...
 
@@ -55,33 +55,33 @@ def _literals(field: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Space:
-    """All candidates of a tuning.
+    """The candidates of a tuning.
 
     Args:
-        bases: Targets that candidates are made from, by name.
+        bases: Targets that candidates are derived from, by name.
     """
 
     bases: Mapping[str, Target]
 
     @classmethod
     def around(cls, bases: Sequence[Target]) -> Space:
-        """The candidates around some targets.
+        """Create the candidates around some targets.
 
         Raises:
             UnsupportedError: A target runs on a GPU.
-            ConfigError: A target has no weights that could be stored otherwise, or is named twice.
+            ConfigError: A target has no weights that could be stored differently, or is named twice.
         """
         for base in bases:
             if base.hardware is not ProfileKind.CPU:
                 raise UnsupportedError(
-                    f"llmc tune measures on this machine's CPU, and target {base.name} runs on a GPU",
+                    f"llmc tune measures on this machine's CPU, but target {base.name} runs on a GPU",
                     hint="tune a CPU target: llmc targets",
                 )
             last = base.quantize.rules[-1] if base.quantize is not None and base.quantize.rules else None
             if last is None or last.scheme is None or last.role is not None or last.match != "*":
                 raise ConfigError(
-                    f"target {base.name} has no scheme for weights in general, so that nothing can be varied",
-                    hint="its last rule is to have a scheme, and neither role nor match: see cpu-int4",
+                    f"target {base.name} has no general scheme for weights, so nothing can be varied",
+                    hint="its last rule needs a scheme, and neither role nor match: see cpu-int4",
                 )
         named = {base.name: base for base in bases}
         if len(named) != len(bases):
@@ -89,7 +89,7 @@ class Space:
         return cls(named)
 
     def target(self, choose: Choose) -> Target:
-        """The candidate that some choices make."""
+        """Return the candidate for some choices."""
         names = tuple(self.bases)
         base = self.bases[choose("target", names) if len(names) > 1 else names[0]]
         level = choose("accuracy_level", _ACCURACY_LEVELS)
@@ -111,17 +111,17 @@ class Space:
         return _with_weights(base, level, schemes, allocation)
 
     def anchors(self) -> list[Choices]:
-        """Choices to begin with: each base as nearly as they can, the finest, the smallest, one allocated."""
-        made: list[Choices] = []
+        """Return the first choices: the nearest to each base, the finest, the smallest, one allocated."""
+        anchors: list[Choices] = []
         for name, base in self.bases.items():
             rest: Choices = {"target": name} if len(self.bases) > 1 else {}
-            made.append({**rest, **_nearest(base)})
-        first = {k: v for k, v in made[0].items() if k in ("target", "accuracy_level")}
+            anchors.append({**rest, **_nearest(base)})
+        first = {k: v for k, v in anchors[0].items() if k in ("target", "accuracy_level")}
         for bits, block, symmetric in ((8, 32, True), (4, 128, True)):
             plain: Choices = {"method": LeastSquares.name, "allocated": False}
-            made.append({**first, **plain, **_uniform(bits, block, symmetric)})
-        made.append({**first, "method": LeastSquares.name, "allocated": True, "budget_bits": 5.2})
-        return made
+            anchors.append({**first, **plain, **_uniform(bits, block, symmetric)})
+        anchors.append({**first, "method": LeastSquares.name, "allocated": True, "budget_bits": 5.2})
+        return anchors
 
 
 def _uniform(bits: int, block: int, symmetric: bool) -> Choices:
@@ -133,19 +133,19 @@ def _uniform(bits: int, block: int, symmetric: bool) -> Choices:
 
 
 def _nearest(base: Target) -> Choices:
-    """Choices that make `base`, or what comes nearest to it."""
+    """Return the choices that give `base`, or the nearest candidate to it."""
     stated = _quantization(base)
     general = stated.rules[-1].scheme
     if general is None:
-        raise ConfigError(f"target {base.name} has no scheme for weights in general")
+        raise ConfigError(f"target {base.name} has no general scheme for weights")
     level = 4 if stated.accuracy_level == 4 else 1
     rest: Choices = {"accuracy_level": level, "method": general.method.name}
     if stated.allocation is not None:
-        wanted = stated.allocation.budget_bits or 5.2
+        budget_bits = stated.allocation.budget_bits or 5.2
         return {
             **rest,
             "allocated": True,
-            "budget_bits": min(_BUDGETS, key=lambda budget: abs(budget - wanted)),
+            "budget_bits": min(_BUDGETS, key=lambda budget: abs(budget - budget_bits)),
         }
     rest["allocated"] = False
     for name, roles in _GROUPS.items():
@@ -161,16 +161,16 @@ def _nearest(base: Target) -> Choices:
 
 def _quantization(base: Target) -> Quantization:
     if base.quantize is None:
-        raise ConfigError(f"target {base.name} quantizes nothing")
+        raise ConfigError(f"target {base.name} has no quantization")
     return base.quantize
 
 
 def _scheme(bits: int, block: int, symmetric: bool, method: str) -> WeightScheme:
-    """8 bits have nothing to make up for: their scales are searched where others are calibrated."""
+    """Create a scheme; with 8 bits, scales are searched where other widths are calibrated."""
     stated = METHODS[method]()
-    made = stated.uncalibrated() if bits == 8 else stated
+    configured = stated.uncalibrated() if bits == 8 else stated
     return WeightScheme.model_validate(
-        {"bits": bits, "block_size": block, "symmetric": symmetric, "method": made}
+        {"bits": bits, "block_size": block, "symmetric": symmetric, "method": configured}
     )
 
 
@@ -211,7 +211,7 @@ def _with_weights(
 
 
 def describe(target: Target) -> str:
-    """What sets a candidate apart, in a few words: bits by block size, `s` where symmetric."""
+    """Describe what distinguishes a candidate in a few words: bits x block size, `s` if symmetric."""
     stated = _quantization(target)
     parts = [target.name]
     if stated.allocation is not None:

@@ -1,8 +1,8 @@
-"""How `llmc tune` chooses among candidates: which is best, which is worth more measuring, which is taken.
+"""Choose among the candidates of `llmc tune`: the best, those to measure more closely, and the result.
 
 A candidate dominates another if it is better in one of four objectives and worse in none: KL divergence,
-decode speed, time to first token, size. Those that none dominates are the Pareto front. Times count in steps
-of 3 percent, which is what a machine at work tells apart.
+decode speed, time to first token, size. Candidates that none dominates are the Pareto front. Times count in
+steps of 3 percent, the smallest difference that is distinguishable on a machine in use.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from enum import StrEnum
 
 from llmc.artifact.tuning import Candidate, Constraints
 
-#: Ratio of two times that are told apart.
+#: Ratio of two times that are distinguishable.
 _GRAIN = 1.03
-#: By how much a few samples of times may be off.
+#: Largest error of a few samples of times, as a ratio.
 _NOISE = 1.1
 
 
 class Bound(StrEnum):
-    """What a candidate can be held to."""
+    """The bounds that a user can set for candidates."""
 
     KL = "--max-kl"
     SIZE = "--max-size"
@@ -28,7 +28,7 @@ class Bound(StrEnum):
 
 
 def objectives(candidate: Candidate) -> tuple[float, ...]:
-    """Return what is minimized, times in steps."""
+    """Return the minimized objectives, times in steps."""
     step, first = (
         float(round(math.log(ratio) / math.log(_GRAIN)))
         for ratio in (candidate.step_ratio, candidate.first_ratio)
@@ -37,30 +37,30 @@ def objectives(candidate: Candidate) -> tuple[float, ...]:
 
 
 def dominates(candidate: Candidate, other: Candidate) -> bool:
-    """Find out whether a candidate is better in one objective, and worse in none."""
+    """Return whether a candidate is better in one objective, and worse in none."""
     pairs = list(zip(objectives(candidate), objectives(other), strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def find_excesses(candidate: Candidate, constraints: Constraints) -> dict[Bound, float]:
-    """Return by how much of itself each bound is missed; zero or less where it is met."""
-    found = {}
+    """Return by which fraction of itself each bound is missed; zero or less if it is met."""
+    excesses = {}
     if constraints.max_kl is not None:
-        found[Bound.KL] = candidate.kl_high / constraints.max_kl - 1
+        excesses[Bound.KL] = candidate.kl_high / constraints.max_kl - 1
     if constraints.max_bytes is not None:
-        found[Bound.SIZE] = candidate.bytes / constraints.max_bytes - 1
+        excesses[Bound.SIZE] = candidate.bytes / constraints.max_bytes - 1
     if constraints.min_tokens_per_s is not None:
-        found[Bound.SPEED] = constraints.min_tokens_per_s / candidate.tokens_per_s - 1
-    return found
+        excesses[Bound.SPEED] = constraints.min_tokens_per_s / candidate.tokens_per_s - 1
+    return excesses
 
 
 def is_within(candidate: Candidate, constraints: Constraints) -> bool:
-    """Find out whether every bound is met."""
+    """Return whether every bound is met."""
     return all(excess <= 0 for excess in find_excesses(candidate, constraints).values())
 
 
 def is_out_of_reach(candidate: Candidate, constraints: Constraints) -> bool:
-    """Find out whether a bound is missed whatever more measuring would find."""
+    """Return whether a bound is missed regardless of further measurements."""
     speed = constraints.min_tokens_per_s
     fastest = _NOISE * candidate.tokens_per_s * candidate.step_ratio / candidate.step_low
     return (
@@ -71,30 +71,32 @@ def is_out_of_reach(candidate: Candidate, constraints: Constraints) -> bool:
 
 
 def render_excesses(candidate: Candidate, constraints: Constraints) -> str:
-    """Name each bound that a candidate misses, with its figure."""
-    told = {
+    """Describe each bound that a candidate misses, with its value."""
+    descriptions = {
         Bound.KL: f"KL divergence {candidate.kl:.4g} (up to {candidate.kl_high:.4g}), "
-        f"at most {constraints.max_kl} is asked",
+        f"at most {constraints.max_kl} is requested",
         Bound.SIZE: f"{candidate.bytes / 1e6:.4g} MB, "
-        f"at most {(constraints.max_bytes or 0) / 1e6:.4g} are asked",
+        f"at most {(constraints.max_bytes or 0) / 1e6:.4g} MB are requested",
         Bound.SPEED: f"{candidate.tokens_per_s:.4g} tokens/s, "
-        f"at least {constraints.min_tokens_per_s} are asked",
+        f"at least {constraints.min_tokens_per_s} are requested",
     }
-    return "; ".join(told[b] for b, excess in find_excesses(candidate, constraints).items() if excess > 0)
+    return "; ".join(
+        descriptions[b] for b, excess in find_excesses(candidate, constraints).items() if excess > 0
+    )
 
 
 def find_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other dominates, the most faithful first."""
+    """Return the candidates that no other dominates, the most faithful first."""
     front = [c for c in candidates if not any(dominates(other, c) for other in candidates)]
     return sorted(front, key=objectives)
 
 
 def survives(candidate: Candidate, peers: Sequence[Candidate], constraints: Constraints) -> bool:
-    """Whether a candidate is worth more measuring: successive halving by fronts, one after the other.
+    """Return whether to measure a candidate more closely: successive halving by fronts, one after the other.
 
-    It is if it stands in the better half of those measured alike, itself included: fronts are peeled off, and
-    those that share a front are as good. After Schmucker et al. 2021, Multi-objective asynchronous successive
-    halving, where candidates too are decided on as they come.
+    A candidate survives in the better half of those measured at the same level, itself included: fronts are
+    removed one by one, and candidates on the same front are equally good. After Schmucker et al. 2021,
+    Multi-objective asynchronous successive halving, where candidates are also decided on as they arrive.
     """
     if is_out_of_reach(candidate, constraints):
         return False
@@ -112,7 +114,7 @@ def survives(candidate: Candidate, peers: Sequence[Candidate], constraints: Cons
 
 
 def choose(candidates: Sequence[Candidate], constraints: Constraints) -> Candidate | None:
-    """The best that meets the constraints, by the first that is not bounded: KL divergence, speed, size."""
+    """Return the best that meets the constraints, by the first unbounded one: KL divergence, speed, size."""
     fit = [c for c in candidates if is_within(c, constraints)]
     if not fit:
         return None
@@ -124,5 +126,5 @@ def choose(candidates: Sequence[Candidate], constraints: Constraints) -> Candida
 
 
 def nearest(candidates: Sequence[Candidate], constraints: Constraints) -> Candidate:
-    """The one that misses its constraints by least, summed over them as fractions."""
+    """Return the candidate that misses its constraints by least, summed as fractions."""
     return min(candidates, key=lambda c: sum(max(0.0, e) for e in find_excesses(c, constraints).values()))

@@ -1,4 +1,4 @@
-"""What `llmc tune` is asked to do, resolved from names and figures as a user gives them."""
+"""Plan a tuning: resolve the names and values that a user gives to `llmc tune`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What a tuning is asked to do.
+    """The request of a tuning.
 
     Args:
         model: As the user wrote it.
         adapter: As `BuildPlan`.
-        bases: Targets that candidates are made from; times are ratios to the first.
-        profile: The hardware; candidates run on the machine at hand.
-        constraints: What is asked of the target that is taken.
-        seconds: Time for candidates, over all runs of the same tuning; the one that runs by then is finished.
-        most: Most candidates besides the base; None leaves it to the time.
+        bases: Targets that candidates are derived from; times are ratios to the first.
+        profile: The hardware; candidates run on this machine.
+        constraints: Bounds for the resulting target.
+        seconds: Time for candidates, over all runs of the same tuning; a candidate that is running is
+            finished.
+        most: Largest number of candidates besides the base; None to limit only the time.
         output: File of the target, in a folder `targets`.
-        report: Folder for tuning.json and tuning.html; None for neither.
-        eval_text: Files of evaluation text, `-` for standard input; none for the one that ships.
-        levels: Fidelities that a candidate is measured with, the cheapest first.
+        report: Folder for tuning.json and tuning.html; None to write neither.
+        eval_text: Files of evaluation text, `-` for standard input; empty for the built-in text.
+        levels: Fidelities at which a candidate is measured, the cheapest first.
     """
 
     model: str
@@ -51,10 +52,10 @@ class TunePlan:
 
 
 def parse_seconds(text: str) -> float:
-    """`90s`, `30m`, `1.5h`; a bare number is seconds.
+    """Parse `90s`, `30m`, `1.5h`; a number without a unit is in seconds.
 
     Raises:
-        ConfigError: It is none of these, or not above zero.
+        ConfigError: The text is something else, or not above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     seconds = float(match[1]) * _SECONDS[match[2] or "s"] if match else 0.0
@@ -79,14 +80,14 @@ def plan_tune(
     path: Path | None = None,
     adapter: str | None = None,
 ) -> TunePlan:
-    """Resolve names and figures as a user gives them.
+    """Resolve the names and values that a user gives.
 
     Args:
-        targets: One name, or several with commas between them.
-        max_size: In MB, 10**6 bytes.
+        targets: One name, or several separated by commas.
+        max_size: Largest size in MB, 10**6 bytes.
 
     Raises:
-        ConfigError: A name is not known, or a figure is not above zero.
+        ConfigError: A name is unknown, or a value is not above zero.
     """
     bases = tuple(load_target(name, path) for name in targets.split(","))
     for bound, value in ((Bound.KL, max_kl), (Bound.SIZE, max_size), (Bound.SPEED, min_tok_s)):

@@ -1,4 +1,4 @@
-"""Gates of a tuned target: those of its base, with bounds on quality that fit what was measured."""
+"""Derive the gates of a tuned target: those of its base, with quality bounds that fit the measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def strict_gates(gates: Sequence[Gate], max_kl: float | None) -> tuple[Gate, ...]:
-    """What a tuned target is held to whatever it may lose: a right graph, and the bound asked for."""
+    """Return the gates of a tuned target regardless of its loss: a right graph, and the requested bound."""
     exact = tuple(gate for gate in gates if not gate.metric.family.restated)
     return exact if max_kl is None else (*exact, _asked(max_kl))
 
@@ -22,42 +22,40 @@ def strict_gates(gates: Sequence[Gate], max_kl: float | None) -> tuple[Gate, ...
 def restate_gates(
     gates: Sequence[Gate], measurements: Sequence[Measurement], max_kl: float | None
 ) -> tuple[Gate, ...]:
-    """Gates that what was measured keeps: those on quality with new bounds where it does not keep the old.
+    """Return gates that pass with the measurements: quality gates get new bounds if they fail with the old.
 
     Args:
-        max_kl: Bound on the KL divergence that the user asked for, which is a gate then.
+        max_kl: Bound on the KL divergence that the user requested; it becomes a gate.
     """
-    found = {m.metric: m for m in measurements}
-    made = []
+    by_metric = {m.metric: m for m in measurements}
+    restated = []
     for gate in gates:
-        measured = found.get(gate.metric)
-        asked = gate.metric is Metric.TEXT_KL_MEAN and max_kl is not None
-        if asked or not gate.metric.family.restated or measured is None or measured.value is None:
-            made += [] if asked else [gate]
+        measured = by_metric.get(gate.metric)
+        requested = gate.metric is Metric.TEXT_KL_MEAN and max_kl is not None
+        if requested or not gate.metric.family.restated or measured is None or measured.value is None:
+            restated += [] if requested else [gate]
         elif any(c.metric is gate.metric for c in evaluate((gate,), (measured,)).missed):
-            made.append(_restated(gate, measured))
+            restated.append(_restated(gate, measured))
         else:
-            made.append(gate)
+            restated.append(gate)
     if max_kl is not None:
-        made.append(_asked(max_kl))
-    return tuple(made)
+        restated.append(_asked(max_kl))
+    return tuple(restated)
 
 
 def _asked(max_kl: float) -> Gate:
-    reason = f"nats per token; asked of llmc tune by {Bound.KL.value}"
+    reason = f"nats per token; requested of llmc tune by {Bound.KL.value}"
     return Gate(metric=Metric.TEXT_KL_MEAN, max=max_kl, reason=reason)
 
 
 def _restated(gate: Gate, measured: Measurement) -> Gate:
-    """A tenth beyond the worse end of what was measured."""
+    """Set a bound a tenth beyond the worse end of the measured interval."""
     worse = measured.high if gate.max is not None else measured.low
     value = measured.value if worse is None else worse
     if value is None:
         return gate
     bound = float(f"{value + (0.1 if gate.max is not None else -0.1) * abs(value):.3g}")
-    reason = (
-        f"{measured.value:.4g} was measured by llmc tune, and a tenth beyond the worse end is let through"
-    )
+    reason = f"{measured.value:.4g} was measured by llmc tune; the bound is a tenth beyond the worse end"
     return Gate(
         metric=gate.metric,
         max=None if gate.max is None else bound,

@@ -1,7 +1,7 @@
-"""Which candidate comes next: Optuna's multi-objective TPE over a journal that survives the process.
+"""Choose the next candidate: Optuna's multi-objective TPE with a journal that survives the process.
 
-Optuna's pruners know one objective only, so that how far a candidate is measured is decided by
-`llmc.pipeline.tune.choosing.survives`; Optuna is told the figures that a candidate got as far as.
+Optuna's pruners support only one objective, so `llmc.pipeline.tune.choosing.survives` decides how closely a
+candidate is measured; Optuna gets the values of the last level that a candidate reached.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
     from llmc.config import Target
 
-#: Candidates that are drawn at random before the sampler models anything.
+#: Candidates that are drawn at random before the sampler starts to model.
 _RANDOM = 8
-#: Least divergence that is told apart, for its logarithm.
+#: Smallest divergence, for its logarithm.
 _LEAST_KL = 1e-9
 _FOUND: TypeAdapter[tuple[Candidate | Refused, ...]] = TypeAdapter(tuple[Candidate | Refused, ...])
 
 
 def require_optuna() -> Any:
-    """The module.
+    """Import the module optuna.
 
     Raises:
         ResourceError: It is not installed.
@@ -42,7 +42,7 @@ def require_optuna() -> Any:
         import optuna
     except ImportError as error:
         raise ResourceError(
-            "optuna, which proposes what to measure, is not installed", hint="pip install 'llmc[tune]'"
+            "optuna, which proposes candidates, is not installed", hint="pip install 'llmc[tune]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
@@ -50,7 +50,7 @@ def require_optuna() -> Any:
 
 @dataclass(frozen=True)
 class Asked:
-    """A candidate that is to be measured."""
+    """A candidate to measure."""
 
     trial: Trial
     target: Target
@@ -60,9 +60,9 @@ class Search:
     """A study whose journal is a file.
 
     Args:
-        file: The journal; made if it is not there.
-        space: What candidates there are.
-        constraints: What is asked of them.
+        file: The journal; created if missing.
+        space: All candidates.
+        constraints: Bounds for them.
     """
 
     def __init__(self, file: Path, space: Space, constraints: Constraints) -> None:
@@ -80,19 +80,19 @@ class Search:
             directions=["minimize"] * 4,
             load_if_exists=True,
         )
-        known = self._study.get_trials(deepcopy=False)
-        # Another seed for each run: one that goes on is not to draw again what it drew before.
-        self._study.sampler = optuna.samplers.TPESampler(seed=len(known), n_startup_trials=_RANDOM)
-        if not known:
+        trials = self._study.get_trials(deepcopy=False)
+        # Another seed for each run: a continued run must not draw the same candidates again.
+        self._study.sampler = optuna.samplers.TPESampler(seed=len(trials), n_startup_trials=_RANDOM)
+        if not trials:
             for choices in space.anchors():
                 self._study.enqueue_trial(choices)
-        for trial in known:
+        for trial in trials:
             if trial.state is self._states.RUNNING:  # a killed run's
                 self._study.enqueue_trial(trial.params)
                 self._study.tell(trial.number, state=self._states.FAIL)
 
     def ask(self) -> Asked:
-        """The next candidate; it may be one that was measured already."""
+        """Return the next candidate; it may have been measured already."""
         trial = self._study.ask()
 
         def choose(name: str, options: Sequence[Option]) -> Option:
@@ -101,10 +101,10 @@ class Search:
 
         return Asked(trial, self._space.target(choose))
 
-    def tell(self, asked: Asked, found: Sequence[Candidate | Refused], seconds: float) -> None:
-        """What became of a candidate, level by level, and the time that it took."""
-        trial, last = asked.trial, found[-1]
-        trial.set_user_attr("found", _FOUND.dump_python(tuple(found), mode="json"))
+    def tell(self, asked: Asked, outcomes: Sequence[Candidate | Refused], seconds: float) -> None:
+        """Record the results for a candidate, level by level, and the time they took."""
+        trial, last = asked.trial, outcomes[-1]
+        trial.set_user_attr("found", _FOUND.dump_python(tuple(outcomes), mode="json"))
         trial.set_user_attr("seconds", seconds)
         if isinstance(last, Refused):
             self._study.tell(trial, state=self._states.FAIL)
@@ -115,7 +115,7 @@ class Search:
         self._study.tell(trial, [math.log(value) for value in values])
 
     def found(self) -> Iterator[tuple[Target, tuple[Candidate | Refused, ...]]]:
-        """Each candidate so far and what was found on it, level by level, in the order asked for."""
+        """Yield each candidate so far and its results, level by level, in the order of `ask`."""
         for trial in self._study.get_trials(deepcopy=False):
             if "found" in trial.user_attrs:
                 params = trial.params
@@ -130,13 +130,13 @@ class Search:
 
     @property
     def seconds(self) -> float:
-        """Spent on candidates so far, earlier runs included."""
+        """Return the time spent on candidates so far, earlier runs included."""
         attributes: list[Mapping[str, Any]] = [t.user_attrs for t in self._study.get_trials(deepcopy=False)]
         return sum(float(a.get("seconds", 0.0)) for a in attributes)
 
 
 def _drop_torn_line(file: Path) -> None:
-    """Cut off what a process that was killed in the midst of writing left of a line."""
+    """Remove an incomplete last line that a killed process left."""
     if file.is_file():
         data = file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]

@@ -1,4 +1,4 @@
-"""`llmc tune`: targets for one model and one machine, measured, and the best that meets what is asked."""
+"""Implement `llmc tune`: measure targets for one model and machine, and write the best that fits."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ from llmc.progress import Progress, SilentProgress
 from llmc.records import Record
 from llmc.report import read_report, render_front, write_tuning
 
-#: Most bytes of measurements that are kept, over all tunings.
+#: Largest size in bytes of the cache of measurements, over all tunings.
 _CACHE_BYTES = 64 << 20
-#: Tunings whose journals are kept, finished or not.
+#: Number of tunings whose journals are stored, finished or not.
 _KEPT = 8
 #: Optuna's journal, in the tuning's folder.
 _JOURNAL = "study.log"
-#: Candidates in a row that were known already, after which there is nothing left to look for.
+#: Number of successive known candidates after which the search space counts as exhausted.
 _KNOWN_IN_A_ROW = 200
 
 
 class TuneResult(Record):
-    """A tuning, and the target that was written.
+    """The result of a tuning, and the target that was written.
 
     Args:
-        target: The file; None if nothing meets the constraints.
+        target: The file; None if no candidate meets the constraints.
     """
 
     tuning: Tuning
     target: PathText | None
 
     def render(self) -> str:
-        """The front as a table, and how to build what was taken."""
+        """Return the front as a table, and the command to build the chosen target."""
         text = render_front(self.tuning)
         if self.target is None:
             return text
-        told = f"--profile {self.tuning.profile} --path {self.target.parent.parent}"
-        return f"{text}\n{self.target}\nllmc build {self.tuning.model} --target {self.target.stem} {told}"
+        options = f"--profile {self.tuning.profile} --path {self.target.parent.parent}"
+        return f"{text}\n{self.target}\nllmc build {self.tuning.model} --target {self.target.stem} {options}"
 
     def failure(self) -> LlmcError | None:
-        """A parity error, or a latency error if the nearest candidate misses nothing but speed."""
+        """Return a parity error, or a latency error if the nearest candidate misses only speed."""
         tuning = self.tuning
         if tuning.chosen is not None:
             return None
@@ -75,29 +75,29 @@ class TuneResult(Record):
         missed = {bound for bound, excess in find_excesses(near, tuning.constraints).items() if excess > 0}
         if not missed:
             return ParityError(
-                f"none of {len(tuning.candidates)} candidates that meets the constraints keeps the gates of "
-                "the target that it comes from",
+                f"of {len(tuning.candidates)} candidates, none that meets the constraints passes the gates "
+                "of its base target",
                 hint="the notes on stderr name the gates; llmc build with that target says more",
             )
         kind = LatencyError if missed == {Bound.SPEED} else ParityError
         return kind(
             f"none of {len(tuning.candidates)} candidates meets the constraints; the nearest is "
             f"{near.label}: {render_excesses(near, tuning.constraints)}",
-            hint="ask for less, or go on looking with more --budget",
+            hint="relax the constraints, or continue the search with more --budget",
         )
 
 
 def tune(plan: TunePlan, progress: Progress) -> TuneResult:
     """Measure candidates until the time is over, and write the best target that meets the constraints.
 
-    What was measured is kept in the cache folder: the same tuning goes on where it stopped, for whatever
-    reason, and does nothing where its time is spent.
+    Measurements are stored in the cache folder: the same tuning continues where it stopped, for whatever
+    reason, and does nothing if its time is spent.
 
     Raises:
-        ConfigError: A base has nothing to vary, the output is no file in a folder `targets`, or another
+        ConfigError: A base has nothing to vary, the output is not a file in a folder `targets`, or another
             process runs the same tuning.
         UnsupportedError: A base is for a GPU, or cannot be built.
-        ResourceError: Optuna is not installed; no space.
+        ResourceError: Optuna is not installed, or the disk is full.
     """
     from llmc.checkpoint import open_checkpoint
 
@@ -135,23 +135,23 @@ def tune(plan: TunePlan, progress: Progress) -> TuneResult:
         try:
             run.measure_bases()
             run.search_on()
-            taken = run.settle()
+            chosen = run.settle()
         except KeyboardInterrupt:
-            progress.note("what was measured is kept: the same command goes on from here")
+            progress.note("the measurements are kept: the same command continues from here")
             raise
         for name in ("base", "chosen", "chosen.failed"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    tuning = run.document(None if taken is None else taken[0])
+    tuning = run.document(None if chosen is None else chosen[0])
     if plan.report is not None:
         write_tuning(tuning, plan.report)
-    if taken is None:
+    if chosen is None:
         return TuneResult(tuning=tuning, target=None)
-    _write_target(taken[1], plan.output)
+    _write_target(chosen[1], plan.output)
     return TuneResult(tuning=tuning, target=plan.output)
 
 
 class _Run:
-    """One run of a tuning."""
+    """A run of a tuning."""
 
     def __init__(self, plan: TunePlan, bench: Workbench, search: Search, progress: Progress) -> None:
         self.plan, self.bench, self.search, self.progress = plan, bench, search, progress
@@ -161,59 +161,59 @@ class _Run:
         self.broken: set[str] = set()
 
     def measure_bases(self) -> None:
-        """The first base with every level, and what earlier runs found.
+        """Measure the first base at every level, and read the results of earlier runs.
 
         Raises:
-            UnsupportedError: It cannot be built or run.
+            UnsupportedError: The base cannot be built or run.
         """
         base = self.bench.base
         with self.progress.stage(f"base: {describe(base)}"), self.bench.open(base) as measure:
             for level in range(len(self.plan.levels)):
-                found = measure(level)
-                if isinstance(found, Refused):
+                measured = measure(level)
+                if isinstance(measured, Refused):
                     raise UnsupportedError(
-                        f"the base {base.name} cannot be measured: {found.reason}",
+                        f"the base {base.name} cannot be measured: {measured.reason}",
                         hint=f"llmc build {self.plan.model} --target {base.name} says more",
                     )
-                self._remember(base, found)
-        self.progress.note(self._told(found))
+                self._remember(base, measured)
+        self.progress.note(self._describe(measured))
         for target, several in self.search.found():
             for each in several:
                 self._remember(target, each)
 
     def search_on(self) -> None:
-        """Candidates until the time or their number is spent, or none is new."""
-        known = 0
-        while self.search.seconds < self.plan.seconds and known < _KNOWN_IN_A_ROW:
+        """Measure candidates until the time or their number is spent, or none is new."""
+        repeats = 0
+        while self.search.seconds < self.plan.seconds and repeats < _KNOWN_IN_A_ROW:
             if self.plan.most is not None and self._count() >= self.plan.most:
                 return
             asked = self.search.ask()
-            known = known + 1 if self._is_known(target_digest(asked.target)) else 0
-            self._climb(asked, quiet=known > 0)
+            repeats = repeats + 1 if self._is_known(target_digest(asked.target)) else 0
+            self._climb(asked, quiet=repeats > 0)
 
     def settle(self) -> tuple[Candidate, Target] | None:
-        """The candidate that is taken, measured to the end and held to its gates, with its target."""
+        """Choose a candidate, measure it to the end and check its gates; return it with its target."""
         while True:
-            known = [c for c in self._best().values() if c.digest not in self.broken]
-            chosen = choose(known, self.plan.constraints)
+            candidates = [c for c in self._best().values() if c.digest not in self.broken]
+            chosen = choose(candidates, self.plan.constraints)
             if chosen is None:
                 return None
             target = self.targets[chosen.digest]
             if chosen.level + 1 < len(self.plan.levels):
                 with self.bench.open(target) as measure:
-                    found = measure(chosen.level + 1)
-                self._remember(target, found)
-                self.progress.note(f"    {chosen.label}: {self._told(found)}")
-                held = None
+                    measured = measure(chosen.level + 1)
+                self._remember(target, measured)
+                self.progress.note(f"    {chosen.label}: {self._describe(measured)}")
+                gated = None
             else:
-                held = self._held_before(chosen, target)
-                if held is None:
+                gated = self._gated_cached(chosen, target)
+                if gated is None:
                     self.broken.add(chosen.digest)
-            if held is not None:
-                return chosen, held
+            if gated is not None:
+                return chosen, gated
 
     def document(self, chosen: Candidate | None) -> Tuning:
-        """Everything that was found."""
+        """Collect all results."""
         profile = self.plan.profile
         return Tuning(
             model=self.plan.model,
@@ -231,14 +231,14 @@ class _Run:
         )
 
     def _climb(self, asked: Asked, *, quiet: bool) -> None:
-        """One candidate, level by level, as long as it is worth it and there is time."""
+        """Measure a candidate level by level, as long as it survives and there is time."""
         start = time.monotonic()
-        found: list[Candidate | Refused] = []
+        measured: list[Candidate | Refused] = []
         label = describe(asked.target)
         with self.bench.open(asked.target) as measure:
             for level in range(len(self.plan.levels)):
                 each = measure(level)
-                found.append(each)
+                measured.append(each)
                 self._remember(asked.target, each)
                 if isinstance(each, Refused):
                     break
@@ -246,19 +246,19 @@ class _Run:
                 spent = self.search.seconds + time.monotonic() - start
                 if not survives(each, peers, self.plan.constraints) or spent > self.plan.seconds:
                     break
-        self.search.tell(asked, found, time.monotonic() - start)
+        self.search.tell(asked, measured, time.monotonic() - start)
         if not quiet:
-            self.progress.note(f"{self._count():3} {label}: {self._told(found[-1])}")
+            self.progress.note(f"{self._count():3} {label}: {self._describe(measured[-1])}")
 
-    def _remember(self, target: Target, found: Candidate | Refused) -> None:
-        self.targets.setdefault(found.digest, target)
-        if isinstance(found, Refused):
-            self.refused[found.digest] = found
+    def _remember(self, target: Target, measured: Candidate | Refused) -> None:
+        self.targets.setdefault(measured.digest, target)
+        if isinstance(measured, Refused):
+            self.refused[measured.digest] = measured
         else:
-            self.levels[found.level].setdefault(found.digest, found)
+            self.levels[measured.level].setdefault(measured.digest, measured)
 
     def _best(self) -> dict[str, Candidate]:
-        """Each candidate as it was measured most closely, the base first."""
+        """Return each candidate at its highest level, the base first."""
         best: dict[str, Candidate] = {}
         for level in self.levels:
             best |= level
@@ -268,37 +268,37 @@ class _Run:
         return digest in self.levels[0] or digest in self.refused
 
     def _count(self) -> int:
-        """Candidates that were looked at besides the base."""
+        """Count the candidates that were measured or refused, besides the base."""
         return len(self.levels[0]) - 1 + len(self.refused)
 
-    def _told(self, found: Candidate | Refused) -> str:
-        if isinstance(found, Refused):
-            return f"refused: {found.reason}"
+    def _describe(self, measured: Candidate | Refused) -> str:
+        if isinstance(measured, Refused):
+            return f"refused: {measured.reason}"
         return (
-            f"KL {found.kl:.4g} on {self.plan.levels[found.level].windows} windows, "
-            f"{found.tokens_per_s:.4g} tokens/s ({1 / found.step_ratio:.3f} x the base), "
-            f"first token {found.first_ms:.4g} ms, {found.bytes / 1e6:.4g} MB"
+            f"KL {measured.kl:.4g} on {self.plan.levels[measured.level].windows} windows, "
+            f"{measured.tokens_per_s:.4g} tokens/s ({1 / measured.step_ratio:.3f} x the base), "
+            f"first token {measured.first_ms:.4g} ms, {measured.bytes / 1e6:.4g} MB"
         )
 
-    def _held_before(self, chosen: Candidate, target: Target) -> Target | None:
-        """As `_hold`, remembered where it was taken."""
+    def _gated_cached(self, chosen: Candidate, target: Target) -> Target | None:
+        """Return the result of `_gated`, cached unless it is None."""
         settings = target.model_copy(update={"name": self.plan.output.stem}).model_dump(mode="json")
         bound = self.plan.constraints.max_kl
         key = content_key("tune", {**self.bench.facts, "held": settings, "max_kl": bound})
-        known = self.bench.cache.get(key)
-        if known is not None:
-            return Target.model_validate_json(known)
+        cached = self.bench.cache.get(key)
+        if cached is not None:
+            return Target.model_validate_json(cached)
         with self.progress.stage(f"verify: {chosen.label}"):
-            held = self._hold(chosen, target)
-        if held is not None:
-            self.bench.cache.put(key, held.model_dump_json().encode())
-        return held
+            gated = self._gated(chosen, target)
+        if gated is not None:
+            self.bench.cache.put(key, gated.model_dump_json().encode())
+        return gated
 
-    def _hold(self, chosen: Candidate, target: Target) -> Target | None:
-        """The target of a candidate with gates that it keeps; None if it is wrong, not only inexact.
+    def _gated(self, chosen: Candidate, target: Target) -> Target | None:
+        """Return a candidate's target with gates that it passes; None if it is wrong, not only inexact.
 
         Raises:
-            ParityError: Built again, it is not the same.
+            ParityError: A second build differs from the first.
         """
         plan = self.plan
         strict = strict_gates(target.gates, plan.constraints.max_kl)
@@ -316,7 +316,7 @@ class _Run:
         )
         failure = result.failure()
         if failure is not None:
-            self.progress.note(f"{chosen.label} is not taken: {failure.fact}")
+            self.progress.note(f"{chosen.label} is rejected: {failure.fact}")
             return None
         files = result.manifest.files
         if any(files[name].sha256 != digest for name, digest in chosen.model.items()):
@@ -328,29 +328,29 @@ class _Run:
         return target.model_copy(
             update={
                 "name": plan.output.stem,
-                "summary": f"{target.name} tuned for {plan.model}: {self._told(chosen)}",
+                "summary": f"{target.name} tuned for {plan.model}: {self._describe(chosen)}",
                 "gates": restate_gates(target.gates, report.measurements, plan.constraints.max_kl),
             }
         )
 
 
 def _make_room(folder: Path) -> None:
-    """Mark a tuning's folder as used, and remove those beside it that were not used for longest."""
+    """Mark a tuning's folder as used, and remove the least recently used ones beside it."""
     os.utime(folder)
     others = [p for p in folder.parent.iterdir() if (p / _JOURNAL).is_file() and p != folder]
     for old in sorted(others, key=lambda p: p.stat().st_mtime_ns)[: max(0, len(others) - _KEPT + 1)]:
         try:
             with output_lock(old / ".lock", old):
                 shutil.rmtree(old)
-        except ConfigError:  # another process is at it
+        except ConfigError:  # another process is using it
             continue
 
 
 def _require_place(output: Path) -> None:
-    """A target is found in a folder `targets` only.
+    """Require a folder `targets`, since targets are found only there.
 
     Raises:
-        ConfigError: The output is elsewhere, or cannot be written to.
+        ConfigError: The output is elsewhere, or is not writable.
     """
     if output.parent.name != "targets" or output.suffix not in (".yaml", ".yml"):
         raise ConfigError(
@@ -361,7 +361,7 @@ def _require_place(output: Path) -> None:
 
 
 def _write_target(target: Target, output: Path) -> None:
-    """At once, so that there is never half of it."""
+    """Write a target atomically."""
     partial = output.with_name(f".{output.name}.partial")
     with space_errors(output), access_errors(output):
         partial.write_text(render_document(target) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where `llmc tune` builds and measures its candidates, each beside the base, and remembers what it found."""
+"""Build and measure the candidates of `llmc tune`, each beside the base, and cache the results."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from llmc.validate.remembered import RememberedModel
     from llmc.validate.rival import Turn
 
-#: Prompt of the time to first token, most tokens.
+#: Largest number of tokens in the prompt for time to first token.
 PROMPT_TOKENS = 256
-#: What makes the bytes of a candidate, and what measures them.
+#: Packages that determine the bytes of a candidate, and its measurements.
 _CODE = (
     "checkpoint",
     "trace",
@@ -54,7 +54,7 @@ _CODE = (
     "runtime",
     "validate",
 )
-#: Turns of the base alone that its own speed is the median of.
+#: Turns of the base alone; its own speed is their median.
 _BASE_TURNS = 9
 _FOUND: TypeAdapter[Candidate | Refused] = TypeAdapter(Candidate | Refused)
 #: Ratio of the base to itself, with its interval.
@@ -63,12 +63,12 @@ _ONE = (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Level:
-    """How closely a candidate is looked at.
+    """The fidelity of a measurement.
 
     Args:
-        windows: Windows of the evaluation text, about.
-        samples: Samples of turns in turn with the base, each of two pairs of sessions.
-        rounds: Times that both sessions of a pair take two turns of decode steps.
+        windows: Approximate number of windows of the evaluation text.
+        samples: Number of samples of turns alternating with the base, each of two pairs of sessions.
+        rounds: Times that both sessions of a pair run two turns of decode steps.
     """
 
     windows: int
@@ -76,22 +76,22 @@ class Level:
     rounds: int
 
     def render(self) -> str:
-        """In words."""
+        """Return a human-readable description."""
         return f"{self.windows} windows of text, {2 * self.samples} pairs of sessions beside the base"
 
 
-#: Cheap first; only what is in the better half goes on. Gates are held on all windows, for what is taken.
+#: Cheapest first; only the better half continues. Gates are checked on all windows, for the chosen candidate.
 LEVELS = (Level(windows=8, samples=1, rounds=1), Level(windows=32, samples=2, rounds=3))
 
 
 def target_digest(target: Target) -> str:
-    """Digest of all that a target says about the artifact."""
+    """Return the digest of everything that a target says about the artifact."""
     return content_key("target", target.model_dump(mode="json", exclude={"name", "summary", "gates"}))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The base's own: a decode step, and the time to first token; seconds."""
+    """The base's own speed: a decode step, and the time to first token; seconds."""
 
     step: float
     first: float
@@ -99,15 +99,15 @@ class Speed:
 
 @dataclass
 class Workbench:
-    """Builds and measures candidates beside the base.
+    """The place where candidates are built and measured beside the base.
 
     Args:
         checkpoint: The original.
-        profile: What candidates are built for; they run on the machine at hand.
+        profile: Profile that candidates are built for; they run on this machine.
         base: The target that times are ratios to.
         text: Evaluation text.
-        folder: Where artifacts stand while they are measured.
-        cache: Measurements, those of earlier runs included.
+        folder: Folder for artifacts while they are measured.
+        cache: Measurements, including those of earlier runs.
         levels: Fidelities, the cheapest first.
     """
 
@@ -121,7 +121,7 @@ class Workbench:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What every measurement depends on, besides the candidate and the level."""
+        """Return what every measurement depends on, besides the candidate and the level."""
         machine = detect_cpu()
         return {
             "model": self.checkpoint.digest(),
@@ -135,33 +135,33 @@ class Workbench:
 
     @cached_property
     def threads(self) -> int:
-        """Intra-op threads of all sessions."""
+        """Return the number of intra-op threads of all sessions."""
         return self.profile.threads or detect_cpu().threads or 1
 
     @cached_property
     def reference(self) -> Artifact:
-        """The base, built."""
+        """Return the base as a built artifact."""
         return self.build(self.base, "base")
 
     @cached_property
     def speed(self) -> Speed:
-        """The base's own speed on this machine, measured once and remembered."""
+        """Return the base's own speed on this machine, measured once and cached."""
         kind = TypeAdapter(Speed)
         key = content_key("tune", {**self.facts, "what": "speed"})
-        known = self.cache.get(key)
-        if known is not None:
-            return kind.validate_json(known)
+        cached = self.cache.get(key)
+        if cached is not None:
+            return kind.validate_json(cached)
         turns = [self._decode(self.reference), self._prefill(self.reference)]
         step, first = (median([turn() for _ in range(_BASE_TURNS)][1:]) for turn in turns)
-        made = Speed(step, first)
-        self.cache.put(key, kind.dump_json(made))
-        return made
+        measured = Speed(step, first)
+        self.cache.put(key, kind.dump_json(measured))
+        return measured
 
     @contextmanager
     def open(self, target: Target) -> Iterator[Callable[[int], Candidate | Refused]]:
-        """A candidate: what it gives measures it at a level, and builds it if that is not known.
+        """Provide a function that measures a candidate at a level, and builds it if not cached.
 
-        What it raises: ResourceError, if there is no space or a runtime is missing.
+        The function raises ResourceError if the disk is full or a runtime is missing.
         """
         built: list[Artifact] = []
 
@@ -180,7 +180,7 @@ class Workbench:
             release_memory()
 
     def build(self, target: Target, name: str) -> Artifact:
-        """Build without holding the gates."""
+        """Build without running the gates."""
         merged = self.checkpoint.adapter
         plan = BuildPlan(
             model=self.checkpoint.ref,
@@ -197,17 +197,17 @@ class Workbench:
         plan, digest = self.levels[level], target_digest(target)
         settings = [plan.windows, plan.samples, plan.rounds]
         key = content_key("tune", {**self.facts, "candidate": digest, "level": settings})
-        known = self.cache.get(key)
-        if known is not None:
-            found = _FOUND.validate_json(known)
-            # What is its level here may have been another of other fidelities.
-            return found.model_copy(update={"level": level}) if isinstance(found, Candidate) else found
+        cached = self.cache.get(key)
+        if cached is not None:
+            outcome = _FOUND.validate_json(cached)
+            # The index of a level differs between lists of levels.
+            return outcome.model_copy(update={"level": level}) if isinstance(outcome, Candidate) else outcome
         try:
-            found = self._take(target, digest, artifact(), level)
+            outcome = self._take(target, digest, artifact(), level)
         except (UnsupportedError, ConfigError, CheckpointError, ParityError) as error:
-            found = Refused(digest=digest, label=describe(target), reason=error.fact)
-        self.cache.put(key, _FOUND.dump_json(found))
-        return found
+            outcome = Refused(digest=digest, label=describe(target), reason=error.fact)
+        self.cache.put(key, _FOUND.dump_json(outcome))
+        return outcome
 
     def _take(self, target: Target, digest: str, artifact: Artifact, level: int) -> Candidate:
         plan, speed, files = self.levels[level], self.speed, artifact.manifest.files
@@ -231,7 +231,7 @@ class Workbench:
         )
 
     def _divergence(self, artifact: Artifact, count: int) -> tuple[float, float, float]:
-        """Mean KL divergence with its interval.
+        """Measure mean KL divergence with its interval.
 
         Raises:
             ParityError: The artifact cannot be run, or its logits are not finite.
@@ -241,22 +241,22 @@ class Workbench:
         windows = self._windows.sample(count)
         self._original.prepare(windows.questions())
         self._original.release()
-        found = {m.metric: m for m in measure_quality(self._session(artifact), self._original, windows)}
-        kl = found[Metric.TEXT_KL_MEAN]
+        by_metric = {m.metric: m for m in measure_quality(self._session(artifact), self._original, windows)}
+        kl = by_metric[Metric.TEXT_KL_MEAN]
         if kl.value is None or kl.low is None or kl.high is None or not math.isfinite(kl.value):
             raise ParityError(kl.detail)
         return kl.value, kl.low, kl.high
 
     def _ratios(self, artifact: Artifact, plan: Level) -> tuple[tuple[float, float, float], ...]:
-        """Times over the base's in turn, with intervals: of a decode step, and to the first token."""
+        """Measure ratios of times to the base's, with intervals: decode step, time to first token."""
         from llmc.validate.rival import Pairing, compare_turns
 
-        made = []
+        ratios = []
         for opener, rounds in ((self._decode, plan.rounds), (self._prefill, 1)):
             pairing = Pairing(least=plan.samples, most=plan.samples, rounds=rounds)
-            found = compare_turns(partial(opener, self.reference), partial(opener, artifact), pairing)
-            made.append((found.ratio, found.low, found.high))
-        return tuple(made)
+            comparison = compare_turns(partial(opener, self.reference), partial(opener, artifact), pairing)
+            ratios.append((comparison.ratio, comparison.low, comparison.high))
+        return tuple(ratios)
 
     def _decode(self, artifact: Artifact) -> Turn:
         from llmc.validate.rival import CONTEXT, decode_turn
