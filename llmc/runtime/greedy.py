@@ -1,29 +1,31 @@
-"""Generate tokens and text greedily over a KV cache of fixed length."""
+"""Generate tokens and text greedily with any session."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from llmc.artifact.store.codec import TextCodec
 from llmc.errors import ConfigError
-from llmc.runtime.static_session import StaticSession
+from llmc.graph.interface import Interface
+from llmc.runtime.session import Session
 
 
 def generate_greedy(
-    session: StaticSession, prompts: Sequence[Sequence[int]], max_new: int, stop: Sequence[int]
+    session: Session, prompts: Sequence[Sequence[int]], max_new: int, stop: Sequence[int]
 ) -> Iterator[tuple[int | None, ...]]:
     """Continue a batch of prompts, each with its most likely next token.
 
     Args:
         prompts: Token ids of each row.
-        max_new: Largest number of new tokens per row; fewer if the KV cache fills up first.
+        max_new: Largest number of new tokens per row; fewer if the context ends first.
         stop: Tokens that end a row.
 
     Yields:
         The next token of each row, None for a row that has ended; generation stops once all rows have ended.
 
     Raises:
-        ConfigError: No token is requested, or a prompt is empty or leaves no room in the KV cache.
+        ConfigError: No token is requested, or a prompt is empty or leaves no room in the context.
         ParityError: The model fails.
     """
     if max_new < 1:
@@ -32,33 +34,54 @@ def generate_greedy(
     if not min(lengths, default=0):
         raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
     longest = max(lengths)
-    if longest >= session.capacity:
-        raise ConfigError(
-            f"the prompt has {longest} tokens, but the KV cache has only {session.capacity} slots",
-            hint="shorten the prompt, or build with a larger kv_capacity",
-        )
-    steps = min(max_new, session.capacity - longest)
+    steps = min(max_new, _room(session.interface, longest))
+    # Padding is on the right in a fixed cache, whose slots are filled from 0 on, and on the left in a growing
+    # one, where a sliding window counts slots.
+    left = not session.interface.static_cache
+    starts = [longest - length if left else 0 for length in lengths]
     ids = np.zeros((len(prompts), longest), np.int64)
     mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-        mask[row, : len(prompt)] = 1
+    for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):
+        ids[row, start : start + len(prompt)] = prompt
+        mask[row, start : start + len(prompt)] = 1
     logits = session.prefill(ids, mask, steps=steps - 1)
     every = session.interface.logits == "all"
-    last = logits[np.arange(len(prompts)), np.array(lengths) - 1] if every else logits[:, -1]
+    ends = np.array(starts) + np.array(lengths)
+    last = logits[np.arange(len(prompts)), ends - 1] if every else logits[:, -1]
     tokens = last.argmax(axis=1)
     ended = np.isin(tokens, list(stop))
-    for left in reversed(range(steps)):
+    for more in reversed(range(steps)):
         if ended.all():
             return
         yield tuple(None if over else int(token) for token, over in zip(tokens, ended, strict=True))
-        if left:
+        if more:
             tokens = session.decode(tokens[:, None])[:, -1].argmax(axis=1)
             ended |= np.isin(tokens, list(stop))
 
 
+def _room(interface: Interface, longest: int) -> int:
+    """Return the largest number of tokens that can follow a prompt of `longest` tokens.
+
+    Raises:
+        ConfigError: None can.
+    """
+    if interface.max_length is None:
+        return sys.maxsize
+    if longest < interface.max_length:
+        return interface.max_length - longest
+    if interface.static_cache:
+        raise ConfigError(
+            f"the prompt has {longest} tokens, but the KV cache has only {interface.max_length} slots",
+            hint="shorten the prompt, or build with a larger kv_capacity",
+        )
+    raise ConfigError(
+        f"the prompt has {longest} tokens, but the model's context ends at {interface.max_length}",
+        hint="shorten the prompt",
+    )
+
+
 def stream_text(
-    session: StaticSession,
+    session: Session,
     codec: TextCodec,
     prompt: str,
     max_tokens: int,
@@ -69,7 +92,7 @@ def stream_text(
 
     Args:
         codec: The artifact's tokenizer; its chat template, if there is one, is applied to the prompt.
-        max_tokens: Largest number of new tokens; fewer if the KV cache fills up first.
+        max_tokens: Largest number of new tokens; fewer if the context ends first.
         stop: Tokens that end the answer.
         emit: Receives each piece of the answer, in order.
 

@@ -13,6 +13,8 @@ from llmc.config import Dtype
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
 from llmc.runtime.greedy import generate_greedy, stream_text
+from llmc.runtime.ort_model import OrtModel
+from llmc.runtime.session import Session
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.runtime.static_session import StaticSession
 from llmc.validate.reference import TorchModel
@@ -35,7 +37,7 @@ def session(request: pytest.FixtureRequest, graph: tuple[Path, Interface]) -> St
     return StaticOrtModel(folder, interface, threads=1, most=request.param)
 
 
-def _rows(session: StaticSession, prompts: Sequence[Sequence[int]], count: int, stop: Sequence[int] = ()):
+def _rows(session: Session, prompts: Sequence[Sequence[int]], count: int, stop: Sequence[int] = ()):
     made = list(generate_greedy(session, prompts, count, stop))
     return [[step[row] for step in made] for row in range(len(prompts))]
 
@@ -75,6 +77,19 @@ def test_it_ends_with_the_cache(session: StaticSession) -> None:
     message = f"the prompt has {CAPACITY} tokens, but the KV cache has only {CAPACITY} slots"
     with pytest.raises(ConfigError, match=message):
         _rows(session, [[7] * CAPACITY], 1)
+
+
+def test_a_growing_cache_serves_as_well(tmp_path: Path) -> None:
+    interface = write_lowered(tmp_path, "mistral", Dtype.FLOAT32, last="rotary-embedding")
+    session = OrtModel(tmp_path, interface, threads=1, share_buffer=False)
+    assert _rows(session, PROMPTS, 12) == [_original(prompt, 12) for prompt in PROMPTS]
+    prompt = [7] * (CAPACITY - 3)
+    assert _rows(session, [prompt], 50) == [_original(prompt, 3)]
+    message = f"the prompt has {CAPACITY} tokens, but the model's context ends at {CAPACITY}"
+    with pytest.raises(ConfigError, match=message):
+        _rows(session, [[7] * CAPACITY], 1)
+    session.interface = interface.model_copy(update={"max_length": None})
+    assert _rows(session, PROMPTS[:1], 3) == [_original(PROMPTS[0], 3)]
 
 
 def test_what_cannot_be_continued(session: StaticSession) -> None:
