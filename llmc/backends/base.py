@@ -123,6 +123,10 @@ class Backend(ABC):
     several_profiles = False
     #: Whether onnxruntime-genai serves the artifact, with its own tokenizer; if not, llmc generates text.
     served_by_genai = True
+    #: The file that `write_serving` writes.
+    serving_file = "genai_config.json"
+    #: The Python module with which `open_graph` executes a graph.
+    graph_library = "onnxruntime"
     #: Whether attention in the served program rounds more than the type of its KV cache implies.
     rounds_attention = False
 
@@ -172,9 +176,10 @@ class Backend(ABC):
         generation_config: Any,
         graph: Graph,
     ) -> None:
-        """Write the file by which a runtime serves the artifact, beside the tokenizer's files in `folder`.
+        """Write `serving_file`, by which a runtime serves the artifact, into `folder`.
 
         Args:
+            folder: Folder that has the tokenizer's files already.
             threads: Intra-op threads; None for the runtime's default.
             config: transformers configuration of the model.
             generation_config: transformers `GenerationConfig`; None if the checkpoint has none.
@@ -233,8 +238,8 @@ class Backend(ABC):
             slots: Slots of a KV cache of fixed length, fewer than the graph has; None for all.
 
         Raises:
-            ResourceError: onnxruntime is not installed.
-            ParityError: onnxruntime cannot load the graph, or it has another interface.
+            ResourceError: The library is not installed.
+            ParityError: The library cannot load the graph, or it has another interface.
         """
 
     @abstractmethod

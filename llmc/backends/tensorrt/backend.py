@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.artifact.manifest import KernelRecord, Manifest, State
 from llmc.artifact.store.codec import TextCodec
 from llmc.backends.base import Backend, Executable, Generated, Made, Stage
-from llmc.backends.special_tokens import read_stop_tokens, write_generation_config
+from llmc.backends.special_tokens import GENERATION_CONFIG, read_stop_tokens, write_generation_config
 from llmc.backends.tensorrt.engines import (
     plan_all_engines,
     require_engine,
@@ -70,6 +70,7 @@ class TensorRtBackend(Backend):
 
     several_profiles = True
     served_by_genai = False
+    serving_file = GENERATION_CONFIG
 
     def prepare(self, plan: BuildPlan) -> Stage:
         """See `Backend`."""

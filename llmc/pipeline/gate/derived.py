@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from llmc.artifact.manifest import MODEL, PRUNING
 from llmc.backends import backend_of
 from llmc.backends.model_file import DATA
-from llmc.backends.onnxruntime.genai import GENAI_CONFIG
-from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.errors import LlmcError
 from llmc.pipeline.steps.prune import count_parameters
 from llmc.pipeline.steps.text import derive_text
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.pipeline.steps.rebuild import Rebuilt
 
-_SERVING = (GENAI_CONFIG, GENERATION_CONFIG)
 #: Facts of a text record that a runtime decides; `derive_text` does not test them.
 _BY_RUNTIME = ("served", "reason", "adds_special_tokens", "exceptions")
 
@@ -87,7 +84,7 @@ def compare_derived(
         for each in derived:
             if otherwise is not None and not _is_copy(folder / each, checkpoint):
                 continue
-            differences = settings if each in _SERVING else text
+            differences = settings if each == backend.serving_file else text
             differences += compare_file(path / each, folder / each)
     settings += [
         f"{each} is not written by a build"

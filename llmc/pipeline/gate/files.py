@@ -21,7 +21,7 @@ def hold_settings(run: Run) -> None:
     subject, derived = run.subject, run.subject.derived.settings
     with run.progress.stage("settings"):
         if not subject.backend.served_by_genai:
-            fine = "generation_config.json and the manifest match what a build derives"
+            fine = f"{subject.backend.serving_file} and the manifest match what a build derives"
             run.found.append(mismatches(Metric.SERVING, derived, fine, "json, from the files"))
         else:
             run.found.append(

@@ -77,14 +77,14 @@ def measure_served(run: Run) -> None:
     _measure_tasks(run, model)
 
 
-def measure_static(run: Run) -> None:
-    """Measure the graph that engines are built from, and the engine if its GPU is available.
+def measure_stepped(run: Run) -> None:
+    """Measure an artifact that llmc itself steps through: its graph, and the engine if its GPU is available.
 
     Parity is measured on the graph, in float32 and with the artifact's weights on both sides. Quality and the
     choice of tokens step by step are measured on the engine, or otherwise on the graph in its own types.
 
     Raises:
-        ParityError: TensorRT or onnxruntime cannot load it.
+        ParityError: The backend's library cannot load it.
     """
     from llmc.validate.choices import ask_choices, measure_choices
     from llmc.validate.parity import prepare_parity
@@ -105,7 +105,7 @@ def measure_static(run: Run) -> None:
         try:
             graph = _open_graph(run, Arithmetic.EXACT)
         except ParityError as error:
-            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, run.subject.backend.graph_library))
             raise
         release_memory()  # frees a second copy of folded weights
         run.found.append(_interface_holds(subject.interface, graph.where))
@@ -115,7 +115,7 @@ def measure_static(run: Run) -> None:
             levels = _levels(run, graph)
     del graph
     release_memory()
-    model = _open_static(run, slots=run.windows.tokens.shape[1])
+    model = _open_executed(run, slots=run.windows.tokens.shape[1])
     if subject.accelerated is not None:
         with run.progress.stage("engine"):
             chosen = measure_choices(model, run.original, run.tokens)
@@ -126,7 +126,7 @@ def measure_static(run: Run) -> None:
         run.found += _quality(run, model, rows)
     del model
     if subject.tasks is not None:
-        _measure_tasks(run, _open_static(run))
+        _measure_tasks(run, _open_executed(run))
 
 
 def _quality(
@@ -202,7 +202,7 @@ def _require_interface(run: Run) -> str:
         try:
             where = _open_graph(run, Arithmetic.SERVED).where
         except ParityError as error:
-            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, "onnxruntime"))
+            run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, run.subject.backend.graph_library))
             raise
         run.found.append(_interface_holds(run.subject.interface, where))
     return where
@@ -256,7 +256,7 @@ def _measure_tasks(run: Run, model: Session) -> None:
             run.found.append(measure_tasks(model, run.original, run.tokenizer, run.subject.tasks))
 
 
-def _open_static(run: Run, slots: int | None = None) -> Rewindable:
+def _open_executed(run: Run, slots: int | None = None) -> Rewindable:
     """Open the engine on its GPU, or its graph on the CPU, in pieces of the engine's size.
 
     Args:

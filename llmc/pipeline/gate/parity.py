@@ -14,7 +14,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus, Verdict
 from llmc.config import Family, Gate, Metric, Target
 from llmc.errors import ParityError
 from llmc.pipeline.gate.files import hold_settings, hold_tokenizer, hold_weights
-from llmc.pipeline.gate.graph import measure_served, measure_static
+from llmc.pipeline.gate.graph import measure_served, measure_stepped
 from llmc.pipeline.gate.loaders import measure_loaders
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import Subject
@@ -132,7 +132,7 @@ def measure_parity(
 
 def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ...], ...]:
     """Return the steps from cheap to costly; a gate missed in one phase ends the run before the next."""
-    measure = measure_served if subject.backend.served_by_genai else measure_static
+    measure = measure_served if subject.backend.served_by_genai else measure_stepped
     return (
         (hold_settings, hold_tokenizer),
         (hold_weights,),

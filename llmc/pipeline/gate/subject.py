@@ -78,7 +78,7 @@ class Subject:
     @property
     def runtime(self) -> str:
         """Return the library that executes the artifact."""
-        return "onnxruntime" if self.accelerated is None else self.accelerated.library
+        return self.backend.graph_library if self.accelerated is None else self.accelerated.library
 
     @property
     def backend(self) -> Backend:
