@@ -1,10 +1,16 @@
 """A backend is asked what it does, never which one it is."""
 
 import ast
+import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from llmc.backends import backend_of
+from llmc.backends.base import Backend
+from llmc.catalog import list_targets
+from llmc.config import BackendName, Target
 from tests.test_architecture import PACKAGE, ROOT, part_of
 
 #: What tells backends apart: fields of a target and of a manifest, and the graph that one of them asks for.
@@ -49,3 +55,38 @@ def test_the_rule_sees_a_question_of_kind(tmp_path: Path, monkeypatch: pytest.Mo
     assert questions_of_kind(file) == []
     file.write_text("if target.kernels == 'compiled' or not m.engines or (x and t.backend is B): pass\n")
     assert {q.split()[-1] for q in questions_of_kind(file)} == {"m.engines", "target.kernels", "t.backend"}
+
+
+def shipped_targets() -> list[Target]:
+    return [each.document for each in list_targets()]
+
+
+def test_every_backend_is_found_and_has_a_target_that_ships() -> None:
+    found = {(target.backend, target.kernels): type(backend_of(target)) for target in shipped_targets()}
+    assert {name for name, _ in found} == set(BackendName)
+    assert {kernels for _, kernels in found} == {"onnxruntime", "compiled"}
+    assert len(set(found.values())) == len(found)
+    assert set(found.values()) == concrete(Backend)
+
+
+def concrete(kind: type) -> set[type]:
+    """The class and what is derived from it, but for those that are abstract."""
+    own = set() if inspect.isabstract(kind) else {kind}
+    return own.union(*(concrete(each) for each in kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("target", shipped_targets(), ids=lambda target: target.name)
+def test_a_backend_answers_what_needs_no_artifact(target: Target) -> None:
+    backend = backend_of(target)
+    slots = backend.capacity(target)
+    assert slots is None or slots > 1
+    assert isinstance(backend.served_by_genai, bool)
+    assert isinstance(backend.several_profiles, bool)
+    assert isinstance(backend.rounds_attention, bool)
+    assert backend.serving_file.endswith(".json")
+    assert find_spec(backend.graph_library) is not None
+    bits = backend.quantizer(target).bits
+    assert bits is None or 1 < bits <= 8
+    for restart in (None, 4097, 12345):
+        obstacle = backend.switch_obstacle(target, restart)
+        assert obstacle is None or (obstacle and not obstacle.endswith(".") and obstacle[0].islower())
