@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llmc.backends import backends
 from llmc.errors import LlmcError, ResourceError
 from llmc.machine import detect_profile
 from llmc.memory import available_memory
@@ -37,8 +38,6 @@ REQUIRED: dict[str, tuple[int, ...]] = {
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
-# The package that builds engines; it exists for x86-64 Linux and Windows.
-ENGINE_BUILDER = "tensorrt-rtx-cu13"
 
 # The most that a build of the demo model needs: disk space of its float32 graph, and peak memory.
 DISK_BYTES = 1_000_000_000
@@ -94,16 +93,10 @@ def examine(folder: Path) -> DoctorReport:
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
             check_flavours("onnxruntime", RUNTIMES, versions, module="onnxruntime"),
             check_flavours("onnxruntime-genai", GENERATORS, versions, module="onnxruntime_genai"),
-            check_extra(ENGINE_BUILDER, versions, "targets tensorrt-* need it; it exists for x86-64 only"),
-            check_extra(
-                "tensorrt",
-                versions,
-                "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]'",
-            ),
-            check_extra(
-                "cuda-bindings",
-                versions,
-                "it executes TensorRT engines; pip install 'llmc[gpu]'",
+            *(
+                check_extra(name, versions, hint)
+                for backend in backends()
+                for name, hint in backend.packages.items()
             ),
             check_extra("optuna", versions, "llmc tune needs it; pip install 'llmc[tune]'"),
             check_compiler(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import llmc.doctor as doctor
+from llmc.backends import backends
 from llmc.errors import ExitCode
 
 ROOT = Path(doctor.__file__).parent.parent
@@ -35,9 +36,17 @@ def test_it_looks_for_what_is_required() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["dependencies"]
     names = {re.split(r"[><=;\s]", line)[0] for line in declared}
-    assert names == {*doctor.REQUIRED, *doctor.RUNTIMES, *doctor.GENERATORS, doctor.ENGINE_BUILDER}
+    assert names == {*doctor.REQUIRED, *doctor.RUNTIMES, *doctor.GENERATORS, "tensorrt-rtx-cu13"}
     lowest = doctor.REQUIRED["transformers"]
     assert f"transformers>={'.'.join(map(str, lowest))}" in declared
+
+
+def test_it_looks_for_what_backends_name(tmp_path: Path) -> None:
+    found = [check.name for check in doctor.examine(tmp_path).checks]
+    named = [name for backend in backends() for name in backend.packages]
+    assert named == ["tensorrt-rtx-cu13", "tensorrt", "cuda-bindings"]
+    start = found.index(named[0])
+    assert found[start : start + len(named)] == named
 
 
 def test_a_missing_package() -> None:

@@ -1,6 +1,6 @@
 """Implement the backends, a folder each, and select the one of a target.
 
-A backend is an `llmc.backends.base.Backend`. To add one, write its folder and return its class here.
+A backend is an `llmc.backends.base.Backend`. To add one, write its folder and name its class here, twice.
 """
 
 from __future__ import annotations
@@ -26,3 +26,12 @@ def backend_of(target: Target) -> Backend:
     from llmc.backends.onnxruntime.backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend()
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends."""
+    from llmc.backends.compiled.backend import CompiledBackend
+    from llmc.backends.onnxruntime.backend import OnnxRuntimeBackend
+    from llmc.backends.tensorrt.backend import TensorRtBackend
+
+    return (OnnxRuntimeBackend(), CompiledBackend(), TensorRtBackend())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
 from llmc.artifact.store.integrity import require_intact
@@ -119,6 +119,8 @@ class Executable:
 class Backend(ABC):
     """A way to write and execute an artifact; it has no state."""
 
+    #: Optional distributions by name, with what `llmc doctor` says where one is missing.
+    packages: ClassVar[Mapping[str, str]] = {}
     #: Whether an artifact can serve several profiles.
     several_profiles = False
     #: Whether onnxruntime-genai serves the artifact, with its own tokenizer; if not, llmc generates text.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.backends import backend_of
+from llmc.backends import backend_of, backends
 from llmc.backends.base import Backend
 from llmc.catalog import list_targets
 from llmc.config import BackendName, Target
@@ -66,7 +66,7 @@ def test_every_backend_is_found_and_has_a_target_that_ships() -> None:
     assert {name for name, _ in found} == set(BackendName)
     assert {kernels for _, kernels in found} == {"onnxruntime", "compiled"}
     assert len(set(found.values())) == len(found)
-    assert set(found.values()) == concrete(Backend)
+    assert set(found.values()) == {type(backend) for backend in backends()} == concrete(Backend)
 
 
 def concrete(kind: type) -> set[type]:

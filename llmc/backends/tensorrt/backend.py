@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.artifact.manifest import KernelRecord, Manifest, State
 from llmc.artifact.store.codec import TextCodec
@@ -68,6 +68,11 @@ class EngineStage(Stage):
 class TensorRtBackend(Backend):
     """The backend for engines with a KV cache of fixed length; llmc generates text with them."""
 
+    packages: ClassVar[Mapping[str, str]] = {
+        "tensorrt-rtx-cu13": "targets tensorrt-* need it; it exists for x86-64 only",
+        "tensorrt": "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]'",
+        "cuda-bindings": "it executes TensorRT engines; pip install 'llmc[gpu]'",
+    }
     several_profiles = True
     served_by_genai = False
     serving_file = GENERATION_CONFIG
