@@ -312,6 +312,12 @@ class Manifest(Strict):
             )
         return self
 
+    @property
+    def executed(self) -> dict[str, str]:
+        """The files with code that its records name, and what each is."""
+        files = {engine.file: "engine" for engine in self.engines if engine.file is not None}
+        return files if self.kernels is None else {**files, self.kernels.library: "library"}
+
     def to_json(self) -> str:
         """Return JSON with sorted keys and a newline at the end: the same manifest gives the same text."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

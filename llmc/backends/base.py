@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Made:
-    """The files that a backend wrote beside model.onnx, as recorded in the manifest.
+    """The files that a backend wrote beside model.onnx; every field but `files` is a field of the manifest.
 
     Args:
         kernels: The library of compiled kernels.
@@ -44,6 +44,10 @@ class Made:
     kernels: KernelRecord | None = None
     engines: tuple[EngineRecord, ...] = ()
     files: Mapping[str, FileDigest] = field(default_factory=dict)
+
+    def records(self) -> dict[str, Any]:
+        """What the manifest records, by the name of its field."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "files"}
 
 
 class Stage(ABC):

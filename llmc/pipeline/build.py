@@ -253,9 +253,8 @@ def _manifest(
         weights=compiled.weights,
         text=text,
         pruned=pruned,
-        kernels=written.kernels,
-        engines=written.engines,
         state=state,
+        **written.records(),
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llmc.artifact.manifest import Manifest
 from llmc.backends import backend_of, backends
-from llmc.backends.base import Backend
+from llmc.backends.base import Backend, Made
 from llmc.catalog import list_targets
 from llmc.config import BackendName, Target
 from tests.test_architecture import PACKAGE, ROOT, part_of
@@ -67,6 +68,11 @@ def test_every_backend_is_found_and_has_a_target_that_ships() -> None:
     assert {kernels for _, kernels in found} == {"onnxruntime", "compiled"}
     assert len(set(found.values())) == len(found)
     assert set(found.values()) == {type(backend) for backend in backends()} == concrete(Backend)
+
+
+def test_what_a_backend_made_are_fields_of_the_manifest() -> None:
+    optional = {name for name, field in Manifest.model_fields.items() if not field.is_required()}
+    assert {"kernels", "engines"} <= set(Made().records()) <= optional
 
 
 def concrete(kind: type) -> set[type]:

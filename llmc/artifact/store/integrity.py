@@ -95,7 +95,8 @@ def find_damage(artifact: Artifact, *, remember: bool = False) -> Damage:
     code: list[str] = []
     large: list[str] = []
     for name in sorted(recorded):
-        wrong, executed = _compare(folder, name, recorded[name]), _is_library(name)
+        wrong = _compare(folder, name, recorded[name])
+        executed = _is_library(name) or name in artifact.manifest.executed
         if wrong is None and recorded[name].bytes >= _REMEMBERED_BYTES and not executed:
             large.append(name)
         elif (wrong := wrong or _compare_digest(folder, name, recorded[name])) is not None:
@@ -176,12 +177,9 @@ def _unvouched(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield what the files name but the manifest does not cover."""
     if (folder / _GENAI_CONFIG).is_file() and not _leaves(folder, _GENAI_CONFIG):
         yield from _named_by_config(folder / _GENAI_CONFIG, manifest)
-    for engine in manifest.engines:
-        if engine.file is not None and engine.file not in manifest.files:
-            yield f"the manifest has no digest of engine {engine.file}"
-    kernels = manifest.kernels
-    if kernels is not None and kernels.library not in manifest.files:
-        yield f"the manifest has no digest of library {kernels.library}"
+    for name, kind in manifest.executed.items():
+        if name not in manifest.files:
+            yield f"the manifest has no digest of {kind} {name}"
     for name in manifest.files:
         if name.endswith(".onnx") and (folder / name).is_file() and not _leaves(folder, name):
             yield from _external_data(folder, name, manifest)
