@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.manifest import CheckRecord, FileDigest, Manifest, State
+from llmc.artifact.manifest import CheckRecord, FileDigest, KernelRecord, Manifest, State
 from llmc.artifact.store.disk import require_space, space_errors
-from llmc.artifact.store.folder import digest_file, digest_folder, open_artifact, staging
+from llmc.artifact.store.folder import Artifact, digest_file, digest_folder, open_artifact, staging
 from llmc.artifact.store.integrity import find_damage, require_intact
 from llmc.artifact.store.workplace import lock_path
 from llmc.artifact.verdict import CheckStatus
@@ -307,6 +307,18 @@ def test_files_that_the_manifest_does_not_list_are_named(tmp_path: Path, make_ma
     assert find_damage(open_artifact(model)).files == tuple(
         f"{n} is not listed in the manifest" for n in wrong
     )
+
+
+def test_what_a_record_names_is_code_whatever_its_suffix(tmp_path: Path, make_manifest: MakeManifest) -> None:
+    kernels = KernelRecord(library="ops.bin", isa="avx2", compiler="c++", source="0" * 64, regions=1, nodes=1)
+    (tmp_path / "ops.bin").write_bytes(b"now")
+    listed = {"ops.bin": FileDigest(sha256=hashlib.sha256(b"was").hexdigest(), bytes=3)}
+    for files, wrong in (
+        (listed, "ops.bin has changed"),
+        ({}, "the manifest has no digest of library ops.bin"),
+    ):
+        manifest = make_manifest(kernels=kernels, files=files)
+        assert find_damage(Artifact(tmp_path, manifest)).code == (wrong,)
 
 
 def test_digests_leave_out_reports_and_the_manifest_and_trust_what_is_known(tmp_path: Path) -> None:
