@@ -11,6 +11,7 @@ import pytest
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import State
 from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.verdict import CheckStatus
 from llmc.backends.special_tokens import read_stop_tokens
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.engines import require_engine
@@ -37,13 +38,20 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
 
 
-def _plan(model: Path, output: Path, profile: str, capacity: int = 128) -> BuildPlan:
-    plan = plan_build(str(model), target="tensorrt-fp16", profile=profile, output=output)
+def _plan(
+    model: Path,
+    output: Path,
+    profile: str,
+    capacity: int = 128,
+    target: str = "tensorrt-fp16",
+    gates: tuple[Gate, ...] = GATES,
+) -> BuildPlan:
+    plan = plan_build(str(model), target=target, profile=profile, output=output)
     assert plan.target.engine is not None
     sizes = {"kv_capacity": capacity, "prefill": Span(least=1, typical=16, most=64)}
     engine = plan.target.engine.model_copy(update=sizes)
     return plan.model_copy(
-        update={"target": plan.target.model_copy(update={"engine": engine, "gates": GATES})}
+        update={"target": plan.target.model_copy(update={"engine": engine, "gates": gates})}
     )
 
 
@@ -169,6 +177,18 @@ def test_where_there_is_the_gpu_its_engine_is_what_runs(
         with pytest.raises(ResourceError, match="cudaGetDeviceProperties of CUDA fails: ") as caught:
             command()
         assert caught.value.exit_code is ExitCode.RESOURCES
+
+
+def test_plain_rounding_is_the_yardstick_of_what_llmc_steps_through(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    gate = Gate(metric=Metric.TEXT_KL_RATIO, max=1.5, reason="not worse than plain rounding")
+    plan = _plan(model, tmp_path / "out", "h100-sxm", target="tensorrt-int4", gates=(gate,))
+    result = build(plan, SilentProgress())
+    assert result.verdict is not None
+    (check,) = (check for check in result.verdict.checks if check.metric is Metric.TEXT_KL_RATIO)
+    assert check.status is CheckStatus.PASS
+    assert check.value is not None
+    assert check.value > 0.1
 
 
 def test_a_cache_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:

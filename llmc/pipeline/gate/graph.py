@@ -57,11 +57,7 @@ def measure_served(run: Run) -> None:
                 )
             prepare_parity(run.plan, run.own, run.progress.advance)
             run.original.release()
-        rounding = open_rounding(run.subject, run.own)
-        if rounding is not None:
-            with run.progress.stage("original with rounded weights"):
-                rounding.prepare(run.windows.yardstick_questions(run.original), run.progress.advance)
-                rounding.release()
+        rounding = _prepare_rounding(run)
         run.own.release()
         release_memory()
         with run.progress.stage("parity"):
@@ -99,7 +95,8 @@ def measure_stepped(run: Run) -> None:
         if not run.weights.unread:
             prepare_parity(run.plan, run.own, run.progress.advance)
         run.original.release()
-        run.own.release()
+    rounding = None if run.weights.unread else _prepare_rounding(run)
+    run.own.release()
     release_memory()
     with run.progress.stage("parity"):
         try:
@@ -123,14 +120,24 @@ def measure_stepped(run: Run) -> None:
         levels = (*(m for m in levels if m.metric is not Metric.DECODE_TOP1), chosen)
     run.found += levels
     with run.progress.stage("quality"):
-        run.found += _quality(run, model, rows)
+        run.found += _quality(run, model, rows, rounding)
     del model
     if subject.tasks is not None:
         _measure_tasks(run, _open_executed(run))
 
 
+def _prepare_rounding(run: Run) -> RememberedModel | None:
+    """The yardstick of the target, which knows its answers on the first windows; None if it has none."""
+    rounding = open_rounding(run.subject, run.own)
+    if rounding is not None:
+        with run.progress.stage("original with rounded weights"):
+            rounding.prepare(run.windows.yardstick_questions(run.original), run.progress.advance)
+            rounding.release()
+    return rounding
+
+
 def _quality(
-    run: Run, model: Session, rows: int | None, rounding: RememberedModel | None = None
+    run: Run, model: Session, rows: int | None, rounding: RememberedModel | None
 ) -> tuple[Measurement, ...]:
     """Measure quality on some windows of the text, and on all of them if some do not decide a gate.
 
