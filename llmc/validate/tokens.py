@@ -127,7 +127,7 @@ def compare_texts(
     """Describe by text what differs from the original in its tokens, or in the text decoded from them.
 
     Args:
-        special_tokens: The original's special tokens, as they are written.
+        special: The original's special tokens, as they are written.
 
     Raises:
         ParityError: A side cannot encode or decode a text.
