@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from llmc.backends.compiled.program import RowPlace, Space, Tensor
+from llmc.backends.compiled.program import RowPlace, Space, Tensor, float_literal
 from llmc.graph.domains import MICROSOFT
 
 #: Largest number of leaves of a function besides weights: members a, b and c of llmc::Op.
@@ -42,12 +42,7 @@ def leaf(source: RowPlace | Tensor, width: int, space: Space) -> Expression:
 
 
 def constant(value: float, width: int, space: Space) -> Expression:
-    return Expression(
-        f"all({value!r}f)" if "." in repr(value) or "e" in repr(value) else f"all({value!r}.0f)",
-        (),
-        width,
-        space,
-    )
+    return Expression(f"all({float_literal(value)})", (), width, space)
 
 
 def apply(pattern: str, *arguments: Expression) -> Expression:
@@ -76,7 +71,7 @@ def _gelu(node: ir.Node) -> str:
 
 def _quick_gelu(node: ir.Node) -> str:
     alpha = float(node.attributes["alpha"].as_float()) if "alpha" in node.attributes else 1.702
-    return f"scaled_silu($0, {alpha!r}f)"
+    return f"scaled_silu($0, {float_literal(alpha)})"
 
 
 #: C++ code of the operators with one activation, by domain and name.

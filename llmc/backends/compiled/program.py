@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 LANES = 16
 #: Largest number of tokens of a sequence in one step for which kernels give each the same bits as alone.
 SAME_TOKENS = 8
@@ -186,6 +188,12 @@ class Program:
         return "{" + ", ".join(members) + "}"
 
 
+def float_literal(value: float) -> str:
+    """Return the shortest C++ literal of a number in float32, however many digits it was read with."""
+    text = str(np.float32(value))
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
 def _operand(value: Operand) -> str:
     match value:
         case RowPlace():
@@ -195,6 +203,6 @@ def _operand(value: Operand) -> str:
         case Caches():
             return "{" + ", ".join(str(tensor.index) for tensor in value.tensors) + "}"
         case float():
-            return f"{value!r}f" if "." in repr(value) or "e" in repr(value) else f"{value!r}.0f"
+            return float_literal(value)
         case _:
             return str(value)
