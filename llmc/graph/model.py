@@ -14,6 +14,8 @@ from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, We
 
 #: Node metadata: index of the decoder layer to which a node belongs.
 LAYER = "llmc.layer"
+#: Node metadata of torch's exporter: names of the modules around a node, as a Python list.
+SCOPES = "pkg.torch.onnx.name_scopes"
 #: Node metadata: layouts of the packed weights that a compiled operator reads, as JSON by initializer name:
 #: [outputs, inputs, bits, block size, PackedZero].
 PACKED = "llmc.packed"

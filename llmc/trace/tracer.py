@@ -13,7 +13,7 @@ from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import find_nodes
-from llmc.graph.model import Graph, Placeholder
+from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder
 from llmc.graph.verify import verify_graph
 from llmc.trace.expand import attach_cache, expand_layers
 from llmc.trace.export import Exported, export_model
@@ -95,6 +95,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
         side = {"left": "on the left only", "none": "nowhere: its rows must have equal length"}[padding]
         notes.append(f"a batch is padded {side}, since {why}")
     _define_dialect(model)
+    _drop_traces(model)
     graph.name = "decoder"
     for reason, count in exported.capture.dense_experts.items():
         notes.append(f"experts traced as dense products in {count} layers, kept in float: {reason}")
@@ -133,6 +134,21 @@ def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
             value.shape = ir.Shape(tensor.shape.numpy())
             value.type = ir.TensorType(tensor.dtype)
         graph.initializers[name] = value
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """Drop what the exporter records of the machine that traces, such as the paths in its stack traces."""
+    for node in model.graph.all_nodes():
+        kept = {key: node.metadata_props[key] for key in (LAYER, SCOPES) if key in node.metadata_props}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def _define_dialect(model: ir.Model) -> None:

@@ -14,11 +14,9 @@ from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface
-from llmc.graph.model import LAYER
+from llmc.graph.model import LAYER, SCOPES
 from llmc.runtime.arithmetic import Arithmetic, compute_in
 from llmc.runtime.libraries import load_onnxruntime
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def _places(nodes: Sequence[Any]) -> list[NodePlace]:
 
 def _module(node: Any) -> str | None:
     """Return the name of the original's module that a traced node belongs to."""
-    stated = next((p.value for p in node.metadata_props if p.key == _SCOPES), None)
+    stated = next((p.value for p in node.metadata_props if p.key == SCOPES), None)
     if stated is None:
         return None
     scopes = [str(scope) for scope in ast.literal_eval(stated)]

@@ -32,6 +32,8 @@ from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.models import EOS, MODEL_TYPES, save_tiny_model
 
+ROOT = Path(__file__).parents[2]
+
 TOLERANCE = 1e-4
 METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS)
 
@@ -111,14 +113,17 @@ def test_an_artifact_explains_where_a_pass_declined(tmp_path: Path) -> None:
         explain(str(model), "pack-qkv")
 
 
-def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_wherever_llmc_lies(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model", tokenizer=True)
+    for name in ("llmc", "targets", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / "second" / name)
     digests = []
     for name in ("first", "second"):
         environment = {
             **os.environ,
             "LLMC_CACHE": str(tmp_path / name / "cache"),
             "PYTHONHASHSEED": str(len(digests)),
+            "PYTHONPATH": str(ROOT if name == "first" else tmp_path / name),
         }
         command = [
             sys.executable,
@@ -133,6 +138,9 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         manifest = open_artifact(tmp_path / name / "out").manifest
+        graph = (tmp_path / name / "out" / "model.onnx").read_bytes()
+        assert str(tmp_path).encode() not in graph
+        assert b"site-packages" not in graph
         digests.append((manifest.files, (tmp_path / name / "out" / "manifest.json").read_bytes()))
     assert digests[0] == digests[1]
 

@@ -13,7 +13,7 @@ from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
-from llmc.graph.model import Graph, Placeholder, layer_of
+from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.trace import trace_model
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
@@ -181,6 +181,16 @@ def test_every_attention_is_one_node_with_its_geometry() -> None:
     assert [slot.window for slot in graph.cache] == [8, None, 8, None]
     assert {n.attributes["softcap"].as_float() for n in attention} == {50.0}
     assert not [n for n in graph.graph if n.op_type == "Softmax"]
+
+
+def test_nothing_of_the_machine_that_traces_is_left() -> None:
+    graph = trace_model(tiny_config("qwen3_moe"), Dtype.FLOAT32)
+    nodes = list(graph.model.graph.all_nodes())
+    assert {key for node in nodes for key in node.metadata_props} == {LAYER, SCOPES}
+    values = [*graph.graph.inputs, *graph.graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
+    assert not any(value.metadata_props for value in values)
+    assert not graph.graph.metadata_props
+    assert not any(node.doc_string for node in nodes)
 
 
 def test_positions_are_an_input_only_where_the_model_reads_them() -> None:
