@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
-from llmc.artifact.store.integrity import require_intact
 from llmc.config import BuildPlan, Target
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
@@ -300,17 +299,23 @@ class Backend(ABC):
 
     # -- commands of one backend --------------------------------------------------------------------------
 
+    def unfinished_files(self, manifest: Manifest) -> set[str]:
+        """Names of files, whole or not, that a `resume` leaves if it ends before it records them."""
+        return set()
+
     def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
         """Build what is pending for this machine's hardware.
+
+        Args:
+            artifact: It is intact.
 
         Returns:
             The manifest with it.
 
         Raises:
-            ConfigError: Nothing is pending, or the artifact is damaged.
+            ConfigError: Nothing is pending.
             ResourceError: This machine does not have the hardware.
         """
-        require_intact(artifact)
         raise ConfigError(f"{artifact.path} has no engine pending: it is {artifact.manifest.state.value}")
 
     def node_checker(self, target: Target) -> Any:

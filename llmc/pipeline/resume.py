@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.artifact.store.folder import open_artifact, update_manifest
+from llmc.artifact.store.integrity import require_intact
 from llmc.backends import backend_of
 from llmc.pipeline.result import BuildResult, build_result
 from llmc.progress import Progress
@@ -22,7 +23,12 @@ def resume(path: Path, progress: Progress) -> BuildResult:
             artifact is unchanged.
         UnsupportedError: TensorRT refuses the graph.
     """
-    artifact = open_artifact(path)
-    manifest = backend_of(artifact.manifest.target).resume(artifact, progress)
+    with progress.stage("artifact"):
+        artifact = open_artifact(path)
+        backend = backend_of(artifact.manifest.target)
+        for name in backend.unfinished_files(artifact.manifest):
+            (path / name).unlink(missing_ok=True)
+        require_intact(artifact)
+    manifest = backend.resume(artifact, progress)
     update_manifest(artifact, manifest)
     return build_result(path, manifest, None, progress)

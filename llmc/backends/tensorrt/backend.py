@@ -16,6 +16,7 @@ from llmc.backends.tensorrt.engines import (
     plan_all_engines,
     require_engine,
     resume_engines,
+    unfinished_files,
     write_engines,
 )
 from llmc.backends.tensorrt.forecast import forecast
@@ -210,6 +211,10 @@ class TensorRtBackend(Backend):
         """See `Backend`."""
         files = (file for engine in manifest.engines for file in (engine.file, engine.context))
         return {file for file in files if file is not None}
+
+    def unfinished_files(self, manifest: Manifest) -> set[str]:
+        """See `Backend`."""
+        return unfinished_files(manifest)
 
     def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
         """Build the engines that are pending for this machine's GPU."""

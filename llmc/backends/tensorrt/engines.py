@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import FileDigest, Manifest, State
 from llmc.artifact.store.folder import Artifact, digest_file
-from llmc.artifact.store.integrity import require_intact
 from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
 from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines
 from llmc.backends.tensorrt.worker import build_apart
@@ -75,22 +74,19 @@ def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
     """Build the pending engines of an artifact that need the GPU of this machine.
 
     Args:
-        artifact: An artifact in the state "engine pending".
+        artifact: An intact artifact in the state "engine pending".
 
     Returns:
         Its manifest with the engines.
 
     Raises:
-        ConfigError: The artifact is damaged, or none of its engines is pending.
+        ConfigError: None of its engines is pending.
         ResourceError: This machine does not have the GPU or the library that a pending engine needs; the
             artifact is unchanged.
         UnsupportedError: TensorRT refuses the graph.
     """
     manifest, path = artifact.manifest, artifact.path
-    with progress.stage("artifact"):
-        plans = tuple(_plan_of(record) for record in manifest.engines if record.file is None)
-        _remove_unfinished(artifact, plans)
-        require_intact(artifact)
+    plans = _pending_plans(manifest)
     if not plans:
         raise ConfigError(f"{path} has no engine pending: it is {manifest.state.value}")
     for each in plans:
@@ -98,7 +94,8 @@ def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
     try:
         records, files = write_engines(path, manifest.target, manifest.interface, plans, progress)
     except BaseException:
-        _remove_unfinished(artifact, plans)
+        for name in unfinished_files(manifest):
+            (path / name).unlink(missing_ok=True)
         raise
     built = {record.sms: record for record in records}
     return manifest.model_copy(
@@ -110,17 +107,17 @@ def resume_engines(artifact: Artifact, progress: Progress) -> Manifest:
     )
 
 
-def _remove_unfinished(artifact: Artifact, plans: Sequence[EnginePlan]) -> None:
-    """Remove engines, whole or not, left by a command that ended before it recorded them."""
+def unfinished_files(manifest: Manifest) -> set[str]:
+    """Return the names of files of pending engines, including those that exist only while they are built."""
     from llmc.backends.tensorrt.context import context_name
 
-    for plan in plans:
-        for name in {plan.name, plan.partial, context_name(plan.name)} - artifact.manifest.files.keys():
-            (artifact.path / name).unlink(missing_ok=True)
+    names = ((plan.name, plan.partial, context_name(plan.name)) for plan in _pending_plans(manifest))
+    return {name for each in names for name in each} - manifest.files.keys()
 
 
-def _plan_of(record: EngineRecord) -> EnginePlan:
-    return EnginePlan(Library(record.library), record.sms, record.profiles)
+def _pending_plans(manifest: Manifest) -> tuple[EnginePlan, ...]:
+    waiting = (record for record in manifest.engines if record.file is None)
+    return tuple(EnginePlan(Library(each.library), each.sms, each.profiles) for each in waiting)
 
 
 def _require_host(plan: EnginePlan) -> None:
