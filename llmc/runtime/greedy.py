@@ -17,7 +17,7 @@ def generate_greedy(
     """Continue a batch of prompts, each with its most likely next token.
 
     Args:
-        prompts: Token ids of each row.
+        prompts: Token ids of each row, equally many where the interface allows no padding.
         max_new: Largest number of new tokens per row; fewer if the context ends first.
         stop: Tokens that end a row.
 
@@ -35,9 +35,9 @@ def generate_greedy(
         raise ConfigError("the prompt has no tokens", hint="give a prompt that is not empty")
     longest = max(lengths)
     steps = min(max_new, _room(session.interface, longest))
-    # Padding is on the right in a fixed cache, whose slots are filled from 0 on, and on the left in a growing
-    # one, where a sliding window counts slots.
-    left = not session.interface.static_cache
+    # A fixed cache is filled from slot 0 on. In a growing one a window may count slots, also those of padding
+    # between tokens.
+    left = not session.interface.static_cache and session.interface.padding != "right"
     starts = [longest - length if left else 0 for length in lengths]
     ids = np.zeros((len(prompts), longest), np.int64)
     mask = np.zeros_like(ids)
