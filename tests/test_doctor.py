@@ -44,7 +44,7 @@ def test_it_looks_for_what_is_required() -> None:
 def test_it_looks_for_what_backends_name(tmp_path: Path) -> None:
     found = [check.name for check in doctor.examine(tmp_path).checks]
     named = [name for backend in backends() for name in backend.packages]
-    assert named == ["tensorrt-rtx-cu13", "tensorrt", "cuda-bindings"]
+    assert {"tensorrt-rtx-cu13", "tensorrt", "cuda-bindings"} <= set(named)
     start = found.index(named[0])
     assert found[start : start + len(named)] == named
 
