@@ -33,6 +33,8 @@ def test_a_prompt_fits_the_cache() -> None:
         ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine requires backend tensorrt"),
         ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 requires backend tensorrt"),
         ("cpu-int4", {"kv_cache": "int8"}, "kv_cache requires kernels: compiled"),
+        ("tensorrt-fp16", {"kernels": "compiled"}, "compiled requires backend onnxruntime and provider cpu"),
+        ("cuda-fp16", {"kernels": "compiled"}, "compiled requires backend onnxruntime and provider cpu"),
         ("cpu-int4-compiled", {"kv_cache": "int4"}, "Input should be 'float32', 'float16' or 'int8'"),
         ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine requires backend tensorrt"),
         (

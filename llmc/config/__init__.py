@@ -267,6 +267,10 @@ class Target(Strict):
             raise ValueError("bfloat16 requires backend tensorrt; onnxruntime lacks kernels for it")
         if self.kv_cache is not None and self.kernels != "compiled":
             raise ValueError("kv_cache requires kernels: compiled; otherwise its type is dtype")
+        if self.kernels == "compiled" and (
+            self.backend is not BackendName.ONNXRUNTIME or self.provider is not Provider.CPU
+        ):
+            raise ValueError("kernels: compiled requires backend onnxruntime and provider cpu")
         if self.backend is BackendName.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
         if self.lookup is not None and (self.backend is BackendName.TENSORRT or self.logits == "last"):
