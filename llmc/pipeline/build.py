@@ -123,29 +123,14 @@ def _write(
     digest: Future[str],
     progress: Progress,
 ) -> Built:
-    """Compile the model, and write every file of the artifact except its manifest into `folder`."""
-    from llmc.backends.model_file import write_model
-    from llmc.quantize.activations import write_smoothing
-
+    """Run the phases of a build, which write every file of the artifact except its manifest into `folder`."""
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
     compiled = compile_graph(pruned.checkpoint, plan.target, progress)
-    text_only = opened.text_only_note(compiled.unread)
-    for note in _unread_notes(opened, compiled.unread, text_only):
-        progress.note(note)
-    checkpoint = replace(opened, notes=(*opened.notes, *filter(None, [text_only])))
-    graph, backend = compiled.graph, backend_of(plan.target)
-    kernels = prepared.lower(graph, folder, progress)
-    interface = graph.interface()
-    with progress.stage("write"):
-        files = write_model(graph.model, folder, progress.advance)
-        for note in loss_notes(folder, compiled.weights, compiled.sources):
-            progress.note(f"write: {note}")
-        if backend.quantizer(plan.target).scales_channels:
-            write_smoothing(folder, compiled.smoothing)
-        compact = pruned.checkpoint
-        config, generation_config = compact.config, compact.generation_config()
-        backend.write_serving(folder, plan.target, plan.profile.threads, config, generation_config, graph)
+    checkpoint = _note_unread(opened, compiled, progress)
+    kernels = prepared.lower(compiled.graph, folder, progress)
+    files = _write_model(plan, pruned.checkpoint, compiled, folder, progress)
+    interface = compiled.graph.interface()
     written = replace(prepared.write(folder, interface, progress), kernels=kernels)
     reports = folder / REPORTS
     reports.mkdir()
@@ -163,6 +148,7 @@ def _write(
         written,
         prepared.state(written),
     )
+    forecasts = _write_forecasts(plan, manifest, reports)
     subject = Subject(
         folder=folder,
         interface=interface,
@@ -177,12 +163,52 @@ def _write(
         seed=seed_of(manifest.files) if plan.seed is None else plan.seed,
         budget=plan.budget,
     )
-    forecasts = backend.forecasts(plan.target, (plan.profile, *plan.also), manifest)
+    gated = plan.verify and prepared.measurable
+    return Built(manifest, forecasts, subject if gated else None, pruned.record)
+
+
+def _note_unread(opened: Checkpoint, compiled: Compiled, progress: Progress) -> Checkpoint:
+    """Report what the graph does not read; return the checkpoint with the note on towers among its notes."""
+    text_only = opened.text_only_note(compiled.unread)
+    for note in _unread_notes(opened, compiled.unread, text_only):
+        progress.note(note)
+    return replace(opened, notes=(*opened.notes, *filter(None, [text_only])))
+
+
+def _write_model(
+    plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled, folder: Path, progress: Progress
+) -> dict[str, FileDigest]:
+    """Write the graph with its weights, and the files beside it by which it is served.
+
+    Args:
+        checkpoint: The checkpoint that was compiled.
+
+    Returns:
+        Digests of the graph and its weights.
+    """
+    from llmc.backends.model_file import write_model
+    from llmc.quantize.activations import write_smoothing
+
+    graph, target, backend = compiled.graph, plan.target, backend_of(plan.target)
+    with progress.stage("write"):
+        files = write_model(graph.model, folder, progress.advance)
+        for note in loss_notes(folder, compiled.weights, compiled.sources):
+            progress.note(f"write: {note}")
+        if backend.quantizer(target).scales_channels:
+            write_smoothing(folder, compiled.smoothing)
+        config, generation_config = checkpoint.config, checkpoint.generation_config()
+        backend.write_serving(folder, target, plan.profile.threads, config, generation_config, graph)
+    return files
+
+
+def _write_forecasts(plan: BuildPlan, manifest: Manifest, reports: Path) -> tuple[Forecast, ...]:
+    """Forecast the latency on each profile; write the bounds as forecast.json if there are any."""
+    profiles = (plan.profile, *plan.also)
+    forecasts = backend_of(plan.target).forecasts(plan.target, profiles, manifest)
     if forecasts:
         bounds = [each.model_dump(mode="json") for each in forecasts]
         replace_text(reports / "forecast.json", json.dumps(bounds, indent=2) + "\n")
-    gated = plan.verify and prepared.measurable
-    return Built(manifest, forecasts, subject if gated else None, pruned.record)
+    return forecasts
 
 
 def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str | None) -> list[str]:
