@@ -72,13 +72,13 @@ def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
 
     cache = StageCache(default_cache_folder())
     key = trace_key(checkpoint.config, dtype)
-    cached = cache.get(key)
-    if cached is not None:
+    data = cache.get(key)
+    if data is not None:
         progress.note("trace: unchanged model code and configuration, taken from the cache")
-        return load_graph(cached)
-    graph = trace_model(checkpoint.config, dtype)
-    cache.put(key, dump_graph(graph))
-    return graph
+    else:
+        data = dump_graph(trace_model(checkpoint.config, dtype))
+        cache.put(key, data)
+    return load_graph(data)  # also of a new trace: its attributes are rounded to float32 as in the cache
 
 
 def trace_key(config: Any, dtype: Dtype) -> str:
