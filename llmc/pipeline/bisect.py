@@ -104,7 +104,7 @@ def bisect(
         if target.dtype is not Dtype.FLOAT32:
             raise UnsupportedError(
                 f"llmc bisect compares values in float32 with the original's, but {target.name} computes in "
-                f"{target.dtype.value}, whose rounding would be difference first",
+                f"{target.dtype.value}, whose rounding would be found first",
                 hint="build the model for cpu-fp32, and bisect that",
             )
         prompt = short_prompt(original)

@@ -17,6 +17,7 @@ from llmc.artifact.text import TextRecord
 from llmc.checkpoint import open_checkpoint
 from llmc.config import CalibrationText
 from llmc.data import eval_text
+from llmc.evaluation import shipped_text
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.steps.calibrate import prepare
 from llmc.pipeline.steps.original import tokenize
@@ -90,7 +91,7 @@ def test_windows_of_the_gate_begin_once(folder: Path) -> None:
 def test_windows_of_tuning_begin_once(folder: Path, tmp_path: Path) -> None:
     none: Any = None
     bench = Workbench(
-        open_checkpoint(str(folder)), none, none, eval_text(), tmp_path, StageCache(tmp_path / "c", 0), ()
+        open_checkpoint(str(folder)), none, none, shipped_text(), tmp_path, StageCache(tmp_path / "c", 0), ()
     )
     bench.__dict__["reference"] = SimpleNamespace(manifest=SimpleNamespace(interface=INTERFACE))
     assert _once(bench._windows.tokens)

@@ -37,5 +37,5 @@ def test_how_many_windows(high: float, count: int, asked: list[int], monkeypatch
         windows=every.sample(4),
         all_windows=every,
     )
-    gate_graph._quality(run, None, None)
+    gate_graph._quality(run, None, None, None)
     assert seen == asked

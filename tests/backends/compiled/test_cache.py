@@ -412,8 +412,8 @@ def feeds_of_zeros(kernels: Kernels, past: int, slots: int) -> dict[str, Array]:
 def test_a_layer_that_kernels_do_not_take_is_not_supported() -> None:
     with pytest.raises(
         UnsupportedError,
-        match="a KV cache in int8 needs compiled attention in every layer, but 1 of 3 stay with ONNX Runtime"
-        "it has a bias or sinks",
+        match="a KV cache in int8 needs compiled attention in every layer, but 1 of 3 stay with ONNX "
+        "Runtime: it has a bias or sinks",
     ) as caught:
         compile_kernels(attention_graph(sinks=True), usable_sets()[0], find_compiler(), CacheType.INT8)
     assert "kv_cache: float32" in str(caught.value.hint)
