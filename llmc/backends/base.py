@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Made:
+class BackendOutput:
     """The files that a backend wrote beside model.onnx; every field but `files` is a field of the manifest.
 
     Args:
@@ -45,7 +45,7 @@ class Made:
     files: Mapping[str, FileDigest] = field(default_factory=dict)
 
     def records(self) -> dict[str, Any]:
-        """What the manifest records, by the name of its field."""
+        """Return what the manifest records, by the name of its field."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "files"}
 
 
@@ -61,11 +61,11 @@ class Stage(ABC):
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """Convert a quantized graph to its final form, and write what its operators need."""
 
-    def write(self, folder: Path, interface: Interface, progress: Progress) -> Made:
+    def write(self, folder: Path, interface: Interface, progress: Progress) -> BackendOutput:
         """Write the files that are derived from model.onnx in `folder`."""
-        return Made()
+        return BackendOutput()
 
-    def state(self, made: Made) -> State:
+    def state(self, output: BackendOutput) -> State:
         """Return the state of the artifact before any gate has run."""
         return State.NOT_VERIFIED if self.measurable else State.NOT_EXECUTED
 
@@ -194,7 +194,9 @@ class Backend(ABC):
             UnsupportedError: The runtime cannot serve the graph.
         """
 
-    def forecasts(self, target: Target, profiles: Sequence[Profile], made: Manifest) -> tuple[Forecast, ...]:
+    def forecasts(
+        self, target: Target, profiles: Sequence[Profile], manifest: Manifest
+    ) -> tuple[Forecast, ...]:
         """Return latency bounds from data sheets, one for each profile; empty if nothing is forecast."""
         return ()
 

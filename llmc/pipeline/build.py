@@ -17,7 +17,7 @@ from llmc.artifact.store.decisions import write_decisions
 from llmc.artifact.store.disk import replace_text
 from llmc.artifact.store.folder import Artifact, Staging, digest_folder, staging
 from llmc.backends import backend_of
-from llmc.backends.base import Made, Stage
+from llmc.backends.base import BackendOutput, Stage
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError
 from llmc.pipeline.gate.parity import measure_parity
@@ -255,7 +255,7 @@ def _manifest(
     compiled: Compiled,
     digest: str,
     files: dict[str, FileDigest],
-    written: Made,
+    written: BackendOutput,
     state: State,
 ) -> Manifest:
     return Manifest(

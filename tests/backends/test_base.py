@@ -9,7 +9,7 @@ import pytest
 
 from llmc.artifact.manifest import Manifest
 from llmc.backends import backend_of, backends
-from llmc.backends.base import Backend, Made
+from llmc.backends.base import Backend, BackendOutput
 from llmc.catalog import list_targets
 from llmc.config import BackendName, Target
 from tests.test_architecture import PACKAGE, ROOT, part_of
@@ -72,7 +72,7 @@ def test_every_backend_is_found_and_has_a_target_that_ships() -> None:
 
 def test_what_a_backend_made_are_fields_of_the_manifest() -> None:
     optional = {name for name, field in Manifest.model_fields.items() if not field.is_required()}
-    assert {"kernels", "engines"} <= set(Made().records()) <= optional
+    assert {"kernels", "engines"} <= set(BackendOutput().records()) <= optional
 
 
 def concrete(kind: type) -> set[type]:

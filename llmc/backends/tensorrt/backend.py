@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmc.artifact.manifest import KernelRecord, Manifest, State
 from llmc.artifact.store.codec import TextCodec
-from llmc.backends.base import Backend, Executable, Generated, Made, Stage
+from llmc.backends.base import Backend, BackendOutput, Executable, Generated, Stage
 from llmc.backends.special_tokens import GENERATION_CONFIG, read_stop_tokens, write_generation_config
 from llmc.backends.tensorrt.engines import (
     plan_all_engines,
@@ -55,14 +55,14 @@ class EngineStage(Stage):
         """Change nothing: passes and quantization already create the graph that TensorRT parses."""
         return None
 
-    def write(self, folder: Path, interface: Interface, progress: Progress) -> Made:
+    def write(self, folder: Path, interface: Interface, progress: Progress) -> BackendOutput:
         """Build the engines."""
         engines, files = write_engines(folder, self.target, interface, self.plans, progress)
-        return Made(engines=engines, files=files)
+        return BackendOutput(engines=engines, files=files)
 
-    def state(self, made: Made) -> State:
+    def state(self, output: BackendOutput) -> State:
         """See `Stage`; engines are not executed."""
-        pending = any(engine.file is None for engine in made.engines)
+        pending = any(engine.file is None for engine in output.engines)
         return State.ENGINE_PENDING if pending else State.NOT_EXECUTED
 
 
@@ -112,11 +112,13 @@ class TensorRtBackend(Backend):
         """Write generation_config.json."""
         write_generation_config(folder, config, generation_config, graph.interface().vocabulary)
 
-    def forecasts(self, target: Target, profiles: Sequence[Profile], made: Manifest) -> tuple[Forecast, ...]:
+    def forecasts(
+        self, target: Target, profiles: Sequence[Profile], manifest: Manifest
+    ) -> tuple[Forecast, ...]:
         """See `Backend`."""
-        scratch = max((p.scratch_bytes for engine in made.engines for p in engine.phases), default=0)
+        scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
         engine = _engine_of(target)
-        return tuple(forecast(made.interface, made.weights, engine, p, scratch) for p in profiles)
+        return tuple(forecast(manifest.interface, manifest.weights, engine, p, scratch) for p in profiles)
 
     def require_host(self, artifact: Artifact) -> None:
         """Accept every host: the graph needs only ONNX Runtime."""
