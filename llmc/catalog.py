@@ -91,7 +91,7 @@ def read_target(named: str, path: Path | None = None) -> Target:
         path: Folder of the user's own targets, as for `search_folders`.
 
     Raises:
-        ConfigError: There is no such target, or its file is not valid.
+        ConfigError: No target has this name, or its file is not valid.
     """
     if named.endswith((".yaml", ".yml")):
         return _load_target(Path(named), path)

@@ -16,9 +16,9 @@ def special_tokens(
 ) -> dict[str, list[int] | int]:
     """Return the end-of-sequence ids, the padding id and the beginning-of-sequence id, each if known.
 
-    The generation config decides, then the model's config. If there is no hand-written generation config, or
-    none of its end ids is in the vocabulary, the tokenizer's end of sequence is added: a chat model's config
-    often names only the end of text, and small models keep the default of a larger vocabulary.
+    The generation config decides, then the model's config. If the checkpoint has no generation config of
+    its own, or none of its end ids is in the vocabulary, the tokenizer's end of sequence is added: a chat
+    model's config often names only the end of text, and small models keep the default of a larger vocabulary.
 
     Args:
         folder: Directory with the tokenizer files.

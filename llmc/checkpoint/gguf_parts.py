@@ -25,12 +25,6 @@ def model_stem(file: Path) -> str:
     return file.stem if match is None else match["stem"]
 
 
-def split_name(file: Path) -> tuple[int, int] | None:
-    """Parse this part's number, from 1, and the count of parts from the name; None for a whole model."""
-    match = _PART.fullmatch(file.name)
-    return None if match is None else (int(match["number"]), int(match["count"]))
-
-
 def all_parts(file: Path) -> tuple[Path, ...]:
     """Return every part of the split model that `file` belongs to, in order.
 

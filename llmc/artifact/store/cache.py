@@ -174,7 +174,7 @@ def _open_own(path: Path) -> int:
     """Open a file of this user that nobody else may write to, for reading; follow no link.
 
     Raises:
-        OSError: There is no such file, or it is somebody else's.
+        OSError: The file does not exist, or belongs to another user.
     """
     if os.name != "posix":
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

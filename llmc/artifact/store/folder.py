@@ -150,7 +150,7 @@ def open_artifact(path: Path) -> Artifact:
     """Read the manifest of the artifact in directory `path`.
 
     Raises:
-        ConfigError: There is no such directory, no manifest in it, a damaged one, or one of a newer schema.
+        ConfigError: The directory or its manifest does not exist, or the manifest is damaged or newer.
     """
     tidy(path)
     manifest = path / MANIFEST

@@ -71,7 +71,7 @@ class DeviceBuffer:
         size: Size in bytes.
 
     Raises:
-        ResourceError: There is no device, or not enough memory.
+        ResourceError: This machine has no CUDA device, or the device lacks memory.
     """
 
     def __init__(self, size: int) -> None:

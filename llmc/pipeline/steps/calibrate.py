@@ -70,15 +70,16 @@ def observe(
     return Observations(weights, inputs)
 
 
-def recall(checkpoint: Checkpoint, graph: Graph, quantizer: Quantizer) -> Observations:
-    """Return what `observe` returned for the same arguments, as far as it is cached.
+def recall(
+    checkpoint: Checkpoint, weight_needs: WeightNeeds | None, input_needs: InputNeeds | None
+) -> Observations:
+    """Return what `observe` returned for a quantizer with these needs, as far as it is cached.
 
     Raises:
         UnsupportedError: The model cannot be run layer by layer.
     """
     from llmc.quantize.quantizer import Observations
 
-    weight_needs, input_needs = quantizer.weight_needs(graph), quantizer.input_needs(graph)
     return Observations(
         None if weight_needs is None else _recall_weights(checkpoint, weight_needs),
         None if input_needs is None else _recall_inputs(checkpoint, input_needs),

@@ -84,8 +84,8 @@ def rebuild(
     graph, backend = lowered.graph, backend_of(target)
     with progress.stage("quantize"):
         quantizer = backend.quantizer(target).restated(records)
-        observed = recall(checkpoint, graph, quantizer)
         weight_needs, input_needs = quantizer.weight_needs(graph), quantizer.input_needs(graph)
+        observed = recall(checkpoint, weight_needs, input_needs)
         calibrated: frozenset[str] = frozenset()
         if weight_needs is not None and observed.weights is None:
             calibrated = frozenset(quantizer.calibrated(graph, weight_needs))
