@@ -157,10 +157,12 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert run().tuning == tuning
     assert builds[before:] == []
     # Another question: a search of its own, and figures that are known.
+    # A candidate that is the fastest this time is measured on more windows if it had dropped out before.
     bounded = run(max_kl=5.0).tuning
-    assert builds[before:] == []
     known = {c.digest: c for c in tuning.candidates}
     assert {c.digest for c in bounded.candidates} == set(known)
+    risen = [c for c in bounded.candidates if c.level > known[c.digest].level]
+    assert builds[before:].count("candidate") == len(risen)
     assert len(list((home / "cache" / "tune").rglob("study.log"))) == 2
     for number in range(8):  # tunings of other days, the first of them under way in another process
         other = home / "cache" / "tune" / f"other{number}"
@@ -174,7 +176,7 @@ def test_the_written_target_builds_the_same_and_nothing_is_measured_twice(
     assert {p for p in left if p.startswith("other")} == {f"other{n}" for n in (0, 2, 3, 4, 5, 6, 7)}
     taken = bounded.find(str(bounded.chosen))
     assert taken.step_ratio == min(c.step_ratio for c in bounded.candidates)
-    assert taken.kl == known[taken.digest].kl
+    assert taken.kl == known[taken.digest].kl or taken in risen
     gates = {gate.metric: gate for gate in load_target("best", mine).gates}
     assert gates[Metric.TEXT_KL_MEAN].max == 5.0
 
