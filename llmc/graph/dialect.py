@@ -29,11 +29,10 @@ and u on both sides. The output is the sum over the chosen experts, weighted by 
 The lowered operators of later passes belong to other domains; only backends depend on them.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
+from llmc.graph.body import Body, declare
 from llmc.graph.domains import DIALECT, OPSET
 
 CACHED_ATTENTION = "CachedAttention"
@@ -43,37 +42,6 @@ EXPERTS = "Experts"
 _MASKED = float(np.finfo(np.float32).min)
 
 
-class _Body:
-    """Collects the nodes of a function body."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-
-    def __call__(
-        self,
-        op: str,
-        *inputs: ir.Value | None,
-        name: str | None = None,
-        attributes: Sequence[ir.Attr] = (),
-        **attrs: int | float | list[int],
-    ) -> ir.Value:
-        all_attributes = [*attributes, *ir.convenience.convert_attributes(attrs)]
-        node = ir.Node("", op, inputs, all_attributes)
-        node.outputs[0].name = name or f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value: int | float | list[int]) -> ir.Value:
-        dtype = np.float32 if isinstance(value, float) else np.int64
-        attr = ir.AttrTensor("value", ir.tensor(np.array(value, dtype=dtype)))
-        return self("Constant", attributes=[attr])
-
-    def attribute(self, name: str, kind: ir.AttributeType) -> ir.Value:
-        """Return the function's own attribute `name` as a tensor."""
-        key = {ir.AttributeType.INT: "value_int", ir.AttributeType.FLOAT: "value_float"}[kind]
-        return self("Constant", attributes=[ir.RefAttr(key, name, kind)])
-
-
 def cached_attention(*, sinks: bool) -> ir.Function:
     """Define `CachedAttention`, with or without attention sinks."""
     names = ["query", "key", "value", "past_key", "past_value", "attention_mask"]
@@ -81,7 +49,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         names.append("sinks")
     inputs = [ir.Value(name=n) for n in names]
     query, key, value, past_key, past_value, mask = inputs[:6]
-    b = _Body()
+    b = Body()
     one = b.constant([1])
     present_key = b("Concat", past_key, key, name="present_key", axis=2)
     present_value = b("Concat", past_value, value, name="present_value", axis=2)
@@ -152,7 +120,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         name=CACHED_ATTENTION,
     )
     integers, floats = ("num_heads", "kv_num_heads", "window"), ("scale", "softcap")
-    return ir.Function(DIALECT, CACHED_ATTENTION, graph=graph, attributes=_declare(integers, floats))
+    return ir.Function(DIALECT, CACHED_ATTENTION, graph=graph, attributes=declare(integers, floats))
 
 
 def experts(*, biases: bool) -> ir.Function:
@@ -162,7 +130,7 @@ def experts(*, biases: bool) -> ir.Function:
         names += ["gate_up_bias", "down_bias"]
     inputs = [ir.Value(name=n) for n in names]
     hidden, indices, weights, gate_up, down = inputs[:5]
-    b = _Body()
+    b = Body()
     zero, one, two = (b.constant(i) for i in range(3))
     first, second = b.constant([0]), b.constant([1])
 
@@ -196,12 +164,5 @@ def experts(*, biases: bool) -> ir.Function:
     mixed = b("ReduceSum", b("Mul", b("CastLike", each, weights), shares), first, keepdims=0)
     output = b("CastLike", mixed, hidden, name="output")
     graph = ir.Graph(inputs, [output], nodes=b.nodes, opset_imports={"": OPSET}, name=EXPERTS)
-    attributes = _declare(("interleaved",), ("alpha", "beta", "limit"))
+    attributes = declare(("interleaved",), ("alpha", "beta", "limit"))
     return ir.Function(DIALECT, EXPERTS, graph=graph, attributes=attributes)
-
-
-def _declare(integers: Sequence[str], floats: Sequence[str]) -> list[ir.Attr]:
-    """Declare the attributes that a function takes, all of them required."""
-    return [ir.Attr(name, ir.AttributeType.INT, None) for name in integers] + [
-        ir.Attr(name, ir.AttributeType.FLOAT, None) for name in floats
-    ]
