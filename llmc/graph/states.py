@@ -8,24 +8,24 @@
     outputs  output (batch, channels, sequence), present_state (batch, channels, taps - 1)
     attributes  channels, silu (1: the output is y sigmoid(y))
 
-`LinearAttention` is a recurrence over a matrix per head (Katharopoulos et al. 2020; with a decay: Mamba 2, Dao
-and Gu 2024; with the delta rule: Gated DeltaNet, Yang et al. 2024; with a decay per key channel: Mamba, Gu and
-Dao 2023, and Kimi Delta Attention 2025):
+`LinearAttention` is a recurrence over a matrix per head (Katharopoulos et al. 2020; with a decay: Mamba 2,
+Dao and Gu 2024; with the delta rule: Gated DeltaNet, Yang et al. 2024; with a decay per key channel: Mamba,
+Gu and Dao 2023, and Kimi Delta Attention, 2025):
 
-    inputs   query (batch, sequence, q_heads key_width), key (batch, sequence, heads key_width)
-             value (batch, sequence, heads value_width), past_state (batch, heads, key_width, value_width)
+    inputs   query and key (batch, sequence, key_heads key_width), value (batch, sequence, heads value_width)
+             past_state (batch, heads, key_width, value_width)
              decay (batch, sequence, heads) or (batch, sequence, heads key_width), a logarithm
              beta (batch, sequence, heads) of the delta rule; absent otherwise
              attention_mask as above
     outputs  output (batch, sequence, heads value_width), present_state (… value_width)
-    attributes  heads, q_heads, scale, delta (1: the delta rule)
+    attributes  heads, key_heads, scale, delta (1: the delta rule)
 
 Token by token, with the outer product x: S = exp(decay) S; S = S + key x beta (value - key S) by the delta
-rule, else S = S + key x value; output = scale query S. All of it is float32. If there are fewer query heads
-than heads, each serves as many neighbouring heads.
+rule, else S = S + key x value; output = scale query S. All of it is float32. Each head of query and key serves
+heads / key_heads neighbouring heads.
 
-In both, a token that is not real leaves the state as it is, and its output means nothing. Real tokens of a step
-are contiguous, so that a step may be padded on either side.
+In both, a token that is not real leaves the state as it is, and its output means nothing. Real tokens of a
+step are contiguous, so that a step may be padded on either side.
 """
 
 from collections.abc import Sequence
@@ -75,22 +75,21 @@ def linear_attention(*, delta: bool) -> ir.Function:
     zero = b.constant([0])
     real = b("Greater", _step(b, mask, b("Shape", query, start=1, end=2)), b.constant(0))
     real = b("Unsqueeze", real, b.constant([2, 3]))
-    heads, q_heads = (b("Unsqueeze", b.attribute(n, _INT), zero) for n in ("heads", "q_heads"))
+    heads, key_heads = (b("Unsqueeze", b.attribute(n, _INT), zero) for n in ("heads", "key_heads"))
+    group = b("Div", heads, key_heads)
 
     def split(x: ir.Value, count: ir.Value) -> ir.Value:
         return b("Reshape", x, b("Concat", b.constant([0, 0]), count, last, axis=0))
 
-    group = b("Div", heads, q_heads)
-    shape = b("Shape", split(query, q_heads))
-    lead, width = (b("Slice", shape, b.constant([s]), b.constant([e])) for s, e in ((0, 3), (3, 4)))
-    repeated = b(
-        "Expand",
-        b("Unsqueeze", split(query, q_heads), b.constant([3])),
-        b("Concat", lead, group, width, axis=0),
-    )
+    def repeat(x: ir.Value) -> ir.Value:
+        shape = b("Shape", split(x, key_heads))
+        lead, width = (b("Slice", shape, b.constant([s]), b.constant([e])) for s, e in ((0, 3), (3, 4)))
+        several = b("Unsqueeze", split(x, key_heads), b.constant([3]))
+        return split(b("Expand", several, b("Concat", lead, group, width, axis=0)), heads)
+
     each = {
-        "query": b("Reshape", repeated, b("Concat", b.constant([0, 0]), heads, last, axis=0)),
-        "key": b("Where", real, split(key, heads), b.constant(0.0)),
+        "query": repeat(query),
+        "key": b("Where", real, repeat(key), b.constant(0.0)),
         "value": split(value, heads),
         "decay": b("Where", real, split(decay, heads), b.constant(0.0)),
     }
@@ -114,7 +113,7 @@ def linear_attention(*, delta: bool) -> ir.Function:
     scaled = b("Mul", ordered, b.attribute("scale", ir.AttributeType.FLOAT))
     output = b("Reshape", scaled, b.constant([0, 0, -1]), name="output")
     return _function(
-        LINEAR_ATTENTION, inputs, [output, present], b, ("heads", "q_heads", "delta"), ("scale",)
+        LINEAR_ATTENTION, inputs, [output, present], b, ("heads", "key_heads", "delta"), ("scale",)
     )
 
 

@@ -1,4 +1,4 @@
-"""The operators with a state of fixed size, as functions, against the recurrence written out token by token."""
+"""The operators with a state of fixed size, as functions, against the recurrence written out."""
 
 import itertools
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def test_a_convolution_counts_real_tokens_alone(silu: int, biased: bool) -> None
 class Case:
     delta: bool
     per_channel: bool
-    q_heads: int
+    key_heads: int
 
 
 CASES = [Case(*c) for c in itertools.product((False, True), (False, True), (HEADS, HEADS // 2))]
@@ -100,8 +100,8 @@ def linear_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray | None]:
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     return {
-        "query": draw(BATCH, STEP, case.q_heads * KEY),
-        "key": draw(BATCH, STEP, HEADS * KEY) * 0.5,
+        "query": draw(BATCH, STEP, case.key_heads * KEY),
+        "key": draw(BATCH, STEP, case.key_heads * KEY) * 0.5,
         "value": draw(BATCH, STEP, HEADS * VALUE),
         "past_state": draw(BATCH, HEADS, KEY, VALUE),
         "decay": -np.abs(draw(BATCH, STEP, HEADS * (KEY if case.per_channel else 1))),
@@ -113,14 +113,18 @@ def linear_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray | None]:
 def recurrence(
     case: Case, feeds: dict[str, np.ndarray | None], scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The outputs of real tokens (zeros elsewhere) and the state, in float64, token by token and head by head."""
+    """The outputs of real tokens (zeros elsewhere) and the state, in float64, by token and head."""
     output, present = np.zeros((BATCH, STEP, HEADS, VALUE)), np.zeros((BATCH, HEADS, KEY, VALUE))
     for row, head in itertools.product(range(BATCH), range(HEADS)):
         state = feeds["past_state"][row, head].astype(np.float64)
-        q_head = head // (HEADS // case.q_heads)
+        key_head = head // (HEADS // case.key_heads)
         for t in np.flatnonzero(REAL[row]):
             part = lambda n, h, w, row=row, t=t: feeds[n][row, t, h * w : (h + 1) * w]  # noqa: E731
-            query, key, value = part("query", q_head, KEY), part("key", head, KEY), part("value", head, VALUE)
+            query, key, value = (
+                part("query", key_head, KEY),
+                part("key", key_head, KEY),
+                part("value", head, VALUE),
+            )
             decay = part("decay", head, KEY if case.per_channel else 1)
             state = np.exp(decay)[:, None] * state
             new = feeds["beta"][row, t, head] * (value - key @ state) if case.delta else value
@@ -133,7 +137,7 @@ def recurrence(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear_attention_equals_its_recurrence(case: Case) -> None:
     feeds = linear_inputs(case)
-    attributes = {"heads": HEADS, "q_heads": case.q_heads, "scale": 0.3, "delta": int(case.delta)}
+    attributes = {"heads": HEADS, "key_heads": case.key_heads, "scale": 0.3, "delta": int(case.delta)}
     output, present = run_operator(
         states.linear_attention(delta=case.delta), feeds, attributes, ["output", "present_state"]
     )
