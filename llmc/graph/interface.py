@@ -5,6 +5,7 @@ from typing import Literal
 from llmc.records import Record
 
 Padding = Literal["left", "right", "any", "none"]
+StateKind = Literal["conv", "recurrent"]
 
 #: Input of graphs whose KV cache has a fixed length, which replaces attention_mask and position_ids: (batch,)
 #: int64, the slot of each row's first new token.
@@ -66,6 +67,20 @@ class CacheSlot(Record):
         return self.past_key, self.past_value, self.present_key, self.present_value
 
 
+class StateSlot(Record):
+    """A state of fixed size of one decoder layer, as an input (past) and an output (present).
+
+    Both have the shape (batch, *shape): (channels, taps - 1) for the last inputs of a convolution, (heads,
+    key_width, value_width) for a recurrence; see `llmc.graph.states`. A text begins with zeros.
+    """
+
+    layer: int
+    kind: StateKind
+    past: str
+    present: str
+    shape: tuple[int, ...]
+
+
 class Interface(Record):
     """The description that a runtime needs to run prefill and decode.
 
@@ -73,6 +88,7 @@ class Interface(Record):
         inputs: All inputs in order, including the cache.
         outputs: All outputs in order, including the cache.
         cache: One slot per attention layer, by layer.
+        states: States of fixed size, by layer.
         logits: Whether `logits` has every position of the step or only the last one.
         position_ids: Whether `position_ids` is an input.
         padding: The side on which the shorter rows of a ragged batch are padded; "none" if all rows must
@@ -90,6 +106,7 @@ class Interface(Record):
     padding: Padding
     max_length: int | None
     restart: int | None = None
+    states: tuple[StateSlot, ...] = ()
 
     @property
     def static_cache(self) -> bool:

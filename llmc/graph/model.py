@@ -8,7 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from llmc.errors import CheckpointError, GraphError
-from llmc.graph.interface import CacheSlot, Interface, Padding, TensorSpec
+from llmc.graph.interface import CacheSlot, Interface, Padding, StateSlot, TensorSpec
 from llmc.graph.match import dims_of
 from llmc.graph.weights import CastRows, LazyWeight, StoredRows, WeightGroup, WeightStore
 
@@ -43,6 +43,7 @@ class Graph:
     Args:
         model: The ONNX model. Weights are initializers; before `bind` they have no data.
         cache: One slot per attention layer that owns keys and values, by layer.
+        states: States of fixed size, by layer.
         layers: Number of decoder layers.
         logits: Whether `logits` has every position or only the last one.
         padding: Side on which a ragged batch may be padded; "none" if all rows must have the same length.
@@ -56,6 +57,7 @@ class Graph:
     model: ir.Model
     cache: tuple[CacheSlot, ...]
     layers: int
+    states: tuple[StateSlot, ...] = ()
     logits: Literal["last", "all"] = "all"
     padding: Padding = "any"
     max_length: int | None = None
@@ -74,6 +76,7 @@ class Graph:
             inputs=inputs,
             outputs=tuple(_spec(v) for v in self.graph.outputs),
             cache=self.cache,
+            states=self.states,
             logits=self.logits,
             position_ids=any(spec.name == "position_ids" for spec in inputs),
             padding=self.padding,

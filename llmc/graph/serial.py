@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from llmc.errors import GraphError
-from llmc.graph.interface import CacheSlot
+from llmc.graph.interface import CacheSlot, StateSlot
 from llmc.graph.model import Graph, Placeholder
 
 _KEY = "llmc.graph"
@@ -32,6 +32,7 @@ def dump_graph(graph: Graph) -> bytes:
         {
             "weights": weights,
             "cache": [slot.model_dump() for slot in graph.cache],
+            "states": [slot.model_dump() for slot in graph.states],
             "layers": graph.layers,
             "logits": graph.logits,
             "padding": graph.padding,
@@ -64,6 +65,7 @@ def load_graph(data: bytes) -> Graph:
     return Graph(
         model=model,
         cache=tuple(CacheSlot(**slot) for slot in facts["cache"]),
+        states=tuple(StateSlot(**slot) for slot in facts["states"]),
         layers=facts["layers"],
         logits=facts["logits"],
         padding=facts["padding"],

@@ -60,6 +60,9 @@ def _check_interface(graph: Graph) -> None:
     for slot in graph.cache:
         required_inputs |= set(slot.pasts)
         required_outputs |= {slot.present_key, slot.present_value}
+    for state in graph.states:
+        required_inputs.add(state.past)
+        required_outputs.add(state.present)
     if missing := required_inputs - inputs:
         raise GraphError(f"the graph has no input {', '.join(sorted(missing))}")
     optional = {TOKEN_COUNTS} if WRITE_INDICES in inputs else {"position_ids"}
@@ -67,7 +70,7 @@ def _check_interface(graph: Graph) -> None:
         raise GraphError(f"the graph has unknown inputs {', '.join(sorted(strange))}")
     if required_outputs != outputs:
         wrong = sorted(required_outputs ^ outputs)
-        raise GraphError(f"outputs do not match the KV cache: {', '.join(wrong)}")
+        raise GraphError(f"outputs do not match the cache: {', '.join(wrong)}")
 
 
 def _check_initializers(graph: ir.Graph) -> None:

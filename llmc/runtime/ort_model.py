@@ -1,6 +1,7 @@
 """Run an artifact with onnxruntime: prefill and decode over a KV cache, with the inputs of its interface."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmc.runtime.arithmetic import Arithmetic, compute_in
 from llmc.runtime.libraries import load_onnxruntime
 
 _PROVIDER = "CPUExecutionProvider"
+#: Maximum size in bytes of the states of fixed size that a session keeps to go back to.
+_KEPT_BYTES = 256 << 20
 _STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -27,10 +30,14 @@ class CacheState:
         mask: Attention mask so far, (batch, total) int64.
         cache: In growing mode, past keys and values in the interface's order. In shared mode, empty, since
             slots beyond `total` are overwritten by the next steps.
+        tokens: The tokens so far, (batch, total) int64; used only if the graph has states of fixed size.
+        states: Those states by the number of tokens after which they were kept, this point's included.
     """
 
     mask: Array
     cache: tuple[Any, ...]
+    tokens: Array
+    states: dict[int, tuple[Any, ...]]
 
 
 class OrtModel:
@@ -38,7 +45,8 @@ class OrtModel:
 
     The cache stays in OrtValues: in growing mode, each step's present tensors are the next step's past; in
     shared mode (`past_present_share_buffer` of onnxruntime-genai), one buffer of `capacity` slots is bound
-    as both past and present, and the graph writes into it.
+    as both past and present, and the graph writes into it. States of fixed size are each step's outputs and
+    the next one's inputs in both modes; some are kept, since a session cannot compute back from them.
 
     Args:
         folder: Directory with model.onnx.
@@ -84,11 +92,14 @@ class OrtModel:
         self._slots = [
             (past, present, *geometry) for (past, present), geometry in zip(pairs, widths, strict=True)
         ]
-        _require_fed(interface, {past for past, _ in pairs})
+        self._states = [(state.past, state.present, state.shape) for state in interface.states]
+        _require_fed(interface, {past for past, _ in pairs} | {state.past for state in interface.states})
         self._mask: Array = np.zeros((0, 0), np.int64)
         self._cache: tuple[Any, ...] = ()
         self._binding: Any = None
         self._capacity = 0
+        self._tokens: Array = np.zeros((0, 0), np.int64)
+        self._kept: dict[int, tuple[Any, ...]] = {}
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
         """Run a prompt from an empty cache.
@@ -109,11 +120,10 @@ class OrtModel:
         self._capacity = sequence + steps
         slots = self._capacity if self.share_buffer else 0
         self._cache = tuple(
-            self._ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, heads, slots, width), np.dtype(self._specs[past].dtype))
-            )
-            for past, _, heads, width in self._slots
+            self._zeros(past, (batch, heads, slots, width)) for past, _, heads, width in self._slots
         )
+        self._tokens = input_ids[:, :0]
+        self._kept = {0: tuple(self._zeros(past, (batch, *shape)) for past, _, shape in self._states)}
         self._binding = self._session.io_binding()
         if self.share_buffer:
             for (past, present, *_), value in zip(self._slots, self._cache, strict=True):
@@ -156,22 +166,35 @@ class OrtModel:
 
     def state(self) -> CacheState:
         """Return this point of the sequence, to `restore` later; holds no copy of the cache."""
-        return CacheState(self._mask, () if self.share_buffer else self._cache)
+        cache = () if self.share_buffer else self._cache
+        return CacheState(self._mask, cache, self._tokens, dict(self._kept))
 
     def restore(self, state: CacheState) -> None:
         """Go back to `state`, taken since the last prefill."""
-        self._mask = state.mask
+        self._mask, self._tokens, self._kept = state.mask, state.tokens, dict(state.states)
         if not self.share_buffer:
             self._cache = state.cache
 
     def rewind(self, state: CacheState, total: int) -> None:
-        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row."""
-        self._mask = state.mask[:, :total]
+        """Go back to the first `total` tokens of `state`, taken since the last prefill of one row.
+
+        States of fixed size exist only where they were kept: the tokens after the last such place run again.
+        """
+        start = max((at for at in state.states if at <= total), default=0) if self._states else total
+        self._mask, self._tokens = state.mask[:, :start], state.tokens[:, :start]
+        self._kept = {at: kept for at, kept in state.states.items() if at <= start}
         if not self.share_buffer:
             self._cache = tuple(
-                self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :total]))
+                self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :start]))
                 for value in state.cache
             )
+        if start < total:
+            self._mask = state.mask[:, :total]
+            self._run(state.tokens[:, start:total])
+            state.states[total] = self._kept[total]
+
+    def _zeros(self, name: str, shape: tuple[int, ...]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(self._specs[name].dtype)))
 
     def _run(self, input_ids: Array) -> Array:
         batch, sequence = input_ids.shape
@@ -184,6 +207,9 @@ class OrtModel:
                 binding.bind_ortvalue_input(past, value)
             for _, present, *_ in self._slots:
                 binding.bind_output(present, "cpu")
+        for (past, present, _), value in zip(self._states, self._kept[self._tokens.shape[1]], strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_output(present, "cpu")
         binding.bind_output("logits", "cpu")  # bind again each time: a bound value keeps the last run's shape
         feeds = {"input_ids": input_ids, "attention_mask": self._mask}
         if self.interface.position_ids:
@@ -199,8 +225,12 @@ class OrtModel:
             ) from error
         outputs = binding.get_outputs()
         logits = outputs[-1]
+        kept = tuple(outputs[len(outputs) - 1 - len(self._states) : -1])
+        for (_, present, sizes), value in zip(self._states, kept, strict=True):
+            require_shape(present, value.shape(), (batch, *sizes))
+        self._keep(input_ids, kept)
         if not self.share_buffer:
-            self._cache = tuple(outputs[:-1])
+            self._cache = tuple(outputs[: len(self._slots)])
             for (_, present, heads, width), value in zip(self._slots, self._cache, strict=True):
                 require_shape(present, value.shape(), (batch, heads, total, width))
         positions_out = 1 if self.interface.logits == "last" else sequence
@@ -208,6 +238,20 @@ class OrtModel:
         require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
         values: Array = logits.numpy()
         return values.astype(np.float32, copy=False)
+
+    def _keep(self, input_ids: Array, states: tuple[Any, ...]) -> None:
+        """Keep the states after `input_ids`, and drop others beyond a total size, the closest ones first."""
+        if not self._states:
+            return
+        self._tokens = np.concatenate([self._tokens, input_ids], axis=1)
+        self._kept[self._tokens.shape[1]] = states
+        size = len(input_ids) * sum(
+            math.prod(sizes) * np.dtype(self._specs[past].dtype).itemsize for past, _, sizes in self._states
+        )
+        while len(self._kept) > max(3, _KEPT_BYTES // size):
+            before, after = sorted(self._kept)[:-2], sorted(self._kept)[2:]
+            gaps = [b - a for a, b in zip(before, after, strict=True)]
+            del self._kept[sorted(self._kept)[1 + gaps.index(min(gaps))]]
 
 
 def open_session(
@@ -310,6 +354,7 @@ def _require_fed(interface: Interface, past: set[str]) -> None:
             f" and lacks {sorted(fed - names)}"
         )
     present = {n for slot in interface.cache for n in (slot.present_key, slot.present_value)}
+    present |= {state.present for state in interface.states}
     missing = (present | {"logits"}) - {spec.name for spec in interface.outputs}
     if missing:
         raise ParityError(f"the interface lacks the outputs {sorted(missing)}")

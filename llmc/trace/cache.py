@@ -2,7 +2,8 @@
 
 If attention is captured, each step's keys and values pass through unchanged, since the captured operator
 extends the cache. If a model computes attention itself, the node `ExtendCache` represents the past and new
-keys and values together, until `llmc.trace.expand` replaces it by the graph's own inputs.
+keys and values together, until `llmc.trace.expand` replaces it by the graph's own inputs. States of
+convolutions and recurrences are recorded only: their nodes (`llmc.trace.kernels`) get past and present later.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 
 EXTEND = "ExtendCache"
 
+_KERNELS_HINT = (
+    "known are the kernels of causal-conv1d, mamba-ssm and flash-linear-attention that transformers wraps; a "
+    "layer with code of its own for its state cannot be compiled"
+)
+
 
 @cache
 def tracing_cache_class() -> type:
     """Define the class on first use, so that importing this module does not import torch."""
     from transformers.cache_utils import Cache
+
+    from llmc.trace.capture import StateKey
 
     class TracingCache(Cache):
         """A cache of `total - sequence` positions in each of `layers` layers.
@@ -64,17 +72,42 @@ def tracing_cache_class() -> type:
         def get_max_length(self, layer_idx: int | None = None) -> int:
             return -1
 
-        def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-            return bool(self._refuse_state())
+        def has_previous_state(self, *_: Any, **__: Any) -> bool:
+            return False
 
-        def _refuse_state(self, *_: Any, **__: Any) -> Any:
+        def is_recording_past(self, layer_idx: int) -> bool:
+            return False
+
+        def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+            """Return None, so that the code for several tokens is traced; the captured node has the past."""
+
+        def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+            """Return None as `get_conv_state` does."""
+
+        def update_conv_state(
+            self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+        ) -> torch.Tensor:
+            self.capture.convolved.append((conv_states, StateKey(int(layer_idx), int(state_idx))))
+            return conv_states
+
+        def update_recurrent_state(
+            self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+        ) -> torch.Tensor:
+            made = self.capture.recurrent
+            number = next((n for n, state in enumerate(made) if state is recurrent_states), None)
+            if number is None:
+                raise UnsupportedError(
+                    f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
+                    hint=_KERNELS_HINT,
+                )
+            self.capture.states[number] = StateKey(int(layer_idx), int(state_idx))
+            return recurrent_states
+
+        def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
             raise UnsupportedError(
-                "the model keeps a convolution or recurrent state between steps",
-                hint="models with linear attention or state-space layers are not supported yet",
+                f"layer {int(layer_idx)} selects the tokens that it attends to by an index of its own keys",
+                hint="models with an indexer cache (sparse attention) are not supported yet",
             )
-
-        update_conv_state = update_recurrent_state = update_indexer = _refuse_state
-        get_conv_state = get_recurrent_state = _refuse_state
 
         @property
         def is_compileable(self) -> bool:

@@ -64,9 +64,25 @@ class StoredKeys:
     value_width: int
 
 
+@dataclass(frozen=True)
+class StateKey:
+    """The place of a state: its layer, and its number among the layer's states of the same kind."""
+
+    layer: int
+    index: int
+
+
 @dataclass
 class Capture:
-    """The record of one run of a model."""
+    """The record of one run of a model.
+
+    Args:
+        convolved: Inputs of convolutions that the model stored in the cache, with their states, until a
+            convolution takes them.
+        convolutions: States of captured convolutions.
+        recurrent: States that captured recurrences returned, by the number of their nodes.
+        states: State of each of those recurrences, by the number of its node.
+    """
 
     attentions: dict[int, CapturedAttention] = field(default_factory=dict)
     updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -74,6 +90,21 @@ class Capture:
     masks: list[MaskRule] = field(default_factory=list)
     last_update: int | None = None
     dense_experts: dict[str, int] = field(default_factory=dict)
+    convolved: list[tuple[Any, StateKey]] = field(default_factory=list)
+    convolutions: set[StateKey] = field(default_factory=set)
+    recurrent: list[Any] = field(default_factory=list)
+    states: dict[int, StateKey] = field(default_factory=dict)
+
+    def take_convolved(self, x: torch.Tensor) -> StateKey | None:
+        """Return the state whose new inputs are `x`, once; None if the model stored no such inputs."""
+        for n, (stored, key) in enumerate(self.convolved):
+            if stored is x:
+                del self.convolved[n]
+                if key in self.convolutions:
+                    raise UnsupportedError(f"layer {key.layer} keeps two convolutions' inputs in one state")
+                self.convolutions.add(key)
+                return key
+        return None
 
     def layer_of_call(self, module: torch.nn.Module, key: torch.Tensor) -> tuple[int, int]:
         """Return (layer, owner of the cache slot) of an attention call."""
@@ -111,7 +142,12 @@ def capturing() -> Iterator[Capture]:
         _current.reset(token)
 
 
-def _active() -> Capture:
+def active_capture() -> Capture:
+    """Return the record of the trace that runs.
+
+    Raises:
+        UnsupportedError: None does.
+    """
     capture = _current.get()
     if capture is None:
         raise UnsupportedError("a model prepared for tracing was called outside of a trace")
@@ -186,7 +222,7 @@ def _attention(
     """Emit the attention of one step as one node; shapes as in `llmc.graph.dialect`."""
     import torch
 
-    capture = _active()
+    capture = active_capture()
     layer, owner = capture.layer_of_call(module, key)
     where = f"attention of layer {layer} ({type(module).__name__})"
     if attention_mask is not None and not isinstance(attention_mask, MaskRule):
@@ -228,7 +264,7 @@ def _attention(
 def _mask(*_: Any, **kwargs: Any) -> MaskRule:
     """Return the mask's rule instead of a mask, since `CachedAttention` makes its own mask."""
     rule = MaskRule(kwargs["mask_function"], int(kwargs.get("local_size") or 0))
-    _active().masks.append(rule)
+    active_capture().masks.append(rule)
     return rule
 
 
@@ -238,5 +274,5 @@ def _experts(
     """Trace a layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
     output, reason = trace_experts(self, hidden_states, top_k_index, top_k_weights)
     if reason is not None:
-        _active().dense_experts[reason] = _active().dense_experts.get(reason, 0) + 1
+        active_capture().dense_experts[reason] = active_capture().dense_experts.get(reason, 0) + 1
     return output

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from llmc.graph import dialect
+from llmc.errors import GraphError
+from llmc.graph import dialect, states
 from llmc.graph.domains import DIALECT, TRACE
 from llmc.graph.edit import add_initializer
-from llmc.graph.interface import CacheSlot
+from llmc.graph.interface import CacheSlot, StateKind, StateSlot
 from llmc.graph.match import find_nodes
 from llmc.graph.model import LAYER, Placeholder
 from llmc.trace.cache import EXTEND
@@ -123,6 +124,66 @@ def attach_cache(
         if owner == layer:
             graph.outputs.extend(present)
     return tuple(slots[i] for i in sorted(slots))
+
+
+def name_recurrences(graph: ir.Graph, capture: Capture) -> None:
+    """Give every traced recurrence the layer of its state and its number there, instead of its own number."""
+    for node in find_nodes(graph, states.LINEAR_ATTENTION, TRACE):
+        key = capture.states[node.attributes.pop("number").as_int()]
+        for name, value in (("layer", key.layer), ("index", key.index)):
+            node.attributes[name] = ir.AttrInt64(name, value)
+
+
+def attach_states(graph: ir.Graph) -> tuple[StateSlot, ...]:
+    """Give every convolution and recurrence its mask, and its state as an input and output of the graph.
+
+    Returns:
+        The states by layer, those of convolutions first.
+    """
+    mask = next(v for v in graph.inputs if v.name == "attention_mask")
+    slots = [_attach_state(graph, n, "conv", mask) for n in find_nodes(graph, states.CAUSAL_CONV, TRACE)]
+    slots += [
+        _attach_state(graph, n, "recurrent", mask) for n in find_nodes(graph, states.LINEAR_ATTENTION, TRACE)
+    ]
+    return tuple(sorted(slots, key=lambda slot: (slot.layer, slot.kind, slot.past)))
+
+
+def _attach_state(graph: ir.Graph, node: ir.Node, kind: StateKind, mask: ir.Value) -> StateSlot:
+    attributes = dict(node.attributes)
+    layer, index = (attributes.pop(name).as_int() for name in ("layer", "index"))
+    suffix = f"{layer}.{kind}_state" + (f".{index}" if index else "")
+    output, state = node.outputs
+    if state.shape is None or state.dtype is None or output.shape is None:
+        raise GraphError(f"the state of layer {layer} has no shape or no type")
+    sizes = tuple(int(str(d)) for d in list(state.shape)[1:])
+    slot = StateSlot(
+        layer=layer,
+        kind=kind,
+        past=f"past_key_values.{suffix}",
+        present=f"present.{suffix}",
+        shape=sizes,
+    )
+    past, present = (ir.val(name, state.dtype, ["batch", *sizes]) for name in (slot.past, slot.present))
+    inputs = list(node.inputs)
+    if kind == "conv":
+        attributes["channels"] = ir.AttrInt64("channels", sizes[0])
+        inputs = [*inputs[:2], *(inputs[2:] or [None]), past, mask]
+    else:
+        inputs = [*inputs[:3], past, inputs[3], *(inputs[4:] or [None]), mask]
+    result = ir.Value(name=output.name, shape=output.shape, type=output.type)
+    new = ir.Node(
+        DIALECT,
+        node.op_type,
+        inputs,
+        list(attributes.values()),
+        outputs=[result, present],
+        name=f"layer.{suffix}".replace("_state", ""),
+        metadata_props={LAYER: str(layer)},
+    )
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [new], [output], [result])
+    graph.inputs.append(past)
+    graph.outputs.append(present)
+    return slot
 
 
 def _traced_index(stack: LayerStack, layer: int) -> int:

@@ -18,6 +18,8 @@ from llmc.graph.domains import OPSET
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
+from llmc.trace.expand import name_recurrences
+from llmc.trace.kernels import intercepting_kernels
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Example sizes for tracing: all different, and none of them 0 or 1, which torch specialises.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
+#: Names of a model's argument for its cache; state-space models use the second.
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
 @dataclass
@@ -83,8 +87,8 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         stack = find_layers(model, config.get_text_config(), stamp=stamp)
         if not stack.names and captured:
             raise UnsupportedError(
-                f"no list of decoder layers with attention was found in {type(model).__name__}",
-                hint="state-space and recurrent models are not supported yet",
+                f"no list of decoder layers with a cache was found in {type(model).__name__}",
+                hint="its layers do not state the index by which they address the cache (`layer_idx`)",
             )
         layer_buffers = {
             f"{name}.{key}": buffer.detach().numpy()
@@ -93,8 +97,8 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             if not buffer.is_meta
         }
         mark_layers(model, stack)
-        hooks = intercepting_sdpa() if captured else nullcontext()
-        with capturing() as capture, hooks, torch.no_grad():
+        attention = intercepting_sdpa() if captured else nullcontext()
+        with capturing() as capture, attention, intercepting_kernels(model), torch.no_grad():
             try:
                 program = _export(model, config, capture, len(stack.names), captured=captured)
             except (LlmcError, NotStampableError):
@@ -112,6 +116,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             check(capture, stack, type(model).__name__)
             fold_runs(program)
             onnx = _translate(program)
+            name_recurrences(onnx.graph, capture)
     return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers, held, restart)
 
 
@@ -119,7 +124,13 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
     import torch
 
     accepted = inspect.signature(model.forward).parameters
-    cache_class = tracing_cache_class()
+    cache_name = next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
+    if cache_name is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} takes no cache",
+            hint="only models that generate with a cache of transformers can be compiled",
+        )
+    cache_class, argument = tracing_cache_class(), cache_name
     first = first_position(model)
 
     class Step(torch.nn.Module):
@@ -135,7 +146,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
             capture.__init__()  # type: ignore[misc]
             sizes = attention_mask.shape[1], input_ids.shape[1]
             arguments: dict[str, Any] = {
-                "past_key_values": cache_class(capture, *sizes, layers, whole=not captured),
+                argument: cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,
             }
             if not captured:
@@ -214,7 +225,8 @@ def _rename_dimensions(model: ir.Model) -> None:
 
 def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
     """Check that every use of the cache was captured, and every mask rule is known; set the windows."""
-    if not capture.attentions:
+    _check_states(capture, name)
+    if not capture.attentions and not capture.states and not capture.convolutions:
         raise UnsupportedError(
             f"{name}: no attention was captured",
             hint="its attention does not go through transformers' attention interface",
@@ -225,9 +237,6 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
             f"{name}: layers {missed} store keys and values, but their attention was not captured",
             hint="their attention does not go through transformers' attention interface",
         )
-    silent = [i for i, r in enumerate(stack.representatives) if r == i and i not in capture.attentions]
-    if silent:
-        raise UnsupportedError(f"{name}: no attention was captured in layers {silent}")
     for layer, attention in capture.attentions.items():
         if attention.rule is not None:
             window = attention.rule.window(attention.window or 0) or None
@@ -241,6 +250,18 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
                 f"{f'window {attention.window}' if attention.window else 'no window'} and no mask; "
                 f"the requested masks have windows {sorted(ruled)}"
             )
+
+
+def _check_states(capture: Capture, name: str) -> None:
+    """Check that every state that the model keeps belongs to a captured node."""
+    if capture.convolved:
+        layers = sorted({key.layer for _, key in capture.convolved})
+        raise UnsupportedError(
+            f"{name}: layers {layers} keep a convolution's inputs, but no known convolution takes them",
+            hint="known is the kernel of causal-conv1d that transformers wraps",
+        )
+    if len(capture.states) < len(capture.recurrent):
+        raise UnsupportedError(f"{name}: a recurrent layer does not store its state in the cache")
 
 
 def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:

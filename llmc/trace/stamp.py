@@ -150,8 +150,9 @@ class LayerIndex(int):
 def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerStack:
     """Find the model's list of decoder layers and which of them are alike.
 
-    A decoder layer is an element of the longest `ModuleList` whose elements each hold attention with one
-    layer index. If `stamp` is False, every layer is its own representative.
+    A decoder layer is an element of the longest `ModuleList` whose elements each address the cache by at most
+    one index; an element that has no index, such as a layer of experts alone, has its position instead. If
+    `stamp` is False, every layer is its own representative.
     """
     import torch
 
@@ -161,7 +162,9 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
         if not isinstance(module, torch.nn.ModuleList) or not len(module) or module not in inside:
             continue
         indices_by_layer = [_layer_indices(layer) for layer in module]
-        owned = [next(iter(i)) for i in indices_by_layer if len(i) == 1]
+        if not any(indices_by_layer):
+            continue
+        owned = [next(iter(i), n) for n, i in enumerate(indices_by_layer) if len(i) <= 1]
         longer = longest is None or len(module) > len(longest[1])
         if longer and len(owned) == len(module) and len(set(owned)) == len(owned):
             longest = (name, module, owned)

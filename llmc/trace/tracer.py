@@ -9,13 +9,13 @@ import onnx_ir as ir
 
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
-from llmc.graph import dialect
+from llmc.graph import dialect, states
 from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import find_nodes
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder
 from llmc.graph.verify import verify_graph
-from llmc.trace.expand import attach_cache, expand_layers
+from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
 from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
@@ -85,6 +85,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     remove_unused(model)
     onnx_dtype = _ELEMENT_TYPES[dtype]
     cache = attach_cache(graph, exported.stack, exported.capture, onnx_dtype)
+    kept = attach_states(graph)
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():
             graph.inputs.remove(value)
@@ -110,6 +111,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
         model=model,
         cache=cache,
         layers=len(exported.stack.names) or len(cache),
+        states=kept,
         padding=padding,
         max_length=min(limits, default=None),
         restart=exported.restart,
@@ -164,6 +166,14 @@ def _define_dialect(model: ir.Model) -> None:
     if len(experts) > 1:
         raise UnsupportedError("only some of the model's experts have biases")
     functions += [dialect.experts(biases=biases) for biases in experts]
+    if find_nodes(model.graph, states.CAUSAL_CONV, DIALECT):
+        functions.append(states.causal_conv())
+    rules = {
+        n.attributes["delta"].as_int() for n in find_nodes(model.graph, states.LINEAR_ATTENTION, DIALECT)
+    }
+    if len(rules) > 1:
+        raise UnsupportedError("only some of the model's recurrences follow the delta rule")
+    functions += [states.linear_attention(delta=bool(rule)) for rule in rules]
     model.functions.clear()
     model.functions.update({function.identifier(): function for function in functions})
     model.graph.opset_imports.clear()

@@ -170,7 +170,7 @@ def _no_data(graph: Graph) -> None:
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
-        (_rename_output, r"outputs do not match the KV cache: present\.0\.key, present\.0\.keys"),
+        (_rename_output, r"outputs do not match the cache: present\.0\.key, present\.0\.keys"),
         (_orphan_input, "input position_ids has no consumer"),
         (_orphan_weight, "weight orphan is not read by any node"),
         (_same_name, "two values are called merged"),
