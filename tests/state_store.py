@@ -53,6 +53,8 @@ def run_steps(graph: Graph, ids: Array, mask: Array, positions: Array, prompt: i
     for slot in graph.cache:
         cache[slot.past_key] = np.zeros((len(ids), slot.kv_heads, 0, slot.key_width), np.float32)
         cache[slot.past_value] = np.zeros((len(ids), slot.kv_heads, 0, slot.value_width), np.float32)
+    for state in graph.states:
+        cache[state.past] = np.zeros((len(ids), *state.shape), np.float32)
     logits = []
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
         feeds = {
@@ -68,4 +70,6 @@ def run_steps(graph: Graph, ids: Array, mask: Array, positions: Array, prompt: i
         for slot in graph.cache:
             cache[slot.past_key] = out[slot.present_key]
             cache[slot.past_value] = out[slot.present_value]
+        for state in graph.states:
+            cache[state.past] = out[state.present]
     return np.concatenate(logits, axis=1)

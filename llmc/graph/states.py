@@ -17,12 +17,12 @@ Gu and Dao 2023, and Kimi Delta Attention, 2025):
              decay (batch, sequence, heads) or (batch, sequence, heads key_width), a logarithm
              beta (batch, sequence, heads) of the delta rule; absent otherwise
              attention_mask as above
-    outputs  output (batch, sequence, heads value_width), present_state (… value_width)
+    outputs  output (batch, sequence, heads value_width), present_state
     attributes  heads, key_heads, scale, delta (1: the delta rule)
 
 Token by token, with the outer product x: S = exp(decay) S; S = S + key x beta (value - key S) by the delta
-rule, else S = S + key x value; output = scale query S. All of it is float32. Each head of query and key serves
-heads / key_heads neighbouring heads.
+rule, else S = S + key x value; output = scale query S. All of it is float32. Each head of query and key
+serves heads / key_heads neighbouring heads.
 
 In both, a token that is not real leaves the state as it is, and its output means nothing. Real tokens of a
 step are contiguous, so that a step may be padded on either side.

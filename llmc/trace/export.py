@@ -85,11 +85,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
         parameters |= {n for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
         stack = find_layers(model, config.get_text_config(), stamp=stamp)
-        if not stack.names and captured:
-            raise UnsupportedError(
-                f"no list of decoder layers with a cache was found in {type(model).__name__}",
-                hint="its layers do not state the index by which they address the cache (`layer_idx`)",
-            )
+        layers = len(stack.names) or int(getattr(config.get_text_config(), "num_hidden_layers", 0))
         layer_buffers = {
             f"{name}.{key}": buffer.detach().numpy()
             for name in stack.names
@@ -100,7 +96,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         attention = intercepting_sdpa() if captured else nullcontext()
         with capturing() as capture, attention, intercepting_kernels(model), torch.no_grad():
             try:
-                program = _export(model, config, capture, len(stack.names), captured=captured)
+                program = _export(model, config, capture, layers, captured=captured)
             except (LlmcError, NotStampableError):
                 raise
             except Exception as error:

@@ -8,11 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.edit import set_value
-from llmc.graph.match import constant_of
+from llmc.graph.match import constant_of, find_nodes, input_of, made_by, operand, scalar_of
 from llmc.graph.model import Placeholder
 
 #: Upper limit in bytes of constants that are folded while simplifying.
 _FOLD_BYTES = 64 * 1024
+#: Input from which on softplus is its input in float32.
+_STABLE = 16.0
 
 
 def simplify(model: ir.Model) -> None:
@@ -26,7 +28,10 @@ def simplify(model: ir.Model) -> None:
     common.ShapeInferencePass()(model)
     for node in list(model.graph):
         _make_reshape_static(node)
+        _make_cast_constant(node)
         _drop_neutral(node)
+    for node in find_nodes(model.graph, "Where"):
+        _drop_threshold(node)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass(size_limit=_FOLD_BYTES)(model)
@@ -107,6 +112,34 @@ def _make_reshape_static(node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
+def _make_cast_constant(node: ir.Node) -> None:
+    """Replace the cast of a constant to a known type by a constant of that type."""
+    like = input_of(node, 1) if node.op_type == "CastLike" else None
+    tensor = constant_of(node.inputs[0]) if like is not None else None
+    graph = node.graph
+    if like is None or like.dtype is None or tensor is None or graph is None or tensor.size > 1:
+        return
+    array = tensor.numpy().astype(like.dtype.numpy())
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(array))])
+    set_value(constant.outputs[0], f"{node.outputs[0].name}_value", array.shape, like.dtype)
+    graph.insert_before(node, constant)
+    ir.convenience.replace_all_uses_with(node.outputs[0], constant.outputs[0])
+
+
+def _drop_threshold(node: ir.Node) -> None:
+    """Drop the threshold of torch's softplus, beyond which it returns its input: the operator is stable.
+
+    softplus(x) is Where(x > 20, x, Softplus(x)); beyond 20 the two differ by less than exp(-20).
+    """
+    condition, x, plus = node.inputs
+    greater, soft = made_by(condition, "Greater"), made_by(plus, "Softplus")
+    if greater is None or soft is None or x is None or plus is None or soft.inputs[0] is not x:
+        return
+    threshold = scalar_of(greater.inputs[1])
+    if greater.inputs[0] is x and threshold is not None and threshold >= _STABLE:
+        ir.convenience.replace_all_uses_with(node.outputs[0], plus)
+
+
 def static_shape(
     source: Sequence[int | ir.SymbolicDim], target: Sequence[int | ir.SymbolicDim]
 ) -> list[int] | None:
@@ -143,9 +176,12 @@ def _drop_neutral(node: ir.Node) -> None:
         )
     elif node.op_type == "Slice":
         neutral = _keeps_everything(node, source)
+    elif node.op_type == "Unsqueeze":
+        squeezed = made_by(source, "Squeeze")
+        source = source if squeezed is None else operand(squeezed, 0)
+        neutral = squeezed is not None and _same_shape(source, node.outputs[0])
     elif node.op_type == "Expand":
-        target = node.outputs[0].shape
-        neutral = source.shape is not None and target is not None and list(source.shape) == list(target)
+        neutral = _same_shape(source, node.outputs[0])
     else:
         neutral = False
     if neutral:
@@ -153,7 +189,11 @@ def _drop_neutral(node: ir.Node) -> None:
 
 
 def _keeps_everything(node: ir.Node, source: ir.Value) -> bool:
-    """Return whether a slice keeps every element: from 0, to the end, with steps of 1."""
+    """Return whether a slice keeps every element: in steps of 1, from 0 to the end or to as many."""
+    stride = constant_of(input_of(node, 4))
+    forwards = len(node.inputs) < 5 or (stride is not None and bool((stride.numpy() == 1).all()))
+    if forwards and _same_shape(source, node.outputs[0]):
+        return True
     bounds = [constant_of(v) for v in node.inputs[1:]]
     if len(bounds) < 2 or any(b is None for b in bounds) or source.shape is None:
         return False
@@ -166,3 +206,11 @@ def _keeps_everything(node: ir.Node, source: ir.Value) -> bool:
         if start != 0 or step != 1 or end < length:
             return False
     return True
+
+
+def _same_shape(first: ir.Value, second: ir.Value) -> bool:
+    """Return whether two values have the same known shape, symbolic dimensions by their names."""
+    if first.shape is None or second.shape is None:
+        return False
+    dims = [[str(d) for d in value.shape or ()] for value in (first, second)]
+    return dims[0] == dims[1] and "None" not in dims[0]
