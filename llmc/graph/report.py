@@ -28,11 +28,13 @@ class PassReport:
         name: Name of the pass.
         applied: The layer of every application, None outside the layers.
         refusals: Places where the pass almost applied.
+        layers: Layers that have what the pass is for; None for all.
     """
 
     name: str
     applied: tuple[int | None, ...]
     refusals: tuple[Refusal, ...] = ()
+    layers: frozenset[int] | None = None
 
     def in_layer(self, layer: int, accept: tuple[str, ...] = ()) -> int:
         """Count the applications in `layer`, including refusals with accepted codes."""

@@ -108,7 +108,7 @@ def _check_counts(report: PassReport, spec: PassSpec, layers: int) -> None:
     if spec.per_layer is None:
         return
     least, most = (spec.per_layer, spec.per_layer) if isinstance(spec.per_layer, int) else spec.per_layer
-    for layer in range(layers):
+    for layer in range(layers) if report.layers is None else sorted(report.layers):
         count = report.in_layer(layer, spec.accept)
         if not least <= count <= most:
             expected = str(least) if least == most else f"{least} to {most}"

@@ -60,7 +60,8 @@ class GroupQueryAttention:
             _drop_unused_positions(graph)
         for reason, count in outside.items():
             graph.notes.append(f"the rotary embedding stays outside attention in {count} layers: {reason}")
-        return PassReport(self.name, tuple(applied), tuple(refusals))
+        layers = {layer for layer in (*applied, *(r.layer for r in refusals)) if layer is not None}
+        return PassReport(self.name, tuple(applied), tuple(refusals), frozenset(layers))
 
 
 def _uncaptured(graph: Graph, captured: set[int | None]) -> Iterator[Refusal]:

@@ -46,6 +46,13 @@ class StaticCache:
         nodes = find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT)
         if graph.max_length is None:
             raise GraphError("a KV cache of fixed length needs the graph's largest length, but it has none")
+        if graph.states:
+            layers = sorted({state.layer for state in graph.states})
+            raise UnsupportedError(
+                f"layers {', '.join(map(str, layers))} keep the state of a convolution or a recurrence, for "
+                "which TensorRT has no operator",
+                hint="targets of ONNX Runtime have one: cpu-int4, cuda-int4 and others (llmc targets)",
+            )
         if not nodes:
             return PassReport(self.name, ())
         require_opset(graph.model, SINCE["TensorScatter"])
