@@ -83,7 +83,7 @@ class Roofline(Strict):
 
     Args:
         weight_bytes: Weights read per token; an embedding table that is only looked up is not counted.
-        kv_bytes: Keys and values read per token at this context.
+        kv_bytes: Keys, values and states read per token at this context.
         bandwidth_gbs: The profile's peak bandwidth, 10**9 bytes/s; None if the profile states none.
         bound_ms: (weight_bytes + kv_bytes) / bandwidth.
         fraction: bound_ms / measured median.

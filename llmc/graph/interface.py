@@ -109,6 +109,26 @@ class Interface(Record):
     states: tuple[StateSlot, ...] = ()
 
     @property
+    def served_tensors(self) -> dict[str, tuple[tuple[int, str, str], ...]]:
+        """The tensors that go from step to step: (layer, input, output), by kind of tensor.
+
+        The kinds are those that runtimes tell apart: key, value, conv and recurrent; those that the graph
+        does not have are left out.
+        """
+        kinds: dict[str, list[tuple[int, str, str]]] = {}
+        for slot in self.cache:
+            for kind, pair in zip(("key", "value"), slot.pairs, strict=True):
+                kinds.setdefault(kind, []).append((slot.layer, *pair))
+        for state in self.states:
+            kinds.setdefault(state.kind, []).append((state.layer, state.past, state.present))
+        return {kind: tuple(tensors) for kind, tensors in kinds.items()}
+
+    @property
+    def last_layer(self) -> int:
+        """The highest number of a layer with a cache or a state."""
+        return max(layer for tensors in self.served_tensors.values() for layer, _, _ in tensors)
+
+    @property
     def static_cache(self) -> bool:
         """Whether the KV cache has `max_length` slots from the start and is written in place."""
         return any(spec.name == WRITE_INDICES for spec in self.inputs)

@@ -13,11 +13,6 @@ from typing import Any
 RESTARTING_TYPES: Mapping[int, str] = {4096: "phimoe", 8192: "phi3small"}
 
 
-def runtime_type(restart: int | None) -> str:
-    """Return `model.type` of genai_config.json for a KV cache that is recomputed beyond `restart` tokens."""
-    return "decoder" if restart is None else RESTARTING_TYPES[restart]
-
-
 def rope_switches(config: Any) -> tuple[int, ...]:
     """Return the largest total lengths of a step for which a rotary embedding uses its first frequencies."""
     return _lengths(g for g in _groups(config) if "longrope" in (g.get("rope_type"), g.get("type")))

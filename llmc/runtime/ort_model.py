@@ -192,6 +192,7 @@ class OrtModel:
             self._mask = state.mask[:, :total]
             self._run(state.tokens[:, start:total])
             state.states[total] = self._kept[total]
+            self._thin_out(state.states, total)
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(self._specs[name].dtype)))
@@ -240,18 +241,21 @@ class OrtModel:
         return values.astype(np.float32, copy=False)
 
     def _keep(self, input_ids: Array, states: tuple[Any, ...]) -> None:
-        """Keep the states after `input_ids`, and drop others beyond a total size, the closest ones first."""
-        if not self._states:
-            return
-        self._tokens = np.concatenate([self._tokens, input_ids], axis=1)
-        self._kept[self._tokens.shape[1]] = states
-        size = len(input_ids) * sum(
+        """Keep the states after `input_ids`."""
+        if self._states:
+            self._tokens = np.concatenate([self._tokens, input_ids], axis=1)
+            self._kept[self._tokens.shape[1]] = states
+            self._thin_out(self._kept, self._tokens.shape[1])
+
+    def _thin_out(self, kept: dict[int, tuple[Any, ...]], newest: int) -> None:
+        """Drop states beyond a total size, the closest ones first, but not the newest, first and last."""
+        size = len(self._tokens) * sum(
             math.prod(sizes) * np.dtype(self._specs[past].dtype).itemsize for past, _, sizes in self._states
         )
-        while len(self._kept) > max(3, _KEPT_BYTES // size):
-            before, after = sorted(self._kept)[:-2], sorted(self._kept)[2:]
-            gaps = [b - a for a, b in zip(before, after, strict=True)]
-            del self._kept[sorted(self._kept)[1 + gaps.index(min(gaps))]]
+        while len(kept) > max(4, _KEPT_BYTES // size):
+            places = sorted(kept)
+            gaps = {b: c - a for a, b, c in zip(places, places[1:], places[2:], strict=False) if b != newest}
+            del kept[min(gaps, key=lambda place: gaps[place])]
 
 
 def open_session(

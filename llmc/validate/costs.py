@@ -4,6 +4,7 @@ The forecast is in seconds of two cores of a server of 2023. It does not measure
 load would otherwise decide which positions are verified.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ _ORIGINAL_RATE = 150e9
 _ARTIFACT_RATE = 300e9
 #: Attention scores (one query, one key, one head) per second, on either side.
 _SCORE_RATE = 2e9
+#: Values of states of fixed size updated per second, by the original and by the artifact.
+_ORIGINAL_STATE_RATE = 4e9
+_ARTIFACT_STATE_RATE = 1.5e9
 #: Weights read per second by a step of one token.
 _STEP_RATE = 3e9
 #: Bytes per second at which every run copies a cache of fixed length.
@@ -33,6 +37,7 @@ class Costs:
         cache_bytes: Bytes of one token in the KV cache.
         capacity: Slots of a cache of fixed length, all of which every run reads and writes; 0 for one that
             grows or is shared.
+        states: Values of states of fixed size, all of which every token updates.
     """
 
     parameters: int
@@ -40,21 +45,23 @@ class Costs:
     width: int
     cache_bytes: int
     capacity: int = 0
+    states: int = 0
 
     def original(self, tokens: int, rows: int = 1) -> float:
         """Forecast the seconds of one pass of the original over `rows` sequences of `tokens`."""
         pairs = rows * tokens * (tokens + 1) / 2
-        return self._seconds(rows * tokens, pairs, _ORIGINAL_RATE)
+        return self._seconds(rows * tokens, pairs, _ORIGINAL_RATE, _ORIGINAL_STATE_RATE)
 
     def run(self, new: int, past: int = 0, rows: int = 1) -> float:
         """Forecast the seconds of one run of the artifact over `new` tokens of each row after `past`."""
         pairs = rows * new * (self.capacity or past + (new + 1) / 2)
         read = self.parameters / _STEP_RATE + 2 * rows * self.capacity * self.cache_bytes / _COPY_RATE
-        return _RUN + max(read, self._seconds(rows * new, pairs, _ARTIFACT_RATE))
+        return _RUN + max(read, self._seconds(rows * new, pairs, _ARTIFACT_RATE, _ARTIFACT_STATE_RATE))
 
-    def _seconds(self, tokens: int, pairs: float, rate: float) -> float:
+    def _seconds(self, tokens: int, pairs: float, rate: float, state_rate: float) -> float:
         operations = 2 * self.parameters * tokens + 4 * self.scores * self.width * pairs
-        return operations / rate + self.scores * pairs / _SCORE_RATE
+        updates = self.states * tokens / state_rate
+        return operations / rate + self.scores * pairs / _SCORE_RATE + updates
 
 
 def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
@@ -67,7 +74,9 @@ def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
     )
     capacity = (interface.max_length or 0) if interface.static_cache else 0
     width = max((s.key_width for s in slots), default=1)
-    return Costs(parameters, heads * max(1, len(slots)), width, cache_bytes, capacity)
+    states = sum(math.prod(state.shape) for state in interface.states)
+    scores = heads * (len(slots) if interface.states else max(1, len(slots)))
+    return Costs(parameters, scores, width, cache_bytes, capacity, states)
 
 
 def bits_of(dtype: str) -> int:

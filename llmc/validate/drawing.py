@@ -28,6 +28,8 @@ LOGIT_BYTES = 192 << 20
 RUN_BYTES = 1 << 30
 #: The long sequence has at least this many tokens, if the model has as many positions.
 LEAST_LONG = 640
+#: Length of the long sequence at most where a model has no bound on positions.
+MOST_UNBOUNDED = 8_192
 #: Lengths of the prompts that are run for every model.
 FIXED_PROMPTS = (1, 2, 17, 128)
 #: Numbers of tokens around which kernels change: every size of a small block, and the edges of larger ones.
@@ -168,7 +170,8 @@ class _Planner:
         ground, costs = self.ground, self.ground.costs
         around = (*ground.windows, *ground.switches)
         least = max(LEAST_LONG, *(at + min(at // 2, WINDOW_EXCESS) + WINDOW_STEPS + 2 for at in (0, *around)))
-        low, high = min(least, ground.limit), ground.limit
+        low = min(least, ground.limit)
+        high = ground.limit if ground.interface.max_length is not None else max(low, MOST_UNBOUNDED)
         if ground.interface.logits == "all":  # a run returns the logits of each of its tokens
             high = max(low, min(high, RUN_BYTES // (4 * ground.interface.vocabulary)))
         while low < high:

@@ -8,6 +8,7 @@ artifact's five. A probability below 1e-14 counts as 1e-14 on both sides. Means 
 over the windows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -264,12 +265,13 @@ def _compare(
 
 
 def _most_rows(interface: Interface, length: int) -> int:
-    """Return how many windows of `length` tokens have a KV cache that fits in CACHE_BYTES, at least one."""
+    """Return how many windows of `length` tokens have caches that fit in CACHE_BYTES, at least one."""
     slots = length
     if interface.static_cache and interface.max_length is not None:
         slots = interface.max_length
     values = sum(slot.kv_heads * (slot.key_width + slot.value_width) for slot in interface.cache)
-    return max(1, CACHE_BYTES // max(1, 4 * values * slots))
+    fixed = sum(math.prod(state.shape) for state in interface.states)
+    return max(1, CACHE_BYTES // max(1, 4 * (values * slots + fixed)))
 
 
 def _measurements(figures: Array, left_out: Array, length: int, where: str) -> tuple[Measurement, ...]:

@@ -82,7 +82,9 @@ class TorchModel:
         self.model = model.eval()
         self._cache: Any = None
         self._switches = rope_switches(model.config)
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        accepted = inspect.signature(model.forward).parameters
+        self._keeps_last = "logits_to_keep" in accepted
+        self._cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
 
     @property
     def window(self) -> int | None:
@@ -146,11 +148,13 @@ class TorchModel:
                 reporting_failures(end),
                 attention_by_rows(self.model, end - start, end),
             ):
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=len(ends) > 1, **selection)
+                out = self.model(
+                    input_ids=ids, use_cache=len(ends) > 1, **{self._cache_name: cache}, **selection
+                )
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
                 parts.append(logits.float().numpy())
-            start, cache = end, out.past_key_values if len(ends) > 1 else None
+            start, cache = end, out[self._cache_name] if len(ends) > 1 else None
         values = np.concatenate(parts, axis=1)
         if not np.isfinite(values).all():
             raise ParityError(f"the original's own logits are not finite for {rows.shape[1]} tokens")
@@ -171,13 +175,13 @@ class TorchModel:
             with torch.inference_mode(), reporting_failures(end), attention_by_rows(self.model, step, end):
                 out = self.model(
                     input_ids=ids,
-                    past_key_values=cache,
                     use_cache=len(steps) > 1,
+                    **{self._cache_name: cache},
                     **self._keep(max(1, requested)),
                 )
             if requested > 0:
                 parts.append(out.logits[0, -requested:].float().numpy())
-            start, cache = end, out.past_key_values if len(steps) > 1 else None
+            start, cache = end, out[self._cache_name] if len(steps) > 1 else None
         return np.concatenate(parts)
 
     def ask(self, question: Question) -> bytes:
@@ -266,11 +270,11 @@ class TorchModel:
         with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
             out = self.model(
                 input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_name: self._cache},
                 **self._keep(1),
             )
-            self._cache = out.past_key_values
+            self._cache = out[self._cache_name]
             tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
         return tokens
 

@@ -4,6 +4,7 @@ A decode step at batch 1 does two operations per weight, so memory bounds it lon
 does (Williams, Waterman and Patterson 2009).
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,10 @@ def roofline(
 
 
 def kv_bytes(interface: Interface, context: int) -> int:
-    """Return the bytes of keys and values that one step reads after `context` tokens, within each window."""
+    """Return the bytes of keys, values and states that one step reads after `context` tokens.
+
+    Of keys and values, each layer reads those within its window; states of fixed size are read whole.
+    """
     dtypes = {spec.name: np.dtype(spec.dtype) for spec in interface.inputs}
     total = 0
     for slot in interface.cache:
@@ -43,7 +47,7 @@ def kv_bytes(interface: Interface, context: int) -> int:
         widths = slot.key_width * dtypes[slot.past_key].itemsize
         widths += slot.value_width * dtypes[slot.past_value].itemsize
         total += seen * slot.kv_heads * widths
-    return total
+    return total + sum(math.prod(s.shape) * dtypes[s.past].itemsize for s in interface.states)
 
 
 def streamed_weight_bytes(folder: Path) -> int:

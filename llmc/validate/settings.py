@@ -10,7 +10,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.artifact.verdict import Measurement
 from llmc.config import Metric
 from llmc.graph.interface import Interface
-from llmc.graph.switches import runtime_type
+from llmc.graph.serving import layer_types, runtime_type
 from llmc.validate.measure import mismatches
 
 _FILE = "genai_config.json"
@@ -96,24 +96,25 @@ def _differences(
     expect("model.vocab_size", model["vocab_size"], logits.shape[-1])
     if not 0 <= model["pad_token_id"] < model["vocab_size"]:
         differences.append(f"model.pad_token_id is {model['pad_token_id']}, outside of the vocabulary")
-    expect("model.type", model["type"], runtime_type(interface.restart))
+    expect("model.type", model["type"], runtime_type(interface))
     if interface.max_length is not None:
         expect("model.context_length", model["context_length"], interface.max_length)
     if search["max_length"] > model["context_length"]:
         differences.append(f"search.max_length is {search['max_length']}, beyond the context")
-    slot = interface.cache[0]
     expect("decoder.filename", decoder["filename"], MODEL)
-    expect("decoder.num_hidden_layers", decoder["num_hidden_layers"], len(interface.cache))
-    expect("decoder.num_key_value_heads", decoder["num_key_value_heads"], slot.kv_heads)
-    expect("decoder.head_size", decoder["head_size"], slot.key_width)
-    for part, pattern, names in (
-        ("inputs", "past_key_names", [s.past_key for s in interface.cache]),
-        ("inputs", "past_value_names", [s.past_value for s in interface.cache]),
-        ("outputs", "present_key_names", [s.present_key for s in interface.cache]),
-        ("outputs", "present_value_names", [s.present_value for s in interface.cache]),
-    ):
-        derived = [decoder[part][pattern].replace("%d", str(s.layer)) for s in interface.cache]
-        expect(f"decoder.{part}.{pattern}", derived, names)
+    expect("decoder.num_hidden_layers", decoder["num_hidden_layers"], interface.last_layer + 1)
+    expect("decoder.layer_types", decoder.get("layer_types"), layer_types(interface))
+    for slot in interface.cache[:1]:
+        expect("decoder.num_key_value_heads", decoder["num_key_value_heads"], slot.kv_heads)
+        expect("decoder.head_size", decoder["head_size"], slot.key_width)
+    for kind, tensors in interface.served_tensors.items():
+        for part, when, names in (
+            ("inputs", "past", [past for _, past, _ in tensors]),
+            ("outputs", "present", [present for _, _, present in tensors]),
+        ):
+            pattern = f"{when}_{kind}_names"
+            derived = [decoder[part][pattern].replace("%d", str(layer)) for layer, *_ in tensors]
+            expect(f"decoder.{part}.{pattern}", derived, names)
     plain = {"input_ids", "attention_mask", "position_ids"} & {s.name for s in interface.inputs}
     expect("decoder.inputs", sorted(plain), sorted(plain & set(decoder["inputs"].values())))
     expect("decoder.outputs.logits", decoder["outputs"]["logits"], "logits")

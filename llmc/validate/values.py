@@ -174,6 +174,8 @@ def _feeds(interface: Interface, tokens: Array) -> dict[str, Array]:
     for slot in interface.cache:
         feeds[slot.past_key] = np.zeros((1, slot.kv_heads, 0, slot.key_width))
         feeds[slot.past_value] = np.zeros((1, slot.kv_heads, 0, slot.value_width))
+    for state in interface.states:
+        feeds[state.past] = np.zeros((1, *state.shape))
     return {name: np.ascontiguousarray(value, dtypes[name]) for name, value in feeds.items()}
 
 

@@ -154,10 +154,11 @@ class OnnxRuntimeBackend(Backend):
     ) -> Generated:
         """Generate text with onnxruntime-genai."""
         from llmc.backends.onnxruntime.generate import generate_text
-        from llmc.backends.onnxruntime.lookup import require_draft, same_text
+        from llmc.backends.onnxruntime.lookup import require_draft, require_rewinding, same_text
 
         manifest = artifact.manifest
         if lookup is not None:
             require_draft(lookup, compiled=self.library is not None)
+            require_rewinding(manifest.interface)
         generated = generate_text(artifact.path, prompt, max_tokens, emit, manifest.text, lookup)
         return generated if lookup is None else replace(generated, same_text=same_text(manifest))

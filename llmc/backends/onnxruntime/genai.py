@@ -3,8 +3,9 @@
 The keys are those that onnxruntime-genai 0.18 parses (its src/config.h); it refuses unknown ones.
 The behaviour of the runtime, as observed with 0.18.0:
 - `model.type` must be on its list; "decoder" accepts any decoder-only graph, without the special cases for
-  some architectures. One special case is needed for models that have it: "phimoe" and "phi3small" recompute
-  the KV cache of a single sequence when its length passes 4,096 or 8,192.
+  some architectures. Two special cases are needed for models that have them: "phimoe" and "phi3small"
+  recompute the KV cache of a single sequence when its length passes 4,096 or 8,192, and "lfm2" feeds states
+  of convolutions without recurrences (`llmc.graph.serving`).
 - A batch of unequal prompts is padded on the right. `attention_mask` is 0 there and gets a 1 for each
   new token; `position_ids`, fed only if the graph has them, count from 0 in each row, are 0 at padding,
   and continue from the row's own length.
@@ -15,6 +16,8 @@ The behaviour of the runtime, as observed with 0.18.0:
   must have the same shape.
 - A section `speculative` turns n-gram decoding on, which refuses batches and graphs with logits of only the
   last position.
+- `num_hidden_layers` bounds the numbers of layers; a layer without a tensor of some kind is left out of that
+  kind. States of fixed size start with zeros, and are each step's outputs and the next one's inputs.
 - Every end-of-sequence id must be inside of the vocabulary, and there must be at least one.
 """
 
@@ -27,13 +30,13 @@ from typing import Any
 import onnx_ir as ir
 
 from llmc.artifact.manifest import MODEL
-from llmc.backends.onnxruntime.lookup import require_draft, speculative_options
+from llmc.backends.onnxruntime.lookup import require_draft, require_rewinding, speculative_options
 from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.domains import COMPILED
 from llmc.graph.interface import Interface, TensorSpec
-from llmc.graph.switches import runtime_type
+from llmc.graph.serving import layer_types, runtime_type
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -81,12 +84,12 @@ def write_genai_config(
 
     Raises:
         ConfigError: So many tokens cannot be drafted in a step.
-        UnsupportedError: onnxruntime-genai cannot serve the graph: it has no KV cache, inputs that the
+        UnsupportedError: onnxruntime-genai cannot serve the graph: it has no cache, inputs or states that the
             runtime does not feed, values of another width than keys or names without a pattern; or there is
             no end-of-sequence token.
     """
-    if not interface.cache:
-        raise UnsupportedError("onnxruntime-genai serves only graphs with a KV cache, but this one has none")
+    if not interface.served_tensors:
+        raise UnsupportedError("onnxruntime-genai serves only graphs with a cache, but this one has none")
     logits = _logits(interface)
     vocab = logits.shape[-1]
     if not isinstance(vocab, int):
@@ -100,17 +103,17 @@ def write_genai_config(
         options["custom_ops_library"] = library
     context = interface.max_length or _UNBOUNDED_CONTEXT
     model = serving_tokens(folder, config, generation_config, vocab) | {
-        "type": runtime_type(interface.restart),
+        "type": runtime_type(interface),
         "vocab_size": vocab,
         "context_length": context,
         "decoder": {
             "session_options": options,
             "filename": MODEL,
-            "head_size": interface.cache[0].key_width,
-            "num_hidden_layers": len(interface.cache),
-            "num_key_value_heads": interface.cache[0].kv_heads,
+            "num_hidden_layers": interface.last_layer + 1,
             "inputs": _inputs(interface),
             "outputs": _outputs(interface, logits),
+            **_heads(interface),
+            **({} if (types := layer_types(interface)) is None else {"layer_types": types}),
         },
     }
     search = _search(generation_config, vocab) | {
@@ -120,9 +123,16 @@ def write_genai_config(
     sections: dict[str, object] = {"model": model, "search": search}
     if lookup is not None:
         require_draft(lookup, compiled=library is not None)
+        require_rewinding(interface)
         sections["speculative"] = speculative_options(lookup)
     text = json.dumps(sections, indent=2, sort_keys=True) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _heads(interface: Interface) -> dict[str, int]:
+    """Return the sizes of the first KV cache; a graph with none leaves them to the runtime."""
+    slot = next(iter(interface.cache), None)
+    return {} if slot is None else {"head_size": slot.key_width, "num_key_value_heads": slot.kv_heads}
 
 
 def serving_tokens(
@@ -155,12 +165,12 @@ def _search(generation_config: Any, vocab: int) -> dict[str, object]:
 
 def _inputs(interface: Interface) -> dict[str, str]:
     names = {spec.name for spec in interface.inputs}
-    cache = {name for slot in interface.cache for name in slot.pasts}
+    cache = {past for tensors in interface.served_tensors.values() for _, past, _ in tensors}
     others = sorted(names - cache - set(_INPUTS))
     if others:
         raise UnsupportedError(
             f"onnxruntime-genai does not feed input {', '.join(others)}",
-            hint="it feeds input_ids, attention_mask, position_ids and the KV cache",
+            hint="it feeds input_ids, attention_mask, position_ids, the KV cache and states of fixed size",
         )
     for slot in interface.cache:
         if slot.key_width != slot.value_width:
@@ -169,8 +179,8 @@ def _inputs(interface: Interface) -> dict[str, str]:
                 f"layer {slot.layer} has keys of {slot.key_width} and values of {slot.value_width}"
             )
     return {name: name for name in _INPUTS if name in names} | {
-        "past_key_names": _pattern([(s.layer, s.past_key) for s in interface.cache]),
-        "past_value_names": _pattern([(s.layer, s.past_value) for s in interface.cache]),
+        f"past_{kind}_names": _pattern([(layer, past) for layer, past, _ in tensors])
+        for kind, tensors in interface.served_tensors.items()
     }
 
 
@@ -180,15 +190,14 @@ def _outputs(interface: Interface, logits: TensorSpec) -> dict[str, str]:
             f"logits of the last position have shape {logits.shape}, "
             "but onnxruntime-genai needs the constant 1 as the second dimension"
         )
-    return {
-        "logits": logits.name,
-        "present_key_names": _pattern([(s.layer, s.present_key) for s in interface.cache]),
-        "present_value_names": _pattern([(s.layer, s.present_value) for s in interface.cache]),
+    return {"logits": logits.name} | {
+        f"present_{kind}_names": _pattern([(layer, present) for layer, _, present in tensors])
+        for kind, tensors in interface.served_tensors.items()
     }
 
 
 def _logits(interface: Interface) -> TensorSpec:
-    cache = {name for slot in interface.cache for name in (slot.present_key, slot.present_value)}
+    cache = {present for tensors in interface.served_tensors.values() for _, _, present in tensors}
     others = [spec for spec in interface.outputs if spec.name not in cache]
     if len(others) != 1 or len(others[0].shape) != 3:
         raise UnsupportedError(

@@ -18,7 +18,7 @@ from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.config import Dtype
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.edit import Site, name_constant, set_value
-from llmc.graph.interface import CHOSEN_TOKENS
+from llmc.graph.interface import CHOSEN_TOKENS, Interface
 
 #: Tokens that must repeat before the next ones are drafted, plus one: ngram_size of the runtime.
 NGRAM_SIZE = 4
@@ -65,6 +65,21 @@ def require_draft(draft: int, *, compiled: bool) -> None:
             else f"onnxruntime-genai verifies at most {most}"
         )
         raise ConfigError(f"{draft} tokens are to be drafted in a step; {why}", hint=f"request 1 to {most}")
+
+
+def require_rewinding(interface: Interface) -> None:
+    """Require a cache from which the tokens of a rejected draft can be removed.
+
+    Raises:
+        UnsupportedError: The graph keeps states of fixed size.
+    """
+    if interface.states:
+        layers = ", ".join(str(n) for n in sorted({state.layer for state in interface.states}))
+        raise UnsupportedError(
+            f"tokens cannot be drafted: layers {layers} keep states of fixed size, which cannot go "
+            "back to before a rejected token",
+            hint="build and run without lookup",
+        )
 
 
 def speculative_options(draft: int) -> dict[str, int | bool]:
