@@ -2,9 +2,10 @@
 
     y = x * cos(position) + rotate(x) * sin(position)
 
-`rotate` maps the halves (x1, x2) to (-x2, x1), or does the same to every pair of neighbours (interleaved). If
-only the first part of a head is rotated, the rest is passed through. The graph itself computes the tables of
-cos and sin, (positions, rotated / 2), for any kind of embedding.
+`rotate` maps the halves (x1, x2) to (-x2, x1), or does the same to every pair of neighbours (interleaved).
+The latter is also how products of complex numbers are traced. If only the first part of a head is rotated,
+the rest is passed through. The graph itself computes the tables of cos and sin, (positions, rotated / 2), for
+any kind of embedding.
 
 If an embedding has other frequencies when the step's largest position is beyond a length (LongRoPE), its
 tables have the rows of both, and its positions are then shifted to the second rows.
@@ -28,6 +29,7 @@ from llmc.graph.match import (
     operands,
     part_of,
     rank_of,
+    scalar_of,
     uncast,
 )
 from llmc.graph.model import Graph, layer_of
@@ -279,10 +281,23 @@ def _pair(first: ir.Value | None, second: ir.Value | None, interleaved: bool) ->
 
 
 def _match_halves(concat: ir.Node) -> Rotation | None:
-    """Match (x1 * cos - x2 * sin, x2 * cos + x1 * sin) joined; x is (x1, x2) and cos has half its width."""
+    """Match (x1 * cos - x2 * sin, x2 * cos + x1 * sin), where cos has half the width of x.
+
+    The two are joined, and x is (x1, x2); or they are stacked, and x1 and x2 are its even and odd elements.
+    """
     if len(concat.inputs) != 2 or not _joins_last_axis(concat):
         return None
-    minus, plus = made_by(concat.inputs[0], "Sub"), made_by(concat.inputs[1], "Add")
+    stacked = [_before_unsqueeze(v) for v in concat.inputs]
+    node, interleaved = concat, None not in stacked
+    if interleaved:
+        user = only_user(concat.outputs[0])
+        if user is None or not is_op(user, "Reshape"):
+            return None
+        node = user
+    minus, plus = (
+        made_by(v, op)
+        for v, op in zip(stacked if interleaved else concat.inputs, ("Sub", "Add"), strict=True)
+    )
     if minus is None or plus is None:
         return None
     cos_product, sin_product = made_by(minus.inputs[0], "Mul"), made_by(minus.inputs[1], "Mul")
@@ -290,14 +305,32 @@ def _match_halves(concat: ir.Node) -> Rotation | None:
         return None
     for first, cos in operands(cos_product):
         for second, sin in operands(sin_product):
-            x = _pair(uncast(first), uncast(second), False)
+            one, other = uncast(first), uncast(second)
+            x = _neighbours(one, other) if interleaved else _pair(one, other, False)
             if x is None or not _sums(plus, (second, cos), (first, sin)):
                 continue
-            width = last_dim_of(x) or 0
-            if last_dim_of(cos) == last_dim_of(sin) == width // 2:
-                output = concat.outputs[0]
-                return Rotation(concat, uncast(x), output, uncast(cos), uncast(sin), width, False, True)
+            width, output = last_dim_of(x) or 0, node.outputs[0]
+            if last_dim_of(cos) == last_dim_of(sin) == width // 2 and dims_of(output) == dims_of(x):
+                return Rotation(node, uncast(x), output, uncast(cos), uncast(sin), width, interleaved, True)
     return None
+
+
+def _neighbours(first: ir.Value, second: ir.Value) -> ir.Value | None:
+    """Return x if `first` and `second` are its even and odd elements: of slices, or of x seen as pairs."""
+    x = _pair(first, second, True)
+    chosen = [made_by(v, "Gather") for v in (first, second)]
+    if x is not None or None in chosen:
+        return x
+    sources = {node.inputs[0] for node in chosen if node is not None}
+    pairs = sources.pop()
+    reshape = made_by(pairs, "Reshape")
+    if sources or pairs is None or reshape is None or (x := input_of(reshape)) is None:
+        return None
+    axes = {node.attributes.get_int("axis", 0) % rank_of(pairs) for node in chosen if node is not None}
+    numbers = [scalar_of(node.inputs[1]) for node in chosen if node is not None]
+    seen, width = [*dims_of(x)[:-1], (last_dim_of(x) or 0) // 2, 2], last_dim_of(x)
+    even = width is not None and width % 2 == 0 and dims_of(pairs) == seen
+    return x if even and axes == {rank_of(pairs) - 1} and numbers == [0, 1] else None
 
 
 def _sums(add: ir.Node, one: tuple[ir.Value, ir.Value], other: tuple[ir.Value, ir.Value]) -> bool:

@@ -20,6 +20,7 @@ from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.expand import name_recurrences
 from llmc.trace.kernels import intercepting_kernels
+from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
@@ -108,6 +109,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
                     hint="run with --debug for the full traceback",
                 ) from error
             check_indices()
+            check_real(program)
             check = _check_capture if captured else _check_stored
             check(capture, stack, type(model).__name__)
             fold_runs(program)
@@ -149,7 +151,8 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
                 arguments["attention_mask"] = attention_mask
             if "position_ids" in accepted:
                 arguments["position_ids"] = position_ids + first if first else position_ids
-            return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
+            with pairs_for_complex():
+                return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
 
     total = _SEQUENCE + _PAST
     limit = stated_positions(config)

@@ -309,16 +309,13 @@ def _emit(
         raise NotStampableError(f"layer {index} takes or returns no tensor")
     tensors = torch.onnx.ops.symbolic_multi_out(
         f"{TRACE}::{kind}",
-        [torch.view_as_real(t) if t.is_complex() else t for t in inputs],
+        inputs,
         attrs={"index": index, **(run or {})},
-        dtypes=[dtype.to_real() for dtype, _ in outputs],
-        shapes=[(*shape, 2) if dtype.is_complex else shape for dtype, shape in outputs],
+        dtypes=[dtype for dtype, _ in outputs],
+        shapes=[shape for _, shape in outputs],
         version=1,
     )
-    return tuple(
-        torch.view_as_complex(t) if dtype.is_complex else t
-        for t, (dtype, _) in zip(tensors, outputs, strict=True)
-    )
+    return tuple(tensors)
 
 
 def _tensors(leaves: Any) -> list[Any]:
