@@ -10,10 +10,12 @@
              sinks (heads,), only in the variant with `has_sinks`
     outputs  output (batch, sequence, heads, value_width)
              present_key (batch, kv_heads, total, key_width), present_value (… value_width)
-    attributes  num_heads, kv_num_heads, scale, softcap (0: none), window (0: unlimited)
+    attributes  num_heads, kv_num_heads, scale, softcap (0: none), window (0: unlimited), chunk (0: none)
 
-Query i of this step is at position past + i. It sees the positions j <= past + i with attention_mask[b, j] =
-1 and, with a window w, only those with j > past + i - w. Softmax is computed in float32.
+Positions count the real tokens of a row from 0, wherever its padding lies. A query at position p sees the
+keys of real tokens at positions j <= p; with a window w, only those with j > p - w; with chunks of c
+positions (Llama 4), only those with j // c = p // c. Softmax is computed in float32. Several nodes may have
+the same past, key and value: they are layers that share one cache slot.
 
 `Experts` is a layer of experts (Shazeer et al. 2017) after the router's choice, each a SwiGLU (Shazeer 2020):
 
@@ -79,19 +81,7 @@ def cached_attention(*, sinks: bool) -> ir.Function:
     divisor = b("Where", capped, softcap, b.constant(1.0))
     scores = b("Where", capped, b("Mul", softcap, b("Tanh", b("Div", scores, divisor))), scores)
 
-    # Positions are slots: the query's positions are past + i.
-    past = b("Shape", past_key, start=2, end=3)
-    total = b("Shape", present_key, start=2, end=3)
-    zero = b.constant(0)
-    step = b.constant(1)
-    q_pos = b("Unsqueeze", b("Range", b("Squeeze", past), b("Squeeze", total), step), one)
-    k_pos = b("Unsqueeze", b("Range", zero, b("Squeeze", total), step), b.constant([0]))
-    distance = b("Sub", q_pos, k_pos)
-    window = b.attribute("window", ir.AttributeType.INT)
-    inside = b("Or", b("Equal", window, zero), b("Less", distance, window))
-    causal = b("And", b("GreaterOrEqual", distance, zero), inside)
-    real = b("Greater", b("Unsqueeze", mask, b.constant([1, 2, 3])), zero)
-    visible = b("And", b("Unsqueeze", causal, b.constant([0, 1, 2])), real)
+    visible = _visible(b, mask, past_key, present_key)
     scores = b("Where", visible, scores, b.constant(_MASKED))
     if sinks:
         column = b(
@@ -102,7 +92,8 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         lead = b("Slice", b("Shape", scores), b.constant([0]), b.constant([4]))
         column = b("Expand", column, b("Concat", lead, one, axis=0))
         weights = b("Softmax", b("Concat", scores, column, axis=-1), axis=-1)
-        weights = b("Slice", weights, b.constant([0]), total, b.constant([4]))
+        columns = b("Shape", present_key, start=2, end=3)
+        weights = b("Slice", weights, b.constant([0]), columns, b.constant([4]))
     else:
         weights = b("Softmax", scores, axis=-1)
     values = b("Unsqueeze", present_value, axis)
@@ -119,8 +110,27 @@ def cached_attention(*, sinks: bool) -> ir.Function:
         opset_imports={"": OPSET},
         name=CACHED_ATTENTION,
     )
-    integers, floats = ("num_heads", "kv_num_heads", "window"), ("scale", "softcap")
+    integers, floats = ("num_heads", "kv_num_heads", "window", "chunk"), ("scale", "softcap")
     return ir.Function(DIALECT, CACHED_ATTENTION, graph=graph, attributes=declare(integers, floats))
+
+
+def _visible(b: Body, mask: ir.Value, past_key: ir.Value, present_key: ir.Value) -> ir.Value:
+    """Emit which keys each query sees, (batch, 1, 1, sequence, total) bool."""
+    zero, one, last = b.constant(0), b.constant(1), b.constant([2])
+    counts = b("CumSum", mask, one)
+    slots = [b("Shape", v, start=2, end=3) for v in (past_key, present_key)]
+    positions = b("Sub", counts, one)
+    queries = b("Unsqueeze", b("Slice", positions, *slots, b.constant([1])), last)
+    keys = b("Unsqueeze", positions, b.constant([1]))
+    distance = b("Sub", queries, keys)
+    window, chunk = (b.attribute(name, ir.AttributeType.INT) for name in ("window", "chunk"))
+    inside = b("Or", b("Equal", window, zero), b("Less", distance, window))
+    size = b("Max", chunk, one)
+    same = b("Equal", b("Div", queries, size), b("Div", keys, size))
+    inside = b("And", inside, b("Or", b("Equal", chunk, zero), same))
+    real = b("Greater", b("Unsqueeze", mask, b.constant([1])), zero)
+    causal = b("And", b("GreaterOrEqual", distance, zero), real)
+    return b("Unsqueeze", b("And", causal, inside), b.constant([1, 2]))
 
 
 def experts(*, biases: bool) -> ir.Function:

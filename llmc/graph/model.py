@@ -23,6 +23,9 @@ PACKED = "llmc.packed"
 #: Node metadata: bits that the codes of an operator with float zero points need, if its codes are wider.
 CODE_BITS = "llmc.code_bits"
 
+#: Node metadata: positions of the chunks that the bias of a GroupQueryAttention hides from each other.
+CHUNK = "llmc.chunk"
+
 
 class PackedZero(IntEnum):
     """The representation of zero in the blocks of a packed matrix.

@@ -91,15 +91,21 @@ struct Attention {
     }
   }
 
-  /// Rotate query and key (Su et al. 2021), scale the query, and append key and value to the cache.
-  static void append(const Run& run, const Op& op, int64_t row) {
-    const int64_t b = row / run.sequence, position = before(run, op, b) + row % run.sequence;
+  /// Rotate (Su et al. 2021) and scale the query.
+  static void turn(const Run& run, const Op& op, int64_t row) {
+    const int64_t position = before(run, op, row / run.sequence) + row % run.sequence;
     float* query = run.at(op.out, row);
     const float* source = run.at(op.a, row);
     for (int h = 0; h < Heads; h++) {
       rotate(run, op, source + h * D, query + h * D, position);
       for (int i = 0; i < D; i += kLanes) store(query + h * D + i, load(query + h * D + i) * all(op.x));
     }
+  }
+
+  /// Turn query and key, and append key and value to the cache.
+  static void append(const Run& run, const Op& op, int64_t row) {
+    const int64_t b = row / run.sequence, position = before(run, op, b) + row % run.sequence;
+    turn(run, op, row);
     for (int h = 0; h < KvHeads; h++) {
       float key[D];
       rotate(run, op, run.at(op.b, row) + h * D, key, position);
@@ -142,8 +148,8 @@ struct Attention {
   static Range seen(const Run& run, const Op& op, int64_t b, int64_t position) {
     const int64_t total = after(run, op, b);
     const int64_t stop = position + 1 < total ? position + 1 : total;  // padding sees the keys that exist
-    const int64_t start = op.window > 0 && stop > op.window ? stop - op.window : 0;
-    return {start, stop};
+    if (op.window < 0 && stop > 0) return {(stop - 1) / -op.window * -op.window, stop};
+    return {op.window > 0 && stop > op.window ? stop - op.window : 0, stop};
   }
 
   static F bend(const Op& op, F score) { return op.y > 0 ? all(op.y) * tanh(score * all(1.0f / op.y)) : score; }

@@ -37,7 +37,9 @@ struct Op {
   int32_t weight, bias, n, k;
   float x, y;
   int32_t cache[4];  // inputs past key and value, outputs present key and value
-  int32_t lengths, cos, sin, window;  // `lengths`: tokens of each row - 1, token ids, or chosen tokens
+  /// `lengths`: tokens of each row - 1, token ids, or chosen tokens. `window`: the number of keys that a query sees;
+  /// 0 for all, negative for chunks of that many.
+  int32_t lengths, cos, sin, window;
   int32_t shift = -1;                 // input with the rotary tables' row of position 0, int64 scalar; -1 for row 0
   int64_t limit;                      // entries of the embedding, or positions of the rotary tables
 };

@@ -8,12 +8,17 @@ rotates them itself; it then derives the positions itself, and `position_ids` ma
 An embedding whose positions are shifted as a whole, beyond a switch of its frequencies, passes its positions
 to the operator.
 
+Layers that share a cache slot (Gemma 3n, 2025) are lowered together, or not at all: in a ragged batch, the
+operator and the dialect store tokens in different slots. The layer that owns the slot appends to it; each
+other layer takes the owner's present as its past, and no new keys. It has no present of its own, so that
+nothing is copied. Chunks are a bias that hides all other chunks.
+
 Limits of ONNX Runtime 1.31 on a CPU: several tokens at once on a past that is not empty need a batch of 1;
 head widths are multiples of 8; tables of a rotary embedding have a multiple of 8 columns.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -22,14 +27,14 @@ from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_functions, require_domain, take_over
-from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user
-from llmc.graph.model import Graph, layer_of
+from llmc.graph.match import dims_of, find_nodes, is_op, made_by, only_user, operand
+from llmc.graph.model import CHUNK, Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
 from llmc.passes._heads import HeadLayout
+from llmc.passes._step import StepValues
 
 OPERATOR = "GroupQueryAttention"
 _WIDTH_MULTIPLE = 8
-_INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,17 @@ class GroupQueryAttention:
     def run(self, graph: Graph) -> PassReport:
         applied: list[int | None] = []
         refusals: list[Refusal] = []
-        lengths = _Lengths(graph.graph)
         outside: dict[str, int] = {}
-        for node in find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT):
-            declined = _decline(node)
-            if declined is not None:
-                refusals.append(Refusal(*declined, str(node.name), layer_of(node)))
+        nodes = find_nodes(graph.graph, dialect.CACHED_ATTENTION, DIALECT)
+        step = StepValues(graph.graph) if nodes else None
+        owners: dict[ir.Value, ir.Node] = {}
+        reasons = {operand(n, 3): why for n in nodes if (why := _decline(n)) is not None}
+        for node in nodes:
+            declined = reasons.get(operand(node, 3))
+            if declined is not None or step is None:
+                refusals.append(Refusal(*(declined or ("", "")), str(node.name), layer_of(node)))
                 continue
-            reason = _rewrite(graph.graph, node, lengths)
+            reason = _rewrite(graph.graph, node, step, owners)
             if reason is not None:
                 outside[reason] = outside.get(reason, 0) + 1
             applied.append(layer_of(node))
@@ -72,42 +80,6 @@ def _uncaptured(graph: Graph, captured: set[int | None]) -> Iterator[Refusal]:
             yield Refusal("plain-attention", reason, slot.past_key, slot.layer)
 
 
-@dataclass
-class _Lengths:
-    """The token counts in the operator's form, computed once per graph from attention_mask (batch, total)."""
-
-    graph: ir.Graph
-    _values: tuple[ir.Value, ir.Value] | None = field(default=None)
-
-    def values(self, first: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """Return (real tokens per row - 1 (batch,), total length ()), both int32, emitted before `first`."""
-        if self._values is None:
-            mask = first.inputs[5]
-            if mask is None:
-                raise GraphError(f"attention {first.name} has no mask")
-            site = Site(self.graph, next(iter(self.graph)))
-            one = add_constant(self.graph, np.array([1], np.int64), "axis")
-            no_axis = {"keepdims": 0}
-            counts = site.emit(
-                "ReduceSum", [mask, one], "lengths/sum", attributes=no_axis, shape=["batch"], dtype=_INT64
-            )
-            last = site.emit("Sub", [counts.outputs[0], one], "lengths/last", shape=["batch"], dtype=_INT64)
-            second = {"start": 1, "end": 2}
-            total = site.emit("Shape", [mask], "lengths/shape", attributes=second, shape=[1], dtype=_INT64)
-            scalar = site.emit("Squeeze", [total.outputs[0]], "lengths/total", shape=[], dtype=_INT64)
-            to = {"to": int(_INT32)}
-            rows = site.emit(
-                "Cast", [last.outputs[0]], "seqlens_k", attributes=to, shape=["batch"], dtype=_INT32
-            )
-            whole = site.emit(
-                "Cast", [scalar.outputs[0]], "total_sequence_length", attributes=to, shape=[], dtype=_INT32
-            )
-            for item in (counts, last, total, scalar, rows, whole):
-                item.metadata_props.clear()
-            self._values = (rows.outputs[0], whole.outputs[0])
-        return self._values
-
-
 def _decline(node: ir.Node) -> tuple[str, str] | None:
     """Return (code, reason) if the operator cannot replace `node`."""
     past_key, past_value = node.inputs[3], node.inputs[4]
@@ -121,8 +93,8 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
         )
     if not isinstance(key_width, int) or key_width % _WIDTH_MULTIPLE:
         return "head-width", f"heads are {key_width} wide; the operator takes multiples of {_WIDTH_MULTIPLE}"
-    if len(past_key.consumers()) > 1 or not node.outputs[1].is_graph_output():
-        return "shared-cache", f"several layers read and extend {past_key.name} in one step"
+    if node.attributes.get_int("chunk", 0) and node.attributes["softcap"].as_float():
+        return "chunk", "chunks are a bias, which the operator caps as it caps scores"
     return None
 
 
@@ -169,49 +141,77 @@ def _are_positions(value: ir.Value) -> bool:
     return value.name == "position_ids" and value.is_graph_input()
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> str | None:
-    """Replace `node`; return the reason if a rotary embedding stays outside."""
-    query, key, value, past_key, past_value = node.inputs[:5]
-    if query is None or key is None or value is None:
-        raise GraphError(f"attention {node.name} has no query, key or value")
+def _rewrite(graph: ir.Graph, node: ir.Node, step: StepValues, owners: dict[ir.Value, ir.Node]) -> str | None:
+    """Replace `node`; return the reason if a rotary embedding stays outside.
+
+    Args:
+        owners: The operator that extends each past; it gains the one of `node` if none does yet.
+    """
+    query, key, value, past_key, past_value = (operand(node, i) for i in range(5))
+    owner = owners.get(past_key)
     heads, kv_heads = (node.attributes.get_int(n, 0) for n in ("num_heads", "kv_num_heads"))
     width = int(str(dims_of(past_key)[-1]))
-    rotary, outside = _shared_rotary(query, key)
+    rotary, outside = _shared_rotary(query, query if owner else key)
     if rotary is not None:
-        query, key = (_before_rotary(v) for v in (query, key))
+        query = _before_rotary(query)
+        key = key if owner else _before_rotary(key)
     site, stem = Site(graph, node), str(node.name)
-    layouts = [HeadLayout(site, f"{stem}/{n}", h, width) for n, h in (("query", heads), ("key", kv_heads))]
-    layouts.append(HeadLayout(site, f"{stem}/value", kv_heads, width))
-    flat = [layout.flatten(v) for layout, v in zip(layouts, (query, key, value), strict=True)]
+    flat = [HeadLayout(site, f"{stem}/query", heads, width).flatten(query)]
+    if owner is None:
+        layouts = [HeadLayout(site, f"{stem}/{n}", kv_heads, width) for n in ("key", "value")]
+        flat += [layout.flatten(v) for layout, v in zip(layouts, (key, value), strict=True)]
+        pasts = [past_key, past_value]
+    else:
+        flat += [step.empty(kv_heads * width, past_key.dtype or ir.DataType.FLOAT)] * 2
+        pasts = list(owner.outputs[1:])
+    fused = site.emit(
+        OPERATOR,
+        _inputs(node, [*flat, *pasts, *step.lengths()], rotary, step),
+        f"{stem}/output",
+        domain=MICROSOFT,
+        attributes=_attributes(node, rotary),
+        shape=[*dims_of(query)[:1], dims_of(node.outputs[0])[1], heads * width],
+        dtype=query.dtype,
+        outputs=3 if owner is None else 1,
+    )
+    if chunk := node.attributes.get_int("chunk", 0):
+        fused.metadata_props[CHUNK] = str(chunk)
+    if owner is None:
+        owners[past_key] = fused
+        for old, new in zip(node.outputs[1:], fused.outputs[1:], strict=True):
+            take_over(old, new)
+    _replace_output(site, node.outputs[0], fused.outputs[0], heads * width)
+    return outside
+
+
+def _attributes(node: ir.Node, rotary: _Rotary | None) -> dict[str, int | float]:
     attributes: dict[str, int | float] = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
+        "num_heads": node.attributes.get_int("num_heads", 0),
+        "kv_num_heads": node.attributes.get_int("kv_num_heads", 0),
         "scale": node.attributes["scale"].as_float(),
         "local_window_size": node.attributes.get_int("window", 0) or -1,
     }
     if softcap := node.attributes["softcap"].as_float():
         attributes["softcap"] = softcap
-    inputs: list[ir.Value | None] = [*flat, past_key, past_value, *lengths.values(node)]
     if rotary is not None:
         attributes |= {"do_rotary": 1, "rotary_interleaved": rotary.interleaved}
-        inputs += [rotary.cos, rotary.sin]
-        inputs += [rotary.positions] if rotary.positions is not None else []
+    return attributes
+
+
+def _inputs(
+    node: ir.Node, required: list[ir.Value], rotary: _Rotary | None, step: StepValues
+) -> list[ir.Value | None]:
+    """List the operator's inputs: the required ones, tables, positions, bias and sinks."""
+    optional: list[ir.Value | None] = [None] * 5
+    if rotary is not None:
+        optional[:3] = rotary.cos, rotary.sin, rotary.positions
+    if chunk := node.attributes.get_int("chunk", 0):
+        optional[3] = step.other_chunks(chunk, required[0].dtype or ir.DataType.FLOAT)
     if len(node.inputs) > 6:
-        inputs += [None] * (11 - len(inputs)) + [node.inputs[6]]
-    fused = site.emit(
-        OPERATOR,
-        inputs,
-        f"{stem}/output",
-        domain=MICROSOFT,
-        attributes=attributes,
-        shape=[*dims_of(query)[:1], dims_of(node.outputs[0])[1], heads * width],
-        dtype=query.dtype,
-        outputs=3,
-    )
-    for old, new in zip(node.outputs[1:], fused.outputs[1:], strict=True):
-        take_over(old, new)
-    _replace_output(site, node.outputs[0], fused.outputs[0], heads * width)
-    return outside
+        optional[4] = node.inputs[6]
+    while optional and optional[-1] is None:
+        optional.pop()
+    return [*required, *optional]
 
 
 def _before_rotary(value: ir.Value) -> ir.Value:

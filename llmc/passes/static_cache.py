@@ -5,9 +5,10 @@ length, so that a runtime can give both the same address. A new input replaces t
 
     write_indices (batch,) int64      the slot of each row's first new token: the number of tokens it has
 
-Token i of a row is in slot, and at position, write_indices + i. It sees the slots up to its own, and with a
-window w only the last w of them. Ragged batches are therefore padded on the right: a row's padding lies after
-its end, is seen by no real token and is overwritten by the next tokens.
+Token i of a row is in slot, and at position, write_indices + i. It sees the slots up to its own, with a
+window w only the last w of them, and with chunks only those of its own chunk. Layers that share a cache slot
+read what the first of them wrote. Ragged batches are therefore padded on the right: a row's padding lies
+after its end, is seen by no real token and is overwritten by the next tokens.
 
 Attention has one output and an explicit mask (batch, 1, sequence, capacity) bool. If TensorRT has no kernel
 for it, attention is written in plain operators, with its softmax in float32, and the report says so for each
@@ -103,7 +104,8 @@ class _Slots:
 
     graph: ir.Graph
     capacity: int
-    _masks: dict[int, ir.Value] = field(default_factory=dict)
+    _masks: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
+    _written: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _last: ir.Value | None = None
 
     def __post_init__(self) -> None:
@@ -111,11 +113,27 @@ class _Slots:
         self._site = Site(self.graph, next(iter(self.graph)))
         self.positions = self._positions()
 
-    def mask(self, window: int) -> ir.Value:
-        """Return which slots each query sees, (batch, 1, sequence, capacity) bool; window 0 is unlimited."""
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        return self._masks[window]
+    def mask(self, window: int, chunk: int) -> ir.Value:
+        """Return which slots each query sees, (batch, 1, sequence, capacity) bool; 0 is unlimited."""
+        if (window, chunk) not in self._masks:
+            self._masks[window, chunk] = self._mask(window, chunk)
+        return self._masks[window, chunk]
+
+    def write(self, site: Site, past: ir.Value, update: ir.Value, present: ir.Value) -> ir.Value:
+        """Emit the cache after this step, once for all layers that share `past`."""
+        if past not in self._written:
+            _fix_length(past, self.capacity)
+            _fix_length(present, self.capacity)
+            scatter = site.emit(
+                "TensorScatter",
+                [past, update, self.write_indices],
+                f"{present.name}/updated",
+                attributes={"axis": 2, "mode": "linear"},
+                like=present,
+            )
+            take_over(present, scatter.outputs[0])
+            self._written[past] = scatter.outputs[0]
+        return self._written[past]
 
     def _positions(self) -> ir.Value:
         """Emit the slot of each new token, (batch, sequence) int64."""
@@ -130,20 +148,28 @@ class _Slots:
         steps = self._emit("Unsqueeze", [steps, rows], "slots/row", [1, "sequence"])
         return self._emit("Add", [first, steps], "slots/positions", ["batch", "sequence"])
 
-    def _mask(self, window: int) -> ir.Value:
+    def _mask(self, window: int, chunk: int) -> ir.Value:
         if self._last is None:
             heads = add_constant(self.graph, np.array([1, 3], np.int64), "axis")
             dims: list[int | str] = ["batch", 1, "sequence", 1]
             self._last = self._emit("Unsqueeze", [self.positions, heads], "slots/last", dims)
         slots = add_constant(self.graph, np.arange(self.capacity, dtype=np.int64), "slots")
         dims = ["batch", 1, "sequence", self.capacity]
-        mask = self._emit("LessOrEqual", [slots, self._last], "slots/causal", dims, _BOOL, unique=window)
-        if not window:
-            return mask
-        width = add_constant(self.graph, np.array(window, np.int64), "window")
-        before = self._emit("Sub", [self._last, width], "slots/before", [*dims[:3], 1], unique=window)
-        inside = self._emit("Greater", [slots, before], "slots/inside", dims, _BOOL, unique=window)
-        return self._emit("And", [mask, inside], "slots/mask", dims, _BOOL, unique=window)
+        unique = f"_{window}" * bool(window) + f"_chunk_{chunk}" * bool(chunk)
+        mask = self._emit("LessOrEqual", [slots, self._last], f"slots/causal{unique}", dims, _BOOL)
+        thin = [*dims[:3], 1]
+        if window:
+            width = add_constant(self.graph, np.array(window, np.int64), "window")
+            before = self._emit("Sub", [self._last, width], f"slots/before{unique}", thin)
+            inside = self._emit("Greater", [slots, before], f"slots/inside{unique}", dims, _BOOL)
+            mask = self._emit("And", [mask, inside], f"slots/mask{unique}", dims, _BOOL)
+        if chunk:
+            size = add_constant(self.graph, np.array(chunk, np.int64), "chunk")
+            full = self._emit("Div", [self._last, size], f"slots/full{unique}", thin)
+            first = self._emit("Mul", [full, size], f"slots/first{unique}", thin)
+            inside = self._emit("GreaterOrEqual", [slots, first], f"slots/own{unique}", dims, _BOOL)
+            mask = self._emit("And", [mask, inside], f"slots/mask_of{unique}", dims, _BOOL)
+        return mask
 
     def _emit(
         self,
@@ -154,10 +180,7 @@ class _Slots:
         dtype: ir.DataType = _INT64,
         *,
         attributes: dict[str, int] | None = None,
-        unique: int = 0,
     ) -> ir.Value:
-        if unique:
-            name = f"{name}_{unique}"
         node = self._site.emit(op, inputs, name, attributes=attributes, shape=shape, dtype=dtype)
         node.metadata_props.clear()
         return node.outputs[0]
@@ -170,20 +193,10 @@ def _rewrite(graph: ir.Graph, node: ir.Node, slots: _Slots, *, fused: bool) -> N
     for update, past, present in zip((key, value), node.inputs[3:5], node.outputs[1:], strict=True):
         if update is None or past is None:
             raise GraphError(f"attention {node.name} has no past")
-        _fix_length(past, slots.capacity)
-        _fix_length(present, slots.capacity)
-        scatter = site.emit(
-            "TensorScatter",
-            [past, update, slots.write_indices],
-            f"{present.name}/updated",
-            attributes={"axis": 2, "mode": "linear"},
-            like=present,
-        )
-        take_over(present, scatter.outputs[0])
-        caches.append(scatter.outputs[0])
+        caches.append(slots.write(site, past, update, present))
     if query is None:
         raise GraphError(f"attention {node.name} has no query")
-    mask = slots.mask(node.attributes.get_int("window", 0))
+    mask = slots.mask(node.attributes.get_int("window", 0), node.attributes.get_int("chunk", 0))
     output = node.outputs[0]
     batch, sequence, heads, width = dims_of(output)
     if fused:

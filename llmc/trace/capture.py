@@ -18,7 +18,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, VERSION
 from llmc.trace.experts import trace_experts
-from llmc.trace.mask import MaskRule
+from llmc.trace.mask import MaskRule, Visible
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class CapturedAttention:
     """The arguments of one layer's call to the attention interface.
 
     `owner` is the layer whose cache slot is used: the layer itself, or an earlier one with which it shares
-    keys and values. `rule` decides which keys are visible; without a rule, `window` does.
+    keys and values. `rule` decides which keys are visible; without a rule, `visible` does.
     """
 
     layer: int
@@ -51,7 +51,7 @@ class CapturedAttention:
     kv_heads: int
     key_width: int
     value_width: int
-    window: int | None
+    visible: Visible
     rule: MaskRule | None
 
 
@@ -236,9 +236,9 @@ def _attention(
         raise UnsupportedError(f"{where} runs twice in one step; one cache slot cannot hold both")
     batch, heads, sequence, key_width = query.shape
     kv_heads, value_width = key.shape[1], value.shape[-1]
-    window = int(sliding_window) if sliding_window else None
+    visible = Visible(window=int(sliding_window or 0))
     capture.attentions[layer] = CapturedAttention(
-        layer, owner, int(heads), int(kv_heads), int(key_width), int(value_width), window, attention_mask
+        layer, owner, int(heads), int(kv_heads), int(key_width), int(value_width), visible, attention_mask
     )
     inputs: tuple[torch.Tensor, ...] = (query, key, value)
     if s_aux is not None:

@@ -93,7 +93,7 @@ def attach_cache(
         owner = node.attributes["owner"].as_int()
         attention = capture.attentions[_traced_index(stack, layer)]
         if owner == layer:
-            slots[layer] = slot = _slot(layer, attention, attention.window)
+            slots[layer] = slot = _slot(layer, attention, attention.visible.furthest or None)
             pasts[layer] = (
                 _cache_value(slot.past_key, slot, slot.key_width, "past", dtype),
                 _cache_value(slot.past_value, slot, slot.value_width, "past", dtype),
@@ -109,7 +109,8 @@ def attach_cache(
                 value.name = f"{value.name}.shared.{layer}"
         query, keys, values, *sinks = node.inputs
         attributes = [a for n, a in node.attributes.items() if n not in ("layer", "owner")]
-        attributes.append(ir.AttrInt64("window", attention.window or 0))
+        visible = attention.visible
+        attributes += [ir.AttrInt64("window", visible.window), ir.AttrInt64("chunk", visible.chunk)]
         output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         new = ir.Node(
             DIALECT,

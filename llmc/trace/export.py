@@ -223,7 +223,7 @@ def _rename_dimensions(model: ir.Model) -> None:
 
 
 def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
-    """Check that every use of the cache was captured, and every mask rule is known; set the windows."""
+    """Check that every use of the cache was captured, and every mask rule is known; set what they hide."""
     _check_states(capture, name)
     if not capture.attentions and not capture.states and not capture.convolutions:
         raise UnsupportedError(
@@ -238,16 +238,15 @@ def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
         )
     for layer, attention in capture.attentions.items():
         if attention.rule is not None:
-            window = attention.rule.window(attention.window or 0) or None
-            capture.attentions[layer] = replace(attention, window=window)
+            visible = attention.rule.visible(attention.visible.window)
+            capture.attentions[layer] = replace(attention, visible=visible)
     unruled = [a for a in capture.attentions.values() if a.rule is None]
-    ruled = {rule.window() for rule in capture.masks} if unruled else set()
+    ruled = {rule.visible() for rule in capture.masks} if unruled else set()
     for attention in unruled:
-        if ruled and (attention.window or 0) not in ruled:
+        if ruled and attention.visible not in ruled:
             raise UnsupportedError(
-                f"{name}: attention of layer {attention.layer} was called with "
-                f"{f'window {attention.window}' if attention.window else 'no window'} and no mask; "
-                f"the requested masks have windows {sorted(ruled)}"
+                f"{name}: attention of layer {attention.layer} was called with {attention.visible} and no "
+                f"mask; the requested masks have {', '.join(sorted(map(str, ruled)))}"
             )
 
 

@@ -68,7 +68,7 @@ def tiny_graph() -> Graph:
         dialect.CACHED_ATTENTION,
         [heads, heads, heads, *past, mask],
         ir.convenience.convert_attributes(
-            {"num_heads": 1, "kv_num_heads": 1, "scale": 0.5, "softcap": 0.0, "window": 0}
+            {"num_heads": 1, "kv_num_heads": 1, "scale": 0.5, "softcap": 0.0, "window": 0, "chunk": 0}
         ),
         outputs=[mixed, *present],
         name="attention",

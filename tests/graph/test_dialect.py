@@ -15,6 +15,7 @@ BATCH, HEADS, KV_HEADS, PAST, STEP, WIDTH, VALUE_WIDTH = 2, 4, 2, 5, 3, 8, 6
 @dataclass(frozen=True)
 class Case:
     window: int = 0
+    chunk: int = 0
     softcap: float = 0.0
     sinks: bool = False
     hidden: tuple[int, ...] = ()
@@ -28,6 +29,11 @@ CASES = [
     Case(sinks=True),
     Case(hidden=(0, 1)),
     Case(window=3, softcap=1.5, sinks=True, hidden=(0,)),
+    Case(window=3, hidden=(3, 4)),
+    Case(window=3, hidden=(3, 7)),
+    Case(chunk=3),
+    Case(chunk=3, hidden=(0, 1)),
+    Case(chunk=2, hidden=(3, 4)),
 ]
 
 
@@ -38,7 +44,7 @@ def _inputs(case: Case, past: int) -> dict[str, np.ndarray]:
         return random.standard_normal(shape).astype(np.float32) * 2
 
     mask = np.ones((BATCH, past + STEP), np.int64)
-    mask[1, list(case.hidden)] = 0
+    mask[1, [slot for slot in case.hidden if slot < past + STEP]] = 0
     feeds = {
         "query": draw(BATCH, HEADS, STEP, WIDTH),
         "key": draw(BATCH, KV_HEADS, STEP, WIDTH),
@@ -70,6 +76,7 @@ def _run(case: Case, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         "scale": 0.3,
         "softcap": case.softcap,
         "window": case.window,
+        "chunk": case.chunk,
     }
     node = ir.Node(
         DIALECT,
@@ -104,11 +111,10 @@ def _reference(case: Case, feeds: dict[str, np.ndarray]) -> np.ndarray:
         for h in range(HEADS):
             group = h // (HEADS // KV_HEADS)
             for i in range(STEP):
-                seen = [
-                    j
-                    for j in range(past + i + 1)
-                    if feeds["attention_mask"][b, j] and (not case.window or j > past + i - case.window)
-                ]
+                real = np.flatnonzero(feeds["attention_mask"][b, : past + i + 1])
+                at = len(real) - 1
+                seen = real[max(0, at + 1 - case.window) :] if case.window else real
+                seen = real[at // case.chunk * case.chunk :] if case.chunk else seen
                 scores = 0.3 * keys[b, group, seen] @ feeds["query"][b, h, i]
                 if case.softcap:
                     scores = case.softcap * np.tanh(scores / case.softcap)

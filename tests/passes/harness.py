@@ -1,16 +1,20 @@
 """Tiny models lowered pass by pass in float32, and what tests of several passes have in common."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from transformers import PreTrainedModel
 
 from llmc.config import Dtype
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.graph.serial import load_graph
+from llmc.graph.serial import dump_graph, load_graph
 from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.passes._norms import Norm, match_norm, squared
@@ -135,7 +139,47 @@ def turn_by_the_mask(graph: Graph) -> None:
 
 def latent_attention(**overrides: int) -> Graph:
     """The traced graph of a tiny model with multi-head latent attention."""
-    model = build_tiny_model("deepseek_v3", **overrides)
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    return with_fields("deepseek_v3", **overrides)
+
+
+def with_fields(model_type: str, **overrides: Any) -> Graph:
+    """The traced graph of a tiny model with some fields of its config changed."""
+    model, traced_model = _traced_with(model_type, json.dumps(overrides))
+    graph = load_graph(traced_model)
     graph.bind(StateStore(model), {})
     return graph
+
+
+@cache
+def _traced_with(model_type: str, overrides: str) -> tuple[PreTrainedModel, bytes]:
+    model = build_tiny_model(model_type, **json.loads(overrides))
+    return model, dump_graph(trace_model(model.config, Dtype.FLOAT32))
+
+
+def shared_cache() -> Graph:
+    """A graph whose last two of four layers read the caches of the first two, one with a window."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return with_fields("gemma3n_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+
+
+def chunked_attention() -> Graph:
+    """A graph whose first and last layer see chunks of 4 tokens."""
+    return with_fields(
+        "llama4_text",
+        attention_chunk_size=4,
+        attn_temperature_tuning=False,
+        layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        no_rope_layers=[1, 0, 1],
+        intermediate_size_mlp=96,
+        moe_layers=[],
+    )
+
+
+def hold_ragged_numbers(graph: Graph, lowered: Graph) -> None:
+    """Hold that rows of unequal length, padded on the right, have the same logits in two graphs."""
+    ids = np.random.default_rng(1).integers(3, 250, (3, 19))
+    mask = np.ones_like(ids)
+    mask[0, 9:12], mask[1, 3:12] = 0, 0
+    positions = np.clip(mask.cumsum(1) - 1, 0, None)
+    expected, found = (run_steps(g, ids, mask, positions, prompt=12) for g in (graph, lowered))
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-4)

@@ -103,6 +103,59 @@ def test_a_multimodal_model_is_traced_from_text_alone(model_type: str) -> None:
     assert (graph.padding, len(graph.cache)) == ("any", 3)  # the tower's layers are not the decoder's
 
 
+#: Tiny models with chunks, shared keys and values, and complex rotations.
+SHARED = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
+CHUNKED = {
+    "attention_chunk_size": 4,
+    "attn_temperature_tuning": False,
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+    "no_rope_layers": [1, 0, 1],
+    "intermediate_size_mlp": 96,
+    "moe_layers": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("gemma3n_text", SHARED), ("llama4_text", CHUNKED), ("deepseek_v2", {})]
+)
+def test_shared_keys_chunks_and_complex_rotations(model_type: str, overrides: dict[str, Any]) -> None:
+    graph, difference = _trace_and_compare(model_type, **overrides)
+    assert difference <= 1e-4
+    assert graph.padding == "any"
+    attention = [n for n in graph.graph if n.op_type == dialect.CACHED_ATTENTION]
+    owners = [n for n in attention if n.outputs[1].is_graph_output()]
+    assert len(owners) == len(graph.cache) == len(attention) - overrides.get("num_kv_shared_layers", 0)
+    assert {n.inputs[3] for n in attention} == {n.inputs[3] for n in owners}
+    chunks = [n.attributes["chunk"].as_int() for n in attention]
+    assert chunks == ([4, 0, 4] if model_type == "llama4_text" else [0] * len(attention))
+    assert [slot.window for slot in graph.cache if slot.window] == [n for n in chunks if n] or not any(chunks)
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [("mistral", {}), ("llama4_text", CHUNKED)])
+def test_windows_and_chunks_count_real_tokens_wherever_the_padding_is(
+    model_type: str, overrides: dict[str, Any]
+) -> None:
+    """The same row padded on the left, in the middle of its prompt and on the right has the same logits."""
+    model = build_tiny_model(model_type, **overrides)
+    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph.bind(StateStore(model), {})
+    real = np.random.default_rng(0).integers(3, 250, 17)
+    mask = np.ones((4, 21), np.int64)
+    for row, hidden in enumerate((range(4), range(2, 6), range(8, 12), range(11, 15))):
+        mask[row, hidden] = 0
+    ids = np.zeros_like(mask)
+    ids[mask == 1] = np.tile(real, 4)
+    positions = np.clip(mask.cumsum(1) - 1, 0, None)
+    found = run_steps(graph, ids, mask, positions, prompt=12)
+    rows = [logits[kept == 1] for logits, kept in zip(found, mask, strict=True)]
+    for row in rows[1:]:
+        np.testing.assert_allclose(row, rows[0], atol=1e-4)
+
+
 def test_sinks_of_some_layers_are_sinks_of_all_that_draw_nothing() -> None:
     assert _compare("mimo_v2_flash") <= 1e-4
 

@@ -26,7 +26,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
         reasons: Why nodes stay with ONNX Runtime.
 
     Raises:
-        KernelError: ONNX Runtime's operators read the past of a layer.
+        KernelError: ONNX Runtime's operators read the past or the present of a layer.
     """
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
     left = [slot for slot in graph.cache if not {values[name] for name in slot.pasts} <= held]
@@ -39,6 +39,7 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
             f"{len(graph.cache)} stay with ONNX Runtime: {why}",
             hint="use kv_cache: float32",
         )
+    _require_kernels(graph, cache, values, reasons)
     slots = []
     for slot in graph.cache:
         for name in slot.names:
@@ -48,6 +49,22 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
             value.shape = ir.Shape([*dims, int(width) + _EXTRA[cache]])
         slots.append(_widen(slot, _EXTRA[cache]))
     graph.cache = tuple(slots)
+
+
+def _require_kernels(
+    graph: Graph, cache: CacheType, values: Mapping[str, ir.Value], reasons: Mapping[ir.Node, str]
+) -> None:
+    """Refuse layers that share the cache of another one, but stay with ONNX Runtime."""
+    for slot in graph.cache:
+        for name in (slot.present_key, slot.present_value):
+            outside = [node for node in values[name].consumers() if node in reasons]
+            if outside:
+                raise KernelError(
+                    f"a KV cache in {cache.value} needs compiled attention in every layer, but "
+                    f"{len(outside)} that share the cache of layer {slot.layer} stay with ONNX Runtime: "
+                    f"{reasons[outside[0]]}",
+                    hint="use kv_cache: float32",
+                )
 
 
 def _widen(slot: CacheSlot, extra: int) -> CacheSlot:

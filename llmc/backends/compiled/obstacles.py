@@ -11,6 +11,7 @@ from llmc.backends.compiled.operands import (
     codes_of,
     embedding_layout,
     layout_of,
+    reads_shared_cache,
     scales_of,
     shift_of,
     slice_bounds,
@@ -21,7 +22,7 @@ from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.match import dims_of, operand, scalar_of
-from llmc.graph.model import PackedZero
+from llmc.graph.model import CHUNK, PackedZero
 from llmc.graph.weights import LazyWeight
 
 
@@ -157,7 +158,10 @@ def _check_reshape(node: ir.Node) -> str | None:
 
 
 def _check_attention(node: ir.Node) -> str | None:
-    if any(v is not None for v in node.inputs[10:]):
+    bias = node.inputs[10] if len(node.inputs) > 10 else None
+    if (bias is not None and CHUNK not in node.metadata_props) or any(
+        v is not None for v in node.inputs[11:]
+    ):
         return "it has a bias or sinks"
     if len(node.inputs) > 9 and node.inputs[9] is not None and shift_of(node) is None:
         return "its position ids are not those of the mask"
@@ -167,11 +171,12 @@ def _check_attention(node: ir.Node) -> str | None:
     width = dims_of(past)[-1]
     if not isinstance(width, int) or width % LANES:
         return f"its heads are {width} wide, but kernels need multiples of {LANES}"
-    if past.dtype != ir.DataType.FLOAT or not past.is_graph_input():
+    shared = reads_shared_cache(node)
+    if past.dtype != ir.DataType.FLOAT or not (past.is_graph_output() if shared else past.is_graph_input()):
         return "its cache is not float32"
-    if any(not o.is_graph_output() for o in node.outputs[1:3]):
+    if not shared and any(not o.is_graph_output() for o in node.outputs[1:3]):
         return "its cache is not an output of the graph"
-    if any(width_of(v) == 0 for v in node.inputs[:3] if v is not None):
+    if any(width_of(v) == 0 for v in node.inputs[: 1 if shared else 3] if v is not None):
         return "its query, key or value is not one row of features per token"
     return None
 

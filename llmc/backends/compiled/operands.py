@@ -64,6 +64,11 @@ def shift_of(node: ir.Node) -> ir.Value | None:
     return shift if plain and dims_of(shift) == [] and shift.dtype is ir.DataType.INT64 else None
 
 
+def reads_shared_cache(node: ir.Node) -> bool:
+    """Return whether an attention reads the cache that another layer has extended, and has no present."""
+    return not any(output.name for output in node.outputs[1:3])
+
+
 def codes_of(node: ir.Node) -> ir.Value:
     """Return the codes of an embedding, before the reshape that is in between if a product shares them."""
     return behind(operand(node, 0), "Reshape")

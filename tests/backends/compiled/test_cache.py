@@ -17,7 +17,7 @@ from llmc.backends.compiled.toolchain import find_compiler
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.interface import CacheSlot
-from llmc.graph.model import Graph
+from llmc.graph.model import CHUNK, Graph
 from llmc.runtime.arithmetic import Arithmetic, compute_in
 from tests.backends.compiled.graphs import (
     MICROSOFT,
@@ -47,6 +47,13 @@ class Layer:
     interleaved: bool = False
     window: int = -1
     softcap: float = 0.0
+    chunk: int = 0
+
+    def first_seen(self, stop: int) -> int:
+        """The first position that the query at stop - 1 sees."""
+        if self.chunk:
+            return (stop - 1) // self.chunk * self.chunk
+        return max(0, stop - self.window) if self.window > 0 else 0
 
 
 LAYERS = (
@@ -54,6 +61,8 @@ LAYERS = (
     Layer(4, 4, 16, window=20, softcap=5.0),
     Layer(3, 1, 64, rotated=32, interleaved=True),
 )
+#: A layer that reads the cache of LAYERS[1]; its output is the last.
+SHARER = Layer(4, 4, 16, chunk=24)
 
 
 def tables(rotated: int) -> tuple[Array, Array]:
@@ -61,8 +70,8 @@ def tables(rotated: int) -> tuple[Array, Array]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def attention_graph(sinks: bool = False) -> Graph:
-    """Every layer of LAYERS beside the others, with inputs and a cache of its own."""
+def attention_graph(sinks: bool = False, sharer_sinks: bool = False) -> Graph:
+    """Every layer of LAYERS beside the others, with inputs and a cache of its own; and SHARER."""
     builder = GraphBuilder()
     int32 = ir.DataType.INT32
     lengths = [builder.value("lengths", ["batch"], int32), builder.value("total", [], int32)]
@@ -109,6 +118,20 @@ def attention_graph(sinks: bool = False) -> Graph:
             kv_heads=layer.kv_heads, key_width=layer.width, value_width=layer.width, window=None,
         ))  # fmt: skip
     builder.inputs += lengths
+    query, empty = (
+        builder.input("qs", 64),
+        builder.weight("empty", {"rows": np.zeros((1, 0, 64), np.float32)}),
+    )
+    caches: list[ir.Value] = list(builder.nodes[1].outputs[1:])
+    shared: list[ir.Value | None] = [query, *empty, *empty, *caches, *lengths]
+    if sharer_sinks:
+        shared += [None] * 4 + builder.weight("sinks", {"value": np.zeros(4, np.float32)})
+    out = builder.value("outs", ["batch", "sequence", 64])
+    attributes = {"num_heads": 4, "kv_num_heads": 4}
+    node = ir.node("GroupQueryAttention", shared, attributes, domain=MICROSOFT, outputs=[out], name="shared")
+    node.metadata_props[CHUNK] = str(SHARER.chunk)
+    builder.nodes.append(node)
+    outputs.append(out)
     graph = builder.finish(outputs)
     graph.cache = tuple(slots)
     return graph
@@ -135,7 +158,8 @@ class Kernels:
         return np.zeros((batch, layer.kv_heads, slots, layer.width + self.extra), DTYPES[self.cache])
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
-        return self.session.run(None, feeds)  # type: ignore[attr-defined, no-any-return]
+        """The outputs; SHARER has the query of its owner unless it is given."""
+        return self.session.run(None, {"qs": feeds["q1"], **feeds})  # type: ignore[attr-defined, no-any-return]
 
     def integers(self, layer: Layer, sequence: int) -> bool:
         """Whether queries are rounded to 8 bits: few of them, heads as wide as whole registers."""
@@ -184,7 +208,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("attention")
     graph = attention_graph()
     made = write_compiled(graph, folder, isa, cache)
-    assert (made.regions, made.nodes, made.outside) == (1, len(LAYERS), ())
+    assert (made.regions, made.nodes, made.outside) == (1, len(LAYERS) + 1, ())
     assert {slot.key_width - layer.width for slot, layer in zip(graph.cache, LAYERS, strict=True)} == {
         SCALE if cache is CacheType.INT8 else 0
     }
@@ -282,13 +306,11 @@ def compare(
                 step = np.abs(new[b]).max(-1, keepdims=True) * STEPS[kernels.cache]
                 assert (np.abs(appended - expected[b]) <= step).all()
                 assert np.linalg.norm(appended - expected[b]) <= 2e-3 * np.linalg.norm(expected[b])
-        seen = [
-            [
-                range(max(0, stop - layer.window) if layer.window > 0 else 0, stop)
-                for stop in (min(p + s + 1, int(counts[b])) for s in range(sequence))
-            ]
-            for b, p in enumerate(pasts)
-        ]
+        seen = seen_by(layer, pasts, counts, sequence)
+        if i == 1:
+            shared = [kernels.numbers(x) for x in presents]
+            expected = attend(SHARER, q, *shared, seen_by(SHARER, pasts, counts, sequence))
+            assert np.linalg.norm(found[-1] - expected) <= 1e-3 * np.linalg.norm(expected)
         keys, values = (kernels.numbers(x) for x in presents)
         if not kernels.integers(layer, sequence):
             expected = attend(layer, q, keys, values, seen)
@@ -300,6 +322,12 @@ def compare(
         # The reference rounds a number of the query that lies on a border now and then to the other side.
         expected = attend(layer, kernels.rounded(q), keys, values, seen)
         assert np.linalg.norm(out - expected) <= 2e-3 * np.linalg.norm(expected)
+
+
+def seen_by(layer: Layer, pasts: list[int], counts: Array, sequence: int) -> list[list[range]]:
+    """What each token of each row sees; padding sees the keys that exist."""
+    stops = [[min(p + s + 1, int(counts[b])) for s in range(sequence)] for b, p in enumerate(pasts)]
+    return [[range(layer.first_seen(stop), stop) for stop in row] for row in stops]
 
 
 def stored(kernels: Kernels, x: Array) -> Array:
@@ -394,7 +422,7 @@ def test_threads_do_not_change_a_bit(kernels: Kernels) -> None:
     folder = Path(kernels.session._model_path).parent  # type: ignore[attr-defined]
     expected = kernels.run(feeds)
     for threads in (1, 5):
-        found = open_session(folder, threads=threads).run(None, feeds)
+        found = open_session(folder, threads=threads).run(None, {"qs": feeds["q1"], **feeds})
         for i in range(0, len(found), 3):
             np.testing.assert_array_equal(found[i], expected[i])
 
@@ -409,11 +437,12 @@ def feeds_of_zeros(kernels: Kernels, past: int, slots: int) -> dict[str, Array]:
     return feeds
 
 
-def test_a_layer_that_kernels_do_not_take_is_not_supported() -> None:
-    with pytest.raises(
-        UnsupportedError,
-        match="a KV cache in int8 needs compiled attention in every layer, but 1 of 3 stay with ONNX "
-        "Runtime: it has a bias or sinks",
-    ) as caught:
-        compile_kernels(attention_graph(sinks=True), usable_sets()[0], find_compiler(), CacheType.INT8)
+@pytest.mark.parametrize(
+    ("where", "which"), [("sinks", "1 of 3"), ("sharer_sinks", "1 that share the cache of layer 1")]
+)
+def test_a_layer_that_kernels_do_not_take_is_not_supported(where: str, which: str) -> None:
+    needs = "a KV cache in int8 needs compiled attention in every layer"
+    why = f"{needs}, but {which} stay with ONNX Runtime: it has a bias or sinks"
+    with pytest.raises(UnsupportedError, match=why) as caught:
+        compile_kernels(attention_graph(**{where: True}), usable_sets()[0], find_compiler(), CacheType.INT8)
     assert "kv_cache: float32" in str(caught.value.hint)
