@@ -23,7 +23,7 @@ from llmc.graph.edit import (
 from llmc.graph.match import dims_of, find_nodes, input_of, operand
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.passes._steps import StepMask
+from llmc.passes._real_tokens import RealTokens
 
 OPERATOR = "CausalConvWithState"
 
@@ -47,7 +47,7 @@ class CausalConv:
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     x, weight, past = operand(node, 0), operand(node, 1), operand(node, 3)
-    steps = StepMask(graph, operand(node, 4))
+    tokens = RealTokens(graph, operand(node, 4))
     site, stem = Site(graph, node), str(node.name)
     output, present = node.outputs
     zero = add_constant(graph, np.zeros((), (x.dtype or ir.DataType.FLOAT).numpy()), "zero")
@@ -55,7 +55,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     turn = {"perm": [0, 2, 1]}
     real = site.emit(
         "Transpose",
-        [steps.real()],
+        [tokens.real()],
         f"{stem}/real",
         attributes=turn,
         shape=[batch, 1, sequence],
@@ -85,7 +85,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     columns = add_constant(graph, np.arange(int(str(taken)), dtype=np.int64)[None, None], "columns")
     place = site.emit(
         "Add",
-        [steps.ends(), columns],
+        [tokens.ends(), columns],
         f"{stem}/place",
         shape=[batch, 1, taken],
         dtype=ir.DataType.INT64,

@@ -16,7 +16,7 @@ from llmc.graph.edit import Site, add_constant, drop_dead, drop_unused_functions
 from llmc.graph.match import dims_of, find_nodes, input_of, operand
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.passes._steps import StepMask
+from llmc.passes._real_tokens import RealTokens
 
 OPERATOR = "LinearAttention"
 
@@ -40,11 +40,11 @@ class LinearAttention:
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     query, key, value, past, decay = (operand(node, i) for i in range(5))
-    beta, steps = input_of(node, 5), StepMask(graph, operand(node, 6))
+    beta, tokens = input_of(node, 5), RealTokens(graph, operand(node, 6))
     heads, key_heads = (node.attributes[n].as_int() for n in ("heads", "key_heads"))
     site, stem = Site(graph, node), str(node.name)
     zero = add_constant(graph, np.zeros((), np.float32), "zero")
-    real = steps.real()
+    real = tokens.real()
 
     def masked(x: ir.Value, name: str) -> ir.Value:
         return site.emit("Where", [real, x, zero], f"{stem}/{name}", like=x).outputs[0]

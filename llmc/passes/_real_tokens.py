@@ -15,7 +15,7 @@ _INT64, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
 
 @dataclass(frozen=True)
-class StepMask:
+class RealTokens:
     """Values derived from attention_mask (batch, total) and the length of a step.
 
     They are emitted at the beginning of the graph when they are first needed, by whichever pass.
