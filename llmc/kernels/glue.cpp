@@ -203,7 +203,7 @@ OrtStatus* Kernel::read_shape(const OrtValue* value, Shape& shape) const {
   if (OrtStatus* status = api_.shape_of(value, &info)) return status;
   OrtStatus* status = api_.rank(info, &shape.rank);
   for (int64_t& dim : shape.dims) dim = 1;
-  if (status == nullptr && shape.rank > 4) status = fail("a tensor has more than 4 dimensions");
+  if (status == nullptr && shape.rank > kMostDims) status = fail("a tensor has more than 6 dimensions");
   if (status == nullptr) status = api_.dims(info, shape.dims, shape.rank);
   api_.release_shape(info);
   return status;
@@ -213,7 +213,8 @@ OrtStatus* Kernel::make_outputs(OrtKernelContext* context, Run& run, std::vector
                                 std::vector<Shape>& shapes) {
   for (int32_t i = 0; i < region_.output_count; i++) {
     const Output& output = region_.outputs[i];
-    Shape shape{{1, 1, 1, 1}, static_cast<size_t>(output.rank)};
+    Shape shape{{}, static_cast<size_t>(output.rank)};
+    for (int64_t& dim : shape.dims) dim = 1;
     for (int32_t d = 0; d < output.rank; d++) {
       const int64_t dim = output.dims[d];
       if (dim == kBatch) {
@@ -225,6 +226,8 @@ OrtStatus* Kernel::make_outputs(OrtKernelContext* context, Run& run, std::vector
       } else if (dim == kSlots) {
         const int64_t slots = shapes[output.past].dims[2];
         shape.dims[d] = slots > run.total ? slots : run.total;
+      } else if (dim < kPerToken) {
+        shape.dims[d] = (kPerToken - dim) * run.batch * run.sequence;
       } else {
         shape.dims[d] = dim;
       }
@@ -249,7 +252,8 @@ OrtStatus* Kernel::compute(OrtKernelContext* context) {
     if (OrtStatus* status = read_shape(value, shapes[i])) return status;
   }
   const Shape& first = shapes[region_.rows_from];
-  Run run{&region_, tensors.data(), shapes.data(), nullptr, nullptr, first.dims[0], first.dims[1], first.dims[1], 1};
+  const int64_t sequence = first.dims[region_.sequence_at];
+  Run run{&region_, tensors.data(), shapes.data(), nullptr, nullptr, first.dims[0], sequence, sequence, 1};
   if (run.batch < 1 || run.sequence < 1) return fail("there are no tokens");
   if (region_.chosen >= 0) run.chosen = shapes[region_.chosen].dims[1];
   if (run.chosen < 1 || run.chosen > run.sequence) return fail("more tokens are chosen than a sequence has, or none");

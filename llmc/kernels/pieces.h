@@ -42,12 +42,15 @@ auto each_piece(const Run& run, Use&& use) -> decltype(use(Piece{})) {
 inline int64_t bytes_before(const Run& run, int32_t index, const Piece& piece) {
   const int64_t* dims = run.shapes[index].dims;
   const Extent extent = run.region->extents[index];
-  const int64_t sequence = dims[1] * dims[2] * dims[3];
+  int64_t token = 1;
+  for (int d = 2; d < kMostDims; d++) token *= dims[d];
   switch (extent.over) {
     case Over::kTokens:
-      return extent.bytes * (piece.row * sequence + piece.start * dims[2] * dims[3]);
+      return extent.bytes * token * (piece.row * dims[1] + piece.start);
     case Over::kSequences:
-      return extent.bytes * piece.row * sequence;
+      return extent.bytes * token * piece.row * dims[1];
+    case Over::kFlattened:
+      return extent.bytes * (piece.row * run.sequence + piece.start);
     default:
       return 0;
   }

@@ -33,38 +33,42 @@ struct Op {
   void (*chunk)(const Run&, const Op&, uint32_t index, Scratch&);
   void (*ahead)(const Run&, const Op&, uint32_t index);  // prefetches the start of a chunk; or null
   Space space;
-  Ref out, a, b, c;
+  Ref out, a, b, c, d, e;
   int32_t weight, bias, n, k;
   float x, y;
-  int32_t cache[4];  // inputs past key and value, outputs present key and value
-  /// `lengths`: tokens of each row - 1, token ids, or chosen tokens. `window`: the number of keys that a query sees;
-  /// 0 for all, negative for chunks of that many.
+  int32_t cache[4];  // inputs past key and value, outputs present key and value; or the past and present of a state
+  /// `lengths`: tokens of each row - 1, token ids, chosen tokens, or the mask. `window`: the number of keys that a
+  /// query sees; 0 for all, negative for chunks of that many.
   int32_t lengths, cos, sin, window;
   int32_t shift = -1;                 // input with the rotary tables' row of position 0, int64 scalar; -1 for row 0
   int64_t limit;                      // entries of the embedding, or positions of the rotary tables
 };
 
+/// Largest number of dimensions of a tensor of the operator.
+constexpr int kMostDims = 6;
+
 /// The shape of a tensor of the operator; dimensions beyond `rank` are 1.
 struct Shape {
-  int64_t dims[4];
+  int64_t dims[kMostDims];
   size_t rank;
 };
 
-/// Output dimensions that a step determines; kSlots are the cache's slots, kChosen the chosen tokens of a sequence.
-constexpr int64_t kBatch = ~0, kSequence = ~1, kSlots = ~2, kChosen = ~3;
+/// Output dimensions that a step determines; kSlots are the cache's slots, kChosen the chosen tokens of a sequence;
+/// kPerToken - n are n parts of every token of every sequence.
+constexpr int64_t kBatch = ~0, kSequence = ~1, kSlots = ~2, kChosen = ~3, kPerToken = ~3;
 
 /// An output: its type (ONNX TensorProto), and its shape of numbers and the dimensions above. Input `past` is the past
 /// of the cache whose slots kSlots means.
 struct Output {
   int32_t type;
   int32_t rank;
-  int64_t dims[4];
+  int64_t dims[kMostDims];
   int32_t past;
 };
 
 /// The leading dimensions that count a tensor's elements of `bytes` each: the first is sequences, or the first two are
-/// sequences and their tokens.
-enum class Over : int32_t { kNothing, kSequences, kTokens };
+/// sequences and their tokens, or the first is all tokens, of which each has `bytes`.
+enum class Over : int32_t { kNothing, kSequences, kTokens, kFlattened };
 struct Extent {
   Over over;
   int32_t bytes;
@@ -80,7 +84,8 @@ struct Region {
   const Op* ops;  // a row operation has `row`, a chunk operation `chunks` and `chunk`
   int32_t op_count;
   int32_t computed;  // inputs that are not weights; they come first
-  int32_t rows_from;             // input whose first two dimensions are batch and sequence
+  int32_t rows_from;             // input whose dimensions are batch, sequence, … or batch, features, sequence
+  int32_t sequence_at;           // the dimension of that input that is the sequence
   int32_t total;                 // input with the longest total length, int32 scalar; -1 without attention
   int32_t chosen;                // input whose second dimension is the chosen tokens per sequence; -1 for one
   int32_t choice;                // input with the indices of the chosen tokens, int64; -1 if none are chosen here

@@ -1,4 +1,4 @@
-// Operations on one row: norms, element-wise functions, copies. Widths are multiples of 16.
+// Operations on one row: norms, element-wise functions, copies. Widths of norms are multiples of 16.
 #pragma once
 #include "program.h"
 #include "simd.h"
@@ -43,6 +43,89 @@ void norm_row(const Run& run, const Op& op, int64_t row) {
 template <int W>
 void copy_row(const Run& run, const Op& op, int64_t row) {
   std::memcpy(run.at(op.out, row), run.at(op.a, row), sizeof(float) * W);
+}
+
+/// Copy `Count` parts of `Width` features that are `From` features apart to places that are `To` apart.
+template <int Count, int Width, int From, int To>
+void copy_parts_row(const Run& run, const Op& op, int64_t row) {
+  const float* from = run.at(op.a, row);
+  float* to = run.at(op.out, row);
+  for (int i = 0; i < Count; i++) std::memcpy(to + i * To, from + i * From, sizeof(float) * Width);
+}
+
+/// Write each of `Outer` parts of `Inner` features `Copies` times.
+template <int Outer, int Copies, int Inner>
+void spread_row(const Run& run, const Op& op, int64_t row) {
+  const float* from = run.at(op.a, row);
+  float* to = run.at(op.out, row);
+  for (int o = 0; o < Outer; o++)
+    for (int c = 0; c < Copies; c++)
+      for (int i = 0; i < Inner; i++) to[(o * Copies + c) * Inner + i] = from[o * Inner + i];
+}
+
+/// Reduce each of `Groups` parts of W features to its sum or mean.
+template <int Groups, int W, bool Mean>
+void reduce_row(const Run& run, const Op& op, int64_t row) {
+  const float* from = run.at(op.a, row);
+  float* to = run.at(op.out, row);
+  for (int g = 0; g < Groups; g++, from += W) {
+    F total = F{};
+    int i = 0;
+    for (; i + kLanes <= W; i += kLanes) total += load(from + i);
+    if (i < W) total += load_first(from + i, W - i);
+    to[g] = sum(total) * (Mean ? 1.0f / W : 1.0f);
+  }
+}
+
+inline const char* check_positions(const Run& run, const Op& op) {
+  const int64_t* positions = run.tensor<const int64_t>(op.lengths);
+  for (int64_t i = 0; i < run.rows(op.space); i++)
+    if (positions[i] < 0 || positions[i] >= op.limit) return "a position is beyond the tables of the rotary embedding";
+  return nullptr;
+}
+
+/// Rotate the first `Rotated` features of each head (Su et al. 2021).
+template <int Heads, int D, int Rotated, bool Interleaved>
+void rotary_row(const Run& run, const Op& op, int64_t row) {
+  constexpr int half = Rotated / 2;
+  const int64_t position = run.tensor<const int64_t>(op.lengths)[row];
+  const float* cos = run.tensor<const float>(op.cos) + position * half;
+  const float* sin = run.tensor<const float>(op.sin) + position * half;
+  const float* from = run.at(op.a, row);
+  float* to = run.at(op.out, row);
+  for (int h = 0; h < Heads; h++, from += D, to += D) {
+    for (int i = 0; i < half; i++) {
+      const int low = Interleaved ? 2 * i : i, high = Interleaved ? 2 * i + 1 : i + half;
+      const float x = from[low], y = from[high];
+      to[low] = x * cos[i] - y * sin[i];
+      to[high] = y * cos[i] + x * sin[i];
+    }
+    for (int i = Rotated; i < D; i++) to[i] = from[i];
+  }
+}
+
+/// The number of row `row`'s first feature in a tensor (batch, W, sequence) of the whole step, and the distance to the
+/// next.
+template <int W>
+inline float* turned(const Run& run, const Op& op, int64_t row, int64_t& step) {
+  step = run.earlier + run.sequence + run.later;
+  return run.tensor<float>(op.weight) + row / run.sequence * W * step + run.earlier + row % run.sequence;
+}
+
+/// Copy a row of a tensor (batch, W, sequence) into the workspace, or the other way round.
+template <int W>
+void turn_in_row(const Run& run, const Op& op, int64_t row) {
+  int64_t step;
+  const float* from = turned<W>(run, op, row, step);
+  float* to = run.at(op.out, row);
+  for (int i = 0; i < W; i++) to[i] = from[i * step];
+}
+template <int W>
+void turn_out_row(const Run& run, const Op& op, int64_t row) {
+  int64_t step;
+  float* to = turned<W>(run, op, row, step);
+  const float* from = run.at(op.a, row);
+  for (int i = 0; i < W; i++) to[i * step] = from[i];
 }
 
 inline const char* check_choice(const Run& run, const Op& op) {

@@ -35,6 +35,21 @@ inline F exp(F x) {
   return times_power(p, whole, x);
 }
 
+/// log(1 + y) for 0 <= y <= 1, with a relative error below 2e-7: 2 atanh(y / (2 + y)) as a series.
+inline F log1p(F y) {
+  const F s = y / (all(2.0f) + y), square = s * s;
+  F p = all(1.0f / 17);
+  for (int n = 15; n > 0; n -= 2) p = p * square + all(1.0f / static_cast<float>(n));
+  return all(2.0f) * s * p;
+}
+
+inline F softplus(F x) { return max(x, F{}) + log1p(exp(-abs(x))); }
+
+inline F square_root(F x) {
+  for (int i = 0; i < kLanes; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
 inline F sigmoid(F x) { return reciprocal(all(1.0f) + exp(-x)); }
 inline F tanh(F x) { return all(1.0f) - all(2.0f) / (exp(x + x) + all(1.0f)); }
 

@@ -17,6 +17,17 @@ typedef int8_t B16Any __attribute__((vector_size(16), aligned(1), may_alias));
 
 inline F load(const float* p) { return *reinterpret_cast<const FAny*>(p); }
 inline void store(float* p, F v) { *reinterpret_cast<FAny*>(p) = v; }
+/// Load the first `count` lanes, the others are zeros; store the first `count` lanes and nothing behind them.
+inline F load_first(const float* p, int count) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < count; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store_first(float* p, F v, int count) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < count; i++) p[i] = lanes[i];
+}
 inline I load_ints(const void* p) { return *static_cast<const IAny*>(p); }
 inline void store_ints(void* p, I v) { *static_cast<IAny*>(p) = v; }
 /// Store the low byte of each lane.

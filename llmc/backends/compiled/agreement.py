@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from llmc.backends.compiled.pack import GROUP
-from llmc.backends.compiled.program import CHOSEN, LANES, MEMBERS, SAME_TOKENS, SYMBOLS
+from llmc.backends.compiled.program import CHOSEN, LANES, MEMBERS, MOST_DIMS, PER_TOKEN, SAME_TOKENS, SYMBOLS
 from llmc.graph.interface import SCALE_BYTES
 
 _INCLUDES = ("cache.h", "program.h")
@@ -14,6 +14,7 @@ _DIMENSIONS = {
     "kSequence": SYMBOLS["sequence"],
     "kSlots": SYMBOLS["total"],
     "kChosen": CHOSEN,
+    "kPerToken": f"~{PER_TOKEN}",
 }
 
 
@@ -31,6 +32,7 @@ def agreement_text() -> str:
 def _constants() -> Iterator[tuple[str, str]]:
     """Compare constants: yields conditions, each with a description of the violation."""
     yield f"kLanes == {LANES}", f"kLanes of vector.h is not LANES of program.py, {LANES}"
+    yield f"kMostDims == {MOST_DIMS}", f"kMostDims of program.h is not MOST_DIMS of program.py, {MOST_DIMS}"
     yield f"kLanes == {GROUP}", f"kLanes of vector.h is not GROUP of pack.py, {GROUP}"
     yield (
         f"kSameTokens == {SAME_TOKENS}",

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from llmc.backends.compiled.program import RowPlace, Space, Tensor, float_literal
 from llmc.graph.domains import MICROSOFT
+from llmc.graph.match import scalar_of
 
 #: Largest number of leaves of a function besides weights: members a, b and c of llmc::Op.
 MOST_PLACES = 3
@@ -74,12 +75,25 @@ def _quick_gelu(node: ir.Node) -> str:
     return f"scaled_silu($0, {float_literal(alpha)})"
 
 
+def _clip(node: ir.Node) -> str:
+    text = "$0"
+    for function, value in zip(("max", "min"), node.inputs[1:], strict=False):
+        if value is not None:
+            text = f"{function}({text}, all({float_literal(scalar_of(value) or 0.0)}))"
+    return text
+
+
 #: C++ code of the operators with one activation, by domain and name.
 UNARY: dict[tuple[str, str], Callable[[ir.Node], str]] = {
     ("", "Sigmoid"): lambda node: "sigmoid($0)",
     ("", "Tanh"): lambda node: "tanh($0)",
     ("", "Relu"): lambda node: "max($0, all(0.0f))",
     ("", "Neg"): lambda node: "(-$0)",
+    ("", "Exp"): lambda node: "exp($0)",
+    ("", "Sqrt"): lambda node: "square_root($0)",
+    ("", "Reciprocal"): lambda node: "(all(1.0f) / $0)",
+    ("", "Softplus"): lambda node: "softplus($0)",
+    ("", "Clip"): _clip,
     ("", "Gelu"): _gelu,
     (MICROSOFT, "Gelu"): _gelu,
     (MICROSOFT, "QuickGelu"): _quick_gelu,

@@ -14,22 +14,28 @@ from importlib.resources import files
 
 import onnx_ir as ir
 
+from llmc.backends.compiled import states
 from llmc.backends.compiled.agreement import agreement_text
 from llmc.backends.compiled.cache import narrow_cache
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
-from llmc.backends.compiled.operands import width_of
-from llmc.backends.compiled.program import CHOSEN, SYMBOLS, Program, Variant
+from llmc.backends.compiled.operands import is_turned, parts_per_token, space_of, width_of
+from llmc.backends.compiled.program import CHOSEN, PER_TOKEN, SYMBOLS, Program, Variant
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.compiled.toolchain import Compiler, TranslationUnit, compile_library
 from llmc.config import CacheType
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT
-from llmc.graph.edit import drop_dead, take_over
+from llmc.graph.edit import drop_dead, drop_unused_functions, take_over
 from llmc.graph.match import dims_of
 from llmc.graph.model import PACKED, Graph
 
-_CORE = {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "GroupQueryAttention")}
+_CORE = {
+    (MICROSOFT, "MatMulNBits"),
+    (MICROSOFT, "GroupQueryAttention"),
+    states.CONVOLUTION,
+    states.ATTENTION,
+}
 #: Domain of the operators by variant of the regions.
 _DOMAINS: dict[Variant, str] = {"served": COMPILED, "products": COMPILED_PRODUCTS, "exact": COMPILED_EXACT}
 
@@ -132,6 +138,7 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
     for index, builder in enumerate(builders):
         _replace(graph.graph, builder, f"Region{index}", replaced_by)
     drop_dead(graph.graph)
+    drop_unused_functions(graph.model)
     graph.graph.sort()
     graph.graph.opset_imports[COMPILED] = 1
     return KernelSource(
@@ -199,6 +206,7 @@ def _region_text(builder: RegionBuilder, name: str, variant: Variant) -> str:
     shared = sorted({o.shared for o in program.operations if o.shared})
     position = {value: i for i, value in enumerate(values)}
     rows_from = position[builder.rows_from] if builder.rows_from is not None else 0
+    sequence_at = 2 if builder.rows_from is not None and is_turned(builder.rows_from) else 1
     total = position[builder.total] if builder.total is not None else -1
     chosen = position[builder.chosen] if builder.chosen is not None else -1
     choice = position[builder.choice] if builder.choice is not None else -1
@@ -216,7 +224,7 @@ constexpr Output outputs_{name}[] = {{
 #define REGION_{name} {{ \\
   "Region{name.rpartition("_")[2]}", types_{name}, extents_{name}, {len(values)}, outputs_{name}, \\
   {len(builder.outputs)}, ops_{name}, {len(program.operations)}, \\
-  {len(builder.inputs)}, {rows_from}, {total}, {chosen}, {choice}, ops_{name}_width, \\
+  {len(builder.inputs)}, {rows_from}, {sequence_at}, {total}, {chosen}, {choice}, ops_{name}_width, \\
   ops_{name}_scratch, shared_{name}}}
 """
 
@@ -236,16 +244,21 @@ constexpr size_t {name}_scratch = most({{size_t{{64}}{"".join(f", {s}" for s in 
 def _extent_text(value: ir.Value) -> str:
     dims = dims_of(value)
     over = "kSequences" if dims[:1] == ["batch"] else "kNothing"
+    size = int((value.dtype or ir.DataType.UNDEFINED).itemsize)
     if dims[:2] == ["batch", "sequence"]:
         over = "kTokens"
-    return f"{{Over::{over}, {int((value.dtype or ir.DataType.UNDEFINED).itemsize)}}}"
+    elif parts_per_token(dims):
+        over, size = "kFlattened", size * width_of(value)
+    return f"{{Over::{over}, {size}}}"
 
 
 def _output_text(builder: RegionBuilder, value: ir.Value) -> str:
     dims = dims_of(value)
     past = list(builder.inputs).index(builder.pasts[value]) if value in builder.pasts else -1
-    texts = [str(d) if isinstance(d, int) else SYMBOLS[d] for d in dims]
-    if width_of(value) and dims[1] == 1:
+    parts = parts_per_token(dims)
+    texts = [f"~({PER_TOKEN} + {parts})"] if parts else []
+    texts += [str(d) if isinstance(d, int) else SYMBOLS[d] for d in dims[len(texts) :]]
+    if width_of(value) and space_of(value) == "kLast" and value not in builder.states:
         texts[1] = CHOSEN
     return f"{{{int(value.dtype or 0)}, {len(dims)}, {{{', '.join(texts)}}}, {past}}}"
 
@@ -263,7 +276,9 @@ def _source(builders: Sequence[RegionBuilder], texts: Mapping[Variant, Sequence[
     return f"""#include <initializer_list>
 
 #include "attention.h"
+#include "convolution.h"
 #include "exact.h"
+#include "linear_attention.h"
 #include "matmul.h"
 #include "rows.h"
 

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from llmc.backends.compiled import layout, rotary, states
 from llmc.backends.compiled.expressions import BINARY, UNARY
+from llmc.backends.compiled.layout import REDUCING, REGROUPING
 from llmc.backends.compiled.operands import (
     NORMS,
     PARTS,
@@ -14,14 +16,14 @@ from llmc.backends.compiled.operands import (
     reads_shared_cache,
     scales_of,
     shift_of,
-    slice_bounds,
     space_of,
+    spread_of,
     width_of,
 )
 from llmc.backends.compiled.pack import PackedLayout
-from llmc.backends.compiled.program import LANES
+from llmc.backends.compiled.program import LANES, MOST_DIMS
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import dims_of, operand, scalar_of
+from llmc.graph.match import dims_of, operand, rank_of, scalar_of
 from llmc.graph.model import CHUNK, PackedZero
 from llmc.graph.weights import LazyWeight
 
@@ -33,6 +35,8 @@ def obstacle(node: ir.Node) -> str | None:
         return "there is no kernel for it"
     if any(o.dtype not in (ir.DataType.FLOAT, None) for o in node.outputs if o.uses() or o.is_graph_output()):
         return "it does not compute in float32"
+    if any(rank_of(value) > MOST_DIMS for value in (*node.inputs, *node.outputs)):
+        return f"a tensor has more than {MOST_DIMS} dimensions"
     return check(node)
 
 
@@ -93,24 +97,17 @@ def _check_norm(node: ir.Node) -> str | None:
 
 
 def _check_elementwise(node: ir.Node) -> str | None:
-    width = width_of(node.outputs[0])
-    if width == 0 or width % LANES:
-        return (
-            f"its rows have {width or 'no static number of'} features, but kernels need multiples of {LANES}"
-        )
-    rows = 0
-    for index in range(len(node.inputs)):
-        value = operand(node, index)
-        if scalar_of(value) is not None:
-            continue
-        if value.const_value is not None:
-            if dims_of(value) != [width] or value.dtype != ir.DataType.FLOAT:
-                return "an operand is neither a row, nor a vector, nor a number"
-        elif dims_of(value) == dims_of(node.outputs[0]):
-            rows += 1
-        else:
-            return "an operand has another shape"
-    return None if rows else "it reads no activation"
+    output = node.outputs[0]
+    if width_of(output) == 0:
+        return "its rows have no static number of features"
+    binary = node.op_type in BINARY and not node.domain
+    numbers = [v for v in node.inputs[0 if binary else 1 :] if v is not None and scalar_of(v) is not None]
+    values = [v for v in node.inputs if v is not None and v not in numbers]
+    if any(spread_of(value, output) is None for value in values):
+        return "an operand has another shape"
+    if len(values) > (2 if binary else 1):
+        return "its limits are not numbers of the model"
+    return None if any(width_of(value) for value in values) else "it reads no activation"
 
 
 def _check_choice(node: ir.Node) -> str | None:
@@ -123,38 +120,6 @@ def _check_choice(node: ir.Node) -> str | None:
     if node.attributes.get_int("batch_dims", 0) != 1 or dims_of(index) != ["batch", 1, 1]:
         return "it does not choose one token of each sequence"
     return None
-
-
-def _check_split(node: ir.Node) -> str | None:
-    source = operand(node, 0)
-    rank = len(dims_of(source))
-    if width_of(source) == 0 or rank != 3 or node.attributes.get_int("axis", 0) % rank != 2:
-        return "it is not along the features"
-    if any(width_of(o) == 0 or width_of(o) % LANES for o in node.outputs):
-        return f"the widths of its parts are not multiples of {LANES}"
-    return None
-
-
-def _check_slice(node: ir.Node) -> str | None:
-    bounds = slice_bounds(node)
-    if bounds is None:
-        return "it does not cut features at constant places"
-    width = width_of(node.outputs[0])
-    if width == 0 or width % LANES or width != bounds[1] - bounds[0]:
-        return (
-            f"its rows have {width or 'no static number of'} features, but kernels need multiples of {LANES}"
-        )
-    return None
-
-
-def _check_reshape(node: ir.Node) -> str | None:
-    before, after = operand(node, 0), node.outputs[0]
-    if max(len(dims_of(before)), len(dims_of(after))) > 4:
-        return "a tensor has more than 4 dimensions"
-    same = (
-        width_of(before) and width_of(before) == width_of(after) and dims_of(before)[:2] == dims_of(after)[:2]
-    )
-    return None if same else "it changes more than how features are grouped"
 
 
 def _check_attention(node: ir.Node) -> str | None:
@@ -185,10 +150,18 @@ _CHECKS: dict[tuple[str, str], Callable[[ir.Node], str | None]] = {
     (MICROSOFT, "MatMulNBits"): _check_matmul,
     (MICROSOFT, "GatherBlockQuantized"): _check_embedding,
     (MICROSOFT, "GroupQueryAttention"): _check_attention,
+    states.CONVOLUTION: states.check_convolution,
+    states.ATTENTION: states.check_attention,
     ("", "GatherND"): _check_choice,
-    ("", "Split"): _check_split,
-    ("", "Slice"): _check_slice,
-    ("", "Reshape"): _check_reshape,
+    rotary.ROTARY: rotary.check_rotary,
+    ("", "Split"): layout.check_split,
+    ("", "Slice"): layout.check_slice,
+    ("", "Gather"): layout.check_gather,
+    ("", "Concat"): layout.check_concat,
+    ("", "Transpose"): layout.check_transpose,
+    ("", "Expand"): layout.check_expand,
+    **{("", op): layout.check_regroup for op in REGROUPING},
+    **{("", op): layout.check_reduce for op in REDUCING},
     **dict.fromkeys(NORMS, _check_norm),
     **dict.fromkeys(UNARY, _check_elementwise),
     **{("", op): _check_elementwise for op in BINARY},

@@ -1,5 +1,9 @@
 """Read a node's operands: rows of features, vectors, numbers, packed matrices."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from llmc.backends.compiled.pack import PackedLayout
@@ -19,21 +23,97 @@ NORMS = {
 }
 
 
-def width_of(value: ir.Value) -> int:
-    """Return the features of one row of an activation; 0 if the value is not an activation."""
+def features_of(value: ir.Value) -> tuple[int, ...]:
+    """Return the dimensions of one row of an activation; none if the value is not an activation.
+
+    An activation has a row per token, (batch, sequence, …), or per sequence, (batch, 1, …). Rows per token
+    may be flattened, (n * batch * sequence, …), which are n neighbouring parts of a row; or turned.
+    """
     dims = dims_of(value)
+    if is_turned(value):
+        dims = [dims[0], dims[2], dims[1]]
+    elif (parts := parts_per_token(dims)) > 0:
+        dims = ["batch", "sequence", parts, *dims[1:]]
     if len(dims) < 3 or dims[0] != "batch" or dims[1] not in ("sequence", 1):
-        return 0
-    width = 1
-    for dim in dims[2:]:
-        if not isinstance(dim, int):
-            return 0
-        width *= dim
-    return width
+        return ()
+    features = tuple(d for d in dims[2:] if isinstance(d, int))
+    return features if len(features) == len(dims) - 2 else ()
+
+
+def width_of(value: ir.Value) -> int:
+    """Return the number of features of one row of an activation; 0 if the value is not an activation."""
+    features = features_of(value)
+    return math.prod(features) if features else 0
+
+
+def is_turned(value: ir.Value) -> bool:
+    """Tell whether an activation is (batch, features, sequence); a region keeps it as rows all the same."""
+    dims = dims_of(value)
+    return len(dims) == 3 and dims[0] == "batch" and isinstance(dims[1], int) and dims[2] == "sequence"
+
+
+def parts_per_token(dims: Sequence[int | str]) -> int:
+    """Return n of a tensor (n * batch * sequence, …); 0 for any other tensor."""
+    factors = str(dims[0]).split("*") if dims else []
+    numbers = [int(f) for f in factors if f.isdecimal()]
+    names = sorted(f for f in factors if not f.isdecimal())
+    return math.prod(numbers) if len(dims) > 1 and names == ["batch", "sequence"] else 0
 
 
 def space_of(value: ir.Value) -> Space:
-    return "kLast" if dims_of(value)[1] == 1 else "kTokens"
+    dims = dims_of(value)
+    return "kLast" if dims[0] == "batch" and dims[1] == 1 and not is_turned(value) else "kTokens"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The way in which the numbers of a row or a vector fill wider rows.
+
+    They are `outer` parts of `inner` numbers, and each part stands `copies` times.
+    """
+
+    outer: int
+    copies: int
+    inner: int
+
+
+def is_static(value: ir.Value) -> bool:
+    """Tell whether a value is a float32 vector or matrix that does not depend on the tokens."""
+    dims = dims_of(value)
+    fixed = all(isinstance(d, int) for d in dims)
+    return fixed and value.dtype == ir.DataType.FLOAT and (bool(dims) or value.const_value is not None)
+
+
+def spread_of(value: ir.Value, output: ir.Value) -> Spread | None:
+    """Return how an operand broadcasts to the rows of `output`; None if it does not in such a way."""
+    target = features_of(output)
+    source = _vector_features(value, output) if is_static(value) else _row_features(value, output)
+    if not target or len(source) != len(target):
+        return None
+    widened = [i for i, (a, b) in enumerate(zip(source, target, strict=True)) if a != b]
+    first, last = (widened[0], widened[-1] + 1) if widened else (len(target), len(target))
+    if any(size != 1 for size in source[first:last]):
+        return None
+    return Spread(math.prod(target[:first]), math.prod(target[first:last]), math.prod(target[last:]))
+
+
+def _row_features(value: ir.Value, output: ir.Value) -> tuple[int, ...]:
+    """Return the features of an activation that has the rows of `output`; none for another value."""
+    dims, target = dims_of(value), dims_of(output)
+    alike = len(dims) == len(target) and dims[:1] == target[:1] and is_turned(value) == is_turned(output)
+    return features_of(value) if alike and space_of(value) == space_of(output) else ()
+
+
+def _vector_features(value: ir.Value, output: ir.Value) -> tuple[int, ...]:
+    """Return the dimensions of a static operand, extended by 1 to as many as a row of `output` has."""
+    sizes, count = [int(d) for d in dims_of(value)], len(features_of(output))
+    if is_turned(output):
+        if sizes[-1:] != [1]:
+            return ()
+        sizes = sizes[:-1]
+    while len(sizes) > count and sizes[0] == 1:
+        sizes = sizes[1:]
+    return (*(1 for _ in range(count - len(sizes))), *sizes)
 
 
 def slice_bounds(node: ir.Node) -> tuple[int, int] | None:

@@ -9,10 +9,14 @@ import numpy as np
 LANES = 16
 #: Largest number of tokens of a sequence in one step for which kernels give each the same bits as alone.
 SAME_TOKENS = 8
+#: Largest number of dimensions of a tensor that a region reads or writes.
+MOST_DIMS = 6
 #: Dimensions of outputs that a step determines, in C++, by their names in the graph.
 SYMBOLS = {"batch": "~0", "sequence": "~1", "total": "~2"}
 #: The dimension of the chosen tokens of a sequence, in C++.
 CHOSEN = "~3"
+#: The dimension of n parts of every token is ~(PER_TOKEN + n), in C++.
+PER_TOKEN = 3
 
 Space = Literal["kTokens", "kLast"]
 
@@ -98,14 +102,15 @@ class Operation:
 MEMBERS: Mapping[str, tuple[str, ...]] = {
     "Ref": ("base", "stride", "offset"),
     "Op": (
-        *("check", "row", "chunks", "chunk", "ahead", "space", "out", "a", "b", "c", "weight", "bias"),
+        *("check", "row", "chunks", "chunk", "ahead", "space"),
+        *("out", "a", "b", "c", "d", "e", "weight", "bias"),
         *("n", "k", "x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "limit"),
     ),
     "Output": ("type", "rank", "dims", "past"),
     "Extent": ("over", "bytes"),
     "Region": (
         *("name", "input_types", "extents", "inputs", "outputs", "output_count", "ops", "op_count"),
-        *("computed", "rows_from", "total", "chosen", "choice", "width", "scratch", "shared"),
+        *("computed", "rows_from", "sequence_at", "total", "chosen", "choice", "width", "scratch", "shared"),
     ),
     "Domain": ("name", "regions"),
 }

@@ -1,22 +1,28 @@
 """Convert a region of a graph to a program, operator by operator."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from llmc.backends.compiled import layout, rotary, states
 from llmc.backends.compiled.expressions import BINARY, MOST_PLACES, UNARY, Expression, apply, constant, leaf
+from llmc.backends.compiled.layout import REDUCING, REGROUPING
 from llmc.backends.compiled.operands import (
     NORMS,
     PARTS,
+    Spread,
     codes_of,
     embedding_layout,
+    is_static,
+    is_turned,
     layout_of,
     reads_shared_cache,
     shift_of,
-    slice_bounds,
     space_of,
+    spread_of,
     width_of,
 )
 from llmc.backends.compiled.pack import PackedLayout, PackedWeight
@@ -68,8 +74,10 @@ class RegionBuilder:
     chosen: ir.Value | None = None
     choice: ir.Value | None = None
     total: ir.Value | None = None
+    states: set[ir.Value] = field(default_factory=set)
     _places: dict[ir.Value, RowPlace] = field(default_factory=dict)
     _pending: dict[ir.Value, Expression] = field(default_factory=dict)
+    _spread: dict[tuple[RowPlace, Spread], RowPlace] = field(default_factory=dict)
     _quantized: dict[tuple[RowPlace, int, int], RowPlace] = field(default_factory=dict)
 
     def build(self) -> None:
@@ -83,7 +91,7 @@ class RegionBuilder:
             _LOWER[node.domain, node.op_type](self, node)
         for value in self.outputs:
             if value in self._pending:
-                self._place(value)
+                self.place(value)
             home = self._places[value].home if value in self._places else None
             if home is not None and home is not self.outputs[value]:
                 self._copy(value)
@@ -97,11 +105,16 @@ class RegionBuilder:
     def input(self, value: ir.Value) -> Tensor:
         """Register a computed value from outside of the region."""
         dims = dims_of(value)
-        if self.rows_from is None and dims[:2] == ["batch", "sequence"]:
+        if self.rows_from is None and (dims[:2] == ["batch", "sequence"] or is_turned(value)):
             self.rows_from = value
-        if width_of(value) and dims[1] == 1:
+        if width_of(value) and space_of(value) == "kLast":
             self.chosen = value
         return self.inputs.setdefault(value, Tensor())
+
+    def state(self, past: ir.Value, present: ir.Value) -> Caches:
+        """Register a state of fixed size."""
+        self.states.add(present)
+        return Caches((self.inputs.setdefault(past, Tensor()), self.outputs[present]))
 
     def weight(self, value: ir.Value) -> Tensor:
         return self.weights.setdefault(value, Tensor())
@@ -121,7 +134,7 @@ class RegionBuilder:
 
     def make(self, value: ir.Value, width: int, space: Space) -> RowPlace:
         """Assign the place to write `value` to: its output tensor, or a new buffer."""
-        if value in self.outputs:
+        if value in self.outputs and not is_turned(value):
             place = RowPlace(self.outputs[value], width, 0, width, space)
         else:
             stride = -(-width // LANES) * LANES
@@ -133,7 +146,7 @@ class RegionBuilder:
         stride = -(-width // LANES) * LANES
         return RowPlace(Buffer(stride), stride, 0, width, space)
 
-    def _place(self, value: ir.Value) -> RowPlace:
+    def place(self, value: ir.Value) -> RowPlace:
         """Return the rows of an activation; computes them now if they are pending."""
         if value in self._places:
             return self._places[value]
@@ -143,34 +156,66 @@ class RegionBuilder:
             self._elementwise(expression, out)
             return out
         width, space = width_of(value), space_of(value)
-        place = RowPlace(self.input(value), width, 0, width, space)
+        if is_turned(value):
+            place = self.temporary(width, space)
+            fields: Fields = {"row": f"turn_in_row<{width}>", "weight": self.input(value), "out": place}
+            self.program.operations.append(Operation("row", space, fields))
+        else:
+            place = RowPlace(self.input(value), width, 0, width, space)
         self._places[value] = place
         return place
 
-    def _expression(self, value: ir.Value, width: int, space: Space) -> Expression:
+    def alias(self, value: ir.Value, place: RowPlace) -> None:
+        """Let `value` be rows that another value has already."""
+        self._places[value] = place
+
+    def spread(self, source: RowPlace, spread: Spread) -> RowPlace:
+        """Return wider rows that `source` fills."""
+        key = (source, spread)
+        if key not in self._spread:
+            sizes = (spread.outer, spread.copies, spread.inner)
+            out = self.temporary(math.prod(sizes), source.space)
+            fields: Fields = {"row": f"spread_row<{', '.join(map(str, sizes))}>", "a": source, "out": out}
+            self.program.operations.append(Operation("row", source.space, fields))
+            self._spread[key] = out
+        return self._spread[key]
+
+    def _expression(self, value: ir.Value, output: ir.Value) -> Expression:
+        """Return an operand of an element-wise operator."""
+        width, space = width_of(output), space_of(output)
         number = scalar_of(value)
         if number is not None:
             return constant(number, width, space)
-        if value.const_value is not None:
+        spread = spread_of(value, output)
+        if spread is not None and spread.copies > 1:
+            same = (
+                RowPlace(self.weight(value), 0, 0, width // spread.copies, space)
+                if is_static(value)
+                else None
+            )
+            return leaf(self.spread(same or self.place(value), spread), width, space)
+        if is_static(value):
             return leaf(self.weight(value), width, space)
         if value in self._pending:
             users = {user for user, _ in value.uses()}
             if len(users) == 1 and value not in self.outputs:
                 return self._pending[value]
-        return leaf(self._place(value), width, space)
+        return leaf(self.place(value), width, space)
 
     # Operators
 
     def elementwise(self, node: ir.Node) -> None:
         output = node.outputs[0]
         width, space = width_of(output), space_of(output)
-        arguments = [self._expression(v, width, space) for v in node.inputs if v is not None]
-        pattern = UNARY[node.domain, node.op_type](node) if len(arguments) == 1 else BINARY[node.op_type]
+        unary = UNARY.get((node.domain, node.op_type))
+        pattern = BINARY[node.op_type] if unary is None else unary(node)
+        values = [operand(node, i) for i in range(2 if unary is None else 1)]
+        arguments = [self._expression(value, output) for value in values]
         joined = apply(pattern, *arguments)
         if len(joined.places) > MOST_PLACES or len(joined.vectors) > 2:
             settled = [
-                leaf(self._place(v), width, space) if v is not None and v in self._pending else a
-                for v, a in zip(node.inputs, arguments, strict=False)
+                leaf(self.place(v), width, space) if v in self._pending else a
+                for v, a in zip(values, arguments, strict=True)
             ]
             joined = apply(pattern, *settled)
         self._pending[output] = joined
@@ -183,23 +228,35 @@ class RegionBuilder:
             kind = "places" if isinstance(item.source, RowPlace) else "vectors"
             member = next(members[kind])
             fields[member] = item.source
-            names[index] = f"load({member} + i)"
+            names[index] = member
             loads.append(
                 f"const float* {member} = run.at(op.{member}, row);"
                 if kind == "places"
                 else f"const float* {member} = run.tensor<const float>(op.{member});"
             )
-        body = expression.text.format(*[names[i] for i in range(len(names))])
+        whole = expression.text.format(*[f"load({names[i]} + i)" for i in range(len(names))])
+        left = out.width % LANES
         code = " ".join(loads) + (
-            f" float* out = run.at(op.out, row); for (int i = 0; i < {out.width}; i += kLanes) "
-            f"store(out + i, {body});"
+            f" float* out = run.at(op.out, row); int i = 0; for (; i < {out.width - left}; i += kLanes) "
+            f"store(out + i, {whole});"
         )
+        if left:
+            part = expression.text.format(*[f"load_first({names[i]} + i, {left})" for i in range(len(names))])
+            code += f" store_first(out + i, {part}, {left});"
         name = f"elementwise_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
         self.program.functions[name] = code
         self.program.operations.append(Operation("row", out.space, {"row": name, **fields}))
 
     def _copy(self, value: ir.Value) -> None:
         source = self._places[value]
+        if is_turned(value):
+            turn: Fields = {
+                "row": f"turn_out_row<{source.width}>",
+                "weight": self.outputs[value],
+                "a": source,
+            }
+            self.program.operations.append(Operation("row", source.space, turn))
+            return
         out = RowPlace(self.outputs[value], source.width, 0, source.width, source.space)
         fields = {"row": f"copy_row<{source.width}>", "out": out, "a": source}
         self.program.operations.append(Operation("row", source.space, fields))  # type: ignore[arg-type]
@@ -211,7 +268,7 @@ class RegionBuilder:
         bias = input_of(node, 3 if skip else 2) if centred else None
         source = operand(node, 0)
         space = space_of(source)
-        a = self._place(source)
+        a = self.place(source)
         width = int(dims_of(scale)[0])
         fields: Fields = {
             "a": a,
@@ -221,7 +278,7 @@ class RegionBuilder:
         if bias is not None:
             fields["bias"] = self.weight(bias)
         if skip:
-            fields["b"] = self._place(operand(node, 1))
+            fields["b"] = self.place(operand(node, 1))
             total = node.outputs[3] if len(node.outputs) > 3 else None
             used = total is not None and (total.uses() or total.is_graph_output())
             fields["c"] = (
@@ -241,7 +298,7 @@ class RegionBuilder:
         parts = PARTS[node.attributes["accuracy_level"].as_int()]
         kind = _matmul_type(layout, parts)
         weight = self.packed_weight(operand(node, 1), layout)
-        place = self._place(source)
+        place = self.place(source)
         activation = self._quantize(place, layout, parts)
         common: Fields = {"weight": weight, "n": layout.n, "out": self.make(output, layout.n, space)}
         functions: Fields = {f: f"{kind}::{f}" for f in ("chunks", "chunk", "ahead")}
@@ -277,37 +334,11 @@ class RegionBuilder:
         }
         self.program.operations.append(Operation("row", "kTokens", fields))
 
-    def choose(self, node: ir.Node) -> None:
-        a = self._place(operand(node, 0))
-        self.choice = operand(node, 1)
-        fields: Fields = {
-            "row": f"chosen_row<{a.width}>",
-            "check": "check_choice",
-            "a": a,
-            "lengths": self.input(self.choice),
-            "out": self.make(node.outputs[0], a.width, "kLast"),
-        }
-        self.program.operations.append(Operation("row", "kLast", fields))
-
-    def split(self, node: ir.Node) -> None:
-        source, start = self._place(operand(node, 0)), 0
-        for output in node.outputs:
-            width = width_of(output)
-            self._places[output] = source.part(start, width)
-            start += width
-
-    def slice(self, node: ir.Node) -> None:
-        start, stop = slice_bounds(node) or (0, 0)
-        self._places[node.outputs[0]] = self._place(operand(node, 0)).part(start, stop - start)
-
-    def reshape(self, node: ir.Node) -> None:
-        self._places[node.outputs[0]] = self._place(operand(node, 0))
-
     def attention(self, node: ir.Node) -> None:
         heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
         width = int(dims_of(operand(node, 3))[-1])
         shared = reads_shared_cache(node)
-        operands = (self._place(operand(node, 0)),) if shared else self._projections(node, width)
+        operands = (self.place(operand(node, 0)),) if shared else self._projections(node, width)
         rotated, interleaved = 0, False
         fields: Fields = {}
         if node.attributes.get_int("do_rotary", 0):
@@ -345,9 +376,9 @@ class RegionBuilder:
 
     def _projections(self, node: ir.Node, width: int) -> tuple[RowPlace, ...]:
         """Return the rows of query, key and value, which may be packed into one."""
-        query = self._place(operand(node, 0))
+        query = self.place(operand(node, 0))
         if node.inputs[1] is not None:
-            return query, *(self._place(operand(node, i)) for i in (1, 2))
+            return query, *(self.place(operand(node, i)) for i in (1, 2))
         heads, kv_heads = (node.attributes[n].as_int() * width for n in ("num_heads", "kv_num_heads"))
         parts = ((0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads))
         return tuple(query.part(offset, size) for offset, size in parts)
@@ -416,10 +447,18 @@ _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
     (MICROSOFT, "MatMulNBits"): RegionBuilder.matmul,
     (MICROSOFT, "GatherBlockQuantized"): RegionBuilder.embed,
     (MICROSOFT, "GroupQueryAttention"): RegionBuilder.attention,
-    ("", "GatherND"): RegionBuilder.choose,
-    ("", "Split"): RegionBuilder.split,
-    ("", "Slice"): RegionBuilder.slice,
-    ("", "Reshape"): RegionBuilder.reshape,
+    states.CONVOLUTION: states.convolution,
+    states.ATTENTION: states.attention,
+    ("", "GatherND"): layout.choose,
+    rotary.ROTARY: rotary.rotary,
+    ("", "Split"): layout.split,
+    ("", "Slice"): layout.slice_features,
+    ("", "Gather"): layout.gather,
+    ("", "Concat"): layout.concat,
+    ("", "Transpose"): layout.regroup,
+    ("", "Expand"): layout.expand,
+    **{("", op): layout.regroup for op in REGROUPING},
+    **{("", op): layout.reduce for op in REDUCING},
     **dict.fromkeys(NORMS, RegionBuilder.norm),
     **dict.fromkeys(UNARY, RegionBuilder.elementwise),
     **{("", op): RegionBuilder.elementwise for op in BINARY},

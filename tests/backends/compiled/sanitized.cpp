@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "convolution.h"
 #include "crew.h"
+#include "linear_attention.h"
 #include "matmul.h"
 #include "rows.h"
 
@@ -164,6 +166,85 @@ void attend_all(int heads, int kv_heads, int width) {
   attend<A>(1, 1, 0, heads, kv_heads, width, 0);
 }
 
+/// A buffer of noise, of exactly `count` numbers.
+std::vector<float> numbers(int64_t count, float size = 1) {
+  std::vector<float> made(count);
+  for (float& number : made) number = size * noise();
+  return made;
+}
+
+/// The state of a step that `run_chunks` runs three times: `before` and after it, and a mask with padding on both sides.
+struct State {
+  State(int64_t batch, int64_t sequence, int64_t size)
+      : before(numbers(batch * size)), after(batch * size), mask(batch * (sequence + 2), 1) {
+    if (sequence > 3) mask[2] = mask[batch * (sequence + 2) - 1] = 0;
+  }
+  std::vector<float> before, after;
+  std::vector<int64_t> mask;
+};
+
+template <int Channels, int Taps>
+void convolve(int64_t batch, int64_t sequence) {
+  const int64_t rows = batch * sequence;
+  State state(batch, sequence, Channels * (Taps - 1));
+  auto weights = numbers(Channels * Taps), bias = numbers(Channels), given = numbers(rows * Channels);
+  std::vector<float> result(rows * Channels);
+  void* tensors[] = {state.before.data(), state.mask.data(), given.data(), weights.data(), bias.data(),
+                     state.after.data(), result.data()};
+  Shape shapes[7]{};
+  const Shape shape{{batch, Channels, Taps - 1, 1, 1, 1}, 3};
+  shapes[0] = shapes[5] = shape;
+  shapes[1] = {{batch, sequence + 2, 1, 1, 1, 1}, 2};
+  const Run run{nullptr, tensors, shapes, nullptr, nullptr, batch, sequence, sequence + 2, 1};
+  using Kernel = Convolution<Channels, Taps, true>;
+  Op op{};
+  op.chunks = Kernel::chunks;
+  op.chunk = Kernel::chunk;
+  op.a = {~2, Channels, 0};
+  op.out = {~6, Channels, 0};
+  op.weight = 3;
+  op.bias = 4;
+  op.cache[1] = 5;
+  op.lengths = 1;
+  if (Kernel::check(run, op) != nullptr) broken += 1000;
+  run_chunks(run, op, Kernel::scratch);
+  note(result.data(), rows * Channels);
+  note(state.after.data(), batch * Channels * (Taps - 1));
+}
+
+/// A kernel K of linear attention with this geometry; N: features of a row of decays.
+template <class K, int N>
+void recur(int64_t batch, int64_t sequence, int heads, int key_heads, int keys, int values) {
+  const int64_t rows = batch * sequence;
+  State state(batch, sequence, heads * keys * values);
+  auto query = numbers(rows * key_heads * keys), key = numbers(rows * key_heads * keys, 0.1f);
+  auto value = numbers(rows * heads * values), decay = numbers(rows * N), beta = numbers(rows * heads);
+  for (float& number : decay) number = -std::fabs(number);
+  std::vector<float> result(rows * heads * values);
+  void* tensors[] = {state.before.data(), state.mask.data(), query.data(), key.data(), value.data(), decay.data(),
+                     beta.data(), state.after.data(), result.data()};
+  Shape shapes[9]{};
+  shapes[0] = shapes[7] = {{batch, heads, keys, values, 1, 1}, 4};
+  shapes[1] = {{batch, sequence + 2, 1, 1, 1, 1}, 2};
+  const Run run{nullptr, tensors, shapes, nullptr, nullptr, batch, sequence, sequence + 2, 1};
+  Op op{};
+  op.chunks = K::chunks;
+  op.chunk = K::chunk;
+  op.a = {~2, key_heads * keys, 0};
+  op.b = {~3, key_heads * keys, 0};
+  op.c = {~4, heads * values, 0};
+  op.d = {~5, N, 0};
+  op.e = {~6, heads, 0};
+  op.out = {~8, heads * values, 0};
+  op.cache[1] = 7;
+  op.lengths = 1;
+  op.x = 0.25f;
+  if (K::check(run, op) != nullptr) broken += 1000;
+  run_chunks(run, op, K::scratch);
+  note(result.data(), rows * heads * values);
+  note(state.after.data(), batch * heads * keys * values);
+}
+
 }  // namespace
 
 int main(int count, char** names) {
@@ -182,6 +263,14 @@ int main(int count, char** names) {
   attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::HalfRows>>(6, 2, 32);
   attend_all<llmc::Attention<6, 2, 32, 32, false, llmc::ByteRows>>(6, 2, 32);
   attend_all<llmc::Attention<3, 1, 64, 64, false, llmc::ByteRows>>(3, 1, 64);
+  for (int64_t sequence : {1, 7}) {
+    convolve<20, 4>(2, sequence);
+    convolve<300, 2>(1, sequence);
+    recur<llmc::LinearAttention<4, 2, 20, 70, true, false>, 4>(2, sequence, 4, 2, 20, 70);
+    recur<llmc::LinearAttention<2, 2, 16, 64, false, true>, 32>(1, sequence, 2, 2, 16, 64);
+    recur<llmc::NarrowAttention<20, 1, 12, false, true>, 240>(2, sequence, 20, 1, 12, 1);
+    recur<llmc::NarrowAttention<4, 4, 16, true, false>, 4>(1, sequence, 4, 4, 16, 1);
+  }
   if (values != nullptr) std::fclose(values);
   std::printf("%d\n", broken);
 }
