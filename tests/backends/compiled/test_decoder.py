@@ -42,6 +42,11 @@ from tests.backends.compiled.graphs import (
 from tests.models import EOS, VOCAB_SIZE, save_tiny_model
 
 STEPS = 12
+#: Hybrids with each of their kinds of layers.
+HYBRIDS = {
+    "qwen3_5_text": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+}
 Build = Callable[[str, str], Path]
 
 
@@ -53,7 +58,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def make(model_type: str, target: str) -> Path:
         model, output = folder / model_type, folder / f"{model_type}-{target}"
         if not model.exists():
-            save_tiny_model(model_type, model, tokenizer=True, eos_token_id=EOS)
+            save_tiny_model(
+                model_type, model, tokenizer=True, eos_token_id=EOS, **HYBRIDS.get(model_type, {})
+            )
         if not output.exists():
             plan = plan_build(str(model), target=target, profile="local", output=output, verify=False)
             build(plan, SilentProgress())
@@ -90,6 +97,19 @@ def test_decoders_equal_onnxruntimes_operators(model_type: str, built: Build) ->
     assert record is not None
     assert record.nodes >= 24
     assert difference(logits(compiled), logits(plain)) < 0.06
+    assert difference(logits(compiled, batch=3, length=20), logits(plain, batch=3, length=20)) < 0.06
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_a_hybrid_is_one_region_that_equals_onnxruntimes_operators(model_type: str, built: Build) -> None:
+    compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")
+    record = manifest(compiled).kernels
+    assert record is not None
+    assert record.regions == 1
+    assert not {left.operator for left in record.outside} & {"CausalConv", "LinearAttention", "Transpose"}
+    found = logits(compiled, length=20)
+    assert difference(found, logits(plain, length=20)) < 0.06
+    np.testing.assert_array_equal(logits(compiled, length=20, threads=2, share=False), found)
     assert difference(logits(compiled, batch=3, length=20), logits(plain, batch=3, length=20)) < 0.06
 
 
