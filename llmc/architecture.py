@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+#: transformers' tables of other models that generate text than causal language models, and who builds them.
+_OTHER_WRITERS = (
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "AutoModelForMultimodalLM"),
+    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
+)
+#: Tables that also list models which generate sound.
+_SPEECH = tuple(table for table, _ in _OTHER_WRITERS[2:])
 
 
 def auto_class(config: Any) -> Any:
@@ -14,27 +28,85 @@ def auto_class(config: Any) -> Any:
     A multimodal model is built as a whole, as transformers runs it: with text alone, it is a causal language
     model, and the parts for other modalities are not called.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
-    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+    name = _multimodal_class(config)
+    return transformers.AutoModelForCausalLM if name is None else getattr(transformers, name)
 
 
 def is_multimodal(config: Any) -> bool:
-    """Return whether transformers lists the model of `config` as image-text-to-text.
+    """Return whether transformers lists the model of `config` as one that reads more than text.
 
     Some configurations belong both to a multimodal model and to its language model alone: `architectures`
     states which of the two it is.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    return _multimodal_class(config) is not None
+
+
+def generates_text(model_type: str) -> frozenset[str]:
+    """Return the names of the classes with which transformers generates text for a `model_type`."""
+    tables = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *(table for table, _ in _OTHER_WRITERS))
+    return frozenset(name for table in tables for name in _classes_of(table, model_type))
+
+
+def stated_uses(model_type: str) -> tuple[str, ...]:
+    """Return what transformers has models of a `model_type` for, such as `masked lm`, by its own tables."""
+    from transformers.models.auto import modeling_auto
+
+    pattern = re.compile(r"MODEL_FOR_(\w+)_MAPPING_NAMES")
+    tables = ((name, pattern.fullmatch(name)) for name in dir(modeling_auto))
+    return tuple(
+        found[1].lower().replace("_", " ")
+        for name, found in tables
+        if found and found[1] != "PRETRAINING" and model_type in getattr(modeling_auto, name)
     )
 
-    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if causal is None or multimodal is None:
-        return multimodal is not None
-    return multimodal != causal and multimodal in (config.architectures or ())
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Build models within this context, with empty modules for towers whose package is not installed.
+
+    A tower for images may need a package such as timm, which the language model does not use.
+    """
+    import torch
+    from transformers import AutoModel
+
+    original: Any = AutoModel.from_config
+
+    def from_config(config: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return original(config, *args, **options)
+        except ImportError:
+            empty: Any = torch.nn.Module()
+            empty.config = config
+            return empty
+
+    AutoModel.from_config = from_config  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AutoModel.from_config = original  # type: ignore[method-assign]
+
+
+def _multimodal_class(config: Any) -> str | None:
+    causal = _classes_of("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", config.model_type)
+    for table, auto in _OTHER_WRITERS:
+        names = _classes_of(table, config.model_type)
+        stated = not causal or (names != causal and not names.isdisjoint(config.architectures or ()))
+        if names and stated:
+            return auto
+    return None
+
+
+def _classes_of(table: str, model_type: str) -> frozenset[str]:
+    from transformers.models.auto import modeling_auto
+
+    def listed(table: str) -> frozenset[str]:
+        names = getattr(modeling_auto, table).get(model_type, ())
+        return frozenset((names,) if isinstance(names, str) else names)
+
+    sound = listed("MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES") if table in _SPEECH else frozenset()
+    return listed(table) - sound
 
 
 def language_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,6 +8,7 @@ not supported on this target, 4 resources (memory, disk, missing runtime), 5 par
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
+from itertools import groupby
 from typing import ClassVar
 
 
@@ -100,6 +101,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def count_names(names: Sequence[str]) -> str:
     """Return the first of several names, and the number of the others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Return sorted numbers as ranges: (0, 1, 2, 5) as `0-2, 5`."""
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def require_failure(error: BaseException) -> None:

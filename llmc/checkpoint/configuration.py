@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import auto_class, is_multimodal
+from llmc.architecture import auto_class, building, generates_text, stated_uses
 from llmc.checkpoint.declared import Declaration, find_declarations
 from llmc.checkpoint.fields import read_fields
 from llmc.checkpoint.generation import require_types
@@ -108,7 +108,7 @@ def from_pretrained(path: Path, kind: Any, **options: Any) -> Any:
 
     if path.is_file():
         options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    with loading(path):
+    with loading(path), building():
         return kind.from_pretrained(
             path.parent if path.is_file() else path,
             dtype=torch.float32,
@@ -233,16 +233,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _refuse_other_than_causal(config: PreTrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = config.model_type
     hint = "llmc compiles decoder-only language models"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{kind} is an encoder-decoder model", hint=hint)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_multimodal(config):
-        raise UnsupportedError(f"{kind} has no causal language model in transformers", hint=hint)
+    if not generates_text(kind):
+        uses = stated_uses(kind)
+        what = f"; it has {kind} for {', '.join(uses)}" if uses else ", which is a part of other models"
+        raise UnsupportedError(f"transformers has no causal language model for {kind}{what}", hint=hint)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
         raise UnsupportedError(f"{kind} with is_decoder = false is an encoder-only model", hint=hint)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import is_multimodal
+from llmc.architecture import generates_text, is_multimodal
 from llmc.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ def refuse_other_purpose(folder: Path, fields: Mapping[str, Any]) -> None:
 
 def _purpose(name: str, model_type: str) -> str | None:
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
 
-    writers = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    if name in [mapping.get(model_type) for mapping in writers]:
+    if name in generates_text(model_type):
         return None
     for pattern, purpose in _OTHER_HEADS:
         if re.search(pattern, name):
             return purpose
+    if name == MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES.get(model_type):
+        return "generates sound"
     bare = MODEL_MAPPING_NAMES.get(model_type)
     if name in ((bare,) if isinstance(bare, str) else bare or ()):
         return "has no language model head (an embedding model)"

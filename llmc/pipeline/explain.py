@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 from llmc.artifact.manifest import MANIFEST, Declined
 from llmc.artifact.store.folder import open_artifact
-from llmc.errors import ConfigError, LlmcError, did_you_mean
+from llmc.errors import ConfigError, LlmcError, did_you_mean, number_ranges
 from llmc.records import Record
 
 
@@ -30,7 +29,7 @@ class Explanation(Record):
         """Return text for a terminal."""
         lines = [f"{self.name}: {self.summary}", f"applied {_times(self.applied)}"]
         for each in self.declined:
-            where = f", in layers {_ranges(each.layers)}" if each.layers else ""
+            where = f", in layers {number_ranges(each.layers)}" if each.layers else ""
             lines += [
                 f"declined {_times(each.count)}{where} [{each.code}]",
                 f"  {each.reason}",
@@ -72,12 +71,3 @@ def explain(reference: str, name: str) -> Explanation:
 
 def _times(count: int) -> str:
     return f"{count} time" if count == 1 else f"{count} times"
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Render sorted numbers as ranges: (0, 1, 2, 5) as `0-2, 5`."""
-    runs = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ]
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import auto_class
+from llmc.architecture import auto_class, building
 from llmc.errors import UnsupportedError
 from llmc.trace.capture import EAGER, NAME, SDPA, register_interfaces
 from llmc.trace.experts import read_gates
@@ -42,7 +42,7 @@ def build_fake_model(config: Any, dtype: torch.dtype, *, captured: bool) -> torc
     model = None
     for attention in (NAME, SDPA) if captured else (EAGER,):
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), building():
                 model = make(config, attn_implementation=attention, dtype=dtype)
             break
         except (KeyError, ValueError) as error:

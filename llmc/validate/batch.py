@@ -128,8 +128,8 @@ def _bytes(config: Any) -> tuple[int, int]:
     """Return the bytes of a token in the widest layers, and of a position's logits with their copy."""
     text = config.get_text_config(decoder=True)
     hidden = getattr(text, "hidden_size", 1024)
-    stated = getattr(text, "intermediate_size", None) or 0
-    wide = max(*(stated if isinstance(stated, (list, tuple)) else [stated]), 4 * hidden)
+    stated = getattr(text, "intermediate_size", None) or 0  # a list has the width of each layer
+    wide = max(*(stated if isinstance(stated, (list, tuple)) else (stated,)), 4 * hidden)
     return 4 * _ALIVE * wide, 8 * text.vocab_size
 
 

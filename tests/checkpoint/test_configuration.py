@@ -59,9 +59,11 @@ def test_unknown_model_type(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "encoder-only"),
-        ({"model_type": "deberta-v2"}, "no causal language model"),
+        ({"model_type": "deberta-v2"}, "no causal language model for deberta-v2"),
         ({"model_type": "t5"}, "encoder-decoder"),
-        ({"model_type": "voxtral"}, "no causal language model"),
+        ({"model_type": "flaubert"}, "no causal language model for flaubert; it has flaubert for masked lm"),
+        ({"model_type": "clip_vision_model"}, "clip_vision_model, which is a part of other models"),
+        ({"model_type": "qwen2_5_omni"}, "thinker: Qwen2_5OmniThinker.* and has no forward pass of its own"),
         ({"model_type": "blip-2"}, "does not run on text alone: it requires pixel_values"),
     ],
 )

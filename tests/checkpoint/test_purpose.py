@@ -17,6 +17,8 @@ from tests.checkpoint.refusals import refused
         ("qwen2", "Qwen2ForRewardModel", "reward model"),
         ("qwen2", "Qwen2ForTokenClassification", "classifies tokens"),
         ("mistral", "MistralModel", "no language model head"),
+        ("xlm-roberta", "XLMRobertaModel", "no language model head"),
+        ("vibevoice", "VibeVoiceForConditionalGeneration", "generates sound"),
         ("llama", "SomeCrossEncoder", "ranks texts"),
         ("llama", "LlamaBidirectionalModel", "reads a text in both directions"),
         ("mistral", "MistralBiForMNTP", "reads a text in both directions"),

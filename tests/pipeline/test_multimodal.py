@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from llmc.architecture import building, is_multimodal
 from llmc.artifact.manifest import State
 from llmc.checkpoint import open_checkpoint
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from tests.models import EOS, save_tiny_model, tiny_multimodal_fields
+from tests.models import EOS, save_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.notes import Notes
 
 
@@ -38,6 +40,21 @@ def test_it_is_verified_and_the_build_says_what_was_left_out(
     assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
 
 
+def test_a_model_of_speech_is_verified_from_text_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    text = tiny_multimodal_fields("llava")["text_config"]
+    tower = {"encoder_layers": 5, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32}
+    fields = {"text_config": text, "audio_config": tower, "audio_token_index": 3, "audio_token_id": 3}
+    folder = save_tiny_model("qwen2_audio", tmp_path / "model", tokenizer=True, eos_token_id=EOS, **fields)
+    manifest = build(
+        plan_build(str(folder), target="cpu-fp32", profile="local", output=tmp_path / "out"), Notes()
+    ).manifest
+    assert manifest.state is State.VERIFIED
+    assert "model.audio_tower and model.multi_modal_projector are left out" in " ".join(manifest.model.notes)
+
+
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
 def test_names_of_earlier_versions_are_read(model_type: str, tmp_path: Path) -> None:
     folder = save_tiny_model(model_type, tmp_path, **tiny_multimodal_fields(model_type))
@@ -50,9 +67,24 @@ def test_names_of_earlier_versions_are_read(model_type: str, tmp_path: Path) -> 
 
 
 def test_a_config_of_both_is_multimodal_where_architectures_says_so(tmp_path: Path) -> None:
-    from llmc.architecture import is_multimodal
     from llmc.checkpoint.configuration import load_config
 
     for name in ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4", "architectures": [name]}))
         assert is_multimodal(load_config(tmp_path)) is name.endswith("ConditionalGeneration")
+
+
+def test_a_tower_whose_package_is_missing_is_left_out(tmp_path: Path) -> None:
+    text = tiny_config(
+        "gemma3n_text", num_kv_shared_layers=0, laurel_rank=8, activation_sparsity_pattern=[0.0] * 3
+    )
+    audio = {"conf_num_hidden_layers": 1, "hidden_size": 64, "conf_num_attention_heads": 4}
+    parts = {"text_config": text.to_dict(), "audio_config": audio, "vision_config": {"hidden_size": 64}}
+    with building():
+        folder = save_tiny_model("gemma3n", tmp_path / "model", **parts)
+    file = folder / "model.safetensors"
+    tower = {"model.vision_tower.timm_model.conv_stem.weight": np.zeros((2, 2), np.float32)}
+    save_file(load_file(file) | tower, file, {"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    assert [*tower] == [*checkpoint.unused]
+    assert "conv_stem.weight (encoders of images" in checkpoint.notes[0]

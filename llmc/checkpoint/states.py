@@ -1,0 +1,71 @@
+"""Refuse models that keep what they know of earlier tokens elsewhere than in a `Cache` of transformers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from llmc.architecture import language_model
+from llmc.errors import UnsupportedError, number_ranges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HINT = "llmc compiles models whose keys, values and states are in the Cache of transformers' generate"
+#: Names of arguments that carry a state from step to step.
+_STATE = re.compile(r"(?!output_|encoder_|use_)(past_\w+|(\w+_)?(cache|states?|mems)(_params)?)")
+
+
+def refuse_own_state(model: PreTrainedModel) -> None:
+    """Check that the model keeps its state in a `Cache` of transformers, in layers that transformers defines.
+
+    Raises:
+        UnsupportedError: It has another kind of state, or none; the message names the class and the layers.
+    """
+    _refuse_other_arguments(model)
+    _refuse_own_cache(model)
+    _refuse_own_layers(model)
+
+
+def _refuse_other_arguments(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    parameters = inspect.signature(model.forward).parameters
+    if "past_key_values" in parameters or any(
+        "cache_utils" in str(p.annotation) for p in parameters.values()
+    ):
+        return
+    own = [key for key in parameters if _STATE.fullmatch(key)]
+    if own:
+        raise UnsupportedError(f"{name} keeps a state of its own ({', '.join(own)})", hint=_HINT)
+    raise UnsupportedError(f"{name} keeps nothing between steps: it has no KV cache", hint=_HINT)
+
+
+def _refuse_own_cache(model: PreTrainedModel) -> None:
+    from transformers import Cache
+
+    for part in (model, language_model(model)):
+        module = sys.modules[type(part).__module__]
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == module.__name__:
+                raise UnsupportedError(
+                    f"{type(model).__name__} keeps its state in a cache class of its own, {name}", hint=_HINT
+                )
+
+
+def _refuse_own_layers(model: PreTrainedModel) -> None:
+    from transformers import cache_utils
+
+    if not hasattr(model.config.get_text_config(decoder=True), "num_hidden_layers"):
+        return  # transformers makes a cache without layers, which appear as they are used
+    by_class: dict[type, list[int]] = {}
+    for index, layer in enumerate(cache_utils.DynamicCache(config=model.config).layers):
+        by_class.setdefault(type(layer), []).append(index)
+    for kind, indices in by_class.items():
+        if kind.__module__ != cache_utils.__name__:
+            raise UnsupportedError(
+                f"{type(model).__name__} keeps the state of layers {number_ranges(indices)} in a cache class "
+                f"of its own, {kind.__name__}",
+                hint=_HINT,
+            )

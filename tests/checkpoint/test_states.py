@@ -1,0 +1,29 @@
+"""Models that keep their state elsewhere than in a cache of transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmc.errors import UnsupportedError
+from tests.checkpoint.refusals import refused
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("rwkv", r"RwkvForCausalLM keeps a state of its own \(state\)"),
+        ("xlnet", r"XLNetLMHeadModel keeps a state of its own \(mems\)"),
+        ("xlstm", r"xLSTMForCausalLM keeps a state of its own \(cache_params\)"),
+        ("openai-gpt", "OpenAIGPTLMHeadModel keeps nothing between steps"),
+        ("minimax", "MiniMaxForCausalLM keeps its state in a cache class of its own, MiniMaxCache"),
+        (
+            "deepseek_v4",
+            "keeps the state of layers 0-2, 4, 6.* in .* of its own, DeepseekV4HCACache",
+        ),
+    ],
+)
+def test_a_state_elsewhere(model_type: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    error = refused(tmp_path, message, UnsupportedError)
+    assert "Cache" in str(error.hint)
