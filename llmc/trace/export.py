@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
@@ -19,6 +17,7 @@ from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.expand import name_recurrences
+from llmc.trace.failure import explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
@@ -94,6 +93,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             if not buffer.is_meta
         }
         mark_layers(model, stack)
+        kept = watch_states(model)
         attention = intercepting_sdpa() if captured else nullcontext()
         with capturing() as capture, attention, intercepting_kernels(model), torch.no_grad():
             try:
@@ -101,13 +101,10 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
             except (LlmcError, NotStampableError):
                 raise
             except Exception as error:
-                cause = _root_cause(error)
+                cause = root_cause(error)
                 if isinstance(cause, (LlmcError, NotStampableError)):
                     raise cause from None
-                raise UnsupportedError(
-                    f"{type(model).__name__} cannot be traced: {_reason(cause)}",
-                    hint="run with --debug for the full traceback",
-                ) from error
+                raise explain_failure(model, cause, kept) from error
             check_indices()
             check_real(program)
             check = _check_capture if captured else _check_stored
@@ -189,7 +186,7 @@ def _translate(program: Any) -> ir.Model:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            cause = str(_root_cause(error)).strip().splitlines() or ["no message"]
+            cause = str(root_cause(error)).strip().splitlines() or ["no message"]
             raise UnsupportedError(
                 f"the traced model cannot be expressed in ONNX: {cause[0]}",
                 hint="run with --debug for the full traceback",
@@ -272,26 +269,6 @@ def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
     traced = {n for i, n in enumerate(stack.indices) if stack.representatives[i] == i}
     if silent := sorted(traced - set(capture.stored)):
         raise UnsupportedError(f"{name}: layers {silent} do not store keys and values in the cache")
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _reason(cause: BaseException) -> str:
-    """Explain why a trace failed, with the line of code if the model branches on values of a step."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    if isinstance(cause, GuardOnDataDependentSymNode):
-        frames = traceback.extract_tb(cause.__traceback__)
-        own = [f for f in frames if "torch" not in Path(f.filename).parts]
-        if own:
-            place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
-            return f"its code depends on the values of a step at {place}: {own[-1].line}"
-    message = str(cause).strip() or "no message"
-    return f"{type(cause).__name__}: {message.splitlines()[0]}"
 
 
 @contextmanager

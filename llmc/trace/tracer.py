@@ -51,6 +51,8 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     try:
         return _trace(config, dtype, notes, stamp=stamp, captured=False)
     except UnsupportedError as error:
+        if error.fact == reason.fact:
+            raise
         raise UnsupportedError(
             f"{error.fact}; its attention is not captured either: {reason.fact}", hint=error.hint
         ) from error

@@ -1,0 +1,95 @@
+"""Explain why a model's own code cannot be traced, by the module and the line that fails."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UnsupportedError, count_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first of a chain of exceptions that were raised from each other."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def watch_states(model: torch.nn.Module) -> list[str]:
+    """Return a list that gets the attributes of modules in which the next run of `model` leaves a tensor."""
+    before = {name for name, _ in _tensor_attributes(model)}
+    kept: list[str] = []
+
+    def look(*_: Any) -> None:
+        kept.extend(f"{name} ({kind})" for name, kind in _tensor_attributes(model) if name not in before)
+
+    model.register_forward_hook(look, always_call=True)
+    return kept
+
+
+def explain_failure(model: torch.nn.Module, cause: BaseException, kept: Sequence[str]) -> UnsupportedError:
+    """Return the refusal of a model whose code failed while it was traced.
+
+    Args:
+        model: The model that was traced.
+        cause: The root of the exceptions raised.
+        kept: The attributes in which the model left tensors; see `watch_states`.
+    """
+    from torch._dynamo.exc import UserError
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    name = type(model).__name__
+    if kept:
+        return UnsupportedError(
+            f"{name} keeps a state in {count_names(kept)}, outside of the cache",
+            hint="llmc compiles models whose keys, values and states are in the Cache of transformers",
+        )
+    where = _place(model, cause)
+    message = (str(cause).strip().splitlines() or ["it gives no reason"])[0]
+    fixed = re.match(r"Constraints violated \(([\w, ]+)\)", message)
+    if isinstance(cause, GuardOnDataDependentSymNode):
+        why = f"its code depends on the values of a step{where}"
+    elif isinstance(cause, UserError) and fixed:
+        why = f"its code is made for one size of {fixed[1].replace(', ', ' and ')}"
+    else:
+        why = f"its code fails{where}: {message}"
+    return UnsupportedError(f"{name} cannot be traced: {why}", hint="run with --debug for the full traceback")
+
+
+def _tensor_attributes(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the name and class of every attribute that holds a tensor and is no parameter and no buffer."""
+    import torch
+
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{name}.{key}", type(module).__name__
+
+
+def _place(model: torch.nn.Module, cause: BaseException) -> str:
+    """Return the module of the model and the line of its code at which `cause` was raised; may be empty."""
+    import torch
+
+    frames: list[tuple[Any, int]] = []
+    step: TracebackType | None = cause.__traceback__
+    while step is not None:
+        frames.append((step.tb_frame, step.tb_lineno))
+        step = step.tb_next
+    own = [(f, line) for f, line in frames if "transformers" in Path(f.f_code.co_filename).parts]
+    if not own:
+        return ""
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = [f.f_locals.get("self") for f, _ in own]
+    module = next((m for m in reversed(modules) if isinstance(m, torch.nn.Module) and names.get(id(m))), None)
+    inside = f" in {names[id(module)]} ({type(module).__name__})" if module is not None else ""
+    frame, line = own[-1]
+    file = frame.f_code.co_filename
+    code = traceback.FrameSummary(file, line, frame.f_code.co_name).line
+    return f"{inside} at {Path(file).name}:{line} ({code})"
