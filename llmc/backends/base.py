@@ -171,6 +171,18 @@ class Backend(ABC):
             The object that `differences` compares with the artifact; None if only the graph exists.
         """
 
+    def describe_lowered(self, lowered: Any) -> tuple[str, ...]:
+        """Describe in sentences what `lower` left as it was, and why.
+
+        Args:
+            lowered: The result of `lower`.
+        """
+        return ()
+
+    def refused_nodes(self, target: Target, graph: Graph) -> tuple[str, ...]:
+        """Return why the runtime would refuse nodes of a lowered graph; empty if no parser can be asked."""
+        return ()
+
     @abstractmethod
     def write_serving(
         self,

@@ -26,6 +26,7 @@ from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_
 from llmc.trace.switches import hold_frequencies, restart_length
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
     import torch
 
@@ -87,7 +88,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         stack = find_layers(model, config.get_text_config(), stamp=stamp)
         layers = len(stack.names) or int(getattr(config.get_text_config(), "num_hidden_layers", 0))
         layer_buffers = {
-            f"{name}.{key}": buffer.detach().numpy()
+            f"{name}.{key}": _values(buffer)
             for name in stack.names
             for key, buffer in model.get_submodule(name).named_buffers()
             if not buffer.is_meta
@@ -167,6 +168,17 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
         dynamic_shapes=({0: batch, 1: sequence}, {0: batch, 1: all_positions}, {0: batch, 1: sequence}),
         strict=False,
     )
+
+
+def _values(buffer: torch.Tensor) -> np.ndarray:
+    """Return the values of a buffer; NumPy has no bfloat16 of its own."""
+    import ml_dtypes
+    import torch
+
+    if buffer.dtype == torch.bfloat16:
+        return buffer.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    values: np.ndarray = buffer.detach().numpy()
+    return values
 
 
 def _translate(program: Any) -> ir.Model:

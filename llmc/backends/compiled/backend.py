@@ -36,6 +36,13 @@ class CompiledBackend(OnnxRuntimeBackend):
 
         return finish_graph(graph, partial(lower_kernels, cache=target.kv_cache or CacheType.FLOAT32))
 
+    def describe_lowered(self, lowered: Any) -> tuple[str, ...]:
+        """See `Backend`."""
+        by_reason: dict[str, list[str]] = {}
+        for name, why, count in lowered.outside:
+            by_reason.setdefault(why, []).append(f"{count} {name}")
+        return tuple(f"not compiled, {why}: {', '.join(names)}" for why, names in by_reason.items())
+
     def require_host(self, artifact: Artifact) -> None:
         """See `Backend`."""
         require_kernels(artifact)

@@ -22,7 +22,7 @@ from llmc.backends.tensorrt.engines import (
 from llmc.backends.tensorrt.forecast import forecast
 from llmc.backends.tensorrt.support import EnginePlan, Library
 from llmc.config import BuildPlan, Engine, Target
-from llmc.errors import ConfigError, ResourceError, UnsupportedError
+from llmc.errors import ConfigError, ResourceError, UnsupportedError, number_ranges
 from llmc.graph.interface import Interface
 from llmc.machine import detect_profile
 from llmc.profile import Profile
@@ -221,6 +221,16 @@ class TensorRtBackend(Backend):
     def resume(self, artifact: Artifact, progress: Progress) -> Manifest:
         """Build the engines that are pending for this machine's GPU."""
         return resume_engines(artifact, progress)
+
+    def refused_nodes(self, target: Target, graph: Graph) -> tuple[str, ...]:
+        """See `Backend`."""
+        report = self.node_checker(target).check(graph.model)
+        return tuple(
+            f"{each.count} x {each.operator}"
+            + (f", layers {number_ranges(each.layers)}" if each.layers else "")
+            + f": {each.reason}"
+            for each in report.refused
+        )
 
     def node_checker(self, target: Target) -> NodeChecker:
         """Return the parser of TensorRT-RTX."""
