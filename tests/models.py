@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import auto_class
+from tests.architectures import (
+    DEPTHS,
+    FEWEST,
+    at_depth,
+    derive_layers,
+    merge,
+    parts_of,
+    stated_values,
+    states_layout,
+)
+from tests.tiny_fields import ALWAYS, FEATURES, SIZES
+from tests.tiny_fields import EOS as EOS
+from tests.tiny_fields import VOCAB_SIZE as VOCAB_SIZE
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VOCAB_SIZE = 256
 _MOST_PARAMETERS = 16_000_000
-BOS, EOS, PAD = 1, 2, 0
 
 # The architectures that every station is tested on.
 MODEL_TYPES = (
@@ -37,99 +49,6 @@ MODEL_TYPES = (
     "qwen3_moe",
 )
 
-# Names under which configs state their sizes. Each config gets those that its class declares.
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "n_embd": 64,
-    "d_model": 64,
-    "intermediate_size": 96,
-    "ffn_hidden_size": 96,
-    "ffn_dim": 96,
-    "n_inner": 96,
-    "num_hidden_layers": 3,
-    "n_layer": 3,
-    "n_layers": 3,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_key_value_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "n_positions": 256,
-    "n_ctx": 256,
-    "max_seq_len": 256,
-    "encoder_layers": 3,
-    "decoder_layers": 3,
-    "num_encoder_layers": 3,
-    "num_decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_encoder_attention_heads": 4,
-    "num_decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-    "dim_ff": 96,
-    "emb_dim": 64,
-    "vocab_size_per_layer_input": VOCAB_SIZE,
-    "hidden_size_per_layer_input": 16,
-    "word_embed_proj_dim": 64,
-    "sliding_window": 8,
-    "attention_window": 8,
-    "window_size": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "rotary_dim": 16,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
-
-# What an architecture needs beyond its sizes, so that all of its features are in use.
-_FEATURES: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
-    "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3_text": {
-        "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True},
-    "granite": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 1.5,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2,
-    },
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "stablelm": {"use_qkv_bias": True, "qk_layernorm": True},
-    "mixtral": {"sliding_window": 8},
-}
-
 # Multimodal models: the language model's fields, and the tower's.
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -146,7 +65,7 @@ _MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**_TOWER, "num_hidden_layers": 5, "model_type": "clip_vision_model", "projection_dim": 16},
     ),
     "gemma3": (
-        {"model_type": "gemma3_text", **_FEATURES["gemma3_text"]},
+        {"model_type": "gemma3_text", **FEATURES["gemma3_text"]},
         {**_TOWER, "model_type": "siglip_vision_model"},
     ),
 }
@@ -158,8 +77,9 @@ def tiny_multimodal_fields(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     text, tower = _MULTIMODAL[model_type]
+    kind = CONFIG_MAPPING[text["model_type"]]()
     return {
-        "text_config": {**_tiny_fields(CONFIG_MAPPING[text["model_type"]]), **text},
+        "text_config": {**_tiny_fields(kind), **at_depth(kind, FEWEST), **text},
         "vision_config": tower,
         "image_token_id": 3,
         "image_token_index": 3,
@@ -181,26 +101,63 @@ def longrope(switch: int) -> dict[str, Any]:
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """A config of `model_type` with hidden size 64, 3 layers, 4 heads of 16, vocabulary 256.
+    """A config of `model_type` with hidden size 64, 4 heads of 16, vocabulary 256 and every kind of layer.
+
+    The layers are derived from the type's default config (`tests.architectures`), at least 3 of them. If
+    the layers are stated here, there are 3 unless another number is.
 
     Args:
         overrides: Fields of the config that replace those above.
     """
     from transformers import CONFIG_MAPPING
 
+    laid_out = states_layout(CONFIG_MAPPING[model_type](), {**FEATURES.get(model_type, {}), **overrides})
+    return CONFIG_MAPPING[model_type](**{**_derived_fields(model_type, laid_out), **overrides})
+
+
+@cache
+def _derived_fields(model_type: str, laid_out: bool) -> dict[str, Any]:
+    """Fields of a tiny config, with a depth of 3 if its layers are laid out elsewhere."""
+    from transformers import CONFIG_MAPPING
+
     kind = CONFIG_MAPPING[model_type]
-    return kind(**{**_tiny_fields(kind), **_FEATURES.get(model_type, {}), **overrides})
+    small = _tiny_fields(kind())
+    features = FEATURES.get(model_type, {})
+    if laid_out:
+        return merge(merge(small, at_depth(kind(), FEWEST)), features)
+    return derive_layers(kind, merge(small, features), features)
 
 
-def _tiny_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    declared = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
-    fields = {name: value for name, value in _SIZES.items() if name in declared}
-    if "is_decoder" in declared:
+def _tiny_fields(default: PreTrainedConfig) -> dict[str, Any]:
+    """Small sizes of everything that `default` states a size for, its parts included.
+
+    A size that is None or 0 turns something off, and stays so; heads are stated anyway. A part that is not
+    the language model has 2 layers.
+    """
+    values = stated_values(default)
+    fields = {
+        name: size if name.endswith("_token_id") else _shrink(values[name], size)
+        for name, size in SIZES.items()
+        if name in values and (values[name] or name in ALWAYS)
+    }
+    if "is_decoder" in values:
         fields["is_decoder"] = True
-    if "kv_lora_rank" in declared:  # latent attention unpacks keys and values for every head
-        fields["num_key_value_heads"] = _SIZES["num_attention_heads"]
-    parts = {name: part for name, part in kind.sub_configs.items() if getattr(part, "model_type", "")}
-    return fields | {name: _tiny_fields(part) for name, part in parts.items()}
+    if values.get("kv_lora_rank"):  # latent attention unpacks keys and values for every head
+        fields["num_key_value_heads"] = SIZES["num_attention_heads"]
+    text = default.get_text_config(decoder=True)
+    for name, part in parts_of(default).items():
+        declared = stated_values(part)
+        own = {k: v for k, v in part.to_diff_dict().items() if k in declared}
+        if part is not text:
+            own = dict.fromkeys(DEPTHS & declared.keys(), 2)
+        fields[name] = {"model_type": part.model_type, **own, **_tiny_fields(part)}
+    return fields
+
+
+def _shrink(value: Any, size: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not isinstance(size, (list, tuple)):
+        return [_shrink(each, size) for each in value]
+    return min(value, size) if isinstance(value, int) else size
 
 
 def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
