@@ -1,115 +1,214 @@
-"""Build every causal LM type that transformers lists, with tiny random weights, and print a line for each.
+"""Build every language model type that transformers lists, with tiny random weights, and print the result.
 
-    python benchmarks/architectures.py [--only llama,gpt2] [--jobs 2] [--timeout 120] [--json FILE]
+    python benchmarks/architectures.py [--only llama,gpt2] [--targets cpu-fp32,cpu-int4] [--jobs 2]
+                                       [--timeout 120] [--json FILE] [--earlier FILE]
 
-Each type is built for cpu-fp32 and compared with PyTorch: prefill, cached decode, a ragged batch and the
-sliding window, within 1e-4 on every logit. Types without a working tiny config or model do not test
-llmc and are left out of the percentage.
+Each type is built for cpu-fp32 and compared with PyTorch: a prompt, the same in pieces, cached decode, a
+ragged batch and the sliding window, within 1e-4 on every logit. Wanted types are also built for cpu-int4 and
+cpu-int4-compiled under the gates of these targets. The tiny model has every kind of layer of the type's
+default config; module classes and kinds that it lacks are printed. Types without a working tiny config or
+model do not test llmc and are left out of the percentage.
+
+With `--earlier`, types that are not run keep the rows of that JSON file. If every type has a row, the
+document docs/architectures.md is written.
 """
 
-import json
 import multiprocessing
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from common.architecture_rows import (
+    CRASHED,
+    DIFFERENT,
+    EQUAL,
+    HELD,
+    MISSED,
+    NO_MODEL,
+    REFUSED,
+    Result,
+    Row,
+    describe_capture,
+    read_rows,
+    render_document,
+    totals,
+    write_rows,
+)
 from common.machine import describe
 from common.options import make_parser
 
-from llmc.config import Gate, Metric
+from llmc.config import Dtype, Gate, Metric
 from llmc.errors import LlmcError
 from llmc.pipeline import build
+from llmc.pipeline.inspect import inspect
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from tests.models import EOS, save_tiny_model
+from llmc.trace.tracer import trace_model
+from tests.architectures import build_on_meta, default_config, lacking, language_model_types, layers_of
+from tests.models import EOS, build_tiny_model, save_tiny_model, tiny_config
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+EXACT = "cpu-fp32"
+TARGETS = (EXACT, "cpu-int4", "cpu-int4-compiled")
 TOLERANCE = 1e-4
-METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS)
-EQUAL, DIFFERENT, REFUSED, CRASHED = "built and equal", "built, not equal", "refused", "crashed"
-NO_MODEL = "no tiny model"
+METRICS = (
+    Metric.PREFILL_MAX_ABS,
+    Metric.CHUNKS_MAX_ABS,
+    Metric.DECODE_MAX_ABS,
+    Metric.RAGGED_MAX_ABS,
+    Metric.WINDOW_MAX_ABS,
+)
+# The families that are downloaded most, or asked for.
+WANTED = {
+    "bamba", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "exaone4", "falcon_h1", "gemma3",
+    "gemma3n_text", "gemma4", "glm4_moe", "gpt_oss", "granitemoehybrid", "kimi_linear", "lfm2", "lfm2_moe",
+    "llama4", "mamba2", "mistral3", "nemotron_h", "olmo3", "qwen3_5", "qwen3_next", "qwen3_vl", "zamba2",
+}  # fmt: skip
 
 
-def attempt(model_type: str, answer: Connection) -> None:
-    """Build one type in this process, and send the outcome."""
+def attempt(model_type: str, targets: Sequence[str], answer: Connection) -> None:
+    """Build one type in this process, and send its row, and again with each result."""
     warnings.simplefilter("ignore")
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    row = Row(model_type)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LLMC_CACHE"] = f"{scratch}/cache"
         try:
+            row.layers, row.lacks = compare_layers(model_type)
+            run_original(model_type)
             model = save_tiny_model(model_type, Path(scratch) / "model", tokenizer=True, eos_token_id=EOS)
         except Exception as error:  # noqa: BLE001 - transformers raises many kinds of errors on a config
-            answer.send((NO_MODEL, first_line(error)))
+            row.results[targets[0]] = Result(NO_MODEL, first_line(error))
+            answer.send(row)
             return
-        try:
-            answer.send(compare(model, Path(scratch) / "out"))
-        except LlmcError as error:
-            answer.send((REFUSED, first_line(error)))
-        except Exception as error:  # noqa: BLE001 - the sweep continues, and reports the error
-            answer.send((CRASHED, first_line(error)))
+        for target in targets:
+            try:
+                inspection = inspect(str(model))
+                row.captured = describe_capture(inspection.operators, inspection.notes)
+                row.results[target] = compare(model, Path(scratch) / target, target)
+            except LlmcError as error:
+                row.results[target] = Result(REFUSED, first_line(error))
+            except Exception as error:  # noqa: BLE001 - the sweep continues, and reports the error
+                row.results[target] = Result(CRASHED, first_line(error))
+            answer.send(row)
 
 
-def compare(model: Path, output: Path) -> tuple[str, str]:
-    """Build a checkpoint, and report how far its logits are from PyTorch's."""
-    plan = plan_build(str(model), target="cpu-fp32", profile="local", output=output, verify=True)
-    gates = tuple(Gate(metric=m, max=TOLERANCE, reason="float32 in another order") for m in METRICS)
-    target = plan.target.model_copy(update={"gates": gates})
-    result = build(plan.model_copy(update={"target": target}), SilentProgress())
+def run_original(model_type: str) -> None:
+    """Run the tiny model in PyTorch on text alone.
+
+    Raises:
+        Exception: Any that its code raises, or a ValueError if its logits are not finite.
+    """
+    import torch
+
+    model = build_tiny_model(model_type, eos_token_id=EOS)
+    with torch.inference_mode():
+        logits = model(torch.arange(3, 15)[None]).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the tiny model's logits are not finite in PyTorch")
+
+
+def compare_layers(model_type: str) -> tuple[str, list[str]]:
+    """Say how many layers the tiny model has of the default one's, and what it lacks."""
+    tiny = build_on_meta(tiny_config(model_type))
+    kept = len(layers_of(tiny))
+    default = default_config(model_type)
+    if default is None:
+        return f"{kept}", []
+    full = build_on_meta(default)
+    return f"{kept} of {len(layers_of(full))}", lacking(full, tiny)
+
+
+def compare(model: Path, output: Path, target: str) -> Result:
+    """Build a checkpoint, and report how far its logits are from PyTorch's, or which gates it misses."""
+    plan = plan_build(str(model), target=target, profile="local", output=output, verify=True)
+    if target == EXACT:
+        gates = tuple(Gate(metric=m, max=TOLERANCE, reason="float32 in another order") for m in METRICS)
+        plan = plan.model_copy(update={"target": plan.target.model_copy(update={"gates": gates})})
+    result = build(plan, SilentProgress())
     if result.verdict is None:
         raise SystemExit("the build measured nothing")
+    passed = result.verdict.passed
     figures = {c.metric.value: c.value for c in result.verdict.checks if c.value is not None}
-    worst = max(figures, key=lambda name: figures[name])
-    return (EQUAL if result.verdict.passed else DIFFERENT), f"{figures[worst]:.1e} in {worst}"
+    if target == EXACT:
+        worst = max(figures, key=lambda name: figures[name])
+        return Result(EQUAL if passed else DIFFERENT, f"{figures[worst]:.1e} in {worst}")
+    missed = [f"{c.metric.value} {c.value}" for c in result.verdict.checks if not c.passed]
+    stated = [f"{m.value} {figures[m.value]:.1e}" for m in (Metric.TEXT_KL_MEAN,) if m.value in figures]
+    return Result(HELD if passed else MISSED, ", ".join(missed or stated))
 
 
 def first_line(error: Exception) -> str:
     text = error.fact if isinstance(error, LlmcError) else f"{type(error).__name__}: {error}"
-    return (text.strip().splitlines() or [""])[0][:160]
+    return " ".join(text.strip().split())[:300]
 
 
-def run(model_type: str, seconds: float) -> tuple[str, str, str]:
-    """Run `attempt` in a separate process, within a time limit."""
+def run(model_type: str, targets: Sequence[str], seconds: float) -> Row:
+    """Run `attempt` in a separate process, within a time limit for each target."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=attempt, args=(model_type, theirs))
+    process = context.Process(target=attempt, args=(model_type, targets, theirs))
     process.start()
     theirs.close()
-    try:
-        outcome, detail = ours.recv() if ours.poll(seconds) else (CRASHED, f"no answer in {seconds:.0f} s")
-    except EOFError:
-        outcome, detail = CRASHED, "the process ended without an answer"
+    row = Row(model_type)
+    for target in targets:
+        try:
+            answer = ours.recv() if ours.poll(seconds) else f"no answer in {seconds:.0f} s"
+        except EOFError:
+            answer = "the process ended without an answer"
+        if isinstance(answer, str):
+            row.results[target] = Result(CRASHED, answer)
+            break
+        row = answer
+        if row.first.outcome == NO_MODEL:
+            break
     process.kill()
     process.join()
-    return model_type, outcome, detail
+    return row
+
+
+def warm_up() -> None:
+    """Import and prepare in this process what every forked one needs, by tracing a model."""
+    trace_model(tiny_config("llama"), Dtype.FLOAT32)
+
+
+def targets_of(model_type: str, stated: str | None) -> tuple[str, ...]:
+    if stated:
+        return tuple(stated.split(","))
+    return TARGETS if model_type in WANTED else (EXACT,)
 
 
 def main() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     parser = make_parser(__doc__)
     parser.add_argument("--only", help="types, separated by commas")
+    parser.add_argument("--targets", help="targets, separated by commas, for every type")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one type")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one target of one type")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--earlier", type=Path, help="file with rows of an earlier run")
     options = parser.parse_args()
-    types = options.only.split(",") if options.only else sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    every = language_model_types()
+    types = options.only.split(",") if options.only else every
 
-    results = []
+    rows = read_rows(options.earlier) if options.earlier else {}
+    warm_up()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for model_type, outcome, detail in pool.map(lambda t: run(t, options.timeout), types):
-            print(f"{model_type:28} {outcome:17} {detail}", flush=True)
-            results.append({"type": model_type, "outcome": outcome, "detail": detail})
-    tiny = [r for r in results if r["outcome"] != NO_MODEL]
-    equal = sum(r["outcome"] == EQUAL for r in tiny)
+        for row in pool.map(lambda t: run(t, targets_of(t, options.targets), options.timeout), types):
+            for target, result in row.results.items():
+                print(f"{row.type:28} {target:18} {result.outcome:19} {result.detail}", flush=True)
+            if row.lacks:
+                print(f"{'':28} lacks {', '.join(row.lacks)}", flush=True)
+            rows[row.type] = row
+            if options.json:
+                write_rows(options.json, describe(), rows.values())
     print(describe())
-    print(
-        f"{len(types)} types, {len(tiny)} can be made tiny, {equal} built and equal: {equal / len(tiny):.0%}"
-    )
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "results": results}, indent=1))
+    print(totals(rows.values()))
+    if set(every) <= rows.keys():
+        DOCUMENT.write_text(render_document(describe(), rows.values(), TARGETS), encoding="utf-8")
 
 
 if __name__ == "__main__":
