@@ -48,7 +48,14 @@ from llmc.pipeline.inspect import inspect
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.trace.tracer import trace_model
-from tests.architectures import build_on_meta, default_config, lacking, language_model_types, layers_of
+from tests.architectures import (
+    build_on_meta,
+    causal_types,
+    default_config,
+    lacking,
+    language_model_types,
+    layers_of,
+)
 from tests.models import EOS, build_tiny_model, save_tiny_model, tiny_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -208,7 +215,9 @@ def main() -> None:
     print(describe())
     print(totals(rows.values()))
     if set(every) <= rows.keys():
-        DOCUMENT.write_text(render_document(describe(), rows.values(), TARGETS), encoding="utf-8")
+        kept = [rows[model_type] for model_type in every]
+        document = render_document(describe(), kept, TARGETS, causal_types())
+        DOCUMENT.write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

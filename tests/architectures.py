@@ -38,14 +38,18 @@ _POSITION = re.compile(r"(^|_)(idx|index|id|number)$|layer_(idx|index|id|number)
 Kind = frozenset[tuple[object, ...]]
 
 
+def causal_types() -> tuple[str, ...]:
+    """Return every type that transformers lists as causal LM."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
 def language_model_types() -> tuple[str, ...]:
     """Return every type that transformers lists as causal LM or as image-text-to-text."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    return tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}))
+    return tuple(sorted({*causal_types(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}))
 
 
 def default_config(model_type: str) -> PreTrainedConfig | None:

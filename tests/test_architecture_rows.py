@@ -43,8 +43,13 @@ def test_the_count_leaves_out_what_was_not_tried_and_names_what_is_partial() -> 
     )
 
 
+def test_causal_models_are_counted_apart() -> None:
+    document = render_document("a machine", ROWS, TARGETS, {"whole", "wrong"})
+    assert "- Causal LM: 2 types, 2 of which can be made tiny; 1 are built and equal (50%)" in document
+
+
 def test_every_type_stands_in_one_table_of_outcomes() -> None:
-    document = render_document("a machine", ROWS, TARGETS)
+    document = render_document("a machine", ROWS, TARGETS, {"whole", "wrong"})
     without = "Types without a tiny model that PyTorch runs on text alone"
     tables = [section(document, title) for title in ("Built", "By type", without)]
     for row in ROWS:
@@ -55,7 +60,9 @@ def test_every_type_stands_in_one_table_of_outcomes() -> None:
 
 
 def test_refusals_that_differ_by_a_name_and_a_number_have_one_cause() -> None:
-    assert "| 2 | … keeps N states |" in section(render_document("a machine", ROWS, TARGETS), "By cause")
+    assert "| 2 | … keeps N states |" in section(
+        render_document("a machine", ROWS, TARGETS, {"whole", "wrong"}), "By cause"
+    )
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:

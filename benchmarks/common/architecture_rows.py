@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,9 +86,16 @@ def totals(rows: Iterable[Row]) -> str:
     )
 
 
-def render_document(machine: str, rows: Iterable[Row], targets: Iterable[str]) -> str:
-    """Return the whole document as Markdown."""
+def render_document(
+    machine: str, rows: Iterable[Row], targets: Iterable[str], causal: Collection[str]
+) -> str:
+    """Return the whole document as Markdown.
+
+    Args:
+        causal: The types that transformers lists as causal LM; the others are image-text-to-text only.
+    """
     rows, targets = sorted(rows, key=lambda row: row.type), list(targets)
+    text = [row for row in rows if row.type in causal]
     tiny = [row for row in rows if row.first.outcome != NO_MODEL]
     built = [row for row in tiny if row.first.outcome in BUILT]
     others = [row for row in tiny if row not in built]
@@ -96,7 +103,7 @@ def render_document(machine: str, rows: Iterable[Row], targets: Iterable[str]) -
     causes = Counter(cause(row.first.detail) for row in others)
     sections = [
         INTRODUCTION,
-        f"{totals(rows)}\n\nMeasured on {machine}.\n",
+        f"- All: {totals(rows)}\n- Causal LM: {totals(text)}\n\nMeasured on {machine}.\n",
         "## Totals\n",
         _table((f"outcome for {targets[0]}", "types"), outcomes.most_common()),
         "## Built\n",
