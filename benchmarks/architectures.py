@@ -92,16 +92,25 @@ def attempt(model_type: str, targets: Sequence[str], answer: Connection) -> None
             row.results[targets[0]] = Result(NO_MODEL, first_line(error))
             answer.send(row)
             return
+        answer.send(row)
+        try:
+            inspection = inspect(str(model))
+            row.captured = describe_capture(inspection.operators, inspection.notes)
+        except Exception as error:  # noqa: BLE001 - the sweep continues, and reports the error
+            row.results = dict.fromkeys(targets, failure(error))
+            answer.send(row)
+            return
         for target in targets:
             try:
-                inspection = inspect(str(model))
-                row.captured = describe_capture(inspection.operators, inspection.notes)
                 row.results[target] = compare(model, Path(scratch) / target, target)
-            except LlmcError as error:
-                row.results[target] = Result(REFUSED, first_line(error))
             except Exception as error:  # noqa: BLE001 - the sweep continues, and reports the error
-                row.results[target] = Result(CRASHED, first_line(error))
+                row.results[target] = failure(error)
             answer.send(row)
+
+
+def failure(error: Exception) -> Result:
+    """Return the result of a type that is refused, or that llmc crashes on."""
+    return Result(REFUSED if isinstance(error, LlmcError) else CRASHED, first_line(error))
 
 
 def run_original(model_type: str) -> None:
@@ -162,17 +171,15 @@ def run(model_type: str, targets: Sequence[str], seconds: float) -> Row:
     process.start()
     theirs.close()
     row = Row(model_type)
-    for target in targets:
+    while row.first.outcome != NO_MODEL and (missing := [t for t in targets if t not in row.results]):
         try:
             answer = ours.recv() if ours.poll(seconds) else f"no answer in {seconds:.0f} s"
         except EOFError:
             answer = "the process ended without an answer"
         if isinstance(answer, str):
-            row.results[target] = Result(CRASHED, answer)
-            break
-        row = answer
-        if row.first.outcome == NO_MODEL:
-            break
+            row.results |= dict.fromkeys(missing, Result(CRASHED, answer))
+        else:
+            row = answer
     process.kill()
     process.join()
     return row

@@ -175,7 +175,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "lfm2": _CONVOLUTIONS,
     "lfm2_vl": {"text_config": _CONVOLUTIONS},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": _HYBRID},
+    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": _HYBRID, "attention_multiplier": 0.25},
     "gemma4_text": _SHARED_KEYS,
     "gemma4": {"text_config": _SHARED_KEYS},
     # The default config lacks fields that the model reads.
@@ -239,10 +239,19 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
-    # The number of layers is stated otherwise: too few, for the encoder, or rewritten by the config.
+    # The number of layers is too few, that of the encoder, rewritten by the config, or a sum of counts.
     "bloom": {"n_layer": 3},
     "blenderbot": {"encoder_layers": 3},
     "hrm_text": {"num_hidden_layers": 3},
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
+    # Scores without a scale would leave every token with one key, and multiply differences of rounding.
+    "granitemoe": {"attention_multiplier": 0.25},
+    "granitemoeshared": {"attention_multiplier": 0.25},
     # One block of weights is shared by several layers; the prefix would have it once.
     "zamba": {
         "num_hidden_layers": 6,
