@@ -17,7 +17,6 @@ struct Convolution {
     float weights[Taps][block];
     float bias[block];
     float window[before > 0 ? before : 1][block];  // inputs before this piece, the oldest first
-    float zeros[block];
   };
   static constexpr size_t scratch = sizeof(Room);
 
@@ -32,27 +31,22 @@ struct Convolution {
     const int64_t* mask = mask_of(run, op, b);
     Room& room = *reinterpret_cast<Room*>(scratch.bytes);
     prepare(run, op, room, b, first, count);
-    const float* recent[Taps];  // inputs of the last tokens, the oldest first
+    const float* recent[Taps];  // inputs of the last tokens that count, the oldest first
     for (int j = 0; j < before; j++) recent[j] = room.window[j];
-    bool any = false;
-    const float* kept[Taps];  // inputs up to the last token that counts
     for (int64_t token = 0; token < run.sequence; token++) {
       const int64_t row = b * run.sequence + token;
-      recent[before] = mask[token] != 0 ? run.at(op.a, row) + first : room.zeros;
-      convolve(room, recent, count, run.at(op.out, row) + first);
+      float* out = run.at(op.out, row) + first;
+      if (mask[token] == 0) {
+        std::memset(out, 0, sizeof(float) * count);
+        continue;
+      }
+      recent[before] = run.at(op.a, row) + first;
+      convolve(room, recent, count, out);
       for (int j = 0; j < before; j++) recent[j] = recent[j + 1];
-      if (mask[token] == 0) continue;
-      any = true;
-      for (int j = 0; j < before; j++) kept[j] = recent[j];
     }
     float* after = state_after(run, op) + (b * Channels + first) * before;
-    const float* past = state_before(run, op) + (b * Channels + first) * before;
-    if (any) {
-      for (int i = 0; i < count; i++)
-        for (int j = 0; j < before; j++) after[i * before + j] = kept[j][i];
-    } else if (after != past) {
-      std::memcpy(after, past, sizeof(float) * count * before);
-    }
+    for (int i = 0; i < count; i++)
+      for (int j = 0; j < before; j++) after[i * before + j] = recent[j][i];
   }
 
  private:
@@ -60,15 +54,12 @@ struct Convolution {
   static void prepare(const Run& run, const Op& op, Room& room, int64_t b, int first, int count) {
     const float* weights = run.tensor<const float>(op.weight) + first * Taps;
     const float* past = state_before(run, op) + (b * Channels + first) * before;
-    const int64_t* mask = mask_of(run, op, b);
-    int64_t padded = 0;  // tokens of the pieces before, counted from their end, that do not count
-    while (padded < before && padded < run.earlier && mask[-1 - padded] == 0) padded++;
     std::memset(&room, 0, sizeof room);
     for (int j = 0; j < Taps; j++)
       for (int i = 0; i < count; i++) room.weights[j][i] = weights[i * Taps + j];
     if (op.bias >= 0) std::memcpy(room.bias, run.tensor<const float>(op.bias) + first, sizeof(float) * count);
-    for (int j = 0; j + padded < before; j++)
-      for (int i = 0; i < count; i++) room.window[j][i] = past[i * before + j + padded];
+    for (int j = 0; j < before; j++)
+      for (int i = 0; i < count; i++) room.window[j][i] = past[i * before + j];
   }
 
   static void convolve(const Room& room, const float* const* recent, int count, float* out) {

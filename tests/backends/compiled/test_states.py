@@ -15,7 +15,7 @@ from llmc.backends.compiled.obstacles import obstacle
 from llmc.graph.domains import DIALECT
 from tests.backends.compiled.graphs import Array, GraphBuilder, open_session, usable_sets, write_compiled
 
-SCALE = 0.3
+SCALE, EARLIER = 0.3, 2
 ISA = pytest.mark.parametrize("isa", usable_sets(), ids=lambda isa: isa.name)
 #: Padding, real tokens and padding of each row in a step: no padding, on the right, and no token at all.
 ROWS = [(0, 11, 0), (0, 6, 5), (0, 1, 10), (0, 0, 11)]
@@ -80,19 +80,19 @@ class Cases:
         made = write_compiled(self.builder.finish(self.outputs), folder, isa)
         assert (made.regions, made.outside) == (1, ())
 
-    def check(self, session: Any, lengths: Sequence[int], rows: Rows, *, earlier: int = 2) -> None:
-        """Run the tokens of `rows` in steps of these lengths, after `earlier` tokens or from the start."""
+    def check(self, session: Any, lengths: Sequence[int], rows: Rows) -> None:
+        """Run the tokens of `rows` in steps of these lengths, after some earlier tokens."""
         step = np.array([np.repeat([0, 1, 0], counts) for counts in rows])
-        mask = np.concatenate([np.ones((len(rows), earlier), np.int64), step], axis=1)
+        mask = np.concatenate([np.ones((len(rows), EARLIER), np.int64), step], axis=1)
         feeds = {f"{c.name}.{n}": x for c in self.cases for n, x in c.feeds(*step.shape).items()}
-        first = {c.name: c.state(len(rows)) * (earlier > 0) for c in self.cases}
+        first = {c.name: c.state(len(rows)) for c in self.cases}
         turned = {f"{c.name}.{n}" for c in self.cases if c.turned for n in ("x", "out")}
         found: dict[str, list[Array]] = {n: [] for n in self.names}
         states, start = {f"{n}.past": x for n, x in first.items()}, 0
         for length in lengths:
             stop = start + length
             cut = {n: x[:, :, start:stop] if n in turned else x[:, start:stop] for n, x in feeds.items()}
-            results = session.run(self.names, cut | states | {"attention_mask": mask[:, : earlier + stop]})
+            results = session.run(self.names, cut | states | {"attention_mask": mask[:, : EARLIER + stop]})
             for name, result in zip(self.names, results, strict=True):
                 found[name].append(np.moveaxis(result, 2, 1) if name in turned else result)
             states = {f"{c.name}.past": found[f"{c.name}.present"][-1] for c in self.cases}
@@ -162,9 +162,9 @@ def test_convolution(isa: InstructionSet, tmp_path: Path) -> None:
     cases.check(alone, [11], ROWS)
     cases.check(two, [1] * 4, [(0, 4, 0)])
     cases.check(two, [1, 7, 2, 1], ROWS)
-    cases.check(alone, [3, 8], LEFT, earlier=0)
+    cases.check(alone, [3, 8], LEFT)
     cases.check(two, [1100], LONG)
-    cases.check(alone, [1100], LONG_LEFT, earlier=0)
+    cases.check(alone, [1100], LONG_LEFT)
 
 
 @dataclass(frozen=True)
