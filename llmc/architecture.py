@@ -131,17 +131,32 @@ def beside_language_model(model: torch.nn.Module, names: list[str]) -> dict[str,
 
     Returns:
         The names by the outermost module that contains nothing of the language model, such as
-        `model.vision_tower`; empty if the language model is the whole model.
+        `model.vision_tower`, and those of towers within it, such as `model.embed_tokens_extend`.
     """
     modules = {id(module): name for name, module in model.named_modules()}
-    own = modules[id(language_model(model))].split(".")
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if own == [""]:
-        return {}
+    inner = language_model(model)
+    own = [part for part in modules[id(inner)].split(".") if part]
+    head = f"{modules.get(id(model.get_output_embeddings()))}."  # type: ignore[operator]
+    towers = [".".join([*own, child]) for child in _towers_within(model, inner)]
     by_module: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
         shared = next((i for i, (a, b) in enumerate(zip(parts, own, strict=False)) if a != b), len(own))
-        if shared < len(own) and not name.startswith(f"{modules.get(id(head))}."):
-            by_module.setdefault(".".join(parts[: shared + 1]), []).append(name)
+        if shared == len(own):
+            place = next((tower for tower in towers if name.startswith(f"{tower}.")), None)
+        else:
+            place = None if name.startswith(head) else ".".join(parts[: shared + 1])
+        if place is not None:
+            by_module.setdefault(place, []).append(name)
     return by_module
+
+
+def _towers_within(model: torch.nn.Module, inner: torch.nn.Module) -> Iterator[str]:
+    """Yield the parts of the language model that hold whole models of their own, for other inputs."""
+    from transformers import PreTrainedModel
+
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    for name, child in inner.named_children():
+        parts = list(child.modules())
+        if any(isinstance(part, PreTrainedModel) for part in parts) and tokens not in parts:
+            yield name

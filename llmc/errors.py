@@ -5,10 +5,12 @@ not supported on this target, 4 resources (memory, disk, missing runtime), 5 par
 6 latency gate, 129, 130 and 143 interrupted by SIGHUP, Ctrl-C and SIGTERM, 141 standard output closed.
 """
 
+import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import IntEnum
 from itertools import groupby
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -119,6 +121,13 @@ def require_failure(error: BaseException) -> None:
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
+
+
+def failing_line(error: BaseException, package: str) -> str:
+    """Return ` at file.py:12 (code)`, the last line of a package's code that led to `error`; may be empty."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if package in Path(frame.filename).parts]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})" if own else ""
 
 
 def first_lines(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmc.architecture import auto_class, building, generates_text
 from llmc.checkpoint.states import refuse_own_state
-from llmc.errors import UnsupportedError
+from llmc.errors import UnsupportedError, failing_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,7 +28,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # transformers' model code raises any type of error
         raise UnsupportedError(
             f"transformers cannot build a causal language model from this {config.model_type} config: "
-            f"{type(error).__name__}: {error}",
+            f"it fails{failing_line(error, 'transformers')}: {str(error).partition(chr(10))[0]}",
             hint="take the config.json that belongs to the weights, or correct the field at fault",
         ) from error
     _require_text_alone(model)

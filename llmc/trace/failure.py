@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llmc.errors import UnsupportedError, count_names
+from llmc.errors import UnsupportedError, count_names, failing_line
 
 if TYPE_CHECKING:
     import torch
@@ -77,19 +74,12 @@ def _place(model: torch.nn.Module, cause: BaseException) -> str:
     """Return the module of the model and the line of its code at which `cause` was raised; may be empty."""
     import torch
 
-    frames: list[tuple[Any, int]] = []
-    step: TracebackType | None = cause.__traceback__
-    while step is not None:
-        frames.append((step.tb_frame, step.tb_lineno))
-        step = step.tb_next
-    own = [(f, line) for f, line in frames if "transformers" in Path(f.f_code.co_filename).parts]
-    if not own:
-        return ""
     names = {id(module): name for name, module in model.named_modules()}
-    modules = [f.f_locals.get("self") for f, _ in own]
-    module = next((m for m in reversed(modules) if isinstance(m, torch.nn.Module) and names.get(id(m))), None)
-    inside = f" in {names[id(module)]} ({type(module).__name__})" if module is not None else ""
-    frame, line = own[-1]
-    file = frame.f_code.co_filename
-    code = traceback.FrameSummary(file, line, frame.f_code.co_name).line
-    return f"{inside} at {Path(file).name}:{line} ({code})"
+    inside = ""
+    step = cause.__traceback__
+    while step is not None:
+        own = step.tb_frame.f_locals.get("self")
+        if isinstance(own, torch.nn.Module) and names.get(id(own)):
+            inside = f" in {names[id(own)]} ({type(own).__name__})"
+        step = step.tb_next
+    return inside + failing_line(cause, "transformers")

@@ -88,3 +88,14 @@ def test_a_tower_whose_package_is_missing_is_left_out(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     assert [*tower] == [*checkpoint.unused]
     assert "conv_stem.weight (encoders of images" in checkpoint.notes[0]
+
+
+def test_towers_within_the_language_model_are_named_as_one(tmp_path: Path) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    image = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "crop_size": 28, "image_token_id": 3}
+    parts = {"vision_config": tower | image, "audio_config": tower | {"num_blocks": 1, "audio_token_id": 4}}
+    checkpoint = open_checkpoint(str(save_tiny_model("phi4_multimodal", tmp_path, **parts)))
+    within = [name for name in checkpoint.tensors.infos() if ".embed_tokens_extend." in name]
+    said = f"text only: {len(within)} tensors of model.embed_tokens_extend are left out"
+    assert checkpoint.text_only_note(within) == said
+    assert checkpoint.text_only_note(["model.norm.weight"]) is None
