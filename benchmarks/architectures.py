@@ -153,7 +153,10 @@ def compare(model: Path, output: Path, target: str) -> Result:
     if target == EXACT:
         worst = max(figures, key=lambda name: figures[name])
         return Result(EQUAL if passed else DIFFERENT, f"{figures[worst]:.1e} in {worst}")
-    missed = [f"{c.metric.value} {c.value}" for c in result.verdict.checks if not c.passed]
+    missed = [
+        f"{c.metric.value} {'not measured' if c.value is None else f'{c.value:.3g}'}"
+        for c in result.verdict.missed
+    ]
     stated = [f"{m.value} {figures[m.value]:.1e}" for m in (Metric.TEXT_KL_MEAN,) if m.value in figures]
     return Result(HELD if passed else MISSED, ", ".join(missed or stated))
 

@@ -238,6 +238,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 64},
+        "audio_config": {"codebook_size": 32},
+        "image_token_offset": 96,
+        "audio_token_offset": 160,
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     # The number of layers is too few, that of the encoder, rewritten by the config, or a sum of counts.
     "bloom": {"n_layer": 3},
