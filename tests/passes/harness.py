@@ -139,7 +139,7 @@ def turn_by_the_mask(graph: Graph) -> None:
 
 def latent_attention(**overrides: int) -> Graph:
     """The traced graph of a tiny model with multi-head latent attention."""
-    return with_fields("deepseek_v3", **overrides)
+    return with_fields("deepseek_v3", num_hidden_layers=LAYERS, **overrides)
 
 
 def with_fields(model_type: str, **overrides: Any) -> Graph:
