@@ -356,8 +356,9 @@ def _stamp(
 def _reindexed(attributes: Iterable[ir.Attr], domain: str, old: int, new: int) -> Iterable[ir.Attr]:
     for attribute in attributes:
         if domain in (DIALECT, TRACE) and attribute.name in ("layer", "owner"):
-            if attribute.as_int() != old:
-                raise NotStampableError(f"layer {old} uses the cache of layer {attribute.as_int()}")
-            yield ir.AttrInt64(attribute.name, new)
+            index = attribute.as_int()
+            if attribute.name == "layer" and index != old:
+                raise NotStampableError(f"layer {old} computes attention of layer {index}")
+            yield ir.AttrInt64(attribute.name, new if index == old else index)
         else:
             yield attribute

@@ -11,7 +11,7 @@ parameters, plain attributes and per-layer configuration.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,17 @@ class LayerStack:
 
 @dataclass
 class _Call:
-    """The arguments and the result of a call to a representative."""
+    """The arguments and the result of a call to a representative.
+
+    Args:
+        held: What `_held_by` found in the arguments before the call.
+    """
 
     arguments: tuple[Any, ...]
     argument_spec: Any
+    held: list[dict[Any, Any]]
     result: tuple[Any, ...]
     result_spec: Any
-    shapes: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 @dataclass
@@ -194,7 +198,7 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
                     own = getattr(module, "layer_idx", None)
                     if isinstance(own, int):
                         module.layer_idx = LayerIndex(own)  # type: ignore[assignment]
-            layer.forward = _marked(layer.forward, i, calls)
+            layer.forward = _marked(layer.forward, i, calls, alone=stack.representatives.count(i) == 1)
         else:
             first, last = not stubbed[i - 1], not any(stubbed[i + 1 : i + 2])
             layer.forward = _stub(i, representative, calls, run, first=first, last=last)
@@ -236,7 +240,9 @@ def check_indices() -> None:
         raise NotStampableError("a layer's code computes with its layer index")
 
 
-def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) -> Callable[..., Any]:
+def _marked(
+    forward: Callable[..., Any], index: int, calls: dict[int, _Call], *, alone: bool
+) -> Callable[..., Any]:
     from torch.utils import _pytree as pytree
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -245,12 +251,15 @@ def _marked(forward: Callable[..., Any], index: int, calls: dict[int, _Call]) ->
         marked = _emit(BEGIN, inputs, [(t.dtype, t.shape) for t in inputs], index)
         replaced = {id(t): new for t, new in zip(inputs, marked, strict=True)}
         new_args, new_kwargs = pytree.tree_unflatten([replaced.get(id(x), x) for x in leaves], spec)
+        held = _held_by(leaves)
         result = forward(*new_args, **new_kwargs)
+        if not alone and _ids(_held_by(leaves)) != _ids(held):
+            raise NotStampableError(f"layer {index} stores values that later layers read")
         out_leaves, out_spec = pytree.tree_flatten(result)
         outputs = _tensors(out_leaves)
         marked_outputs = _emit(END, outputs, [(t.dtype, t.shape) for t in outputs], index)
         swapped = {id(t): new for t, new in zip(outputs, marked_outputs, strict=True)}
-        calls[index] = _Call(tuple(leaves), spec, tuple(out_leaves), out_spec)
+        calls[index] = _Call(tuple(leaves), spec, held, tuple(out_leaves), out_spec)
         return pytree.tree_unflatten([swapped.get(id(x), x) for x in out_leaves], out_spec)
 
     return run
@@ -275,6 +284,8 @@ def _stub(
                 raise NotStampableError(
                     f"layers {representative} and {index} are called with different values"
                 )
+        if _ids(_held_by(leaves)) != _ids(call.held):
+            raise NotStampableError(f"layers {representative} and {index} read different stored values")
         if _aliasing(leaves) != _aliasing(call.arguments):
             raise NotStampableError(f"layers {representative} and {index} share different arguments")
         outputs = _tensors(call.result)
@@ -316,6 +327,17 @@ def _emit(
         version=1,
     )
     return tuple(tensors)
+
+
+def _held_by(leaves: Any) -> list[dict[Any, Any]]:
+    """Copy the containers among `leaves` by which layers pass values on to later layers."""
+    return [dict(leaf) for leaf in leaves if isinstance(leaf, MutableMapping)]
+
+
+def _ids(held: list[dict[Any, Any]]) -> list[dict[Any, list[int]]]:
+    from torch.utils import _pytree as pytree
+
+    return [{key: [id(x) for x in pytree.tree_leaves(value)] for key, value in h.items()} for h in held]
 
 
 def _tensors(leaves: Any) -> list[Any]:

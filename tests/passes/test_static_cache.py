@@ -1,19 +1,24 @@
 """Lowering to a KV cache of fixed length: counts, what is left, the numbers of PyTorch, refusals."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.backends.model_file import write_model
 from llmc.config import Dtype, Metric
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.edit import Site
+from llmc.graph.model import Graph
+from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.reference import TorchModel
 from tests.lowering import CAPACITY, lower, tiny, write_lowered
-from tests.passes.harness import LAYERS, operators
+from tests.passes.harness import LAYERS, chunked_attention, operators, shared_cache
+from tests.state_store import run_steps
 from tests.validate.levels import parity_of
 
 
@@ -39,6 +44,27 @@ def test_the_lowered_graph_has_the_numbers_of_the_original(model_type: str, tmp_
     window = values[Metric.WINDOW_MAX_ABS]
     assert (window is not None) == (model_type != "llama")
     assert window is None or window < 1e-4
+
+
+@pytest.mark.parametrize("make", [shared_cache, chunked_attention])
+def test_shared_slots_and_chunks_have_the_numbers_of_the_dialect(
+    make: Callable[[], Graph], tmp_path: Path
+) -> None:
+    before, after = make(), make()
+    after.max_length = 32
+    for name in ("rotary-embedding", "static-cache"):
+        registered_passes()[name].run(after)
+    verify_graph(after)
+    assert operators(after)["TensorScatter"] == 2 * len(after.cache)
+    write_model(after.model, tmp_path)
+    model = StaticOrtModel(tmp_path, after.interface(), threads=1)
+    ids = np.random.default_rng(0).integers(3, 250, (2, 16))
+    mask = np.ones_like(ids)
+    mask[0, 5:11] = 0
+    logits = [model.prefill(ids[:, :11], mask[:, :11], steps=5)]
+    logits += [model.decode(ids[:, i : i + 1]) for i in range(11, 16)]
+    expected = run_steps(before, ids, mask, np.clip(mask.cumsum(1) - 1, 0, None), prompt=11)
+    np.testing.assert_allclose(np.concatenate(logits, 1)[mask == 1], expected[mask == 1], atol=1e-4)
 
 
 def test_fused_attention_has_the_numbers_of_the_original(tmp_path: Path) -> None:

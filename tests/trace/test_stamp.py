@@ -1,5 +1,6 @@
 """Marking the layers of a model and folding runs of stubs, on stacks that torch.export really traces."""
 
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,44 @@ def test_a_result_inside_of_a_run_that_is_used_again_is_noticed() -> None:
 
 def test_the_results_at_the_ends_of_a_run_may_be_used_again() -> None:
     fold_runs(export(Stack(6, 0)))
+
+
+class Sharing(torch.nn.Module):
+    """Layers that read what others store: each of them, or a store before the last."""
+
+    def __init__(self, *, by_layers: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(SharingLayer(i, stores=by_layers) for i in range(3))
+        self.by_layers = by_layers
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        stored = UserDict({"keys": hidden})
+        for layer in self.layers:
+            if layer.layer_idx == 2 and not self.by_layers:
+                stored["keys"] = hidden
+            hidden = layer(hidden, stored)
+        return hidden
+
+
+class SharingLayer(Layer):
+    def __init__(self, index: int, *, stores: bool) -> None:
+        super().__init__(index)
+        self.stores = stores
+
+    def forward(self, hidden: torch.Tensor, stored: UserDict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        result: torch.Tensor = self.linear(hidden) + stored["keys"]
+        if self.stores:
+            stored["keys"] = result
+        return result
+
+
+@pytest.mark.parametrize(
+    ("by_layers", "message"),
+    [
+        (True, "layer 0 stores values that later layers read"),
+        (False, "layers 0 and 2 read different stored values"),
+    ],
+)
+def test_layers_that_pass_values_on_by_a_container_are_not_stamped(by_layers: bool, message: str) -> None:
+    with pytest.raises(NotStampableError, match=message):
+        export(Sharing(by_layers=by_layers))
