@@ -159,7 +159,7 @@ def reduce(builder: RegionBuilder, node: ir.Node) -> None:
     builder.program.operations.append(Operation("row", space_of(source), fields))
 
 
-def choose(builder: RegionBuilder, node: ir.Node) -> None:
+def choose_tokens(builder: RegionBuilder, node: ir.Node) -> None:
     """Add a GatherND that chooses tokens."""
     a = builder.place(operand(node, 0))
     builder.choice = operand(node, 1)

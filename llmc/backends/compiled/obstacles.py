@@ -153,7 +153,7 @@ _CHECKS: dict[tuple[str, str], Callable[[ir.Node], str | None]] = {
     states.CONVOLUTION: states.check_convolution,
     states.ATTENTION: states.check_attention,
     ("", "GatherND"): _check_choice,
-    rotary.ROTARY: rotary.check_rotary,
+    rotary.ROTARY: rotary.check_rotary_embedding,
     ("", "Split"): layout.check_split,
     ("", "Slice"): layout.check_slice,
     ("", "Gather"): layout.check_gather,

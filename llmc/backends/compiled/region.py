@@ -3,11 +3,11 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from llmc.backends.compiled import layout, rotary, states
+from llmc.backends.compiled import attention, layout, rotary, states
 from llmc.backends.compiled.expressions import BINARY, MOST_PLACES, UNARY, Expression, apply, constant, leaf
 from llmc.backends.compiled.layout import REDUCING, REGROUPING
 from llmc.backends.compiled.operands import (
@@ -19,8 +19,6 @@ from llmc.backends.compiled.operands import (
     is_static,
     is_turned,
     layout_of,
-    reads_shared_cache,
-    shift_of,
     space_of,
     spread_of,
     width_of,
@@ -42,11 +40,7 @@ from llmc.config import CacheType
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.edit import add_initializer
 from llmc.graph.match import dims_of, input_of, lazy_of, operand, scalar_of
-from llmc.graph.model import CHUNK
 from llmc.graph.weights import LazyWeight, WeightGroup
-
-#: C++ types of llmc/kernels/cache.h for the rows of the KV cache.
-ROWS = {CacheType.FLOAT32: "FloatRows", CacheType.FLOAT16: "HalfRows", CacheType.INT8: "ByteRows"}
 
 
 @dataclass
@@ -334,102 +328,6 @@ class RegionBuilder:
         }
         self.program.operations.append(Operation("row", "kTokens", fields))
 
-    def attention(self, node: ir.Node) -> None:
-        heads, kv_heads = (node.attributes[n].as_int() for n in ("num_heads", "kv_num_heads"))
-        width = int(dims_of(operand(node, 3))[-1])
-        shared = reads_shared_cache(node)
-        operands = (self.place(operand(node, 0)),) if shared else self._projections(node, width)
-        rotated, interleaved = 0, False
-        fields: Fields = {}
-        if node.attributes.get_int("do_rotary", 0):
-            cos, sin = operand(node, 7), operand(node, 8)
-            positions, half = (int(d) for d in dims_of(cos))
-            rotated, interleaved = 2 * half, bool(node.attributes.get_int("rotary_interleaved", 0))
-            fields |= {"cos": self.weight(cos), "sin": self.weight(sin), "limit": positions}
-            shift = shift_of(node)
-            if shift is not None:
-                fields["shift"] = self.input(shift)
-        geometry = f"{heads}, {kv_heads}, {width}, {rotated}, {str(interleaved).lower()}"
-        caches = self._shared_caches(node) if shared else self._own_caches(node)
-        self.total = operand(node, 6)
-        self.input(self.total)
-        scale = node.attributes.get_float("scale", 0.0)
-        softcap = node.attributes.get_float("softcap", 0.0)
-        chunk = int(node.metadata_props.get(CHUNK, 0))
-        common: Fields = {
-            **fields,
-            "cache": caches,
-            "lengths": self.input(operand(node, 5)),
-            "window": -chunk or max(0, node.attributes.get_int("local_window_size", -1)),
-            "x": scale or width**-0.5,
-            "y": softcap,
-        }
-        turned = self.temporary(heads * width, "kTokens")
-        output = self.make(node.outputs[0], heads * width, "kTokens")
-        served, exact = (
-            _attention(f"Attention<{geometry}, {kind}>", common, operands, turned, output)
-            for kind in (f"{ROWS[self.cache]}, Tile", f"{ROWS[CacheType.FLOAT32]}, ExactTile")
-        )
-        for operation, replacement in zip(served, exact, strict=True):
-            instead: dict[Variant, tuple[Operation]] = {"exact": (replacement,)}
-            self.program.operations.append(replace(operation, instead=instead))
-
-    def _projections(self, node: ir.Node, width: int) -> tuple[RowPlace, ...]:
-        """Return the rows of query, key and value, which may be packed into one."""
-        query = self.place(operand(node, 0))
-        if node.inputs[1] is not None:
-            return query, *(self.place(operand(node, i)) for i in (1, 2))
-        heads, kv_heads = (node.attributes[n].as_int() * width for n in ("num_heads", "kv_num_heads"))
-        parts = ((0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads))
-        return tuple(query.part(offset, size) for offset, size in parts)
-
-    def _own_caches(self, node: ir.Node) -> Caches:
-        """Return the pasts and the presents of a layer that extends its cache."""
-        caches = [self.input(operand(node, i)) for i in (3, 4)]
-        for past, present in zip(node.inputs[3:5], node.outputs[1:3], strict=True):
-            if past is not None:
-                self.pasts[present] = past
-            caches.append(self.outputs[present])
-        return Caches(tuple(caches))
-
-    def _shared_caches(self, node: ir.Node) -> Caches:
-        """Return the presents of another layer, of this region or an earlier one, as pasts and presents."""
-        presents = [operand(node, i) for i in (3, 4)]
-        return Caches(tuple(self.outputs[v] if v in self.outputs else self.input(v) for v in presents * 2))
-
-
-def _attention(
-    kind: str,
-    common: Fields,
-    operands: tuple[RowPlace, ...],
-    turned: RowPlace,
-    output: RowPlace,
-) -> tuple[Operation, ...]:
-    """Create attention of the C++ type `kind`: reads `operands`, writes `output`.
-
-    Args:
-        operands: Query, key and value; the query alone if another layer has extended the cache.
-    """
-    query, *appended = operands
-    carry: Fields = {"chunks": f"{kind}::carry_chunks", "chunk": f"{kind}::carry", "check": f"{kind}::check"}
-    work: Fields = {"chunks": f"{kind}::chunks", "chunk": f"{kind}::chunk", "a": turned, "out": output}
-    combine: Fields = {"row": f"{kind}::combine", "out": output}
-    scratch, shared = f"{kind}::scratch", f"{kind}::shared(run)"
-    attend = (
-        Operation("chunk", "kTokens", {**common, **work}, scratch, shared),
-        Operation("row", "kTokens", {**common, **combine}),
-    )
-    if not appended:
-        turn: Fields = {"row": f"{kind}::turn", "check": f"{kind}::check", "a": query, "out": turned}
-        return Operation("row", "kTokens", {**common, **turn}), *attend
-    key, value = appended
-    append: Fields = {"row": f"{kind}::append", "a": query, "b": key, "c": value, "out": turned}
-    return (
-        Operation("chunk", "kTokens", {**common, **carry}),
-        Operation("row", "kTokens", {**common, **append}),
-        *attend,
-    )
-
 
 def _matmul_type(layout: PackedLayout, parts: int) -> str:
     """Return the C++ type of products with a packed matrix."""
@@ -446,10 +344,10 @@ def _exact_product(kind: str, fields: Fields, space: Space) -> Operation:
 _LOWER: dict[tuple[str, str], Callable[[RegionBuilder, ir.Node], None]] = {
     (MICROSOFT, "MatMulNBits"): RegionBuilder.matmul,
     (MICROSOFT, "GatherBlockQuantized"): RegionBuilder.embed,
-    (MICROSOFT, "GroupQueryAttention"): RegionBuilder.attention,
+    (MICROSOFT, "GroupQueryAttention"): attention.grouped_query,
     states.CONVOLUTION: states.convolution,
     states.ATTENTION: states.attention,
-    ("", "GatherND"): layout.choose,
+    ("", "GatherND"): layout.choose_tokens,
     rotary.ROTARY: rotary.rotary,
     ("", "Split"): layout.split,
     ("", "Slice"): layout.slice_features,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROTARY = (MICROSOFT, "RotaryEmbedding")
 
 
-def check_rotary(node: ir.Node) -> str | None:
+def check_rotary_embedding(node: ir.Node) -> str | None:
     """Return why kernels cannot compute a RotaryEmbedding; None if they can."""
     source, positions, cos = (operand(node, i) for i in range(3))
     heads = node.attributes.get_int("num_heads", 0)
