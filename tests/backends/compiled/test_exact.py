@@ -55,7 +55,7 @@ FAULTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "attention.h": (
         ("* all(op.x))", '* all(fault("head") && h == 1 ? 1.1f * op.x : op.x))'),
         ("stop > op.window ? stop - op.window", 'stop > op.window ? stop - op.window + fault("window")'),
-        ("return {start, stop};", 'return {start + (fault("eight") && run.sequence == 8), stop};'),
+        (" : 0, stop};", ' : fault("eight") && run.sequence == 8, stop};'),
     ),
     "attention_prefill.h": (
         (
