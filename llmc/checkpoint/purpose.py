@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import generates_text, is_multimodal
+from llmc.architecture import generates_text, is_multimodal, stated_uses
 from llmc.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def _purpose(name: str, model_type: str) -> str | None:
         return "generates sound"
     bare = MODEL_MAPPING_NAMES.get(model_type)
     if name in ((bare,) if isinstance(bare, str) else bare or ()):
-        return "has no language model head (an embedding model)"
+        embeds = generates_text(model_type) or "masked lm" in stated_uses(model_type)
+        return "has no language model head" + (" (an embedding model)" if embeds else "")
     return None
 
 
