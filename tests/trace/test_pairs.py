@@ -73,3 +73,14 @@ def test_complex_numbers_that_remain_are_refused_by_name() -> None:
     program = torch.export.export(torch.nn.Sequential(Spectrum()), (torch.ones(4),), strict=False)
     with pytest.raises(UnsupportedError, match=r"fft.* in 0 computes with complex numbers"):
         check_real(program)
+
+
+def test_complex_tables_of_a_tower_that_is_not_called_are_left_out() -> None:
+    class Tower(torch.nn.Linear):
+        table: Tensor
+
+    model = Tower(4, 4)
+    model.register_buffer("table", torch.ones(3, dtype=torch.complex64))
+    program = torch.export.export(model, (torch.ones(1, 4),), strict=False)
+    assert any(node.name == "b_table" for node in program.graph.nodes)
+    check_real(program)
