@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
+from llmc.trace.capture import Capture, StateKey, StoredKeys
 
 if TYPE_CHECKING:
     import torch
-
-    from llmc.trace.capture import Capture
 
 EXTEND = "ExtendCache"
 
@@ -27,107 +26,109 @@ _KERNELS_HINT = (
 )
 
 
+class _Recording:
+    """A cache of `total - sequence` positions in each of `layers` layers.
+
+    With `whole`, layers receive past and new keys and values together.
+    """
+
+    def __init__(self, capture: Capture, total: Any, sequence: Any, layers: int, *, whole: bool) -> None:
+        self.capture = capture
+        self.total = total
+        self.sequence = sequence
+        self.past = total - sequence
+        self.whole = whole
+        self.count = layers
+        self.layers: list[Any] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        self.capture.updates[int(layer_idx)] = (key_states, value_states)
+        self.capture.last_update = int(layer_idx)
+        if self.whole:
+            return extend_cache(self, key_states, value_states, int(layer_idx))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.past
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.past
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
+        length = query_length.shape[0] if hasattr(query_length, "shape") else query_length
+        return self.past + length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Return None, so that the code for several tokens is traced; the captured node has the past."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Return None as `get_conv_state` does."""
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        self.capture.convolved.append((conv_states, StateKey(int(layer_idx), int(state_idx))))
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        made = self.capture.recurrent
+        number = next((n for n, state in enumerate(made) if state is recurrent_states), None)
+        if number is None:
+            raise UnsupportedError(
+                f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
+                hint=_KERNELS_HINT,
+            )
+        self.capture.states[number] = StateKey(int(layer_idx), int(state_idx))
+        return recurrent_states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        raise UnsupportedError(
+            f"layer {int(layer_idx)} selects the tokens that it attends to by an index of its own keys",
+            hint="models with an indexer cache (sparse attention) are not supported yet",
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.count
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * self.count
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * self.count
+
+
 @cache
 def tracing_cache_class() -> type:
     """Define the class on first use, so that importing this module does not import torch."""
     from transformers.cache_utils import Cache
 
-    from llmc.trace.capture import StateKey
-
-    class TracingCache(Cache):
-        """A cache of `total - sequence` positions in each of `layers` layers.
-
-        With `whole`, layers receive past and new keys and values together.
-        """
-
-        def __init__(self, capture: Capture, total: Any, sequence: Any, layers: int, *, whole: bool) -> None:
-            self.capture = capture
-            self.total = total
-            self.sequence = sequence
-            self.past = total - sequence
-            self.whole = whole
-            self.count = layers
-            self.layers: list[Any] = []
-
-        def __len__(self) -> int:
-            return self.count
-
-        def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
-            self.capture.updates[int(layer_idx)] = (key_states, value_states)
-            self.capture.last_update = int(layer_idx)
-            if self.whole:
-                return extend_cache(self, key_states, value_states, int(layer_idx))
-            return key_states, value_states
-
-        def get_seq_length(self, layer_idx: int = 0) -> Any:
-            return self.past
-
-        def get_query_offset(self, layer_idx: int = 0) -> Any:
-            return self.past
-
-        def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
-            length = query_length.shape[0] if hasattr(query_length, "shape") else query_length
-            return self.past + length, 0
-
-        def get_max_length(self, layer_idx: int | None = None) -> int:
-            return -1
-
-        def has_previous_state(self, *_: Any, **__: Any) -> bool:
-            return False
-
-        def is_recording_past(self, layer_idx: int) -> bool:
-            return False
-
-        def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-            """Return None, so that the code for several tokens is traced; the captured node has the past."""
-
-        def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
-            """Return None as `get_conv_state` does."""
-
-        def update_conv_state(
-            self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
-        ) -> torch.Tensor:
-            self.capture.convolved.append((conv_states, StateKey(int(layer_idx), int(state_idx))))
-            return conv_states
-
-        def update_recurrent_state(
-            self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
-        ) -> torch.Tensor:
-            made = self.capture.recurrent
-            number = next((n for n, state in enumerate(made) if state is recurrent_states), None)
-            if number is None:
-                raise UnsupportedError(
-                    f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
-                    hint=_KERNELS_HINT,
-                )
-            self.capture.states[number] = StateKey(int(layer_idx), int(state_idx))
-            return recurrent_states
-
-        def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-            raise UnsupportedError(
-                f"layer {int(layer_idx)} selects the tokens that it attends to by an index of its own keys",
-                hint="models with an indexer cache (sparse attention) are not supported yet",
-            )
-
-        @property
-        def is_compileable(self) -> bool:
-            return False
-
-        @property
-        def is_initialized(self) -> bool:
-            return True
-
-        @property
-        def is_sliding(self) -> list[bool]:
-            return [False] * self.count
-
-        @property
-        def is_linear(self) -> list[bool]:
-            return [False] * self.count
-
-        @property
-        def is_dummy(self) -> list[bool]:
-            return [False] * self.count
+    class TracingCache(_Recording, Cache):
+        """The cache that a model gets while it is traced."""
 
     return TracingCache
 
@@ -137,8 +138,6 @@ def extend_cache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Join past and new keys and values of one layer in one node; (batch, kv_heads, total, width) each."""
     import torch
-
-    from llmc.trace.capture import StoredKeys
 
     if keys.ndim != 4 or values.ndim != 4 or str(keys.shape[2]) != str(past.sequence):
         raise UnsupportedError(
