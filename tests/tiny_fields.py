@@ -68,7 +68,7 @@ SIZES: dict[str, Any] = {
     "attention_chunk_size": 8,
     "index_topk": 16,
     "index_head_dim": 32,
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "window_size": 8,
     "num_experts": 4,
     "num_local_experts": 4,

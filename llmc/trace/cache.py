@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 EXTEND = "ExtendCache"
+INDEX = "ExtendIndex"
 
 _KERNELS_HINT = (
     "known are the kernels of causal-conv1d, mamba-ssm and flash-linear-attention that transformers wraps; a "
@@ -96,10 +97,11 @@ class _Recording:
         return recurrent_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        raise UnsupportedError(
-            f"layer {int(layer_idx)} selects the tokens that it attends to by an index of its own keys",
-            hint="models with an indexer cache (sparse attention) are not supported yet",
-        )
+        if not self.whole:
+            raise UnsupportedError(
+                f"layer {int(layer_idx)} selects the tokens that it attends to by an index of its own keys"
+            )
+        return extend_index(self, indexer_key_states, int(layer_idx))
 
     @property
     def is_compileable(self) -> bool:
@@ -159,3 +161,24 @@ def extend_cache(
         version=1,
     )
     return whole[0], whole[1]
+
+
+def extend_index(past: Any, keys: torch.Tensor, layer: int) -> torch.Tensor:
+    """Join past and new keys of one layer's index in one node; (batch, total, width)."""
+    import torch
+
+    if keys.ndim != 3 or str(keys.shape[1]) != str(past.sequence):
+        raise UnsupportedError(
+            f"layer {layer} stores an index of shape {tuple(keys.shape)}, not (batch, sequence, width)"
+        )
+    if layer in past.capture.indexed:
+        raise UnsupportedError(f"layer {layer} stores an index twice in one step")
+    past.capture.indexed.add(layer)
+    return torch.onnx.ops.symbolic(
+        f"{TRACE}::{INDEX}",
+        (keys,),
+        attrs={"layer": layer},
+        dtype=keys.dtype,
+        shape=(keys.shape[0], past.total, keys.shape[2]),
+        version=1,
+    )

@@ -87,6 +87,7 @@ class Capture:
     attentions: dict[int, CapturedAttention] = field(default_factory=dict)
     updates: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     stored: dict[int, StoredKeys] = field(default_factory=dict)
+    indexed: set[int] = field(default_factory=set)
     masks: list[MaskRule] = field(default_factory=list)
     last_update: int | None = None
     dense_experts: dict[str, int] = field(default_factory=dict)

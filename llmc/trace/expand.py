@@ -14,9 +14,9 @@ from llmc.graph.edit import add_initializer
 from llmc.graph.interface import CacheSlot, StateKind, StateSlot
 from llmc.graph.match import find_nodes
 from llmc.graph.model import LAYER, Placeholder
-from llmc.trace.cache import EXTEND
-from llmc.trace.capture import Capture, CapturedAttention, StoredKeys
+from llmc.trace.capture import Capture
 from llmc.trace.stamp import BEGIN, END, STUB, LayerStack, NotStampableError
+from llmc.trace.stored import attach_stored, slot_of
 
 
 def expand_layers(graph: ir.Graph, stack: LayerStack, buffers: dict[str, np.ndarray]) -> None:
@@ -76,24 +76,24 @@ def attach_cache(
 ) -> tuple[CacheSlot, ...]:
     """Give every `CachedAttention` its mask, past and present as graph inputs and outputs.
 
-    Every `ExtendCache` becomes concatenations of its layer's past with its inputs.
+    What layers store while they compute attention themselves is appended to inputs (`llmc.trace.stored`).
 
     Returns:
         The cache slots by layer.
     """
     mask = next(v for v in graph.inputs if v.name == "attention_mask")
+    layers = len(stack.names) or 1 + max((*capture.stored, *capture.attentions), default=0)
     slots: dict[int, CacheSlot] = {}
     pasts: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for node in find_nodes(graph, EXTEND, TRACE):
-        layer = node.attributes["layer"].as_int()
-        keys_and_values = capture.stored[_traced_index(stack, layer)]
-        slots[layer] = _concatenate(graph, node, _slot(layer, keys_and_values, None), dtype)
+    slots.update({slot.layer: slot for slot in attach_stored(graph, layers)})
     for node in find_nodes(graph, dialect.CACHED_ATTENTION, DIALECT):
         layer = node.attributes["layer"].as_int()
         owner = node.attributes["owner"].as_int()
         attention = capture.attentions[_traced_index(stack, layer)]
         if owner == layer:
-            slots[layer] = slot = _slot(layer, attention, attention.visible.furthest or None)
+            widths = attention.key_width, attention.value_width
+            window = attention.visible.furthest or None
+            slots[layer] = slot = slot_of(layer, attention.kv_heads, *widths, window)
             pasts[layer] = (
                 _cache_value(slot.past_key, slot, slot.key_width, "past", dtype),
                 _cache_value(slot.past_value, slot, slot.value_width, "past", dtype),
@@ -192,43 +192,6 @@ def _traced_index(stack: LayerStack, layer: int) -> int:
     if layer not in stack.indices:
         return layer
     return stack.indices[stack.representatives[stack.indices.index(layer)]]
-
-
-def _concatenate(graph: ir.Graph, node: ir.Node, slot: CacheSlot, dtype: ir.DataType) -> CacheSlot:
-    for (past_name, present_name), width, new, whole in zip(
-        slot.pairs, (slot.key_width, slot.value_width), node.inputs, node.outputs, strict=True
-    ):
-        past = _cache_value(past_name, slot, width, "past", dtype)
-        present = _cache_value(present_name, slot, width, "total", dtype)
-        concatenation = ir.Node(
-            "",
-            "Concat",
-            [past, new],
-            [ir.AttrInt64("axis", 2)],
-            outputs=[present],
-            name=f"layer.{slot.layer}/{present_name}",
-            metadata_props={LAYER: str(slot.layer)},
-        )
-        graph.insert_before(node, concatenation)
-        ir.convenience.replace_all_uses_with(whole, present)
-        graph.inputs.append(past)
-        graph.outputs.append(present)
-    graph.remove(node, safe=True)
-    return slot
-
-
-def _slot(layer: int, captured: CapturedAttention | StoredKeys, window: int | None) -> CacheSlot:
-    return CacheSlot(
-        layer=layer,
-        past_key=f"past_key_values.{layer}.key",
-        past_value=f"past_key_values.{layer}.value",
-        present_key=f"present.{layer}.key",
-        present_value=f"present.{layer}.value",
-        kv_heads=captured.kv_heads,
-        key_width=captured.key_width,
-        value_width=captured.value_width,
-        window=window,
-    )
 
 
 def _cache_value(name: str, slot: CacheSlot, width: int, length: str, dtype: ir.DataType) -> ir.Value:

@@ -21,6 +21,7 @@ from llmc.trace.failure import explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
+from llmc.trace.sizes import symbolic_bounds
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
 from llmc.trace.switches import hold_frequencies, restart_length
@@ -96,7 +97,8 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         mark_layers(model, stack)
         kept = watch_states(model)
         attention = intercepting_sdpa() if captured else nullcontext()
-        with capturing() as capture, attention, intercepting_kernels(model), torch.no_grad():
+        hooks = attention, intercepting_kernels(model), symbolic_bounds(model)
+        with capturing() as capture, hooks[0], hooks[1], hooks[2], torch.no_grad():
             try:
                 program = _export(model, config, capture, layers, captured=captured)
             except (LlmcError, NotStampableError):

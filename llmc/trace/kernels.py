@@ -10,7 +10,6 @@ define the model's classes; nothing depends on the model. Each replacement emits
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
 from llmc.graph.states import CAUSAL_CONV, LINEAR_ATTENTION
 from llmc.trace.capture import active_capture
+from llmc.trace.sizes import modules_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,7 @@ _L2_EPSILON = 1e-6
 def intercepting_kernels(model: torch.nn.Module) -> Iterator[None]:
     """Replace the kernels that `model` calls within this context, by the kernels' names."""
     replaced: list[tuple[Any, str, Any]] = []
-    names = {base.__module__ for m in model.modules() for base in type(m).__mro__}
-    for module in (sys.modules[name] for name in sorted(names)):
+    for module in modules_of(model):
         for key, function in list(vars(module).items()):
             hook = _HOOKS.get(kernel_name(function) or "")
             if hook is not None:
