@@ -157,14 +157,17 @@ class Checkpoint:
         """Read sampling defaults and special token ids: generation_config.json, or else the config."""
         return configuration.load_generation_config(self.path, self.config)
 
-    def load_reference(self, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
+    def load_reference(self, attention: Literal["eager"] | None = "eager") -> PreTrainedModel:
         """Load the original PyTorch model with transformers' `from_pretrained`: float32, eval mode, CPU.
 
         This is what a user of transformers has, including its loading time and its memory. `eager` is
-        correct for every model (`sdpa` ignores softcaps and sinks); `sdpa` is faster, for latency. For a
-        quantized folder the weights come from our reader, which needs no package of the quantizer; so do the
-        weights of a pruned model, of a model with an adapter, and of a model that only llmc can read
-        (`reader_only`).
+        correct for every model (`sdpa` ignores softcaps and sinks). For a quantized folder the weights come
+        from our reader, which needs no package of the quantizer; so do the weights of a pruned model, of a
+        model with an adapter, and of a model that only llmc can read (`reader_only`).
+
+        Args:
+            attention: Implementation of attention; None for the one that transformers chooses, which is
+                often faster, for latency.
 
         Raises:
             CheckpointError: transformers cannot load it.

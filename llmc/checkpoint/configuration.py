@@ -83,8 +83,11 @@ def load_generation_config(path: Path, config: PreTrainedConfig) -> GenerationCo
     return settings
 
 
-def load_reference(path: Path, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+def load_reference(path: Path, config: PreTrainedConfig, attention: str | None) -> PreTrainedModel:
     """Load the model with transformers: float32, eval mode, CPU.
+
+    Args:
+        attention: Implementation of attention; None for the one that transformers chooses.
 
     Raises:
         CheckpointError: transformers cannot load it.

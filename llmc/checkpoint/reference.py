@@ -26,7 +26,7 @@ def fill_model(
     config: PreTrainedConfig,
     tensors: WeightStore,
     tied: Mapping[str, str],
-    attention: Literal["eager", "sdpa"] = "eager",
+    attention: Literal["eager"] | None = "eager",
 ) -> PreTrainedModel:
     """Build the model with every parameter in memory, float32.
 
@@ -36,6 +36,7 @@ def fill_model(
     Args:
         tensors: Every stored parameter and persistent buffer, by name.
         tied: Name of an absent parameter -> name of the stored parameter whose values it shares.
+        attention: Implementation of attention; None for the one that transformers chooses.
 
     Raises:
         CheckpointError: A parameter is missing from the files.

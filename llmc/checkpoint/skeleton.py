@@ -63,8 +63,11 @@ def _not_one_model(model: PreTrainedModel) -> UnsupportedError:
     )
 
 
-def build_hollow(config: PreTrainedConfig, attention: Literal["eager", "sdpa"] = "eager") -> PreTrainedModel:
+def build_hollow(config: PreTrainedConfig, attention: Literal["eager"] | None = "eager") -> PreTrainedModel:
     """Build the model of `config` in evaluation mode, float32: parameters on the meta device, buffers real.
+
+    Args:
+        attention: Implementation of attention; None for the one that transformers chooses.
 
     Raises:
         UnsupportedError: transformers cannot build the model.

@@ -47,7 +47,7 @@ class OriginalLoader:
     def __call__(self) -> Any:
         from llmc.checkpoint import open_checkpoint
 
-        model: Any = open_checkpoint(self.ref, self.adapter).load_reference("sdpa")
+        model: Any = open_checkpoint(self.ref, self.adapter).load_reference(None)
         if self.dtype is None:
             return model
         import torch

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -117,12 +118,20 @@ def test_generation_config_damaged(tmp_path: Path) -> None:
         checkpoint.generation_config()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_reference_is_float32_in_eval_mode(attention: str, folder: Path) -> None:
-    model = open_checkpoint(str(folder)).load_reference(attention)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("stated", "attention"), [("eager", "eager"), (None, "sdpa")])
+def test_reference_is_float32_in_eval_mode(
+    stated: Literal["eager"] | None, attention: str, folder: Path
+) -> None:
+    model = open_checkpoint(str(folder)).load_reference(stated)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config._attn_implementation == attention
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 256)
+
+
+def test_a_model_without_attention_is_loaded_as_transformers_chooses(tmp_path: Path) -> None:
+    folder = save_tiny_model("mamba", tmp_path, state_size=8, time_step_rank=8)
+    model = open_checkpoint(str(folder)).load_reference(None)
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 256)
 
 
