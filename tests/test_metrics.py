@@ -28,6 +28,7 @@ RIGHT_AND_RUINED = {
     "weights.block_snr_db": (60.0, 1.0),
     "weights.max_steps": (0.5, 90.0),
     "positions.verified": (4096, 8),
+    "original.decode_max_abs": (1e-6, 9.0),
     "passes.max_abs": (1e-6, 9.0),
     "prefill.max_abs": (1e-6, 9.0),
     "chunks.max_abs": (1e-6, 9.0),

@@ -55,6 +55,7 @@ class Family(Enum):
     TOKENS = "tokens of text"
     WEIGHTS = "weights beside the original's", False, True
     COVERAGE = "what was looked at"
+    ITSELF = "the original beside itself"
     PASSES = "the graph before and after each pass"
     PARITY = "logits, level by level", True
     CACHE = "attention as it is served", True
@@ -94,6 +95,7 @@ class Metric(StrEnum):
     WEIGHTS_BLOCK_SNR = "weights.block_snr_db", Unit.DECIBELS, _MORE, Family.WEIGHTS
     WEIGHTS_MAX_STEPS = "weights.max_steps", Unit.STEPS, _LESS, Family.WEIGHTS
     POSITIONS = "positions.verified", Unit.TOKENS, _MORE, Family.COVERAGE
+    ORIGINAL_DECODE = "original.decode_max_abs", Unit.LOGITS, _LESS, Family.ITSELF
     PASSES_MAX_ABS = "passes.max_abs", Unit.LOGITS, _LESS, Family.PASSES
     PREFILL_MAX_ABS = "prefill.max_abs", Unit.LOGITS, _LESS, Family.PARITY
     CHUNKS_MAX_ABS = "chunks.max_abs", Unit.LOGITS, _LESS, Family.PARITY

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.artifact.latency import Latency
+from llmc.config import Metric
 from llmc.report.document import Report
 from llmc.report.figures import format_figure
 
@@ -160,11 +161,13 @@ def make_tables(report: Report) -> list[ReportTable]:
 
 
 def make_notes(report: Report) -> list[str]:
-    """Describe line by line how the figures of the tables were measured, and what was not measured."""
+    """Describe line by line what references and tables were measured with, and what was not measured."""
+    references = [m.detail for m in report.measurements if m.metric is Metric.ORIGINAL_DECODE]
     latency = report.latency
     if latency is None:
-        return []
+        return references
     return [
+        *references,
         f"artifact: {latency.where}; original: {latency.original}; {latency.threads} threads each",
         f"energy: {latency.energy}",
         *(f"not measured: {what}" for what in latency.dropped),

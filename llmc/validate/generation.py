@@ -120,11 +120,13 @@ def measure_generation(
     same, and where they first diverge. Each side encodes the prompt with its own tokenizer; a prompt that
     they encode differently counts as unequal.
 
-    GENERATE_EQUAL is the share of prompts whose greedy text equals PyTorch's. GENERATE_GAP judges greedy text
-    that diverges because of quantization, by the largest margin, in logits, by which the original with the
-    artifact's weights prefers another next token. GENERATE_SEEDED is the share of prompts whose text, sampled
-    with a fixed seed, is the same in two runs and stays within the 2 * TOP_K likeliest tokens of the original
-    with the artifact's weights.
+    GENERATE_EQUAL is the share of prompts with greedy text of which every token is the original's most likely
+    one after the text before it. That is PyTorch's own greedy text where its steps over a cache agree with
+    its pass over the whole text (`llmc.validate.itself`); where they do not, its pass decides.
+    GENERATE_GAP judges greedy text that diverges because of quantization, by the largest margin, in logits,
+    by which the original with the artifact's weights prefers another next token. GENERATE_SEEDED is the share
+    of prompts whose text, sampled with a fixed seed, is the same in two runs and stays within the 2 * TOP_K
+    likeliest tokens of the original with the artifact's weights.
 
     Args:
         served: The artifact's text for each prompt; at least one.

@@ -148,21 +148,15 @@ class TorchModel:
                 reporting_failures(end),
                 attention_by_rows(self.model, end - start, end),
             ):
-                out = self.model(
-                    input_ids=ids, use_cache=len(ends) > 1, **{self._cache_name: cache}, **selection
-                )
+                out = self.model(input_ids=ids, use_cache=len(ends) > 1, **self._over(cache), **selection)
+                start, cache = end, out[self._cache_name] if len(ends) > 1 else None
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
                 parts.append(logits.float().numpy())
-            start, cache = end, out[self._cache_name] if len(ends) > 1 else None
         values = np.concatenate(parts, axis=1)
         if not np.isfinite(values).all():
             raise ParityError(f"the original's own logits are not finite for {rows.shape[1]} tokens")
         return values if input_ids.ndim > 1 else values[0]
-
-    def stepped_logits(self, input_ids: Array, *, keep: int) -> Array:
-        """Return logits of the last `keep` positions, each run alone over the cache of those before it."""
-        return self._logits(input_ids, (len(input_ids) - keep, *[1] * keep), keep)
 
     def _logits(self, input_ids: Array, steps: Sequence[int], keep: int) -> Array:
         import torch
@@ -176,12 +170,12 @@ class TorchModel:
                 out = self.model(
                     input_ids=ids,
                     use_cache=len(steps) > 1,
-                    **{self._cache_name: cache},
+                    **self._over(cache),
                     **self._keep(max(1, requested)),
                 )
+                start, cache = end, out[self._cache_name] if len(steps) > 1 else None
             if requested > 0:
                 parts.append(out.logits[0, -requested:].float().numpy())
-            start, cache = end, out[self._cache_name] if len(steps) > 1 else None
         return np.concatenate(parts)
 
     def ask(self, question: Question) -> bytes:
@@ -271,12 +265,16 @@ class TorchModel:
             out = self.model(
                 input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
                 use_cache=True,
-                **{self._cache_name: self._cache},
+                **self._over(self._cache),
                 **self._keep(1),
             )
             self._cache = out[self._cache_name]
             tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
         return tokens
+
+    def _over(self, cache: Any) -> dict[str, Any]:
+        """Return the argument that continues from a cache; none for an empty one."""
+        return {} if cache is None else {self._cache_name: cache}
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}

@@ -9,6 +9,7 @@ from llmc.arrays import Array
 from llmc.artifact.store.cache import StageCache, content_key
 from llmc.graph.switches import crosses
 from llmc.validate.batch import answer
+from llmc.validate.itself import OwnDistance, compare_steps
 from llmc.validate.questions import Question, ask_logits, read_logits
 from llmc.validate.reference import Advance, TorchModel, quietly
 from llmc.validate.sensitivity import DRAWS, Sensitivity, measure_sensitivity
@@ -99,6 +100,16 @@ class RememberedModel:
         settings = [DRAWS, *positions.tolist(), -1, *pieces]
         data = self._recall(self._key("sensitivity", input_ids, settings), ask)
         return Sensitivity(*np.frombuffer(data, np.float64).reshape(3, len(positions)))
+
+    def own_distance(self, input_ids: Array, pieces: Sequence[int]) -> OwnDistance:
+        """Do what `compare_steps` does, for input_ids (rows, sequence)."""
+
+        def ask(model: TorchModel) -> bytes:
+            distance = compare_steps(model, input_ids, pieces)
+            return np.stack([distance.logits, distance.other]).tobytes()
+
+        data = self._recall(self._key("own distance", input_ids, [*input_ids.shape, *pieces]), ask)
+        return OwnDistance(*np.frombuffer(data, np.float64).reshape(2, len(input_ids), -1))
 
     def release(self) -> TorchModel | None:
         """Release the model, and return it if it was loaded; a later question loads it again."""

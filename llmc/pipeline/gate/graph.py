@@ -9,6 +9,7 @@ from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
 from llmc.data import prompts
 from llmc.errors import ParityError
+from llmc.graph.switches import rope_switches
 from llmc.machine import release_memory
 from llmc.pipeline.gate.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.gate.run import Run
@@ -41,6 +42,7 @@ def measure_served(run: Run) -> None:
     drawn, runtime = _serve(run, chosen_prompts, count)
     release_memory()
     with run.progress.stage("original"):
+        _compare_itself(run)
         questions = generation.original_questions(drawn, run.stated.stop)
         run.original.prepare([*run.windows.questions(), *questions], run.progress.advance)
     release_memory()
@@ -88,6 +90,7 @@ def measure_stepped(run: Run) -> None:
     subject = run.subject
     rows = None if subject.accelerated is None else subject.accelerated.rows
     with run.progress.stage("original"):
+        _compare_itself(run)
         run.original.prepare(run.windows.questions(), run.progress.advance)
         if subject.accelerated is not None:
             list(ask_choices(run.original, subject.interface, run.tokens))
@@ -124,6 +127,19 @@ def measure_stepped(run: Run) -> None:
     del model
     if subject.tasks is not None:
         _measure_tasks(run, _open_executed(run))
+
+
+def _compare_itself(run: Run) -> None:
+    """Compare the original's steps over its cache with its own pass, and tell the user where they differ."""
+    from llmc.validate.itself import STEPS, STREAMED_STEPS, differs, measure_itself
+
+    checkpoint = run.subject.checkpoint
+    steps = STREAMED_STEPS if is_large(checkpoint) else STEPS
+    switches = rope_switches(checkpoint.config)
+    found = measure_itself(run.original, run.subject.interface.max_length, run.tokens, switches, steps)
+    run.found.append(found)
+    if differs(found):
+        run.progress.note(found.detail)
 
 
 def _prepare_rounding(run: Run) -> RememberedModel | None:
