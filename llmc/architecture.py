@@ -115,12 +115,28 @@ def language_model(model: torch.nn.Module) -> torch.nn.Module:
     It contains the embedding and the decoder layers. Beside it are the head and, in a multimodal model, the
     towers and projectors of other modalities.
     """
+    import torch
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return model
     decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    if not any(isinstance(module, torch.nn.ModuleList) for module in decoder.modules()):
+        return model.base_model  # a head has the name that transformers looks for
     return decoder
+
+
+def padding_without_position(model: torch.nn.Module) -> int | None:
+    """Return the token to which a model gives no position of its own; None if every token has one.
+
+    Models derived from fairseq count positions by the ids of tokens: a padding token stays where it is, and
+    the first other token has the position after the id of the padding token.
+    """
+    for module in language_model(model).modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and hasattr(module, "create_position_ids_from_input_ids"):
+            return padding
+    return None
 
 
 def beside_language_model(model: torch.nn.Module, names: list[str]) -> dict[str, list[str]]:

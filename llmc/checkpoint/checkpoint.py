@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmc.architecture import beside_language_model
+from llmc.architecture import beside_language_model, padding_without_position
 from llmc.arrays import Array
 from llmc.artifact.manifest import AdapterRecord
 from llmc.checkpoint import configuration, conversion, gguf, location, tokenizer
@@ -60,6 +60,8 @@ class Checkpoint:
             e.g. `model.vision_tower`.
         chat_template: Template given by the user to replace the tokenizer's own; None if none was given.
         reader_only: Reason why transformers' `from_pretrained` cannot load this model; empty if it can.
+        padding: Token to which the model gives no position, so that no text contains it; None if every
+            token has a position.
     """
 
     ref: str
@@ -79,6 +81,7 @@ class Checkpoint:
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chat_template: str | None = None
     reader_only: str = ""
+    padding: int | None = None
 
     @property
     def name(self) -> str:
@@ -270,6 +273,7 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
         notes=(*notes, *explain_leftovers(converted.unused, raw, model)),
         beside=beside_language_model(model, list(converted.store.infos())),
         reader_only=reader_only,
+        padding=padding_without_position(model),
     )
     return checkpoint if merge is None else _merged(checkpoint, merge)
 

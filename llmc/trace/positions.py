@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from llmc.architecture import padding_without_position
 from llmc.graph.match import constant_of, input_of
 from llmc.graph.model import Placeholder
 
@@ -39,21 +40,13 @@ def stated_positions(config: Any) -> int | None:
 
 
 def first_position(model: torch.nn.Module) -> int:
-    """Return the position that the model gives the first token.
+    """Return the position that the model gives the first token, unless it is given positions.
 
-    Models derived from fairseq reserve a row of their table of positions for padding, and begin after it
-    (`padding_idx + 1`) unless they are given positions; llmc counts positions from 0.
+    Models derived from fairseq begin after the row of their table that belongs to padding; llmc counts
+    positions from 0.
     """
-    import torch
-
-    tokens = model.get_input_embeddings()  # type: ignore[operator]
-    count = stated_positions(model.config)
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Embedding) or module is tokens:
-            continue
-        if module.num_embeddings == count and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0
+    padding = padding_without_position(model)
+    return 0 if padding is None else padding + 1
 
 
 def table_positions(graph: ir.Graph) -> int | None:

@@ -67,6 +67,7 @@ class Ground:
         lengths: Further lengths to verify around.
         rows: Maximum number of rows of a batch that the artifact accepts; None for any number.
         compiled: Whether compiled kernels compute attention.
+        padding: Token that is not drawn, since the original counts no position for it; None for none.
     """
 
     interface: Interface
@@ -77,6 +78,7 @@ class Ground:
     lengths: tuple[int, ...] = ()
     rows: int | None = None
     compiled: bool = False
+    padding: int | None = None
 
     @property
     def limit(self) -> int:
@@ -274,7 +276,7 @@ class _Planner:
         if rows < 2:
             return ()
         least = 3 if self.ground.rows is None or self.ground.rows > 2 else rows
-        ids = _Ids(self.rng, self.ground.interface.vocabulary)
+        ids = _Ids(self.rng, self.ground.interface.vocabulary, self.ground.padding)
         short, steps = min(SHORT_ROWS, total - ROW_STEPS), ROW_STEPS
         if short < least:
             return ()
@@ -342,10 +344,11 @@ def _without_windows(ground: Ground) -> tuple[MeasurementStatus, str]:
 
 
 class _Ids:
-    """The token ids in a random order, which repeats after the last."""
+    """The token ids but one in a random order, which repeats after the last."""
 
-    def __init__(self, rng: np.random.Generator, vocabulary: int) -> None:
-        self._order = rng.permutation(vocabulary)
+    def __init__(self, rng: np.random.Generator, vocabulary: int, but: int | None) -> None:
+        order = rng.permutation(vocabulary)
+        self._order = order[order != but] if but is not None else order
         self._at = 0
 
     @property

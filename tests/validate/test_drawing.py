@@ -71,6 +71,12 @@ def test_a_small_model_is_verified_at_every_position() -> None:
     assert sum(1 for n in plan.prompts if n > 1800) > 20
 
 
+def test_a_token_without_a_position_is_not_drawn() -> None:
+    plan = plan_of(interface(4096), TEXT, costs=TINY, padding=7)
+    ids = {i for b in plan.batches for row in b.tokens for i in row}
+    assert ids == set(range(256)) - {7}
+
+
 def test_one_seed_gives_one_plan_and_another_another() -> None:
     first, again, other = (plan_of(interface(4096), TEXT, seed=seed, costs=SMALL) for seed in (1, 1, 2))
     assert (first.prompts, first.steps, first.turns) == (again.prompts, again.steps, again.turns)

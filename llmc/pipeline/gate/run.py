@@ -133,5 +133,6 @@ class Run:
             switches=rope_switches(config),
             lengths=trained_lengths(config),
             compiled=subject.backend.rounds_attention,
+            padding=subject.checkpoint.padding,
         )
         return plan_positions(ground, subject.seed, BUDGET if subject.budget is None else subject.budget)
