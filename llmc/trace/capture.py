@@ -126,6 +126,8 @@ class Capture:
                     "nor shares the keys and values of an earlier layer"
                 )
             owner = own
+        elif own in self.updates:  # a module that runs several times a step has a slot for each of its runs
+            own = owner
         return own, owner
 
 

@@ -23,7 +23,15 @@ from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.sizes import symbolic_bounds
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
-from llmc.trace.stamp import LayerStack, NotStampableError, check_indices, find_layers, fold_runs, mark_layers
+from llmc.trace.stamp import (
+    NO_LAYERS,
+    LayerStack,
+    NotStampableError,
+    check_indices,
+    find_layers,
+    fold_runs,
+    mark_layers,
+)
 from llmc.trace.switches import hold_frequencies, restart_length
 
 if TYPE_CHECKING:
@@ -62,7 +70,9 @@ class Exported:
     restart: int | None
 
 
-def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool) -> Exported:
+def export_model(
+    config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool, mark: bool = True
+) -> Exported:
     """Trace the causal LM of `config`.
 
     Args:
@@ -71,9 +81,11 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         stamp: Whether to trace only one layer of each kind.
         captured: Whether attention becomes one operator per layer; otherwise it is traced as the model
             computes it.
+        mark: Whether to mark the nodes of every layer; otherwise the graph does not know its layers.
 
     Raises:
         UnsupportedError: The model cannot be captured; the message gives the reason.
+        RepeatedLayerError: With `mark`, if a layer runs several times in one step.
         NotStampableError: With `stamp`, if layers that look alike behave differently.
     """
     import torch
@@ -86,7 +98,7 @@ def export_model(config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool
         parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
         parameters |= {n for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
-        stack = find_layers(model, config.get_text_config(), stamp=stamp)
+        stack = find_layers(model, config.get_text_config(), stamp=stamp) if mark else NO_LAYERS
         layers = len(stack.names) or int(getattr(config.get_text_config(), "num_hidden_layers", 0))
         layer_buffers = {
             f"{name}.{key}": _values(buffer)

@@ -28,6 +28,10 @@ class NotStampableError(Exception):
     """Layers that look alike behave differently, so the model has to be traced in full."""
 
 
+class RepeatedLayerError(NotStampableError):
+    """A layer runs several times a step, so that no pair of markers can enclose it."""
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """The decoder layers of a model: the names of their modules and their kinds.
@@ -41,6 +45,10 @@ class LayerStack:
     names: tuple[str, ...]
     indices: tuple[int, ...]
     representatives: tuple[int, ...]
+
+
+#: The layers of a model whose layers are not marked.
+NO_LAYERS = LayerStack((), (), ())
 
 
 @dataclass
@@ -173,7 +181,7 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
         if longer and len(owned) == len(module) and len(set(owned)) == len(owned):
             longest = (name, module, owned)
     if longest is None:
-        return LayerStack((), (), ())
+        return NO_LAYERS
     name, layers, indices = longest
     first: dict[str, int] = {}
     representatives = []
@@ -189,6 +197,8 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
     calls: dict[int, _Call] = {}
     run = _Run()
     LayerIndex.computed = []
+    ran: set[int] = set()
+    model.register_forward_pre_hook(lambda *_: ran.clear())
     stubbed = [r != i for i, r in enumerate(stack.representatives)]
     for i, (name, representative) in enumerate(zip(stack.names, stack.representatives, strict=True)):
         layer = model.get_submodule(name)
@@ -205,6 +215,19 @@ def mark_layers(model: torch.nn.Module, stack: LayerStack) -> None:
             for module in layer.modules():  # export takes time for each, used or not
                 module._parameters.clear()
                 module._buffers.clear()
+        layer.forward = _once(layer.forward, i, ran)
+
+
+def _once(forward: Callable[..., Any], index: int, ran: set[int]) -> Callable[..., Any]:
+    """Return `forward`, except that it fails if `ran` says that layer `index` ran before."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if index in ran:
+            raise RepeatedLayerError(f"layer {index} runs several times in one step")
+        ran.add(index)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def fold_runs(program: torch.export.ExportedProgram) -> None:

@@ -19,7 +19,7 @@ from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
 from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
-from llmc.trace.stamp import NotStampableError
+from llmc.trace.stamp import NotStampableError, RepeatedLayerError
 
 _ELEMENT_TYPES = {
     Dtype.FLOAT32: ir.DataType.FLOAT,
@@ -63,17 +63,21 @@ def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured
 
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
 
-    def export(*, stamp: bool) -> Graph:
-        exported = export_model(config, torch_dtype, stamp=stamp, captured=captured)
+    def export(*, stamp: bool, mark: bool = True) -> Graph:
+        exported = export_model(config, torch_dtype, stamp=stamp, captured=captured, mark=mark)
         return _finish(exported, config, dtype, notes)
 
-    if stamp:
-        try:
-            return export(stamp=True)
-        except NotStampableError as error:
-            notes.append(f"traced layer by layer: {error}")
     try:
+        if stamp:
+            try:
+                return export(stamp=True)
+            except NotStampableError as error:
+                notes.append(f"traced layer by layer: {error}")
+                if isinstance(error, RepeatedLayerError):
+                    raise
         return export(stamp=False)
+    except RepeatedLayerError:
+        return export(stamp=False, mark=False)
     except NotStampableError as error:
         raise UnsupportedError(f"the model's layers cannot be distinguished: {error}") from error
 

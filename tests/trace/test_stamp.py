@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmc.trace.stamp import NotStampableError, find_layers, fold_runs, mark_layers
+from llmc.trace.stamp import NotStampableError, RepeatedLayerError, find_layers, fold_runs, mark_layers
 
 
 class Layer(torch.nn.Module):
@@ -100,3 +100,14 @@ class SharingLayer(Layer):
 def test_layers_that_pass_values_on_by_a_container_are_not_stamped(by_layers: bool, message: str) -> None:
     with pytest.raises(NotStampableError, match=message):
         export(Sharing(by_layers=by_layers))
+
+
+class Looping(Stack):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(hidden))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_layer_that_runs_again_is_noticed(layers: int) -> None:
+    with pytest.raises(RepeatedLayerError, match="layer 0 runs several times in one step"):
+        export(Looping(layers, None))

@@ -8,13 +8,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from llmc.architecture import beside_language_model
+from llmc.architecture import beside_language_model, language_model
+from llmc.checkpoint.skeleton import build_skeleton
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.trace import trace_model
+from llmc.trace.positions import first_position
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.state_store import StateStore, run_steps
@@ -155,6 +157,25 @@ def test_windows_and_chunks_count_real_tokens_wherever_the_padding_is(
     rows = [logits[kept == 1] for logits, kept in zip(found, mask, strict=True)]
     for row in rows[1:]:
         np.testing.assert_allclose(row, rows[0], atol=1e-4)
+
+
+def test_a_layer_that_runs_several_times_has_a_slot_for_each_run() -> None:
+    graph, difference = _trace_and_compare("hrm_text", num_hidden_layers=1, H_cycles=1, L_cycles=2)
+    assert difference <= 1e-4
+    assert [slot.layer for slot in graph.cache] == [0, 1, 2]
+    assert sum(n.op_type == dialect.CACHED_ATTENTION for n in graph.graph) == 3
+    assert graph.notes == ["traced layer by layer: layer 0 runs several times in one step"]
+
+
+@pytest.mark.parametrize(("model_type", "first"), [("llama", 0), ("roberta", 1), ("kosmos-2.5", 1)])
+def test_positions_begin_after_the_padding_of_their_table(model_type: str, first: int) -> None:
+    model = build_skeleton(tiny_config(model_type))
+    assert first_position(model) == first
+
+
+def test_a_head_called_decoder_is_not_the_language_model() -> None:
+    model = build_skeleton(tiny_config("modernbert-decoder"))
+    assert language_model(model) is model.model
 
 
 def test_sinks_of_some_layers_are_sinks_of_all_that_draw_nothing() -> None:
