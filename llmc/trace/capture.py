@@ -111,7 +111,7 @@ class Capture:
         """Return (layer, owner of the cache slot) of an attention call."""
         own = getattr(module, "layer_idx", None)
         owner = next((i for i, (k, _) in self.updates.items() if k is key), None)
-        if own is None or own < 0:  # a module that several layers share has no index of its own
+        if own is None or int(own) < 0:  # a module that several layers share has no index of its own
             own = owner if owner is not None else self.last_update
         if own is None:
             raise UnsupportedError(
