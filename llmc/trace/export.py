@@ -33,6 +33,7 @@ from llmc.trace.stamp import (
     mark_layers,
 )
 from llmc.trace.switches import hold_frequencies, restart_length
+from llmc.trace.translations import translations
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,6 +210,7 @@ def _translate(program: Any) -> ir.Model:
                 output_names=["logits"],
                 optimize=False,
                 opset_version=OPSET,
+                custom_translation_table=translations(),
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
