@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -63,7 +63,8 @@ def stream_model(
     The same code runs as for the whole model, so the results are the same. Every step reads every parameter,
     which is unavoidable for a model that is larger than memory. From an embedding, only the rows of the
     step's tokens are read; a layer of more than BLOCK_BYTES, such as the output head, is computed in blocks
-    of outputs. A module that uses another module's parameters fails, since they are not loaded.
+    of outputs. A parameter that another module uses, as mixers use the weights of their convolutions, is read
+    at that time.
 
     Args:
         tensors: Every stored parameter and persistent buffer, by name.
@@ -92,14 +93,17 @@ def stream_model(
         return None if info is None or {name, source} & set(put) else StoredRows(tensors, info)
 
     for name, module in model.named_modules():
-        names = _parameter_names(module)
+        names, kind = _parameter_names(module), type(module)
+        readers = {own: partial(read, _join(name, own)) for own in names}
+        if readers:
+            _read_when_used(module, readers)
         stored = rows(_join(name, "weight")) if names == ["weight"] else None
-        if type(module) is torch.nn.Embedding and stored is not None:
+        if kind is torch.nn.Embedding and stored is not None:
             _compute_by(module, partial(_embed, stored))
-        elif type(module) is torch.nn.Linear and stored is not None and _is_wide(stored):
+        elif kind is torch.nn.Linear and stored is not None and _is_wide(stored):
             _compute_by(module, partial(_project, stored))
         elif names:
-            _read_when_run(module, {own: partial(read, _join(name, own)) for own in names})
+            _read_when_run(module, readers)
     return model
 
 
@@ -132,6 +136,29 @@ def _project(weight: StoredRows, states: torch.Tensor) -> torch.Tensor:
 
 def _is_wide(weight: StoredRows) -> bool:
     return 4 * int(np.prod(weight.shape)) > BLOCK_BYTES
+
+
+def _read_when_used(module: Any, readers: Mapping[str, Callable[[], torch.nn.Parameter]]) -> None:
+    """Read a parameter whenever it is used while it is not loaded.
+
+    Otherwise another module would compute with a tensor without data, which is no error in every operator of
+    torch: a convolution of numbers with such weights returns whatever was in memory.
+    """
+    kind: Any = type(module)
+    module.__dict__["_readers"] = readers
+    module.__class__ = _reading_class(kind)
+
+
+@cache
+def _reading_class(kind: Any) -> Any:
+    """Return the subclass of a module's class that reads the parameters that are not loaded."""
+
+    def read(module: Any, name: str) -> Any:
+        value = kind.__getattr__(module, name)
+        reader = module.__dict__["_readers"].get(name)
+        return reader() if reader is not None and value.is_meta else value
+
+    return type(kind.__name__, (kind,), {"__getattr__": read, "__module__": kind.__module__})
 
 
 def _read_when_run(module: Any, readers: Mapping[str, Callable[[], torch.nn.Parameter]]) -> None:

@@ -37,6 +37,17 @@ def test_equal_logits_in_prefill_and_over_the_cache(
         torch.testing.assert_close(b.logits, a.logits, **ROUNDING)
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "bamba", "nemotron_h", "lfm2"])
+def test_parameters_that_another_module_uses_are_read(model_type: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny_model(model_type, tmp_path)))
+    whole, streamed = checkpoint.load_reference(), checkpoint.stream_reference({})
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        a, b = (model(input_ids=ids).logits for model in (whole, streamed))
+    torch.testing.assert_close(b, a, **ROUNDING)
+    assert all(parameter.is_meta for parameter in streamed.parameters())
+
+
 def assert_equals_from_pretrained(checkpoint: Checkpoint) -> None:
     """Every parameter, every buffer, and what is tied."""
     theirs, ours = checkpoint.load_reference(), checkpoint.fill_reference()
