@@ -230,7 +230,8 @@ def _attention(
     where = f"attention of layer {layer} ({type(module).__name__})"
     if attention_mask is not None and not isinstance(attention_mask, MaskRule):
         raise UnsupportedError(f"{where} builds its own mask instead of asking transformers' mask interface")
-    if rest.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+    open_ended = rest.get("is_causal") is False or getattr(module, "is_causal", True) is False
+    if attention_mask is None and open_ended:  # a rule itself says what is visible
         raise UnsupportedError(f"{where} is not causal", hint="only decoder-only models can be compiled")
     strange = [k for k, v in rest.items() if k not in _NEUTRAL and isinstance(v, torch.Tensor)]
     if strange:
@@ -265,7 +266,13 @@ def _attention(
 
 
 def _mask(*_: Any, **kwargs: Any) -> MaskRule:
-    """Return the mask's rule instead of a mask, since `CachedAttention` makes its own mask."""
+    """Return the mask's rule instead of a mask, since `CachedAttention` makes its own mask.
+
+    A multimodal model prepares the masks of its language model, which then asks for masks once more.
+    """
+    prepared = kwargs.get("attention_mask")
+    if isinstance(prepared, MaskRule):
+        return prepared
     rule = MaskRule(kwargs["mask_function"], int(kwargs.get("local_size") or 0))
     active_capture().masks.append(rule)
     return rule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 from llmc.errors import UnsupportedError
 
@@ -49,6 +49,9 @@ class MaskRule:
 
     function: Callable[..., Any]
     local_size: int
+
+    #: transformers asks prepared masks for it, which have the dimensions batch, head, query and key.
+    ndim: ClassVar[int] = 4
 
     def __getitem__(self, _: Any) -> MaskRule:
         """Return the rule itself; models slice masks to the length of their keys, but a rule has none."""

@@ -105,6 +105,12 @@ def test_a_multimodal_model_is_traced_from_text_alone(model_type: str) -> None:
     assert (graph.padding, len(graph.cache)) == ("any", 3)  # the tower's layers are not the decoder's
 
 
+def test_a_mask_that_a_multimodal_model_prepares_is_captured() -> None:
+    graph, difference = _trace_and_compare("paligemma")
+    assert difference <= 1e-4
+    assert sum(n.op_type == dialect.CACHED_ATTENTION for n in graph.graph) == len(graph.cache)
+
+
 #: Tiny models with chunks, shared keys and values, and complex rotations.
 SHARED = {
     "num_hidden_layers": 6,
