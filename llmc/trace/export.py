@@ -17,6 +17,7 @@ from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa
 from llmc.trace.expand import name_recurrences
+from llmc.trace.expert_loops import unroll_expert_loops
 from llmc.trace.failure import explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels
 from llmc.trace.pairs import check_real, pairs_for_complex
@@ -107,6 +108,7 @@ def export_model(
             for key, buffer in model.get_submodule(name).named_buffers()
             if not buffer.is_meta
         }
+        unroll_expert_loops(model)
         mark_layers(model, stack)
         kept = watch_states(model)
         attention = intercepting_sdpa() if captured else nullcontext()

@@ -173,6 +173,14 @@ def test_a_layer_that_runs_several_times_has_a_slot_for_each_run() -> None:
     assert graph.notes == ["traced layer by layer: layer 0 runs several times in one step"]
 
 
+@pytest.mark.parametrize("model_type", ["dbrx", "longcat_flash"])
+def test_experts_in_a_loop_are_dense_products(model_type: str) -> None:
+    graph, difference = _trace_and_compare(model_type)
+    assert difference <= 1e-4
+    assert graph.padding == "any"
+    assert any("their code loops over the experts" in note for note in graph.notes)
+
+
 @pytest.mark.parametrize(("model_type", "first"), [("llama", 0), ("roberta", 1), ("kosmos-2.5", 1)])
 def test_positions_begin_after_the_padding_of_their_table(model_type: str, first: int) -> None:
     model = build_skeleton(tiny_config(model_type))
