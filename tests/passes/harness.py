@@ -159,7 +159,14 @@ def _traced_with(model_type: str, overrides: str) -> tuple[PreTrainedModel, byte
 def shared_cache() -> Graph:
     """A graph whose last two of four layers read the caches of the first two, one with a window."""
     kinds = ["sliding_attention", "full_attention"] * 2
-    return with_fields("gemma3n_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+    return with_fields(
+        "gemma3n_text",
+        num_hidden_layers=4,
+        layer_types=kinds,
+        num_kv_shared_layers=2,
+        intermediate_size=96,
+        activation_sparsity_pattern=0.0,
+    )
 
 
 def chunked_attention() -> Graph:
