@@ -27,6 +27,16 @@ _KERNELS_HINT = (
 )
 
 
+class _Unread(list[Any]):
+    """The layers of a cache for a model that must not read them itself."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise UnsupportedError(
+            f"the model reads layer {index} of its cache itself, instead of asking the cache",
+            hint="only models that store and read through the methods of transformers' Cache can be compiled",
+        )
+
+
 class _Recording:
     """A cache of `total - sequence` positions in each of `layers` layers.
 
@@ -40,7 +50,7 @@ class _Recording:
         self.past = total - sequence
         self.whole = whole
         self.count = layers
-        self.layers: list[Any] = []
+        self.layers: list[Any] = _Unread()
 
     def __len__(self) -> int:
         return self.count
