@@ -169,6 +169,27 @@ def register_interfaces() -> None:
 
 
 @contextmanager
+def padding_blocks() -> Iterator[None]:
+    """Let transformers pad the blocks of a mask in every step, instead of asking whether there is a past.
+
+    Blocks are the tokens of an image, which see each other; padding by nothing changes nothing.
+    """
+    import torch
+    from transformers import masking_utils
+
+    original = masking_utils.maybe_pad_block_sequence_ids
+
+    def pad(blocks: torch.Tensor, _: Any, kv_length: Any, kv_offset: Any) -> torch.Tensor:
+        return torch.nn.functional.pad(blocks, (0, kv_length + kv_offset - blocks.shape[-1]), value=-1)
+
+    masking_utils.maybe_pad_block_sequence_ids = pad  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.maybe_pad_block_sequence_ids = original
+
+
+@contextmanager
 def intercepting_sdpa() -> Iterator[None]:
     """Capture attention in models that call torch's scaled dot product attention themselves.
 

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from llmc.errors import LlmcError, UnsupportedError
 from llmc.graph.domains import OPSET
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
-from llmc.trace.capture import Capture, capturing, intercepting_sdpa
+from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_blocks
+from llmc.trace.every_size import export_all_sizes
 from llmc.trace.expand import name_recurrences
 from llmc.trace.expert_loops import unroll_expert_loops
 from llmc.trace.failure import explain_failure, root_cause, watch_states
@@ -112,8 +113,16 @@ def export_model(
         mark_layers(model, stack)
         kept = watch_states(model)
         attention = intercepting_sdpa() if captured else nullcontext()
-        hooks = attention, intercepting_kernels(model), symbolic_bounds(model)
-        with capturing() as capture, hooks[0], hooks[1], hooks[2], torch.no_grad():
+        hooks = (
+            attention,
+            padding_blocks(),
+            intercepting_kernels(model),
+            symbolic_bounds(model),
+            torch.no_grad(),
+        )
+        with capturing() as capture, ExitStack() as stacked:
+            for hook in hooks:
+                stacked.enter_context(hook)
             try:
                 program = _export(model, config, capture, layers, captured=captured)
             except (LlmcError, NotStampableError):
@@ -175,16 +184,13 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
     bound = limit - 1 if limit is not None and limit > 2 * total else None
     batch = torch.export.Dim("batch")
     sequence, all_positions = (torch.export.Dim(n, max=bound) for n in ("sequence", "total"))
-    return torch.export.export(
-        Step(),
-        (
-            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
-            torch.ones(_BATCH, total, dtype=torch.long),
-            torch.arange(_PAST, total)[None].repeat(_BATCH, 1),
-        ),
-        dynamic_shapes=({0: batch, 1: sequence}, {0: batch, 1: all_positions}, {0: batch, 1: sequence}),
-        strict=False,
+    example = (
+        torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
+        torch.ones(_BATCH, total, dtype=torch.long),
+        torch.arange(_PAST, total)[None].repeat(_BATCH, 1),
     )
+    shapes = ({0: batch, 1: sequence}, {0: batch, 1: all_positions}, {0: batch, 1: sequence})
+    return export_all_sizes(Step(), example, shapes)
 
 
 def _values(buffer: torch.Tensor) -> np.ndarray:
