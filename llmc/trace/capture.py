@@ -8,7 +8,7 @@ architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -169,6 +169,24 @@ def register_interfaces() -> None:
 
 
 @contextmanager
+def recording_masks() -> Iterator[None]:
+    """Record the rules of masks that transformers makes for attention in plain operators."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as TABLE
+
+    original = TABLE[EAGER]
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        _record_rule(kwargs)
+        return original(*args, **kwargs)
+
+    TABLE[EAGER] = record
+    try:
+        yield
+    finally:
+        TABLE[EAGER] = original
+
+
+@contextmanager
 def padding_blocks() -> Iterator[None]:
     """Let transformers pad the blocks of a mask in every step, instead of asking whether there is a past.
 
@@ -294,6 +312,10 @@ def _mask(*_: Any, **kwargs: Any) -> MaskRule:
     prepared = kwargs.get("attention_mask")
     if isinstance(prepared, MaskRule):
         return prepared
+    return _record_rule(kwargs)
+
+
+def _record_rule(kwargs: Mapping[str, Any]) -> MaskRule:
     rule = MaskRule(kwargs["mask_function"], int(kwargs.get("local_size") or 0))
     active_capture().masks.append(rule)
     return rule

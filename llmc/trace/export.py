@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from llmc.errors import LlmcError, UnsupportedError
 from llmc.graph.domains import OPSET
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
-from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_blocks
+from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_blocks, recording_masks
 from llmc.trace.every_size import export_all_sizes
 from llmc.trace.expand import name_recurrences
 from llmc.trace.expert_loops import unroll_expert_loops
@@ -112,7 +112,7 @@ def export_model(
         unroll_expert_loops(model)
         mark_layers(model, stack)
         kept = watch_states(model)
-        attention = intercepting_sdpa() if captured else nullcontext()
+        attention = intercepting_sdpa() if captured else recording_masks()
         hooks = (
             attention,
             padding_blocks(),

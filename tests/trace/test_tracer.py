@@ -15,7 +15,7 @@ from llmc.errors import UnsupportedError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
-from llmc.trace import trace_model
+from llmc.trace import capture, trace_model
 from llmc.trace.positions import first_position
 from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
@@ -96,6 +96,17 @@ def test_padding_and_positions_are_read_off_the_graph(
     graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
     assert graph.padding == padding
     assert positions is None or graph.max_length == positions
+
+
+@pytest.mark.parametrize(("model_type", "padding"), [("mistral", "left"), ("llama", "any")])
+def test_a_window_in_plain_operators_counts_slots(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, padding: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("not captured")
+
+    monkeypatch.setattr(capture.Capture, "layer_of_call", refuse)
+    assert trace_model(tiny_config(model_type), Dtype.FLOAT32).padding == padding
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava", "gemma3"])
