@@ -19,7 +19,7 @@ from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_bl
 from llmc.trace.every_size import export_all_sizes
 from llmc.trace.expand import name_recurrences
 from llmc.trace.expert_loops import unroll_expert_loops
-from llmc.trace.failure import explain_failure, root_cause, watch_states
+from llmc.trace.failure import check_splits, explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
@@ -134,6 +134,7 @@ def export_model(
                 raise explain_failure(model, cause, kept) from error
             check_indices()
             check_real(program)
+            check_splits(model, program)
             check = _check_capture if captured else _check_stored
             check(capture, stack, type(model).__name__)
             fold_runs(program)

@@ -60,6 +60,26 @@ def explain_failure(model: torch.nn.Module, cause: BaseException, kept: Sequence
     return UnsupportedError(f"{name} cannot be traced: {why}", hint="run with --debug for the full traceback")
 
 
+def check_splits(model: torch.nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse splits by sizes that the step itself computes, which ONNX's Split cannot express.
+
+    Raises:
+        UnsupportedError: The program has such a split.
+    """
+    import torch
+
+    split = (torch.ops.aten.split_with_sizes.default, torch.ops.aten.split_with_sizes_copy.default)
+    for node in program.graph.nodes:
+        if node.target in split and not all(isinstance(size, int) for size in node.args[1]):
+            inside = list(node.meta.get("nn_module_stack", {}).values())
+            where = f" in {inside[-1][0].removeprefix('model.')}" if inside else ""
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be traced: its code splits tokens{where} into parts whose "
+                "sizes depend on the values of a step",
+                hint="experts can be compiled if transformers' experts interface calls them",
+            )
+
+
 def _tensor_attributes(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the name and class of every attribute that holds a tensor and is no parameter and no buffer."""
     import torch

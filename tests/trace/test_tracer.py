@@ -309,6 +309,7 @@ def test_half_precision_is_traced_as_such() -> None:
     ("model_type", "message"),
     [
         ("openai-gpt", "OpenAIGPTLMHeadModel takes no cache"),
+        ("jetmoe", r"splits tokens in model.layers.0.self_attention.experts\S* into parts whose sizes"),
         ("qwen4_exp_text", "reads layer 3 of its cache itself"),
     ],
 )
