@@ -41,7 +41,7 @@ CACHED_ATTENTION = "CachedAttention"
 EXPERTS = "Experts"
 
 #: A score that no query can reach, finite so that a row without any visible position stays finite.
-_MASKED = float(np.finfo(np.float32).min)
+MASKED = float(np.finfo(np.float32).min)
 
 
 def cached_attention(*, sinks: bool) -> ir.Function:
@@ -76,26 +76,11 @@ def cached_attention(*, sinks: bool) -> ir.Function:
     scale = b("CastLike", b.attribute("scale", ir.AttributeType.FLOAT), query)
     scores = b("Cast", b("MatMul", b("Mul", grouped, scale), keys), to=int(ir.DataType.FLOAT))
 
-    softcap = b.attribute("softcap", ir.AttributeType.FLOAT)
-    capped = b("Greater", softcap, b.constant(0.0))
-    divisor = b("Where", capped, softcap, b.constant(1.0))
-    scores = b("Where", capped, b("Mul", softcap, b("Tanh", b("Div", scores, divisor))), scores)
-
-    visible = _visible(b, mask, past_key, present_key)
-    scores = b("Where", visible, scores, b.constant(_MASKED))
-    if sinks:
-        column = b(
-            "Cast",
-            b("Reshape", inputs[6], b("Concat", one, heads, group, one, one, axis=0)),
-            to=int(ir.DataType.FLOAT),
-        )
-        lead = b("Slice", b("Shape", scores), b.constant([0]), b.constant([4]))
-        column = b("Expand", column, b("Concat", lead, one, axis=0))
-        weights = b("Softmax", b("Concat", scores, column, axis=-1), axis=-1)
-        columns = b("Shape", present_key, start=2, end=3)
-        weights = b("Slice", weights, b.constant([0]), columns, b.constant([4]))
-    else:
-        weights = b("Softmax", scores, axis=-1)
+    scores = cap(b, scores)
+    seen = b("Unsqueeze", visible(b, mask, past_key, present_key), b.constant([1, 2]))
+    column = b("Reshape", inputs[6], b("Concat", one, heads, group, one, one, axis=0)) if sinks else None
+    scores = b("Where", seen, scores, b.constant(MASKED))
+    weights = share(b, scores, b("Shape", present_key, start=2, end=3), column)
     values = b("Unsqueeze", present_value, axis)
     mixed = b("MatMul", b("CastLike", weights, query), values)
     width = b("Shape", present_value, start=3, end=4)
@@ -114,8 +99,32 @@ def cached_attention(*, sinks: bool) -> ir.Function:
     return ir.Function(DIALECT, CACHED_ATTENTION, graph=graph, attributes=declare(integers, floats))
 
 
-def _visible(b: Body, mask: ir.Value, past_key: ir.Value, present_key: ir.Value) -> ir.Value:
-    """Emit which keys each query sees, (batch, 1, 1, sequence, total) bool."""
+def cap(b: Body, scores: ir.Value) -> ir.Value:
+    """Emit the softcap of attention scores, float32, by the function's attribute."""
+    softcap = b.attribute("softcap", ir.AttributeType.FLOAT)
+    capped = b("Greater", softcap, b.constant(0.0))
+    divisor = b("Where", capped, softcap, b.constant(1.0))
+    return b("Where", capped, b("Mul", softcap, b("Tanh", b("Div", scores, divisor))), scores)
+
+
+def share(b: Body, scores: ir.Value, total: ir.Value, sinks: ir.Value | None) -> ir.Value:
+    """Emit the weights of attention from its scores, (…, sequence, total) float32.
+
+    Args:
+        total: Number of keys, (1,).
+        sinks: A score for each head, which takes a share of the weights and has no value; None for none.
+    """
+    if sinks is None:
+        return b("Softmax", scores, axis=-1)
+    column = b("Cast", sinks, to=int(ir.DataType.FLOAT))
+    lead = b("Slice", b("Shape", scores), b.constant([0]), b.constant([-1]))
+    column = b("Expand", column, b("Concat", lead, b.constant([1]), axis=0))
+    weights = b("Softmax", b("Concat", scores, column, axis=-1), axis=-1)
+    return b("Slice", weights, b.constant([0]), total, b.constant([-1]))
+
+
+def visible(b: Body, mask: ir.Value, past_key: ir.Value, present_key: ir.Value) -> ir.Value:
+    """Emit which keys each query sees, (batch, sequence, total) bool."""
     zero, one, last = b.constant(0), b.constant(1), b.constant([2])
     counts = b("CumSum", mask, one)
     slots = [b("Shape", v, start=2, end=3) for v in (past_key, present_key)]
@@ -130,7 +139,7 @@ def _visible(b: Body, mask: ir.Value, past_key: ir.Value, present_key: ir.Value)
     inside = b("And", inside, b("Or", b("Equal", chunk, zero), same))
     real = b("Greater", b("Unsqueeze", mask, b.constant([1])), zero)
     causal = b("And", b("GreaterOrEqual", distance, zero), real)
-    return b("Unsqueeze", b("And", causal, inside), b.constant([1, 2]))
+    return b("And", causal, inside)
 
 
 def experts(*, biases: bool) -> ir.Function:
@@ -157,7 +166,7 @@ def experts(*, biases: bool) -> ir.Function:
     up = b("Gather", both, b("Add", columns, b("Where", interleaved, one, inner)), axis=-1)
 
     limit = b.attribute("limit", ir.AttributeType.FLOAT)
-    bound = b("Where", b("Greater", limit, b.constant(0.0)), limit, b.constant(-_MASKED))
+    bound = b("Where", b("Greater", limit, b.constant(0.0)), limit, b.constant(-MASKED))
     bound = b("CastLike", bound, hidden)
     gate = b("Min", gate, bound)
     up = b("Max", b("Min", up, bound), b("Neg", bound))

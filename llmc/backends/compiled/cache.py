@@ -6,9 +6,10 @@ import onnx_ir as ir
 
 from llmc.config import CacheType
 from llmc.errors import KernelError
-from llmc.graph.domains import MICROSOFT
+from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.interface import SCALE_BYTES, CacheSlot
-from llmc.graph.match import dims_of
+from llmc.graph.latent import LATENT_ATTENTION
+from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import Graph
 
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
@@ -19,7 +20,8 @@ _EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: SCALE_BYTES}
 def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: Mapping[ir.Node, str]) -> None:
     """Change the type, and for types with scales the width, of every past and present.
 
-    A runtime allocates one type for all layers, so either all layers change or none.
+    A runtime allocates one type for all layers, so either all layers change or none. If all layers cache
+    latents, which are read in float32, none changes, and the graph has a note.
 
     Args:
         held: Pasts of the attention that kernels compute.
@@ -30,6 +32,12 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
     """
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
     left = [slot for slot in graph.cache if not {values[name] for name in slot.pasts} <= held]
+    latent = {v.name for node in find_nodes(graph.graph, LATENT_ATTENTION, DIALECT) for v in node.inputs if v}
+    if graph.cache and all(slot.past_key in latent for slot in graph.cache):
+        graph.notes.append(
+            f"the KV cache stays in float32, not {cache.value}: it has one latent per token, for all heads"
+        )
+        return
     if left:
         attention = (MICROSOFT, "GroupQueryAttention")
         whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
