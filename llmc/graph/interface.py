@@ -38,7 +38,8 @@ class CacheSlot(Record):
     """The keys and values of one decoder layer, as inputs (past) and outputs (present).
 
     Keys have shape (batch, kv_heads, past or total, key_width), values the same with value_width; `window`
-    is the largest number of most recent positions that a query can see, None for all positions.
+    is the largest number of most recent positions that a query can see, None for all positions. A layer that
+    caches latents (`llmc.graph.latent`) has one head, whose keys and values are the halves of a row.
     """
 
     layer: int

@@ -59,6 +59,7 @@ class KernelStage(Stage):
     def _compile(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord:
         from llmc.backends.compiled.lower import compile_kernels
 
+        before = len(graph.notes)
         with progress.stage("kernels"):
             compiled = compile_kernels(graph, self.isa, self.compiler, self.cache)
             (folder / LIBRARY).write_bytes(compiled.library)
@@ -66,6 +67,8 @@ class KernelStage(Stage):
             f"kernels: {compiled.regions} regions of {compiled.nodes} operators for {compiled.isa}, "
             f"{compiled.compiler}"
         )
+        for note in graph.notes[before:]:
+            progress.note(f"kernels: {note}")
         for op, reason, count in compiled.outside:
             progress.note(f"kernels: {count} {op} stay with ONNX Runtime: {reason}")
         return KernelRecord(

@@ -115,7 +115,10 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
             fix_length(graph, capacity, limit)
         verify_graph(graph)
     with progress.stage("passes"):
+        traced = len(graph.notes)
         reports = run_passes(graph, target.passes)
+        for note in graph.notes[traced:]:
+            progress.note(f"passes: {note}")
     return Lowered(graph, tuple(reports), unread, graph_sources(graph))
 
 
