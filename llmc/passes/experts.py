@@ -3,10 +3,12 @@
 MoE does its own routing: it takes the k largest router logits of a row, and mixes by their softmax. Logits
 that are log(weight) for the chosen experts and minus infinity for the others reproduce the router's choice,
 however it was made, and the weights divided by their sum; a product with the sum follows. Weights must not
-be negative.
+be negative. In float16 the logits are log(weight / largest weight), of which the large weights have the
+smallest, and so the least rounded.
 
 Limits of ONNX Runtime 1.31 on a CPU: the only gated experts are SwiGLU with gate and up interleaved, without
-a third matrix, so weights are interleaved as they are written. Its MoE may receive its own input's memory
+a third matrix, so weights are interleaved as they are written. In float16 it returns zeros unless it is told
+to divide the weights by their sum, which is 1 here anyway. Its MoE may receive its own input's memory
 for the output, and then reads what it has overwritten: a `Where` after it keeps the input alive until it is
 done.
 """
@@ -27,6 +29,8 @@ from llmc.graph.weights import ExpertRows, LazyWeight
 
 OPERATOR = "MoE"
 _INT64 = ir.DataType.INT64
+#: Features in 16 bytes of float16, which ONNX Runtime's kernels for CUDA read at once.
+_ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ def _decline(node: ir.Node) -> tuple[str, str] | None:
         return "signed-weights", "the router's weights are not known to be at least 0"
     if any(_stored(value) is None for value in parameters):
         return "computed", "the experts' weights are computed, not stored"
+    sizes = dims_of(parameters[1])[1:]
+    if node.outputs[0].dtype is ir.DataType.FLOAT16 and any(int(str(size)) % _ALIGNED for size in sizes):
+        return (
+            "width",
+            f"in float16 the operator takes multiples of {_ALIGNED} features, here {sizes[0]} and {sizes[1]}",
+        )
     return None
 
 
@@ -115,17 +125,21 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
         offsets: list[ir.Value | None] = [_weight(graph, biases[0], apart), _weight(graph, biases[1], False)]
     else:
         offsets = [None, None]
-    logits, total = _routing(site, stem, indices, weights, experts=int(str(dims_of(matrices[0])[0])))
+    output = node.outputs[0]
+    dtype = output.dtype or ir.DataType.FLOAT
+    experts = int(str(dims_of(matrices[0])[0]))
+    logits = _logits(site, stem, indices, _logarithms(site, stem, weights, dtype), experts)
+    total = _total(site, stem, weights, dtype)
     attributes: dict[str, int | float | str] = {
         "k": int(str(dims_of(indices)[1])),
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
+        "normalize_routing_weights": 1,
         "activation_alpha": node.attributes["alpha"].as_float(),
         "activation_beta": node.attributes["beta"].as_float(),
     }
     if limit := node.attributes["limit"].as_float():
         attributes["swiglu_limit"] = limit
-    output = node.outputs[0]
     inputs = [hidden, logits, matrices[0], offsets[0], matrices[1], offsets[1]]
     while inputs[-1] is None:
         inputs.pop()
@@ -149,12 +163,21 @@ def _weight(graph: ir.Graph, value: ir.Value | None, interleave: bool) -> ir.Val
     return add_weight(graph, f"{tensor.name}.experts", rows)
 
 
-def _routing(
-    site: Site, stem: str, indices: ir.Value | None, weights: ir.Value | None, experts: int
-) -> tuple[ir.Value, ir.Value]:
-    """Emit router logits (tokens, experts) that give the weights over their sum, and that sum (tokens, 1)."""
-    dtype = ir.DataType.FLOAT if weights is None or weights.dtype is None else weights.dtype
-    tokens = dims_of(indices)[0]
+def _logarithms(site: Site, stem: str, weights: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+    """Emit the logarithms of the chosen experts' weights, (tokens, k), up to a number that a row shares."""
+    if dtype is ir.DataType.FLOAT16:
+        most = site.emit(
+            "ReduceMax", [weights, _last(site)], f"{stem}/most", like=weights, shape=_rows(weights)
+        )
+        relative = site.emit("Div", [weights, most.outputs[0]], f"{stem}/relative", like=weights)
+        weights = relative.outputs[0]
+    logarithms = site.emit("Log", [weights], f"{stem}/log", like=weights).outputs[0]
+    return _cast(site, f"{stem}/log_cast", logarithms, dtype)
+
+
+def _logits(site: Site, stem: str, indices: ir.Value | None, logarithms: ir.Value, experts: int) -> ir.Value:
+    """Emit router logits, (tokens, experts): those of chosen experts, and minus infinity for the others."""
+    dtype = logarithms.dtype or ir.DataType.FLOAT
     length = site.emit(
         "Shape", [indices], f"{stem}/tokens", attributes={"start": 0, "end": 1}, shape=[1], dtype=_INT64
     ).outputs[0]
@@ -163,22 +186,35 @@ def _routing(
         "Concat", [length, width], f"{stem}/shape", attributes={"axis": 0}, shape=[2], dtype=_INT64
     ).outputs[0]
     nowhere = add_constant(site.graph, np.array([-np.inf], dtype.numpy()), "minus_infinity")
-    size = [tokens, experts]
+    size = [dims_of(indices)[0], experts]
     nothing = site.emit("Expand", [nowhere, shape], f"{stem}/nothing", shape=size, dtype=dtype).outputs[0]
-    logarithm = site.emit("Log", [weights], f"{stem}/log", like=weights).outputs[0]
-    logits = site.emit(
-        "ScatterElements",
-        [nothing, indices, logarithm],
-        f"{stem}/logits",
-        attributes={"axis": 1},
-        shape=size,
-        dtype=dtype,
+    inputs = [nothing, indices, logarithms]
+    return site.emit(
+        "ScatterElements", inputs, f"{stem}/logits", attributes={"axis": 1}, shape=size, dtype=dtype
     ).outputs[0]
-    last = add_constant(site.graph, np.array([-1], np.int64), "axis")
-    total = site.emit("ReduceSum", [weights, last], f"{stem}/total", shape=[tokens, 1], dtype=dtype).outputs[
-        0
-    ]
-    return logits, total
+
+
+def _total(site: Site, stem: str, weights: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+    """Emit the sum of the chosen experts' weights, (tokens, 1)."""
+    total = site.emit(
+        "ReduceSum", [weights, _last(site)], f"{stem}/total", like=weights, shape=_rows(weights)
+    )
+    return _cast(site, f"{stem}/total_cast", total.outputs[0], dtype)
+
+
+def _last(site: Site) -> ir.Value:
+    return add_constant(site.graph, np.array([-1], np.int64), "axis")
+
+
+def _rows(value: ir.Value | None) -> list[int | str]:
+    return [dims_of(value)[0], 1]
+
+
+def _cast(site: Site, name: str, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return `value` in a type."""
+    if value.dtype in (None, dtype):
+        return value
+    return site.emit("Cast", [value], name, attributes={"to": int(dtype)}, like=value, dtype=dtype).outputs[0]
 
 
 PASS = Experts()

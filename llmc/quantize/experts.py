@@ -26,8 +26,10 @@ from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, is_stored
 from llmc.quantize.stored_experts import find_stored_experts
 from llmc.quantize.stream import quantize_stack
 
-#: Block sizes that both QMoE and our schemes support, largest first.
+#: Block sizes that both QMoE and our schemes support, largest first; the kernels for CUDA, which alone
+#: compute in half precision, take no smaller ones than 32 (with zero points), and whole tiles of features.
 _BLOCK_SIZES = (128, 64, 32, 16)
+_CUDA_BLOCK_SIZES, _CUDA_TILE = (128, 64, 32), 64
 #: Indices of MoE's inputs: its matrices, and their biases.
 _MATRICES, _BIASES = (2, 4), (3, 5)
 
@@ -47,7 +49,7 @@ def quantize_experts(
     notes: dict[str, None] = {}
     for node in find_nodes(graph.graph, "MoE", MICROSOFT):
         weights = [cast(ir.Value, node.inputs[i]) for i in _MATRICES]
-        scheme, stored = _decide(quantization, weights, notes)
+        scheme, stored = _decide(quantization, weights, dtype, notes)
         if scheme is None:
             tensors += [_describe(value, None, lazy_of(value).nbytes, MADE_FLOATS) for value in weights]
             continue
@@ -56,7 +58,7 @@ def quantize_experts(
             _Operands(graph.graph, value, scheme, dtype, matrix)
             for value, matrix in zip(weights, matrices, strict=True)
         ]
-        _quantize_node(graph.graph, node, operands, quantization.accuracy_level)
+        _quantize_node(graph.graph, node, operands, quantization.accuracy_level, dtype)
         for value, operand in zip(weights, operands, strict=True):
             origin = operand.origin or f"quantized again ({stored})"
             tensors.append(_describe(value, scheme, operand.nbytes, origin))
@@ -75,14 +77,21 @@ def _describe(value: ir.Value, scheme: WeightScheme | None, size: int, origin: s
 
 
 def _decide(
-    quantization: Quantization, weights: list[ir.Value], notes: dict[str, None]
+    quantization: Quantization, weights: list[ir.Value], dtype: Dtype, notes: dict[str, None]
 ) -> tuple[WeightScheme | None, tuple[StoredMatrix, ...] | str | None]:
     """Return the scheme of both matrices (None: float), and the stored codes or why they are not kept."""
     scheme = choose_scheme(quantization.rules, WeightRole.EXPERTS, str(weights[0].name))
     if scheme is None:
         return None, None
     widths = [int(lazy_of(value).shape.numpy()[-1]) for value in weights]
-    sizes = [size for size in _BLOCK_SIZES if not any(width % size for width in widths)]
+    if dtype is not Dtype.FLOAT32 and any(width % _CUDA_TILE for width in widths):
+        notes[
+            f"experts stay in float: kernels for CUDA take multiples of {_CUDA_TILE} input features, here "
+            f"{widths[0]} and {widths[1]}"
+        ] = None
+        return None, None
+    known = _BLOCK_SIZES if dtype is Dtype.FLOAT32 else _CUDA_BLOCK_SIZES
+    sizes = [size for size in known if not any(width % size for width in widths)]
     stacks = [rows for value in weights if (rows := lazy_of(value).rows) is not None]
     stored = find_stored_experts(stacks, scheme, sizes) if len(stacks) == len(weights) else None
     if isinstance(stored, tuple):
@@ -95,6 +104,12 @@ def _fitting(
 ) -> WeightScheme | None:
     """Return the rule's scheme with a block size that divides the inputs; None for float."""
     size = next((size for size in sizes if size <= scheme.block_size), None)
+    if size is None and sizes:
+        notes[
+            f"experts stay in float: kernels for CUDA take blocks of {sizes[-1]} and more, "
+            f"not of {scheme.block_size}"
+        ] = None
+        return None
     if size is None:
         notes[
             f"experts stay in float: {widths[0]} and {widths[1]} input features have no block size in common"
@@ -177,7 +192,9 @@ class _Compute:
         return members
 
 
-def _quantize_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int) -> None:
+def _quantize_node(
+    graph: ir.Graph, node: ir.Node, operands: list[_Operands], accuracy_level: int, dtype: Dtype
+) -> None:
     biases = [input_of(node, i) for i in _BIASES]
     inputs: list[ir.Value | None] = [*node.inputs[:2]]
     for operand, bias in zip(operands, biases, strict=True):
@@ -191,5 +208,7 @@ def _quantize_node(graph: ir.Graph, node: ir.Node, operands: list[_Operands], ac
         "block_size": scheme.block_size,
         "accuracy_level": accuracy_level,
     }
+    if dtype is not Dtype.FLOAT32:
+        storage["weights_prepacked"] = 0  # kernels for CUDA would take codes to be in their own order
     attributes = [*node.attributes.values(), *ir.convenience.convert_attributes(storage)]
     replace_node(graph, node, [ir.Node(MICROSOFT, "QMoE", inputs, attributes)])

@@ -41,12 +41,15 @@ def in_float32(node: ir.Node) -> None:
     inputs = list(node.inputs[:2])
     for parts in PARTS:
         weights = read_experts(node, parts, 0, int(_shape(node, parts[0])[0]))
+        scales = input_of(node, parts[1])
+        if scales is not None and scales.dtype is not None:  # of the type of activations
+            weights = weights.astype(scales.dtype.numpy())
         value = add_initializer(graph, ir.tensor(weights, name=f"{node.name}.float.{parts[0]}"))
         inputs += [value, input_of(node, parts[2])]
     attributes = [
         a
         for n, a in node.attributes.items()
-        if n not in ("accuracy_level", "expert_weight_bits", "block_size")
+        if n not in ("accuracy_level", "expert_weight_bits", "block_size", "weights_prepacked")
     ]
     replace_node(graph, node, [ir.Node(node.domain, "MoE", inputs, attributes)])
 

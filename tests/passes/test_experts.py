@@ -4,10 +4,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from llmc.config import Dtype
 from llmc.graph import dialect
 from llmc.graph.model import Graph
 from llmc.graph.weights import ExpertRows, LazyWeight, WeightGroup
+from llmc.trace import trace_model
 from tests.lowering import tiny
+from tests.models import build_tiny_model
 from tests.passes.harness import LAYERS, graph_of, logits_of, run_pass
 from tests.state_store import StateStore
 
@@ -17,6 +20,13 @@ MODELS = ("mixtral", "qwen3_moe", "gpt_oss")
 
 def _experts(graph: Graph) -> list[ir.Node]:
     return [n for n in graph.graph if n.op_type == dialect.EXPERTS]
+
+
+def _half(model_type: str, **sizes: int) -> Graph:
+    model = build_tiny_model(model_type, **sizes)
+    graph = trace_model(model.config, Dtype.FLOAT16)
+    graph.bind(StateStore(model), {})
+    return graph
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -92,3 +102,22 @@ def test_rows_of_experts() -> None:
     np.testing.assert_array_equal(rows[:, 1], array[1:3, :, 96])
     np.testing.assert_array_equal(rows[:, 2], array[1:3, :, 1])
     np.testing.assert_array_equal(turned.undo(rows), array[1:3])
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_all_that_the_operator_reads_is_float16(model_type: str) -> None:
+    """The router of mixtral weighs in float32, that of qwen3_moe in float16."""
+    graph = _half(model_type)
+    assert run_pass("experts", graph).applied == (0, 1, 2)
+    node = next(n for n in graph.graph if n.op_type == "MoE")
+    assert {v.dtype for v in node.inputs if v is not None} == {ir.DataType.FLOAT16}
+    assert node.attributes["normalize_routing_weights"].as_int() == 1
+
+
+def test_declines_features_that_do_not_fill_16_bytes_in_float16() -> None:
+    graph = _half("mixtral", intermediate_size=100)
+    report = run_pass("experts", graph)
+    assert {(r.code, r.reason) for r in report.refusals} == {
+        ("width", "in float16 the operator takes multiples of 8 features, here 64 and 100")
+    }
+    assert report.applied == ()

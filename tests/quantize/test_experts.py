@@ -16,6 +16,7 @@ from llmc.passes import registered_passes
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.linear import quantize_weights
+from llmc.runtime.stacks import in_float32
 from llmc.trace import trace_model
 from tests.models import build_tiny_model
 from tests.quantize.reference import scheme
@@ -92,6 +93,43 @@ def test_without_a_common_block_size_experts_stay_in_float() -> None:
     assert report.notes == ("experts stay in float: 64 and 24 input features have no block size in common",)
     assert [n.op_type for n in graph.graph].count("MoE") == 1
     assert {t.scheme for t in report.tensors} == {None}
+
+
+def test_kernels_for_cuda_take_codes_in_their_stated_order_and_whole_tiles() -> None:
+    def quantized(inner: int, **kind: object) -> tuple[ir.Node, tuple[str, ...]]:
+        model = build_tiny_model("mixtral", num_hidden_layers=1, intermediate_size=inner)
+        graph = trace_model(model.config, Dtype.FLOAT16)
+        graph.bind(StateStore(model), {})
+        registered_passes()["experts"].run(graph)
+        notes = quantize_weights(graph, _rules(**kind), Dtype.FLOAT16).notes
+        return next(n for n in graph.graph if n.op_type in ("MoE", "QMoE")), notes
+
+    node, notes = quantized(128, block_size=32)
+    assert (node.op_type, notes) == ("QMoE", ())
+    assert node.attributes["weights_prepacked"].as_int() == 0
+    node, notes = quantized(96, block_size=32)
+    assert node.op_type == "MoE"
+    assert notes == (
+        "experts stay in float: kernels for CUDA take multiples of 64 input features, here 64 and 96",
+    )
+    node, notes = quantized(128, block_size=16)
+    assert node.op_type == "MoE"
+    assert notes == ("experts stay in float: kernels for CUDA take blocks of 32 and more, not of 16",)
+
+
+def test_eight_bits_in_float16_are_read_back_in_float16() -> None:
+    model = build_tiny_model("mixtral", num_hidden_layers=1, intermediate_size=128)
+    graph = trace_model(model.config, Dtype.FLOAT16)
+    graph.bind(StateStore(model), {})
+    registered_passes()["experts"].run(graph)
+    quantize_weights(graph, _rules(bits=8, block_size=32), Dtype.FLOAT16)
+    for value in graph.graph.initializers.values():
+        if isinstance(value.const_value, LazyWeight):
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+    in_float32(next(n for n in graph.graph if n.op_type == "QMoE"))
+    node = next(n for n in graph.graph if n.op_type == "MoE")
+    assert {v.dtype for v in node.inputs if v is not None} == {ir.DataType.FLOAT16}
+    assert not {"weights_prepacked", "block_size"} & set(node.attributes)
 
 
 def test_computed_experts_are_refused() -> None:
