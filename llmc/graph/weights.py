@@ -222,16 +222,19 @@ class ExpertRows:
         inner: Rows of shape (experts, outputs, inputs), (experts, inputs, outputs) or (experts, outputs).
         transposed: Whether to swap outputs and inputs.
         interleave: Whether to interleave the two halves of the outputs: 0, n / 2, 1, n / 2 + 1, …
+        doubled: Whether all outputs are repeated behind themselves, before they are interleaved.
     """
 
     inner: Rows
     transposed: bool
     interleave: bool
+    doubled: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         experts, *rest = self.inner.shape
-        return (experts, *(reversed(rest) if self.transposed else rest))
+        outputs, *inputs = reversed(rest) if self.transposed else rest
+        return (experts, 2 * outputs if self.doubled else outputs, *inputs)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -245,6 +248,8 @@ class ExpertRows:
         array = self.inner.rows(start, stop)
         if self.transposed:
             array = array.swapaxes(1, 2)
+        if self.doubled:
+            array = np.concatenate([array, array], axis=1)
         if self.interleave:
             halves = array.reshape(len(array), 2, -1, *array.shape[2:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
@@ -255,6 +260,8 @@ class ExpertRows:
         if self.interleave:
             pairs = array.reshape(len(array), -1, 2, *array.shape[2:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
+        if self.doubled:
+            array = array[:, : array.shape[1] // 2]
         return array.swapaxes(1, 2) if self.transposed else array
 
 

@@ -25,7 +25,7 @@ from llmc.graph.edit import Site, add_constant, add_weight, drop_dead, drop_unus
 from llmc.graph.match import constant_of, dims_of, find_nodes, is_op, made_by, permutation_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
-from llmc.graph.weights import ExpertRows, LazyWeight
+from llmc.graph.weights import ExpertRows, LazyWeight, Rows
 
 OPERATOR = "MoE"
 _INT64 = ir.DataType.INT64
@@ -107,13 +107,34 @@ def _is_nonnegative(value: ir.Value | None) -> bool:
     return node.op_type in _ALWAYS or (node.op_type in _FORWARDED and _is_nonnegative(node.inputs[0]))
 
 
-def _stored(value: ir.Value | None) -> tuple[LazyWeight, bool] | None:
-    """Return a weight of the checkpoint, and whether a Transpose swaps its last two axes."""
+@dataclass(frozen=True)
+class _Stored:
+    """A weight of the checkpoint, and how experts read it: see `ExpertRows`."""
+
+    tensor: LazyWeight
+    rows: Rows
+    transposed: bool
+    doubled: bool
+
+
+def _stored(value: ir.Value | None) -> _Stored | None:
+    """Return the weight of the checkpoint that `value` is; None if it is computed otherwise."""
+    twice = made_by(value, "Concat")
+    doubled = (
+        twice is not None
+        and len(twice.inputs) == 2
+        and twice.inputs[0] is twice.inputs[1]
+        and twice.attributes["axis"].as_int() == 1
+    )
+    if doubled and twice is not None:
+        value = twice.inputs[0]
     turned = made_by(value, "Transpose")
     transposed = turned is not None and permutation_of(turned) == [0, 2, 1]
     source = turned.inputs[0] if transposed and turned is not None else value
     tensor = None if source is None else source.const_value
-    return (tensor, transposed) if isinstance(tensor, LazyWeight) and tensor.rows is not None else None
+    if not isinstance(tensor, LazyWeight) or tensor.rows is None:
+        return None
+    return _Stored(tensor, tensor.rows, transposed, doubled)
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
@@ -154,13 +175,12 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
 def _weight(graph: ir.Graph, value: ir.Value | None, interleave: bool) -> ir.Value:
     """Return the stored weight in the layout that MoE reads."""
     weight = _stored(value)
-    if weight is None or weight[0].rows is None:
+    if weight is None:
         raise GraphError(f"experts read {value.name if value else 'nothing'}, which is not stored")
-    tensor, transposed = weight
-    if not transposed and not interleave and value is not None:
+    if not (weight.transposed or weight.doubled or interleave) and value is not None:
         return value
-    rows = ExpertRows(weight[0].rows, transposed, interleave)
-    return add_weight(graph, f"{tensor.name}.experts", rows)
+    rows = ExpertRows(weight.rows, weight.transposed, interleave, weight.doubled)
+    return add_weight(graph, f"{weight.tensor.name}.experts", rows)
 
 
 def _logarithms(site: Site, stem: str, weights: ir.Value | None, dtype: ir.DataType) -> ir.Value:

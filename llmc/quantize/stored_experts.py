@@ -54,6 +54,8 @@ def _grid_of(rows: Rows) -> CodeGrid | str:
     transposed = interleave = False
     while isinstance(rows, CastRows | ExpertRows):
         if isinstance(rows, ExpertRows):
+            if rows.doubled:
+                return "its outputs are stored twice, as gate and up"
             transposed ^= rows.transposed
             interleave ^= rows.interleave
         rows = rows.inner

@@ -2,8 +2,9 @@
 
 transformers calls the experts of a layer through `ExpertsInterface` with the router's choice, and gives
 their modules their own gate function (`_apply_gate`). The gate is identified by calling it with numbers: if
-it is a SwiGLU (Shazeer 2020) with some slope, offset and limit, the layer becomes one node; any other gate
-is traced as dense products over all experts.
+it is a SwiGLU (Shazeer 2020) with some slope, offset and limit, the layer becomes one node. Experts without
+a gate whose activation is a squared ReLU (So et al. 2021) are a SwiGLU of a steep slope, whose gate and up
+have the same matrix. Any other function is traced as dense products over all experts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _GATE = "llmc_gate"
 #: Bound above all limits that models use.
 _UNLIMITED = 1e4
 _TOLERANCE = 1e-6
+#: Slope at which x sigmoid(slope x) x differs from the squared ReLU by less than 1e-8; a number of float16.
+_STEEP = 16384.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ def read_gates(model: torch.nn.Module) -> None:
         if apply is not None and getattr(module, "has_gate", False):
             width = module.get_parameter("gate_up_proj").shape[2 if module.is_transposed else 1]
             setattr(module, _GATE, read_gate(apply, width))
+        elif apply is not None and is_squared_relu(module.act_fn):
+            setattr(module, _GATE, SwiGlu(_STEEP, 0.0, 0.0, interleaved=False))
+
+
+def is_squared_relu(activation: Any) -> bool:
+    """Identify the function max(x, 0) squared by calling it with numbers."""
+    import torch
+
+    probe = torch.linspace(-20, 20, 401, dtype=torch.float64)
+    expected = torch.relu(probe).square()
+    return isinstance(found := activation(probe), torch.Tensor) and torch.allclose(found, expected)
 
 
 def read_gate(apply: Callable[[torch.Tensor], torch.Tensor], width: int) -> SwiGlu | None:
@@ -110,14 +124,18 @@ def trace_experts(
 
     gate: SwiGlu | None = getattr(self, _GATE, None)
     if gate is None:
-        return _dense(self, hidden_states, top_k_index, top_k_weights), "their gate is not a SwiGLU"
+        what = "gate is not a SwiGLU" if self.has_gate else "activation is not a squared ReLU"
+        return _dense(self, hidden_states, top_k_index, top_k_weights), f"their {what}"
     if self.has_post_expert_norm:
         return _dense(self, hidden_states, top_k_index, top_k_weights), "each expert has its own norm"
-    weights = [self.gate_up_proj, self.down_proj]
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    weights = [getattr(self, first), self.down_proj]
     if self.is_transposed:
         weights = [weight.transpose(1, 2) for weight in weights]
     if self.has_bias:
-        weights += [self.gate_up_proj_bias, self.down_proj_bias]
+        weights += [getattr(self, f"{first}_bias"), self.down_proj_bias]
+    if not self.has_gate:  # the matrix, and its bias, are gate and up
+        weights[::2] = [torch.cat([weight, weight], dim=1) for weight in weights[::2]]
     output: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DIALECT}::{dialect.EXPERTS}",
         (hidden_states, top_k_index, top_k_weights, *weights),

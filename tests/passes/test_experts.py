@@ -43,6 +43,22 @@ def test_lowering_keeps_the_numbers(model_type: str) -> None:
     np.testing.assert_allclose(logits_of(graph), expected, atol=1e-4)
 
 
+def test_experts_without_a_gate_read_one_matrix_as_gate_and_up() -> None:
+    """Nemotron-H squares the ReLU of the only matrix before the last."""
+    graph = graph_of("nemotron_h")
+    expected = logits_of(graph)
+    assert len(_experts(graph)) == 1
+    report = run_pass("experts", graph)
+    assert (len(report.applied), report.refusals) == (1, ())
+    (mixture,) = (n for n in graph.graph if n.op_type == "MoE")
+    matrix = mixture.inputs[2]
+    assert matrix is not None
+    assert isinstance(matrix.const_value, LazyWeight)
+    assert isinstance(matrix.const_value.rows, ExpertRows)
+    assert matrix.const_value.rows.doubled
+    np.testing.assert_allclose(logits_of(graph), expected, atol=1e-4)
+
+
 def test_declines_weights_that_may_be_negative() -> None:
     graph = graph_of("mixtral")
     node = _experts(graph)[0]
@@ -102,6 +118,12 @@ def test_rows_of_experts() -> None:
     np.testing.assert_array_equal(rows[:, 1], array[1:3, :, 96])
     np.testing.assert_array_equal(rows[:, 2], array[1:3, :, 1])
     np.testing.assert_array_equal(turned.undo(rows), array[1:3])
+    doubled = ExpertRows(Whole(), transposed=True, interleave=True, doubled=True)
+    assert doubled.shape == (4, 384, 64)
+    rows = doubled.rows(1, 3)
+    np.testing.assert_array_equal(rows[:, ::2], rows[:, 1::2])
+    np.testing.assert_array_equal(rows[:, ::2], array[1:3].swapaxes(1, 2))
+    np.testing.assert_array_equal(doubled.undo(rows), array[1:3])
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

@@ -7,7 +7,7 @@ import torch
 
 from llmc.config import Dtype
 from llmc.trace import trace_model
-from llmc.trace.experts import SwiGlu, read_gate
+from llmc.trace.experts import SwiGlu, is_squared_relu, read_gate
 from tests.models import tiny_config
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
@@ -54,3 +54,22 @@ def test_experts_with_another_gate_are_dense_and_said_to_be() -> None:
     assert graph.notes == [
         "experts traced as dense products in 1 layers, kept in float: their gate is not a SwiGLU"
     ]
+
+
+def test_a_squared_relu_is_told_from_other_activations() -> None:
+    assert is_squared_relu(lambda x: torch.relu(x) ** 2)
+    assert not is_squared_relu(torch.relu)
+    assert not is_squared_relu(torch.square)
+    assert not is_squared_relu(lambda x: torch.nn.functional.silu(x) * x)
+
+
+def test_experts_without_a_gate_have_a_squared_relu_or_are_dense() -> None:
+    squared = trace_model(tiny_config("nemotron_h"), Dtype.FLOAT32)
+    assert [n.op_type for n in squared.graph].count("Experts") == 1
+    assert not [note for note in squared.notes if "experts" in note]
+    plain = trace_model(tiny_config("nemotron_h", mlp_hidden_act="silu"), Dtype.FLOAT32)
+    assert not [n for n in plain.graph if n.op_type == "Experts"]
+    assert (
+        "experts traced as dense products in 1 layers, kept in float: their activation is not a squared ReLU"
+        in plain.notes
+    )
