@@ -6,7 +6,10 @@ from llmc.artifact.manifest import PassRecord
 from llmc.backends import backend_of
 from llmc.backends.tensorrt.nodes import NodeFinding
 from llmc.config import BuildPlan
-from llmc.errors import LlmcError, UnsupportedError
+from llmc.errors import LlmcError, UnsupportedError, number_ranges
+from llmc.graph.dialect import EXPERTS
+from llmc.graph.domains import DIALECT
+from llmc.graph.model import Graph, layer_of
 from llmc.pipeline.steps.compile import lower_graph, pass_records
 from llmc.progress import Progress
 from llmc.records import Record
@@ -20,6 +23,10 @@ class Obstacle(Record):
     advice: str | None
 
 
+#: What it means that a part of the dialect is computed in standard operators.
+_PLAIN = {EXPERTS: ": all experts are computed, not the chosen ones alone"}
+
+
 class CheckResult(Record):
     """The result of a check.
 
@@ -30,6 +37,8 @@ class CheckResult(Record):
         obstacles: Reasons against the whole build.
         refused: Nodes that TensorRT refuses.
         unknown: Nodes that cannot be submitted to the parser.
+        plain: Captured parts that no operator of the target computes, such as all experts of a layer instead
+            of the chosen ones: they are expanded to standard operators.
         passes: What each pass did, and where it declined with a code that the target accepts.
     """
 
@@ -43,6 +52,7 @@ class CheckResult(Record):
     refused: tuple[NodeFinding, ...]
     unknown: tuple[NodeFinding, ...]
     passes: tuple[PassRecord, ...]
+    plain: tuple[str, ...] = ()
 
     def render(self) -> str:
         """Return text for a terminal."""
@@ -59,6 +69,7 @@ class CheckResult(Record):
             lines.append("not checkable by the parser")
         for each in self.unknown:
             lines += _render(each)
+        lines += [f"in plain operators: {each}" for each in self.plain]
         for record in self.passes:
             lines += [f"{record.name} declines {d.count}: {d.reason} [{d.code}]" for d in record.declined]
         return "\n".join(lines)
@@ -121,7 +132,21 @@ def check(plan: BuildPlan, progress: Progress) -> CheckResult:
             "refused": report.refused,
             "unknown": report.unknown,
             "passes": pass_records(lowered.passes),
+            "plain": _plain(lowered.graph),
         }
+    )
+
+
+def _plain(graph: Graph) -> tuple[str, ...]:
+    """Name what is left of the dialect, with its layers."""
+    layers: dict[str, set[int]] = {}
+    for node in graph.graph:
+        if node.domain == DIALECT:
+            layer = layer_of(node)
+            layers.setdefault(node.op_type, set()).update(() if layer is None else (layer,))
+    return tuple(
+        f"{name}, layers {number_ranges(sorted(found))}{_PLAIN.get(name, '')}"
+        for name, found in layers.items()
     )
 
 

@@ -46,6 +46,19 @@ def test_nothing_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "softcap" in declined
 
 
+def test_experts_are_said_to_be_computed_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixture = str(
+        save_tiny_model(
+            "mixtral", tmp_path / "mixture", tokenizer=True, eos_token_id=EOS, max_position_embeddings=2048
+        )
+    )
+    code, out, err = _call(capsys, mixture, "--target", "tensorrt-fp16", "--profile", "l4")
+    assert code == 0, err
+    assert (
+        "in plain operators: Experts, layers 0-2: all experts are computed, not the chosen ones alone" in out
+    )
+
+
 def test_every_gpu_that_refuses_the_precision(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _call(capsys, model, "--target", "tensorrt-int4", "--profile", "t4,l4")
     assert code == 3
