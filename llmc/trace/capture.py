@@ -81,6 +81,7 @@ class Capture:
             convolution takes them.
         convolutions: States of captured convolutions.
         recurrent: States that captured recurrences returned, by the number of their nodes.
+        dense_experts: Reasons why experts are dense products.
         states: State of each of those recurrences, by the number of its node.
     """
 
@@ -90,7 +91,7 @@ class Capture:
     indexed: set[int] = field(default_factory=set)
     masks: list[MaskRule] = field(default_factory=list)
     last_update: int | None = None
-    dense_experts: dict[str, int] = field(default_factory=dict)
+    dense_experts: dict[str, None] = field(default_factory=dict)
     convolved: list[tuple[Any, StateKey]] = field(default_factory=list)
     convolutions: set[StateKey] = field(default_factory=set)
     recurrent: list[Any] = field(default_factory=list)
@@ -327,5 +328,5 @@ def _experts(
     """Trace a layer of experts, (tokens, hidden); see `llmc.trace.experts`."""
     output, reason = trace_experts(self, hidden_states, top_k_index, top_k_weights)
     if reason is not None:
-        active_capture().dense_experts[reason] = active_capture().dense_experts.get(reason, 0) + 1
+        active_capture().dense_experts[reason] = None
     return output

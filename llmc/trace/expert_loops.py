@@ -50,8 +50,7 @@ def _unrolled(module: torch.nn.Module) -> Callable[..., torch.Tensor]:
                 raise UnsupportedError(f"{type(module).__name__} chooses its experts in an unknown way")
             total = output if total is None else total + output
             expert, count = expert + 1, int(getattr(module, "num_experts", loop.classes))
-        dense = active_capture().dense_experts
-        dense[_REASON] = dense.get(_REASON, 0) + 1
+        active_capture().dense_experts[_REASON] = None
         if total is None:
             raise UnsupportedError(f"{type(module).__name__} has no experts")
         return total

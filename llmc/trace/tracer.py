@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.config import Dtype
-from llmc.errors import UnsupportedError
+from llmc.errors import UnsupportedError, number_ranges
 from llmc.graph import dialect, states
 from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import find_nodes
-from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder
+from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.graph.verify import verify_graph
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
@@ -26,6 +26,9 @@ _ELEMENT_TYPES = {
     Dtype.FLOAT16: ir.DataType.FLOAT16,
     Dtype.BFLOAT16: ir.DataType.BFLOAT16,
 }
+
+#: Operators between a stored matrix and its product.
+_VIEWS = frozenset({"Transpose", "Cast"})
 
 
 def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
@@ -104,8 +107,10 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     _define_dialect(model)
     _drop_traces(model)
     graph.name = "decoder"
-    for reason, count in exported.capture.dense_experts.items():
-        notes.append(f"experts traced as dense products in {count} layers, kept in float: {reason}")
+    if exported.capture.dense_experts:
+        layers, why = _dense_layers(graph), ", or ".join(exported.capture.dense_experts)
+        where = f" in layers {number_ranges(layers)}" if layers else ""
+        notes.append(f"experts traced as dense products{where}, kept in float: {why}")
     if exported.held is not None:
         notes.append(
             f"the rotary embedding scales its frequencies with the length beyond {exported.held} tokens "
@@ -126,6 +131,20 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     )
     verify_graph(result)
     return result
+
+
+def _dense_layers(graph: ir.Graph) -> list[int]:
+    """Return the layers whose stacked matrices are multiplied as a whole, ascending."""
+    layers = set()
+    for node in find_nodes(graph, "MatMul"):
+        source = node.inputs[1]
+        while source is not None and (step := source.producer()) is not None and step.op_type in _VIEWS:
+            source = step.inputs[0]
+        weight = None if source is None else source.const_value
+        layer = layer_of(node)
+        if isinstance(weight, Placeholder) and len(weight.shape) == 3 and layer is not None:
+            layers.add(layer)
+    return sorted(layers)
 
 
 def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
