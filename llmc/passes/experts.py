@@ -104,6 +104,10 @@ def _is_nonnegative(value: ir.Value | None) -> bool:
         return False
     if node.op_type in _TOGETHER:
         return all(_is_nonnegative(v) for v in node.inputs)
+    if node.op_type == "Clip":
+        bounds = [v for v in node.inputs[1:] if v is not None]
+        raised = len(node.inputs) > 1 and node.inputs[1] is not None
+        return all(_is_nonnegative(v) for v in bounds) and (raised or _is_nonnegative(node.inputs[0]))
     return node.op_type in _ALWAYS or (node.op_type in _FORWARDED and _is_nonnegative(node.inputs[0]))
 
 

@@ -43,6 +43,16 @@ def test_lowering_keeps_the_numbers(model_type: str) -> None:
     np.testing.assert_allclose(logits_of(graph), expected, atol=1e-4)
 
 
+def test_a_sum_that_is_kept_above_zero_is_not_negative() -> None:
+    """The router of Ernie 4.5 divides by it."""
+    graph = graph_of("ernie4_5_moe")
+    expected = logits_of(graph)
+    count = len(_experts(graph))
+    report = run_pass("experts", graph)
+    assert (len(report.applied), report.refusals) == (count, ())
+    np.testing.assert_allclose(logits_of(graph), expected, atol=1e-4)
+
+
 def test_experts_without_a_gate_read_one_matrix_as_gate_and_up() -> None:
     """Nemotron-H squares the ReLU of the only matrix before the last."""
     graph = graph_of("nemotron_h")
