@@ -92,7 +92,8 @@ def _multimodal_class(config: Any) -> str | None:
     causal = _classes_of("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", config.model_type)
     for table, auto in _OTHER_WRITERS:
         names = _classes_of(table, config.model_type)
-        stated = not causal or (names != causal and not names.isdisjoint(config.architectures or ()))
+        written = {name for name in config.architectures or () if isinstance(name, str)}
+        stated = not causal or (names != causal and not names.isdisjoint(written))
         if names and stated:
             return auto
     return None

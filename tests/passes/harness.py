@@ -165,7 +165,7 @@ def shared_cache() -> Graph:
         layer_types=kinds,
         num_kv_shared_layers=2,
         intermediate_size=96,
-        activation_sparsity_pattern=0.0,
+        activation_sparsity_pattern=[0.0] * 4,
     )
 
 

@@ -76,7 +76,7 @@ def test_a_config_of_both_is_multimodal_where_architectures_says_so(tmp_path: Pa
 
 def test_a_tower_whose_package_is_missing_is_left_out(tmp_path: Path) -> None:
     text = tiny_config(
-        "gemma3n_text", num_kv_shared_layers=0, laurel_rank=8, activation_sparsity_pattern=[0.0] * 3
+        "gemma3n_text", num_kv_shared_layers=0, laurel_rank=8, activation_sparsity_pattern=[0.0] * 6
     )
     audio = {"conf_num_hidden_layers": 1, "hidden_size": 64, "conf_num_attention_heads": 4}
     parts = {"text_config": text.to_dict(), "audio_config": audio, "vision_config": {"hidden_size": 64}}

@@ -312,4 +312,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     assert streamed.verdict.passed
     for a, b in zip(whole.measurements, streamed.measurements, strict=True):
         assert (a.metric, a.status) == (b.metric, b.status)
+        if a.metric is Metric.ORIGINAL_DECODE:  # of a streamed original, fewer steps are compared
+            assert max(a.value, b.value) < 1e-5
+            continue
         assert a.value == b.value or a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6)

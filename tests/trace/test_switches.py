@@ -27,7 +27,9 @@ def test_whether_generate_drops_the_cache_at_the_switch(
 
 def test_code_that_branches_on_the_length_is_named() -> None:
     rope = longrope(64) | {"short_mscale": 1.1, "long_mscale": 1.3}
-    with pytest.raises(UnsupportedError, match=r"depends on the values of a step at modeling_phimoe\.py:"):
+    with pytest.raises(
+        UnsupportedError, match=r"depends on the values of a step in .* at modeling_phimoe\.py:"
+    ):
         trace_model(tiny_config("phimoe", rope_parameters=rope), Dtype.FLOAT32)
 
 

@@ -126,6 +126,8 @@ def test_a_mask_that_a_multimodal_model_prepares_is_captured() -> None:
 SHARED = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "intermediate_size": 96,
+    "activation_sparsity_pattern": [0.0] * 6,
     "num_kv_shared_layers": 4,  # read what the first two layers stored; two of them are stamped
 }
 CHUNKED = {

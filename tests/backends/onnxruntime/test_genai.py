@@ -210,7 +210,7 @@ def extended(interface: Interface, field: str, name: str) -> Interface:
         ({"value_width": 6}, lambda i: i, "layer 0 has keys of 4 and values of 6"),
         ({}, lambda i: extended(i, "inputs", "past_conv.0"), r"does not feed input past_conv\.0"),
         ({}, lambda i: extended(i, "outputs", "hidden"), r"the graph has outputs logits .*, hidden"),
-        ({}, lambda i: i.model_copy(update={"cache": ()}), "graphs with a KV cache, but this one has none"),
+        ({}, lambda i: i.model_copy(update={"cache": ()}), "graphs with a cache, but this one has none"),
         (
             {"numbers": (0, 1)},
             lambda i: renamed(i, layer=7),
