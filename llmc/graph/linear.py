@@ -90,16 +90,18 @@ def find_linears(graph: Graph) -> Iterator[Linear]:
 def find_embeddings(graph: Graph) -> Iterator[Embedding]:
     """Yield every lookup of a weight's rows by token ids, in graph order.
 
-    GPT-2 and OPT pass their ids through a Reshape that does not change the shape.
+    GPT-2 and OPT pass their ids through a Reshape that does not change the shape, and multimodal models
+    replace the ids that stand for images.
     """
     ids = {v for v in graph.graph.inputs if v.name == "input_ids"}
+    shape = next((v.shape for v in ids), None)
     for node in graph.graph:
         if (
-            node.op_type == "Reshape"
-            and node.inputs[0] in ids
-            and node.outputs[0].shape == node.inputs[0].shape
+            node.op_type in _SAME_TOKENS
+            and not ids.isdisjoint(node.inputs)
+            and node.outputs[0].shape == shape
         ):
-            ids.add(node.outputs[0])
+            ids.update(v for v in node.outputs[:1] if v.dtype == ir.DataType.INT64)
         if not is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
             continue
         weight, indices = node.inputs
@@ -112,6 +114,8 @@ def is_weight(value: ir.Value) -> bool:
     return isinstance(value.const_value, LazyWeight)
 
 
+#: Operators whose result still has an id for each token.
+_SAME_TOKENS = frozenset({"Reshape", "ScatterND", "Where"})
 #: Operators between the head and the logits, and between a projection and the sum with its residual.
 _TO_LOGITS = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Slice"})
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -38,6 +39,25 @@ def test_it_is_verified_and_the_build_says_what_was_left_out(
     applied = {record.name: record.applied for record in manifest.passes}
     assert (applied["rotary"], applied["group-query-attention"]) == (6, 3)
     assert verify(tmp_path / "out", None, (), SilentProgress()).failure() is None
+
+
+#: The matrix that is embedding and head.
+EMBEDDING = "model.language_model.embed_tokens"
+
+
+def test_embedding_rows_behind_replaced_ids_share_the_codes_of_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 replaces the ids of images before its lookup; the matrix is also the head's, in 4 bits."""
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny_model("gemma3", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    plan = plan_build(str(folder), target="cpu-int4", profile="local", output=tmp_path / "out", verify=False)
+    build(plan, SilentProgress())
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    assert [node.op_type for node in graph if "Gather" in node.op_type and "embedding" in str(node.name)] == [
+        "GatherBlockQuantized"
+    ]
+    assert not [name for name in graph.initializers if name in ("lm_head.weight", f"{EMBEDDING}.weight")]
 
 
 def test_a_model_of_speech_is_verified_from_text_alone(
