@@ -141,8 +141,8 @@ def _is_wide(weight: StoredRows) -> bool:
 def _read_when_used(module: Any, readers: Mapping[str, Callable[[], torch.nn.Parameter]]) -> None:
     """Read a parameter whenever it is used while it is not loaded.
 
-    Otherwise another module would compute with a tensor without data, which is no error in every operator of
-    torch: a convolution of numbers with such weights returns whatever was in memory.
+    Otherwise another module would compute with a tensor without data. Some operators of torch accept that: a
+    convolution with such weights returns whatever was in memory.
     """
     kind: Any = type(module)
     module.__dict__["_readers"] = readers

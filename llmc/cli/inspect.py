@@ -58,11 +58,13 @@ def inspect(
 ) -> None:
     """Show the operators, the passes applied and declined, the bits per tensor and the sizes."""
     from llmc import pipeline
-    from llmc.catalog import list_targets
+    from llmc.catalog import list_targets, load_target
 
     if show_support and explain is None:
-        known = [listed.document for listed in list_targets(path)]
-        targets = pipeline.choose_targets(known, target)
+        if target is None:
+            targets = [listed.document for listed in list_targets(path)]
+        else:
+            targets = [load_target(name, path) for name in target.split(",")]
         emit(pipeline.support(reference, targets, open_progress()), as_json=as_json)
         return
     if show_support or target is not None or path is not None:

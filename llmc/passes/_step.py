@@ -1,4 +1,4 @@
-"""Emit what GroupQueryAttention takes once per step: lengths, empty keys, and which chunks are hidden."""
+"""Emit once what operators of all layers take: lengths, empty keys, hidden chunks, real tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph.edit import Attribute, Site, add_constant
 
-_INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
+_INT32, _INT64, _BOOL = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
 
 
 @dataclass
@@ -73,6 +73,32 @@ class StepValues:
             add_constant(self.graph, np.array(n, kind), "bias") for n in (0.0, np.finfo(limits).min)
         )
         return self._emit("Where", [same, shown, hidden], name, dims, None, dtype)
+
+    def real_tokens(self) -> ir.Value:
+        """Return which tokens of the step are real, (batch, sequence, 1) bool."""
+        dims: list[int | str] = ["batch", "sequence", 1]
+        column = self._emit("Unsqueeze", [self._step_mask(), self._axis(2)], "tokens/column", dims)
+        return self._emit("Cast", [column], "tokens/real", dims, {"to": int(_BOOL)}, _BOOL)
+
+    def last_tokens(self) -> ir.Value:
+        """Return the number of tokens of each row up to its last real one, (batch, 1, 1) int64; 0 if none."""
+        one = add_constant(self.graph, np.array(1, np.int64), "number")
+        length = self._emit("Squeeze", [self._step_length()], "tokens/scalar", [])
+        after = self._emit("Add", [length, one], "tokens/after", [])
+        numbers = self._emit("Range", [one, after, one], "tokens/numbers", ["sequence"])
+        dims: list[int | str] = ["batch", "sequence"]
+        numbered = self._emit("Mul", [self._step_mask(), numbers], "tokens/numbered", dims)
+        last = self._emit("ReduceMax", [numbered, self._axis(1)], "tokens/last", ["batch", 1])
+        return self._emit("Unsqueeze", [last, self._axis(2)], "tokens/ends", ["batch", 1, 1])
+
+    def _step_mask(self) -> ir.Value:
+        start = self._emit("Neg", [self._step_length()], "tokens/start", [1])
+        end = self._axis(np.iinfo(np.int64).max)
+        bounds = [self._mask, start, end, self._axis(1)]
+        return self._emit("Slice", bounds, "tokens/mask", ["batch", "sequence"])
+
+    def _step_length(self) -> ir.Value:
+        return self._emit("Shape", [self._ids], "tokens/length", [1], {"start": 1, "end": 2})
 
     def _size(self, value: ir.Value, axis: int) -> ir.Value:
         """Return one dimension of an input, (1,) int64."""

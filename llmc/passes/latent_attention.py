@@ -135,7 +135,10 @@ def _match(node: ir.Node) -> _Latent | tuple[str, str] | None:
     if latent.width % 2:
         return "width", f"latent and shared part have {latent.width} columns, which have no halves"
     if latent.width >= expanded:
-        return "width", f"the latent is no smaller than the {expanded} numbers of all heads"
+        return (
+            "width",
+            f"the latent has {latent.width} numbers, keys and values of all heads {expanded}",
+        )
     return latent
 
 

@@ -14,7 +14,7 @@ from llmc.pipeline.inspect import inspect
 from llmc.pipeline.reports import report
 from llmc.pipeline.resume import resume
 from llmc.pipeline.run import run
-from llmc.pipeline.support import choose_targets, support
+from llmc.pipeline.support import support
 from llmc.pipeline.tune.plan import plan_tune
 from llmc.pipeline.tune.tune import tune
 from llmc.pipeline.verify import verify
@@ -24,7 +24,6 @@ __all__ = [
     "bisect",
     "build",
     "check",
-    "choose_targets",
     "compare",
     "explain",
     "inspect",

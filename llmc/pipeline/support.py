@@ -13,7 +13,7 @@ import onnx_ir as ir
 from llmc.artifact.manifest import PassRecord
 from llmc.backends import backend_of
 from llmc.config import Dtype, Target
-from llmc.errors import ConfigError, LlmcError, ResourceError, UnsupportedError, did_you_mean, number_ranges
+from llmc.errors import LlmcError, ResourceError, UnsupportedError, number_ranges
 from llmc.graph.domains import COMPILED, DIALECT
 from llmc.graph.model import Graph, layer_of
 from llmc.pipeline.steps.compile import lower_graph, pass_records, trace
@@ -115,20 +115,6 @@ class Support(Record):
         return UnsupportedError(
             f"{self.architecture} cannot be built for {names}", hint="the reason stands above for each target"
         )
-
-
-def choose_targets(known: Sequence[Target], names: str | None) -> tuple[Target, ...]:
-    """Return the targets that are named, separated by commas; all for None.
-
-    Raises:
-        ConfigError: One of them is not known.
-    """
-    by_name = {target.name: target for target in known}
-    chosen = [*by_name] if names is None else names.split(",")
-    for name in chosen:
-        if name not in by_name:
-            raise ConfigError(f"there is no target {name!r}", hint=did_you_mean(name, by_name))
-    return tuple(by_name[name] for name in chosen)
 
 
 def support(reference: str, targets: Sequence[Target], progress: Progress) -> Support:

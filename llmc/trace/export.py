@@ -135,8 +135,12 @@ def export_model(
             check_indices()
             check_real(program)
             check_splits(model, program)
-            check = _check_capture if captured else _check_stored
-            check(capture, stack, type(model).__name__)
+            name = type(model).__name__
+            if captured:
+                _check_capture(capture, name)
+            else:
+                _check_stored(capture, stack, name)
+            _check_states(capture, name)
             fold_runs(program)
             onnx = _translate(program)
             name_recurrences(onnx.graph, capture)
@@ -256,9 +260,8 @@ def _rename_dimensions(model: ir.Model) -> None:
             value.shape = ir.Shape([rename(d) for d in value.shape])
 
 
-def _check_capture(capture: Capture, stack: LayerStack, name: str) -> None:
+def _check_capture(capture: Capture, name: str) -> None:
     """Check that every use of the cache was captured, and every mask rule is known; set what they hide."""
-    _check_states(capture, name)
     if not capture.attentions and not capture.states and not capture.convolutions:
         raise UnsupportedError(
             f"{name}: no attention was captured",
@@ -297,14 +300,15 @@ def _check_states(capture: Capture, name: str) -> None:
 
 
 def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
-    """Check that every traced layer stored its keys and values in the cache."""
+    """Check that every traced layer stored its keys and values, or a state, in the cache."""
     if not capture.stored:
         raise UnsupportedError(
             f"{name} does not store keys and values in the cache",
             hint="only models with a KV cache can be compiled",
         )
     traced = {n for i, n in enumerate(stack.indices) if stack.representatives[i] == i}
-    if silent := sorted(traced - set(capture.stored)):
+    kept = {key.layer for key in (*capture.convolutions, *capture.states.values())}
+    if silent := sorted(traced - set(capture.stored) - kept):
         raise UnsupportedError(f"{name}: layers {silent} do not store keys and values in the cache")
 
 

@@ -81,7 +81,7 @@ def check_splits(model: torch.nn.Module, program: torch.export.ExportedProgram) 
 
 
 def _tensor_attributes(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the name and class of every attribute that holds a tensor and is no parameter and no buffer."""
+    """Yield the name and class of every attribute with a tensor, besides parameters and buffers."""
     import torch
 
     for name, module in model.named_modules():

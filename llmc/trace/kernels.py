@@ -66,7 +66,7 @@ def _checked(hook: Callable[..., Any], function: Any) -> Callable[..., Any]:
 def kernel_name(function: Any) -> str | None:
     """Return the name of the kernel that transformers wraps in `function`, or the function's own name.
 
-    The name is in the closure of the wrapper, which itself may be wrapped; None if `function` is no function.
+    The name is in the closure of the wrapper, which itself may be wrapped; None for anything but a function.
     """
     while inspect.isfunction(function):
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -160,10 +160,7 @@ def _chunk_scan(
     import torch
 
     del chunk_size
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = torch.nn.functional.softplus(dt)
+    dt = _step_sizes(dt, dt_bias, dt_softplus)
     low, high = (float(limit) for limit in dt_limit)
     if low > 0 or high < float("inf"):
         dt = dt.clamp(low, high) if high < float("inf") else dt.clamp(min=low)
@@ -201,12 +198,8 @@ def _selective_scan(
 
     if B.ndim != 3 or C.ndim != 3:
         raise UnsupportedError(f"selective_scan_fn with B of shape {tuple(B.shape)} is not known")
-    dt = delta
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dt.dtype)[..., None]
-    if delta_softplus:
-        dt = torch.nn.functional.softplus(dt)
-    dt, wide = dt.transpose(1, 2).float(), u.transpose(1, 2).float()
+    dt = _step_sizes(delta.transpose(1, 2), delta_bias, delta_softplus).float()
+    wide = u.transpose(1, 2).float()
     key, query = (m.transpose(1, 2).float()[:, :, None] for m in (B, C))
     output, state = _linear_attention(
         query, key, (dt * wide)[..., None], dt[..., None] * A.float(), None, 1.0, None
@@ -219,6 +212,15 @@ def _selective_scan(
         y = y * torch.nn.functional.silu(z)
     y = y.to(u.dtype)
     return (y, state) if return_last_state else y
+
+
+def _step_sizes(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+    """Return the step sizes of a state space, (…, heads), from what the model computes and its bias."""
+    import torch
+
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    return torch.nn.functional.softplus(dt) if softplus else dt
 
 
 def _linear_attention(

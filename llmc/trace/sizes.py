@@ -30,17 +30,13 @@ def symbolic_bounds(model: torch.nn.Module) -> Iterator[None]:
     changed = [m for m in modules_of(model) if m.__name__.startswith("transformers.models.")]
     bounds = {"min": _symbolic(min, torch.sym_min), "max": _symbolic(max, torch.sym_max)}
     own = [(module, name) for module in changed for name in bounds if name not in vars(module)]
-    patches = [(torch, "topk", _top(torch.topk)), (torch.Tensor, "topk", _top(torch.Tensor.topk))]
-    kept = [(place, name, getattr(place, name)) for place, name, _ in patches]
-    for place, name, replacement in (*((m, n, bounds[n]) for m, n in own), *patches):
-        setattr(place, name, replacement)
+    for module, name in own:
+        setattr(module, name, bounds[name])
     try:
         yield
     finally:
         for module, name in own:
             delattr(module, name)
-        for place, name, original in kept:
-            setattr(place, name, original)
 
 
 def _symbolic(plain: Callable[..., Any], symbolic: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -56,27 +52,3 @@ def _symbolic(plain: Callable[..., Any], symbolic: Callable[[Any, Any], Any]) ->
         return result
 
     return bound
-
-
-def _top(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `topk` that takes a dynamic number of elements; torch cannot prove that there are as many."""
-    import torch
-
-    def topk(
-        x: torch.Tensor, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True, **kwargs: Any
-    ) -> Any:
-        if not isinstance(k, torch.SymInt):
-            return plain(x, k, dim, largest, sorted, **kwargs)
-        axis = dim % x.ndim
-        shape = [k if n == axis else size for n, size in enumerate(x.shape)]
-        count: Any = k
-        values, indices = torch.onnx.ops.symbolic_multi_out(
-            "TopK",
-            (x, torch.full((1,), count, dtype=torch.int64)),
-            attrs={"axis": axis, "largest": int(largest), "sorted": int(sorted)},
-            dtypes=(x.dtype, torch.int64),
-            shapes=(shape, shape),
-        )
-        return torch.return_types.topk((values, indices))
-
-    return topk

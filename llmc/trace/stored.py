@@ -58,9 +58,11 @@ def attach_stored(graph: ir.Graph, layers: int) -> list[CacheSlot]:
         slots.append(place.slot)
     for node in find_nodes(graph, INDEX, TRACE):
         place = _Place(graph, node, layers + node.attributes["layer"].as_int())
-        head = place.emit("Unsqueeze", [operand(node, 0), place.ints(1)], "head", axis=1)
+        batch, sequence, width = dims_of(operand(node, 0))
+        head = place.emit("Unsqueeze", [operand(node, 0), place.ints(1)], "head", [batch, 1, sequence, width])
         whole = place.extend_halves(head)
-        place.replace([place.emit("Squeeze", [whole, place.ints(1)], "whole", drop=1)])
+        shape = [batch, "total", width]
+        place.replace([place.emit("Squeeze", [whole, place.ints(1)], "whole", shape)])
         slots.append(place.slot)
     return slots
 
@@ -108,20 +110,18 @@ class _Place:
         width = _width(new)
         if width % 2:
             pads = self.ints(*[0] * 7, 1)
-            new = self.emit("Pad", [new, pads], "padded", shape=[*dims_of(new)[:_WIDTH], width + 1])
+            new = self.emit("Pad", [new, pads], "padded", [*dims_of(new)[:_WIDTH], width + 1])
         keys, values = self.extend(*self._parts(new, [_width(new) // 2] * 2, "half"))
         whole = self.join(keys, values)
         if width % 2:
             bounds = (self.ints(0), self.ints(width), self.ints(_WIDTH))
-            whole = self.emit("Slice", [whole, *bounds], "cut", shape=[*dims_of(whole)[:_WIDTH], width])
+            whole = self.emit("Slice", [whole, *bounds], "cut", [*dims_of(whole)[:_WIDTH], width])
         return whole
 
     def join(self, first: ir.Value, second: ir.Value) -> ir.Value:
         """Return both side by side."""
         shape = [*dims_of(first)[:_WIDTH], _width(first) + _width(second)]
-        return self.emit(
-            "Concat", [first, second], f"{first.name}/joined", shape=shape, attributes={"axis": _WIDTH}
-        )
+        return self.emit("Concat", [first, second], f"{first.name}/joined", shape, {"axis": _WIDTH})
 
     def split(self, whole: ir.Value, width: int) -> list[ir.Value]:
         """Return the first `width` columns, and the others."""
@@ -142,24 +142,16 @@ class _Place:
         op: str,
         inputs: Sequence[ir.Value],
         name: str,
-        *,
-        shape: Sequence[int | str | ir.SymbolicDim] | None = None,
-        axis: int | None = None,
-        drop: int | None = None,
+        shape: Sequence[int | str | ir.SymbolicDim],
         attributes: dict[str, Attribute] | None = None,
     ) -> ir.Value:
-        """Emit an operator; its result has `shape`, or its first input's with one `axis` more or less."""
-        dims = list(dims_of(inputs[0]) if shape is None else shape)
-        if axis is not None:
-            dims.insert(axis, 1)
-        if drop is not None:
-            del dims[drop]
+        """Emit an operator whose result has the type of its first input."""
         node = self._site.emit(
             op,
             inputs,
             f"layer.{self.number}/{name}",
             attributes=attributes,
-            shape=dims,
+            shape=shape,
             dtype=inputs[0].dtype,
         )
         return node.outputs[0]
@@ -176,7 +168,7 @@ class _Place:
                 "Slice",
                 [value, self.ints(start), self.ints(start + width), self.ints(_WIDTH)],
                 f"{name}.{n}",
-                shape=[*dims_of(value)[:_WIDTH], width],
+                [*dims_of(value)[:_WIDTH], width],
             )
             for n, (start, width) in enumerate(zip(starts, widths, strict=False))
         ]

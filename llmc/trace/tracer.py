@@ -12,7 +12,7 @@ from llmc.errors import UnsupportedError, number_ranges
 from llmc.graph import dialect, states
 from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
-from llmc.graph.match import find_nodes
+from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.graph.verify import verify_graph
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
@@ -95,6 +95,8 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     onnx_dtype = _ELEMENT_TYPES[dtype]
     cache = attach_cache(graph, exported.stack, exported.capture, onnx_dtype)
     kept = attach_states(graph)
+    if not exported.capture.stored:
+        _refuse_uncaptured(graph)
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():
             graph.inputs.remove(value)
@@ -131,6 +133,29 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     )
     verify_graph(result)
     return result
+
+
+def _refuse_uncaptured(graph: ir.Graph) -> None:
+    """Refuse layers that mix tokens although nothing was captured in them: a step would not see earlier ones.
+
+    Raises:
+        UnsupportedError: A layer does; the message gives their numbers.
+    """
+    captured = {layer_of(n) for n in graph if n.domain == DIALECT and n.op_type != dialect.EXPERTS}
+    mixing = {layer_of(n) for n in graph if _mixes_tokens(n)} - captured - {None}
+    if mixing:
+        raise UnsupportedError(
+            f"layers {number_ranges(sorted(n for n in mixing if n is not None))} mix tokens by code of their "
+            "own, which keeps nothing between steps",
+            hint="known are attention through transformers' interface, and the kernels that it wraps",
+        )
+
+
+def _mixes_tokens(node: ir.Node) -> bool:
+    """Return whether a node sums over a dimension of dynamic size, as attention does over tokens."""
+    if node.op_type == "MatMul" and len(dims := dims_of(node.inputs[1])) > 1:
+        return not isinstance(dims[-2], int)
+    return node.op_type in ("CumSum", "Conv", "Scan", "Loop")
 
 
 def _dense_layers(graph: ir.Graph) -> list[int]:

@@ -74,7 +74,7 @@ def test_the_exit_code_says_that_no_target_takes_the_model(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--support", "--target", "cpu-fp23"), "there is no target 'cpu-fp23'"),
+        (("--support", "--target", "cpu-fp23"), "no target is named cpu-fp23"),
         (("--target", "cpu-fp32"), "belong to --support"),
         (("--support", "--explain", "skip-norm"), "cannot be combined"),
     ],

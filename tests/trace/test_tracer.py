@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llmc.architecture import beside_language_model, language_model
 from llmc.checkpoint.skeleton import build_skeleton
@@ -31,8 +33,6 @@ def _trace_and_compare(model_type: str, **overrides: Any) -> tuple[Graph, float]
 
     A prefill of 10 tokens, padded on the left, is followed by 10 decode steps.
     """
-    import torch
-
     model = build_tiny_model(model_type, **overrides)
     model.set_attn_implementation("eager")
     graph = trace_model(model.config, Dtype.FLOAT32)
@@ -324,9 +324,24 @@ def test_what_cannot_be_captured_is_refused_by_name(model_type: str, message: st
 
 
 def test_tracing_leaves_torch_and_transformers_as_they_were() -> None:
-    import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = torch.nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]
     trace_model(tiny_config("falcon"), Dtype.FLOAT32)
     assert (torch.nn.functional.scaled_dot_product_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]) == before
+
+
+def test_a_layer_that_mixes_tokens_by_its_own_code_is_refused_by_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = LlamaAttention.forward
+
+    def own_code(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        if self.layer_idx != 1:
+            return original(self, hidden_states, **kwargs)
+        weights = torch.softmax(hidden_states @ hidden_states.transpose(1, 2), dim=-1)
+        return weights @ hidden_states, None
+
+    monkeypatch.setattr(LlamaAttention, "forward", own_code)
+    with pytest.raises(UnsupportedError, match="layers 1 mix tokens by code of their own"):
+        trace_model(tiny_config("llama"), Dtype.FLOAT32, stamp=False)
