@@ -122,7 +122,7 @@ def original(source: Path, threads: int) -> Side:
             middle = time.perf_counter()
             for _ in range(steps // 4):
                 token = result.logits[:, -1:].argmax(-1)
-                result = model(token, past_key_values=result.past_key_values, use_cache=True)
+                result = model(token, cache=result.cache, use_cache=True)
         return middle - start, (time.perf_counter() - middle) / (steps // 4)
 
     return run

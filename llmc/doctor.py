@@ -19,7 +19,7 @@ from llmc.memory import available_memory
 # Distributions that a CPU build needs besides the runtimes, with the lowest release that works.
 REQUIRED: dict[str, tuple[int, ...]] = {
     "torch": (),
-    "transformers": (5, 23),
+    "transformers": (5, 24),
     "onnx": (),
     "onnx-ir": (),
     "onnxscript": (),

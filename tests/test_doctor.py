@@ -54,13 +54,13 @@ def test_a_missing_package() -> None:
     assert (check.status, check.detail, check.hint) == ("problem", "not installed", "pip install 'gguf'")
 
 
-@pytest.mark.parametrize(("version", "status"), [("4.57.6", "problem"), ("5.23.0", "ok"), ("6.0.dev0", "ok")])
+@pytest.mark.parametrize(("version", "status"), [("4.57.6", "problem"), ("5.24.0", "ok"), ("6.0.dev0", "ok")])
 def test_an_old_package(version: str, status: str) -> None:
-    check = doctor.check_package("transformers", (5, 23), {"transformers": version})
+    check = doctor.check_package("transformers", (5, 24), {"transformers": version})
     assert check.status == status
     if status == "problem":
         assert check.detail == "4.57.6 is too old"
-        assert check.hint == "pip install 'transformers>=5.23'"
+        assert check.hint == "pip install 'transformers>=5.24'"
 
 
 def flavours(versions: dict[str, str], module: str = "onnxruntime") -> doctor.Finding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import TYPE_CHECKING
+import types
+import typing
+from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import language_model
 from llmc.errors import UnsupportedError, number_ranges
@@ -32,14 +34,32 @@ def refuse_own_state(model: PreTrainedModel) -> None:
 def _refuse_other_arguments(model: PreTrainedModel) -> None:
     name = type(model).__name__
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" in parameters or any(
-        "cache_utils" in str(p.annotation) for p in parameters.values()
-    ):
+    if "cache" in parameters:
+        if (kind := _own_kind(parameters["cache"].annotation)) is not None:
+            raise UnsupportedError(f"{name} keeps its state in a {kind.__name__} of its own", hint=_HINT)
         return
     own = [key for key in parameters if _STATE.fullmatch(key)]
     if own:
         raise UnsupportedError(f"{name} keeps a state of its own ({', '.join(own)})", hint=_HINT)
     raise UnsupportedError(f"{name} keeps nothing between steps: it has no KV cache", hint=_HINT)
+
+
+def _own_kind(annotation: Any) -> type | None:
+    """Return the class of a cache argument that holds another thing than a `Cache` of transformers.
+
+    Models annotate the argument in many ways, such as `Cache | None`, a list or a tuple of tensors (from
+    before transformers had the class) or not at all. A dictionary or another class holds what only the model
+    knows.
+    """
+    from transformers import Cache
+
+    for option in typing.get_args(annotation) or (annotation,):
+        kind = typing.get_origin(option) or option
+        if not isinstance(kind, type) or kind in (list, tuple, types.NoneType, inspect.Parameter.empty):
+            continue
+        if not issubclass(kind, Cache):
+            return kind
+    return None
 
 
 def _refuse_own_cache(model: PreTrainedModel) -> None:

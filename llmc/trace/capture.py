@@ -33,7 +33,7 @@ EAGER = "eager"
 #: Keyword arguments of the attention interface that do not change its result in evaluation.
 _NEUTRAL = {
     "position_ids", "cache_position", "use_cache", "dropout", "output_attentions", "output_hidden_states",
-    "is_causal", "layer_idx", "past_key_values", "return_dict", "output_router_logits", "num_items_in_batch",
+    "is_causal", "layer_idx", "cache", "return_dict", "output_router_logits", "num_items_in_batch",
 }  # fmt: skip
 
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 #: Example sizes for tracing: all different, and none of them 0 or 1, which torch specialises.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
-#: Names of a model's argument for its cache; state-space models use the second.
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+#: Name of a model's argument for its cache.
+_CACHE_ARGUMENT = "cache"
 
 
 @dataclass
@@ -151,13 +151,12 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
     import torch
 
     accepted = inspect.signature(model.forward).parameters
-    cache_name = next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
-    if cache_name is None:
+    if _CACHE_ARGUMENT not in accepted:
         raise UnsupportedError(
             f"{type(model).__name__} takes no cache",
             hint="only models that generate with a cache of transformers can be compiled",
         )
-    cache_class, argument = tracing_cache_class(), cache_name
+    cache_class = tracing_cache_class()
     first = first_position(model)
 
     class Step(torch.nn.Module):
@@ -173,7 +172,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
             capture.__init__()  # type: ignore[misc]
             sizes = attention_mask.shape[1], input_ids.shape[1]
             arguments: dict[str, Any] = {
-                argument: cache_class(capture, *sizes, layers, whole=not captured),
+                _CACHE_ARGUMENT: cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,
             }
             if not captured:

@@ -50,11 +50,11 @@ def restart_length(model: Any, switches: Sequence[int]) -> int | None:
         tokens = torch.zeros(1, at + 1, dtype=torch.long)
         prepared = model.prepare_inputs_for_generation(
             tokens,
-            past_key_values=cache,
+            cache=cache,
             attention_mask=torch.ones_like(tokens),
             use_cache=True,
             next_sequence_length=1,
         )
-        if prepared.get("past_key_values") is None:
+        if prepared.get("cache") is None:
             return at
     return None

@@ -82,9 +82,7 @@ class TorchModel:
         self.model = model.eval()
         self._cache: Any = None
         self._switches = rope_switches(model.config)
-        accepted = inspect.signature(model.forward).parameters
-        self._keeps_last = "logits_to_keep" in accepted
-        self._cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def window(self) -> int | None:
@@ -149,7 +147,7 @@ class TorchModel:
                 attention_by_rows(self.model, end - start, end),
             ):
                 out = self.model(input_ids=ids, use_cache=len(ends) > 1, **self._over(cache), **selection)
-                start, cache = end, out[self._cache_name] if len(ends) > 1 else None
+                start, cache = end, out.cache if len(ends) > 1 else None
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
                 parts.append(logits.float().numpy())
@@ -173,7 +171,7 @@ class TorchModel:
                     **self._over(cache),
                     **self._keep(max(1, requested)),
                 )
-                start, cache = end, out[self._cache_name] if len(steps) > 1 else None
+                start, cache = end, out.cache if len(steps) > 1 else None
             if requested > 0:
                 parts.append(out.logits[0, -requested:].float().numpy())
         return np.concatenate(parts)
@@ -268,13 +266,13 @@ class TorchModel:
                 **self._over(self._cache),
                 **self._keep(1),
             )
-            self._cache = out[self._cache_name]
+            self._cache = out.cache
             tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
         return tokens
 
     def _over(self, cache: Any) -> dict[str, Any]:
         """Return the argument that continues from a cache; none for an empty one."""
-        return {} if cache is None else {self._cache_name: cache}
+        return {} if cache is None else {"cache": cache}
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}

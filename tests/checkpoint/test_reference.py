@@ -31,9 +31,7 @@ def test_equal_logits_in_prefill_and_over_the_cache(
         for model_ids in (ids, ids[:, :1]):
             a, b = whole(input_ids=model_ids), streamed(input_ids=model_ids)
             torch.testing.assert_close(b.logits, a.logits, rtol=0.0, atol=1e-5)
-        a, b = (
-            m(input_ids=ids[:, :1], past_key_values=o.past_key_values) for m, o in ((whole, a), (streamed, b))
-        )
+        a, b = (m(input_ids=ids[:, :1], cache=o.cache) for m, o in ((whole, a), (streamed, b)))
         torch.testing.assert_close(b.logits, a.logits, **ROUNDING)
 
 

@@ -14,7 +14,8 @@ from tests.checkpoint.refusals import refused
     [
         ("rwkv", r"RwkvForCausalLM keeps a state of its own \(state\)"),
         ("xlnet", r"XLNetLMHeadModel keeps a state of its own \(mems\)"),
-        ("xlstm", r"xLSTMForCausalLM keeps a state of its own \(cache_params\)"),
+        ("xlstm", "xLSTMForCausalLM keeps its state in a xLSTMCache of its own"),
+        ("xlm", "XLMWithLMHeadModel keeps its state in a dict of its own"),
         ("openai-gpt", "OpenAIGPTLMHeadModel keeps nothing between steps"),
         ("minimax", "MiniMaxForCausalLM keeps its state in a cache class of its own, MiniMaxCache"),
         (

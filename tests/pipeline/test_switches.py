@@ -135,8 +135,8 @@ def test_a_batch_switches_with_its_longest_row(passes: tuple[str, ...]) -> None:
             torch.from_numpy(a) for a in (ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
         )
         with torch.inference_mode():
-            out = model(step, attention_mask=seen, position_ids=places, past_key_values=past)
-        past = out.past_key_values
+            out = model(step, attention_mask=seen, position_ids=places, cache=past)
+        past = out.cache
         real = mask[:, start:stop] > 0
         np.testing.assert_allclose(made[:, start:stop][real], out.logits.numpy()[real], atol=1e-4)
 

@@ -65,7 +65,7 @@ def test_canonical_graph_has_the_models_numbers(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gptj", "exchangeable attention"),
+        ("gpt_neo", "exchangeable attention"),
         ("bloom", "cannot be traced"),
         ("diffllama", "runs twice in one step"),
     ],
