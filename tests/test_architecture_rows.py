@@ -11,6 +11,7 @@ from common.architecture_rows import (
     EQUAL,
     NO_MODEL,
     REFUSED,
+    ROUNDED,
     Result,
     Row,
     describe_capture,
@@ -24,6 +25,7 @@ TARGETS = ("cpu-fp32", "cpu-int4")
 ROWS = [
     Row("whole", "3 of 32", [], "3 CachedAttention", {"cpu-fp32": Result(EQUAL, "1e-6 in decode.max_abs")}),
     Row("partial", "3 of 8", ["TinyExperts"], "plain operators", {"cpu-fp32": Result(EQUAL, "0")}),
+    Row("rounded", "3 of 8", [], "", {"cpu-fp32": Result(ROUNDED, "3e-4 in decode.max_abs")}),
     Row("wrong", "3 of 8", [], "", {"cpu-fp32": Result(DIFFERENT, "2e+0 in ragged.max_abs")}),
     Row("stateful", "3 of 8", [], "", {"cpu-fp32": Result(REFUSED, "OneForCausalLM keeps 3 states")}),
     Row("recurrent", "3 of 8", [], "", {"cpu-fp32": Result(REFUSED, "TwoForCausalLM keeps 4 states")}),
@@ -38,8 +40,8 @@ def section(document: str, title: str) -> str:
 
 def test_the_count_leaves_out_what_was_not_tried_and_names_what_is_partial() -> None:
     assert totals(ROWS) == (
-        "7 types, 6 of which can be made tiny; 2 are built and equal (33%), "
-        "1 of them with every kind of layer of their default config."
+        "8 types, 7 of which can be made tiny; 3 are built and equal (43%): "
+        "1 of them but for rounding, 2 of them with every kind of layer of their default config."
     )
 
 

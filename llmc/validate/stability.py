@@ -22,7 +22,7 @@ from llmc.validate.sensitivity import MOST_LEFT_OUT, SensitiveReference, Sensiti
 #: only a few positions may be moved, those that near ties decide.
 _COMMON = 1e-3
 #: Logits. A tighter bound than this is applied as it stands: it requires less than rounding.
-_LEAST = 1e-3
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _allow(
     bound = bounds.get(level.metric, np.inf)
     if not level.metric.is_logit_difference or level.value is None:
         return level
-    if not max(bound, _LEAST) < level.value < np.inf:
+    if bound < _LEAST or not bound < level.value < np.inf:
         return level
     own = [d for d in differences if d.metric is level.metric]
     missed = sorted((d for d in own if d.value > bound), key=lambda d: (d.position, d.reference_pass, d.row))

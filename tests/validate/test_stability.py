@@ -65,11 +65,13 @@ def test_what_rounding_explains(
 
 
 def test_a_bound_below_rounding_is_held_as_it_stands() -> None:
-    original = Original({70: 1.0})
+    original = Original({70: 0.05})
     level = measured(METRIC, 9e-4, "steps", "here")
     found = [LogitDifference(METRIC, 0, 0, 70, 9e-4)]
-    assert allow_rounding([level], {METRIC: 0.0}, found, PASSES, original) == (level,)
+    assert allow_rounding([level], {METRIC: 9e-5}, found, PASSES, original) == (level,)
     assert original.asked == []
+    (allowed,) = allow_rounding([level], {METRIC: 1e-4}, found, PASSES, original)
+    assert allowed.tolerance == 9e-4
 
 
 def test_a_fault_costs_one_short_pass() -> None:
