@@ -40,6 +40,17 @@ TYPES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         },
         (2, 2, 1),
     ),
+    # A recurrence for each head of a layer, whose states are stored as one, and a mixer with attention.
+    "zamba": (
+        {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "hybrid"],
+            "n_mamba_heads": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+        },
+        (3, 3, 2),
+    ),
     # The delta rule with a decay per channel.
     "kimi_linear": ({"num_hidden_layers": 2, "layer_types": [LINEAR, FULL]}, (1, 1, 1)),
 }

@@ -96,14 +96,13 @@ class _Recording:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
-        made = self.capture.recurrent
-        number = next((n for n, state in enumerate(made) if state is recurrent_states), None)
-        if number is None:
+        numbers = self.capture.recurrences_of(recurrent_states)
+        if numbers is None:
             raise UnsupportedError(
                 f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
                 hint=_KERNELS_HINT,
             )
-        self.capture.states[number] = StateKey(int(layer_idx), int(state_idx))
+        self.capture.states[numbers] = StateKey(int(layer_idx), int(state_idx))
         return recurrent_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:

@@ -81,8 +81,10 @@ class Capture:
             convolution takes them.
         convolutions: States of captured convolutions.
         recurrent: States that captured recurrences returned, by the number of their nodes.
+        joined: Tensors that join such states along their heads, with the numbers of the nodes.
         dense_experts: Reasons why experts are dense products.
-        states: State of each of those recurrences, by the number of its node.
+        states: The recurrences that compute each stored state, by the numbers of their nodes: one for each
+            part of the state's heads.
     """
 
     attentions: dict[int, CapturedAttention] = field(default_factory=dict)
@@ -95,7 +97,15 @@ class Capture:
     convolved: list[tuple[Any, StateKey]] = field(default_factory=list)
     convolutions: set[StateKey] = field(default_factory=set)
     recurrent: list[Any] = field(default_factory=list)
-    states: dict[int, StateKey] = field(default_factory=dict)
+    joined: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
+    states: dict[tuple[int, ...], StateKey] = field(default_factory=dict)
+
+    def recurrences_of(self, state: torch.Tensor) -> tuple[int, ...] | None:
+        """Return the numbers of the recurrences that computed `state`; None if none did."""
+        number = next((n for n, made in enumerate(self.recurrent) if made is state), None)
+        if number is not None:
+            return (number,)
+        return next((numbers for made, numbers in self.joined if made is state), None)
 
     def take_convolved(self, x: torch.Tensor) -> StateKey | None:
         """Return the state whose new inputs are `x`, once; None if the model stored no such inputs."""

@@ -127,14 +127,6 @@ def attach_cache(
     return tuple(slots[i] for i in sorted(slots))
 
 
-def name_recurrences(graph: ir.Graph, capture: Capture) -> None:
-    """Give every traced recurrence the layer of its state and its number there, instead of its own number."""
-    for node in find_nodes(graph, states.LINEAR_ATTENTION, TRACE):
-        key = capture.states[node.attributes.pop("number").as_int()]
-        for name, value in (("layer", key.layer), ("index", key.index)):
-            node.attributes[name] = ir.AttrInt64(name, value)
-
-
 def attach_states(graph: ir.Graph) -> tuple[StateSlot, ...]:
     """Give every convolution and recurrence its mask, and its state as an input and output of the graph.
 

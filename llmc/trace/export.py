@@ -17,12 +17,12 @@ from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_blocks, recording_masks
 from llmc.trace.every_size import export_all_sizes
-from llmc.trace.expand import name_recurrences
 from llmc.trace.expert_loops import unroll_expert_loops
 from llmc.trace.failure import check_splits, explain_failure, root_cause, watch_states
-from llmc.trace.kernels import intercepting_kernels
+from llmc.trace.kernels import intercepting_kernels, joined_states
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
+from llmc.trace.recurrences import name_recurrences
 from llmc.trace.sizes import symbolic_bounds
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import (
@@ -117,6 +117,7 @@ def export_model(
             attention,
             padding_blocks(),
             intercepting_kernels(model),
+            joined_states(),
             symbolic_bounds(model),
             torch.no_grad(),
         )
@@ -294,7 +295,7 @@ def _check_states(capture: Capture, name: str) -> None:
             f"{name}: layers {layers} keep a convolution's inputs, but no known convolution takes them",
             hint="known is the kernel of causal-conv1d that transformers wraps",
         )
-    if len(capture.states) < len(capture.recurrent):
+    if sum(map(len, capture.states)) < len(capture.recurrent):
         raise UnsupportedError(f"{name}: a recurrent layer does not store its state in the cache")
 
 

@@ -10,7 +10,7 @@ define the model's classes; nothing depends on the model. Each replacement emits
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _SILU = ("silu", "swish")
 #: Parameters that say how a kernel computes, not what.
 _NEUTRAL = {"chunk_size", "output_final_state", "use_mambapy", "use_associative_scan"}
+#: Functions that join states: behind the batch, states have their heads.
+_JOINING = ("stack", "cat", "concat", "concatenate")
 #: Added by the packages to a squared length before they divide by its root.
 _L2_EPSILON = 1e-6
 
@@ -45,6 +47,30 @@ def intercepting_kernels(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, key, function in replaced:
             setattr(module, key, function)
+
+
+def joined_states() -> Any:
+    """Return a context in which the states of recurrences may be joined along their heads.
+
+    A layer whose heads each have a recurrence of their own stores their states as one.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, _: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            made = function(*args, **(kwargs or {}))
+            if getattr(function, "__name__", "") in _JOINING and args and isinstance(args[0], (list, tuple)):
+                dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+                capture = active_capture()
+                parts = [capture.recurrences_of(part) for part in args[0]]
+                numbers = [number for part in parts if part is not None for number in part]
+                if dim == 1 and None not in parts:
+                    capture.joined.append((made, tuple(numbers)))
+            return made
+
+    return Mode()
 
 
 def _checked(hook: Callable[..., Any], function: Any) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from tests.state_store import StateStore
 from tests.states import TYPES, difference
 
 
-@pytest.mark.parametrize("model_type", ["lfm2", "mamba", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["lfm2", "mamba", "qwen3_next", "zamba"])
 def test_a_lowered_graph_has_the_models_numbers(model_type: str) -> None:
     overrides, (convolutions, recurrences, _) = TYPES[model_type]
     model = build_tiny_model(model_type, **overrides)
