@@ -47,7 +47,7 @@ def causal_conv() -> ir.Function:
     x, weight, bias, past, mask = inputs
     b = Body()
     length = b("Shape", x, start=2, end=3)
-    real = _step(b, mask, length)
+    real = real_tokens(b, mask, length)
     masked = b("Mul", x, b("CastLike", b("Unsqueeze", real, b.constant([1])), x))
     whole = b("Concat", past, masked, axis=2)
     group = [ir.RefAttr("group", "channels", _INT)]
@@ -73,7 +73,7 @@ def linear_attention(*, delta: bool) -> ir.Function:
     b = Body()
     last = b.constant([-1])
     zero = b.constant([0])
-    real = b("Greater", _step(b, mask, b("Shape", query, start=1, end=2)), b.constant(0))
+    real = b("Greater", real_tokens(b, mask, b("Shape", query, start=1, end=2)), b.constant(0))
     real = b("Unsqueeze", real, b.constant([2, 3]))
     heads, key_heads = (b("Unsqueeze", b.attribute(n, _INT), zero) for n in ("heads", "key_heads"))
     group = b("Div", heads, key_heads)
@@ -134,7 +134,7 @@ def _token(names: Sequence[str], *, delta: bool) -> ir.Graph:
     return ir.Graph(list(inputs.values()), [state, output], nodes=b.nodes, name="token")
 
 
-def _step(b: Body, mask: ir.Value, length: ir.Value) -> ir.Value:
+def real_tokens(b: Body, mask: ir.Value, length: ir.Value) -> ir.Value:
     """Return the mask of this step, (batch, sequence)."""
     total = b("Shape", mask, start=1, end=2)
     return b("Slice", mask, b("Sub", total, length), total, b.constant([1]))

@@ -16,6 +16,7 @@ from llmc.config import Dtype, Target
 from llmc.errors import LlmcError, ResourceError, UnsupportedError, number_ranges
 from llmc.graph.domains import COMPILED, DIALECT
 from llmc.graph.model import Graph, layer_of
+from llmc.graph.recurrence import is_recurrence
 from llmc.pipeline.steps.compile import lower_graph, pass_records, trace
 from llmc.progress import Progress, SilentProgress
 from llmc.records import Record
@@ -221,6 +222,8 @@ def _name(node: ir.Node) -> str:
     """Return what a node is, with the attributes that make it another kind of layer."""
     if node.domain == COMPILED:
         return "compiled region"
+    if is_recurrence(node):
+        return "recurrence, token by token"
     name = node.op_type
     if node.domain == DIALECT:
         name = re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
-from llmc.trace.capture import Capture, StateKey, StoredKeys
+from llmc.trace.capture import Capture, StateKey, StoredKeys, UnknownStateError
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ class _Recording:
     ) -> torch.Tensor:
         numbers = self.capture.recurrences_of(recurrent_states)
         if numbers is None:
-            raise UnsupportedError(
+            raise UnknownStateError(
                 f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
                 hint=_KERNELS_HINT,
             )
@@ -134,11 +134,17 @@ class _Recording:
 
 
 @cache
-def tracing_cache_class() -> type:
-    """Define the class on first use, so that importing this module does not import torch."""
+def tracing_cache_class(own: type | None = None) -> type:
+    """Define the class on first use, so that importing this module does not import torch.
+
+    Args:
+        own: The class of cache that the model makes itself; None for any.
+    """
     from transformers.cache_utils import Cache
 
-    class TracingCache(_Recording, Cache):
+    base: Any = own if own is not None and issubclass(own, Cache) else Cache
+
+    class TracingCache(_Recording, base):  # type: ignore[misc]
         """The cache that a model gets while it is traced."""
 
     return TracingCache

@@ -37,6 +37,10 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
+class UnknownStateError(UnsupportedError):
+    """A layer keeps a state by code of its own."""
+
+
 @dataclass(frozen=True)
 class CapturedAttention:
     """The arguments of one layer's call to the attention interface.
@@ -83,6 +87,8 @@ class Capture:
         recurrent: States that captured recurrences returned, by the number of their nodes.
         joined: Tensors that join such states along their heads, with the numbers of the nodes.
         dense_experts: Reasons why experts are dense products.
+        sizes: Numbers of rows and of new tokens.
+        stepped: Layers whose state is computed token by token.
         states: The recurrences that compute each stored state, by the numbers of their nodes: one for each
             part of the state's heads.
     """
@@ -97,6 +103,8 @@ class Capture:
     convolved: list[tuple[Any, StateKey]] = field(default_factory=list)
     convolutions: set[StateKey] = field(default_factory=set)
     recurrent: list[Any] = field(default_factory=list)
+    sizes: tuple[Any, Any] = (0, 0)
+    stepped: set[int] = field(default_factory=set)
     joined: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     states: dict[tuple[int, ...], StateKey] = field(default_factory=dict)
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import LlmcError, UnsupportedError
-from llmc.graph.domains import OPSET
+from llmc.graph.recurrence import Token
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
-from llmc.trace.capture import Capture, capturing, intercepting_sdpa, padding_blocks, recording_masks
+from llmc.trace.capture import (
+    Capture,
+    UnknownStateError,
+    capturing,
+    intercepting_sdpa,
+    padding_blocks,
+    recording_masks,
+)
 from llmc.trace.every_size import export_all_sizes
 from llmc.trace.expert_loops import unroll_expert_loops
 from llmc.trace.failure import check_splits, explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels, joined_states
+from llmc.trace.mixers import Mixer
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.recurrences import name_recurrences
@@ -34,8 +41,10 @@ from llmc.trace.stamp import (
     fold_runs,
     mark_layers,
 )
+from llmc.trace.steps import stepping
 from llmc.trace.switches import hold_frequencies, restart_length
-from llmc.trace.translations import translations
+from llmc.trace.tokens import attach_tokens
+from llmc.trace.translate import translate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 #: Name of a model's argument for its cache.
 _CACHE_ARGUMENT = "cache"
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass
@@ -61,6 +71,8 @@ class Exported:
         held: Largest length up to which the model's rotary frequencies, fixed in the trace, are constant;
             None if they do not depend on the length.
         restart: Length at which the model's `generate` drops the KV cache; None if it never does.
+        tokens: The computation of one token in layers that keep a state by code of their own, by the number
+            of the node `TokenStep`.
     """
 
     model: ir.Model
@@ -71,10 +83,17 @@ class Exported:
     layer_buffers: dict[str, Any]
     held: int | None
     restart: int | None
+    tokens: dict[int, Token]
 
 
 def export_model(
-    config: Any, dtype: torch.dtype, *, stamp: bool, captured: bool, mark: bool = True
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    stamp: bool,
+    captured: bool,
+    mark: bool = True,
+    mixers: Sequence[Mixer] = (),
 ) -> Exported:
     """Trace the causal LM of `config`.
 
@@ -85,6 +104,7 @@ def export_model(
         captured: Whether attention becomes one operator per layer; otherwise it is traced as the model
             computes it.
         mark: Whether to mark the nodes of every layer; otherwise the graph does not know its layers.
+        mixers: Modules whose state is computed token by token.
 
     Raises:
         UnsupportedError: The model cannot be captured; the message gives the reason.
@@ -121,11 +141,11 @@ def export_model(
             symbolic_bounds(model),
             torch.no_grad(),
         )
-        with capturing() as capture, ExitStack() as stacked:
+        with capturing() as capture, ExitStack() as stacked, stepping(model, mixers) as calls:
             for hook in hooks:
                 stacked.enter_context(hook)
             try:
-                program = _export(model, config, capture, layers, captured=captured)
+                program = _export(model, config, capture, layers, mixers, captured=captured)
             except (LlmcError, NotStampableError):
                 raise
             except Exception as error:
@@ -143,12 +163,24 @@ def export_model(
                 _check_stored(capture, stack, name)
             _check_states(capture, name)
             fold_runs(program)
-            onnx = _translate(program)
+            onnx = translate(program, _INPUTS, ["logits"], (("batch", "sequence"), ("batch", "total")))
             name_recurrences(onnx.graph, capture)
-    return Exported(onnx, frozenset(parameters), stack, capture, aliases, layer_buffers, held, restart)
+            tokens = attach_tokens(onnx.graph, calls)
+            check_indices(compared=True)
+    return Exported(
+        onnx, frozenset(parameters), stack, capture, aliases, layer_buffers, held, restart, tokens
+    )
 
 
-def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, *, captured: bool) -> Any:
+def _export(
+    model: torch.nn.Module,
+    config: Any,
+    capture: Capture,
+    layers: int,
+    mixers: Sequence[Mixer],
+    *,
+    captured: bool,
+) -> Any:
     import torch
 
     accepted = inspect.signature(model.forward).parameters
@@ -157,7 +189,8 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
             f"{type(model).__name__} takes no cache",
             hint="only models that generate with a cache of transformers can be compiled",
         )
-    cache_class = tracing_cache_class()
+    own: Any = type(mixers[0].cache) if mixers else None
+    cache_class = tracing_cache_class(own)
     first = first_position(model)
 
     class Step(torch.nn.Module):
@@ -172,6 +205,7 @@ def _export(model: torch.nn.Module, config: Any, capture: Capture, layers: int, 
         ) -> torch.Tensor:
             capture.__init__()  # type: ignore[misc]
             sizes = attention_mask.shape[1], input_ids.shape[1]
+            capture.sizes = input_ids.shape[0], input_ids.shape[1]
             arguments: dict[str, Any] = {
                 _CACHE_ARGUMENT: cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,
@@ -209,60 +243,9 @@ def _values(buffer: torch.Tensor) -> np.ndarray:
     return values
 
 
-def _translate(program: Any) -> ir.Model:
-    """Translate an exported program to ONNX with dynamic dimensions called batch, sequence and total."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            onnx_program = torch.onnx.export(
-                program,
-                args=(),
-                input_names=["input_ids", "attention_mask", "position_ids"],
-                output_names=["logits"],
-                optimize=False,
-                opset_version=OPSET,
-                custom_translation_table=translations(),
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause = str(root_cause(error)).strip().splitlines() or ["no message"]
-            raise UnsupportedError(
-                f"the traced model cannot be expressed in ONNX: {cause[0]}",
-                hint="run with --debug for the full traceback",
-            ) from error
-    if onnx_program is None:
-        raise UnsupportedError("torch.onnx.export returned no model")
-    model = onnx_program.model
-    _rename_dimensions(model)
-    return model
-
-
-def _rename_dimensions(model: ir.Model) -> None:
-    import onnx_ir as ir
-
-    names: dict[str, str] = {}
-    for value, dims in zip(model.graph.inputs[:2], (("batch", "sequence"), ("batch", "total")), strict=True):
-        for dim, name in zip(value.shape or (), dims, strict=True):
-            names[str(dim)] = name
-
-    pattern = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in names))
-
-    def rename(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(dim, int) or dim.value is None:
-            return dim
-        return ir.SymbolicDim(pattern.sub(lambda m: names[m.group()], str(dim.value)))
-
-    values = [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([rename(d) for d in value.shape])
-
-
 def _check_capture(capture: Capture, name: str) -> None:
     """Check that every use of the cache was captured, and every mask rule is known; set what they hide."""
-    if not capture.attentions and not capture.states and not capture.convolutions:
+    if not (capture.attentions or capture.states or capture.convolutions or capture.stepped):
         raise UnsupportedError(
             f"{name}: no attention was captured",
             hint="its attention does not go through transformers' attention interface",
@@ -291,12 +274,12 @@ def _check_states(capture: Capture, name: str) -> None:
     """Check that every state that the model keeps belongs to a captured node."""
     if capture.convolved:
         layers = sorted({key.layer for _, key in capture.convolved})
-        raise UnsupportedError(
+        raise UnknownStateError(
             f"{name}: layers {layers} keep a convolution's inputs, but no known convolution takes them",
             hint="known is the kernel of causal-conv1d that transformers wraps",
         )
     if sum(map(len, capture.states)) < len(capture.recurrent):
-        raise UnsupportedError(f"{name}: a recurrent layer does not store its state in the cache")
+        raise UnknownStateError(f"{name}: a recurrent layer does not store its state in the cache")
 
 
 def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
@@ -307,7 +290,7 @@ def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
             hint="only models with a KV cache can be compiled",
         )
     traced = {n for i, n in enumerate(stack.indices) if stack.representatives[i] == i}
-    kept = {key.layer for key in (*capture.convolutions, *capture.states.values())}
+    kept = capture.stepped | {key.layer for key in (*capture.convolutions, *capture.states.values())}
     if silent := sorted(traced - set(capture.stored) - kept):
         raise UnsupportedError(f"{name}: layers {silent} do not store keys and values in the cache")
 

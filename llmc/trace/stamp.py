@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
+_COMPARISONS = {"<", "<=", ">", ">="}
 
 
 class NotStampableError(Exception):
@@ -257,9 +258,13 @@ def fold_runs(program: torch.export.ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def check_indices() -> None:
-    """Raise NotStampableError if a layer's forward computed with its index."""
-    if LayerIndex.computed:
+def check_indices(*, compared: bool = False) -> None:
+    """Raise NotStampableError if a layer's forward computed with its index.
+
+    Args:
+        compared: Whether code may compare the index, such as a cache that is asked for a layer.
+    """
+    if set(LayerIndex.computed) - (_COMPARISONS if compared else set()):
         raise NotStampableError("a layer's code computes with its layer index")
 
 

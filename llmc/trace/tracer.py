@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ from llmc.graph.domains import DIALECT, OPSET
 from llmc.graph.edit import name_constant, require_domain
 from llmc.graph.match import dims_of, find_nodes
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
+from llmc.graph.recurrence import Token, recurrence
 from llmc.graph.verify import verify_graph
+from llmc.trace.capture import UnknownStateError
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
+from llmc.trace.mixers import Mixer, find_mixers
 from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
 from llmc.trace.stamp import NotStampableError, RepeatedLayerError
+from llmc.trace.tokens import attach_steps
+from llmc.trace.translate import name_weights
 
 _ELEMENT_TYPES = {
     Dtype.FLOAT32: ir.DataType.FLOAT,
@@ -46,13 +52,34 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
     Raises:
         UnsupportedError: The model has no attention with a KV cache that can be captured.
     """
+    import torch
+
     try:
-        return _trace(config, dtype, [], stamp=stamp, captured=True)
+        return _trace_either(config, dtype, [], (), stamp=stamp)
+    except UnknownStateError:
+        mixers = find_mixers(config, getattr(torch, dtype.value))
+        if not mixers:
+            raise
+    layers = number_ranges(sorted(mixer.layer for mixer in mixers))
+    note = f"layers {layers} keep a state by code of their own, which is computed token by token"
+    return _trace_either(config, dtype, [note], mixers, stamp=stamp)
+
+
+def _trace_either(
+    config: Any, dtype: Dtype, notes: list[str], mixers: Sequence[Mixer], *, stamp: bool
+) -> Graph:
+    """Trace a model with attention as one operator, or as the model computes it if that is not possible."""
+    try:
+        return _trace(config, dtype, list(notes), mixers, stamp=stamp, captured=True)
+    except UnknownStateError:
+        raise
     except UnsupportedError as error:
         reason = error
-    notes = [f"attention is traced as the model computes it: {reason.fact}"]
+    notes = [*notes, f"attention is traced as the model computes it: {reason.fact}"]
     try:
-        return _trace(config, dtype, notes, stamp=stamp, captured=False)
+        return _trace(config, dtype, notes, mixers, stamp=stamp, captured=False)
+    except UnknownStateError:
+        raise
     except UnsupportedError as error:
         if error.fact == reason.fact:
             raise
@@ -61,13 +88,15 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
         ) from error
 
 
-def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured: bool) -> Graph:
+def _trace(
+    config: Any, dtype: Dtype, notes: list[str], mixers: Sequence[Mixer], *, stamp: bool, captured: bool
+) -> Graph:
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
 
     def export(*, stamp: bool, mark: bool = True) -> Graph:
-        exported = export_model(config, torch_dtype, stamp=stamp, captured=captured, mark=mark)
+        exported = export_model(config, torch_dtype, stamp=stamp, captured=captured, mark=mark, mixers=mixers)
         return _finish(exported, config, dtype, notes)
 
     try:
@@ -88,13 +117,13 @@ def _trace(config: Any, dtype: Dtype, notes: list[str], *, stamp: bool, captured
 def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> Graph:
     model = exported.model
     graph = model.graph
-    _name_weights(graph, exported.weights)
+    name_weights(graph, exported.weights, "model.")
     simplify(model)
     expand_layers(graph, exported.stack, exported.layer_buffers)
     remove_unused(model)
     onnx_dtype = _ELEMENT_TYPES[dtype]
     cache = attach_cache(graph, exported.stack, exported.capture, onnx_dtype)
-    kept = attach_states(graph)
+    kept = attach_states(graph) + attach_steps(graph, exported.tokens)
     if not exported.capture.stored:
         _refuse_uncaptured(graph)
     for value in list(graph.inputs):
@@ -106,7 +135,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
         why = {"left": "a window counts slots", "none": "positions are slots of the cache"}[padding]
         side = {"left": "on the left only", "none": "nowhere: its rows must have equal length"}[padding]
         notes.append(f"a batch is padded {side}, since {why}")
-    _define_dialect(model)
+    _define_dialect(model, exported.tokens)
     _drop_traces(model)
     graph.name = "decoder"
     if exported.capture.dense_experts:
@@ -172,22 +201,6 @@ def _dense_layers(graph: ir.Graph) -> list[int]:
     return sorted(layers)
 
 
-def _name_weights(graph: ir.Graph, weights: frozenset[str]) -> None:
-    """Name initializers like the model's parameters, and drop the exporter's fake data."""
-    for old, value in list(graph.initializers.items()):
-        del graph.initializers[old]
-        name = old.removeprefix("model.")
-        value.name = name
-        if name in weights:
-            tensor = value.const_value
-            if tensor is None:
-                raise UnsupportedError(f"the exporter left parameter {name} without a type")
-            value.const_value = Placeholder(name, tensor.dtype, tuple(tensor.shape.numpy()))
-            value.shape = ir.Shape(tensor.shape.numpy())
-            value.type = ir.TensorType(tensor.dtype)
-        graph.initializers[name] = value
-
-
 def _drop_traces(model: ir.Model) -> None:
     """Drop what the exporter records of the machine that traces, such as the paths in its stack traces."""
     for node in model.graph.all_nodes():
@@ -203,7 +216,7 @@ def _drop_traces(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def _define_dialect(model: ir.Model) -> None:
+def _define_dialect(model: ir.Model, tokens: Mapping[int, Token]) -> None:
     """Attach the functions of the dialect operators that the graph uses."""
     functions = []
     attention = find_nodes(model.graph, dialect.CACHED_ATTENTION, DIALECT)
@@ -224,6 +237,7 @@ def _define_dialect(model: ir.Model) -> None:
     if len(rules) > 1:
         raise UnsupportedError("only some of the model's recurrences follow the delta rule")
     functions += [states.linear_attention(delta=bool(rule)) for rule in rules]
+    functions += [recurrence(number, token) for number, token in tokens.items()]
     model.functions.clear()
     model.functions.update({function.identifier(): function for function in functions})
     model.graph.opset_imports.clear()

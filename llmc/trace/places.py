@@ -1,0 +1,79 @@
+"""Find the tensors that an object holds in its containers and attributes, and put others in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: The way to a tensor: attributes and keys, each with whether it is an attribute.
+Path = tuple[tuple[bool, Any], ...]
+
+_DEPTH = 6
+
+
+def tensors_in(root: Any) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yield the tensors that `root` holds, each with the way to it; models and their parts are left out."""
+    yield from _walk(root, (), set())
+
+
+def _walk(value: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, torch.Tensor]]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if id(value) in seen or len(path) > _DEPTH:
+        return
+    seen.add(id(value))
+    for step, child in _children(value):
+        yield from _walk(child, (*path, step), seen)
+
+
+def _children(value: Any) -> Iterator[tuple[tuple[bool, Any], Any]]:
+    import torch
+
+    if isinstance(value, dict):
+        yield from (((False, key), child) for key, child in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from (((False, n), child) for n, child in enumerate(value))
+    elif (
+        hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value)
+    ):
+        yield from (((True, key), child) for key, child in vars(value).items())
+
+
+def replaced(root: Any, tensors: Mapping[Path, torch.Tensor]) -> Any:
+    """Return a copy of `root` with other tensors in some places; it shares all other tensors with `root`."""
+    import torch
+
+    def rebuild(value: Any, path: Path, depth: int) -> Any:
+        if path in tensors:
+            return tensors[path]
+        if isinstance(value, torch.Tensor) or depth > _DEPTH:
+            return value
+        children = {step: rebuild(child, (*path, step), depth + 1) for step, child in _children(value)}
+        if isinstance(value, dict):
+            made = copy.copy(value)
+            made.update({key: child for (_, key), child in children.items()})
+            return made
+        if isinstance(value, (list, tuple)):
+            return type(value)(children.values())
+        if not children:
+            return value
+        made = copy.copy(value)
+        for (_, key), child in children.items():
+            vars(made)[key] = child
+        return made
+
+    return rebuild(root, (), 0)
+
+
+def tensor_at(root: Any, path: Path) -> torch.Tensor:
+    """Return the tensor in a place."""
+    for attribute, key in path:
+        root = vars(root)[key] if attribute else root[key]
+    return root  # type: ignore[no-any-return]
