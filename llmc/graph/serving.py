@@ -2,11 +2,14 @@
 
 As in onnxruntime-genai 0.18 (its src/models): the type "decoder" feeds a KV cache, and states in pairs of a
 convolution and a recurrence; the type "lfm2" feeds layers that have either a KV cache or a convolution's
-state, and is told by `layer_types` which. Two types recompute the KV cache beyond a length.
+state, and is told by `layer_types` which. Either allocates the states of a kind by the shape of the first.
+Two types recompute the KV cache beyond a length.
 """
 
+from collections.abc import Sequence
+
 from llmc.errors import UnsupportedError
-from llmc.graph.interface import Interface
+from llmc.graph.interface import CacheSlot, Interface, StateSlot
 from llmc.graph.switches import RESTARTING_TYPES
 
 _CONVOLUTIONS = "lfm2"
@@ -18,36 +21,51 @@ def runtime_type(interface: Interface) -> str:
     Raises:
         UnsupportedError: No type feeds the graph's states.
     """
-    layers = _layers_by_kind(interface)
-    if len(interface.states) > len(layers["conv"]) + len(layers["recurrent"]):
-        raise _unserved("several states of one kind in a layer")
+    if (obstacle := states_obstacle(interface.cache, interface.states)) is not None:
+        raise _unserved(obstacle)
     if interface.restart is not None:
         if interface.states:
             raise _unserved("states of fixed size beside a KV cache that is recomputed")
         return RESTARTING_TYPES[interface.restart]
-    if not interface.states or layers["conv"] == layers["recurrent"]:
-        return "decoder"
-    if layers["recurrent"]:
-        alone = sorted(layers["conv"] ^ layers["recurrent"])
-        raise _unserved(f"a convolution or a recurrence without the other in layers {alone}")
-    if layers["conv"] & layers["key"] or layers["conv"] | layers["key"] != set(
-        range(interface.last_layer + 1)
-    ):
-        raise _unserved("convolutions in layers with attention, or layers with neither")
-    return _CONVOLUTIONS
+    convolutions, recurrences = layers_by_kind(interface.states)
+    return "decoder" if convolutions == recurrences else _CONVOLUTIONS
+
+
+def states_obstacle(cache: Sequence[CacheSlot], states: Sequence[StateSlot]) -> str | None:
+    """Return what no type serves of the states beside a KV cache; None if a type serves them."""
+    convolutions, recurrences = layers_by_kind(states)
+    if len(states) > len(convolutions) + len(recurrences):
+        return "several states of one kind in a layer"
+    shapes = {kind: {state.shape for state in states if state.kind == kind} for kind in ("conv", "recurrent")}
+    if any(len(different) > 1 for different in shapes.values()):
+        return "states of one kind with different shapes"
+    if convolutions == recurrences:
+        return None
+    if recurrences:
+        alone = sorted(convolutions ^ recurrences)
+        return f"a convolution or a recurrence without the other in layers {alone}"
+    keys = {slot.layer for slot in cache}
+    if convolutions & keys or convolutions | keys != set(range(max(convolutions | keys) + 1)):
+        return "convolutions in layers with attention, or layers with neither"
+    if len({(slot.kv_heads, slot.key_width) for slot in cache}) > 1:
+        return "convolutions beside a KV cache of several shapes"
+    return None
 
 
 def layer_types(interface: Interface) -> list[str] | None:
     """Return what each layer keeps, for the type that is told; None for the others."""
     if runtime_type(interface) != _CONVOLUTIONS:
         return None
-    convolutions = _layers_by_kind(interface)["conv"]
+    convolutions, _ = layers_by_kind(interface.states)
     return ["conv" if n in convolutions else "full_attention" for n in range(interface.last_layer + 1)]
 
 
-def _layers_by_kind(interface: Interface) -> dict[str, set[int]]:
-    tensors = interface.served_tensors
-    return {kind: {layer for layer, *_ in tensors.get(kind, ())} for kind in ("key", "conv", "recurrent")}
+def layers_by_kind(states: Sequence[StateSlot]) -> tuple[set[int], set[int]]:
+    """Return the layers that keep a convolution's state, and those that keep a recurrence's."""
+    convolutions, recurrences = (
+        {state.layer for state in states if state.kind == kind} for kind in ("conv", "recurrent")
+    )
+    return convolutions, recurrences
 
 
 def _unserved(what: str) -> UnsupportedError:

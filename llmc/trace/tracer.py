@@ -18,6 +18,7 @@ from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.graph.recurrence import Token, recurrence
 from llmc.graph.verify import verify_graph
 from llmc.trace.capture import UnknownStateError
+from llmc.trace.carried import carry_states
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
 from llmc.trace.mixers import Mixer, find_mixers
@@ -123,7 +124,7 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
     remove_unused(model)
     onnx_dtype = _ELEMENT_TYPES[dtype]
     cache = attach_cache(graph, exported.stack, exported.capture, onnx_dtype)
-    kept = attach_states(graph) + attach_steps(graph, exported.tokens)
+    kept = carry_states(graph, cache, attach_states(graph) + attach_steps(graph, exported.tokens))
     if not exported.capture.stored:
         _refuse_uncaptured(graph)
     for value in list(graph.inputs):
