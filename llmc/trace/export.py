@@ -30,6 +30,7 @@ from llmc.trace.mixers import Mixer
 from llmc.trace.pairs import check_real, pairs_for_complex
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.recurrences import name_recurrences
+from llmc.trace.row_splits import splitting_by_computed_sizes
 from llmc.trace.sizes import symbolic_bounds
 from llmc.trace.skeleton import build_fake_model, parameter_aliases
 from llmc.trace.stamp import (
@@ -214,7 +215,7 @@ def _export(
                 arguments["attention_mask"] = attention_mask
             if "position_ids" in accepted:
                 arguments["position_ids"] = position_ids + first if first else position_ids
-            with pairs_for_complex():
+            with pairs_for_complex(), splitting_by_computed_sizes():
                 return self.model(input_ids=input_ids, **arguments).logits  # type: ignore[no-any-return]
 
     total = _SEQUENCE + _PAST

@@ -55,10 +55,11 @@ def _trace_and_compare(model_type: str, **overrides: Any) -> tuple[Graph, float]
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "gemma2", "gemma3_text", "gpt2", "falcon", "mixtral", "gpt_oss"],
+    ["llama", "gemma2", "gemma3_text", "gpt2", "falcon", "mixtral", "gpt_oss", "jetmoe"],
 )
 def test_canonical_graph_has_the_models_numbers(model_type: str) -> None:
-    # softcap and window, two kinds of layers, learned positions, torch's own attention call, experts, sinks
+    # softcap and window, two kinds of layers, learned positions, torch's own attention call, experts, sinks,
+    # rows split by expert
     assert _compare(model_type) <= 1e-4
 
 
@@ -311,7 +312,6 @@ def test_half_precision_is_traced_as_such() -> None:
     ("model_type", "message"),
     [
         ("openai-gpt", "OpenAIGPTLMHeadModel takes no cache"),
-        ("jetmoe", r"splits tokens in model.layers.0.self_attention.experts\S* into parts whose sizes"),
         ("qwen4_exp_text", "reads layer 3 of its cache itself"),
     ],
 )
