@@ -191,7 +191,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "chameleon": {"vocabulary_map": {"<image>": 3}},
+    "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAZ": 4, "IMGIMGBZ": 5, "IMGIMGCZ": 250}},
     "cohere_compass_text": _COMPASS,
     "cohere_compass": {"text_config": _COMPASS},
     "qwen4_exp_text": _INDEXED,

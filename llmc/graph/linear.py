@@ -117,7 +117,9 @@ def is_weight(value: ir.Value) -> bool:
 #: Operators whose result still has an id for each token.
 _SAME_TOKENS = frozenset({"Reshape", "ScatterND", "Where"})
 #: Operators between the head and the logits, and between a projection and the sum with its residual.
-_TO_LOGITS = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Slice"})
+_TO_LOGITS = frozenset({
+    "Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Slice", "Where", "Clip", "Min", "Max",
+})  # fmt: skip
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _SUMS = frozenset({"Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 #: Operators between a router and its choice.

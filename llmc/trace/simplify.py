@@ -10,7 +10,7 @@ import onnx_ir as ir
 from llmc.graph.edit import set_value
 from llmc.graph.match import constant_of, find_nodes, input_of, made_by, operand, scalar_of
 from llmc.graph.model import Placeholder
-from llmc.trace.scatter import join_parts
+from llmc.trace.scatter import drop_whole_copies, join_parts, mask_places
 
 #: Upper limit in bytes of constants that are folded while simplifying.
 _FOLD_BYTES = 64 * 1024
@@ -34,6 +34,8 @@ def simplify(model: ir.Model) -> None:
     for node in find_nodes(model.graph, "Where"):
         _drop_threshold(node)
     join_parts(model.graph)
+    drop_whole_copies(model.graph)
+    mask_places(model.graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass(size_limit=_FOLD_BYTES)(model)

@@ -4,6 +4,7 @@ import numpy as np
 
 from llmc.config import Dtype
 from tests.lowering import lower
+from tests.models import tiny_config
 from tests.passes.harness import copy_of, graph_of, lowered, run_pass
 from tests.state_store import run_steps
 
@@ -28,6 +29,20 @@ def test_a_cache_of_fixed_length_is_given_the_count_of_tokens() -> None:
     assert reports["last-token-logits"].applied == (None,)
     assert [v.name for v in graph.graph.inputs][:3] == ["input_ids", "write_indices", "token_counts"]
     assert graph.interface().outputs[0].shape == ("batch", 1, 256)
+
+
+def test_logits_that_a_mask_changes_have_a_head() -> None:
+    before, graph, report = lowered("last-token-logits", "chameleon", BEFORE)
+    assert (report.applied, graph.logits) == ((None,), "last")
+    ids = np.random.default_rng(0).integers(3, 250, (2, 9))
+    mask, positions = np.ones_like(ids), np.tile(np.arange(9), (2, 1))
+    every = run_steps(before, ids, mask, positions, prompt=9)
+    masked = tiny_config("chameleon").vocabulary_map
+    lowest = np.finfo(np.float32).min
+    assert set(np.flatnonzero((every == lowest).all(axis=(0, 1)))) == {
+        place for name, place in masked.items() if name.startswith("IMG")
+    }
+    np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=9), every[:, 8:], atol=1e-5)
 
 
 def test_declines_logits_that_are_no_product_with_a_weight() -> None:
