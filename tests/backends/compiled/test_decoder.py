@@ -100,6 +100,17 @@ def test_decoders_equal_onnxruntimes_operators(model_type: str, built: Build) ->
     assert difference(logits(compiled, batch=3, length=20), logits(plain, batch=3, length=20)) < 0.06
 
 
+def test_a_lookup_behind_replaced_ids_shares_the_matrix_of_the_head(built: Build) -> None:
+    """Gemma 3 replaces the ids of images; codes outside of the kernels would have scales of their own."""
+    compiled, plain = built("gemma3", "cpu-int4-compiled"), built("gemma3", "cpu-int4")
+    record = manifest(compiled).kernels
+    assert record is not None
+    assert not [left for left in record.outside if left.operator == "GatherBlockQuantized"]
+    stored = ir.load(compiled / "model.onnx").graph.initializers
+    assert [name for name in stored if name.startswith("lm_head.weight")] == ["lm_head.weight.packed"]
+    assert difference(logits(compiled, batch=2, length=9), logits(plain, batch=2, length=9)) < 0.06
+
+
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_a_hybrid_is_one_region_that_equals_onnxruntimes_operators(model_type: str, built: Build) -> None:
     compiled, plain = built(model_type, "cpu-int4-compiled"), built(model_type, "cpu-int4")
