@@ -53,13 +53,15 @@ def test_an_unknown_profile() -> None:
         choose_target("nowhere")
 
 
-def test_a_model_that_kernels_do_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = save_tiny_model("gpt_oss", tmp_path / "m", tokenizer=True, eos_token_id=EOS, num_hidden_layers=1)
+def test_a_model_that_kernels_compute_nothing_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 120, "intermediate_size": 120, "head_dim": 8}  # no multiples of 16
+    sizes |= {"num_attention_heads": 15, "num_key_value_heads": 15, "num_hidden_layers": 1}
+    model = save_tiny_model("llama", tmp_path / "m", tokenizer=True, eos_token_id=EOS, **sizes)
     with pytest.raises(SystemExit) as caught:
         main(("build", str(model), "-o", str(tmp_path / "out"), "--no-verify"))
     assert caught.value.code == 0
     told = capsys.readouterr().err
-    assert "bias or sinks; building target cpu-mixed instead" in told
+    assert "nothing that kernels can compute; building target cpu-mixed instead" in told
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["target"]["name"] == "cpu-mixed"
 
 

@@ -1,15 +1,14 @@
 """Change the KV cache of a graph to another type than float32, if kernels read it in all layers."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from llmc.config import CacheType
-from llmc.errors import KernelError
 from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.interface import SCALE_BYTES, CacheSlot
 from llmc.graph.latent import LATENT_ATTENTION
-from llmc.graph.match import dims_of, find_nodes
+from llmc.graph.match import dims_of
 from llmc.graph.model import Graph
 
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
@@ -17,37 +16,50 @@ _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.IN
 _EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: SCALE_BYTES}
 
 
-def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: Mapping[ir.Node, str]) -> None:
-    """Change the type, and for types with scales the width, of every past and present.
+def choose_type(graph: Graph, wanted: CacheType, reasons: Mapping[ir.Node, str]) -> CacheType:
+    """Return `wanted` if kernels read the keys and values of every layer, else float32.
 
-    A runtime allocates one type for all layers, so either all layers change or none. If all layers cache
-    latents, which are read in float32, none changes, and the graph has a note.
+    A runtime allocates one type for all layers, and ONNX Runtime's operators read float32. If the type is
+    not the wanted one, the graph gets a note.
 
     Args:
-        held: Pasts of the attention that kernels compute.
         reasons: Why nodes stay with ONNX Runtime.
-
-    Raises:
-        KernelError: ONNX Runtime's operators read the past or the present of a layer.
     """
+    if wanted is CacheType.FLOAT32:
+        return wanted
     values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
-    left = [slot for slot in graph.cache if not {values[name] for name in slot.pasts} <= held]
-    latent = {v.name for node in find_nodes(graph.graph, LATENT_ATTENTION, DIALECT) for v in node.inputs if v}
-    if graph.cache and all(slot.past_key in latent for slot in graph.cache):
+    outside = {}
+    for slot in graph.cache:
+        readers = (node for name in slot.names for node in values[name].consumers() if node in reasons)
+        if (reader := next(readers, None)) is not None:
+            outside[slot.layer] = _why(reader, reasons[reader])
+    if not outside:
+        return wanted
+    if len(outside) == len(graph.cache) and set(outside.values()) == {_LATENT}:
+        graph.notes.append(f"the KV cache stays in float32, not {wanted.value}: {_LATENT}, for all heads")
+    else:
+        layer, why = next(iter(outside.items()))
         graph.notes.append(
-            f"the KV cache stays in float32, not {cache.value}: it has one latent per token, for all heads"
+            f"the KV cache stays in float32, not {wanted.value}: ONNX Runtime reads that of "
+            f"{len(outside)} of {len(graph.cache)} layers; in layer {layer}, {why}"
         )
-        return
-    if left:
-        attention = (MICROSOFT, "GroupQueryAttention")
-        whys = [why for node, why in reasons.items() if (node.domain, node.op_type) == attention]
-        why = whys[0] if whys else "it is in plain operators"
-        raise KernelError(
-            f"a KV cache in {cache.value} needs compiled attention in every layer, but {len(left)} of "
-            f"{len(graph.cache)} stay with ONNX Runtime: {why}",
-            hint="use kv_cache: float32",
-        )
-    _require_kernels(graph, cache, values, reasons)
+    return CacheType.FLOAT32
+
+
+_LATENT = "it has one latent per token"
+
+
+def _why(reader: ir.Node, reason: str) -> str:
+    """Describe why ONNX Runtime reads the cache of a layer."""
+    if (reader.domain, reader.op_type) == (DIALECT, LATENT_ATTENTION):
+        return _LATENT
+    attention = (reader.domain, reader.op_type) == (MICROSOFT, "GroupQueryAttention")
+    return f"attention stays outside of kernels: {reason}" if attention else "attention is in plain operators"
+
+
+def narrow_cache(graph: Graph, cache: CacheType) -> None:
+    """Change the type, and for types with scales the width, of every past and present."""
+    values = {str(v.name): v for v in (*graph.graph.inputs, *graph.graph.outputs)}
     slots = []
     for slot in graph.cache:
         for name in slot.names:
@@ -57,22 +69,6 @@ def narrow_cache(graph: Graph, cache: CacheType, held: Set[ir.Value], reasons: M
             value.shape = ir.Shape([*dims, int(width) + _EXTRA[cache]])
         slots.append(_widen(slot, _EXTRA[cache]))
     graph.cache = tuple(slots)
-
-
-def _require_kernels(
-    graph: Graph, cache: CacheType, values: Mapping[str, ir.Value], reasons: Mapping[ir.Node, str]
-) -> None:
-    """Refuse layers that share the cache of another one, but stay with ONNX Runtime."""
-    for slot in graph.cache:
-        for name in (slot.present_key, slot.present_value):
-            outside = [node for node in values[name].consumers() if node in reasons]
-            if outside:
-                raise KernelError(
-                    f"a KV cache in {cache.value} needs compiled attention in every layer, but "
-                    f"{len(outside)} that share the cache of layer {slot.layer} stay with ONNX Runtime: "
-                    f"{reasons[outside[0]]}",
-                    hint="use kv_cache: float32",
-                )
 
 
 def _widen(slot: CacheSlot, extra: int) -> CacheSlot:

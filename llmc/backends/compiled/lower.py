@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from llmc.backends.compiled import states
 from llmc.backends.compiled.agreement import agreement_text
-from llmc.backends.compiled.cache import narrow_cache
+from llmc.backends.compiled.cache import choose_type, narrow_cache
 from llmc.backends.compiled.isa import InstructionSet
 from llmc.backends.compiled.obstacles import obstacle
 from llmc.backends.compiled.operands import is_turned, parts_per_token, space_of, width_of
@@ -24,7 +24,7 @@ from llmc.backends.compiled.program import CHOSEN, PER_TOKEN, SYMBOLS, Program, 
 from llmc.backends.compiled.region import RegionBuilder
 from llmc.backends.compiled.toolchain import Compiler, TranslationUnit, compile_library
 from llmc.config import CacheType
-from llmc.errors import UnsupportedError
+from llmc.errors import KernelError
 from llmc.graph.domains import COMPILED, COMPILED_EXACT, COMPILED_PRODUCTS, MICROSOFT
 from llmc.graph.edit import drop_dead, drop_unused_functions, take_over
 from llmc.graph.match import dims_of
@@ -85,7 +85,7 @@ def compile_kernels(
     """Replace what kernels can compute by operators of domain `llmc.compiled`, and compile them.
 
     Raises:
-        UnsupportedError: As `lower_kernels`.
+        KernelError: As `lower_kernels`.
         ResourceError: The compiler fails.
     """
     source = lower_kernels(graph, cache)
@@ -105,13 +105,13 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
 
     Args:
         graph: The lowered and quantized graph; changed in place. Weights are packed when they are written.
-        cache: Type of the KV cache after the change.
+        cache: Type of the KV cache after the change, if kernels read it in every layer.
 
     Raises:
-        UnsupportedError: The graph has nothing for kernels, or they cannot store the cache of every layer in
-            its type.
+        KernelError: The graph has nothing for kernels.
     """
     levels, reasons = _levels(graph.graph)
+    cache = choose_type(graph, cache, reasons)
     groups: dict[int, list[ir.Node]] = {}
     for node, level in levels.items():
         if level % 2:
@@ -129,10 +129,12 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
         replaced += len(nodes)
     if not builders:
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(_left(graph.graph, reasons)))
-        raise UnsupportedError("the graph has nothing that kernels can compute", hint=why)
+        raise KernelError(
+            "the graph has nothing that kernels can compute", hint=f"use a target without them; {why}"
+        )
     texts: dict[Variant, list[str]] = {"exact": _region_texts(builders, "exact")}
     if cache is not CacheType.FLOAT32:
-        narrow_cache(graph, cache, {past for b in builders for past in b.pasts.values()}, reasons)
+        narrow_cache(graph, cache)
     texts |= {variant: _region_texts(builders, variant) for variant in ("served", "products")}
     replaced_by: dict[ir.Value, ir.Value] = {}
     for index, builder in enumerate(builders):

@@ -15,7 +15,6 @@ from llmc.backends.compiled.lower import compile_kernels
 from llmc.backends.compiled.program import SAME_TOKENS
 from llmc.backends.compiled.toolchain import find_compiler
 from llmc.config import CacheType
-from llmc.errors import UnsupportedError
 from llmc.graph.interface import CacheSlot
 from llmc.graph.model import CHUNK, Graph
 from llmc.runtime.arithmetic import Arithmetic, compute_in
@@ -437,12 +436,16 @@ def feeds_of_zeros(kernels: Kernels, past: int, slots: int) -> dict[str, Array]:
     return feeds
 
 
-@pytest.mark.parametrize(
-    ("where", "which"), [("sinks", "1 of 3"), ("sharer_sinks", "1 that share the cache of layer 1")]
-)
-def test_a_layer_that_kernels_do_not_take_is_not_supported(where: str, which: str) -> None:
-    needs = "a KV cache in int8 needs compiled attention in every layer"
-    why = f"{needs}, but {which} stay with ONNX Runtime: it has a bias or sinks"
-    with pytest.raises(UnsupportedError, match=why) as caught:
-        compile_kernels(attention_graph(**{where: True}), usable_sets()[0], find_compiler(), CacheType.INT8)
-    assert "kv_cache: float32" in str(caught.value.hint)
+@pytest.mark.parametrize("where", ["sinks", "sharer_sinks"])
+def test_one_layer_without_kernels_keeps_every_cache_in_float32(where: str) -> None:
+    graph = attention_graph(**{where: True})
+    before = graph.cache
+    made = compile_kernels(graph, usable_sets()[0], find_compiler(), CacheType.INT8)
+    assert graph.cache == before
+    assert {spec.dtype for spec in graph.interface().inputs if spec.name.startswith("past")} == {"float32"}
+    why = "it has a bias or sinks"
+    assert made.outside == (("GroupQueryAttention", why, 1),)
+    assert graph.notes == [
+        "the KV cache stays in float32, not int8: ONNX Runtime reads that of 1 of 3 layers; in layer 1, "
+        f"attention stays outside of kernels: {why}"
+    ]

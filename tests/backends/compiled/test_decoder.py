@@ -20,7 +20,7 @@ from llmc.backends.compiled.toolchain import find_compiler
 from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.backends.onnxruntime.lookup import verifying_model
 from llmc.checkpoint import open_checkpoint
-from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError, UnsupportedError
+from llmc.errors import ConfigError, ExitCode, KernelError, ParityError, ResourceError, UnsupportedError
 from llmc.graph.interface import CHOSEN_TOKENS
 from llmc.graph.model import PACKED
 from llmc.pipeline import build
@@ -336,9 +336,11 @@ def test_a_profile_without_kernels_is_not_supported() -> None:
 def test_a_graph_without_products_is_not_supported() -> None:
     x = (builder := GraphBuilder()).input("x", 32)
     graph = builder.finish([builder.node("Relu", [x], "y", 32)])
-    with pytest.raises(UnsupportedError, match="nothing that kernels can compute") as caught:
+    with pytest.raises(KernelError, match="nothing that kernels can compute") as caught:
         compile_kernels(graph, usable_sets()[0], find_compiler())
-    assert caught.value.hint == "Relu: its region has nothing that is worth a kernel"
+    assert (
+        caught.value.hint == "use a target without them; Relu: its region has nothing that is worth a kernel"
+    )
 
 
 def test_a_build_without_a_compiler_keeps_what_was_there(
