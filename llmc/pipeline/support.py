@@ -24,6 +24,12 @@ from llmc.records import Record
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
 
+#: Standard operators that move data, or change its type or shape.
+_MOVING = {
+    "Cast", "CastLike", "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Reshape", "Shape",
+    "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+
 
 class GraphPart(Record):
     """Equal parts of a graph.
@@ -49,9 +55,10 @@ class TargetSupport(Record):
     Args:
         refused: Why it cannot be built; None if it can.
         advice: What to do about that.
-        operators: Operators that passes and quantization chose: they are not in the traced graph.
+        operators: Operators that passes and quantization chose: they are not in the traced graph. Those that
+            only move data or compute indices are left out.
         plain: Captured parts that no operator of the target computes: they stay functions over standard
-            operators.
+            operators. Empty where only quantized weights can be compiled, and a build has yet to choose bits.
         passes: What each pass did, and where it declined.
         notes: What the backend says of the graph.
     """
@@ -175,12 +182,13 @@ def _ask(checkpoint: Checkpoint, target: Target, traced: frozenset[tuple[str, st
     except ResourceError as error:
         refusals = ()
         notes.append(f"its operators were not checked: {error.fact}")
-    runtime = [node for node in graph.graph if (node.domain, node.op_type) not in traced]
+    chosen = [node for node in graph.graph if (node.domain, node.op_type) not in traced]
+    undecided = quantizer.unsolved is not None and target.kernels == "compiled"
     return TargetSupport(
         target=target.name,
         refused="; ".join(refusals) if refusals else None,
-        operators=_parts(runtime),
-        plain=_parts(node for node in graph.graph if node.domain == DIALECT),
+        operators=_parts(node for node in chosen if _computes(node)),
+        plain=() if undecided else _parts(node for node in graph.graph if node.domain == DIALECT),
         passes=pass_records(lowered.passes),
         notes=tuple(notes),
     )
@@ -212,6 +220,13 @@ def _parts(nodes: Iterable[ir.Node]) -> tuple[GraphPart, ...]:
         )
         for name, group in groups.items()
     )
+
+
+def _computes(node: ir.Node) -> bool:
+    """Return whether a node computes with activations, rather than move them or compute indices."""
+    if not node.domain and node.op_type in _MOVING:
+        return False
+    return not all(output.dtype is not None and output.dtype.is_integer() for output in node.outputs)
 
 
 def _where(layers: Sequence[int]) -> str:

@@ -49,6 +49,7 @@ def test_what_targets_make_of_each_kind_of_layer(
     operators = {kind["name"]: kind["layers"] for kind in plain["operators"]}
     assert operators["GroupQueryAttention, window 8"] == [0, 2]
     assert operators["GroupQueryAttention"] == [1]
+    assert operators.keys().isdisjoint({"Shape", "Slice", "Cast", "Where", "ArgMax", "Range"})
     assert "compiled region" in {kind["name"] for kind in compiled["operators"]}
     assert any(note.startswith("not compiled, there is no kernel for it: ") for note in compiled["notes"])
     assert "a build measures the model" in " ".join(mixed["notes"])
@@ -85,3 +86,15 @@ def test_wrong_options(
     code, out, err = _call(capsys, str(tmp_path), *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_bits_that_are_not_chosen_do_not_leave_states_to_plain_operators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_tiny_model("mamba2", tmp_path / "model", tokenizer=True, eos_token_id=EOS))
+    code, out, _ = _call(
+        capsys, model, "--support", "--target", "cpu-mixed-compiled,cpu-int8-compiled", "--json"
+    )
+    mixed, compiled = json.loads(out)["targets"]
+    assert (code, mixed["plain"], compiled["plain"]) == (0, [], [])
+    assert "compiled region" in {kind["name"] for kind in compiled["operators"]}
