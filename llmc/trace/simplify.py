@@ -149,8 +149,10 @@ def static_shape(
 ) -> list[int] | None:
     """Return the `Reshape` target for a dynamic `target`: 0 copies the dimension at the same position.
 
-    Return None if more than one dimension would have to be inferred.
+    Return None if more than one dimension would have to be inferred, or one is empty.
     """
+    if 0 in target:
+        return None
     dims: list[int] = []
     for position, dim in enumerate(target):
         if isinstance(dim, int):
