@@ -151,6 +151,11 @@ def uncast(value: ir.Value) -> ir.Value:
     return value
 
 
+def count_plain_attention(graph: ir.Graph) -> int:
+    """Count the softmaxes over a dimension of dynamic size, as attention in plain operators has over keys."""
+    return sum(last_dim_of(node.outputs[0]) is None for node in find_nodes(graph, "Softmax"))
+
+
 def permutation_of(node: ir.Node) -> list[int] | None:
     """Return `perm` of a Transpose; None if it does not state it."""
     attribute = node.attributes.get("perm")

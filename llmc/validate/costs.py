@@ -15,6 +15,8 @@ _ORIGINAL_RATE = 150e9
 _ARTIFACT_RATE = 300e9
 #: Attention scores (one query, one key, one head) per second, on either side.
 _SCORE_RATE = 2e9
+#: The same where attention is computed in plain operators, each of which writes all scores to memory.
+_PLAIN_SCORE_RATE = 5e7
 #: Values of states of fixed size updated per second, by the original and by the artifact.
 _ORIGINAL_STATE_RATE = 4e9
 _ARTIFACT_STATE_RATE = 1.5e9
@@ -38,6 +40,7 @@ class Costs:
         capacity: Slots of a cache of fixed length, all of which every run reads and writes; 0 for one that
             grows or is shared.
         states: Values of states of fixed size, all of which every token updates.
+        plain: How many of `scores` are computed in plain operators, by the original as well.
     """
 
     parameters: int
@@ -46,6 +49,7 @@ class Costs:
     cache_bytes: int
     capacity: int = 0
     states: int = 0
+    plain: int = 0
 
     def original(self, tokens: int, rows: int = 1) -> float:
         """Forecast the seconds of one pass of the original over `rows` sequences of `tokens`."""
@@ -61,11 +65,16 @@ class Costs:
     def _seconds(self, tokens: int, pairs: float, rate: float, state_rate: float) -> float:
         operations = 2 * self.parameters * tokens + 4 * self.scores * self.width * pairs
         updates = self.states * tokens / state_rate
-        return operations / rate + self.scores * pairs / _SCORE_RATE + updates
+        scores = (self.scores - self.plain) * pairs / _SCORE_RATE + self.plain * pairs / _PLAIN_SCORE_RATE
+        return operations / rate + scores + updates
 
 
-def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
-    """Read the sizes from a graph's interface and from the transformers configuration of its original."""
+def model_costs(interface: Interface, config: Any, parameters: int, plain_layers: int = 0) -> Costs:
+    """Read the sizes from a graph's interface and from the transformers configuration of its original.
+
+    Args:
+        plain_layers: Layers that compute attention in plain operators.
+    """
     bits = {spec.name: bits_of(spec.dtype) for spec in interface.inputs}
     heads = int(getattr(config.get_text_config(decoder=True), "num_attention_heads", None) or 1)
     slots = interface.cache
@@ -76,7 +85,8 @@ def model_costs(interface: Interface, config: Any, parameters: int) -> Costs:
     width = max((s.key_width for s in slots), default=1)
     states = sum(math.prod(state.shape) for state in interface.states)
     scores = heads * (len(slots) if interface.states else max(1, len(slots)))
-    return Costs(parameters, scores, width, cache_bytes, capacity, states)
+    plain = min(scores, heads * plain_layers)
+    return Costs(parameters, scores, width, cache_bytes, capacity, states, plain)
 
 
 def bits_of(dtype: str) -> int:

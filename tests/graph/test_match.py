@@ -10,6 +10,7 @@ from llmc.graph.match import (
     array_of,
     behind,
     constant_of,
+    count_plain_attention,
     dims_of,
     find_nodes,
     input_of,
@@ -163,3 +164,13 @@ def test_outputs_of_a_split() -> None:
     assert [part_of(v) for v in node.outputs] == [(source, 1, 0, 3, 1), (source, 1, 3, 8, 1)]
     node.outputs[0].shape = None
     assert part_of(node.outputs[1]) is None
+
+
+def test_softmaxes_over_keys_are_counted() -> None:
+    nodes = []
+    for dims in (["batch", 4, "sequence", "total"], ["batch", "sequence", 8]):
+        softmax = ir.node("Softmax", [value(*dims)])
+        softmax.outputs[0].shape = ir.Shape(dims)
+        nodes.append(softmax)
+    graph = ir.Graph([], [], nodes=nodes, opset_imports={"": 21})
+    assert count_plain_attention(graph) == 1

@@ -1,5 +1,6 @@
 """What a plan looks at, over many seeds: every kind of place, within its budget, the same for one seed."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -115,3 +116,12 @@ def test_a_graph_with_all_logits_is_given_no_more_than_memory_holds() -> None:
 def test_only_a_narrow_cache_is_looked_at_for_what_it_loses() -> None:
     assert plan_of(interface(4096), TEXT).cache_steps == 0
     assert plan_of(interface(4096, dtype="int8"), TEXT).cache_steps == 128
+
+
+def test_attention_in_plain_operators_is_verified_at_fewer_long_rows() -> None:
+    def longest(costs: Costs) -> int:
+        return max(max(batch.prompts) for batch in plan_of(interface(8192), TEXT, costs=costs).batches)
+
+    plain = replace(TINY, scores=12, plain=12)
+    assert longest(replace(plain, plain=0)) > 4 * longest(plain)
+    assert plain.original(8192) > 20 * replace(plain, plain=0).original(8192)

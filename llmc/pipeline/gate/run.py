@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.store.codec import TextCodec
 from llmc.errors import ConfigError, ParityError
+from llmc.graph.match import count_plain_attention
 from llmc.graph.switches import rope_switches, trained_lengths
 from llmc.pipeline.gate.contents import compare_contents
 from llmc.pipeline.gate.subject import Subject, open_original, open_own
@@ -125,10 +126,13 @@ class Run:
     def plan(self) -> Plan:
         """Return the positions that the parity levels compare."""
         subject, config = self.subject, self.subject.checkpoint.config
+        plain = 0 if subject.interface.static_cache else count_plain_attention(subject.rebuilt.graph.graph)
         ground = Ground(
             interface=subject.interface,
             text=self.tokens,
-            costs=model_costs(subject.interface, config, subject.compiled.reference_bytes() // 4),
+            costs=model_costs(
+                subject.interface, config, subject.compiled.reference_bytes() // 4, plain_layers=plain
+            ),
             window=sliding_window(config),
             switches=rope_switches(config),
             lengths=trained_lengths(config),
