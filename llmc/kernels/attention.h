@@ -227,6 +227,16 @@ struct Attention {
     }
   }
 
+  /// The factor that turns a sum of values by weights relative to exp(peak) into the result of `head`. `total` is the
+  /// sum of these weights times exp(unit); an attention sink is one more weight, without a value.
+  static float normalizer(const Run& run, const Op& op, int64_t head, float peak, float total, float unit) {
+    if (op.sinks < 0) return total > 0 ? 1.0f / total : 0.0f;
+    const float sink = run.tensor<const float>(op.sinks)[head], top = sink > peak ? sink : peak;
+    const F weights = exp(F{peak - top, sink - top + unit});
+    const float whole = total * weights[0] + weights[1];
+    return whole > 0 ? weights[0] / whole : 0.0f;
+  }
+
   /// Combine the partial results of one row in their order.
   static void combine(const Run& run, const Op& op, int64_t row) {
     if (!few(run)) return;
@@ -247,7 +257,7 @@ struct Attention {
         total += weight * part[D + 1];
         for (int v = 0; v < vectors; v++) acc[v] += all(weight) * load(part + v * kLanes);
       }
-      const F inverse = all(total > 0 ? 1.0f / total : 0.0f);
+      const F inverse = all(normalizer(run, op, h, peak, total, 0));
       for (int v = 0; v < vectors; v++) store(out + h * D + v * kLanes, acc[v] * inverse);
     }
   }
@@ -292,8 +302,8 @@ struct Attention {
     }
     for (int r = 0; r < rows; r++) {
       float* to = numbers_of(op.out, r);
-      const float total = sum(room.states[r].total);
-      const F inverse = all(total > 0 ? 1.0f / total : 0.0f);
+      const typename Keys::State& state = room.states[r];
+      const F inverse = all(normalizer(run, op, head * group + r % group, state.peak, sum(state.total), Keys::unit));
       for (int v = 0; v < vectors; v++) store(to + v * kLanes, load(room.out + r * D + v * kLanes) * inverse);
     }
   }

@@ -67,6 +67,7 @@ struct Tile {
   static_assert(query_bits >= 8 && key_bits < 16 && weight_bits == 13, "codes have 16 bits");
   static constexpr float levels(int bits) { return static_cast<float>((1 << bits) - 1); }
   static constexpr float log_of_levels = weight_bits * 0.69314718f - 1e-4f;  // rounds to the last level
+  static constexpr float unit = log_of_levels;  // logarithm of what a weight of 1 adds to a total
   /// Powers of two between the largest value of a tile and values whose codes have fewer bits.
   static constexpr int32_t kOctaves = 20;
   /// Values below 2 to this exponent use its codes: their units would leave the range of floats.

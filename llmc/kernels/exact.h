@@ -76,6 +76,7 @@ struct ExactTile {
   static constexpr int numbers = D;
   static constexpr int columns = kKeysOfTile / kLanes, vectors = D / kLanes;
   static constexpr int rows_of_block = kVectorRegisters >= 32 ? 4 : 1;
+  static constexpr float unit = 0;  // logarithm of what a weight of 1 adds to a total
 
   /// The state of a query: the largest score so far, and lanes whose sum is the sum of the weights relative to it.
   struct alignas(64) State {

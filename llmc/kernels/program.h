@@ -40,8 +40,9 @@ struct Op {
   /// `lengths`: tokens of each row - 1, token ids, chosen tokens, or the mask. `window`: the number of keys that a
   /// query sees; 0 for all, negative for chunks of that many.
   int32_t lengths, cos, sin, window;
-  int32_t shift = -1;                 // input with the rotary tables' row of position 0, int64 scalar; -1 for row 0
-  int64_t limit;                      // entries of the embedding, or positions of the rotary tables
+  int32_t shift = -1;  // input with the rotary tables' row of position 0, int64 scalar; -1 for row 0
+  int32_t sinks = -1;  // input with the score of each head's attention sink; -1 for none
+  int64_t limit;       // entries of the embedding, or positions of the rotary tables
 };
 
 /// Largest number of dimensions of a tensor of the operator.

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from llmc.backends.compiled.operands import reads_shared_cache, shift_of
 from llmc.backends.compiled.program import Caches, Fields, Operation, RowPlace, Variant
 from llmc.config import CacheType
-from llmc.graph.match import dims_of, operand
+from llmc.graph.match import dims_of, input_of, operand
 from llmc.graph.model import CHUNK
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def grouped_query(builder: RegionBuilder, node: ir.Node) -> None:
     scale = node.attributes.get_float("scale", 0.0)
     softcap = node.attributes.get_float("softcap", 0.0)
     chunk = int(node.metadata_props.get(CHUNK, 0))
+    sinks = input_of(node, 11)
+    if sinks is not None:
+        fields["sinks"] = builder.weight(sinks)
     common: Fields = {
         **fields,
         "cache": caches,

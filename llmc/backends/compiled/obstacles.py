@@ -12,6 +12,7 @@ from llmc.backends.compiled.operands import (
     PARTS,
     codes_of,
     embedding_layout,
+    is_static,
     layout_of,
     reads_shared_cache,
     scales_of,
@@ -23,7 +24,7 @@ from llmc.backends.compiled.operands import (
 from llmc.backends.compiled.pack import PackedLayout
 from llmc.backends.compiled.program import LANES, MOST_DIMS
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.match import dims_of, operand, rank_of, scalar_of
+from llmc.graph.match import dims_of, input_of, operand, rank_of, scalar_of
 from llmc.graph.model import CHUNK, PackedZero
 from llmc.graph.weights import LazyWeight
 
@@ -123,12 +124,16 @@ def _check_choice(node: ir.Node) -> str | None:
 
 
 def _check_attention(node: ir.Node) -> str | None:
-    bias = node.inputs[10] if len(node.inputs) > 10 else None
-    if (bias is not None and CHUNK not in node.metadata_props) or any(
-        v is not None for v in node.inputs[11:]
+    if input_of(node, 10) is not None and CHUNK not in node.metadata_props:
+        return "it has a bias"
+    sinks = input_of(node, 11)
+    if sinks is not None and not (
+        is_static(sinks) and dims_of(sinks) == [node.attributes["num_heads"].as_int()]
     ):
-        return "it has a bias or sinks"
-    if len(node.inputs) > 9 and node.inputs[9] is not None and shift_of(node) is None:
+        return "its sinks are not a float32 vector of the model"
+    if any(v is not None for v in node.inputs[12:]):
+        return "its cache has scales"
+    if input_of(node, 9) is not None and shift_of(node) is None:
         return "its position ids are not those of the mask"
     if node.attributes.get_int("smooth_softmax", 0):
         return "it has a smooth softmax"

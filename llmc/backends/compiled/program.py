@@ -104,7 +104,7 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
     "Op": (
         *("check", "row", "chunks", "chunk", "ahead", "space"),
         *("out", "a", "b", "c", "d", "e", "weight", "bias"),
-        *("n", "k", "x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "limit"),
+        *("n", "k", "x", "y", "cache", "lengths", "cos", "sin", "window", "shift", "sinks", "limit"),
     ),
     "Output": ("type", "rank", "dims", "past"),
     "Extent": ("over", "bytes"),

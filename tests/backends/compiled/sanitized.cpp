@@ -110,7 +110,8 @@ void product(int64_t rows, int32_t outputs) {
 }
 
 template <class A>
-void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_heads, int width, int32_t window) {
+void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_heads, int width, int32_t window,
+            bool sinks = false) {
   const int64_t slots = past + sequence, rows = batch * sequence;
   const int32_t all = heads * width, few = kv_heads * width;
   std::vector<std::vector<uint8_t>> caches;
@@ -124,10 +125,10 @@ void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_hea
     }
   }
   std::vector<int32_t> lengths(batch, static_cast<int32_t>(slots - 1));
-  std::vector<float> tables(slots * width / 2, 0.5f);
-  void* tensors[] = {caches[0].data(), caches[1].data(), lengths.data(), tables.data()};
+  std::vector<float> tables(slots * width / 2, 0.5f), scores(heads, 1.0f);
+  void* tensors[] = {caches[0].data(), caches[1].data(), lengths.data(), tables.data(), scores.data()};
   const Shape shape{{batch, kv_heads, slots, A::Rows::elements}, 4};
-  const Shape shapes[] = {shape, shape, {}, {}};
+  const Shape shapes[] = {shape, shape, {}, {}, {}};
   auto memory = room<float>(rows * (3 * all + 2 * few));
   for (int64_t i = 0; i < rows * (3 * all + 2 * few); i++) memory.get()[i] = noise();
   Run run{nullptr, tensors, shapes, memory.get(), nullptr, batch, sequence, slots, 1};
@@ -145,6 +146,7 @@ void attend(int64_t batch, int64_t sequence, int64_t past, int heads, int kv_hea
   op.cos = op.sin = 3;
   op.limit = slots;
   op.window = window;
+  if (sinks) op.sinks = 4;
   if (A::check(run, op) != nullptr) broken += 1000;
   lengths[0]++;
   if (A::check(run, op) == nullptr) broken += 1000;  // one token more than there are slots
@@ -162,8 +164,8 @@ template <class A>
 void attend_all(int heads, int kv_heads, int width) {
   attend<A>(1, 1, 700, heads, kv_heads, width, 0);
   attend<A>(2, 70, 0, heads, kv_heads, width, 20);
-  attend<A>(1, 9, 130, heads, kv_heads, width, 0);
-  attend<A>(1, 1, 0, heads, kv_heads, width, 0);
+  attend<A>(1, 9, 130, heads, kv_heads, width, 0, true);
+  attend<A>(1, 1, 0, heads, kv_heads, width, 0, true);
 }
 
 /// A buffer of noise, of exactly `count` numbers.

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from llmc.pipeline import build
 from llmc.pipeline.result import BuildResult
 from llmc.plan import plan_build
@@ -23,6 +25,15 @@ def built(
 def cache_types(result: BuildResult) -> set[str]:
     names = {name for slot in result.manifest.interface.cache for name in slot.names}
     return {spec.dtype for spec in result.manifest.interface.inputs if spec.name in names}
+
+
+@pytest.mark.parametrize("target", ["cpu-int4-compiled", "cpu-int8-compiled"])
+def test_sinks(target: str, tmp_path: Path) -> None:
+    """Every expert is chosen, since rounding that turns a choice tells nothing about attention."""
+    result = built(tmp_path, "gpt_oss", target, num_local_experts=2, num_experts_per_tok=2)
+    assert cache_types(result) == {"float16"}
+    assert result.manifest.kernels is not None
+    assert "GroupQueryAttention" not in {each.operator for each in result.manifest.kernels.outside}
 
 
 def test_attention_in_plain_operators(tmp_path: Path) -> None:
