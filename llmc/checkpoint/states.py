@@ -1,15 +1,17 @@
-"""Refuse models that keep what they know of earlier tokens elsewhere than in a `Cache` of transformers."""
+"""Refuse models that keep what they know of earlier tokens in nothing that tracing looks into.
+
+It looks into a `Cache` of transformers, and into the tensors that a step leaves in a module or in a cache
+class of the model's own.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 import types
 import typing
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import language_model
 from llmc.errors import UnsupportedError, number_ranges
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ def refuse_own_state(model: PreTrainedModel) -> None:
         UnsupportedError: It has another kind of state, or none; the message names the class and the layers.
     """
     _refuse_other_arguments(model)
-    _refuse_own_cache(model)
     _refuse_own_layers(model)
 
 
@@ -60,18 +61,6 @@ def _own_kind(annotation: Any) -> type | None:
         if not issubclass(kind, Cache):
             return kind
     return None
-
-
-def _refuse_own_cache(model: PreTrainedModel) -> None:
-    from transformers import Cache
-
-    for part in (model, language_model(model)):
-        module = sys.modules[type(part).__module__]
-        for name, kind in vars(module).items():
-            if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == module.__name__:
-                raise UnsupportedError(
-                    f"{type(model).__name__} keeps its state in a cache class of its own, {name}", hint=_HINT
-                )
 
 
 def _refuse_own_layers(model: PreTrainedModel) -> None:

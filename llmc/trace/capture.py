@@ -87,7 +87,7 @@ class Capture:
         recurrent: States that captured recurrences returned, by the number of their nodes.
         joined: Tensors that join such states along their heads, with the numbers of the nodes.
         dense_experts: Reasons why experts are dense products.
-        sizes: Numbers of rows and of new tokens.
+        sizes: Numbers of rows and of new tokens, of each input of the step.
         stepped: Layers whose state is computed token by token.
         states: The recurrences that compute each stored state, by the numbers of their nodes: one for each
             part of the state's heads.
@@ -103,7 +103,7 @@ class Capture:
     convolved: list[tuple[Any, StateKey]] = field(default_factory=list)
     convolutions: set[StateKey] = field(default_factory=set)
     recurrent: list[Any] = field(default_factory=list)
-    sizes: tuple[Any, Any] = (0, 0)
+    sizes: tuple[tuple[Any, Any], ...] = ()
     stepped: set[int] = field(default_factory=set)
     joined: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     states: dict[tuple[int, ...], StateKey] = field(default_factory=dict)

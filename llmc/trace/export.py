@@ -24,10 +24,10 @@ from llmc.trace.capture import (
 )
 from llmc.trace.every_size import export_all_sizes
 from llmc.trace.expert_loops import unroll_expert_loops
-from llmc.trace.failure import check_splits, explain_failure, root_cause, watch_states
+from llmc.trace.failure import check_cache_class, check_splits, explain_failure, root_cause, watch_states
 from llmc.trace.kernels import intercepting_kernels, joined_states
-from llmc.trace.mixers import Mixer
 from llmc.trace.pairs import check_real, pairs_for_complex
+from llmc.trace.places import Mixer
 from llmc.trace.positions import first_position, stated_positions
 from llmc.trace.recurrences import name_recurrences
 from llmc.trace.row_splits import splitting_by_computed_sizes
@@ -116,20 +116,15 @@ def export_model(
 
     with _quiet():
         model = build_fake_model(config, dtype, captured=captured)
+        if not mixers:
+            check_cache_class(model)
         held = hold_frequencies(model)
         restart = restart_length(model, rope_switches(config))
         aliases = parameter_aliases(model)
-        parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-        stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
-        parameters |= {n for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
+        parameters = _stored_names(model)
         stack = find_layers(model, config.get_text_config(), stamp=stamp) if mark else NO_LAYERS
         layers = len(stack.names) or int(getattr(config.get_text_config(), "num_hidden_layers", 0))
-        layer_buffers = {
-            f"{name}.{key}": _values(buffer)
-            for name in stack.names
-            for key, buffer in model.get_submodule(name).named_buffers()
-            if not buffer.is_meta
-        }
+        layer_buffers = _buffers_of(model, stack)
         unroll_expert_loops(model)
         mark_layers(model, stack)
         kept = watch_states(model)
@@ -206,7 +201,7 @@ def _export(
         ) -> torch.Tensor:
             capture.__init__()  # type: ignore[misc]
             sizes = attention_mask.shape[1], input_ids.shape[1]
-            capture.sizes = input_ids.shape[0], input_ids.shape[1]
+            capture.sizes = tuple((x.shape[0], x.shape[1]) for x in (input_ids, position_ids))
             arguments: dict[str, Any] = {
                 _CACHE_ARGUMENT: cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,
@@ -231,6 +226,23 @@ def _export(
     )
     shapes = ({0: batch, 1: sequence}, {0: batch, 1: all_positions}, {0: batch, 1: sequence})
     return export_all_sizes(Step(), example, shapes)
+
+
+def _stored_names(model: torch.nn.Module) -> set[str]:
+    """Return the names of parameters and of buffers that a checkpoint stores."""
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    stored = set(model.state_dict())  # a router's correction bias is a buffer whose values are trained
+    return parameters | {n for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
+
+
+def _buffers_of(model: torch.nn.Module, stack: LayerStack) -> dict[str, np.ndarray]:
+    """Return the values of every layer's buffers, by qualified name."""
+    return {
+        f"{name}.{key}": _values(buffer)
+        for name in stack.names
+        for key, buffer in model.get_submodule(name).named_buffers()
+        if not buffer.is_meta
+    }
 
 
 def _values(buffer: torch.Tensor) -> np.ndarray:

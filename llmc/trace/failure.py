@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import language_model
 from llmc.errors import UnsupportedError, count_names, failing_line
+from llmc.trace.capture import UnknownStateError
 
 if TYPE_CHECKING:
     import torch
+
+_HINT = "llmc compiles models whose keys, values and states are in the Cache of transformers"
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -31,6 +36,23 @@ def watch_states(model: torch.nn.Module) -> list[str]:
     return kept
 
 
+def check_cache_class(model: torch.nn.Module) -> None:
+    """Check that the model's code defines no cache of its own.
+
+    Raises:
+        UnknownStateError: It does.
+    """
+    from transformers import Cache
+
+    for part in (model, language_model(model)):
+        module = sys.modules[type(part).__module__]
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == module.__name__:
+                raise UnknownStateError(
+                    f"{type(model).__name__} keeps its state in a cache class of its own, {name}", hint=_HINT
+                )
+
+
 def explain_failure(model: torch.nn.Module, cause: BaseException, kept: Sequence[str]) -> UnsupportedError:
     """Return the refusal of a model whose code failed while it was traced.
 
@@ -44,9 +66,9 @@ def explain_failure(model: torch.nn.Module, cause: BaseException, kept: Sequence
 
     name = type(model).__name__
     if kept:
-        return UnsupportedError(
+        return UnknownStateError(
             f"{name} keeps a state in {count_names(kept)}, outside of the cache",
-            hint="llmc compiles models whose keys, values and states are in the Cache of transformers",
+            hint=_HINT,
         )
     where = _place(model, cause)
     message = (str(cause).strip().splitlines() or ["it gives no reason"])[0]

@@ -8,13 +8,17 @@ Nothing depends on the names of classes or tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from llmc.errors import LlmcError
 from llmc.graph.interface import StateKind
+from llmc.trace.beginnings import Beginnings
 from llmc.trace.capture import capturing
 from llmc.trace.expert_loops import unroll_expert_loops
-from llmc.trace.places import Path, tensors_in
+from llmc.trace.failure import explain_failure, root_cause
+from llmc.trace.places import BATCH, SEQUENCE, Mixer, Output, Path, StatePlace, tensors_in
 from llmc.trace.skeleton import build_fake_model
 from llmc.trace.stamp import find_layers
 
@@ -26,59 +30,16 @@ _STEPS = ((2, 3), (3, 5))
 #: Attributes of the layers of transformers' caches.
 _KEYS_AND_VALUES = ("keys", "values")
 _CONVOLUTIONS = "conv_states"
-BATCH, SEQUENCE = "batch", "sequence"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place of a state: in the cache, or in an attribute of a module within the mixer.
-
-    Args:
-        kind: What runtimes take it for: "conv" if it is where transformers' caches have the inputs of
-            convolutions.
-        module: Name of the module, relative to the mixer; None if the state is in the cache.
-    """
-
-    kind: StateKind
-    module: str | None
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor that a mixer returns; its sizes are numbers, `BATCH` or `SEQUENCE`."""
-
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """A module that keeps a state.
-
-    Args:
-        name: Its qualified name.
-        kind: Its class.
-        layer: The index by which its layer addresses the cache.
-        places: Where its states are after a step.
-        result: What it returns, with `Output` in place of tensors.
-        cache: The cache after a step, whose states are replaced.
-    """
-
-    name: str
-    kind: type
-    layer: int
-    places: tuple[Place, ...]
-    result: Any
-    cache: Any
 
 
 def find_mixers(config: Any, dtype: torch.dtype) -> list[Mixer]:
     """Find the modules within the decoder layers that keep a state.
 
-    Modules that keep a state in a way that has no such form are left out.
+    Returns:
+        Nothing if the model keeps no state, or also keeps something in another way.
+
+    Raises:
+        UnsupportedError: The model's code does not run without weights, or a state does not begin with zeros.
     """
     import torch
 
@@ -88,22 +49,33 @@ def find_mixers(config: Any, dtype: torch.dtype) -> list[Mixer]:
     layers = dict(zip(stack.names, stack.indices, strict=True))
     watch = _Watch(model, list(layers))
     mode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
-    with capturing(), torch.no_grad(), mode:
-        for rows, tokens in reversed(_STEPS):
-            cache = watch.first(rows, tokens)
-        watch.compare(cache)
-        watch.run(_STEPS[0][0], 1, cache)
-    found = []
-    for name, places in watch.kept().items():
-        layer = next((i for n, i in layers.items() if name.startswith(f"{n}.")), None)
-        if layer is not None:
-            module = model.get_submodule(name)
-            found.append(Mixer(name, type(module), layer, places, watch.result_of(name), cache))
-    return found
+    try:
+        with capturing(), torch.no_grad(), mode:
+            for rows, tokens in reversed(_STEPS):
+                cache = watch.first(rows, tokens)
+            watch.compare(cache)
+            kept = watch.kept()
+            beginnings = Beginnings(model, kept, watch.initial)
+            watch.first(_STEPS[0][0], 1)
+    except LlmcError:
+        raise
+    except Exception as error:  # transformers' model code raises any type of error
+        raise explain_failure(model, root_cause(error), ()) from error
+    mixers = []
+    for name, places in kept.items():
+        layer = next(index for layer, index in layers.items() if name.startswith(f"{layer}."))
+        kind = type(model.get_submodule(name))
+        mixers.append(Mixer(name, kind, layer, places, watch.result_of(name), cache))
+    beginnings.check(mixers)
+    return mixers
+
+
+#: A place in the cache, or in the module of that name.
+_Key = tuple[str | None, Path]
 
 
 class _Watch:
-    """Observes the calls of every module within the decoder layers."""
+    """Observes the calls of every module within the decoder layers; `initial` has their attributes before."""
 
     def __init__(self, model: torch.nn.Module, layers: list[str]) -> None:
         self.model = model
@@ -112,12 +84,14 @@ class _Watch:
             for name, module in model.named_modules()
             if any(name.startswith(f"{layer}.") for layer in layers)
         }
+        self.initial = {name: dict(vars(module)) for name, module in self._modules.items()}
         self._results: dict[str, list[Any]] = {}
+        self._shapes: list[dict[_Key, tuple[int, ...]]] = []
         self._cache: Any = None
         self._compares = False
-        self._before: dict[str, list[dict[tuple[str | None, Path], Any]]] = {}
-        self._writers: dict[tuple[str | None, Path], set[str]] = {}
-        self._tensors: dict[tuple[str | None, Path], torch.Tensor] = {}
+        self._before: dict[str, list[dict[_Key, Any]]] = {}
+        self._writers: dict[_Key, set[str]] = {}
+        self._changed: set[_Key] = set()
         for name, module in self._modules.items():
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             module.register_forward_hook(lambda *given, name=name: self._leave(name, given[-1]))
@@ -131,6 +105,8 @@ class _Watch:
             self._results = {name: found[:-1] for name, found in self._results.items()}
             cache = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
             self.run(rows, tokens, cache)
+        self._cache = cache
+        self._note_shapes()
         return cache
 
     def run(self, rows: int, tokens: int, cache: Any) -> Any:
@@ -142,9 +118,15 @@ class _Watch:
         return getattr(self.model(input_ids=ids, use_cache=True, **given), "cache", None)
 
     def compare(self, cache: Any) -> None:
-        """Look for states that change from now on."""
-        self._compares, self._cache = True, cache
-        self._tensors = dict(self._states())
+        """Run one more token over the cache of the step before, and look for what changes."""
+        self._cache = cache
+        before = self._marks()
+        self._compares = True
+        self.run(_STEPS[0][0], 1, cache)
+        self._compares = False
+        self._note_shapes()
+        after = self._marks()
+        self._changed = {key for key in after if before.get(key) != after[key]}
 
     def result_of(self, name: str) -> Any:
         """Return what a module returned in the first steps, with `Output` in place of tensors."""
@@ -163,18 +145,25 @@ class _Watch:
 
         return pytree.tree_map(describe, smaller, larger)
 
-    def kept(self) -> dict[str, tuple[Place, ...]]:
-        """Return the states that changed, by the smallest module during whose call they did."""
-        owners: dict[str, list[Place]] = {}
-        for (module, path), writers in self._writers.items():
-            tensor = self._tensors.get((module, path))
-            owner = max(writers, key=len)
-            if tensor is None or not all(owner == name or owner.startswith(f"{name}.") for name in writers):
-                continue
+    def kept(self) -> dict[str, tuple[StatePlace, ...]]:
+        """Return the states that changed, by the smallest module during whose call they did.
+
+        Return nothing if something else changed: of no fixed size, or outside of the layers.
+        """
+        owners: dict[str, list[StatePlace]] = {}
+        types = {key: tensor.dtype for key, tensor in self._states()}
+        for key in sorted(self._changed, key=str):
+            writers = sorted(self._writers.get(key, ()), key=len)
+            shapes = [shapes.get(key) for shapes in self._shapes]
+            rows = [more for more, _ in reversed(_STEPS)] + [_STEPS[0][0]]
+            size = (shapes[-1] or ())[1:]
+            nested = all(b.startswith(f"{a}.") for a, b in pairwise(writers))
+            if not writers or not nested or not size or shapes != [(n, *size) for n in rows]:
+                return {}
+            module, path = key
             kind: StateKind = "conv" if (True, _CONVOLUTIONS) in path else "recurrent"
-            place = Place(kind, module, path, tuple(int(n) for n in tensor.shape[1:]), tensor.dtype)
-            owners.setdefault(owner, []).append(place)
-        outermost: dict[str, list[Place]] = {}
+            owners.setdefault(writers[-1], []).append(StatePlace(kind, module, path, size, types[key]))
+        outermost: dict[str, list[StatePlace]] = {}
         for owner in sorted(owners):
             outer = next((name for name in outermost if owner.startswith(f"{name}.")), owner)
             outermost.setdefault(outer, []).extend(owners[owner])
@@ -183,7 +172,10 @@ class _Watch:
             for owner, places in outermost.items()
         }
 
-    def _states(self) -> Iterator[tuple[tuple[str | None, Path], torch.Tensor]]:
+    def _note_shapes(self) -> None:
+        self._shapes.append({key: tuple(int(n) for n in t.shape) for key, t in self._states()})
+
+    def _states(self) -> Iterator[tuple[_Key, torch.Tensor]]:
         """Yield what may be a state: tensors of numbers, except keys and values of transformers' caches."""
         for path, tensor in tensors_in(self._cache):
             if tensor.is_floating_point() and path[-1][1] not in _KEYS_AND_VALUES:
@@ -207,7 +199,7 @@ class _Watch:
                 if before.get(place) != mark:
                     self._writers.setdefault(place, set()).add(name)
 
-    def _marks(self) -> dict[tuple[str | None, Path], Any]:
+    def _marks(self) -> dict[_Key, Any]:
         return {place: (id(tensor), tensor._version) for place, tensor in self._states()}
 
 

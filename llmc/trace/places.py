@@ -1,10 +1,13 @@
-"""Find the tensors that an object holds in its containers and attributes, and put others in their place."""
+"""Describe where states are: find the tensors that an object holds, and put others in their place."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from llmc.graph.interface import StateKind
 
 if TYPE_CHECKING:
     import torch
@@ -12,7 +15,55 @@ if TYPE_CHECKING:
 #: The way to a tensor: attributes and keys, each with whether it is an attribute.
 Path = tuple[tuple[bool, Any], ...]
 
+#: Sizes that depend on the step.
+BATCH, SEQUENCE = "batch", "sequence"
 _DEPTH = 6
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """A place of a state: in the cache, or in an attribute of a module within the mixer.
+
+    Args:
+        kind: What runtimes take it for: "conv" if it is where transformers' caches have the inputs of
+            convolutions.
+        module: Name of the module, relative to the mixer; None if the state is in the cache.
+    """
+
+    kind: StateKind
+    module: str | None
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a mixer returns; its sizes are numbers, `BATCH` or `SEQUENCE`."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A module that keeps a state.
+
+    Args:
+        name: Its qualified name.
+        kind: Its class.
+        layer: The index by which its layer addresses the cache.
+        places: Where its states are after a step.
+        result: What it returns, with `Output` in place of tensors.
+        cache: The cache after a step, whose states are replaced.
+    """
+
+    name: str
+    kind: type
+    layer: int
+    places: tuple[StatePlace, ...]
+    result: Any
+    cache: Any
 
 
 def tensors_in(root: Any) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
 from llmc.trace.capture import active_capture
-from llmc.trace.mixers import BATCH, SEQUENCE, Mixer, Output
-from llmc.trace.places import replaced, tensor_at
+from llmc.trace.failure import explain_failure, root_cause
+from llmc.trace.places import BATCH, SEQUENCE, Mixer, Output, replaced, tensor_at
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 STEP = "TokenStep"
 #: Rows while the graph of one token is traced.
 _ROWS = 2
+#: Any other size that depends on the step.
+_OTHER = 7
 
 
 @dataclass
@@ -82,7 +83,7 @@ def _emitting(call: StepCall, number: int) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         sizes = active_capture().sizes
-        known = {str(size): name for size, name in zip(sizes, (BATCH, SEQUENCE), strict=True)}
+        known = {str(rows): BATCH for rows, _ in sizes} | {str(tokens): SEQUENCE for _, tokens in sizes}
         call.leaves, call.spec = pytree.tree_flatten((args, kwargs))
         distinct = {id(x): x for x in call.leaves if isinstance(x, torch.Tensor)}
         call.arguments = [
@@ -90,7 +91,7 @@ def _emitting(call: StepCall, number: int) -> Callable[..., Any]:
             for x in distinct.values()
         ]
         own = [tensor for _, tensor in _weights(call.module)]
-        symbols: dict[int | str, Any] = dict(zip((BATCH, SEQUENCE), sizes, strict=True))
+        symbols: dict[int | str, Any] = dict(zip((BATCH, SEQUENCE), sizes[0], strict=True))
         active_capture().stepped.add(call.mixer.layer)
         made = torch.onnx.ops.symbolic_multi_out(
             f"{TRACE}::{STEP}",
@@ -109,10 +110,9 @@ def _emitting(call: StepCall, number: int) -> Callable[..., Any]:
 def export_token(call: StepCall) -> torch.export.ExportedProgram:
     """Trace the own code of a called module for one token of any number of rows.
 
-    Its inputs are the tensors of the call and the states, its outputs those of the module and the states.
-
-    Raises:
-        UnsupportedError: An argument has another size that depends on the step.
+    Its inputs are the tensors of the call and the states, its outputs those of the module and the states. A
+    size of the step that is neither that of the rows nor of the tokens is a number, so nothing may depend on
+    it.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -143,18 +143,16 @@ def export_token(call: StepCall) -> torch.export.ExportedProgram:
     example, dynamic = [], []
     batch = torch.export.Dim("batch")
     for tensor, shape in call.arguments:
-        if other := [n for n in shape if isinstance(n, str) and n not in (BATCH, SEQUENCE)]:
-            raise UnsupportedError(
-                f"layer {mixer.layer} keeps a state by code of its own ({mixer.kind.__name__}), which takes "
-                f"a tensor with {other[0]} columns"
-            )
-        sizes = [n if isinstance(n, int) else {BATCH: _ROWS, SEQUENCE: 1}[n] for n in shape]
+        sizes = [n if isinstance(n, int) else {BATCH: _ROWS, SEQUENCE: 1}.get(n, _OTHER) for n in shape]
         example.append(torch.zeros(sizes, dtype=tensor.dtype))
         dynamic.append({axis: batch for axis, n in enumerate(shape) if n == BATCH})
     for place in mixer.places:
         example.append(torch.zeros((_ROWS, *place.shape), dtype=place.dtype))
         dynamic.append({0: batch})
-    return torch.export.export(Token(), tuple(example), dynamic_shapes=(tuple(dynamic),), strict=False)
+    try:
+        return torch.export.export(Token(), tuple(example), dynamic_shapes=(tuple(dynamic),), strict=False)
+    except Exception as error:  # transformers' model code raises any type of error
+        raise explain_failure(call.module, root_cause(error), ()) from error
 
 
 @contextmanager

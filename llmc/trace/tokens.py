@@ -16,7 +16,7 @@ from llmc.graph.interface import StateSlot
 from llmc.graph.match import constant_of, dims_of, find_nodes
 from llmc.graph.model import LAYER, SCOPES, Placeholder
 from llmc.graph.recurrence import RECURRENCE, Token
-from llmc.trace.mixers import BATCH, SEQUENCE
+from llmc.trace.places import BATCH, SEQUENCE
 from llmc.trace.simplify import simplify
 from llmc.trace.steps import STEP, StepCall, export_token
 from llmc.trace.translate import name_weights, translate
@@ -114,11 +114,18 @@ class _Joint:
     outer: dict[ir.Value, _Outer] = field(default_factory=dict)
     results: dict[ir.Value, list[_Outer]] = field(default_factory=dict)
 
+    @property
+    def _where(self) -> str:
+        mixer = self.call.mixer
+        return f"layer {mixer.layer} keeps a state by code of its own ({mixer.kind.__name__})"
+
     def join(self) -> Token:
         """Move products with weights out of the token's graph, and return what is left of it."""
         body = self._trace()
         arguments = len(self.call.arguments)
         for value, given, (_, shape) in zip(body.inputs, self.node.inputs, self.call.arguments, strict=False):
+            if value.uses() and any(isinstance(n, str) and n not in (BATCH, SEQUENCE) for n in shape):
+                raise UnsupportedError(f"{self._where}, which reads a tensor of {shape}")
             self.outer[value] = _Outer(_present(given), _axis(shape))
         for weight, given in zip(self._weights(body), self.node.inputs[arguments:], strict=True):
             if weight is not None:
@@ -128,10 +135,7 @@ class _Joint:
         for value, made, output in zip(body.outputs, self.node.outputs, self.call.outputs, strict=False):
             if made.uses():
                 if (axis := _axis(output.shape)) is None:
-                    raise UnsupportedError(
-                        f"layer {self.call.mixer.layer} keeps a state by code of its own "
-                        f"({self.call.mixer.kind.__name__}), which returns more than a value for each token"
-                    )
+                    raise UnsupportedError(f"{self._where}, which returns more than a value for each token")
                 self.results.setdefault(value, []).append(_Outer(made, axis))
         presents = list(body.outputs)[outputs:]
         body.outputs.clear()
@@ -279,7 +283,7 @@ class _Joint:
         tokens = [(v, o) for v, o in self.outer.items() if o.axis is not None and v in read]
         fixed = [(v, o) for v, o in self.outer.items() if o.axis is None and v in read]
         if not tokens:
-            raise UnsupportedError(f"layer {self.call.mixer.layer} keeps a state that depends on no token")
+            raise UnsupportedError(f"{self._where}, which depends on no token")
         constants = _constants(body, nodes)
         body.remove(list(body))
         for n, (value, _) in enumerate(fixed):

@@ -21,7 +21,8 @@ from llmc.trace.capture import UnknownStateError
 from llmc.trace.carried import carry_states
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
-from llmc.trace.mixers import Mixer, find_mixers
+from llmc.trace.mixers import find_mixers
+from llmc.trace.places import Mixer
 from llmc.trace.positions import padding_side, stated_positions, table_positions
 from llmc.trace.simplify import remove_unused, simplify
 from llmc.trace.stamp import NotStampableError, RepeatedLayerError
@@ -57,8 +58,11 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
 
     try:
         return _trace_either(config, dtype, [], (), stamp=stamp)
-    except UnknownStateError:
-        mixers = find_mixers(config, getattr(torch, dtype.value))
+    except UnknownStateError as error:
+        try:
+            mixers = find_mixers(config, getattr(torch, dtype.value))
+        except UnsupportedError as why:
+            raise UnsupportedError(f"{error.fact}; {why.fact}", hint=error.hint) from why
         if not mixers:
             raise
     layers = number_ranges(sorted(mixer.layer for mixer in mixers))

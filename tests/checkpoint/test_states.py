@@ -17,7 +17,6 @@ from tests.checkpoint.refusals import refused
         ("xlstm", "xLSTMForCausalLM keeps its state in a xLSTMCache of its own"),
         ("xlm", "XLMWithLMHeadModel keeps its state in a dict of its own"),
         ("openai-gpt", "OpenAIGPTLMHeadModel keeps nothing between steps"),
-        ("minimax", "MiniMaxForCausalLM keeps its state in a cache class of its own, MiniMaxCache"),
         (
             "deepseek_v4",
             "keeps the state of layers 0-2, 4, 6.* in .* of its own, DeepseekV4HCACache",
