@@ -81,6 +81,7 @@ class TorchModel:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._cache: Any = None
+        self._fills_cache = False
         self._switches = rope_switches(model.config)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -146,8 +147,8 @@ class TorchModel:
                 reporting_failures(end),
                 attention_by_rows(self.model, end - start, end),
             ):
-                out = self.model(input_ids=ids, use_cache=len(ends) > 1, **self._over(cache), **selection)
-                start, cache = end, out.cache if len(ends) > 1 else None
+                out, cache = self._run(ids, cache, use_cache=len(ends) > 1, **selection)
+                start = end
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
                 parts.append(logits.float().numpy())
@@ -165,13 +166,8 @@ class TorchModel:
             ids, end = torch.from_numpy(input_ids[None, start : start + step].copy()), start + step
             requested = end - max(start, first)
             with torch.inference_mode(), reporting_failures(end), attention_by_rows(self.model, step, end):
-                out = self.model(
-                    input_ids=ids,
-                    use_cache=len(steps) > 1,
-                    **self._over(cache),
-                    **self._keep(max(1, requested)),
-                )
-                start, cache = end, out.cache if len(steps) > 1 else None
+                out, cache = self._run(ids, cache, use_cache=len(steps) > 1, **self._keep(max(1, requested)))
+                start = end
             if requested > 0:
                 parts.append(out.logits[0, -requested:].float().numpy())
         return np.concatenate(parts)
@@ -260,19 +256,29 @@ class TorchModel:
 
         ids = torch.from_numpy(input_ids.copy())
         with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
-            out = self.model(
-                input_ids=ids.cuda() if next(self.model.parameters()).is_cuda else ids,
-                use_cache=True,
-                **self._over(self._cache),
-                **self._keep(1),
-            )
-            self._cache = out.cache
+            ids = ids.cuda() if next(self.model.parameters()).is_cuda else ids
+            out, self._cache = self._run(ids, self._cache, use_cache=True, **self._keep(1))
             tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
         return tokens
 
-    def _over(self, cache: Any) -> dict[str, Any]:
-        """Return the argument that continues from a cache; none for an empty one."""
-        return {} if cache is None else {"cache": cache}
+    def _run(self, ids: Any, cache: Any, *, use_cache: bool, **given: Any) -> tuple[Any, Any]:
+        """Run a step from a cache, None for an empty one; return its output, and the cache after it.
+
+        A model that does not return its cache gets one to fill, as `generate` gives it.
+        """
+        from transformers import DynamicCache
+
+        if use_cache and cache is None and self._fills_cache:
+            cache = DynamicCache(config=self.model.config)
+        over = {} if cache is None else {"cache": cache}
+        out = self.model(input_ids=ids, use_cache=use_cache, **over, **given)
+        if not use_cache:
+            return out, None
+        returned = getattr(out, "cache", None)
+        if returned is None and cache is None:
+            self._fills_cache = True
+            return self._run(ids, None, use_cache=True, **given)
+        return out, cache if returned is None else returned
 
     def _keep(self, positions: int) -> dict[str, int]:
         return {"logits_to_keep": positions} if self._keeps_last else {}
