@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import auto_class, language_model
+from llmc.architecture import auto_class, building, language_model
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     import torch
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"), no_init_weights(), building():
         model: PreTrainedModel = auto_class(config).from_config(config)
     return model
 

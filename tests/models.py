@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.architecture import auto_class
+from llmc.architecture import auto_class, building
 from tests.architectures import (
     DEPTHS,
     FEWEST,
@@ -173,12 +173,13 @@ def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTra
 
     config = tiny_config(model_type, **overrides)
     auto = auto_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), building():
         parameters = sum(p.numel() for p in auto.from_config(config).parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"a tiny {model_type} would have {parameters} parameters; override its sizes")
     torch.manual_seed(seed)
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    with building():
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

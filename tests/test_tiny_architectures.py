@@ -98,3 +98,10 @@ def kinds(letters: str) -> list[Kind]:
 )
 def test_the_shortest_prefix_or_one_layer_of_each_kind(letters: str, chosen: list[int]) -> None:
     assert choose_layers(kinds(letters)) == chosen
+
+
+@pytest.mark.parametrize("model_type", ["dots3_note_text", "fast_vlm", "gemma3n", "perception_lm"])
+def test_sizes_of_a_part_or_a_layer_are_small_too(model_type: str) -> None:
+    # widths by layer; towers of packages that are not installed
+    model = build_on_meta(tiny_config(model_type))
+    assert sum(parameter.numel() for parameter in model.parameters()) < 4_000_000

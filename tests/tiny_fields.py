@@ -83,6 +83,7 @@ SIZES: dict[str, Any] = {
     "zero_expert_num": 2,
     "router_hidden_size": 32,
     "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 32,
@@ -146,6 +147,21 @@ _INDEXED = {
     "indexer_head_dim": 16,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
+}
+_TWO_WIDTHS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "per_layer_config": {
+        f"{layer:02}": {
+            "kv_lora_rank": 24,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "qk_nope_head_dim": 24,
+            "head_dim": 40,
+        }
+        for layer in (1, 3)
+    },
 }
 
 # What an architecture needs beyond its sizes, so that all of its features are in use.
@@ -213,7 +229,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     # Sizes that depend on each other in ways of their own.
     "falcon_h1": {"mamba_d_head": 16},
-    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "dots3_note_text": _TWO_WIDTHS,
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense", "sparse"]}, "text_config": _TWO_WIDTHS},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 4]}}},
@@ -235,7 +252,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         ),
         _SECTIONS,
     ),
-    "xlstm": {"num_heads": 4},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},
     "apertus1p5": {
@@ -244,6 +261,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "image_token_offset": 96,
         "audio_token_offset": 160,
     },
+    "fast_vlm": {"vision_config": {"hidden_size": 64}},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": 64}}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     # The number of layers is too few, that of the encoder, rewritten by the config, or a sum of counts.
     "bloom": {"n_layer": 3},
@@ -254,6 +273,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "n_input_layers": 1,
         "n_output_layers": 1,
+        "initializer_range": 0.5,  # the unit of the scales of queries, which move by 0.1
     },
     # Scores without a scale would leave every token with one key, and multiply differences of rounding.
     "granitemoe": {"attention_multiplier": 0.25},
