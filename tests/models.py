@@ -160,11 +160,16 @@ def _shrink(value: Any, size: Any) -> Any:
     return min(value, size) if isinstance(value, int) else size
 
 
-def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def build_tiny_model(
+    model_type: str, seed: int = 0, gain: float | None = None, **overrides: Any
+) -> PreTrainedModel:
     """A float32 model of `tiny_config` in eval mode, with weights that leave no part of it idle.
 
     Matrices are normal with a deviation of 0.15, so that attention is far from uniform; vectors
     (norms, biases) are moved from where transformers puts them by a deviation of 0.1.
+
+    Args:
+        gain: The deviation of matrices other than embeddings and the head, times the root of their inputs.
 
     Raises:
         ValueError: A size of this config goes by a name that is not known here, so it is not tiny.
@@ -181,10 +186,17 @@ def build_tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTra
     with building():
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
+    ends = [*(m for m in model.modules() if isinstance(m, torch.nn.Embedding)), model.get_output_embeddings()]
+    outer = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.1 * noise if parameter.ndim < 2 else 0.15 * noise)
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * noise)
+            elif gain is None or id(parameter) in outer:
+                parameter.copy_(0.15 * noise)
+            else:
+                parameter.copy_(gain * parameter.shape[-1] ** -0.5 * noise)
     return model.eval()
 
 
@@ -195,6 +207,7 @@ def save_tiny_model(
     dtype: torch.dtype | None = None,
     tokenizer: bool = False,
     max_shard_size: int | str = "50GB",
+    gain: float | None = None,
     **overrides: Any,
 ) -> Path:
     """Write `build_tiny_model` to `folder` with `save_pretrained`, and return `folder`.
@@ -203,8 +216,9 @@ def save_tiny_model(
         dtype: Type of the stored weights; None for float32.
         tokenizer: Also write `save_tiny_tokenizer`.
         max_shard_size: Bytes per safetensors file.
+        gain: As for `build_tiny_model`.
     """
-    model = build_tiny_model(model_type, seed, **overrides)
+    model = build_tiny_model(model_type, seed, gain, **overrides)
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

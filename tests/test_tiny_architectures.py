@@ -13,7 +13,7 @@ from tests.architectures import (
     lacking,
     layers_of,
 )
-from tests.models import MODEL_TYPES, tiny_config
+from tests.models import MODEL_TYPES, build_tiny_model, tiny_config
 
 # Experts after dense layers, two kinds of attention, attention between states, shared keys, inner models.
 MIXED = (
@@ -105,3 +105,13 @@ def test_sizes_of_a_part_or_a_layer_are_small_too(model_type: str) -> None:
     # widths by layer; towers of packages that are not installed
     model = build_on_meta(tiny_config(model_type))
     assert sum(parameter.numel() for parameter in model.parameters()) < 4_000_000
+
+
+def test_a_gain_draws_the_matrices_of_layers_by_their_inputs() -> None:
+    plain, drawn = (dict(build_tiny_model("llama", gain=gain).named_parameters()) for gain in (None, 0.5))
+    inside = {"self_attn.q_proj": 64, "mlp.down_proj": 96}
+    for name, inputs in inside.items():
+        deviation = float(drawn[f"model.layers.1.{name}.weight"].detach().std())
+        assert deviation == pytest.approx(0.5 * inputs**-0.5, rel=0.1)
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert drawn[name].equal(plain[name])
