@@ -22,8 +22,8 @@ from llmc.runtime.session import Session
 from llmc.validate.distribution import log_softmax
 from llmc.validate.measure import broken, measured
 
-#: Minimum number of positions with equally many tokens in their call that make a median.
-_LEAST = 4
+#: Minimum number of positions with equally many tokens in their call that are judged, and by which quantile.
+_LEAST, _QUANTILE = 4, 0.25
 _CHOICES = frozenset({"TopK", "MoE", "QMoE"})
 #: Number of positions that are compared at once, which bounds the memory of a long prompt with all logits.
 _POSITIONS = 64
@@ -36,8 +36,9 @@ class Paired:
     Args:
         exact: The program in float32, whose logits are returned.
         served: The program as it is served.
-        routed: Whether a router chooses experts: rounding decides near ties, which moves single positions by
-            far more than others, so that positions are compared by the number of tokens in their call.
+        routed: Whether a router chooses experts: rounding decides near ties, which moves a fifth of the
+            positions by far more than others where there are few experts. Positions are therefore compared by
+            the number of tokens in their call, and by the lower quartile: a fault moves all of them.
     """
 
     exact: Session
@@ -113,7 +114,7 @@ class Paired:
     def _kl_ratio(self, median: float) -> float:
         """Return the mean KL divergence over the divergence that even noise of the median size causes.
 
-        With a router it is the largest of the medians over calls with equally many tokens.
+        With a router it is the largest of the lower quartiles over calls with equally many tokens.
         """
         even, divergences = np.square(median) * np.array(self._weights), np.array(self._kl)
         if not divergences.any():
@@ -123,19 +124,20 @@ class Paired:
         if not self.routed:
             return float(divergences.mean() / even.mean())
         return float(
-            self._medians(divergences / np.maximum(even, np.finfo(np.float64).tiny)).max(initial=0.0)
+            self._quartiles(divergences / np.maximum(even, np.finfo(np.float64).tiny)).max(initial=0.0)
         )
 
     def _by_position(self) -> Array:
-        """Return the noise of every position; with a router the medians by number of tokens in the call."""
+        """Return the noise of every position; with a router the quartiles by number of tokens in the call."""
         noise = np.array(self._noise)
-        return self._medians(noise) if self.routed else noise
+        return self._quartiles(noise) if self.routed else noise
 
-    def _medians(self, values: Array) -> Array:
-        """Return medians over positions whose calls had equally many tokens, if there are enough of them."""
+    def _quartiles(self, values: Array) -> Array:
+        """Return lower quartiles over positions whose calls had equally many tokens, if they are enough."""
         counts = np.array(self._tokens)
         groups = [values[counts == count] for count in np.unique(counts)]
-        return np.array([np.median(group) for group in groups if len(group) >= _LEAST])
+        judged = [group for group in groups if len(group) >= _LEAST]
+        return np.array([np.quantile(group, _QUANTILE, method="lower") for group in judged])
 
     def _compare(self, tokens: int, exact: Array, served: Array, real: Array | None) -> None:
         """Record the differences at the positions that are `real`, or at all of them where it is None.

@@ -65,6 +65,33 @@ def test_with_a_router_single_positions_do_not_count(worst: float, low: float, h
     assert low < (pair(0.03, worst, routed=True)[M.ROUNDING_KL_RATIO] or 0) < high
 
 
+@dataclass
+class Turning(Noisy):
+    """A session with ten times the noise at a seventh of the positions, and at some of 13 tokens' calls."""
+
+    turned: int = 0
+
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        number, sequence = int(input_ids[0, 0]), input_ids.shape[1]
+        exact, noise = (np.random.default_rng(2 * number + i).normal(size=(1, 1, VOCABULARY)) for i in (0, 1))
+        turns = number % 7 == 0 or (sequence == 13 and number < 30 * self.turned)
+        made = exact + self.noise * (10.0 if turns else 1.0) * noise
+        return np.asarray(made, np.float32)
+
+
+@pytest.mark.parametrize(("turned", "low", "high"), [(4, 0.5, 5.0), (6, 50.0, 200.0)])
+def test_near_ties_of_a_router_are_no_fault_of_a_length_unless_all_of_it_moves(
+    turned: int, low: float, high: float
+) -> None:
+    """Each of 30 lengths has 6 positions; by chance rounding turns 4 of one."""
+    made = Paired(Turning(None, 0.0), Turning(None, 0.03, turned=turned), routed=True)
+    for number in range(180):
+        made.prefill(np.full((1, 5 + number % 30), number), steps=0)
+    found = {m.metric: m.value or 0 for m in made.measure()}
+    assert low < found[M.ROUNDING_KL_RATIO] < high
+    assert found[M.ROUNDING_POSITION_RATIO] == pytest.approx(found[M.ROUNDING_KL_RATIO] ** 0.5, rel=0.5)
+
+
 def test_equal_programs_have_no_noise() -> None:
     assert list(pair(0.0).values()) == [0.0, 1.0, 0.0, 1.0, 1.0]
 
