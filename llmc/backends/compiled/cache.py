@@ -14,6 +14,7 @@ from llmc.graph.model import Graph
 _TYPES = {CacheType.FLOAT16: ir.DataType.FLOAT16, CacheType.INT8: ir.DataType.INT8}
 #: Extra elements per row for its scales.
 _EXTRA = {CacheType.FLOAT16: 0, CacheType.INT8: SCALE_BYTES}
+_LATENT = "it has one latent per token"
 
 
 def choose_type(graph: Graph, wanted: CacheType, reasons: Mapping[ir.Node, str]) -> CacheType:
@@ -44,9 +45,6 @@ def choose_type(graph: Graph, wanted: CacheType, reasons: Mapping[ir.Node, str])
             f"{len(outside)} of {len(graph.cache)} layers; in layer {layer}, {why}"
         )
     return CacheType.FLOAT32
-
-
-_LATENT = "it has one latent per token"
 
 
 def _why(reader: ir.Node, reason: str) -> str:
