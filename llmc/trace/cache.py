@@ -27,14 +27,62 @@ _KERNELS_HINT = (
 )
 
 
-class _Unread(list[Any]):
-    """The layers of a cache for a model that must not read them itself."""
+class _Layers:
+    """The layers of a cache, for a model that reads them itself."""
 
-    def __getitem__(self, index: Any) -> Any:
-        raise UnsupportedError(
-            f"the model reads layer {index} of its cache itself, instead of asking the cache",
-            hint="only models that store and read through the methods of transformers' Cache can be compiled",
-        )
+    def __init__(self, owner: _Recording) -> None:
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return self._owner.count
+
+    def __getitem__(self, index: int) -> _StoredLayer:
+        return _StoredLayer(self._owner, int(index))
+
+
+class _StoredLayer:
+    """What a model may read of one layer: its length, and its keys and values once they are stored."""
+
+    is_initialized = True
+    is_sliding = False
+
+    def __init__(self, owner: _Recording, index: int) -> None:
+        self._owner = owner
+        self._index = index
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._stored[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._stored[1]
+
+    @property
+    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = self._owner.wholes.get(self._index)
+        if whole is None:
+            raise _unread("keys and values", self._index)
+        return whole
+
+    def get_seq_length(self) -> Any:
+        return self._owner.get_seq_length(self._index)
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self._owner.get_mask_sizes(query_length, self._index)
+
+    def get_max_length(self) -> int:
+        return self._owner.get_max_length(self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _unread(name, self._index)
+
+
+def _unread(what: str, layer: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"the model reads {what} of layer {layer} of its cache itself, instead of asking the cache",
+        hint="only models that store and read through the methods of transformers' Cache can be compiled",
+    )
 
 
 class _Recording:
@@ -50,7 +98,8 @@ class _Recording:
         self.past = total - sequence
         self.whole = whole
         self.count = layers
-        self.layers: list[Any] = _Unread()
+        self.layers: Any = _Layers(self)
+        self.wholes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return self.count
@@ -59,18 +108,19 @@ class _Recording:
         self.capture.updates[int(layer_idx)] = (key_states, value_states)
         self.capture.last_update = int(layer_idx)
         if self.whole:
-            return extend_cache(self, key_states, value_states, int(layer_idx))
+            self.wholes[int(layer_idx)] = extend_cache(self, key_states, value_states, int(layer_idx))
+            return self.wholes[int(layer_idx)]
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.past
+        return self.total if int(layer_idx) in self.capture.updates else self.past
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.past
+        return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
         length = query_length.shape[0] if hasattr(query_length, "shape") else query_length
-        return self.past + length, 0
+        return self.get_seq_length(layer_idx) + length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

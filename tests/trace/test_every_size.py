@@ -41,3 +41,22 @@ def test_a_condition_that_always_holds_is_no_obstacle() -> None:
 def test_a_condition_that_some_size_breaks_is_one(condition: Callable[[Any, Any], bool]) -> None:
     with pytest.raises(UserError, match="Constraints violated"):
         export(condition)
+
+
+class Blocks(torch.nn.Module):
+    """Counts tokens in blocks of 16, of which the example has one."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        rows, total = attention_mask.shape
+        count = (total + 15) // 16
+        place = torch.arange(count * 16)[None] + input_ids[:, :1] * 0
+        seen = (place < total).long().reshape(rows, count, 16)
+        return seen.sum(dim=2).amax(dim=1)
+
+
+def test_a_size_that_is_one_in_the_example_may_be_larger() -> None:
+    batch, sequence, total = (torch.export.Dim(name) for name in ("batch", "sequence", "total"))
+    example = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
+    program = export_all_sizes(Blocks(), example, ({0: batch, 1: sequence}, {0: batch, 1: total}))
+    ids, mask = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 40, dtype=torch.long)
+    assert program.module(check_guards=False)(ids, mask).tolist() == [16, 16, 16]

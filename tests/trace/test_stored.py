@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from llmc.config import Dtype
+from llmc.errors import UnsupportedError
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph
 from llmc.trace import trace_model
+from llmc.trace.cache import tracing_cache_class
+from llmc.trace.capture import Capture
 from tests.models import build_tiny_model
 from tests.state_store import StateStore, run_steps
 
@@ -46,3 +49,42 @@ def test_an_index_chooses_the_tokens_that_the_original_chooses(prompt: int) -> N
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_model_may_read_how_much_a_layer_stores() -> None:
+    """Pools of tokens are chosen by an index, from as many keys as the layer has; none has a rotated part."""
+    model = build_tiny_model(
+        "glm5_next",
+        num_hidden_layers=1,
+        layer_types=["indexed_attention"],
+        indexer_types=["full"],
+        mlp_layer_types=["dense"],
+        index_kpool=4,
+        index_topk=8,
+    )
+    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph.bind(StateStore(model), {})
+    for prompt in (2, 15):
+        ids = np.random.default_rng(0).integers(3, 250, (2, prompt + 5))
+        positions = np.tile(np.arange(prompt + 5), (2, 1))
+        found = run_steps(graph, ids, np.ones_like(ids), positions, prompt=prompt)
+        with torch.inference_mode():
+            expected = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_layer_has_its_length_and_nothing_that_it_did_not_store() -> None:
+    capture = Capture()
+    past = tracing_cache_class()(capture, 8, 3, 2, whole=True)
+    layer = past.layers[1]
+    assert (len(past.layers), layer.get_seq_length(), layer.get_mask_sizes(3)) == (2, 5, (8, 0))
+    for read in ("keys", "values"):
+        with pytest.raises(UnsupportedError, match="reads keys and values of layer 1 of its cache itself"):
+            getattr(layer, read)
+    with pytest.raises(UnsupportedError, match="reads cumulative_length of layer 1 of its cache itself"):
+        _ = layer.cumulative_length
+    keys, values = past.update(torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 3, 5), 1)
+    assert layer.keys is keys
+    assert layer.values is values
+    assert keys.shape[2] == layer.get_seq_length() == past.get_seq_length(1) == 8
+    assert past.get_seq_length(0) == 5

@@ -312,7 +312,7 @@ def test_half_precision_is_traced_as_such() -> None:
     ("model_type", "message"),
     [
         ("openai-gpt", "OpenAIGPTLMHeadModel takes no cache"),
-        ("qwen4_exp_text", "reads layer 3 of its cache itself"),
+        ("qwen4_exp_text", "reads indexer_position_ids of layer 3 of its cache itself"),
     ],
 )
 def test_what_cannot_be_captured_is_refused_by_name(model_type: str, message: str) -> None:
