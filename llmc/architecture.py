@@ -34,6 +34,16 @@ def auto_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM if name is None else getattr(transformers, name)
 
 
+def values_by_layer(config: Any, name: str) -> tuple[Any, ...]:
+    """Return the different values that the layers of a language model have for a field of its config.
+
+    There is one unless the config states values by layer, and it is None where the config has no such field.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = text.per_layer_config if text.is_heterogeneous else (text,)
+    return tuple(dict.fromkeys(getattr(layer, name, None) for layer in layers))
+
+
 def is_multimodal(config: Any) -> bool:
     """Return whether transformers lists the model of `config` as one that reads more than text.
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llmc.architecture import values_by_layer
+
 #: Maximum bytes of float32 scores that one layer may compute at a time.
 SCORE_BYTES = 48 << 20
 #: Maximum bytes of a mask that is built as a whole.
@@ -39,7 +41,7 @@ def attention_by_rows(model: Any, queries: int, keys: int) -> Iterator[None]:
         queries: Number of tokens of the step.
         keys: Maximum number of tokens that they attend to.
     """
-    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 1)
+    heads = max(int(heads or 1) for heads in values_by_layer(model.config, "num_attention_heads"))
     exchangeable = model.config._attn_implementation == "eager" and model._can_set_attn_implementation()
     if 4 * heads * queries * keys <= SCORE_BYTES or not exchangeable:
         yield

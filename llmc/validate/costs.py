@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llmc.architecture import values_by_layer
 from llmc.graph.interface import Interface
 
 #: Floating-point operations per second of the original and of the artifact when many tokens run together.
@@ -76,7 +77,7 @@ def model_costs(interface: Interface, config: Any, parameters: int, plain_layers
         plain_layers: Layers that compute attention in plain operators.
     """
     bits = {spec.name: bits_of(spec.dtype) for spec in interface.inputs}
-    heads = int(getattr(config.get_text_config(decoder=True), "num_attention_heads", None) or 1)
+    heads = max(int(heads or 1) for heads in values_by_layer(config, "num_attention_heads"))
     slots = interface.cache
     cache_bytes = sum(
         s.kv_heads * (s.key_width * bits[s.past_key] + s.value_width * bits[s.past_value]) // 8 for s in slots

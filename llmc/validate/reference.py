@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmc.architecture import values_by_layer
 from llmc.arrays import Array
 from llmc.errors import ParityError, UnsupportedError
 from llmc.graph.switches import crosses, rope_switches
@@ -66,9 +67,9 @@ class Reference(Protocol):
 
 
 def sliding_window(config: Any) -> int | None:
-    """Return a config's sliding window in positions; None if it has none."""
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else None
+    """Return a config's sliding window in positions, the largest if layers differ; None if it has none."""
+    windows = values_by_layer(config, "sliding_window")
+    return max((w for w in windows if isinstance(w, int) and w > 0), default=None)
 
 
 class TorchModel:
