@@ -12,6 +12,7 @@ from tests.architectures import (
     FEWEST,
     at_depth,
     derive_layers,
+    layers_of,
     merge,
     parts_of,
     stated_values,
@@ -169,7 +170,8 @@ def build_tiny_model(
     (norms, biases) are moved from where transformers puts them by a deviation of 0.1.
 
     Args:
-        gain: The deviation of matrices other than embeddings and the head, times the root of their inputs.
+        gain: The deviation of the layers' matrices, times the root of their inputs, and the factor of their
+            norms' weights.
 
     Raises:
         ValueError: A size of this config goes by a name that is not known here, so it is not tiny.
@@ -186,17 +188,17 @@ def build_tiny_model(
     with building():
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    ends = [*(m for m in model.modules() if isinstance(m, torch.nn.Embedding)), model.get_output_embeddings()]
-    outer = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    inside = set() if gain is None else {id(p) for layer in layers_of(model) for p in layer.parameters()}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            inner = gain if id(parameter) in inside else None
             if parameter.ndim < 2:
-                parameter.add_(0.1 * noise)
-            elif gain is None or id(parameter) in outer:
-                parameter.copy_(0.15 * noise)
+                scale = inner if inner is not None and name.endswith("weight") else 1.0
+                parameter.mul_(scale).add_(0.1 * noise)
             else:
-                parameter.copy_(gain * parameter.shape[-1] ** -0.5 * noise)
+                scale = 0.15 if inner is None else inner * parameter.shape[-1] ** -0.5
+                parameter.copy_(scale * noise)
     return model.eval()
 
 

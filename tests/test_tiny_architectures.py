@@ -107,11 +107,13 @@ def test_sizes_of_a_part_or_a_layer_are_small_too(model_type: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) < 4_000_000
 
 
-def test_a_gain_draws_the_matrices_of_layers_by_their_inputs() -> None:
-    plain, drawn = (dict(build_tiny_model("llama", gain=gain).named_parameters()) for gain in (None, 0.5))
+def test_a_gain_calms_the_matrices_and_norms_of_layers() -> None:
+    plain, drawn = (build_tiny_model("llama", gain=gain).state_dict() for gain in (None, 0.5))
     inside = {"self_attn.q_proj": 64, "mlp.down_proj": 96}
     for name, inputs in inside.items():
-        deviation = float(drawn[f"model.layers.1.{name}.weight"].detach().std())
+        deviation = float(drawn[f"model.layers.1.{name}.weight"].std())
         assert deviation == pytest.approx(0.5 * inputs**-0.5, rel=0.1)
+    norm = "model.layers.1.input_layernorm.weight"
+    assert float(drawn[norm].mean() / plain[norm].mean()) == pytest.approx(0.5, rel=0.1)
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
         assert drawn[name].equal(plain[name])
