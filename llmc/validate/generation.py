@@ -10,7 +10,7 @@ from llmc.artifact.store.codec import TextCodec
 from llmc.artifact.verdict import Measurement
 from llmc.config import Family, Metric
 from llmc.validate.measure import measure, measured
-from llmc.validate.questions import Followed, Question, ask_followed, read_followed
+from llmc.validate.questions import NEAR, Followed, Question, ask_followed, read_followed
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.served import Served
 
@@ -125,8 +125,8 @@ def measure_generation(
     its pass over the whole text (`llmc.validate.itself`); where they do not, its pass decides.
     GENERATE_GAP judges greedy text that diverges because of quantization, by the largest margin, in logits,
     by which the original with the artifact's weights prefers another next token. GENERATE_SEEDED is the share
-    of prompts whose text, sampled with a fixed seed, is the same in two runs and stays within the 2 * TOP_K
-    likeliest tokens of the original with the artifact's weights.
+    of prompts whose text, sampled with a fixed seed, is the same in two runs, and to none of whose tokens the
+    original with the artifact's weights prefers 2 * TOP_K others by more than NEAR logits.
 
     Args:
         served: The artifact's text for each prompt; at least one.
@@ -202,5 +202,6 @@ def _stray(text: ServedText, own_weights: Reference, stop: Sequence[int]) -> str
     ranks = read_followed(own_weights.ask(ask_followed(text.ids, first, stop))).rank[: len(first)]
     far = np.flatnonzero(ranks >= 2 * TOP_K)
     if len(far):
-        return f"draws at new token {far[0] + 1} the original's choice number {ranks[far[0]] + 1}"
+        others = f"the original prefers {ranks[far[0]]} tokens to it by more than {NEAR:g}"
+        return f"draws at new token {far[0] + 1} a token that is unlikely: {others}"
     return None

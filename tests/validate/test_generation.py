@@ -16,6 +16,7 @@ from llmc.errors import ParityError
 from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.generation import ServedText, measure_generation, served_texts
 from llmc.validate.quality import measure_quality, plan_windows
+from llmc.validate.questions import Question
 from llmc.validate.reference import TorchModel
 from llmc.validate.served import Served
 
@@ -97,6 +98,21 @@ def test_text_is_held_to_that_of_pytorch(llama: Any, tmp_path: Path) -> None:
         assert equal.value == (at is None)
         assert at is None or f"differs from new token {at + 1} on" in equal.detail
         assert (gap.value > 1e-3) == (at is not None)
+
+
+@pytest.mark.parametrize(("behind", "share"), [(0.1, 1.0), (0.6, 0.0)])
+def test_a_drawn_token_is_unlikely_by_logits_where_they_are_flat(behind: float, share: float) -> None:
+    """Of 256 tokens 40 are preferred to the one that was drawn, by `behind` logits each."""
+
+    class Flat:
+        def ask(self, question: Question) -> bytes:
+            logits = np.zeros((question.keep, 256), np.float32)
+            logits[:, 100:140] = behind
+            return question.reduce(logits)
+
+    served = ServedText("Once", [5], [5], [100], ([7], [7]))
+    made = measure_generation([served], Flat(), Flat(), (), "here", 1)  # type: ignore[arg-type]
+    assert {m.metric: m.value for m in made}[Metric.GENERATE_SEEDED] == share
 
 
 def test_end_token_stops_both(llama: Any, tmp_path: Path) -> None:
