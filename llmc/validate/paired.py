@@ -27,6 +27,8 @@ _LEAST, _QUANTILE = 4, 0.25
 _CHOICES = frozenset({"TopK", "MoE", "QMoE"})
 #: Number of positions that are compared at once, which bounds the memory of a long prompt with all logits.
 _POSITIONS = 64
+#: Bound above the lowest number of float16, which masks a token as those of wider types do.
+_MASKED = -6e4
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Paired:
     _weights: list[float] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
     _by_token: Array = field(default_factory=lambda: np.zeros(0))
+    _chosen: Array = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def __post_init__(self) -> None:
         self.interface: Interface = self.exact.interface
@@ -105,7 +108,7 @@ class Paired:
             ),
             measured(
                 Metric.ROUNDING_TOKEN_RATIO,
-                _unevenness(tokens, float(np.median(tokens))),
+                _unevenness(tokens, float(np.median(tokens[self._chosen]))),
                 f"{deviation}, each token; the worst is {tokens.argmax()}",
                 self.where,
             ),
@@ -151,22 +154,36 @@ class Paired:
         pair = [x.reshape(-1, x.shape[-1]) if real is None else x[real] for x in (exact, served)]
         if len(self._by_token) == 0:
             self._by_token = np.zeros(exact.shape[-1])
+            self._chosen = np.zeros(exact.shape[-1], np.bool_)
         for start in range(0, len(pair[0]), _POSITIONS):
             self._record(*(x[start : start + _POSITIONS] for x in pair))
         self._tokens += [tokens] * len(pair[0])
 
     def _record(self, expected: Array, actual: Array) -> None:
-        """Add some positions, (positions, vocabulary) float32 each."""
+        """Add some positions, (positions, vocabulary) float32 each.
+
+        Tokens that both programs mask do not count: a model gives the lowest number of its type, or minus
+        infinity, to those that it never chooses.
+        """
+        kept = (expected > _MASKED) | (actual > _MASKED)
         p, q = log_softmax(expected), log_softmax(actual)
-        moved = actual - expected
-        moved -= moved.mean(axis=1, keepdims=True)  # probabilities do not depend on it
-        spread = expected.std(axis=1)
-        squares = np.square(moved / np.maximum(spread, np.finfo(np.float32).tiny)[:, None])
-        self._kl += (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).tolist()
-        self._noise += np.sqrt(squares.mean(axis=1, dtype=np.float64)).tolist()
+        chances = np.exp(p)
+        moved = _difference(actual, expected, kept)
+        moved -= moved.mean(axis=1, keepdims=True, where=kept)  # probabilities do not depend on it
+        spread = np.where(kept, expected, 0).std(axis=1, where=kept)
+        squares = np.square(moved / np.maximum(spread, np.finfo(np.float32).tiny)[:, None]) * kept
+        self._kl += (chances * _difference(p, q, kept)).sum(axis=1, dtype=np.float64).tolist()
+        self._noise += np.sqrt(squares.mean(axis=1, dtype=np.float64, where=kept)).tolist()
         # To second order it is half the variance of the logits' change under the distribution itself.
-        self._weights += (np.square(spread) * (1 - np.square(np.exp(p)).sum(axis=1)) / 2).tolist()
+        self._weights += (np.square(spread) * (1 - np.square(chances).sum(axis=1)) / 2).tolist()
         self._by_token += squares.sum(axis=0, dtype=np.float64)
+        self._chosen |= kept.any(axis=0)
+
+
+def _difference(first: Array, second: Array, kept: Array) -> Array:
+    """Return first - second where `kept`, and 0 elsewhere."""
+    difference: Array = np.subtract(first, second, out=np.zeros_like(first), where=kept)
+    return difference
 
 
 def _unevenness(noise: Array, median: float) -> float:

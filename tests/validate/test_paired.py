@@ -22,12 +22,15 @@ class Noisy:
     noise: float
     worst: float = 1.0
     where: str = "here"
+    masked: float = 0.0
 
     def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
         exact = np.random.default_rng(int(input_ids.sum())).normal(size=(*input_ids.shape, VOCABULARY))
         noise = np.random.default_rng(int(input_ids.sum()) + 1).normal(size=exact.shape) * self.noise
         noise[0, -1] *= self.worst if input_ids.shape[1] == 8 else 1.0
         made: Array = exact + noise + (self.noise > 0)  # a shift of all logits moves no probability
+        if self.masked:
+            made[..., :30] = self.masked
         return made.astype(np.float32)
 
     decode: Any = None
@@ -104,3 +107,20 @@ def test_padding_is_not_compared() -> None:
 
 def test_where_nothing_was_compared_every_figure_is_nan() -> None:
     assert all(np.isnan(m.value or 0) for m in Paired(Noisy(None, 0.0), Noisy(None, 0.0)).measure())
+
+
+@pytest.mark.parametrize("lowest", [float(np.finfo(np.float32).min), -np.inf, -65504.0])
+def test_tokens_that_are_never_chosen_do_not_count(lowest: float) -> None:
+    made = Paired(Noisy(None, 0.0, masked=lowest), Noisy(None, 0.03, masked=lowest))
+    for seed in range(40):
+        made.prefill(np.full((1, 7 + seed % 3), seed), steps=0)
+    found = {m.metric: m.value or 0 for m in made.measure()}
+    assert found[M.ROUNDING_NOISE_RATIO] == pytest.approx(0.03, rel=0.1)
+    assert found[M.ROUNDING_KL_RATIO] == pytest.approx(1.0, rel=0.2)
+    assert 1 < found[M.ROUNDING_TOKEN_RATIO] < 2
+
+
+def test_a_token_that_only_one_program_masks_counts() -> None:
+    made = Paired(Noisy(None, 0.0), Noisy(None, 0.03, masked=-65504.0))
+    made.prefill(np.ones((1, 8), np.int64), steps=0)
+    assert (made.measure()[2].value or 0) > 100
