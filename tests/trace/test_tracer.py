@@ -301,6 +301,13 @@ def test_positions_are_an_input_only_where_the_model_reads_them() -> None:
     assert not trace_model(config, Dtype.FLOAT32).interface().position_ids
 
 
+def test_a_layer_that_runs_twice_has_a_slot_for_each_run() -> None:
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    graph, difference = _trace_and_compare("dory", num_hidden_layers=3, layer_types=layers)
+    assert difference <= 1e-4
+    assert [(slot.layer, slot.window) for slot in graph.cache] == [(0, 8), (1, None), (2, 8), (3, None)]
+
+
 def test_half_precision_is_traced_as_such() -> None:
     graph = trace_model(tiny_config("llama"), Dtype.FLOAT16)
     interface = graph.interface()
