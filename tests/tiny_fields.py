@@ -65,6 +65,7 @@ SIZES: dict[str, Any] = {
     "sliding_window": 8,
     "sliding_window_size": 8,
     "attention_window": 8,
+    "attention_window_size": 8,
     "attention_chunk_size": 8,
     "index_topk": 16,
     "index_head_dim": 32,
@@ -167,6 +168,7 @@ _TWO_WIDTHS = {
 # What an architecture needs beyond its sizes, so that all of its features are in use.
 FEATURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
+    "recurrent_gemma": {"max_position_embeddings": 256},  # its code runs token by token, and states no bound
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "gemma2": {"query_pre_attn_scalar": 16},
