@@ -8,8 +8,9 @@ convolutions and recurrences are recorded only: their nodes (`llmc.trace.kernels
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
@@ -28,16 +29,22 @@ _KERNELS_HINT = (
 
 
 class _Layers:
-    """The layers of a cache, for a model that reads them itself."""
+    """The layers of a cache, for a model that reads them itself, or appends one for each run of a layer."""
 
-    def __init__(self, owner: _Recording) -> None:
+    def __init__(self, owner: _Recording, count: int) -> None:
         self._owner = owner
+        self._layers = [_StoredLayer(owner, index) for index in range(count)]
 
     def __len__(self) -> int:
-        return self._owner.count
+        return len(self._layers)
 
-    def __getitem__(self, index: int) -> _StoredLayer:
-        return _StoredLayer(self._owner, int(index))
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers[index]
+
+    def __iadd__(self, more: Iterable[Any]) -> Self:
+        count = len(self)
+        self._layers += [_StoredLayer(self._owner, count + n) for n, _ in enumerate(more)]
+        return self
 
 
 class _StoredLayer:
@@ -74,6 +81,9 @@ class _StoredLayer:
     def get_max_length(self) -> int:
         return self._owner.get_max_length(self._index)
 
+    def __deepcopy__(self, _: Any) -> Self:
+        return self
+
     def __getattr__(self, name: str) -> Any:
         raise _unread(name, self._index)
 
@@ -98,7 +108,7 @@ class _Recording:
         self.past = total - sequence
         self.whole = whole
         self.count = layers
-        self.layers: Any = _Layers(self)
+        self.layers: Any = _Layers(self, layers)
         self.wholes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
