@@ -116,7 +116,10 @@ def kinds_of_layers(model: PreTrainedModel) -> list[Kind]:
 
 def lacking(full: PreTrainedModel, tiny: PreTrainedModel) -> list[str]:
     """Return the module classes of the language model, and the kinds of its layers, that `tiny` lacks."""
-    classes = [{type(m).__name__ for m in language_model(model).modules()} for model in (full, tiny)]
+    classes = [
+        {type(part).__name__ for part in language_model(model).modules() if part is not model}
+        for model in (full, tiny)
+    ]
     wanted, present = kinds_of_layers(full), set(kinds_of_layers(tiny))
     absent = [kind for kind in dict.fromkeys(wanted) if kind not in present]
     nearest = [min((sorted(kind - other, key=str) for other in present), key=len) for kind in absent]

@@ -167,6 +167,12 @@ _TWO_WIDTHS = {
 
 # What an architecture needs beyond its sizes, so that all of its features are in use.
 FEATURES: dict[str, dict[str, Any]] = {
+    # transformers saves the language model alone with a type that no class of it loads.
+    "mllama": {"architectures": ["MllamaForConditionalGeneration"]},
+    "emu3": {
+        "architectures": ["Emu3ForConditionalGeneration"],
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7},
+    },
     "mistral": {"sliding_window": 8},
     "recurrent_gemma": {"max_position_embeddings": 256},  # its code runs token by token, and states no bound
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},

@@ -102,13 +102,16 @@ def refuse_both_directions(config: PreTrainedConfig) -> None:
 
 
 def refuse_cross_attention(config: PreTrainedConfig) -> None:
-    """Check that every layer attends only to the text.
+    """Check that layers attend only to the text.
+
+    Layers that a config lists as `cross_attention_layers` may be skipped where no image is given, which the
+    trace finds out.
 
     Raises:
         UnsupportedError: Some layers attend to an image or to the states of another model.
     """
     text: Any = config.get_text_config(decoder=True)
-    layers = getattr(text, "cross_attention_layers", None)
+    layers: range | None = None
     interval = getattr(text, "cross_layer_interval", None)
     if isinstance(interval, int) and interval > 0:
         layers = range(0, text.num_hidden_layers, interval)

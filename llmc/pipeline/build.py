@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -211,10 +212,23 @@ def _write_forecasts(plan: BuildPlan, manifest: Manifest, reports: Path) -> tupl
     return forecasts
 
 
+#: The name of a tensor in one of many layers, and that of its layer.
+_IN_A_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
 def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str | None) -> list[str]:
-    """Return a note on what the graph does not read: one sentence for towers, one for each other tensor."""
+    """Return notes on what the graph does not read: on towers, parts of layers, and other tensors."""
     towers = {name for names in checkpoint.beside.values() for name in names}
-    others = [f"the model does not use tensor {n} of the checkpoint" for n in unread if n not in towers]
+    places: dict[str, list[str]] = {}
+    for name in unread:
+        if name not in towers:
+            layer = _IN_A_LAYER.match(name)
+            places.setdefault(layer[1] if layer else name, []).append(name)
+    which = (
+        f"tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors of {place}"
+        for place, names in places.items()
+    )
+    others = [f"the model does not use {each} of the checkpoint" for each in which]
     return [*filter(None, [text_only]), *others]
 
 

@@ -58,19 +58,17 @@ class _StoredLayer:
         self._index = index
 
     @property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> torch.Tensor | _Unstored:
         return self._stored[0]
 
     @property
-    def values(self) -> torch.Tensor:
+    def values(self) -> torch.Tensor | _Unstored:
         return self._stored[1]
 
     @property
-    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = self._owner.wholes.get(self._index)
-        if whole is None:
-            raise _unread("keys and values", self._index)
-        return whole
+    def _stored(self) -> tuple[torch.Tensor | _Unstored, torch.Tensor | _Unstored]:
+        unstored = _Unstored(self._index)
+        return self._owner.wholes.get(self._index, (unstored, unstored))
 
     def get_seq_length(self) -> Any:
         return self._owner.get_seq_length(self._index)
@@ -86,6 +84,26 @@ class _StoredLayer:
 
     def __getattr__(self, name: str) -> Any:
         raise _unread(name, self._index)
+
+
+class _Unstored:
+    """Keys or values of a layer that has yet to store those of this step: some of earlier tokens exist."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def numel(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        raise _unread("keys and values", self._index)
+
+    @classmethod
+    def __torch_function__(cls, _: Any, __: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.utils import _pytree as pytree
+
+        found = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise _unread("keys and values", found._index)
 
 
 def _unread(what: str, layer: int) -> UnsupportedError:

@@ -9,6 +9,7 @@ from llmc.architecture import auto_class, building
 from llmc.errors import UnsupportedError
 from llmc.trace.capture import EAGER, NAME, SDPA, register_interfaces
 from llmc.trace.experts import read_gates
+from llmc.trace.idle import drop_idle_layers
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ def build_fake_model(config: Any, dtype: torch.dtype, *, captured: bool) -> torc
         captured: Whether to capture attention; otherwise the model's own attention runs in plain operators.
 
     Raises:
-        UnsupportedError: transformers has no causal LM for the configuration.
+        UnsupportedError: transformers has no causal LM for the configuration, or it reads more than text.
     """
     import copy
 
@@ -68,6 +69,7 @@ def build_fake_model(config: Any, dtype: torch.dtype, *, captured: bool) -> torc
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                     fakes[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
             module._parameters[name] = fakes[id(parameter)]
+    drop_idle_layers(model)
     return model  # type: ignore[no-any-return]
 
 

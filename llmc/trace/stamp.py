@@ -189,7 +189,7 @@ def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerSta
     for i, layer in enumerate(layers):
         kind = _kind(layer, i, len(layers), config) if stamp else str(i)
         representatives.append(first.setdefault(kind, i))
-    names = tuple(f"{name}.{i}" for i in range(len(layers)))
+    names = tuple(f"{name}.{key}" for key in layers._modules)
     return LayerStack(names, tuple(indices), tuple(representatives))
 
 

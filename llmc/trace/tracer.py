@@ -21,6 +21,7 @@ from llmc.trace.capture import UnknownStateError
 from llmc.trace.carried import carry_states
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
 from llmc.trace.export import Exported, export_model
+from llmc.trace.idle import idle_note
 from llmc.trace.mixers import find_mixers
 from llmc.trace.places import Mixer
 from llmc.trace.positions import padding_side, stated_positions, table_positions
@@ -140,6 +141,8 @@ def _finish(exported: Exported, config: Any, dtype: Dtype, notes: list[str]) -> 
         why = {"left": "a window counts slots", "none": "positions are slots of the cache"}[padding]
         side = {"left": "on the left only", "none": "nowhere: its rows must have equal length"}[padding]
         notes.append(f"a batch is padded {side}, since {why}")
+    if (idle := idle_note(config, exported.stack.names)) is not None:
+        notes.append(idle)
     _define_dialect(model, exported.tokens)
     _drop_traces(model)
     graph.name = "decoder"

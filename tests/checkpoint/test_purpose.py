@@ -56,8 +56,6 @@ def test_embedding_model_by_its_files(file: str, llama: Path, damaged: Callable[
 @pytest.mark.parametrize(
     ("config", "layers"),
     [
-        ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3, 8]}}, "layers 3, 8"),
-        ({"model_type": "mllama"}, "layers 3, 8, 13"),
         ({"model_type": "idefics", "num_hidden_layers": 4, "cross_layer_interval": 2}, "layers 0, 2"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "every layer"),
     ],

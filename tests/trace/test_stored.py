@@ -79,8 +79,12 @@ def test_a_layer_has_its_length_and_nothing_that_it_did_not_store() -> None:
     layer = past.layers[1]
     assert (len(past.layers), layer.get_seq_length(), layer.get_mask_sizes(3)) == (2, 5, (8, 0))
     for read in ("keys", "values"):
-        with pytest.raises(UnsupportedError, match="reads keys and values of layer 1 of its cache itself"):
-            getattr(layer, read)
+        assert getattr(layer, read).numel() > 0  # those of earlier tokens
+        for use in (lambda tensor: tensor.shape, lambda tensor: torch.cat([tensor, torch.zeros(1)])):
+            with pytest.raises(
+                UnsupportedError, match="reads keys and values of layer 1 of its cache itself"
+            ):
+                use(getattr(layer, read))
     with pytest.raises(UnsupportedError, match="reads cumulative_length of layer 1 of its cache itself"):
         _ = layer.cumulative_length
     keys, values = past.update(torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 3, 5), 1)
