@@ -201,7 +201,10 @@ def _export(
         ) -> torch.Tensor:
             capture.__init__()  # type: ignore[misc]
             sizes = attention_mask.shape[1], input_ids.shape[1]
-            capture.sizes = tuple((x.shape[0], x.shape[1]) for x in (input_ids, position_ids))
+            rows = (input_ids, position_ids, attention_mask)
+            capture.sizes = tuple(
+                (x.shape[0], n) for x in rows for n in (input_ids.shape[1], position_ids.shape[1])
+            )
             arguments: dict[str, Any] = {
                 _CACHE_ARGUMENT: cache_class(capture, *sizes, layers, whole=not captured),
                 "use_cache": True,

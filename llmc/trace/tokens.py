@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +56,7 @@ def attach_steps(graph: ir.Graph, tokens: Mapping[int, Token]) -> tuple[StateSlo
     for node in find_nodes(graph, STEP, TRACE):
         layer, number = (node.attributes[name].as_int() for name in ("layer", "number"))
         token = tokens[number]
-        own = _slots(layer, token)
+        own = _slots(layer, token, {str(value.name) for value in graph.inputs})
         pasts, presents = (
             [
                 ir.val(name, v.dtype, ["batch", *s.shape])
@@ -69,7 +70,7 @@ def attach_steps(graph: ir.Graph, tokens: Mapping[int, Token]) -> tuple[StateSlo
             f"{RECURRENCE}{number}",
             [*node.inputs, *pasts, mask],
             outputs=[*outputs, *presents],
-            name=f"layer.{layer}.recurrence",
+            name=f"layer.{layer}.recurrence.{number}",
             metadata_props={LAYER: str(layer)},
         )
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], list(node.outputs), outputs)
@@ -79,14 +80,15 @@ def attach_steps(graph: ir.Graph, tokens: Mapping[int, Token]) -> tuple[StateSlo
     return tuple(sorted(slots, key=lambda slot: (slot.layer, slot.past)))
 
 
-def _slots(layer: int, token: Token) -> list[StateSlot]:
-    """Return the states of a layer, numbered within their kinds."""
+def _slots(layer: int, token: Token, taken: set[str]) -> list[StateSlot]:
+    """Return the states of a token, numbered within their kinds and their layer, whose inputs are `taken`."""
     slots = []
-    for n, (value, kind) in enumerate(zip(token.states, token.kinds, strict=True)):
-        index = token.kinds[:n].count(kind)
-        suffix = f"{layer}.{kind}_state" + (f".{index}" if index else "")
+    for value, kind in zip(token.states, token.kinds, strict=True):
+        suffixes = (f"{layer}.{kind}_state" + (f".{index}" if index else "") for index in count())
+        suffix = next(s for s in suffixes if f"past_key_values.{s}" not in taken)
         shape = tuple(int(str(size)) for size in dims_of(value)[1:])
         past, present = f"past_key_values.{suffix}", f"present.{suffix}"
+        taken.add(past)
         slots.append(StateSlot(layer=layer, kind=kind, past=past, present=present, shape=shape))
     return slots
 

@@ -66,7 +66,7 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
             raise UnsupportedError(f"{error.fact}; {why.fact}", hint=error.hint) from why
         if not mixers:
             raise
-    layers = number_ranges(sorted(mixer.layer for mixer in mixers))
+    layers = number_ranges(sorted({mixer.layer for mixer in mixers}))
     note = f"layers {layers} keep a state by code of their own, which is computed token by token"
     return _trace_either(config, dtype, [note], mixers, stamp=stamp)
 

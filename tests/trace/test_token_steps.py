@@ -62,3 +62,15 @@ def test_a_state_that_does_not_begin_with_zeros_is_refused() -> None:
     model = build_tiny_model("zaya", attention_bias=True)
     with pytest.raises(UnsupportedError, match=r"layer 0 keeps a state .*, which does not begin with zeros"):
         trace_model(model.config, Dtype.FLOAT32)
+
+
+def test_modules_of_one_layer_have_states_and_nodes_of_their_own() -> None:
+    # Four convolutions in a layer, two of them with weights that depend on the token.
+    model = build_tiny_model("inkling2_text", num_hidden_layers=1, layer_types=["hybrid"])
+    graph = trace_model(model.config, Dtype.FLOAT32)
+    scanned = [node for node in graph.graph if is_recurrence(node)]
+    assert len({node.name for node in scanned}) == len(scanned) == 4
+    assert [(state.layer, state.kind) for state in graph.states] == [(0, "conv"), (0, "recurrent")]
+    bound = load_graph(dump_graph(graph))
+    bound.bind(StateStore(model), {})
+    assert difference(bound, model, "") <= 1e-4
