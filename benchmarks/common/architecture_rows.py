@@ -28,11 +28,11 @@ in the last place of float32 move its logits as far there ([trust.md](trust.md))
 
 Wanted types are built for two more targets under their own gates. There, whatever the type, matrices of the
 layers have a deviation of 0.5 / sqrt(inputs), and the weights of their norms are halved (their medians in
-SmolLM2-135M, which is trained, are 0.25 and 0.31). Noise in every product then moves the logits by 0.1 to 0.6
-times its relative size and the root of the number of products, which is 0.7 in SmolLM2. With the weights for
-cpu-fp32 it is 1 to 5: PyTorch in float32 is up to 5e-4 from itself in float64, routers and attention decide
-near ties, and any rounding leads to another text. Logits are flatter than trained ones (deviation 1.2 instead
-of 3.5), so that a KL divergence is no forecast for a trained model.
+SmolLM2-135M, which is trained, are 0.25 and 0.31). Where each of n products has noise of relative size e, the
+logits then move by 0.1 to 0.6 e sqrt(n); in SmolLM2 they move by 0.7 e sqrt(n), and with the weights for
+cpu-fp32 by 1 to 5 e sqrt(n): PyTorch in float32 is up to 5e-4 from itself in float64, routers and attention
+decide near ties, and any rounding leads to another text. Logits are flatter than trained ones (deviation 1.2
+instead of 3.5), so that a KL divergence is no forecast for a trained model.
 
 llmc itself has no list of types: a type that transformers adds later is traced like these.
 """
