@@ -134,6 +134,8 @@ class Backend(ABC):
     graph_library = "onnxruntime"
     #: Whether attention in the served program rounds more than the type of its KV cache implies.
     rounds_attention = False
+    #: Whether `lower` compiles operators of the dialect, which it can decide once weights have their codes.
+    compiles_dialect = False
 
     # -- plan ---------------------------------------------------------------------------------------------
 

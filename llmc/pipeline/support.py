@@ -183,7 +183,7 @@ def _ask(checkpoint: Checkpoint, target: Target, traced: frozenset[tuple[str, st
         refusals = ()
         notes.append(f"its operators were not checked: {error.fact}")
     chosen = [node for node in graph.graph if (node.domain, node.op_type) not in traced]
-    undecided = quantizer.unsolved is not None and target.kernels == "compiled"
+    undecided = quantizer.unsolved is not None and backend.compiles_dialect
     return TargetSupport(
         target=target.name,
         refused="; ".join(refusals) if refusals else None,

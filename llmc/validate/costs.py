@@ -86,7 +86,7 @@ def model_costs(interface: Interface, config: Any, parameters: int, plain_layers
     width = max((s.key_width for s in slots), default=1)
     states = sum(math.prod(state.shape) for state in interface.states)
     scores = heads * (len(slots) if interface.states else max(1, len(slots)))
-    plain = min(scores, heads * plain_layers)
+    plain = 0 if interface.static_cache else min(scores, heads * plain_layers)
     return Costs(parameters, scores, width, cache_bytes, capacity, states, plain)
 
 

@@ -23,6 +23,7 @@ class CompiledBackend(OnnxRuntimeBackend):
     """The backend with compiled kernels where possible, and ONNX Runtime's own for the rest."""
 
     rounds_attention = True
+    compiles_dialect = True
     library = LIBRARY
 
     def prepare(self, plan: BuildPlan) -> Stage:

@@ -130,7 +130,8 @@ def lower_kernels(graph: Graph, cache: CacheType = CacheType.FLOAT32) -> KernelS
     if not builders:
         why = "; ".join(f"{op}: {reason}" for op, reason in sorted(_left(graph.graph, reasons)))
         raise KernelError(
-            "the graph has nothing that kernels can compute", hint=f"use a target without them; {why}"
+            "the graph has nothing that kernels can compute",
+            hint=f"use a target without compiled kernels; {why}",
         )
     texts: dict[Variant, list[str]] = {"exact": _region_texts(builders, "exact")}
     if cache is not CacheType.FLOAT32:

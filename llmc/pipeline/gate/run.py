@@ -126,7 +126,7 @@ class Run:
     def plan(self) -> Plan:
         """Return the positions that the parity levels compare."""
         subject, config = self.subject, self.subject.checkpoint.config
-        plain = 0 if subject.interface.static_cache else count_plain_attention(subject.rebuilt.graph.graph)
+        plain = count_plain_attention(subject.rebuilt.graph.graph)
         ground = Ground(
             interface=subject.interface,
             text=self.tokens,

@@ -339,7 +339,8 @@ def test_a_graph_without_products_is_not_supported() -> None:
     with pytest.raises(KernelError, match="nothing that kernels can compute") as caught:
         compile_kernels(graph, usable_sets()[0], find_compiler())
     assert (
-        caught.value.hint == "use a target without them; Relu: its region has nothing that is worth a kernel"
+        caught.value.hint
+        == "use a target without compiled kernels; Relu: its region has nothing that is worth a kernel"
     )
 
 

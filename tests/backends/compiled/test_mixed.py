@@ -132,7 +132,7 @@ def test_eight_bits_with_integer_zero_points() -> None:
     out = builder.matmul(builder.input("x", 32), blocks, "w")
     with pytest.raises(UnsupportedError) as caught:
         compile_kernels(builder.finish([out]), usable_sets()[0], find_compiler())
-    assert caught.value.hint == "MatMulNBits: 8-bit weights have integer zero points"
+    assert (caught.value.hint or "").endswith("; MatMulNBits: 8-bit weights have integer zero points")
 
 
 def test_scales_of_another_matrix() -> None:
@@ -147,7 +147,7 @@ def test_scales_of_another_matrix() -> None:
     )
     with pytest.raises(UnsupportedError) as caught:
         compile_kernels(builder.finish([builder.nodes[0].outputs[0]]), usable_sets()[0], find_compiler())
-    assert caught.value.hint == "MatMulNBits: its scales are not stored with its codes"
+    assert (caught.value.hint or "").endswith("; MatMulNBits: its scales are not stored with its codes")
 
 
 def test_scales_that_are_computed() -> None:
