@@ -114,7 +114,7 @@ def export_model(
     """
     import torch
 
-    with _quiet():
+    with quiet():
         model = build_fake_model(config, dtype, captured=captured)
         if not mixers:
             check_cache_class(model)
@@ -312,10 +312,10 @@ def _check_stored(capture: Capture, stack: LayerStack, name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracers' progress output and advice off the terminal."""
+def quiet() -> Iterator[None]:
+    """Keep the tracers' output off the terminal: progress, advice, and traces of what llmc raises itself."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -20,7 +20,7 @@ from llmc.graph.verify import verify_graph
 from llmc.trace.capture import UnknownStateError
 from llmc.trace.carried import carry_states
 from llmc.trace.expand import attach_cache, attach_states, expand_layers
-from llmc.trace.export import Exported, export_model
+from llmc.trace.export import Exported, export_model, quiet
 from llmc.trace.idle import idle_note
 from llmc.trace.mixers import find_mixers
 from llmc.trace.places import Mixer
@@ -61,7 +61,8 @@ def trace_model(config: Any, dtype: Dtype, *, stamp: bool = True) -> Graph:
         return _trace_either(config, dtype, [], (), stamp=stamp)
     except UnknownStateError as error:
         try:
-            mixers = find_mixers(config, getattr(torch, dtype.value))
+            with quiet():
+                mixers = find_mixers(config, getattr(torch, dtype.value))
         except UnsupportedError as why:
             raise UnsupportedError(f"{error.fact}; {why.fact}", hint=error.hint) from why
         if not mixers:

@@ -1,5 +1,6 @@
 """Layers that keep a state by code of their own: computed token by token, and held to PyTorch."""
 
+import logging
 import re
 from typing import Any
 
@@ -74,3 +75,15 @@ def test_modules_of_one_layer_have_states_and_nodes_of_their_own() -> None:
     bound = load_graph(dump_graph(graph))
     bound.bind(StateStore(model), {})
     assert difference(bound, model, "") <= 1e-4
+
+
+def test_a_failed_probe_says_so_in_the_error_alone(caplog: pytest.LogCaptureFixture) -> None:
+    # transformers gives the state the width of the hidden size, which is another one here
+    model = build_tiny_model("recurrent_gemma", lru_width=96)
+    caplog.handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    with pytest.raises(UnsupportedError, match=r"outside of the cache; .* cannot be traced: its code fails"):
+        trace_model(model.config, Dtype.FLOAT32)
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
