@@ -32,7 +32,7 @@ SmolLM2-135M, which is trained, are 0.25 and 0.31). Where each of n products has
 logits then move by 0.1 to 0.6 e sqrt(n); in SmolLM2 they move by 0.7 e sqrt(n), and with the weights for
 cpu-fp32 by 1 to 5 e sqrt(n): PyTorch in float32 is up to 5e-4 from itself in float64, routers and attention
 decide near ties, and any rounding leads to another text. Logits are flatter than trained ones (deviation 1.2
-instead of 3.5), so that a KL divergence is no forecast for a trained model.
+instead of 3.5), so that a KL divergence does not forecast that of a trained model.
 
 llmc itself has no list of types: a type that transformers adds later is traced like these.
 """

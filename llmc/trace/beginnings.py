@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import UnsupportedError
-from llmc.trace.places import Mixer, replaced, tensor_at
+from llmc.trace.places import Mixer, holding_states, replaced, states_in
 
 if TYPE_CHECKING:
     import torch
@@ -104,20 +104,14 @@ def _run(
     from torch.utils import _pytree as pytree
     from transformers import Cache
 
-    cache = next((x for x in leaves if isinstance(x, Cache)), None)
-    if not begins:
-        rows = next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor))
-        zeros = [torch.zeros((rows, *p.shape), dtype=p.dtype) for p in mixer.places]
-        places = list(zip(mixer.places, zeros, strict=True))
-        cache = replaced(mixer.cache, {p.path: zero for p, zero in places if p.module is None})
-        for place, zero in places:
-            if place.module is not None:
-                held = vars(module.get_submodule(place.module))
-                (_, key), *rest = place.path
-                held[key] = replaced(held[key], {tuple(rest): zero})
-    args, kwargs = pytree.tree_unflatten([cache if isinstance(x, Cache) else x for x in leaves], spec)
-    result = pytree.tree_leaves(module(*args, **kwargs))
-    states = [
-        tensor_at(cache if p.module is None else module.get_submodule(p.module), p.path) for p in mixer.places
-    ]
-    return [*(x for x in result if isinstance(x, torch.Tensor)), *states]
+    def run(cache: Any) -> list[torch.Tensor]:
+        args, kwargs = pytree.tree_unflatten([cache if isinstance(x, Cache) else x for x in leaves], spec)
+        result = pytree.tree_leaves(module(*args, **kwargs))
+        return [*(x for x in result if isinstance(x, torch.Tensor)), *states_in(mixer, module, cache)]
+
+    if begins:
+        return run(next((x for x in leaves if isinstance(x, Cache)), None))
+    rows = next(x.shape[0] for x in leaves if isinstance(x, torch.Tensor))
+    zeros = [torch.zeros((rows, *place.shape), dtype=place.dtype) for place in mixer.places]
+    with holding_states(mixer, module, zeros) as cache:
+        return run(cache)

@@ -14,18 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmc.errors import UnsupportedError
 from llmc.graph.domains import TRACE
-from llmc.trace.capture import Capture, StateKey, StoredKeys, UnknownStateError
+from llmc.trace.capture import STATES_HINT, Capture, StateKey, StoredKeys, UnknownStateError
 
 if TYPE_CHECKING:
     import torch
 
 EXTEND = "ExtendCache"
 INDEX = "ExtendIndex"
-
-_KERNELS_HINT = (
-    "known are the kernels of causal-conv1d, mamba-ssm and flash-linear-attention that transformers wraps; a "
-    "layer with code of its own for its state cannot be compiled"
-)
 
 
 class _Layers:
@@ -178,7 +173,7 @@ class _Recording:
         if numbers is None:
             raise UnknownStateError(
                 f"layer {int(layer_idx)} keeps a recurrent state that no known kernel computes",
-                hint=_KERNELS_HINT,
+                hint=STATES_HINT,
             )
         self.capture.states[numbers] = StateKey(int(layer_idx), int(state_idx))
         return recurrent_states

@@ -37,6 +37,13 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
+#: What to say where a layer keeps a state that cannot be compiled.
+STATES_HINT = (
+    "a state can be compiled if one of transformers' kernels computes it, or if a tensor of fixed size holds "
+    "it in the cache or in a module of the layer, and begins with zeros"
+)
+
+
 class UnknownStateError(UnsupportedError):
     """A layer keeps a state by code of its own."""
 

@@ -15,6 +15,7 @@ from llmc.graph.recurrence import Token
 from llmc.graph.switches import rope_switches
 from llmc.trace.cache import tracing_cache_class
 from llmc.trace.capture import (
+    STATES_HINT,
     Capture,
     UnknownStateError,
     capturing,
@@ -292,7 +293,7 @@ def _check_states(capture: Capture, name: str) -> None:
         layers = sorted({key.layer for _, key in capture.convolved})
         raise UnknownStateError(
             f"{name}: layers {layers} keep a convolution's inputs, but no known convolution takes them",
-            hint="known is the kernel of causal-conv1d that transformers wraps",
+            hint=STATES_HINT,
         )
     if sum(map(len, capture.states)) < len(capture.recurrent):
         raise UnknownStateError(f"{name}: a recurrent layer does not store its state in the cache")

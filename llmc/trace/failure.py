@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import language_model
 from llmc.errors import UnsupportedError, count_names, failing_line
-from llmc.trace.capture import UnknownStateError
+from llmc.trace.capture import STATES_HINT, UnknownStateError
 
 if TYPE_CHECKING:
     import torch
-
-_HINT = "llmc compiles models whose keys, values and states are in the Cache of transformers"
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -49,7 +47,8 @@ def check_cache_class(model: torch.nn.Module) -> None:
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == module.__name__:
                 raise UnknownStateError(
-                    f"{type(model).__name__} keeps its state in a cache class of its own, {name}", hint=_HINT
+                    f"{type(model).__name__} keeps its state in a cache class of its own, {name}",
+                    hint=STATES_HINT,
                 )
 
 
@@ -68,7 +67,7 @@ def explain_failure(model: torch.nn.Module, cause: BaseException, kept: Sequence
     if kept:
         return UnknownStateError(
             f"{name} keeps a state in {count_names(kept)}, outside of the cache",
-            hint=_HINT,
+            hint=STATES_HINT,
         )
     where = _place(model, cause)
     message = (str(cause).strip().splitlines() or ["it gives no reason"])[0]

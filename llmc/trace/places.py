@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +129,37 @@ def tensor_at(root: Any, path: Path) -> torch.Tensor:
     for attribute, key in path:
         root = vars(root)[key] if attribute else root[key]
     return root  # type: ignore[no-any-return]
+
+
+@contextmanager
+def holding_states(mixer: Mixer, module: torch.nn.Module, states: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Put `states` in the places of a mixer within this context.
+
+    Args:
+        module: The mixer's module, or a copy of it.
+        states: A state for each place, (batch, …).
+
+    Yields:
+        The cache that holds those of them that are in the cache.
+    """
+    pairs = list(zip(mixer.places, states, strict=True))
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for place, state in pairs:
+        if place.module is not None:
+            held = vars(module.get_submodule(place.module))
+            (_, key), *rest = place.path
+            before.append((held, key, held[key]))
+            held[key] = replaced(held[key], {tuple(rest): state})
+    try:
+        yield replaced(mixer.cache, {place.path: state for place, state in pairs if place.module is None})
+    finally:
+        for held, key, value in reversed(before):
+            held[key] = value
+
+
+def states_in(mixer: Mixer, module: torch.nn.Module, cache: Any) -> list[torch.Tensor]:
+    """Return the states that are in the places of a mixer, (batch, …) each."""
+    return [
+        tensor_at(cache if place.module is None else module.get_submodule(place.module), place.path)
+        for place in mixer.places
+    ]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.architecture import language_model
 from llmc.graph.domains import TRACE
+from llmc.trace.layer_index import COMPARISONS, LayerIndex
 
 if TYPE_CHECKING:
     import torch
 
 BEGIN, END, STUB = "LayerBegin", "LayerEnd", "LayerStub"
-_COMPARISONS = {"<", "<=", ">", ">="}
 
 
 class NotStampableError(Exception):
@@ -107,57 +107,6 @@ class _Run:
     def attributes(self) -> dict[str, list[int]]:
         """Return the run as attributes of its node."""
         return {"indices": self.indices, "operands": self.operands, "counts": self.counts}
-
-
-class LayerIndex(int):
-    """A layer index that records when code computes with it, which makes layers differ."""
-
-    computed: list[str] = []  # noqa: RUF012  (shared on purpose: one trace at a time)
-
-    def _note(self, operation: str) -> int:
-        LayerIndex.computed.append(operation)
-        return int(self)
-
-    def __add__(self, other: Any) -> Any:
-        return self._note("+") + other
-
-    def __radd__(self, other: Any) -> Any:
-        return other + self._note("+")
-
-    def __sub__(self, other: Any) -> Any:
-        return self._note("-") - other
-
-    def __mul__(self, other: Any) -> Any:
-        return self._note("*") * other
-
-    def __rmul__(self, other: Any) -> Any:
-        return other * self._note("*")
-
-    def __mod__(self, other: Any) -> Any:
-        return self._note("%") % other
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._note("/") / other
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / self._note("/")
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._note("//") // other
-
-    def __lt__(self, other: Any) -> bool:
-        return bool(self._note("<") < other)
-
-    def __le__(self, other: Any) -> bool:
-        return bool(self._note("<=") <= other)
-
-    def __gt__(self, other: Any) -> bool:
-        return bool(self._note(">") > other)
-
-    def __ge__(self, other: Any) -> bool:
-        return bool(self._note(">=") >= other)
-
-    __hash__ = int.__hash__
 
 
 def find_layers(model: torch.nn.Module, config: Any, *, stamp: bool) -> LayerStack:
@@ -264,7 +213,7 @@ def check_indices(*, compared: bool = False) -> None:
     Args:
         compared: Whether code may compare the index, such as a cache that is asked for a layer.
     """
-    if set(LayerIndex.computed) - (_COMPARISONS if compared else set()):
+    if set(LayerIndex.computed) - (COMPARISONS if compared else set()):
         raise NotStampableError("a layer's code computes with its layer index")
 
 

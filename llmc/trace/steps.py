@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.graph.domains import TRACE
 from llmc.trace.capture import active_capture
 from llmc.trace.failure import explain_failure, root_cause
-from llmc.trace.places import BATCH, SEQUENCE, Mixer, Output, replaced, tensor_at
+from llmc.trace.places import BATCH, SEQUENCE, Mixer, Output, holding_states, states_in
 
 if TYPE_CHECKING:
     import torch
@@ -129,14 +129,11 @@ def export_token(call: StepCall) -> torch.export.ExportedProgram:
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = {id(x): t for (x, _), t in zip(call.arguments, tensors[:count], strict=True)}
             states = [state.clone() for state in tensors[count:]]
-            with _holding(call, states) as cache:
+            with holding_states(mixer, call.module, states) as cache:
                 leaves = [cache if isinstance(x, Cache) else given.get(id(x), x) for x in call.leaves]
                 args, kwargs = pytree.tree_unflatten(leaves, call.spec)
                 result = call.forward(*args, **kwargs)
-                after = [
-                    tensor_at(cache if p.module is None else call.module.get_submodule(p.module), p.path)
-                    for p in mixer.places
-                ]
+                after = states_in(mixer, call.module, cache)
             made = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
             return (*made, *after)
 
@@ -153,22 +150,3 @@ def export_token(call: StepCall) -> torch.export.ExportedProgram:
         return torch.export.export(Token(), tuple(example), dynamic_shapes=(tuple(dynamic),), strict=False)
     except Exception as error:  # transformers' model code raises any type of error
         raise explain_failure(call.module, root_cause(error), ()) from error
-
-
-@contextmanager
-def _holding(call: StepCall, states: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """Put `states` in their places within this context; yield the cache that holds those in the cache."""
-    cached = {p.path: s for p, s in zip(call.mixer.places, states, strict=True) if p.module is None}
-    cache = replaced(call.mixer.cache, cached)
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    for place, state in zip(call.mixer.places, states, strict=True):
-        if place.module is not None:
-            held = vars(call.module.get_submodule(place.module))
-            (_, key), *rest = place.path
-            before.append((held, key, held[key]))
-            held[key] = replaced(held[key], {tuple(rest): state})
-    try:
-        yield cache
-    finally:
-        for held, key, value in reversed(before):
-            held[key] = value

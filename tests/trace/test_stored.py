@@ -40,15 +40,20 @@ def test_slots_are_halves_of_one_tensor() -> None:
     assert [node.inputs[1] is not None for node in find_nodes(graph.graph, "TopK")] == [True] * LAYERS
 
 
-@pytest.mark.parametrize("prompt", [3, TOP, 15])
-def test_an_index_chooses_the_tokens_that_the_original_chooses(prompt: int) -> None:
-    model, graph = _sparse()
+def _hold_steps(model: Any, graph: Graph, prompt: int) -> None:
+    """Hold a prompt and five steps of two rows to one pass of the model."""
     ids = np.random.default_rng(0).integers(3, 250, (2, prompt + 5))
     positions = np.tile(np.arange(prompt + 5), (2, 1))
     found = run_steps(graph, ids, np.ones_like(ids), positions, prompt=prompt)
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [3, TOP, 15])
+def test_an_index_chooses_the_tokens_that_the_original_chooses(prompt: int) -> None:
+    model, graph = _sparse()
+    _hold_steps(model, graph, prompt)
 
 
 def test_a_model_may_read_how_much_a_layer_stores() -> None:
@@ -65,12 +70,7 @@ def test_a_model_may_read_how_much_a_layer_stores() -> None:
     graph = trace_model(model.config, Dtype.FLOAT32)
     graph.bind(StateStore(model), {})
     for prompt in (2, 15):
-        ids = np.random.default_rng(0).integers(3, 250, (2, prompt + 5))
-        positions = np.tile(np.arange(prompt + 5), (2, 1))
-        found = run_steps(graph, ids, np.ones_like(ids), positions, prompt=prompt)
-        with torch.inference_mode():
-            expected = model(input_ids=torch.from_numpy(ids)).logits.numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        _hold_steps(model, graph, prompt)
 
 
 def test_a_layer_has_its_length_and_nothing_that_it_did_not_store() -> None:

@@ -18,8 +18,9 @@ from llmc.graph import dialect
 from llmc.graph.domains import DIALECT
 from llmc.graph.model import LAYER, SCOPES, Graph, Placeholder, layer_of
 from llmc.trace import capture, trace_model
+from llmc.trace.layer_index import LayerIndex
 from llmc.trace.positions import first_position
-from llmc.trace.stamp import LayerIndex, NotStampableError, check_indices
+from llmc.trace.stamp import NotStampableError, check_indices
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.state_store import StateStore, run_steps
 

@@ -60,7 +60,7 @@ def attention_graph(smooth: str = "") -> Graph:
     """Every layer of LAYERS beside the others, with inputs and a cache of its own; and SHARER.
 
     Args:
-        smooth: Name of the node that has a smooth softmax, for which there is no kernel.
+        smooth: Name of the node that gets a smooth softmax, which no kernel computes.
     """
     builder = GraphBuilder()
     int32 = ir.DataType.INT32
