@@ -82,13 +82,9 @@ class StepValues:
 
     def last_tokens(self) -> ir.Value:
         """Return the number of tokens of each row up to its last real one, (batch, 1, 1) int64; 0 if none."""
-        one = add_constant(self.graph, np.array(1, np.int64), "number")
-        length = self._emit("Squeeze", [self._step_length()], "tokens/scalar", [])
-        after = self._emit("Add", [length, one], "tokens/after", [])
-        numbers = self._emit("Range", [one, after, one], "tokens/numbers", ["sequence"])
-        dims: list[int | str] = ["batch", "sequence"]
-        numbered = self._emit("Mul", [self._step_mask(), numbers], "tokens/numbered", dims)
-        last = self._emit("ReduceMax", [numbered, self._axis(1)], "tokens/last", ["batch", 1])
+        if "tokens/last" not in self._values:
+            self._values["tokens/last"] = count_slots(self._site, self._step_mask(), "tokens", before=False)
+        last = self._values["tokens/last"]
         return self._emit("Unsqueeze", [last, self._axis(2)], "tokens/ends", ["batch", 1, 1])
 
     def _step_mask(self) -> ir.Value:
@@ -121,3 +117,24 @@ class StepValues:
             node = self._site.emit(op, inputs, name, attributes=attributes, shape=shape, dtype=dtype)
             self._values[name] = node.outputs[0]
         return self._values[name]
+
+
+def count_slots(site: Site, mask: ir.Value, name: str, *, before: bool) -> ir.Value:
+    """Emit the number of slots up to the last real token of each row, (batch, 1) int64; 0 if there is none.
+
+    A reversed sum of the mask is at least 1 up to that token, wherever the row is padded. CUDA has kernels of
+    all three operators, without cuDNN, and none of ArgMax with select_last_index.
+
+    Args:
+        mask: (batch, slots) int64, 1 where a token is real.
+        name: Prefix of the names of new values.
+        before: Count only the slots before that token, which is its index.
+    """
+    batch = (mask.shape or ir.Shape(["batch"]))[0]
+    axis, row = (add_constant(site.graph, np.array(n, np.int64), "axis") for n in (1, [1]))
+    reverse = {"reverse": 1, "exclusive": int(before)}
+    after = site.emit("CumSum", [mask, axis], f"{name}/after", attributes=reverse, like=mask)
+    counted = site.emit("Min", [after.outputs[0], row], f"{name}/counted", like=mask)
+    return site.emit(
+        "ReduceSum", [counted.outputs[0], row], f"{name}/slots", shape=[batch, 1], dtype=_INT64
+    ).outputs[0]

@@ -17,6 +17,7 @@ from llmc.graph.linear import find_linears
 from llmc.graph.match import dims_of
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport, Refusal
+from llmc.passes._step import count_slots
 
 
 @dataclass(frozen=True)
@@ -81,28 +82,13 @@ def _last_tokens(graph: Graph, site: Site) -> ir.Value:
         shape=[batch, sequence],
         dtype=mask.dtype,
     )
-    floats = site.emit(  # the only type for which every provider has ArgMax
-        "Cast",
-        [own.outputs[0]],
-        "last/floats",
-        attributes={"to": int(ir.DataType.FLOAT)},
-        shape=[batch, sequence],
-        dtype=ir.DataType.FLOAT,
-    )
-    slot = site.emit(
-        "ArgMax",
-        [floats.outputs[0]],
-        "last/slot",
-        attributes={"axis": 1, "select_last_index": 1},
-        shape=[batch, 1],
-        dtype=ir.DataType.INT64,
-    )
+    slot = count_slots(site, own.outputs[0], "last", before=True)
     index = site.emit(
         "Unsqueeze",
-        [slot.outputs[0], constant(2)],
+        [slot, constant(2)],
         CHOSEN_TOKENS,
         shape=[batch, 1, 1],
-        dtype=slot.outputs[0].dtype,
+        dtype=slot.dtype,
     )
     return index.outputs[0]
 

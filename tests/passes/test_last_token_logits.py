@@ -1,8 +1,12 @@
 """The language-model head on each row's last token only."""
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
 
 from llmc.config import Dtype
+from llmc.graph.interface import CHOSEN_TOKENS
 from tests.lowering import lower
 from tests.models import tiny_config
 from tests.passes.harness import copy_of, graph_of, lowered, run_pass
@@ -22,6 +26,49 @@ def test_logits_of_each_rows_last_token() -> None:
     every = run_steps(before, ids, mask, positions, prompt=9)
     expected = np.stack([every[0, 8:], every[1, 5:6]])
     np.testing.assert_allclose(run_steps(graph, ids, mask, positions, prompt=9), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sequence", "slots"),
+    [
+        ([[1, 1, 1, 1], [1, 1, 0, 0]], 4, [3, 1]),
+        ([[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]], 3, [2, 0]),
+        ([[0, 0, 1, 1], [1, 1, 1, 1]], 4, [3, 3]),
+        ([[1, 1, 0, 0, 1], [1, 1, 1, 1, 1]], 1, [0, 0]),
+        ([[1, 0, 0], [1, 1, 1]], 2, [0, 1]),
+    ],
+    ids=["padded on the right", "several tokens over a cache", "padded on the left", "one token", "ended"],
+)
+def test_the_last_slot_is_that_of_the_last_token(
+    mask: list[list[int]], sequence: int, slots: list[int]
+) -> None:
+    session = _slots()
+    ids = np.zeros((len(mask), sequence), np.int64)
+    (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.array(mask, np.int64)})
+    assert found.reshape(-1).tolist() == slots
+
+
+def _slots() -> ort.InferenceSession:
+    """The nodes that find the last token's slot, alone."""
+    graph = graph_of("llama", (*BEFORE, "last-token-logits"))
+    chosen = next(v for n in graph.graph for v in n.outputs if v.name == CHOSEN_TOKENS)
+    nodes, values = [], [chosen]
+    while values:
+        node = values.pop().producer()
+        if node is not None and node not in nodes:
+            nodes.append(node)
+            values += [v for v in node.inputs if v is not None]
+    assert {n.op_type for n in nodes} <= {"Shape", "Neg", "Slice", "CumSum", "Min", "ReduceSum", "Unsqueeze"}
+    graph.graph.outputs[:] = [chosen]
+    for node in reversed(list(graph.graph)):
+        if node not in nodes:
+            graph.graph.remove(node, safe=False)
+    graph.graph.inputs[:] = [v for v in graph.graph.inputs if v.name in ("input_ids", "attention_mask")]
+    for name, value in list(graph.graph.initializers.items()):
+        if not value.uses():
+            del graph.graph.initializers[name]
+    data = ir.to_proto(graph.model).SerializeToString()
+    return ort.InferenceSession(data, providers=["CPUExecutionProvider"])
 
 
 def test_a_cache_of_fixed_length_is_given_the_count_of_tokens() -> None:
