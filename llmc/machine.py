@@ -5,12 +5,12 @@ import gc
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from llmc.errors import ResourceError
+from llmc.gpu import Gpu, gpus
 from llmc.memory import total_memory
 from llmc.profile import Profile, ProfileKind
 
@@ -26,9 +26,6 @@ _ISA = frozenset(
         *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme", "sme2"),
     )
 )
-
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits")
-_NVIDIA_SMI_SECONDS = 20.0
 
 
 def detect_profile(*, gpu: bool = True, measure: bool = False) -> Profile:
@@ -46,46 +43,44 @@ def detect_profile(*, gpu: bool = True, measure: bool = False) -> Profile:
 
 
 def detect_gpu() -> Profile | None:
-    """Describe the first GPU that nvidia-smi lists; None without a driver or a GPU."""
-    try:
-        answer = subprocess.run(
-            _NVIDIA_SMI, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=False
-        )
-    except (FileNotFoundError, PermissionError):
-        return None
-    except subprocess.TimeoutExpired as error:
-        raise ResourceError(
-            f"nvidia-smi did not answer within {_NVIDIA_SMI_SECONDS:.0f} s",
-            hint="the driver hangs: name a profile instead of local",
-        ) from error
-    return parse_gpu(answer.stdout) if answer.returncode == 0 else None
+    """Describe the GPU that CUDA gives to this process first; None without a driver or a GPU.
 
+    Memory that a GPU shares with the CPU is left out: the driver then states that of the host.
 
-def parse_gpu(listing: str) -> Profile | None:
-    """Parse the first GPU of `nvidia-smi --query-gpu=name,compute_cap,memory.total`, memory in MiB.
-
-    Memory shared with the CPU is printed as `[N/A]` and is then left out.
+    Raises:
+        ResourceError: There is a driver, but it does not work.
     """
-    lines = [line for line in listing.splitlines() if line.count(",") == 2]
-    if not lines:
+    found = gpus()
+    if not found:
         return None
-    name, capability, memory = (field.strip() for field in lines[0].split(","))
-    tool = "nvidia-smi"
-    sources = {"compute_capability": tool}
-    memory_gib = None
-    if memory.isdecimal():
-        memory_gib = round(int(memory) / 1024, 1)
-        sources["memory_gib"] = tool
-    count = len(lines)
+    first = found[0]
+    source = "NVIDIA's driver"
+    sources = {"compute_capability": source}
+    if not first.integrated:
+        sources["memory_gib"] = source
     return Profile(
         schema_version=1,
         name=LOCAL,
         kind=ProfileKind.GPU,
-        device=name,
-        compute_capability=capability,
-        memory_gib=memory_gib,
+        device=first.name,
+        compute_capability=first.capability,
+        memory_gib=None if first.integrated else round(first.memory_bytes / 2**30, 1),
         sources=sources,
-        notes=f"{count} GPUs are present; the first is described." if count > 1 else "",
+        notes=_describe_several(found),
+    )
+
+
+def _describe_several(found: tuple[Gpu, ...]) -> str:
+    """Describe what is used where CUDA lists several GPUs; empty where it lists one."""
+    if len(found) == 1:
+        return ""
+    others = Counter(gpu.name for gpu in found[1:])
+    if set(others) == {found[0].name}:
+        return f"{len(found)} GPUs are visible to CUDA; the first is used."
+    listed = ", ".join(f"{count} {name}" for name, count in others.items())
+    return (
+        f"{len(found)} GPUs are visible to CUDA; the first, {found[0].name}, is used. "
+        f"The others are {listed}: CUDA_VISIBLE_DEVICES selects one."
     )
 
 

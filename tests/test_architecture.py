@@ -17,7 +17,7 @@ PACKAGE = Path(llmc.__file__).parent
 ROOT = PACKAGE.parent
 
 STATIONS = ("checkpoint", "trace", "passes", "prune", "quantize", "validate", "report")
-BASE = {"arrays", "records", "errors", "profile", "config", "strict_json", "limits", "memory"}
+BASE = {"arrays", "records", "errors", "profile", "config", "strict_json", "limits", "memory", "gpu"}
 STATION = BASE | {"architecture", "graph", "artifact", "data", "progress", "children"}
 
 # What each part of the package may import besides itself; every part is listed.
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "arrays": set(),
     "profile": {"records"},
+    "gpu": {"errors"},
     "evaluation": {"errors", "records", "data"},
     "config": {"errors", "profile", "records", "evaluation"},
     "document": {"errors"},

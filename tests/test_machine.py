@@ -1,4 +1,4 @@
-"""The machine at hand, and the answers of nvidia-smi."""
+"""The machine at hand: its CPU, and how its GPUs are described."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llmc.machine as machine
-from llmc.errors import ResourceError
+from llmc.gpu import Gpu
 from llmc.profile import ProfileKind
 
 
@@ -75,46 +75,33 @@ def test_cpuinfo_without_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.detect_cpu().isa == ("asimd", "bf16")
 
 
-def test_the_first_gpu_is_described() -> None:
-    profile = machine.parse_gpu("NVIDIA L4, 8.9, 23034\nNVIDIA L4, 8.9, 23034\n")
-    assert profile is not None
+def gpu(name: str, capability: str, *, integrated: bool = False) -> Gpu:
+    return Gpu(name, capability, 23034 << 20, "GPU-00000000-0000-0000-0000-000000000001", integrated)
+
+
+def test_the_first_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    l4, t4 = gpu("NVIDIA L4", "8.9"), gpu("Tesla T4", "7.5")
+    monkeypatch.setattr(machine, "gpus", lambda: (l4, l4))
+    profile = machine.detect_profile()
     assert (profile.device, profile.compute_capability, profile.memory_gib) == ("NVIDIA L4", "8.9", 22.5)
-    assert profile.notes == "2 GPUs are present; the first is described."
+    assert profile.notes == "2 GPUs are visible to CUDA; the first is used."
+    monkeypatch.setattr(machine, "gpus", lambda: (t4, l4, l4))
+    assert machine.detect_profile().notes == (
+        "3 GPUs are visible to CUDA; the first, Tesla T4, is used. The others are 2 NVIDIA L4: "
+        "CUDA_VISIBLE_DEVICES selects one."
+    )
 
 
-def test_shared_memory_is_not_stated() -> None:
-    profile = machine.parse_gpu("NVIDIA GB10, 12.1, [N/A]\n")
-    assert profile is not None
-    assert profile.memory_gib is None
+def test_shared_memory_is_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu("NVIDIA GB10", "12.1", integrated=True),))
+    profile = machine.detect_profile()
+    assert (profile.device, profile.memory_gib, profile.notes) == ("NVIDIA GB10", None, "")
     assert "memory_gib" not in profile.sources
 
 
-def test_no_gpu_listed() -> None:
-    assert machine.parse_gpu("No devices were found\n") is None
-
-
-def fake_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{body}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_smi(tmp_path, monkeypatch, 'echo "NVIDIA H200, 9.0, 143771"')
-    profile = machine.detect_profile()
-    assert (profile.kind, profile.device, profile.memory_gib) == (ProfileKind.GPU, "NVIDIA H200", 140.4)
-    fake_smi(tmp_path, monkeypatch, "echo failed to talk to the driver; exit 9")
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: ())
     assert machine.detect_profile().kind is ProfileKind.CPU
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert machine.detect_gpu() is None
-
-
-def test_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_smi(tmp_path, monkeypatch, "exec sleep 5")
-    monkeypatch.setattr(machine, "_NVIDIA_SMI_SECONDS", 0.2)
-    with pytest.raises(ResourceError, match="did not answer"):
-        machine.detect_gpu()
 
 
 def test_freed_memory_goes_back_to_the_system() -> None:

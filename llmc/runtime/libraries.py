@@ -1,8 +1,29 @@
-"""Import the runtimes that execute graphs, with their telemetry turned off."""
+"""Import the runtimes that execute graphs, with their telemetry turned off, and load what CUDA needs."""
 
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from llmc.errors import ResourceError
+from llmc.gpu import Gpu, driver_version, gpus, require_gpu
+from llmc.runtime.device_code import read_device_code, runs_on
+
+#: Name of ONNX Runtime's execution provider for NVIDIA GPUs.
+CUDA_PROVIDER = "CUDAExecutionProvider"
+
+#: The CUDA libraries that ONNX Runtime and onnxruntime-genai need, those that others depend on first: their
+#: names on Linux and on Windows, and the distribution that brings them.
+LIBRARIES: tuple[tuple[str, str, str], ...] = (
+    ("libcudart.so.13", "cudart64_13.dll", "nvidia-cuda-runtime"),
+    ("libcublasLt.so.13", "cublasLt64_13.dll", "nvidia-cublas"),
+    ("libcublas.so.13", "cublas64_13.dll", "nvidia-cublas"),
+    ("libcurand.so.10", "curand64_10.dll", "nvidia-curand"),
+    ("libcufft.so.12", "cufft64_12.dll", "nvidia-cufft"),
+)
+#: The release of CUDA whose libraries these are, and the first driver for it.
+CUDA_RELEASE, FIRST_DRIVER = 13, 580
 
 
 def load_onnxruntime() -> Any:
@@ -37,3 +58,110 @@ def load_genai() -> Any:
         ) from error
     og.disable_telemetry_events()
     return og
+
+
+def require_cuda() -> Gpu:
+    """Load the CUDA libraries for ONNX Runtime and onnxruntime-genai, and return the GPU that they will use.
+
+    A library that this process has loaded, or that the system finds, comes before that of a distribution.
+    Nothing is written to standard output. Call it before a CUDA session is opened.
+
+    Raises:
+        ResourceError: There is no driver or GPU, the driver is too old, a library is missing, or the
+            installed onnxruntime has no CUDA provider or no code for the GPU.
+    """
+    ort = load_onnxruntime()
+    gpu = require_gpu()
+    require_driver()
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise ResourceError(
+            f"the installed onnxruntime {ort.__version__} has no provider for CUDA",
+            hint="pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu",
+        )
+    require_device_code(gpu)
+    for name, distribution in library_names():
+        load_library_of(name, distribution)
+    return gpu
+
+
+def require_driver() -> None:
+    """Require a driver that is new enough for the CUDA libraries.
+
+    Raises:
+        ResourceError: It is not.
+    """
+    version = driver_version()
+    if version is not None and version[0] < CUDA_RELEASE:
+        raise ResourceError(
+            f"NVIDIA's driver supports CUDA {version[0]}.{version[1]}, but onnxruntime-gpu needs "
+            f"CUDA {CUDA_RELEASE}",
+            hint=f"install driver {FIRST_DRIVER} or newer",
+        )
+
+
+def require_device_code(gpu: Gpu) -> None:
+    """Require that the installed ONNX Runtime has code for a GPU.
+
+    Raises:
+        ResourceError: It has none.
+    """
+    library = provider_library()
+    code = read_device_code(library) if library.is_file() else ()
+    if not code or runs_on(code, gpu.capability):
+        return
+    other = next((each for each in gpus() if runs_on(code, each.capability)), None)
+    raise ResourceError(
+        f"the installed onnxruntime-gpu has no code for {gpu.name} (compute capability {gpu.capability}), "
+        f"only for {', '.join(each.removesuffix('a') for each in code)}",
+        hint="build with a target tensorrt-* for this GPU: llmc targets"
+        if other is None
+        else f"CUDA_VISIBLE_DEVICES={other.uuid} selects the {other.name} of this machine",
+    )
+
+
+def provider_library() -> Path:
+    """Return the path of the library with ONNX Runtime's CUDA kernels; plain onnxruntime has none."""
+    spec = importlib.util.find_spec("onnxruntime")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else Path()
+    windows = sys.platform == "win32"
+    name = "onnxruntime_providers_cuda.dll" if windows else "libonnxruntime_providers_cuda.so"
+    return folder / "capi" / name
+
+
+def library_names() -> tuple[tuple[str, str], ...]:
+    """Return the name of each CUDA library on this system, with the distribution that brings it."""
+    windows = sys.platform == "win32"
+    return tuple((dll if windows else so, distribution) for so, dll, distribution in LIBRARIES)
+
+
+def load_library_of(name: str, distribution: str) -> None:
+    """Load a CUDA library, so that libraries loaded later find it by its name.
+
+    Raises:
+        ResourceError: It is missing, or does not load.
+    """
+    try:
+        ctypes.CDLL(name)
+        return
+    except OSError as error:
+        reason = error
+    file = next((folder / name for folder in _library_folders() if (folder / name).is_file()), None)
+    if file is not None:
+        try:
+            ctypes.CDLL(str(file))
+            return
+        except OSError as error:
+            reason = error
+    raise ResourceError(
+        f"{name}, which onnxruntime needs for CUDA, "
+        + (f"does not load: {reason}" if file is not None else "is not installed"),
+        hint=f"pip install 'llmc[gpu]' installs it, or pip install {distribution}",
+    ) from reason
+
+
+def _library_folders() -> list[Path]:
+    """Return the folders in which NVIDIA's distributions for this release of CUDA put their libraries."""
+    spec = importlib.util.find_spec("nvidia")
+    parts = ("bin", "x86_64") if sys.platform == "win32" else ("lib",)
+    places = [] if spec is None else (spec.submodule_search_locations or [])
+    return [Path(place, f"cu{CUDA_RELEASE}", *parts) for place in places]

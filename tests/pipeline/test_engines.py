@@ -1,7 +1,6 @@
 """From a checkpoint to engines and their verdict, what waits for its GPU, and what is refused."""
 
 import json
-import os
 from io import StringIO
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmc.backends.tensorrt.support import Library
 from llmc.catalog import load_profile
 from llmc.config import BuildPlan, Gate, Metric, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError, UnsupportedError
+from llmc.gpu import Gpu
 from llmc.pipeline import bench, build, inspect, resume, run, verify
 from llmc.plan import plan_build
 from llmc.progress import PlainProgress, SilentProgress
@@ -156,18 +156,15 @@ def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
 def test_where_there_is_the_gpu_its_engine_is_what_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nvidia-smi tells of an L4 and CUDA finds no device: its error is what comes."""
+    """The driver tells of an L4 and the CUDA runtime finds no device: its error is what comes."""
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = _plan(model, tmp_path / "out", "l4").model_copy(update={"verify": False})
     assert build(plan, SilentProgress()).manifest.state is State.NOT_EXECUTED
     with pytest.raises(ConfigError, match="has no engine pending: it is built, not executed"):
         resume(tmp_path / "out", SilentProgress())
 
-    tool = tmp_path / "bin/nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9, 23034'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    l4 = Gpu("NVIDIA L4", "8.9", 23034 << 20, "GPU-00000000-0000-0000-0000-000000000001")
+    monkeypatch.setattr("llmc.machine.gpus", lambda: (l4,))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     for command in (
         lambda: run(tmp_path / "out", "hello", 4, print, SilentProgress()),

@@ -1,8 +1,6 @@
 """Generate text and tokens with an artifact through onnxruntime-genai."""
 
-import ctypes
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ from llmc.backends.base import Generated
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
-from llmc.runtime.libraries import load_genai
+from llmc.runtime.libraries import load_genai, require_cuda
 
 
 def generate_text(
@@ -155,11 +153,11 @@ def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
     config = _genai_config(folder)
     og = load_genai()
     providers = config["model"]["decoder"]["session_options"]["provider_options"]
-    if any("cuda" in provider for provider in providers) and not _has_nvidia_gpu():
-        raise ResourceError(
-            f"{folder} is built for CUDA and needs an NVIDIA GPU with its driver; this machine has none",
-            hint="build with a cpu target to run it here",
-        )
+    if any("cuda" in provider for provider in providers):
+        try:
+            require_cuda()
+        except ResourceError as error:
+            raise ResourceError(f"{folder} is built for CUDA: {error.fact}", hint=error.hint) from error
     graph = None if lookup is None else verifying_model(folder / MODEL)
     with _runtime_errors(folder):
         settings = og.Config(str(folder))
@@ -200,13 +198,3 @@ def _require_rows(ids: Sequence[int], vocabulary: int) -> None:
             f"the prompt has token {beyond[0]}, but the model's embedding has only {vocabulary} rows",
             hint="leave the special token with this id out of the prompt",
         )
-
-
-def _has_nvidia_gpu() -> bool:
-    """Ask the driver for a GPU (cuInit and cuDeviceGetCount, CUDA driver API) without a CUDA library."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

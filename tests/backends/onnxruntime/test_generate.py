@@ -126,7 +126,7 @@ def test_an_artifact_for_cuda_asks_for_a_gpu(
     _, interface = make_counter()
     generation = GenerationConfig(eos_token_id=31, pad_token_id=0)
     write_genai_config(artifact, LlamaConfig(), generation, interface, Provider.CUDA, None, share_cache=False)
-    with pytest.raises(ResourceError, match="is built for CUDA and needs an NVIDIA GPU") as caught:
+    with pytest.raises(ResourceError, match="is built for CUDA: this machine has no NVIDIA GPU") as caught:
         generate_tokens(artifact, [1], 1)
     assert caught.value.exit_code is ExitCode.RESOURCES
 

@@ -1,0 +1,153 @@
+"""Ask NVIDIA's driver for the GPUs that CUDA gives to this process, in CUDA's order.
+
+The driver decides by `CUDA_VISIBLE_DEVICES` and `CUDA_DEVICE_ORDER` as they were at its first call.
+nvidia-smi ignores both, and lists GPUs that this process cannot use. No CUDA library is needed.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.errors import ResourceError
+
+#: CUresult of cuInit: there is no GPU, or CUDA_VISIBLE_DEVICES hides all of them.
+_NO_DEVICE = 100
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute in cuda.h
+
+#: What to do about other results of cuInit, by CUresult.
+_HINTS = {
+    34: "take the folder of CUDA's stub libraries off LD_LIBRARY_PATH",
+    802: "nvidia-fabricmanager must run before CUDA is used on this machine: systemctl status it",
+    803: "the driver was updated and its kernel module was not: restart the machine, or reload the module",
+    804: "take the folder of the cuda-compat libraries off LD_LIBRARY_PATH, or install a newer driver",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the driver describes it.
+
+    Args:
+        name: The driver's name of it, as nvidia-smi prints it, such as "NVIDIA H200".
+        capability: CUDA compute capability, such as "9.0".
+        memory_bytes: Its memory; that of the host if it has none of its own.
+        uuid: Its name in CUDA_VISIBLE_DEVICES, such as "GPU-8a56a4c6-…".
+        integrated: Whether it shares the memory of the host.
+    """
+
+    name: str
+    capability: str
+    memory_bytes: int
+    uuid: str
+    integrated: bool = False
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Return the GPUs that this process can use, CUDA's first one first; none without a driver.
+
+    Raises:
+        ResourceError: There is a driver, but it does not work.
+    """
+    driver = _load_driver()
+    if driver is None:
+        return ()
+    code = driver.cuInit(0)
+    if code == _NO_DEVICE:
+        return ()
+    _check(driver, "cuInit", code)
+    count = _ask_number(driver, "cuDeviceGetCount")
+    return tuple(_describe(driver, ordinal) for ordinal in range(count))
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Return the newest release of CUDA that the driver supports, such as (13, 0); None without a driver.
+
+    Raises:
+        ResourceError: There is a driver, but it does not answer.
+    """
+    driver = _load_driver()
+    if driver is None:
+        return None
+    version = _ask_number(driver, "cuDriverGetVersion")
+    return version // 1000, version % 1000 // 10
+
+
+def require_gpu() -> Gpu:
+    """Return the GPU that CUDA gives to this process first.
+
+    Raises:
+        ResourceError: There is none, or no driver that works.
+    """
+    found = gpus()
+    if found:
+        return found[0]
+    if _load_driver() is None:
+        raise ResourceError(
+            "this machine has no NVIDIA GPU, or no driver for it",
+            hint=f"run it where nvidia-smi lists a GPU; CUDA looks for the driver as {_library()}",
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        raise ResourceError(
+            "NVIDIA's driver is installed, but finds no GPU",
+            hint="run it where nvidia-smi lists a GPU; docker run needs --gpus all to hand one in",
+        )
+    raise ResourceError(
+        f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU visible to CUDA",
+        hint="unset it, or name a GPU in it by its UUID from nvidia-smi -L",
+    )
+
+
+def _library() -> str:
+    return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
+def _load_driver() -> Any:
+    """Load the library of NVIDIA's driver; None if there is none."""
+    try:
+        return ctypes.CDLL(_library())
+    except OSError:
+        return None
+
+
+def _check(driver: Any, function: str, code: int) -> None:
+    if code == 0:
+        return
+    text = ctypes.c_char_p()
+    known = driver.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value is not None
+    reason = f"{(text.value or b'').decode()} ({code})" if known else f"error {code}"
+    raise ResourceError(
+        f"NVIDIA's driver does not work: {function} fails with {reason}",
+        hint=_HINTS.get(code, "nvidia-smi says whether the driver works; it may need a restart"),
+    )
+
+
+def _ask_number(driver: Any, function: str, *arguments: Any) -> int:
+    number = ctypes.c_int()
+    _check(driver, function, getattr(driver, function)(ctypes.byref(number), *arguments))
+    return number.value
+
+
+def _describe(driver: Any, ordinal: int) -> Gpu:
+    device = _ask_number(driver, "cuDeviceGet", ordinal)
+    major, minor, integrated = (
+        _ask_number(driver, "cuDeviceGetAttribute", attribute, device)
+        for attribute in (_MAJOR, _MINOR, _INTEGRATED)
+    )
+    name = ctypes.create_string_buffer(256)
+    _check(driver, "cuDeviceGetName", driver.cuDeviceGetName(name, len(name), device))
+    memory = ctypes.c_size_t()
+    _check(driver, "cuDeviceTotalMem", driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device))
+    uuid = (ctypes.c_ubyte * 16)()
+    _check(driver, "cuDeviceGetUuid", driver.cuDeviceGetUuid(uuid, device))
+    digits = bytes(uuid).hex()
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        capability=f"{major}.{minor}",
+        memory_bytes=memory.value,
+        uuid=f"GPU-{'-'.join(parts)}",
+        integrated=bool(integrated),
+    )
