@@ -29,6 +29,16 @@ def _no_torch(pytestconfig: pytest.Config) -> Iterator[None]:
         assert "torch" not in sys.modules, "this test imports torch, and nothing in its file says so"
 
 
+@pytest.fixture(scope="session")
+def cuda_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the libraries that stand in for CUDA (`tests.cuda`), and return their folder."""
+    from tests.cuda import build_stub
+
+    folder = tmp_path_factory.mktemp("cuda_stub")
+    build_stub(folder)
+    return folder
+
+
 @cache
 def needs_heavy(file: Path) -> bool:
     """Whether a test needs a heavy package.

@@ -1,0 +1,151 @@
+"""Run ONNX Runtime's and onnxruntime-genai's own CUDA code on a machine without a GPU.
+
+`cuda_stub/` has the source of libraries that stand in for the CUDA driver, the CUDA runtime and cuBLAS. What
+they do is said in `cuda_stub/stub.h`. Since a library path is read when a process starts, tests run the
+command line or a script in a child process, in the environment that `stub_environment` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+from llmc.backends.compiled.toolchain import find_compiler
+
+_SOURCES = Path(__file__).with_name("cuda_stub")
+#: File name of each library, and its source.
+_LIBRARIES = {
+    "libcuda.so.1": "driver.c",
+    "libcudart.so.13": "runtime.c",
+    "libcublas.so.13": "blas.c",
+    "libcublasLt.so.13": "blaslt.c",
+    "libcurand.so.10": "nothing.c",
+    "libcufft.so.12": "nothing.c",
+}
+_FLAGS = ("-x", "c", "-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused-parameter", "-Werror")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a process asked of its devices, in the order of `enum counter` in stub.h."""
+
+    launches: int
+    products: int
+    syncs: int
+    to_device: int
+    to_host: int
+    on_device: int
+    graphs: int
+    captured: int
+    captured_copies: int
+    allocated: int
+    allocated_peak: int
+    bytes_to_device: int
+    bytes_to_host: int
+
+    @property
+    def starts(self) -> int:
+        """The number of things that the host started on the device: kernels, products and graphs."""
+        return self.launches + self.products + self.graphs
+
+
+def build_stub(folder: Path) -> None:
+    """Compile the libraries of the stub into `folder`."""
+    compiler = find_compiler().command
+    started = []
+    for name, source in _LIBRARIES.items():
+        linked = [f"-Wl,-soname,{name}"]
+        if name != "libcuda.so.1":  # the only one whose functions have no version
+            script = folder / f"{name}.map"
+            script.write_text(f"{name} {{ global: *; }};\n", encoding="ascii")
+            linked.append(f"-Wl,--version-script={script}")
+        command = [*compiler, *_FLAGS, *linked, "-o", str(folder / name), str(_SOURCES / source)]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, said = process.communicate(timeout=120)
+        if process.returncode:
+            raise RuntimeError(f"the stub of CUDA does not compile: {said}")
+
+
+def stub_environment(
+    folder: Path,
+    *,
+    count: Path | None = None,
+    devices: int = 1,
+    capability: str = "9.0",
+    driver: int = 13000,
+    memory: int = 16 << 30,
+    name: str | None = None,
+    without: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Return the environment in which a child process sees a machine with GPUs.
+
+    Args:
+        folder: Where `build_stub` put the libraries.
+        count: File in which the process counts its calls, for `read_counters`.
+        devices: Number of GPUs, where `capability` lists fewer.
+        capability: Compute capability of each GPU, separated by commas.
+        driver: Version of the driver, as cuDriverGetVersion returns it.
+        memory: Bytes of each GPU.
+        name: Name of each GPU, separated by commas.
+        without: File names of libraries that the machine lacks; without libcuda.so.1 it has no driver.
+    """
+    unknown = set(without) - set(_LIBRARIES)
+    assert not unknown, f"the stub has no {', '.join(sorted(unknown))}"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}
+    paths = [
+        str(_folder_without(folder, without) if without else folder),
+        environment.get("LD_LIBRARY_PATH", ""),
+    ]
+    environment |= {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths)),
+        "CUDA_STUB_DEVICES": str(devices),
+        "CUDA_STUB_CAPABILITY": capability,
+        "CUDA_STUB_DRIVER": str(driver),
+        "CUDA_STUB_MEMORY": str(memory),
+    }
+    if name is not None:
+        environment["CUDA_STUB_NAME"] = name
+    if count is not None:
+        environment["CUDA_STUB_COUNT"] = str(count)
+    return environment
+
+
+def _folder_without(folder: Path, without: Sequence[str]) -> Path:
+    """Return a folder of links to all libraries but some.
+
+    A library that this machine has itself is replaced by an empty file, which cannot be loaded either.
+    """
+    lacking = folder / "-".join(["without", *sorted(without)])
+    if not lacking.is_dir():
+        lacking.mkdir()
+        for name in _LIBRARIES:
+            if name not in without:
+                (lacking / name).symlink_to(folder / name)
+            elif name in _installed_libraries():
+                (lacking / name).touch()
+    return lacking
+
+
+@cache
+def _installed_libraries() -> frozenset[str]:
+    """Return the names of the libraries that the dynamic linker finds on this machine."""
+    ldconfig = shutil.which(
+        "ldconfig", path=os.pathsep.join([os.environ.get("PATH", ""), "/sbin", "/usr/sbin"])
+    )
+    if ldconfig is None:
+        return frozenset()
+    listed = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, timeout=60, check=True).stdout
+    return frozenset(re.findall(r"^\s*(\S+) \(", listed, re.MULTILINE))
+
+
+def read_counters(file: Path) -> Counters:
+    """Read what the process counted whose environment named `file`."""
+    return Counters(*struct.unpack(f"={len(fields(Counters))}q", file.read_bytes()))
