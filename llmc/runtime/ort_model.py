@@ -1,8 +1,6 @@
 """Run an artifact with onnxruntime: prefill and decode over a KV cache, with the inputs of its interface."""
 
-import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.artifact.manifest import MODEL
+from llmc.config import Provider
 from llmc.errors import ConfigError, ParityError
 from llmc.graph.interface import Interface, TensorSpec
 from llmc.runtime.arithmetic import Arithmetic, compute_in
-from llmc.runtime.libraries import load_onnxruntime
+from llmc.runtime.choice import CHOICE, add_choice
+from llmc.runtime.ort_session import open_session, read_genai_config
+from llmc.runtime.recorded_step import RecordedStep
 
-_PROVIDER = "CPUExecutionProvider"
 #: Maximum size in bytes of the states of fixed size that a session keeps to go back to.
 _KEPT_BYTES = 256 << 20
 _STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -43,10 +42,11 @@ class CacheState:
 class OrtModel:
     """An onnxruntime session with the KV cache of one batch.
 
-    The cache stays in OrtValues: in growing mode, each step's present tensors are the next step's past; in
-    shared mode (`past_present_share_buffer` of onnxruntime-genai), one buffer of `capacity` slots is bound
-    as both past and present, and the graph writes into it. States of fixed size are each step's outputs and
-    the next one's inputs in both modes; some are kept, since a session cannot compute back from them.
+    The cache stays in OrtValues on the session's device: in growing mode, each step's present tensors are
+    the next step's past; in shared mode (`past_present_share_buffer` of onnxruntime-genai), one buffer of
+    `capacity` slots is bound as both past and present, and the graph writes into it. States of fixed size
+    are each step's outputs and the next one's inputs in both modes; some are kept, since a session cannot
+    compute back from them.
 
     Args:
         folder: Directory with model.onnx.
@@ -55,10 +55,14 @@ class OrtModel:
         share_buffer: Whether to use shared mode; only graphs with GroupQueryAttention allow it.
         arithmetic: Arithmetic of the session; `interface` of the session changes accordingly.
         profile: Prefix of the file in which onnxruntime records the time of each kernel.
+        provider: The execution provider; for CUDA, the first device that this process sees.
+        cuda_graph: Whether steps of one token are launched as a CUDA graph; it needs shared mode.
+        chooses: Whether the device chooses the tokens of `next_tokens`, from logits that are not copied.
 
     Raises:
-        ConfigError: There is no model.onnx in `folder`.
-        ResourceError: onnxruntime is not installed.
+        ConfigError: There is no model.onnx in `folder`, or a step cannot be a CUDA graph.
+        ResourceError: onnxruntime is not installed, CUDA or its libraries are missing, or the device has not
+            enough memory.
         ParityError: onnxruntime cannot load the graph, or its inputs and outputs differ from the interface.
     """
 
@@ -71,33 +75,56 @@ class OrtModel:
         share_buffer: bool,
         arithmetic: Arithmetic = Arithmetic.SERVED,
         profile: Path | None = None,
+        provider: Provider = Provider.CPU,
+        cuda_graph: bool = False,
+        chooses: bool = False,
     ) -> None:
         def edit(model: Any) -> None:
             nonlocal interface
             interface = compute_in(arithmetic, model, interface)
+            if chooses:
+                add_choice(model)
 
-        served = arithmetic is Arithmetic.SERVED
-        ort, self._session, self.where = open_session(
-            folder, threads, edit=None if served else edit, profile=profile
+        plain = arithmetic is Arithmetic.SERVED and not chooses
+        if cuda_graph and (provider is not Provider.CUDA or not share_buffer or interface.states):
+            raise ConfigError(
+                f"a decode step of {folder} cannot be a CUDA graph: it needs CUDA, a shared KV buffer and no "
+                "states of fixed size"
+            )
+        self._opened = open_session(
+            folder,
+            threads,
+            edit=None if plain else edit,
+            profile=profile,
+            provider=provider,
+            cuda_graph=cuda_graph,
         )
-        self._opened = (folder, threads)
-        self._ort = ort
+        self._session, self.where = self._opened.session, self._opened.where
+        self._source = (folder, threads, provider)
         self.interface = interface
         self.share_buffer = share_buffer
         self._specs = {spec.name: spec for spec in interface.inputs}
         compare_signature("input", interface.inputs, self._session.get_inputs())
-        compare_signature("output", interface.outputs, self._session.get_outputs())
+        outputs = [output for output in self._session.get_outputs() if output.name != CHOICE]
+        compare_signature("output", interface.outputs, outputs)
+        self._chooses = chooses
         pairs = [pair for slot in interface.cache for pair in slot.pairs]
         widths = [(s.kv_heads, w) for s in interface.cache for w in (s.key_width, s.value_width)]
         self._slots = [
             (past, present, *geometry) for (past, present), geometry in zip(pairs, widths, strict=True)
         ]
         self._states = [(state.past, state.present, state.shape) for state in interface.states]
+        # The outputs in the order in which they are bound.
+        self._names = [present for _, present, *_ in (*self._slots, *self._states)]
+        self._names += ["logits", *([CHOICE] if chooses else [])]
         _require_fed(interface, {past for past, _ in pairs} | {state.past for state in interface.states})
         self._mask: Array = np.zeros((0, 0), np.int64)
         self._cache: tuple[Any, ...] = ()
         self._binding: Any = None
+        self._placed = (0, 0)
         self._capacity = 0
+        self._recorded: RecordedStep | None = None
+        self._recordings = 0
         self._tokens: Array = np.zeros((0, 0), np.int64)
         self._kept: dict[int, tuple[Any, ...]] = {}
 
@@ -114,22 +141,43 @@ class OrtModel:
 
         Raises:
             ParityError: The run failed, or the shape of an output differs from the interface.
+            ResourceError: The device has not enough memory.
         """
         batch, sequence = input_ids.shape
         self._mask = np.ones_like(input_ids) if mask is None else mask
         self._capacity = sequence + steps
-        slots = self._capacity if self.share_buffer else 0
+        self._place(batch, self._capacity if self.share_buffer else 0)
+        self._tokens = input_ids[:, :0]
+        self._kept = {0: tuple(self._zeros(past, (batch, *shape)) for past, _, shape in self._states)}
+        return self._run(input_ids)
+
+    def _place(self, batch: int, slots: int) -> None:
+        """Allocate the cache; a shared one of the same size is used again, since no step reads old slots."""
+        if self.share_buffer and self._placed == (batch, slots):
+            return
+        if self._recorded is not None:
+            self._recorded.release()
+        self._binding, self._cache, self._recorded = None, (), None  # frees the old cache first
+        self._placed = (0, 0)
         self._cache = tuple(
             self._zeros(past, (batch, heads, slots, width)) for past, _, heads, width in self._slots
         )
-        self._tokens = input_ids[:, :0]
-        self._kept = {0: tuple(self._zeros(past, (batch, *shape)) for past, _, shape in self._states)}
         self._binding = self._session.io_binding()
         if self.share_buffer:
-            for (past, present, *_), value in zip(self._slots, self._cache, strict=True):
-                self._binding.bind_ortvalue_input(past, value)
-                self._binding.bind_ortvalue_output(present, value)
-        return self._run(input_ids)
+            self._bind_cache(self._binding)
+        if self._opened.graphs:
+            self._recordings += 1
+            self._recorded = RecordedStep(
+                self._opened, self.interface, batch, slots, number=self._recordings, chooses=self._chooses
+            )
+            self._bind_cache(self._recorded.binding)
+        self._placed = (batch, slots)
+
+    def _bind_cache(self, binding: Any) -> None:
+        """Bind the shared cache as past and as present."""
+        for (past, present, *_), value in zip(self._slots, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
 
     def decode(self, tokens: Array) -> Array:
         """Run one or more further tokens of every row.
@@ -144,6 +192,24 @@ class OrtModel:
             ParityError: As for `prefill`.
             ConfigError: Shared mode has no slot left.
         """
+        self._append(tokens)
+        return self._run(tokens)
+
+    def next_tokens(self, tokens: Array) -> Array:
+        """Run one more token of every row, (batch,), and return the most likely next ones, (batch,).
+
+        Raises:
+            ParityError: As for `prefill`.
+            ConfigError: Shared mode has no slot left.
+        """
+        self._append(tokens[:, None])
+        if not self._chooses:
+            chosen: Array = self._run(tokens[:, None])[:, -1].argmax(axis=-1)
+            return chosen
+        return self._run(tokens[:, None], choose=True)[:, -1, 0]
+
+    def _append(self, tokens: Array) -> None:
+        """Lengthen the mask by the tokens of the next step."""
         total = self._mask.shape[1] + tokens.shape[1]
         if self.share_buffer and total > self._capacity:
             raise ConfigError(
@@ -151,13 +217,17 @@ class OrtModel:
                 hint="reserve more steps at prefill",
             )
         self._mask = np.concatenate([self._mask, np.ones_like(tokens)], axis=1)
-        return self._run(tokens)
 
     def profiled(self, prefix: Path) -> "OrtModel":
         """Open the same artifact in a session that writes a profile."""
-        folder, threads = self._opened
+        folder, threads, provider = self._source
         return OrtModel(
-            folder, self.interface, threads=threads, share_buffer=self.share_buffer, profile=prefix
+            folder,
+            self.interface,
+            threads=threads,
+            share_buffer=self.share_buffer,
+            profile=prefix,
+            provider=provider,
         )
 
     def end_profiling(self) -> str:
@@ -184,10 +254,7 @@ class OrtModel:
         self._mask, self._tokens = state.mask[:, :start], state.tokens[:, :start]
         self._kept = {at: kept for at, kept in state.states.items() if at <= start}
         if not self.share_buffer:
-            self._cache = tuple(
-                self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :start]))
-                for value in state.cache
-            )
+            self._cache = tuple(self._opened.value(value.numpy()[:, :, :start]) for value in state.cache)
         if start < total:
             self._mask = state.mask[:, :total]
             self._run(state.tokens[:, start:total])
@@ -195,50 +262,49 @@ class OrtModel:
             self._thin_out(state.states, total)
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(self._specs[name].dtype)))
+        return self._opened.value(np.zeros(shape, np.dtype(self._specs[name].dtype)))
 
-    def _run(self, input_ids: Array) -> Array:
+    def _run(self, input_ids: Array, *, choose: bool = False) -> Array:
+        """Run a step, and return its logits; with `choose`, the choice of the device instead."""
         batch, sequence = input_ids.shape
         total = self._mask.shape[1]
-        binding = self._binding
+        feeds = {"input_ids": input_ids, "attention_mask": self._mask}
+        if self.interface.position_ids:
+            positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, total - sequence :]
+        step = f"batch {batch}, sequence {sequence}, total {total}"
+        if self._recorded is not None and sequence == 1:
+            return self._recorded.run(feeds, step, choose=choose)
+        binding, device = self._binding, self._opened.device
         if not self.share_buffer:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
             for (past, *_), value in zip(self._slots, self._cache, strict=True):
                 binding.bind_ortvalue_input(past, value)
             for _, present, *_ in self._slots:
-                binding.bind_output(present, "cpu")
+                binding.bind_output(present, device)
         for (past, present, _), value in zip(self._states, self._kept[self._tokens.shape[1]], strict=True):
             binding.bind_ortvalue_input(past, value)
-            binding.bind_output(present, "cpu")
-        binding.bind_output("logits", "cpu")  # bind again each time: a bound value keeps the last run's shape
-        feeds = {"input_ids": input_ids, "attention_mask": self._mask}
-        if self.interface.position_ids:
-            positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, total - sequence :]
+            binding.bind_output(present, device)
+        for name in self._names[len(self._slots) + len(self._states) :]:
+            binding.bind_output(name, device)  # again: a bound value keeps the last run's shape
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value, np.dtype(self._specs[name].dtype)))
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise ParityError(
-                f"onnxruntime failed at batch {batch}, sequence {sequence}, total {total}: {error}"
-            ) from error
-        outputs = binding.get_outputs()
-        logits = outputs[-1]
-        kept = tuple(outputs[len(outputs) - 1 - len(self._states) : -1])
+        self._opened.run(binding, step)
+        outputs = dict(zip(self._names, binding.get_outputs(), strict=True))
+        kept = tuple(outputs[present] for _, present, _ in self._states)
         for (_, present, sizes), value in zip(self._states, kept, strict=True):
             require_shape(present, value.shape(), (batch, *sizes))
         self._keep(input_ids, kept)
         if not self.share_buffer:
-            self._cache = tuple(outputs[: len(self._slots)])
+            self._cache = tuple(outputs[present] for _, present, *_ in self._slots)
             for (_, present, heads, width), value in zip(self._slots, self._cache, strict=True):
                 require_shape(present, value.shape(), (batch, heads, total, width))
         positions_out = 1 if self.interface.logits == "last" else sequence
-        shape = logits.shape()
+        shape = outputs["logits"].shape()
         require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
-        values: Array = logits.numpy()
-        return values.astype(np.float32, copy=False)
+        values: Array = outputs[CHOICE if choose else "logits"].numpy()
+        return values if choose else values.astype(np.float32, copy=False)
 
     def _keep(self, input_ids: Array, states: tuple[Any, ...]) -> None:
         """Keep the states after `input_ids`."""
@@ -258,66 +324,6 @@ class OrtModel:
             del kept[min(gaps, key=lambda place: gaps[place])]
 
 
-def open_session(
-    folder: Path,
-    threads: int | None,
-    entries: Mapping[str, str] | None = None,
-    *,
-    edit: Callable[[Any], None] | None = None,
-    profile: Path | None = None,
-    arena: bool = True,
-) -> tuple[Any, Any, str]:
-    """Open a session of model.onnx on the CPU; return the module onnxruntime, the session and a description.
-
-    Args:
-        entries: Further session configuration entries.
-        edit: Changes the graph, an `onnx_ir.Model`, before it is loaded.
-        profile: As for `OrtModel`.
-        arena: Whether to keep freed memory for the next step, which is faster for short steps.
-
-    Raises:
-        ConfigError: There is no model.onnx in `folder`.
-        ResourceError: onnxruntime is not installed.
-        ParityError: onnxruntime cannot load the graph.
-    """
-    ort = load_onnxruntime()
-    path = folder / MODEL
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no model.onnx", hint="give the directory of a built artifact")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = arena
-    for key, value in (entries or {}).items():
-        options.add_session_config_entry(key, value)
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    library = custom_operators(folder)
-    try:
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        source = str(path) if edit is None else _edited(path, edit, options)
-        session = ort.InferenceSession(source, options, providers=[_PROVIDER])
-    except Exception as error:
-        raise ParityError(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from error
-    return ort, session, f"onnxruntime {ort.__version__} {_PROVIDER}"
-
-
-def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:
-    """Return the changed graph, whose weights are read from their original files."""
-    import onnx_ir as ir
-
-    model = ir.load(path)
-    edit(model)
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-    )
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
-
-
 def shares_buffer(folder: Path) -> bool:
     """Return whether onnxruntime-genai serves the artifact with one buffer for past and present.
 
@@ -326,26 +332,7 @@ def shares_buffer(folder: Path) -> bool:
     Raises:
         ConfigError: The file is missing or is not JSON.
     """
-    return bool(_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
-
-
-def _genai_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "genai_config.json"
-    try:
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", hint="build the artifact again") from error
-    return config
-
-
-def custom_operators(folder: Path) -> Path | None:
-    """Return the library of custom operators that genai_config.json names, if it names one."""
-    path = folder / "genai_config.json"
-    if not path.is_file():
-        return None
-    session = _genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
-    name = session.get("custom_ops_library")
-    return None if name is None else folder / name
+    return bool(read_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
 
 
 def _require_fed(interface: Interface, past: set[str]) -> None:

@@ -32,6 +32,10 @@ class Session(Protocol):
 class Rewindable(Session, Protocol):
     """A session that can go back to an earlier point, so that steps from there can be timed again."""
 
+    def next_tokens(self, tokens: Array) -> Array:
+        """Run one more token of every row, (batch,), and return the most likely next ones, (batch,)."""
+        ...
+
     def restore(self, state: Any) -> None:
         """Go back to a point since the last prefill."""
         ...

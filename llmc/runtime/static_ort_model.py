@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.errors import ParityError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.runtime.computable import computable
-from llmc.runtime.ort_model import compare_signature, open_session, require_shape
+from llmc.runtime.ort_model import compare_signature, require_shape
+from llmc.runtime.ort_session import open_session
 from llmc.runtime.slots import shorten, shorten_graph
 from llmc.runtime.static_session import StaticSession
 
@@ -55,9 +55,8 @@ class StaticOrtModel(StaticSession):
             if slots is not None and interface.max_length is not None and slots < interface.max_length:
                 edit = partial(shorten_graph, interface=interface, slots=slots)
                 interface = shorten(interface, slots)
-            self._ort, self._session, where = open_session(
-                folder, threads, _FOLD_WEIGHTS, edit=edit, arena=False
-            )
+            self._opened = open_session(folder, threads, _FOLD_WEIGHTS, edit=edit, arena=False)
+        self._session, where = self._opened.session, self._opened.where
         super().__init__(interface, f"{where}, {done}" if done else where, most=most)
         compare_signature("input", interface.inputs, self._session.get_inputs())
         compare_signature("output", interface.outputs, self._session.get_outputs())
@@ -74,8 +73,7 @@ class StaticOrtModel(StaticSession):
 
     def _clear(self, batch: int) -> None:
         self._cache = tuple(
-            self._ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype))
-            for *_, shape, dtype in self._slots
+            self._opened.value(np.zeros((batch, *shape), dtype)) for *_, shape, dtype in self._slots
         )
 
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
@@ -90,12 +88,7 @@ class StaticOrtModel(StaticSession):
             binding.bind_ortvalue_input(past, value)
             binding.bind_output(present, "cpu")
         binding.bind_output("logits", "cpu")
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise ParityError(
-                f"onnxruntime failed at batch {batch}, sequence {sequence}, slots {written}: {error}"
-            ) from error
+        self._opened.run(binding, f"batch {batch}, sequence {sequence}, slots {written}")
         *cache, logits = binding.get_outputs()
         for (_, present, shape, _), value in zip(self._slots, cache, strict=True):
             require_shape(present, value.shape(), (batch, *shape))

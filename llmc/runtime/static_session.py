@@ -91,6 +91,16 @@ class StaticSession(ABC):
         self._require_slots(int(self._written.max()) + sequence)
         return self._advance(tokens, np.full(batch, sequence, np.int64))
 
+    def next_tokens(self, tokens: Array) -> Array:
+        """Run one more token of every row, (batch,), and return the most likely next ones, (batch,).
+
+        Raises:
+            ConfigError: The cache is full.
+            ParityError: As for `prefill`.
+        """
+        chosen: Array = self.decode(tokens[:, None])[:, -1].argmax(axis=-1)
+        return chosen
+
     def state(self) -> Array:
         """Return this point of the sequence, to `restore` later: number of tokens per row, (batch,) int64."""
         return self._written

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.config import Provider
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError
 from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.served import Served
@@ -149,3 +150,39 @@ def test_a_runtime_that_is_not_installed(llama: Any, tmp_path: Path, monkeypatch
         Served(tmp_path)
     assert caught.value.exit_code is ExitCode.RESOURCES
     assert "pip install onnxruntime-genai" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["growing", "shared"])
+def test_the_graph_chooses_the_tokens_that_its_logits_prefer(
+    llama: Any, tokens: np.ndarray, tmp_path: Path, share: bool
+) -> None:
+    interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
+    rows = np.stack([tokens[:9], tokens[9:18]])
+    chosen = []
+    for chooses in (False, True):
+        model = OrtModel(tmp_path, interface, threads=1, share_buffer=share, chooses=chooses)
+        steps = [model.prefill(rows, steps=3)[:, -1].argmax(axis=-1)]
+        steps.append(model.next_tokens(steps[-1]))
+        steps.append(model.next_tokens(steps[-1]))
+        chosen.append(steps)
+        assert model.decode(steps[-1][:, None]).shape == (2, 1, 256)
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+
+
+def test_a_shared_cache_that_served_another_prompt(llama: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
+    model = OrtModel(tmp_path, interface, threads=1, share_buffer=True)
+    first = [model.prefill(tokens[None, :9], steps=2), model.decode(tokens[None, 9:10])]
+    model.prefill(tokens[None, 20:31], steps=0)
+    again = [model.prefill(tokens[None, :9], steps=2), model.decode(tokens[None, 9:10])]
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("share", "provider"), [(True, Provider.CPU), (False, Provider.CUDA)])
+def test_a_step_that_cannot_be_a_cuda_graph(
+    llama: Any, tmp_path: Path, share: bool, provider: Provider
+) -> None:
+    interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
+    with pytest.raises(ConfigError, match="cannot be a CUDA graph: it needs CUDA, a shared KV buffer"):
+        OrtModel(tmp_path, interface, threads=1, share_buffer=share, provider=provider, cuda_graph=True)
