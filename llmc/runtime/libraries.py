@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def load_genai() -> Any:
 def require_cuda() -> Gpu:
     """Load the CUDA libraries for ONNX Runtime and onnxruntime-genai, and return the GPU that they will use.
 
-    A library that this process has loaded, or that the system finds, comes before that of a distribution.
-    Nothing is written to standard output. Call it before a CUDA session is opened.
+    Libraries on LD_LIBRARY_PATH come first, then those of NVIDIA's distributions, then the system's. Nothing
+    is written to standard output. Call it before a CUDA session is opened.
 
     Raises:
         ResourceError: There is no driver or GPU, the driver is too old, a library is missing, or the
@@ -140,28 +141,37 @@ def load_library_of(name: str, distribution: str) -> None:
     Raises:
         ResourceError: It is missing, or does not load.
     """
-    try:
-        ctypes.CDLL(name)
+    if _is_loaded(name):
         return
-    except OSError as error:
-        reason = error
     file = next((folder / name for folder in _library_folders() if (folder / name).is_file()), None)
-    if file is not None:
-        try:
-            ctypes.CDLL(str(file))
-            return
-        except OSError as error:
-            reason = error
-    raise ResourceError(
-        f"{name}, which onnxruntime needs for CUDA, "
-        + (f"does not load: {reason}" if file is not None else "is not installed"),
-        hint=f"pip install 'llmc[gpu]' installs it, or pip install {distribution}",
-    ) from reason
+    try:
+        ctypes.CDLL(name if file is None else str(file))
+    except OSError as error:
+        missing = file is None and "cannot open shared object file" in str(error)
+        raise ResourceError(
+            f"{name}, which onnxruntime needs for CUDA, "
+            + ("is not installed" if missing else f"does not load: {error}"),
+            hint=f"pip install '{distribution}', or 'llmc[gpu]', which brings all of them",
+        ) from error
+
+
+def _is_loaded(name: str) -> bool:
+    """Return whether this process has loaded a library of this name, from whatever folder."""
+    if sys.platform == "win32":
+        return False  # there, loading it again by any path finds the loaded one by its name
+    try:
+        ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return False
+    return True
 
 
 def _library_folders() -> list[Path]:
-    """Return the folders in which NVIDIA's distributions for this release of CUDA put their libraries."""
+    """Return the folders to look in before those of the system: the user's, then NVIDIA's distributions'."""
     spec = importlib.util.find_spec("nvidia")
     parts = ("bin", "x86_64") if sys.platform == "win32" else ("lib",)
     places = [] if spec is None else (spec.submodule_search_locations or [])
-    return [Path(place, f"cu{CUDA_RELEASE}", *parts) for place in places]
+    own = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    return [Path(each) for each in own if each] + [
+        Path(place, f"cu{CUDA_RELEASE}", *parts) for place in places
+    ]
