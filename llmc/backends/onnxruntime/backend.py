@@ -55,7 +55,11 @@ class OnnxRuntimeBackend(Backend):
     library: str | None = None
 
     def prepare(self, plan: BuildPlan) -> Stage:
-        """See `Backend`."""
+        """See `Backend`; a GPU that ONNX Runtime has no code for is refused."""
+        if plan.target.provider is Provider.CUDA:
+            from llmc.backends.onnxruntime.devices import require_device_kernels
+
+            require_device_kernels(plan.target.name, plan.profile)
         return OrtStage(plan.target.provider)
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:

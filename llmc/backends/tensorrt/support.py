@@ -111,6 +111,18 @@ def plan_engines(
     )
 
 
+def targets_for(capability: str, known: Iterable[Target]) -> list[str]:
+    """Return the names of the targets of which TensorRT builds engines for GPUs of this capability."""
+    if not any(capability in capabilities for capabilities in BUILDS_FOR.values()):
+        return []
+    return [
+        target.name
+        for target in known
+        if target.backend is BackendName.TENSORRT
+        and not any(capability in REFUSED_ON[p] for p in precisions_of(target))
+    ]
+
+
 def _library(profile: Profile, capability: str) -> Library:
     for library, capabilities in BUILDS_FOR.items():
         if capability in capabilities:
@@ -125,12 +137,7 @@ def _require_precisions(target: Target, profile: Profile, capability: str, known
     refused = [p for p in precisions_of(target) if capability in REFUSED_ON[p]]
     if not refused:
         return
-    others = [
-        t.name
-        for t in known
-        if t.backend is BackendName.TENSORRT
-        and not any(capability in REFUSED_ON[p] for p in precisions_of(t))
-    ]
+    others = targets_for(capability, known)
     first = refused[0]
     supporting = [c for c in BUILDS_FOR[Library.TENSORRT] if c not in REFUSED_ON[first]]
     raise UnsupportedError(

@@ -1,0 +1,44 @@
+"""Which profiles a build for CUDA accepts."""
+
+from pathlib import Path
+
+import pytest
+
+from llmc.backends import backend_of
+from llmc.backends.onnxruntime.devices import require_device_kernels
+from llmc.catalog import list_profiles, load_profile
+from llmc.errors import ExitCode, UnsupportedError
+from llmc.machine import detect_cpu
+from llmc.plan import plan_build
+from llmc.profile import ProfileKind
+
+
+def test_a_gpu_without_code_in_onnxruntime_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    plan = plan_build("demo", target="cuda-int4", profile="b200", output=tmp_path / "out")
+    with pytest.raises(UnsupportedError) as refused:
+        backend_of(plan.target).prepare(plan)
+    assert refused.value.exit_code is ExitCode.UNSUPPORTED
+    assert refused.value.fact == (
+        "target cuda-int4 cannot run on profile b200: onnxruntime-gpu 1.31.1 has no code for compute "
+        "capability 10.0, only for 7.5, 8.0, 8.6, 8.9, 9.0, 12.0, 12.1"
+    )
+    hint = refused.value.hint or ""
+    assert hint.startswith("for b200 use tensorrt-")
+    assert "tensorrt-nvfp4" in hint
+
+
+def test_every_other_gpu_is_accepted() -> None:
+    for listed in list_profiles():
+        if listed.document.kind is ProfileKind.GPU and listed.document.name != "b200":
+            require_device_kernels("cuda-fp16", listed.document)
+
+
+def test_a_gpu_that_nothing_runs_on() -> None:
+    old = load_profile("t4").model_copy(update={"compute_capability": "7.0"})
+    with pytest.raises(UnsupportedError) as refused:
+        require_device_kernels("cuda-fp16", old)
+    assert refused.value.hint == "name a profile of another GPU"
+
+
+def test_a_host_without_a_gpu_may_build() -> None:
+    require_device_kernels("cuda-fp16", detect_cpu())
