@@ -13,18 +13,19 @@ class EnginePhase(Strict):
     Args:
         name: Prefill, or decode with one new token per row.
         shapes: Least, typical and largest shape of every input with a dynamic dimension.
-        layers: Number of kernels and other steps of the engine.
-        layers_per_decoder_layer: Number of those in which the middle decoder layer takes part.
-        fused_attention: Number of attention layers of the model that one fused kernel computes.
-        scratch_bytes: Memory besides weights, inputs and outputs.
+        layers: Number of kernels and other steps of the engine; None if its layers could not be read.
+        layers_per_decoder_layer: Number of those in which the middle decoder layer takes part; None likewise.
+        fused_attention: Number of attention layers of the model that one fused kernel computes; None if that
+            is in doubt.
+        scratch_bytes: Memory besides weights, inputs and outputs; None if TensorRT does not state it.
     """
 
     name: Literal["prefill", "decode"]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    layers: int
-    layers_per_decoder_layer: int
-    fused_attention: int
-    scratch_bytes: int
+    layers: int | None
+    layers_per_decoder_layer: int | None
+    fused_attention: int | None
+    scratch_bytes: int | None
 
 
 class EngineRecord(Strict):
@@ -41,6 +42,8 @@ class EngineRecord(Strict):
         sparse_weights: Whether the builder was allowed kernels for 2:4 sparse weights; it does not report
             which ones it used.
         phases: Its optimization profiles, in the engine's order.
+        doubt: Why its attention may not be fused or its products not quantized; None if its layers show that
+            they are. Only TensorRT's engines can be in doubt.
         context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that accepts the engine.
             Experimental: no such model was ever loaded.
     """
@@ -54,4 +57,5 @@ class EngineRecord(Strict):
     quantized_products: dict[str, int] = Field(default_factory=dict)
     sparse_weights: bool = False
     phases: tuple[EnginePhase, ...] = ()
+    doubt: str | None = None
     context: str | None = None

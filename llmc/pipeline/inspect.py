@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
-from llmc.artifact.engine import EngineRecord
+from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MANIFEST, MODEL, AdapterRecord, PassRecord, PruneRecord, WeightRecord
 from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.store.integrity import find_damage
@@ -158,13 +159,20 @@ def _render_engine(engine: EngineRecord) -> list[str]:
     head = f"  {engine.file}: {where}, {engine.library} {engine.version}{weights}"
     return [
         ", ".join([head, *products]),
-        *(
-            f"    {p.name:7}  {p.layers} layers, {p.layers_per_decoder_layer} per decoder layer, "
-            f"{p.fused_attention} fused attention, {p.scratch_bytes / 1e6:.1f} MB of scratch"
-            for p in engine.phases
-        ),
+        *(f"    {phase.name:7}  {', '.join(_render_phase(phase))}" for phase in engine.phases),
+        *([f"    in doubt: {engine.doubt}"] if engine.doubt else []),
         *([f"    {engine.context}  for ONNX Runtime, experimental: never loaded"] if engine.context else []),
     ]
+
+
+def _render_phase(phase: EnginePhase) -> Iterator[str]:
+    """Yield what is known of an optimization profile."""
+    if phase.layers is not None:
+        yield f"{phase.layers} layers, {phase.layers_per_decoder_layer} per decoder layer"
+    if phase.fused_attention is not None:
+        yield f"{phase.fused_attention} fused attention"
+    scratch = phase.scratch_bytes
+    yield "scratch memory not stated" if scratch is None else f"{scratch / 1e6:.1f} MB of scratch"
 
 
 def _count(model: ir.Model) -> dict[str, int]:

@@ -116,7 +116,8 @@ class TensorRtBackend(Backend):
         self, target: Target, profiles: Sequence[Profile], manifest: Manifest
     ) -> tuple[Forecast, ...]:
         """See `Backend`."""
-        scratch = max((p.scratch_bytes for engine in manifest.engines for p in engine.phases), default=0)
+        phases = (phase for engine in manifest.engines for phase in engine.phases)
+        scratch = max((phase.scratch_bytes or 0 for phase in phases), default=0)
         engine = _engine_of(target)
         return tuple(forecast(manifest.interface, manifest.weights, engine, p, scratch) for p in profiles)
 
@@ -198,11 +199,16 @@ class TensorRtBackend(Backend):
                 )
                 continue
             size = manifest.files[engine.file].bytes / 1e6
-            kernels = ", ".join(f"{p.name} {p.layers_per_decoder_layer}" for p in engine.phases)
+            counts = (
+                f"{phase.name} {'unknown' if (n := phase.layers_per_decoder_layer) is None else n}"
+                for phase in engine.phases
+            )
             lines.append(
                 f"  {sms} ({profiles}): {size:.0f} MB, {engine.library} {engine.version}, "
-                f"layers per decoder layer: {kernels}"
+                f"layers per decoder layer: {', '.join(counts)}"
             )
+            if engine.doubt is not None:
+                lines.append(f"    in doubt: {engine.doubt}")
         return lines
 
     def describe_measured(self, manifest: Manifest) -> str | None:

@@ -17,13 +17,9 @@ from typing import TYPE_CHECKING, Any
 from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MODEL, FileDigest
 from llmc.artifact.store.disk import require_space, space_errors
-from llmc.backends.tensorrt.log import (
-    BuildLog,
-    Layer,
-    make_logger,
-    require_fused_attention,
-    require_quantized_products,
-)
+from llmc.backends.tensorrt.inspection import EngineFacts, inspect_build
+from llmc.backends.tensorrt.layers import Layer, require_fused_attention, require_quantized_products
+from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.support import EnginePlan, Library
 from llmc.config import Engine
 from llmc.errors import ResourceError, UnsupportedError
@@ -80,8 +76,9 @@ def build_engine(
 
     Raises:
         ResourceError: The library is missing or too old, or disk or memory ran out.
-        UnsupportedError: TensorRT refuses the graph, ignores one of its inputs, or leaves attention or a
-            quantized product without the kernel that it needs.
+        UnsupportedError: TensorRT refuses the graph or ignores one of its inputs; or TensorRT-RTX leaves
+            attention or a quantized product without the kernel that it needs, or lists its layers in an
+            unknown form.
     """
     trt = load_library(plan.library)
     log = BuildLog()
@@ -95,13 +92,16 @@ def build_engine(
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     shapes = [_add_profile(builder, config, network, engine, decode=phase == "decode") for phase in _PHASES]
-    engine_bytes = builder.build_serialized_network(network, config)
+    engine_bytes = log.attempt(builder.build_serialized_network, network, config)
     if engine_bytes is None:
         raise UnsupportedError(f"TensorRT cannot build the engine for {', '.join(plan.sms)}: {log.reason()}")
     from llmc.backends.tensorrt.outline import read_outline  # not before: modules shift addresses
 
-    record = _record(trt, plan, log, shapes, read_outline(folder / MODEL))
-    record = record.model_copy(update={"sparse_weights": sparse})
+    facts = inspect_build(trt, plan.library, engine_bytes, log, len(_PHASES))
+    record = _record(plan, facts, shapes, read_outline(folder / MODEL))
+    record = record.model_copy(
+        update={"version": trt.__version__, "weight_bytes": log.weights, "sparse_weights": sparse}
+    )
     return record, _write(memoryview(engine_bytes), folder, plan)
 
 
@@ -174,44 +174,46 @@ def _add_profile(builder: Any, config: Any, network: Any, engine: Engine, *, dec
     return shapes
 
 
-def _record(
-    trt: Any, plan: EnginePlan, log: BuildLog, shapes: list[Shapes], outline: Outline
-) -> EngineRecord:
-    layers = log.layers()
+def _record(plan: EnginePlan, facts: EngineFacts, shapes: list[Shapes], outline: Outline) -> EngineRecord:
+    """Create the record of an engine, and require fused attention and quantized products of its layers.
+
+    An engine of TensorRT that misses them is kept and in doubt: it may have taken an hour, and the form in
+    which that library lists layers was never seen.
+    """
     products: dict[str, int] = {}
+    doubt = facts.obstacle
     phases = []
-    for index, (name, scratch) in enumerate(zip(_PHASES, _scratch(log), strict=True)):
-        own = [layer for layer in layers if layer.phase == index]
-        products = require_quantized_products(own, outline.products, index, name)
+    for index, name in enumerate(_PHASES):
+        fused = own = None
+        if facts.layers is not None:
+            own = [layer for layer in facts.layers if layer.phase == index]
+            try:
+                products = require_quantized_products(own, outline.products, index, name)
+                fused = require_fused_attention(own, outline.attention, index, name)
+            except UnsupportedError as error:
+                if plan.library is Library.RTX:
+                    raise
+                doubt = doubt or error.fact
         phases.append(
             EnginePhase(
                 name="decode" if name == "decode" else "prefill",
                 shapes=shapes[index],
-                layers=len(own),
-                layers_per_decoder_layer=_count(own, outline.middle),
-                fused_attention=require_fused_attention(own, outline.attention, index, name),
-                scratch_bytes=scratch,
+                layers=None if own is None else len(own),
+                layers_per_decoder_layer=None if own is None else _count(own, outline.middle),
+                fused_attention=fused,
+                scratch_bytes=facts.scratch[index],
             )
         )
     return EngineRecord(
         file=plan.name,
         library=plan.library.value,
-        version=trt.__version__,
+        version=None,
         sms=plan.sms,
         profiles=plan.profiles,
-        weight_bytes=log.weights,
         quantized_products=products,
         phases=tuple(phases),
+        doubt=doubt,
     )
-
-
-def _scratch(log: BuildLog) -> list[int]:
-    if len(log.scratch) != len(_PHASES):
-        raise UnsupportedError(
-            f"TensorRT's log states the memory of {len(log.scratch)} profiles, but {len(_PHASES)} were "
-            "requested"
-        )
-    return log.scratch
 
 
 def _count(layers: list[Layer], nodes: frozenset[str]) -> int:

@@ -60,6 +60,8 @@ def write_engines(
             continue
         with progress.stage(f"engine {', '.join(each.sms)}"):
             record, digest = build_apart(folder, each, target.engine, sparse=sparse)
+        if record.doubt is not None:
+            progress.note(f"{each.name} is kept, but may be slower than it should be: {record.doubt}")
         if sparse:
             progress.note(f"{each.name} may use kernels for 2:4 sparse weights")
         context = write_context(folder, record, interface)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, save_model
 from llmc.artifact.store.folder import digest_file
 from llmc.backends.tensorrt import engine as tensorrt
 from llmc.backends.tensorrt.engine import build_engine, load_library, pending
-from llmc.backends.tensorrt.log import BuildLog, Layer, require_fused_attention, require_quantized_products
+from llmc.backends.tensorrt.log import BuildLog
 from llmc.backends.tensorrt.support import EnginePlan, Library
 from llmc.backends.tensorrt.worker import build_apart
 from llmc.config import Dtype, Engine, EngineRule, EngineScheme, Span, WeightFormat
@@ -101,43 +101,27 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_attention_that_is_not_fused_is_an_error() -> None:
-    layers = [
-        Layer("_gemm_mha_v2_myl0_1", 0, frozenset({"layer.0/attention"}), ("Half",), ()),
-        Layer("__myl_Softmax_myl0_2", 0, frozenset({"layer.1/attention"}), ("Half",), ()),
-    ]
-    both = frozenset({"layer.0/attention", "layer.1/attention"})
-    message = "TensorRT fuses 1 of 2 attention layers in prefill; the first not fused is layer.1/attention"
-    with pytest.raises(UnsupportedError, match=message):
-        require_fused_attention(layers, both, 0, "prefill")
-    with pytest.raises(UnsupportedError, match="fuses 0 of 1 attention layers in decode"):
-        require_fused_attention(layers, frozenset({"layer.0/attention"}), 1, "decode")
-
-
-def test_a_product_from_a_float_factor_is_an_error() -> None:
-    head = frozenset({"head"})
-    layers = [Layer("__myl_Fc_myl1_1", 1, head, ("Half",), ("Half", "Float"))]
-    message = "computes head in decode from weights in Float, Half, but the graph has it in Int4"
-    with pytest.raises(UnsupportedError, match=message):
-        require_quantized_products(layers, {"head": ("Int4", None)}, 1, "decode")
-    with pytest.raises(UnsupportedError, match="computes head in prefill from weights in no type"):
-        require_quantized_products(layers, {"head": ("Int4", None)}, 0, "prefill")
-    layers = [Layer("a", 0, head, ("Half",), ("Int8",)), Layer("b", 0, head, ("Int8",), ("Half",))]
-    message = "computes head in prefill from activations in Half, but the graph has it in Int8"
-    with pytest.raises(UnsupportedError, match=message):
-        require_quantized_products(layers, {"head": ("Int8", "Int8")}, 0, "prefill")
-
-
 def test_what_the_log_says() -> None:
     log = BuildLog()
     log.take(3, "Max Scratch Memory: 128 bytes")
     log.take(3, "Total Weights Memory: 4096 bytes")
     log.take(1, "it\n failed")
-    log.take(
-        4, "Layers:\nName: a_myl0_1, LayerType: kgen, Constants: [], Outputs: [], Metadata: [ONNX Layer: n]"
-    )
     assert (log.scratch, log.weights, log.reason()) == ([128], 4096, "it failed")
-    assert log.layers() == [Layer("a_myl0_1", 0, frozenset({"n"}), (), ())]
+
+
+def test_a_reason_is_of_the_last_call() -> None:
+    log = BuildLog()
+
+    def fail(*texts: str) -> bool:
+        for text in texts:
+            log.take(1, text)
+        return False
+
+    assert not log.attempt(fail, "an old failure")
+    assert not log.attempt(fail, "1", "2", "3", "4")
+    assert log.reason() == "2; 3; 4"
+    assert not log.attempt(fail)
+    assert log.reason() == "it gives no reason"
 
 
 def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
