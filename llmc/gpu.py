@@ -7,6 +7,7 @@ nvidia-smi ignores both, and lists GPUs that this process cannot use. No CUDA li
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,14 @@ def require_gpu() -> Gpu:
         f"CUDA_VISIBLE_DEVICES={visible!r} leaves no GPU visible to CUDA",
         hint="unset it, or name a GPU in it by its UUID from nvidia-smi -L",
     )
+
+
+def selecting_hint(fits: Callable[[Gpu], bool]) -> str | None:
+    """Return how to select a GPU that fits, among those visible besides the first; None if none does."""
+    other = next((gpu for gpu in gpus()[1:] if fits(gpu)), None)
+    if other is None:
+        return None
+    return f"CUDA_VISIBLE_DEVICES={other.uuid} selects the {other.name} of this machine"
 
 
 def _library() -> str:

@@ -1,5 +1,6 @@
 """Define the facts about hardware; see `Profile`."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -31,6 +32,8 @@ class Profile(Strict):
     Args:
         kind: CPU or GPU.
         device: The maker's name of the device.
+        driver_names: Names under which NVIDIA's driver, and so nvidia-smi, lists the device; GPUs only. The
+            facts hold for each of them.
         compute_capability: CUDA compute capability such as "8.9"; GPUs only.
         isa: Instruction sets that code may use, by their names in /proc/cpuinfo; CPUs only.
         threads: Number of threads; None uses the physical cores of the machine at hand.
@@ -45,6 +48,7 @@ class Profile(Strict):
     name: str
     kind: Annotated[ProfileKind, Field(strict=False)]
     device: str
+    driver_names: tuple[str, ...] = ()
     compute_capability: str | None = None
     isa: tuple[str, ...] = ()
     threads: int | None = None
@@ -61,9 +65,16 @@ class Profile(Strict):
             for name in ("compute_capability", "memory_gib", "bandwidth_gbs")
             if getattr(self, name) is not None
         }
+        if self.driver_names:
+            stated.add("driver_names")
         if any(v is not None for v in self.dense.model_dump().values()):
             stated.add("dense")
         missing = stated - set(self.sources)
         if missing:
             raise ValueError(f"no source for {', '.join(sorted(missing))}")
         return self
+
+
+def find_profile(name: str, profiles: Iterable[Profile]) -> Profile | None:
+    """Return the first profile of the device that the driver lists as `name`; None if there is none."""
+    return next((each for each in profiles if name in (each.device, *each.driver_names)), None)

@@ -19,7 +19,7 @@ from llmc.catalog import (
 )
 from llmc.config import Metric, Provider
 from llmc.errors import ConfigError
-from llmc.profile import ProfileKind
+from llmc.profile import ProfileKind, find_profile
 
 FILES = [file.stem for file in (Path(__file__).parents[1] / "targets").iterdir()]
 TARGETS = {name for name in FILES if not name.startswith("_")}
@@ -39,6 +39,23 @@ CAPABILITY = {
     "rtx-5090": "12.0",
     "rtx-pro-6000-blackwell": "12.0",
     "dgx-spark": "12.1",
+}
+
+# As nvidia-smi prints them: the table "Compatible GPUs" of NVIDIA/open-gpu-kernel-modules.
+DRIVER_NAMES = {
+    "t4": "Tesla T4",
+    "a100-80g": "NVIDIA A100-SXM4-80GB",
+    "a10": "NVIDIA A10",
+    "rtx-3090": "NVIDIA GeForce RTX 3090",
+    "l4": "NVIDIA L4",
+    "l40s": "NVIDIA L40S",
+    "rtx-4090": "NVIDIA GeForce RTX 4090",
+    "h100-sxm": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+    "rtx-5090": "NVIDIA GeForce RTX 5090",
+    "rtx-pro-6000-blackwell": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+    "dgx-spark": "NVIDIA GB10",
 }
 
 PROFILE = "schema_version: 1\nname: {name}\nkind: {kind}\ndevice: {device}\n"
@@ -80,6 +97,7 @@ def test_every_profile_ships() -> None:
     assert set(listed) == {*CAPABILITY, "cpu-avx2", "cpu-avx512-vnni", "cpu-arm64-dotprod"}
     for name, profile in listed.items():
         if name in CAPABILITY:
+            assert profile.driver_names == (DRIVER_NAMES[name],)
             assert profile.compute_capability == CAPABILITY[name]
             assert profile.kind is ProfileKind.GPU
             assert profile.memory_gib is not None
@@ -88,6 +106,20 @@ def test_every_profile_ships() -> None:
             assert profile.kind is ProfileKind.CPU
             assert profile.isa
             assert "isa" in profile.sources
+
+
+def test_the_profile_of_a_gpu_is_found_by_the_name_that_the_driver_gives() -> None:
+    listed = [each.document for each in list_profiles()]
+    for name, device in DRIVER_NAMES.items():
+        found = find_profile(device, listed)
+        assert found is not None
+        assert found.name == name
+    other = (
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        "NVIDIA H200 NVL",
+        "NVIDIA A100 80GB PCIe",
+    )
+    assert [find_profile(device, listed) for device in other] == [None] * 3
 
 
 def test_rates_are_dense_and_ordered() -> None:

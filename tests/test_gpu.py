@@ -10,7 +10,7 @@ from tests.cuda import stub_environment
 
 ASK = """
 from llmc.errors import LlmcError
-from llmc.gpu import driver_version, gpus, require_gpu
+from llmc.gpu import driver_version, gpus, require_gpu, selecting_hint
 from llmc.machine import detect_profile
 try:
     {statement}
@@ -47,6 +47,17 @@ def test_the_profile_is_of_the_gpu_that_is_used(cuda_stub: Path) -> None:
         "The others are 1 NVIDIA H200: CUDA_VISIBLE_DEVICES selects one."
     )
     assert answer(told, {**machine, "CUDA_VISIBLE_DEVICES": "1"}) == "NVIDIA H200 | 9.0 | 16.0 |"
+
+
+def test_another_gpu_that_fits_is_named_by_its_uuid(cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, capability="8.9,9.0", name="NVIDIA L4,NVIDIA H200")
+    told = "print(selecting_hint(lambda gpu: gpu.capability == {}))"
+    hint = answer(told.format("'9.0'"), machine)
+    assert hint.endswith(" selects the NVIDIA H200 of this machine")
+    name, _, uuid = hint.split()[0].partition("=")
+    assert name == "CUDA_VISIBLE_DEVICES"
+    assert answer("print(gpus()[0].name)", {**machine, name: uuid}) == "NVIDIA H200"
+    assert answer(told.format("'8.9'"), machine) == "None", "the first is in use already"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.artifact.store.integrity import require_intact
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.backends import backend_of
+from llmc.catalog import list_profiles
 from llmc.config import Metric
 from llmc.data import eval_text
 from llmc.machine import detect_profile
@@ -18,7 +19,7 @@ from llmc.pipeline.gate.parity import GateResult, latency_gates
 from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.steps.original import open_pair, tokenize
-from llmc.profile import Profile, ProfileKind
+from llmc.profile import Profile, ProfileKind, find_profile
 from llmc.progress import Progress
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import unmeasured
@@ -145,11 +146,15 @@ def _threads(manifest: Manifest) -> int:
 
 
 def _host_profile(manifest: Manifest) -> Profile:
-    """Return the profile whose bandwidth bounds the latency: for engines the host's if listed."""
+    """Return the profile whose bandwidth bounds the latency; on a GPU, the one of the GPU that CUDA uses.
+
+    A GPU that no profile lists has no bandwidth.
+    """
     if manifest.target.hardware is not ProfileKind.GPU:
         return manifest.profile
     host = detect_profile()
-    return next((p for p in (manifest.profile, *manifest.also) if p.device == host.device), host)
+    listed = (each.document for each in list_profiles())
+    return find_profile(host.device, (manifest.profile, *manifest.also, *listed)) or host
 
 
 def _original_dtype(manifest: Manifest) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ResourceError
-from llmc.gpu import Gpu, driver_version, gpus, require_gpu
+from llmc.gpu import Gpu, driver_version, require_gpu, selecting_hint
 from llmc.runtime.device_code import read_device_code, runs_on
 
 #: Name of ONNX Runtime's execution provider for NVIDIA GPUs.
@@ -110,13 +110,11 @@ def require_device_code(gpu: Gpu) -> None:
     code = read_device_code(library) if library.is_file() else ()
     if not code or runs_on(code, gpu.capability):
         return
-    other = next((each for each in gpus() if runs_on(code, each.capability)), None)
     raise ResourceError(
         f"the installed onnxruntime-gpu has no code for {gpu.name} (compute capability {gpu.capability}), "
         f"only for {', '.join(each.removesuffix('a') for each in code)}",
-        hint="build with a target tensorrt-* for this GPU: llmc targets"
-        if other is None
-        else f"CUDA_VISIBLE_DEVICES={other.uuid} selects the {other.name} of this machine",
+        hint=selecting_hint(lambda each: runs_on(code, each.capability))
+        or "build with a target tensorrt-* for this GPU: llmc targets",
     )
 
 

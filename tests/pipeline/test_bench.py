@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from llmc.artifact.manifest import Manifest
 from llmc.artifact.verdict import CheckStatus
 from llmc.cli import main
 from llmc.config import Gate, Metric
+from llmc.gpu import Gpu
 from llmc.pipeline import build
+from llmc.pipeline.bench import _host_profile
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import read_report
@@ -66,3 +71,14 @@ def test_beside_the_original_and_an_earlier_artifact(
     code, text, err = _bench(capsys, str(new), "--previous", str(tmp_path / "model"))
     assert (code, text) == (2, "")
     assert "model is not an artifact: it has no manifest.json" in err
+
+
+def test_the_bandwidth_is_that_of_the_gpu_that_cuda_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_build("demo", target="cuda-fp16", profile="rtx-4090")
+    manifest = cast(Manifest, SimpleNamespace(target=plan.target, profile=plan.profile, also=()))
+    for name, bandwidth in (("NVIDIA GeForce RTX 4090", 1008), ("NVIDIA H200", 4800), ("NVIDIA L2", None)):
+        found = (Gpu(name, "8.9", 24 << 30, "GPU-00000000-0000-0000-0000-000000000001"),)
+        monkeypatch.setattr("llmc.machine.gpus", lambda found=found: found)
+        assert _host_profile(manifest).bandwidth_gbs == bandwidth

@@ -33,6 +33,13 @@ GATES = (
 )
 
 
+UUID = "GPU-00000000-0000-0000-0000-000000000001"
+
+
+def gpu(name: str, capability: str) -> Gpu:
+    return Gpu(name, capability, 23034 << 20, UUID)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
@@ -137,7 +144,7 @@ def _record(version: str | None, file: str | None = "sm89.engine") -> EngineReco
     return EngineRecord(file=file, library="tensorrt_rtx", version=version, sms=("SM89",), profiles=("l4",))
 
 
-def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
+def test_what_a_host_cannot_load_is_known_from_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = load_library(Library.RTX).__version__
     l4, t4 = load_profile("l4"), load_profile("t4")
     assert require_engine([_record(installed)], l4).file == "sm89.engine"
@@ -149,6 +156,10 @@ def test_what_a_host_cannot_load_is_known_from_the_manifest() -> None:
     with pytest.raises(ResourceError, match=message) as caught:
         require_engine([_record("1.0.0")], l4)
     assert caught.value.hint == "pip install tensorrt-rtx-cu13==1.0.0, or build it again"
+    monkeypatch.setattr("llmc.gpu.gpus", lambda: (gpu("Tesla T4", "7.5"), gpu("NVIDIA L4", "8.9")))
+    with pytest.raises(ResourceError, match="but this machine is NVIDIA T4") as other:
+        require_engine([_record(installed)], t4)
+    assert other.value.hint == f"CUDA_VISIBLE_DEVICES={UUID} selects the NVIDIA L4 of this machine"
     with pytest.raises(ResourceError, match="the engine for SM89 is pending"):
         require_engine([_record(None, file=None)], l4)
 
@@ -163,8 +174,7 @@ def test_where_there_is_the_gpu_its_engine_is_what_runs(
     with pytest.raises(ConfigError, match="has no engine pending: it is built, not executed"):
         resume(tmp_path / "out", SilentProgress())
 
-    l4 = Gpu("NVIDIA L4", "8.9", 23034 << 20, "GPU-00000000-0000-0000-0000-000000000001")
-    monkeypatch.setattr("llmc.machine.gpus", lambda: (l4,))
+    monkeypatch.setattr("llmc.machine.gpus", lambda: (gpu("NVIDIA L4", "8.9"),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     for command in (
         lambda: run(tmp_path / "out", "hello", 4, print, SilentProgress()),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from llmc.artifact.manifest import FileDigest, Manifest, State
 from llmc.artifact.store.folder import Artifact, digest_file
 from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
-from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines
+from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines, sm_of
 from llmc.backends.tensorrt.worker import build_apart
 from llmc.catalog import list_targets
 from llmc.config import Target
 from llmc.errors import ConfigError, ResourceError
+from llmc.gpu import selecting_hint
 from llmc.machine import detect_profile
 from llmc.profile import Profile
 from llmc.progress import Progress
@@ -128,7 +129,8 @@ def _require_host(plan: EnginePlan) -> None:
         raise ResourceError(
             f"the engine for {', '.join(plan.sms)} needs an NVIDIA GPU of that compute capability "
             f"({', '.join(plan.profiles)}) and {plan.library.value}; this machine is {device}",
-            hint="copy the artifact to a machine with that GPU, and run llmc build --resume there",
+            hint=selecting_hint(lambda gpu: sm_of(gpu.capability) in plan.sms)
+            or "copy the artifact to a machine with that GPU, and run llmc build --resume there",
         )
     load_library(plan.library)
 
@@ -138,7 +140,7 @@ def _builds_here(plan: EnginePlan) -> bool:
     if plan.library is Library.RTX:
         return True
     capability = detect_profile().compute_capability
-    return capability is not None and f"SM{capability.replace('.', '')}" in plan.sms
+    return capability is not None and sm_of(capability) in plan.sms
 
 
 def require_engine(engines: Sequence[EngineRecord], host: Profile) -> EngineRecord:
@@ -147,14 +149,15 @@ def require_engine(engines: Sequence[EngineRecord], host: Profile) -> EngineReco
     Raises:
         ResourceError: None is for its GPU; or it is pending, or needs another library or version.
     """
-    own = None if host.compute_capability is None else f"SM{host.compute_capability.replace('.', '')}"
+    own = None if host.compute_capability is None else sm_of(host.compute_capability)
     fitting = [engine for engine in engines if own in engine.sms]
     if not fitting:
         sms = ", ".join(dict.fromkeys(sm for engine in engines for sm in engine.sms))
         raise ResourceError(
             f"the artifact has TensorRT engines for {sms}, but this machine is {host.device}"
             + (f" ({own})" if own else ""),
-            hint=_MEASURE_THE_GRAPH,
+            hint=selecting_hint(lambda gpu: any(sm_of(gpu.capability) in engine.sms for engine in engines))
+            or _MEASURE_THE_GRAPH,
         )
     engine = next((e for e in fitting if e.file is not None), fitting[0])
     if engine.file is None:

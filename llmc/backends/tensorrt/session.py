@@ -23,8 +23,9 @@ from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.log import BuildLog, make_logger
-from llmc.backends.tensorrt.support import Library
+from llmc.backends.tensorrt.support import Library, sm_of
 from llmc.errors import ConfigError, ParityError, ResourceError
+from llmc.gpu import selecting_hint
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface, TensorSpec
 from llmc.runtime.static_session import StaticSession
 
@@ -217,14 +218,15 @@ def require_device(stream: Stream, record: EngineRecord) -> None:
     """Require that the first CUDA device is one that the engine is for.
 
     Raises:
-        ResourceError: It is not: CUDA may order devices differently from nvidia-smi.
+        ResourceError: It is not.
     """
-    own = f"SM{stream.capability.replace('.', '')}"
+    own = sm_of(stream.capability)
     if own not in record.sms:
         raise ResourceError(
             f"CUDA's first device is {stream.device} ({own}), but {record.file} is for "
             f"{', '.join(record.sms)}",
-            hint="CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
+            hint=selecting_hint(lambda gpu: sm_of(gpu.capability) in record.sms)
+            or "CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
         )
 
 

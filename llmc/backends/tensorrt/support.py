@@ -104,11 +104,16 @@ def plan_engines(
     return tuple(
         EnginePlan(
             library,
-            tuple(f"SM{c.replace('.', '')}" for c in _ascending(p.compute_capability for p in group)),
+            tuple(sm_of(c) for c in _ascending(p.compute_capability for p in group)),
             tuple(p.name for p in group),
         )
         for (library, _), group in groups.items()
     )
+
+
+def sm_of(capability: str) -> str:
+    """Return TensorRT's name of a compute capability: "8.9" as SM89."""
+    return f"SM{capability.replace('.', '')}"
 
 
 def targets_for(capability: str, known: Iterable[Target]) -> list[str]:
