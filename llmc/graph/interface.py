@@ -15,7 +15,9 @@ WRITE_INDICES = "write_indices"
 TOKEN_COUNTS = "token_counts"
 #: Value of graphs that only have the logits of the last token: (batch, 1, 1) int64, its index in the step.
 CHOSEN_TOKENS = "last/index"
-
+#: Value of graphs that also accept a mask of the whole KV cache: (1,) int64, the slots of the cache, and so
+#: the length of such a mask (`llmc.backends.onnxruntime.cuda_graph`).
+CACHE_SLOTS = "step/slots"
 
 #: Bytes that a row of an int8 KV cache has besides its numbers: its scale, a float32 (llmc/kernels/cache.h).
 SCALE_BYTES = 4

@@ -42,10 +42,21 @@ class OrtStage(Stage):
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """See `Stage`."""
-        from llmc.backends.onnxruntime.finish import finish_graph
-
-        finish_graph(graph, lambda _: None)
+        obstacle = _finish(graph, self.provider)
+        if obstacle is not None:
+            progress.note(_no_graph(obstacle))
         return None
+
+
+def _finish(graph: Graph, provider: Provider) -> str | None:
+    """Convert a graph to its final form, and return why CUDA cannot run its step as one graph."""
+    from llmc.backends.onnxruntime.finish import finish_for_cuda, finish_graph
+
+    return finish_for_cuda(graph) if provider is Provider.CUDA else finish_graph(graph, lambda _: None)
+
+
+def _no_graph(obstacle: str) -> str:
+    return f"steps are launched kernel by kernel, not as one CUDA graph: {obstacle}"
 
 
 class OnnxRuntimeBackend(Backend):
@@ -82,9 +93,11 @@ class OnnxRuntimeBackend(Backend):
 
     def lower(self, graph: Graph, target: Target) -> Any:
         """See `Backend`."""
-        from llmc.backends.onnxruntime.finish import finish_graph
+        return _finish(graph, target.provider)
 
-        return finish_graph(graph, lambda _: None)
+    def describe_lowered(self, lowered: Any) -> tuple[str, ...]:
+        """See `Backend`."""
+        return () if lowered is None else (_no_graph(lowered),)
 
     def write_serving(
         self,
@@ -96,9 +109,11 @@ class OnnxRuntimeBackend(Backend):
         graph: Graph,
     ) -> None:
         """Write genai_config.json."""
+        from llmc.backends.onnxruntime.cuda_graph import graph_obstacle
         from llmc.backends.onnxruntime.genai import shares_cache, write_genai_config
 
         interface = graph.interface()
+        cuda = target.provider is Provider.CUDA
         write_genai_config(
             folder,
             config,
@@ -107,6 +122,7 @@ class OnnxRuntimeBackend(Backend):
             target.provider,
             threads,
             share_cache=shares_cache(graph.model, interface),
+            cuda_graph=cuda and graph_obstacle(graph.model, interface) is None,
             library=self.library,
             lookup=target.lookup,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from llmc.backends.onnxruntime.cuda_graph import follow_static_mask
 from llmc.backends.onnxruntime.minimums import split_minimums
 from llmc.backends.onnxruntime.rotary_tables import compute_tables, find_pairs
 from llmc.graph.model import Graph
@@ -26,3 +27,13 @@ def finish_graph(graph: Graph, kernels: Callable[[Graph], Result]) -> Result:
     split_minimums(graph)
     compute_tables(graph, tables)
     return result
+
+
+def finish_for_cuda(graph: Graph) -> str | None:
+    """Convert a quantized graph to its final form for the CUDA provider.
+
+    Returns:
+        Why a decode step cannot be one CUDA graph; None if it can.
+    """
+    finish_graph(graph, lambda _: None)
+    return follow_static_mask(graph)

@@ -35,7 +35,7 @@ from llmc.backends.special_tokens import special_tokens
 from llmc.config import Provider
 from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.domains import COMPILED
-from llmc.graph.interface import Interface, TensorSpec
+from llmc.graph.interface import CACHE_SLOTS, Interface, TensorSpec
 from llmc.graph.serving import layer_types, runtime_type
 
 GENAI_CONFIG = "genai_config.json"
@@ -50,12 +50,15 @@ def shares_cache(model: ir.Model, interface: Interface) -> bool:
     """Return whether past and present of all layers may share one buffer of the maximum length.
 
     They may if only `GroupQueryAttention` and compiled kernels read a past: these read the valid length from
-    `seqlens_k`, whereas a concatenation would use the shape.
+    `seqlens_k`, whereas a concatenation would use the shape. `CACHE_SLOTS` is meant to be that of the buffer.
     """
     past = {name for slot in interface.cache for name in slot.pasts}
     readers = [node for value in model.graph.inputs if value.name in past for node in value.consumers()]
     return bool(readers) and all(
-        node.op_type == "GroupQueryAttention" or node.domain == COMPILED for node in readers
+        node.op_type == "GroupQueryAttention"
+        or node.domain == COMPILED
+        or node.outputs[0].name == CACHE_SLOTS
+        for node in readers
     )
 
 
@@ -68,6 +71,7 @@ def write_genai_config(
     threads: int | None,
     *,
     share_cache: bool,
+    cuda_graph: bool = False,
     library: str | None = None,
     lookup: int | None = None,
 ) -> None:
@@ -79,6 +83,7 @@ def write_genai_config(
             sampling settings become the defaults for serving the artifact.
         threads: Intra-op threads; None for the runtime's default.
         share_cache: Result of `shares_cache`.
+        cuda_graph: Whether steps of one token are captured as a CUDA graph.
         library: File in `folder` with custom operators that the graph uses.
         lookup: Number of tokens to draft in a step by prompt lookup; None for no lookup.
 
@@ -96,7 +101,7 @@ def write_genai_config(
         raise GraphError(f"the vocabulary's size must be known; logits have shape {logits.shape}")
     options: dict[str, object] = {"log_id": "llmc", "provider_options": []}
     if provider is Provider.CUDA:
-        options["provider_options"] = [{"cuda": {"enable_cuda_graph": "0"}}]
+        options["provider_options"] = [{"cuda": {"enable_cuda_graph": str(int(cuda_graph))}}]
     if threads is not None:
         options["intra_op_num_threads"] = threads
     if library is not None:
