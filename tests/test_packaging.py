@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import llmc
+from llmc.runtime.libraries import LIBRARIES
 
 ROOT = Path(llmc.__file__).parent.parent
 WHEEL = f"llmc-{llmc.__version__}-py3-none-any.whl"
@@ -118,11 +119,22 @@ def test_the_script_is_declared() -> None:
     assert project["scripts"] == {"llmc": "llmc.cli:program"}
 
 
+def name_of(requirement: str) -> str:
+    return requirement.split(";")[0].split(">")[0].strip().lower()
+
+
+def test_the_extra_for_gpus_brings_every_library_of_cuda() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["gpu"]
+    brought = {name_of(line) for line in extra}
+    assert {distribution for _, _, distribution in LIBRARIES} == brought - {"cuda-bindings", "nvidia-ml-py"}
+
+
 def test_constraints_pin_what_is_declared() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {line.split(";")[0].split(">")[0].strip().lower() for line in declared}
+    extras = project["optional-dependencies"]
+    names = {name_of(line) for line in (*project["dependencies"], *extras["dev"], *extras["gpu"])}
     pinned = {
         line.split("==")[0].lower()
         for line in (ROOT / "constraints.txt").read_text().splitlines()

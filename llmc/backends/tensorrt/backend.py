@@ -71,7 +71,8 @@ class TensorRtBackend(Backend):
 
     packages: ClassVar[Mapping[str, str]] = {
         "tensorrt-rtx-cu13": "targets tensorrt-* need it; it exists for x86-64 only",
-        "tensorrt": "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]'",
+        "tensorrt": "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]' "
+        "--extra-index-url https://pypi.nvidia.com",
         "cuda-bindings": "it executes TensorRT engines; pip install 'llmc[gpu]'",
     }
     several_profiles = True
