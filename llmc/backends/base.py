@@ -7,7 +7,7 @@ returns the one of a target; code outside of `llmc.backends` and `llmc.config` n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +56,14 @@ class Stage(ABC):
     @abstractmethod
     def measurable(self) -> bool:
         """Return whether this machine can run the gates of the artifact."""
+
+    def accelerated(self, artifact: Artifact) -> Executable | None:
+        """Return the artifact on an accelerator of this machine, for its gates; None if they run on the CPU.
+
+        Args:
+            artifact: It is complete except for its gates.
+        """
+        return None
 
     @abstractmethod
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
@@ -109,12 +117,14 @@ class Executable:
     Args:
         open: Function that opens a session; picklable, for processes that measure memory.
         library: The Python module of its runtime.
+        device: Name of the accelerator; None for the CPU.
         weight_bytes: Bytes of weights that a decode step reads; None if they are those of model.onnx.
         rows: Largest number of rows of a batch; None for any number.
     """
 
     open: Callable[[], Rewindable]
     library: str
+    device: str | None = None
     weight_bytes: int | None = None
     rows: int | None = None
 
@@ -292,8 +302,12 @@ class Backend(ABC):
         """Return lines for a terminal on the files written beside the graph."""
         return []
 
-    def describe_measured(self, manifest: Manifest) -> str | None:
-        """Describe what was measured instead of the artifact itself; None if it was the artifact."""
+    def describe_measured(self, target: Target, places: Collection[str]) -> str | None:
+        """Describe what was executed to measure an artifact; None if only the CPU that it is built for can.
+
+        Args:
+            places: Where its measurements were taken.
+        """
         return None
 
     def describe_unexecuted(self, manifest: Manifest) -> str:

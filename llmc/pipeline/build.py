@@ -93,22 +93,21 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
         if built.subject is None:
             artifact = stage.commit(built.manifest)
         else:
-            artifact, verdict = _hold_gates(plan, built, built.subject, stage, progress)
+            artifact, verdict = _hold_gates(plan, built, built.subject, prepared, stage, progress)
     result = build_result(artifact.path, artifact.manifest, verdict, progress)
     return result.model_copy(update={"forecasts": built.forecasts})
 
 
 def _hold_gates(
-    plan: BuildPlan, built: Built, subject: Subject, stage: Staging, progress: Progress
+    plan: BuildPlan, built: Built, subject: Subject, prepared: Stage, stage: Staging, progress: Progress
 ) -> tuple[Artifact, Verdict]:
     """Store the build as unverified, measure it there, and move it to the place that its verdict requires."""
     unfinished = built.manifest.model_copy(update={"unfinished": BEGUN})
     unverified = stage.keep_unverified(unfinished)
     reports = unverified.path / REPORTS
     with explaining(stage, unfinished, plan.eval_text.names, progress):
-        gate = measure_parity(
-            replace(subject, folder=unverified.path), plan.eval_text.text, progress, every=plan.every_check
-        )
+        subject = replace(subject, folder=unverified.path, accelerated=prepared.accelerated(unverified))
+        gate = measure_parity(subject, plan.eval_text.text, progress, every=plan.every_check)
         name, weights = plan.profile.name, built.manifest.weights
         report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, unverified.path)
         write_report(report, reports, "parity")

@@ -13,7 +13,7 @@ from pydantic import PlainSerializer
 from llmc import __version__
 from llmc.artifact.forecast import Forecast
 from llmc.artifact.manifest import MANIFEST, REPORTS, Manifest, PruneRecord, State, WeightRecord
-from llmc.artifact.verdict import Change, CheckStatus, Measurement, Verdict
+from llmc.artifact.verdict import Change, Check, CheckStatus, Measurement, Verdict
 from llmc.backends import backend_of
 from llmc.config import Family, Metric, Target
 from llmc.errors import ConfigError, LatencyError, LlmcError, ParityError
@@ -76,8 +76,8 @@ class BuildResult(Record):
         lines += [forecast.render() for forecast in self.forecasts]
         memory = f", peak memory {self.peak_rss_bytes / 1e9:.2f} GB" if self.peak_rss_bytes else ""
         lines.append(f"  {self.seconds:.1f} s{memory}")
-        measured = backend.describe_measured(manifest)
-        if measured is not None and self.verdict is not None:
+        measured = None if self.verdict is None else describe_measured(manifest.target, self.verdict.checks)
+        if measured is not None:
             lines.append(f"  {measured}")
         elif manifest.state is State.NOT_EXECUTED:
             reason = backend.describe_unexecuted(manifest)
@@ -91,6 +91,11 @@ class BuildResult(Record):
         kept = f"kept for inspection at {self.path}"
         advice = None if self.verdict is None else advise(self.manifest.target, self.verdict)
         return parity_failure(self.verdict, kept if advice is None else f"{advice}; {kept}")
+
+
+def describe_measured(target: Target, figures: Sequence[Measurement] | Sequence[Check]) -> str | None:
+    """Describe what was executed to measure an artifact; None if only the CPU that it is built for can."""
+    return backend_of(target).describe_measured(target, {figure.where for figure in figures})
 
 
 def build_result(path: Path, manifest: Manifest, verdict: Verdict | None, progress: Progress) -> BuildResult:
@@ -201,6 +206,7 @@ def gate_report(
         pruned=None if pruned is None else _price(pruned, gate.measurements),
         verdict=gate.verdict,
         measurements=gate.measurements,
+        measured=describe_measured(target, gate.measurements),
         latency=gate.latency,
         sizes=sizes,
         bytes=sum(

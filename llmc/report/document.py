@@ -24,6 +24,7 @@ class Report(Strict):
         pruned: Human-readable description of what was left out of the model; None for nothing.
         verdict: The target's gates compared with `measurements`.
         measurements: One per metric, including those without a gate.
+        measured: What was executed on which device, for an artifact that is not built for this machine's CPU.
         latency: Timings; None if latency was not measured.
         sizes: Stored bytes by kind of weight.
         bytes: Bytes of all files of the artifact.
@@ -39,6 +40,7 @@ class Report(Strict):
     pruned: str | None = None
     verdict: Verdict
     measurements: tuple[Measurement, ...]
+    measured: str | None = None
     latency: Latency | None
     sizes: dict[str, int] = Field(default_factory=dict)
     bytes: int = 0

@@ -163,6 +163,7 @@ def make_tables(report: Report) -> list[ReportTable]:
 def make_notes(report: Report) -> list[str]:
     """Describe line by line what references and tables were measured with, and what was not measured."""
     references = [m.detail for m in report.measurements if m.metric is Metric.ORIGINAL_DECODE]
+    references += filter(None, [report.measured])
     latency = report.latency
     if latency is None:
         return references

@@ -1,7 +1,6 @@
 """Open sessions of onnxruntime on the CPU or on CUDA, and convert their errors to typed ones."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,11 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.config import Provider
-from llmc.errors import ConfigError, LlmcError, ParityError, ResourceError
+from llmc.errors import ConfigError, ResourceError
+from llmc.runtime.failures import typed_error
 from llmc.runtime.libraries import CUDA_PROVIDER, load_onnxruntime, require_cuda
 
 _PROVIDERS = {Provider.CPU: "CPUExecutionProvider", Provider.CUDA: CUDA_PROVIDER}
-#: Errors of onnxruntime's allocators and of CUDA where memory is missing.
-_NO_MEMORY = re.compile(
-    r"out of memory|failed to allocate|smaller than requested bytes|bad_?alloc", re.IGNORECASE
-)
 #: Severity from which on onnxruntime writes its log to stderr.
 _ERRORS = 3
 #: Value of `gpu_graph_id` with which onnxruntime neither captures nor launches a graph.
@@ -53,7 +49,7 @@ class OpenSession:
         try:
             return self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
         except Exception as error:
-            raise _explain(error, f"onnxruntime cannot allocate {array.nbytes:,} bytes") from error
+            raise typed_error(error, f"onnxruntime cannot allocate {array.nbytes:,} bytes") from error
 
     def run(self, binding: Any, step: str, graph: int = _NO_GRAPH) -> None:
         """Run the session once.
@@ -74,7 +70,7 @@ class OpenSession:
         try:
             self.session.run_with_iobinding(binding, options)
         except Exception as error:
-            raise _explain(error, f"onnxruntime failed at {step}") from error
+            raise typed_error(error, f"onnxruntime failed at {step}") from error
 
 
 def open_session(
@@ -131,7 +127,7 @@ def open_session(
         # Without `enable_fallback=0` a provider's failure is printed, and the session runs on the CPU.
         session = ort.InferenceSession(source, options, providers=[(name, settings)], enable_fallback=0)
     except Exception as error:
-        raise _explain(error, f"onnxruntime {ort.__version__} cannot load {path}") from error
+        raise typed_error(error, f"onnxruntime {ort.__version__} cannot load {path}") from error
     if name not in session.get_providers():  # a provider whose library does not load is left out, with a log
         raise ResourceError(
             f"onnxruntime {ort.__version__} did not load {name}: the session would run on "
@@ -140,16 +136,6 @@ def open_session(
         )
     where = f"onnxruntime {ort.__version__} {name}{device}"
     return OpenSession(ort, session, where, "cuda" if cuda else "cpu", cuda and cuda_graph)
-
-
-def _explain(error: Exception, fact: str) -> LlmcError:
-    """Return the typed error of one that onnxruntime raised."""
-    if _NO_MEMORY.search(str(error)):
-        return ResourceError(
-            f"{fact}: out of memory: {error}",
-            hint="run fewer rows at once or a shorter prompt, or end what else uses the memory",
-        )
-    return ParityError(f"{fact}: {error}")
 
 
 def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:

@@ -10,7 +10,8 @@ import numpy as np
 from llmc.artifact.store.codec import Messages
 from llmc.artifact.text import TextRecord
 from llmc.errors import ParityError
-from llmc.runtime.libraries import load_genai
+from llmc.runtime.failures import typed_error
+from llmc.runtime.libraries import CUDA_PROVIDER, load_genai
 
 
 class ServedTokenizer:
@@ -92,27 +93,32 @@ class ServedTokenizer:
 
 
 class Served:
-    """The folder as loaded by onnxruntime-genai on the CPU, whatever provider its genai_config.json names.
+    """The folder as loaded by onnxruntime-genai.
 
     Args:
         folder: The artifact, with genai_config.json.
+        device: The GPU on which the provider that genai_config.json names runs it; None for the CPU, whatever
+            provider it names.
 
     Raises:
-        ResourceError: onnxruntime-genai is not installed.
+        ResourceError: onnxruntime-genai is not installed, or the device has not enough memory.
         ParityError: onnxruntime-genai cannot load the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str | None = None) -> None:
         og = load_genai()
         self._og = og
         self.folder = folder
-        self.where = f"onnxruntime-genai {og.__version__} CPUExecutionProvider"
+        on = "CPUExecutionProvider" if device is None else f"{CUDA_PROVIDER}, {device}"
+        self.where = f"onnxruntime-genai {og.__version__} {on}"
         try:
             config = og.Config(str(folder))
-            config.clear_providers()
+            if device is None:
+                config.clear_providers()
             self._model = og.Model(config)
         except Exception as error:
-            raise ParityError(f"onnxruntime-genai {og.__version__} cannot load {folder}: {error}") from error
+            fact = f"onnxruntime-genai {og.__version__} cannot load {folder}"
+            raise typed_error(error, fact) from error
 
     def generate(self, ids: Sequence[int], new_tokens: int, **search: Any) -> list[int]:
         """Generate new tokens after `ids`, greedily unless `search` says otherwise; without the end token.
@@ -122,6 +128,7 @@ class Served:
 
         Raises:
             ParityError: The runtime fails.
+            ResourceError: The device has not enough memory.
         """
         options = {
             "do_sample": False,
@@ -140,5 +147,5 @@ class Served:
                 generator.generate_next_token()
             sequence = [int(t) for t in generator.get_sequence(0)]
         except Exception as error:
-            raise ParityError(f"onnxruntime-genai cannot generate from {self.folder}: {error}") from error
+            raise typed_error(error, f"onnxruntime-genai cannot generate from {self.folder}") from error
         return sequence[len(ids) :]

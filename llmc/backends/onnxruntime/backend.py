@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from llmc.artifact.manifest import KernelRecord
 from llmc.backends.base import Backend, Executable, Generated, Stage
 from llmc.config import BuildPlan, Provider, Target
 from llmc.errors import ResourceError
+from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.graph.switches import RESTARTING_TYPES
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
+from llmc.runtime.libraries import CUDA_PROVIDER, require_cuda
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
@@ -31,14 +33,20 @@ class OrtStage(Stage):
 
     Args:
         provider: The execution provider.
+        gpu: The GPU on which the gates run; None for the CPU, or if this machine has none for the provider.
     """
 
     provider: Provider
+    gpu: Gpu | None = None
 
     @property
     def measurable(self) -> bool:
-        """Return whether the provider is the CPU, on which gates run."""
-        return self.provider is Provider.CPU
+        """Return whether this machine has the provider's device; it may be another GPU than the profile's."""
+        return self.provider is Provider.CPU or self.gpu is not None
+
+    def accelerated(self, artifact: Artifact) -> Executable | None:
+        """See `Stage`."""
+        return None if self.gpu is None else _executable(artifact, self.gpu)
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """See `Stage`."""
@@ -67,11 +75,16 @@ class OnnxRuntimeBackend(Backend):
 
     def prepare(self, plan: BuildPlan) -> Stage:
         """See `Backend`; a GPU that ONNX Runtime has no code for is refused."""
-        if plan.target.provider is Provider.CUDA:
-            from llmc.backends.onnxruntime.devices import require_device_kernels
+        provider = plan.target.provider
+        if provider is Provider.CPU:
+            return OrtStage(provider)
+        from llmc.backends.onnxruntime.devices import require_device_kernels
 
-            require_device_kernels(plan.target.name, plan.profile)
-        return OrtStage(plan.target.provider)
+        require_device_kernels(plan.target.name, plan.profile)
+        try:
+            return OrtStage(provider, require_cuda())
+        except ResourceError:  # a build needs no GPU; `llmc verify` says what its gates need
+            return OrtStage(provider)
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
         """See `Backend`."""
@@ -132,20 +145,21 @@ class OnnxRuntimeBackend(Backend):
 
     def executable(self, artifact: Artifact) -> Executable:
         """See `Backend`."""
-        from llmc.runtime.ort_model import OrtModel, shares_buffer
-
-        path, manifest = artifact.path, artifact.manifest
-        if manifest.target.provider is not Provider.CPU:
-            raise ResourceError(
-                f"{path} is built for {manifest.target.provider.value.upper()}; its latency on the CPU is "
-                "meaningless",
-                hint="llmc verify measures the results of its graph on the CPU",
-            )
+        if artifact.manifest.target.provider is Provider.CUDA:
+            return _executable(artifact, require_cuda())
         self.require_host(artifact)
-        threads = manifest.profile.threads or os.cpu_count() or 1
-        share = shares_buffer(path)
-        model = partial(OrtModel, path, manifest.interface, threads=threads, share_buffer=share)
-        return Executable(model, "onnxruntime")
+        return _executable(artifact, None)
+
+    def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
+        """See `Backend`."""
+        if artifact.manifest.target.provider is Provider.CPU:
+            return None
+        try:
+            return self.executable(artifact)
+        except ResourceError as error:
+            hint = "" if error.hint is None else f" ({error.hint})"
+            progress.note(f"measured on the CPU: the graph, not CUDA's kernels: {error.fact}{hint}")
+            return None
 
     def open_graph(
         self,
@@ -182,3 +196,28 @@ class OnnxRuntimeBackend(Backend):
             require_rewinding(manifest.interface)
         generated = generate_text(artifact.path, prompt, max_tokens, emit, manifest.text, lookup)
         return generated if lookup is None else replace(generated, same_text=same_text(manifest))
+
+    def describe_measured(self, target: Target, places: Collection[str]) -> str | None:
+        """See `Backend`."""
+        if target.provider is Provider.CPU:
+            return None
+        devices = sorted({place.partition(f"{CUDA_PROVIDER}, ")[2] for place in places} - {""})
+        if devices:
+            return f"measured on {' and '.join(devices)}: CUDA's kernels"
+        return "measured on the CPU: the graph, not CUDA's kernels"
+
+
+def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:
+    """Return the artifact on a GPU that `require_cuda` returned, or on the CPU."""
+    from llmc.runtime.ort_model import OrtModel, shares_buffer
+
+    path, manifest = artifact.path, artifact.manifest
+    model = partial(
+        OrtModel,
+        path,
+        manifest.interface,
+        threads=manifest.profile.threads or os.cpu_count() or 1,
+        share_buffer=shares_buffer(path),
+        provider=manifest.target.provider,
+    )
+    return Executable(model, "onnxruntime", None if gpu is None else gpu.name)

@@ -13,6 +13,7 @@ from llmc.backends.base import Generated
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
+from llmc.runtime.failures import MEMORY_HINT, is_out_of_memory
 from llmc.runtime.libraries import load_genai, require_cuda
 
 
@@ -172,9 +173,10 @@ def _runtime_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ConfigError(
-            f"onnxruntime-genai cannot run {folder}: {error}", hint="llmc verify finds what is wrong with it"
-        ) from error
+        fact = f"onnxruntime-genai cannot run {folder}: {error}"
+        if is_out_of_memory(error):
+            raise ResourceError(fact, hint=MEMORY_HINT) from error
+        raise ConfigError(fact, hint="llmc verify finds what is wrong with it") from error
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:

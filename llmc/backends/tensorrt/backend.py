@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,10 +130,11 @@ class TensorRtBackend(Backend):
         from llmc.backends.tensorrt.session import EngineSession
 
         manifest = artifact.manifest
-        record = require_engine(manifest.engines, detect_profile())
+        host = detect_profile()
+        record = require_engine(manifest.engines, host)
         session = partial(EngineSession, artifact.path, record, manifest.interface)
         rows = _engine_of(manifest.target).batch.most
-        return Executable(session, record.library, record.weight_bytes or 0, rows)
+        return Executable(session, record.library, host.device, record.weight_bytes or 0, rows)
 
     def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
         """See `Backend`."""
@@ -212,8 +213,11 @@ class TensorRtBackend(Backend):
                 lines.append(f"    in doubt: {engine.doubt}")
         return lines
 
-    def describe_measured(self, manifest: Manifest) -> str | None:
+    def describe_measured(self, target: Target, places: Collection[str]) -> str | None:
         """See `Backend`."""
+        executed = sorted(place for place in places if place.startswith(tuple(Library)))
+        if executed:
+            return f"measured on the engine: {executed[0]}; the parity levels on its graph, on the CPU"
         return "measured on the graph that the engines are built from, on the CPU; no engine was executed"
 
     def own_files(self, manifest: Manifest) -> set[str]:

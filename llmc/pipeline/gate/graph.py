@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def measure_served(run: Run) -> None:
-    """Measure an artifact as onnxruntime-genai serves it.
+    """Measure an artifact as onnxruntime-genai serves it, on its accelerator or on the CPU.
+
+    On an accelerator, the parity levels are those of the served arithmetic with the accelerator's kernels. On
+    the CPU they are those of the graph in float32.
 
     Raises:
         ParityError: The artifact cannot be loaded, so nothing further can be measured.
@@ -63,13 +66,13 @@ def measure_served(run: Run) -> None:
         run.own.release()
         release_memory()
         with run.progress.stage("parity"):
-            run.found += _compare_exact(run)
+            run.found += _compare_levels(run)
         release_memory()
         if run.plan.cache_steps:
             with run.progress.stage("cache"):
                 run.found += _measure_cache(run)
     release_memory()
-    model = _open_graph(run, Arithmetic.SERVED)
+    model = _open_executed(run)
     with run.progress.stage("quality"):
         run.found += _quality(run, model, None, rounding)
     _measure_tasks(run, model)
@@ -202,15 +205,16 @@ def _measure_cache(run: Run) -> tuple[Measurement, ...]:
     return measure_cache(Counted(model, run.plan.runs_of_cache, run.progress.advance), run.own, run.plan)
 
 
-def _compare_exact(run: Run) -> tuple[Measurement, ...]:
-    """Measure the parity levels in float32; for compiled kernels also the rounding of serving."""
+def _compare_levels(run: Run) -> tuple[Measurement, ...]:
+    """Measure the parity levels; for compiled kernels and gates on rounding also the rounding of serving."""
     from llmc.validate.paired import Paired, chooses_experts
 
-    target, exact = run.subject.target, _open_graph(run, Arithmetic.EXACT)
-    gated = any(gate.metric.family is Family.ROUNDING for gate in target.gates)
-    if not run.subject.backend.rounds_attention and not gated:
-        return _levels(run, exact)
-    pair = Paired(exact, _open_graph(run, Arithmetic.SERVED), chooses_experts(run.subject.folder))
+    subject = run.subject
+    gated = any(gate.metric.family is Family.ROUNDING for gate in subject.target.gates)
+    if not subject.backend.rounds_attention and not gated:
+        on_cpu = subject.accelerated is None
+        return _levels(run, _open_graph(run, Arithmetic.EXACT) if on_cpu else _open_executed(run))
+    pair = Paired(_open_graph(run, Arithmetic.EXACT), _open_executed(run), chooses_experts(subject.folder))
     return (*_levels(run, pair), *pair.measure())
 
 
@@ -223,7 +227,7 @@ def _require_interface(run: Run) -> str:
     release_memory()
     with run.progress.stage("interface"):
         try:
-            where = _open_graph(run, Arithmetic.SERVED).where
+            where = _open_executed(run).where
         except ParityError as error:
             run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, run.subject.backend.graph_library))
             raise
@@ -239,7 +243,8 @@ def _serve(run: Run, chosen_prompts: Sequence[str], count: int) -> tuple[tuple[S
         ResourceError: The runtime is not installed.
     """
     with run.progress.stage("generation"):
-        served = Served(run.subject.folder)
+        accelerated = run.subject.accelerated
+        served = Served(run.subject.folder, None if accelerated is None else accelerated.device)
         if run.weights.unread:
             return (), served.where
         try:
@@ -280,7 +285,7 @@ def _measure_tasks(run: Run, model: Session) -> None:
 
 
 def _open_executed(run: Run, slots: int | None = None) -> Rewindable:
-    """Open the engine on its GPU, or its graph on the CPU, in pieces of the engine's size.
+    """Open the artifact on its accelerator, or its graph on the CPU, in pieces of an engine's size.
 
     Args:
         slots: Slots of the KV cache that are needed; the graph gets no more.

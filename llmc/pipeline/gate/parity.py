@@ -96,11 +96,11 @@ def measure_parity(
 
     Logits are compared twice. Quality compares the artifact as served with the unmodified original. The
     parity levels ask whether the graph is right regardless of the loss of its weights: the original gets the
-    artifact's own weights, and quantized products are computed in float32 on both sides, so that a tight
-    bound holds for every target. There, what was pruned from the model is pruned from the original too.
+    artifact's own weights, and on the CPU quantized products are computed in float32 on both sides, so that a
+    tight bound holds for every target. There, what was pruned from the model is pruned from the original too.
 
-    Everything is measured on the CPU, unless the subject names an engine for the GPU of this machine. For
-    targets of a GPU, that measures the graph, not the GPU's kernels.
+    Everything is measured on the CPU, unless the subject names an accelerator of this machine. For targets of
+    a GPU, the CPU measures the graph, not the GPU's kernels.
 
     Args:
         text: The evaluation text.

@@ -14,6 +14,7 @@ from llmc.config import Metric
 from llmc.errors import LlmcError, ResourceError, first_lines
 from llmc.pipeline.result import write_report
 from llmc.progress import Progress
+from llmc.runtime.failures import is_out_of_memory
 from llmc.scratch import record_output
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 #: Reason in the manifest while the gate runs, and after a process that could not write another.
 BEGUN = "the gates were begun and not finished"
-#: Messages of C++ libraries that are out of memory.
-_NO_MEMORY = ("bad_alloc", "bad allocation", "can't allocate memory", "Failed to allocate memory")
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def explaining(
             stage.restate(manifest.model_copy(update={"unfinished": f"{BEGUN}: {reason}"}))
         except LlmcError as unwritten:  # the manifest already says that they were not finished
             progress.note(f"the reason is not in its manifest: {unwritten.fact}")
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        if is_out_of_memory(error):
             raise ResourceError(
                 f"the gates ran out of memory: {reason}", hint="end other programs, or take a larger machine"
             ) from error

@@ -1,0 +1,109 @@
+"""A CUDA artifact is held to its gates on the GPU if there is one; over a stub, whose kernels do nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmc.artifact.verdict import CheckStatus
+from llmc.config import Family, Metric
+from llmc.pipeline import build
+from llmc.plan import plan_build
+from llmc.progress import SilentProgress
+from llmc.report import Report, read_report
+from tests.cuda import stub_environment
+from tests.models import EOS, save_tiny_model
+
+GPU = "NVIDIA L4"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, an artifact of it for CUDA, and a cache for the processes of this module."""
+    folder = tmp_path_factory.mktemp("gpu")
+    model = save_tiny_model(
+        "llama", folder / "model", tokenizer=True, eos_token_id=EOS, max_position_embeddings=64
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        plan = plan_build(str(model), target="cuda-fp16", profile="l4", output=folder / "built", verify=False)
+        build(plan, SilentProgress())
+    return folder
+
+
+def llmc(work: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmc", *arguments],
+        env={**environment, "LLMC_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def verified(work: Path, environment: dict[str, str], out: Path) -> tuple[int, str, Report]:
+    done = llmc(work, environment, "verify", str(work / "built"), "--report", str(out))
+    return done.returncode, done.stderr, read_report(out / "report.json")
+
+
+def test_kernels_that_do_nothing_do_not_pass(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
+    code, err, report = verified(work, stub_environment(cuda_stub, name=GPU), tmp_path)
+    assert code == 5, err
+    assert report.measured == "measured on NVIDIA L4: CUDA's kernels"
+    assert report.measured in (tmp_path / "report.md").read_text("utf-8")
+    checks = {check.metric: check for check in report.verdict.checks}
+    executed = [Metric.PREFILL_MAX_ABS, Metric.CHUNKS_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS]
+    executed += [Metric.DECODE_TOP1, Metric.TEXT_KL_MEAN, Metric.GENERATE_GAP]
+    for metric in executed:
+        assert checks[metric].status is CheckStatus.FAIL, metric
+        assert checks[metric].where.endswith("CUDAExecutionProvider, NVIDIA L4")
+    assert all("NVIDIA" in m.where for m in report.measurements if m.metric.family is Family.GENERATION)
+    assert checks[Metric.INTERFACE].status is CheckStatus.PASS
+
+
+def test_without_a_gpu_the_graph_is_measured_on_the_cpu(work: Path, tmp_path: Path, cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, without=("libcuda.so.1",))
+    code, err, report = verified(work, machine, tmp_path)
+    assert code == 0, err
+    assert report.measured == "measured on the CPU: the graph, not CUDA's kernels"
+    assert "measured on the CPU: the graph, not CUDA's kernels: this machine has no NVIDIA GPU" in err
+    assert not any("CUDA" in m.where for m in report.measurements)
+
+
+def test_a_gpu_that_the_runtime_has_no_code_for_is_told(work: Path, tmp_path: Path, cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, capability="10.0", name="NVIDIA B200")
+    code, err, report = verified(work, machine, tmp_path)
+    assert code == 0, err
+    assert "has no code for NVIDIA B200" in err
+    assert report.measured == "measured on the CPU: the graph, not CUDA's kernels"
+
+
+def test_a_build_holds_the_gates_on_the_gpu(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
+    out = tmp_path / "built"
+    done = llmc(
+        work,
+        stub_environment(cuda_stub, name=GPU),
+        *("build", str(work / "model"), "--target", "cuda-fp16", "--profile", "l4", "-o", str(out)),
+    )
+    assert done.returncode == 5, done.stderr
+    assert "measured on NVIDIA L4: CUDA's kernels" in done.stdout
+    manifest = json.loads((tmp_path / "built.failed" / "manifest.json").read_text("utf-8"))
+    places = {check["metric"]: check["where"] for check in manifest["checks"]}
+    assert places["decode.max_abs"].endswith("CUDAExecutionProvider, NVIDIA L4")
+
+
+@pytest.mark.parametrize("memory", [1 << 10, 3 << 20], ids=["at loading", "in a step"])
+def test_memory_that_runs_out(work: Path, cuda_stub: Path, memory: int) -> None:
+    done = llmc(work, stub_environment(cuda_stub, memory=memory), "verify", str(work / "built"))
+    assert done.returncode == 4, done.stderr
+    assert ": out of memory: " in done.stderr
+    assert "hint: run fewer rows or a shorter context" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_generation_that_runs_out_of_memory(work: Path, cuda_stub: Path) -> None:
+    done = llmc(work, stub_environment(cuda_stub, memory=1 << 10), "run", str(work / "built"), "Hello")
+    assert done.returncode == 4, done.stderr
+    assert "hint: run fewer rows or a shorter context" in done.stderr
