@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 #: Oldest versions with the operators of opset 24 that the graphs consist of.
 OLDEST: dict[Library, tuple[int, ...]] = {Library.RTX: (1, 7), Library.TENSORRT: (11, 0)}
 #: Distributions that contain each library.
-PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
+_PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
+#: The index of wheels from which the package `tensorrt` on PyPI downloads while it is built.
+_INDEX = "https://pypi.nvidia.com"
 _PHASES = ("prefill", "decode")
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -47,7 +49,7 @@ def load_library(library: Library) -> Any:
     except (ImportError, OSError) as error:
         raise ResourceError(
             f"{library.value}, which builds the engine, cannot be imported: {error}",
-            hint=f"pip install {PACKAGES[library]}",
+            hint=pip_command(library),
         ) from error
     oldest = OLDEST[library]
     release = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[: len(oldest)])
@@ -55,9 +57,20 @@ def load_library(library: Library) -> Any:
         required = ".".join(map(str, oldest))
         raise ResourceError(
             f"{library.value} {trt.__version__} is older than {required}",
-            hint=f"pip install '{PACKAGES[library]}>={required}'",
+            hint=pip_command(library, f">={required}"),
         )
     return trt
+
+
+def pip_command(library: Library, release: str = "") -> str:
+    """Return the command that installs a library.
+
+    Args:
+        release: The releases to choose from, such as ">=1.7"; empty for all.
+    """
+    requirement = f"'{_PACKAGES[library]}{release}'" if ">" in release else f"{_PACKAGES[library]}{release}"
+    index = f" --extra-index-url {_INDEX}" if library is Library.TENSORRT else ""
+    return f"pip install {requirement}{index}"
 
 
 def build_engine(

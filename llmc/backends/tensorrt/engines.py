@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.manifest import FileDigest, Manifest, State
 from llmc.artifact.store.folder import Artifact, digest_file
-from llmc.backends.tensorrt.engine import PACKAGES, load_library, pending
+from llmc.backends.tensorrt.engine import load_library, pending, pip_command
 from llmc.backends.tensorrt.support import EnginePlan, Library, plan_engines, sm_of
 from llmc.backends.tensorrt.worker import build_apart
 from llmc.catalog import list_targets
@@ -170,6 +170,6 @@ def require_engine(engines: Sequence[EngineRecord], host: Profile) -> EngineReco
         raise ResourceError(
             f"{engine.file} was built by {library.value} {engine.version}, the only version that loads it, "
             f"but {installed} is installed",
-            hint=f"pip install {PACKAGES[library]}=={engine.version}, or build it again",
+            hint=f"{pip_command(library, f'=={engine.version}')}, or build it again",
         )
     return engine

@@ -129,7 +129,7 @@ def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> N
         ResourceError, match="tensorrt, which builds the engine, cannot be imported"
     ) as caught:
         load_library(Library.TENSORRT)
-    assert caught.value.hint == "pip install tensorrt"
+    assert caught.value.hint == "pip install tensorrt --extra-index-url https://pypi.nvidia.com"
     monkeypatch.setitem(tensorrt.OLDEST, Library.RTX, (99, 0))
     with pytest.raises(ResourceError, match=r"tensorrt_rtx 1\..* is older than 99.0"):
         load_library(Library.RTX)
