@@ -21,7 +21,15 @@ import onnx_ir as ir
 from llmc.errors import GraphError
 from llmc.graph import dialect
 from llmc.graph.domains import DIALECT, MICROSOFT
-from llmc.graph.edit import Site, add_constant, add_weight, drop_dead, drop_unused_functions, take_over
+from llmc.graph.edit import (
+    Site,
+    add_constant,
+    add_weight,
+    drop_dead,
+    drop_unused_functions,
+    set_value,
+    take_over,
+)
 from llmc.graph.match import constant_of, dims_of, find_nodes, is_op, made_by, permutation_of
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport, Refusal
@@ -190,9 +198,12 @@ def _weight(graph: ir.Graph, value: ir.Value | None, interleave: bool) -> ir.Val
 def _logarithms(site: Site, stem: str, weights: ir.Value | None, dtype: ir.DataType) -> ir.Value:
     """Emit the logarithms of the chosen experts' weights, (tokens, k), up to a number that a row shares."""
     if dtype is ir.DataType.FLOAT16:
+        one = add_constant(site.graph, np.array([1], np.int64), "largest")
+        # ReduceMax would need cuDNN on CUDA.
         most = site.emit(
-            "ReduceMax", [weights, _last(site)], f"{stem}/most", like=weights, shape=_rows(weights)
+            "TopK", [weights, one], f"{stem}/most", like=weights, shape=_rows(weights), outputs=2
         )
+        set_value(most.outputs[1], f"{stem}/most_at", _rows(weights), _INT64)
         relative = site.emit("Div", [weights, most.outputs[0]], f"{stem}/relative", like=weights)
         weights = relative.outputs[0]
     logarithms = site.emit("Log", [weights], f"{stem}/log", like=weights).outputs[0]

@@ -146,6 +146,12 @@ def test_all_that_the_operator_reads_is_float16(model_type: str) -> None:
     assert node.attributes["normalize_routing_weights"].as_int() == 1
 
 
+def test_no_operator_needs_cudnn() -> None:
+    graph = _half("qwen3_moe")
+    run_pass("experts", graph)
+    assert "ReduceMax" not in {node.op_type for node in graph.graph}
+
+
 def test_declines_features_that_do_not_fill_16_bytes_in_float16() -> None:
     graph = _half("mixtral", intermediate_size=100)
     report = run_pass("experts", graph)
