@@ -13,7 +13,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +49,9 @@ class Counters:
     allocated_peak: int
     bytes_to_device: int
     bytes_to_host: int
+
+    def __sub__(self, earlier: Counters) -> Counters:
+        return Counters(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
 
     @property
     def starts(self) -> int:
@@ -147,5 +150,7 @@ def _installed_libraries() -> frozenset[str]:
 
 
 def read_counters(file: Path) -> Counters:
-    """Read what the process counted whose environment named `file`."""
-    return Counters(*struct.unpack(f"={len(fields(Counters))}q", file.read_bytes()))
+    """Read what processes counted whose environment named `file`; zeros if none has called CUDA yet."""
+    size = 8 * len(fields(Counters))
+    content = file.read_bytes() if file.exists() else bytes(size)
+    return Counters(*struct.unpack(f"={size // 8}q", content))

@@ -529,14 +529,18 @@ SUCCEEDS(cudaEventQuery)
 
 // ---- Kernels ----
 
-// Compute capabilities that the registered device code was compiled for, as 10 * major + minor.
+// Compute capabilities that the registered device code was compiled for, as 10 * major + minor; code for one of them
+// alone, as for sm_90a, runs on no later one.
+enum { FOR_LATER = 1, ALONE = 2 };
 static char compiled_for[MOST_CAPABILITIES];
 static int oldest_ptx = MOST_CAPABILITIES;
 
 // Reads which capabilities a fat binary has code for: a header of 16 bytes (magic number, version, its size, size of
-// what follows), then entries, each with a header (kind at 0, its size at 4, size of the code at 8, capability at 28).
+// what follows), then entries, each with a header (kind at 0, its size at 4, size of the code at 8, capability at 28,
+// flags at 40).
 void **__cudaRegisterFatBinary(void *wrapper) {
-    enum { MAGIC = 0xBA55ED50, PTX = 1, ELF = 2 };
+    enum { PTX = 1, ELF = 2, FLAG_ALONE = 1 << 20 };
+    static const uint32_t MAGIC = 0xBA55ED50;
     static void *handle;
     struct {
         int magic, version;
@@ -545,18 +549,20 @@ void **__cudaRegisterFatBinary(void *wrapper) {
     const char *at = binary->data;
     uint32_t magic, header, capability;
     uint16_t kind, file_header;
-    uint64_t size;
+    uint64_t size, flags;
     memcpy(&magic, at, 4);
     memcpy(&file_header, at + 6, 2);
     memcpy(&size, at + 8, 8);
-    if (magic != (uint32_t)MAGIC) return &handle;
+    if (magic != MAGIC) return &handle;
     const char *end = at + file_header + size;
-    for (at += file_header; at + 32 <= end; at += header + size) {
+    for (at += file_header; at + 48 <= end; at += header + size) {
         memcpy(&kind, at, 2);
         memcpy(&header, at + 4, 4);
         memcpy(&size, at + 8, 8);
         memcpy(&capability, at + 28, 4);
-        if (kind == ELF && capability < MOST_CAPABILITIES) compiled_for[capability] = 1;
+        memcpy(&flags, at + 40, 8);
+        if (kind == ELF && capability < MOST_CAPABILITIES)
+            compiled_for[capability] |= flags & FLAG_ALONE ? ALONE : FOR_LATER;
         if (kind == PTX && (int)capability < oldest_ptx) oldest_ptx = (int)capability;
     }
     return &handle;
@@ -567,8 +573,9 @@ static int launch_error(void) {
     int major, minor, error = driver_error();
     if (error) return error;
     capability_of(installed(current_device), &major, &minor);
-    for (int lower = 0; lower <= minor; lower++)
-        if (compiled_for[10 * major + lower]) return SUCCESS;
+    if (compiled_for[10 * major + minor]) return SUCCESS;
+    for (int lower = 0; lower < minor; lower++)
+        if (compiled_for[10 * major + lower] & FOR_LATER) return SUCCESS;
     return oldest_ptx <= 10 * major + minor ? SUCCESS : NO_KERNEL_IMAGE;
 }
 
