@@ -132,7 +132,8 @@ class TensorRtBackend(Backend):
         manifest = artifact.manifest
         host = detect_profile()
         record = require_engine(manifest.engines, host)
-        session = partial(EngineSession, artifact.path, record, manifest.interface)
+        digest = manifest.files[str(record.file)].sha256
+        session = partial(EngineSession, artifact.path, record, manifest.interface, digest=digest, eager=True)
         rows = _engine_of(manifest.target).batch.most
         return Executable(session, record.library, host.device, record.weight_bytes or 0, rows)
 
@@ -183,7 +184,8 @@ class TensorRtBackend(Backend):
                 hint="run it without --lookup",
             )
         record = require_engine(manifest.engines, detect_profile())
-        session = EngineSession(path, record, manifest.interface)
+        digest = manifest.files[str(record.file)].sha256
+        session = EngineSession(path, record, manifest.interface, digest=digest)
         codec, stop = TextCodec(path, manifest.text), read_stop_tokens(path)
         tokens = stream_text(session, codec, prompt, max_tokens, stop, emit)
         for note in session.notes:

@@ -90,7 +90,10 @@ class CapturedGraph:
 
 
 class Stream:
-    """A stream of the first device, identified by `device` and `capability`, and the work queued on it.
+    """A stream of the first device, and the work queued on it.
+
+    Afterwards `device` and `capability` identify the device, and `driver` is the release of CUDA up to which
+    the driver supports it, such as "13000".
 
     Raises:
         ResourceError: cuda-bindings, the driver or a device is missing.
@@ -102,6 +105,7 @@ class Stream:
         properties = call(self._runtime.cudaGetDeviceProperties, 0)
         self.device = properties.name.decode()
         self.capability = f"{properties.major}.{properties.minor}"
+        self.driver = str(call(self._runtime.cudaDriverGetVersion))
         self.handle = int(call(self._runtime.cudaStreamCreateWithFlags, flags))
         _freed_with(self, self._runtime.cudaStreamDestroy, self.handle)
 

@@ -5,12 +5,17 @@ layer's cache is in device memory once: past and present are bound to the same a
 writes the new slots. A decode step is one launch of a CUDA graph if possible: TensorRT-RTX captures it by
 itself, for TensorRT the step is captured from the stream.
 
+TensorRT-RTX compiles kernels for each new shape. By default it runs slower ones until those are ready, so
+that `llmc run` answers at once; a session that is measured waits for them (`eager`). What it has compiled is
+kept for the next session.
+
 Written for the Python interface of TensorRT-RTX 1.7, which TensorRT shares. This module has not run on a GPU
 yet.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +27,23 @@ from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
 from llmc.backends.tensorrt.engine import load_library
+from llmc.backends.tensorrt.kernel_store import KernelStore
+from llmc.backends.tensorrt.loading import load_engine, require_device, require_signature, sized
 from llmc.backends.tensorrt.log import BuildLog, make_logger
-from llmc.backends.tensorrt.support import Library, sm_of
+from llmc.backends.tensorrt.support import Library
 from llmc.errors import ConfigError, ParityError, ResourceError
-from llmc.gpu import selecting_hint
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface, TensorSpec
 from llmc.runtime.static_session import StaticSession
-
-#: TensorRT's names of the types of inputs and outputs.
-_TYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int64": "INT64",
-}
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """An optimization profile ready to run: its execution context, on a stream that outlives it."""
+    """An optimization profile ready to run: its execution context, and what outlives it."""
 
     name: str
     context: Any
     stream: Stream
+    kernels: Any
 
 
 class EngineSession(StaticSession):
@@ -54,6 +53,8 @@ class EngineSession(StaticSession):
         folder: The artifact.
         record: Record of the engine; its file exists, and the host has its GPU and version.
         interface: Inputs and outputs of the graph that the engine is built from.
+        digest: sha256 of the engine, under which compiled kernels are kept; None to keep none.
+        eager: Whether steps wait until TensorRT-RTX has compiled the best kernels for their shape.
 
     Afterwards `notes` has a sentence for everything that is slower than possible, and `where` mentions it.
 
@@ -64,7 +65,15 @@ class EngineSession(StaticSession):
         ParityError: Its inputs and outputs differ from the interface.
     """
 
-    def __init__(self, folder: Path, record: EngineRecord, interface: Interface) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: EngineRecord,
+        interface: Interface,
+        *,
+        digest: str | None = None,
+        eager: bool = False,
+    ) -> None:
         self._library = Library(record.library)
         trt = load_library(self._library)
         if len(record.phases) != 2:
@@ -82,10 +91,13 @@ class EngineSession(StaticSession):
         super().__init__(interface, where, most=most)
         self._log = BuildLog()
         self._runtime = trt.Runtime(make_logger(trt, self._log))
-        self._engine = load_engine(self._runtime, folder / str(record.file), self._log)
+        self._engine = load_engine(trt, self._runtime, folder / str(record.file), self._log)
         require_signature(trt, self._engine, interface)
+        self._kernels: Any = None
+        self._store = None if digest is None else self._open_store(trt, digest)
+        self._eager = eager
         self._prefill, self._decode = (
-            _Phase(phase.name, self._open_context(trt, index), self._stream)
+            _Phase(phase.name, self._open_context(trt, index), self._stream, self._kernels)
             for index, phase in enumerate((prefill, decode))
         )
         self._specs = {spec.name: spec for spec in (*interface.inputs, *interface.outputs)}
@@ -94,27 +106,59 @@ class EngineSession(StaticSession):
         self._graph: CapturedGraph | None = None
         self._captures = self._library is Library.TENSORRT
 
+    def _open_store(self, trt: Any, digest: str) -> KernelStore:
+        return KernelStore(
+            digest,
+            device=self._stream.device,
+            capability=self._stream.capability,
+            driver=self._stream.driver,
+            library=f"{self._library.value} {trt.__version__}",
+        )
+
     def _open_context(self, trt: Any, index: int) -> Any:
         """Create an execution context for profile `index`, with memory for only that profile."""
         strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if self._library is Library.RTX:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
+            specialization = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                specialization.EAGER if self._eager else specialization.LAZY
+            )
+            self._share_kernels(config)
             if index:
                 capture = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
                 config.cuda_graph_strategy = capture
                 if config.cuda_graph_strategy != capture:
                     self._without_graph("TensorRT-RTX does not accept that strategy")
-            context = self._engine.create_execution_context(config)
+            context = self._log.attempt(self._engine.create_execution_context, config)
         else:
-            context = self._engine.create_execution_context(strategy)
-        if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
+            context = self._log.attempt(self._engine.create_execution_context, strategy)
+        if context is not None:  # engines are built with detailed layers, which would be traced in every step
+            context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
+        if context is None or not self._log.attempt(
+            context.set_optimization_profile_async, index, self._stream.handle
+        ):
             raise ResourceError(
                 f"TensorRT cannot prepare the engine's optimization profile {index}: {self._log.reason()}",
                 hint="if memory is short, free some on the GPU or build with a smaller batch or prefill",
             )
         self._stream.synchronize()
         return context
+
+    def _share_kernels(self, config: Any) -> None:
+        """Have a context use the compiled kernels of this session, and at first those of the last one."""
+        if self._kernels is None:
+            cache = self._kernels = config.create_runtime_cache()
+            kept = None if self._store is None else self._store.load()
+            if kept is not None and not self._log.attempt(cache.deserialize, kept):
+                self.notes.append(
+                    f"kernels that were compiled earlier are compiled again: {self._log.reason()}"
+                )
+            if self._store is not None:
+                weakref.finalize(self, _save_kernels, self._store, cache)
+        if not self._log.attempt(config.set_runtime_cache, self._kernels):
+            self.notes.append(f"compiled kernels are not kept: {self._log.reason()}")
 
     def _clear(self, batch: int) -> None:
         if batch not in self._batches:
@@ -141,7 +185,8 @@ class EngineSession(StaticSession):
             self._buffers[present] = self._buffers[past]
         for phase in (self._prefill, self._decode):
             for name, buffer in self._buffers.items():
-                _require(phase.context.set_tensor_address(name, buffer.address), name, "address", self._log)
+                accepted = self._log.attempt(phase.context.set_tensor_address, name, buffer.address)
+                _require(accepted, name, "address", self._log)
             for spec in self.interface.inputs:
                 if spec.name != "input_ids":
                     self._shape(phase, spec.name, sized(spec, batch, 1))
@@ -149,24 +194,34 @@ class EngineSession(StaticSession):
         self._batch = batch
 
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
+        return self._step("logits", input_ids, written, real).astype(np.float32, copy=False)
+
+    def _step(self, output: str, input_ids: Array, written: Array, real: Array) -> Array:
+        """Run the engine once, and return one of its outputs."""
+        phase = self._launch(input_ids, written, real)
+        values = self._read(phase, output, *input_ids.shape)
+        if phase is self._decode and self._captures and self._graph is None:
+            self._capture()
+        return values
+
+    def _launch(self, input_ids: Array, written: Array, real: Array) -> _Phase:
+        """Queue a run of the engine; return the phase whose outputs it fills."""
         batch, sequence = input_ids.shape
         if batch != self._batch:
             raise ConfigError(f"the cache has {self._batch} rows, but {batch} were given")
         feeds = {"input_ids": input_ids, WRITE_INDICES: written, TOKEN_COUNTS: real}
         for name in feeds.keys() & self._specs.keys():
             self._stream.write(self._buffers[name], np.ascontiguousarray(feeds[name], np.int64))
-        phase = self._decode if sequence == 1 else self._prefill
-        if phase is self._prefill:
+        if sequence > 1:
             self._require_length(sequence)
-            self._shape(phase, "input_ids", (batch, sequence))
-        if phase is self._decode and self._graph is not None:
+            self._shape(self._prefill, "input_ids", (batch, sequence))
+            self._enqueue(self._prefill, input_ids.shape)
+            return self._prefill
+        if self._graph is not None:
             self._stream.launch(self._graph)
-        else:
-            self._enqueue(phase, input_ids.shape)
-        logits = self._read_logits(phase, batch, sequence)
-        if phase is self._decode and self._captures and self._graph is None:
-            self._capture()
-        return logits
+            return self._decode
+        self._enqueue(self._decode, input_ids.shape)
+        return self._decode
 
     def _require_length(self, sequence: int) -> None:
         if sequence < self._least:
@@ -176,7 +231,7 @@ class EngineSession(StaticSession):
             )
 
     def _enqueue(self, phase: _Phase, shape: tuple[int, ...]) -> None:
-        if not phase.context.execute_async_v3(phase.stream.handle):
+        if not self._log.attempt(phase.context.execute_async_v3, phase.stream.handle):
             raise ParityError(
                 f"TensorRT failed in {phase.name} at batch and sequence {shape}: {self._log.reason()}"
             )
@@ -194,87 +249,25 @@ class EngineSession(StaticSession):
         self.where += ", decode without a CUDA graph"
         self.notes.append(f"decode runs without a CUDA graph: {reason}")
 
-    def _read_logits(self, phase: _Phase, batch: int, sequence: int) -> Array:
-        spec = self._specs["logits"]
+    def _read(self, phase: _Phase, name: str, batch: int, sequence: int) -> Array:
+        """Wait for the run, and return an output of it."""
+        spec = self._specs[name]
         expected = sized(spec, batch, sequence)
-        actual = tuple(phase.context.get_tensor_shape("logits"))
+        actual = tuple(phase.context.get_tensor_shape(name))
         if actual != expected:
-            raise ParityError(f"output logits has shape {list(actual)}, but it must be {list(expected)}")
-        values = self._stream.read(self._buffers["logits"], expected, _dtype(spec))
-        return values.astype(np.float32, copy=False)
+            raise ParityError(f"output {name} has shape {list(actual)}, but it must be {list(expected)}")
+        return self._stream.read(self._buffers[name], expected, _dtype(spec))
 
     def _shape(self, phase: _Phase, name: str, shape: tuple[int, ...]) -> None:
-        accepted = phase.context.set_input_shape(name, shape)
+        accepted = self._log.attempt(phase.context.set_input_shape, name, shape)
         _require(accepted, name, f"shape {list(shape)} in {phase.name}", self._log)
 
 
-def sized(spec: TensorSpec, batch: int, sequence: int) -> tuple[int, ...]:
-    """Return the shape of an input or output in numbers."""
-    named = {"batch": batch, "sequence": sequence}
-    return tuple(size if isinstance(size, int) else named[size] for size in spec.shape)
-
-
-def require_device(stream: Stream, record: EngineRecord) -> None:
-    """Require that the first CUDA device is one that the engine is for.
-
-    Raises:
-        ResourceError: It is not.
-    """
-    own = sm_of(stream.capability)
-    if own not in record.sms:
-        raise ResourceError(
-            f"CUDA's first device is {stream.device} ({own}), but {record.file} is for "
-            f"{', '.join(record.sms)}",
-            hint=selecting_hint(lambda gpu: sm_of(gpu.capability) in record.sms)
-            or "CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
-        )
-
-
-def load_engine(runtime: Any, path: Path, log: BuildLog) -> Any:
-    """Load the engine in a file onto the device.
-
-    Raises:
-        ConfigError: There is no such file.
-        ResourceError: TensorRT cannot load it; the error quotes the reason.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no engine {path}", hint="build the artifact again")
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise ResourceError(
-            f"TensorRT cannot load {path.name}: {log.reason()}",
-            hint="llmc verify checks whether the file is the one that was built",
-        )
-    return engine
-
-
-def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
-    """Require the interface's inputs and outputs of an engine, and one place for its cache.
-
-    Raises:
-        ParityError: A name, type or shape differs, or a present is not written to its past's place.
-    """
-    modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    for mode, specs in zip(modes, (interface.inputs, interface.outputs), strict=True):
-        names_of_mode = {name for name in names if engine.get_tensor_mode(name) == mode}
-        if strange := names_of_mode ^ {spec.name for spec in specs}:
-            kind = mode.name.lower()
-            raise ParityError(f"the {kind}s of engine and interface differ in {', '.join(sorted(strange))}")
-        for spec in specs:
-            dtype, shape = engine.get_tensor_dtype(spec.name), tuple(engine.get_tensor_shape(spec.name))
-            stated = tuple(size if isinstance(size, int) else -1 for size in spec.shape)
-            if dtype.name != _TYPES[spec.dtype] or shape != stated:
-                raise ParityError(
-                    f"{spec.name} of the engine is {dtype.name} {list(shape)}, but the interface says "
-                    f"{_TYPES[spec.dtype]} {list(stated)}"
-                )
-    for slot in interface.cache:
-        for past, present in slot.pairs:
-            if (place := engine.get_aliased_input_tensor(present)) != past:
-                raise ParityError(
-                    f"the engine writes {present} to {place or 'a place of its own'}, not {past}"
-                )
+def _save_kernels(store: KernelStore, cache: Any) -> None:
+    """Keep the kernels that a session compiled, once it ends."""
+    data = cache.serialize()
+    if data is not None:
+        store.save(bytes(memoryview(data)))
 
 
 def _require(accepted: bool, name: str, what: str, log: BuildLog) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import tensorrt_rtx as trt
 from cuda.bindings import runtime as cuda
 
 from llmc.artifact.engine import EngineRecord
-from llmc.backends.tensorrt import session as tensorrt_session
+from llmc.backends.tensorrt import loading, plan_file, session
 from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
 from llmc.backends.tensorrt.engine import build_engine
+from llmc.backends.tensorrt.loading import TYPES, load_engine, require_device, sized
 from llmc.backends.tensorrt.log import BuildLog, make_logger
-from llmc.backends.tensorrt.session import EngineSession, load_engine, require_device, sized
+from llmc.backends.tensorrt.session import EngineSession
 from llmc.backends.tensorrt.support import EnginePlan, Library
 from llmc.config import Dtype, Engine, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError
+from llmc.gpu import gpus
 from llmc.graph.interface import Interface
+from tests.cuda import stub_environment
 from tests.lowering import CAPACITY, write_lowered
 
 ENGINE = Engine(
@@ -62,14 +66,63 @@ def test_tensorrt_says_why_it_cannot_load_an_engine(built: Built, tmp_path: Path
     folder, record, _ = built
     log = BuildLog()
     runtime = trt.Runtime(make_logger(trt, log))
-    with pytest.raises(ResourceError, match=r"TensorRT cannot load sm86-sm89\.engine: .*[Cc]uda") as caught:
-        load_engine(runtime, folder / str(record.file), log)
-    assert caught.value.hint == "llmc verify checks whether the file is the one that was built"
-    (tmp_path / "cut.engine").write_bytes((folder / str(record.file)).read_bytes()[:1000])
-    with pytest.raises(ResourceError, match=r"TensorRT cannot load cut\.engine: "):
-        load_engine(runtime, tmp_path / "cut.engine", log)
+    if not gpus():
+        with pytest.raises(ResourceError, match=r"TensorRT cannot read an engine: .*driver") as caught:
+            load_engine(trt, runtime, folder / str(record.file), log)
+        assert str(caught.value.hint).startswith("install NVIDIA's driver")
+    plan = (folder / str(record.file)).read_bytes()
+    for name, data in {"cut": plan[:40], "empty": b"", "other": b"not an engine" * 99}.items():
+        (tmp_path / f"{name}.engine").write_bytes(data)
+        message = rf"TensorRT does not accept {name}\.engine: the file is damaged"
+        with pytest.raises(ResourceError, match=message) as caught:
+            load_engine(trt, runtime, tmp_path / f"{name}.engine", log)
+        assert caught.value.hint == "llmc verify tells which files are"
     with pytest.raises(ConfigError, match=r"there is no engine .*gone\.engine"):
-        load_engine(runtime, tmp_path / "gone.engine", log)
+        load_engine(trt, runtime, tmp_path / "gone.engine", log)
+
+
+def test_a_plan_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(200))
+    (tmp_path / "a.engine").write_bytes(data)
+    monkeypatch.setattr(plan_file, "PIECE", 64)
+    with open(tmp_path / "a.engine", "rb", buffering=0) as opened:
+        file = plan_file.PlanFile(opened)
+        pieces = iter(lambda: file.read(len(data), 0), b"")
+        assert [len(piece) for piece in pieces] == [64, 64, 64, 8]
+        position = trt.SeekPosition
+        for offset, where, expected in ((3, position.SET, 3), (4, position.CUR, 8), (-2, position.END, 198)):
+            assert file.seek(offset, where)
+            assert file.read(1, 0) == data[expected : expected + 1]
+        assert not file.seek(-1, position.SET)
+        assert isinstance(file.error, OSError)
+
+
+_OPEN = """
+import sys, tensorrt_rtx as trt
+from pathlib import Path
+from llmc.backends.tensorrt.loading import load_engine
+from llmc.backends.tensorrt.log import BuildLog, make_logger
+from llmc.errors import ResourceError
+log = BuildLog()
+try:
+    load_engine(trt, trt.Runtime(make_logger(trt, log)), Path(sys.argv[1]), log)
+except ResourceError as error:
+    print(error.fact)
+"""
+
+
+def test_a_reader_opens_over_a_driver(cuda_stub: Path, built: Built) -> None:
+    """Behind the stub's driver TensorRT takes the reader; then its runtime finds that the driver is none."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OPEN, str(built[0] / str(built[1].file))],
+        capture_output=True,
+        text=True,
+        env=stub_environment(cuda_stub, capability="8.9", driver=13040),
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.startswith("TensorRT cannot load sm86-sm89.engine: "), done.stdout + done.stderr
+    assert "deserializeCudaEngineV2" in done.stdout
 
 
 def test_every_call_of_cuda_tells_its_code() -> None:
@@ -120,9 +173,11 @@ def test_what_is_asked_of_tensorrt_is_there() -> None:
         "context": trt.IExecutionContext,
         "config": trt.IRuntimeConfig,
         "runtime": trt.Runtime,
+        "cache": trt.IRuntimeCache,
     }
     used: dict[str, set[str]] = {name: set() for name in owners}
-    for node in ast.walk(ast.parse(inspect.getsource(tensorrt_session))):
+    modules = (session, loading, plan_file)
+    for node in (node for module in modules for node in ast.walk(ast.parse(inspect.getsource(module)))):
         if isinstance(node, ast.Attribute):
             owner = node.value
             name = (
@@ -138,7 +193,14 @@ def test_what_is_asked_of_tensorrt_is_there() -> None:
         name: sorted(n for n in used[name] if not hasattr(owner, n)) for name, owner in owners.items()
     } == {name: [] for name in owners}
     assert used["context"] >= {"execute_async_v3", "set_tensor_address", "set_input_shape"}
-    assert set(tensorrt_session._TYPES.values()) <= trt.DataType.__members__.keys()
+    assert used["context"] >= {"nvtx_verbosity", "execute_async_v3"}
+    assert used["config"] >= {"dynamic_shapes_kernel_specialization_strategy", "set_runtime_cache"}
+    assert used["cache"] == {"deserialize", "serialize"}
+    assert used["runtime"] >= {"deserialize_cuda_engine", "get_engine_validity", "engine_header_size"}
+    assert loading._INVALID.keys() | {"CUDA_ERROR"} == trt.EngineInvalidityDiagnostics.__members__.keys()
+    assert {"LAZY", "EAGER"} <= trt.DynamicShapesKernelSpecializationStrategy.__members__.keys()
+    assert trt.SeekPosition.__members__.keys() == {"SET", "CUR", "END"}
+    assert set(TYPES.values()) <= trt.DataType.__members__.keys()
     assert {"ON_PROFILE_CHANGE"} <= trt.ExecutionContextAllocationStrategy.__members__.keys()
     assert {"WHOLE_GRAPH_CAPTURE"} <= trt.CudaGraphStrategy.__members__.keys()
 
