@@ -172,8 +172,12 @@ def rotary_positions(graph: ir.Graph, switch: int) -> ir.Value:
         return node.outputs[0]
 
     at, none = (add_constant(graph, np.array(n, np.int64), "switch") for n in (switch, 0))
-    largest = emit("ReduceMax", [positions], "largest", ir.DataType.INT64, keepdims=0)
-    beyond = emit("GreaterOrEqual", [largest, at], "beyond", ir.DataType.BOOL)
+    reached = emit("GreaterOrEqual", [positions, at], "reached", ir.DataType.BOOL)
+    reached.shape = positions.shape
+    numbers = emit("Cast", [reached], "numbers", ir.DataType.INT64, to=int(ir.DataType.INT64))
+    numbers.shape = positions.shape
+    count = emit("ReduceSum", [numbers], "count", ir.DataType.INT64, keepdims=0)  # Max needs cuDNN on CUDA
+    beyond = emit("Greater", [count, none], "beyond", ir.DataType.BOOL)
     shift = emit("Where", [beyond, at, none], "shift", ir.DataType.INT64)
     shifted = site.emit("Add", [positions, shift], name, like=positions)
     shifted.metadata_props.clear()
