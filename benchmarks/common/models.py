@@ -92,7 +92,7 @@ def rescale(model: Any, random: np.random.Generator) -> None:
         attention.o_proj.weight.data *= shared.expand(-1, groups, -1).reshape(-1)
 
 
-def make_llama_1b(folder: Path, seed: int = 0) -> None:
+def make_llama_1b(folder: Path, seed: int = 0, positions: int = 4096) -> None:
     """Write a llama of 1.1 B random parameters, with the demo's tokenizer."""
     config = LlamaConfig(
         vocab_size=49152,
@@ -101,7 +101,7 @@ def make_llama_1b(folder: Path, seed: int = 0) -> None:
         num_hidden_layers=22,
         num_attention_heads=32,
         num_key_value_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=positions,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

@@ -1,0 +1,121 @@
+"""Settle what only a GPU can settle about artifacts for CUDA and TensorRT, in a given time.
+
+    python benchmarks/gpu.py [--out FILE.json] [--minutes 8] [--only NAME,…] [--artifacts FOLDER]
+                             [--device cpu] [--profile NAME]
+    python benchmarks/gpu.py --prepare FOLDER [--drop-weights] [--profile NAME]
+
+Each check is settled by itself and written to the JSON file at once (schema: gpu_checks/record.py). A second
+run with the same file takes from it what is measured of the same artifact, releases and device, and retries
+the rest. A missing part, such as a GPU, torch with CUDA or TensorRT, is a line "not measured", and so is what
+the time does not allow. A check is "failed" if numbers are beyond the target's bounds, or if it ends with an
+error. A device on which a product of two matrices comes out wrong has no figure at all.
+
+    environment   GPU, driver, memory, clocks
+    probe         whether the device computes
+    doctor        what `llmc doctor` says
+    parity        prompt, piece, steps and ragged batch on CUDA against the same graph on the CPU
+    placement     nodes by provider, and copies between devices
+    pytorch       the same against PyTorch in float32 with the artifact's weights
+    genai         tokens and ms a token as onnxruntime-genai serves it, without and with a CUDA graph
+    decode        ms a step without and with a CUDA graph, beside PyTorch run eagerly, in turn
+    compiled      the same beside torch.compile over a static cache
+    ttft          time to first token
+    engine        TensorRT engines: parity against their ONNX graph on the CPU, ms a step
+    memory        device memory after loading and after a prompt
+    energy        joules a token
+    verify, bench the commands, on the demo
+
+--only takes names of checks, of artifacts, or both joined by a slash, such as
+parity,llama-cuda-int4,decode/demo-cuda-int4. --prepare builds all artifacts where there is no GPU, and the
+logits of PyTorch; with --drop-weights the large weights of the demo and of the larger shape are left out, and
+others are drawn from a seed when they are needed. What is missing is built first, within the time. The exit
+code is 1 if a check failed, otherwise 0; docs/gpu-check.md has more.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from common.machine import describe
+from common.options import make_parser
+from gpu_checks.build import prepare
+from gpu_checks.checks import Settings
+from gpu_checks.machine import describe_gpu
+from gpu_checks.plan import list_checks, list_subjects
+from gpu_checks.record import Record, Status
+from gpu_checks.run import Run
+from gpu_checks.table import print_table
+from gpu_checks.worker import Worker
+
+from llmc.catalog import list_profiles
+from llmc.errors import LlmcError, ResourceError
+from llmc.gpu import require_gpu
+
+#: Profile of artifacts that are built without a GPU; the graph for CUDA is the same for all.
+PROFILE = "h200"
+
+
+def main() -> int:
+    options = parse()
+    names = tuple(filter(None, options.only.split(",")))
+    if options.prepare is not None:
+        built = prepare(
+            list_subjects(), options.prepare, options.profile or PROFILE, drop=options.drop_weights
+        )
+        return 0 if built else 1
+    deadline = time.monotonic() + 60 * options.minutes
+    device, no_gpu = find_device(options.device)
+    settings = Settings(options.artifacts.resolve(), no_gpu is None, options.profile or host_profile(no_gpu))
+    checks = list_checks(settings)
+    unknown = [name for name in names if not any(check.matches((name,)) for check in checks)]
+    if unknown:
+        raise SystemExit(f"no check is named {', '.join(unknown)}; --help lists them")
+    worker = Worker(settings)
+    run = Run(settings, Record(options.out, describe()), worker, device, deadline, no_gpu)
+    try:
+        run.go(checks, names)
+    finally:
+        worker.stop()
+    print(f"{device}; {describe()}")
+    print_table(run.outcomes)
+    return int(any(outcome.status is Status.FAILED for outcome in run.outcomes))
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("artifacts/benchmarks/gpu.json"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", default="", metavar="NAME,…")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts/benchmarks/gpu"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--profile", help="what artifacts are built for; this machine's GPU if there is one")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER")
+    parser.add_argument("--drop-weights", action="store_true")
+    return parser.parse_args()
+
+
+def find_device(wanted: str) -> tuple[str, str | None]:
+    """Return the device in words, and why no GPU is measured."""
+    if wanted == "cpu":
+        return "cpu", "the CPU is asked for"
+    try:
+        return describe_gpu(), None
+    except ResourceError as error:
+        return "cpu", error.fact
+
+
+def host_profile(no_gpu: str | None) -> str:
+    """Return the name of a profile with the capability of this machine's GPU."""
+    if no_gpu is not None:
+        return PROFILE
+    capability = require_gpu().capability
+    profiles = [each.document for each in list_profiles()]
+    return next((p.name for p in profiles if p.compute_capability == capability), PROFILE)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LlmcError as error:
+        raise SystemExit(f"error: {error.fact}" + (f"\nhint: {error.hint}" if error.hint else "")) from error

@@ -1,0 +1,52 @@
+"""Run llmc's own commands on the GPU, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from gpu_checks.checks import Check, Found
+from gpu_checks.room import Room
+from gpu_checks.subjects import checkpoint_of, reason
+from llmc.errors import ExitCode, ParityError, ResourceError, UnsupportedError
+
+
+def check_doctor(room: Room, check: Check) -> Found:
+    """Ask `llmc doctor` what would load here."""
+    code, output, _ = _llmc("doctor", "--json")
+    checks = json.loads(output)["checks"]
+    told = {each["name"]: f"{each['status']}: {each['detail']}" for each in checks}
+    return Found({"exit_code": code, "checks": told})
+
+
+def check_verify(room: Room, check: Check) -> Found:
+    """Run the gates of an artifact by `llmc verify`."""
+    return _measure(room, check, "verify", ExitCode.PARITY)
+
+
+def check_bench(room: Room, check: Check) -> Found:
+    """Time an artifact by `llmc bench`; a gate on speed that it misses is told, and fails nothing."""
+    return _measure(room, check, "bench", None)
+
+
+def _measure(room: Room, check: Check, command: str, failing: ExitCode | None) -> Found:
+    subject, artifacts = check.subject, room.settings.artifacts
+    if subject.is_seeded(artifacts):
+        raise UnsupportedError("its weights are drawn from a seed, so it has no original to be compared with")
+    against = checkpoint_of(subject.source, artifacts)
+    code, output, error = _llmc(command, str(subject.folder(artifacts)), "--against", against, "--json")
+    if code == ExitCode.RESOURCES:
+        raise ResourceError(reason(error))
+    if code not in (ExitCode.OK, ExitCode.PARITY, ExitCode.LATENCY):
+        raise ParityError(f"exit code {code}: {reason(error)}")
+    report = json.loads(output)
+    beyond = f"llmc {command} ends with {code}: {reason(error)}" if code == failing else None
+    return Found({"exit_code": code, "report": report}, beyond)
+
+
+def _llmc(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmc", *arguments], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr

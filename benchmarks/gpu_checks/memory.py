@@ -1,0 +1,96 @@
+"""Measure the memory of the GPU that an artifact needs, and the energy of its tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from gpu_checks.checks import Check, Found
+from gpu_checks.machine import open_nvml
+from gpu_checks.room import Room, drawn_tokens, largest_context, require_torch_cuda
+from gpu_checks.sides import SessionSide, Side, TorchSide
+from llmc.artifact.manifest import MODEL
+from llmc.errors import ResourceError
+from llmc.gpu import require_gpu
+from llmc.validate.energy import open_gpu_counter
+
+#: Seconds of decoding over which energy is counted, and steps between two returns to the same context.
+WINDOW, STEPS = 3.0, 64
+
+
+def check_memory(room: Room, check: Check) -> Found:
+    """Measure device memory after loading an artifact, and after a prompt and a step; then that of PyTorch.
+
+    What the process had before, which is CUDA's own context, is not counted.
+    """
+    subject = check.subject
+    artifact = room.artifact(subject)
+    free = _free_bytes(require_gpu().uuid)
+    length = largest_context(artifact.manifest, check.point.context, 2)
+    ids = drawn_tokens(artifact.manifest, check.point.batch, length)
+    _make_context()
+    before = free()
+    session = SessionSide(room.on_device(subject, chooses=True))
+    loaded = before - free()
+    session.step(session.prefill(ids, 2))
+    figures: dict[str, Any] = {
+        "files_bytes": sum(f.stat().st_size for f in artifact.path.glob(f"{MODEL}*")),
+        "loaded_bytes": loaded,
+        "after_a_prompt_bytes": before - free(),
+        "context": length,
+    }
+    try:
+        torch = require_torch_cuda()
+        model = TorchSide(room.original(subject), compiled=False)
+        figures["torch_loaded_bytes"] = torch.cuda.memory_reserved()
+        model.step(model.prefill(ids, 2))
+        figures["torch_after_a_prompt_bytes"] = torch.cuda.memory_reserved()
+    except ResourceError as error:
+        figures["torch_not_measured"] = error.fact
+    return Found(figures)
+
+
+def _free_bytes(uuid: str) -> Any:
+    """Return a function that asks for the free bytes of the GPU."""
+    nvml, handle = open_nvml(uuid)
+    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+
+
+def _make_context() -> None:
+    """Let CUDA make the process's context, whose memory is no artifact's."""
+    from llmc.backends.tensorrt.cuda import DeviceBuffer
+
+    DeviceBuffer(1 << 20)
+
+
+def check_energy(room: Room, check: Check) -> Found:
+    """Count the joules of a decoded token, for the artifact and for PyTorch run eagerly."""
+    subject = check.subject
+    manifest = room.artifact(subject).manifest
+    counter = open_gpu_counter()
+    context = largest_context(manifest, check.point.context, STEPS)
+    ids = drawn_tokens(manifest, check.point.batch, context)
+    figures: dict[str, Any] = {"context": context, "window_s": WINDOW, "where": counter.where}
+    figures["joules_per_token"] = _joules(SessionSide(room.on_device(subject, chooses=True)), ids, counter)
+    try:
+        model = TorchSide(room.original(subject), compiled=False)
+        figures["torch_joules_per_token"] = _joules(model, ids, counter)
+    except ResourceError as error:
+        figures["torch_not_measured"] = error.fact
+    return Found(figures)
+
+
+def _joules(side: Side, ids: np.ndarray, counter: Any) -> float:
+    token, count = side.prefill(ids, STEPS), 0
+    for _ in range(STEPS):
+        side.step(token)
+    side.back(STEPS)
+    before, start = counter.read(), time.perf_counter()
+    while time.perf_counter() - start < WINDOW:
+        for _ in range(STEPS):
+            token = side.step(token)
+        side.back(STEPS)
+        count += STEPS * len(ids)
+    return float(counter.joules(before, counter.read()) / count)

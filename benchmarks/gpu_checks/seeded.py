@@ -1,0 +1,111 @@
+"""Leave the large weights of an artifact behind, and draw others from a seed where it is measured.
+
+Speed and memory do not depend on the values of weights, and neither does whether two kernels agree on them.
+An artifact without its large weights is small enough to be carried where a network is not. Its graph, its
+small weights, and tables such as those of rotary embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.artifact.manifest import MODEL
+from llmc.errors import ConfigError
+
+#: Files in the artifact: which weights are drawn, and the bytes of the others.
+SEEDED, KEPT = "seeded.json", "kept.bin"
+#: Size of the smallest weight that is drawn, in bytes.
+LEAST_BYTES = 64 << 10
+_SEED = 7
+#: Deviation of drawn weights. The scale gives 4-bit codes, which are drawn uniformly, nearly the same.
+_DEVIATION, _SCALE = 0.02, 0.0043
+
+
+def drop_weights(folder: Path, least: int = LEAST_BYTES) -> None:
+    """Replace the file of weights by a plan for drawing them; does nothing if that is done already.
+
+    Args:
+        least: Bytes of the smallest weight that is drawn; smaller ones are kept.
+
+    Raises:
+        ConfigError: The weights are in several files.
+    """
+    import onnx
+
+    if (folder / SEEDED).is_file():
+        return
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    plan: list[dict[str, Any]] = []
+    kept = bytearray()
+    files: set[str] = set()
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        files.add(entries["location"])
+        start, size = int(entries.get("offset", 0)), int(entries["length"])
+        how = _rule(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), len(tensor.dims))
+        place = {"offset": start, "bytes": size, "values": how if size >= least else "kept"}
+        if place["values"] == "kept":
+            with (folder / entries["location"]).open("rb") as file:
+                file.seek(start)
+                kept += file.read(size)
+        plan.append(place)
+    if len(files) != 1:
+        raise ConfigError(f"the weights of {folder} are in {len(files)} files, not in one")
+    data = folder / files.pop()
+    document = {"file": data.name, "bytes": data.stat().st_size, "seed": _SEED, "weights": plan}
+    (folder / KEPT).write_bytes(kept)
+    (folder / SEEDED).write_text(json.dumps(document), encoding="utf-8")
+    data.unlink()
+
+
+def lacks_weights(folder: Path) -> bool:
+    """Return whether the weights of an artifact are still to be drawn."""
+    if not (folder / SEEDED).is_file():
+        return False
+    document = json.loads((folder / SEEDED).read_text(encoding="utf-8"))
+    return not (folder / document["file"]).is_file()
+
+
+def draw_weights(folder: Path) -> None:
+    """Write the file of weights that `drop_weights` removed, with drawn values."""
+    document = json.loads((folder / SEEDED).read_text(encoding="utf-8"))
+    random = np.random.Generator(np.random.PCG64(document["seed"]))
+    kept, taken = (folder / KEPT).read_bytes(), 0
+    partial = folder / f".partial-{document['file']}"
+    with partial.open("wb") as file:
+        file.truncate(document["bytes"])
+        for place in document["weights"]:
+            size: int = place["bytes"]
+            file.seek(place["offset"])
+            if place["values"] == "kept":
+                file.write(kept[taken : taken + size])
+                taken += size
+            else:
+                file.write(_draw(place["values"], size, random))
+    partial.replace(folder / document["file"])
+
+
+def _rule(name: str, dtype: np.dtype[Any], rank: int) -> str:
+    """Return how a weight is drawn, by the names that quantization gives; `kept` for one that is not."""
+    kind = name.rsplit(".", 1)[-1]
+    if rank < 2 or dtype not in (np.dtype(np.float16), np.dtype(np.uint8)):
+        return "kept"
+    named = {"weight": np.float16, "scales": np.float16, "codes": np.uint8, "zero_points": np.uint8}
+    return kind if kind in named and dtype == named[kind] else "kept"
+
+
+def _draw(kind: str, size: int, random: np.random.Generator) -> bytes:
+    if kind == "weight":
+        values = random.standard_normal(size // 2, np.float32) * np.float32(_DEVIATION)
+        return values.astype(np.float16).tobytes()
+    if kind == "scales":
+        return np.full(size // 2, _SCALE, np.float16).tobytes()
+    if kind == "zero_points":
+        return b"\x88" * size
+    return random.integers(0, 256, size, np.uint8).tobytes()
