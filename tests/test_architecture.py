@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": BASE | {"document", "machine"},
     "plan": BASE | {"catalog", "backends", "evaluation"},
     "defaults": BASE | {"catalog", "machine", "backends"},
-    "doctor": BASE | {"machine", "memory", "backends"},
+    "doctor": BASE | {"memory", "backends", "runtime", "children"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
     "calibration": BASE | {"graph", "artifact"},

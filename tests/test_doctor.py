@@ -1,16 +1,23 @@
 """What the doctor finds, on this machine and on broken ones."""
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llmc.doctor as doctor
 from llmc.backends import backends
+from llmc.doctor.gpu import check_cuda
+from llmc.doctor.probe import Step, try_cuda
 from llmc.errors import ExitCode
+from tests.cuda import stub_environment
 
-ROOT = Path(doctor.__file__).parent.parent
+ROOT = Path(doctor.__file__).parents[2]
 
 
 def test_this_machine_can_build(tmp_path: Path) -> None:
@@ -110,3 +117,101 @@ def test_a_problem_is_exit_code_4() -> None:
     assert failure.hint == "pip install gguf"
     assert "PROBLEM  gguf   not installed" in report.render()
     assert "hint: pip install gguf" in report.render()
+
+
+def examined(environment: dict[str, str]) -> dict[str, Any]:
+    """What `llmc doctor --json` says on a machine, with the checks by their names."""
+    command = [sys.executable, "-m", "llmc", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report | {"checks": {check["name"]: check for check in report["checks"]}}
+
+
+def test_a_gpu_is_tried(cuda_stub: Path) -> None:
+    """Kernels of the stub do nothing, which shows in their results."""
+    report = examined(stub_environment(cuda_stub, capability="8.9", name="NVIDIA L4", memory=24 << 30))
+    checks = report["checks"]
+    assert (report["driver"], checks["nvidia driver"]["detail"]) == ("13.0", "for CUDA up to 13.0")
+    assert report["gpus"] == [
+        {
+            "name": "NVIDIA L4",
+            "compute_capability": "8.9",
+            "memory_bytes": 24 << 30,
+            "shares_memory": False,
+            "uuid": "GPU-00000000-0000-0000-0000-000000000001",
+            "runtimes": {"onnxruntime-gpu": True, "tensorrt_rtx": True, "tensorrt": True},
+        }
+    ]
+    assert checks["nvidia gpu"]["status"] == "ok"
+    assert checks["nvidia gpu"]["detail"] == (
+        "NVIDIA L4, compute capability 8.9, 24.0 GiB: runs artifacts of onnxruntime-gpu, "
+        "tensorrt_rtx, tensorrt"
+    )
+    assert checks["cuda libraries"]["status"] == "ok"
+    assert checks["onnxruntime on cuda"]["status"] == "broken"
+    assert checks["onnxruntime on cuda"]["detail"].startswith("the GPU computes [")
+    assert checks["onnxruntime-genai on cuda"]["status"] == "ok"
+
+
+def test_no_driver(cuda_stub: Path) -> None:
+    lacking = ("libcuda.so.1", "libcublas.so.13", "libcufft.so.12")
+    report = examined(stub_environment(cuda_stub, without=lacking))
+    checks = report["checks"]
+    assert (report["driver"], report["gpus"]) == (None, [])
+    assert checks["nvidia driver"]["status"] == "absent"
+    assert "nvidia gpu" not in checks
+    assert checks["cuda libraries"] == {
+        "name": "cuda libraries",
+        "status": "absent",
+        "detail": "missing: libcublas.so.13, libcufft.so.12; only a host with an NVIDIA GPU needs them",
+        "hint": "pip install 'llmc[gpu]', or pip install nvidia-cublas nvidia-cufft",
+    }
+
+
+def test_an_old_driver(cuda_stub: Path) -> None:
+    check = examined(stub_environment(cuda_stub, driver=12080))["checks"]["nvidia driver"]
+    assert check["status"] == "broken"
+    assert check["detail"] == "for CUDA up to 12.8, which is too old"
+    assert check["hint"] == "install driver 580 or newer: onnxruntime-gpu needs CUDA 13"
+
+
+def test_a_driver_that_fails(cuda_stub: Path) -> None:
+    checks = examined(stub_environment(cuda_stub) | {"CUDA_STUB_INIT": "803"})["checks"]
+    assert checks["nvidia driver"]["status"] == "broken"
+    assert checks["nvidia driver"]["detail"].endswith("(803)")
+    assert "onnxruntime on cuda" not in checks
+
+
+def test_a_library_is_missing_beside_a_gpu(cuda_stub: Path) -> None:
+    check = examined(stub_environment(cuda_stub, without=("libcufft.so.12",)))["checks"]["cuda libraries"]
+    assert (check["status"], check["detail"]) == ("broken", "missing: libcufft.so.12")
+
+
+def test_two_kinds_of_gpus_of_which_one_has_no_code(cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, capability="10.0,9.0", name="NVIDIA B200,NVIDIA H200")
+    checks = examined(machine)["checks"]
+    assert checks["nvidia gpu"]["detail"] == (
+        "NVIDIA B200, compute capability 10.0, 16.0 GiB: runs artifacts of tensorrt; not of onnxruntime-gpu, "
+        "tensorrt_rtx, without code for it"
+    )
+    assert checks["nvidia gpu 2"]["hint"] == (
+        "CUDA_VISIBLE_DEVICES=GPU-00000000-0000-0000-0000-000000000002 selects it instead of the first"
+    )
+    check = checks["onnxruntime on cuda"]
+    assert check["detail"].startswith("the installed onnxruntime-gpu has no code for NVIDIA B200")
+    assert check["hint"].endswith("selects the NVIDIA H200 of this machine")
+
+
+def test_a_library_that_ends_the_process_is_one_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.doctor.probe.sys.executable", str(tmp_path / "python"))
+    said = Step(name="libcudart.so.13").model_dump_json()
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{said}'\necho gone >&2\nkill -SEGV $$\n")
+    (tmp_path / "python").chmod(0o755)
+    steps = try_cuda()
+    assert [step.name for step in steps] == ["libcudart.so.13", "libcublasLt.so.13"]
+    assert steps[1].fault == "libcublasLt.so.13 ends its process with -11: gone"
+    (finding,) = check_cuda(steps, gpu=True)
+    assert (finding.status, finding.detail) == ("broken", steps[1].fault)

@@ -296,6 +296,10 @@ class Backend(ABC):
             ParityError: The model fails.
         """
 
+    def gpu_runtimes(self, capability: str) -> Mapping[str, bool]:
+        """Return the runtimes of its artifacts on GPUs, and whether each can use one of this capability."""
+        return {}
+
     # -- describe -----------------------------------------------------------------------------------------
 
     def describe(self, manifest: Manifest) -> list[str]:

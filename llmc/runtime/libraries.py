@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ LIBRARIES: tuple[tuple[str, str, str], ...] = (
 )
 #: The release of CUDA whose libraries these are, and the first driver for it.
 CUDA_RELEASE, FIRST_DRIVER = 13, 580
+
+
+class MissingLibraryError(ResourceError):
+    """Raised if a CUDA library is found nowhere (exit code 4)."""
 
 
 def load_onnxruntime() -> Any:
@@ -106,8 +111,7 @@ def require_device_code(gpu: Gpu) -> None:
     Raises:
         ResourceError: It has none.
     """
-    library = provider_library()
-    code = read_device_code(library) if library.is_file() else ()
+    code = _device_code()
     if not code or runs_on(code, gpu.capability):
         return
     raise ResourceError(
@@ -116,6 +120,18 @@ def require_device_code(gpu: Gpu) -> None:
         hint=selecting_hint(lambda each: runs_on(code, each.capability))
         or "build with a target tensorrt-* for this GPU: llmc targets",
     )
+
+
+def has_device_code(capability: str) -> bool | None:
+    """Return whether the installed ONNX Runtime has code for a GPU; None if it has no CUDA kernels at all."""
+    code = _device_code()
+    return runs_on(code, capability) if code else None
+
+
+@cache
+def _device_code() -> tuple[str, ...]:
+    library = provider_library()
+    return read_device_code(library) if library.is_file() else ()
 
 
 def provider_library() -> Path:
@@ -137,7 +153,8 @@ def load_library_of(name: str, distribution: str) -> None:
     """Load a CUDA library, so that libraries loaded later find it by its name.
 
     Raises:
-        ResourceError: It is missing, or does not load.
+        MissingLibraryError: It is found nowhere.
+        ResourceError: It does not load.
     """
     if _is_loaded(name):
         return
@@ -145,12 +162,18 @@ def load_library_of(name: str, distribution: str) -> None:
     try:
         ctypes.CDLL(name if file is None else str(file))
     except OSError as error:
-        missing = file is None and "cannot open shared object file" in str(error)
-        raise ResourceError(
+        missing = file is None and _is_missing(error, name)
+        kind = MissingLibraryError if missing else ResourceError
+        raise kind(
             f"{name}, which onnxruntime needs for CUDA, "
             + ("is not installed" if missing else f"does not load: {error}"),
             hint=f"pip install '{distribution}', or 'llmc[gpu]', which brings all of them",
         ) from error
+
+
+def _is_missing(error: OSError, name: str) -> bool:
+    """Return whether the system found no library of this name, rather than one that it cannot load."""
+    return f"{name}: cannot open shared object file" in str(error) or "Could not find module" in str(error)
 
 
 def _is_loaded(name: str) -> bool:

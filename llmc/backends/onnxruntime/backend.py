@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,13 @@ class OnnxRuntimeBackend(Backend):
 
         share = shares_buffer(folder)
         return OrtModel(folder, interface, threads=threads, share_buffer=share, arithmetic=arithmetic)
+
+    def gpu_runtimes(self, capability: str) -> Mapping[str, bool]:
+        """See `Backend`; what counts is the installed release."""
+        from llmc.runtime.libraries import has_device_code
+
+        has = has_device_code(capability)
+        return {} if has is None else {"onnxruntime-gpu": has}
 
     def generate(
         self,

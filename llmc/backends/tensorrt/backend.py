@@ -20,7 +20,7 @@ from llmc.backends.tensorrt.engines import (
     write_engines,
 )
 from llmc.backends.tensorrt.forecast import forecast
-from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.backends.tensorrt.support import BUILDS_FOR, EnginePlan, Library
 from llmc.config import BuildPlan, Engine, Target
 from llmc.errors import ConfigError, ResourceError, UnsupportedError, number_ranges
 from llmc.graph.interface import Interface
@@ -191,6 +191,10 @@ class TensorRtBackend(Backend):
         for note in session.notes:
             progress.note(note)
         return Generated(tokens, tokens)
+
+    def gpu_runtimes(self, capability: str) -> Mapping[str, bool]:
+        """See `Backend`."""
+        return {library.value: capability in builds for library, builds in BUILDS_FOR.items()}
 
     def describe(self, manifest: Manifest) -> list[str]:
         """Describe each engine on a line: its purpose, its size and kernels, or what it is pending for."""

