@@ -8,11 +8,11 @@ import numpy as np
 from llmc.artifact.store.codec import TextCodec
 from llmc.errors import ConfigError
 from llmc.graph.interface import Interface
-from llmc.runtime.session import Session
+from llmc.runtime.session import Rewindable
 
 
 def generate_greedy(
-    session: Session, prompts: Sequence[Sequence[int]], max_new: int, stop: Sequence[int]
+    session: Rewindable, prompts: Sequence[Sequence[int]], max_new: int, stop: Sequence[int]
 ) -> Iterator[tuple[int | None, ...]]:
     """Continue a batch of prompts, each with its most likely next token.
 
@@ -55,7 +55,7 @@ def generate_greedy(
             return
         yield tuple(None if over else int(token) for token, over in zip(tokens, ended, strict=True))
         if more:
-            tokens = session.decode(tokens[:, None])[:, -1].argmax(axis=1)
+            tokens = session.next_tokens(tokens)
             ended |= np.isin(tokens, list(stop))
 
 
@@ -81,7 +81,7 @@ def _room(interface: Interface, longest: int) -> int:
 
 
 def stream_text(
-    session: Session,
+    session: Rewindable,
     codec: TextCodec,
     prompt: str,
     max_tokens: int,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.store.disk import space_errors
+from llmc.backends.tensorrt.chosen import engine_outputs
 from llmc.backends.tensorrt.support import Library
 from llmc.graph.domains import MICROSOFT, OPSET, STANDARD, VERSION
 from llmc.graph.interface import Interface, TensorSpec
@@ -46,7 +47,8 @@ def write_context(folder: Path, record: EngineRecord, interface: Interface) -> s
     """
     if record.file is None or Library(record.library) is not Library.RTX or not _SUPPORTED & set(record.sms):
         return None
-    inputs, outputs = ([_value(spec) for spec in specs] for specs in (interface.inputs, interface.outputs))
+    inputs = [_value(spec) for spec in interface.inputs]
+    outputs = [_value(spec) for spec in engine_outputs(interface)]
     attributes: dict[str, int | str] = {
         "main_context": 1,
         "embed_mode": 0,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.artifact.engine import EngineRecord
+from llmc.backends.tensorrt.chosen import engine_outputs
 from llmc.backends.tensorrt.cuda import Stream
 from llmc.backends.tensorrt.log import BuildLog
 from llmc.backends.tensorrt.plan_file import PlanFile, open_reader
@@ -93,7 +94,7 @@ def require_signature(trt: Any, engine: Any, interface: Interface) -> None:
     """
     modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    for mode, specs in zip(modes, (interface.inputs, interface.outputs), strict=True):
+    for mode, specs in zip(modes, (interface.inputs, engine_outputs(interface)), strict=True):
         names_of_mode = {name for name in names if engine.get_tensor_mode(name) == mode}
         if strange := names_of_mode ^ {spec.name for spec in specs}:
             kind = mode.name.lower()

@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
+from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
 from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.kernel_store import KernelStore
@@ -100,7 +101,7 @@ class EngineSession(StaticSession):
             _Phase(phase.name, self._open_context(trt, index), self._stream, self._kernels)
             for index, phase in enumerate((prefill, decode))
         )
-        self._specs = {spec.name: spec for spec in (*interface.inputs, *interface.outputs)}
+        self._specs = {spec.name: spec for spec in (*interface.inputs, *engine_outputs(interface))}
         self._buffers: dict[str, DeviceBuffer] = {}
         self._batch = 0
         self._graph: CapturedGraph | None = None
@@ -192,6 +193,14 @@ class EngineSession(StaticSession):
                     self._shape(phase, spec.name, sized(spec, batch, 1))
         self._shape(self._decode, "input_ids", (batch, 1))
         self._batch = batch
+
+    def next_tokens(self, tokens: Array) -> Array:
+        """Do what `StaticSession.next_tokens` does, with the output that the engine chooses on the GPU."""
+        batch = len(tokens)
+        self._require_slots(int(self._written.max()) + 1)
+        chosen = self._step(CHOSEN, tokens[:, None], self._written, np.ones(batch, np.int64))
+        self._written = self._written + 1
+        return chosen[:, -1, 0].astype(np.int64)
 
     def _run(self, input_ids: Array, written: Array, real: Array) -> Array:
         return self._step("logits", input_ids, written, real).astype(np.float32, copy=False)

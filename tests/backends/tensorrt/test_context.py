@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from llmc.artifact.engine import EngineRecord
+from llmc.backends.tensorrt.chosen import engine_outputs
 from llmc.backends.tensorrt.context import PROVIDER, write_context
 from llmc.config import Dtype
 from llmc.errors import ResourceError
@@ -49,11 +50,11 @@ def test_one_node_with_the_inputs_and_outputs_of_the_engine(interface: Interface
     model = onnx.load(tmp_path / name)
     onnx.checker.check_model(model, full_check=True)
     assert _specs(list(model.graph.input)) == interface.inputs
-    assert _specs(list(model.graph.output)) == interface.outputs
+    assert _specs(list(model.graph.output)) == engine_outputs(interface)
     (node,) = model.graph.node
     assert (node.op_type, node.domain) == ("EPContext", "com.microsoft")
     assert list(node.input) == [spec.name for spec in interface.inputs]
-    assert list(node.output) == [spec.name for spec in interface.outputs]
+    assert list(node.output) == [spec.name for spec in engine_outputs(interface)]
     stated = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert stated == {
         "main_context": 1,

@@ -1,5 +1,6 @@
 """Engines of tiny models, built without a GPU: what is recorded, the guards, the bytes."""
 
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from onnx import TensorProto, helper, save_model
 from llmc.artifact.store.folder import digest_file
 from llmc.backends.tensorrt import engine as tensorrt
 from llmc.backends.tensorrt.engine import build_engine, load_library, pending
+from llmc.backends.tensorrt.layers import read_listing
 from llmc.backends.tensorrt.log import BuildLog
 from llmc.backends.tensorrt.support import EnginePlan, Library
 from llmc.backends.tensorrt.worker import build_apart
@@ -133,6 +135,26 @@ def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(tensorrt.OLDEST, Library.RTX, (99, 0))
     with pytest.raises(ResourceError, match=r"tensorrt_rtx 1\..* is older than 99.0"):
         load_library(Library.RTX)
+
+
+def _names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The layers of each profile without the numbers that TensorRT gives them, and their places in a log."""
+    kept: list[BuildLog] = []
+    monkeypatch.setattr(tensorrt, "BuildLog", lambda: kept.append(BuildLog()) or kept[-1])
+    build_engine(folder, PLAN, ENGINE)
+    layers = read_listing(kept[0].lines)
+    return [[re.sub(r"\d+", "", layer.name) for layer in layers if layer.phase == phase] for phase in (0, 1)]
+
+
+def test_the_choice_of_a_token_adds_its_own_kernels_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lowered(tmp_path, "llama", Dtype.FLOAT16, last="last-token-logits")
+    chosen = _names(tmp_path, monkeypatch)
+    monkeypatch.setattr(tensorrt, "add_chosen", lambda *_: None)
+    plain = _names(tmp_path, monkeypatch)
+    for with_choice, without in zip(chosen, plain, strict=True):
+        assert with_choice == [*without, "__myl_Resh_myl_", "__myl_Topk_myl_"]
 
 
 def test_a_process_that_dies_leaves_the_build_alive(tmp_path: Path) -> None:

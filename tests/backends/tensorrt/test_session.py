@@ -13,6 +13,7 @@ from cuda.bindings import runtime as cuda
 
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt import loading, plan_file, session
+from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
 from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
 from llmc.backends.tensorrt.engine import build_engine
 from llmc.backends.tensorrt.loading import TYPES, load_engine, require_device, sized
@@ -238,10 +239,11 @@ def test_the_cache_is_one_that_tensorrt_updates_in_place(built: Built) -> None:
 
 def test_every_input_and_output_has_a_size(built: Built) -> None:
     _, record, interface = built
-    shapes = {spec.name: sized(spec, 4, 32) for spec in (*interface.inputs, *interface.outputs)}
+    shapes = {spec.name: sized(spec, 4, 32) for spec in (*interface.inputs, *engine_outputs(interface))}
     prefill, decode = record.phases
     for name, (_, _, most) in prefill.shapes.items():
         assert shapes[name] == most
     assert prefill.shapes.keys() == decode.shapes.keys() == {spec.name for spec in interface.inputs}
     assert shapes["logits"] == (4, 1, interface.vocabulary)
+    assert shapes[CHOSEN] == (4, 1, 1)
     assert all(shapes[slot.present_key] == shapes[slot.past_key] for slot in interface.cache)
