@@ -10,8 +10,9 @@ import numpy as np
 
 from llmc.architecture import values_by_layer
 from llmc.arrays import Array
-from llmc.errors import ParityError, UnsupportedError
+from llmc.errors import ParityError, ResourceError, UnsupportedError
 from llmc.graph.switches import crosses, rope_switches
+from llmc.runtime.failures import MEMORY_HINT, is_out_of_memory
 from llmc.validate.attention import attention_by_rows
 from llmc.validate.questions import Question
 
@@ -259,7 +260,7 @@ class TorchModel:
         with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
             ids = ids.cuda() if next(self.model.parameters()).is_cuda else ids
             out, self._cache = self._run(ids, self._cache, use_cache=True, **self._keep(1))
-            tokens: Array = out.logits[:, -1].argmax(dim=-1).numpy()
+            tokens: Array = out.logits[:, -1].argmax(dim=-1).cpu().numpy()  # also waits for the GPU
         return tokens
 
     def _run(self, ids: Any, cache: Any, *, use_cache: bool, **given: Any) -> tuple[Any, Any]:
@@ -287,11 +288,16 @@ class TorchModel:
 
 @contextmanager
 def reporting_failures(tokens: int) -> Iterator[None]:
-    """Convert errors of the original's own code to an UnsupportedError."""
+    """Convert errors of the original to an UnsupportedError, or to a ResourceError where memory ran out."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
+        if is_out_of_memory(error):
+            raise ResourceError(
+                f"PyTorch ran out of memory at a step of {tokens} tokens of the original: {reason}",
+                hint=MEMORY_HINT,
+            ) from error
         raise UnsupportedError(
             f"the original fails in PyTorch at a step of {tokens} tokens: {type(error).__name__}: {reason}",
             hint="nothing can be compared with it; --no-verify builds without the comparison",

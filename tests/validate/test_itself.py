@@ -12,6 +12,7 @@ import torch
 from llmc.artifact.store.cache import StageCache
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
+from llmc.errors import ResourceError
 from llmc.validate.gates import evaluate
 from llmc.validate.itself import PREFIX, ROWS, STEPS, OwnDistance, differs, measure_itself
 from llmc.validate.reference import TorchModel
@@ -91,6 +92,13 @@ def test_steps_that_fail_are_no_fault_of_the_artifact(
     assert found.detail.endswith(HELD)
     assert differs(found)
     assert evaluate((), [found]).passed
+
+
+def test_memory_that_runs_out_in_the_original_is_no_property_of_it(llama: Any) -> None:
+    model = _with_other_steps(llama, lambda hidden: hidden + torch.empty(1 << 50))
+    with pytest.raises(ResourceError, match="PyTorch ran out of memory at a step of ") as caught:
+        TorchModel(model).logits_at(TEXT[:8], np.array([7]), pieces=(7, 1))
+    assert caught.value.hint is not None
 
 
 class Recorder:
