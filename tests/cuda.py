@@ -28,7 +28,10 @@ _LIBRARIES = {
     "libcublasLt.so.13": "blaslt.c",
     "libcurand.so.10": "nothing.c",
     "libcufft.so.12": "nothing.c",
+    "libnvidia-ml.so.1": "nvml.c",
 }
+#: Libraries whose functions have no version: those of the driver.
+_UNVERSIONED = {"libcuda.so.1", "libnvidia-ml.so.1"}
 _FLAGS = ("-x", "c", "-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused-parameter")
 
 
@@ -65,7 +68,7 @@ def build_stub(folder: Path) -> None:
     started = []
     for name, source in _LIBRARIES.items():
         linked = [f"-Wl,-soname,{name}"]
-        if name != "libcuda.so.1":  # the only one whose functions have no version
+        if name not in _UNVERSIONED:
             script = folder / f"{name}.map"
             script.write_text(f"{name} {{ global: *; }};\n", encoding="ascii")
             linked.append(f"-Wl,--version-script={script}")

@@ -40,7 +40,7 @@ class PrefillLatency(Strict):
 class DecodeLatency(Strict):
     """The inter-token latency after `context` tokens, batch 1.
 
-    Rates are in tokens/s, energy in joules per token: of the processor, and of the machine's GPUs.
+    Rates are in tokens/s, energy in joules per token: of the processor, and of the GPU that is used.
 
     `noise` is the effect of the machine alone on a ratio: by how much two series of the same artifact,
     interleaved with the original's, may differ from each other, as a fraction.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest, State
 from llmc.config import BuildPlan, Target
 from llmc.errors import ConfigError
+from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
 from llmc.progress import Progress
@@ -117,14 +118,14 @@ class Executable:
     Args:
         open: Function that opens a session; picklable, for processes that measure memory.
         library: The Python module of its runtime.
-        device: Name of the accelerator; None for the CPU.
+        gpu: The GPU that executes it; None for the CPU.
         weight_bytes: Bytes of weights that a decode step reads; None if they are those of model.onnx.
         rows: Largest number of rows of a batch; None for any number.
     """
 
     open: Callable[[], Rewindable]
     library: str
-    device: str | None = None
+    gpu: Gpu | None = None
     weight_bytes: int | None = None
     rows: int | None = None
 

@@ -14,6 +14,7 @@ from llmc.backends import backend_of
 from llmc.catalog import list_profiles
 from llmc.config import Metric
 from llmc.data import eval_text
+from llmc.errors import ResourceError, first_lines
 from llmc.machine import detect_profile
 from llmc.pipeline.gate.parity import GateResult, latency_gates
 from llmc.pipeline.gate.thresholds import choose_thresholds
@@ -21,6 +22,7 @@ from llmc.pipeline.result import GateReport, gate_report, require_folder, write_
 from llmc.pipeline.steps.original import open_pair, tokenize
 from llmc.profile import Profile, ProfileKind, find_profile
 from llmc.progress import Progress
+from llmc.runtime.failures import MEMORY_HINT, is_out_of_memory
 from llmc.validate.gates import evaluate
 from llmc.validate.measure import unmeasured
 from llmc.validate.reference import TorchModel
@@ -53,7 +55,13 @@ class OriginalLoader:
             return model
         import torch
 
-        return model.to("cuda", getattr(torch, self.dtype))
+        try:
+            return model.to("cuda", getattr(torch, self.dtype))
+        except RuntimeError as error:
+            raise ResourceError(
+                f"PyTorch cannot move the original to the GPU in {self.dtype}: {first_lines(error)}",
+                hint=MEMORY_HINT if is_out_of_memory(error) else "llmc doctor tells what the GPU needs",
+            ) from error
 
 
 def bench(
@@ -138,7 +146,14 @@ def _timed(artifact: Artifact) -> Timed:
     weights = (
         streamed_weight_bytes(artifact.path) if executable.weight_bytes is None else executable.weight_bytes
     )
-    return Timed(executable.open, executable.library, manifest.interface, weights, executable.rows)
+    return Timed(
+        executable.open,
+        executable.library,
+        manifest.interface,
+        weights,
+        gpu=executable.gpu,
+        rows=executable.rows,
+    )
 
 
 def _threads(manifest: Manifest) -> int:

@@ -116,7 +116,7 @@ LAYOUTS = (
     ),
     TableLayout(
         "energy-gpu",
-        "Energy of one token, GPUs",
+        "Energy of one token, GPU",
         _timed(lambda latency: (d for d in latency.decode if d.artifact_gpu_joules_per_token is not None)),
         {
             "after tokens": lambda decode: str(decode.context),

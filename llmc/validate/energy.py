@@ -1,4 +1,4 @@
-"""Measure energy by counters of the hardware: the processor's (RAPL) and those of NVIDIA GPUs (NVML).
+"""Measure energy by counters of the hardware: the processor's (RAPL) and that of an NVIDIA GPU (NVML).
 
 Linux exposes RAPL as files below /sys/class/powercap. A zone's `energy_uj` counts microjoules and wraps
 around at `max_energy_range_uj` (https://www.kernel.org/doc/html/latest/power/powercap/powercap.html). A
@@ -9,7 +9,8 @@ whole device, so that the figure includes everything else that runs and the idle
 """
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 from llmc.errors import ResourceError
 
 POWERCAP = Path("/sys/class/powercap")
+#: Seconds after which a counter that has not changed is taken to be broken.
+_STILL_SECONDS = 1.0
 
 #: Zones that do not include each other: cores, graphics and the platform (psys) overlap with packages.
 _ZONE = re.compile(r"intel-rapl:\d+(:\d+)?")
@@ -108,37 +111,40 @@ def open_counter(folder: Path = POWERCAP) -> EnergyCounter:
 
 @dataclass(frozen=True)
 class GpuCounter:
-    """The counters of all NVIDIA GPUs of a machine.
+    """The counter of an NVIDIA GPU.
 
     Args:
         nvml: The module pynvml, initialized.
-        handles: NVML's handle of each GPU, at least one.
-        names: NVML's names of the GPUs.
+        handle: NVML's handle of the GPU.
+        name: NVML's name of it.
     """
 
     nvml: Any
-    handles: tuple[Any, ...]
-    names: tuple[str, ...]
+    handle: Any
+    name: str
 
     @property
     def where(self) -> str:
-        """The names of the counters."""
-        return f"NVML {', '.join(self.names)}; everything that the GPU does"
+        """The name of the counter."""
+        return f"NVML {self.name}; everything that this GPU does"
 
     def read(self) -> tuple[int, ...]:
-        """Read the millijoules of each GPU so far."""
-        return tuple(int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for handle in self.handles)
+        """Read the millijoules of the GPU so far."""
+        return (int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)),)
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
         """Return the energy between two readings."""
-        return (sum(after) - sum(before)) / 1e3
+        return (after[0] - before[0]) / 1e3
 
 
-def open_gpu_counter() -> GpuCounter:
-    """Open the counters of the machine's NVIDIA GPUs.
+def open_gpu_counter(uuid: str) -> GpuCounter:
+    """Open the counter of one NVIDIA GPU.
+
+    Args:
+        uuid: The driver's name of it, "GPU-...".
 
     Raises:
-        ResourceError: There is no GPU, it has no energy counter, or nvidia-ml-py is not installed.
+        ResourceError: There is no such GPU, it has no energy counter, or nvidia-ml-py is not installed.
     """
     try:
         import pynvml
@@ -149,11 +155,62 @@ def open_gpu_counter() -> GpuCounter:
         ) from error
     try:
         pynvml.nvmlInit()
-        handles = tuple(pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount()))
-        counter = GpuCounter(pynvml, handles, tuple(str(pynvml.nvmlDeviceGetName(h)) for h in handles))
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        counter = GpuCounter(pynvml, handle, str(pynvml.nvmlDeviceGetName(handle)))
         counter.read()
     except pynvml.NVMLError as error:
-        raise ResourceError(f"no energy counter of an NVIDIA GPU: {error}") from error
-    if not handles:
-        raise ResourceError("no energy counter of an NVIDIA GPU: the machine has no such GPU")
+        raise ResourceError(f"no energy counter of the GPU {uuid}: {error}") from error
     return counter
+
+
+class _Window:
+    """The time between two changes of a counter, and the steps in it.
+
+    A counter that advances every 20 to 100 ms is up to as much time behind: its readings are therefore taken
+    when it changes.
+    """
+
+    def __init__(self, counter: Counter, seconds: float) -> None:
+        self._counter = counter
+        self._seconds = seconds
+        self._first: tuple[tuple[int, ...], int] | None = None
+        self._resume = self._since = 0.0
+        self._last: tuple[int, ...] | None = None
+        self.joules_per_step: float | None = None
+        self.over = False
+
+    def after(self, steps: int, now: float) -> None:
+        """Look at the counter after so many steps, except while the window is short of its length."""
+        if self.over or now < self._resume:
+            return
+        reading = self._counter.read()
+        if self._last is None:
+            self._last, self._since = reading, now
+        elif reading == self._last:
+            self.over = now - self._since > _STILL_SECONDS
+        elif self._first is None:
+            self._first, self._last, self._resume = (reading, steps), None, now + self._seconds
+        else:
+            before, begun = self._first
+            self.joules_per_step = self._counter.joules(before, reading) / (steps - begun)
+            self.over = True
+
+
+def energy_of_steps(
+    step: Callable[[], object], counters: Sequence[Counter | None], seconds: float
+) -> tuple[float | None, ...]:
+    """Repeat a step for at least `seconds`, from one change of each counter to another.
+
+    Returns:
+        Joules per step by each counter; None without a counter, or if it does not change.
+    """
+    windows = [None if counter is None else _Window(counter, seconds) for counter in counters]
+    steps = 0
+    while any(window is not None and not window.over for window in windows):
+        step()
+        steps += 1
+        now = time.perf_counter()
+        for window in windows:
+            if window is not None:
+                window.after(steps, now)
+    return tuple(None if window is None else window.joules_per_step for window in windows)

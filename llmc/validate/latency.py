@@ -30,11 +30,12 @@ from llmc.artifact.latency import (
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ResourceError
+from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
 from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.session import Rewindable
-from llmc.validate.energy import POWERCAP, Counter, open_counter, open_gpu_counter
+from llmc.validate.energy import POWERCAP, Counter, energy_of_steps, open_counter, open_gpu_counter
 from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measured, unmeasured
@@ -42,9 +43,8 @@ from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline
 
-#: Energy counters of the processor and of the GPUs, and joules measured by them; None without a counter.
+#: Energy counters of the processor and of the GPU that is used; None without a counter.
 Meters = tuple[Counter | None, Counter | None]
-Joules = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Schedule:
         prefill_rounds: How often either side runs each prompt.
         decode_rounds: Turns of `decode_tokens` steps that either side takes at each context.
         batch_rounds: How often either side runs each batch.
+        energy_seconds: Least time for which steps are repeated to measure their energy.
         footprint_rounds: Number of processes of either side that are started for load time and peak memory.
     """
 
@@ -68,6 +69,7 @@ class Schedule:
     decode_rounds: int = 4
     decode_tokens: int = 32
     batch_rounds: int = 3
+    energy_seconds: float = 2.0
     footprint_rounds: int = 3
 
 
@@ -80,6 +82,7 @@ class Timed:
         module: Module of its runtime.
         interface: Its inputs and outputs.
         weight_bytes: Bytes of the weights that a decode step reads completely.
+        gpu: The GPU that executes it; None for the CPU.
         rows: Maximum number of rows of a batch that it accepts; None for any number.
     """
 
@@ -87,6 +90,7 @@ class Timed:
     module: str
     interface: Interface
     weight_bytes: int
+    gpu: Gpu | None = None
     rows: int | None = None
 
 
@@ -122,12 +126,13 @@ def measure_latency(
     limit = interface.max_length
     prompts = [n for n in schedule.prompts if limit is None or n <= limit]
     contexts = [n for n in schedule.contexts if limit is None or n + schedule.decode_tokens <= limit]
-    dropped = [f"prompt of {n} tokens" for n in schedule.prompts if n not in prompts]
-    dropped += [f"decode at context {n}" for n in schedule.contexts if n not in contexts]
+    short = f"the model ends at {limit} positions"
+    dropped = [f"prompt of {n} tokens: {short}" for n in schedule.prompts if n not in prompts]
+    dropped += [f"decode at context {n}: {short}" for n in schedule.contexts if n not in contexts]
 
     # This runs before this process opens a session, so that the children have the machine to themselves.
     footprints = _footprints(timed, load_reference, threads, max(prompts, default=1), schedule)
-    meters, energy = _find_meters(counters)
+    meters, energy = _find_meters(counters, timed.gpu, schedule.energy_seconds)
     with _torch_threads(threads):
         model = timed.open()
         prefill: list[PrefillLatency] = []
@@ -157,7 +162,7 @@ def measure_latency(
         energy=energy,
         batches=tuple(batches),
         operators=operators,
-        dropped=tuple(f"{what}: the model ends at {limit} positions" for what in dropped),
+        dropped=(*dropped, *_still(meters, decode)),
     )
 
 
@@ -258,25 +263,27 @@ def _time_decode(
     artifact: list[list[float]] = []
     original: list[list[float]] = []
     again: list[list[float]] = []
-    joules: list[tuple[Joules, Joules]] = []
     for counted in [False] + [True] * schedule.decode_rounds:
         model.restore(point)
-        a, energy = _metered_steps(step, schedule, meters)
+        a = _timed_steps(step, schedule)
         reference.restore(original_point)
-        b, energy_original = _metered_steps(reference.decode, schedule, meters)
+        b = _timed_steps(reference.decode, schedule)
         model.restore(point)
         c = _timed_steps(step, schedule)
         if counted:
             artifact.append(a)
             original.append(b)
             again.append(c)
-            joules.append((energy, energy_original))
     flat_artifact = [x for r in artifact for x in r]
     flat_original = [x for r in original for x in r]
-    energy_of = [
-        [_per_token([turn[side][device] for turn in joules], len(flat_artifact)) for device in range(2)]
-        for side in range(2)
-    ]
+    seconds, tokens = schedule.energy_seconds, schedule.decode_tokens
+    joules, original_joules = (
+        energy_of_steps(partial(next, _turns(restart, run, tokens)), meters, seconds)
+        for restart, run in (
+            (partial(model.restore, point), step),
+            (partial(reference.restore, original_point), reference.decode),
+        )
+    )
     return DecodeLatency(
         context=context,
         artifact=timing(flat_artifact),
@@ -285,17 +292,33 @@ def _time_decode(
         original_tokens_per_s=_rate(original, 1),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
-        artifact_joules_per_token=energy_of[0][0],
-        original_joules_per_token=energy_of[1][0],
-        artifact_gpu_joules_per_token=energy_of[0][1],
-        original_gpu_joules_per_token=energy_of[1][1],
+        artifact_joules_per_token=joules[0],
+        original_joules_per_token=original_joules[0],
+        artifact_gpu_joules_per_token=joules[1],
+        original_gpu_joules_per_token=original_joules[1],
     )
 
 
-def _per_token(joules: Sequence[float | None], tokens: int) -> float | None:
-    """Return the energy of all turns per token; None if no counter was read."""
-    counted = [value for value in joules if value is not None]
-    return sum(counted) / tokens if counted else None
+def _still(meters: Meters, decode: Sequence[DecodeLatency]) -> Iterator[str]:
+    """Describe the counters by which no energy was measured although they can be read."""
+    sides = zip(
+        meters,
+        ([d.artifact_joules_per_token for d in decode], [d.artifact_gpu_joules_per_token for d in decode]),
+        strict=True,
+    )
+    for meter, joules in sides:
+        if meter is not None and None in joules:
+            yield f"energy by {meter.where}: the counter does not advance"
+
+
+def _turns(restart: Callable[[], None], step: Callable[[int], int], tokens: int) -> Iterator[None]:
+    """Run a step at each `next`, from the beginning again after `tokens` of them."""
+    while True:
+        restart()
+        token = 1
+        for _ in range(tokens):
+            token = step(token)
+            yield
 
 
 def _time_batch(
@@ -348,11 +371,7 @@ def _timed(run: Callable[[], object]) -> float:
 
 def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
     """Return the milliseconds of each of `decode_tokens` consecutive steps after a rest."""
-    return _metered_steps(step, schedule, (None, None))[0]
-
-
-def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
-    """Return the milliseconds of each of `decode_tokens` steps; each is fed the token of the one before."""
+    time.sleep(_REST_SECONDS)
     token, times = 1, []
     for _ in range(schedule.decode_tokens):
         start = time.perf_counter()
@@ -361,33 +380,24 @@ def _steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
     return times
 
 
-def _metered_steps(
-    step: Callable[[int], int], schedule: Schedule, meters: Meters
-) -> tuple[list[float], Joules]:
-    """Return `_timed_steps` and the joules of the same time; both exclude the rest before it."""
-    time.sleep(_REST_SECONDS)
-    before = [None if meter is None else meter.read() for meter in meters]
-    times = _steps(step, schedule)
-    processor, gpu = (
-        None if meter is None or first is None else meter.joules(first, meter.read())
-        for meter, first in zip(meters, before, strict=True)
-    )
-    return times, (processor, gpu)
-
-
-def _find_meters(folder: Path) -> tuple[Meters, str]:
+def _find_meters(folder: Path, gpu: Gpu | None, seconds: float) -> tuple[Meters, str]:
     """Open the energy counters, and say what they cover or why there are none."""
     meters: list[Counter | None] = []
     descriptions = []
-    for opener in (partial(open_counter, folder), open_gpu_counter):
+    openers: list[Callable[[], Counter]] = [partial(open_counter, folder)]
+    if gpu is not None:
+        openers.append(partial(open_gpu_counter, gpu.uuid))
+    for opener in openers:
         try:
-            counter: Counter = opener()
+            counter = opener()
         except ResourceError as error:
             meters.append(None)
             descriptions.append(f"not measured: {error.fact}")
         else:
             meters.append(counter)
-            descriptions.append(counter.where)
+            descriptions.append(f"{counter.where}, over {seconds:g} s or more")
+    if gpu is None:
+        return (meters[0], None), f"{descriptions[0]}; GPU: not used"
     return (meters[0], meters[1]), f"{descriptions[0]}; GPU: {descriptions[1]}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from llmc.artifact.store.codec import Messages
 from llmc.artifact.text import TextRecord
 from llmc.errors import ParityError
+from llmc.gpu import Gpu
 from llmc.runtime.failures import typed_error
 from llmc.runtime.libraries import CUDA_PROVIDER, load_genai
 
@@ -97,7 +98,7 @@ class Served:
 
     Args:
         folder: The artifact, with genai_config.json.
-        device: The GPU on which the provider that genai_config.json names runs it; None for the CPU, whatever
+        gpu: The GPU on which the provider that genai_config.json names runs it; None for the CPU, whatever
             provider it names.
 
     Raises:
@@ -105,15 +106,15 @@ class Served:
         ParityError: onnxruntime-genai cannot load the folder.
     """
 
-    def __init__(self, folder: Path, device: str | None = None) -> None:
+    def __init__(self, folder: Path, gpu: Gpu | None = None) -> None:
         og = load_genai()
         self._og = og
         self.folder = folder
-        on = "CPUExecutionProvider" if device is None else f"{CUDA_PROVIDER}, {device}"
+        on = "CPUExecutionProvider" if gpu is None else f"{CUDA_PROVIDER}, {gpu.name}"
         self.where = f"onnxruntime-genai {og.__version__} {on}"
         try:
             config = og.Config(str(folder))
-            if device is None:
+            if gpu is None:
                 config.clear_providers()
             self._model = og.Model(config)
         except Exception as error:

@@ -227,4 +227,4 @@ def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:
         share_buffer=shares_buffer(path),
         provider=manifest.target.provider,
     )
-    return Executable(model, "onnxruntime", None if gpu is None else gpu.name)
+    return Executable(model, "onnxruntime", gpu)

@@ -23,6 +23,7 @@ from llmc.backends.tensorrt.forecast import forecast
 from llmc.backends.tensorrt.support import BUILDS_FOR, EnginePlan, Library
 from llmc.config import BuildPlan, Engine, Target
 from llmc.errors import ConfigError, ResourceError, UnsupportedError, number_ranges
+from llmc.gpu import require_gpu
 from llmc.graph.interface import Interface
 from llmc.machine import detect_profile
 from llmc.profile import Profile
@@ -130,12 +131,11 @@ class TensorRtBackend(Backend):
         from llmc.backends.tensorrt.session import EngineSession
 
         manifest = artifact.manifest
-        host = detect_profile()
-        record = require_engine(manifest.engines, host)
+        record = require_engine(manifest.engines, detect_profile())
         digest = manifest.files[str(record.file)].sha256
         session = partial(EngineSession, artifact.path, record, manifest.interface, digest=digest, eager=True)
         rows = _engine_of(manifest.target).batch.most
-        return Executable(session, record.library, host.device, record.weight_bytes or 0, rows)
+        return Executable(session, record.library, require_gpu(), record.weight_bytes or 0, rows)
 
     def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
         """See `Backend`."""

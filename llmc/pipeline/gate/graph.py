@@ -243,8 +243,8 @@ def _serve(run: Run, chosen_prompts: Sequence[str], count: int) -> tuple[tuple[S
         ResourceError: The runtime is not installed.
     """
     with run.progress.stage("generation"):
-        accelerated = run.subject.accelerated
-        served = Served(run.subject.folder, None if accelerated is None else accelerated.device)
+        gpu = None if run.subject.accelerated is None else run.subject.accelerated.gpu
+        served = Served(run.subject.folder, gpu)
         if run.weights.unread:
             return (), served.where
         try:
