@@ -154,6 +154,12 @@ def test_a_gpu_is_tried(cuda_stub: Path) -> None:
     assert checks["onnxruntime-genai on cuda"]["status"] == "ok"
 
 
+def test_a_gpu_without_memory(cuda_stub: Path) -> None:
+    check = examined(stub_environment(cuda_stub, memory=64))["checks"]["onnxruntime on cuda"]
+    assert check["status"] == "broken"
+    assert "Failed to allocate memory for requested buffer" in check["detail"]
+
+
 def test_no_driver(cuda_stub: Path) -> None:
     lacking = ("libcuda.so.1", "libcublas.so.13", "libcufft.so.12")
     report = examined(stub_environment(cuda_stub, without=lacking))

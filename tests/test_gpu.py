@@ -33,6 +33,8 @@ def test_gpus_in_the_order_of_cuda(cuda_stub: Path) -> None:
     second = answer("print(gpus()[1].uuid)", machine)
     assert second.startswith("GPU-")
     assert len(second) == len("GPU-00000000-0000-0000-0000-000000000000")
+    reordered = answer("print(gpus()[0].name)", {**machine, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    assert reordered == "NVIDIA H200"
     for visible in ("1", second):
         assert answer(told, {**machine, "CUDA_VISIBLE_DEVICES": visible}) == (
             "[('NVIDIA H200', '9.0', 24)] (13, 1)"

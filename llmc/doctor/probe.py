@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from llmc.runtime.libraries import (
 
 SESSION, GENERATOR = "onnxruntime on cuda", "onnxruntime-genai on cuda"
 _SECONDS = 120.0
+#: What onnxruntime's errors say of a failed call of CUDA, among paths of its own source.
+_CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]+")
 
 
 class Step(Record):
@@ -103,7 +106,8 @@ def _try(name: str, trial: Callable[[], None]) -> Step:
         missing = isinstance(error, MissingLibraryError)
         return Step(name=name, fault=error.fact, hint=error.hint, missing=missing)
     except Exception as error:  # noqa: BLE001 - whatever a runtime raises is the answer
-        return Step(name=name, fault=first_lines(error))
+        reason = _CUDA_FAILURE.search(str(error))
+        return Step(name=name, fault=first_lines(error) if reason is None else reason[0].strip())
     return Step(name=name)
 
 
@@ -135,7 +139,8 @@ def compute_on_cuda() -> None:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(_sum_model(), options, providers=[CUDA_PROVIDER])
+    # Without `enable_fallback=0` a provider's failure is printed, and the session runs on the CPU.
+    session = ort.InferenceSession(_sum_model(), options, providers=[CUDA_PROVIDER], enable_fallback=0)
     if session.get_providers()[0] != CUDA_PROVIDER:
         raise ResourceError(f"{CUDA_PROVIDER} does not load")
     numbers = np.arange(1, 5, dtype=np.float32)
