@@ -24,8 +24,11 @@ from llmc.records import Record
 
 #: Arguments of personality(2): read the current one; no randomized addresses.
 _READ_PERSONALITY, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
-#: Variables that a process needs to find its libraries; any other one would shift addresses.
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "CUDA_VISIBLE_DEVICES")
+#: Variables that a process needs to find its libraries and its GPU; any other one would shift addresses.
+_ENVIRONMENT = (
+    *("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
+)
 _KINDS: dict[str, type[LlmcError]] = {kind.__name__: kind for kind in (ResourceError, UnsupportedError)}
 
 
