@@ -20,7 +20,7 @@ from llmc.backends.tensorrt.engines import (
     write_engines,
 )
 from llmc.backends.tensorrt.forecast import forecast
-from llmc.backends.tensorrt.support import BUILDS_FOR, EnginePlan, Library
+from llmc.backends.tensorrt.support import BUILDS_FOR, NVIDIA_INDEX, EnginePlan, Library
 from llmc.config import BuildPlan, Engine, Target
 from llmc.errors import ConfigError, ResourceError, UnsupportedError, number_ranges
 from llmc.gpu import require_gpu
@@ -72,8 +72,7 @@ class TensorRtBackend(Backend):
 
     packages: ClassVar[Mapping[str, str]] = {
         "tensorrt-rtx-cu13": "targets tensorrt-* need it; it exists for x86-64 only",
-        "tensorrt": "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]' "
-        "--extra-index-url https://pypi.nvidia.com",
+        "tensorrt": f"it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]' {NVIDIA_INDEX}",
         "cuda-bindings": "it executes TensorRT engines; pip install 'llmc[gpu]'",
     }
     several_profiles = True

@@ -21,7 +21,7 @@ from llmc.backends.tensorrt.chosen import add_chosen
 from llmc.backends.tensorrt.inspection import EngineFacts, inspect_build
 from llmc.backends.tensorrt.layers import Layer, require_fused_attention, require_quantized_products
 from llmc.backends.tensorrt.log import BuildLog, make_logger
-from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.backends.tensorrt.support import NVIDIA_INDEX, EnginePlan, Library
 from llmc.config import Engine
 from llmc.errors import ResourceError, UnsupportedError
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 OLDEST: dict[Library, tuple[int, ...]] = {Library.RTX: (1, 7), Library.TENSORRT: (11, 0)}
 #: Distributions that contain each library.
 _PACKAGES = {Library.RTX: "tensorrt-rtx-cu13", Library.TENSORRT: "tensorrt"}
-#: The index of wheels from which the package `tensorrt` on PyPI downloads while it is built.
-_INDEX = "https://pypi.nvidia.com"
 _PHASES = ("prefill", "decode")
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -70,7 +68,7 @@ def pip_command(library: Library, release: str = "") -> str:
         release: The releases to choose from, such as ">=1.7"; empty for all.
     """
     requirement = f"'{_PACKAGES[library]}{release}'" if ">" in release else f"{_PACKAGES[library]}{release}"
-    index = f" --extra-index-url {_INDEX}" if library is Library.TENSORRT else ""
+    index = f" {NVIDIA_INDEX}" if library is Library.TENSORRT else ""
     return f"pip install {requirement}{index}"
 
 

@@ -21,6 +21,11 @@ class Library(StrEnum):
     TENSORRT = "tensorrt"
 
 
+#: What a pip command for `tensorrt` needs: the package on PyPI downloads from there while it is built.
+NVIDIA_INDEX = (
+    "--extra-index-url URL, with the URL of NVIDIA's package index (NVIDIA's guide to install TensorRT)"
+)
+
 #: Compute capabilities, the preferred library first. TensorRT-RTX builds for them without a GPU; TensorRT
 #: builds on the GPU itself.
 BUILDS_FOR: dict[Library, tuple[str, ...]] = {

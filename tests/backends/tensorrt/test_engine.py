@@ -13,7 +13,7 @@ from llmc.backends.tensorrt import engine as tensorrt
 from llmc.backends.tensorrt.engine import build_engine, load_library, pending
 from llmc.backends.tensorrt.layers import read_listing
 from llmc.backends.tensorrt.log import BuildLog
-from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.backends.tensorrt.support import NVIDIA_INDEX, EnginePlan, Library
 from llmc.backends.tensorrt.worker import build_apart
 from llmc.config import Dtype, Engine, EngineRule, EngineScheme, Span, WeightFormat
 from llmc.errors import ResourceError, UnsupportedError
@@ -131,7 +131,7 @@ def test_libraries_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> N
         ResourceError, match="tensorrt, which builds the engine, cannot be imported"
     ) as caught:
         load_library(Library.TENSORRT)
-    assert caught.value.hint == "pip install tensorrt --extra-index-url https://pypi.nvidia.com"
+    assert caught.value.hint == f"pip install tensorrt {NVIDIA_INDEX}"
     monkeypatch.setitem(tensorrt.OLDEST, Library.RTX, (99, 0))
     with pytest.raises(ResourceError, match=r"tensorrt_rtx 1\..* is older than 99.0"):
         load_library(Library.RTX)
