@@ -1,0 +1,68 @@
+"""Keep values that CUDA's nodes write on the host from being overwritten before the host reads them.
+
+Under ONNX Runtime's CUDA provider, Shape runs in the order of CUDA's nodes and writes to host memory. Squeeze
+and Reshape of its result run in the order of the CPU's nodes and share its buffer. The plan of reused memory
+is made order by order (1.31.1; issue 19480 of microsoft/onnxruntime has the cause), so that a later Shape can
+get a buffer that is still to be read: a tiny DeepSeek-V3 took the size of its batch for the length of the
+step. Without operators that share it, each buffer is kept until it was read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.graph.domains import STANDARD
+from llmc.graph.edit import add_constant, drop_dead, set_value, take_over
+from llmc.graph.match import input_of, ints_of, is_op
+from llmc.graph.model import Graph
+
+
+def copy_host_sizes(graph: Graph) -> int:
+    """Let the host copy sizes instead of sharing them, in the graph and its functions; return how often."""
+    owners: list[ir.Graph | ir.Function] = [graph.graph, *graph.model.functions.values()]
+    copied = 0
+    for owner in owners:
+        copied += sum(_copy_sizes(owner, node) for node in list(owner) if _is_one_size(node))
+    drop_dead(graph.graph)
+    return copied
+
+
+def _is_one_size(node: ir.Node) -> bool:
+    """Return whether a node gives the size of one dimension."""
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 0)
+    return is_op(node, "Shape") and end - start == 1
+
+
+def _copy_sizes(owner: ir.Graph | ir.Function, node: ir.Node) -> int:
+    """Replace each Squeeze of a size by a Gather, and what makes a vector of that by the size itself."""
+    size = node.outputs[0]
+    squeezes = [user for user, _ in size.uses() if is_op(user, "Squeeze")]
+    for squeeze in squeezes:
+        scalar = squeeze.outputs[0]
+        for user in scalar.consumers():
+            if _makes_vector(user, scalar) and not user.outputs[0].is_graph_output():
+                ir.convenience.replace_all_uses_with(user.outputs[0], size)
+        first = _first(owner, squeeze)
+        copy = ir.Node(STANDARD, "Gather", [size, first], name=squeeze.name)
+        owner.insert_before(squeeze, copy)
+        take_over(scalar, copy.outputs[0])
+        owner.remove(squeeze, safe=True)
+    return len(squeezes)
+
+
+def _makes_vector(node: ir.Node, scalar: ir.Value) -> bool:
+    """Return whether a node makes a vector of one element of a scalar."""
+    if input_of(node) is not scalar:
+        return False
+    return is_op(node, "Unsqueeze") or (is_op(node, "Reshape") and ints_of(input_of(node, 1)) in ([-1], [1]))
+
+
+def _first(owner: ir.Graph | ir.Function, before: ir.Node) -> ir.Value:
+    """Return the constant index 0; a function has no initializers."""
+    zero = np.array(0, np.int64)
+    if isinstance(owner, ir.Graph):
+        return add_constant(owner, zero, "first")
+    constant = ir.Node(STANDARD, "Constant", [], [ir.AttrTensor("value", ir.tensor(zero))])
+    owner.insert_before(before, constant)
+    return set_value(constant.outputs[0], f"{before.outputs[0].name}_first", [], ir.DataType.INT64)

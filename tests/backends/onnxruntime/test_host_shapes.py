@@ -1,0 +1,57 @@
+"""Sizes that the host reads share no buffer, and have the same values."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from llmc.backends.onnxruntime.host_shapes import copy_host_sizes
+from llmc.graph.model import Graph
+
+SIZE = {"start": 1, "end": 2}
+
+
+def graph_of_sizes() -> Graph:
+    """A graph that reshapes its input by two sizes, as the exporter does, and has one in a function."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
+        helper.make_node("Squeeze", ["rows"], ["rows_scalar"]),
+        helper.make_node("Reshape", ["rows_scalar", "whole"], ["rows_vector"]),
+        helper.make_node("Shape", ["x"], ["columns"], **SIZE),
+        helper.make_node("Squeeze", ["columns"], ["columns_scalar"]),
+        helper.make_node("Unsqueeze", ["columns_scalar", "axis"], ["columns_vector"]),
+        helper.make_node("Concat", ["columns_vector", "rows_vector"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["turned"]),
+        helper.make_node("Add", ["columns_scalar", "rows_scalar"], ["sum"]),
+        helper.make_node("Width", ["x"], ["width"], domain="test"),
+    ]
+    body = [
+        helper.make_node("Shape", ["of"], ["vector"], **SIZE),
+        helper.make_node("Squeeze", ["vector"], ["number"]),
+    ]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("test", 1)]
+    function = helper.make_function("test", "Width", ["of"], ["number"], body, opsets[:1])
+    integers = [helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("sum", "width")]
+    graph = helper.make_graph(
+        nodes,
+        "sizes",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b"])],
+        [helper.make_tensor_value_info("turned", TensorProto.FLOAT, ["b", "a"]), *integers],
+        [numpy_helper.from_array(np.array([n]), name) for name, n in (("whole", -1), ("axis", 0))],
+    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
+    return Graph(ir.from_proto(model), (), layers=0)
+
+
+def test_sizes_are_copied_by_the_host() -> None:
+    graph = graph_of_sizes()
+    assert copy_host_sizes(graph) == 3
+    operators = [n.op_type for owner in (graph.graph, *graph.model.functions.values()) for n in owner]
+    assert sorted(operators) == sorted(
+        ["Shape"] * 3 + ["Gather"] * 3 + ["Concat", "Reshape", "Add", "Width", "Constant"]
+    )
+    session = ort.InferenceSession(ir.to_proto(graph.model).SerializeToString())
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    turned, total, width = session.run(None, {"x": x})
+    np.testing.assert_array_equal(turned, x.reshape(3, 2))
+    assert (int(total), int(width)) == (5, 3)
