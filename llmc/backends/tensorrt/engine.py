@@ -18,6 +18,7 @@ from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MODEL, FileDigest
 from llmc.artifact.store.disk import require_space, space_errors
 from llmc.backends.tensorrt.chosen import add_chosen
+from llmc.backends.tensorrt.device import require_current_device
 from llmc.backends.tensorrt.inspection import EngineFacts, inspect_build
 from llmc.backends.tensorrt.layers import Layer, require_fused_attention, require_quantized_products
 from llmc.backends.tensorrt.log import BuildLog, make_logger
@@ -87,11 +88,14 @@ def build_engine(
         The engine's record and its digest.
 
     Raises:
-        ResourceError: The library is missing or too old, or disk or memory ran out.
+        ResourceError: The library is missing or too old, TensorRT would build for another GPU than the
+            plan's, or disk or memory ran out.
         UnsupportedError: TensorRT refuses the graph or ignores one of its inputs; or TensorRT-RTX leaves
             attention or a quantized product without the kernel that it needs, or lists its layers in an
             unknown form.
     """
+    if plan.library is Library.TENSORRT:
+        require_current_device(plan.sms, plan.name)
     trt = load_library(plan.library)
     log = BuildLog()
     logger = make_logger(trt, log)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt.chosen import engine_outputs
-from llmc.backends.tensorrt.cuda import Stream
 from llmc.backends.tensorrt.log import BuildLog
 from llmc.backends.tensorrt.plan_file import PlanFile, open_reader
-from llmc.backends.tensorrt.support import sm_of
 from llmc.errors import ConfigError, ParityError, ResourceError
-from llmc.gpu import selecting_hint
 from llmc.graph.interface import Interface, TensorSpec
 
 #: TensorRT's names of the types of inputs and outputs.
@@ -68,22 +64,6 @@ def _require_valid(trt: Any, runtime: Any, path: Path, file: PlanFile) -> None:
     for name, (fact, hint) in _INVALID.items():
         if int(found) & int(getattr(trt.EngineInvalidityDiagnostics, name)):
             raise ResourceError(f"TensorRT does not accept {path.name}: {fact}", hint=hint)
-
-
-def require_device(stream: Stream, record: EngineRecord) -> None:
-    """Require that the first CUDA device is one that the engine is for.
-
-    Raises:
-        ResourceError: It is not: CUDA may order devices differently from nvidia-smi.
-    """
-    own = sm_of(stream.capability)
-    if own not in record.sms:
-        raise ResourceError(
-            f"CUDA's first device is {stream.device} ({own}), but {record.file} is for "
-            f"{', '.join(record.sms)}",
-            hint=selecting_hint(lambda gpu: sm_of(gpu.capability) in record.sms)
-            or "CUDA_VISIBLE_DEVICES names the GPU to use, by its UUID from nvidia-smi -L",
-        )
 
 
 def require_signature(trt: Any, engine: Any, interface: Interface) -> None:

@@ -27,9 +27,10 @@ from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
 from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
+from llmc.backends.tensorrt.device import require_device
 from llmc.backends.tensorrt.engine import load_library
 from llmc.backends.tensorrt.kernel_store import KernelStore
-from llmc.backends.tensorrt.loading import load_engine, require_device, require_signature, sized
+from llmc.backends.tensorrt.loading import load_engine, require_signature, sized
 from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.support import Library
 from llmc.errors import ConfigError, ParityError, ResourceError
@@ -87,7 +88,7 @@ class EngineSession(StaticSession):
         self._batches = range(fewest, rows + 1)
         self.notes: list[str] = []
         self._stream = Stream()
-        require_device(self._stream, record)
+        require_device(self._stream.device, self._stream.capability, record.sms, str(record.file))
         where = f"{self._library.value} {trt.__version__} on {self._stream.device}"
         super().__init__(interface, where, most=most)
         self._log = BuildLog()

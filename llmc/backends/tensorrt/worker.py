@@ -24,11 +24,10 @@ from llmc.records import Record
 
 #: Arguments of personality(2): read the current one; no randomized addresses.
 _READ_PERSONALITY, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
-#: Variables that a process needs to find its libraries and its GPU; any other one would shift addresses.
-_ENVIRONMENT = (
-    *("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP"),
-    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"),
-)
+#: Variables that a process needs to find its libraries; any other one would shift addresses.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "CUDA_VISIBLE_DEVICES")
+#: How the names of variables begin by which CUDA finds and orders devices; for a build on one of them.
+_DEVICES = "CUDA_"
 _KINDS: dict[str, type[LlmcError]] = {kind.__name__: kind for kind in (ResourceError, UnsupportedError)}
 
 
@@ -69,7 +68,11 @@ def build_apart(
     """
     job = Job(library=plan.library, sms=plan.sms, profiles=plan.profiles, engine=engine, sparse=sparse)
     path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ENVIRONMENT or (name.startswith(_DEVICES) and plan.library is Library.TENSORRT)
+    }
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-B", "-X", f"pycache_prefix={os.devnull}"),

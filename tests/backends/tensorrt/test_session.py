@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt import loading, plan_file, session
 from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
 from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
+from llmc.backends.tensorrt.device import require_device
 from llmc.backends.tensorrt.engine import build_engine
-from llmc.backends.tensorrt.loading import TYPES, load_engine, require_device, sized
+from llmc.backends.tensorrt.loading import TYPES, load_engine, sized
 from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.session import EngineSession
 from llmc.backends.tensorrt.support import EnginePlan, Library
@@ -207,14 +209,58 @@ def test_what_is_asked_of_tensorrt_is_there() -> None:
 
 
 def test_the_first_device_may_be_another_one(built: Built) -> None:
-    stream = Stream.__new__(Stream)
-    stream.device, stream.capability = "NVIDIA T4", "7.5"
+    sms, file = built[1].sms, str(built[1].file)
     message = r"first device is NVIDIA T4 \(SM75\), but sm86-sm89\.engine is for SM86, SM89"
     with pytest.raises(ResourceError, match=message) as caught:
-        require_device(stream, built[1])
+        require_device("NVIDIA T4", "7.5", sms, file)
     assert str(caught.value.hint).startswith("CUDA_VISIBLE_DEVICES names the GPU to use")
-    stream.capability = "8.9"
-    require_device(stream, built[1])
+    require_device("NVIDIA L4", "8.9", sms, file)
+
+
+_BUILD = """
+from pathlib import Path
+from llmc.backends.tensorrt.support import EnginePlan, Library
+from llmc.backends.tensorrt.worker import build_apart
+from llmc.config import Engine, Span
+from llmc.errors import ResourceError
+span = Span(least=1, typical=1, most=1)
+engine = Engine(kv_capacity=8, batch=span, prefill=span)
+try:
+    build_apart(Path(), EnginePlan(Library.TENSORRT, ("SM90",), ("h100-sxm",)), engine)
+except ResourceError as error:
+    print(error.fact)
+    print(error.hint)
+"""
+
+
+def test_tensorrt_builds_only_for_the_first_device(cuda_stub: Path, tmp_path: Path) -> None:
+    """The process that builds sees the devices that this one sees, in the same order."""
+
+    def build(capability: str, **order: str) -> list[str]:
+        environment = stub_environment(
+            cuda_stub, capability=capability, name="NVIDIA L4,NVIDIA H100 80GB HBM3"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **order},
+            timeout=120,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    fact, hint = build("8.9,9.0")
+    assert fact == "CUDA's first device is NVIDIA L4 (SM89), but sm90.engine is for SM90"
+    assert hint.startswith("CUDA_VISIBLE_DEVICES=GPU-")
+    assert hint.endswith(" selects the NVIDIA H100 80GB HBM3 of this machine")
+    assert build("8.9")[1].startswith("CUDA_VISIBLE_DEVICES names the GPU to use")
+    for order in ({"CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}):
+        assert build("8.9,9.0", **order)[0].startswith(
+            "tensorrt, which builds the engine, cannot be imported"
+        )
+    assert build("9.0", CUDA_VISIBLE_DEVICES="")[0] == "CUDA_VISIBLE_DEVICES='' leaves no GPU visible to CUDA"
 
 
 def test_a_record_without_profiles_is_of_no_engine(built: Built) -> None:
