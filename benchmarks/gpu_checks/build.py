@@ -44,7 +44,7 @@ def prepare(subjects: Iterable[Subject], artifacts: Path, profile: str, *, drop:
                 drop_weights(subject.folder(artifacts))
         except LlmcError as error:
             complete = False
-            print(f"{subject.name:24} not built: {error.fact}", flush=True)
+            print(f"{subject.name:24} failed: {error.fact}", flush=True)
             continue
         size = folder_bytes(subject.folder(artifacts))
         print(f"{subject.name:24} {size / 1e6:8.1f} MB {time.monotonic() - start:6.1f} s", flush=True)

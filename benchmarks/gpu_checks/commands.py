@@ -40,9 +40,18 @@ def _measure(room: Room, check: Check, command: str, failing: ExitCode | None) -
         raise ResourceError(reason(error))
     if code not in (ExitCode.OK, ExitCode.PARITY, ExitCode.LATENCY):
         raise ParityError(f"exit code {code}: {reason(error)}")
+    if not output.strip():
+        raise ParityError(f"exit code {code}: {reason(error)}")
     report = json.loads(output)
-    beyond = f"llmc {command} ends with {code}: {reason(error)}" if code == failing else None
-    return Found({"exit_code": code, "report": report}, beyond)
+    checks = report["verdict"]["checks"]
+    figures = {
+        "exit_code": code,
+        "measured": report["measured"],
+        "missed": [each["metric"] for each in checks if each["status"] != "pass"],
+        "values": {each["metric"]: each["value"] for each in report["measurements"]},
+        "latency": report["latency"],
+    }
+    return Found(figures, f"llmc {command}: {reason(error)}" if code == failing else None)
 
 
 def _llmc(*arguments: str) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_checks.checks import Check, Found
-from gpu_checks.machine import open_nvml
+from gpu_checks.machine import multiply, open_nvml
 from gpu_checks.room import Room, drawn_tokens, largest_context, require_torch_cuda
 from gpu_checks.sides import SessionSide, Side, TorchSide
 from llmc.artifact.manifest import MODEL
@@ -30,7 +30,7 @@ def check_memory(room: Room, check: Check) -> Found:
     free = _free_bytes(require_gpu().uuid)
     length = largest_context(artifact.manifest, check.point.context, 2)
     ids = drawn_tokens(artifact.manifest, check.point.batch, length)
-    _make_context()
+    multiply()  # makes CUDA's context, whose memory is no artifact's
     before = free()
     session = SessionSide(room.on_device(subject, chooses=True))
     loaded = before - free()
@@ -56,13 +56,6 @@ def _free_bytes(uuid: str) -> Any:
     """Return a function that asks for the free bytes of the GPU."""
     nvml, handle = open_nvml(uuid)
     return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
-
-
-def _make_context() -> None:
-    """Let CUDA make the process's context, whose memory is no artifact's."""
-    from llmc.backends.tensorrt.cuda import DeviceBuffer
-
-    DeviceBuffer(1 << 20)
 
 
 def check_energy(room: Room, check: Check) -> Found:

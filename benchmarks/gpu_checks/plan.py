@@ -12,7 +12,7 @@ from gpu_checks.memory import check_energy, check_memory
 from gpu_checks.parity import check_original, check_parity
 from gpu_checks.placement import check_placement
 from gpu_checks.speed import check_compiled, check_decode, check_ttft
-from gpu_checks.subjects import DEMO, LARGE, Subject
+from gpu_checks.subjects import DEMO, ENGINE, LARGE, Subject
 from llmc.backends.tensorrt.support import BUILDS_FOR
 from llmc.catalog import load_profile
 
@@ -102,4 +102,4 @@ def _engines(settings: Settings) -> list[Subject]:
     capability = load_profile(settings.profile).compute_capability
     if not any(capability in known for known in BUILDS_FOR.values()):
         return []
-    return [Subject(source, target) for source in ("llama", DEMO) for target in ENGINES]
+    return [Subject(source, target) for source in (ENGINE, DEMO) for target in ENGINES]

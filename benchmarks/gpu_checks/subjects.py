@@ -21,6 +21,8 @@ from llmc.errors import ExitCode, ParityError, ResourceError, UnsupportedError
 
 #: The sources that are not tiny: SmolLM2-135M-Instruct, and TinyLlama-1.1B's shape with random weights.
 DEMO, LARGE = "demo", "llama-1b"
+#: A tiny llama with as many positions as engines have slots.
+ENGINE = "llama-long"
 #: Exit codes of `llmc build` that say that a part is missing, or that the model does not build.
 _MISSING = (ExitCode.USAGE, ExitCode.UNSUPPORTED, ExitCode.RESOURCES)
 
@@ -30,7 +32,7 @@ class Subject:
     """An artifact of a checkpoint for a target.
 
     Args:
-        source: A type of `tests.models` with tiny random weights, `demo`, or `llama-1b`.
+        source: DEMO, LARGE, ENGINE, or a type of `tests.models` with tiny random weights.
         target: Target that it is built for.
     """
 
@@ -89,7 +91,8 @@ def checkpoint_of(source: str, artifacts: Path) -> str:
         if source == LARGE:
             make_llama_1b(folder, positions=16384)
         else:
-            save_tiny_model(source, folder, tokenizer=True, eos_token_id=EOS)
+            kind, more = (source, {}) if source != ENGINE else ("llama", {"max_position_embeddings": 4096})
+            save_tiny_model(kind, folder, tokenizer=True, eos_token_id=EOS, **more)
     return str(folder)
 
 
@@ -143,7 +146,7 @@ def _llmc(arguments: list[str], name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == ExitCode.OK:
         return
-    fact = f"{name} is not built: {reason(done.stderr)}"
+    fact = f"{name} does not build: {reason(done.stderr)}"
     if done.returncode == ExitCode.UNSUPPORTED:
         raise UnsupportedError(fact)
     raise ResourceError(fact) if done.returncode in _MISSING else ParityError(fact)

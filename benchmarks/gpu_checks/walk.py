@@ -109,19 +109,31 @@ def walk_original(ask: Callable[[np.ndarray, int], np.ndarray], tokens: Tokens) 
     }
 
 
+def bounds_of(manifest: Manifest) -> dict[str, float | None]:
+    """Return the target's own bound for each level."""
+    return {level: bound(manifest, metric) for level, metric in BOUNDS.items()}
+
+
 def compare(
-    manifest: Manifest, actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+    bounds: Mapping[str, float | None],
+    actual: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the largest difference of a logit at each level, and what is beyond the target's bounds."""
+    """Return the largest difference of a logit at each level, and what is beyond the bounds.
+
+    Args:
+        bounds: The bound of each level; None for a level without one.
+        actual: The logits of each level.
+        expected: What they are compared with.
+    """
     figures: dict[str, Any] = {}
     beyond = []
-    for level, metric in BOUNDS.items():
-        most = bound(manifest, metric)
+    for level, most in bounds.items():
         difference = float(np.abs(actual[level] - expected[level]).max())
         figures[f"{level}_max_abs"] = difference
         if not np.isfinite(difference) or (most is not None and difference > most):
             beyond.append(f"{level} differs by {difference:.3g} logits, the bound is {most}")
-    agree = [(actual[level].argmax(-1) == expected[level].argmax(-1)).mean() for level in BOUNDS]
+    agree = [(actual[level].argmax(-1) == expected[level].argmax(-1)).mean() for level in bounds]
     figures["top1_agreement"] = float(np.mean(agree))
     figures["logits_deviation"] = float(np.std(expected["decode"]))
     return figures, "; ".join(beyond) or None
