@@ -72,7 +72,8 @@ class TensorRtBackend(Backend):
 
     packages: ClassVar[Mapping[str, str]] = {
         "tensorrt-rtx-cu13": "targets tensorrt-* need it; it exists for x86-64 only",
-        "tensorrt": f"it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]' {NVIDIA_INDEX}",
+        "tensorrt": "it finishes engines on H100, H200 and B200; pip install 'llmc[tensorrt]' "
+        + NVIDIA_INDEX,
         "cuda-bindings": "it executes TensorRT engines; pip install 'llmc[gpu]'",
     }
     several_profiles = True
