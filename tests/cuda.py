@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from llmc.backends.compiled.toolchain import find_compiler
@@ -142,14 +143,17 @@ def _folder_without(folder: Path, without: Sequence[str]) -> Path:
 
 @cache
 def _installed_libraries() -> frozenset[str]:
-    """Return the names of the libraries that the dynamic linker finds on this machine."""
-    ldconfig = shutil.which(
-        "ldconfig", path=os.pathsep.join([os.environ.get("PATH", ""), "/sbin", "/usr/sbin"])
-    )
-    if ldconfig is None:
-        return frozenset()
-    listed = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, timeout=60, check=True).stdout
-    return frozenset(re.findall(r"^\s*(\S+) \(", listed, re.MULTILINE))
+    """Return the names of the libraries that this machine or NVIDIA's distributions have."""
+    spec = find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    names = {file.name for place in places for file in Path(place).glob("*/lib/*.so*")}
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/sbin", "/usr/sbin"])
+    ldconfig = shutil.which("ldconfig", path=path)
+    if ldconfig is not None:
+        command = [ldconfig, "-p"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        names |= set(re.findall(r"^\s*(\S+) \(", listed, re.MULTILINE))
+    return frozenset(names)
 
 
 def read_counters(file: Path) -> Counters:

@@ -6,9 +6,11 @@ Kernels do nothing, so the tokens mean nothing; where nodes are, and what a toke
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmc.errors import ExitCode
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -111,10 +113,52 @@ def test_what_a_token_costs_the_host(costs: dict[str, Counters], model_type: str
     assert 0 < cost.syncs <= 3 * tokens
 
 
+def run(artifact: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Ask an artifact for 20 tokens by the command line."""
+    command = [sys.executable, "-m", "llmc", "run", str(artifact), "Hello", "--max-tokens", "20"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
 def test_the_command_line_runs_to_its_end(artifacts: dict[str, Path], cuda_stub: Path) -> None:
-    command = [sys.executable, "-m", "llmc", "run", str(artifacts["llama"]), "Hello", "--max-tokens", "20"]
-    ended = subprocess.run(
-        command, env=stub_environment(cuda_stub), capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    ended = run(artifacts["llama"], stub_environment(cuda_stub))
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("machine", "fact", "hint"),
+    [
+        ({"without": ("libcuda.so.1",)}, "no NVIDIA GPU, or no driver", "libcuda.so.1"),
+        ({"driver": 12040}, "driver supports CUDA 12.4", "driver 580 or newer"),
+        ({"without": ("libcudart.so.13",)}, "libcudart.so.13", "pip install 'nvidia-cuda-runtime'"),
+        ({"without": ("libcublas.so.13",)}, "libcublas.so.13", "pip install 'nvidia-cublas'"),
+        ({"without": ("libcublasLt.so.13",)}, "libcublasLt.so.13", "pip install 'nvidia-cublas'"),
+        ({"without": ("libcurand.so.10",)}, "libcurand.so.10", "pip install 'nvidia-curand'"),
+        ({"without": ("libcufft.so.12",)}, "libcufft.so.12", "pip install 'nvidia-cufft'"),
+        ({"capability": "10.0"}, "no code for CUDA stub 10.0", "tensorrt-*"),
+        (
+            {"capability": "10.0,9.0"},
+            "no code for CUDA stub 10.0",
+            "CUDA_VISIBLE_DEVICES=GPU-00000000-0000-0000-0000-000000000002",
+        ),
+        ({"visible": ""}, "CUDA_VISIBLE_DEVICES='' leaves no GPU", "unset it"),
+        ({"visible": "-1"}, "CUDA_VISIBLE_DEVICES='-1' leaves no GPU", "unset it"),
+        ({"memory": 1 << 20}, "Failed to allocate memory", "a shorter context"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_machine_that_cannot_run_it_is_told(
+    artifacts: dict[str, Path], cuda_stub: Path, machine: dict[str, Any], fact: str, hint: str
+) -> None:
+    settings = {key: value for key, value in machine.items() if key != "visible"}
+    environment = stub_environment(cuda_stub, **settings)
+    if "visible" in machine:
+        environment["CUDA_VISIBLE_DEVICES"] = machine["visible"]
+    ended = run(artifacts["llama"], environment)
+    assert ended.returncode == ExitCode.RESOURCES, ended.stderr
+    assert ended.stdout.strip() == ""
+    assert "Traceback" not in ended.stderr
+    error, advice = ended.stderr.rstrip().rsplit("\n", 1)
+    assert error.startswith("error: ")
+    assert fact in error
+    assert advice.startswith("hint: ")
+    assert hint in advice
