@@ -49,17 +49,16 @@ def _ask_nvml(uuid: str) -> dict[str, Any]:
         nvml, handle = open_nvml(uuid)
     except ResourceError as error:
         return {"nvml_not_measured": error.fact}
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     questions: dict[str, Callable[[], Any]] = {
         "driver": nvml.nvmlSystemGetDriverVersion,
+        "memory_free_bytes": lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free),
         "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
         "sm_clock_limit_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
         "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
         "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        "other_processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
     }
-    figures: dict[str, Any] = {"memory_free_bytes": memory.free}
+    figures: dict[str, Any] = {}
     for name, question in questions.items():
         try:
             figures[name] = question()

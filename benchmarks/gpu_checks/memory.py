@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from gpu_checks.sides import SessionSide, Side, TorchSide
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ResourceError
 from llmc.gpu import require_gpu
-from llmc.validate.energy import open_gpu_counter
+from llmc.validate.energy import GpuCounter, energy_of_steps, open_gpu_counter
 
-#: Seconds of decoding over which energy is counted, and steps between two returns to the same context.
-WINDOW, STEPS = 3.0, 64
+#: Least seconds of decoding over which energy is counted, and steps before each return to the same context.
+WINDOW, STEPS = 3.0, 32
 
 
 def check_memory(room: Room, check: Check) -> Found:
@@ -53,8 +52,16 @@ def check_memory(room: Room, check: Check) -> Found:
 
 
 def _free_bytes(uuid: str) -> Any:
-    """Return a function that asks for the free bytes of the GPU."""
+    """Return a function that asks for the free bytes of the GPU.
+
+    Raises:
+        ResourceError: NVML does not tell.
+    """
     nvml, handle = open_nvml(uuid)
+    try:
+        nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        raise ResourceError(f"NVML does not tell the memory of the GPU: {error}") from error
     return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
 
 
@@ -62,7 +69,7 @@ def check_energy(room: Room, check: Check) -> Found:
     """Count the joules of a decoded token, for the artifact and for PyTorch run eagerly."""
     subject = check.subject
     manifest = room.artifact(subject).manifest
-    counter = open_gpu_counter()
+    counter = open_gpu_counter(require_gpu().uuid)
     context = largest_context(manifest, check.point.context, STEPS)
     ids = drawn_tokens(manifest, check.point.batch, context)
     figures: dict[str, Any] = {"context": context, "window_s": WINDOW, "where": counter.where}
@@ -75,15 +82,22 @@ def check_energy(room: Room, check: Check) -> Found:
     return Found(figures)
 
 
-def _joules(side: Side, ids: np.ndarray, counter: Any) -> float:
-    token, count = side.prefill(ids, STEPS), 0
-    for _ in range(STEPS):
-        side.step(token)
-    side.back(STEPS)
-    before, start = counter.read(), time.perf_counter()
-    while time.perf_counter() - start < WINDOW:
+def _joules(side: Side, ids: np.ndarray, counter: GpuCounter) -> float:
+    """Return joules of a token, steps of all rows counted.
+
+    Raises:
+        ResourceError: The counter stands still.
+    """
+    first = side.prefill(ids, STEPS)
+
+    def decode() -> None:
+        token = first
         for _ in range(STEPS):
             token = side.step(token)
         side.back(STEPS)
-        count += STEPS * len(ids)
-    return float(counter.joules(before, counter.read()) / count)
+
+    decode()
+    (joules,) = energy_of_steps(decode, (counter,), WINDOW)
+    if joules is None:
+        raise ResourceError(f"the counter of {counter.where} stands still")
+    return joules / (STEPS * len(ids))
