@@ -8,6 +8,7 @@ from typing import TypeVar
 from llmc.backends.onnxruntime.cuda_graph import follow_static_mask
 from llmc.backends.onnxruntime.host_shapes import copy_host_sizes
 from llmc.backends.onnxruntime.minimums import split_minimums
+from llmc.backends.onnxruntime.one_copy import read_as_stored
 from llmc.backends.onnxruntime.rotary_tables import compute_tables, find_pairs
 from llmc.graph.model import Graph
 
@@ -37,6 +38,7 @@ def finish_for_cuda(graph: Graph) -> str | None:
         Why a decode step cannot be one CUDA graph; None if it can.
     """
     finish_graph(graph, lambda _: None)
+    read_as_stored(graph)
     obstacle = follow_static_mask(graph)
     copy_host_sizes(graph)
     return obstacle

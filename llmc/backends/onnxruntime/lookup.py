@@ -32,7 +32,16 @@ _PIECE = 256
 _PREFIX = "lookup"
 _DIMENSION = "chosen"
 #: Operators whose sums depend on the number of tokens.
-_PRODUCTS = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "MoE", "QMoE"}
+_PRODUCTS = {
+    "Attention",
+    "FusedMatMul",
+    "Gemm",
+    "GroupQueryAttention",
+    "MatMul",
+    "MatMulNBits",
+    "MoE",
+    "QMoE",
+}
 #: accuracy_level of MatMulNBits for activations rounded to 8 bits.
 _INT8 = 4
 
