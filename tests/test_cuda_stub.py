@@ -49,12 +49,51 @@ answers["allocations"] = [
 print(json.dumps(answers))
 """
 
+# Records a copy on a stream and starts it; with an argument, also waits for the stream. Prints all codes.
+_CAPTURE = """
+import ctypes, sys
+runtime = ctypes.CDLL("libcudart.so.13")
+stream, graph, runnable, memory = (ctypes.c_void_p() for _ in range(4))
+codes = [
+    runtime.cudaStreamCreate(ctypes.byref(stream)),
+    runtime.cudaMalloc(ctypes.byref(memory), ctypes.c_size_t(64)),
+    runtime.cudaStreamBeginCapture(stream, 0),
+    runtime.cudaMemcpyAsync(memory, memory, ctypes.c_size_t(64), 3, stream),
+    runtime.cudaStreamSynchronize(stream) if len(sys.argv) > 1 else 0,
+    runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)),
+]
+if graph:
+    codes.append(runtime.cudaGraphInstantiate(ctypes.byref(runnable), graph, ctypes.c_ulonglong(0)))
+    codes.append(runtime.cudaGraphLaunch(runnable, stream))
+print(codes)
+"""
+
+# Runs a graph of one operator.
+_SESSION = """
+import numpy as np, onnxruntime as ort
+from onnx import TensorProto, helper
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "exp", [x], [y])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+options = ort.SessionOptions()
+options.log_severity_level = 4
+session = ort.InferenceSession(model.SerializeToString(), options, providers=["CUDAExecutionProvider"])
+try:
+    print(session.get_providers()[0], session.run(None, {"x": np.ones(2, np.float32)})[0].tolist())
+except Exception as error:
+    print(error)
+"""
+
 
 def ask(environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-c", _ASK]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    answers: dict[str, Any] = json.loads(output.stdout)
+    answers: dict[str, Any] = json.loads(printed(_ASK, environment))
     return answers
+
+
+def printed(script: str, environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return ended.stdout
 
 
 def test_devices_are_those_that_were_asked_for(cuda_stub: Path) -> None:
@@ -125,3 +164,29 @@ def test_a_library_that_is_left_out_cannot_be_loaded(cuda_stub: Path) -> None:
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert ended.returncode == found
         assert found == 0 or name in ended.stderr
+
+
+def test_work_that_is_captured_is_started_once(cuda_stub: Path, tmp_path: Path) -> None:
+    environment = stub_environment(cuda_stub, count=tmp_path / "count")
+    assert printed(_CAPTURE, environment) == "[0, 0, 0, 0, 0, 0, 0, 0]\n"
+    counted = read_counters(tmp_path / "count")
+    assert (counted.captured_copies, counted.on_device, counted.graphs, counted.syncs) == (1, 0, 1, 0)
+
+
+def test_a_stream_that_is_captured_cannot_be_waited_for(cuda_stub: Path) -> None:
+    unsupported, invalidated = 900, 901
+    codes = printed(_CAPTURE, stub_environment(cuda_stub), "wait")
+    assert codes == f"[0, 0, 0, 0, {unsupported}, {invalidated}]\n"
+
+
+def test_kernels_do_nothing(cuda_stub: Path, tmp_path: Path) -> None:
+    environment = stub_environment(cuda_stub, count=tmp_path / "count")
+    assert printed(_SESSION, environment) == "CUDAExecutionProvider [0.0, 0.0]\n"
+    counted = read_counters(tmp_path / "count")
+    assert (counted.launches, counted.to_device, counted.to_host) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [("8.7", True), ("10.0", False), ("12.1", False)])
+def test_kernels_need_code_for_the_gpu(cuda_stub: Path, capability: str, runs: bool) -> None:
+    said = printed(_SESSION, stub_environment(cuda_stub, capability=capability))
+    assert ("no kernel image is available" not in said) is runs
