@@ -45,7 +45,7 @@ class EngineRecord(Strict):
         doubt: Why its attention may not be fused or its products not quantized; None if its layers show that
             they are. Only TensorRT's engines can be in doubt.
         context: ONNX model around it for ONNX Runtime's provider of TensorRT-RTX, if that accepts the engine.
-            Experimental: no such model was ever loaded.
+            Experimental: no such model was ever executed.
     """
 
     file: str | None

@@ -161,7 +161,11 @@ def _render_engine(engine: EngineRecord) -> list[str]:
         ", ".join([head, *products]),
         *(f"    {phase.name:7}  {', '.join(_render_phase(phase))}" for phase in engine.phases),
         *([f"    in doubt: {engine.doubt}"] if engine.doubt else []),
-        *([f"    {engine.context}  for ONNX Runtime, experimental: never loaded"] if engine.context else []),
+        *(
+            [f"    {engine.context}  for ONNX Runtime, experimental: never executed"]
+            if engine.context
+            else []
+        ),
     ]
 
 

@@ -99,7 +99,7 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     assert lines[first].startswith("  sm89.engine: SM89 (l4, rtx-4090), tensorrt_rtx 1.")
     assert lines[first + 1].startswith("    prefill  ")
     assert ", 3 fused attention, " in lines[first + 2]
-    assert lines[first + 3] == "    sm89.context.onnx  for ONNX Runtime, experimental: never loaded"
+    assert lines[first + 3] == "    sm89.context.onnx  for ONNX Runtime, experimental: never executed"
     assert lines[first + 4] == "  SM90 (h100-sxm): pending, built by tensorrt on its GPU"
 
     before = (tmp_path / "out/manifest.json").read_bytes()

@@ -1,10 +1,11 @@
-"""Write an ONNX model around an engine, for ONNX Runtime's TensorRT-RTX provider. Experimental: never loaded.
+"""Write an ONNX model around an engine, for ONNX Runtime's TensorRT-RTX provider. Experimental: not executed.
 
 Its only node is EPContext of domain com.microsoft, which names the engine's file (ONNX Runtime's "EP context
-design", and nv_tensorrt_rtx/onnx_ctx_model_helper.cc for what the provider reads). The provider loads only
-engines of the version that it is linked to; it supports compute capabilities 8.6, 8.9 and from 12.0 on.
-ONNX Runtime's TensorRT provider reads the same node, but is linked to versions older than those that build
-our engines. Callers must bind each past and its present to one buffer: the engine writes in place.
+design"). The provider of the package `onnxruntime-ep-nv-tensorrt-rtx-cu13` 0.5.0 takes the node by `source`,
+and reads the file that `ep_cache_context` names beside the model if `embed_mode` is 0; docs/engines.md says
+how that was seen. It loads only engines of the release that it brings, on compute capabilities 8.6, 8.9 and
+from 12.0 on. ONNX Runtime's TensorRT provider reads the same node, but is linked to versions older than those
+that build our engines. Callers must bind each past and its present to one buffer: the engine writes in place.
 """
 
 from pathlib import Path

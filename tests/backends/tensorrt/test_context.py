@@ -67,6 +67,7 @@ def test_one_node_with_the_inputs_and_outputs_of_the_engine(interface: Interface
         "source": PROVIDER.encode(),
     }
     assert (tmp_path / stated["ep_cache_context"].decode()).is_file()
+    assert Path(stated["ep_cache_context"].decode()).name == stated["ep_cache_context"].decode()
     before = (tmp_path / name).read_bytes()
     write_context(tmp_path, _record("SM89"), interface)
     assert (tmp_path / name).read_bytes() == before
