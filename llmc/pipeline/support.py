@@ -226,7 +226,10 @@ def _computes(node: ir.Node) -> bool:
     """Return whether a node computes with activations, rather than move them or compute indices."""
     if not node.domain and node.op_type in _MOVING:
         return False
-    return not all(output.dtype is not None and output.dtype.is_integer() for output in node.outputs)
+    return not all(
+        output.dtype is ir.DataType.BOOL or (output.dtype is not None and output.dtype.is_integer())
+        for output in node.outputs
+    )
 
 
 def _where(layers: Sequence[int]) -> str:

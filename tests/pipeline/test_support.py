@@ -37,19 +37,23 @@ def test_what_targets_make_of_each_kind_of_layer(
         return original(store, name, *rows)
 
     monkeypatch.setattr(SafetensorsStore, "read", read)
-    names = "cpu-fp32,cpu-int4-compiled,cpu-mixed,tensorrt-fp16"
+    names = "cpu-fp32,cpu-int4-compiled,cpu-mixed,tensorrt-fp16,cuda-fp16"
     code, out, err = _call(capsys, str(model), "--support", "--target", names, "--json")
     assert code == 0, err
     found = json.loads(out)
     kinds = {kind["name"]: kind["layers"] for kind in found["captured"]}
     assert kinds == {"cached attention, window 8": [0, 2], "cached attention": [1]}
     assert (found["layers"], found["uncaptured"]) == (3, [])
-    plain, compiled, mixed, tensorrt = found["targets"]
-    assert [each["refused"] for each in found["targets"]] == [None] * 4
+    plain, compiled, mixed, tensorrt, cuda = found["targets"]
+    assert [each["refused"] for each in found["targets"]] == [None] * 5
     operators = {kind["name"]: kind["layers"] for kind in plain["operators"]}
     assert operators["GroupQueryAttention, window 8"] == [0, 2]
     assert operators["GroupQueryAttention"] == [1]
     assert operators.keys().isdisjoint({"Shape", "Slice", "Cast", "Where", "ArgMax", "Range"})
+    on_cuda = {kind["name"] for kind in cuda["operators"]}
+    assert "FusedMatMul" in on_cuda
+    assert on_cuda.isdisjoint({"And", "Equal", "Greater", "MatMul"})
+    assert cuda["notes"] == []
     assert "compiled region" in {kind["name"] for kind in compiled["operators"]}
     assert any(note.startswith("not compiled, there is no kernel for it: ") for note in compiled["notes"])
     assert "a build measures the model" in " ".join(mixed["notes"])
