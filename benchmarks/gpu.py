@@ -15,11 +15,11 @@ error. A device on which a product of two matrices comes out wrong has no figure
     doctor        what `llmc doctor` says
     parity        prompt, piece, steps and ragged batch on CUDA against the same graph on the CPU
     placement     nodes by provider, and copies between devices
-    pytorch       the same against PyTorch in float32 with the artifact's weights
     genai         tokens and ms a token as onnxruntime-genai serves it, without and with a CUDA graph
     decode        ms a step without and with a CUDA graph, beside PyTorch run eagerly, in turn
     compiled      the same beside torch.compile over a static cache
     ttft          time to first token
+    pytorch       the runs of parity against PyTorch in float32 with the artifact's weights
     engine        TensorRT engines: parity against their ONNX graph on the CPU, ms a step
     memory        device memory after loading and after a prompt
     energy        joules a token

@@ -43,11 +43,12 @@ def list_checks(settings: Settings) -> list[Check]:
         Check("doctor", check_doctor, seconds=15, gpu=False, computed=False),
         *_numbers(cuda),
         *_first_speeds(),
+        *_against_pytorch(cuda),
         *(Check("engine", check_engine, subject, seconds=15) for subject in engines),
         *_further_speeds(),
-        Check("verify", check_verify, Subject(DEMO, FP16), seconds=90),
-        Check("verify", check_verify, Subject(DEMO, INT4), seconds=90),
+        *(Check("verify", check_verify, Subject(DEMO, target), seconds=60) for target in (INT4, FP16)),
         Check("bench", check_bench, Subject(DEMO, INT4), seconds=60),
+        *_further_compiled(),
     ]
 
 
@@ -59,13 +60,19 @@ def _build(subject: Subject) -> Check:
 def _numbers(subjects: list[Subject]) -> list[Check]:
     """Return the checks of numbers and of placement; the larger shape is for speed alone."""
     compared = [subject for subject in subjects if subject.source != LARGE]
-    seconds = {subject: 4 if subject.tiny else 20 for subject in compared}
     return [
-        *(Check("parity", check_parity, s, seconds=seconds[s]) for s in compared),
-        *(Check("placement", check_placement, s, seconds=seconds[s] / 2) for s in compared),
-        *(Check("pytorch", check_original, s, seconds=seconds[s], gpu=False) for s in compared),
+        *(Check("parity", check_parity, s, seconds=4 if s.tiny else 20) for s in compared),
+        *(Check("placement", check_placement, s, seconds=2 if s.tiny else 8) for s in compared),
         Check("genai", check_genai, Subject("llama", INT4), seconds=5, gpu=False),
         Check("genai", check_genai, Subject(DEMO, INT4), seconds=10),
+    ]
+
+
+def _against_pytorch(subjects: list[Subject]) -> list[Check]:
+    """Return the comparisons with PyTorch; without a GPU, only of tiny models."""
+    compared = [subject for subject in subjects if subject.source != LARGE]
+    return [
+        Check("pytorch", check_original, s, seconds=4 if s.tiny else 30, gpu=not s.tiny) for s in compared
     ]
 
 
@@ -74,27 +81,37 @@ def _first_speeds() -> list[Check]:
     checks = []
     for source in (DEMO, LARGE):
         subject = Subject(source, INT4)
-        checks += [Check("decode", check_decode, subject, point, seconds=15) for point in FIRST]
-        checks.append(Check("compiled", check_compiled, subject, FIRST[0], seconds=60))
+        checks += [Check("decode", check_decode, subject, point, seconds=10) for point in FIRST]
+        checks.append(Check("compiled", check_compiled, subject, FIRST[0], seconds=45))
         checks.append(Check("ttft", check_ttft, subject, FIRST[1], seconds=6))
     return checks
 
 
 def _further_speeds() -> list[Check]:
     """Return all other checks of speed, memory and energy, small batches first."""
-    points = [Point(batch, context) for batch in BATCHES for context in CONTEXTS]
     subjects = [Subject(source, target) for target in (INT4, FP16) for source in (DEMO, LARGE)]
     first = {check.id for check in _first_speeds()}
     checks = [Check("memory", check_memory, s, FIRST[1], seconds=10, fresh=True) for s in subjects]
     checks += [Check("energy", check_energy, s, FIRST[0], seconds=12) for s in subjects]
     checks += [Check("genai", check_genai, s, seconds=10) for s in subjects if s != Subject(DEMO, INT4)]
-    for point in points:
-        checks += [Check("decode", check_decode, s, point, seconds=15) for s in subjects]
+    for point in _points():
+        checks += [Check("decode", check_decode, s, point, seconds=8) for s in subjects]
         if point.batch == 1:
-            checks += [Check("ttft", check_ttft, s, point, seconds=8) for s in subjects]
-    for point in points:
-        checks += [Check("compiled", check_compiled, s, point, seconds=60) for s in subjects]
+            checks += [Check("ttft", check_ttft, s, point, seconds=5) for s in subjects]
     return [check for check in checks if check.id not in first]
+
+
+def _further_compiled() -> list[Check]:
+    """Return the other comparisons with torch.compile, which compiles anew for each point."""
+    first = {check.id for check in _first_speeds()}
+    pairs = [(Subject(source, INT4), point) for point in _points() for source in (DEMO, LARGE)]
+    pairs += [(Subject(source, FP16), point) for point in FIRST for source in (DEMO, LARGE)]
+    checks = [Check("compiled", check_compiled, subject, point, seconds=45) for subject, point in pairs]
+    return [check for check in checks if check.id not in first]
+
+
+def _points() -> list[Point]:
+    return [Point(batch, context) for batch in BATCHES for context in CONTEXTS]
 
 
 def _engines(settings: Settings) -> list[Subject]:

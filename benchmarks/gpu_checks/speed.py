@@ -57,7 +57,7 @@ def check_ttft(room: Room, check: Check) -> Found:
     ids = drawn_tokens(manifest, check.point.batch, length)
     sides, figures = _open(
         {
-            "plain": lambda: SessionSide(room.on_device(subject)),
+            "plain": lambda: SessionSide(room.on_device(subject, chooses=True)),
             "torch_eager": lambda: TorchSide(room.original(subject), compiled=False),
         }
     )
