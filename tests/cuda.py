@@ -33,6 +33,9 @@ _LIBRARIES = {
 }
 #: Libraries whose functions have no version: those of the driver.
 _UNVERSIONED = {"libcuda.so.1", "libnvidia-ml.so.1"}
+#: Compilers of C that are tried before the one for compiled kernels, which may have to build its own libraries.
+_COMPILERS = ("cc", "gcc", "clang")
+_SECONDS = 600
 _FLAGS = ("-x", "c", "-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused-parameter")
 
 
@@ -65,7 +68,8 @@ class Counters:
 
 def build_stub(folder: Path) -> None:
     """Compile the libraries of the stub into `folder`."""
-    compiler = find_compiler().command
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = find_compiler().command if found is None else (found,)
     started = []
     for name, source in _LIBRARIES.items():
         linked = [f"-Wl,-soname,{name}"]
@@ -76,7 +80,7 @@ def build_stub(folder: Path) -> None:
         command = [*compiler, *_FLAGS, *linked, "-o", str(folder / name), str(_SOURCES / source)]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for process in started:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=_SECONDS)
         if process.returncode:
             raise RuntimeError(f"the stub of CUDA does not compile: {said}")
 
