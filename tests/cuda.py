@@ -33,7 +33,7 @@ _LIBRARIES = {
 }
 #: Libraries whose functions have no version: those of the driver.
 _UNVERSIONED = {"libcuda.so.1", "libnvidia-ml.so.1"}
-#: Compilers of C that are tried before the one for compiled kernels, which may have to build its own libraries.
+#: Compilers of C that are tried before the one for compiled kernels, which may first build its own libraries.
 _COMPILERS = ("cc", "gcc", "clang")
 _SECONDS = 600
 _FLAGS = ("-x", "c", "-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unused-parameter")

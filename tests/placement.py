@@ -25,6 +25,8 @@ _FEW = 8
 _GROWING = frozenset({"ConstantOfShape", "Expand", "EyeLike", "OneHot", "Range", "Resize", "Tile"})
 #: Operators that give the shape of a tensor and do not read its elements.
 _SHAPES = frozenset({"Shape", "Size"})
+#: Operators whose result has the buffer of their input.
+_SHARING = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _COPIES = ("MemcpyToHost", "MemcpyFromHost")
 
 # Opens each model on CUDA, with the log on the standard error and the optimized graph in a file.
@@ -40,6 +42,7 @@ for number, model in enumerate(sys.argv[2:]):
 """
 
 Node = tuple[str, str]
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Placement:
         shapes: Nodes on the CPU that compute with shapes and small constants alone.
         strays: All other nodes on the CPU.
         copies: Nodes that copy between host and device, by what they copy.
+        shared: Nodes on the CPU whose result has the buffer of a result of CUDA's nodes.
     """
 
     on_cuda: int
     shapes: tuple[Node, ...]
     strays: tuple[Node, ...]
     copies: tuple[str, ...]
+    shared: tuple[Node, ...]
 
 
 def place(models: Sequence[Path], environment: Mapping[str, str], scratch: Path) -> list[Placement]:
@@ -83,12 +88,18 @@ def _placement(log: str, optimized: Path) -> Placement:
     nodes = list(_nodes(graph))
     places = _read_log(log, nodes)
     shapes = {id(node) for node in _shape_arithmetic(graph, set(), set())}
-    on_cpu = [node for node in nodes if places[node.op_type, node.name] == "CPUExecutionProvider"]
+    makers = {name: (node.op_type, node.name) for node in nodes for name in node.output}
+    on_cpu = [node for node in nodes if places[node.op_type, node.name] == _CPU]
     return Placement(
         on_cuda=len(nodes) - len(on_cpu),
         shapes=tuple((node.op_type, node.name) for node in on_cpu if id(node) in shapes),
         strays=tuple((node.op_type, node.name) for node in on_cpu if id(node) not in shapes),
         copies=tuple(node.input[0] for node in nodes if node.op_type in _COPIES),
+        shared=tuple(
+            (node.op_type, node.name)
+            for node in on_cpu
+            if node.op_type in _SHARING and places.get(makers.get(node.input[0], ("", ""))) == _CUDA
+        ),
     )
 
 

@@ -99,6 +99,7 @@ def test_all_but_arithmetic_of_shapes_is_on_cuda(placements: dict[str, Placement
     placed = placements[model_type]
     assert placed.strays == ()
     assert len(placed.copies) == COPIES.get(model_type, 0), placed.copies
+    assert placed.shared == ()
     assert placed.on_cuda > 20
 
 
