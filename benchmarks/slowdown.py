@@ -30,13 +30,13 @@ class Slowed(OrtModel):
 
     slower = 0.0
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def next_tokens(self, tokens: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        logits = super().decode(tokens)
+        chosen = super().next_tokens(tokens)
         until = start + (1 + self.slower) * (time.perf_counter() - start)
         while time.perf_counter() < until:
             pass
-        return logits
+        return chosen
 
 
 def main() -> None:

@@ -109,6 +109,23 @@ def selecting_hint(fits: Callable[[Gpu], bool]) -> str | None:
     return f"CUDA_VISIBLE_DEVICES={other.uuid} selects the {other.name} of this machine"
 
 
+def gpu_memory_in_use() -> int:
+    """Return the bytes in use on the first GPU, by all processes, with CUDA's context of this one.
+
+    Raises:
+        ResourceError: There is no GPU, or the driver does not work.
+    """
+    require_gpu()
+    driver, context = _load_driver(), ctypes.c_void_p()
+    device = _ask_number(driver, "cuDeviceGet", 0)
+    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # the one that runtimes use
+    _check(driver, "cuDevicePrimaryCtxRetain", retained)
+    _check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _check(driver, "cuMemGetInfo", driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
+    return total.value - free.value
+
+
 def _library() -> str:
     return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 

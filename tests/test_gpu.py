@@ -10,7 +10,7 @@ from tests.cuda import stub_environment
 
 ASK = """
 from llmc.errors import LlmcError
-from llmc.gpu import driver_version, gpus, require_gpu, selecting_hint
+from llmc.gpu import driver_version, gpu_memory_in_use, gpus, require_gpu, selecting_hint
 from llmc.machine import detect_profile
 try:
     {statement}
@@ -95,4 +95,12 @@ def test_no_driver(cuda_stub: Path) -> None:
     assert answer("require_gpu()", machine) == (
         "ResourceError 4: this machine has no NVIDIA GPU, or no driver for it | run it where nvidia-smi "
         "lists a GPU; CUDA looks for the driver as libcuda.so.1"
+    )
+
+
+def test_memory_in_use_is_that_of_the_first_gpu(cuda_stub: Path, tmp_path: Path) -> None:
+    machine = stub_environment(cuda_stub, memory=1 << 30, count=tmp_path / "count")
+    assert answer("print(gpu_memory_in_use())", machine) == "0"
+    assert answer("gpu_memory_in_use()", stub_environment(cuda_stub, without=("libcuda.so.1",))).startswith(
+        "ResourceError 4: this machine has no NVIDIA GPU"
     )

@@ -68,12 +68,15 @@ class Footprint(Strict):
             system does not report it.
         steady_bytes: Resident set after the last step, when no work on the prompt remains;
             the median of the processes.
+        gpu_bytes: Memory of the GPU that was taken from before the load until after the last step, without
+            CUDA's context; runtimes keep what they allocated. None if the GPU was not used.
         prompt_tokens: Length of the prompt that was prefilled before `decoded_tokens` steps.
     """
 
     load: Timing
     peak_bytes: int | None
     steady_bytes: int | None
+    gpu_bytes: int | None = None
     prompt_tokens: int
     decoded_tokens: int
 
@@ -133,6 +136,19 @@ class OperatorTime(Strict):
     ms: float
 
 
+class StepWay(Strict):
+    """The time of a decode step of the artifact by one way to run it, after `context` tokens.
+
+    Args:
+        where: Runtime, provider and way.
+        step: Time of a step.
+    """
+
+    where: str
+    context: int
+    step: Timing
+
+
 class Latency(Strict):
     """The latency of artifact and original, measured in turn in one process.
 
@@ -140,6 +156,8 @@ class Latency(Strict):
         where: Runtime and provider of the artifact.
         original: Runtime of the original, such as "torch 2.13.0 float32 sdpa, dynamic cache".
         threads: Intra-op threads of either side.
+        ways: Ways to run a decode step, of which the fastest was measured; empty if there is only one.
+        apart: Why artifact and original ran on different kinds of devices; None if they did not.
         energy: The counters by which joules are measured, or why there are none.
         batches: Latency of decoding in batches.
         operators: Operators of a decode step at the first context, the slowest first.
@@ -154,6 +172,8 @@ class Latency(Strict):
     roofline: tuple[Roofline, ...]
     artifact_footprint: Footprint
     original_footprint: Footprint
+    ways: tuple[StepWay, ...] = ()
+    apart: str | None = None
     energy: str = "not measured"
     batches: tuple[BatchLatency, ...] = ()
     operators: tuple[OperatorTime, ...] = ()

@@ -121,6 +121,8 @@ class Executable:
         gpu: The GPU that executes it; None for the CPU.
         weight_bytes: Bytes of weights that a decode step reads; None if they are those of model.onnx.
         rows: Largest number of rows of a batch; None for any number.
+        timed: Ways to open a session that is timed, by `next_tokens`, as it is served first; empty if `open`
+            is the only one.
     """
 
     open: Callable[[], Rewindable]
@@ -128,6 +130,7 @@ class Executable:
     gpu: Gpu | None = None
     weight_bytes: int | None = None
     rows: int | None = None
+    timed: tuple[Callable[[], Rewindable], ...] = ()
 
 
 class Backend(ABC):

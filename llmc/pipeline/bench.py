@@ -146,13 +146,15 @@ def _timed(artifact: Artifact) -> Timed:
     weights = (
         streamed_weight_bytes(artifact.path) if executable.weight_bytes is None else executable.weight_bytes
     )
+    first, *others = executable.timed or (executable.open,)
     return Timed(
-        executable.open,
+        first,
         executable.library,
         manifest.interface,
         weights,
         gpu=executable.gpu,
         rows=executable.rows,
+        others=tuple(others),
     )
 
 

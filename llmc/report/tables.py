@@ -89,6 +89,17 @@ LAYOUTS = (
         },
     ),
     TableLayout(
+        "ways",
+        "Ways to run a step",
+        _timed(lambda latency: latency.ways),
+        {
+            "": lambda way: way.where,
+            "after tokens": lambda way: str(way.context),
+            "p50, ms": lambda way: way.step.p50_ms,
+            "p99": lambda way: way.step.p99_ms,
+        },
+    ),
+    TableLayout(
         "footprints",
         "Load time and memory",
         _timed(
@@ -102,6 +113,7 @@ LAYOUTS = (
             "load, ms": lambda row: row[1].load.p50_ms,
             "peak, MB": lambda row: row[1].peak_bytes and row[1].peak_bytes / 1e6,
             "steady, MB": lambda row: row[1].steady_bytes and row[1].steady_bytes / 1e6,
+            "on the GPU, MB": lambda row: row[1].gpu_bytes and row[1].gpu_bytes / 1e6,
         },
     ),
     TableLayout(
@@ -170,6 +182,7 @@ def make_notes(report: Report) -> list[str]:
     return [
         *references,
         f"artifact: {latency.where}; original: {latency.original}; {latency.threads} threads each",
+        *([] if latency.apart is None else [f"ratios compare different devices: {latency.apart}"]),
         f"energy: {latency.energy}",
         *(f"not measured: {what}" for what in latency.dropped),
     ]

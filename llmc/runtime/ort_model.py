@@ -100,6 +100,8 @@ class OrtModel:
             cuda_graph=cuda_graph,
         )
         self._session, self.where = self._opened.session, self._opened.where
+        if cuda_graph:
+            self.where += "; steps as CUDA graphs"
         self._source = (folder, threads, provider)
         self.interface = interface
         self.share_buffer = share_buffer
@@ -333,6 +335,19 @@ def shares_buffer(folder: Path) -> bool:
         ConfigError: The file is missing or is not JSON.
     """
     return bool(read_genai_config(folder).get("search", {}).get("past_present_share_buffer", False))
+
+
+def records_graph(folder: Path) -> bool:
+    """Return whether onnxruntime-genai records a decode step as a CUDA graph.
+
+    Read from the provider's options in genai_config.json.
+
+    Raises:
+        ConfigError: The file is missing or is not JSON.
+    """
+    session = read_genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    options = (each.get("cuda", {}) for each in session.get("provider_options", ()))
+    return any(each.get("enable_cuda_graph") == "1" for each in options)
 
 
 def _require_fed(interface: Interface, past: set[str]) -> None:

@@ -12,10 +12,12 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from llmc.errors import ResourceError
+from llmc.gpu import Gpu
 
 POWERCAP = Path("/sys/class/powercap")
 #: Seconds after which a counter that has not changed is taken to be broken.
@@ -163,6 +165,10 @@ def open_gpu_counter(uuid: str) -> GpuCounter:
     return counter
 
 
+#: Energy counters of the processor and of the GPU that is used; None without a counter.
+Meters = tuple[Counter | None, Counter | None]
+
+
 class _Window:
     """The time between two changes of a counter, and the steps in it.
 
@@ -214,3 +220,24 @@ def energy_of_steps(
             if window is not None:
                 window.after(steps, now)
     return tuple(None if window is None else window.joules_per_step for window in windows)
+
+
+def find_meters(folder: Path, gpu: Gpu | None, seconds: float) -> tuple[Meters, str]:
+    """Open the energy counters, and say what they cover or why there are none."""
+    meters: list[Counter | None] = []
+    descriptions = []
+    openers: list[Callable[[], Counter]] = [partial(open_counter, folder)]
+    if gpu is not None:
+        openers.append(partial(open_gpu_counter, gpu.uuid))
+    for opener in openers:
+        try:
+            counter = opener()
+        except ResourceError as error:
+            meters.append(None)
+            descriptions.append(f"not measured: {error.fact}")
+        else:
+            meters.append(counter)
+            descriptions.append(f"{counter.where}, over {seconds:g} s or more")
+    if gpu is None:
+        return (meters[0], None), f"{descriptions[0]}; GPU: not used"
+    return (meters[0], meters[1]), f"{descriptions[0]}; GPU: {descriptions[1]}"

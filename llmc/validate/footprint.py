@@ -7,15 +7,20 @@ since the peak is read from the child's own memory map.
 
 import pickle
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llmc.artifact.latency import Footprint
 from llmc.children import die_with_parent
 from llmc.errors import ResourceError
+from llmc.gpu import gpu_memory_in_use
 from llmc.runtime.session import Session
+from llmc.validate.series import timing
 
 
 @dataclass(frozen=True)
@@ -25,31 +30,68 @@ class ArtifactJob:
     Args:
         open: Opens the artifact; picklable.
         module: Module of the runtime, imported before the clock starts.
+        gpu: Whether it runs on the GPU, whose memory is then measured too.
     """
 
     open: Callable[[], Session]
     module: str
     prompt_tokens: int
     steps: int
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
 class OriginalJob:
-    """The job of running the original under PyTorch: its picklable loader, prompt length and decode steps."""
+    """The job of running the original under PyTorch: its picklable loader, prompt length and decode steps.
+
+    Args:
+        gpu: Whether it runs on the GPU, whose memory is then measured too.
+    """
 
     load: Callable[[], Any]
     threads: int
     prompt_tokens: int
     steps: int
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The load time of one process in ms, and its peak and last resident set in bytes if they are known."""
+    """The load time of one process in ms, and its memory in bytes.
+
+    Args:
+        peak_bytes: Peak resident set; None if the system does not report it.
+        steady_bytes: Last resident set; None likewise.
+        gpu_bytes: Memory of the GPU that was taken meanwhile; None if it was not used.
+    """
 
     load_ms: float
     peak_bytes: int | None
     steady_bytes: int | None
+    gpu_bytes: int | None
+
+
+def measure_footprints(
+    artifact: ArtifactJob, original: OriginalJob, rounds: int
+) -> tuple[Footprint, Footprint]:
+    """Measure load time and memory of both sides, in turn, with a process for each side and round."""
+    jobs: tuple[ArtifactJob | OriginalJob, ...] = (artifact, original)
+    samples = [tuple(take_sample(job) for job in jobs) for _ in range(rounds)]
+    one, other = (_footprint([each[side] for each in samples], job) for side, job in enumerate(jobs))
+    return one, other
+
+
+def _footprint(samples: Sequence[Sample], job: ArtifactJob | OriginalJob) -> Footprint:
+    peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
+    steady = [s.steady_bytes for s in samples if s.steady_bytes is not None]
+    return Footprint(
+        load=timing([s.load_ms for s in samples]),
+        peak_bytes=max(peaks, default=None),
+        steady_bytes=int(np.median(steady)) if steady else None,
+        gpu_bytes=max((s.gpu_bytes for s in samples if s.gpu_bytes is not None), default=None),
+        prompt_tokens=job.prompt_tokens,
+        decoded_tokens=job.steps,
+    )
 
 
 def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
@@ -104,9 +146,8 @@ def _side(job: ArtifactJob | OriginalJob) -> str:
 def _run(job: ArtifactJob | OriginalJob) -> Sample:
     import time
 
-    import numpy as np
-
     prompt = np.arange(job.prompt_tokens, dtype=np.int64) % 7 + 1
+    before = gpu_memory_in_use() if job.gpu else None
     if isinstance(job, ArtifactJob):
         import_module(job.module)
         start = time.perf_counter()
@@ -128,7 +169,8 @@ def _run(job: ArtifactJob | OriginalJob) -> Sample:
         original.prefill(prompt)
         for _ in range(job.steps):
             original.decode(1)
-    return Sample(load_ms, *resident_bytes())
+    taken = None if before is None else gpu_memory_in_use() - before
+    return Sample(load_ms, *resident_bytes(), taken)
 
 
 def main() -> None:
@@ -137,4 +179,4 @@ def main() -> None:
     import json
 
     sample = _run(pickle.loads(sys.stdin.buffer.read()))
-    sys.stdout.write(json.dumps([sample.load_ms, sample.peak_bytes, sample.steady_bytes]) + "\n")
+    sys.stdout.write(json.dumps(astuple(sample)) + "\n")

@@ -5,7 +5,6 @@ three, and the two series of the artifact show how large its effect is (an A/A r
 a side's turn, because the other side's threads spin for a while after work.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,31 +19,25 @@ from llmc.arrays import Array
 from llmc.artifact.latency import (
     BatchLatency,
     DecodeLatency,
-    Footprint,
     Latency,
     OperatorTime,
     PrefillLatency,
-    Ratio,
-    Timing,
+    StepWay,
 )
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
-from llmc.errors import ResourceError
 from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
 from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.session import Rewindable
-from llmc.validate.energy import POWERCAP, Counter, energy_of_steps, open_counter, open_gpu_counter
-from llmc.validate.footprint import ArtifactJob, OriginalJob, Sample, take_sample
-from llmc.validate.interval import mean_interval
+from llmc.validate.energy import POWERCAP, Meters, energy_of_steps, find_meters
+from llmc.validate.footprint import ArtifactJob, OriginalJob, measure_footprints
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.operators import profile_decode
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import roofline
-
-#: Energy counters of the processor and of the GPU that is used; None without a counter.
-Meters = tuple[Counter | None, Counter | None]
+from llmc.validate.series import noise, ratio, timing, tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,7 @@ class Timed:
 
     Args:
         open: Opens a session of the artifact; picklable, for the processes that measure memory.
+        others: Further ways to open one; the one with the fastest steps is measured.
         module: Module of its runtime.
         interface: Its inputs and outputs.
         weight_bytes: Bytes of the weights that a decode step reads completely.
@@ -92,6 +86,7 @@ class Timed:
     weight_bytes: int
     gpu: Gpu | None = None
     rows: int | None = None
+    others: tuple[Callable[[], Rewindable], ...] = ()
 
 
 #: Seconds of rest before a side's turn.
@@ -131,10 +126,17 @@ def measure_latency(
     dropped += [f"decode at context {n}: {short}" for n in schedule.contexts if n not in contexts]
 
     # This runs before this process opens a session, so that the children have the machine to themselves.
-    footprints = _footprints(timed, load_reference, threads, max(prompts, default=1), schedule)
-    meters, energy = _find_meters(counters, timed.gpu, schedule.energy_seconds)
+    longest = max(prompts, default=1)
+    further = 16 if limit is None else min(16, max(0, limit - longest))
+    footprints = measure_footprints(
+        ArtifactJob(timed.open, timed.module, longest, further, timed.gpu is not None),
+        OriginalJob(load_reference, threads, longest, further, reference.on_gpu),
+        schedule.footprint_rounds,
+    )
+    meters, energy = find_meters(counters, timed.gpu, schedule.energy_seconds)
     with _torch_threads(threads):
-        model = timed.open()
+        opener, ways = _fastest(timed, tokens, contexts, schedule)
+        model = opener()
         prefill: list[PrefillLatency] = []
         decode: list[DecodeLatency] = []
         for length in prompts:
@@ -147,7 +149,10 @@ def measure_latency(
         batches = [_time_batch(model, reference, first, n, schedule) for n in rows if first is not None]
         operators: tuple[OperatorTime, ...] = ()
         if first is not None and isinstance(model, OrtModel):
-            operators = profile_decode(model, first)
+            if timed.gpu is None:
+                operators = profile_decode(model, first)
+            else:
+                dropped.append("operators: onnxruntime times the launch of a GPU's kernel, not its run")
     return Latency(
         where=model.where,
         original=reference.description,
@@ -160,21 +165,64 @@ def measure_latency(
         artifact_footprint=footprints[0],
         original_footprint=footprints[1],
         energy=energy,
+        ways=ways,
+        apart=_apart(timed, reference),
         batches=tuple(batches),
         operators=operators,
         dropped=(*dropped, *_still(meters, decode)),
     )
 
 
+def _fastest(
+    timed: Timed, tokens: Array, contexts: Sequence[int], schedule: Schedule
+) -> tuple[Callable[[], Rewindable], tuple[StepWay, ...]]:
+    """Return the way to open the artifact whose steps are fastest, and the times of all ways."""
+    if not timed.others or not contexts:
+        return timed.open, ()
+    prompt, ways = np.take(tokens, np.arange(contexts[0]), mode="wrap"), []
+    for opener in (timed.open, *timed.others):
+        model = opener()
+        model.prefill(prompt[None], steps=schedule.decode_tokens)
+        point, times = model.state(), list[float]()
+        for counted in [False] + [True] * schedule.decode_rounds:
+            model.restore(point)
+            turn = _timed_steps(_step_of(model), schedule)
+            times += turn if counted else []
+        ways.append((opener, StepWay(where=model.where, context=contexts[0], step=timing(times))))
+        del model
+    fastest, _ = min(ways, key=lambda way: way[1].step.p50_ms)
+    return fastest, tuple(way for _, way in ways)
+
+
+def _step_of(model: Rewindable) -> Callable[[int], int]:
+    """Return the function that feeds a token to a session of one row, and returns the next."""
+    return lambda token: int(model.next_tokens(np.array([token]))[0])
+
+
+def _apart(timed: Timed, reference: TorchModel) -> str | None:
+    """Explain why the two sides did not run on the same kind of device; None if they did."""
+    if (timed.gpu is not None) == reference.on_gpu:
+        return None
+    import torch
+
+    return f"the original ran on the CPU, since torch {torch.__version__} finds no GPU"
+
+
 def ratios(latency: Latency) -> tuple[Measurement, ...]:
-    """Return TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians, with its noise interval."""
+    """Return TTFT_RATIO and INTER_TOKEN_RATIO: the worst ratio of medians, with its noise interval.
+
+    They are not measured if artifact and original ran on different kinds of devices.
+    """
     series = {
         Metric.TTFT_RATIO: {f"prompt_{p.prompt_tokens}": (p.ratio.value, p.noise) for p in latency.prefill},
         Metric.INTER_TOKEN_RATIO: {f"context_{d.context}": (d.ratio.value, d.noise) for d in latency.decode},
     }
     measurements = []
     for metric, entries in series.items():
-        if entries:
+        if latency.apart is not None:
+            status = MeasurementStatus.NOT_MEASURED
+            measurements.append(unmeasured(metric, status, latency.apart, latency.where))
+        elif entries:
             figures = {name: value for name, (value, _) in entries.items()}
             value, uncertainty = max(entries.values())
             detail = (
@@ -187,32 +235,6 @@ def ratios(latency: Latency) -> tuple[Measurement, ...]:
             why = "; ".join(latency.dropped) or "no length was requested"
             measurements.append(unmeasured(metric, MeasurementStatus.NOT_MEASURED, why, latency.where))
     return tuple(measurements)
-
-
-def timing(samples_ms: Sequence[float]) -> Timing:
-    """Return percentiles and range of a series in milliseconds."""
-    p50, p95, p99 = (float(v) for v in np.percentile(samples_ms, (50, 95, 99)))
-    return Timing(
-        n=len(samples_ms), p50_ms=p50, p95_ms=p95, p99_ms=p99, min_ms=min(samples_ms), max_ms=max(samples_ms)
-    )
-
-
-def ratio(artifact: Sequence[Sequence[float]], original: Sequence[Sequence[float]]) -> Ratio:
-    """Return the ratio of medians of two interleaved series of rounds, and the range over the rounds."""
-    rounds = [float(np.median(a)) / float(np.median(b)) for a, b in zip(artifact, original, strict=True)]
-    value = float(np.median(np.concatenate(artifact))) / float(np.median(np.concatenate(original)))
-    return Ratio(value=value, low=min(rounds), high=max(rounds))
-
-
-def noise(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """Return by how much two interleaved series of the same thing may differ, as a fraction.
-
-    It is the farther end of the confidence interval of the mean logarithm of the rounds' ratios; with fewer
-    than three rounds it is the largest of them.
-    """
-    logs = [math.log(float(np.median(a)) / float(np.median(b))) for a, b in zip(first, second, strict=True)]
-    ends = mean_interval(logs) if len(logs) > 2 else (min(logs), max(logs))
-    return math.exp(max(abs(end) for end in ends)) - 1
 
 
 def _time_prefill(
@@ -240,15 +262,9 @@ def _time_prefill(
         original=timing([x for r in original for x in r]),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
-        artifact_tokens_per_s=_rate(artifact, len(prompt)),
-        original_tokens_per_s=_rate(original, len(prompt)),
+        artifact_tokens_per_s=tokens_per_second(artifact, len(prompt)),
+        original_tokens_per_s=tokens_per_second(original, len(prompt)),
     )
-
-
-def _rate(rounds: Sequence[Sequence[float]], tokens: int) -> float:
-    """Tokens per second over all rounds, each time of which is that of `tokens`."""
-    times = [x for r in rounds for x in r]
-    return 1e3 * tokens * len(times) / sum(times)
 
 
 def _time_decode(
@@ -256,9 +272,7 @@ def _time_decode(
 ) -> DecodeLatency:
     """Time steps after the prompt that `_time_prefill` left in both caches; each turn starts from there."""
 
-    def step(token: int) -> int:
-        return int(model.decode(np.array([[token]]))[0, -1].argmax())
-
+    step = _step_of(model)
     point, original_point = model.state(), reference.state()
     artifact: list[list[float]] = []
     original: list[list[float]] = []
@@ -278,18 +292,22 @@ def _time_decode(
     flat_original = [x for r in original for x in r]
     seconds, tokens = schedule.energy_seconds, schedule.decode_tokens
     joules, original_joules = (
-        energy_of_steps(partial(next, _turns(restart, run, tokens)), meters, seconds)
-        for restart, run in (
-            (partial(model.restore, point), step),
-            (partial(reference.restore, original_point), reference.decode),
+        energy_of_steps(partial(next, _turns(restart, run, tokens)), counters, seconds)
+        for restart, run, counters in (
+            (partial(model.restore, point), step, meters),
+            (
+                partial(reference.restore, original_point),
+                reference.decode,
+                meters if reference.on_gpu else (meters[0], None),
+            ),
         )
     )
     return DecodeLatency(
         context=context,
         artifact=timing(flat_artifact),
         original=timing(flat_original),
-        artifact_tokens_per_s=_rate(artifact, 1),
-        original_tokens_per_s=_rate(original, 1),
+        artifact_tokens_per_s=tokens_per_second(artifact, 1),
+        original_tokens_per_s=tokens_per_second(original, 1),
         ratio=ratio(artifact, original),
         noise=noise(artifact, again),
         artifact_joules_per_token=joules[0],
@@ -331,7 +349,7 @@ def _time_batch(
         model.prefill(rows, steps=schedule.decode_tokens)[:, -1].argmax(axis=-1)
 
     def step(token: int) -> int:
-        return int(model.decode(np.full((batch, 1), token))[:, -1].argmax(axis=-1)[0])
+        return int(model.next_tokens(np.full(batch, token))[0])
 
     def step_original(token: int) -> int:
         return int(reference.decode_rows(np.full(batch, token))[0])
@@ -356,8 +374,8 @@ def _time_batch(
         artifact=timing(flat),
         original=timing(flat_original),
         ratio=ratio(artifact, original),
-        tokens_per_s=_rate(artifact, batch),
-        original_tokens_per_s=_rate(original, batch),
+        tokens_per_s=tokens_per_second(artifact, batch),
+        original_tokens_per_s=tokens_per_second(original, batch),
     )
 
 
@@ -378,55 +396,6 @@ def _timed_steps(step: Callable[[int], int], schedule: Schedule) -> list[float]:
         token = step(token)
         times.append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def _find_meters(folder: Path, gpu: Gpu | None, seconds: float) -> tuple[Meters, str]:
-    """Open the energy counters, and say what they cover or why there are none."""
-    meters: list[Counter | None] = []
-    descriptions = []
-    openers: list[Callable[[], Counter]] = [partial(open_counter, folder)]
-    if gpu is not None:
-        openers.append(partial(open_gpu_counter, gpu.uuid))
-    for opener in openers:
-        try:
-            counter = opener()
-        except ResourceError as error:
-            meters.append(None)
-            descriptions.append(f"not measured: {error.fact}")
-        else:
-            meters.append(counter)
-            descriptions.append(f"{counter.where}, over {seconds:g} s or more")
-    if gpu is None:
-        return (meters[0], None), f"{descriptions[0]}; GPU: not used"
-    return (meters[0], meters[1]), f"{descriptions[0]}; GPU: {descriptions[1]}"
-
-
-def _footprints(
-    timed: Timed, load_reference: Callable[[], Any], threads: int, prompt: int, schedule: Schedule
-) -> tuple[Footprint, Footprint]:
-    limit = timed.interface.max_length
-    steps = 16 if limit is None else min(16, max(0, limit - prompt))
-    jobs = (
-        ArtifactJob(timed.open, timed.module, prompt, steps),
-        OriginalJob(load_reference, threads, prompt, steps),
-    )
-    rounds = [tuple(take_sample(job) for job in jobs) for _ in range(schedule.footprint_rounds)]
-    artifact, original = (
-        _footprint([samples[side] for samples in rounds], prompt, steps) for side in range(len(jobs))
-    )
-    return artifact, original
-
-
-def _footprint(samples: Sequence[Sample], prompt: int, steps: int) -> Footprint:
-    peaks = [s.peak_bytes for s in samples if s.peak_bytes is not None]
-    steady = [s.steady_bytes for s in samples if s.steady_bytes is not None]
-    return Footprint(
-        load=timing([s.load_ms for s in samples]),
-        peak_bytes=max(peaks, default=None),
-        steady_bytes=int(np.median(steady)) if steady else None,
-        prompt_tokens=prompt,
-        decoded_tokens=steps,
-    )
 
 
 @contextmanager

@@ -93,6 +93,11 @@ class TorchModel:
         return sliding_window(self.model.config)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return bool(next(self.model.parameters()).is_cuda)
+
+    @property
     def description(self) -> str:
         """The torch version, element type, attention implementation, and the GPU's name if it runs on one."""
         import torch
@@ -101,7 +106,7 @@ class TorchModel:
         dtype = str(parameter.dtype).removeprefix("torch.")
         attention = self.model.config._attn_implementation
         runtime = f"torch {torch.__version__} {dtype} {attention}, dynamic cache"
-        if parameter.device.type == "cuda":
+        if self.on_gpu:
             return f"{runtime}, {torch.cuda.get_device_name(parameter.device)}"
         return runtime
 
@@ -258,7 +263,7 @@ class TorchModel:
 
         ids = torch.from_numpy(input_ids.copy())
         with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
-            ids = ids.cuda() if next(self.model.parameters()).is_cuda else ids
+            ids = ids.cuda() if self.on_gpu else ids
             out, self._cache = self._run(ids, self._cache, use_cache=True, **self._keep(1))
             tokens: Array = out.logits[:, -1].argmax(dim=-1).cpu().numpy()  # also waits for the GPU
         return tokens

@@ -101,14 +101,14 @@ def decode_turn(model: Rewindable, prompt: Array, steps: int = 8) -> Turn:
     """Return a turn of `steps` decode steps after `prompt` (sequence,), always from the same point."""
     model.prefill(prompt[None], steps=steps)
     point = model.state()
-    token = np.array([[1]])
+    token = np.array([1])
 
     def turn() -> float:
         model.restore(point)
         times = []
         for _ in range(steps):
             start = time.perf_counter()
-            model.decode(token)
+            model.next_tokens(token)
             times.append(time.perf_counter() - start)
         return min(times)
 

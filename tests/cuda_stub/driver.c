@@ -67,6 +67,16 @@ int cuDeviceGetPCIBusId(char *text, int length, int handle) {
     return SUCCESS;
 }
 
+CREATES(cuDevicePrimaryCtxRetain)
+SUCCEEDS(cuCtxSetCurrent)
+
+// What is in use is known where the process counts.
+int cuMemGetInfo_v2(size_t *available, size_t *total) {
+    *total = memory_of_each();
+    *available = *total - (size_t)counters[ALLOCATED];
+    return SUCCESS;
+}
+
 int cuGetErrorString(int code, const char **text) {
     *text = error_text(code);
     return SUCCESS;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.verdict import CheckStatus
+from llmc.artifact.verdict import CheckStatus, MeasurementStatus
 from llmc.config import Family, Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
@@ -41,6 +41,21 @@ def llmc(work: Path, environment: dict[str, str], *arguments: str) -> subprocess
         text=True,
         check=False,
     )
+
+
+BENCH = """
+import sys
+from pathlib import Path
+from llmc.pipeline.bench import bench
+from llmc.progress import SilentProgress
+from llmc.validate import latency
+small = latency.Schedule(
+    prompts=(8,), contexts=(8,), batches=(1, 2), prefill_rounds=1, decode_rounds=1, decode_tokens=8,
+    batch_rounds=1, energy_seconds=0.2, footprint_rounds=1,
+)
+latency.Schedule = lambda: small
+print(bench(Path(sys.argv[1]), None, SilentProgress()).model_dump_json())
+"""
 
 
 def verified(work: Path, environment: dict[str, str], out: Path) -> tuple[int, str, Report]:
@@ -107,3 +122,40 @@ def test_generation_that_runs_out_of_memory(work: Path, cuda_stub: Path) -> None
     done = llmc(work, stub_environment(cuda_stub, memory=1 << 10), "run", str(work / "built"), "Hello")
     assert done.returncode == 4, done.stderr
     assert "hint: run fewer rows or a shorter context" in done.stderr
+
+
+def test_bench_times_the_gpu_and_compares_it_with_no_cpu(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
+    machine = stub_environment(cuda_stub, name=GPU, count=tmp_path / "count")
+    machine |= {"LLMC_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BENCH, str(work / "built")]
+    done = subprocess.run(command, env=machine, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = Report.model_validate_json(done.stdout)
+    latency = report.latency
+    assert latency is not None
+    # Both ways are timed; the stub launches a graph faster than single kernels.
+    graph, single = (way.where for way in latency.ways)
+    assert (graph, single) == (f"{single}; steps as CUDA graphs", latency.where.partition(";")[0])
+    assert single.endswith("CUDAExecutionProvider, NVIDIA L4")
+    assert report.measured == "measured on NVIDIA L4: CUDA's kernels"
+    assert [len(entries) for entries in (latency.prefill, latency.decode, latency.batches)] == [1, 1, 2]
+    # torch here has no CUDA: what it did on the CPU is no yardstick.
+    found = {m.metric: m for m in report.measurements}
+    for metric in (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO):
+        assert found[metric].status is MeasurementStatus.NOT_MEASURED
+        assert found[metric].detail.startswith("the original ran on the CPU, since torch ")
+    assert latency.artifact_footprint.gpu_bytes is not None
+    assert latency.artifact_footprint.gpu_bytes > 0
+    assert latency.original_footprint.gpu_bytes is None
+    assert latency.energy.partition("GPU: ")[2].startswith("NVML NVIDIA L4; everything that this GPU does")
+    (decode,) = latency.decode
+    assert decode.artifact_gpu_joules_per_token is not None
+    assert decode.original_gpu_joules_per_token is None
+    assert any(each.startswith("operators: ") for each in latency.dropped)
+
+
+def test_bench_without_a_gpu(work: Path, cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, without=("libcuda.so.1",))
+    done = llmc(work, machine, "bench", str(work / "built"))
+    assert done.returncode == 4, done.stderr
+    assert "error: this machine has no NVIDIA GPU, or no driver for it" in done.stderr

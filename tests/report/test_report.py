@@ -18,6 +18,7 @@ from llmc.artifact.latency import (
     PrefillLatency,
     Ratio,
     Roofline,
+    StepWay,
     Timing,
 )
 from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Peer, Verdict
@@ -41,8 +42,9 @@ from llmc.report.tables import make_tables
 TIMING = Timing(n=5, p50_ms=10.0, p95_ms=12.0, p99_ms=12.5, min_ms=9.0, max_ms=13.0)
 RATIO = Ratio(value=0.5, low=0.45, high=0.61)
 FOOTPRINT = Footprint(
-    load=TIMING, peak_bytes=300 << 20, steady_bytes=200 << 20, prompt_tokens=128, decoded_tokens=16
-)
+    load=TIMING, peak_bytes=300 << 20, steady_bytes=200 << 20, gpu_bytes=77 << 20, prompt_tokens=128,
+    decoded_tokens=16,
+)  # fmt: skip
 LATENCY = Latency(
     where="onnxruntime 1.31.1 CPUExecutionProvider",
     original="torch float32 sdpa, dynamic cache",
@@ -64,6 +66,8 @@ LATENCY = Latency(
     ),
     artifact_footprint=FOOTPRINT,
     original_footprint=FOOTPRINT.model_copy(update={"peak_bytes": None, "steady_bytes": None}),
+    ways=(StepWay(where="as CUDA graphs", context=128, step=TIMING),),
+    apart="the original ran on the CPU",
     energy="RAPL package-0",
     batches=(
         BatchLatency(
@@ -183,8 +187,8 @@ def test_text(report: Report) -> None:
     assert ["128", "90", "6", "not stated by the profile"] in cells
     assert ["128", "0.31", "1.27"] in cells
     assert "energy: RAPL package-0" in lines
-    assert ["artifact", "10", "314.6", "209.7"] in cells
-    assert ["original", "10", "-", "-"] in cells
+    assert ["artifact", "10", "314.6", "209.7", "80.74"] in cells
+    assert ["original", "10", "-", "-", "80.74"] in cells
     assert "not measured: prompt of 1024 tokens: the model ends at 512 positions" in lines
     assert "\x1b" not in text
     assert "\x1b[" in render_text(report, colour=True)
@@ -233,7 +237,7 @@ def test_markdown(report: Report, tmp_path: Path) -> None:
 def test_every_form_has_every_figure_of_every_table(report: Report) -> None:
     made = make_tables(report)
     assert {table.name for table in made} == {
-        "latency", "decode", "footprints", "energy", "operators", "batches",
+        "latency", "decode", "ways", "footprints", "energy", "operators", "batches",
     }  # fmt: skip
     forms = (render_text(report, width=400), render_markdown(report), render_html(report))
     for table in made:

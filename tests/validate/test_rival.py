@@ -23,9 +23,9 @@ GATE = Gate(metric=Metric.PREVIOUS_RATIO, max=1.05, reason="not slower than the 
 class Slowed(OrtModel):
     """The same artifact with 5 ms before every step, some ten times what the step takes."""
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
+    def next_tokens(self, tokens: np.ndarray) -> np.ndarray:
         time.sleep(0.005)
-        return super().decode(tokens)
+        return super().next_tokens(tokens)
 
 
 def test_an_artifact_slowed_by_a_large_factor_fails_the_gate(llama: Any, tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ class OnnxRuntimeBackend(Backend):
         """See `Backend`."""
         if target.provider is Provider.CPU:
             return None
-        devices = sorted({place.partition(f"{CUDA_PROVIDER}, ")[2] for place in places} - {""})
+        named = (place.partition(f"{CUDA_PROVIDER}, ")[2] for place in places)
+        devices = sorted({name.partition(";")[0] for name in named} - {""})
         if devices:
             return f"measured on {' and '.join(devices)}: CUDA's kernels"
         return "measured on the CPU: the graph, not CUDA's kernels"
@@ -216,7 +217,7 @@ class OnnxRuntimeBackend(Backend):
 
 def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:
     """Return the artifact on a GPU that `require_cuda` returned, or on the CPU."""
-    from llmc.runtime.ort_model import OrtModel, shares_buffer
+    from llmc.runtime.ort_model import OrtModel, records_graph, shares_buffer
 
     path, manifest = artifact.path, artifact.manifest
     model = partial(
@@ -227,4 +228,9 @@ def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:
         share_buffer=shares_buffer(path),
         provider=manifest.target.provider,
     )
-    return Executable(model, "onnxruntime", gpu)
+    if gpu is None:
+        return Executable(model, "onnxruntime")
+    ways = [partial(model, chooses=True)]
+    if records_graph(path) and not manifest.interface.states:
+        ways.insert(0, partial(model, chooses=True, cuda_graph=True))
+    return Executable(model, "onnxruntime", gpu, timed=tuple(ways))
