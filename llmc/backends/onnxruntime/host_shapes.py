@@ -12,18 +12,20 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from llmc.errors import GraphError
 from llmc.graph.domains import STANDARD
 from llmc.graph.edit import add_constant, drop_dead, set_value, take_over
 from llmc.graph.match import input_of, ints_of, is_op
 from llmc.graph.model import Graph
 
+_ZERO = np.array(0, np.int64)
+
 
 def copy_host_sizes(graph: Graph) -> int:
-    """Let the host copy sizes instead of sharing them, in the graph and its functions; return how often."""
+    """Let the host copy sizes instead of sharing them, in the graph and all within it; return how often."""
     owners: list[ir.Graph | ir.Function] = [graph.graph, *graph.model.functions.values()]
-    copied = 0
-    for owner in owners:
-        copied += sum(_copy_sizes(owner, node) for node in list(owner) if _is_one_size(node))
+    sizes = [node for owner in owners for node in owner.all_nodes() if _is_one_size(node)]
+    copied = sum(_copy_size(graph.graph, node) for node in sizes)
     drop_dead(graph.graph)
     return copied
 
@@ -34,17 +36,19 @@ def _is_one_size(node: ir.Node) -> bool:
     return is_op(node, "Shape") and end - start == 1
 
 
-def _copy_sizes(owner: ir.Graph | ir.Function, node: ir.Node) -> int:
+def _copy_size(graph: ir.Graph, node: ir.Node) -> int:
     """Replace each Squeeze of a size by a Gather, and what makes a vector of that by the size itself."""
     size = node.outputs[0]
     squeezes = [user for user, _ in size.uses() if is_op(user, "Squeeze")]
     for squeeze in squeezes:
-        scalar = squeeze.outputs[0]
+        scalar, owner = squeeze.outputs[0], squeeze.graph
+        if owner is None:
+            raise GraphError(f"{squeeze.name} is in no graph")
         for user in scalar.consumers():
             if _makes_vector(user, scalar) and not user.outputs[0].is_graph_output():
                 ir.convenience.replace_all_uses_with(user.outputs[0], size)
-        first = _first(owner, squeeze)
-        copy = ir.Node(STANDARD, "Gather", [size, first], name=squeeze.name)
+        index = add_constant(graph, _ZERO, "first") if owner is graph else _constant_zero(owner, squeeze)
+        copy = ir.Node(STANDARD, "Gather", [size, index], name=squeeze.name)
         owner.insert_before(squeeze, copy)
         take_over(scalar, copy.outputs[0])
         owner.remove(squeeze, safe=True)
@@ -58,11 +62,7 @@ def _makes_vector(node: ir.Node, scalar: ir.Value) -> bool:
     return is_op(node, "Unsqueeze") or (is_op(node, "Reshape") and ints_of(input_of(node, 1)) in ([-1], [1]))
 
 
-def _first(owner: ir.Graph | ir.Function, before: ir.Node) -> ir.Value:
-    """Return the constant index 0; a function has no initializers."""
-    zero = np.array(0, np.int64)
-    if isinstance(owner, ir.Graph):
-        return add_constant(owner, zero, "first")
-    constant = ir.Node(STANDARD, "Constant", [], [ir.AttrTensor("value", ir.tensor(zero))])
+def _constant_zero(owner: ir.Graph | ir.Function, before: ir.Node) -> ir.Value:
+    constant = ir.Node(STANDARD, "Constant", [], [ir.AttrTensor("value", ir.tensor(_ZERO))])
     owner.insert_before(before, constant)
     return set_value(constant.outputs[0], f"{before.outputs[0].name}_first", [], ir.DataType.INT64)
