@@ -1,5 +1,6 @@
 """OrtModel: KV cache modes agree, and an artifact that is not its interface is named."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from llmc.config import Provider
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError
 from llmc.runtime.ort_model import OrtModel, shares_buffer
 from llmc.validate.served import Served
+from tests.cuda import stub_environment
 from tests.validate.decoder import Variant, write_decoder
 
 
@@ -186,3 +188,31 @@ def test_a_step_that_cannot_be_a_cuda_graph(
     interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
     with pytest.raises(ConfigError, match="cannot be a CUDA graph: it needs CUDA, a shared KV buffer"):
         OrtModel(tmp_path, interface, threads=1, share_buffer=share, provider=provider, cuda_graph=True)
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from llmc.config import Provider
+from llmc.errors import LlmcError
+from llmc.gpu import gpus
+from llmc.runtime import ort_session
+ort_session.require_cuda = lambda: gpus()[0]  # which would say beforehand what is missing
+try:
+    ort_session.open_session(Path(sys.argv[1]), 1, provider=Provider.CUDA)
+except LlmcError as error:
+    print(f"{type(error).__name__}: {error.fact} | {error.hint}")
+"""
+
+
+def test_a_provider_that_does_not_load_is_no_session_on_the_cpu(
+    llama: Any, tmp_path: Path, cuda_stub: Path
+) -> None:
+    write_decoder(llama, tmp_path)
+    machine = stub_environment(cuda_stub, without=("libcublas.so.13",))
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path)], env=machine, capture_output=True, text=True, check=True
+    )
+    assert "ResourceError: onnxruntime 1" in done.stdout
+    assert "did not load CUDAExecutionProvider: the session would run on CPUExecutionProvider" in done.stdout
+    assert done.stdout.strip().endswith("| llmc doctor tells which library is missing")
