@@ -1,4 +1,4 @@
-"""The weights of CUDA artifacts, loaded by ONNX Runtime's own CUDA code over the stub."""
+"""What sessions of CUDA artifacts load and serve, by the runtimes' own CUDA code over the stub."""
 
 import subprocess
 import sys
@@ -84,3 +84,34 @@ def test_experts_are_codes_that_cuda_takes(artifacts: dict[str, Path], loaded: d
         assert (attributes["expert_weight_bits"], attributes["block_size"]) == (4, 32)
         assert all(node.input[11:13])  # zero points
     assert loaded["experts"].graphs == 3  # of four tokens, the first is of the prompt
+
+
+_BATCHES = """
+import sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+tokenizer = og.Tokenizer(model)
+for prompts, beams in ((["Hello", "Hello there, how are you?", "Hi"], 1), (["Hello"], 1), (["Hello"], 2)):
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=64, batch_size=len(prompts), num_beams=beams)
+    try:
+        generator = og.Generator(model, params)
+        generator.append_tokens(tokenizer.encode_batch(prompts))
+        for _ in range(5):
+            generator.generate_next_token()
+        print(len(prompts), beams, "served")
+    except Exception as error:
+        print(len(prompts), beams, error)
+"""
+
+
+def test_ragged_batches_are_served_with_a_cuda_graph(artifacts: dict[str, Path], cuda_stub: Path) -> None:
+    command = [sys.executable, "-c", _BATCHES, str(artifacts["codes"])]
+    ended = subprocess.run(
+        command, env=stub_environment(cuda_stub), capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.splitlines() == [
+        "3 1 served",
+        "1 1 served",
+        "1 2 Graph capture is not supported with past_present_share_buffer set to false.",
+    ], ended.stderr
