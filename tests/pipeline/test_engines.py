@@ -121,6 +121,11 @@ def test_engines_for_several_profiles(tmp_path: Path, capsys: pytest.CaptureFixt
     ) as refused:
         run(tmp_path / "out", "hello", 4, print, SilentProgress(), lookup=4)
     assert refused.value.hint == "run it without --lookup"
+    plan = (tmp_path / "out/sm89.engine").read_bytes()
+    (tmp_path / "out/sm89.engine").write_bytes(plan[:-1])
+    with pytest.raises(ConfigError, match=r"sm89\.engine"):
+        run(tmp_path / "out", "hello", 4, print, SilentProgress())
+    (tmp_path / "out/sm89.engine").write_bytes(plan)
     with pytest.raises(ResourceError, match="engines for SM89, SM90, but this machine is "):
         bench(tmp_path / "out", None, SilentProgress())
     assert (tmp_path / "out/manifest.json").read_bytes() == before
@@ -175,6 +180,7 @@ def test_where_there_is_the_gpu_its_engine_is_what_runs(
         resume(tmp_path / "out", SilentProgress())
 
     monkeypatch.setattr("llmc.machine.gpus", lambda: (gpu("NVIDIA L4", "8.9"),))
+    monkeypatch.setattr("llmc.backends.tensorrt.backend.require_gpu", lambda: gpu("NVIDIA L4", "8.9"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     for command in (
         lambda: run(tmp_path / "out", "hello", 4, print, SilentProgress()),

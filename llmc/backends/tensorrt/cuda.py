@@ -18,6 +18,7 @@ from llmc.errors import LlmcError, ResourceError
 
 _HINTS = {
     "cudaErrorInsufficientDriver": "install NVIDIA's driver, or a newer one",
+    "cudaErrorCallRequiresNewerDriver": "install a newer driver of NVIDIA",
     "cudaErrorNoDevice": "run it on a machine with an NVIDIA GPU",
     "cudaErrorDevicesUnavailable": "another process holds the GPU for itself",
     "cudaErrorMemoryAllocation": "copy the target and set a smaller kv_capacity or batch",

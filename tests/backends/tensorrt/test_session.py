@@ -217,6 +217,58 @@ def test_the_first_device_may_be_another_one(built: Built) -> None:
     require_device("NVIDIA L4", "8.9", sms, file)
 
 
+_START = """
+import sys
+from pathlib import Path
+from llmc.artifact.engine import EngineRecord
+from llmc.backends.tensorrt.engines import require_engine
+from llmc.backends.tensorrt.session import EngineSession
+from llmc.errors import ResourceError
+from llmc.graph.interface import Interface
+from llmc.machine import detect_profile
+folder, record, interface = sys.argv[1:]
+try:
+    fitting = require_engine([EngineRecord.model_validate_json(record)], detect_profile())
+    EngineSession(Path(folder), fitting, Interface.model_validate_json(interface))
+except ResourceError as error:
+    print(error.fact)
+    print(error.hint)
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "fact", "hint"),
+    [
+        ("8.0", {}, "engines for SM86, SM89, but this machine is CUDA stub 8.0 (SM80)", "llmc verify"),
+        ("9.0,8.9", {}, "but this machine is CUDA stub 9.0 (SM90)", "CUDA_VISIBLE_DEVICES=GPU-"),
+        (
+            "8.9",
+            {"version": "1.6.0"},
+            "was built by tensorrt_rtx 1.6.0, the only version that",
+            "pip install",
+        ),
+        ("8.9", {}, "(cudaErrorCallRequiresNewerDriver, 36)", "install a newer driver"),
+    ],
+)
+def test_an_engine_of_another_gpu_or_release(
+    capability: str, changes: dict[str, str], fact: str, hint: str, cuda_stub: Path, built: Built
+) -> None:
+    """The last case is what CUDA's runtime says of the stub's driver, which is none for it."""
+    folder, record, interface = built
+    texts = (record.model_copy(update=changes).model_dump_json(), interface.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-c", _START, str(folder), *texts],
+        capture_output=True,
+        text=True,
+        env=stub_environment(cuda_stub, capability=capability, driver=13040),
+        timeout=120,
+        check=True,
+    )
+    told = done.stdout.splitlines()
+    assert fact in told[0]
+    assert told[1].startswith(hint)
+
+
 _BUILD = """
 from pathlib import Path
 from llmc.backends.tensorrt.support import EnginePlan, Library
