@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 
 from gpu_checks.checks import Check, Found
-from gpu_checks.machine import multiply, open_nvml
+from gpu_checks.machine import multiply
 from gpu_checks.room import Room, drawn_tokens, largest_context, require_torch_cuda
 from gpu_checks.sides import SessionSide, Side, TorchSide
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ResourceError
 from llmc.gpu import require_gpu
+from llmc.runtime.libraries import library_names, require_cuda
 from llmc.validate.energy import GpuCounter, energy_of_steps, open_gpu_counter
 
 #: Least seconds of decoding over which energy is counted, and steps before each return to the same context.
-WINDOW, STEPS = 3.0, 32
+WINDOW, STEPS = 2.0, 32
 
 
 def check_memory(room: Room, check: Check) -> Found:
@@ -26,18 +28,17 @@ def check_memory(room: Room, check: Check) -> Found:
     """
     subject = check.subject
     artifact = room.artifact(subject)
-    free = _free_bytes(require_gpu().uuid)
     length = largest_context(artifact.manifest, check.point.context, 2)
     ids = drawn_tokens(artifact.manifest, check.point.batch, length)
     multiply()  # makes CUDA's context, whose memory is no artifact's
-    before = free()
+    before = _free_bytes()
     session = SessionSide(room.on_device(subject, chooses=True))
-    loaded = before - free()
+    loaded = before - _free_bytes()
     session.step(session.prefill(ids, 2))
     figures: dict[str, Any] = {
         "files_bytes": sum(f.stat().st_size for f in artifact.path.glob(f"{MODEL}*")),
         "loaded_bytes": loaded,
-        "after_a_prompt_bytes": before - free(),
+        "after_a_prompt_bytes": before - _free_bytes(),
         "context": length,
     }
     try:
@@ -51,18 +52,18 @@ def check_memory(room: Room, check: Check) -> Found:
     return Found(figures)
 
 
-def _free_bytes(uuid: str) -> Any:
-    """Return a function that asks for the free bytes of the GPU.
+def _free_bytes() -> int:
+    """Return the free bytes of the GPU, by the CUDA runtime that ONNX Runtime has loaded.
 
     Raises:
-        ResourceError: NVML does not tell.
+        ResourceError: CUDA cannot be used, or does not tell.
     """
-    nvml, handle = open_nvml(uuid)
-    try:
-        nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError as error:
-        raise ResourceError(f"NVML does not tell the memory of the GPU: {error}") from error
-    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+    require_cuda()
+    runtime = ctypes.CDLL(library_names()[0][0])
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if code := runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+        raise ResourceError(f"cudaMemGetInfo fails with error {code}")
+    return free.value
 
 
 def check_energy(room: Room, check: Check) -> Found:

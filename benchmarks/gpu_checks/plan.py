@@ -63,8 +63,20 @@ def _numbers(subjects: list[Subject]) -> list[Check]:
     return [
         *(Check("parity", check_parity, s, seconds=4 if s.tiny else 20) for s in compared),
         *(Check("placement", check_placement, s, seconds=2 if s.tiny else 8) for s in compared),
+        *_overheads(),
         Check("genai", check_genai, Subject("llama", INT4), seconds=5, gpu=False),
         Check("genai", check_genai, Subject(DEMO, INT4), seconds=10),
+    ]
+
+
+def _overheads() -> list[Check]:
+    """Return the checks of speed, memory and energy of a tiny model: what a step costs beside its weights."""
+    tiny = Subject("llama", INT4)
+    return [
+        Check("decode", check_decode, tiny, FIRST[0], seconds=5),
+        Check("ttft", check_ttft, tiny, FIRST[0], seconds=3),
+        Check("energy", check_energy, tiny, FIRST[0], seconds=10),
+        Check("memory", check_memory, tiny, FIRST[0], seconds=8, fresh=True),
     ]
 
 

@@ -98,7 +98,7 @@ class Run:
             status=answer.status,
             why=answer.why,
             figures=answer.figures,
-            seconds=round(answer.seconds, 2),
+            seconds=round(answer.seconds, 4),
             code=code_digest("llmc"),
         )
         return self._tell(self.record.put(outcome), f"{answer.seconds:.1f} s")

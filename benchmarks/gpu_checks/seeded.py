@@ -19,10 +19,12 @@ from llmc.errors import ConfigError
 #: Files in the artifact: which weights are drawn, and the bytes of the others.
 SEEDED, KEPT = "seeded.json", "kept.bin"
 #: Size of the smallest weight that is drawn, in bytes.
-LEAST_BYTES = 64 << 10
+LEAST_BYTES = 4 << 10
 _SEED = 7
-#: Deviation of drawn weights. The scale gives 4-bit codes, which are drawn uniformly, nearly the same.
-_DEVIATION, _SCALE = 0.02, 0.0043
+#: Deviation of drawn weights, also of those that are stored as codes, which are drawn uniformly.
+_DEVIATION = 0.02
+#: Kinds of weights that are drawn, by the endings of their names, with their types.
+_DRAWN = {"weight": np.float16, "scales": np.float16, "codes": np.uint8, "zero_points": np.uint8}
 
 
 def drop_weights(folder: Path, least: int = LEAST_BYTES) -> None:
@@ -39,6 +41,7 @@ def drop_weights(folder: Path, least: int = LEAST_BYTES) -> None:
     if (folder / SEEDED).is_file():
         return
     model = onnx.load(str(folder / MODEL), load_external_data=False)
+    bits = _bits(model)
     plan: list[dict[str, Any]] = []
     kept = bytearray()
     files: set[str] = set()
@@ -48,9 +51,12 @@ def drop_weights(folder: Path, least: int = LEAST_BYTES) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         files.add(entries["location"])
         start, size = int(entries.get("offset", 0)), int(entries["length"])
-        how = _rule(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), len(tensor.dims))
-        place = {"offset": start, "bytes": size, "values": how if size >= least else "kept"}
-        if place["values"] == "kept":
+        kind = _kind(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), len(tensor.dims))
+        drawn = kind is not None and size >= least
+        place = {"offset": start, "bytes": size, "values": kind if drawn else "kept"}
+        if drawn and tensor.name in bits:
+            place["bits"] = bits[tensor.name]
+        if not drawn:
             with (folder / entries["location"]).open("rb") as file:
                 file.seek(start)
                 kept += file.read(size)
@@ -87,25 +93,33 @@ def draw_weights(folder: Path) -> None:
                 file.write(kept[taken : taken + size])
                 taken += size
             else:
-                file.write(_draw(place["values"], size, random))
+                file.write(_draw(place["values"], size, place.get("bits", 4), random))
     partial.replace(folder / document["file"])
 
 
-def _rule(name: str, dtype: np.dtype[Any], rank: int) -> str:
-    """Return how a weight is drawn, by the names that quantization gives; `kept` for one that is not."""
+def _kind(name: str, dtype: np.dtype[Any], rank: int) -> str | None:
+    """Return how a weight is drawn, by the names that quantization gives; None for one that is not."""
     kind = name.rsplit(".", 1)[-1]
-    if rank < 2 or dtype not in (np.dtype(np.float16), np.dtype(np.uint8)):
-        return "kept"
-    named = {"weight": np.float16, "scales": np.float16, "codes": np.uint8, "zero_points": np.uint8}
-    return kind if kind in named and dtype == named[kind] else "kept"
+    return kind if rank >= 2 and kind in _DRAWN and dtype == _DRAWN[kind] else None
 
 
-def _draw(kind: str, size: int, random: np.random.Generator) -> bytes:
+def _bits(model: Any) -> dict[str, int]:
+    """Return the bits of a code, by the names of the weights that a node with that attribute reads."""
+    return {
+        name: int(attribute.i)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "bits"
+        for name in node.input
+    }
+
+
+def _draw(kind: str, size: int, bits: int, random: np.random.Generator) -> bytes:
     if kind == "weight":
         values = random.standard_normal(size // 2, np.float32) * np.float32(_DEVIATION)
         return values.astype(np.float16).tobytes()
     if kind == "scales":
-        return np.full(size // 2, _SCALE, np.float16).tobytes()
+        return np.full(size // 2, _DEVIATION * np.sqrt(12) / 2**bits, np.float16).tobytes()
     if kind == "zero_points":
-        return b"\x88" * size
+        return (b"\x88" if bits == 4 else b"\x80") * size
     return random.integers(0, 256, size, np.uint8).tobytes()
