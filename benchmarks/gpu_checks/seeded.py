@@ -24,7 +24,13 @@ _SEED = 7
 #: Deviation of drawn weights, also of those that are stored as codes, which are drawn uniformly.
 _DEVIATION = 0.02
 #: Kinds of weights that are drawn, by the endings of their names, with their types.
-_DRAWN = {"weight": np.float16, "scales": np.float16, "codes": np.uint8, "zero_points": np.uint8}
+_DRAWN = {
+    "weight": np.float16,
+    "scales": np.float16,
+    "minimums": np.float16,
+    "codes": np.uint8,
+    "zero_points": np.uint8,
+}
 
 
 def drop_weights(folder: Path, least: int = LEAST_BYTES) -> None:
@@ -120,6 +126,8 @@ def _draw(kind: str, size: int, bits: int, random: np.random.Generator) -> bytes
         return values.astype(np.float16).tobytes()
     if kind == "scales":
         return np.full(size // 2, _DEVIATION * np.sqrt(12) / 2**bits, np.float16).tobytes()
+    if kind == "minimums":  # the code in the middle stands for 0
+        return np.full(size // 2, -_DEVIATION * np.sqrt(12) / 2, np.float16).tobytes()
     if kind == "zero_points":
         return (b"\x88" if bits == 4 else b"\x80") * size
     return random.integers(0, 256, size, np.uint8).tobytes()
