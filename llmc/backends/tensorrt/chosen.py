@@ -2,7 +2,8 @@
 
 A step that only needs that token reads 4 bytes of a row instead of all logits, and nothing is searched on the
 host. model.onnx and its interface do not have the output: it is added when an engine is built, behind logits.
-In engines of TensorRT-RTX 1.7 it costs two kernels or three, and changes no other.
+In engines of TensorRT-RTX 1.7 it costs two kernels or three, and changes no other (docs/engines.md). Of equal
+logits it may take any; a search on the host takes the first.
 """
 
 from typing import Any

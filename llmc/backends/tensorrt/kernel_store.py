@@ -1,8 +1,8 @@
 """Keep the kernels that TensorRT-RTX compiles for an engine, so that the next session need not compile them.
 
 An engine of TensorRT-RTX has kernels in an intermediate form, which its runtime compiles for the GPU and the
-shapes at hand, in seconds each. Its runtime cache has the results. TensorRT-RTX itself refuses a cache that
-does not fit the driver or the GPU; the key only keeps caches of several machines apart.
+shapes at hand. Its runtime cache has the results. TensorRT-RTX itself refuses a cache that does not fit the
+driver or the GPU; the key only keeps caches of several machines apart.
 """
 
 from __future__ import annotations
