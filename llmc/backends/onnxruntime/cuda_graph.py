@@ -8,7 +8,8 @@ What onnxruntime-genai 0.18 does with `enable_cuda_graph` (its src/models and sr
   run kernel by kernel. States of fixed size swap their buffers, and a graph is captured for each order.
 
 ONNX Runtime 1.31 captures a graph without control flow, and without copies between host and device. Values
-on the host are those of the captured step forever, so that they may depend on shapes alone.
+on the host are those of the captured step forever, so that they may depend on shapes alone; addresses that a
+kernel's host code copies to the device would have to stay in memory for every launch, which is not relied on.
 
 A mask of the whole cache does not say where the step ends. `follow_static_mask` therefore reads the step's
 own tokens at the end of a mask that grows with the text, and at the beginning of one that has as many slots
@@ -27,7 +28,7 @@ from llmc.backends.onnxruntime.genai import shares_cache
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.edit import Site, add_constant, drop_dead
 from llmc.graph.interface import CACHE_SLOTS, Interface
-from llmc.graph.match import constant_of, input_of, is_op, made_by
+from llmc.graph.match import constant_of, dims_of, input_of, is_op, made_by
 from llmc.graph.model import Graph
 
 #: The value that `follow_static_mask` emits for the first slot of the step in the mask.
@@ -41,6 +42,8 @@ _ON_HOST = {
     "Reshape": (1,), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,), "Tile": (1,), "TopK": (1,),
     "Unsqueeze": (1,),
 }  # fmt: skip
+#: Most parts that CUDA's kernels of Concat and Split take without a list of addresses.
+_PARTS = 32
 #: Operators whose results have as many elements as their values say.
 _COUNTED = frozenset({"Compress", "NonZero", "Unique"})
 #: Operators between a shape and what reads it.
@@ -83,11 +86,15 @@ def _obstacles(model: ir.Model, interface: Interface, *, followed: bool) -> Iter
     for node in chain(nodes, *model.functions.values()):
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             yield f"{node.op_type} is control flow"
-    if not shares_cache(model, interface):
+    if not interface.cache:
+        yield "there is no KV cache, by whose length a mask of the whole context is known"
+    elif not shares_cache(model, interface):
         yield "past and present of the KV cache cannot share a buffer: attention is in plain operators"
     mask = next(v for v in model.graph.inputs if v.name == "attention_mask")
     yield from _mask_obstacles(mask, followed)
     for node in nodes:
+        if _copies_addresses(node):
+            yield f"{node.op_type} copies addresses to the device"
         if node.op_type in _COUNTED:
             yield f"the size of what {node.op_type} returns depends on values"
         for at in _ON_HOST.get(node.op_type, ()):
@@ -124,6 +131,20 @@ def _length_readers(length: ir.Value) -> Iterator[str]:
                 yield from _length_readers(output)
         elif (node.op_type, at) not in (("GroupQueryAttention", _TOTAL_AT), ("Slice", 1), ("Slice", 2)):
             yield node.op_type
+
+
+def _copies_addresses(node: ir.Node) -> bool:
+    """Return whether CUDA's kernel takes lists of addresses, which the host copies in every step.
+
+    A product does unless its second factor is a matrix, or both have the same batch; Concat and Split do for
+    more parts than a kernel's arguments hold.
+    """
+    if node.op_type in ("MatMul", "FusedMatMul"):
+        first, second = (dims_of(value) for value in node.inputs)
+        return len(second) != 2 and first[:-2] != second[:-2]
+    return (node.op_type == "Concat" and len(node.inputs) > _PARTS) or (
+        node.op_type == "Split" and len(node.outputs) > _PARTS
+    )
 
 
 def _from_shapes(value: ir.Value | None) -> bool:

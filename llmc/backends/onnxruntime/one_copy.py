@@ -8,6 +8,9 @@ result beside the weight if something else reads that. Two such forms are replac
 - The codes of such an embedding, which a lookup takes in rows and a product in blocks: rows are a view of
   blocks at every step, whose shape is not known before.
 
+A product whose first factor is a matrix, and whose second has a batch, becomes one of rows as well: CUDA
+computes it by lists of addresses that the host copies to the device at every step.
+
 Measured on a CPU, FusedMatMul gives the same bits and takes the same time as MatMul; only CUDA gains, since
 ONNX Runtime packs weights on a CPU anyway.
 """
@@ -16,12 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.graph.domains import MICROSOFT
-from llmc.graph.edit import Site, add_constant, drop_dead, replace_node, require_domain
+from llmc.graph.edit import Site, add_constant, drop_dead, replace_node, require_domain, take_over
 from llmc.graph.linear import as_linear, is_weight
-from llmc.graph.match import find_nodes, input_of, made_by, permutation_of
+from llmc.graph.match import dims_of, find_nodes, input_of, made_by, permutation_of
 from llmc.graph.model import Graph
 
 OPERATOR = "FusedMatMul"
+#: Permutation that turns rows (batch, sequence, features) into columns (batch, features, sequence), and back.
+_COLUMNS = [0, 2, 1]
 
 
 def read_as_stored(graph: Graph) -> None:
@@ -34,12 +39,49 @@ def read_as_stored(graph: Graph) -> None:
         fused = ir.node(OPERATOR, [node.inputs[0], linear.weight], {"transB": 1}, domain=MICROSOFT)
         replace_node(graph.graph, node, [fused])
         require_domain(graph.graph, MICROSOFT)
+    for node in find_nodes(graph.graph, "MatMul"):
+        weight, columns = node.inputs
+        if weight is not None and columns is not None and is_weight(weight) and _ranks(node) == (2, 3):
+            _multiply_rows(graph.graph, node, weight, columns)
     for node in find_nodes(graph.graph, "GatherBlockQuantized", MICROSOFT):
         rows = made_by(input_of(node, 0), "Reshape")
         codes = input_of(rows) if rows is not None else None
         if rows is not None and codes is not None and is_weight(codes):
             rows.replace_input_with(1, _rows_of_codes(graph.graph, rows))
     drop_dead(graph.graph)
+
+
+def _ranks(node: ir.Node) -> tuple[int, ...]:
+    return tuple(len(dims_of(value)) for value in node.inputs)
+
+
+def _multiply_rows(graph: ir.Graph, node: ir.Node, weight: ir.Value, columns: ir.Value) -> None:
+    """Replace W X, with X (batch, inputs, sequence), by the transpose of a product of rows with W."""
+    output, site = node.outputs[0], Site(graph, node)
+    batch, features, sequence = dims_of(output)
+    turned = made_by(columns, "Transpose")
+    if turned is not None and permutation_of(turned) == _COLUMNS:
+        rows = input_of(turned)
+    else:
+        shape = [batch, sequence, dims_of(columns)[1]]
+        rows = _turn(site, columns, f"{output.name}/rows", shape)
+    shape = [batch, sequence, features]
+    product = site.emit(
+        OPERATOR,
+        [rows, weight],
+        f"{output.name}/product",
+        domain=MICROSOFT,
+        attributes={"transB": 1},
+        like=output,
+        shape=shape,
+    )
+    take_over(output, _turn(site, product.outputs[0], f"{output.name}/columns", [batch, features, sequence]))
+
+
+def _turn(site: Site, value: ir.Value, name: str, shape: list[int | str]) -> ir.Value:
+    return site.emit(
+        "Transpose", [value], name, attributes={"perm": _COLUMNS}, like=value, shape=shape
+    ).outputs[0]
 
 
 def _rows_of_codes(graph: ir.Graph, rows: ir.Node) -> ir.Value:

@@ -110,9 +110,10 @@ def test_a_mask_of_the_whole_cache_gives_the_same_bits(name: str) -> None:
     [
         (lambda: graph_of("bloom"), "attention is in plain operators"),
         (lambda: graph_of("minimax"), "Scan is control flow"),
+        (lambda: graph_of("mamba"), "there is no KV cache"),
         (chunked_attention, "Range reads the length of attention_mask"),
     ],
-    ids=["plain attention", "states token by token", "chunks"],
+    ids=["plain attention", "states token by token", "only states", "chunks"],
 )
 def test_a_graph_that_cannot_be_captured_is_left_alone(make: Callable[[], Graph], obstacle: str) -> None:
     graph = prepared(make())
@@ -127,6 +128,11 @@ def test_what_reads_the_end_of_a_mask_or_computes_a_size_is_an_obstacle() -> Non
     assert graph_obstacle(graph.model, graph.interface()) == "Slice reads the end of attention_mask"
     assert follow_static_mask(graph) is None
     ids = next(v for v in graph.graph.inputs if v.name == "input_ids")
+    head = next(node for node in graph.graph if node.op_type == "MatMul")
+    product = ir.node("MatMul", [head.inputs[1], head.outputs[0]])
+    graph.graph.append(product)
+    assert graph_obstacle(graph.model, graph.interface()) == "MatMul copies addresses to the device"
+    graph.graph.remove(product, safe=True)
     size = ir.node("ReduceSum", [ids], {"keepdims": 0})
     graph.graph.extend([size, ir.node("Range", [*size.outputs, *size.outputs, *size.outputs])])
     obstacle = graph_obstacle(graph.model, graph.interface())

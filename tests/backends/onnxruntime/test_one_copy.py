@@ -55,3 +55,13 @@ def test_matrices_of_inputs_and_outputs_stay() -> None:
     products = operators(graph)["MatMul"]
     read_as_stored(graph)
     assert (operators(graph)["MatMul"], operators(graph)["FusedMatMul"]) == (products - 1, 1)
+
+
+def test_a_product_whose_first_factor_is_a_matrix_is_one_of_rows() -> None:
+    """Mamba multiplies its time steps as columns."""
+    before, after = (graph_of("mamba", ("linear", "rms-norm", "states")) for _ in range(2))
+    first = [n for n in before.graph if n.op_type == "MatMul" and n.inputs[0].const_value is not None]  # type: ignore[union-attr]
+    assert len(first) == 3
+    read_as_stored(after)
+    assert "MatMul" not in operators(after)
+    np.testing.assert_allclose(logits_of(after), logits_of(before), atol=1e-5)
