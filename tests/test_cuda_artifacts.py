@@ -3,11 +3,13 @@
 Kernels do nothing, so the tokens mean nothing; where nodes are, and what a token costs the host, is true.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from llmc.errors import ExitCode
@@ -54,6 +56,18 @@ for folder in map(Path, sys.argv[2:]):
         tokens = generate_tokens(folder, [5, 9, 17], steps)
         assert len(tokens) == steps, tokens
         print(*astuple(read_counters(count) - before))
+"""
+
+# Prints what to do about an artifact that this machine cannot run.
+_REFUSED = """
+import sys
+from pathlib import Path
+from llmc.backends.onnxruntime.generate import generate_tokens
+from llmc.errors import ResourceError
+try:
+    generate_tokens(Path(sys.argv[1]), [5, 9, 17], 4)
+except ResourceError as error:
+    print(error.hint)
 """
 
 
@@ -163,3 +177,21 @@ def test_a_machine_that_cannot_run_it_is_told(
     assert fact in error
     assert advice.startswith("hint: ")
     assert hint in advice
+
+
+def test_an_operator_that_needs_cudnn_is_told(
+    artifacts: dict[str, Path], cuda_stub: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(artifacts["llama"], tmp_path / "artifact")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    head.output[0] = "raw"
+    model.graph.node.extend([
+        onnx.helper.make_node("ReduceMax", ["raw"], ["most"], keepdims=1),
+        onnx.helper.make_node("Sub", ["raw", "most"], ["logits"]),
+    ])  # fmt: skip
+    onnx.save(model, folder / "model.onnx")
+    command = [sys.executable, "-c", _REFUSED, str(folder)]
+    environment = stub_environment(cuda_stub)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.startswith("pip install nvidia-cudnn-cu13"), ended.stderr

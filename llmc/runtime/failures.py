@@ -11,6 +11,9 @@ _NO_MEMORY = re.compile(
 )
 #: What to do where a device has not enough memory.
 MEMORY_HINT = "run fewer rows or a shorter context, take a smaller model, or end what else uses the memory"
+#: Text of ONNX Runtime's CUDA provider, and what to do.
+_NO_CUDNN = "cuDNN is unavailable"
+_CUDNN_HINT = "pip install nvidia-cudnn-cu13: an operator of this graph needs cuDNN 9"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -18,12 +21,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
+def missing_resource(error: BaseException) -> str | None:
+    """Return what to do about an error that says what the machine lacks; None if it says something else."""
+    if is_out_of_memory(error):
+        return MEMORY_HINT
+    return _CUDNN_HINT if _NO_CUDNN in str(error) else None
+
+
 def typed_error(error: Exception, fact: str) -> LlmcError:
-    """Return the typed error of a runtime's: of resources where memory ran out, otherwise of parity.
+    """Return the typed error of a runtime's: of resources where the machine lacks some, otherwise of parity.
 
     Args:
         fact: What failed.
     """
     if is_out_of_memory(error):
         return ResourceError(f"{fact}: out of memory: {error}", hint=MEMORY_HINT)
+    if (hint := missing_resource(error)) is not None:
+        return ResourceError(f"{fact}: {error}", hint=hint)
     return ParityError(f"{fact}: {error}")

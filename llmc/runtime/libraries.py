@@ -87,6 +87,7 @@ def require_cuda() -> Gpu:
     require_device_code(gpu)
     for name, distribution in library_names():
         load_library_of(name, distribution)
+    _load_cudnn()
     return gpu
 
 
@@ -187,12 +188,29 @@ def _is_loaded(name: str) -> bool:
     return True
 
 
+def _load_cudnn() -> None:
+    """Load cuDNN from NVIDIA's distribution if it is there.
+
+    ONNX Runtime looks for it by its name alone, when an operator needs it, which few graphs have.
+    """
+    windows = sys.platform == "win32"
+    parts = ("bin", "cudnn64_9.dll") if windows else ("lib", "libcudnn.so.9")
+    files = [Path(place, "cudnn", *parts) for place in _places()]
+    found = next(filter(Path.is_file, files), None)
+    if found is not None and not _is_loaded(parts[-1]):
+        ctypes.CDLL(str(found))
+
+
+def _places() -> list[str]:
+    """Return the folders in which NVIDIA's distributions are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    return [] if spec is None else list(spec.submodule_search_locations or [])
+
+
 def _library_folders() -> list[Path]:
     """Return the folders to look in before those of the system: the user's, then NVIDIA's distributions'."""
-    spec = importlib.util.find_spec("nvidia")
     parts = ("bin", "x86_64") if sys.platform == "win32" else ("lib",)
-    places = [] if spec is None else (spec.submodule_search_locations or [])
     own = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     return [Path(each) for each in own if each] + [
-        Path(place, f"cu{CUDA_RELEASE}", *parts) for place in places
+        Path(place, f"cu{CUDA_RELEASE}", *parts) for place in _places()
     ]

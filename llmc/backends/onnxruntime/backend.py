@@ -50,21 +50,22 @@ class OrtStage(Stage):
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """See `Stage`."""
-        obstacle = _finish(graph, self.provider)
-        if obstacle is not None:
-            progress.note(_no_graph(obstacle))
+        for remark in _finish(graph, self.provider):
+            progress.note(remark)
         return None
 
 
-def _finish(graph: Graph, provider: Provider) -> str | None:
-    """Convert a graph to its final form, and return why CUDA cannot run its step as one graph."""
+def _finish(graph: Graph, provider: Provider) -> tuple[str, ...]:
+    """Convert a graph to its final form, and return what to say of it."""
+    from llmc.backends.onnxruntime.cudnn import needs_cudnn
     from llmc.backends.onnxruntime.finish import finish_for_cuda, finish_graph
 
-    return finish_for_cuda(graph) if provider is Provider.CUDA else finish_graph(graph, lambda _: None)
-
-
-def _no_graph(obstacle: str) -> str:
-    return f"steps are launched kernel by kernel, not as one CUDA graph: {obstacle}"
+    if provider is not Provider.CUDA:
+        finish_graph(graph, lambda _: None)
+        return ()
+    obstacle = finish_for_cuda(graph)
+    steps = f"steps are launched kernel by kernel, not as one CUDA graph: {obstacle}"
+    return tuple(filter(None, (steps if obstacle is not None else None, needs_cudnn(graph.model))))
 
 
 class OnnxRuntimeBackend(Backend):
@@ -110,7 +111,8 @@ class OnnxRuntimeBackend(Backend):
 
     def describe_lowered(self, lowered: Any) -> tuple[str, ...]:
         """See `Backend`."""
-        return () if lowered is None else (_no_graph(lowered),)
+        remarks: tuple[str, ...] = lowered
+        return remarks
 
     def write_serving(
         self,

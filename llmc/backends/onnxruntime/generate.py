@@ -13,7 +13,7 @@ from llmc.backends.base import Generated
 from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
-from llmc.runtime.failures import MEMORY_HINT, is_out_of_memory
+from llmc.runtime.failures import missing_resource
 from llmc.runtime.libraries import load_genai, require_cuda
 
 
@@ -174,8 +174,8 @@ def _runtime_errors(folder: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         fact = f"onnxruntime-genai cannot run {folder}: {error}"
-        if is_out_of_memory(error):
-            raise ResourceError(fact, hint=MEMORY_HINT) from error
+        if (hint := missing_resource(error)) is not None:
+            raise ResourceError(fact, hint=hint) from error
         raise ConfigError(fact, hint="llmc verify finds what is wrong with it") from error
 
 
