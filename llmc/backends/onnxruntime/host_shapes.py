@@ -37,29 +37,38 @@ def _is_one_size(node: ir.Node) -> bool:
 
 
 def _copy_size(graph: ir.Graph, node: ir.Node) -> int:
-    """Replace each Squeeze of a size by a Gather, and what makes a vector of that by the size itself."""
-    size = node.outputs[0]
-    squeezes = [user for user, _ in size.uses() if is_op(user, "Squeeze")]
-    for squeeze in squeezes:
-        scalar, owner = squeeze.outputs[0], squeeze.graph
-        if owner is None:
-            raise GraphError(f"{squeeze.name} is in no graph")
-        for user in scalar.consumers():
-            if _makes_vector(user, scalar) and not user.outputs[0].is_graph_output():
-                ir.convenience.replace_all_uses_with(user.outputs[0], size)
-        index = add_constant(graph, _ZERO, "first") if owner is graph else _constant_zero(owner, squeeze)
-        copy = ir.Node(STANDARD, "Gather", [size, index], name=squeeze.name)
-        owner.insert_before(squeeze, copy)
-        take_over(scalar, copy.outputs[0])
-        owner.remove(squeeze, safe=True)
-    return len(squeezes)
+    """Replace each Squeeze of a size by a Gather, and what makes a vector of it again by the size itself."""
+    size, copied = node.outputs[0], 0
+    for user in size.consumers():
+        if is_op(user, "Reshape"):
+            copied += _take_vector(user, size, size)
+        elif is_op(user, "Squeeze"):
+            for vector in user.outputs[0].consumers():
+                _take_vector(vector, user.outputs[0], size)
+            _take_scalar(graph, user, size)
+            copied += 1
+    return copied
 
 
-def _makes_vector(node: ir.Node, scalar: ir.Value) -> bool:
-    """Return whether a node makes a vector of one element of a scalar."""
-    if input_of(node) is not scalar:
+def _take_vector(node: ir.Node, operand: ir.Value, size: ir.Value) -> bool:
+    """Replace the result of a node by a size if that is what it makes of a value of one element."""
+    makes = is_op(node, "Reshape") and ints_of(input_of(node, 1)) in ([-1], [1])
+    makes = makes or (is_op(node, "Unsqueeze") and operand is not size)
+    if input_of(node) is not operand or not makes or node.outputs[0].is_graph_output():
         return False
-    return is_op(node, "Unsqueeze") or (is_op(node, "Reshape") and ints_of(input_of(node, 1)) in ([-1], [1]))
+    ir.convenience.replace_all_uses_with(node.outputs[0], size)
+    return True
+
+
+def _take_scalar(graph: ir.Graph, squeeze: ir.Node, size: ir.Value) -> None:
+    scalar, owner = squeeze.outputs[0], squeeze.graph
+    if owner is None:
+        raise GraphError(f"{squeeze.name} is in no graph")
+    first = add_constant(graph, _ZERO, "first") if owner is graph else _constant_zero(owner, squeeze)
+    copy = ir.Node(STANDARD, "Gather", [size, first], name=squeeze.name)
+    owner.insert_before(squeeze, copy)
+    take_over(scalar, copy.outputs[0])
+    owner.remove(squeeze, safe=True)
 
 
 def _constant_zero(owner: ir.Graph | ir.Function, before: ir.Node) -> ir.Value:

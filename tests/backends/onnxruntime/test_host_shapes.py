@@ -18,6 +18,8 @@ def graph_of_sizes() -> Graph:
         helper.make_node("Squeeze", ["rows"], ["rows_scalar"]),
         helper.make_node("Reshape", ["rows_scalar", "whole"], ["rows_vector"]),
         helper.make_node("Shape", ["x"], ["columns"], **SIZE),
+        helper.make_node("Reshape", ["rows", "whole"], ["rows_again"]),
+        helper.make_node("Mul", ["rows_again", "rows_again"], ["square"]),
         helper.make_node("Squeeze", ["columns"], ["columns_scalar"]),
         helper.make_node("Unsqueeze", ["columns_scalar", "axis"], ["columns_vector"]),
         helper.make_node("Concat", ["columns_vector", "rows_vector"], ["shape"], axis=0),
@@ -46,6 +48,7 @@ def graph_of_sizes() -> Graph:
     integers = [
         helper.make_tensor_value_info(name, TensorProto.INT64, []) for name in ("sum", "width", "branch")
     ]
+    integers.append(helper.make_tensor_value_info("square", TensorProto.INT64, [1]))
     graph = helper.make_graph(
         nodes,
         "sizes",
@@ -62,12 +65,12 @@ def graph_of_sizes() -> Graph:
 
 def test_sizes_are_copied_by_the_host() -> None:
     graph = graph_of_sizes()
-    assert copy_host_sizes(graph) == 7
+    assert copy_host_sizes(graph) == 8
     owners = (graph.graph, *graph.model.functions.values())
     operators = {n.op_type for owner in owners for n in owner.all_nodes()}
-    assert operators == {"Shape", "Gather", "Constant", "Concat", "Reshape", "Add", "Width", "If"}
+    assert operators == {"Shape", "Gather", "Constant", "Concat", "Reshape", "Mul", "Add", "Width", "If"}
     session = ort.InferenceSession(ir.to_proto(graph.model).SerializeToString())
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     turned, *numbers = session.run(None, {"x": x})
     np.testing.assert_array_equal(turned, x.reshape(3, 2))
-    assert [int(number) for number in numbers] == [5, 3, 6]
+    assert [int(number.item()) for number in numbers] == [5, 3, 6, 4]
