@@ -49,7 +49,7 @@ from gpu_checks.table import print_table
 from gpu_checks.worker import Worker
 
 from llmc.catalog import list_profiles
-from llmc.errors import LlmcError, ResourceError
+from llmc.errors import ExitCode, LlmcError, ResourceError
 from llmc.gpu import require_gpu
 
 #: Profile of artifacts that are built without a GPU; the graph for CUDA is the same for all.
@@ -117,5 +117,7 @@ def host_profile(no_gpu: str | None) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
     except LlmcError as error:
         raise SystemExit(f"error: {error.fact}" + (f"\nhint: {error.hint}" if error.hint else "")) from error

@@ -68,7 +68,7 @@ class Check:
         seconds: Forecast of its time, for the budget.
         gpu: Whether it says something only on a GPU.
         computed: Whether its figures come from the device's kernels.
-        fresh: Whether it needs a process that has opened nothing before.
+        fresh: Whether it needs a GPU on which no other check has left anything.
     """
 
     name: str

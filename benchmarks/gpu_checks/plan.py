@@ -46,8 +46,8 @@ def list_checks(settings: Settings) -> list[Check]:
         *_against_pytorch(cuda),
         *(Check("engine", check_engine, subject, seconds=15) for subject in engines),
         *_further_speeds(),
-        *(Check("verify", check_verify, Subject(DEMO, target), seconds=60) for target in (INT4, FP16)),
-        Check("bench", check_bench, Subject(DEMO, INT4), seconds=60),
+        *(Check("verify", check_verify, Subject(DEMO, t), seconds=60, fresh=True) for t in (INT4, FP16)),
+        Check("bench", check_bench, Subject(DEMO, INT4), seconds=60, fresh=True),
         *_further_compiled(),
     ]
 

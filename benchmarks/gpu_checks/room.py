@@ -60,12 +60,6 @@ class Room:
             self._held[key] = self._ort(subject, Provider.CUDA, cuda_graph=graph, chooses=chooses)
         return self._held[key]  # type: ignore[no-any-return]
 
-    def release(self) -> None:
-        """Free every session and model."""
-        self._held.clear()
-        with contextlib.suppress(ResourceError):
-            require_torch_cuda().cuda.empty_cache()
-
     def _ort(self, subject: Subject, provider: Provider, **more: Any) -> OrtModel:
         artifact = self.artifact(subject)
         return OrtModel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -48,10 +49,10 @@ class Worker:
         start = time.monotonic()
         if check.fresh:
             self.stop()
-        self._start()
-        self._pipe.send(check.id)
         limit = min(deadline, start + _PATIENCE + _TIMES * check.seconds)
         try:
+            self._start()
+            self._pipe.send(check.id)
             answered = self._pipe.poll(max(0.0, limit - time.monotonic()))
             answer: Answer | None = self._pipe.recv() if answered else None
         except (EOFError, ConnectionError):
@@ -121,6 +122,7 @@ def serve(pipe: Any, settings: Settings) -> None:
 def _run(room: Any, check: Check) -> tuple[Status, str | None, dict[str, Any]]:
     try:
         found = check.run(room, check)
+        figures = json.loads(json.dumps(found.figures))
     except (ResourceError, UnsupportedError) as error:
         return Status.NOT_MEASURED, error.fact, {}
     except LlmcError as error:
@@ -128,4 +130,4 @@ def _run(room: Any, check: Check) -> tuple[Status, str | None, dict[str, Any]]:
     except Exception as error:  # noqa: BLE001 - the run goes on, and reports the error
         return Status.FAILED, first_lines(error) + failing_line(error, "gpu_checks"), {}
     status = Status.MEASURED if found.beyond is None else Status.FAILED
-    return status, found.beyond, found.figures
+    return status, found.beyond, figures
