@@ -68,22 +68,6 @@ if graph:
 print(codes)
 """
 
-# Runs a graph of one operator.
-_SESSION = """
-import numpy as np, onnxruntime as ort
-from onnx import TensorProto, helper
-x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
-graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "exp", [x], [y])
-model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-options = ort.SessionOptions()
-options.log_severity_level = 4
-session = ort.InferenceSession(model.SerializeToString(), options, providers=["CUDAExecutionProvider"])
-try:
-    print(session.get_providers()[0], session.run(None, {"x": np.ones(2, np.float32)})[0].tolist())
-except Exception as error:
-    print(error)
-"""
-
 
 def ask(environment: dict[str, str]) -> dict[str, Any]:
     answers: dict[str, Any] = json.loads(printed(_ASK, environment))
@@ -177,16 +161,3 @@ def test_a_stream_that_is_captured_cannot_be_waited_for(cuda_stub: Path) -> None
     unsupported, invalidated = 900, 901
     codes = printed(_CAPTURE, stub_environment(cuda_stub), "wait")
     assert codes == f"[0, 0, 0, 0, {unsupported}, {invalidated}]\n"
-
-
-def test_kernels_do_nothing(cuda_stub: Path, tmp_path: Path) -> None:
-    environment = stub_environment(cuda_stub, count=tmp_path / "count")
-    assert printed(_SESSION, environment) == "CUDAExecutionProvider [0.0, 0.0]\n"
-    counted = read_counters(tmp_path / "count")
-    assert (counted.launches, counted.to_device, counted.to_host) == (1, 1, 1)
-
-
-@pytest.mark.parametrize(("capability", "runs"), [("8.7", True), ("10.0", False), ("12.1", False)])
-def test_kernels_need_code_for_the_gpu(cuda_stub: Path, capability: str, runs: bool) -> None:
-    said = printed(_SESSION, stub_environment(cuda_stub, capability=capability))
-    assert ("no kernel image is available" not in said) is runs

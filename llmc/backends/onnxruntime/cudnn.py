@@ -1,7 +1,7 @@
 """Tell which operators of a graph ONNX Runtime's CUDA provider leaves to cuDNN.
 
 It loads cuDNN when the first of them runs, and fails there without it; nothing else needs cuDNN. The table
-was found by running each operator of 1.31.1 on its own; `tests/test_cudnn.py` holds it.
+was found by running each operator of 1.31.1 on its own; `tests/test_cuda_kernels.py` holds it.
 """
 
 from __future__ import annotations

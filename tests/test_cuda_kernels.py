@@ -1,4 +1,4 @@
-"""Which operators need cuDNN, as ONNX Runtime's CUDA provider shows over the stub, which has none."""
+"""What kernels of ONNX Runtime's CUDA provider need, as it shows over the stub, which has no cuDNN."""
 
 import json
 import subprocess
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
+import pytest
 
 from llmc.backends.onnxruntime.cudnn import needs_cudnn
-from tests.cuda import stub_environment
+from tests.cuda import read_counters, stub_environment
 
 # Runs models on CUDA, and prints for each whether cuDNN is what it lacks.
 _RUN = """
@@ -27,6 +29,29 @@ for model in sys.argv[1:]:
         lacking.append(model)
 print(json.dumps(lacking))
 """
+
+
+# Runs a graph of one operator.
+_SESSION = """
+import numpy as np, onnxruntime as ort
+from onnx import TensorProto, helper
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "exp", [x], [y])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+options = ort.SessionOptions()
+options.log_severity_level = 4
+session = ort.InferenceSession(model.SerializeToString(), options, providers=["CUDAExecutionProvider"])
+try:
+    print(session.get_providers()[0], session.run(None, {"x": np.ones(2, np.float32)})[0].tolist())
+except Exception as error:
+    print(error)
+"""
+
+
+def printed(script: str, environment: dict[str, str]) -> str:
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return ended.stdout
 
 
 def model_of(call: str, inputs: str) -> ir.Model:
@@ -62,5 +87,18 @@ def test_operators_that_need_cudnn(tmp_path: Path, cuda_stub: Path) -> None:
     environment = stub_environment(cuda_stub)
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     lacking = set(json.loads(ended.stdout))
-    assert said == lacking
+    assert said == lacking, ort.__version__
     assert 0 < len(lacking) < len(models)
+
+
+def test_kernels_do_nothing(cuda_stub: Path, tmp_path: Path) -> None:
+    environment = stub_environment(cuda_stub, count=tmp_path / "count")
+    assert printed(_SESSION, environment) == "CUDAExecutionProvider [0.0, 0.0]\n"
+    counted = read_counters(tmp_path / "count")
+    assert (counted.launches, counted.to_device, counted.to_host) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [("8.7", True), ("10.0", False), ("12.1", False)])
+def test_kernels_need_code_for_the_gpu(cuda_stub: Path, capability: str, runs: bool) -> None:
+    said = printed(_SESSION, stub_environment(cuda_stub, capability=capability))
+    assert ("no kernel image is available" not in said) is runs
