@@ -184,7 +184,7 @@ class Backend(ABC):
         """Convert a quantized graph to its final form, without compiling or writing anything.
 
         Returns:
-            The object that `differences` compares with the artifact; None if only the graph exists.
+            The object that `describe_lowered` and `differences` read; None if there is only the graph.
         """
 
     def describe_lowered(self, lowered: Any) -> tuple[str, ...]:
