@@ -21,8 +21,8 @@ SEEDED, KEPT = "seeded.json", "kept.bin"
 #: Size of the smallest weight that is drawn, in bytes.
 LEAST_BYTES = 4 << 10
 _SEED = 7
-#: Deviation of drawn weights, also of those that are stored as codes, which are drawn uniformly.
-_DEVIATION = 0.02
+#: Range of drawn weights, which are uniform; their deviation is 0.02, as in models before training.
+_RANGE = 0.02 * 12**0.5
 #: Kinds of weights that are drawn, by the endings of their names, with their types.
 _DRAWN = {
     "weight": np.float16,
@@ -122,12 +122,12 @@ def _bits(model: Any) -> dict[str, int]:
 
 def _draw(kind: str, size: int, bits: int, random: np.random.Generator) -> bytes:
     if kind == "weight":
-        values = random.standard_normal(size // 2, np.float32) * np.float32(_DEVIATION)
-        return values.astype(np.float16).tobytes()
+        levels = (np.arange(256) - 127.5) / 256 * _RANGE
+        return levels.astype(np.float16)[random.integers(0, 256, size // 2, np.uint8)].tobytes()
     if kind == "scales":
-        return np.full(size // 2, _DEVIATION * np.sqrt(12) / 2**bits, np.float16).tobytes()
+        return np.full(size // 2, _RANGE / 2**bits, np.float16).tobytes()
     if kind == "minimums":  # the code in the middle stands for 0
-        return np.full(size // 2, -_DEVIATION * np.sqrt(12) / 2, np.float16).tobytes()
+        return np.full(size // 2, -_RANGE / 2, np.float16).tobytes()
     if kind == "zero_points":
         return (b"\x88" if bits == 4 else b"\x80") * size
     return random.integers(0, 256, size, np.uint8).tobytes()
