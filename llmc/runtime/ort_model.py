@@ -86,10 +86,9 @@ class OrtModel:
                 add_choice(model)
 
         plain = arithmetic is Arithmetic.SERVED and not chooses
-        if cuda_graph and (provider is not Provider.CUDA or not share_buffer or interface.states):
+        if cuda_graph and (provider is not Provider.CUDA or not share_buffer):
             raise ConfigError(
-                f"a decode step of {folder} cannot be a CUDA graph: it needs CUDA, a shared KV buffer and no "
-                "states of fixed size"
+                f"a decode step of {folder} cannot be a CUDA graph: it needs CUDA and a shared KV buffer"
             )
         self._opened = open_session(
             folder,
@@ -168,11 +167,16 @@ class OrtModel:
         if self.share_buffer:
             self._bind_cache(self._binding)
         if self._opened.graphs:
-            self._recordings += 1
             self._recorded = RecordedStep(
-                self._opened, self.interface, batch, slots, number=self._recordings, chooses=self._chooses
+                self._opened,
+                self.interface,
+                self._cache,
+                batch,
+                slots,
+                number=self._recordings,
+                chooses=self._chooses,
             )
-            self._bind_cache(self._recorded.binding)
+            self._recordings += 2
         self._placed = (batch, slots)
 
     def _bind_cache(self, binding: Any) -> None:
@@ -237,9 +241,9 @@ class OrtModel:
         return str(self._session.end_profiling())
 
     def state(self) -> CacheState:
-        """Return this point of the sequence, to `restore` later; holds no copy of the cache."""
+        """Return this point of the sequence, to `restore` later; holds no copy of a shared cache."""
         cache = () if self.share_buffer else self._cache
-        return CacheState(self._mask, cache, self._tokens, dict(self._kept))
+        return CacheState(self._mask, cache, self._tokens, self._lasting())
 
     def restore(self, state: CacheState) -> None:
         """Go back to `state`, taken since the last prefill."""
@@ -260,14 +264,22 @@ class OrtModel:
         if start < total:
             self._mask = state.mask[:, :total]
             self._run(state.tokens[:, start:total])
-            state.states[total] = self._kept[total]
+            state.states[total] = self._lasting()[total]
             self._thin_out(state.states, total)
+
+    def _lasting(self) -> dict[int, tuple[Any, ...]]:
+        """Return the kept states, none of which later steps overwrite."""
+        recorded = self._recorded
+        if recorded is None:
+            return dict(self._kept)
+        return {at: recorded.lasting(kept, self.interface) for at, kept in self._kept.items()}
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> Any:
         return self._opened.value(np.zeros(shape, np.dtype(self._specs[name].dtype)))
 
     def _run(self, input_ids: Array, *, choose: bool = False) -> Array:
         """Run a step, and return its logits; with `choose`, the choice of the device instead."""
+        values: Array
         batch, sequence = input_ids.shape
         total = self._mask.shape[1]
         feeds = {"input_ids": input_ids, "attention_mask": self._mask}
@@ -276,7 +288,10 @@ class OrtModel:
             feeds["position_ids"] = positions[:, total - sequence :]
         step = f"batch {batch}, sequence {sequence}, total {total}"
         if self._recorded is not None and sequence == 1:
-            return self._recorded.run(feeds, step, choose=choose)
+            kept = self._recorded.run(feeds, self._kept[self._tokens.shape[1]] if self._states else (), step)
+            self._keep(input_ids, kept)
+            values = self._recorded.output(CHOICE if choose else "logits")
+            return values if choose else values.astype(np.float32, copy=False)
         binding, device = self._binding, self._opened.device
         if not self.share_buffer:
             binding.clear_binding_inputs()
@@ -305,13 +320,16 @@ class OrtModel:
         positions_out = 1 if self.interface.logits == "last" else sequence
         shape = outputs["logits"].shape()
         require_shape("logits", shape, (batch, positions_out, shape[-1] if len(shape) == 3 else -1))
-        values: Array = outputs[CHOICE if choose else "logits"].numpy()
+        values = outputs[CHOICE if choose else "logits"].numpy()
         return values if choose else values.astype(np.float32, copy=False)
 
     def _keep(self, input_ids: Array, states: tuple[Any, ...]) -> None:
         """Keep the states after `input_ids`."""
         if self._states:
             self._tokens = np.concatenate([self._tokens, input_ids], axis=1)
+            if self._recorded is not None:  # those of its last steps are overwritten
+                recorded = self._recorded
+                self._kept = {at: kept for at, kept in self._kept.items() if not recorded.owns(kept)}
             self._kept[self._tokens.shape[1]] = states
             self._thin_out(self._kept, self._tokens.shape[1])
 

@@ -186,7 +186,7 @@ def test_a_step_that_cannot_be_a_cuda_graph(
     llama: Any, tmp_path: Path, share: bool, provider: Provider
 ) -> None:
     interface = write_decoder(llama, tmp_path, Variant(grouped=True, padding="right"))
-    with pytest.raises(ConfigError, match="cannot be a CUDA graph: it needs CUDA, a shared KV buffer"):
+    with pytest.raises(ConfigError, match="cannot be a CUDA graph: it needs CUDA and a shared KV buffer"):
         OrtModel(tmp_path, interface, threads=1, share_buffer=share, provider=provider, cuda_graph=True)
 
 

@@ -233,6 +233,6 @@ def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:
     if gpu is None:
         return Executable(model, "onnxruntime")
     ways = [partial(model, chooses=True)]
-    if records_graph(path) and not manifest.interface.states:
+    if records_graph(path):
         ways.insert(0, partial(model, chooses=True, cuda_graph=True))
     return Executable(model, "onnxruntime", gpu, timed=tuple(ways))
