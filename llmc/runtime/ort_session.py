@@ -1,6 +1,7 @@
 """Open sessions of onnxruntime on the CPU or on CUDA, and convert their errors to typed ones."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.config import Provider
-from llmc.errors import ConfigError, ResourceError
-from llmc.runtime.failures import typed_error
+from llmc.errors import ConfigError, ResourceError, first_lines
+from llmc.runtime.failures import is_out_of_memory, typed_error
 from llmc.runtime.libraries import CUDA_PROVIDER, load_onnxruntime, require_cuda
 
 _PROVIDERS = {Provider.CPU: "CPUExecutionProvider", Provider.CUDA: CUDA_PROVIDER}
+#: What onnxruntime says where a call of CUDA or of a library over it fails.
+_OF_DEVICE = re.compile(r"\b(CUDA|CUBLAS|CUBLASLT|CUDNN|CURAND|CUFFT) (failure|error)\b")
 #: Severity from which on onnxruntime writes its log to stderr.
 _ERRORS = 3
 #: Value of `gpu_graph_id` with which onnxruntime neither captures nor launches a graph.
@@ -127,7 +130,11 @@ def open_session(
         # Without `enable_fallback=0` a provider's failure is printed, and the session runs on the CPU.
         session = ort.InferenceSession(source, options, providers=[(name, settings)], enable_fallback=0)
     except Exception as error:
-        raise typed_error(error, f"onnxruntime {ort.__version__} cannot load {path}") from error
+        fact = f"onnxruntime {ort.__version__} cannot load {path}"
+        if _OF_DEVICE.search(str(error)) and not is_out_of_memory(error):
+            hint = "llmc doctor tries what a GPU needs"
+            raise ResourceError(f"{fact}: {first_lines(error)}", hint=hint) from error
+        raise typed_error(error, fact) from error
     if name not in session.get_providers():  # a provider whose library does not load is left out, with a log
         raise ResourceError(
             f"onnxruntime {ort.__version__} did not load {name}: the session would run on "

@@ -195,9 +195,9 @@ import sys
 from pathlib import Path
 from llmc.config import Provider
 from llmc.errors import LlmcError
-from llmc.gpu import gpus
+from llmc.gpu import Gpu
 from llmc.runtime import ort_session
-ort_session.require_cuda = lambda: gpus()[0]  # which would say beforehand what is missing
+ort_session.require_cuda = lambda: Gpu("a GPU", "9.0", 1, "GPU-1")  # it would say beforehand what is missing
 try:
     ort_session.open_session(Path(sys.argv[1]), 1, provider=Provider.CUDA)
 except LlmcError as error:
@@ -205,14 +205,25 @@ except LlmcError as error:
 """
 
 
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        (
+            {"without": ("libcublas.so.13",)},
+            "did not load CUDAExecutionProvider: the session would run on CPUExecutionProvider",
+        ),
+        ({"devices": 0}, "CUDA failure 100: no CUDA-capable device"),
+    ],
+    ids=["library", "device"],
+)
 def test_a_provider_that_does_not_load_is_no_session_on_the_cpu(
-    llama: Any, tmp_path: Path, cuda_stub: Path
+    lacks: dict[str, Any], says: str, llama: Any, tmp_path: Path, cuda_stub: Path
 ) -> None:
     write_decoder(llama, tmp_path)
-    machine = stub_environment(cuda_stub, without=("libcublas.so.13",))
+    machine = stub_environment(cuda_stub, **lacks)
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(tmp_path)], env=machine, capture_output=True, text=True, check=True
     )
     assert "ResourceError: onnxruntime 1" in done.stdout
-    assert "did not load CUDAExecutionProvider: the session would run on CPUExecutionProvider" in done.stdout
-    assert done.stdout.strip().endswith("| llmc doctor tells which library is missing")
+    assert says in done.stdout
+    assert "| llmc doctor t" in done.stdout
