@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from tests.cuda import Counters, stub_environment
+from tests.cuda import Counters, read_counters, stub_environment
 from tests.models import EOS, save_tiny_model
 
 #: What is built: target, model type and fields of its config.
@@ -73,6 +74,32 @@ def test_the_device_gets_one_copy_of_every_weight(
     entry = {"floats": 128, "codes": 32}[name]  # bytes of a row of the embedding, of which there are 256
     assert 256 * entry > FEW_BYTES
     assert loaded[name].bytes_to_device < stored + FEW_BYTES
+
+
+_OPEN = """
+import sys
+from pathlib import Path
+from llmc.config import Provider
+from llmc.runtime.ort_session import open_session
+open_session(Path(sys.argv[1]), 1, provider=Provider.CUDA)
+"""
+
+
+def test_weights_take_no_more_memory_than_their_size(tmp_path: Path, cuda_stub: Path) -> None:
+    weight = np.ones((1024, 2304), np.float32)  # 9.4 MB, for which an arena takes 16 MB
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, size])
+        for name, size in (("x", 1024), ("y", 2304))
+    ]
+    stored = [onnx.numpy_helper.from_array(weight, "w")]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], stored)
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    count = tmp_path / "count"
+    command = [sys.executable, "-c", _OPEN, str(tmp_path)]
+    subprocess.run(command, env=stub_environment(cuda_stub, count=count), timeout=120, check=True)
+    assert weight.nbytes <= read_counters(count).allocated_peak < 1.2 * weight.nbytes
 
 
 def test_experts_are_codes_that_cuda_takes(artifacts: dict[str, Path], loaded: dict[str, Counters]) -> None:

@@ -15,6 +15,10 @@ from llmc.runtime.device_code import read_device_code, runs_on
 #: Name of ONNX Runtime's execution provider for NVIDIA GPUs.
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
+#: Entries of a session on CUDA. Weights are allocated one by one: from the arena, which grows by powers of
+#: two, they would take up to twice their size.
+CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
+
 #: The CUDA libraries that ONNX Runtime and onnxruntime-genai need, those that others depend on first: their
 #: names on Linux and on Windows, and the distribution that brings them.
 LIBRARIES: tuple[tuple[str, str, str], ...] = (

@@ -14,7 +14,7 @@ from llmc.artifact.manifest import MODEL
 from llmc.config import Provider
 from llmc.errors import ConfigError, ResourceError, first_lines
 from llmc.runtime.failures import is_out_of_memory, typed_error
-from llmc.runtime.libraries import CUDA_PROVIDER, load_onnxruntime, require_cuda
+from llmc.runtime.libraries import CUDA_ENTRIES, CUDA_PROVIDER, load_onnxruntime, require_cuda
 
 _PROVIDERS = {Provider.CPU: "CPUExecutionProvider", Provider.CUDA: CUDA_PROVIDER}
 #: What onnxruntime says where a call of CUDA or of a library over it fails.
@@ -113,7 +113,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS
     options.enable_cpu_mem_arena = arena
-    for key, value in (entries or {}).items():
+    for key, value in ((CUDA_ENTRIES if cuda else {}) | dict(entries or {})).items():
         options.add_session_config_entry(key, value)
     if profile is not None:
         options.enable_profiling = True

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 _GENAI_CONFIG = "genai_config.json"
 _LIBRARY_KEY = "custom_ops_library"
 #: Options of a session that a build states; others load, write and share what the manifest does not cover.
-_OPTIONS = {"log_id", "provider_options", "intra_op_num_threads", _LIBRARY_KEY}
+_OPTIONS = {
+    *("log_id", "provider_options", "intra_op_num_threads", _LIBRARY_KEY),
+    "session.use_device_allocator_for_initializers",
+}
 _PROVIDERS = {"cuda"}
 _LIBRARIES = (".so", ".dll", ".dylib", ".engine", ".plan")
 _REPORTS = (".html", ".json", ".md", ".xml")

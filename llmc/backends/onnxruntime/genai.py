@@ -37,6 +37,7 @@ from llmc.errors import GraphError, UnsupportedError
 from llmc.graph.domains import COMPILED
 from llmc.graph.interface import CACHE_SLOTS, Interface, TensorSpec
 from llmc.graph.serving import layer_types, runtime_type
+from llmc.runtime.libraries import CUDA_ENTRIES
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -101,6 +102,7 @@ def write_genai_config(
         raise GraphError(f"the vocabulary's size must be known; logits have shape {logits.shape}")
     options: dict[str, object] = {"log_id": "llmc", "provider_options": []}
     if provider is Provider.CUDA:
+        options |= CUDA_ENTRIES
         options["provider_options"] = [{"cuda": {"enable_cuda_graph": str(int(cuda_graph))}}]
     if threads is not None:
         options["intra_op_num_threads"] = threads

@@ -102,8 +102,9 @@ def test_the_names_of_the_graph_are_stated(tmp_path: Path, make_counter: MakeCou
 def test_cuda_and_shared_buffers_are_stated(tmp_path: Path, make_counter: MakeCounter) -> None:
     _, interface = make_counter()
     config = write(tmp_path, interface, provider=Provider.CUDA, share_cache=True)
-    options = config["model"]["decoder"]["session_options"]["provider_options"]
-    assert options == [{"cuda": {"enable_cuda_graph": "0"}}]
+    options = config["model"]["decoder"]["session_options"]
+    assert options["provider_options"] == [{"cuda": {"enable_cuda_graph": "0"}}]
+    assert options["session.use_device_allocator_for_initializers"] == "1"
     assert config["search"]["past_present_share_buffer"] is True
     assert config["search"]["max_length"] == config["model"]["context_length"] == 64
 
