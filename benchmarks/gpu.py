@@ -51,6 +51,7 @@ from gpu_checks.worker import Worker
 from llmc.catalog import list_profiles
 from llmc.errors import ExitCode, LlmcError, ResourceError
 from llmc.gpu import require_gpu
+from llmc.profile import find_profile
 
 #: Profile of artifacts that are built without a GPU; the graph for CUDA is the same for all.
 PROFILE = "h200"
@@ -106,12 +107,13 @@ def find_device(wanted: str) -> tuple[str, str | None]:
 
 
 def host_profile(no_gpu: str | None) -> str:
-    """Return the name of a profile with the capability of this machine's GPU."""
+    """Return the name of the profile of this machine's GPU, or of another GPU with its capability."""
     if no_gpu is not None:
         return PROFILE
-    capability = require_gpu().capability
-    profiles = [each.document for each in list_profiles()]
-    return next((p.name for p in profiles if p.compute_capability == capability), PROFILE)
+    gpu, profiles = require_gpu(), [each.document for each in list_profiles()]
+    alike = (each for each in profiles if each.compute_capability == gpu.capability)
+    profile = find_profile(gpu.name, profiles) or next(alike, None)
+    return PROFILE if profile is None else profile.name
 
 
 if __name__ == "__main__":

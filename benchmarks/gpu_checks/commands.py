@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from gpu_checks.checks import Check, Found
 from gpu_checks.room import Room
-from gpu_checks.subjects import checkpoint_of, reason
+from gpu_checks.subjects import checkpoint_of, reason, run_llmc
 from llmc.errors import ExitCode, ParityError, ResourceError, UnsupportedError
 
 
 def check_doctor(room: Room, check: Check) -> Found:
     """Ask `llmc doctor` what would load here."""
-    code, output, _ = _llmc("doctor", "--json")
-    checks = json.loads(output)["checks"]
+    done = run_llmc("doctor", "--json")
+    checks = json.loads(done.stdout)["checks"]
     told = {each["name"]: f"{each['status']}: {each['detail']}" for each in checks}
-    return Found({"exit_code": code, "checks": told})
+    return Found({"exit_code": done.returncode, "checks": told})
 
 
 def check_verify(room: Room, check: Check) -> Found:
@@ -35,14 +33,13 @@ def _measure(room: Room, check: Check, command: str, failing: ExitCode | None) -
     if subject.is_seeded(artifacts):
         raise UnsupportedError("its weights are drawn from a seed, so it has no original to be compared with")
     against = checkpoint_of(subject.source, artifacts)
-    code, output, error = _llmc(command, str(subject.folder(artifacts)), "--against", against, "--json")
+    done = run_llmc(command, str(subject.folder(artifacts)), "--against", against, "--json")
+    code, why = done.returncode, reason(done.stderr)
     if code == ExitCode.RESOURCES:
-        raise ResourceError(reason(error))
-    if code not in (ExitCode.OK, ExitCode.PARITY, ExitCode.LATENCY):
-        raise ParityError(f"exit code {code}: {reason(error)}")
-    if not output.strip():
-        raise ParityError(f"exit code {code}: {reason(error)}")
-    report = json.loads(output)
+        raise ResourceError(why)
+    if code not in (ExitCode.OK, ExitCode.PARITY, ExitCode.LATENCY) or not done.stdout.strip():
+        raise ParityError(f"exit code {code}: {why}")
+    report = json.loads(done.stdout)
     checks = report["verdict"]["checks"]
     figures = {
         "exit_code": code,
@@ -51,11 +48,4 @@ def _measure(room: Room, check: Check, command: str, failing: ExitCode | None) -
         "values": {each["metric"]: each["value"] for each in report["measurements"]},
         "latency": report["latency"],
     }
-    return Found(figures, f"llmc {command}: {reason(error)}" if code == failing else None)
-
-
-def _llmc(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "llmc", *arguments], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+    return Found(figures, f"llmc {command}: {why}" if code == failing else None)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
 
 from gpu_checks.checks import Check, Found
-from gpu_checks.machine import multiply
 from gpu_checks.room import Room, drawn_tokens, largest_context, require_torch_cuda
 from gpu_checks.sides import SessionSide, Side, TorchSide
 from llmc.artifact.manifest import MODEL
 from llmc.errors import ResourceError
-from llmc.gpu import require_gpu
-from llmc.runtime.libraries import library_names, require_cuda
+from llmc.gpu import gpu_memory_in_use, require_gpu
+from llmc.runtime.product import product_error
 from llmc.validate.energy import GpuCounter, energy_of_steps, open_gpu_counter
 
 #: Least seconds of decoding over which energy is counted, and steps before each return to the same context.
@@ -22,23 +20,23 @@ WINDOW, STEPS = 2.0, 32
 
 
 def check_memory(room: Room, check: Check) -> Found:
-    """Measure device memory after loading an artifact, and after a prompt and a step; then that of PyTorch.
+    """Measure device memory after loading an artifact, and after a prompt and a step; then PyTorch's.
 
-    What the process had before, which is CUDA's own context, is not counted.
+    Memory that was in use before, such as CUDA's own context, is not counted.
     """
     subject = check.subject
     artifact = room.artifact(subject)
     length = largest_context(artifact.manifest, check.point.context, 2)
     ids = drawn_tokens(artifact.manifest, check.point.batch, length)
-    multiply()  # makes CUDA's context, whose memory is no artifact's
-    before = _free_bytes()
+    product_error()  # makes CUDA's context and cuBLAS's, whose memory does not belong to the artifact
+    before = gpu_memory_in_use()
     session = SessionSide(room.on_device(subject, chooses=True))
-    loaded = before - _free_bytes()
+    loaded = gpu_memory_in_use() - before
     session.step(session.prefill(ids, 2))
     figures: dict[str, Any] = {
         "files_bytes": sum(f.stat().st_size for f in artifact.path.glob(f"{MODEL}*")),
         "loaded_bytes": loaded,
-        "after_a_prompt_bytes": before - _free_bytes(),
+        "after_a_prompt_bytes": gpu_memory_in_use() - before,
         "context": length,
     }
     try:
@@ -50,20 +48,6 @@ def check_memory(room: Room, check: Check) -> Found:
     except ResourceError as error:
         figures["torch_not_measured"] = error.fact
     return Found(figures)
-
-
-def _free_bytes() -> int:
-    """Return the free bytes of the GPU, by the CUDA runtime that ONNX Runtime has loaded.
-
-    Raises:
-        ResourceError: CUDA cannot be used, or does not tell.
-    """
-    require_cuda()
-    runtime = ctypes.CDLL(library_names()[0][0])
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    if code := runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
-        raise ResourceError(f"cudaMemGetInfo fails with error {code}")
-    return free.value
 
 
 def check_energy(room: Room, check: Check) -> Found:

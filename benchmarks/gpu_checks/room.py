@@ -16,6 +16,7 @@ from llmc.artifact.manifest import Manifest
 from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.config import Metric, Provider
 from llmc.errors import ResourceError, UnsupportedError
+from llmc.runtime.failures import is_out_of_memory
 from llmc.runtime.ort_model import OrtModel, shares_buffer
 
 
@@ -84,22 +85,24 @@ class Room:
             from transformers import AutoModelForCausalLM
 
             config = config_of(subject.source, self.settings.artifacts)
-            with torch_memory(torch), torch.device("cuda"):
+            with torch_memory(), torch.device("cuda"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             self._held[key] = model.eval()
         return self._held[key]
 
 
 @contextlib.contextmanager
-def torch_memory(torch: Any) -> Iterator[None]:
-    """Convert PyTorch's own error of a full GPU to one of a missing resource.
+def torch_memory() -> Iterator[None]:
+    """Convert PyTorch's errors of a full GPU to one of a missing resource.
 
     Raises:
         ResourceError: The GPU has not enough memory.
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(f"PyTorch has not enough memory: {str(error).splitlines()[0]}") from error
 
 

@@ -89,7 +89,7 @@ class TorchSide(Side):
 
     def _run(self, model: Any, ids: np.ndarray) -> np.ndarray:
         torch = self._torch
-        with torch_memory(torch), torch.inference_mode():
+        with torch_memory(), torch.inference_mode():
             given = torch.from_numpy(ids).cuda()
             out = model(input_ids=given, cache=self._cache, use_cache=True, logits_to_keep=1)
             tokens: np.ndarray = out.logits[:, -1].argmax(-1).cpu().numpy()

@@ -23,30 +23,12 @@ Open = Callable[[], Side]
 
 def check_decode(room: Room, check: Check) -> Found:
     """Time steps of the artifact without and with a CUDA graph, and of PyTorch run eagerly."""
-    subject = check.subject
-    return _time_steps(
-        room,
-        check,
-        {
-            "plain": lambda: SessionSide(room.on_device(subject, chooses=True)),
-            "cuda_graph": lambda: SessionSide(room.on_device(subject, graph=True, chooses=True)),
-            "torch_eager": lambda: TorchSide(room.original(subject), compiled=False),
-        },
-    )
+    return _time_steps(room, check, compiled=False)
 
 
 def check_compiled(room: Room, check: Check) -> Found:
     """Time steps of the artifact, and of PyTorch compiled over a static cache."""
-    subject = check.subject
-    return _time_steps(
-        room,
-        check,
-        {
-            "plain": lambda: SessionSide(room.on_device(subject, chooses=True)),
-            "cuda_graph": lambda: SessionSide(room.on_device(subject, graph=True, chooses=True)),
-            "torch_compile": lambda: TorchSide(room.original(subject), compiled=True),
-        },
-    )
+    return _time_steps(room, check, compiled=True)
 
 
 def check_ttft(room: Room, check: Check) -> Found:
@@ -89,12 +71,21 @@ def measure_steps(sides: Mapping[str, Side], ids: np.ndarray) -> dict[str, list[
     return turns
 
 
-def _time_steps(room: Room, check: Check, opened: Mapping[str, Open]) -> Found:
+def _time_steps(room: Room, check: Check, *, compiled: bool) -> Found:
     """Time the sides that can be opened; those that cannot are named with the reason."""
-    manifest = room.artifact(check.subject).manifest
+    subject = check.subject
+    manifest = room.artifact(subject).manifest
     context = largest_context(manifest, check.point.context, STEPS)
     ids = drawn_tokens(manifest, check.point.batch, context)
-    sides, figures = _open(opened)
+    sides, figures = _open(
+        {
+            "plain": lambda: SessionSide(room.on_device(subject, chooses=True)),
+            "cuda_graph": lambda: SessionSide(room.on_device(subject, graph=True, chooses=True)),
+            "torch_compile" if compiled else "torch_eager": lambda: TorchSide(
+                room.original(subject), compiled=compiled
+            ),
+        }
+    )
     for name, times in measure_steps(sides, ids).items():
         figures[f"{name}_ms"] = float(np.median(times))
         figures[f"{name}_range_ms"] = [min(times), max(times)]
@@ -125,7 +116,7 @@ def _in_turn(sides: Mapping[str, Side], turn: int) -> list[tuple[str, Side]]:
 
 
 def _ratios(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return PyTorch's time over that of the artifact's faster mode."""
+    """Return PyTorch's time over the time of the artifact's faster mode."""
     own = [figures[f"{name}_ms"] for name in ("plain", "cuda_graph") if f"{name}_ms" in figures]
     return {
         f"times_{name}": figures[f"{name}_ms"] / min(own)

@@ -126,9 +126,9 @@ def build_subject(subject: Subject, artifacts: Path, profile: str) -> None:
         model = checkpoint_of(subject.source, artifacts)
         config_of(subject.source, artifacts)
         more = ["--target", subject.target, "--profile", profile, "--no-verify", "-o", str(output)]
-        _llmc(["build", model, *more], subject.name)
+        _build(subject.name, model, *more)
     if _is_pending(output):
-        _llmc(["build", "--resume", str(output)], subject.name)
+        _build(subject.name, "--resume", str(output))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -141,9 +141,14 @@ def _is_pending(folder: Path) -> bool:
     return any(engine["file"] is None for engine in _manifest(folder)["engines"])
 
 
-def _llmc(arguments: list[str], name: str) -> None:
+def run_llmc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of llmc in a process of its own."""
     command = [sys.executable, "-m", "llmc", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _build(name: str, *arguments: str) -> None:
+    done = run_llmc("build", *arguments)
     if done.returncode == ExitCode.OK:
         return
     fact = f"{name} does not build: {reason(done.stderr)}"

@@ -12,7 +12,7 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.config import Provider
-from llmc.errors import ConfigError, ResourceError, first_lines
+from llmc.errors import ConfigError, LlmcError, ResourceError, first_lines
 from llmc.runtime.failures import is_out_of_memory, typed_error
 from llmc.runtime.libraries import CUDA_ENTRIES, CUDA_PROVIDER, load_onnxruntime, require_cuda
 
@@ -121,28 +121,50 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     library = custom_operators(folder)
-    name = _PROVIDERS[provider]
     settings = {"device_id": "0", "enable_cuda_graph": str(int(cuda_graph))} if cuda else {}
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
         source = str(path) if edit is None else _edited(path, edit, options)
-        # Without `enable_fallback=0` a provider's failure is printed, and the session runs on the CPU.
-        session = ort.InferenceSession(source, options, providers=[(name, settings)], enable_fallback=0)
+        session = create_session(ort, source, options, provider, settings)
+    except LlmcError:
+        raise
     except Exception as error:
         fact = f"onnxruntime {ort.__version__} cannot load {path}"
         if _OF_DEVICE.search(str(error)) and not is_out_of_memory(error):
             hint = "llmc doctor tries what a GPU needs"
             raise ResourceError(f"{fact}: {first_lines(error)}", hint=hint) from error
         raise typed_error(error, fact) from error
+    where = f"onnxruntime {ort.__version__} {_PROVIDERS[provider]}{device}"
+    return OpenSession(ort, session, where, "cuda" if cuda else "cpu", cuda and cuda_graph)
+
+
+def create_session(
+    ort: Any, source: str | bytes, options: Any, provider: Provider, settings: Mapping[str, str] | None = None
+) -> Any:
+    """Create an `InferenceSession` on a provider, never on the CPU instead.
+
+    Args:
+        ort: The module onnxruntime.
+        source: Path of the graph, or the graph itself.
+        options: Its `SessionOptions`.
+        settings: Options of the provider.
+
+    Raises:
+        ResourceError: The provider does not load. Any other error is onnxruntime's own.
+    """
+    name = _PROVIDERS[provider]
+    # Without `enable_fallback=0` a provider's failure is printed, and the session runs on the CPU.
+    session = ort.InferenceSession(
+        source, options, providers=[(name, dict(settings or {}))], enable_fallback=0
+    )
     if name not in session.get_providers():  # a provider whose library does not load is left out, with a log
         raise ResourceError(
             f"onnxruntime {ort.__version__} did not load {name}: the session would run on "
             f"{', '.join(session.get_providers())}",
             hint="llmc doctor tells which library is missing",
         )
-    where = f"onnxruntime {ort.__version__} {name}{device}"
-    return OpenSession(ort, session, where, "cuda" if cuda else "cpu", cuda and cuda_graph)
+    return session
 
 
 def _edited(path: Path, edit: Callable[[Any], None], options: Any) -> bytes:

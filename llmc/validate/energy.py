@@ -139,14 +139,14 @@ class GpuCounter:
         return (after[0] - before[0]) / 1e3
 
 
-def open_gpu_counter(uuid: str) -> GpuCounter:
-    """Open the counter of one NVIDIA GPU.
+def open_nvml(uuid: str) -> tuple[Any, Any]:
+    """Return the module pynvml, initialized, and the handle of one NVIDIA GPU.
 
     Args:
         uuid: The driver's name of it, "GPU-...".
 
     Raises:
-        ResourceError: There is no such GPU, it has no energy counter, or nvidia-ml-py is not installed.
+        ResourceError: nvidia-ml-py, its library or the GPU is missing.
     """
     try:
         import pynvml
@@ -157,11 +157,26 @@ def open_gpu_counter(uuid: str) -> GpuCounter:
         ) from error
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        counter = GpuCounter(pynvml, handle, str(pynvml.nvmlDeviceGetName(handle)))
-        counter.read()
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
     except pynvml.NVMLError as error:
-        raise ResourceError(f"no energy counter of the GPU {uuid}: {error}") from error
+        raise ResourceError(f"NVML does not find the GPU {uuid}: {error}") from error
+
+
+def open_gpu_counter(uuid: str) -> GpuCounter:
+    """Open the counter of one NVIDIA GPU.
+
+    Args:
+        uuid: The driver's name of it, "GPU-...".
+
+    Raises:
+        ResourceError: NVML does not find the GPU, or the GPU has no energy counter.
+    """
+    nvml, handle = open_nvml(uuid)
+    try:
+        counter = GpuCounter(nvml, handle, str(nvml.nvmlDeviceGetName(handle)))
+        counter.read()
+    except nvml.NVMLError as error:
+        raise ResourceError(f"the GPU {uuid} has no energy counter: {error}") from error
     return counter
 
 
