@@ -23,7 +23,7 @@ from tests.placement import Placement, place
 #: Model types with different kinds of layers, each built for one of the targets.
 TARGETS = {
     "llama": "cuda-int4",
-    "gemma3_text": "cuda-fp16",  # windows
+    "gemma3_text": "cuda-fp16",  # windows; its embedding is the language-model head, too
     "gpt2": "cuda-fp16",  # absolute positions
     "bloom": "cuda-int4",  # positions as biases of plain attention
     "qwen3_moe": "cuda-int4",  # experts
@@ -31,6 +31,12 @@ TARGETS = {
     "deepseek_v3": "cuda-fp16",  # latent attention
     "qwen3_next": "cuda-int4",  # linear attention between attention
     "mamba": "cuda-fp16",  # no attention
+}
+#: Fields of their configs that differ from `tests.models`: one matrix is embedding and head, and experts have
+#: widths that CUDA's kernels of quantized experts take.
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 64},
 }
 #: Copies between host and device in the graph. Bloom counts positions from the number of earlier tokens, an
 #: integer of the host's arithmetic of shapes.
@@ -41,8 +47,10 @@ BOUNDS = {"bloom": (100, 1), "deepseek_v3": (340, 0), "mamba": (155, 0)}
 #: Most kernels besides that graph.
 BESIDE_GRAPH = 11
 FEW, MANY = 4, 20
+#: Bytes of tokens, masks and sums of codes' zero points that go to the device beside the weights.
+FEW_BYTES = 4096
 
-# Generates with each artifact, few tokens and many, and prints what each call counted.
+# Loads each artifact and generates few tokens, then the same with many, and prints what each call counted.
 _GENERATE = """
 import json, sys
 from dataclasses import astuple
@@ -77,7 +85,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("artifacts")
     built = {}
     for model_type, target in TARGETS.items():
-        model = save_tiny_model(model_type, folder / model_type, tokenizer=True, eos_token_id=EOS)
+        fields = FIELDS.get(model_type, {})
+        model = save_tiny_model(model_type, folder / model_type, tokenizer=True, eos_token_id=EOS, **fields)
         output = built[model_type] = folder / f"{model_type}-{target}"
         plan = plan_build(str(model), target=target, profile="l4", output=output, verify=False)
         build(plan, SilentProgress())
@@ -95,17 +104,17 @@ def placements(
 
 
 @pytest.fixture(scope="module")
-def costs(
+def counted(
     artifacts: dict[str, Path], cuda_stub: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Counters]:
-    """Generate with all of them in one process; what the tokens from `FEW` to `MANY` cost together."""
+) -> dict[str, tuple[Counters, Counters]]:
+    """Generate with all of them in one process; what loading and `FEW` or `MANY` tokens count."""
     count = tmp_path_factory.mktemp("counted") / "count"
     command = [sys.executable, "-c", _GENERATE % (FEW, MANY), str(count), *map(str, artifacts.values())]
     environment = stub_environment(cuda_stub, count=count)
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    counted = [Counters(*map(int, line.split())) for line in ended.stdout.splitlines()]
-    return {name: many - few for name, few, many in zip(artifacts, counted[::2], counted[1::2], strict=True)}
+    counters = [Counters(*map(int, line.split())) for line in ended.stdout.splitlines()]
+    return dict(zip(artifacts, zip(counters[::2], counters[1::2], strict=True), strict=True))
 
 
 @pytest.mark.parametrize("model_type", TARGETS)
@@ -118,14 +127,66 @@ def test_all_but_arithmetic_of_shapes_is_on_cuda(placements: dict[str, Placement
 
 
 @pytest.mark.parametrize("model_type", TARGETS)
-def test_what_a_token_costs_the_host(costs: dict[str, Counters], model_type: str) -> None:
-    cost, tokens = costs[model_type], MANY - FEW
+def test_what_a_token_costs_the_host(counted: dict[str, tuple[Counters, Counters]], model_type: str) -> None:
+    few, many = counted[model_type]
+    cost, tokens = many - few, MANY - FEW
     starts, to_device = BOUNDS.get(model_type, (BESIDE_GRAPH + 1, 0))
     assert cost.graphs == (0 if model_type in BOUNDS else tokens)
     assert 0 < cost.starts <= starts * tokens
     assert cost.to_device <= to_device * tokens
     assert cost.to_host == 0
     assert 0 < cost.syncs <= 3 * tokens
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_device_gets_one_copy_of_every_weight(
+    artifacts: dict[str, Path], counted: dict[str, tuple[Counters, Counters]], model_type: str
+) -> None:
+    stored = (artifacts[model_type] / "model.onnx.data").stat().st_size
+    entry = {"llama": 32, "gemma3_text": 128}[model_type]  # bytes of a row of the embedding, which has 256
+    assert 256 * entry > FEW_BYTES
+    assert counted[model_type][0].bytes_to_device < stored + FEW_BYTES
+
+
+def test_experts_are_codes_that_cuda_takes(artifacts: dict[str, Path]) -> None:
+    graph = onnx.load(artifacts["qwen3_moe"] / "model.onnx", load_external_data=False).graph
+    experts = [node for node in graph.node if node.op_type == "QMoE"]
+    assert len(experts) == 3
+    for node in experts:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (attributes["expert_weight_bits"], attributes["block_size"]) == (4, 32)
+        assert all(node.input[11:13])  # zero points
+
+
+_BATCHES = """
+import sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+tokenizer = og.Tokenizer(model)
+for prompts, beams in ((["Hello", "Hello there, how are you?", "Hi"], 1), (["Hello"], 1), (["Hello"], 2)):
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=64, batch_size=len(prompts), num_beams=beams)
+    try:
+        generator = og.Generator(model, params)
+        generator.append_tokens(tokenizer.encode_batch(prompts))
+        for _ in range(5):
+            generator.generate_next_token()
+        print(len(prompts), beams, "served")
+    except Exception as error:
+        print(len(prompts), beams, error)
+"""
+
+
+def test_ragged_batches_are_served_with_a_cuda_graph(artifacts: dict[str, Path], cuda_stub: Path) -> None:
+    command = [sys.executable, "-c", _BATCHES, str(artifacts["llama"])]
+    ended = subprocess.run(
+        command, env=stub_environment(cuda_stub), capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.splitlines() == [
+        "3 1 served",
+        "1 1 served",
+        "1 2 Graph capture is not supported with past_present_share_buffer set to false.",
+    ], ended.stderr
 
 
 def run(artifact: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
