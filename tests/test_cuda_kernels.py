@@ -1,10 +1,12 @@
-"""What kernels of ONNX Runtime's CUDA provider need, as it shows over the stub, which has no cuDNN."""
+"""What kernels and weights of ONNX Runtime's CUDA provider need, as it shows over the stub, without cuDNN."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -102,3 +104,29 @@ def test_kernels_do_nothing(cuda_stub: Path, tmp_path: Path) -> None:
 def test_kernels_need_code_for_the_gpu(cuda_stub: Path, capability: str, runs: bool) -> None:
     said = printed(_SESSION, stub_environment(cuda_stub, capability=capability))
     assert ("no kernel image is available" not in said) is runs
+
+
+_OPEN = """
+import sys
+from pathlib import Path
+from llmc.config import Provider
+from llmc.runtime.ort_session import open_session
+open_session(Path(sys.argv[1]), 1, provider=Provider.CUDA)
+"""
+
+
+def test_weights_take_no_more_memory_than_their_size(tmp_path: Path, cuda_stub: Path) -> None:
+    weight = np.ones((1024, 2304), np.float32)  # 9.4 MB, for which an arena takes 16 MB
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, size])
+        for name, size in (("x", 1024), ("y", 2304))
+    ]
+    stored = [onnx.numpy_helper.from_array(weight, "w")]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], stored)
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    count = tmp_path / "count"
+    command = [sys.executable, "-c", _OPEN, str(tmp_path)]
+    subprocess.run(command, env=stub_environment(cuda_stub, count=count), timeout=120, check=True)
+    assert weight.nbytes <= read_counters(count).allocated_peak < 1.2 * weight.nbytes
