@@ -9,6 +9,7 @@ from llmc.backends.onnxruntime.cuda_graph import follow_static_mask
 from llmc.backends.onnxruntime.host_shapes import copy_host_sizes
 from llmc.backends.onnxruntime.minimums import split_minimums
 from llmc.backends.onnxruntime.one_copy import read_as_stored
+from llmc.backends.onnxruntime.reductions import reduce_without_cudnn
 from llmc.backends.onnxruntime.rotary_tables import compute_tables, find_pairs
 from llmc.graph.model import Graph
 
@@ -39,6 +40,7 @@ def finish_for_cuda(graph: Graph) -> str | None:
     """
     finish_graph(graph, lambda _: None)
     read_as_stored(graph)
+    reduce_without_cudnn(graph)
     obstacle = follow_static_mask(graph)
     copy_host_sizes(graph)
     return obstacle
