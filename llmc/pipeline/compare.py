@@ -13,14 +13,14 @@ from llmc.pipeline.inspect import count_operators
 from llmc.pipeline.reports import artifact_bytes, stored_report
 from llmc.pipeline.result import regression_failure
 from llmc.records import Record
-from llmc.report import compare_reports, parse_allowed, render_changes
+from llmc.report import compare_reports, devices_apart, parse_allowed, render_changes
 
 
 class Difference(Record):
     """A property that differs between two artifacts, or that only one of them has.
 
     Args:
-        kind: operator, pass, weights or tool.
+        kind: device, operator, pass, weights or tool.
     """
 
     kind: str
@@ -34,7 +34,8 @@ class Comparison(Record):
 
     Args:
         changes: Changes of the size and of every figure in the artifacts' reports.
-        differences: Differences in operators, passes, bits of weights and versions of tools.
+        differences: Differences in devices that figures are of, operators, passes, bits of weights and
+            versions of tools.
     """
 
     before: str
@@ -73,10 +74,12 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
             " which are different models",
             hint="compare artifacts of one model: figures relative to different originals are not comparable",
         )
-    reports = [stored_report(artifact) for artifact in (old, new)]
+    reports = (stored_report(old), stored_report(new))
     counts = [count_operators(artifact.path / MODEL) for artifact in (old, new)]
     passes = [{p.name: p.applied for p in artifact.manifest.passes} for artifact in (old, new)]
+    apart = devices_apart(*reports)
     differences = (
+        *([] if apart is None else _differences("device", *({"figures": place} for place in apart))),
         *_differences("operator", *({n: str(c) for n, c in count.items()} for count in counts)),
         *_differences("pass", *({n: f"applied {c} times" for n, c in each.items()} for each in passes)),
         *_differences("weights", _bits(old.manifest), _bits(new.manifest)),

@@ -24,7 +24,7 @@ from llmc.pipeline.steps.prune import reopen
 from llmc.pipeline.steps.rebuild import UNKNOWN_INPUTS, explain_versions, forget_searches, rebuild
 from llmc.pipeline.steps.stepwise import measure_passes
 from llmc.progress import Progress
-from llmc.report import Report, compare_reports, parse_allowed, read_report
+from llmc.report import Report, compare_reports, devices_apart, parse_allowed, read_report
 from llmc.validate.positions import seed_of
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def _report(
     report = gate_report(model, manifest.target, profile, gate, manifest.pruned, manifest.weights, path)
     if earlier is None:
         return report
-    return report.model_copy(update={"changes": compare_reports(earlier, report, allowed)})
+    apart = devices_apart(earlier, report)
+    told = None if apart is None else f"before, {apart[0]}; now, {apart[1]}"
+    return report.model_copy(update={"changes": compare_reports(earlier, report, allowed), "apart": told})
 
 
 def _finish(

@@ -1,6 +1,6 @@
 """Render one report on an artifact in several forms: JSON, JUnit XML, Markdown, HTML, terminal text."""
 
-from llmc.report.comparison import compare_reports, parse_allowed, render_changes
+from llmc.report.comparison import compare_reports, devices_apart, parse_allowed, render_changes
 from llmc.report.document import Report, read_report, render_schema, write_json
 from llmc.report.figures import format_figure
 from llmc.report.front import render_front, write_tuning
@@ -12,6 +12,7 @@ from llmc.report.text import render_text
 __all__ = [
     "Report",
     "compare_reports",
+    "devices_apart",
     "format_figure",
     "parse_allowed",
     "read_report",

@@ -54,6 +54,14 @@ def compare_reports(before: Report, after: Report, allowed: Mapping[str, float])
     return (*changes, _lost(before, after))
 
 
+def devices_apart(before: Report, after: Report) -> tuple[str, str] | None:
+    """Return what was executed on which device for each of two reports; None if that is the same."""
+    if before.measured == after.measured:
+        return None
+    was, now = (each.measured or "measured on a CPU, which it is built for" for each in (before, after))
+    return was, now
+
+
 def _is_time(metric: Metric) -> bool:
     return metric.family is Family.LATENCY
 

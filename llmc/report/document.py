@@ -29,6 +29,7 @@ class Report(Strict):
         sizes: Stored bytes by kind of weight.
         bytes: Bytes of all files of the artifact.
         changes: Changes of figures since the report that this one was compared with.
+        apart: On which devices both were measured, if that differs.
         peers: Artifacts of the same model, including this one.
     """
 
@@ -45,6 +46,7 @@ class Report(Strict):
     sizes: dict[str, int] = Field(default_factory=dict)
     bytes: int = 0
     changes: tuple[Change, ...] = ()
+    apart: str | None = None
     peers: tuple[Peer, ...] = ()
 
     @property

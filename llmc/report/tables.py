@@ -176,6 +176,8 @@ def make_notes(report: Report) -> list[str]:
     """Describe line by line what references and tables were measured with, and what was not measured."""
     references = [m.detail for m in report.measurements if m.metric is Metric.ORIGINAL_DECODE]
     references += filter(None, [report.measured])
+    if report.apart is not None:
+        references.append(f"the baseline is of another device: {report.apart}")
     latency = report.latency
     if latency is None:
         return references

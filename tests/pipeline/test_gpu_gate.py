@@ -58,15 +58,32 @@ print(bench(Path(sys.argv[1]), None, SilentProgress()).model_dump_json())
 """
 
 
-def verified(work: Path, environment: dict[str, str], out: Path) -> tuple[int, str, Report]:
-    done = llmc(work, environment, "verify", str(work / "built"), "--report", str(out))
+Verified = tuple[int, str, Report]
+
+
+def verified(work: Path, environment: dict[str, str], out: Path, *options: str) -> Verified:
+    done = llmc(work, environment, "verify", str(work / "built"), "--report", str(out), *options)
     return done.returncode, done.stderr, read_report(out / "report.json")
 
 
-def test_kernels_that_do_nothing_do_not_pass(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
-    code, err, report = verified(work, stub_environment(cuda_stub, name=GPU), tmp_path)
+@pytest.fixture(scope="module")
+def on_cpu(work: Path, cuda_stub: Path) -> Verified:
+    """What verify says without a driver; its report is in `work`/cpu."""
+    return verified(work, stub_environment(cuda_stub, without=("libcuda.so.1",)), work / "cpu")
+
+
+def test_kernels_that_do_nothing_do_not_pass(
+    work: Path, cuda_stub: Path, tmp_path: Path, on_cpu: Verified
+) -> None:
+    baseline = str(work / "cpu" / "report.json")
+    machine = stub_environment(cuda_stub, name=GPU)
+    code, err, report = verified(work, machine, tmp_path, "--baseline", baseline)
     assert code == 5, err
     assert report.measured == "measured on NVIDIA L4: CUDA's kernels"
+    assert report.apart == f"before, {on_cpu[2].measured}; now, {report.measured}"
+    for form in ("report.md", "report.html"):
+        text = (tmp_path / form).read_text("utf-8")
+        assert "the baseline is of another device: before, measured on the CPU" in text
     assert report.measured in (tmp_path / "report.md").read_text("utf-8")
     checks = {check.metric: check for check in report.verdict.checks}
     executed = [Metric.PREFILL_MAX_ABS, Metric.CHUNKS_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS]
@@ -78,9 +95,8 @@ def test_kernels_that_do_nothing_do_not_pass(work: Path, cuda_stub: Path, tmp_pa
     assert checks[Metric.INTERFACE].status is CheckStatus.PASS
 
 
-def test_without_a_gpu_the_graph_is_measured_on_the_cpu(work: Path, tmp_path: Path, cuda_stub: Path) -> None:
-    machine = stub_environment(cuda_stub, without=("libcuda.so.1",))
-    code, err, report = verified(work, machine, tmp_path)
+def test_without_a_gpu_the_graph_is_measured_on_the_cpu(on_cpu: Verified) -> None:
+    code, err, report = on_cpu
     assert code == 0, err
     assert report.measured == "measured on the CPU: the graph, not CUDA's kernels"
     assert "measured on the CPU: the graph, not CUDA's kernels: this machine has no NVIDIA GPU" in err

@@ -7,7 +7,7 @@ import pytest
 from llmc.artifact.verdict import Change, Check, CheckStatus, Measurement, MeasurementStatus, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError
-from llmc.report import Report, compare_reports, parse_allowed, render_changes
+from llmc.report import Report, compare_reports, devices_apart, parse_allowed, render_changes
 
 
 def measurement(metric: Metric, value: float | None, half: float | None = None) -> Measurement:
@@ -53,6 +53,15 @@ def test_an_estimate_is_worse_beyond_both_intervals(
     assert (found[metric].regression is not None) is worse
     if worse:
         assert "worse beyond both intervals" in str(found[metric].regression)
+
+
+def test_figures_of_different_devices_are_told() -> None:
+    cpu = report()
+    one, other = (cpu.model_copy(update={"measured": f"measured on {gpu}"}) for gpu in ("L4", "H200"))
+    assert devices_apart(one, other) == ("measured on L4", "measured on H200")
+    assert devices_apart(cpu, one) == ("measured on a CPU, which it is built for", "measured on L4")
+    assert devices_apart(one, one) is None
+    assert devices_apart(cpu, cpu) is None
 
 
 def test_an_allowance_holds_for_figures_and_size() -> None:
