@@ -131,11 +131,21 @@ def _library() -> str:
 
 
 def _load_driver() -> Any:
-    """Load the library of NVIDIA's driver; None if there is none."""
+    """Load the library of NVIDIA's driver; None if there is none.
+
+    Containers that were saved where a GPU was handed in keep an empty file of that name.
+    """
+    name = _library()
     try:
-        return ctypes.CDLL(_library())
-    except OSError:
-        return None
+        return ctypes.CDLL(name)
+    except OSError as error:
+        absent = (f"{name}: cannot open shared object file", "Could not find module", "file too short")
+        if any(each in str(error) for each in absent):
+            return None
+        raise ResourceError(
+            f"the library of NVIDIA's driver does not load: {error}",
+            hint="it must be the one that the driver installed, for this processor: see LD_LIBRARY_PATH",
+        ) from error
 
 
 def _check(driver: Any, function: str, code: int) -> None:

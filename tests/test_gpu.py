@@ -98,6 +98,17 @@ def test_no_driver(cuda_stub: Path) -> None:
     )
 
 
+def test_a_driver_that_does_not_load(cuda_stub: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    machine = {**stub_environment(cuda_stub), "LD_LIBRARY_PATH": f"{tmp_path}:{cuda_stub}"}
+    library.touch()  # as in a container that was saved where a GPU was handed in
+    assert answer("print(gpus(), driver_version())", machine) == "() None"
+    library.write_text("not a library " * 100)
+    told = f"ResourceError 4: the library of NVIDIA's driver does not load: {library}: invalid ELF header | "
+    assert answer("print(gpus())", machine).startswith(told)
+    assert answer("require_gpu()", machine).startswith(told)
+
+
 def test_memory_in_use_is_that_of_the_first_gpu(cuda_stub: Path, tmp_path: Path) -> None:
     machine = stub_environment(cuda_stub, memory=1 << 30, count=tmp_path / "count")
     assert answer("print(gpu_memory_in_use())", machine) == "0"
