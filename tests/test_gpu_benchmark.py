@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llmc.artifact.store.folder import open_artifact
+from llmc.errors import ConfigError
 from llmc.runtime.ort_model import OrtModel
 from tests.cuda import stub_environment
 
@@ -174,6 +175,12 @@ def test_results_that_are_not_of_this_schema_are_refused(tmp_path: Path) -> None
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "is not a file of results" in said
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written to .*file"):
+        Record(tmp_path / "file" / "out.json", "a machine")
 
 
 def test_a_check_that_failed_stays_failed_where_there_is_no_time(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from pydantic import Field, ValidationError
 
 from llmc.artifact.store.disk import replace_text
 from llmc.errors import ConfigError
+from llmc.pipeline.result import require_folder
 from llmc.records import Strict
 
 
@@ -75,11 +76,11 @@ class Record:
     """The outcomes of all runs so far.
 
     Args:
-        path: The JSON file; created with its folder at the first outcome.
+        path: The JSON file; created at the first outcome, its folder at once.
         machine: One line on this machine.
 
     Raises:
-        ConfigError: The file exists and is not of this schema.
+        ConfigError: The file exists and is not of this schema, or its folder cannot be written to.
     """
 
     def __init__(self, path: Path, machine: str) -> None:
@@ -94,6 +95,7 @@ class Record:
                     hint="name another file with --out, or delete this one",
                 ) from error
             self._outcomes = {_key(o.check, o.identity): o for o in document.outcomes}
+        require_folder(path.parent)
 
     def find(self, check: str, identity: Identity) -> Outcome | None:
         """Return the outcome of a check for this identity, if it has one."""
@@ -111,7 +113,6 @@ class Record:
         outcome = outcome.model_copy(update={"when": datetime.now(UTC).isoformat(timespec="seconds")})
         self._outcomes[key] = outcome
         document = Document(machine=self._machine, outcomes=tuple(self._outcomes.values()))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._path, document.model_dump_json(indent=1) + "\n")
         return outcome
 
