@@ -34,8 +34,9 @@ def typed_error(error: Exception, fact: str) -> LlmcError:
     Args:
         fact: What failed.
     """
+    text = str(error).strip()
     if is_out_of_memory(error):
-        return ResourceError(f"{fact}: out of memory: {error}", hint=MEMORY_HINT)
+        return ResourceError(f"{fact}: out of memory: {text}", hint=MEMORY_HINT)
     if (hint := missing_resource(error)) is not None:
-        return ResourceError(f"{fact}: {error}", hint=hint)
-    return ParityError(f"{fact}: {error}")
+        return ResourceError(f"{fact}: {text}", hint=hint)
+    return ParityError(f"{fact}: {text}")

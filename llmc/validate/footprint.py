@@ -6,6 +6,7 @@ since the peak is read from the child's own memory map.
 """
 
 import pickle
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -19,6 +20,7 @@ from llmc.artifact.latency import Footprint
 from llmc.children import die_with_parent
 from llmc.errors import ResourceError
 from llmc.gpu import gpu_memory_in_use
+from llmc.runtime.failures import missing_resource
 from llmc.runtime.session import Session
 from llmc.validate.series import timing
 
@@ -113,11 +115,13 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
         check=False,
     )
     if process.returncode != 0:
-        reason = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        last = process.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        reason = re.sub(r"^llmc\.errors\.\w+: ", "", last[0])
         raise ResourceError(
             f"the process that measures the memory of the {_side(job)} ended with {process.returncode}:"
-            f" {reason[0]}",
-            hint="a process that the system killed ends with -9: it ran out of memory",
+            f" {reason}",
+            hint=missing_resource(RuntimeError(reason))
+            or "a process that the system killed ends with -9: it ran out of memory",
         )
     return Sample(*json.loads(process.stdout.decode().splitlines()[-1]))
 

@@ -14,6 +14,7 @@ from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Dtype, Gate, Metric
 from llmc.errors import ResourceError
 from llmc.profile import Profile
+from llmc.runtime.failures import MEMORY_HINT
 from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.footprint import ArtifactJob, OriginalJob, resident_bytes, take_sample
@@ -228,6 +229,10 @@ def test_a_process_that_fails_says_why(llama: Any, tmp_path: Path) -> None:
         take_sample(ArtifactJob(gone, "onnxruntime", 4, 1))
     with pytest.raises(ResourceError, match="memory of the original ended with 9: no message"):
         take_sample(OriginalJob(partial(os._exit, 9), 1, 4, 1))
+    full = partial(exec, "raise RuntimeError('CUDA out of memory')")
+    with pytest.raises(ResourceError, match="original ended with 1: RuntimeError: CUDA out of") as raised:
+        take_sample(OriginalJob(full, 1, 4, 1))
+    assert raised.value.hint == MEMORY_HINT
 
 
 def test_peak_is_not_inherited_from_a_large_parent(llama: Any, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _runtime_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        fact = f"onnxruntime-genai cannot run {folder}: {error}"
+        fact = f"onnxruntime-genai cannot run {folder}: {str(error).strip()}"
         if (hint := missing_resource(error)) is not None:
             raise ResourceError(fact, hint=hint) from error
         raise ConfigError(fact, hint="llmc verify finds what is wrong with it") from error
