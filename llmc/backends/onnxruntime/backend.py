@@ -34,10 +34,12 @@ class OrtStage(Stage):
     Args:
         provider: The execution provider.
         gpu: The GPU on which the gates run; None for the CPU, or if this machine has none for the provider.
+        obstacle: Why this machine has none.
     """
 
     provider: Provider
     gpu: Gpu | None = None
+    obstacle: str | None = None
 
     @property
     def measurable(self) -> bool:
@@ -50,6 +52,8 @@ class OrtStage(Stage):
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """See `Stage`."""
+        if self.obstacle is not None:
+            progress.note(f"the artifact is not executed here: {self.obstacle}")
         for remark in _finish(graph, self.provider):
             progress.note(remark)
         return None
@@ -84,8 +88,8 @@ class OnnxRuntimeBackend(Backend):
         require_device_kernels(plan.target.name, plan.profile)
         try:
             return OrtStage(provider, require_cuda())
-        except ResourceError:  # a build needs no GPU; `llmc verify` says what its gates need
-            return OrtStage(provider)
+        except ResourceError as error:  # a build needs no GPU
+            return OrtStage(provider, obstacle=_reason(error))
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
         """See `Backend`."""
@@ -159,8 +163,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             return self.executable(artifact)
         except ResourceError as error:
-            hint = "" if error.hint is None else f" ({error.hint})"
-            progress.note(f"measured on the CPU: the graph, not CUDA's kernels: {error.fact}{hint}")
+            progress.note(f"measured on the CPU: the graph, not CUDA's kernels: {_reason(error)}")
             return None
 
     def open_graph(
@@ -215,6 +218,11 @@ class OnnxRuntimeBackend(Backend):
         if devices:
             return f"measured on {' and '.join(devices)}: CUDA's kernels"
         return "measured on the CPU: the graph, not CUDA's kernels"
+
+
+def _reason(error: ResourceError) -> str:
+    """Return the fact of an error, with its hint in parentheses."""
+    return error.fact if error.hint is None else f"{error.fact} ({error.hint})"
 
 
 def _executable(artifact: Artifact, gpu: Gpu | None) -> Executable:

@@ -1,5 +1,7 @@
 """Which profiles a build for CUDA accepts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,17 @@ from llmc.errors import ExitCode, UnsupportedError
 from llmc.machine import detect_cpu
 from llmc.plan import plan_build
 from llmc.profile import ProfileKind
+from tests.cuda import stub_environment
+
+PREPARE = """
+import sys
+from pathlib import Path
+from llmc.backends import backend_of
+from llmc.plan import plan_build
+plan = plan_build("demo", target="cuda-int4", profile="l4", output=Path(sys.argv[1]))
+stage = backend_of(plan.target).prepare(plan)
+print(stage.measurable, stage.obstacle)
+"""
 
 
 def test_a_gpu_without_code_in_onnxruntime_is_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -42,3 +55,20 @@ def test_a_gpu_that_nothing_runs_on() -> None:
 
 def test_a_host_without_a_gpu_may_build() -> None:
     require_device_kernels("cuda-fp16", detect_cpu())
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ((), "True None"),
+        (("libcublas.so.13",), "False libcublas.so.13, which onnxruntime needs for CUDA, "),
+        (("libcuda.so.1",), "False this machine has no NVIDIA GPU, or no driver for it (run it where"),
+    ],
+)
+def test_a_build_says_why_its_gates_cannot_run(
+    cuda_stub: Path, tmp_path: Path, without: tuple[str, ...], said: str
+) -> None:
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "out")]
+    environment = stub_environment(cuda_stub, without=without)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(said)
