@@ -32,9 +32,11 @@ from llmc.runtime.arithmetic import Arithmetic
 from llmc.runtime.greedy import stream_text
 
 if TYPE_CHECKING:
+    from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.store.folder import Artifact
     from llmc.backends.tensorrt.nodes import NodeChecker
+    from llmc.backends.tensorrt.session import EngineSession
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.static_session import StaticSession
@@ -128,14 +130,9 @@ class TensorRtBackend(Backend):
 
     def executable(self, artifact: Artifact) -> Executable:
         """See `Backend`."""
-        from llmc.backends.tensorrt.session import EngineSession
-
-        manifest = artifact.manifest
-        record = require_engine(manifest.engines, detect_profile())
-        digest = manifest.files[str(record.file)].sha256
-        session = partial(EngineSession, artifact.path, record, manifest.interface, digest=digest, eager=True)
-        rows = _engine_of(manifest.target).batch.most
-        return Executable(session, record.library, require_gpu(), record.weight_bytes or 0, rows)
+        record, session = _session_of(artifact)
+        eager, rows = partial(session, eager=True), _engine_of(artifact.manifest.target).batch.most
+        return Executable(eager, record.library, require_gpu(), record.weight_bytes or 0, rows)
 
     def accelerated(self, artifact: Artifact, progress: Progress) -> Executable | None:
         """See `Backend`."""
@@ -174,19 +171,15 @@ class TensorRtBackend(Backend):
         progress: Progress,
     ) -> Generated:
         """Generate text with the engine of this machine's GPU."""
-        from llmc.backends.tensorrt.session import EngineSession
-
-        path, manifest = artifact.path, artifact.manifest
+        path = artifact.path
         if lookup is not None:
             raise UnsupportedError(
                 f"{path} is a TensorRT engine: it has only the logits of the last token, which cannot "
                 "verify a draft",
                 hint="run it without --lookup",
             )
-        record = require_engine(manifest.engines, detect_profile())
-        digest = manifest.files[str(record.file)].sha256
-        session = EngineSession(path, record, manifest.interface, digest=digest)
-        codec, stop = TextCodec(path, manifest.text), read_stop_tokens(path)
+        _, opened = _session_of(artifact)
+        session, codec, stop = opened(), TextCodec(path, artifact.manifest.text), read_stop_tokens(path)
         tokens = stream_text(session, codec, prompt, max_tokens, stop, emit)
         for note in session.notes:
             progress.note(note)
@@ -254,6 +247,20 @@ class TensorRtBackend(Backend):
         from llmc.backends.tensorrt.nodes import NodeChecker
 
         return NodeChecker(Library.RTX)
+
+
+def _session_of(artifact: Artifact) -> tuple[EngineRecord, partial[EngineSession]]:
+    """Return the engine of this machine's GPU, and a function that opens a session of it.
+
+    Raises:
+        ResourceError: The artifact has no engine that this machine can load.
+    """
+    from llmc.backends.tensorrt.session import EngineSession
+
+    manifest = artifact.manifest
+    record = require_engine(manifest.engines, detect_profile())
+    digest = manifest.files[str(record.file)].sha256
+    return record, partial(EngineSession, artifact.path, record, manifest.interface, digest=digest)
 
 
 def _engine_of(target: Target) -> Engine:
