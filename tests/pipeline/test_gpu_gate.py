@@ -103,14 +103,6 @@ def test_without_a_gpu_the_graph_is_measured_on_the_cpu(on_cpu: Verified) -> Non
     assert not any("CUDA" in m.where for m in report.measurements)
 
 
-def test_a_gpu_that_the_runtime_has_no_code_for_is_told(work: Path, tmp_path: Path, cuda_stub: Path) -> None:
-    machine = stub_environment(cuda_stub, capability="10.0", name="NVIDIA B200")
-    code, err, report = verified(work, machine, tmp_path)
-    assert code == 0, err
-    assert "has no code for NVIDIA B200" in err
-    assert report.measured == "measured on the CPU: the graph, not CUDA's kernels"
-
-
 def test_a_build_holds_the_gates_on_the_gpu(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
     out = tmp_path / "built"
     done = llmc(

@@ -46,19 +46,25 @@ MODELS: dict[str, Callable[[], Graph]] = {
 }
 
 
-def run(graph: Graph, steps: Sequence[int], mask: np.ndarray, *, static: bool) -> list[np.ndarray]:
-    """Logits of each step over a cache of `CAPACITY` slots.
+def open_session(graph: Graph) -> ort.InferenceSession:
+    data = ir.to_proto(graph.model).SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def run(
+    session: ort.InferenceSession, graph: Graph, steps: Sequence[int], mask: np.ndarray, *, static: bool
+) -> list[np.ndarray]:
+    """Return the logits of each step over a cache of `CAPACITY` slots.
 
     Args:
+        session: A session of the graph.
         steps: Number of tokens of each step.
         mask: (rows, sum of `steps`), 0 at the padding of the first step.
         static: Whether the mask has all slots of the cache, as onnxruntime-genai feeds it for CUDA graphs.
     """
     ids = np.random.default_rng(0).integers(3, 250, mask.shape)
-    data = ir.to_proto(graph.model).SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     wanted, names = {i.name for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
     kept = {s.past: np.zeros((len(ids), *s.shape), np.float32) for s in graph.states}
     for slot in graph.cache:
@@ -83,25 +89,25 @@ def run(graph: Graph, steps: Sequence[int], mask: np.ndarray, *, static: bool) -
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mask_of_the_whole_cache_gives_the_same_bits(name: str) -> None:
     graph = prepared(MODELS[name]())
-    before = run(graph, [9, *[1] * 8], np.ones((1, 17), np.int64), static=False)
+    short = ([9, *[1] * 8], np.ones((1, 17), np.int64))
+    before = run(open_session(graph), graph, *short, static=False)
     assert follow_static_mask(graph) is None
     assert graph_obstacle(graph.model, graph.interface()) is None
+    session = open_session(graph)
     full = [15, *[1] * 9]  # more than half of the cache, and then to its end
     ragged = np.ones((3, 24), np.int64)
     ragged[0, 9:15], ragged[2, 1:15] = 0, 0
     for steps, mask in (
-        ([9, *[1] * 8], np.ones((1, 17), np.int64)),
+        short,
         (full, np.ones((1, 24), np.int64)),
         ([9, 4, 1, 3, 1], np.ones((1, 18), np.int64)),
         (full, ragged),
         ([1] * 6, np.ones((2, 6), np.int64)),
     ):
-        grown, found = (run(graph, steps, mask, static=static) for static in (False, True))
+        grown, found = (run(session, graph, steps, mask, static=static) for static in (False, True))
         for step, (expected, logits) in enumerate(zip(grown, found, strict=True)):
             np.testing.assert_array_equal(logits, expected, err_msg=f"step {step} of {steps}")
-    for expected, logits in zip(
-        before, run(graph, [9, *[1] * 8], np.ones((1, 17), np.int64), static=False), strict=True
-    ):
+    for expected, logits in zip(before, run(session, graph, *short, static=False), strict=True):
         np.testing.assert_array_equal(logits, expected)
 
 
