@@ -33,7 +33,7 @@ class Gpu:
     Args:
         name: The driver's name of it, as nvidia-smi prints it, such as "NVIDIA H200".
         capability: CUDA compute capability, such as "9.0".
-        memory_bytes: Its memory; that of the host if it has none of its own.
+        memory_bytes: Its memory, or the host's if it has none of its own.
         uuid: Its name in CUDA_VISIBLE_DEVICES, such as "GPU-8a56a4c6-…".
         integrated: Whether it shares the memory of the host.
     """
@@ -131,7 +131,7 @@ def _library() -> str:
 
 
 def _load_driver() -> Any:
-    """Load the library of NVIDIA's driver; None if there is none.
+    """Load the library of NVIDIA's driver; None if it is missing.
 
     Containers that were saved where a GPU was handed in keep an empty file of that name.
     """

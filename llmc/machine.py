@@ -45,7 +45,7 @@ def detect_profile(*, gpu: bool = True, measure: bool = False) -> Profile:
 def detect_gpu() -> Profile | None:
     """Describe the GPU that CUDA gives to this process first; None without a driver or a GPU.
 
-    Memory that a GPU shares with the CPU is left out: the driver then states that of the host.
+    Memory that a GPU shares with the CPU is left out: the driver then states the host's.
 
     Raises:
         ResourceError: There is a driver, but it does not work.

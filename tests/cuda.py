@@ -31,7 +31,7 @@ _LIBRARIES = {
     "libcufft.so.12": "nothing.c",
     "libnvidia-ml.so.1": "nvml.c",
 }
-#: Libraries whose functions have no version: those of the driver.
+#: The libraries of the driver, whose functions have no version.
 _UNVERSIONED = {"libcuda.so.1", "libnvidia-ml.so.1"}
 #: Compilers of C that are tried before the one for compiled kernels, which may first build its own libraries.
 _COMPILERS = ("cc", "gcc", "clang")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gpu_checks.subjects import Subject
 
 
-#: Beginning of the reason why no figure of a device is believed on which a product of two matrices is wrong.
+#: The reason begins with this where no figure of a device is believed, since it multiplies matrices wrongly.
 COMPUTES_NOTHING = "the device computes nothing"
 
 

@@ -15,7 +15,7 @@ from llmc.runtime.libraries import CUDA_PROVIDER
 
 
 def check_placement(room: Room, check: Check) -> Found:
-    """Count the nodes of a decode step by provider, those off the GPU by operator, and copies."""
+    """Count the nodes of a decode step by provider, the nodes off the GPU by operator, and copies."""
     with tempfile.TemporaryDirectory() as scratch:
         session = room.on_device(check.subject, profile=Path(scratch) / "profile")
         session.prefill(np.array([[5, 6, 7, 8]]), steps=1)

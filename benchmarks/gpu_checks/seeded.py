@@ -2,7 +2,7 @@
 
 Speed and memory do not depend on the values of weights, and neither does whether two kernels agree on them.
 An artifact without its large weights is small enough to be carried where a network is not. Its graph, its
-small weights, and tables such as those of rotary embeddings stay as they are.
+small weights, and its tables, such as for rotary embeddings, stay as they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run the same tokens through any session, in every kind of step, and compare the logits.
 
-The levels are those of `llmc verify`: a prompt, a piece over the cache of that prompt, single steps after it,
+The levels are as in `llmc verify`: a prompt, a piece over the cache of that prompt, single steps after it,
 and a batch of prompts of unequal length with steps after it. Each run keeps the last real token's logits.
 """
 
@@ -35,7 +35,7 @@ class Tokens:
 
     Args:
         sequence: Tokens of the one long row.
-        rows: Tokens of each row of the batch, with those of its steps.
+        rows: Tokens of each row of the batch, its steps included.
         lengths: Number of tokens of each row before the steps.
         side: The side on which shorter rows are padded.
     """

@@ -121,8 +121,8 @@ class Executable:
         gpu: The GPU that executes it; None for the CPU.
         weight_bytes: Bytes of weights that a decode step reads; None if they are those of model.onnx.
         rows: Largest number of rows of a batch; None for any number.
-        timed: Ways to open a session that is timed, by `next_tokens`, as it is served first; empty if `open`
-            is the only one.
+        timed: Functions that open a session whose `next_tokens` is timed, first the way in which it is
+            served; empty if `open` is the only way.
     """
 
     open: Callable[[], Rewindable]

@@ -73,11 +73,11 @@ def load_genai() -> Any:
 def require_cuda() -> Gpu:
     """Load the CUDA libraries for ONNX Runtime and onnxruntime-genai, and return the GPU that they will use.
 
-    Libraries on LD_LIBRARY_PATH come first, then those of NVIDIA's distributions, then the system's. Nothing
-    is written to standard output. Call it before a CUDA session is opened.
+    Libraries on LD_LIBRARY_PATH come first, then NVIDIA's distributions', then the system's. Nothing is
+    written to standard output. Call it before a CUDA session is opened.
 
     Raises:
-        ResourceError: There is no driver or GPU, the driver is too old, a library is missing, or the
+        ResourceError: A driver or GPU is missing, the driver is too old, a library is missing, or the
             installed onnxruntime has no CUDA provider or no code for the GPU.
     """
     ort = load_onnxruntime()
@@ -212,7 +212,7 @@ def _places() -> list[str]:
 
 
 def _library_folders() -> list[Path]:
-    """Return the folders to look in before those of the system: the user's, then NVIDIA's distributions'."""
+    """Return the folders to look in before the system's: the user's, then NVIDIA's distributions'."""
     parts = ("bin", "x86_64") if sys.platform == "win32" else ("lib",)
     own = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     return [Path(each) for each in own if each] + [

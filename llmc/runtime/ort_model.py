@@ -57,10 +57,11 @@ class OrtModel:
         profile: Prefix of the file in which onnxruntime records the time of each kernel.
         provider: The execution provider; for CUDA, the first device that this process sees.
         cuda_graph: Whether steps of one token are launched as a CUDA graph; it needs shared mode.
-        chooses: Whether the device chooses the tokens of `next_tokens`, from logits that are not copied.
+        chooses: Whether the device chooses the tokens that `next_tokens` returns, so that no logits are
+            copied.
 
     Raises:
-        ConfigError: There is no model.onnx in `folder`, or a step cannot be a CUDA graph.
+        ConfigError: model.onnx is missing in `folder`, or a step cannot be a CUDA graph.
         ResourceError: onnxruntime is not installed, CUDA or its libraries are missing, or the device has not
             enough memory.
         ParityError: onnxruntime cannot load the graph, or its inputs and outputs differ from the interface.

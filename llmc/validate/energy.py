@@ -1,4 +1,4 @@
-"""Measure energy by counters of the hardware: the processor's (RAPL) and that of an NVIDIA GPU (NVML).
+"""Measure energy by counters of the hardware: the processor's (RAPL) and an NVIDIA GPU's (NVML).
 
 Linux exposes RAPL as files below /sys/class/powercap. A zone's `energy_uj` counts microjoules and wraps
 around at `max_energy_range_uj` (https://www.kernel.org/doc/html/latest/power/powercap/powercap.html). A

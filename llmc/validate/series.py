@@ -36,6 +36,6 @@ def noise(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -
 
 
 def tokens_per_second(rounds: Sequence[Sequence[float]], tokens: int) -> float:
-    """Return tokens per second over all rounds, each time of which is that of `tokens`."""
+    """Return tokens per second over all rounds, each time of which `tokens` took."""
     times = [x for r in rounds for x in r]
     return 1e3 * tokens * len(times) / sum(times)

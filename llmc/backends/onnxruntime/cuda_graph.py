@@ -8,14 +8,14 @@ What onnxruntime-genai 0.18 does with `enable_cuda_graph` (its src/models and sr
   run kernel by kernel. States of fixed size swap their buffers, and a graph is captured for each order.
 
 ONNX Runtime 1.31 captures a graph without control flow, and without copies between host and device. Values
-on the host are those of the captured step forever, so that they may depend on shapes alone; addresses that a
+on the host keep what the captured step computed, so that they may depend on shapes alone; addresses that a
 kernel's host code copies to the device would have to stay in memory for every launch, which is not relied on.
 
 A mask of the whole cache does not say where the step ends. `follow_static_mask` therefore reads the step's
 own tokens at the end of a mask that grows with the text, and at the beginning of one that has as many slots
 as the cache. There, a row that runs one token has a 1; a row that runs alone has only ones; and several rows
 of several tokens are the beginning of their texts, since attention takes such a step on an empty cache only.
-It knows an empty cache by a total length equal to that of the step, and is told that one.
+It takes a cache for empty if the total length equals the step's, and is therefore given the step's length.
 """
 
 from collections.abc import Iterator

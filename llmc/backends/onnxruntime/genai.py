@@ -51,7 +51,7 @@ def shares_cache(model: ir.Model, interface: Interface) -> bool:
     """Return whether past and present of all layers may share one buffer of the maximum length.
 
     They may if only `GroupQueryAttention` and compiled kernels read a past: these read the valid length from
-    `seqlens_k`, whereas a concatenation would use the shape. `CACHE_SLOTS` is meant to be that of the buffer.
+    `seqlens_k`, whereas a concatenation would use the shape. `CACHE_SLOTS` is meant to be its length.
     """
     past = {name for slot in interface.cache for name in slot.pasts}
     readers = [node for value in model.graph.inputs if value.name in past for node in value.consumers()]

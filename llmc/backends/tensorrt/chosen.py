@@ -1,7 +1,7 @@
-"""The output that an engine has beside those of its graph: each row's most likely token.
+"""Add an output to an engine that its graph does not have: each row's most likely token.
 
 A step that only needs that token reads 4 bytes of a row instead of all logits, and nothing is searched on the
-host. model.onnx and its interface do not have the output: it is added when an engine is built, behind logits.
+host. The output is added behind the logits when an engine is built; model.onnx and its interface lack it.
 In engines of TensorRT-RTX 1.7 it costs two kernels or three, and changes no other (docs/engines.md). Of equal
 logits it may take any; a search on the host takes the first.
 """

@@ -34,11 +34,11 @@ def load_engine(trt: Any, runtime: Any, path: Path, log: BuildLog) -> Any:
     """Load the engine in a file onto the device.
 
     Raises:
-        ConfigError: There is no such file.
+        ConfigError: The file does not exist.
         ResourceError: It cannot be read, or TensorRT cannot load it; the error quotes the reason.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no engine {path}", hint="build the artifact again")
+        raise ConfigError(f"the engine {path} is missing", hint="build the artifact again")
     try:
         with open(path, "rb", buffering=0) as opened:
             file = PlanFile(opened)

@@ -18,7 +18,7 @@ class PlanFile:
     Args:
         file: The file, opened without a buffer.
 
-    Afterwards `error` is what a read failed with: TensorRT is only told that the file ends there.
+    `error` is the error of a read that failed, since TensorRT is only told that the file ends there.
     """
 
     def __init__(self, file: FileIO) -> None:
@@ -48,7 +48,7 @@ def open_reader(trt: Any, file: PlanFile) -> Any:
     """Create a stream reader of TensorRT over a file.
 
     Raises:
-        ResourceError: There is no driver of NVIDIA, which a reader asks where bytes are to go.
+        ResourceError: NVIDIA's driver is missing, which a reader asks where bytes are to go.
     """
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc]

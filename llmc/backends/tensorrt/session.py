@@ -61,7 +61,7 @@ class EngineSession(StaticSession):
     Afterwards `notes` has a sentence for everything that is slower than possible, and `where` mentions it.
 
     Raises:
-        ConfigError: The record or the file is not that of a built engine.
+        ConfigError: The record does not describe a built engine, or the file is missing.
         ResourceError: TensorRT, cuda-bindings, the driver, the GPU or memory is missing, or TensorRT cannot
             load the engine.
         ParityError: Its inputs and outputs differ from the interface.
@@ -149,7 +149,7 @@ class EngineSession(StaticSession):
         return context
 
     def _share_kernels(self, config: Any) -> None:
-        """Have a context use the compiled kernels of this session, and at first those of the last one."""
+        """Have a context use this session's compiled kernels, which begin with those that were kept."""
         if self._kernels is None:
             cache = self._kernels = config.create_runtime_cache()
             kept = None if self._store is None else self._store.load()

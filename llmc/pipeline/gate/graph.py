@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def measure_served(run: Run) -> None:
     """Measure an artifact as onnxruntime-genai serves it, on its accelerator or on the CPU.
 
-    On an accelerator, the parity levels are those of the served arithmetic with the accelerator's kernels. On
-    the CPU they are those of the graph in float32.
+    On an accelerator, the parity levels are measured with its kernels, in the served arithmetic. On the CPU
+    they are measured on the graph in float32.
 
     Raises:
         ParityError: The artifact cannot be loaded, so nothing further can be measured.

@@ -83,7 +83,7 @@ def _tensors(text: str) -> list[dict[str, Any]]:
 
 
 def _as_json(lines: list[str], *, old: bool) -> str:
-    """The same layers as the inspector's JSON, with TensorRT-RTX's fields or with those of TensorRT 10."""
+    """Return the same layers as the inspector's JSON, with the fields of TensorRT-RTX or of TensorRT 10."""
     rows = []
     for line in lines:
         match = re.match(

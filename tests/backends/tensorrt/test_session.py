@@ -43,10 +43,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return folder, record, interface
 
 
-def _runtime(log: BuildLog) -> object:
-    return trt.Runtime(make_logger(trt, log))
-
-
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a GPU, where there is one, from the driver: it looks when it is first used."""
@@ -80,7 +76,7 @@ def test_tensorrt_says_why_it_cannot_load_an_engine(built: Built, tmp_path: Path
         with pytest.raises(ResourceError, match=message) as caught:
             load_engine(trt, runtime, tmp_path / f"{name}.engine", log)
         assert caught.value.hint == "llmc verify tells which files are"
-    with pytest.raises(ConfigError, match=r"there is no engine .*gone\.engine"):
+    with pytest.raises(ConfigError, match=r"the engine .*gone\.engine is missing"):
         load_engine(trt, runtime, tmp_path / "gone.engine", log)
 
 
@@ -115,7 +111,7 @@ except ResourceError as error:
 
 
 def test_a_reader_opens_over_a_driver(cuda_stub: Path, built: Built) -> None:
-    """Behind the stub's driver TensorRT takes the reader; then its runtime finds that the driver is none."""
+    """TensorRT takes the reader over the stub's driver, and its runtime then refuses that driver."""
     done = subprocess.run(
         [sys.executable, "-c", _OPEN, str(built[0] / str(built[1].file))],
         capture_output=True,
@@ -253,7 +249,7 @@ except ResourceError as error:
 def test_an_engine_of_another_gpu_or_release(
     capability: str, changes: dict[str, str], fact: str, hint: str, cuda_stub: Path, built: Built
 ) -> None:
-    """The last case is what CUDA's runtime says of the stub's driver, which is none for it."""
+    """The last case is the error with which CUDA's runtime refuses the stub's driver."""
     folder, record, interface = built
     texts = (record.model_copy(update=changes).model_dump_json(), interface.model_dump_json())
     done = subprocess.run(
@@ -315,7 +311,7 @@ def test_tensorrt_builds_only_for_the_first_device(cuda_stub: Path, tmp_path: Pa
     assert build("9.0", CUDA_VISIBLE_DEVICES="")[0] == "CUDA_VISIBLE_DEVICES='' leaves no GPU visible to CUDA"
 
 
-def test_a_record_without_profiles_is_of_no_engine(built: Built) -> None:
+def test_a_record_without_profiles_is_refused(built: Built) -> None:
     folder, record, interface = built
     with pytest.raises(ConfigError, match="is recorded with 0 optimization profiles"):
         EngineSession(folder, record.model_copy(update={"phases": ()}), interface)
