@@ -48,9 +48,12 @@ from gpu_checks.run import Run
 from gpu_checks.table import print_table
 from gpu_checks.worker import Worker
 
+from llmc.artifact.store.lock import output_lock
 from llmc.catalog import list_profiles
-from llmc.errors import ExitCode, LlmcError, ResourceError
+from llmc.cli.signals import catch_signals
+from llmc.errors import LlmcError, ResourceError
 from llmc.gpu import require_gpu
+from llmc.pipeline.result import require_folder
 from llmc.profile import find_profile
 
 #: Profile of artifacts that are built without a GPU; the graph for CUDA is the same for all.
@@ -72,11 +75,15 @@ def main() -> int:
     unknown = [name for name in names if not any(check.matches((name,)) for check in checks)]
     if unknown:
         raise SystemExit(f"no check is named {', '.join(unknown)}; --help lists them")
-    worker = Worker(settings)
-    run = Run(settings, Record(options.out, describe()), worker, device, deadline, no_gpu)
-    try:
-        run.go(checks, names)
-    finally:
+    require_folder(options.out.parent)
+    with output_lock(options.out.with_name(f".{options.out.name}.lock"), options.out):
+        worker = Worker(settings)
+        run = Run(settings, Record(options.out, describe()), worker, device, deadline, no_gpu)
+        try:
+            run.go(checks, names)
+        except BaseException:
+            worker.stop(idle=False)  # it is in the middle of a check
+            raise
         worker.stop()
     print(f"{device}; {describe()}")
     print_table(run.outcomes)
@@ -117,9 +124,11 @@ def host_profile(no_gpu: str | None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)
-    except LlmcError as error:
-        raise SystemExit(f"error: {error.fact}" + (f"\nhint: {error.hint}" if error.hint else "")) from error
+    with catch_signals() as stopped:
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            sys.exit(stopped.exit_code)
+        except LlmcError as error:
+            hint = f"\nhint: {error.hint}" if error.hint else ""
+            raise SystemExit(f"error: {error.fact}{hint}") from error

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from llmc.artifact.store.folder import open_artifact
-from llmc.errors import ConfigError
 from llmc.runtime.ort_model import OrtModel
 from tests.cuda import stub_environment
 
@@ -179,8 +178,27 @@ def test_results_that_are_not_of_this_schema_are_refused(tmp_path: Path) -> None
 
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot be written to .*file"):
-        Record(tmp_path / "file" / "out.json", "a machine")
+    process = start(tmp_path / "file", "--minutes", "0")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "cannot be written to" in said
+    assert "Traceback" not in said
+
+
+def test_one_run_at_a_time_and_none_is_left_after_sigterm(folder: Path) -> None:
+    (folder / "out.json").unlink()
+    process = start(folder, "--device", "cpu", "--only", "doctor")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: workers(children) != [])
+    (worker,) = workers(children)
+    other = start(folder, "--minutes", "0")
+    assert "is in use" in other.communicate(timeout=60)[1]
+    assert other.returncode == 1
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_a_check_that_failed_stays_failed_where_there_is_no_time(tmp_path: Path) -> None:

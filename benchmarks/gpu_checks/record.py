@@ -29,7 +29,6 @@ from pydantic import Field, ValidationError
 
 from llmc.artifact.store.disk import replace_text
 from llmc.errors import ConfigError
-from llmc.pipeline.result import require_folder
 from llmc.records import Strict
 
 
@@ -76,11 +75,11 @@ class Record:
     """The outcomes of all runs so far.
 
     Args:
-        path: The JSON file; created at the first outcome, its folder at once.
+        path: The JSON file; created at the first outcome, in a folder that exists.
         machine: One line on this machine.
 
     Raises:
-        ConfigError: The file exists and is not of this schema, or its folder cannot be written to.
+        ConfigError: The file exists and is not of this schema.
     """
 
     def __init__(self, path: Path, machine: str) -> None:
@@ -95,7 +94,6 @@ class Record:
                     hint="name another file with --out, or delete this one",
                 ) from error
             self._outcomes = {_key(o.check, o.identity): o for o in document.outcomes}
-        require_folder(path.parent)
 
     def find(self, check: str, identity: Identity) -> Outcome | None:
         """Return the outcome of a check for this identity, if it has one."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpu_checks.checks import Check, Settings
 from gpu_checks.record import OUT_OF_TIME, Status
+from llmc.children import die_with_parent
 from llmc.errors import LlmcError, ResourceError, UnsupportedError, failing_line, first_lines
 
 #: Seconds that a check may take beyond a multiple of its forecast before it counts as hanging.
@@ -104,6 +105,7 @@ def serve(pipe: Any, settings: Settings) -> None:
     from gpu_checks.plan import list_checks
     from gpu_checks.room import Room
 
+    die_with_parent()
     os.setpgid(0, 0)  # so that `stop` reaches the processes that checks start
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # standard output is for the results

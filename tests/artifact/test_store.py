@@ -177,7 +177,7 @@ def test_ctrl_c_in_another_process_leaves_nothing(tmp_path: Path, other_build: s
 def test_an_output_in_use_is_refused(
     tmp_path: Path, build: Build, other_build: subprocess.Popen[str]
 ) -> None:
-    fact = f"model is in use by another build \\(process {other_build.pid}\\)"
+    fact = f"model is in use by another run of llmc \\(process {other_build.pid}\\)"
     with pytest.raises(ConfigError, match=fact) as caught:
         build(tmp_path / "model", b"two")
     assert caught.value.exit_code is ExitCode.USAGE

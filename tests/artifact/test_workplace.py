@@ -182,7 +182,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_flock_the_file_is_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with output_lock(lock, tmp_path):
-        fact = f"in use by another build \\(process {os.getpid()}\\)"
+        fact = f"in use by another run of llmc \\(process {os.getpid()}\\)"
         with pytest.raises(ConfigError, match=fact), output_lock(lock, tmp_path):
             pytest.fail("was taken twice")
     assert not lock.exists()

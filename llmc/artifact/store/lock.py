@@ -120,7 +120,7 @@ def _in_use(output: Path, holder: tuple[int, str] | None, more: str = "") -> Con
     if holder is not None and holder[1] != _host():
         who += f" on {holder[1]}"
     return ConfigError(
-        f"output directory {output} is in use by another build (process {who})",
+        f"output {output} is in use by another run of llmc (process {who})",
         hint=f"wait until it is done, or choose another output{more}",
     )
 
