@@ -2,7 +2,7 @@
 
 from typing import Any
 
-#: The output of the added operator: token ids, (batch, positions, 1) int64.
+#: The output with the chosen tokens, (batch, positions, 1), int64 here and int32 in engines.
 CHOICE = "most_likely_token"
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from llmc.artifact.engine import EngineRecord
 from llmc.artifact.manifest import MODEL
 from llmc.artifact.store.disk import space_errors
-from llmc.backends.tensorrt.chosen import engine_outputs
+from llmc.backends.tensorrt.choice import engine_outputs
 from llmc.backends.tensorrt.support import Library
 from llmc.graph.domains import MICROSOFT, OPSET, STANDARD, VERSION
 from llmc.graph.interface import Interface, TensorSpec

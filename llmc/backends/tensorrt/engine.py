@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MODEL, FileDigest
 from llmc.artifact.store.disk import require_space, space_errors
-from llmc.backends.tensorrt.chosen import add_chosen
+from llmc.backends.tensorrt.choice import add_network_choice
 from llmc.backends.tensorrt.device import require_current_device
 from llmc.backends.tensorrt.inspection import EngineFacts, inspect_build
 from llmc.backends.tensorrt.layers import Layer, require_fused_attention, require_quantized_products
@@ -104,7 +104,7 @@ def build_engine(
     parser = trt.OnnxParser(network, logger)
     _parse(parser, folder / MODEL)
     _require_consumers(network)
-    add_chosen(trt, network)
+    add_network_choice(trt, network)
     config = _configure(trt, builder, plan)
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmc.backends.tensorrt.chosen import engine_outputs
+from llmc.backends.tensorrt.choice import engine_outputs
 from llmc.backends.tensorrt.log import BuildLog
 from llmc.backends.tensorrt.plan_file import PlanFile, open_reader
 from llmc.errors import ConfigError, ParityError, ResourceError

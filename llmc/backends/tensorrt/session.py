@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.artifact.engine import EngineRecord
-from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
+from llmc.backends.tensorrt.choice import engine_outputs
 from llmc.backends.tensorrt.cuda import CapturedGraph, DeviceBuffer, Stream
 from llmc.backends.tensorrt.device import require_device
 from llmc.backends.tensorrt.engine import load_library
@@ -35,6 +35,7 @@ from llmc.backends.tensorrt.log import BuildLog, make_logger
 from llmc.backends.tensorrt.support import Library
 from llmc.errors import ConfigError, ParityError, ResourceError
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface, TensorSpec
+from llmc.runtime.choice import CHOICE
 from llmc.runtime.static_session import StaticSession
 
 
@@ -199,7 +200,7 @@ class EngineSession(StaticSession):
         """Do what `StaticSession.next_tokens` does, with the output that the engine chooses on the GPU."""
         batch = len(tokens)
         self._require_slots(int(self._written.max()) + 1)
-        chosen = self._step(CHOSEN, tokens[:, None], self._written, np.ones(batch, np.int64))
+        chosen = self._step(CHOICE, tokens[:, None], self._written, np.ones(batch, np.int64))
         self._written = self._written + 1
         return chosen[:, -1, 0].astype(np.int64)
 

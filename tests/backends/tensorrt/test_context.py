@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from llmc.artifact.engine import EngineRecord
-from llmc.backends.tensorrt.chosen import engine_outputs
+from llmc.backends.tensorrt.choice import engine_outputs
 from llmc.backends.tensorrt.context import PROVIDER, write_context
 from llmc.config import Dtype
 from llmc.errors import ResourceError

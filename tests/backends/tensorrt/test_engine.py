@@ -151,7 +151,7 @@ def test_the_choice_of_a_token_adds_its_own_kernels_alone(
 ) -> None:
     write_lowered(tmp_path, "llama", Dtype.FLOAT16, last="last-token-logits")
     chosen = _names(tmp_path, monkeypatch)
-    monkeypatch.setattr(tensorrt, "add_chosen", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "add_network_choice", lambda *_: None)
     plain = _names(tmp_path, monkeypatch)
     for with_choice, without in zip(chosen, plain, strict=True):
         assert with_choice == [*without, "__myl_Resh_myl_", "__myl_Topk_myl_"]

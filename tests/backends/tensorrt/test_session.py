@@ -14,7 +14,7 @@ from cuda.bindings import runtime as cuda
 
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt import loading, plan_file, session
-from llmc.backends.tensorrt.chosen import CHOSEN, engine_outputs
+from llmc.backends.tensorrt.choice import engine_outputs
 from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
 from llmc.backends.tensorrt.device import require_device
 from llmc.backends.tensorrt.engine import build_engine
@@ -26,6 +26,7 @@ from llmc.config import Dtype, Engine, Span
 from llmc.errors import ConfigError, ExitCode, ResourceError
 from llmc.gpu import gpus
 from llmc.graph.interface import Interface
+from llmc.runtime.choice import CHOICE
 from tests.cuda import stub_environment
 from tests.lowering import CAPACITY, write_lowered
 
@@ -339,5 +340,5 @@ def test_every_input_and_output_has_a_size(built: Built) -> None:
         assert shapes[name] == most
     assert prefill.shapes.keys() == decode.shapes.keys() == {spec.name for spec in interface.inputs}
     assert shapes["logits"] == (4, 1, interface.vocabulary)
-    assert shapes[CHOSEN] == (4, 1, 1)
+    assert shapes[CHOICE] == (4, 1, 1)
     assert all(shapes[slot.present_key] == shapes[slot.past_key] for slot in interface.cache)

@@ -9,21 +9,20 @@ logits it may take any; a search on the host takes the first.
 from typing import Any
 
 from llmc.graph.interface import Interface, TensorSpec
+from llmc.runtime.choice import CHOICE
 
-CHOSEN = "chosen"
 
-
-def add_chosen(trt: Any, network: Any) -> None:
-    """Add the output to a network that was parsed from a graph."""
+def add_network_choice(trt: Any, network: Any) -> None:
+    """Add the output `CHOICE` to a network that was parsed from a graph."""
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     logits = next(output for output in outputs if output.name == "logits")
     last = len(logits.shape) - 1
     chosen = network.add_topk(logits, trt.TopKOperation.MAX, 1, 1 << last).get_output(1)
-    chosen.name = CHOSEN
+    chosen.name = CHOICE
     network.mark_output(chosen)
 
 
 def engine_outputs(interface: Interface) -> tuple[TensorSpec, ...]:
     """Return the outputs of an engine that is built from a graph with this interface."""
     logits = next(spec for spec in interface.outputs if spec.name == "logits")
-    return *interface.outputs, TensorSpec(name=CHOSEN, dtype="int32", shape=(*logits.shape[:-1], 1))
+    return *interface.outputs, TensorSpec(name=CHOICE, dtype="int32", shape=(*logits.shape[:-1], 1))
