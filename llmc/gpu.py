@@ -139,13 +139,17 @@ def _load_driver() -> Any:
     try:
         return ctypes.CDLL(name)
     except OSError as error:
-        absent = (f"{name}: cannot open shared object file", "Could not find module", "file too short")
-        if any(each in str(error) for each in absent):
+        if is_missing_library(error, name) or "file too short" in str(error):
             return None
         raise ResourceError(
             f"the library of NVIDIA's driver does not load: {error}",
             hint="it must be the one that the driver installed, for this processor: see LD_LIBRARY_PATH",
         ) from error
+
+
+def is_missing_library(error: OSError, name: str) -> bool:
+    """Return whether the system found no library of this name, rather than one that it cannot load."""
+    return f"{name}: cannot open shared object file" in str(error) or "Could not find module" in str(error)
 
 
 def _check(driver: Any, function: str, code: int) -> None:

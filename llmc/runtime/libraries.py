@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ResourceError
-from llmc.gpu import Gpu, driver_version, require_gpu, selecting_hint
+from llmc.gpu import Gpu, driver_version, is_missing_library, require_gpu, selecting_hint
 from llmc.runtime.device_code import read_device_code, runs_on
 
 #: Name of ONNX Runtime's execution provider for NVIDIA GPUs.
@@ -167,18 +167,13 @@ def load_library_of(name: str, distribution: str) -> None:
     try:
         ctypes.CDLL(name if file is None else str(file))
     except OSError as error:
-        missing = file is None and _is_missing(error, name)
+        missing = file is None and is_missing_library(error, name)
         kind = MissingLibraryError if missing else ResourceError
         raise kind(
             f"{name}, which onnxruntime needs for CUDA, "
             + ("is not installed" if missing else f"does not load: {error}"),
             hint=f"pip install '{distribution}', or 'llmc[gpu]', which brings all of them",
         ) from error
-
-
-def _is_missing(error: OSError, name: str) -> bool:
-    """Return whether the system found no library of this name, rather than one that it cannot load."""
-    return f"{name}: cannot open shared object file" in str(error) or "Could not find module" in str(error)
 
 
 def _is_loaded(name: str) -> bool:
