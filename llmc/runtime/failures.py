@@ -16,13 +16,17 @@ _NO_CUDNN = "cuDNN is unavailable"
 _CUDNN_HINT = "pip install nvidia-cudnn-cu13: an operator of this graph needs cuDNN 9"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out."""
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Return whether an error, or the text of one, says that memory ran out."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
-def missing_resource(error: BaseException) -> str | None:
-    """Return what to do about an error that says what the machine lacks; None if it says something else."""
+def missing_resource(error: BaseException | str) -> str | None:
+    """Return what to do about an error that says what the machine lacks; None if it says something else.
+
+    Args:
+        error: The error, or its text from another process.
+    """
     if is_out_of_memory(error):
         return MEMORY_HINT
     return _CUDNN_HINT if _NO_CUDNN in str(error) else None

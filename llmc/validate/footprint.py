@@ -120,7 +120,7 @@ def take_sample(job: ArtifactJob | OriginalJob) -> Sample:
         raise ResourceError(
             f"the process that measures the memory of the {_side(job)} ended with {process.returncode}:"
             f" {reason}",
-            hint=missing_resource(RuntimeError(reason))
+            hint=missing_resource(reason)
             or "a process that the system killed ends with -9: it ran out of memory",
         )
     return Sample(*json.loads(process.stdout.decode().splitlines()[-1]))

@@ -5,7 +5,9 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from cuda.bindings import runtime as cuda
 
 from llmc.artifact.engine import EngineRecord
 from llmc.backends.tensorrt import loading, plan_file, session
-from llmc.backends.tensorrt.choice import engine_outputs
+from llmc.backends.tensorrt.choice import add_network_choice, engine_outputs
 from llmc.backends.tensorrt.cuda import DeviceBuffer, Stream, call, load_runtime
 from llmc.backends.tensorrt.device import require_device
 from llmc.backends.tensorrt.engine import build_engine
@@ -318,18 +320,35 @@ def test_a_record_without_profiles_is_refused(built: Built) -> None:
         EngineSession(folder, record.model_copy(update={"phases": ()}), interface)
 
 
-def test_the_cache_is_one_that_tensorrt_updates_in_place(built: Built) -> None:
-    """A KVCacheUpdate layer's output shares the address of its cache by TensorRT's documentation."""
-    folder, _, interface = built
+@pytest.fixture
+def network(built: Built) -> Iterator[Any]:
+    """The network of the graph that the engine is built from."""
     logger = make_logger(trt, BuildLog())
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, logger).parse_from_file(str(folder / "model.onnx"))
+    parsed = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(parsed, logger)
+    assert parser.parse_from_file(str(built[0] / "model.onnx"))
+    yield parsed
+    del parser  # it owns the weights
+
+
+def test_the_cache_is_one_that_tensorrt_updates_in_place(built: Built, network: Any) -> None:
+    """A KVCacheUpdate layer's output shares the address of its cache by TensorRT's documentation."""
+    interface = built[2]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
     expected = {slot.present_key: slot.past_key for slot in interface.cache}
     expected |= {slot.present_value: slot.past_value for slot in interface.cache}
     assert {layer.get_output(0).name: layer.get_input(0).name for layer in updates} == expected
+
+
+def test_the_chosen_token_is_the_largest_of_the_last_axis(network: Any) -> None:
+    add_network_choice(trt, network)
+    layer = network.get_layer(network.num_layers - 1)
+    layer.__class__ = trt.ITopKLayer
+    assert (layer.op, layer.k, layer.axes) == (trt.TopKOperation.MAX, 1, 1 << 2)
+    assert layer.get_input(0).name == "logits"
+    assert layer.get_output(1).name == network.get_output(network.num_outputs - 1).name == CHOICE
 
 
 def test_every_input_and_output_has_a_size(built: Built) -> None:
