@@ -234,6 +234,12 @@ def test_a_machine_that_cannot_run_it_is_told(
     assert hint in advice
 
 
+def test_experts_on_an_old_gpu_are_told(artifacts: dict[str, Path], cuda_stub: Path) -> None:
+    ended = run(artifacts["qwen3_moe"], stub_environment(cuda_stub, capability="7.5"))
+    assert ended.returncode == ExitCode.RESOURCES, ended.stderr
+    assert "hint: experts need a GPU of compute capability 8.0 or newer" in ended.stderr
+
+
 def test_an_operator_that_needs_cudnn_is_told(
     artifacts: dict[str, Path], cuda_stub: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,10 @@ MEMORY_HINT = "run fewer rows or a shorter context, take a smaller model, or end
 _NO_CUDNN = "cuDNN is unavailable"
 _CUDNN_HINT = "pip install nvidia-cudnn-cu13: an operator of this graph needs cuDNN 9"
 
+#: Text of ONNX Runtime's kernels for experts, and what to do.
+_NO_EXPERTS = "Arch unsupported for MoE GEMM"
+_EXPERTS_HINT = "experts need a GPU of compute capability 8.0 or newer"
+
 
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error, or the text of one, says that memory ran out."""
@@ -29,7 +33,8 @@ def missing_resource(error: BaseException | str) -> str | None:
     """
     if is_out_of_memory(error):
         return MEMORY_HINT
-    return _CUDNN_HINT if _NO_CUDNN in str(error) else None
+    hints = {_NO_CUDNN: _CUDNN_HINT, _NO_EXPERTS: _EXPERTS_HINT}
+    return next((hint for text, hint in hints.items() if text in str(error)), None)
 
 
 def typed_error(error: Exception, fact: str) -> LlmcError:

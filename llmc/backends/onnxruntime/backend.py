@@ -16,6 +16,7 @@ from llmc.errors import ResourceError
 from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.graph.switches import RESTARTING_TYPES
+from llmc.profile import Profile
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
 from llmc.runtime.libraries import CUDA_PROVIDER, require_cuda
@@ -33,11 +34,13 @@ class OrtStage(Stage):
 
     Args:
         provider: The execution provider.
+        profile: What is built for.
         gpu: The GPU on which the gates run; None for the CPU, or if this machine has none for the provider.
         obstacle: Why this machine has none.
     """
 
     provider: Provider
+    profile: Profile
     gpu: Gpu | None = None
     obstacle: str | None = None
 
@@ -51,7 +54,11 @@ class OrtStage(Stage):
         return None if self.gpu is None else _executable(artifact, self.gpu)
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
-        """See `Stage`."""
+        """See `Stage`; experts that the profile's GPU cannot run are refused."""
+        from llmc.backends.onnxruntime.devices import require_expert_kernels
+
+        if self.provider is Provider.CUDA:
+            require_expert_kernels(graph, self.profile)
         if self.obstacle is not None:
             progress.note(f"the artifact is not executed here: {self.obstacle}")
         for remark in _finish(graph, self.provider):
@@ -82,14 +89,14 @@ class OnnxRuntimeBackend(Backend):
         """See `Backend`; a GPU that ONNX Runtime has no code for is refused."""
         provider = plan.target.provider
         if provider is Provider.CPU:
-            return OrtStage(provider)
+            return OrtStage(provider, plan.profile)
         from llmc.backends.onnxruntime.devices import require_device_kernels
 
         require_device_kernels(plan.target.name, plan.profile)
         try:
-            return OrtStage(provider, require_cuda())
+            return OrtStage(provider, plan.profile, require_cuda())
         except ResourceError as error:  # a build needs no GPU
-            return OrtStage(provider, obstacle=_reason(error))
+            return OrtStage(provider, plan.profile, obstacle=_reason(error))
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
         """See `Backend`."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from llmc.backends import backend_of
-from llmc.backends.onnxruntime.devices import require_device_kernels
+from llmc.backends.onnxruntime.devices import require_device_kernels, require_expert_kernels
 from llmc.catalog import list_profiles, load_profile
 from llmc.errors import ExitCode, UnsupportedError
 from llmc.machine import detect_cpu
 from llmc.plan import plan_build
 from llmc.profile import ProfileKind
 from tests.cuda import stub_environment
+from tests.passes.harness import graph_of
 
 PREPARE = """
 import sys
@@ -72,3 +73,12 @@ def test_a_build_says_why_its_gates_cannot_run(
     environment = stub_environment(cuda_stub, without=without)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(said)
+
+
+def test_experts_need_a_newer_gpu() -> None:
+    experts = graph_of("qwen3_moe", ("experts",))
+    with pytest.raises(UnsupportedError, match=r"no kernels of MoE and QMoE for compute capability 7\.5"):
+        require_expert_kernels(experts, load_profile("t4"))
+    for profile in (load_profile("a10"), load_profile("dgx-spark"), detect_cpu()):
+        require_expert_kernels(experts, profile)
+    require_expert_kernels(graph_of("llama"), load_profile("t4"))
