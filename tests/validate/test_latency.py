@@ -1,7 +1,9 @@
 """Structure and counts of a latency run, its arithmetic, and each side's memory in its own process."""
 
 import os
+import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.footprint import ArtifactJob, OriginalJob, resident_bytes, take_sample
 from llmc.validate.gates import evaluate
-from llmc.validate.latency import Schedule, Timed, measure_latency, ratios
+from llmc.validate.latency import Schedule, Timed, _fastest, measure_latency, ratios
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
 from llmc.validate.series import noise, ratio, timing
@@ -67,6 +69,29 @@ def test_counts(timed: tuple[Latency, Path, Any]) -> None:
         assert entry.ratio.low <= entry.ratio.high
         for side in (entry.artifact, entry.original):
             assert 0 < side.min_ms <= side.p50_ms <= side.p95_ms <= side.p99_ms <= side.max_ms
+
+
+class Slow(OrtModel):
+    """A session that takes 30 ms more for each step."""
+
+    def next_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        time.sleep(0.03)
+        return super().next_tokens(tokens)
+
+
+def test_the_fastest_way_to_run_a_step_is_measured(timed: tuple[Latency, Path, Any]) -> None:
+    _, folder, interface = timed
+    quick, slow = (
+        partial(kind, folder, interface, threads=1, share_buffer=False) for kind in (OrtModel, Slow)
+    )
+    few = Schedule(decode_rounds=1, decode_tokens=3)
+    for first, other in ((quick, slow), (slow, quick)):
+        subject = replace(timed_graph(folder, interface), open=first, others=(other,))
+        opener, ways = _fastest(subject, np.array([5, 6, 7]), (24,), few)
+        assert opener is quick
+        times = [way.step.p50_ms for way in ways]
+        assert (times[0] < times[1]) is (first is quick)
+        assert [(way.context, way.step.n) for way in ways] == [(24, 3)] * 2
 
 
 def test_rates_lie_within_the_times(timed: tuple[Latency, Path, Any]) -> None:
