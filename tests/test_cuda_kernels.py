@@ -73,6 +73,11 @@ CALLS = [
     ('out = Einsum <equation = "bij,bjk->bik"> (x, y)', f"{X}, {Y}"),
     ("out = AveragePool <kernel_shape = [2]> (x)", X),
     ("out = Softmax (x)", X),
+    *((f"sum = Add ({order}) out = Softmax <axis = {axis}> (sum)", f"{X}, float16[{sizes}] bias")
+      for order in ("x, bias", "bias, x")
+      for axis, sizes in ((-1, "2, 3, 4"), (2, "2, 3, 4"), (-1, "1, 3, 4"), (-1, "3, 4"), (-1, "4"),
+                          (-1, "2, 1, 4"), (-1, "1, 1, 4"), (-1, "2, 3, 1"), (1, "2, 3, 4"))),
+    ("sum = Add (x, x) out = Softmax (sum)", X),
     ("out = MatMul (x, y)", f"{X}, {Y}"),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from llmc.graph.domains import STANDARD
-from llmc.graph.match import input_of, ints_of, rank_of
+from llmc.graph.match import dims_of, input_of, ints_of, made_by, rank_of
 
 _ALWAYS = frozenset({
     "AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "Einsum", "GlobalAveragePool",
@@ -34,7 +34,37 @@ def needs_cudnn(model: ir.Model) -> str | None:
 def _is_left(node: ir.Node) -> bool:
     if node.domain != STANDARD:
         return False
+    if node.op_type == "Softmax":
+        return _has_bias(node)
     return node.op_type in _ALWAYS or (node.op_type in _INNER and not _at_an_end(node))
+
+
+def _has_bias(softmax: ir.Node) -> bool:
+    """Return whether ONNX Runtime makes one BiasSoftmax of an addition and a Softmax over the last axis.
+
+    It does if one operand is broadcast along the first axes alone, or along all from some axis to the last
+    but one.
+    """
+    total = made_by(input_of(softmax), "Add")
+    if total is None or len(total.outputs[0].uses()) != 1:
+        return False
+    operands = [list(dims_of(value)) for value in total.inputs]
+    if not all(operands):
+        return False  # a shape is unknown
+    rank = max(map(len, operands))
+    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
+        return False
+    first, second = ([*[1] * (rank - len(dims)), *dims] for dims in operands)
+    return any(_is_bias(bias, whole) for bias, whole in ((first, second), (second, first)))
+
+
+def _is_bias(bias: list[int | str], whole: list[int | str]) -> bool:
+    if bias[-1] != whole[-1]:
+        return False
+    leading, others = bias[:-1], whole[:-1]
+    places = range(len(leading) + 1)
+    outer = any(set(leading[:at]) <= {1} and leading[at:] == others[at:] for at in places)
+    return outer or any(leading[:at] == others[:at] and set(leading[at:]) <= {1} for at in places)
 
 
 def _at_an_end(node: ir.Node) -> bool:
