@@ -154,12 +154,6 @@ def test_memory_that_runs_out(work: Path, cuda_stub: Path, memory: int) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_generation_that_runs_out_of_memory(work: Path, cuda_stub: Path) -> None:
-    done = llmc(work, stub_environment(cuda_stub, memory=1 << 10), "run", str(work / "built"), "Hello")
-    assert done.returncode == 4, done.stderr
-    assert "hint: run fewer rows or a shorter context" in done.stderr
-
-
 def test_bench_times_the_gpu_and_compares_it_with_no_cpu(work: Path, cuda_stub: Path, tmp_path: Path) -> None:
     machine = stub_environment(cuda_stub, name=GPU, count=tmp_path / "count")
     machine |= {"LLMC_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
