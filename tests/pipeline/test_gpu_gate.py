@@ -21,7 +21,7 @@ GPU = "NVIDIA L4"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, an artifact of it for CUDA, and a cache for the processes of this module."""
+    """Return a folder with a model, its artifact for CUDA, and a cache for this module's processes."""
     folder = tmp_path_factory.mktemp("gpu")
     model = save_tiny_model(
         "llama", folder / "model", tokenizer=True, eos_token_id=EOS, max_position_embeddings=64
@@ -68,7 +68,7 @@ def verified(work: Path, environment: dict[str, str], out: Path, *options: str) 
 
 @pytest.fixture(scope="module")
 def on_cpu(work: Path, cuda_stub: Path) -> Verified:
-    """What verify says without a driver; its report is in `work`/cpu."""
+    """Return what verify says without a driver; its report is in `work`/cpu."""
     return verified(work, stub_environment(cuda_stub, without=("libcuda.so.1",)), work / "cpu")
 
 
@@ -115,34 +115,6 @@ def test_a_build_holds_the_gates_on_the_gpu(work: Path, cuda_stub: Path, tmp_pat
     manifest = json.loads((tmp_path / "built.failed" / "manifest.json").read_text("utf-8"))
     places = {check["metric"]: check["where"] for check in manifest["checks"]}
     assert places["decode.max_abs"].endswith("CUDAExecutionProvider, NVIDIA L4")
-
-
-RECORDED = """
-import sys
-from pathlib import Path
-import numpy as np
-from llmc.artifact.store.folder import open_artifact
-from llmc.config import Provider
-from llmc.runtime.ort_model import OrtModel
-path, ids = Path(sys.argv[1]), np.arange(3, 12)[None]
-options = dict(threads=1, share_buffer=True, provider=Provider.CUDA, cuda_graph=True)
-model = OrtModel(path, open_artifact(path).manifest.interface, **options)
-model.prefill(ids[:, :5], steps=4)
-point = model.state()
-for token in (5, 6, 7):
-    model.decode(ids[:, token : token + 1])
-model.restore(point)
-model.decode(ids[:, 5:6])
-print(model._recorded._inputs["attention_mask"].numpy().tolist())
-"""
-
-
-def test_a_recorded_step_masks_tokens_that_were_taken_back(work: Path, cuda_stub: Path) -> None:
-    command = [sys.executable, "-c", RECORDED, str(work / "built")]
-    done = subprocess.run(
-        command, env=stub_environment(cuda_stub), capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == [[1] * 6 + [0] * 3]
 
 
 @pytest.mark.parametrize("memory", [1 << 10, 3 << 20], ids=["at loading", "in a step"])
