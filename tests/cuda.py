@@ -41,7 +41,7 @@ _FLAGS = ("-x", "c", "-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unu
 
 @dataclass(frozen=True)
 class Counters:
-    """What a process asked of its devices, in the order of `enum counter` in stub.h."""
+    """The calls of a process to its devices, in the order of `enum counter` in stub.h."""
 
     launches: int
     products: int

@@ -47,7 +47,7 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the nodes of one graph, and of the graphs within, are executed.
+    """The places where the nodes of one graph, and of the graphs within, are executed.
 
     Args:
         on_cuda: Number of nodes on CUDA.
@@ -163,7 +163,7 @@ def _is_small(constant: onnx.TensorProto) -> bool:
 
 
 def _keeps_integers(node: onnx.NodeProto) -> bool:
-    """Whether a node makes no more elements than it is given, and no fractions of integers."""
+    """Return whether a node makes no more elements than it is given, and no fractions of integers."""
     from onnx import TensorProto
 
     fractions = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}

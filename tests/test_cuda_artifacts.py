@@ -1,4 +1,4 @@
-"""CUDA artifacts of every kind of layer, executed by ONNX Runtime's own CUDA code over the stub.
+"""ONNX Runtime's own CUDA code executes artifacts of every kind of layer over the stub.
 
 Kernels do nothing, so the tokens mean nothing; where nodes are, and what a token costs the host, is true.
 """
@@ -107,7 +107,7 @@ def placements(
 def counted(
     artifacts: dict[str, Path], cuda_stub: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Counters, Counters]]:
-    """Generate with all of them in one process; what loading and `FEW` or `MANY` tokens count."""
+    """Generate with all of them in one process; count what loading and `FEW` or `MANY` tokens take."""
     count = tmp_path_factory.mktemp("counted") / "count"
     command = [sys.executable, "-c", _GENERATE % (FEW, MANY), str(count), *map(str, artifacts.values())]
     environment = stub_environment(cuda_stub, count=count)

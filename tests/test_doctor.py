@@ -120,7 +120,7 @@ def test_a_problem_is_exit_code_4() -> None:
 
 
 def examined(environment: dict[str, str]) -> dict[str, Any]:
-    """What `llmc doctor --json` says on a machine, with the checks by their names."""
+    """Return what `llmc doctor --json` says on a machine, with the checks by their names."""
     command = [sys.executable, "-m", "llmc", "doctor", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the driver says of the GPUs, over a stub of it."""
+"""The driver is asked for the GPUs, over a stub of it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` without a GPU: on the CPU, and over a stub of CUDA whose kernels compute nothing."""
+"""`benchmarks/gpu.py` runs on the CPU, and over a stub of CUDA whose kernels compute nothing."""
 
 import json
 import os

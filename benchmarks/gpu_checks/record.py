@@ -43,7 +43,7 @@ OUT_OF_TIME = "out of time"
 
 
 class Identity(Strict):
-    """What the figures of a check are of; see the module."""
+    """The artifact, releases and device that the figures of a check belong to; see the module."""
 
     artifact: str | None
     versions: dict[str, str]

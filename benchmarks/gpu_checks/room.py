@@ -21,7 +21,7 @@ from llmc.runtime.ort_model import OrtModel, shares_buffer
 
 
 class Room:
-    """What one process has opened so far.
+    """The sessions and models that one process has opened so far.
 
     Args:
         settings: The choices of the command line.

@@ -25,7 +25,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process says of a check; see `gpu_checks.record.Outcome`."""
+    """The answer of a process to a check; see `gpu_checks.record.Outcome`."""
 
     status: Status
     why: str | None = None

@@ -30,7 +30,7 @@ class GpuFacts(BaseModel):
 
 
 class GpuReport(BaseModel):
-    """What was found of GPUs: the release of CUDA that the driver supports, the GPUs, and the checks."""
+    """The findings on GPUs: the release of CUDA that the driver supports, the GPUs, and the checks."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -94,7 +94,7 @@ class TorchModel:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the model is on a GPU."""
+        """Return whether the model is on a GPU."""
         return bool(next(self.model.parameters()).is_cuda)
 
     @property

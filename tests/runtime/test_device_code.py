@@ -1,4 +1,4 @@
-"""Which GPUs the pinned release of ONNX Runtime has kernels for, read from its own library."""
+"""The GPUs that the pinned release of ONNX Runtime has kernels for are read from its own library."""
 
 import struct
 import sys
@@ -16,7 +16,7 @@ ON_LINUX_X86 = sys.platform == "linux" and runs_gpu_wheels()
 
 
 def test_the_table_states_what_the_installed_library_holds() -> None:
-    """On another platform the library is another one, or there is none: the table is then of no use here."""
+    """On another platform the library differs or is missing, so that the table does not describe it."""
     if ON_LINUX_X86 and onnxruntime.__version__ == device_code.RELEASE:
         assert read_device_code(provider_library()) == device_code.PUBLISHED["Linux on x86-64"]
 

@@ -15,7 +15,7 @@ PASSES = (*ORDER[:5], "experts", "states", *ORDER[5:], "last-token-logits")
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_next"])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, ...]:
-    """Two sessions of a graph; the second runs steps of one token as it would record them."""
+    """Open two sessions of a graph; the second runs steps of one token as it would record them."""
     graph, folder = graph_of(request.param), tmp_path_factory.mktemp("model")
     for name in PASSES:
         run_pass(name, graph)

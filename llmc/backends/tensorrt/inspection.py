@@ -19,7 +19,7 @@ from llmc.backends.tensorrt.support import Library
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What is known of a built engine.
+    """The facts that are known of a built engine.
 
     Args:
         layers: Its layers; None if they could not be read.

@@ -1,4 +1,4 @@
-"""Graphs whose step can be one CUDA graph, and the mask of the whole KV cache that they are fed then."""
+"""Graphs whose step can be one CUDA graph accept a mask of the whole KV cache, as they are fed then."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ def prepared(graph: Graph) -> Graph:
 
 
 def switched_rotary() -> Graph:
-    """A graph whose rotary embedding takes other frequencies from position 12 on."""
+    """Return a graph whose rotary embedding takes other frequencies from position 12 on."""
     half = 16 // 2
     rope = {
         "rope_type": "longrope",

@@ -1,4 +1,4 @@
-"""Which profiles a build for CUDA accepts."""
+"""A build for CUDA refuses profiles of GPUs without code, and says why its gates cannot run."""
 
 import subprocess
 import sys

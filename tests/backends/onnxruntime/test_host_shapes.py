@@ -12,7 +12,7 @@ SIZE = {"start": 1, "end": 2}
 
 
 def graph_of_sizes() -> Graph:
-    """A graph that reshapes its input by two sizes, as the exporter does, and has one in a function."""
+    """Return a graph that reshapes by two sizes, as the exporter does, and has one in a function."""
     nodes = [
         helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
         helper.make_node("Squeeze", ["rows"], ["rows_scalar"]),

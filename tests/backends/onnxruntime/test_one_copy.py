@@ -1,4 +1,4 @@
-"""Weights that operators read as the file stores them."""
+"""Operators read weights as the file stores them."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def prepared(graph: Graph) -> Graph:
 
 
 def tied() -> Graph:
-    """A graph whose embedding is also its language-model head."""
+    """Return a graph whose embedding is also its language-model head."""
     return prepared(with_fields("llama", tie_word_embeddings=True))
 
 
 def loaded_bytes(graph: Graph, folder: Path) -> int:
-    """Bytes of the matrices that a session keeps when it has folded what it can."""
+    """Return the bytes of the matrices that a session keeps when it has folded what it can."""
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

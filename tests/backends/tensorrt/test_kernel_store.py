@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiled, kept for the next session."""
+"""Kernels that TensorRT-RTX compiled are kept for the next session."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Layers of an engine, in the forms in which TensorRT lists them."""
+"""Layers of an engine are read in each form in which TensorRT lists them."""
 
 import json
 import re
@@ -57,7 +57,7 @@ DOCUMENTED = {
 
 @pytest.fixture(scope="module")
 def listing(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What TensorRT-RTX's log says of a quantized engine, a line for each layer."""
+    """Return the lines of TensorRT-RTX's log on the layers of a quantized engine."""
     folder = tmp_path_factory.mktemp("listed")
     scheme = EngineScheme(format=WeightFormat.INT4, block_size=16)
     write_lowered(folder, "llama", Dtype.FLOAT16, (EngineRule(scheme=scheme),))

@@ -322,7 +322,7 @@ def test_a_record_without_profiles_is_refused(built: Built) -> None:
 
 @pytest.fixture
 def network(built: Built) -> Iterator[Any]:
-    """The network of the graph that the engine is built from."""
+    """Parse the network of the graph that the engine is built from."""
     logger = make_logger(trt, BuildLog())
     builder = trt.Builder(logger)
     parsed = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -1,4 +1,4 @@
-"""What the process that builds an engine is given."""
+"""The process that builds an engine gets the variables that it needs."""
 
 import json
 import sys
