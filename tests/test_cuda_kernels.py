@@ -1,4 +1,4 @@
-"""What kernels and weights of ONNX Runtime's CUDA provider need, as it shows over the stub, without cuDNN."""
+"""Kernels and weights of ONNX Runtime's CUDA provider are tried over the stub, which has no cuDNN."""
 
 import json
 import subprocess

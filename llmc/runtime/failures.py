@@ -4,9 +4,10 @@ import re
 
 from llmc.errors import LlmcError, ParityError, ResourceError
 
-#: Texts of C++, torch, CUDA and the allocators of onnxruntime.
+#: Texts of C++, torch, CUDA, its libraries and the allocators of onnxruntime.
 _NO_MEMORY = re.compile(
-    r"out of memory|failed to allocate memory|can't allocate memory|smaller than requested bytes|bad.alloc",
+    r"out of memory|failed to allocate memory|can't allocate memory|smaller than requested bytes|bad.alloc"
+    r"|STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 #: What to do where a device has not enough memory.
