@@ -34,7 +34,7 @@ class OrtStage(Stage):
 
     Args:
         provider: The execution provider.
-        profile: What is built for.
+        profile: The hardware that is built for.
         gpu: The GPU on which the gates run; None for the CPU, or if this machine has none for the provider.
         obstacle: Why this machine has none.
     """
