@@ -26,9 +26,11 @@ from llmc.artifact.latency import (
 )
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
+from llmc.errors import LlmcError, first_lines
 from llmc.gpu import Gpu
 from llmc.graph.interface import Interface
 from llmc.profile import Profile
+from llmc.runtime.failures import is_out_of_memory
 from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.session import Rewindable
 from llmc.validate.energy import POWERCAP, Meters, energy_of_steps, find_meters
@@ -146,7 +148,7 @@ def measure_latency(
                 decode.append(_time_decode(model, reference, length, schedule, meters))
         first = np.take(tokens, np.arange(contexts[0]), mode="wrap") if contexts else None
         rows = [n for n in schedule.batches if timed.rows is None or n <= timed.rows]
-        batches = [_time_batch(model, reference, first, n, schedule) for n in rows if first is not None]
+        batches = [] if first is None else _time_batches(model, reference, first, rows, schedule, dropped)
         operators: tuple[OperatorTime, ...] = ()
         if first is not None and isinstance(model, OrtModel):
             if timed.gpu is None:
@@ -337,6 +339,28 @@ def _turns(restart: Callable[[], None], step: Callable[[int], int], tokens: int)
         for _ in range(tokens):
             token = step(token)
             yield
+
+
+def _time_batches(
+    model: Rewindable,
+    reference: TorchModel,
+    prompt: Array,
+    rows: Sequence[int],
+    schedule: Schedule,
+    dropped: list[str],
+) -> list[BatchLatency]:
+    """Time batches up to the first that either side has no memory for, which is added to `dropped`."""
+    timed: list[BatchLatency] = []
+    for batch in rows:
+        try:
+            timed.append(_time_batch(model, reference, prompt, batch, schedule))
+        except Exception as error:
+            if batch == 1 or not is_out_of_memory(error):
+                raise
+            why = error.fact if isinstance(error, LlmcError) else first_lines(error)
+            dropped.append(f"batches from {batch} rows on: {why}")
+            break
+    return timed
 
 
 def _time_batch(

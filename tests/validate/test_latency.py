@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.arrays import Array
 from llmc.artifact.latency import Latency, Ratio
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Dtype, Gate, Metric
@@ -157,6 +158,25 @@ def test_a_cache_of_fixed_length_is_timed_as_an_engine_is(tmp_path: Path) -> Non
     assert latency.operators == ()  # the profiler is ONNX Runtime's, of its own sessions
     assert latency.roofline[0].weight_bytes == 1000
     assert latency.artifact_footprint.load.p50_ms > 0
+
+
+class RoomForOneRow(OrtModel):
+    def prefill(self, input_ids: Array, mask: Array | None = None, *, steps: int) -> Array:
+        if len(input_ids) > 1:
+            raise ResourceError("out of memory: for 3 rows")
+        return super().prefill(input_ids, mask, steps=steps)
+
+
+def test_a_batch_without_memory_ends_the_batches_alone(llama: Any, tmp_path: Path) -> None:
+    interface = write_decoder(llama, tmp_path, Variant(logits="last"))
+    model = partial(RoomForOneRow, tmp_path, interface, threads=1, share_buffer=False)
+    latency = measure_latency(
+        replace(timed_graph(tmp_path, interface), open=model), TorchModel(llama),
+        partial(build, "LlamaConfig"), tokens=np.array([5, 6, 7]), profile=PROFILE, threads=1,
+        schedule=replace(SMALL, prompts=(8,), contexts=(8,)), counters=tmp_path / "absent",
+    )  # fmt: skip
+    assert [b.batch for b in latency.batches] == [1]
+    assert latency.dropped == ("batches from 3 rows on: out of memory: for 3 rows",)
 
 
 def test_footprints_are_of_separate_processes(timed: tuple[Latency, Path, Any]) -> None:
