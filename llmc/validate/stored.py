@@ -38,7 +38,7 @@ class Stored:
 
     Args:
         shape: (output features, input features), or the shape of a tensor in float.
-        read: Returns rows start:stop, float32.
+        read: Returns rows start:stop, float32; a tensor without axes has one row.
         block: Number of neighbours along the last axis that share a scale.
         steps: Distance of neighbouring codes in rows start:stop, to be broadcast over them; None if codes are
             not evenly spaced, or there are none.
@@ -51,11 +51,12 @@ class Stored:
 
     def whole(self) -> Array:
         """Read the whole tensor in parts, so that reading needs little memory besides the result."""
-        values = np.empty(self.shape, np.float32)
-        step = max(1, _PART_BYTES // max(1, 4 * math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            values[start : start + step] = self.read(start, min(start + step, self.shape[0]))
-        return values
+        rows, *others = self.shape or (1,)
+        values = np.empty((rows, *others), np.float32)
+        step = max(1, _PART_BYTES // max(1, 4 * math.prod(others)))
+        for start in range(0, rows, step):
+            values[start : start + step] = self.read(start, min(start + step, rows))
+        return values.reshape(self.shape)
 
 
 def read_stored(folder: Path, expected: Mapping[str, Rows]) -> dict[str, Stored]:

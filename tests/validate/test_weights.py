@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.graph.weights import StoredRows, TensorInfo
+from llmc.validate.stored import Stored
 from llmc.validate.weights import compare_weights
 
 #: The first block of each output is so quiet beside the second that 8 bits with one scale take it to zero.
@@ -71,3 +72,9 @@ def test_types_without_steps_are_not_measured(tmp_path: Path) -> None:
     codes = (WEIGHTS / SCALES[:, None]).astype(ml_dtypes.float8_e4m3fn)
     steps = _measure(tmp_path, codes)[Metric.WEIGHTS_MAX_STEPS]
     assert (steps.status, steps.value) == (MeasurementStatus.NOT_MEASURED, None)
+
+
+def test_a_weight_without_axes_is_read_whole() -> None:
+    tensor = Stored((), lambda start, stop: np.full(1, 0.5, np.float32)[start:stop])
+    whole = tensor.whole()
+    assert (whole.shape, float(whole)) == ((), 0.5)
