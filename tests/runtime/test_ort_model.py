@@ -10,7 +10,7 @@ import pytest
 
 from llmc.config import Provider
 from llmc.errors import ConfigError, ExitCode, ParityError, ResourceError
-from llmc.runtime.ort_model import OrtModel, shares_buffer
+from llmc.runtime.ort_model import OrtModel, records_graph, shares_buffer
 from llmc.validate.served import Served
 from tests.cuda import stub_environment
 from tests.validate.decoder import Variant, write_decoder
@@ -125,6 +125,20 @@ def test_model_that_does_not_load(llama: Any, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ParityError, match="cannot load"):
         OrtModel(tmp_path, interface, threads=1, share_buffer=False)
+
+
+@pytest.mark.parametrize(
+    ("providers", "records"),
+    [
+        ("", False),
+        ('{"cuda": {"enable_cuda_graph": "0"}}', False),
+        ('{"cuda": {"enable_cuda_graph": "1"}}', True),
+    ],
+)
+def test_records_graph(tmp_path: Path, providers: str, records: bool) -> None:
+    options = f'{{"session_options": {{"provider_options": [{providers}]}}}}'
+    (tmp_path / "genai_config.json").write_text(f'{{"model": {{"decoder": {options}}}}}', encoding="utf-8")
+    assert records_graph(tmp_path) is records
 
 
 def test_shares_buffer(tmp_path: Path) -> None:
