@@ -9,6 +9,7 @@ import pytest
 from tests.cuda import stub_environment
 
 ASK = """
+from llmc.backends.onnxruntime.devices import require_device_kernels
 from llmc.errors import LlmcError
 from llmc.gpu import driver_version, gpu_memory_in_use, gpus, require_gpu, selecting_hint
 from llmc.machine import detect_profile
@@ -60,6 +61,13 @@ def test_another_gpu_that_fits_is_named_by_its_uuid(cuda_stub: Path) -> None:
     assert name == "CUDA_VISIBLE_DEVICES"
     assert answer("print(gpus()[0].name)", {**machine, name: uuid}) == "NVIDIA H200"
     assert answer(told.format("'8.9'"), machine) == "None", "the first is in use already"
+
+
+def test_a_build_for_a_gpu_without_code_names_another_one(cuda_stub: Path) -> None:
+    machine = stub_environment(cuda_stub, capability="10.0,9.0", name="NVIDIA B200,NVIDIA H200")
+    told = answer("require_device_kernels('cuda-int4', detect_profile())", machine)
+    assert told.startswith("UnsupportedError 3: target cuda-int4 cannot run on profile local: ")
+    assert told.endswith(" selects the NVIDIA H200 of this machine")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from llmc.backends.tensorrt.support import targets_for
 from llmc.catalog import list_targets
 from llmc.errors import UnsupportedError
+from llmc.gpu import selecting_hint
 from llmc.graph.domains import MICROSOFT
 from llmc.graph.model import Graph
+from llmc.machine import LOCAL
 from llmc.profile import Profile
 from llmc.runtime.device_code import RELEASE, published_capabilities, published_for
 
@@ -19,16 +21,20 @@ def require_device_kernels(target: str, profile: Profile) -> None:
     A profile without a compute capability is accepted: it describes a host without a GPU, which only builds.
 
     Raises:
-        UnsupportedError: No wheel has code for it; the error names targets that run there.
+        UnsupportedError: No wheel has code for it; the error names targets that run there, or another GPU of
+            this machine.
     """
     capability = profile.compute_capability
     if capability is None or published_for(capability):
         return
     others = targets_for(capability, (listed.document for listed in list_targets()))
+    here = profile.name == LOCAL
+    select = selecting_hint(lambda gpu: bool(published_for(gpu.capability))) if here else None
     raise UnsupportedError(
         f"target {target} cannot run on profile {profile.name}: onnxruntime-gpu {RELEASE} has no code for "
         f"compute capability {capability}, only for {', '.join(published_capabilities())}",
-        hint=f"for {profile.name} use {' or '.join(others)}" if others else "name a profile of another GPU",
+        hint=select
+        or (f"for {profile.name} use {' or '.join(others)}" if others else "name a profile of another GPU"),
     )
 
 
