@@ -33,6 +33,7 @@ code is 1 if a check failed, otherwise 0; docs/gpu-check.md has more.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -93,7 +94,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("artifacts/benchmarks/gpu.json"))
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=a_time, default=8.0)
     parser.add_argument("--only", default="", metavar="NAME,…")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/benchmarks/gpu"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -101,6 +102,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prepare", type=Path, metavar="FOLDER")
     parser.add_argument("--drop-weights", action="store_true")
     return parser.parse_args()
+
+
+def a_time(text: str) -> float:
+    """Read a number of minutes.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a number, or is negative.
+    """
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes")
+    return minutes
 
 
 def find_device(wanted: str) -> tuple[str, str | None]:

@@ -168,6 +168,14 @@ def test_a_name_that_no_check_has_is_refused(tmp_path: Path) -> None:
     assert "no check is named speed" in said
 
 
+@pytest.mark.parametrize("minutes", ["nan", "-1", "inf", "soon"])
+def test_a_time_that_is_not_one_is_refused(tmp_path: Path, minutes: str) -> None:
+    process = start(tmp_path, f"--minutes={minutes}")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"{minutes} is not a number of minutes" in said
+
+
 def test_results_that_are_not_of_this_schema_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("{}{", encoding="utf-8")
     process = start(tmp_path, "--minutes", "0")
