@@ -49,7 +49,7 @@ def try_cuda() -> tuple[Step, ...]:
     Returns:
         The steps in their order, up to one that ended the process; `SESSION` only where a GPU is visible.
     """
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     try:
         done = subprocess.run(

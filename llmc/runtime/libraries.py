@@ -95,6 +95,14 @@ def require_cuda() -> Gpu:
     return gpu
 
 
+def require_cuda_for(artifact: Path) -> Gpu:
+    """Do what `require_cuda` does, with errors that name the artifact that is built for CUDA."""
+    try:
+        return require_cuda()
+    except ResourceError as error:
+        raise ResourceError(f"{artifact} is built for CUDA: {error.fact}", hint=error.hint) from error
+
+
 def require_driver() -> None:
     """Require a driver that is new enough for the CUDA libraries.
 

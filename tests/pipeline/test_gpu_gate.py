@@ -160,4 +160,4 @@ def test_bench_without_a_gpu(work: Path, cuda_stub: Path) -> None:
     machine = stub_environment(cuda_stub, without=("libcuda.so.1",))
     done = llmc(work, machine, "bench", str(work / "built"))
     assert done.returncode == 4, done.stderr
-    assert "error: this machine has no NVIDIA GPU, or no driver for it" in done.stderr
+    assert "is built for CUDA: this machine has no NVIDIA GPU, or no driver for it" in done.stderr

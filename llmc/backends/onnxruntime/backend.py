@@ -19,7 +19,7 @@ from llmc.graph.switches import RESTARTING_TYPES
 from llmc.profile import Profile
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
-from llmc.runtime.libraries import CUDA_PROVIDER, require_cuda
+from llmc.runtime.libraries import CUDA_PROVIDER, require_cuda, require_cuda_for
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
@@ -159,7 +159,7 @@ class OnnxRuntimeBackend(Backend):
     def executable(self, artifact: Artifact) -> Executable:
         """See `Backend`."""
         if artifact.manifest.target.provider is Provider.CUDA:
-            return _executable(artifact, require_cuda())
+            return _executable(artifact, require_cuda_for(artifact.path))
         self.require_host(artifact)
         return _executable(artifact, None)
 
@@ -168,7 +168,7 @@ class OnnxRuntimeBackend(Backend):
         if artifact.manifest.target.provider is Provider.CPU:
             return None
         try:
-            return self.executable(artifact)
+            return _executable(artifact, require_cuda())
         except ResourceError as error:
             progress.note(f"measured on the CPU: the graph, not CUDA's kernels: {_reason(error)}")
             return None

@@ -14,7 +14,7 @@ from llmc.backends.onnxruntime.genai import GENAI_CONFIG
 from llmc.backends.onnxruntime.lookup import piece_length, speculative_options, verifying_model
 from llmc.errors import ConfigError, ResourceError
 from llmc.runtime.failures import missing_resource
-from llmc.runtime.libraries import load_genai, require_cuda
+from llmc.runtime.libraries import load_genai, require_cuda_for
 
 
 def generate_text(
@@ -155,10 +155,7 @@ def _load(folder: Path, lookup: int | None) -> tuple[Any, Any]:
     og = load_genai()
     providers = config["model"]["decoder"]["session_options"]["provider_options"]
     if any("cuda" in provider for provider in providers):
-        try:
-            require_cuda()
-        except ResourceError as error:
-            raise ResourceError(f"{folder} is built for CUDA: {error.fact}", hint=error.hint) from error
+        require_cuda_for(folder)
     graph = None if lookup is None else verifying_model(folder / MODEL)
     with _runtime_errors(folder):
         settings = og.Config(str(folder))
