@@ -19,7 +19,7 @@ demo: .venv/.stamp
 	$(BIN)/llmc build demo
 
 test: .venv/.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.stamp
 	$(BIN)/python -m pytest -q -n 2 --without-torch
