@@ -66,6 +66,13 @@ class Stage(ABC):
         """
         return None
 
+    def require_graph(self, graph: Graph) -> None:  # noqa: B027 - most backends run every graph
+        """Require that the profile's hardware can run a graph after its passes, before calibration.
+
+        Raises:
+            UnsupportedError: It cannot.
+        """
+
     @abstractmethod
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
         """Convert a quantized graph to its final form, and write what its operators need."""

@@ -126,7 +126,7 @@ def _write(
     """Run the phases of a build, which write every file of the artifact except its manifest into `folder`."""
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
-    compiled = compile_graph(pruned.checkpoint, plan.target, progress)
+    compiled = compile_graph(pruned.checkpoint, plan.target, prepared, progress)
     checkpoint = _note_unread(opened, compiled, progress)
     kernels = prepared.lower(compiled.graph, folder, progress)
     files = _write_model(plan, pruned.checkpoint, compiled, folder, progress)

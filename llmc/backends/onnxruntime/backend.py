@@ -53,12 +53,15 @@ class OrtStage(Stage):
         """See `Stage`."""
         return None if self.gpu is None else _executable(artifact, self.gpu)
 
-    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
+    def require_graph(self, graph: Graph) -> None:
         """See `Stage`; experts that the profile's GPU cannot run are refused."""
         from llmc.backends.onnxruntime.devices import require_expert_kernels
 
         if self.provider is Provider.CUDA:
             require_expert_kernels(graph, self.profile)
+
+    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
+        """See `Stage`."""
         if self.obstacle is not None:
             progress.note(f"the artifact is not executed here: {self.obstacle}")
         for remark in _finish(graph, self.provider):

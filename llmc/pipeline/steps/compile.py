@@ -23,6 +23,7 @@ from llmc.pipeline.steps.context import limit_context
 from llmc.progress import Progress
 
 if TYPE_CHECKING:
+    from llmc.backends.base import Stage
     from llmc.checkpoint import Checkpoint
     from llmc.quantize.activations import Activations
     from llmc.quantize.place import QuantizedTensor
@@ -122,12 +123,15 @@ def lower_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> L
     return Lowered(graph, tuple(reports), unread, graph_sources(graph))
 
 
-def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) -> Compiled:
+def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress: Progress) -> Compiled:
     """Trace, bind, lower and quantize a model.
 
+    Args:
+        stage: The backend's part of the build, which may refuse the lowered graph.
+
     Raises:
-        UnsupportedError: As `lower_graph`; or a rule quantizes a weight that is not a tensor of the
-            checkpoint.
+        UnsupportedError: As `lower_graph`; `stage` refuses the graph; or a rule quantizes a weight that is
+            not a tensor of the checkpoint.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
     """
     from llmc.graph.verify import verify_graph
@@ -136,6 +140,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, progress: Progress) ->
 
     lowered = lower_graph(checkpoint, target, progress)
     graph = lowered.graph
+    stage.require_graph(graph)
     quantizer = backend_of(target).quantizer(target)
     peaks = Activations()
     if not quantizer.observes_inputs:

@@ -11,9 +11,12 @@ from llmc.backends.onnxruntime.devices import require_device_kernels, require_ex
 from llmc.catalog import list_profiles, load_profile
 from llmc.errors import ExitCode, UnsupportedError
 from llmc.machine import detect_cpu
+from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.profile import ProfileKind
+from llmc.progress import SilentProgress
 from tests.cuda import stub_environment
+from tests.models import EOS, save_tiny_model
 from tests.passes.harness import graph_of
 
 PREPARE = """
@@ -82,3 +85,12 @@ def test_experts_need_a_newer_gpu() -> None:
     for profile in (load_profile("a10"), load_profile("dgx-spark"), detect_cpu()):
         require_expert_kernels(experts, profile)
     require_expert_kernels(graph_of("llama"), load_profile("t4"))
+
+
+def test_they_are_refused_before_anything_is_calibrated(tmp_path: Path) -> None:
+    model = save_tiny_model("qwen3_moe", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    plan = plan_build(str(model), target="cuda-fp16", profile="t4", output=tmp_path / "out")
+    progress = SilentProgress()
+    with pytest.raises(UnsupportedError, match=r"no kernels of MoE and QMoE for compute capability 7\.5"):
+        build(plan, progress)
+    assert progress.records[-1].name == "passes"
