@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +17,12 @@ from llmc.children import die_with_parent
 from llmc.errors import LlmcError, ResourceError, first_lines
 from llmc.gpu import gpus
 from llmc.records import Record
+from llmc.runtime.failures import failed_call
 from llmc.runtime.libraries import MissingLibraryError, library_names, load_library_of
 from llmc.runtime.product import PRODUCT_BOUND, product_error
 
 SESSION, GENERATOR = "onnxruntime on cuda", "onnxruntime-genai on cuda"
 _SECONDS = 120.0
-#: What onnxruntime's errors say of a failed call of CUDA, among paths of its own source.
-_CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]+")
 
 
 class Step(Record):
@@ -99,8 +97,7 @@ def _try(name: str, trial: Callable[[], None]) -> Step:
         missing = isinstance(error, MissingLibraryError)
         return Step(name=name, fault=error.fact, hint=error.hint, missing=missing)
     except Exception as error:  # noqa: BLE001 - whatever a runtime raises is the answer
-        reason = _CUDA_FAILURE.search(str(error))
-        return Step(name=name, fault=first_lines(error) if reason is None else reason[0].strip())
+        return Step(name=name, fault=failed_call(error) or first_lines(error))
     return Step(name=name)
 
 

@@ -12,6 +12,8 @@ _NO_MEMORY = re.compile(
 )
 #: What to do where a device has not enough memory.
 MEMORY_HINT = "run fewer rows or a shorter context, take a smaller model, or end what else uses the memory"
+#: What onnxruntime says of a failed call of CUDA or of a library over it, among paths of its own source.
+_FAILED_CALL = re.compile(r"\b(?:CUDA|CUBLAS|CUBLASLT|CUDNN|CURAND|CUFFT) (?:failure|error)\b[^;\n]*")
 #: Text of ONNX Runtime's CUDA provider, and what to do.
 _NO_CUDNN = "cuDNN is unavailable"
 _CUDNN_HINT = "pip install nvidia-cudnn-cu13: an operator of this graph needs cuDNN 9"
@@ -24,6 +26,12 @@ _EXPERTS_HINT = "experts need a GPU of compute capability 8.0 or newer"
 def is_out_of_memory(error: BaseException | str) -> bool:
     """Return whether an error, or the text of one, says that memory ran out."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def failed_call(error: BaseException) -> str | None:
+    """Return what an error of onnxruntime says of a failed call of CUDA; None if it is of something else."""
+    found = _FAILED_CALL.search(str(error))
+    return None if found is None else found[0].strip()
 
 
 def missing_resource(error: BaseException | str) -> str | None:

@@ -199,13 +199,24 @@ def _load_cudnn() -> None:
     """Load cuDNN from NVIDIA's distribution if it is there.
 
     ONNX Runtime looks for it by its name alone, when an operator needs it, which few graphs have.
+
+    Raises:
+        ResourceError: It does not load.
     """
     windows = sys.platform == "win32"
     parts = ("bin", "cudnn64_9.dll") if windows else ("lib", "libcudnn.so.9")
     files = [Path(place, "cudnn", *parts) for place in _places()]
     found = next(filter(Path.is_file, files), None)
-    if found is not None and not _is_loaded(parts[-1]):
+    if found is None or _is_loaded(parts[-1]):
+        return
+    try:
         ctypes.CDLL(str(found))
+    except OSError as error:
+        raise ResourceError(
+            f"{found.name} of the installed cuDNN does not load: {error}",
+            hint="pip install --force-reinstall --no-deps nvidia-cudnn-cu13, or uninstall it: few models "
+            "need it",
+        ) from error
 
 
 def _places() -> list[str]:

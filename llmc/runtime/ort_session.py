@@ -1,7 +1,6 @@
 """Open sessions of onnxruntime on the CPU or on CUDA, and convert their errors to typed ones."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.manifest import MODEL
 from llmc.config import Provider
-from llmc.errors import ConfigError, LlmcError, ResourceError, first_lines
-from llmc.runtime.failures import is_out_of_memory, typed_error
+from llmc.errors import ConfigError, LlmcError, ResourceError
+from llmc.runtime.failures import failed_call, is_out_of_memory, typed_error
 from llmc.runtime.libraries import CUDA_ENTRIES, CUDA_PROVIDER, load_onnxruntime, require_cuda
 
 _PROVIDERS = {Provider.CPU: "CPUExecutionProvider", Provider.CUDA: CUDA_PROVIDER}
-#: What onnxruntime says where a call of CUDA or of a library over it fails.
-_OF_DEVICE = re.compile(r"\b(CUDA|CUBLAS|CUBLASLT|CUDNN|CURAND|CUFFT) (failure|error)\b")
 #: Severity from which on onnxruntime writes its log to stderr.
 _ERRORS = 3
 #: Value of `gpu_graph_id` with which onnxruntime neither captures nor launches a graph.
@@ -98,7 +95,7 @@ def open_session(
         cuda_graph: Whether steps can be recorded as CUDA graphs.
 
     Raises:
-        ConfigError: There is no model.onnx in `folder`.
+        ConfigError: model.onnx is missing in `folder`.
         ResourceError: onnxruntime is not installed, CUDA or its libraries are missing, or the device has not
             enough memory.
         ParityError: onnxruntime cannot load the graph.
@@ -131,9 +128,10 @@ def open_session(
         raise
     except Exception as error:
         fact = f"onnxruntime {ort.__version__} cannot load {path}"
-        if _OF_DEVICE.search(str(error)) and not is_out_of_memory(error):
+        failed = failed_call(error)
+        if failed is not None and not is_out_of_memory(error):
             hint = "llmc doctor tries what a GPU needs"
-            raise ResourceError(f"{fact}: {first_lines(error)}", hint=hint) from error
+            raise ResourceError(f"{fact}: {failed}", hint=hint) from error
         raise typed_error(error, fact) from error
     where = f"onnxruntime {ort.__version__} {_PROVIDERS[provider]}{device}"
     return OpenSession(ort, session, where, "cuda" if cuda else "cpu", cuda and cuda_graph)
