@@ -95,7 +95,8 @@ def bench(
         ResourceError: An artifact needs hardware that this machine does not have.
         ParityError: An artifact cannot be run, or its latency gates differ from those of its target.
     """
-    from llmc.validate.latency import Schedule, measure_latency, ratios
+    from llmc.validate.latency import Schedule, measure_latency
+    from llmc.validate.ratios import ratios
 
     if folder is not None:
         require_folder(folder)

@@ -9,16 +9,16 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.config import Provider
-from llmc.errors import ConfigError, ParityError
-from llmc.graph.interface import Interface, TensorSpec
+from llmc.errors import ConfigError
+from llmc.graph.interface import Interface
 from llmc.runtime.arithmetic import Arithmetic, compute_in
 from llmc.runtime.choice import CHOICE, add_choice
 from llmc.runtime.ort_session import open_session, read_genai_config
 from llmc.runtime.recorded_step import RecordedStep
+from llmc.runtime.signature import compare_signature, require_fed, require_shape
 
 #: Maximum size in bytes of the states of fixed size that a session keeps to go back to.
 _KEPT_BYTES = 256 << 20
-_STEP_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class OrtModel:
         # The outputs in the order in which they are bound.
         self._names = [present for _, present, *_ in (*self._slots, *self._states)]
         self._names += ["logits", *([CHOICE] if chooses else [])]
-        _require_fed(interface, {past for past, _ in pairs} | {state.past for state in interface.states})
+        require_fed(interface, {past for past, _ in pairs} | {state.past for state in interface.states})
         self._mask: Array = np.zeros((0, 0), np.int64)
         self._cache: tuple[Any, ...] = ()
         self._binding: Any = None
@@ -367,48 +367,3 @@ def records_graph(folder: Path) -> bool:
     session = read_genai_config(folder).get("model", {}).get("decoder", {}).get("session_options", {})
     options = (each.get("cuda", {}) for each in session.get("provider_options", ()))
     return any(each.get("enable_cuda_graph") == "1" for each in options)
-
-
-def _require_fed(interface: Interface, past: set[str]) -> None:
-    """Check that this module can feed every input of the interface, and that no input is missing."""
-    fed = past | set(_STEP_INPUTS[: 3 if interface.position_ids else 2])
-    names = {spec.name for spec in interface.inputs}
-    if names != fed:
-        raise ParityError(
-            f"the interface has inputs {sorted(names - fed)} that nothing feeds"
-            f" and lacks {sorted(fed - names)}"
-        )
-    present = {n for slot in interface.cache for n in (slot.present_key, slot.present_value)}
-    present |= {state.present for state in interface.states}
-    missing = (present | {"logits"}) - {spec.name for spec in interface.outputs}
-    if missing:
-        raise ParityError(f"the interface lacks the outputs {sorted(missing)}")
-
-
-def compare_signature(kind: str, specs: tuple[TensorSpec, ...], arguments: Any) -> None:
-    """Check that the session's inputs or outputs match the interface by name, type and static size."""
-    actual = {arg.name: arg for arg in arguments}
-    expected = {spec.name for spec in specs}
-    if missing := sorted(expected - set(actual)):
-        raise ParityError(f"the graph lacks the {kind} {', '.join(missing)}")
-    if extra := sorted(set(actual) - expected):
-        raise ParityError(f"the graph has the {kind} {', '.join(extra)}, which the interface does not name")
-    for spec in specs:
-        arg = actual[spec.name]
-        dtype = {"float": "float32", "double": "float64"}.get(arg.type[7:-1], arg.type[7:-1])
-        if dtype != spec.dtype:
-            raise ParityError(f"{kind} {spec.name} is {dtype}, but the interface says {spec.dtype}")
-        if len(arg.shape) != len(spec.shape):
-            raise ParityError(
-                f"{kind} {spec.name} has shape {arg.shape}, but the interface says {spec.shape}"
-            )
-        for size, stated in zip(arg.shape, spec.shape, strict=True):
-            if isinstance(size, int) and isinstance(stated, int) and size != stated:
-                raise ParityError(
-                    f"{kind} {spec.name} has shape {arg.shape}, but the interface says {list(spec.shape)}"
-                )
-
-
-def require_shape(name: str, shape: list[int], expected: tuple[int, ...]) -> None:
-    if tuple(shape) != expected:
-        raise ParityError(f"output {name} has shape {list(shape)}, but it must be {list(expected)}")

@@ -13,8 +13,8 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.graph.interface import TOKEN_COUNTS, WRITE_INDICES, Interface
 from llmc.runtime.computable import computable
-from llmc.runtime.ort_model import compare_signature, require_shape
 from llmc.runtime.ort_session import open_session
+from llmc.runtime.signature import compare_signature, require_shape
 from llmc.runtime.slots import shorten, shorten_graph
 from llmc.runtime.static_session import StaticSession
 
@@ -35,7 +35,7 @@ class StaticOrtModel(StaticSession):
         slots: Slots of the KV cache, fewer than the graph has; None for the graph's own number.
 
     Raises:
-        ConfigError: There is no model.onnx in `folder`, or its cache has no fixed length.
+        ConfigError: model.onnx is missing in `folder`, or its cache has no fixed length.
         ResourceError: onnxruntime is not installed.
         ParityError: onnxruntime cannot load the graph, or its inputs and outputs differ from the interface.
     """

@@ -22,7 +22,8 @@ from llmc.runtime.ort_model import OrtModel
 from llmc.runtime.static_ort_model import StaticOrtModel
 from llmc.validate.footprint import ArtifactJob, OriginalJob, resident_bytes, take_sample
 from llmc.validate.gates import evaluate
-from llmc.validate.latency import Schedule, Timed, _fastest, measure_latency, ratios
+from llmc.validate.latency import Schedule, Timed, _fastest, measure_latency
+from llmc.validate.ratios import ratios
 from llmc.validate.reference import TorchModel
 from llmc.validate.roofline import kv_bytes, roofline, streamed_weight_bytes
 from llmc.validate.series import noise, ratio, timing
