@@ -79,7 +79,7 @@ def require_gpu() -> Gpu:
     """Return the GPU that CUDA gives to this process first.
 
     Raises:
-        ResourceError: There is none, or no driver that works.
+        ResourceError: A GPU, or a driver that works, is missing.
     """
     found = gpus()
     if found:
@@ -113,7 +113,7 @@ def gpu_memory_in_use() -> int:
     """Return the bytes in use on the first GPU, by all processes, with CUDA's context of this one.
 
     Raises:
-        ResourceError: There is no GPU, or the driver does not work.
+        ResourceError: A GPU is missing, or the driver does not work.
     """
     require_gpu()
     driver, context = _load_driver(), ctypes.c_void_p()

@@ -17,7 +17,7 @@ def describe_gpu() -> str:
     """Return the name of CUDA's first GPU, its capability, and the release of CUDA of its driver.
 
     Raises:
-        ResourceError: There is no GPU, or no driver that works.
+        ResourceError: A GPU, or a driver that works, is missing.
     """
     gpu, version = require_gpu(), driver_version()
     driver = "" if version is None else f", driver for CUDA {version[0]}.{version[1]}"

@@ -141,7 +141,7 @@ def test_bench_times_the_gpu_and_compares_it_with_no_cpu(work: Path, cuda_stub: 
     assert single.endswith("CUDAExecutionProvider, NVIDIA L4")
     assert report.measured == "measured on NVIDIA L4: CUDA's kernels"
     assert [len(entries) for entries in (latency.prefill, latency.decode, latency.batches)] == [1, 1, 2]
-    # torch here has no CUDA: what it did on the CPU is no yardstick.
+    # torch here has no CUDA, so that its times on the CPU must not be compared.
     found = {m.metric: m for m in report.measurements}
     for metric in (Metric.TTFT_RATIO, Metric.INTER_TOKEN_RATIO):
         assert found[metric].status is MeasurementStatus.NOT_MEASURED
