@@ -120,13 +120,13 @@ def load_profile_for(target: Target, name: str, path: Path | None = None) -> Pro
     """Load the profile of this name, which must have the kind of hardware that the target runs on.
 
     `local` describes the CPU for a CPU target. For a CUDA target it describes the GPU, or without a GPU the
-    CPU of the building machine: such an artifact is built but not executed.
+    CPU of the building machine: such an artifact is built but not executed. A checkpoint fits either.
     """
     kind = target.hardware
     if name == LOCAL:
-        return detect_profile() if kind is ProfileKind.GPU else detect_profile(gpu=False)
+        return detect_profile(gpu=kind is not ProfileKind.CPU)
     profile = load_profile(name, path)
-    if profile.kind is not kind:
+    if kind is not None and profile.kind is not kind:
         raise ConfigError(
             f"target {target.name} runs on a {kind.value.upper()} and profile {name} describes a "
             f"{profile.kind.value.upper()}",

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmc.catalog import load_target
-from llmc.config import Engine, Span, Target
+from llmc.config import Engine, EngineRule, EngineScheme, Span, Target
 
 ONE = Span(least=1, typical=1, most=1)
 
@@ -50,3 +50,63 @@ def test_backends_and_their_fields(target: str, changes: dict[str, object], mess
     fields = load_target(target).model_dump(mode="json")
     with pytest.raises(ValidationError, match=message):
         Target.model_validate_json(json.dumps({**fields, **changes}))
+
+
+TEXT = {"window_tokens": 64, "max_windows": 1}
+RULE = {"bits": 4, "block_size": 128, "symmetric": True, "method": "rtn"}
+BLOCKS = {"accuracy_level": 0, "scales": "bfloat16", "rules": [{"scheme": RULE}]}
+W8A8 = {"scheme": {"format": "int8", "activations": "dynamic"}}
+
+
+def checkpoint_target(**changes: object) -> Target:
+    """A target for servers, with some fields changed."""
+    fields = load_target("cpu-fp32").model_dump(mode="json")
+    own = {"backend": "checkpoint", "logits": "all", "checkpoint": {"format": "compressed-tensors"}}
+    return Target.model_validate_json(json.dumps({**fields, **own, "quantize": BLOCKS, **changes}))
+
+
+def test_a_checkpoint_runs_on_either_hardware() -> None:
+    assert checkpoint_target().hardware is None
+    weights = {"format": "compressed-tensors", "weights": [W8A8]}
+    dynamic = checkpoint_target(quantize=None, checkpoint=weights)
+    assert dynamic.checkpoint is not None
+    assert dynamic.checkpoint.calibration is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": None}, "backend checkpoint requires a section checkpoint"),
+        ({"backend": "onnxruntime"}, "checkpoint requires backend checkpoint"),
+        ({"quantize": None}, "give exactly one of quantize and checkpoint.weights"),
+        ({"checkpoint": {"format": "gptq", "weights": [W8A8]}}, "give exactly one of quantize and"),
+        ({"quantize": {**BLOCKS, "scales": "activations"}}, "requires scales bfloat16 or float16"),
+        ({"dtype": "float16"}, "requires dtype float32 and logits all"),
+        ({"checkpoint": {"format": "exl2"}}, "Input should be 'compressed-tensors', 'gptq', 'awq' or"),
+        ({"checkpoint": {"format": "gptq", "kv_cache": "fp8"}}, "kv_cache need calibration"),
+        ({"checkpoint": {"format": "gptq", "calibration": TEXT}}, "calibration is for rules that quantize"),
+    ],
+)
+def test_a_checkpoint_and_its_fields(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        checkpoint_target(**changes)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_tensorrt_scales_no_activations_by_token(kind: str) -> None:
+    scheme = EngineScheme.model_validate({"format": kind, "activations": "dynamic"})
+    with pytest.raises(ValidationError, match=f"TensorRT scales activations in {kind} by calibration text"):
+        Engine(kv_capacity=64, batch=ONE, prefill=ONE, weights=(EngineRule(scheme=scheme),))
+
+
+def test_a_scale_for_a_whole_tensor_is_for_checkpoints_in_fp8() -> None:
+    with pytest.raises(ValidationError, match="a scale per tensor is for fp8, not int8"):
+        EngineScheme.model_validate({"format": "int8", "scale_per": "tensor"})
+    rule = EngineRule(scheme=EngineScheme.model_validate({"format": "fp8", "scale_per": "tensor"}))
+    with pytest.raises(ValidationError, match="an engine has a scale of fp8 per output feature"):
+        Engine(kv_capacity=64, batch=ONE, prefill=ONE, weights=(rule,))
+
+
+def test_scales_in_bfloat16_are_for_checkpoints() -> None:
+    with pytest.raises(ValidationError, match="scales in bfloat16 require backend checkpoint"):
+        checkpoint_target(backend="onnxruntime", checkpoint=None)

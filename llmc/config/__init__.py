@@ -13,10 +13,13 @@ from llmc.config.base import CalibrationText as CalibrationText
 from llmc.config.base import Rule as Rule
 from llmc.config.base import Scheme as Scheme
 from llmc.config.base import WeightRole as WeightRole
+from llmc.config.checkpoint import Checkpoint as Checkpoint
+from llmc.config.checkpoint import CheckpointFormat as CheckpointFormat
 from llmc.config.engine import Engine as Engine
 from llmc.config.engine import EngineRule as EngineRule
 from llmc.config.engine import EngineScheme as EngineScheme
 from llmc.config.engine import Span as Span
+from llmc.config.engine import TypedWeights as TypedWeights
 from llmc.config.engine import WeightFormat as WeightFormat
 from llmc.config.method import METHODS as METHODS
 from llmc.config.method import LeastSquares as LeastSquares
@@ -175,7 +178,8 @@ class Quantization(Strict):
         kept_accuracy: The same, by role, for codes kept from the checkpoint, which have no other loss.
         scales: Type of stored scales: that of the `activations`, as operators accept it, or `float16`,
             converted to float32 when a session starts. Experts always have the former; scales that a
-            checkpoint stores in float16 stay so where its codes are kept.
+            checkpoint stores in float16 stay so where its codes are kept. `bfloat16` is for checkpoints:
+            servers compute in bfloat16 or float16, and both have these numbers.
         rules: Rules that are tried in order, per matrix.
         calibration: Text for methods that need it; None if no method does.
         scale_channels: Whether to scale channels of activations before their weights are calibrated, where
@@ -188,7 +192,7 @@ class Quantization(Strict):
     kept_accuracy: dict[Annotated[WeightRole, Field(strict=False)], Literal[0, 1, 2, 3, 4]] = Field(
         default_factory=dict
     )
-    scales: Literal["activations", "float16"] = "activations"
+    scales: Literal["activations", "float16", "bfloat16"] = "activations"
     rules: tuple[WeightRule, ...]
     calibration: CalibrationText | None = None
     scale_channels: bool = False
@@ -207,16 +211,18 @@ class Quantization(Strict):
 
 
 class BackendName(StrEnum):
-    """The kind of an artifact: an ONNX Runtime model, or TensorRT engines."""
+    """The kind of an artifact: an ONNX Runtime model, TensorRT engines, or a checkpoint for servers."""
 
     ONNXRUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
+    CHECKPOINT = "checkpoint"
 
 
 class Target(Strict):
     """The intent of a build: backend, passes in order, precision, interface, thresholds; `targets/*.yaml`.
 
-    `quantize` belongs to the backend onnxruntime; `engine` to tensorrt, which needs it.
+    `quantize` belongs to the backends onnxruntime and checkpoint; `engine` to tensorrt and `checkpoint` to
+    checkpoint, which need theirs.
 
     Args:
         kernels: `compiled` generates operators for the model and the profile's CPU, where possible.
@@ -239,13 +245,16 @@ class Target(Strict):
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
+    checkpoint: Checkpoint | None = None
     prune: Pruning | None = None
     lookup: int | None = None
     gates: tuple[Gate, ...]
 
     @property
-    def hardware(self) -> ProfileKind:
-        """The kind of hardware that the artifact runs on."""
+    def hardware(self) -> ProfileKind | None:
+        """The kind of hardware that the artifact runs on; None for a checkpoint, which fits either."""
+        if self.backend is BackendName.CHECKPOINT:
+            return None
         return ProfileKind.GPU if self.provider is Provider.CUDA else ProfileKind.CPU
 
     @property
@@ -273,8 +282,29 @@ class Target(Strict):
             raise ValueError("kernels: compiled requires backend onnxruntime and provider cpu")
         if self.backend is BackendName.TENSORRT and self.provider is not Provider.CUDA:
             raise ValueError("backend tensorrt needs provider cuda")
-        if self.lookup is not None and (self.backend is BackendName.TENSORRT or self.logits == "last"):
+        if self.lookup is not None and (self.backend is not BackendName.ONNXRUNTIME or self.logits == "last"):
             raise ValueError("lookup requires backend onnxruntime and logits of all tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoint_fits(self) -> "Target":
+        scales = None if self.quantize is None else self.quantize.scales
+        if self.backend is not BackendName.CHECKPOINT:
+            if self.checkpoint is not None:
+                raise ValueError("checkpoint requires backend checkpoint")
+            if scales == "bfloat16":
+                raise ValueError("scales in bfloat16 require backend checkpoint")
+            return self
+        if self.checkpoint is None:
+            raise ValueError("backend checkpoint requires a section checkpoint")
+        if (self.quantize is not None) == bool(self.checkpoint.weights):
+            raise ValueError("give exactly one of quantize and checkpoint.weights")
+        if scales == "activations":
+            raise ValueError("backend checkpoint requires scales bfloat16 or float16: servers have no others")
+        if self.dtype is not Dtype.FLOAT32 or self.logits != "all":
+            raise ValueError(
+                "backend checkpoint requires dtype float32 and logits all; its floats keep their own type"
+            )
         return self
 
 

@@ -234,7 +234,7 @@ def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str 
 def _require_fit(plan: BuildPlan) -> None:
     """Require that the profile's kind of hardware is the one that the target runs on."""
     hardware = plan.target.hardware
-    if plan.profile.kind is not hardware:
+    if hardware is not None and plan.profile.kind is not hardware:
         raise ConfigError(
             f"target {plan.target.name} runs on a {hardware.value.upper()}; profile {plan.profile.name} is "
             f"{plan.profile.device}, a {plan.profile.kind.value.upper()}",

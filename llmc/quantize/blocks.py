@@ -11,6 +11,7 @@ operation runs along contiguous memory and a reduction over a block is an additi
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from llmc.arrays import Array
@@ -20,7 +21,7 @@ from llmc.config import WeightScheme
 STEP = 1 << 17
 
 #: The element type of stored scales.
-ScaleType = type[np.float32] | type[np.float16]
+ScaleType = type[np.float32] | type[np.float16] | type[ml_dtypes.bfloat16]
 
 #: Blocks whose range is below this are stored as zeros: the inverse of their scale would overflow float32.
 SMALLEST = np.float32(2.0**-100)
@@ -33,7 +34,7 @@ class PackedBlocks:
     Args:
         codes: uint8 (N, blocks, block_size * bits / 8); with 4 bits the even element of a pair is in
             the low half of its byte.
-        scales: float32 or float16 (N, blocks).
+        scales: (N, blocks), of a `ScaleType`.
         zero_points: uint8 (N, ceil(blocks * bits / 8)), packed like the codes; or float32 (N, blocks), any
             numbers: -minimum / scale for weights of code * scale + minimum; None if symmetric.
         in_features: K without the padding.

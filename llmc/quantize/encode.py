@@ -27,7 +27,7 @@ class Encoder:
         out_features: N.
         in_features: K.
         scheme: The scheme of the codes.
-        scale_type: float32 or float16.
+        scale_type: Type of the stored scales.
         importance: Weight of the square of an error, by input feature, float32 (K,).
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.config import Dtype, Engine, Quantization
+from llmc.config import Dtype, Quantization, TypedWeights
 from llmc.quantize.activations import plan_inputs
 from llmc.quantize.engine import quantize_for_engine
 from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineQuantizer:
-    """The section `engine` of a target.
+    """The rules for types that products are computed in, of the section `engine` or `checkpoint` of a target.
 
     Args:
-        engine: The section.
+        section: The section.
         dtype: Type of activations, and of matrices that stay in float.
     """
 
-    engine: Engine
+    section: TypedWeights
     dtype: Dtype
 
     @property
     def bits(self) -> float | None:
         """See `Quantizer`."""
-        bits = [rule.scheme.bits for rule in self.engine.weights if rule.scheme is not None]
+        bits = [rule.scheme.bits for rule in self.section.weights if rule.scheme is not None]
         return float(min(bits)) if bits else None
 
     @property
     def scales_channels(self) -> bool:
         """See `Quantizer`."""
-        return self.engine.calibration is not None
+        return self.section.calibration is not None
 
     @property
     def observes_inputs(self) -> bool:
         """See `Quantizer`."""
-        return self.engine.calibration is not None
+        return self.section.calibration is not None
 
     @property
     def unsolved(self) -> Quantization | None:
@@ -64,8 +64,8 @@ class EngineQuantizer:
 
     def input_needs(self, graph: Graph) -> InputNeeds | None:
         """See `Quantizer`."""
-        text = self.engine.calibration
-        return None if text is None else InputNeeds(text, plan_inputs(graph, self.engine.weights))
+        text = self.section.calibration
+        return None if text is None else InputNeeds(text, plan_inputs(graph, self.section.weights))
 
     def calibrated(self, graph: Graph, needs: WeightNeeds) -> Iterator[str]:
         """See `Quantizer`."""
@@ -75,7 +75,7 @@ class EngineQuantizer:
         """See `Quantizer`."""
         ranges = None if observed.inputs is None else observed.inputs.ranges
         tensors, floats = quantize_for_engine(
-            graph, self.engine.weights, ranges, self.engine.least_activation_db
+            graph, self.section.weights, ranges, self.section.least_activation_db
         )
         stay = [f"what {f.weight} is given stays in {self.dtype.value}: {f.reason}" for f in floats]
         return Quantized(tensors, (*stay, *origin_notes(tensors)), floats)

@@ -11,6 +11,7 @@ results without an error (ONNX Runtime 1.31).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -118,6 +119,9 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
 
 def scale_type(quantization: Quantization, dtype: Dtype) -> ScaleType:
     """Return the type of stored scales for activations of `dtype`."""
+    if quantization.scales == "bfloat16":
+        bfloat16: ScaleType = ml_dtypes.bfloat16
+        return bfloat16
     wide = dtype is Dtype.FLOAT32 and quantization.scales == "activations"
     return np.float32 if wide else np.float16
 
@@ -275,7 +279,7 @@ class _Operands:
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
-        kind = ir.DataType.FLOAT if stored_type is np.float32 else ir.DataType.FLOAT16
+        kind = ir.DataType.from_numpy(np.dtype(stored_type))
         self.scales = initializer("scales", kind, (self.out_features, self.blocks))
         if kind is not self.scale_dtype:
             self.scales = self._widen(graph)

@@ -68,13 +68,13 @@ class Space:
         """Create the candidates around some targets.
 
         Raises:
-            UnsupportedError: A target runs on a GPU.
+            UnsupportedError: A target does not run on a CPU.
             ConfigError: A target has no weights that could be stored differently, or is named twice.
         """
         for base in bases:
             if base.hardware is not ProfileKind.CPU:
                 raise UnsupportedError(
-                    f"llmc tune measures on this machine's CPU, but target {base.name} runs on a GPU",
+                    f"llmc tune measures on this machine's CPU, but target {base.name} {_elsewhere(base)}",
                     hint="tune a CPU target: llmc targets",
                 )
             last = base.quantize.rules[-1] if base.quantize is not None and base.quantize.rules else None
@@ -227,3 +227,8 @@ def describe(target: Target) -> str:
     ]
     methods = dict.fromkeys(r.scheme.method.name for r in stated.rules if r.scheme is not None)
     return ", ".join([*parts, "+".join(methods), f"level {stated.accuracy_level}"])
+
+
+def _elsewhere(target: Target) -> str:
+    """Return where a target runs that does not run on a CPU in this process."""
+    return "is for servers" if target.hardware is None else "runs on a GPU"
