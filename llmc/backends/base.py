@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmc.artifact.engine import EngineRecord
     from llmc.artifact.forecast import Forecast
     from llmc.artifact.store.folder import Artifact
+    from llmc.backends.written import WrittenFrom, WrittenTensors
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.session import Rewindable
@@ -151,6 +152,9 @@ class Backend(ABC):
     served_by_genai = True
     #: The file that `write_serving` writes.
     serving_file = "genai_config.json"
+    #: Whether the artifact is a graph, model.onnx. If not, it is a checkpoint: a folder of safetensors that
+    #: servers load. Its gates read the folder back and run it in transformers; `open_graph` is not asked.
+    writes_graph = True
     #: The Python module with which `open_graph` executes a graph.
     graph_library = "onnxruntime"
     #: Whether attention in the served program rounds more than the type of its KV cache implies.
@@ -332,6 +336,19 @@ class Backend(ABC):
     def own_files(self, manifest: Manifest) -> set[str]:
         """Return the names of the files beside model.onnx that a build wrote according to the manifest."""
         return set()
+
+    def written_tensors(
+        self, graph: Graph, target: Target, checkpoint: WrittenFrom
+    ) -> Iterator[WrittenTensors]:
+        """Yield the tensors that a build writes into the safetensors files of a checkpoint artifact.
+
+        `llmc verify` computes them again and compares them with the files, bit for bit.
+
+        Args:
+            graph: The quantized graph, with lazy weights.
+            checkpoint: The checkpoint that was compiled.
+        """
+        yield from ()
 
     def differences(self, path: Path, manifest: Manifest, lowered: Any) -> Iterator[str]:
         """Describe how the files beside model.onnx differ from those of a build.
