@@ -1,0 +1,1 @@
+"""Write a Hugging Face folder with quantized safetensors, which servers load."""
