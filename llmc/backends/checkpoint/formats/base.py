@@ -83,6 +83,13 @@ class Format(Protocol):
         """Return why the format cannot hold a matrix (N, K); None if it can."""
         ...
 
+    def mixed_refusal(self, schemes: Iterable[WeightScheme | EngineScheme]) -> str | None:
+        """Return why one folder cannot hold matrices of these schemes; None if it can.
+
+        Each scheme is one that `refusal` accepts.
+        """
+        ...
+
     def specs(self, matrix: CodedMatrix) -> tuple[FolderTensor, ...]:
         """Return the tensors of a matrix, in the order of their names."""
         ...
@@ -104,7 +111,7 @@ class Format(Protocol):
         """Return `quantization_config` of config.json.
 
         Args:
-            ignored: Names of the linear modules that stay in float.
+            ignored: Names of the linear modules that stay in float, the head among them.
         """
         ...
 
@@ -144,6 +151,14 @@ def indivisible(scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> 
     fitting = [size for size in (128, 64, 32, 16) if size < group and shape[1] % size == 0]
     advice = f"groups of {' or '.join(map(str, fitting))} do" if fitting else "no size of groups does"
     return f"groups of {group} do not divide {shape[1]} inputs; {advice}"
+
+
+def dominant(matrices: Sequence[CodedMatrix]) -> WeightScheme | EngineScheme:
+    """Return the scheme that most matrices have; of several, the first."""
+    counts: dict[str, int] = {}
+    for matrix in matrices:
+        counts[repr(matrix.scheme)] = counts.get(repr(matrix.scheme), 0) + 1
+    return max((matrix.scheme for matrix in matrices), key=lambda scheme: counts[repr(scheme)])
 
 
 def scale_shape(matrix: CodedMatrix) -> tuple[int, int]:

@@ -12,7 +12,7 @@ Static activations have `input_scale` (1,); those of nvfp4 have its inverse, `in
 Source: compressed_tensors 0.19.0, compressors/*/base.py and quantization/quant_args.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,10 @@ class CompressedTensors:
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
         return indivisible(scheme, shape)
+
+    def mixed_refusal(self, schemes: Iterable[WeightScheme | EngineScheme]) -> str | None:
+        """See `Format`."""
+        return None
 
     def specs(self, matrix: CodedMatrix) -> tuple[FolderTensor, ...]:
         """See `Format`."""

@@ -1,0 +1,146 @@
+"""Encode matrices in the format of AutoGPTQ and GPTQModel.
+
+`qweight` int32 (K * bits / 32, N) is packed along the inputs, low bits first; `qzeros` int32 (groups,
+N * bits / 32) along the outputs; `scales` (groups, N); `g_idx` int32 (K,) is the group of each input.
+
+Symmetric codes have `checkpoint_format: gptq`, in which zero points are stored less one: all servers read it.
+Codes with zero points have `gptq_v2`, which stores them unchanged: GPTQModel adds one to all zero points of a
+word of the other layout at once, so that a zero point of 0, stored as 2**bits - 1, would change the next one.
+Source: GPTQModel's `utils/model.py` (convert_gptq_v1_to_v2_format); vLLM 0.32, `auto_gptq.py`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.arrays import Array
+from llmc.backends.checkpoint.formats.base import (
+    CodedMatrix,
+    Codes,
+    FolderTensor,
+    checked,
+    describe_scheme,
+    dominant,
+    group_of,
+    indivisible,
+    is_integer,
+    pack_words,
+    scale_shape,
+    stored_scales,
+    unsigned_codes,
+)
+from llmc.config import CheckpointFormat, EngineScheme, WeightScheme
+
+#: Products that servers fuse, by the name of the product that they make of them.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class GptqLayout:
+    """The format of AutoGPTQ and GPTQModel."""
+
+    @property
+    def shared_scales(self) -> bool:
+        """See `Format`."""
+        return False
+
+    def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
+        """See `Format`."""
+        if not is_integer(scheme) or (isinstance(scheme, EngineScheme) and scheme.activations != "float"):
+            return f"this format has integers of 4 or 8 bits alone, not {describe_scheme(scheme)}"
+        per_word = 32 // scheme.bits
+        if shape[0] % per_word or shape[1] % per_word:
+            return f"words of {per_word} codes do not divide {shape[0]} outputs and {shape[1]} inputs"
+        return indivisible(scheme, shape)
+
+    def mixed_refusal(self, schemes: Iterable[WeightScheme | EngineScheme]) -> str | None:
+        """See `Format`."""
+        if len({scheme.symmetric for scheme in schemes}) > 1:
+            return "this format has zero points for all matrices or for none"
+        return None
+
+    def specs(self, matrix: CodedMatrix) -> tuple[FolderTensor, ...]:
+        """See `Format`."""
+        module, (outputs, inputs) = matrix.module, matrix.shape
+        per_word, groups = 32 // matrix.scheme.bits, scale_shape(matrix)[1]
+        return (
+            FolderTensor(f"{module}.g_idx", ir.DataType.INT32, (inputs,)),
+            FolderTensor(f"{module}.qweight", ir.DataType.INT32, (inputs // per_word, outputs)),
+            FolderTensor(f"{module}.qzeros", ir.DataType.INT32, (groups, outputs // per_word)),
+            FolderTensor(f"{module}.scales", matrix.scale_type, (groups, outputs)),
+        )
+
+    def encode(self, matrix: CodedMatrix, codes: Codes) -> dict[str, Array]:
+        """See `Format`."""
+        codes = checked(matrix, codes)
+        module, bits, groups = matrix.module, matrix.scheme.bits, scale_shape(matrix)
+        offset = 1 if matrix.scheme.symmetric else 0
+        zeros = codes.zero_points
+        if zeros is None:
+            zeros = np.full(groups, 1 << (bits - 1), np.uint8)
+        words = pack_words(unsigned_codes(matrix, codes), bits)
+        inputs = np.arange(matrix.shape[1], dtype=np.int32)
+        return {
+            f"{module}.g_idx": inputs // np.int32(matrix.shape[1] // groups[1]),
+            f"{module}.qweight": np.ascontiguousarray(words.T),
+            f"{module}.qzeros": pack_words(np.ascontiguousarray(zeros.T) - np.uint8(offset), bits),
+            f"{module}.scales": np.ascontiguousarray(stored_scales(matrix, codes.scales).T),
+        }
+
+    def cache_scales(self, attention: str) -> tuple[str, str]:
+        """See `Format`."""
+        return f"{attention}.k_scale", f"{attention}.v_scale"
+
+    def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
+        """See `Format`."""
+        first = dominant(matrices)
+        symmetric, name = first.symmetric, CheckpointFormat.GPTQ.value
+        names = {matrix.module: _fields(matrix.scheme) for matrix in matrices}
+        other: dict[str, dict[str, Any]] = {}
+        for pattern, fields in _patterns(names).items():
+            if fields != _fields(first):
+                other[f"+:{pattern}"] = fields
+        for module in ignored:
+            if module != "lm_head":
+                other[f"-:{re.escape(module)}$"] = {}
+        return {
+            **_fields(first),
+            "checkpoint_format": name if symmetric else f"{name}_v2",
+            "desc_act": False,
+            "dynamic": other,
+            "lm_head": "lm_head" in names,
+            "quant_method": name,
+            "static_groups": False,
+            "sym": symmetric,
+            "true_sequential": True,
+        }
+
+    def side_files(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
+        """See `Format`."""
+        return {}
+
+
+def _fields(scheme: WeightScheme | EngineScheme) -> dict[str, Any]:
+    group = group_of(scheme)
+    return {"bits": scheme.bits, "group_size": -1 if group is None else group}
+
+
+def _patterns(names: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a pattern for the name of each matrix; those that servers fuse have one pattern for all.
+
+    vLLM matches the name of the fused product alone.
+    """
+    patterns = {}
+    for name, fields in names.items():
+        parent, _, last = name.rpartition(".")
+        alternatives = [last]
+        for fused, parts in _FUSED.items():
+            if last in parts and all(names.get(f"{parent}.{part}") == fields for part in parts):
+                alternatives = [*parts, fused]
+        ending = alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"
+        patterns[f"{re.escape(parent)}\\.{ending}$" if parent else f"{re.escape(last)}$"] = fields
+    return patterns
