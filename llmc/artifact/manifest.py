@@ -27,7 +27,7 @@ MODEL = "model.onnx"
 #: The folder of measurements and their timings, which the manifest's digests do not cover.
 REPORTS = "reports"
 #: The file with the layers and units of a pruned model that stay.
-PRUNING = "pruning.safetensors"
+PRUNING = "decisions/pruning.safetensors"
 SCHEMA_VERSION: Literal[1] = 1
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

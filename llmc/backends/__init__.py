@@ -19,6 +19,10 @@ def backend_of(target: Target) -> Backend:
         from llmc.backends.tensorrt.backend import TensorRtBackend
 
         return TensorRtBackend()
+    if target.backend is BackendName.CHECKPOINT:
+        from llmc.backends.checkpoint.backend import CheckpointBackend
+
+        return CheckpointBackend()
     if target.kernels == "compiled":
         from llmc.backends.compiled.backend import CompiledBackend
 
@@ -30,8 +34,9 @@ def backend_of(target: Target) -> Backend:
 
 def backends() -> tuple[Backend, ...]:
     """All backends."""
+    from llmc.backends.checkpoint.backend import CheckpointBackend
     from llmc.backends.compiled.backend import CompiledBackend
     from llmc.backends.onnxruntime.backend import OnnxRuntimeBackend
     from llmc.backends.tensorrt.backend import TensorRtBackend
 
-    return (OnnxRuntimeBackend(), CompiledBackend(), TensorRtBackend())
+    return (OnnxRuntimeBackend(), CompiledBackend(), TensorRtBackend(), CheckpointBackend())

@@ -67,11 +67,14 @@ class Stage(ABC):
         """
         return None
 
-    def require_graph(self, graph: Graph) -> None:  # noqa: B027 - most backends run every graph
-        """Require that the profile's hardware can run a graph after its passes, before calibration.
+    def require_graph(self, graph: Graph, checkpoint: WrittenFrom) -> None:  # noqa: B027 - most accept all
+        """Require that the artifact can have a graph after its passes, before calibration.
+
+        Args:
+            checkpoint: The checkpoint that is compiled.
 
         Raises:
-            UnsupportedError: It cannot.
+            UnsupportedError: The profile's hardware cannot run it, or the artifact cannot hold its matrices.
         """
 
     @abstractmethod
@@ -150,7 +153,7 @@ class Backend(ABC):
     several_profiles = False
     #: Whether onnxruntime-genai serves the artifact, with its own tokenizer; if not, llmc generates text.
     served_by_genai = True
-    #: The file that `write_serving` writes.
+    #: The file by which a runtime serves the artifact.
     serving_file = "genai_config.json"
     #: Whether the artifact is a graph, model.onnx. If not, it is a checkpoint: a folder of safetensors that
     #: servers load. Its gates read the folder back and run it in transformers; `open_graph` is not asked.
@@ -210,28 +213,52 @@ class Backend(ABC):
         """Return why the runtime would refuse nodes of a lowered graph; empty if no parser can be asked."""
         return ()
 
+    def write_model(
+        self, graph: Graph, folder: Path, target: Target, checkpoint: WrittenFrom, progress: Progress
+    ) -> Mapping[str, FileDigest]:
+        """Write the model with its weights into `folder`: model.onnx, unless `writes_graph` is False.
+
+        Args:
+            graph: The graph in its final form, with lazy weights.
+            checkpoint: The checkpoint that was compiled.
+
+        Returns:
+            Digests of the files.
+
+        Raises:
+            GraphError: A weight is not computed, or differs from its declaration.
+            ResourceError: Disk or memory ran out.
+        """
+        from llmc.backends.model_file import write_model
+
+        return write_model(graph.model, folder, progress.advance)
+
     @abstractmethod
     def write_serving(
         self,
         folder: Path,
         target: Target,
         threads: int | None,
-        config: Any,
+        checkpoint: WrittenFrom,
         generation_config: Any,
         graph: Graph,
     ) -> None:
-        """Write `serving_file`, by which a runtime serves the artifact, into `folder`.
+        """Write `serving_file`, and others by which a runtime serves the artifact, into `folder`.
 
         Args:
             folder: Folder that has the tokenizer's files already.
             threads: Intra-op threads; None for the runtime's default.
-            config: transformers configuration of the model.
+            checkpoint: The checkpoint that was compiled.
             generation_config: transformers `GenerationConfig`; None if the checkpoint has none.
             graph: The graph in its final form.
 
         Raises:
             UnsupportedError: The runtime cannot serve the graph.
         """
+
+    def serves_by(self, name: str) -> bool:
+        """Return whether `write_serving` writes the file of this name."""
+        return name == self.serving_file
 
     def forecasts(
         self, target: Target, profiles: Sequence[Profile], manifest: Manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from llmc.arrays import Array
+from llmc.graph.files import FileTensors
 from llmc.graph.weights import WeightStore
 
 
@@ -22,11 +23,14 @@ class WrittenTensors:
         compute: Returns every tensor of `specs` by its name.
         weight: Name of the graph's matrix before quantization, whose codes a build may take from calibration;
             None for tensors that the checkpoint alone determines.
+        rows: Yields the rows of its only tensor, a few MiB at a time, where that takes less memory; None if
+            it does not.
     """
 
     specs: Mapping[str, tuple[ir.DataType, tuple[int, ...]]]
     compute: Callable[[], Mapping[str, Array]]
     weight: str | None = None
+    rows: Callable[[], Iterator[Array]] | None = None
 
 
 class WrittenFrom(Protocol):
@@ -43,6 +47,16 @@ class WrittenFrom(Protocol):
         ...
 
     @property
+    def architecture(self) -> str:
+        """The transformers class of the model."""
+        ...
+
+    @property
+    def altered(self) -> str:
+        """Digest of what was merged into the model or removed from it; empty if nothing was."""
+        ...
+
+    @property
     def tensors(self) -> WeightStore:
         """The stored parameters, by their names in the transformers model."""
         ...
@@ -55,4 +69,12 @@ class WrittenFrom(Protocol):
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the tensors."""
+        ...
+
+    def file_tensors(self) -> FileTensors:
+        """Return the tensors under the names of the files."""
+        ...
+
+    def linear_parameters(self) -> tuple[str, ...]:
+        """Return the names of the weights of all linear layers of the model."""
         ...

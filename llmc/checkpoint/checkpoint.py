@@ -17,6 +17,7 @@ from llmc.checkpoint.adapter import AdaptedStore, Merge, open_adapter, plan_merg
 from llmc.checkpoint.agreement import Agreement, compare_loaders
 from llmc.checkpoint.declared import SIDE_FILES
 from llmc.checkpoint.digest import digest_files
+from llmc.checkpoint.files import converted_files, linear_parameters, own_files
 from llmc.checkpoint.gguf_header import GgufHeader
 from llmc.checkpoint.gguf_tokenizer import tokenizer_notes
 from llmc.checkpoint.leftovers import explain_leftovers
@@ -27,6 +28,7 @@ from llmc.checkpoint.safetensors import SafetensorsStore, has_weights
 from llmc.checkpoint.sizes import require_stored
 from llmc.checkpoint.skeleton import build_skeleton
 from llmc.checkpoint.wrappers import unwrap
+from llmc.graph.files import FileTensors
 from llmc.graph.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -202,6 +204,19 @@ class Checkpoint:
             UnsupportedError: transformers cannot run it module by module.
         """
         return stream_model(self.config, self.tensors, self.tied, put)
+
+    def file_tensors(self) -> FileTensors:
+        """Return the tensors under the names of the files, to be written again as a checkpoint.
+
+        A GGUF file, a pruned model and one with an adapter have the names of the transformers model instead.
+        """
+        if self.path.is_file() or not isinstance(self.tensors, conversion.ConvertedStore):
+            return own_files(self.tensors)
+        return converted_files(self.tensors)
+
+    def linear_parameters(self) -> tuple[str, ...]:
+        """Return the names of the weights of all linear layers of the model, those of towers included."""
+        return linear_parameters(build_skeleton(self.config))
 
     def reference_bytes(self) -> int:
         """Compute the memory that the original takes in float32, in bytes."""

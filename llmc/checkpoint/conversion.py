@@ -60,7 +60,13 @@ class _Conversion:
 
 
 class ConvertedStore:
-    """A `WeightStore` under the parameter names of a transformers model."""
+    """A `WeightStore` under the parameter names of a transformers model.
+
+    Args:
+        raw: The tensors of the files.
+        renamed: Name in the files by the name of the parameter, where they are the same tensor.
+        conversions: How a parameter is made of other tensors of the files.
+    """
 
     def __init__(
         self,
@@ -70,10 +76,10 @@ class ConvertedStore:
         conversions: Mapping[str, _Conversion],
         infos: Mapping[str, TensorInfo],
     ) -> None:
-        self._raw = raw
+        self.raw = raw
         self._model = model
-        self._renamed = renamed
-        self._conversions = conversions
+        self.renamed = renamed
+        self.conversions = conversions
         self._infos = MappingProxyType(dict(sorted(infos.items())))
         self._whole = WholeValues()
 
@@ -81,9 +87,9 @@ class ConvertedStore:
         return self._infos
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        if name in self._renamed:
-            return self._raw.read(self._renamed[name], start, stop)
-        conversion = self._conversions[name]
+        if name in self.renamed:
+            return self.raw.read(self.renamed[name], start, stop)
+        conversion = self.conversions[name]
         if conversion.by_row:
             return self._convert(name, conversion, slice(start, stop))
         return self._whole.rows(name, lambda: self._convert(name, conversion, slice(None)), start, stop)
@@ -91,11 +97,11 @@ class ConvertedStore:
     def without(self, names: set[str]) -> ConvertedStore:
         """Return the same store without some tensors."""
         infos = {name: info for name, info in self._infos.items() if name not in names}
-        return ConvertedStore(self._raw, self._model, self._renamed, self._conversions, infos)
+        return ConvertedStore(self.raw, self._model, self.renamed, self.conversions, infos)
 
     def _convert(self, name: str, conversion: _Conversion, rows: slice) -> Array:
         def reader(source: str) -> Callable[[], torch.Tensor]:
-            return lambda: _to_torch(self._raw.read(source))
+            return lambda: _to_torch(self.raw.read(source))
 
         chosen = {
             pattern: [reader(source) for source in sources[rows]]

@@ -13,8 +13,8 @@ from llmc.config.base import CalibrationText as CalibrationText
 from llmc.config.base import Rule as Rule
 from llmc.config.base import Scheme as Scheme
 from llmc.config.base import WeightRole as WeightRole
-from llmc.config.checkpoint import Checkpoint as Checkpoint
 from llmc.config.checkpoint import CheckpointFormat as CheckpointFormat
+from llmc.config.checkpoint import ServedCheckpoint as ServedCheckpoint
 from llmc.config.engine import Engine as Engine
 from llmc.config.engine import EngineRule as EngineRule
 from llmc.config.engine import EngineScheme as EngineScheme
@@ -186,6 +186,8 @@ class Quantization(Strict):
             that costs nothing and reduces the error (AWQ).
         allocation: Decides the schemes of linear layers that the rules quantize; None keeps the rules'
             schemes.
+        regrid: Whether codes of the checkpoint are kept only in the bits and blocks that a rule states, and
+            matrices are quantized again otherwise; by default codes are kept in their own.
     """
 
     accuracy_level: Literal[0, 1, 2, 3, 4]
@@ -197,6 +199,7 @@ class Quantization(Strict):
     calibration: CalibrationText | None = None
     scale_channels: bool = False
     allocation: Allocation | None = None
+    regrid: bool = False
 
     @model_validator(mode="after")
     def _calibrated(self) -> "Quantization":
@@ -245,7 +248,7 @@ class Target(Strict):
     passes: tuple[PassSpec, ...]
     quantize: Quantization | None
     engine: Engine | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: ServedCheckpoint | None = None
     prune: Pruning | None = None
     lookup: int | None = None
     gates: tuple[Gate, ...]

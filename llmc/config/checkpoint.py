@@ -17,7 +17,7 @@ class CheckpointFormat(StrEnum):
     MODELOPT = "modelopt"
 
 
-class Checkpoint(TypedWeights):
+class ServedCheckpoint(TypedWeights):
     """The form of a Hugging Face folder that servers load.
 
     Rules in `weights` are for types that servers multiply in (int8, fp8, nvfp4). Without them the section
@@ -32,7 +32,7 @@ class Checkpoint(TypedWeights):
     kv_cache: Literal["fp8"] | None = None
 
     @model_validator(mode="after")
-    def _calibrated(self) -> "Checkpoint":
+    def _calibrated(self) -> "ServedCheckpoint":
         schemes = [rule.scheme for rule in self.weights if rule.scheme is not None]
         needs = self.kv_cache is not None or any(scheme.needs_range for scheme in schemes)
         if needs and self.calibration is None:

@@ -307,6 +307,27 @@ class ScaledRows:
         return product
 
 
+@dataclass(frozen=True)
+class ShiftedRows:
+    """The rows plus a constant, added in float32."""
+
+    inner: Rows
+    shift: float
+    dtype: ir.DataType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.inner.sources
+
+    def rows(self, start: int, stop: int) -> Array:
+        total = self.inner.rows(start, stop).astype(np.float32) + np.float32(self.shift)
+        return total.astype(self.dtype.numpy(), copy=False)
+
+
 def read_all(rows: Rows) -> Array:
     """Read all rows at once, shape `rows.shape`."""
     return rows.rows(0, rows.shape[0] if rows.shape else 1)

@@ -5,31 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from llmc.arrays import Array
 from llmc.graph.edit import add_constant, add_weight
 from llmc.graph.match import input_of, made_by, operands, scalar_of
-from llmc.graph.weights import CastRows, LazyWeight, Rows
-
-
-@dataclass(frozen=True)
-class ShiftedRows:
-    """The rows plus a constant, added in float32."""
-
-    inner: Rows
-    shift: float
-    dtype: ir.DataType
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.inner.sources
-
-    def rows(self, start: int, stop: int) -> Array:
-        total = self.inner.rows(start, stop).astype(np.float32) + np.float32(self.shift)
-        return total.astype(self.dtype.numpy(), copy=False)
+from llmc.graph.weights import CastRows, LazyWeight, Rows, ShiftedRows
 
 
 @dataclass(frozen=True)

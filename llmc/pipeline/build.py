@@ -178,27 +178,27 @@ def _note_unread(opened: Checkpoint, compiled: Compiled, progress: Progress) -> 
 def _write_model(
     plan: BuildPlan, checkpoint: Checkpoint, compiled: Compiled, folder: Path, progress: Progress
 ) -> dict[str, FileDigest]:
-    """Write the graph with its weights, and the files beside it by which it is served.
+    """Write the model with its weights, and the files beside it by which it is served.
 
     Args:
         checkpoint: The checkpoint that was compiled.
 
     Returns:
-        Digests of the graph and its weights.
+        Digests of the model and its weights.
     """
-    from llmc.backends.model_file import write_model
     from llmc.quantize.activations import write_smoothing
 
     graph, target, backend = compiled.graph, plan.target, backend_of(plan.target)
     with progress.stage("write"):
-        files = write_model(graph.model, folder, progress.advance)
-        for note in loss_notes(folder, compiled.weights, compiled.sources):
-            progress.note(f"write: {note}")
+        files = backend.write_model(graph, folder, target, checkpoint, progress)
+        if backend.writes_graph:
+            for note in loss_notes(folder, compiled.weights, compiled.sources):
+                progress.note(f"write: {note}")
         if backend.quantizer(target).scales_channels:
             write_smoothing(folder, compiled.smoothing)
-        config, generation_config = checkpoint.config, checkpoint.generation_config()
-        backend.write_serving(folder, target, plan.profile.threads, config, generation_config, graph)
-    return files
+        generation_config = checkpoint.generation_config()
+        backend.write_serving(folder, target, plan.profile.threads, checkpoint, generation_config, graph)
+    return dict(files)
 
 
 def _write_forecasts(plan: BuildPlan, manifest: Manifest, reports: Path) -> tuple[Forecast, ...]:

@@ -204,7 +204,7 @@ def _require_serving(checkpoint: Checkpoint, target: Target, graph: Graph) -> No
         folder = Path(scratch)
         checkpoint.save_tokenizer(folder)
         settings = checkpoint.generation_config()
-        backend_of(target).write_serving(folder, target, None, checkpoint.config, settings, graph)
+        backend_of(target).write_serving(folder, target, None, checkpoint, settings, graph)
 
 
 def _parts(nodes: Iterable[ir.Node]) -> tuple[GraphPart, ...]:

@@ -30,8 +30,9 @@ from llmc.quantize.place import choose_scheme
 if TYPE_CHECKING:
     import torch
 
-#: The file of an artifact with the factors by which channels of its activations were divided.
-SMOOTHING = "smoothing.safetensors"
+#: The file of an artifact with the factors by which channels of its activations were divided. It is in a
+#: folder of its own, since servers load every safetensors file beside config.json.
+SMOOTHING = "decisions/smoothing.safetensors"
 #: Candidate exponents.
 EXPONENTS = (0.5, 0.65, 0.8)
 #: Number of tokens of the text on which exponents are compared.
@@ -213,6 +214,7 @@ def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
 
     # `save_file` would create a file that other users cannot read.
     with space_errors(folder):
+        (folder / SMOOTHING).parent.mkdir(exist_ok=True)
         (folder / SMOOTHING).write_bytes(save(dict(vectors)))
 
 

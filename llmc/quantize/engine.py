@@ -1,16 +1,23 @@
-"""Quantize matrices and activations for TensorRT: ONNX QuantizeLinear and DequantizeLinear around products.
+"""Quantize matrices and activations to types that products are computed in, for TensorRT and for servers.
 
-TensorRT computes a product from the codes of its weight, and also from the codes of its activation if that is
+The graph gets ONNX QuantizeLinear and DequantizeLinear around products, as TensorRT reads them. TensorRT
+computes a product from the codes of its weight, and also from the codes of its activation if that is
 converted to the same type and back. int8 and fp8 activations have one scale, decided on calibration text.
 NVFP4 activations are quantized by block at run time, by TensorRT's own operator trt::TRT_FP4DynamicQuantize.
 A matrix that is embedding and language-model head at once is stored once for both: TensorRT's int8 products
 need it as (in_features, out_features), and would keep a second copy for a lookup of its rows, so the lookup
 reads columns.
+
+A checkpoint for servers takes codes and scales from the same graph (`for_servers`). Servers join products
+that read the same activation, and keep one scale of a whole matrix for all of them, so that it is shared.
+They quantize activations themselves, by the scale that `CodedAs` states. A product whose activation stays in
+float keeps its weight in float.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -27,8 +34,16 @@ from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
 from llmc.quantize.fold import SharedInput, find_shared_inputs
-from llmc.quantize.formats import NVFP4_BLOCK, TYPES, ActivationScale, encode, whole_scale
-from llmc.quantize.place import QuantizedTensor, choose_scheme
+from llmc.quantize.formats import (
+    NVFP4_BLOCK,
+    TYPES,
+    ActivationScale,
+    encode,
+    encode_whole,
+    tensor_scale,
+    whole_scale,
+)
+from llmc.quantize.place import CODED_AS, CodedAs, QuantizedTensor, choose_scheme
 from llmc.quantize.quantizer import FloatInput
 from llmc.quantize.stored import MADE_FLOATS, is_stored
 
@@ -38,6 +53,8 @@ def quantize_for_engine(
     rules: Sequence[EngineRule],
     ranges: Mapping[str, InputRange] | None,
     least_activation_db: float | None = None,
+    *,
+    for_servers: bool = False,
 ) -> tuple[tuple[QuantizedTensor, ...], tuple[FloatInput, ...]]:
     """Quantize matrices and activations of `graph` by the target's rules; data is read when it is written.
 
@@ -45,6 +62,7 @@ def quantize_for_engine(
         ranges: The calibrated ranges, by the first of the weights that read an activation. With None only the
             graph's form is right: every activation that rules name is quantized, with a range of 1.
         least_activation_db: Minimum signal-to-noise ratio; activations below it stay in float.
+        for_servers: Whether servers quantize the activations, and the weights are for them.
 
     Returns:
         Every matrix, and the activations that stay in float against their rule.
@@ -52,34 +70,80 @@ def quantize_for_engine(
     Raises:
         UnsupportedError: A matrix cannot be stored as its rule says.
     """
-    floats = []
+    floats: list[FloatInput] = []
+    unquantized: set[ir.Value] = set()
+    input_scales: dict[ir.Value, float] = {}
+    peers: dict[ir.Value, _Peers] = {}
     for shared in find_shared_inputs(graph):
+        if for_servers:
+            peers.update(_find_peers(shared, rules))
         kind, linears = quantized_products(shared, rules)
         if kind is None:
             continue
         quantized = changed(shared, linears=linears)
         calibrated = InputRange(1.0, None, 0.0) if ranges is None else ranges.get(quantized.sources[0])
-        if calibrated is None:
-            floats.append(FloatInput(quantized.sources[0], "calibration did not see its input"))
-        elif (
-            ranges is not None and least_activation_db is not None and calibrated.snr_db < least_activation_db
-        ):
-            reason = f"{calibrated.snr_db:.1f} dB as {kind.value}, less than {least_activation_db:g}"
-            floats.append(FloatInput(quantized.sources[0], reason))
-        else:
+        stays = None if ranges is None else _why_float(calibrated, kind, least_activation_db)
+        if calibrated is None or stays is not None:
+            floats.append(FloatInput(quantized.sources[0], stays or ""))
+            unquantized.update(linear.weight for linear in linears if for_servers)
+        elif not for_servers:
             _quantize_input(graph.graph, quantized, ActivationScale(kind, calibrated.peak))
+        else:
+            stated = float(ActivationScale(kind, calibrated.peak).stored(ir.DataType.FLOAT))
+            input_scales.update(dict.fromkeys((linear.weight for linear in linears), stated))
     stored = []
     for weight, outputs_first, role in _find_matrices(graph):
         tensor = lazy_of(weight)
         shape = tuple(tensor.shape.numpy())
         name = str(weight.name)
-        scheme = choose_scheme(rules, role, name)
-        size = tensor.nbytes if scheme is None else _replace(graph, weight, scheme, outputs_first)
+        scheme = None if weight in unquantized else choose_scheme(rules, role, name)
+        size = tensor.nbytes
+        if scheme is not None:
+            scale = input_scales.get(weight) if scheme.needs_range else None
+            size = _replace(graph, weight, scheme, outputs_first, peers.get(weight), scale)
         origin = None
         if tensor.rows is not None and is_stored(tensor.rows):
             origin = MADE_FLOATS if scheme is None else "quantized again (engines have grids of their own)"
         stored.append(QuantizedTensor(name, role, shape, scheme, size, origin))
     return tuple(stored), tuple(floats)
+
+
+def _why_float(calibrated: InputRange | None, kind: WeightFormat, least_db: float | None) -> str | None:
+    """Return why an activation stays in float; None if it can be quantized."""
+    if calibrated is None:
+        return "calibration did not see its input"
+    if least_db is not None and calibrated.snr_db < least_db:
+        return f"{calibrated.snr_db:.1f} dB as {kind.value}, less than {least_db:g}"
+    return None
+
+
+def _find_peers(shared: SharedInput, rules: Sequence[EngineRule]) -> Iterator[tuple[ir.Value, "_Peers"]]:
+    """Yield each weight that reads an activation, with all those that have its scheme."""
+    by_scheme: dict[EngineScheme, list[ir.Value]] = {}
+    for linear in shared.linears:
+        scheme = choose_scheme(rules, linear.role, str(linear.weight.name))
+        if scheme is not None:
+            by_scheme.setdefault(scheme, []).append(linear.weight)
+    for weights in by_scheme.values():
+        rows = [lazy_of(weight).rows for weight in weights]
+        together = _Peers(tuple(each for each in rows if each is not None))
+        yield from ((weight, together) for weight in weights)
+
+
+@dataclass(frozen=True, eq=False)
+class _Peers:
+    """Matrices that have one scale for all of their weights together."""
+
+    rows: tuple[Rows, ...]
+
+    @cached_property
+    def peak(self) -> float:
+        """The largest magnitude of a weight."""
+        return max(
+            float(np.abs(rows.rows(start, stop).astype(np.float32)).max())
+            for rows in self.rows
+            for start, stop in row_chunks(rows)
+        )
 
 
 def _quantize_input(graph: ir.Graph, shared: SharedInput, scale: ActivationScale) -> None:
@@ -162,8 +226,20 @@ def _find_matrices(graph: Graph) -> list[tuple[ir.Value, bool, WeightRole]]:
     return [(weight, *facts) for weight, facts in found.items()]
 
 
-def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first: bool) -> int:
-    """Replace `weight` by codes, scales and their product; return the bytes of codes and scales."""
+def _replace(
+    graph: Graph,
+    weight: ir.Value,
+    scheme: EngineScheme,
+    outputs_first: bool,
+    peers: _Peers | None,
+    input_scale: float | None,
+) -> int:
+    """Replace `weight` by codes, scales and their product; return the bytes of codes and scales.
+
+    Args:
+        peers: Matrices with which it shares the scale of a whole matrix; None for its own.
+        input_scale: Scale by which a server quantizes its activation; None if there is none.
+    """
     name, tensor, dtype = str(weight.name), lazy_of(weight), weight.dtype
     if tensor.rows is None or dtype is None:
         raise UnsupportedError(
@@ -182,11 +258,14 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
             f"{name} has {inputs}",
             hint=f"use a block of {fitting[0]}" if fitting else "give it a rule with scheme: null",
         )
-    if step is None:
-        scale_shape: tuple[int, ...] = (outputs,)
+    if scheme.scale_per == "tensor":
+        scale_shape: tuple[int, ...] = ()
+    elif step is None:
+        scale_shape = (outputs,)
     else:
         scale_shape = (outputs, inputs // block) if outputs_first else (inputs // block, outputs)
-    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, transposed)
+    peers = peers or _Peers((tensor.rows,))
+    compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, transposed, peers)
     group = WeightGroup(tensor.rows.sources, compute)
     codes_shape = tensor.rows.shape[::-1] if transposed else tensor.rows.shape
     whole = scheme.format is WeightFormat.NVFP4
@@ -200,6 +279,8 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         lazy = LazyWeight(name=f"{name}.{key}", dtype=kind, shape=shape, group=group, key=key)
         values[key] = add_initializer(graph.graph, lazy)
         size += lazy.nbytes
+    shape = (outputs, inputs)
+    values["codes"].meta[CODED_AS] = CodedAs(scheme, shape, outputs_first != transposed, input_scale)
     before = next(iter(graph.graph))
     scales = values["scales"]
     if whole:
@@ -208,6 +289,8 @@ def _replace(graph: Graph, weight: ir.Value, scheme: EngineScheme, outputs_first
         )
     channel, features = (0, 1) if outputs_first != transposed else (1, 0)
     attributes = {"axis": channel} if step is None else {"axis": features, "block_size": block}
+    if not scale_shape:
+        attributes = {}
     product = _dequantize(
         graph.graph, before, [values["codes"], scales], attributes, name, dtype, codes_shape
     )
@@ -278,14 +361,17 @@ class _Compute:
     dtype: ir.DataType
     name: str
     turned: bool
+    peers: _Peers
 
     def __call__(self) -> Mapping[str, Array]:
         codes, scales = [], []
         block = block_of(self.scheme)
         chunks = list(row_chunks(self.rows)) if self.outputs_first else [(0, self.rows.shape[0])]
+        if self.scheme.scale_per == "tensor":
+            return self._with_one_scale(chunks)
         whole = None
         if self.scheme.format is WeightFormat.NVFP4:
-            whole = whole_scale(max(float(np.abs(self._read(*c)).max()) for c in chunks), self.dtype)
+            whole = whole_scale(self.peers.peak, self.dtype)
         for start, stop in chunks:
             weights = self._read(start, stop)
             block_codes, scale = encode(
@@ -304,6 +390,14 @@ class _Compute:
             all_codes, all_scales = all_codes.T, all_scales.T
         members = {"codes": np.ascontiguousarray(all_codes), "scales": np.ascontiguousarray(all_scales)}
         return members if whole is None else {**members, "whole": whole}
+
+    def _with_one_scale(self, chunks: Sequence[tuple[int, int]]) -> Mapping[str, Array]:
+        """Return the codes, and their one scale."""
+        scale = tensor_scale(self.peers.peak, self.scheme.format, self.dtype)
+        codes = np.concatenate([encode_whole(self._read(*c), self.scheme.format, scale) for c in chunks])
+        if self.outputs_first == self.turned:
+            codes = codes.T
+        return {"codes": np.ascontiguousarray(codes), "scales": scale}
 
     def _read(self, start: int, stop: int) -> Array:
         weights: Array = self.rows.rows(start, stop).astype(np.float32)

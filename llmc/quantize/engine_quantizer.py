@@ -24,10 +24,12 @@ class EngineQuantizer:
     Args:
         section: The section.
         dtype: Type of activations, and of matrices that stay in float.
+        for_servers: Whether servers quantize the activations, and the weights are for them.
     """
 
     section: TypedWeights
     dtype: Dtype
+    for_servers: bool = False
 
     @property
     def bits(self) -> float | None:
@@ -75,7 +77,11 @@ class EngineQuantizer:
         """See `Quantizer`."""
         ranges = None if observed.inputs is None else observed.inputs.ranges
         tensors, floats = quantize_for_engine(
-            graph, self.section.weights, ranges, self.section.least_activation_db
+            graph,
+            self.section.weights,
+            ranges,
+            self.section.least_activation_db,
+            for_servers=self.for_servers,
         )
         stay = [f"what {f.weight} is given stays in {self.dtype.value}: {f.reason}" for f in floats]
         return Quantized(tensors, (*stay, *origin_notes(tensors)), floats)

@@ -1,7 +1,7 @@
-"""Compute codes and scales of the types in which TensorRT computes products; all of them are symmetric.
+"""Compute codes and scales of the types in which products are computed; all of them are symmetric.
 
-    w = code * scale            int8, -127 to 127, and fp8 E4M3 by output feature; int4, -8 to 7, by block w =
-    code * scale * whole    NVFP4: codes E2M1, a scale in fp8 E4M3 by block of 16, one for the whole tensor
+    w = code * scale          int8, -127 to 127, and fp8 E4M3 by output feature; int4, -8 to 7, by block
+    w = code * scale * whole  NVFP4: codes E2M1, a scale in fp8 E4M3 by block of 16, one for the whole tensor
 
 Scales are positive. Scales of blocks are searched for least squared error among multiples of the scale that
 just spans the block. Sources: ONNX DequantizeLinear, opset 23; E2M1 and E4M3 of the OCP Microscaling and
@@ -46,6 +46,19 @@ def whole_scale(peak: float, scale_type: ir.DataType) -> Array:
     The scale of the block with the peak is then the largest that fp8 can represent.
     """
     return _stored(np.float32(peak / (HIGHEST[WeightFormat.NVFP4] * HIGHEST[WeightFormat.FP8])), scale_type)
+
+
+def tensor_scale(peak: float, kind: WeightFormat, scale_type: ir.DataType) -> Array:
+    """Return the scale for all weights of a tensor whose largest magnitude is `peak`, as stored; a scalar."""
+    return _stored(np.float32(peak / HIGHEST[kind]), scale_type)
+
+
+def encode_whole(weights: Array, kind: WeightFormat, scale: Array) -> Array:
+    """Return the codes (outputs, inputs) of a matrix, float32, for one scale of all its weights."""
+    low, high = np.float32(_LOWEST.get(kind, -HIGHEST[kind])), np.float32(HIGHEST[kind])
+    codes = _round(weights[None], scale.astype(np.float32).reshape(1, 1), low, high, kind)
+    stored: Array = codes[0].astype(TYPES[kind].numpy())
+    return stored
 
 
 def encode(

@@ -27,7 +27,7 @@ from llmc.graph.weights import LazyWeight, Rows, WeightGroup
 from llmc.quantize.blocks import PackedBlocks, ScaleType, count_blocks
 from llmc.quantize.calibrate import Calibration
 from llmc.quantize.experts import quantize_experts
-from llmc.quantize.place import QuantizedTensor, choose_scheme
+from llmc.quantize.place import CODED_AS, CodedAs, QuantizedTensor, choose_scheme
 from llmc.quantize.stored import KEPT, MADE_FLOATS, StoredMatrix, find_stored, is_stored
 from llmc.quantize.stream import quantize_rows
 
@@ -101,7 +101,8 @@ class _Decision:
 def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decision:
     """Apply the rules, except for the grid: the checkpoint's own codes decide it, if there are any.
 
-    Quantizing a second time would lose more, so its codes are kept whatever bits a rule asks for.
+    Quantizing a second time would lose more, so its codes are kept whatever bits a rule asks for, except with
+    `regrid`.
     """
     scheme = choose_scheme(quantization.rules, matrix.role, matrix.name)
     rows = matrix.tensor.rows
@@ -110,6 +111,8 @@ def _decide(matrix: _Matrix, quantization: Quantization, dtype: Dtype) -> _Decis
     if scheme is None:
         return _Decision(None, origin=MADE_FLOATS if is_stored(rows) else None)
     stored = find_stored(rows, scheme, outputs_first=matrix.outputs_first)
+    if isinstance(stored, StoredMatrix) and quantization.regrid and not stored.has_grid_of(scheme):
+        return _Decision(scheme, origin="quantized again (its grid is not that of the target)")
     if isinstance(stored, StoredMatrix):
         stored_as = stored.storage_type(scale_type(quantization, dtype))
         rounded = "" if stored.is_exact(stored_as) else ", scales rounded to float16"
@@ -279,6 +282,7 @@ class _Operands:
 
         self.nbytes = 0
         self.codes = initializer("codes", ir.DataType.UINT8, codes)
+        self.codes.meta[CODED_AS] = CodedAs(scheme, (self.out_features, self.in_features), outputs_first=True)
         kind = ir.DataType.from_numpy(np.dtype(stored_type))
         self.scales = initializer("scales", kind, (self.out_features, self.blocks))
         if kind is not self.scale_dtype:

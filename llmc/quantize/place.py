@@ -6,6 +6,26 @@ from fnmatch import fnmatchcase
 
 from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 
+#: The key of `CodedAs` in the `meta` of the initializer that holds the codes of a matrix.
+CODED_AS = "llmc.coded_as"
+
+
+@dataclass(frozen=True)
+class CodedAs:
+    """What the codes of a matrix of a graph are.
+
+    Args:
+        scheme: Its scheme.
+        shape: (N, K): outputs and inputs, without padding.
+        outputs_first: Whether the outputs are the first axis of the codes.
+        input_scale: Scale by which servers quantize its activation; None if there is none.
+    """
+
+    scheme: WeightScheme | EngineScheme
+    shape: tuple[int, int]
+    outputs_first: bool
+    input_scale: float | None = None
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:

@@ -86,6 +86,17 @@ class StoredMatrix:
         """Whether zero points are floats, because some part has minimums."""
         return any(grid.minimums for grid, _ in self.parts)
 
+    def has_grid_of(self, scheme: WeightScheme) -> bool:
+        """Return whether the codes have the bits, blocks and symmetry of `scheme`, without minimums."""
+        sizes = {min(grid.group_size, self.in_features) for grid, _ in self.parts}
+        own = self.scheme
+        return (
+            not self.float_zeros
+            and sizes == {scheme.block_size}
+            and (own.bits, own.block_size, own.symmetric)
+            == (scheme.bits, scheme.block_size, scheme.symmetric)
+        )
+
     @property
     def code_bits(self) -> int | None:
         """The bits that codes with float zero points need, if they are stored in more."""

@@ -24,6 +24,7 @@ from llmc.pipeline import build, verify
 from llmc.pipeline.steps.calibrate import cut_text, look_for_overflow
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from llmc.quantize.activations import SMOOTHING
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
@@ -76,13 +77,13 @@ def test_activations_are_smoothed_and_quantized_and_verify_knows_it(tmp_path: Pa
     assert len(facts["snr_db"]) == 4 * 3 + 1
     assert "model.layers.1.self_attn.q_proj.weight" in facts["smoothed"]
     assert facts["peaks"]["model.layers.1.input_layernorm"] > 50
-    assert "smoothing.safetensors" in open_artifact(tmp_path / "out").manifest.files
+    assert SMOOTHING in open_artifact(tmp_path / "out").manifest.files
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.is_file()}) == 1
     again = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True)
     assert again.failure() is None
-    kept = load_file(tmp_path / "out/smoothing.safetensors")
+    kept = load_file(tmp_path / "out" / SMOOTHING)
     kept["model.layers.1.self_attn.q_proj.weight"][3] *= 2
-    save_file(kept, tmp_path / "out/smoothing.safetensors")
+    save_file(kept, tmp_path / "out" / SMOOTHING)
     spoilt = verify(tmp_path / "out", None, (), SilentProgress(), own_gates=True, every=True)
     assert "weights.mismatches" in str(spoilt.failure())
 

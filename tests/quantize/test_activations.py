@@ -13,6 +13,7 @@ from llmc.checkpoint.skeleton import build_hollow
 from llmc.config import Dtype, EngineRule, EngineScheme, WeightFormat
 from llmc.errors import CheckpointError, ParityError, UnsupportedError
 from llmc.quantize.activations import (
+    SMOOTHING,
     Activations,
     ActivationTask,
     InputPlan,
@@ -157,7 +158,7 @@ def test_smoothing_is_kept_beside_the_graph(tmp_path: Path) -> None:
     write_smoothing(tmp_path, found.smoothing)
     again = read_smoothing(tmp_path)
     assert again.keys() == {n for n, r in found.ranges.items() if r.smoothing is not None}
-    (tmp_path / "smoothing.safetensors").write_bytes(b"no")
+    (tmp_path / SMOOTHING).write_bytes(b"no")
     with pytest.raises(
         ParityError, match="which states the scaling of the artifact's weights, cannot be read"
     ):

@@ -30,6 +30,7 @@ def write_decisions(
     from safetensors.numpy import save
 
     with space_errors(folder):
+        (folder / PRUNING).parent.mkdir(exist_ok=True)
         (folder / PRUNING).write_bytes(save(dict(decisions)))
         if influence:
             text = json.dumps({"influence": influence}, indent=2)

@@ -23,6 +23,7 @@ from llmc.runtime.libraries import CUDA_PROVIDER, require_cuda, require_cuda_for
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
+    from llmc.backends.written import WrittenFrom
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.ort_model import OrtModel
@@ -53,7 +54,7 @@ class OrtStage(Stage):
         """See `Stage`."""
         return None if self.gpu is None else _executable(artifact, self.gpu)
 
-    def require_graph(self, graph: Graph) -> None:
+    def require_graph(self, graph: Graph, checkpoint: WrittenFrom) -> None:
         """See `Stage`; experts that the profile's GPU cannot run are refused."""
         from llmc.backends.onnxruntime.devices import require_expert_kernels
 
@@ -133,7 +134,7 @@ class OnnxRuntimeBackend(Backend):
         folder: Path,
         target: Target,
         threads: int | None,
-        config: Any,
+        checkpoint: WrittenFrom,
         generation_config: Any,
         graph: Graph,
     ) -> None:
@@ -145,7 +146,7 @@ class OnnxRuntimeBackend(Backend):
         cuda = target.provider is Provider.CUDA
         write_genai_config(
             folder,
-            config,
+            checkpoint.config,
             generation_config,
             interface,
             target.provider,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
     from llmc.backends.tensorrt.nodes import NodeChecker
     from llmc.backends.tensorrt.session import EngineSession
+    from llmc.backends.written import WrittenFrom
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.static_session import StaticSession
@@ -109,12 +110,12 @@ class TensorRtBackend(Backend):
         folder: Path,
         target: Target,
         threads: int | None,
-        config: Any,
+        checkpoint: WrittenFrom,
         generation_config: Any,
         graph: Graph,
     ) -> None:
         """Write generation_config.json."""
-        write_generation_config(folder, config, generation_config, graph.interface().vocabulary)
+        write_generation_config(folder, checkpoint.config, generation_config, graph.interface().vocabulary)
 
     def forecasts(
         self, target: Target, profiles: Sequence[Profile], manifest: Manifest

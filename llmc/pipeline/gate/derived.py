@@ -70,7 +70,7 @@ def compare_derived(
                 folder,
                 manifest.target,
                 manifest.profile.threads,
-                compiled.config,
+                compiled,
                 compiled.generation_config(),
                 rebuilt.graph,
             )
@@ -84,7 +84,7 @@ def compare_derived(
         for each in derived:
             if otherwise is not None and not _is_copy(folder / each, checkpoint):
                 continue
-            differences = settings if each == backend.serving_file else text
+            differences = settings if backend.serves_by(each) else text
             differences += compare_file(path / each, folder / each)
     settings += [
         f"{each} is not written by a build"

@@ -140,7 +140,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
 
     lowered = lower_graph(checkpoint, target, progress)
     graph = lowered.graph
-    stage.require_graph(graph)
+    stage.require_graph(graph, checkpoint)
     quantizer = backend_of(target).quantizer(target)
     peaks = Activations()
     if not quantizer.observes_inputs:

@@ -13,7 +13,7 @@ from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.backends.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmc.backends.checkpoint.formats.gptq import GptqLayout
 from llmc.backends.checkpoint.formats.modelopt import ModelOpt
-from llmc.config import Checkpoint, CheckpointFormat, EngineScheme, WeightScheme
+from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, WeightScheme
 from llmc.errors import UnsupportedError
 from tests.backends.checkpoint.coded import MODULE, blocks, matrix, read_back, typed, values, write
 
@@ -197,9 +197,9 @@ def test_names_of_scales_of_the_cache() -> None:
     )
 
 
-def section(form: str, kv_cache: str | None = None) -> Checkpoint:
+def section(form: str, kv_cache: str | None = None) -> ServedCheckpoint:
     calibration = None if kv_cache is None else {"window_tokens": 16, "max_windows": 1}
-    return Checkpoint.model_validate({"format": form, "kv_cache": kv_cache, "calibration": calibration})
+    return ServedCheckpoint.model_validate({"format": form, "kv_cache": kv_cache, "calibration": calibration})
 
 
 def test_every_format_has_an_encoder() -> None:

@@ -176,10 +176,13 @@ def is_per_tensor(scheme: WeightScheme | EngineScheme) -> bool:
 
 
 def checked(matrix: CodedMatrix, codes: Codes) -> Codes:
-    """Return `codes` if they have the shapes of the matrix and positive, finite scales.
+    """Return `codes` if they have the shapes of the matrix, and scales that are finite and not 0.
+
+    Scales of integers by group may be negative, so that the code of the largest magnitude of a group is the
+    lowest one whatever its sign; servers only multiply by them. All others are positive.
 
     Raises:
-        CheckpointError: A shape differs, or a scale is not a positive finite number.
+        CheckpointError: A shape differs, or a scale is 0, not finite, or of a sign that it cannot have.
     """
     expected = scale_shape(matrix)
     parts: Mapping[str, tuple[Array | None, tuple[int, int]]] = {
@@ -194,7 +197,8 @@ def checked(matrix: CodedMatrix, codes: Codes) -> Codes:
             )
     if not matrix.scheme.symmetric and codes.zero_points is None:
         raise CheckpointError(f"{matrix.module} has no zero points, although its scheme is not symmetric")
-    values = [codes.scales.astype(np.float32)]
+    scales = codes.scales.astype(np.float32)
+    values = [np.abs(scales) if isinstance(matrix.scheme, WeightScheme) else scales]
     values += [] if codes.whole is None else [np.asarray(codes.whole, np.float32).reshape(1, 1)]
     values += [] if matrix.input_scale is None else [np.full((1, 1), matrix.input_scale, np.float32)]
     if not all(bool((np.isfinite(value) & (value > 0)).all()) for value in values):

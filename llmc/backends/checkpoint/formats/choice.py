@@ -5,11 +5,11 @@ from llmc.backends.checkpoint.formats.base import Format
 from llmc.backends.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmc.backends.checkpoint.formats.gptq import GptqLayout
 from llmc.backends.checkpoint.formats.modelopt import ModelOpt
-from llmc.config import Checkpoint, CheckpointFormat
+from llmc.config import CheckpointFormat, ServedCheckpoint
 from llmc.errors import UnsupportedError
 
 
-def format_of(section: Checkpoint) -> Format:
+def format_of(section: ServedCheckpoint) -> Format:
     """Return the format that the section `checkpoint` of a target names.
 
     Raises:

@@ -1,0 +1,180 @@
+"""Implement the backend of checkpoints: Hugging Face folders with quantized weights, which servers load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
+from llmc.backends.base import Backend, Executable, Generated, Stage
+from llmc.backends.checkpoint.description import CONFIG, describe_folder, write_documents
+from llmc.backends.checkpoint.formats.choice import format_of
+from llmc.backends.checkpoint.requirements import require_matrices
+from llmc.backends.checkpoint.writer import SINGLE, write_tensors
+from llmc.backends.special_tokens import GENERATION_CONFIG
+from llmc.config import BuildPlan, ServedCheckpoint, Target
+from llmc.errors import ConfigError, UnsupportedError
+from llmc.graph.interface import Interface
+from llmc.progress import Progress
+from llmc.runtime.arithmetic import Arithmetic
+
+if TYPE_CHECKING:
+    from llmc.artifact.store.folder import Artifact
+    from llmc.backends.checkpoint.contents import Contents
+    from llmc.backends.written import WrittenFrom, WrittenTensors
+    from llmc.graph.model import Graph
+    from llmc.quantize.quantizer import Quantizer
+    from llmc.runtime.session import Rewindable
+
+_BY_SERVERS = "serve the folder by a server, such as vllm serve"
+
+
+@dataclass(frozen=True)
+class CheckpointStage(Stage):
+    """The build of a checkpoint, which needs nothing of this machine."""
+
+    target: Target
+
+    @property
+    def measurable(self) -> bool:
+        """Return True: transformers loads the folder on any CPU."""
+        return True
+
+    def require_graph(self, graph: Graph, checkpoint: WrittenFrom) -> None:
+        """See `Stage`; matrices that the format cannot hold are refused."""
+        require_matrices(graph, self.target, checkpoint)
+
+    def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
+        """Change nothing: the graph only says which matrices there are, and gives their codes."""
+        return None
+
+
+class CheckpointBackend(Backend):
+    """The backend for folders that servers load; transformers executes them for the gates."""
+
+    served_by_genai = False
+    serving_file = GENERATION_CONFIG
+    graph_library = "transformers"
+    writes_graph = False
+
+    def prepare(self, plan: BuildPlan) -> Stage:
+        """See `Backend`."""
+        return CheckpointStage(plan.target)
+
+    def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
+        """Return None: the folder has the original's configuration, by which a server decides."""
+        return None
+
+    def quantizer(self, target: Target) -> Quantizer:
+        """See `Backend`."""
+        from llmc.quantize.block_quantizer import BlockQuantizer
+        from llmc.quantize.engine_quantizer import EngineQuantizer
+
+        section = section_of(target)
+        if section.weights:
+            return EngineQuantizer(section, target.dtype, for_servers=True)
+        return BlockQuantizer.of(target)
+
+    def lower(self, graph: Graph, target: Target) -> Any:
+        """Change nothing and return None."""
+        return None
+
+    def write_model(
+        self, graph: Graph, folder: Path, target: Target, checkpoint: WrittenFrom, progress: Progress
+    ) -> Mapping[str, FileDigest]:
+        """Write the safetensors files."""
+        contents = _contents(graph, target, checkpoint)
+        if contents.rounded:
+            progress.note(
+                f"write: {len(contents.rounded)} tensors are stored in the type of config.json, "
+                f"{str(checkpoint.config.dtype).removeprefix('torch.')}, first {contents.rounded[0]}"
+            )
+        return write_tensors(contents.tensors, folder, progress.advance)
+
+    def write_serving(
+        self,
+        folder: Path,
+        target: Target,
+        threads: int | None,
+        checkpoint: WrittenFrom,
+        generation_config: Any,
+        graph: Graph,
+    ) -> None:
+        """Write config.json, generation_config.json and the files that the format has beside them."""
+        contents = _contents(graph, target, checkpoint)
+        documents = describe_folder(section_of(target), contents, checkpoint)
+        vocabulary = graph.interface().vocabulary
+        write_documents(folder, documents, checkpoint.config, generation_config, vocabulary)
+
+    def serves_by(self, name: str) -> bool:
+        """See `Backend`."""
+        return name in (GENERATION_CONFIG, CONFIG, "hf_quant_config.json")
+
+    def own_files(self, manifest: Manifest) -> set[str]:
+        """See `Backend`."""
+        stem, _, suffix = SINGLE.partition(".")
+        return {name for name in manifest.files if name.startswith(stem) and f".{suffix}" in name}
+
+    def written_tensors(
+        self, graph: Graph, target: Target, checkpoint: WrittenFrom
+    ) -> Iterator[WrittenTensors]:
+        """See `Backend`."""
+        yield from _contents(graph, target, checkpoint).tensors
+
+    def require_host(self, artifact: Artifact) -> None:
+        """Accept every host: the folder is read on any CPU."""
+
+    def executable(self, artifact: Artifact) -> Executable:
+        """Refuse: a server executes the folder, by its own kernels."""
+        _refuse(artifact.path, "time")
+
+    def open_graph(
+        self,
+        folder: Path,
+        interface: Interface,
+        target: Target,
+        *,
+        threads: int | None,
+        arithmetic: Arithmetic = Arithmetic.SERVED,
+        slots: int | None = None,
+    ) -> Rewindable:
+        """Refuse: the artifact has no graph."""
+        _refuse(folder, "open as a graph")
+
+    def generate(
+        self,
+        artifact: Artifact,
+        prompt: str,
+        max_tokens: int,
+        emit: Callable[[str], None],
+        lookup: int | None,
+        progress: Progress,
+    ) -> Generated:
+        """Refuse: a server generates the text."""
+        _refuse(artifact.path, "generate text with")
+
+
+def section_of(target: Target) -> ServedCheckpoint:
+    """Return the section `checkpoint` of a target of this backend.
+
+    Raises:
+        ConfigError: The target has none.
+    """
+    if target.checkpoint is None:
+        raise ConfigError(f"target {target.name} has no section checkpoint, which backend checkpoint needs")
+    return target.checkpoint
+
+
+def _contents(graph: Graph, target: Target, checkpoint: WrittenFrom) -> Contents:
+    from llmc.backends.checkpoint.contents import plan_contents
+
+    section = section_of(target)
+    return plan_contents(graph, section, format_of(section), checkpoint)
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{path} is a checkpoint for servers, which llmc does not {what}", hint=_BY_SERVERS
+    )

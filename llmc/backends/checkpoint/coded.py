@@ -1,0 +1,87 @@
+"""Take the codes of a quantized graph, one matrix at a time, as a format of checkpoints encodes them."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.arrays import Array
+from llmc.backends.checkpoint.formats.base import CodedMatrix, Codes
+from llmc.config import CheckpointFormat, EngineScheme, WeightFormat, WeightScheme
+from llmc.errors import UnsupportedError
+from llmc.graph.model import Graph
+from llmc.graph.weights import LazyWeight
+from llmc.quantize.blocks import unpack, zero_level
+from llmc.quantize.place import CODED_AS, CodedAs
+
+
+def coded_matrices(graph: Graph, form: CheckpointFormat) -> Iterator[CodedMatrix]:
+    """Yield the matrices of a quantized graph in its order, under the names of the model's parameters.
+
+    Raises:
+        UnsupportedError: Codes are not those of one parameter of the model.
+    """
+    for value in graph.graph.initializers.values():
+        tensor, coded = value.const_value, value.meta.get(CODED_AS)
+        if not isinstance(tensor, LazyWeight) or coded is None:
+            continue
+        if len(tensor.sources) != 1:
+            raise UnsupportedError(
+                f"{value.name} holds the codes of {', '.join(tensor.sources)}, and servers have each of them",
+                hint="leave passes that join matrices out of the target",
+            )
+        kind = _scale_type(graph, str(value.name).removesuffix(".codes"), form)
+        read = partial(_read, tensor, coded, kind)
+        yield CodedMatrix(tensor.sources[0], coded.shape, coded.scheme, read, coded.input_scale, kind)
+
+
+def _scale_type(graph: Graph, name: str, form: CheckpointFormat) -> ir.DataType:
+    """Return the type of stored scales: float16 in the formats whose readers have no other."""
+    if form in (CheckpointFormat.GPTQ, CheckpointFormat.AWQ):
+        return ir.DataType.FLOAT16
+    kind = graph.graph.initializers[f"{name}.scales"].dtype
+    return ir.DataType.FLOAT if kind is None else kind
+
+
+def _read(tensor: LazyWeight, coded: CodedAs, scale_type: ir.DataType) -> Codes:
+    """Compute the codes of a matrix."""
+    members = tensor.group.compute()
+    if isinstance(coded.scheme, WeightScheme):
+        return _integers(members, coded.scheme, coded.shape, scale_type)
+    return _typed(members, coded.scheme, coded)
+
+
+def _integers(
+    members: Mapping[str, Array], scheme: WeightScheme, shape: tuple[int, int], scale_type: ir.DataType
+) -> Codes:
+    """Return codes by block; a block of zeros gets scale 1, since servers divide by it or refuse 0."""
+    outputs, inputs = shape
+    with np.errstate(over="ignore"):
+        scales = members["scales"].astype(scale_type.numpy())
+    blocks = scales.shape[1]
+    packed = members["codes"].reshape(outputs, blocks, -1)
+    codes = unpack(packed, scheme.bits, scheme.block_size).reshape(outputs, -1)[:, :inputs]
+    zeros = members.get("zero_points")
+    zeros = None if zeros is None else unpack(zeros, scheme.bits, blocks)
+    empty = scales == 0
+    if empty.any():
+        codes = codes.copy()
+        zero = np.full(scales.shape, zero_level(scheme), np.uint8) if zeros is None else zeros
+        scales[empty] = 1
+        wide = np.repeat(empty, scheme.block_size, axis=1)[:, :inputs]
+        codes[wide] = np.repeat(zero, scheme.block_size, axis=1)[:, :inputs][wide]
+    return Codes(codes, scales, zeros)
+
+
+def _typed(members: Mapping[str, Array], scheme: EngineScheme, coded: CodedAs) -> Codes:
+    """Return codes of int8, fp8 or nvfp4 with their scales as columns."""
+    codes, scales, whole = members["codes"], members["scales"], members.get("whole")
+    if not coded.outputs_first:
+        codes = np.ascontiguousarray(codes.T)
+        scales = np.ascontiguousarray(scales.T)
+    if scheme.scale_per == "tensor":
+        scales = scales.reshape(1, 1)
+    elif scheme.format is not WeightFormat.NVFP4 and scheme.block_size is None:
+        scales = scales.reshape(-1, 1)
+    return Codes(codes, scales, None, None if whole is None else whole.astype(np.float32))

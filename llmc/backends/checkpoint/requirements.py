@@ -1,0 +1,136 @@
+"""Refuse matrices that a format of checkpoints cannot hold, before anything is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.backends.checkpoint.formats.choice import format_of
+from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightRole, WeightScheme
+from llmc.errors import ConfigError, UnsupportedError
+from llmc.graph.linear import find_embeddings, find_linears
+from llmc.graph.match import lazy_of
+from llmc.graph.weights import LazyWeight
+from llmc.quantize.linear import plan_matrices
+from llmc.quantize.place import choose_scheme
+
+if TYPE_CHECKING:
+    from llmc.backends.written import WrittenFrom
+    from llmc.graph.model import Graph
+
+_FLOAT = "give it a rule with scheme: null"
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A matrix that a rule quantizes.
+
+    Args:
+        name: Name of its initializer.
+        source: The parameter of the model.
+        shape: (N, K).
+        schemes: The schemes that it can get.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, int]
+    schemes: tuple[WeightScheme | EngineScheme, ...]
+
+
+def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> None:
+    """Require that the target's format can hold every matrix that its rules quantize.
+
+    Args:
+        graph: The graph after its passes, before quantization.
+
+    Raises:
+        UnsupportedError: A matrix cannot be held, or servers do not read it quantized.
+        ConfigError: The target has no section checkpoint, or none of its rules applies.
+    """
+    section = target.checkpoint
+    if section is None:
+        raise ConfigError(f"target {target.name} has no section checkpoint, which backend checkpoint needs")
+    form = format_of(section)
+    linear = set(checkpoint.linear_parameters())
+    found: list[WeightScheme | EngineScheme] = []
+    for matrix in _planned(graph, target, section):
+        _require_linear(matrix, graph, linear)
+        for scheme in matrix.schemes:
+            refusal = form.refusal(scheme, matrix.shape)
+            if refusal is not None:
+                raise UnsupportedError(
+                    f"format {section.format.value} cannot hold {matrix.source}: {refusal}",
+                    hint=f"copy the target and change its rule, or {_FLOAT}",
+                )
+        found += matrix.schemes
+    _require_experts(graph, target, section)
+    if not found:
+        raise ConfigError(
+            f"target {target.name} quantizes no matrix of this model",
+            hint="its rules must match a linear layer: llmc targets show",
+        )
+
+
+def _planned(graph: Graph, target: Target, section: ServedCheckpoint) -> Iterator[_Planned]:
+    """Yield the matrices that the rules of a target quantize, in graph order."""
+    if target.quantize is not None:
+        choices = () if target.quantize.allocation is None else target.quantize.allocation.choices
+        for plan in plan_matrices(graph, target.quantize, target.dtype):
+            if plan.scheme is not None:
+                open_choices = choices if plan.is_linear and not plan.kept else ()
+                yield _Planned(plan.name, plan.sources[0], plan.shape, (plan.scheme, *open_choices))
+        return
+    for linear in find_linears(graph):
+        name = str(linear.weight.name)
+        scheme = choose_scheme(section.weights, linear.role, name)
+        if scheme is not None:
+            source = lazy_of(linear.weight).sources[0]
+            yield _Planned(name, source, (linear.out_features, linear.in_features), (scheme,))
+    for embedding in find_embeddings(graph):
+        name = str(embedding.weight.name)
+        scheme = choose_scheme(section.weights, WeightRole.EMBEDDING, name)
+        if scheme is not None:
+            rows, width = lazy_of(embedding.weight).shape.numpy()
+            yield _Planned(name, lazy_of(embedding.weight).sources[0], (rows, width), (scheme,))
+
+
+def _require_linear(matrix: _Planned, graph: Graph, linear: set[str]) -> None:
+    """Refuse a matrix that servers do not read quantized.
+
+    Raises:
+        UnsupportedError: It is looked up by rows, has its inputs first, or is not the weight of a linear
+            layer.
+    """
+    if matrix.name in {str(embedding.weight.name) for embedding in find_embeddings(graph)}:
+        raise UnsupportedError(
+            f"{matrix.source} is an embedding, whose rows servers read in float", hint=_FLOAT
+        )
+    if matrix.source in linear:
+        return
+    first = next((each for each in find_linears(graph) if str(each.weight.name) == matrix.name), None)
+    what = "has its inputs first" if first is not None and not first.transposed else "is not a linear layer"
+    raise UnsupportedError(f"{matrix.source} {what}, and servers do not read it quantized", hint=_FLOAT)
+
+
+def _require_experts(graph: Graph, target: Target, section: ServedCheckpoint) -> None:
+    """Refuse rules that quantize the stacked matrices of experts.
+
+    Raises:
+        UnsupportedError: A rule quantizes them.
+    """
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, LazyWeight) or len(tensor.shape.numpy()) != 3:
+            continue
+        name = str(value.name)
+        if target.quantize is None:
+            quantized = choose_scheme(section.weights, WeightRole.EXPERTS, name) is not None
+        else:
+            quantized = choose_scheme(target.quantize.rules, WeightRole.EXPERTS, name) is not None
+        if quantized:
+            raise UnsupportedError(
+                f"{name} holds the matrices of experts, which are not yet written quantized for servers",
+                hint="give experts a rule with scheme: null",
+            )
