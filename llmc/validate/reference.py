@@ -154,7 +154,7 @@ class TorchModel:
                 reporting_failures(end),
                 attention_by_rows(self.model, end - start, end),
             ):
-                out, cache = self._run(ids, cache, use_cache=len(ends) > 1, **selection)
+                out, cache = self.run(ids, cache, use_cache=len(ends) > 1, **selection)
                 start = end
             if len(at):
                 logits = out.logits if self._keeps_last else out.logits[:, at]
@@ -173,7 +173,7 @@ class TorchModel:
             ids, end = torch.from_numpy(input_ids[None, start : start + step].copy()), start + step
             requested = end - max(start, first)
             with torch.inference_mode(), reporting_failures(end), attention_by_rows(self.model, step, end):
-                out, cache = self._run(ids, cache, use_cache=len(steps) > 1, **self._keep(max(1, requested)))
+                out, cache = self.run(ids, cache, use_cache=len(steps) > 1, **self._keep(max(1, requested)))
                 start = end
             if requested > 0:
                 parts.append(out.logits[0, -requested:].float().numpy())
@@ -264,11 +264,11 @@ class TorchModel:
         ids = torch.from_numpy(input_ids.copy())
         with torch.inference_mode(), reporting_failures(input_ids.shape[1]):
             ids = ids.cuda() if self.on_gpu else ids
-            out, self._cache = self._run(ids, self._cache, use_cache=True, **self._keep(1))
+            out, self._cache = self.run(ids, self._cache, use_cache=True, **self._keep(1))
             tokens: Array = out.logits[:, -1].argmax(dim=-1).cpu().numpy()  # also waits for the GPU
         return tokens
 
-    def _run(self, ids: Any, cache: Any, *, use_cache: bool, **given: Any) -> tuple[Any, Any]:
+    def run(self, ids: Any, cache: Any, *, use_cache: bool, **given: Any) -> tuple[Any, Any]:
         """Run a step from a cache, None for an empty one; return its output, and the cache after it.
 
         A model that does not return its cache gets one to fill, as `generate` gives it.
@@ -284,7 +284,7 @@ class TorchModel:
         returned = getattr(out, "cache", None)
         if returned is None and cache is None:
             self._fills_cache = True
-            return self._run(ids, None, use_cache=True, **given)
+            return self.run(ids, None, use_cache=True, **given)
         return out, cache if returned is None else returned
 
     def _keep(self, positions: int) -> dict[str, int]:
