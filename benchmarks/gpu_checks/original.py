@@ -47,7 +47,7 @@ def _compute(artifact: Artifact, model: str) -> dict[str, np.ndarray]:
     manifest, path = artifact.manifest, artifact.path
     _, checkpoint, _ = open_pair(path, model, force=False)
     sources = rebuild(checkpoint, manifest.target, manifest.weights, path, SilentProgress()).sources
-    weights = compare_weights(path, sources)
+    weights = compare_weights(read_stored(path, sources), sources)
     if weights.unread:
         raise UnsupportedError(f"{len(weights.unread)} weights cannot be read back, as {weights.unread[0]}")
     original = TorchModel(checkpoint.fill_reference())

@@ -166,7 +166,7 @@ class Fp4Matrix:
 
     def grid(self) -> CodeGrid | str:
         """Return the values as a grid of 8-bit integers."""
-        return CodeGrid(8, self.block_size, True, np.dtype(np.float32), self.read)
+        return CodeGrid(8, self.block_size, True, np.dtype(np.float32), self.read, even=False)
 
     def _by_block(self, start: int, stop: int) -> Array:
         return _scales(self.source, "weight_scale", start, stop) * self.factor
@@ -239,7 +239,7 @@ class Fp4Experts:
     def grid(self) -> CodeGrid | str:
         """Return the values as a grid of 8-bit integers."""
         outputs, wide = self.shape[2], np.dtype(np.float32)
-        return StackGrid(8, 32, True, wide, self.read, outputs=outputs, turned=True)
+        return StackGrid(8, 32, True, wide, self.read, outputs=outputs, turned=True, even=False)
 
 
 def mxfp4_experts(source: Source, form: ModuleFormat) -> Fp4Experts:

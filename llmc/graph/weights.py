@@ -48,6 +48,7 @@ class CodeGrid:
             small numbers; they are stored as float16, since all their digits would take more space than in
             the checkpoint.
         turned: Whether the tensor has its inputs first, (…, K, N), although its codes are by output.
+        even: Whether all codes occur; not those of small floats that are read as integers.
     """
 
     bits: int
@@ -58,6 +59,7 @@ class CodeGrid:
     minimums: bool = False
     compact: bool = False
     turned: bool = False
+    even: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

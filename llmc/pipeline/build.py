@@ -192,7 +192,7 @@ def _write_model(
     with progress.stage("write"):
         files = backend.write_model(graph, folder, target, checkpoint, progress)
         if backend.writes_graph:
-            for note in loss_notes(folder, compiled.weights, compiled.sources):
+            for note in loss_notes(folder, backend, compiled.weights, compiled.sources):
                 progress.note(f"write: {note}")
         if backend.quantizer(target).scales_channels:
             write_smoothing(folder, compiled.smoothing)

@@ -25,6 +25,7 @@ from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.validate.measure import measured, mismatches, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.resemblance import find_strangers
+from llmc.validate.stored import read_stored
 
 _WHERE = "numpy, from the files"
 #: Suffixes of the initializers that store a quantized matrix, after its name.
@@ -80,12 +81,12 @@ def measure_tensors(
             if difference is not None:
                 differences.append(f"{name} {difference}")
         advance(done, len(groups))
-    differences += find_strangers(folder, calibrated)
+    differences += find_strangers(read_stored(folder, calibrated), calibrated)
     fine = f"{compared} tensors equal those of a build, bit for bit"
     detail = (
         fine
         if not differences
-        else f"{len(differences)} of {compared + len(calibrated)} differ: {_listed(differences)}"
+        else f"{len(differences)} of {compared + len(calibrated)} differ: {listed(differences)}"
     )
     if calibrated:
         detail += f"; {len(calibrated)} matrices, whose codes cannot be computed here, are compared by value"
@@ -178,21 +179,21 @@ def _compare_rows(rows: Rows, stored: ir.TensorProtocol | str) -> str | None:
     count, first = 0, ""
     for start, stop in row_chunks(rows):
         expected = np.atleast_1d(rows.rows(start, stop))
-        differs = _differing(expected, actual[start:stop])
+        differs = differing(expected, actual[start:stop])
         if differs.any():
-            first = first or _place(differs, start)
+            first = first or first_place(differs, start)
             count += int(differs.sum())
-    return _described(count, actual.size, first) if count else None
+    return describe_count(count, actual.size, first) if count else None
 
 
 def _difference(expected: Array, actual: Array) -> str | None:
     if expected.shape != actual.shape:
         return f"is of shape {list(actual.shape)}, but {list(expected.shape)} in a build"
-    differs = _differing(np.atleast_1d(expected), np.atleast_1d(actual))
-    return _described(int(differs.sum()), actual.size, _place(differs, 0)) if differs.any() else None
+    differs = differing(np.atleast_1d(expected), np.atleast_1d(actual))
+    return describe_count(int(differs.sum()), actual.size, first_place(differs, 0)) if differs.any() else None
 
 
-def _differing(expected: Array, actual: Array) -> Array:
+def differing(expected: Array, actual: Array) -> Array:
     """Return which elements have different bits."""
     width = expected.dtype.itemsize
     bits = [np.ascontiguousarray(a).view(f"u{width}") for a in (expected, actual)]
@@ -200,12 +201,12 @@ def _differing(expected: Array, actual: Array) -> Array:
     return differs
 
 
-def _place(differs: Array, start: int) -> str:
+def first_place(differs: Array, start: int) -> str:
     index = [int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape)]
     return str([index[0] + start, *index[1:]])
 
 
-def _described(count: int, size: int, first: str) -> str:
+def describe_count(count: int, size: int, first: str) -> str:
     return f"differs in {count:,} of {size:,} elements, first at {first}"
 
 
@@ -216,7 +217,7 @@ def _graph_differences(stored: ir.Model, expected: ir.Model) -> Iterator[str]:
     ):
         expected_values, actual = ([_signature(v) for v in values] for values in (ours, theirs))
         if expected_values != actual:
-            here, there = _listed(_apart(actual, expected_values)), _listed(_apart(expected_values, actual))
+            here, there = listed(_apart(actual, expected_values)), listed(_apart(expected_values, actual))
             yield f"the {kind} are {here}, but {there} in a build"
     if stored.opset_imports != expected.opset_imports:
         yield f"opsets are {dict(stored.opset_imports)}, but {dict(expected.opset_imports)} in a build"
@@ -257,7 +258,7 @@ def _node_differences(
         added, missing = sorted(names[0] - names[1]), sorted(names[1] - names[0])
         yield (
             f"the graph has {len(actual)} nodes, but {len(expected)} in a build: "
-            f"added {_listed(added) or 'none'}; missing {_listed(missing) or 'none'}"
+            f"added {listed(added) or 'none'}; missing {listed(missing) or 'none'}"
         )
         return
     digests: tuple[dict[str, str], dict[str, str]] = ({}, {})
@@ -334,6 +335,6 @@ def _attribute(attribute: Any) -> str:
     return str(value)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return "; ".join(names[:_NAMED]) + more

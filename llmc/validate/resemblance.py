@@ -10,13 +10,12 @@ block that was lost or exchanged has a gain of 0.
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from llmc.arrays import Array
 from llmc.graph.weights import Rows, row_chunks
-from llmc.validate.stored import Stored, read_stored
+from llmc.validate.stored import Stored
 
 #: The lowest and highest plausible gain of a block.
 _BLOCK_GAIN = (0.25, 1.75)
@@ -26,16 +25,16 @@ _BIAS, _DEVIATIONS = 0.003, 4.0
 _TINY = 1e-30
 
 
-def find_strangers(folder: Path, sources: Mapping[str, Rows]) -> list[str]:
+def find_strangers(stored: Mapping[str, Stored], sources: Mapping[str, Rows]) -> list[str]:
     """Describe matrices that are not a rounding of the checkpoint's, a sentence each.
 
     Args:
+        stored: The matrices as the artifact stores them, by the names of `sources`.
         sources: The rows that each is quantized from, by the name of its initializer before quantization.
 
     Raises:
-        ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
+        ParityError: The values of a matrix cannot be read.
     """
-    stored = read_stored(folder, sources)
     return [
         f"{name} {why}"
         for name in stored

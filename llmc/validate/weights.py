@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from llmc.config import Family, Metric
 from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import Advance, quietly
-from llmc.validate.stored import Stored, read_stored
+from llmc.validate.stored import Stored
 
 #: Replaces the energy of a block of zeros.
 _TINY = np.float32(1e-30)
@@ -44,18 +43,20 @@ class WeightParity:
     unread: tuple[str, ...] = ()
 
 
-def compare_weights(folder: Path, expected: Mapping[str, Rows], advance: Advance = quietly) -> WeightParity:
-    """Compare every weight of model.onnx with its source.
+def compare_weights(
+    stored: Mapping[str, Stored], expected: Mapping[str, Rows], advance: Advance = quietly
+) -> WeightParity:
+    """Compare every weight of an artifact with its source.
 
     Args:
+        stored: The weights as the artifact stores them; those of `expected` that it lacks cannot be read.
         expected: The rows that each weight of the lowered graph is computed from, by the name of its
             initializer before quantization.
         advance: Called with the number of tensors done and their total.
 
     Raises:
-        ParityError: A weight is missing, has another shape, or lies beyond the end of its file.
+        ParityError: The values of a weight cannot be read.
     """
-    stored = read_stored(folder, expected)
     ratios, blocks, steps, changed = {}, {}, {}, []
     digest = hashlib.sha256()
     for name, tensor in stored.items():

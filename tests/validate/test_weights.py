@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
 from llmc.graph.weights import StoredRows, TensorInfo
-from llmc.validate.stored import Stored
+from llmc.validate.stored import Stored, read_stored
 from llmc.validate.weights import compare_weights
 
 #: The first block of each output is so quiet beside the second that 8 bits with one scale take it to zero.
@@ -46,7 +46,8 @@ def _measure(folder: Path, codes: np.ndarray, axis: int = 0) -> dict[Metric, Mea
     ]
     graph = helper.make_graph(nodes, "weights", inputs, outputs, stored)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]), folder / "model.onnx")
-    found = compare_weights(folder, {"w": StoredRows(Store(), INFO)}).measurements
+    rows = {"w": StoredRows(Store(), INFO)}
+    found = compare_weights(read_stored(folder, rows), rows).measurements
     return {each.metric: each for each in found}
 
 

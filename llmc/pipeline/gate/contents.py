@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
-from llmc.errors import ParityError
+from llmc.errors import LlmcError, ParityError
+from llmc.pipeline.steps.stored import read_weights
 from llmc.validate.measure import broken, unmeasured
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from llmc.validate.weights import WeightParity
 
 _WHERE = "numpy, from the files"
+_NOT_APPLICABLE = MeasurementStatus.NOT_APPLICABLE
+_FOREIGN = "the original is not the model that the artifact was built from"
+#: Ends of the names of tensors that calibration on text decides, whatever the format.
+_INPUT_SCALES = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 
 
 def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
@@ -26,7 +31,8 @@ def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
 
     with progress.stage("weights"):
         try:
-            parity = compare_weights(subject.folder, subject.sources, progress.advance)
+            stored = read_weights(subject.folder, subject.backend, subject.sources)
+            parity = compare_weights(stored, subject.sources, progress.advance)
         except ParityError as error:
             parity = WeightParity(broken(Family.WEIGHTS.metrics, error, _WHERE), "", ())
     with progress.stage("weights, bit for bit"):
@@ -35,6 +41,8 @@ def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
 
 
 def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, ...]:
+    if not subject.backend.writes_graph:
+        return _measure_files(subject, progress)
     from llmc.validate.exact import measure_graph, measure_tensors
 
     rebuilt = subject.rebuilt
@@ -42,14 +50,49 @@ def _measure_exact(subject: Subject, progress: Progress) -> tuple[Measurement, .
     try:
         graph = measure_graph(subject.folder, rebuilt.graph.model, subject.built_otherwise)
         if subject.foreign:
-            why = "the original is not the model that the artifact was built from"
-            status = MeasurementStatus.NOT_APPLICABLE
-            return graph, unmeasured(Metric.WEIGHTS_EXACT, status, why, _WHERE)
+            return graph, unmeasured(Metric.WEIGHTS_EXACT, _NOT_APPLICABLE, _FOREIGN, _WHERE)
         beside = [*_compare_smoothing(subject)]
         expected = rebuilt.graph.graph
         return graph, measure_tensors(subject.folder, expected, calibrated, beside, progress.advance)
     except ParityError as error:
         return broken((Metric.GRAPH, Metric.WEIGHTS_EXACT), error, _WHERE)
+
+
+def _measure_files(subject: Subject, progress: Progress) -> tuple[Measurement, ...]:
+    """Compare every tensor of a checkpoint with what a build writes; there are no nodes to compare."""
+    from llmc.checkpoint.safetensors import SafetensorsStore
+    from llmc.validate.exact_checkpoint import measure_files
+
+    rebuilt = subject.rebuilt
+    graph = unmeasured(Metric.GRAPH, _NOT_APPLICABLE, "a checkpoint has no graph", _WHERE)
+    if subject.foreign:
+        return graph, unmeasured(Metric.WEIGHTS_EXACT, _NOT_APPLICABLE, _FOREIGN, _WHERE)
+    calibrated = {source for name in rebuilt.calibrated for source in rebuilt.sources[name].sources}
+    try:
+        try:
+            stored = SafetensorsStore.open(subject.folder)
+        except LlmcError as error:
+            raise ParityError(error.fact) from error
+        exact = measure_files(
+            stored,
+            subject.backend.written_tensors(rebuilt.graph, subject.target, subject.compiled),
+            calibrated,
+            () if rebuilt.complete else _INPUT_SCALES,
+            [*_compare_smoothing(subject), *_strangers(subject)],
+            progress.advance,
+        )
+    except ParityError as error:
+        return graph, *broken((Metric.WEIGHTS_EXACT,), error, _WHERE)
+    return graph, exact
+
+
+def _strangers(subject: Subject) -> list[str]:
+    """Describe matrices with calibrated codes that are not a rounding of the checkpoint's."""
+    from llmc.validate.resemblance import find_strangers
+
+    rebuilt = subject.rebuilt
+    sources = {name: rebuilt.sources[name] for name in sorted(rebuilt.calibrated)}
+    return find_strangers(read_weights(subject.folder, subject.backend, sources), sources)
 
 
 def _compare_smoothing(subject: Subject) -> Iterator[str]:

@@ -13,6 +13,7 @@ from llmc.memory import available_memory
 from llmc.pipeline.gate.derived import NOTHING, Derived
 from llmc.pipeline.gate.rounding import digest_roundings, load_rounded, plan_roundings
 from llmc.pipeline.steps.original import remember
+from llmc.pipeline.steps.stored import read_weights
 from llmc.validate.reference import TorchModel
 
 if TYPE_CHECKING:
@@ -147,11 +148,10 @@ def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchMod
 
 def _load_own(loaded: TorchModel | None, subject: Subject, weights: WeightParity) -> TorchModel:
     """Load the original with the artifact's own weights, in `loaded` if that is the original."""
-    from llmc.validate.stored import read_stored
     from llmc.validate.weights import StoredParameters, parameters
 
     changed = {name: subject.sources[name] for name in weights.changed}
-    stored = read_stored(subject.folder, changed)
+    stored = read_weights(subject.folder, subject.backend, changed)
     if is_large(subject.compiled):
         return TorchModel(subject.compiled.stream_reference(StoredParameters(changed, stored)))
     model = loaded or load_original(subject.compiled)

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.config import Metric
+from llmc.pipeline.steps.stored import read_weights
 
 if TYPE_CHECKING:
     from llmc.artifact.manifest import WeightRecord
+    from llmc.backends.base import Backend
     from llmc.graph.weights import Rows
 
 
-def loss_notes(folder: Path, weights: Sequence[WeightRecord], sources: Mapping[str, Rows]) -> Iterator[str]:
+def loss_notes(
+    folder: Path, backend: Backend, weights: Sequence[WeightRecord], sources: Mapping[str, Rows]
+) -> Iterator[str]:
     """Describe each origin that may be lossy on a line: number of matrices, and the loss.
 
     The files of the artifact are compared with the checkpoint.
@@ -30,7 +34,8 @@ def loss_notes(folder: Path, weights: Sequence[WeightRecord], sources: Mapping[s
         if weight.origin not in (None, KEPT, MADE_FLOATS) and weight.name in sources:
             by_origin.setdefault(weight.origin, {})[weight.name] = sources[weight.name]
     for origin, rows in by_origin.items():
-        measurement = {m.metric: m for m in compare_weights(folder, rows).measurements}[Metric.WEIGHTS_SNR]
+        parity = compare_weights(read_weights(folder, backend, rows), rows)
+        measurement = {m.metric: m for m in parity.measurements}[Metric.WEIGHTS_SNR]
         what = f"codes of the checkpoint: {origin}: {len(rows)} matrices"
         if measurement.value is None:
             yield f"{what}, {measurement.detail}"
