@@ -20,6 +20,7 @@ from llmc.pipeline.gate.parity import GateResult, latency_gates
 from llmc.pipeline.gate.thresholds import choose_thresholds
 from llmc.pipeline.result import GateReport, gate_report, require_folder, write_all
 from llmc.pipeline.steps.original import open_pair, tokenize
+from llmc.pipeline.steps.stored import require_graph
 from llmc.profile import Profile, ProfileKind, find_profile
 from llmc.progress import Progress
 from llmc.runtime.failures import MEMORY_HINT, is_out_of_memory
@@ -103,6 +104,7 @@ def bench(
     with progress.stage("artifact"):
         artifact, earlier = open_artifact(path), None if previous is None else open_artifact(previous)
         for each in filter(None, (artifact, earlier)):
+            require_graph(each, "llmc bench times")
             require_intact(each)
         thresholds = choose_thresholds(artifact.manifest, target, search, own=own_gates, latency=True)
         thresholds.require()

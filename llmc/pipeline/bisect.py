@@ -13,6 +13,7 @@ from llmc.machine import release_memory
 from llmc.pipeline.steps.original import open_pair
 from llmc.pipeline.steps.prune import reopen
 from llmc.pipeline.steps.stepwise import graphs_by_step, short_prompt, values_of
+from llmc.pipeline.steps.stored import require_graph
 from llmc.progress import Progress
 from llmc.records import Record
 
@@ -93,12 +94,14 @@ def bisect(
 
     Raises:
         ParityError: A graph cannot be run.
-        UnsupportedError: The target computes in another type than the original.
+        UnsupportedError: The target computes in another type than the original, or the artifact is a
+            checkpoint.
     """
     from llmc.validate.values import first_difference, first_module_difference, graph_values, module_values
 
     with progress.stage("artifact"):
         artifact, original, _ = open_pair(path, against, force=force, adapter=adapter)
+        require_graph(artifact, "llmc bisect compares the values of")
         require_vouched(artifact)
         target = artifact.manifest.target
         if target.dtype is not Dtype.FLOAT32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmc.artifact.manifest import MODEL, Manifest, WeightRecord
+from llmc.artifact.manifest import Manifest, WeightRecord
 from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.store.integrity import require_intact
 from llmc.artifact.verdict import Change
@@ -75,7 +75,7 @@ def compare(before: Path, after: Path, allow: tuple[str, ...]) -> Comparison:
             hint="compare artifacts of one model: figures relative to different originals are not comparable",
         )
     reports = (stored_report(old), stored_report(new))
-    counts = [count_operators(artifact.path / MODEL) for artifact in (old, new)]
+    counts = [count_operators(artifact) for artifact in (old, new)]
     passes = [{p.name: p.applied for p in artifact.manifest.passes} for artifact in (old, new)]
     apart = devices_apart(*reports)
     differences = (

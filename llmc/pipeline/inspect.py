@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from llmc.artifact.engine import EnginePhase, EngineRecord
 from llmc.artifact.manifest import MANIFEST, MODEL, AdapterRecord, PassRecord, PruneRecord, WeightRecord
-from llmc.artifact.store.folder import open_artifact
+from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.artifact.store.integrity import find_damage
 from llmc.artifact.text import TextRecord
+from llmc.backends import backend_of
 from llmc.config import Dtype
 from llmc.errors import LlmcError
 from llmc.graph.interface import Interface
@@ -28,7 +29,7 @@ class Inspection(Record):
     Args:
         kind: Artifact, or the canonical graph of a model.
         operators: Number of nodes by operator, `domain::name` outside of the standard domain; empty for a
-            damaged artifact, whose graph is not read.
+            checkpoint, and for a damaged artifact, whose graph is not read.
         adapter: The adapter that was merged into the model; None if there is none.
         pruned: What was pruned from the model; None if nothing was.
         passes: What each pass did; empty for a model.
@@ -62,7 +63,8 @@ class Inspection(Record):
         lines = [f"{self.architecture} ({self.state or self.kind})"]
         lines += [f"DAMAGED, does not match the manifest: {wrong}" for wrong in self.damage]
         lines += [each.render() for each in (self.adapter, self.pruned) if each is not None]
-        lines += ["", "operators"]
+        if self.operators:
+            lines += ["", "operators"]
         lines += [f"  {count:6}  {name}" for name, count in self.operators.items()]
         if self.passes:
             lines += ["", "passes"]
@@ -112,7 +114,7 @@ def _inspect_artifact(path: Path) -> Inspection:
         adapter=manifest.model.adapter,
         pruned=manifest.pruned,
         text=manifest.text,
-        operators={} if damage.all else count_operators(path / MODEL),
+        operators={} if damage.all else count_operators(artifact),
         damage=damage.all,
         passes=manifest.passes,
         weights=manifest.weights,
@@ -143,9 +145,11 @@ def _inspect_model(reference: str) -> Inspection:
     )
 
 
-def count_operators(path: Path) -> dict[str, int]:
-    """Count the operators of a graph on disk by name, the most frequent first."""
-    return _count(ir.load(path))
+def count_operators(artifact: Artifact) -> dict[str, int]:
+    """Count the operators of an artifact's graph by name, the most frequent first; a checkpoint has none."""
+    if not backend_of(artifact.manifest.target).writes_graph:
+        return {}
+    return _count(ir.load(artifact.path / MODEL))
 
 
 def _render_engine(engine: EngineRecord) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 
 from llmc import doctor, machine
 from llmc.memory import available_memory, total_memory
-from llmc.pipeline.gate import loaders, subject
+from llmc.pipeline.gate import loaders
+from llmc.pipeline.steps.original import is_large
 from llmc.progress import SilentProgress
 
 GIB = 1 << 30
@@ -33,7 +34,7 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("gib", "large"), [(1, False), (2, True), (5, True)])
 def test_an_original_beyond_half_of_what_is_left_is_streamed(gib: int, large: bool) -> None:
     checkpoint: Any = SimpleNamespace(reference_bytes=lambda: gib * GIB)
-    assert subject.is_large(checkpoint) is large
+    assert is_large(checkpoint) is large
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(1, True), (2, False), (5, False)])

@@ -13,7 +13,9 @@ from llmc.graph.switches import rope_switches
 from llmc.machine import release_memory
 from llmc.pipeline.gate.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.gate.run import Run
-from llmc.pipeline.gate.subject import is_large, open_rounding
+from llmc.pipeline.gate.subject import open_rounding
+from llmc.pipeline.steps.folder import FolderSession, open_folder_session
+from llmc.pipeline.steps.original import is_large
 from llmc.runtime.arithmetic import Arithmetic
 from llmc.validate import generation
 from llmc.validate.gates import is_undecided
@@ -111,7 +113,7 @@ def measure_stepped(run: Run) -> None:
             run.found.append(measured(Metric.INTERFACE, 1.0, error.fact, run.subject.backend.graph_library))
             raise
         release_memory()  # frees a second copy of folded weights
-        run.found.append(_interface_holds(subject.interface, graph.where))
+        run.found.append(_interface_of(run, graph))
         if run.weights.unread:
             levels = _not_comparable(run.weights.unread, graph.where)
         else:
@@ -180,12 +182,15 @@ def _quality(
 
 
 def _open_graph(run: Run, arithmetic: Arithmetic, slots: int | None = None) -> Rewindable:
-    """Open a session of the graph on the CPU.
+    """Open a session of the graph, or of the checkpoint that is the artifact, on the CPU.
 
     Args:
         slots: Slots of the KV cache that are needed, if its length is fixed.
     """
     subject = run.subject
+    if not subject.backend.writes_graph:
+        exact = arithmetic is not Arithmetic.SERVED
+        return open_folder_session(subject.folder, subject.interface, exact=exact)
     return subject.backend.open_graph(
         subject.folder,
         subject.interface,
@@ -292,6 +297,13 @@ def _open_executed(run: Run, slots: int | None = None) -> Rewindable:
     """
     accelerated = run.subject.accelerated
     return _open_graph(run, Arithmetic.SERVED, slots) if accelerated is None else accelerated.open()
+
+
+def _interface_of(run: Run, session: Rewindable) -> Measurement:
+    """Measure INTERFACE for an opened artifact: what its loader did not read, for a checkpoint."""
+    if isinstance(session, FolderSession):
+        return mismatches(Metric.INTERFACE, session.problems, session.fine, session.where)
+    return _interface_holds(run.subject.interface, session.where)
 
 
 def _interface_holds(interface: Interface, where: str) -> Measurement:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from llmc.backends import backend_of
 from llmc.config import Target
-from llmc.memory import available_memory
 from llmc.pipeline.gate.derived import NOTHING, Derived
 from llmc.pipeline.gate.rounding import digest_roundings, load_rounded, plan_roundings
-from llmc.pipeline.steps.original import remember
+from llmc.pipeline.steps.original import is_large, remember
 from llmc.pipeline.steps.stored import read_weights
 from llmc.validate.reference import TorchModel
 
@@ -132,12 +131,6 @@ def load_original(checkpoint: Checkpoint) -> TorchModel:
     return TorchModel(
         checkpoint.stream_reference({}) if is_large(checkpoint) else checkpoint.fill_reference()
     )
-
-
-def is_large(checkpoint: Checkpoint) -> bool:
-    """Return whether the original in float32 would need more than half of the free memory."""
-    free = available_memory()
-    return free is not None and checkpoint.reference_bytes() > free // 2
 
 
 def _remember(subject: Subject, weights_digest: str, load: Callable[[], TorchModel]) -> RememberedModel:

@@ -11,6 +11,7 @@ from llmc.artifact.store.cache import StageCache, default_cache_folder
 from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.errors import ConfigError
 from llmc.graph.switches import rope_switches
+from llmc.memory import available_memory
 from llmc.validate.reference import TorchModel, sliding_window
 from llmc.validate.remembered import RememberedModel
 
@@ -36,6 +37,12 @@ def tokenize(tokenizer: Any, text: str) -> tuple[Any, tuple[int, ...]]:
     bare: list[int] = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
     return np.array(ids, dtype=np.int64), tuple(before)
+
+
+def is_large(checkpoint: Checkpoint) -> bool:
+    """Return whether the model of a checkpoint in float32 would need more than half of the free memory."""
+    free = available_memory()
+    return free is not None and checkpoint.reference_bytes() > free // 2
 
 
 def remember(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.errors import LlmcError, ParityError
+from llmc.backends import backend_of
+from llmc.errors import LlmcError, ParityError, UnsupportedError
 
 if TYPE_CHECKING:
+    from llmc.artifact.store.folder import Artifact
     from llmc.backends.base import Backend
     from llmc.checkpoint import Checkpoint
     from llmc.graph.weights import Rows
@@ -31,6 +33,22 @@ def read_weights(folder: Path, backend: Backend, expected: Mapping[str, Rows]) -
     if backend.writes_graph:
         return read_stored(folder, expected)
     return rows_of_store(open_folder(folder).tensors, expected)
+
+
+def require_graph(artifact: Artifact, purpose: str) -> None:
+    """Refuse an artifact that is a checkpoint where a graph is needed.
+
+    Args:
+        purpose: What the graph is needed for, such as `llmc bench times`.
+
+    Raises:
+        UnsupportedError: It has no graph.
+    """
+    if not backend_of(artifact.manifest.target).writes_graph:
+        raise UnsupportedError(
+            f"{purpose} a graph, but {artifact.path} is a checkpoint that servers execute",
+            hint="llmc verify measures a checkpoint; llmc run generates text with it",
+        )
 
 
 def open_folder(folder: Path) -> Checkpoint:

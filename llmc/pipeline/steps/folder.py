@@ -1,0 +1,54 @@
+"""Run an artifact that is a checkpoint in transformers, as a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.errors import CheckpointError, ParityError
+from llmc.pipeline.steps.original import is_large
+from llmc.pipeline.steps.stored import open_folder
+from llmc.validate.torch_session import TorchSession
+
+if TYPE_CHECKING:
+    from llmc.checkpoint.served import LoadedFolder
+    from llmc.graph.interface import Interface
+
+
+class FolderSession(TorchSession):
+    """A session of a folder that transformers loaded.
+
+    Args:
+        loaded: The folder.
+        interface: The interface of the graph that its model was traced to.
+    """
+
+    def __init__(self, loaded: LoadedFolder, interface: Interface) -> None:
+        where = "; ".join(filter(None, [f"{loaded.library}, float32", loaded.note]))
+        super().__init__(loaded.model, interface, where)
+        self.problems = loaded.problems
+        self.fine = loaded.fine
+
+
+def open_folder_session(folder: Path, interface: Interface, *, exact: bool) -> FolderSession:
+    """Load the checkpoint in `folder`, whole if it fits into memory, otherwise layer by layer.
+
+    Args:
+        interface: The interface that the manifest states.
+        exact: Whether activations stay in float, so that the artifact's weights are all that is rounded.
+
+    Raises:
+        ParityError: The folder cannot be read, or transformers cannot load it.
+        ResourceError: The package that reads the format is not installed.
+    """
+    from llmc.checkpoint.served import load_served, stream_served
+
+    checkpoint = open_folder(folder)
+    try:
+        if is_large(checkpoint):
+            loaded = stream_served(checkpoint)
+        else:
+            loaded = load_served(checkpoint, quantize_activations=not exact)
+    except CheckpointError as error:
+        raise ParityError(error.fact) from error
+    return FolderSession(loaded, interface)
