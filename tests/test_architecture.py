@@ -43,21 +43,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": BASE | {"document", "machine"},
     "plan": BASE | {"catalog", "backends", "evaluation"},
     "defaults": BASE | {"catalog", "machine", "backends"},
-    "doctor": BASE | {"memory", "backends", "runtime", "children"},
+    "doctor": BASE | {"memory", "backends", "runtime", "children", "servers"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
     "calibration": BASE | {"graph", "artifact"},
     "runtime": BASE | {"graph", "artifact"},
+    "servers": STATION,
     **dict.fromkeys(STATIONS, STATION),
-    **{station: STATION | {"runtime"} for station in ("passes", "validate")},
+    "passes": STATION | {"runtime"},
+    "validate": STATION | {"runtime", "servers"},
     **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},
     # A backend knows how its graphs store weights, and which targets and machines there are.
     "backends": STATION | {"runtime", "quantize", "catalog", "machine"},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
-    | {"calibration", "runtime", "backends", "evaluation", *STATIONS},
+    | {"calibration", "runtime", "servers", "backends", "evaluation", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
+    | {"servers"}
     | {"__init__"},
     "__main__": {"cli"},
     "__init__": set(),

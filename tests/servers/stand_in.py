@@ -1,0 +1,83 @@
+"""A server of the tests' own: it speaks the protocol of workers, and misbehaves as its first argument says.
+
+Its logits are those of a small model that it knows: the i-th row prefers the token that follows by one.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY = 32
+
+
+def logits(ids: list[int]) -> np.ndarray:
+    rows = np.zeros((len(ids) - 1, VOCABULARY), np.float32)
+    rows[np.arange(len(ids) - 1), (np.array(ids[:-1]) + 1) % VOCABULARY] = 4.0
+    return rows
+
+
+def main(how: str) -> None:
+    say = os.fdopen(os.dup(1), "w")
+
+    def send(event: str, **values: object) -> None:
+        say.write(json.dumps({"event": event, **values}) + "\n")
+        say.flush()
+
+    request = json.loads(sys.stdin.readline())
+    if how == "silent":
+        time.sleep(600)
+    if how == "babble":
+        print("Loading weights: 100%", flush=True)
+    send("version", version="9.1", where="CPU")
+    if how == "refuse":
+        send("failure", phase="load", kind="ValueError", message="Unknown quantization method\nfoo")
+        sys.exit(1)
+    if how == "die":
+        print("terminate called after throwing std::bad_alloc", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    skipped = ["model.layers.0.mlp.up_proj.weight"] if how == "skip" else []
+    send("loaded", taken=12, skipped=skipped, unfilled=[], dtype="bfloat16")
+    if how == "die-late":
+        sys.exit(3)
+    if how == "fail-late":
+        send("failure", phase="answer", kind="RuntimeError", message="no kernel")
+        sys.exit(1)
+    scratch = Path(request["scratch"])
+    names, own = [], []
+    for number, ids in enumerate(request["sequences"]):
+        rows = logits(ids)
+        if how == "nan":
+            rows[0, 0] = np.nan
+        if how == "short":
+            rows = rows[:-1]
+        shifted = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+        np.save(scratch / f"l{number}.npy", rows)
+        np.save(scratch / f"p{number}.npy", shifted[np.arange(len(rows)), ids[1 : len(rows) + 1]])
+        names.append(f"l{number}.npy")
+        own.append(f"p{number}.npy")
+        send("progress", done=number + 1, total=len(request["sequences"]))
+    token_ids = [[ord(letter) % VOCABULARY for letter in text] for text in request["prompts"]]
+    if how == "tokens":
+        token_ids = [[0, *ids] for ids in token_ids]
+    greedy = [
+        [(ids[-1] + 1 + i) % VOCABULARY for i in range(request["new_tokens"])] for ids in request["continue"]
+    ]
+    send(
+        "answer",
+        token_ids=token_ids,
+        logits=names,
+        log_probabilities=own,
+        greedy=greedy[:-1] if how == "fewer" else greedy,
+        graph=None,
+    )
+    if how == "linger":
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
