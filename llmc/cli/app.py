@@ -16,6 +16,7 @@ from llmc.cli import (
     profiles,
     report,
     run,
+    servers,
     targets,
     tune,
     verify,
@@ -47,6 +48,7 @@ for _module in (
     inspect,
     targets,
     profiles,
+    servers,
     doctor,
 ):
     _module.register(app)

@@ -99,6 +99,15 @@ Budget = Annotated[
         show_default="80",
     ),
 ]
+Environments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--environment",
+        metavar="NAME=FOLDER",
+        help="Folder of a server's environment, if not the one that `llmc servers install` makes; can be "
+        "repeated.",
+    ),
+]
 Force = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,7 @@ from llmc.cli.options import (
     Allow,
     Artifact,
     Budget,
+    Environments,
     EvalText,
     Every,
     Force,
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
             "llmc verify artifacts/mine --baseline last/report.json --allow size=2",
             "llmc verify artifacts/mine --target targets/mine.yaml",
             "llmc verify artifacts/mine --task questions.yaml --report out/",
+            "llmc verify artifacts/mine --runtime vllm --runtime deepspeed",
             "llmc verify artifacts/mine --against ./my-model --eval-text domain.txt --json",
         ),
     )(verify)
@@ -73,10 +75,24 @@ def verify(
     own_gates: OwnGates = False,
     seed: Seed = None,
     budget: Budget = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also load ARTIFACT, a checkpoint, by this server in its own environment and hold what it "
+            "computes to the gates: vllm, edgellm or deepspeed; can be repeated.",
+        ),
+    ] = None,
+    environment: Environments = None,
+    server_seconds: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=1.0, help="Most time that each server may take."),
+    ] = 1800.0,
     as_json: Json = False,
 ) -> None:
     """Run the parity gate of ARTIFACT again on this machine; exit with 5 if it fails."""
     from llmc import pipeline
+    from llmc.pipeline.gate.servers import Runtimes
 
     result = pipeline.verify(
         artifact,
@@ -97,5 +113,6 @@ def verify(
         seed=seed,
         budget=budget,
         every=every,
+        runtimes=Runtimes(tuple(runtime or ()), tuple(environment or ()), server_seconds),
     )
     emit(result, as_json=as_json)

@@ -63,6 +63,7 @@ class Family(Enum):
     TEXT = "quality on text", False, True
     TASK = "quality on a task"
     GENERATION = "generated text", True
+    SERVER = "what servers compute from the checkpoint"
     LATENCY = "time"
 
     def __init__(self, subject: str, needs_own_weights: bool = False, restated: bool = False) -> None:
@@ -121,6 +122,13 @@ class Metric(StrEnum):
     GENERATE_EQUAL = "generate.equal_fraction", Unit.SHARE, _MORE, Family.GENERATION
     GENERATE_GAP = "generate.logit_gap", Unit.LOGITS, _LESS, Family.GENERATION
     GENERATE_SEEDED = "generate.seeded_fraction", Unit.SHARE, _MORE, Family.GENERATION
+    SERVER_SKIPPED = "server.skipped_tensors", Unit.PLACES, _LESS, Family.SERVER
+    SERVER_WEIGHTS = "server.weights_mismatches", Unit.PLACES, _LESS, Family.SERVER
+    SERVER_TOKENIZER = "server.tokenizer_equal", Unit.SHARE, _MORE, Family.SERVER
+    SERVER_LOGPROB = "server.logprob_max_abs", Unit.NATS, _LESS, Family.SERVER
+    SERVER_KL_MEAN = "server.kl_mean", Unit.NATS, _LESS, Family.SERVER
+    SERVER_PERPLEXITY_RATIO = "server.perplexity_ratio", Unit.TO_ORIGINAL, _LESS, Family.SERVER
+    SERVER_GREEDY_GAP = "server.greedy_gap", Unit.LOGITS, _LESS, Family.SERVER
     TTFT_RATIO = "latency.ttft_ratio", Unit.TO_ORIGINAL, _LESS, Family.LATENCY, Interval.MACHINE
     INTER_TOKEN_RATIO = "latency.inter_token_ratio", Unit.TO_ORIGINAL, _LESS, Family.LATENCY, Interval.MACHINE
     PREVIOUS_RATIO = "latency.previous_ratio", Unit.TO_EARLIER, _LESS, Family.LATENCY, Interval.MACHINE

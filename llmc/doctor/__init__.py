@@ -15,6 +15,7 @@ from llmc.doctor.finding import Finding
 from llmc.doctor.gpu import GpuFacts, examine_gpus
 from llmc.errors import LlmcError, ResourceError
 from llmc.memory import available_memory
+from llmc.servers.environment import ServerState, list_servers
 
 # Distributions that a CPU build needs besides the runtimes, with the lowest release that works.
 REQUIRED: dict[str, tuple[int, ...]] = {
@@ -95,6 +96,7 @@ def examine(folder: Path) -> DoctorReport:
                 for backend in backends()
                 for name, hint in backend.packages.items()
             ),
+            *(check_server(listed) for listed in list_servers()),
             check_extra("optuna", versions, "llmc tune needs it; pip install 'llmc[tune]'"),
             check_compiler(),
             check_demo(),
@@ -171,6 +173,17 @@ def check_extra(name: str, versions: dict[str, str], hint: str) -> Finding:
     if version is None:
         return Finding(name=name, status="absent", detail="optional", hint=hint)
     return Finding(name=name, status="ok", detail=version)
+
+
+def check_server(listed: ServerState) -> Finding:
+    """Check whether the environment of a server is there and works."""
+    name = f"server {listed.recipe.name}"
+    if listed.status == "installed":
+        return Finding(name=name, status="ok", detail=listed.detail)
+    hint = f"llmc verify --runtime {listed.recipe.name} needs it; llmc servers install {listed.recipe.name}"
+    if listed.status == "not installed":
+        return Finding(name=name, status="absent", detail="optional", hint=hint)
+    return Finding(name=name, status="broken", detail=listed.detail, hint=hint)
 
 
 def check_compiler() -> Finding:

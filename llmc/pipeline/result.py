@@ -208,6 +208,7 @@ def gate_report(
         measurements=gate.measurements,
         measured=describe_measured(target, gate.measurements),
         latency=gate.latency,
+        servers=gate.servers,
         sizes=sizes,
         bytes=sum(
             p.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
 from llmc.pipeline.gate.parity import Extra, GateResult, hold_manifest, measure_parity
 from llmc.pipeline.gate.run import Run
+from llmc.pipeline.gate.servers import Runtimes, records_of_all
 from llmc.pipeline.gate.subject import Subject, open_compiled
 from llmc.pipeline.gate.thresholds import Thresholds, choose_thresholds
 from llmc.pipeline.gate.unfinished import finish
@@ -30,6 +32,8 @@ from llmc.validate.positions import seed_of
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.validate.tasks import Tasks
+
+_NO_SERVERS = Runtimes()
 
 
 def verify(
@@ -52,6 +56,7 @@ def verify(
     adapter: str | None = None,
     seed: int | None = None,
     budget: float | None = None,
+    runtimes: Runtimes = _NO_SERVERS,
 ) -> GateReport:
     """Check an artifact against the parity gates of its target on this machine.
 
@@ -79,6 +84,7 @@ def verify(
         seed: Seed for drawing the positions to compare; None for the artifact's own.
         budget: Seconds of the forecast that decides how many are drawn; None for the default.
         allow: `NAME=PERCENT`, how much worse a figure may be.
+        runtimes: Servers that load the artifact in environments of their own, besides transformers.
     """
     from llmc.validate.tasks import load_tasks
 
@@ -92,7 +98,8 @@ def verify(
         damage = find_damage(artifact)
     manifest = artifact.manifest
     thresholds = choose_thresholds(manifest, target, search, own=own_gates)
-    extras = (_each_pass(thresholds.target),) if each_pass else ()
+    extras = [_each_pass(thresholds.target)] if each_pass else []
+    extras += runtimes.extras(manifest.target, thresholds.target)
     gate, digest = hold_manifest(thresholds, damage, every=every), None
     if gate is None:
         backend_of(manifest.target).require_host(artifact)
@@ -121,7 +128,7 @@ def _each_pass(target: Target) -> Extra:
 
     metric = Metric.PASSES_MAX_ABS
     bounds = [gate for gate in target.gates if gate.metric is Metric.PREFILL_MAX_ABS]
-    return Extra(metric, tuple(gate.model_copy(update={"metric": metric}) for gate in bounds), measure)
+    return Extra((metric,), tuple(gate.model_copy(update={"metric": metric}) for gate in bounds), measure)
 
 
 def _report(
@@ -139,6 +146,7 @@ def _report(
         allowed: As `compare_reports`.
     """
     path, manifest = artifact.path, artifact.manifest
+    gate = replace(gate, servers=records_of_all(gate.servers, manifest.target))
     model, profile = against or manifest.model.ref, manifest.profile.name
     report = gate_report(model, manifest.target, profile, gate, manifest.pruned, manifest.weights, path)
     if earlier is None:
@@ -165,7 +173,7 @@ def _finish(
     manifest = artifact.manifest
     decided = thresholds.are_own(manifest) and digest in (None, manifest.model.digest)
     if manifest.unfinished is not None and decided:
-        besides = [extra.metric for extra in extras]
+        besides = [metric for extra in extras for metric in extra.metrics]
         finish(artifact, report.verdict, report, progress, besides=besides)
 
 

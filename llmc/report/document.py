@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from llmc.artifact.latency import Latency
+from llmc.artifact.served import ServerRecord
 from llmc.artifact.store.disk import replace_text
 from llmc.artifact.verdict import Change, Measurement, Peer, Verdict
 from llmc.errors import ConfigError
@@ -26,6 +27,7 @@ class Report(Strict):
         measurements: One per metric, including those without a gate.
         measured: What was executed on which device, for an artifact that is not built for this machine's CPU.
         latency: Timings; None if latency was not measured.
+        servers: What servers did with the artifact, and which were not asked.
         sizes: Stored bytes by kind of weight.
         bytes: Bytes of all files of the artifact.
         changes: Changes of figures since the report that this one was compared with.
@@ -43,6 +45,7 @@ class Report(Strict):
     measurements: tuple[Measurement, ...]
     measured: str | None = None
     latency: Latency | None
+    servers: tuple[ServerRecord, ...] = ()
     sizes: dict[str, int] = Field(default_factory=dict)
     bytes: int = 0
     changes: tuple[Change, ...] = ()

@@ -1,7 +1,7 @@
 """Write JUnit XML, as CI systems read it (the schema of Apache Ant's junitreport task).
 
-There is one testcase per check, then one per measurement that has no gate, which is `skipped` since
-nothing requires it.
+What servers did is in the properties of the suite. There is one testcase per check, then one per measurement
+that has no gate, which is `skipped` since nothing requires it.
 """
 
 import re
@@ -31,6 +31,10 @@ def write_junit(report: Report, path: Path) -> None:
         skipped=str(len(rest) + sum(c.status is CheckStatus.NOT_APPLICABLE for c in checks)),
         time="0",
     )
+    if report.servers:
+        properties = ET.SubElement(suite, "properties")
+        for server in report.servers:
+            ET.SubElement(properties, "property", name=f"server {server.name}", value=_clean(server.line))
     for check in checks:
         _add_check(suite, check)
     for measurement in rest:

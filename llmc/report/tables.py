@@ -5,10 +5,12 @@ A figure is one column of `LAYOUTS`: its caption, and the function that reads it
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llmc.artifact.latency import Latency
-from llmc.config import Metric
+from llmc.artifact.served import ServerRecord
+from llmc.config import Family, Metric
 from llmc.report.document import Report
 from llmc.report.figures import format_figure
 
@@ -47,12 +49,33 @@ class TableLayout:
     columns: Mapping[str, Callable[[Any], Cell]]
 
 
+def _server_figure(server: ServerRecord, metric: Metric) -> Cell:
+    return server.figures.get(metric.value)
+
+
 def _timed(entries: Callable[[Latency], Iterable[Any]]) -> Callable[[Report], Iterable[Any]]:
     """Return the entries of a report's latency; none if it was not measured."""
     return lambda report: () if report.latency is None else entries(report.latency)
 
 
 LAYOUTS = (
+    TableLayout(
+        "servers",
+        "Servers",
+        lambda report: report.servers,
+        {
+            "": lambda server: server.name if server.version is None else f"{server.name} {server.version}",
+            "did": lambda server: server.deed.value,
+            "where": lambda server: " ".join(filter(None, (server.where, server.dtype))) or None,
+            "tensors taken": lambda server: None if server.taken is None else str(server.taken),
+            "skipped": lambda server: None if server.skipped is None else str(server.skipped),
+            **{
+                metric.value.partition(".")[2]: partial(_server_figure, metric=metric)
+                for metric in Family.SERVER.metrics
+                if metric is not Metric.SERVER_SKIPPED
+            },
+        },
+    ),
     TableLayout(
         "latency",
         "Latency, ms",

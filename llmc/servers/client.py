@@ -347,6 +347,12 @@ def _read(server: Server, request: Request, heard: _Heard, scratch: Path) -> Ans
         read = tuple(_array(server, scratch, name, len(ids) - 1, axes) for name, ids in pairs)
         return None if names is None else read
 
+    logits = arrays(answer.logits, 2)
+    for text in answer.greedy or ():
+        if len(text) > request.new_tokens or any(token < 0 for token in text):
+            raise ParityError(f"{server.name} gave tokens {list(text[:8])} for {request.new_tokens} new ones")
+        if logits and max(text, default=0) >= logits[0].shape[1]:
+            raise ParityError(f"{server.name} gave token {max(text)} of {logits[0].shape[1]}")
     return Answer(
         server=server.name,
         version=version.version,
@@ -356,7 +362,7 @@ def _read(server: Server, request: Request, heard: _Heard, scratch: Path) -> Ans
         skipped=loaded.skipped,
         unfilled=loaded.unfilled,
         token_ids=answer.token_ids,
-        logits=arrays(answer.logits, 2),
+        logits=logits,
         log_probabilities=arrays(answer.log_probabilities, 1),
         greedy=answer.greedy,
         graph=None if answer.graph is None else scratch / Path(answer.graph).name,

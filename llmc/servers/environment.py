@@ -70,6 +70,21 @@ def variable_of(recipe: Recipe) -> str:
     return f"LLMC_{re.sub(r'[^A-Z0-9]', '_', recipe.name.upper())}_ENVIRONMENT"
 
 
+def parse_environments(stated: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=FOLDER` options, the environments of servers by name.
+
+    Raises:
+        ConfigError: One has another form, or there is no such server.
+    """
+    found = {}
+    for each in stated:
+        name, equals, folder = each.partition("=")
+        if not equals or not folder:
+            raise ConfigError(f"--environment {each} is not NAME=FOLDER", hint=f"known: {', '.join(RECIPES)}")
+        found[known_recipe(name).name] = Path(folder).expanduser()
+    return found
+
+
 def find_server(name: str, stated: Path | None = None) -> Server:
     """Return an installed server.
 
@@ -99,6 +114,55 @@ def find_server(name: str, stated: Path | None = None) -> Server:
         )
     worker = Path(__file__).with_name("worker.py")
     return Server(name, version, (str(python_of(folder)), "-P", "-B", str(worker), name), recipe.executes)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The state of a server's environment: `installed`, `incomplete`, `unusable` or `not installed`."""
+
+    recipe: Recipe
+    folder: Path
+    status: str
+    detail: str
+
+    def as_json(self) -> dict[str, str]:
+        """Return the facts as JSON values."""
+        return {
+            "name": self.recipe.name,
+            "version": self.recipe.version,
+            "folder": str(self.folder),
+            "status": self.status,
+            "detail": self.detail,
+        }
+
+
+def list_servers(environments: Sequence[str] = ()) -> tuple[ServerState, ...]:
+    """Return every server with the state of its environment.
+
+    Args:
+        environments: `NAME=FOLDER`, where an environment is.
+
+    Raises:
+        ConfigError: As `parse_environments`.
+    """
+    stated = parse_environments(environments)
+    return tuple(_look(recipe, stated.get(name)) for name, recipe in RECIPES.items())
+
+
+def _look(recipe: Recipe, stated: Path | None) -> ServerState:
+    folder = environment_folder(recipe, stated)
+    if not folder.is_dir():
+        return ServerState(recipe, folder, "not installed", f"llmc servers install {recipe.name}")
+    if (folder / _DONE).is_file() and unfinished_calls(recipe, folder):
+        return ServerState(
+            recipe, folder, "incomplete", f"llmc servers install {recipe.name} continues in {folder}"
+        )
+    try:
+        server = find_server(recipe.name, folder)
+    except ResourceError as error:
+        return ServerState(recipe, folder, "unusable", error.fact)
+    does = "" if recipe.executes else ", which reads checkpoints here and executes nothing"
+    return ServerState(recipe, folder, "installed", f"{server.version} in {folder}{does}")
 
 
 def install_server(

@@ -28,7 +28,7 @@ class PipCall:
         """What it installs or removes, for a line of progress."""
         command, *packages = (part for part in self.arguments if not part.startswith("-"))
         shown = packages if len(packages) < 4 else [*packages[:3], f"{len(packages) - 3} more"]
-        return f"pip {command} {', '.join(shown)}"
+        return f"pip {command} {', '.join(shown)}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,14 @@ def _save(scratch: str, name: str, array: Any) -> str:
     return name
 
 
+def _in_order(groups: Any) -> bool:
+    """Return whether the groups of inputs (inputs,) ascend from 0, all of one size."""
+    import torch
+
+    size = int((groups == 0).sum())
+    return size > 0 and torch.equal(groups.cpu(), torch.arange(len(groups), dtype=groups.dtype) // size)
+
+
 def _counting_loader() -> Any:
     """Register a loader that watches what is written into parameters, and return what it counts."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,7 +158,8 @@ def _counting_loader() -> Any:
 
         def tensors(self, given: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             for name, tensor in given:
-                self._current, self._took = name, False
+                # vLLM drops the order of inputs, which says nothing where they are in their own order.
+                self._current, self._took = name, name.endswith(".g_idx") and _in_order(tensor)
                 yield name, tensor
                 self._close()
 

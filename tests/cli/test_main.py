@@ -33,6 +33,7 @@ COMMANDS = (
     "inspect",
     "targets",
     "profiles",
+    "servers",
     "doctor",
 )
 

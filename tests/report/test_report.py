@@ -21,6 +21,7 @@ from llmc.artifact.latency import (
     StepWay,
     Timing,
 )
+from llmc.artifact.served import Deed, ServerRecord
 from llmc.artifact.verdict import Check, CheckStatus, Measurement, MeasurementStatus, Peer, Verdict
 from llmc.config import Metric
 from llmc.errors import ConfigError, ResourceError
@@ -361,3 +362,27 @@ def test_a_full_disk_leaves_the_earlier_report(
         write(report.model_copy(update={"model": "m" * (1 << 13)}), path)
     assert path.read_text() == "the earlier one"
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_every_form_names_the_servers_and_what_they_did(report: Report, tmp_path: Path) -> None:
+    asked = ServerRecord(
+        name="vllm", version="0.32.0", deed=Deed.EXECUTED, where="CPU", dtype="bfloat16", taken=692,
+        skipped=0, figures={"server.kl_mean": 0.00125},
+    )  # fmt: skip
+    reader = ServerRecord(name="edgellm", version="0.11.0", deed=Deed.READ, taken=690, skipped=2)
+    other = ServerRecord(name="deepspeed", version=None, deed=Deed.NOT_ASKED)
+    served = report.model_copy(update={"servers": (asked, reader, other)})
+    write_junit(served, tmp_path / "junit.xml")
+    forms = (
+        render_text(served, width=200),
+        render_markdown(served),
+        render_html(served),
+        served.model_dump_json(),
+        (tmp_path / "junit.xml").read_text(),
+    )
+    for form in forms:
+        for word in ("vllm", "0.32.0", "executed", "692", "edgellm", "read, not executed", "deepspeed"):
+            assert word in form
+        assert "not measured" in form
+    suite = ET.parse(tmp_path / "junit.xml").getroot()[0]
+    assert suite[0].tag == "properties"

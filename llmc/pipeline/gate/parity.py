@@ -25,6 +25,7 @@ from llmc.validate.measure import broken, mismatches, unmeasured
 
 if TYPE_CHECKING:
     from llmc.artifact.latency import Latency
+    from llmc.artifact.served import ServerRecord
     from llmc.artifact.store.integrity import Damage
 
 #: Why a metric was not measured.
@@ -35,15 +36,15 @@ Step = Callable[[Run], None]
 
 @dataclass(frozen=True)
 class Extra:
-    """A measurement that builds do not make, added on request of a caller.
+    """Measurements that builds do not make, added on request of a caller.
 
     Args:
-        metric: Its metric.
-        gates: The gates on it.
+        metrics: Their metrics.
+        gates: The gates on them.
         step: The function that measures it; it runs among the costly steps.
     """
 
-    metric: Metric
+    metrics: tuple[Metric, ...]
     gates: tuple[Gate, ...]
     step: Step
 
@@ -55,11 +56,13 @@ class GateResult:
     measurements: tuple[Measurement, ...]
     verdict: Verdict
     latency: Latency | None = None
+    servers: tuple[ServerRecord, ...] = ()
 
 
 def parity_gates(target: Target) -> tuple[Gate, ...]:
-    """Return the target's gates on everything except latency."""
-    return tuple(gate for gate in target.gates if gate.metric.family is not Family.LATENCY)
+    """Return the target's gates on everything except latency and servers, which are measured on request."""
+    on_request = (Family.LATENCY, Family.SERVER)
+    return tuple(gate for gate in target.gates if gate.metric.family not in on_request)
 
 
 def latency_gates(target: Target) -> tuple[Gate, ...]:
@@ -127,7 +130,7 @@ def measure_parity(
         measured_metrics = {m.metric for m in run.found}
         left = tuple(gate.metric for gate in gates if gate.metric not in measured_metrics)
         run.found += broken(left, error, subject.runtime)
-    return GateResult(tuple(run.found), evaluate(gates, run.found))
+    return GateResult(tuple(run.found), evaluate(gates, run.found), servers=tuple(run.servers))
 
 
 def _phases(subject: Subject, further: tuple[Step, ...]) -> tuple[tuple[Step, ...], ...]:

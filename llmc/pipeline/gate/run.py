@@ -20,6 +20,7 @@ from llmc.validate.reference import sliding_window
 from llmc.validate.settings import Original, describe_original
 
 if TYPE_CHECKING:
+    from llmc.artifact.served import ServerRecord
     from llmc.artifact.verdict import Measurement
     from llmc.validate.positions import Plan
     from llmc.validate.quality import Windows
@@ -34,12 +35,14 @@ class Run:
     Args:
         text: The evaluation text.
         found: Measurements so far; steps append to them.
+        servers: What each server did; the step that asks them appends to it.
     """
 
     subject: Subject
     text: str
     progress: Progress
     found: list[Measurement] = field(default_factory=list)
+    servers: list[ServerRecord] = field(default_factory=list)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,0 +1,145 @@
+"""Ask servers about an artifact in the gate: each in its own environment, held to the target's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from llmc.artifact.served import Deed, ServerRecord
+from llmc.backends import backend_of
+from llmc.config import Family, Target
+from llmc.data import prompts
+from llmc.errors import ParityError, UnsupportedError
+from llmc.machine import release_memory
+from llmc.pipeline.gate.parity import Extra
+from llmc.servers.client import SECONDS, Answer, ask
+from llmc.servers.environment import Server, find_server, parse_environments
+from llmc.servers.recipes import RECIPES
+from llmc.validate.servers import (
+    Figures,
+    broken_server,
+    measure_server,
+    merge_figures,
+    plan_questions,
+    server_record,
+)
+
+if TYPE_CHECKING:
+    from llmc.pipeline.gate.run import Run
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The servers that a user asks about an artifact.
+
+    Args:
+        servers: Each installed here.
+        seconds: The most that each may take.
+    """
+
+    servers: tuple[Server, ...] = ()
+    seconds: float = SECONDS
+
+    def extra(self, target: Target) -> Extra:
+        """Return the step of the gate that asks them, with the target's gates on their metrics."""
+        gates = tuple(gate for gate in target.gates if gate.metric.family is Family.SERVER)
+        return Extra(Family.SERVER.metrics, gates, self.measure)
+
+    def measure(self, run: Run) -> None:
+        """Ask every server, then the references, so that only one model is in memory at a time."""
+        questions = plan_questions(
+            run.text,
+            run.tokens,
+            prompts(),
+            run.tokenizer,
+            run.stated.stop,
+            run.subject.interface.max_length,
+            run.subject.interface.vocabulary,
+        )
+        request = questions.request(run.subject.threads)
+        answers: dict[str, Answer] = {}
+        found: dict[str, Figures] = {}
+        with TemporaryDirectory(prefix="llmc-servers-") as temporary:
+            for server in self.servers:
+                scratch = Path(temporary) / server.name
+                scratch.mkdir()
+                title = f"{server.name} {server.version}"
+                with run.progress.stage(title):
+                    try:
+                        answers[title] = ask(
+                            server,
+                            run.subject.folder,
+                            request,
+                            scratch,
+                            seconds=self.seconds,
+                            advance=run.progress.advance,
+                        )
+                    except ParityError as error:
+                        found[title] = broken_server(error)
+                        run.servers.append(_broken_record(server))
+            release_memory()
+            with run.progress.stage("original for servers"):
+                known = questions.distributions()
+                run.original.prepare(known, run.progress.advance)
+                run.own.prepare([*known, *questions.followed(list(answers.values()))], run.progress.advance)
+                run.own.release()
+                run.original.release()
+            for title, answer in answers.items():
+                found[title] = measure_server(answer, questions, run.original, run.own)
+                run.servers.append(server_record(answer, found[title]))
+        reading = [title for title, answer in answers.items() if answer.logits is None]
+        run.found += merge_figures(found, reading)
+
+
+@dataclass(frozen=True)
+class Runtimes:
+    """The servers that a user names.
+
+    Args:
+        names: Their names.
+        environments: `NAME=FOLDER`, where the environment of a server is.
+        seconds: The most that each may take.
+    """
+
+    names: Sequence[str] = ()
+    environments: Sequence[str] = ()
+    seconds: float = SECONDS
+
+    def extras(self, target: Target, thresholds: Target) -> list[Extra]:
+        """Return the step of the gate that asks them, each installed here; none if none is named.
+
+        Args:
+            target: The target of the artifact.
+            thresholds: The target whose gates apply.
+
+        Raises:
+            ConfigError: There is no such server.
+            ResourceError: One is not installed.
+            UnsupportedError: The target's artifacts are not checkpoints, which servers load.
+        """
+        stated = parse_environments(self.environments)
+        if not self.names:
+            return []
+        if backend_of(target).writes_graph:
+            raise UnsupportedError(
+                f"artifacts of target {target.name} are graphs, which {' and '.join(self.names)} cannot load",
+                hint="servers load artifacts of targets with backend checkpoint; llmc targets lists them",
+            )
+        found = tuple(find_server(name, stated.get(name)) for name in dict.fromkeys(self.names))
+        return [Servers(found, self.seconds).extra(thresholds)]
+
+
+def records_of_all(found: Sequence[ServerRecord], target: Target) -> tuple[ServerRecord, ...]:
+    """Return the records, and one of every server that was not asked and could load the artifact."""
+    if backend_of(target).writes_graph:
+        return tuple(found)
+    asked = {record.name for record in found}
+    others = [name for name in RECIPES if name not in asked]
+    return (*found, *(ServerRecord(name=name, version=None, deed=Deed.NOT_ASKED) for name in others))
+
+
+def _broken_record(server: Server) -> ServerRecord:
+    return ServerRecord(name=server.name, version=server.version, deed=Deed.FAILED)
