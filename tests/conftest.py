@@ -17,6 +17,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(OPTION, action="store_true", help="only tests that need no torch and no runtime")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.caches import share
+
+    folder = share()  # before xdist starts its processes, which take the name of the folder along
+    if folder is not None:
+        config.add_cleanup(folder.cleanup)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     wanted = config.getoption(OPTION) and collection_path.match("test_*.py")
     return True if wanted and needs_heavy(collection_path) else None

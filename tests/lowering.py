@@ -10,11 +10,11 @@ from llmc.config import Dtype, EngineRule
 from llmc.graph.interface import Interface
 from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
-from llmc.graph.serial import dump_graph, load_graph
+from llmc.graph.serial import load_graph
 from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.quantize.engine import quantize_for_engine
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.models import build_tiny_model
 from tests.state_store import StateStore
 
@@ -38,7 +38,7 @@ def tiny(model_type: str) -> PreTrainedModel:
 
 @cache
 def traced(model_type: str, dtype: Dtype) -> bytes:
-    return dump_graph(trace_model(tiny(model_type).config, dtype))
+    return shared_trace(tiny(model_type).config, dtype)
 
 
 def lower(

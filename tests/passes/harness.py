@@ -14,11 +14,11 @@ from llmc.config import Dtype
 from llmc.graph.match import find_nodes
 from llmc.graph.model import Graph, layer_of
 from llmc.graph.report import PassReport
-from llmc.graph.serial import dump_graph, load_graph
+from llmc.graph.serial import load_graph
 from llmc.graph.verify import verify_graph
 from llmc.passes import registered_passes
 from llmc.passes._norms import Norm, match_norm, squared
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.lowering import tiny, traced
 from tests.models import build_tiny_model
 from tests.state_store import StateStore, run_steps
@@ -153,7 +153,7 @@ def with_fields(model_type: str, **overrides: Any) -> Graph:
 @cache
 def _traced_with(model_type: str, overrides: str) -> tuple[PreTrainedModel, bytes]:
     model = build_tiny_model(model_type, **json.loads(overrides))
-    return model, dump_graph(trace_model(model.config, Dtype.FLOAT32))
+    return model, shared_trace(model.config, Dtype.FLOAT32)
 
 
 def shared_cache() -> Graph:

@@ -7,8 +7,9 @@ import pytest
 from llmc.config import Dtype
 from llmc.graph import dialect
 from llmc.graph.model import Graph
+from llmc.graph.serial import load_graph
 from llmc.graph.weights import ExpertRows, LazyWeight, WeightGroup
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.lowering import tiny
 from tests.models import build_tiny_model
 from tests.passes.harness import LAYERS, graph_of, logits_of, run_pass
@@ -24,7 +25,7 @@ def _experts(graph: Graph) -> list[ir.Node]:
 
 def _half(model_type: str, **sizes: int) -> Graph:
     model = build_tiny_model(model_type, **sizes)
-    graph = trace_model(model.config, Dtype.FLOAT16)
+    graph = load_graph(shared_trace(model.config, Dtype.FLOAT16))
     graph.bind(StateStore(model), {})
     return graph
 

@@ -5,8 +5,9 @@ import pytest
 from llmc.config import Dtype
 from llmc.graph.domains import DIALECT, MICROSOFT
 from llmc.graph.match import find_nodes
+from llmc.graph.serial import load_graph
 from llmc.graph.states import CAUSAL_CONV, LINEAR_ATTENTION
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.models import build_tiny_model
 from tests.passes.harness import run_pass
 from tests.state_store import StateStore
@@ -17,7 +18,7 @@ from tests.states import TYPES, difference
 def test_a_lowered_graph_has_the_models_numbers(model_type: str) -> None:
     overrides, (convolutions, recurrences, _) = TYPES[model_type]
     model = build_tiny_model(model_type, **overrides)
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph = load_graph(shared_trace(model.config, Dtype.FLOAT32))
     graph.bind(StateStore(model), {})
     report = run_pass("states", graph)
     assert report.refusals == ()

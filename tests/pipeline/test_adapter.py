@@ -12,13 +12,14 @@ from llmc.errors import CheckpointError, ConfigError
 from llmc.pipeline import build, inspect, verify
 from llmc.plan import default_output, plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.checkpoint.test_adapter import on_q, product, save_adapter
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
 
 def test_it_is_merged_recorded_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     base = save_tiny_model("llama", tmp_path / "base", tokenizer=True, eos_token_id=EOS)
     adapter = save_adapter(tmp_path / "lora", on_q(), base_model_name_or_path=str(base))
     out, notes = tmp_path / "out", Notes()

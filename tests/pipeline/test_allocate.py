@@ -10,6 +10,7 @@ from llmc.errors import ConfigError
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 from tests.quantize.reference import scheme
@@ -21,7 +22,7 @@ CHOICES = (scheme(4, 64, False, "gptq"), scheme(8, 128, True, "mse"))
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 @pytest.fixture

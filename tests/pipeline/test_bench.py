@@ -17,12 +17,13 @@ from llmc.pipeline.bench import _host_profile
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import read_report
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 def _artifact(model: Path, folder: Path) -> Path:

@@ -20,6 +20,7 @@ from llmc.pipeline.steps.stepwise import measure_passes
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.validate.reference import TorchModel
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 
 from .sabotage import Edit, WrongNorms, copy_artifact, other_attention_scale, reseal
@@ -29,7 +30,7 @@ from .sabotage import Edit, WrongNorms, copy_artifact, other_attention_scale, re
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("bisect")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
         model = save_tiny_model("llama", root / "model", tokenizer=True, tie_word_embeddings=True)
         plan = plan_build(str(model), target="cpu-int4", profile="local", output=root / "out", verify=False)
         yield build(plan, SilentProgress()).path
@@ -100,7 +101,7 @@ def test_a_fault_in_the_trace(artifact: Path, tmp_path: Path, monkeypatch: pytes
         return model
 
     monkeypatch.setattr(Checkpoint, "fill_reference", other)
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))  # with no answers of the right original
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))  # with no answers of the right original
     text = tmp_path / "text"
     text.write_text("The river bends twice before the mill. " * 60, encoding="utf-8")
     checked = _passes(verify(artifact, None, (str(text),), SilentProgress(), each_pass=True))

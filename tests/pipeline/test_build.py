@@ -30,6 +30,7 @@ from llmc.pipeline import bench, build, explain, inspect, verify
 from llmc.pipeline.gate.parity import parity_gates
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, MODEL_TYPES, save_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -38,18 +39,9 @@ TOLERANCE = 1e-4
 METRICS = (Metric.PREFILL_MAX_ABS, Metric.DECODE_MAX_ABS, Metric.RAGGED_MAX_ABS, Metric.WINDOW_MAX_ABS)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What onnxruntime-genai makes of the tiny tokenizer, which a process of its own says once."""
-    return tmp_path_factory.mktemp("tokenizers")
-
-
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_answers: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "tokenizers").symlink_to(tokenizer_answers)
-    monkeypatch.setenv("LLMC_CACHE", str(cache))
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 def _plan(

@@ -25,6 +25,7 @@ from llmc.pipeline.steps.calibrate import cut_text, look_for_overflow
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.activations import SMOOTHING
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
@@ -39,7 +40,7 @@ GATES = (
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 def _plan(model: Path, output: Path, least_db: float) -> BuildPlan:

@@ -22,6 +22,7 @@ from llmc.gpu import Gpu
 from llmc.pipeline import bench, build, inspect, resume, run, verify
 from llmc.plan import plan_build
 from llmc.progress import PlainProgress, SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 REASON = "both sides in float32 with the same weights"
@@ -42,7 +43,7 @@ def gpu(name: str, capability: str) -> Gpu:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 def _plan(

@@ -14,6 +14,7 @@ from llmc.pipeline.result import BuildResult
 from llmc.pipeline.steps.rebuild import rebuild
 from llmc.progress import SilentProgress
 from llmc.validate.stored import read_stored
+from tests.caches import own_cache
 from tests.checkpoint.tiny_gguf import write_gguf
 from tests.notes import Notes
 from tests.pipeline.test_stored_codes import make_plan
@@ -30,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(cache))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(cache))
 
 
 def worst_error(result: BuildResult, file: Path, target: str) -> float:

@@ -13,6 +13,7 @@ from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import Report, read_report
+from tests.caches import own_cache
 from tests.cuda import stub_environment
 from tests.models import EOS, save_tiny_model
 
@@ -27,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "llama", folder / "model", tokenizer=True, eos_token_id=EOS, max_position_embeddings=64
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(folder / "cache"))
         plan = plan_build(str(model), target="cuda-fp16", profile="l4", output=folder / "built", verify=False)
         build(plan, SilentProgress())
     return folder

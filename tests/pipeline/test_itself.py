@@ -18,6 +18,7 @@ from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import Report, render_html, render_markdown, render_text
 from llmc.validate.reference import TorchModel
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 from .sabotage import Edit, cache_off_by_one, copy_artifact, reseal
@@ -49,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sizes = {"max_position_embeddings": 64, "eos_token_id": EOS}
     save_tiny_model("bamba", folder / "model", tokenizer=True, **layers, **sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(folder / "cache"))
         yield folder
     torch.set_num_threads(threads)
 

@@ -7,12 +7,13 @@ import pytest
 from llmc.artifact.manifest import State
 from llmc.pipeline import build
 from llmc.plan import plan_build
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
 
 def test_the_artifact_caches_latents_and_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     model = save_tiny_model("deepseek_v2", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = plan_build(str(model), target="cpu-int4", profile="local", output=tmp_path / "out")
     notes = Notes()

@@ -14,6 +14,7 @@ from llmc.errors import ConfigError
 from llmc.pipeline import build, run
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 CODE = """def sum_prices(items):
@@ -35,7 +36,7 @@ PROMPTS = (
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(folder / "cache"))
         plan = plan_build(
             "demo", target="cpu-int4-compiled", profile="local", output=folder / "out", verify=False
         )
@@ -105,7 +106,7 @@ def test_what_the_same_text_rests_on(demo: Path) -> None:
 def test_rounding_is_said_and_an_artifact_may_ask_for_drafts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = plan_build(str(model), target="cpu-int4", profile="local", output=tmp_path / "out", verify=False)
     passes = tuple(spec for spec in plan.target.passes if spec.name != "last-token-logits")

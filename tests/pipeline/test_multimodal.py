@@ -14,6 +14,7 @@ from llmc.checkpoint import open_checkpoint
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.notes import Notes
 
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_verified_and_the_build_says_what_was_left_out(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     notes = Notes()
     plan = plan_build(str(model), target="cpu-fp32", profile="local", output=tmp_path / "out")
     manifest = build(plan, notes).manifest
@@ -49,7 +50,7 @@ def test_embedding_rows_behind_replaced_ids_share_the_codes_of_the_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma 3 replaces the ids of images before its lookup; the matrix is also the head's, in 4 bits."""
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     folder = save_tiny_model("gemma3", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = plan_build(str(folder), target="cpu-int4", profile="local", output=tmp_path / "out", verify=False)
     build(plan, SilentProgress())
@@ -63,7 +64,7 @@ def test_embedding_rows_behind_replaced_ids_share_the_codes_of_the_head(
 def test_a_model_of_speech_is_verified_from_text_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     text = tiny_multimodal_fields("llava")["text_config"]
     tower = {"encoder_layers": 5, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32}
     fields = {"text_config": text, "audio_config": tower, "audio_token_index": 3, "audio_token_id": 3}

@@ -22,6 +22,7 @@ from llmc.errors import ConfigError, ParityError
 from llmc.pipeline import bench, bisect, build, inspect, run, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 
 from .sabotage import copy_artifact, reseal
@@ -40,7 +41,7 @@ extern "C" void* RegisterCustomOps(void*, const void*) {{ leave(); return nullpt
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
         model = save_tiny_model("llama", root / "model", tokenizer=True)
         plan = plan_build(str(model), target="cpu-fp32", profile="local", output=root / "out", verify=False)
         yield build(plan, SilentProgress()).path
@@ -224,7 +225,7 @@ def test_a_large_file_is_read_once(good: Path, tmp_path: Path, monkeypatch: pyte
     from llmc.artifact.store import integrity
     from llmc.artifact.store.folder import open_artifact
 
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     monkeypatch.setattr(integrity, "_REMEMBERED_BYTES", 1 << 16)
     monkeypatch.setattr(integrity, "_SETTLED_SECONDS", 0.0)
     read: list[str] = []

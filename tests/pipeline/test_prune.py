@@ -20,6 +20,7 @@ from llmc.pipeline.steps.prune import Pruned, prune
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.prune.sparse import is_sparse
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
@@ -36,7 +37,7 @@ SNR = Gate(metric=Metric.WEIGHTS_SNR, min=100, reason=REASON)
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LLMC_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
         yield
 
 

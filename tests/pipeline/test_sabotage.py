@@ -17,6 +17,7 @@ from llmc.pipeline import verify as verify_artifact
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import read_report
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 from tests.validate.questions import write_task
 
@@ -69,7 +70,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
     torch.set_num_threads(1)
     (root / "text").write_text(TEXT, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
         yield build_good(root)
     torch.set_num_threads(threads)
 
@@ -306,7 +307,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     loaded: list[str] = []
     monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
     monkeypatch.setattr("llmc.pipeline.gate.subject.available_memory", lambda: 1000)
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
     assert loaded == []
     assert streamed.verdict.passed

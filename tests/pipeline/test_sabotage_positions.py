@@ -11,6 +11,7 @@ from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.report import Report
+from tests.caches import own_cache
 
 from .sabotage import copy_artifact, reseal
 from .sabotage_positions import CONTEXT, FAULTS, Fault, save_long_model
@@ -39,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, threads = tmp_path_factory.mktemp("positions"), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(folder / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(folder / "cache"))
         build_long(folder)
         yield folder
     torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ from llmc.progress import SilentProgress
 from llmc.quantize import encode
 from llmc.quantize.methods import gptq
 from llmc.validate.stored import read_stored
+from tests.caches import own_cache
 from tests.checkpoint.packed_formats import pack_mlx
 from tests.checkpoint.quantized_folders import draw_codes, gptq_config, pack_gptq, write_codes, write_folder
 from tests.checkpoint.test_quantized import LAYOUTS
@@ -41,7 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(cache))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(cache))
 
 
 def make_plan(

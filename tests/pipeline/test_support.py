@@ -8,12 +8,13 @@ import pytest
 
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.cli import main
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
 
 def _call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str, str]:

@@ -15,13 +15,13 @@ from llmc.backends.onnxruntime.generate import generate_tokens
 from llmc.config import Dtype, Metric
 from llmc.errors import UnsupportedError
 from llmc.evaluation import read_text
-from llmc.graph.serial import dump_graph, load_graph
+from llmc.graph.serial import load_graph
 from llmc.passes import registered_passes
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
-from llmc.trace import trace_model
 from llmc.validate.reference import TorchModel
+from tests.caches import own_cache, shared_trace
 from tests.models import build_tiny_model, longrope, save_tiny_model
 from tests.state_store import StateStore, run_steps
 
@@ -57,7 +57,7 @@ def make(model: Path, output: Path, target: str, *, verify: bool = False) -> tup
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
         (root / "text").write_text(TEXT, encoding="utf-8")
         save_tiny_model("llama", root / "model", tokenizer=True, **LLAMA)
         make(root / "model", root / "cpu-fp32", "cpu-fp32", verify=True)
@@ -112,7 +112,7 @@ def test_kernels_take_the_whole_model(llama: Path) -> None:
 def early() -> tuple[Any, bytes]:
     """A model that switches beyond 8 tokens, and its trace."""
     model = build_tiny_model("llama", rope_parameters=longrope(8), num_hidden_layers=2)
-    return model, dump_graph(trace_model(model.config, Dtype.FLOAT32))
+    return model, shared_trace(model.config, Dtype.FLOAT32)
 
 
 @pytest.mark.parametrize("passes", [(), ("rotary",), ("rotary", "group-query-attention")])

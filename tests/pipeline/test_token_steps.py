@@ -11,6 +11,7 @@ from llmc.config import Metric
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, build_tiny_model, save_tiny_model
 
 STEPS = 6
@@ -22,7 +23,7 @@ def test_it_is_verified_and_served(
 ) -> None:
     import torch
 
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     folder = save_tiny_model("zaya", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     plan = plan_build(str(folder), target="cpu-fp32", profile="local", output=tmp_path / "out")
     found = {check.metric: check.value for check in build(plan, SilentProgress()).verdict.checks}

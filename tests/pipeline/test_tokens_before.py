@@ -24,6 +24,7 @@ from llmc.pipeline.steps.original import tokenize
 from llmc.pipeline.tune.workbench import Workbench
 from llmc.progress import SilentProgress
 from llmc.validate.tokens import measure_tokens
+from tests.caches import own_cache
 from tests.texts import around, save_model
 
 BEGIN, END = 1, 2
@@ -98,6 +99,6 @@ def test_windows_of_tuning_begin_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_calibration_text_begins_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     text = CalibrationText(window_tokens=32, max_windows=4)
     assert _once(prepare(open_checkpoint(str(folder)), text, "test", {}).windows)

@@ -29,6 +29,7 @@ from llmc.pipeline.tune.tune import TuneResult
 from llmc.pipeline.tune.workbench import Level
 from llmc.plan import plan_build
 from llmc.progress import Progress, SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.notes import Notes
 
@@ -50,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_tunings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(home / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(home / "cache"))
     monkeypatch.setattr(tune_plan, "LEVELS", LEVELS)
     shutil.rmtree(home / "cache" / "tune", ignore_errors=True)
 

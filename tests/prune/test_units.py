@@ -5,15 +5,16 @@ import pytest
 
 from llmc.config import Dtype
 from llmc.errors import UnsupportedError
+from llmc.graph.serial import load_graph
 from llmc.prune.units import Structure, UnitSlice, find_matrices, find_units, require_units
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.models import tiny_config
 
 LAYERS = 3
 
 
 def _structure(model_type: str) -> Structure:
-    return find_units(trace_model(tiny_config(model_type), Dtype.FLOAT32))
+    return find_units(load_graph(shared_trace(tiny_config(model_type), Dtype.FLOAT32)))
 
 
 def test_matrices_that_each_make_one_thing() -> None:
@@ -66,7 +67,7 @@ def test_norms_over_all_heads_tie_them_together() -> None:
 
 
 def test_experts_are_no_neurons() -> None:
-    graph = trace_model(tiny_config("mixtral"), Dtype.FLOAT32)
+    graph = load_graph(shared_trace(tiny_config("mixtral"), Dtype.FLOAT32))
     assert find_units(graph).neurons == ()
     assert not any("experts" in name or "gate" in name for name in find_matrices(graph))
     assert len(find_matrices(graph)) == 4 * LAYERS

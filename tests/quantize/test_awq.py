@@ -15,6 +15,7 @@ from llmc.quantize.activations import read_smoothing
 from llmc.quantize.awq import EXPONENTS, divide_outputs, search_channels
 from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 from tests.quantize.reference import Array, scheme
 
@@ -96,7 +97,7 @@ def test_channels_without_calibration_are_refused() -> None:
 def test_a_built_model_is_the_original_with_scaled_channels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
     output = tmp_path / "artifact"
     plan = plan_build(str(model), target="cpu-int4-gptq", profile="local", output=output, verify=False)

@@ -10,6 +10,7 @@ from llmc.config import Dtype, Quantization, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
+from llmc.graph.serial import load_graph
 from llmc.graph.verify import verify_graph
 from llmc.graph.weights import LazyWeight, WeightGroup
 from llmc.passes import registered_passes
@@ -17,7 +18,7 @@ from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.linear import quantize_weights
 from llmc.runtime.stacks import in_float32
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.models import build_tiny_model
 from tests.quantize.reference import scheme
 from tests.state_store import StateStore, run_steps
@@ -26,7 +27,7 @@ LAYERS = 3
 
 
 def _lowered(model: PreTrainedModel) -> Graph:
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph = load_graph(shared_trace(model.config, Dtype.FLOAT32))
     graph.bind(StateStore(model), {})
     registered_passes()["experts"].run(graph)
     return graph
@@ -98,7 +99,7 @@ def test_without_a_common_block_size_experts_stay_in_float() -> None:
 def test_kernels_for_cuda_take_codes_in_their_stated_order_and_whole_tiles() -> None:
     def quantized(inner: int, **kind: object) -> tuple[ir.Node, tuple[str, ...]]:
         model = build_tiny_model("mixtral", num_hidden_layers=1, intermediate_size=inner)
-        graph = trace_model(model.config, Dtype.FLOAT16)
+        graph = load_graph(shared_trace(model.config, Dtype.FLOAT16))
         graph.bind(StateStore(model), {})
         registered_passes()["experts"].run(graph)
         notes = quantize_weights(graph, _rules(**kind), Dtype.FLOAT16).notes
@@ -119,7 +120,7 @@ def test_kernels_for_cuda_take_codes_in_their_stated_order_and_whole_tiles() -> 
 
 def test_eight_bits_in_float16_are_read_back_in_float16() -> None:
     model = build_tiny_model("mixtral", num_hidden_layers=1, intermediate_size=128)
-    graph = trace_model(model.config, Dtype.FLOAT16)
+    graph = load_graph(shared_trace(model.config, Dtype.FLOAT16))
     graph.bind(StateStore(model), {})
     registered_passes()["experts"].run(graph)
     quantize_weights(graph, _rules(bits=8, block_size=32), Dtype.FLOAT16)

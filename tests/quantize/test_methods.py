@@ -20,6 +20,7 @@ from llmc.quantize import methods
 from llmc.quantize.blocks import PackedBlocks, ScaleType, Workspace, pack
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.methods import CalibratedHandler, Handler, find_calibrated, registered_handlers
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 from tests.quantize.reference import Array, scheme
 
@@ -79,7 +80,7 @@ def test_every_method_has_a_handler() -> None:
 def test_a_target_is_built_with_methods_that_are_only_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     kinds = {name: {"bits": 4, "block_size": 32, "symmetric": True, "method": name} for name in METHODS}
     quantize = Quantization(
         accuracy_level=4,

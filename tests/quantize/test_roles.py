@@ -8,8 +8,9 @@ from llmc.catalog import load_target
 from llmc.config import Dtype, WeightRole
 from llmc.graph.linear import find_linears
 from llmc.graph.model import Graph
+from llmc.graph.serial import load_graph
 from llmc.passes import run_passes
-from llmc.trace import trace_model
+from tests.caches import shared_trace
 from tests.models import build_tiny_model
 from tests.state_store import StateStore
 
@@ -32,7 +33,7 @@ def _roles(graph: Graph) -> Counter[WeightRole]:
 )
 def test_roles(model_type: str, linear: int) -> None:
     model = build_tiny_model(model_type)
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph = load_graph(shared_trace(model.config, Dtype.FLOAT32))
     graph.bind(StateStore(model), {})
     passes = [p for p in load_target("cpu-int4").passes if not p.name.startswith("pack")]
     run_passes(graph, passes)

@@ -108,7 +108,7 @@ def compile_library(
         "units": [[unit.name, *unit.flags] for unit in units],
         "flags": [*flags, *_LINK],
     }
-    cache = StageCache(default_cache_folder())
+    cache = StageCache(default_cache_folder() / "libraries")
     key = content_key("library", facts)
     cached = cache.get(key)
     if cached is not None:

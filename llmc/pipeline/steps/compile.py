@@ -71,7 +71,7 @@ def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
     from llmc.graph.serial import dump_graph, load_graph
     from llmc.trace import trace_model
 
-    cache = StageCache(default_cache_folder())
+    cache = StageCache(default_cache_folder() / "traces")
     key = trace_key(checkpoint.config, dtype)
     data = cache.get(key)
     if data is not None:
