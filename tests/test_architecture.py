@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validate": STATION | {"runtime", "servers"},
     **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},
     # A backend knows how its graphs store weights, and which targets and machines there are.
-    "backends": STATION | {"runtime", "quantize", "catalog", "machine"},
+    "backends": STATION | {"runtime", "quantize", "catalog", "machine", "servers"},
     "pipeline": BASE
     | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
     | {"calibration", "runtime", "servers", "backends", "evaluation", *STATIONS},

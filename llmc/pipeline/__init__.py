@@ -8,6 +8,7 @@ from llmc.pipeline.bench import bench
 from llmc.pipeline.bisect import bisect
 from llmc.pipeline.build import build
 from llmc.pipeline.check import check
+from llmc.pipeline.check_servers import check_servers, parse_runtimes
 from llmc.pipeline.compare import compare
 from llmc.pipeline.explain import explain
 from llmc.pipeline.inspect import inspect
@@ -24,9 +25,11 @@ __all__ = [
     "bisect",
     "build",
     "check",
+    "check_servers",
     "compare",
     "explain",
     "inspect",
+    "parse_runtimes",
     "plan_tune",
     "report",
     "resume",

@@ -19,6 +19,7 @@ from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.interface import Interface
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
+from llmc.servers.support import describe_takers
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
@@ -91,6 +92,7 @@ class CheckpointBackend(Backend):
                 f"write: {len(contents.rounded)} tensors are stored in the type of config.json, "
                 f"{str(checkpoint.config.dtype).removeprefix('torch.')}, first {contents.rounded[0]}"
             )
+        progress.note(f"write: {describe_takers(target)}")
         return write_tensors(contents.tensors, folder, progress.advance)
 
     def write_serving(

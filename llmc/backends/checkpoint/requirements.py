@@ -23,7 +23,7 @@ _FLOAT = "give it a rule with scheme: null"
 
 
 @dataclass(frozen=True)
-class _Planned:
+class PlannedMatrix:
     """A matrix that a rule quantizes.
 
     Args:
@@ -55,7 +55,7 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
     form = format_of(section)
     linear = set(checkpoint.linear_parameters())
     found: list[WeightScheme | EngineScheme] = []
-    for matrix in _planned(graph, target, section):
+    for matrix in planned_matrices(graph, target, section):
         _require_linear(matrix, graph, linear)
         for scheme in matrix.schemes:
             refusal = form.refusal(scheme, matrix.shape)
@@ -66,6 +66,12 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
                 )
         found += matrix.schemes
     _require_experts(graph, target, section)
+    refusal = form.mixed_refusal(found)
+    if refusal is not None:
+        raise UnsupportedError(
+            f"format {section.format.value} cannot hold all schemes of target {target.name}: {refusal}",
+            hint="copy the target and give all matrices one scheme, or use format compressed-tensors",
+        )
     if not found:
         raise ConfigError(
             f"target {target.name} quantizes no matrix of this model",
@@ -73,30 +79,30 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
         )
 
 
-def _planned(graph: Graph, target: Target, section: ServedCheckpoint) -> Iterator[_Planned]:
+def planned_matrices(graph: Graph, target: Target, section: ServedCheckpoint) -> Iterator[PlannedMatrix]:
     """Yield the matrices that the rules of a target quantize, in graph order."""
     if target.quantize is not None:
         choices = () if target.quantize.allocation is None else target.quantize.allocation.choices
         for plan in plan_matrices(graph, target.quantize, target.dtype):
             if plan.scheme is not None:
                 open_choices = choices if plan.is_linear and not plan.kept else ()
-                yield _Planned(plan.name, plan.sources[0], plan.shape, (plan.scheme, *open_choices))
+                yield PlannedMatrix(plan.name, plan.sources[0], plan.shape, (plan.scheme, *open_choices))
         return
     for linear in find_linears(graph):
         name = str(linear.weight.name)
         scheme = choose_scheme(section.weights, linear.role, name)
         if scheme is not None:
             source = lazy_of(linear.weight).sources[0]
-            yield _Planned(name, source, (linear.out_features, linear.in_features), (scheme,))
+            yield PlannedMatrix(name, source, (linear.out_features, linear.in_features), (scheme,))
     for embedding in find_embeddings(graph):
         name = str(embedding.weight.name)
         scheme = choose_scheme(section.weights, WeightRole.EMBEDDING, name)
         if scheme is not None:
             rows, width = lazy_of(embedding.weight).shape.numpy()
-            yield _Planned(name, lazy_of(embedding.weight).sources[0], (rows, width), (scheme,))
+            yield PlannedMatrix(name, lazy_of(embedding.weight).sources[0], (rows, width), (scheme,))
 
 
-def _require_linear(matrix: _Planned, graph: Graph, linear: set[str]) -> None:
+def _require_linear(matrix: PlannedMatrix, graph: Graph, linear: set[str]) -> None:
     """Refuse a matrix that servers do not read quantized.
 
     Raises:

@@ -1,0 +1,214 @@
+"""Say which server loads which quantized checkpoint, before one is built.
+
+`support_table.py` has the table and `support_terms.py` its terms; here are the questions that a target puts
+to it. What a server does with a scheme was seen by running it, by letting it load a checkpoint, or by reading
+its source; each row says which.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
+from llmc.errors import ConfigError, count_names
+from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
+from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, Status
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that a target quantizes.
+
+    Args:
+        name: Name of its parameter.
+        shape: (outputs, inputs).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: WeightScheme | EngineScheme
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a runtime does with a target, or with one of its schemes or matrices.
+
+    Args:
+        subject: The scheme, the matrix or the property that it is about.
+        where: Evidence and its place; empty where no row says anything.
+    """
+
+    runtime: Runtime
+    subject: str
+    status: Status
+    reason: str = ""
+    where: str = ""
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the target must not be built for this runtime."""
+        return self.status in (Status.REFUSED, Status.WRONG)
+
+
+def kind_of(scheme: WeightScheme | EngineScheme) -> MatrixKind:
+    """Return the kind of a scheme's matrices."""
+    if isinstance(scheme, WeightScheme):
+        return MatrixKind.INT4 if scheme.bits == 4 else MatrixKind.INT8
+    by_activations = {
+        WeightFormat.INT4: {"float": MatrixKind.INT4},
+        WeightFormat.INT8: {
+            "float": MatrixKind.INT8,
+            "dynamic": MatrixKind.INT8_DYNAMIC,
+            "static": MatrixKind.INT8_STATIC,
+        },
+        WeightFormat.FP8: {
+            "float": MatrixKind.FP8,
+            "dynamic": MatrixKind.FP8_DYNAMIC,
+            "static": MatrixKind.FP8_STATIC,
+        },
+        WeightFormat.NVFP4: {"float": MatrixKind.NVFP4_WEIGHTS, "dynamic": MatrixKind.NVFP4},
+    }
+    kind = by_activations[scheme.format][scheme.activations]
+    return MatrixKind.FP8_TENSOR if kind is MatrixKind.FP8_STATIC and scheme.scale_per == "tensor" else kind
+
+
+def describe_kind(scheme: WeightScheme | EngineScheme) -> str:
+    """Return a scheme for people, such as `int4 weights by groups of 128, with zero points`."""
+    text = kind_of(scheme).value
+    if scheme.block_size is not None:
+        text += f" by groups of {scheme.block_size}"
+    return text if scheme.symmetric else f"{text}, with zero points"
+
+
+def _section_of(target: Target) -> ServedCheckpoint:
+    """Return the section `checkpoint` of a target.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    if target.checkpoint is None:
+        raise ConfigError(
+            f"target {target.name} makes no checkpoint, so no server loads what it builds",
+            hint="llmc targets lists those of backend checkpoint",
+        )
+    return target.checkpoint
+
+
+def schemes_of(target: Target) -> tuple[WeightScheme | EngineScheme, ...]:
+    """Return the distinct schemes that the rules of a checkpoint's target can give to a matrix.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    found: list[WeightScheme | EngineScheme] = []
+    if target.quantize is not None:
+        found += [rule.scheme for rule in target.quantize.rules if rule.scheme is not None]
+        found += () if target.quantize.allocation is None else target.quantize.allocation.choices
+    found += [rule.scheme for rule in _section_of(target).weights if rule.scheme is not None]
+    return tuple({describe_kind(scheme): scheme for scheme in found}.values())
+
+
+def treatments(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()) -> tuple[Treatment, ...]:
+    """Return what a runtime does with each scheme of a target, with their mixture, its KV cache and matrices.
+
+    Args:
+        matrices: The matrices of a model that the target quantizes; only those that are refused by their
+            shape get a treatment.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    section, schemes = _section_of(target), schemes_of(target)
+    return (
+        *(_of_scheme(runtime, section, scheme) for scheme in schemes),
+        *_of_folder(runtime, section, len(schemes)),
+        *_of_shapes(runtime, section, matrices),
+    )
+
+
+def why_not(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()) -> str | None:
+    """Return why a runtime does not load what a target builds, or reads it wrongly; None if neither is known.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    for treatment in treatments(runtime, target, matrices):
+        if treatment.refuses:
+            return f"{treatment.subject} {_SAYS[treatment.status]} {runtime.value}: {treatment.reason}"
+    return None
+
+
+def takers(target: Target) -> dict[Status, tuple[Runtime, ...]]:
+    """Return the runtimes that load all of a target: those that compute on a CPU, and those on a GPU only.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    by_status: dict[Status, tuple[Runtime, ...]] = {Status.SERVED: (), Status.GPU_ONLY: ()}
+    for runtime in Runtime:
+        found = {treatment.status for treatment in treatments(runtime, target)}
+        if found <= {Status.SERVED, Status.GPU_ONLY}:
+            status = Status.GPU_ONLY if Status.GPU_ONLY in found else Status.SERVED
+            by_status[status] += (runtime,)
+    return by_status
+
+
+def describe_takers(target: Target) -> str:
+    """Return one line on the servers that take what a target builds, and on those that read it wrongly.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    found = takers(target)
+    here, gpu = (", ".join(found[status]) or "none" for status in (Status.SERVED, Status.GPU_ONLY))
+    line = f"servers that take it: {here} on a CPU; {gpu} on a GPU only"
+    wrong = [
+        runtime
+        for runtime in Runtime
+        if any(treatment.status is Status.WRONG for treatment in treatments(runtime, target))
+    ]
+    return line if not wrong else f"{line}; do not give it to {', '.join(wrong)}, which would read it wrongly"
+
+
+_SAYS = {Status.REFUSED: "is refused by", Status.WRONG: "is read wrongly by"}
+
+
+def _of_scheme(runtime: Runtime, section: ServedCheckpoint, scheme: WeightScheme | EngineScheme) -> Treatment:
+    subject = describe_kind(scheme)
+    row = SCHEMES.get((runtime, section.format), {}).get(kind_of(scheme))
+    if row is None:
+        return Treatment(
+            runtime, subject, Status.UNKNOWN, f"it was not tried with format {section.format.value}"
+        )
+    where = f"{row.evidence.value}: {row.where}"
+    if row.status in (Status.REFUSED, Status.WRONG, Status.UNKNOWN):
+        return Treatment(runtime, subject, row.status, row.reason, where)
+    if row.groups is not None and (scheme.block_size or 0) not in row.groups:
+        sizes = " or ".join(str(size) if size else "all inputs of an output" for size in row.groups)
+        return Treatment(runtime, subject, Status.REFUSED, f"it takes groups of {sizes}", where)
+    if not scheme.symmetric and row.zero_points is not row.status:
+        return Treatment(runtime, subject, row.zero_points, row.zero_points_reason, where)
+    return Treatment(runtime, subject, row.status, row.reason, where)
+
+
+def _of_folder(runtime: Runtime, section: ServedCheckpoint, schemes: int) -> Iterator[Treatment]:
+    row = FOLDERS.get((runtime, section.format), FolderSupport(Status.UNKNOWN))
+    where = VERSIONS[runtime]
+    if schemes > 1:
+        yield Treatment(runtime, "several schemes in one folder", row.mixed, row.mixed_reason, where)
+    if section.kv_cache is not None:
+        subject = f"a KV cache in {section.kv_cache}"
+        yield Treatment(runtime, subject, row.kv_cache, row.kv_cache_reason, where)
+
+
+def _of_shapes(
+    runtime: Runtime, section: ServedCheckpoint, matrices: Iterable[Matrix]
+) -> Iterator[Treatment]:
+    names: dict[tuple[str, str], list[str]] = {}
+    for matrix in matrices:
+        row = SCHEMES.get((runtime, section.format), {}).get(kind_of(matrix.scheme))
+        if row is not None and any(size % row.multiple for size in matrix.shape):
+            outputs, inputs = matrix.shape
+            reason = f"{outputs} outputs and {inputs} inputs must be multiples of {row.multiple}"
+            names.setdefault((reason, f"{row.evidence.value}: {row.where}"), []).append(matrix.name)
+    for (reason, where), each in names.items():
+        yield Treatment(runtime, count_names(each), Status.REFUSED, reason, where)

@@ -1,0 +1,132 @@
+"""Which server takes which target, and what is refused before anything is built."""
+
+import json
+
+import pytest
+
+from llmc.catalog import list_targets, load_target
+from llmc.config import BackendName, CheckpointFormat, EngineScheme, Target, WeightScheme
+from llmc.errors import ConfigError
+from llmc.servers.support import (
+    Matrix,
+    describe_takers,
+    kind_of,
+    schemes_of,
+    takers,
+    treatments,
+    why_not,
+)
+from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
+from llmc.servers.support_terms import MatrixKind, Runtime, Status
+
+TARGETS = [
+    listed.document.name for listed in list_targets() if listed.document.backend is BackendName.CHECKPOINT
+]
+
+
+def scheme(bits: int = 4, size: int = 128, *, symmetric: bool = True) -> WeightScheme:
+    fields = {"bits": bits, "block_size": size, "symmetric": symmetric, "method": "rtn"}
+    return WeightScheme.model_validate(fields)
+
+
+def integers(form: str, *schemes: WeightScheme, kv_cache: bool = False) -> Target:
+    """A target of integers by group; each scheme has a rule."""
+    base = load_target("vllm-w4a16").model_dump(mode="json")
+    base["checkpoint"] |= {"format": form}
+    if kv_cache:
+        calibration = {"window_tokens": 64, "max_windows": 1}
+        base["checkpoint"] |= {"kv_cache": "fp8", "calibration": calibration}
+    rules = [{"match": f"*{n}*", "scheme": each.model_dump(mode="json")} for n, each in enumerate(schemes)]
+    base["quantize"] |= {"rules": rules, "calibration": None}
+    return Target.model_validate_json(json.dumps(base))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_that_ships_has_a_server(name: str) -> None:
+    target = load_target(name)
+    found = takers(target)
+    assert found[Status.SERVED] or found[Status.GPU_ONLY]
+    said = describe_takers(target)
+    assert all(runtime.value in said for runtimes in found.values() for runtime in runtimes)
+
+
+def test_rows_have_sources_and_reasons() -> None:
+    assert set(VERSIONS) == set(Runtime)
+    assert {form for _, form in SCHEMES} == set(CheckpointFormat)
+    for kinds in SCHEMES.values():
+        for row in kinds.values():
+            assert row.where
+            assert row.reason or row.status in (Status.SERVED, Status.GPU_ONLY)
+            assert row.zero_points_reason or row.zero_points not in (Status.REFUSED, Status.WRONG)
+    for folder in FOLDERS.values():
+        assert folder.mixed_reason or folder.mixed in (Status.SERVED, Status.GPU_ONLY)
+
+
+def test_what_a_server_reads_wrongly_is_refused() -> None:
+    said = why_not(Runtime.EDGELLM, load_target("vllm-w4a16"))
+    assert said is not None
+    assert said.startswith("int4 weights by groups of 128 is read wrongly by edgellm: it does not know")
+    assert "do not give it to edgellm" in describe_takers(load_target("vllm-w4a16"))
+    assert why_not(Runtime.EDGELLM, load_target("gptq-int4")) is None
+
+
+def test_zero_points_are_a_matter_of_the_server() -> None:
+    asymmetric = integers("awq", scheme(symmetric=False))
+    assert why_not(Runtime.VLLM, asymmetric) is None
+    assert "with zero points is read wrongly by edgellm" in str(why_not(Runtime.EDGELLM, asymmetric))
+    said = why_not(Runtime.VLLM, integers("gptq", scheme(symmetric=False)))
+    assert "is refused by vllm: Unsupported quantization config: bits=4, sym=False" in str(said)
+
+
+def test_sizes_of_groups_are_a_matter_of_the_server() -> None:
+    fine = integers("gptq", scheme(size=64))
+    assert why_not(Runtime.VLLM, fine) is None
+    assert str(why_not(Runtime.LMDEPLOY, fine)).endswith("refused by lmdeploy: it takes groups of 128")
+
+
+def test_mixed_schemes_and_scales_of_the_cache() -> None:
+    mixed = integers("gptq", scheme(4), scheme(8))
+    found = {treatment.subject: treatment.status for treatment in treatments(Runtime.EDGELLM, mixed)}
+    assert found == {
+        "int4 weights by groups of 128": Status.GPU_ONLY,
+        "int8 weights by groups of 128": Status.REFUSED,
+        "several schemes in one folder": Status.REFUSED,
+    }
+    cached = integers("compressed-tensors", scheme(), kv_cache=True)
+    assert ("a KV cache in fp8", Status.SERVED) in [
+        (treatment.subject, treatment.status) for treatment in treatments(Runtime.VLLM, cached)
+    ]
+
+
+def test_shapes_are_a_matter_of_the_server() -> None:
+    target = integers("gptq", scheme())
+    matrices = [Matrix(f"layers.{n}.up_proj.weight", (96, 256), scheme()) for n in range(3)]
+    assert why_not(Runtime.VLLM, target, matrices) is None
+    assert why_not(Runtime.EDGELLM, target, matrices) == (
+        "layers.0.up_proj.weight and 2 more is refused by edgellm: 96 outputs and 256 inputs must be "
+        "multiples of 64"
+    )
+
+
+def test_a_server_that_was_not_tried_is_not_refused() -> None:
+    found = treatments(Runtime.DEEPSPEED, load_target("vllm-w4a16"))
+    assert {treatment.status for treatment in found} == {Status.UNKNOWN}
+    assert why_not(Runtime.DEEPSPEED, load_target("vllm-w4a16")) is None
+
+
+def test_every_scheme_has_a_kind() -> None:
+    kinds = {kind_of(scheme(4)), kind_of(scheme(8))}
+    for form, activations in (("int8", "float dynamic static"), ("fp8", "float dynamic static")):
+        for each in activations.split():
+            kinds.add(kind_of(EngineScheme.model_validate({"format": form, "activations": each})))
+    for each in ("float", "dynamic"):
+        kinds.add(kind_of(EngineScheme.model_validate({"format": "nvfp4", "activations": each})))
+    fields = {"format": "fp8", "activations": "static", "scale_per": "tensor"}
+    kinds.add(kind_of(EngineScheme.model_validate(fields)))
+    assert kinds == set(MatrixKind)
+
+
+def test_a_target_of_another_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match="target cpu-int8 makes no checkpoint") as caught:
+        schemes_of(load_target("cpu-int8"))
+    assert caught.value.hint == "llmc targets lists those of backend checkpoint"
