@@ -56,7 +56,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     # A backend knows how its graphs store weights, and which targets and machines there are.
     "backends": STATION | {"runtime", "quantize", "catalog", "machine", "servers"},
     "pipeline": BASE
-    | {"graph", "artifact", "data", "progress", "scratch", "document", "catalog", "machine", "memory"}
+    | {
+        "graph",
+        "artifact",
+        "data",
+        "progress",
+        "scratch",
+        "children",
+        "document",
+        "catalog",
+        "machine",
+        "memory",
+    }
     | {"calibration", "runtime", "servers", "backends", "evaluation", *STATIONS},
     "cli": BASE
     | {"progress", "scratch", "document", "machine", "catalog", "plan", "defaults", "doctor", "pipeline"}
