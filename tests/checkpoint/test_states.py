@@ -1,9 +1,9 @@
 """Models that keep their state elsewhere than in a cache of transformers."""
 
-import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from llmc.errors import UnsupportedError
 from tests.checkpoint.refusals import refused
@@ -24,6 +24,6 @@ from tests.checkpoint.refusals import refused
     ],
 )
 def test_a_state_elsewhere(model_type: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     error = refused(tmp_path, message, UnsupportedError)
     assert "Cache" in str(error.hint)
