@@ -20,6 +20,7 @@ import numpy as np
 
 from llmc.architecture import auto_class
 from llmc.arrays import Array
+from llmc.checkpoint.activations import quantize_inputs
 from llmc.checkpoint.configuration import from_pretrained, loading
 from llmc.checkpoint.quantization import QuantMethod
 from llmc.errors import ResourceError, count_names
@@ -67,7 +68,7 @@ def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> Loaded
     library = f"transformers {version('transformers')}"
     if quantization is not None and quantization.method is not QuantMethod.COMPRESSED_TENSORS:
         why = f"with the weights that llmc reads; it has no reader of {quantization.method} here"
-        return LoadedFolder(checkpoint.fill_reference(), f"{library} {why}")
+        return _rounding(checkpoint, checkpoint.fill_reference(), f"{library} {why}", quantize_activations)
     if quantization is not None:
         _require_package()
         library += f", {_PACKAGE} {version(_PACKAGE)}"
@@ -86,12 +87,23 @@ def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> Loaded
     return LoadedFolder(model.eval(), library, problems, agreed.note, fine)
 
 
-def stream_served(checkpoint: Checkpoint) -> LoadedFolder:
+def stream_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> LoadedFolder:
     """Run the folder of `checkpoint` layer by layer, with the weights that llmc reads."""
     library = f"transformers {version('transformers')} layer by layer with the weights that llmc reads"
-    return LoadedFolder(
-        checkpoint.stream_reference({}), f"{library}; its own loader would need more memory than is free"
-    )
+    library += "; its own loader would need more memory than is free"
+    return _rounding(checkpoint, checkpoint.stream_reference({}), library, quantize_activations)
+
+
+def _rounding(checkpoint: Checkpoint, model: Any, library: str, quantize_activations: bool) -> LoadedFolder:
+    """Return a model that has the weights that llmc reads, and say what its activations are."""
+    note = ""
+    if quantize_activations and checkpoint.quantization is not None:
+        if checkpoint.quantization.method is QuantMethod.MODELOPT:
+            if count := quantize_inputs(model, checkpoint):
+                note = f"llmc rounds what {count} layers read as the folder declares"
+        elif checkpoint.quantization.method is QuantMethod.COMPRESSED_TENSORS:
+            note = "activations stay in float32"
+    return LoadedFolder(model, library, note=note)
 
 
 def _require_package() -> None:

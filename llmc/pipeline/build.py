@@ -191,13 +191,12 @@ def _write_model(
     graph, target, backend = compiled.graph, plan.target, backend_of(plan.target)
     with progress.stage("write"):
         files = backend.write_model(graph, folder, target, checkpoint, progress)
-        if backend.writes_graph:
-            for note in loss_notes(folder, backend, compiled.weights, compiled.sources):
-                progress.note(f"write: {note}")
         if backend.quantizer(target).scales_channels:
             write_smoothing(folder, compiled.smoothing)
         generation_config = checkpoint.generation_config()
         backend.write_serving(folder, target, plan.profile.threads, checkpoint, generation_config, graph)
+        for note in loss_notes(folder, backend, compiled.weights, compiled.sources):
+            progress.note(f"write: {note}")
     return dict(files)
 
 

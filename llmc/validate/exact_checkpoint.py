@@ -1,6 +1,6 @@
 """Compare the tensors of a checkpoint artifact bit for bit with those that a build writes."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,16 +31,21 @@ class Written(Protocol):
         """The parameter of the checkpoint whose codes they hold; None for tensors that are not codes."""
         ...
 
-    def compute(self) -> Mapping[str, Array]:
-        """Return every tensor by its name."""
+    @property
+    def rows(self) -> Callable[[], Iterator[Array]] | None:
+        """What yields the rows of the only tensor, a few MiB at a time; None to compute all at once."""
+        ...
+
+    @property
+    def compute(self) -> Callable[[], Mapping[str, Array]]:
+        """What returns every tensor by its name."""
         ...
 
 
 def measure_files(
     stored: WeightStore,
     expected: Iterable[Written],
-    calibrated: Collection[str],
-    unknown_inputs: Collection[str],
+    is_unknown: Callable[[str, str | None], bool],
     beside: Sequence[str] = (),
     advance: Advance = quietly,
 ) -> Measurement:
@@ -49,9 +54,8 @@ def measure_files(
     Args:
         stored: The tensors of the artifact's files, under their own names.
         expected: The tensors that a build writes.
-        calibrated: Parameters whose codes cannot be computed here; their tensors are compared by type and
-            shape alone.
-        unknown_inputs: Ends of the names of scales of activations whose calibration is not known here.
+        is_unknown: Returns whether a tensor cannot be computed here, by its name and the parameter whose
+            codes it belongs to; its type and shape alone are compared.
         beside: Errors of other kinds, a sentence each.
         advance: Called with the number of computations done and their total.
 
@@ -60,12 +64,9 @@ def measure_files(
     """
     groups, infos = list(expected), stored.infos()
     differences, compared, by_value = [*beside], 0, 0
-    ends = tuple(unknown_inputs)
     known: set[str] = set()
     for done, group in enumerate(groups, 1):
-        unknown = {
-            name for name in group.specs if group.weight in calibrated or (ends and name.endswith(ends))
-        }
+        unknown = {name for name in group.specs if is_unknown(name, group.weight)}
         known.update(group.specs)
         by_value += len(unknown)
         for name, difference in _compare(group, unknown, stored):
@@ -94,20 +95,30 @@ def _compare(group: Written, unknown: set[str], stored: WeightStore) -> Iterator
             yield name, f"is {info.dtype.name} {list(info.shape)}, not {dtype.name} {list(shape)}"
         elif name in unknown:
             yield name, None
+        elif group.rows is not None:
+            yield name, _difference(StoredRows(stored, info), group.rows())
         else:
             computed = computed or group.compute()
-            yield name, _difference(StoredRows(stored, info), computed[name])
+            yield name, _difference(StoredRows(stored, info), iter([computed[name]]))
 
 
-def _difference(rows: StoredRows, expected: Array) -> str | None:
-    whole, count, first = np.atleast_1d(expected), 0, ""
-    for start, stop in row_chunks(rows):
-        try:
-            actual = np.atleast_1d(rows.rows(start, stop))
-        except CheckpointError as error:
-            raise ParityError(error.fact) from error
-        differs = differing(whole[start:stop], actual)
-        if differs.any():
-            first = first or first_place(differs, start)
-            count += int(differs.sum())
-    return describe_count(count, whole.size, first) if count else None
+def _difference(rows: StoredRows, parts: Iterator[Array]) -> str | None:
+    """Describe how a tensor of the files differs from the one of which a build gives `parts` of its rows."""
+    count, first, at = 0, "", 0
+    for part in parts:
+        expected = np.atleast_1d(part)
+        for start, stop in row_chunks(rows):
+            if start >= len(expected):
+                break
+            end = min(stop, len(expected))
+            try:
+                actual = np.atleast_1d(rows.rows(at + start, at + end))
+            except CheckpointError as error:
+                raise ParityError(error.fact) from error
+            differs = differing(expected[start:end], actual)
+            if differs.any():
+                first = first or first_place(differs, at + start)
+                count += int(differs.sum())
+        at += len(expected)
+    size = int(np.prod(rows.shape, dtype=np.int64))
+    return describe_count(count, size, first) if count else None

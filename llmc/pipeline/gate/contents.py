@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 _WHERE = "numpy, from the files"
 _NOT_APPLICABLE = MeasurementStatus.NOT_APPLICABLE
 _FOREIGN = "the original is not the model that the artifact was built from"
-#: Ends of the names of tensors that calibration on text decides, whatever the format.
+#: Ends of the names of tensors of a checkpoint: those that calibration of activations decides, those that do
+#: not depend on codes, and those that do not where codes are symmetric.
 _INPUT_SCALES = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+_SHAPES = (".g_idx", ".weight_shape")
+_ZERO_POINTS = (".qzeros", ".weight_zero_point")
 
 
 def compare_contents(subject: Subject, progress: Progress) -> WeightParity:
@@ -67,7 +70,6 @@ def _measure_files(subject: Subject, progress: Progress) -> tuple[Measurement, .
     graph = unmeasured(Metric.GRAPH, _NOT_APPLICABLE, "a checkpoint has no graph", _WHERE)
     if subject.foreign:
         return graph, unmeasured(Metric.WEIGHTS_EXACT, _NOT_APPLICABLE, _FOREIGN, _WHERE)
-    calibrated = {source for name in rebuilt.calibrated for source in rebuilt.sources[name].sources}
     try:
         try:
             stored = SafetensorsStore.open(subject.folder)
@@ -76,8 +78,7 @@ def _measure_files(subject: Subject, progress: Progress) -> tuple[Measurement, .
         exact = measure_files(
             stored,
             subject.backend.written_tensors(rebuilt.graph, subject.target, subject.compiled),
-            calibrated,
-            () if rebuilt.complete else _INPUT_SCALES,
+            _unknown_tensors(subject),
             [*_compare_smoothing(subject), *_strangers(subject)],
             progress.advance,
         )
@@ -86,13 +87,39 @@ def _measure_files(subject: Subject, progress: Progress) -> tuple[Measurement, .
     return graph, exact
 
 
+def _unknown_tensors(subject: Subject) -> Callable[[str, str | None], bool]:
+    """Return what tells which tensors of a checkpoint depend on calibration whose results are not here."""
+    rebuilt = subject.rebuilt
+    calibrated = {source for name in rebuilt.calibrated for source in rebuilt.sources[name].sources}
+    symmetric = {
+        source
+        for record in subject.weights
+        if record.symmetric and record.name in rebuilt.sources
+        for source in rebuilt.sources[record.name].sources
+    }
+
+    def is_unknown(name: str, weight: str | None) -> bool:
+        if not rebuilt.complete and name.endswith(_INPUT_SCALES):
+            return True
+        if weight not in calibrated or name.endswith(_SHAPES):
+            return False
+        return not (weight in symmetric and name.endswith(_ZERO_POINTS))
+
+    return is_unknown
+
+
 def _strangers(subject: Subject) -> list[str]:
     """Describe matrices with calibrated codes that are not a rounding of the checkpoint's."""
     from llmc.validate.resemblance import find_strangers
 
     rebuilt = subject.rebuilt
     sources = {name: rebuilt.sources[name] for name in sorted(rebuilt.calibrated)}
-    return find_strangers(read_weights(subject.folder, subject.backend, sources), sources)
+    if not sources:
+        return []
+    try:
+        return find_strangers(read_weights(subject.folder, subject.backend, sources), sources)
+    except ParityError as error:  # the tensors at fault are named, too
+        return [error.fact]
 
 
 def _compare_smoothing(subject: Subject) -> Iterator[str]:

@@ -46,7 +46,7 @@ def open_folder_session(folder: Path, interface: Interface, *, exact: bool) -> F
     checkpoint = open_folder(folder)
     try:
         if is_large(checkpoint):
-            loaded = stream_served(checkpoint)
+            loaded = stream_served(checkpoint, quantize_activations=not exact)
         else:
             loaded = load_served(checkpoint, quantize_activations=not exact)
     except CheckpointError as error:

@@ -1,0 +1,95 @@
+"""Quantize the activations of a model's linear layers as a folder in ModelOpt's format declares them.
+
+transformers does not know the format. This repeats its arithmetic in float32: an activation is rounded to
+the codes that a server computes with, and multiplied by its scale again.
+
+- FP8: one scale of all activations of a layer, `input_scale`; FP8_PER_CHANNEL_PER_TOKEN: one by token, its
+  largest magnitude over 448.
+- NVFP4: E2M1 values in blocks of 16 with a scale in E4M3, the block's largest magnitude over 6, within
+  `input_scale`.
+
+Source: modelopt 0.47.0, `torch/quantization/tensor_quant.py` and `torch/export/quant_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from llmc.checkpoint.safetensors import SafetensorsStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmc.checkpoint.checkpoint import Checkpoint
+
+_FP8_MAX, _FP4_MAX, _BLOCK = 448.0, 6.0, 16
+
+
+def quantize_inputs(model: Any, checkpoint: Checkpoint) -> int:
+    """Let the layers of `model` round their inputs as the folder of `checkpoint` declares.
+
+    Returns:
+        The number of layers that do.
+    """
+    count = 0
+    for count, (parameter, rounding) in enumerate(_roundings(checkpoint), 1):  # noqa: B007 - the last is kept
+        module = model.get_submodule(parameter.removesuffix(".weight"))
+        module.register_forward_pre_hook(partial(_before, rounding))
+    return count
+
+
+def _before(rounding: Callable[[torch.Tensor], torch.Tensor], module: Any, inputs: tuple[Any, ...]) -> Any:
+    return (rounding(inputs[0]), *inputs[1:])
+
+
+def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Yield the weight of each layer whose inputs are quantized, and what rounds them."""
+    stored = SafetensorsStore.open(checkpoint.path)
+    infos = stored.infos()
+    for name, part in checkpoint.file_tensors().parts.items():
+        module, _, own = name.rpartition(".")
+        if own != "weight" or name not in infos:
+            continue
+        scale = infos.get(f"{module}.input_scale")
+        if scale is not None:
+            value = float(np.asarray(stored.read(scale.name), np.float32).reshape(-1)[0])
+            small = infos[name].dtype is ir.DataType.UINT8
+            yield part.parameter, partial(_round_blocks if small else _round_whole, scale=value)
+        elif infos[name].dtype is ir.DataType.FLOAT8E4M3FN:
+            yield part.parameter, _round_tokens
+
+
+def _round_whole(values: torch.Tensor, scale: float) -> torch.Tensor:
+    return _fp8(values / scale) * scale
+
+
+def _round_tokens(values: torch.Tensor) -> torch.Tensor:
+    scales = (values.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp(min=1e-12)
+    return _fp8(values / scales) * scales
+
+
+def _round_blocks(values: torch.Tensor, scale: float) -> torch.Tensor:
+    blocks = values.reshape(*values.shape[:-1], -1, _BLOCK)
+    scales = _fp8(blocks.abs().amax(-1, keepdim=True) / _FP4_MAX / scale) * scale
+    return (_fp4(blocks / scales.clamp(min=1e-30)) * scales).flatten(-2)
+
+
+def _fp8(values: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest number of E4M3, float32."""
+    import torch
+
+    return values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _fp4(values: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest number of E2M1, ties to the even code."""
+    import torch
+
+    sizes = values.abs().clamp(max=_FP4_MAX)
+    steps = torch.where(sizes < 2, 0.5, torch.where(sizes < 4, 1.0, 2.0))
+    return torch.copysign(torch.round(sizes / steps) * steps, values)
