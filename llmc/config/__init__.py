@@ -263,7 +263,8 @@ class Target(Strict):
     @property
     def platform(self) -> tuple[str, str, str]:
         """What executes the artifact: targets that share it differ in passes, precision and gates."""
-        return (self.backend.value, self.provider.value, self.kernels)
+        kind = self.kernels if self.checkpoint is None else self.checkpoint.format.value
+        return (self.backend.value, self.provider.value, kind)
 
     @model_validator(mode="after")
     def _backend_fits(self) -> "Target":

@@ -43,6 +43,19 @@ def test_the_next_target_that_would_hold(target: str, kl: float, advised: str) -
     assert advice.endswith(f"and {bound:g} allowed")
 
 
+@pytest.mark.parametrize("name", ["vllm-nvfp4", "gptq-int4", "modelopt-nvfp4"])
+def test_a_checkpoint_is_not_exchanged_for_one_of_another_format(name: str) -> None:
+    advice = advise(load_target(name), judge(name, kl_mean=0.9)) or f"--target {name}"
+    advised = load_target(advice.removeprefix("--target ").partition(" ")[0])
+    assert advised.platform == load_target(name).platform
+
+
+def test_a_checkpoint_has_no_steps_to_bisect() -> None:
+    advice = advise(load_target("vllm-w4a16"), judge("vllm-w4a16", kl_ratio=2.0))
+    assert advice is not None
+    assert advice.endswith("weights.snr_db in the report has the loss of each matrix")
+
+
 def test_worse_than_plain_rounding_is_a_defect() -> None:
     advice = advise(load_target("cpu-int4"), judge("cpu-int4", kl_ratio=2.0))
     assert advice == "it loses more than plain rounding to the same bits: llmc bisect ARTIFACT finds the step"

@@ -23,7 +23,12 @@ def advise(target: Target, verdict: Verdict) -> str | None:
     if Metric.FILES in missed:
         return "its files differ from those that were built: build the artifact again"
     if Metric.TEXT_KL_RATIO in missed:
-        return "it loses more than plain rounding to the same bits: llmc bisect ARTIFACT finds the step"
+        where = (
+            "llmc bisect ARTIFACT finds the step"
+            if backend_of(target).writes_graph
+            else "weights.snr_db in the report has the loss of each matrix"
+        )
+        return f"it loses more than plain rounding to the same bits: {where}"
     if not missed or not missed <= set(_QUALITY):
         return None
     divergence = next((c.value for c in verdict.checks if c.metric is Metric.TEXT_KL_MEAN), None)
