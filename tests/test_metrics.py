@@ -56,6 +56,7 @@ RIGHT_AND_RUINED = {
     "generate.seeded_fraction": (1.0, 0.2),
     "server.skipped_tensors": (0, 686),
     "server.weights_mismatches": (0, 210),
+    "server.product_max_rel": (0.002, 0.5),
     "server.tokenizer_equal": (1.0, 0.2),
     "server.logprob_max_abs": (0.01, 9.0),
     "server.kl_mean": (1e-6, 5.0),

@@ -30,6 +30,7 @@ class Unit(StrEnum):
     TO_NOISE = "divergence / divergence by even noise"
     TO_SPREAD = "difference / standard deviation of the logits"
     TO_POSITION = "worst position / median position"
+    TO_MAGNITUDE = "difference / magnitude"
     TO_TOKEN = "worst token / median token"
     CHANGE = "artifact - original"
 
@@ -124,6 +125,7 @@ class Metric(StrEnum):
     GENERATE_SEEDED = "generate.seeded_fraction", Unit.SHARE, _MORE, Family.GENERATION
     SERVER_SKIPPED = "server.skipped_tensors", Unit.PLACES, _LESS, Family.SERVER
     SERVER_WEIGHTS = "server.weights_mismatches", Unit.PLACES, _LESS, Family.SERVER
+    SERVER_PRODUCT = "server.product_max_rel", Unit.TO_MAGNITUDE, _LESS, Family.SERVER
     SERVER_TOKENIZER = "server.tokenizer_equal", Unit.SHARE, _MORE, Family.SERVER
     SERVER_LOGPROB = "server.logprob_max_abs", Unit.NATS, _LESS, Family.SERVER
     SERVER_KL_MEAN = "server.kl_mean", Unit.NATS, _LESS, Family.SERVER

@@ -56,6 +56,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a server's matrices make of given inputs, by the kernels that serve them.
+
+    Args:
+        modules: Names of matrices, the outputs of which stand one after the other.
+        inputs: (rows, inputs) float32.
+        outputs: (rows, outputs) float32.
+    """
+
+    modules: tuple[str, ...]
+    inputs: Array
+    outputs: Array
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a server did with a checkpoint.
 
@@ -71,6 +86,7 @@ class Answer:
         logits: (tokens - 1, vocabulary) float32 for each sequence; None if it only reads.
         log_probabilities: (tokens - 1,) float32 for each sequence, as it gives them to its users.
         greedy: New token ids after each of `continued`, with the end token if it chose one.
+        products: What its matrices compute; None if it does not execute, or does not tell.
         graph: The ONNX file that it exported; None if it exports none.
     """
 
@@ -85,6 +101,7 @@ class Answer:
     logits: tuple[Array, ...] | None
     log_probabilities: tuple[Array, ...] | None
     greedy: tuple[tuple[int, ...], ...] | None
+    products: tuple[Product, ...] | None = None
     graph: Path | None = None
 
 
@@ -105,11 +122,18 @@ class _Progress(Record):
     total: int
 
 
+class _Product(Record):
+    modules: tuple[str, ...]
+    inputs: str
+    outputs: str
+
+
 class _Answer(Record):
     token_ids: tuple[tuple[int, ...], ...] | None
     logits: tuple[str, ...] | None
     log_probabilities: tuple[str, ...] | None
     greedy: tuple[tuple[int, ...], ...] | None
+    products: tuple[_Product, ...] | None = None
     graph: str | None
 
 
@@ -365,17 +389,33 @@ def _read(server: Server, request: Request, heard: _Heard, scratch: Path) -> Ans
         logits=logits,
         log_probabilities=arrays(answer.log_probabilities, 1),
         greedy=answer.greedy,
+        products=_products(server, scratch, answer.products),
         graph=None if answer.graph is None else scratch / Path(answer.graph).name,
     )
 
 
-def _array(server: Server, scratch: Path, name: str, rows: int, axes: int) -> Array:
+def _products(server: Server, scratch: Path, given: Sequence[_Product] | None) -> tuple[Product, ...] | None:
+    if given is None:
+        return None
+    found = []
+    for each in given:
+        inputs, outputs = (_array(server, scratch, name, None, 2) for name in (each.inputs, each.outputs))
+        if len(inputs) != len(outputs) or not len(inputs):
+            raise ParityError(
+                f"{server.name} gave {len(outputs)} rows of outputs for {len(inputs)} of inputs"
+            )
+        found.append(Product(each.modules, inputs, outputs))
+    return tuple(found)
+
+
+def _array(server: Server, scratch: Path, name: str, rows: int | None, axes: int) -> Array:
     try:
         array = np.load(scratch / Path(name).name, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ParityError(f"{server.name} gave no array {name}: {error}") from error
-    if array.ndim != axes or len(array) != rows or array.dtype != np.float32:
+    if array.ndim != axes or rows not in (None, len(array)) or array.dtype != np.float32:
+        expected = f"{axes} axes" if rows is None else f"{rows} positions"
         raise ParityError(
-            f"{server.name} gave {name} with shape {array.shape} and type {array.dtype} for {rows} positions"
+            f"{server.name} gave {name} with shape {array.shape} and type {array.dtype} for {expected}"
         )
     return np.asarray(array)

@@ -17,8 +17,12 @@ Events, each an object with `event`:
 - `progress`: `done` and `total`.
 - `answer`: `token_ids` of each prompt by the server's own tokenizer, `greedy` token ids after each of
   `continue`, `logits` and `log_probabilities`, the names of files in `scratch`, one for each sequence:
-  (tokens - 1, vocabulary) and (tokens - 1,), float32; `graph`, a file that was exported. A part that the
-  server cannot give is null.
+  (tokens - 1, vocabulary) and (tokens - 1,), float32; `products`, what the server's matrices make of given
+  inputs; `graph`, a file that was exported. A part that the server cannot give is null.
+
+A product has `modules`, the names of matrices whose outputs stand one after the other, and the files `inputs`
+(rows, inputs) and `outputs` (rows, outputs), float32: the inputs times the matrices, without their bias.
+The inputs are signs, so that no quantization of activations changes them, and only the weights are seen.
 - `failure`: `phase` (`start`, `load` or `answer`), `kind` and `message`.
 """
 
@@ -32,6 +36,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _PR_SET_PDEATHSIG = 1
+#: Rows of the inputs of a product.
+PROBES = 8
 
 
 class Channel:
@@ -49,6 +55,19 @@ class Channel:
         """Write one event as a line of JSON."""
         self._stream.write(json.dumps({"event": event, **values}) + "\n")
         self._stream.flush()
+
+    def save(self, scratch: str, name: str, array: Any) -> str:
+        """Write an array as float32 into the folder for arrays, and return its name."""
+        import numpy as np
+
+        np.save(Path(scratch) / name, np.ascontiguousarray(array, np.float32))
+        return name
+
+    def probe(self, inputs: int) -> Any:
+        """Return inputs for a product, (PROBES, inputs) float32: signs, which every format holds exactly."""
+        import numpy as np
+
+        return np.random.default_rng(inputs).integers(0, 2, (PROBES, inputs)).astype(np.float32) * 2 - 1
 
     def version(self, version: str, where: str) -> None:
         """Report the server's version and the device that it computes on; loading begins after it."""

@@ -8,7 +8,6 @@ reports, which for a quantized checkpoint is nothing.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,8 +58,8 @@ def main(request: dict[str, Any], channel: Channel) -> None:
     logits, log_probabilities, greedy = [], [], []
     for number, ids in enumerate(request["sequences"]):
         rows, own = _score(model, ids)
-        logits.append(_save(request["scratch"], f"logits-{number}.npy", rows))
-        log_probabilities.append(_save(request["scratch"], f"log-probabilities-{number}.npy", own))
+        logits.append(channel.save(request["scratch"], f"logits-{number}.npy", rows))
+        log_probabilities.append(channel.save(request["scratch"], f"log-probabilities-{number}.npy", own))
         channel.send("progress", done=number + 1, total=total)
     for number, ids in enumerate(request["continue"]):
         greedy.append(_continue(model, ids, request["new_tokens"]))
@@ -71,6 +70,7 @@ def main(request: dict[str, Any], channel: Channel) -> None:
         logits=logits,
         log_probabilities=log_probabilities,
         greedy=greedy,
+        products=_products(model, model.llm_engine.model_config.dtype, request["scratch"], channel),
         graph=None,
     )
 
@@ -115,11 +115,32 @@ def _continue(model: Any, ids: list[int], new_tokens: int) -> list[int]:
     return [int(token) for token in output.outputs[0].token_ids]
 
 
-def _save(scratch: str, name: str, array: Any) -> str:
-    import numpy as np
+def _products(model: Any, dtype: Any, scratch: str, channel: Channel) -> list[dict[str, Any]]:
+    """Multiply inputs by every matrix of the model's linear layers, by the kernels that serve them."""
+    import torch
+    from vllm.model_executor.layers.linear import LinearBase
 
-    np.save(Path(scratch) / name, np.ascontiguousarray(array, np.float32))
-    return name
+    def multiply(inner: Any) -> list[dict[str, Any]]:
+        packed = getattr(inner, "packed_modules_mapping", {})
+        found: list[dict[str, Any]] = []
+        for name, layer in inner.named_modules():
+            if not isinstance(layer, LinearBase):
+                continue
+            parent, _, last = name.rpartition(".")
+            probe = channel.probe(layer.input_size)
+            with torch.inference_mode():
+                product = layer.quant_method.apply(layer, torch.from_numpy(probe).to(dtype), None)
+            found.append(
+                {
+                    "modules": [f"{parent}.{part}" for part in packed.get(last, [last])],
+                    "inputs": channel.save(scratch, f"inputs-{layer.input_size}.npy", probe),
+                    "outputs": channel.save(scratch, f"product-{len(found)}.npy", product.float().numpy()),
+                }
+            )
+        return found
+
+    products: list[dict[str, Any]] = model.apply_model(multiply)[0]
+    return products
 
 
 def _in_order(groups: Any) -> bool:

@@ -6,7 +6,7 @@ where the format says so.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from llmc.artifact.served import Deed, ServerRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
 from llmc.errors import ParityError
-from llmc.servers.client import Answer, Request
+from llmc.servers.client import Answer, Product, Request
 from llmc.validate.distribution import Distributions, log_softmax
 from llmc.validate.generation import fitting_prompts
 from llmc.validate.measure import measured, require_comparable, unmeasured
@@ -34,12 +34,15 @@ _LOGIT_BYTES = 512 << 20
 #: Nats by which a server's own log-probabilities may differ from its logits, both rounded to float32.
 _SAME = 1e-3
 _ARITHMETIC = (
+    Metric.SERVER_PRODUCT,
     Metric.SERVER_LOGPROB,
     Metric.SERVER_KL_MEAN,
     Metric.SERVER_PERPLEXITY_RATIO,
     Metric.SERVER_GREEDY_GAP,
 )
 
+#: Reads the matrix of a module, (outputs, inputs) float32; None for a module that has none.
+Matrix = Callable[[str], Array | None]
 #: Figures of one server: the value, and what it is about.
 Figures = dict[Metric, tuple[float, str]]
 
@@ -120,7 +123,7 @@ def plan_questions(
 
 
 def measure_server(
-    answer: Answer, questions: ServerQuestions, original: Reference, own: Reference
+    answer: Answer, questions: ServerQuestions, original: Reference, own: Reference, matrix: Matrix
 ) -> Figures:
     """Return the figures of one server; NaN for those that its answer is not good for.
 
@@ -128,8 +131,13 @@ def measure_server(
     filled. SERVER_TOKENIZER is the share of texts that its tokenizer encodes as the original's does.
     SERVER_LOGPROB is the largest difference of the log-probability of a text's own token, and SERVER_KL_MEAN
     the mean KL divergence, both from the original with the artifact's own weights; SERVER_PERPLEXITY_RATIO is
-    the ratio to the unmodified original's. SERVER_GREEDY_GAP is the largest margin, in logits, by which the
-    original with the artifact's weights prefers another token than one of the server's greedy text.
+    the ratio to the unmodified original's. SERVER_PRODUCT is the largest error of an output of a matrix, in
+    multiples of the length of the artifact's own weights for it. SERVER_GREEDY_GAP is the largest margin, in
+    logits, by which the original with the artifact's weights prefers another token than one of the server's
+    greedy text.
+
+    Args:
+        matrix: Reads the artifact's own weights.
     """
     missing = (*answer.skipped, *answer.unfilled)
     named = f"{answer.taken} tensors taken"
@@ -142,6 +150,8 @@ def measure_server(
         return figures
     try:
         figures |= _compare_distributions(answer, questions, original, own)
+        if answer.products is not None:
+            figures[Metric.SERVER_PRODUCT] = _compare_products(answer.products, matrix)
         figures[Metric.SERVER_GREEDY_GAP] = _greedy_gap(answer.greedy, questions, own)
     except ParityError as error:
         figures |= dict.fromkeys(_ARITHMETIC, (math.nan, error.fact))
@@ -239,6 +249,32 @@ def _compare_distributions(
         Metric.SERVER_KL_MEAN: (float(np.concatenate(divergences).mean()), scope),
         Metric.SERVER_PERPLEXITY_RATIO: (ratio, scope),
     }
+
+
+def _compare_products(products: Sequence[Product], matrix: Matrix) -> tuple[float, str]:
+    """Return the largest error of an output, and the matrix that has it.
+
+    An output is a sum of its weights with random signs, whose size is the length of the row of weights.
+
+    Raises:
+        ParityError: A product is not finite or has another shape, or the artifact has no such matrix.
+    """
+    worst, at, count = 0.0, "none", 0
+    for product in products:
+        start = 0
+        for module in product.modules:
+            weights = matrix(module)
+            if weights is None or weights.shape[1] != product.inputs.shape[1]:
+                raise ParityError(f"the artifact has no matrix {module} for {product.inputs.shape[1]} inputs")
+            stop = start + len(weights)
+            actual = product.outputs[:, start:stop]
+            require_comparable(actual, (len(product.inputs), len(weights)), f"the product of {module}")
+            length = np.linalg.norm(weights, axis=1) * math.sqrt(len(product.inputs))
+            error = np.linalg.norm(actual - product.inputs @ weights.T, axis=0)
+            relative = float((error / np.maximum(length, np.finfo(np.float32).tiny)).max())
+            worst, at = max((worst, at), (relative, module))
+            start, count = stop, count + 1
+    return worst, f"{count} matrices, the worst {at}"
 
 
 def _greedy_gap(

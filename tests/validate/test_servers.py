@@ -1,6 +1,7 @@
 """What servers compute, against a small model in PyTorch: each way in which one is wrong has its figure."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from llmc.artifact.served import Deed
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.servers.client import Answer
+from llmc.servers.client import Answer, Product
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
 from llmc.validate.servers import (
@@ -44,6 +45,11 @@ def right(model: TorchModel, questions: ServerQuestions) -> Answer:
         log_softmax(rows.copy())[np.arange(len(rows)), ids[1:]]
         for rows, ids in zip(logits, questions.sequences, strict=True)
     )
+    products = []
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        weights = matrices(model)(name)
+        inputs = np.random.default_rng(0).choice([-1.0, 1.0], (8, weights.shape[1])).astype(np.float32)
+        products.append(Product((name,), inputs, inputs @ weights.T))
     greedy = []
     for ids in questions.ids[: questions.continued]:
         text = model.greedy(np.array(ids, np.int64), NEW_TOKENS).tolist()
@@ -51,6 +57,7 @@ def right(model: TorchModel, questions: ServerQuestions) -> Answer:
     return Answer(
         server="vllm", version="9.1", where="CPU", dtype="float32", taken=12, skipped=(), unfilled=(),
         token_ids=questions.ids, logits=logits, log_probabilities=own, greedy=tuple(greedy),
+        products=tuple(products),
     )  # fmt: skip
 
 
@@ -64,8 +71,13 @@ def answer(model: TorchModel, questions: ServerQuestions) -> Answer:
     return right(model, questions)
 
 
+def matrices(model: TorchModel) -> Callable[[str], Any]:
+    parameters = model.model.state_dict()
+    return lambda module: parameters[f"{module}.weight"].numpy() if f"{module}.weight" in parameters else None
+
+
 def figures(answer: Answer, questions: ServerQuestions, model: TorchModel) -> dict[str, float]:
-    found = measure_server(answer, questions, model, model)
+    found = measure_server(answer, questions, model, model, matrices(model))
     return {metric.value.partition(".")[2]: value for metric, (value, _) in found.items()}
 
 
@@ -77,20 +89,21 @@ def test_a_right_server_is_right(answer: Answer, questions: ServerQuestions, mod
     assert found["kl_mean"] < 1e-4
     assert found["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert found["greedy_gap"] < 1e-4
+    assert found["product_max_rel"] < 1e-5
 
 
 def test_skipped_and_unfilled_tensors_count(
     answer: Answer, questions: ServerQuestions, model: TorchModel
 ) -> None:
     bad = replace(answer, skipped=("a.weight_packed",), unfilled=("a.weight", "b.weight"))
-    value, detail = measure_server(bad, questions, model, model)[Metric.SERVER_SKIPPED]
+    value, detail = measure_server(bad, questions, model, model, matrices(model))[Metric.SERVER_SKIPPED]
     assert (value, detail) == (3, "12 tensors taken, 3 not, the first a.weight_packed")
 
 
 def test_another_tokenizer_is_named(answer: Answer, questions: ServerQuestions, model: TorchModel) -> None:
     token_ids = ((1, *questions.ids[0]), *questions.ids[1:])
     bad = replace(answer, token_ids=token_ids)
-    value, detail = measure_server(bad, questions, model, model)[Metric.SERVER_TOKENIZER]
+    value, detail = measure_server(bad, questions, model, model, matrices(model))[Metric.SERVER_TOKENIZER]
     assert value == 0.75
     assert "'The sea' is encoded as [1, " in detail
 
@@ -131,7 +144,7 @@ def test_log_probabilities_must_be_those_of_the_logits(
 ) -> None:
     assert answer.log_probabilities is not None
     own = tuple(each - 0.5 for each in answer.log_probabilities)
-    found = measure_server(replace(answer, log_probabilities=own), questions, model, model)
+    found = measure_server(replace(answer, log_probabilities=own), questions, model, model, matrices(model))
     value, detail = found[Metric.SERVER_KL_MEAN]
     assert math.isnan(value)
     assert "0.5 nats from those of its logits" in detail
@@ -140,8 +153,8 @@ def test_log_probabilities_must_be_those_of_the_logits(
 def test_the_worst_of_several_servers_counts(
     answer: Answer, questions: ServerQuestions, model: TorchModel
 ) -> None:
-    good = measure_server(answer, questions, model, model)
-    bad = measure_server(replace(answer, skipped=("a",)), questions, model, model)
+    good = measure_server(answer, questions, model, model, matrices(model))
+    bad = measure_server(replace(answer, skipped=("a",)), questions, model, model, matrices(model))
     merged = {m.metric: m for m in merge_figures({"vllm 9.1": good, "deepspeed 3": bad}, ())}
     assert merged[Metric.SERVER_SKIPPED].value == 1
     assert merged[Metric.SERVER_SKIPPED].figures == {"vllm 9.1": 0.0, "deepspeed 3": 1.0}
@@ -156,9 +169,34 @@ def test_a_server_that_only_reads_executes_nothing(
     answer: Answer, questions: ServerQuestions, model: TorchModel
 ) -> None:
     reader = replace(answer, token_ids=None, logits=None, log_probabilities=None, greedy=None)
-    found = measure_server(reader, questions, model, model)
+    found = measure_server(reader, questions, model, model, matrices(model))
     assert server_record(reader, found).deed is Deed.READ
     merged = {m.metric: m for m in merge_figures({"edgellm 0.11.0": found}, ["edgellm 0.11.0"])}
     assert merged[Metric.SERVER_SKIPPED].value == 0
     assert merged[Metric.SERVER_KL_MEAN].status is MeasurementStatus.NOT_APPLICABLE
     assert merged[Metric.SERVER_KL_MEAN].detail == "edgellm 0.11.0: read, not executed"
+
+
+@pytest.mark.parametrize("output", [0, 5])
+def test_one_scale_that_is_two_percent_off_is_seen(
+    answer: Answer, questions: ServerQuestions, model: TorchModel, output: int
+) -> None:
+    assert answer.products is not None
+    first, second = answer.products
+    outputs = second.outputs.copy()
+    outputs[:, output] *= 1.02
+    bad = replace(answer, products=(first, replace(second, outputs=outputs)))
+    value, detail = measure_server(bad, questions, model, model, matrices(model))[Metric.SERVER_PRODUCT]
+    assert 0.008 < value < 0.05
+    assert detail == "2 matrices, the worst model.layers.1.mlp.down_proj"
+
+
+def test_a_matrix_that_the_artifact_has_not_is_no_figure(
+    answer: Answer, questions: ServerQuestions, model: TorchModel
+) -> None:
+    assert answer.products is not None
+    strange = replace(answer.products[0], modules=("model.layers.9.mlp.up_proj",))
+    found = measure_server(replace(answer, products=(strange,)), questions, model, model, matrices(model))
+    value, detail = found[Metric.SERVER_PRODUCT]
+    assert math.isnan(value)
+    assert detail == "the artifact has no matrix model.layers.9.mlp.up_proj for 64 inputs"

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from llmc.arrays import Array
 from llmc.artifact.served import Deed, ServerRecord
 from llmc.backends import backend_of
 from llmc.config import Family, Target
@@ -15,11 +16,13 @@ from llmc.data import prompts
 from llmc.errors import ParityError, UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.gate.parity import Extra
+from llmc.pipeline.steps.stored import read_weights
 from llmc.servers.client import SECONDS, Answer, ask
 from llmc.servers.environment import Server, find_server, parse_environments
 from llmc.servers.recipes import RECIPES
 from llmc.validate.servers import (
     Figures,
+    Matrix,
     broken_server,
     measure_server,
     merge_figures,
@@ -87,8 +90,9 @@ class Servers:
                 run.own.prepare([*known, *questions.followed(list(answers.values()))], run.progress.advance)
                 run.own.release()
                 run.original.release()
+            matrix = _matrices(run)
             for title, answer in answers.items():
-                found[title] = measure_server(answer, questions, run.original, run.own)
+                found[title] = measure_server(answer, questions, run.original, run.own, matrix)
                 run.servers.append(server_record(answer, found[title]))
         reading = [title for title, answer in answers.items() if answer.logits is None]
         run.found += merge_figures(found, reading)
@@ -130,6 +134,20 @@ class Runtimes:
             )
         found = tuple(find_server(name, stated.get(name)) for name in dict.fromkeys(self.names))
         return [Servers(found, self.seconds).extra(thresholds)]
+
+
+def _matrices(run: Run) -> Matrix:
+    """Return a function that reads a matrix of the artifact by the name of its module."""
+    subject = run.subject
+    single = {name: rows for name, rows in subject.sources.items() if len(rows.sources) == 1}
+    stored = read_weights(subject.folder, subject.backend, single)
+    by_module = {single[name].sources[0].removesuffix(".weight"): each for name, each in stored.items()}
+
+    def read(module: str) -> Array | None:
+        found = by_module.get(module)
+        return None if found is None else found.whole()
+
+    return read
 
 
 def records_of_all(found: Sequence[ServerRecord], target: Target) -> tuple[ServerRecord, ...]:
