@@ -187,6 +187,14 @@ class Backend(ABC):
             restart: Total length beyond which the original recomputes its KV cache; None if never.
         """
 
+    def joined_products(self, graph: Graph) -> Sequence[Sequence[str]]:
+        """Return the names of the weights of products that the runtime joins, so that they need one scheme.
+
+        Args:
+            graph: The graph after its passes, which have joined what this backend joins itself.
+        """
+        return ()
+
     # -- lower and write ----------------------------------------------------------------------------------
 
     @abstractmethod

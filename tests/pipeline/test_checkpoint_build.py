@@ -16,7 +16,15 @@ from llmc.artifact.store.folder import open_artifact
 from llmc.backends.checkpoint.writer import INDEX, SINGLE
 from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.safetensors import SafetensorsStore
-from llmc.config import BuildPlan, CalibrationText, EngineRule, EngineScheme, WeightRule
+from llmc.config import (
+    Allocation,
+    BuildPlan,
+    CalibrationText,
+    EngineRule,
+    EngineScheme,
+    WeightRule,
+    WeightScheme,
+)
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.pipeline import build
 from llmc.plan import plan_build
@@ -256,3 +264,42 @@ def test_a_target_that_quantizes_nothing_is_refused(llama: Path, tmp_path: Path)
     rules = (WeightRule.model_validate({"match": "nothing", "scheme": BLOCKS}),)
     with pytest.raises(ConfigError, match="target vllm-w4a16 quantizes no matrix of this model"):
         build_folder(plan(llama, tmp_path / "out", rules=rules))
+
+
+def test_rules_that_part_what_servers_join_are_refused(llama: Path, tmp_path: Path) -> None:
+    rules = (*FLOAT, WeightRule(match="*.k_proj.weight", scheme=None))
+    rules = (*rules, WeightRule.model_validate({"scheme": BLOCKS}))
+    with pytest.raises(UnsupportedError, match=r"servers join .*q_proj.weight and .*k_proj.weight, and the"):
+        build_folder(plan(llama, tmp_path / "out", rules=rules))
+
+
+def test_bits_are_allocated_to_what_servers_join_together(llama: Path, tmp_path: Path) -> None:
+    wide = WeightScheme.model_validate({**BLOCKS, "bits": 8})
+    text = CalibrationText(window_tokens=32, max_windows=8)
+    allocation = Allocation(choices=(wide,), text=text, budget_bits=12.7)
+    folder = build_folder(plan(llama, tmp_path / "out", allocation=allocation))
+    bits = {record.name: record.bits for record in open_artifact(folder).manifest.weights}
+    assert {bits[name] for name in bits if "_proj" in name} == {4, 8}
+    for layer in range(2):
+        modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        assert len({bits[f"model.layers.{layer}.{module}.weight"] for module in modules}) == 1
+    groups = config_of(folder)["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
+
+
+def test_fp8_and_nvfp4_are_mixed_by_rules(llama: Path, tmp_path: Path) -> None:
+    planned = plan(llama, tmp_path / "out", "modelopt-mixed")
+    section = planned.target.checkpoint
+    assert section is not None
+    target = planned.target.model_copy(
+        update={"checkpoint": section.model_copy(update={"calibration": TEXT})}
+    )
+    folder = build_folder(planned.model_copy(update={"target": target}))
+    declared = config_of(folder)["quantization_config"]
+    assert declared["quant_algo"] == "MIXED_PRECISION"
+    kinds = {
+        name.rpartition(".")[2]: each["quant_algo"] for name, each in declared["quantized_layers"].items()
+    }
+    assert kinds["down_proj"] == "FP8"
+    assert kinds["q_proj"] == "NVFP4"
+    assert json.loads((folder / "hf_quant_config.json").read_text())["quantization"]["quant_algo"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,7 +11,7 @@ from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
 from llmc.backends.base import Backend, Executable, Generated, Stage
 from llmc.backends.checkpoint.description import CONFIG, describe_folder, write_documents
 from llmc.backends.checkpoint.formats.choice import format_of
-from llmc.backends.checkpoint.requirements import require_matrices
+from llmc.backends.checkpoint.requirements import joined_weights, require_matrices
 from llmc.backends.checkpoint.writer import SINGLE, write_tensors
 from llmc.backends.special_tokens import GENERATION_CONFIG
 from llmc.config import BuildPlan, ServedCheckpoint, Target
@@ -77,6 +77,10 @@ class CheckpointBackend(Backend):
         if section.weights:
             return EngineQuantizer(section, target.dtype, for_servers=True)
         return BlockQuantizer.of(target)
+
+    def joined_products(self, graph: Graph) -> Sequence[Sequence[str]]:
+        """See `Backend`; servers join queries, keys and values, and the gate of an MLP with what it gates."""
+        return joined_weights(graph)
 
     def lower(self, graph: Graph, target: Target) -> Any:
         """Change nothing and return None."""

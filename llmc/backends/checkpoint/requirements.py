@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
 
 _FLOAT = "give it a rule with scheme: null"
+#: The last names of modules that servers join into one product (vLLM's `packed_modules_mapping`).
+_JOINED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
     form = format_of(section)
     linear = set(checkpoint.linear_parameters())
     found: list[WeightScheme | EngineScheme] = []
-    for matrix in planned_matrices(graph, target, section):
+    planned = list(planned_matrices(graph, target, section))
+    for matrix in planned:
         _require_linear(matrix, graph, linear)
         for scheme in matrix.schemes:
             refusal = form.refusal(scheme, matrix.shape)
@@ -66,10 +69,11 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
                 )
         found += matrix.schemes
     _require_experts(graph, target, section)
-    refusal = form.mixed_refusal(found)
-    if refusal is not None:
+    _require_one_scheme({matrix.name: matrix for matrix in planned}, graph)
+    mixed = form.mixed_refusal(found)
+    if mixed is not None:
         raise UnsupportedError(
-            f"format {section.format.value} cannot hold all schemes of target {target.name}: {refusal}",
+            f"format {section.format.value} cannot hold all schemes of target {target.name}: {mixed}",
             hint="copy the target and give all matrices one scheme, or use format compressed-tensors",
         )
     if not found:
@@ -77,6 +81,34 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
             f"target {target.name} quantizes no matrix of this model",
             hint="its rules must match a linear layer: llmc targets show",
         )
+
+
+def joined_weights(graph: Graph) -> list[list[str]]:
+    """Return the weights of products that servers join, of each layer: they read the same activation."""
+    joined: dict[tuple[object, frozenset[str]], list[str]] = {}
+    for linear in find_linears(graph):
+        name = str(linear.weight.name)
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        together = next((each for each in _JOINED if last in each), None)
+        if together is not None:
+            joined.setdefault((linear.activation, together), []).append(name)
+    return [names for names in joined.values() if len(names) > 1]
+
+
+def _require_one_scheme(planned: Mapping[str, PlannedMatrix], graph: Graph) -> None:
+    """Refuse products that servers join and that have different schemes, or some of them none.
+
+    Raises:
+        UnsupportedError: There are such.
+    """
+    for names in joined_weights(graph):
+        schemes = [planned[name].schemes if name in planned else None for name in names]
+        other = next((name for name, each in zip(names, schemes, strict=True) if each != schemes[0]), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"servers join {names[0]} and {other}, and the target's rules store them differently",
+                hint="give them one rule",
+            )
 
 
 def planned_matrices(graph: Graph, target: Target, section: ServedCheckpoint) -> Iterator[PlannedMatrix]:

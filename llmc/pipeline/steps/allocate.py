@@ -31,13 +31,21 @@ class _Share:
 
 
 def allocate_bits(
-    checkpoint: Checkpoint, graph: Graph, quantization: Quantization, dtype: Dtype, progress: Progress
+    checkpoint: Checkpoint,
+    graph: Graph,
+    quantization: Quantization,
+    dtype: Dtype,
+    progress: Progress,
+    joined: Sequence[Sequence[str]] = (),
 ) -> Quantization:
     """Return the rules preceded by one for each matrix that the allocation decides on.
 
     It decides on linear layers that the rules quantize. Matrices that rules leave in float, separate
     embeddings and experts stay as the rules say; their bytes count. Matrices that keep the checkpoint's codes
     are not part of the budget; if all do, there is nothing to decide.
+
+    Args:
+        joined: Names of matrices that the runtime joins, so that they need one scheme.
 
     Raises:
         ConfigError: No allocation stays within the bound, or there is too little text.
@@ -63,6 +71,7 @@ def allocate_bits(
         for plan in plans
         if plan.scheme is not None and _is_open(plan) and all(s in prices for s in plan.sources)
     }
+    heads = _heads(candidates, joined)
     if not candidates:
         raise ConfigError(
             "the allocation has no matrix to decide on", hint="leave allocation out of the target"
@@ -70,7 +79,11 @@ def allocate_bits(
     rest = _rest(graph, [p for p in plans if p.name not in candidates and not p.kept], scale_bytes)
     elements = rest.elements + sum(p.shape[0] * p.shape[1] for p in plans if p.name in candidates)
     bound = None if allocation.budget_bits is None else allocation.budget_bits * elements / 8 - rest.bytes
-    chosen = allocate(candidates, most_bytes=bound, most_kl=allocation.max_kl)
+    solved = allocate(_together(candidates, heads), most_bytes=bound, most_kl=allocation.max_kl)
+    chosen = {
+        name: next(each for each in priced if each.scheme == solved[heads[name]].scheme)
+        for name, priced in candidates.items()
+    }
     stored = rest.bytes + sum(c.bytes for c in chosen.values())
     progress.note(
         f"allocate: {8 * stored / elements:.3f} bits per weight, predicted KL divergence "
@@ -78,6 +91,36 @@ def allocate_bits(
     )
     rules = tuple(WeightRule(match=escape(name), scheme=c.scheme) for name, c in chosen.items())
     return quantization.model_copy(update={"rules": (*rules, *quantization.rules), "allocation": None})
+
+
+def _heads(
+    candidates: Mapping[str, Sequence[PricedScheme]], joined: Sequence[Sequence[str]]
+) -> dict[str, str]:
+    """Return the matrix whose scheme each one has: the first of those that it is joined with, or itself."""
+    heads = {name: name for name in candidates}
+    for names in joined:
+        members = [name for name in names if name in candidates]
+        heads.update((name, members[0]) for name in members)
+    return heads
+
+
+def _together(
+    candidates: Mapping[str, Sequence[PricedScheme]], heads: Mapping[str, str]
+) -> dict[str, list[PricedScheme]]:
+    """Return the schemes that all matrices of a head can have, with their bytes and losses added."""
+    members: dict[str, list[str]] = {}
+    for name, head in heads.items():
+        members.setdefault(head, []).append(name)
+    merged: dict[str, list[PricedScheme]] = {}
+    for head, names in members.items():
+        merged[head] = []
+        for first in candidates[head]:
+            same = [next((c for c in candidates[name] if c.scheme == first.scheme), None) for name in names]
+            priced = [each for each in same if each is not None]
+            if len(priced) == len(names):
+                size, loss = sum(each.bytes for each in priced), sum(each.kl for each in priced)
+                merged[head].append(PricedScheme(first.scheme, size, loss))
+    return merged
 
 
 def _is_open(plan: MatrixPlan) -> bool:

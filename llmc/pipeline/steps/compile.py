@@ -147,7 +147,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
         peaks = look_for_overflow(checkpoint, target.dtype, progress)
     if quantizer.unsolved is not None:
         with progress.stage("allocate"):
-            rules = allocate_bits(checkpoint, graph, quantizer.unsolved, target.dtype, progress)
+            joined = backend_of(target).joined_products(graph)
+            rules = allocate_bits(checkpoint, graph, quantizer.unsolved, target.dtype, progress, joined)
             quantizer = quantizer.solved(rules)
     observed = observe(checkpoint, graph, quantizer, target.dtype, progress)
     with progress.stage("quantize"):
