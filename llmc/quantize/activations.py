@@ -49,11 +49,13 @@ class InputPlan:
         sources: The checkpoint's names of the weights whose products are computed from it as quantized.
         kind: Type of activation and weights.
         foldable: Whether its channels can be divided at no cost.
+        by_token: Whether each token has a scale of its own, found at run time.
     """
 
     sources: tuple[str, ...]
     kind: WeightFormat
     foldable: bool
+    by_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def plan_inputs(graph: Graph, rules: Sequence[EngineRule]) -> tuple[InputPlan, .
         kind, linears = quantized_products(shared, rules)
         if kind is not None:
             quantized = replace(shared, linears=linears)
-            plans.append(InputPlan(quantized.sources, kind, bool(shared.factors)))
+            schemes = (choose_scheme(rules, n.role, str(n.weight.name)) for n in linears)
+            by_token = all(scheme is not None and not scheme.needs_range for scheme in schemes)
+            plans.append(InputPlan(quantized.sources, kind, bool(shared.factors), by_token))
     return tuple(plans)
 
 
@@ -282,18 +286,22 @@ class _Observed:
                 smoothing = smoothing / smoothing.log().mean().exp()
             divided, peak = self._divide(rows, smoothing)
             scaled = weights if smoothing is None else weights * smoothing
-            product = fake_quantize(divided, self._plan.kind, peak) @ fake_weights(scaled, self._plan.kind).T
+            product = self._quantize(divided, peak) @ fake_weights(scaled, self._plan.kind).T
             error = float(_relative(expected, product).mean())
             if best is None or error < best[0]:
                 best = (error, smoothing)
         smoothing = best[1] if best is not None else None
         divided, peak = self._divide(rows, smoothing)
-        noise = float(_relative(divided, fake_quantize(divided, self._plan.kind, peak)).mean())
+        noise = float(_relative(divided, self._quantize(divided, peak)).mean())
         return InputRange(
             peak,
             None if smoothing is None else smoothing.numpy(),
             -10 * math.log10(noise) if noise > 0 else 200.0,
         )
+
+    def _quantize(self, rows: torch.Tensor, peak: float) -> torch.Tensor:
+        kind = self._plan.kind
+        return fake_weights(rows, kind) if self._plan.by_token else fake_quantize(rows, kind, peak)
 
     def _divide(self, rows: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, float]:
         """Return rows with their channels divided, and the largest magnitude on the whole text."""
@@ -325,7 +333,7 @@ def fake_quantize(x: torch.Tensor, kind: WeightFormat, peak: float) -> torch.Ten
 
 
 def fake_weights(weights: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
-    """Return weights (N, K) quantized and dequantized, with scales that just span them."""
+    """Return weights (N, K), or tokens with own scales, quantized with scales that just span each row."""
     if kind is WeightFormat.NVFP4:
         return fake_quantize(weights, kind, float(weights.abs().max()))
     scale = weights.abs().amax(1, keepdim=True).clamp(min=1e-12) / HIGHEST[kind]

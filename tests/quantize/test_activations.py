@@ -39,9 +39,9 @@ def _walk(model: Any, plans: tuple[InputPlan, ...], folder: Path) -> Activations
     return read_activations(walk.run(WINDOWS, task, lambda _: None))
 
 
-def _plans(model_type: str = "llama") -> tuple[InputPlan, ...]:
+def _plans(model_type: str = "llama", rule: EngineRule = STATIC) -> tuple[InputPlan, ...]:
     graph, _ = lower(model_type, Dtype.FLOAT16, "pack-shared")
-    return plan_inputs(graph, (STATIC,))
+    return plan_inputs(graph, (rule,))
 
 
 def _seen(model: Any, name: str, what: str) -> Array:
@@ -72,6 +72,17 @@ def test_plans_name_the_weights_that_share_an_activation() -> None:
     assert [len(plan.sources) for plan in plans.values()] == [3, 1, 2, 1]
     assert [plan.foldable for plan in plans.values()] == [True, False, True, True]
     assert {plan.kind for plan in plans.values()} == {WeightFormat.INT8}
+
+
+def test_tokens_with_scales_of_their_own_lose_less(tmp_path: Path) -> None:
+    dynamic = EngineRule(scheme=EngineScheme(format=WeightFormat.INT8, activations="dynamic"))
+    plans = _plans(rule=dynamic)
+    assert all(plan.by_token for plan in plans)
+    assert not any(plan.by_token for plan in _plans())
+    model = build_tiny_model("llama")
+    by_token = _walk(model, plans, tmp_path / "token").ranges
+    for name, fixed in _walk(model, _plans(), tmp_path / "whole").ranges.items():
+        assert by_token[name].snr_db > fixed.snr_db - 0.5
 
 
 def test_ranges_and_peaks_are_those_of_the_model(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def _recall_inputs(checkpoint: Checkpoint, needs: InputNeeds) -> Activations | N
 
 
 def _input_facts(plans: Sequence[InputPlan]) -> dict[str, Any]:
-    return {"plans": [[*plan.sources, plan.kind.value, plan.foldable] for plan in plans]}
+    return {"plans": [[*plan.sources, plan.kind.value, plan.foldable, plan.by_token] for plan in plans]}
 
 
 def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Activations:
