@@ -3,6 +3,7 @@
 # make test-fast  the tests that need no torch and no runtime
 # make check      ruff and mypy
 # make schema     write docs/report.schema.json from the code
+# make servers    write the table of docs/server-checkpoints.md from the code
 #
 # PYTHON names the interpreter (3.11 or later); PIP_ARGS goes to every pip install.
 
@@ -13,7 +14,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check schema clean
+.PHONY: demo test test-fast check schema servers clean
 
 demo: .venv/.stamp
 	$(BIN)/llmc build demo
@@ -40,6 +41,9 @@ check: .venv/.stamp
 
 schema: .venv/.stamp
 	$(BIN)/python -c 'from llmc.report import render_schema; print(render_schema(), end="")' > docs/report.schema.json
+
+servers: .venv/.stamp
+	$(BIN)/python -c 'from llmc.servers.support import write_table; write_table("docs/server-checkpoints.md")'
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -7,11 +7,12 @@ its source; each row says which.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
+from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
 from llmc.errors import ConfigError, count_names
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
-from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, Status
+from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, SchemeSupport, Status
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,47 @@ def describe_takers(target: Target) -> str:
     return line if not wrong else f"{line}; do not give it to {', '.join(wrong)}, which would read it wrongly"
 
 
+def markdown_table() -> str:
+    """Return the table of servers in Markdown, a row for each kind of matrices in each format.
+
+    A cell has the status, how it was found, and what limits it.
+    """
+    runtimes = [runtime for runtime in Runtime if any(of is runtime for of, _ in SCHEMES)]
+    lines = ["| format | matrices | " + " | ".join(runtime.value for runtime in runtimes) + " |"]
+    lines.append("|---" * (2 + len(runtimes)) + "|")
+    for form in CheckpointFormat:
+        for kind in MatrixKind:
+            rows = [SCHEMES.get((runtime, form), {}).get(kind) for runtime in runtimes]
+            if any(row is not None for row in rows):
+                cells = " | ".join("" if row is None else _cell(row) for row in rows)
+                lines.append(f"| {form.value} | {kind.value} | {cells} |")
+    return "\n".join(lines)
+
+
+def write_table(file: str) -> None:
+    """Replace the table in a Markdown document, which begins with its first line that begins with `| format`.
+
+    `make servers` calls it.
+    """
+    path = Path(file)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("| format"))
+    last = next((n for n in range(first, len(lines)) if not lines[n].startswith("|")), len(lines))
+    path.write_text("\n".join([*lines[:first], markdown_table(), *lines[last:]]) + "\n", encoding="utf-8")
+
+
+def _cell(row: SchemeSupport) -> str:
+    """Return a cell of the table in Markdown."""
+    limits = [] if row.groups is None else [f"groups {', '.join(str(size) for size in row.groups if size)}"]
+    if row.multiple != 1:
+        limits.append(f"sizes by {row.multiple}{' on a CPU' if row.status is Status.SERVED else ''}")
+    if row.status in (Status.SERVED, Status.GPU_ONLY) and row.zero_points is not Status.UNKNOWN:
+        is_taken = row.zero_points in (Status.SERVED, Status.GPU_ONLY)
+        limits.append("zero points too" if is_taken else f"zero points {row.zero_points.value}")
+    text = f"{row.status.value} ({row.evidence.value})"
+    return f"**{text}**" if row.status is Status.WRONG else "; ".join([text, *limits])
+
+
 _SAYS = {Status.REFUSED: "is refused by", Status.WRONG: "is read wrongly by"}
 
 
@@ -203,12 +245,15 @@ def _of_folder(runtime: Runtime, section: ServedCheckpoint, schemes: int) -> Ite
 def _of_shapes(
     runtime: Runtime, section: ServedCheckpoint, matrices: Iterable[Matrix]
 ) -> Iterator[Treatment]:
-    names: dict[tuple[str, str], list[str]] = {}
+    """Yield a treatment of the matrices whose sizes the kernels do not take."""
+    names: dict[tuple[Status, str, str], list[str]] = {}
     for matrix in matrices:
         row = SCHEMES.get((runtime, section.format), {}).get(kind_of(matrix.scheme))
         if row is not None and any(size % row.multiple for size in matrix.shape):
             outputs, inputs = matrix.shape
             reason = f"{outputs} outputs and {inputs} inputs must be multiples of {row.multiple}"
-            names.setdefault((reason, f"{row.evidence.value}: {row.where}"), []).append(matrix.name)
-    for (reason, where), each in names.items():
-        yield Treatment(runtime, count_names(each), Status.REFUSED, reason, where)
+            status = Status.GPU_ONLY if row.status is Status.SERVED else Status.REFUSED
+            key = (status, reason, f"{row.evidence.value}: {row.where}")
+            names.setdefault(key, []).append(matrix.name)
+    for (status, reason, where), each in names.items():
+        yield Treatment(runtime, count_names(each), status, reason, where)

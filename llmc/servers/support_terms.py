@@ -59,7 +59,8 @@ class SchemeSupport:
         groups: Sizes of groups that it takes; None for all. 0 stands for one group per output.
         zero_points: What it does with zero points.
         zero_points_reason: Why not.
-        multiple: Number that outputs and inputs of a matrix must be a multiple of.
+        multiple: Number of which outputs and inputs of a matrix must be a multiple; where the status is
+            `served`, only on a CPU.
     """
 
     status: Status

@@ -1,6 +1,7 @@
 """Which server takes which target, and what is refused before anything is built."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from llmc.servers.support import (
     takers,
     treatments,
     why_not,
+    write_table,
 )
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
 from llmc.servers.support_terms import MatrixKind, Runtime, Status
@@ -102,6 +104,8 @@ def test_shapes_are_a_matter_of_the_server() -> None:
     target = integers("gptq", scheme())
     matrices = [Matrix(f"layers.{n}.up_proj.weight", (96, 256), scheme()) for n in range(3)]
     assert why_not(Runtime.VLLM, target, matrices) is None
+    odd = [Matrix("up_proj.weight", (72, 256), scheme())]
+    assert treatments(Runtime.VLLM, target, odd)[-1].status is Status.GPU_ONLY
     assert why_not(Runtime.EDGELLM, target, matrices) == (
         "layers.0.up_proj.weight and 2 more is refused by edgellm: 96 outputs and 256 inputs must be "
         "multiples of 64"
@@ -130,3 +134,11 @@ def test_a_target_of_another_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="target cpu-int8 makes no checkpoint") as caught:
         schemes_of(load_target("cpu-int8"))
     assert caught.value.hint == "llmc targets lists those of backend checkpoint"
+
+
+def test_the_documentation_has_the_table(tmp_path: Path) -> None:
+    published = Path(__file__).parents[2] / "docs" / "server-checkpoints.md"
+    copy = tmp_path / published.name
+    copy.write_text(published.read_text(encoding="utf-8"), encoding="utf-8")
+    write_table(str(copy))
+    assert copy.read_text(encoding="utf-8") == published.read_text(encoding="utf-8"), "make servers writes it"
