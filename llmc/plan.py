@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from llmc.backends import backend_of
 from llmc.catalog import load_profile_for, load_target
@@ -26,6 +27,8 @@ def plan_build(
     every_check: bool = False,
     seed: int | None = None,
     budget: float | None = None,
+    shards: int | None = None,
+    shards_for: Literal["vllm", "transformers"] = "vllm",
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not match.
 
@@ -40,6 +43,8 @@ def plan_build(
         every_check: Whether to measure everything although a cheap check has missed its gate.
         seed: Seed of the positions that the gate verifies; None for the artifact's own.
         budget: Seconds of the forecast that decides how many positions are drawn; None for the default.
+        shards: Ranks of tensor parallelism for which files are written; None for none.
+        shards_for: Whose names the tensors of ranks have.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -52,6 +57,11 @@ def plan_build(
         )
     if len(set(names)) != len(names) or "" in names:
         raise ConfigError(f"--profile {profile} names a profile twice, or has an empty name")
+    if shards is not None and backend_of(resolved).writes_graph:
+        raise ConfigError(
+            f"target {target} writes a graph, which --shards does not split",
+            hint="targets with backend checkpoint are split; llmc targets lists them",
+        )
     first, *also = (load_profile_for(resolved, name, path) for name in names)
     return BuildPlan(
         model=model,
@@ -67,6 +77,8 @@ def plan_build(
         every_check=every_check,
         seed=seed,
         budget=budget,
+        shards=shards,
+        shards_for=shards_for,
     )
 
 

@@ -54,6 +54,8 @@ RIGHT_AND_RUINED = {
     "generate.equal_fraction": (1.0, 0.2),
     "generate.logit_gap": (0.0, 9.0),
     "generate.seeded_fraction": (1.0, 0.2),
+    "ranks.mismatches": (0, 210),
+    "ranks.max_abs": (1e-6, 9.0),
     "server.skipped_tensors": (0, 686),
     "server.weights_mismatches": (0, 210),
     "server.product_max_rel": (0.002, 0.5),

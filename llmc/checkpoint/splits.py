@@ -29,6 +29,7 @@ _INPUTS_FIRST = {"qweight", "qzeros", "scales"}
 _BY_INPUT = {"g_idx", "weight_g_idx"}
 #: Tensors that describe a whole matrix.
 _WHOLE = {"weight_shape"}
+_WHOLE_HINT = "build it without --shards; servers then split the whole weights when they load them"
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -52,7 +53,7 @@ def find_splits(model: PreTrainedModel) -> dict[str, Split]:
     if not plan:
         raise UnsupportedError(
             f"transformers has no tensor-parallel plan for {type(model).__name__}",
-            hint="build it without --shards, or with --shards-for vllm if vLLM has the model",
+            hint=_WHOLE_HINT,
         )
     known = {
         styles.ColwiseParallel: Split.OUTPUTS,
@@ -72,14 +73,14 @@ def find_splits(model: PreTrainedModel) -> dict[str, Split]:
         elif type(style) is not styles.TensorParallelLayer and not isinstance(style, whole):
             raise UnsupportedError(
                 f"{name} of {type(model).__name__} is split as {style_name}, which --shards does not write",
-                hint="build it without --shards, or with --shards-for vllm if vLLM has the model",
+                hint=_WHOLE_HINT,
             )
     for name, _ in model.named_parameters():
         stated = plan.get(_LAYER_NUMBER.sub(".*", name))
         if stated is not None:
             raise UnsupportedError(
                 f"{name} of {type(model).__name__} is split as {stated}, which --shards does not write",
-                hint="build it without --shards, or with --shards-for vllm if vLLM has the model",
+                hint=_WHOLE_HINT,
             )
     return found
 
@@ -159,7 +160,7 @@ def split_tensors(model: PreTrainedModel, whole: WeightStore, ranks: int) -> Ran
         if name not in modules and f"{name}.weight" not in tied:
             raise UnsupportedError(
                 f"the files lack {name}, which {type(model).__name__} has, so that it cannot be split",
-                hint="build it without --shards",
+                hint=_WHOLE_HINT,
             )
     return RankLayout(
         names=f"transformers {transformers.__version__}",

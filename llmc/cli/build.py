@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,6 +47,21 @@ TokenIds = Annotated[
         "`llmc run` then uses transformers' tokenizer.",
     ),
 ]
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=2,
+        help="Also write a file for each of N ranks of tensor parallelism (backend checkpoint).",
+        show_default=False,
+    ),
+]
+ShardsFor = Annotated[
+    Literal["vllm", "transformers"],
+    typer.Option(
+        help="Whose names the tensors of ranks have: vLLM's (asks an installed vLLM), or transformers'."
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -65,6 +80,7 @@ def register(app: typer.Typer) -> None:
             "llmc build ./my-model --target cpu-int8 -o artifacts/mine",
             "llmc build ./base --adapter ./lora",
             "llmc build org/model@main --target cuda-int4 --profile l4 --no-verify",
+            "llmc build ./my-model --target vllm-w4a16 --shards 2",
             "llmc build demo --target tensorrt-fp16 --profile rtx-4090,rtx-3090",
             "llmc build model.gguf --json > build.json",
         ),
@@ -85,6 +101,8 @@ def build(
     resume: Resume = False,
     seed: Seed = None,
     budget: Budget = None,
+    shards: Shards = None,
+    shards_for: ShardsFor = "vllm",
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:
@@ -117,6 +135,8 @@ def build(
         every_check=every,
         seed=seed,
         budget=budget,
+        shards=shards,
+        shards_for=shards_for,
     )
     plan = plan_for(target=target)
     from llmc import pipeline

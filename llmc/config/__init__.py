@@ -329,6 +329,9 @@ class BuildPlan(Strict):
         every_check: Whether to measure everything although a cheap check of the gate has missed.
         seed: Seed of the positions that the gate verifies; None for the artifact's own.
         budget: Seconds of the forecast that decides how many positions are drawn; None for the default.
+        shards: Ranks of tensor parallelism for which files are written beside the whole weights; None for
+        none. shards_for: Whose names the tensors of ranks have: those of vLLM's own model, or of
+        transformers'.
     """
 
     model: str
@@ -344,3 +347,5 @@ class BuildPlan(Strict):
     every_check: bool = False
     seed: int | None = None
     budget: float | None = None
+    shards: Annotated[int, Field(ge=2)] | None = None
+    shards_for: Literal["vllm", "transformers"] = "vllm"

@@ -64,6 +64,7 @@ class Family(Enum):
     TEXT = "quality on text", False, True
     TASK = "quality on a task"
     GENERATION = "generated text", True
+    RANKS = "files of ranks beside the whole weights"
     SERVER = "what servers compute from the checkpoint"
     LATENCY = "time"
 
@@ -123,6 +124,8 @@ class Metric(StrEnum):
     GENERATE_EQUAL = "generate.equal_fraction", Unit.SHARE, _MORE, Family.GENERATION
     GENERATE_GAP = "generate.logit_gap", Unit.LOGITS, _LESS, Family.GENERATION
     GENERATE_SEEDED = "generate.seeded_fraction", Unit.SHARE, _MORE, Family.GENERATION
+    RANKS_EXACT = "ranks.mismatches", Unit.PLACES, _LESS, Family.RANKS
+    RANKS_MAX_ABS = "ranks.max_abs", Unit.LOGITS, _LESS, Family.RANKS
     SERVER_SKIPPED = "server.skipped_tensors", Unit.PLACES, _LESS, Family.SERVER
     SERVER_WEIGHTS = "server.weights_mismatches", Unit.PLACES, _LESS, Family.SERVER
     SERVER_PRODUCT = "server.product_max_rel", Unit.TO_MAGNITUDE, _LESS, Family.SERVER

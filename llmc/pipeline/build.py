@@ -22,6 +22,7 @@ from llmc.backends.base import BackendOutput, Stage
 from llmc.config import BuildPlan
 from llmc.errors import ConfigError
 from llmc.pipeline.gate.parity import measure_parity
+from llmc.pipeline.gate.ranks import rank_extras
 from llmc.pipeline.gate.subject import Subject
 from llmc.pipeline.gate.unfinished import BEGUN, explaining, put_by_verdict, record_verdict
 from llmc.pipeline.result import BuildResult, build_result, gate_report, write_report
@@ -29,6 +30,7 @@ from llmc.pipeline.steps.compile import Compiled, compile_graph, pass_records
 from llmc.pipeline.steps.losses import loss_notes
 from llmc.pipeline.steps.prune import count_parameters, prune
 from llmc.pipeline.steps.rebuild import Rebuilt
+from llmc.pipeline.steps.shards import require_shards, write_shards
 from llmc.pipeline.steps.text import write_text
 from llmc.progress import Progress
 from llmc.scratch import record_output
@@ -81,6 +83,7 @@ def build(plan: BuildPlan, progress: Progress) -> BuildResult:
             progress.note(checkpoint.adapter.render())
         for note in checkpoint.notes:
             progress.note(note)
+        require_shards(plan, checkpoint)
     with ExitStack() as stack:
         background = ThreadPoolExecutor(1)
         stack.callback(background.shutdown, wait=False, cancel_futures=True)
@@ -107,7 +110,9 @@ def _hold_gates(
     reports = unverified.path / REPORTS
     with explaining(stage, unfinished, plan.eval_text.names, progress):
         subject = replace(subject, folder=unverified.path, accelerated=prepared.accelerated(unverified))
-        gate = measure_parity(subject, plan.eval_text.text, progress, every=plan.every_check)
+        extras = rank_extras(unverified.path)
+        text = plan.eval_text.text
+        gate = measure_parity(subject, text, progress, extras=extras, every=plan.every_check)
         name, weights = plan.profile.name, built.manifest.weights
         report = gate_report(plan.model, plan.target, name, gate, built.pruned, weights, unverified.path)
         write_report(report, reports, "parity")
@@ -130,6 +135,7 @@ def _write(
     checkpoint = _note_unread(opened, compiled, progress)
     kernels = prepared.lower(compiled.graph, folder, progress)
     files = _write_model(plan, pruned.checkpoint, compiled, folder, progress)
+    files |= write_shards(plan, folder, progress)
     interface = compiled.graph.interface()
     written = replace(prepared.write(folder, interface, progress), kernels=kernels)
     reports = folder / REPORTS

@@ -15,6 +15,7 @@ from llmc.evaluation import read_text
 from llmc.pipeline.gate.advice import advise
 from llmc.pipeline.gate.derived import compare_derived
 from llmc.pipeline.gate.parity import Extra, GateResult, hold_manifest, measure_parity
+from llmc.pipeline.gate.ranks import rank_extras
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.servers import Runtimes, records_of_all
 from llmc.pipeline.gate.subject import Subject, open_compiled
@@ -99,7 +100,7 @@ def verify(
     manifest = artifact.manifest
     thresholds = choose_thresholds(manifest, target, search, own=own_gates)
     extras = [_each_pass(thresholds.target)] if each_pass else []
-    extras += runtimes.extras(manifest.target, thresholds.target)
+    extras += [*rank_extras(path), *runtimes.extras(manifest.target, thresholds.target)]
     gate, digest = hold_manifest(thresholds, damage, every=every), None
     if gate is None:
         backend_of(manifest.target).require_host(artifact)

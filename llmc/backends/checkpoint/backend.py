@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
+from llmc.artifact.ranks import LAYOUT
 from llmc.backends.base import Backend, Executable, Generated, Stage
 from llmc.backends.checkpoint.description import CONFIG, describe_folder, write_documents
 from llmc.backends.checkpoint.formats.choice import format_of
@@ -121,7 +122,8 @@ class CheckpointBackend(Backend):
     def own_files(self, manifest: Manifest) -> set[str]:
         """See `Backend`."""
         stem, _, suffix = SINGLE.partition(".")
-        return {name for name in manifest.files if name.startswith(stem) and f".{suffix}" in name}
+        weights = {name for name in manifest.files if name.startswith(stem) and f".{suffix}" in name}
+        return weights | ({LAYOUT} & manifest.files.keys())
 
     def written_tensors(
         self, graph: Graph, target: Target, checkpoint: WrittenFrom

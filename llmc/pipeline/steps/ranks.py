@@ -13,10 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.artifact.ranks import read_layout
-from llmc.checkpoint.ranks import find_differences
-from llmc.checkpoint.safetensors import SafetensorsStore
-from llmc.errors import ParityError, ResourceError
+from llmc.errors import ResourceError
 
 _POLL_SECONDS = 0.05
 _END_SECONDS = 5.0
@@ -46,49 +43,33 @@ class RankAgreement:
     """How the ranks compare with the whole model.
 
     Args:
-        ranks: Number of ranks.
-        names: The library whose model has the names of the ranks' tensors.
         max_abs: Largest difference of a logit.
         weights: Largest ratio of a rank's bytes of weights to those of the whole model.
         growth: Largest ratio of the memory that a rank's weights and run took to that of the whole model.
     """
 
-    ranks: int
-    names: str
     max_abs: float
     weights: float
     growth: float
 
 
 def compare_ranks(
-    folder: Path, vocabulary: int, seed: int = 0, seconds: float = SECONDS
-) -> RankAgreement | None:
-    """Compare the files of ranks with the whole weights, then the logits of both.
+    folder: Path, ranks: int, vocabulary: int, seed: int = 0, seconds: float = SECONDS
+) -> RankAgreement:
+    """Compare the logits of ranks with those of the whole weights.
 
     Args:
-        folder: A checkpoint of the backend `checkpoint`.
+        folder: A folder that is split over `ranks`.
         vocabulary: Number of token ids to draw from.
 
-    Returns:
-        None if the folder is not split.
-
     Raises:
-        ParityError: A rank's file has other bytes than the whole weights.
         ResourceError: A rank ended early, or all of them took too long.
         CheckpointError: A file is missing or damaged.
     """
-    layout = read_layout(folder)
-    if layout is None:
-        return None
-    different = next(find_differences(folder, SafetensorsStore.open(folder)), None)
-    if different is not None:
-        raise ParityError(different, hint="the files of ranks are exchanged or damaged: build them again")
     tokens = np.random.default_rng(seed).integers(0, vocabulary, (1, _LENGTH))
     whole = run_ranks(folder, tokens, 1, seconds)
-    split = run_ranks(folder, tokens, len(layout.ranks), seconds)
+    split = run_ranks(folder, tokens, ranks, seconds)
     return RankAgreement(
-        ranks=len(layout.ranks),
-        names=layout.names,
         max_abs=float(np.max(np.abs(split.logits - whole.logits))),
         weights=max(split.weight_bytes) / whole.weight_bytes[0],
         growth=max(split.growth_bytes) / max(1, whole.growth_bytes[0]),
