@@ -124,6 +124,7 @@ class Calibrator:
         self._channels = channels
         self._linears: dict[str, torch.nn.Linear] = {}
         self._hessians: dict[str, torch.Tensor] = {}
+        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def run(self, windows: Array, note: Callable[[str], None]) -> Calibration:
         """Quantize every layer, then the head, continuing after the last layer that is on disk.
@@ -155,19 +156,26 @@ class Calibrator:
         try:
             yield
         finally:
+            self._latest = None
             for handle in handles:
                 handle.remove()
 
     def _adder(self, name: str, *, keep_going: bool) -> Callable[..., None]:
         def add(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            product = x.T @ x
+            product = self._product(args[0])
             total = self._hessians.get(name)
-            self._hessians[name] = product if total is None else total.add_(product)
+            self._hessians[name] = product.clone() if total is None else total.add_(product)
             if not keep_going:
                 raise StopCallError
 
         return add
+
+    def _product(self, activation: torch.Tensor) -> torch.Tensor:
+        """Return x' x of an activation, computed once for all layers that read it one after another."""
+        if self._latest is None or self._latest[0] is not activation:
+            x = activation.reshape(-1, activation.shape[-1]).float()
+            self._latest = (activation, x.T @ x)
+        return self._latest[1]
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
         """Return codes, scales and zero points of the layer's matrices, and set the layer to their values."""
