@@ -42,10 +42,35 @@ def _written_out(weights: Array, hessian: Array, scales: Array, zeros: Array, bi
     return codes
 
 
+def _solved(weights: Array, levels: Array, hessian: Array, size: int) -> Array:
+    """Scales (N, blocks) of least error (w - s q) H (w - s q)', row by row."""
+    root = np.linalg.cholesky(hessian)
+    scales = np.empty((len(weights), weights.shape[1] // size))
+    for row, (matrix, codes) in enumerate(zip(weights, levels, strict=True)):
+        parts = np.zeros((len(codes), scales.shape[1]))
+        parts[np.arange(len(codes)), np.arange(len(codes)) // size] = codes
+        scales[row] = np.linalg.lstsq(root.T @ parts, root.T @ matrix, rcond=None)[0]
+    return scales.astype(np.float32)
+
+
+def _revised(weights: Array, codes: Array, zeros: Array, hessian: Array, bits: int, size: int) -> Array:
+    """Codes (N, K) after every feature has taken its best code twice, scales solved before each time."""
+    damped = hessian + DAMPING * np.diagonal(hessian).mean() * np.eye(len(hessian))
+    zeros = np.repeat(zeros, size, 1)
+    codes = codes.astype(np.float64)
+    for _ in range(2):
+        scales = np.repeat(_solved(weights, codes - zeros, damped, size), size, 1)
+        for feature in np.argsort(-np.diagonal(hessian)):
+            slope = ((codes - zeros) * scales - weights) @ damped[:, feature]
+            best = codes[:, feature] - slope / damped[feature, feature] / scales[:, feature]
+            codes[:, feature] = np.clip(np.rint(best), 0, 2**bits - 1)
+    return codes
+
+
 @pytest.mark.parametrize(
     ("bits", "size", "symmetric"), [(4, 32, False), (4, 16, True), (4, 64, False), (8, 32, True)]
 )
-def test_equals_optimal_brain_quantization(bits: int, size: int, symmetric: bool) -> None:
+def test_equals_optimal_brain_quantization_with_revised_codes(bits: int, size: int, symmetric: bool) -> None:
     kind = scheme(bits, size, symmetric, "gptq")
     weights, inputs = _weights(24, 192), _inputs(192)
     hessian = inputs.T @ inputs
@@ -59,8 +84,9 @@ def test_equals_optimal_brain_quantization(bits: int, size: int, symmetric: bool
         else unpack(start.zero_points, bits, blocks)
     )
     expected = _written_out(weights, hessian, start.scales, zeros.astype(np.float64), bits, size)
+    expected = _revised(weights, expected, zeros.astype(np.float64), hessian, bits, size)
     codes = unpack(found.codes, bits, size).reshape(len(weights), -1)
-    assert (codes == expected).mean() >= 0.99  # a code that is nearly halfway may go the other way
+    assert (codes == expected).mean() >= 0.98  # a code that is nearly halfway may go the other way
 
 
 def _error(weights: Array, read_back: Array, inputs: Array) -> float:
@@ -83,7 +109,8 @@ def test_unrelated_features_have_the_nearest_codes() -> None:
     found = quantize_gptq(weights, np.eye(96), scheme(4, 32, False, "gptq"), np.float32, "w")
     alike = weigh_features(np.ones(96))
     plain = quantize_blocks(weights, scheme(4, 32, False, "mse"), importance=alike)
-    np.testing.assert_array_equal(found.codes, plain.codes)
+    first, second = (unpack(b.codes, 4, 32) for b in (found, plain))
+    assert (first == second).mean() >= 0.99  # scales that are solved again move a code that is nearly halfway
 
 
 def test_features_that_are_always_zero_change_nothing() -> None:
