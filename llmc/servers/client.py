@@ -390,8 +390,15 @@ def _read(server: Server, request: Request, heard: _Heard, scratch: Path) -> Ans
         log_probabilities=arrays(answer.log_probabilities, 1),
         greedy=answer.greedy,
         products=_products(server, scratch, answer.products),
-        graph=None if answer.graph is None else scratch / Path(answer.graph).name,
+        graph=None if answer.graph is None else _graph(server, scratch, answer.graph),
     )
+
+
+def _graph(server: Server, scratch: Path, name: str) -> Path:
+    path = (scratch / name).resolve()
+    if not path.is_relative_to(scratch.resolve()) or not path.is_file():
+        raise ParityError(f"{server.name} exported no graph {name}")
+    return path
 
 
 def _products(server: Server, scratch: Path, given: Sequence[_Product] | None) -> tuple[Product, ...] | None:

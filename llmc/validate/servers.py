@@ -33,6 +33,8 @@ _CHARACTERS = 2000
 _LOGIT_BYTES = 512 << 20
 #: Nats by which a server's own log-probabilities may differ from its logits, both rounded to float32.
 _SAME = 1e-3
+#: Error of an exported weight, of the largest of its matrix: scales are rounded to float16.
+_ROUNDED = 2**-10
 _ARITHMETIC = (
     Metric.SERVER_PRODUCT,
     Metric.SERVER_LOGPROB,
@@ -156,6 +158,33 @@ def measure_server(
     except ParityError as error:
         figures |= dict.fromkeys(_ARITHMETIC, (math.nan, error.fact))
     return figures
+
+
+def measure_exported(
+    exported: Mapping[str, Callable[[], Array]], matrix: Matrix, modules: Sequence[str]
+) -> Figures:
+    """Return SERVER_WEIGHTS: the number of matrices of an exported graph that are not the artifact's own.
+
+    Args:
+        exported: Reads each matrix of the graph by the name of its module.
+        matrix: Reads the artifact's own weights.
+        modules: Those that the artifact quantizes, each of which the graph must have.
+    """
+    different = [f"{module} is not in the graph" for module in modules if module not in exported]
+    count = 0
+    for module in modules:
+        own = matrix(module)
+        if module not in exported or own is None:
+            continue
+        found, count = exported[module](), count + 1
+        if found.shape != own.shape:
+            different.append(f"{module} has shape {found.shape}, the artifact's {own.shape}")
+        elif not np.abs(found - own).max(initial=0.0) <= _ROUNDED * np.abs(own).max(initial=0.0):
+            different.append(f"{module} differs by {np.abs(found - own).max():.3g}")
+    detail = f"{count} matrices of the exported graph"
+    if different:
+        detail += f", {len(different)} different: {different[0]}"
+    return {Metric.SERVER_WEIGHTS: (float(len(different)), detail)}
 
 
 def broken_server(error: ParityError) -> Figures:

@@ -73,7 +73,7 @@ def main(how: str) -> None:
         logits=names,
         log_probabilities=own,
         greedy=greedy[:-1] if how == "fewer" else greedy,
-        graph=None,
+        graph=how.partition("=")[2] or None,
     )
     if how == "linger":
         time.sleep(600)

@@ -84,3 +84,12 @@ def test_nan_is_left_to_the_gate(tmp_path: Path) -> None:
 
 def test_skipped_tensors_are_named(tmp_path: Path) -> None:
     assert answer("skip", tmp_path).skipped == ("model.layers.0.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize("name", ["nothing.onnx", "../stolen.onnx"])
+def test_a_graph_lies_in_the_folder_for_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "stolen.onnx").touch()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(ParityError, match="exported no graph"):
+        ask(stand_in(f"graph={name}"), tmp_path, REQUEST, scratch)

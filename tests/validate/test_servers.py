@@ -19,6 +19,7 @@ from llmc.validate.servers import (
     NEW_TOKENS,
     ServerQuestions,
     broken_server,
+    measure_exported,
     measure_server,
     merge_figures,
     plan_questions,
@@ -200,3 +201,16 @@ def test_a_matrix_that_the_artifact_has_not_is_no_figure(
     value, detail = found[Metric.SERVER_PRODUCT]
     assert math.isnan(value)
     assert detail == "the artifact has no matrix model.layers.9.mlp.up_proj for 64 inputs"
+
+
+def test_exported_weights_are_compared(model: TorchModel) -> None:
+    read = matrices(model)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    exported = {name: lambda name=name: read(name) for name in names}
+    assert measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS][0] == 0
+    lost = measure_exported({names[0]: exported[names[0]]}, read, names)[Metric.SERVER_WEIGHTS]
+    assert lost == (1, f"1 matrices of the exported graph, 1 different: {names[1]} is not in the graph")
+    exported[names[1]] = lambda: 1.02 * read(names[1])
+    value, detail = measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS]
+    assert value == 1
+    assert f"{names[1]} differs by" in detail

@@ -18,12 +18,14 @@ from llmc.machine import release_memory
 from llmc.pipeline.gate.parity import Extra
 from llmc.pipeline.steps.stored import read_weights
 from llmc.servers.client import SECONDS, Answer, ask
+from llmc.servers.edgellm_graph import exported_matrices
 from llmc.servers.environment import Server, find_server, parse_environments
 from llmc.servers.recipes import RECIPES
 from llmc.validate.servers import (
     Figures,
     Matrix,
     broken_server,
+    measure_exported,
     measure_server,
     merge_figures,
     plan_questions,
@@ -93,6 +95,9 @@ class Servers:
             matrix = _matrices(run)
             for title, answer in answers.items():
                 found[title] = measure_server(answer, questions, run.original, run.own, matrix)
+                if answer.graph is not None:
+                    exported = exported_matrices(answer.graph)
+                    found[title] |= measure_exported(exported, matrix, _quantized(run))
                 run.servers.append(server_record(answer, found[title]))
         reading = [title for title, answer in answers.items() if answer.logits is None]
         run.found += merge_figures(found, reading)
@@ -148,6 +153,15 @@ def _matrices(run: Run) -> Matrix:
         return None if found is None else found.whole()
 
     return read
+
+
+def _quantized(run: Run) -> list[str]:
+    """Return the modules of the matrices that the artifact stores in fewer bits."""
+    sources = run.subject.sources
+    stored = [
+        sources[record.name] for record in run.subject.weights if record.name in sources and record.bits < 16
+    ]
+    return [rows.sources[0].removesuffix(".weight") for rows in stored if len(rows.sources) == 1]
 
 
 def records_of_all(found: Sequence[ServerRecord], target: Target) -> tuple[ServerRecord, ...]:
