@@ -23,6 +23,19 @@ def cut_windows(source: Checkpoint, most: int = WINDOWS, length: int = WINDOW) -
     return np.array([[*start, *tokens[i * stride : i * stride + own]] for i in range(count)])
 
 
+def window_losses(source: Checkpoint, windows: np.ndarray) -> np.ndarray:
+    """Return the mean NLL of each window in nats per token, by PyTorch in float32, (windows,).
+
+    A quantized checkpoint computes with the values that llmc's reader gives.
+    """
+    model = TorchModel(source.load_reference())
+    losses = []
+    for row in windows:
+        likely = log_softmax(model.logits(row[:-1], keep=len(row) - 1))
+        losses.append(-float(likely[np.arange(len(row) - 1), row[1:]].mean()))
+    return np.array(losses)
+
+
 def reference(source: Checkpoint, windows: np.ndarray, file: Path, keep: int = WINDOW - PREFIX) -> np.ndarray:
     """Compute the original's logits for each window's last `keep` tokens, (windows, keep, vocabulary)."""
     if not file.is_file():

@@ -41,6 +41,7 @@ NAMES = (
 PINS = {
     "llama": ("llama-cpp-python==0.3.36",),
     "openvino": ("torch==2.13.0", "optimum-intel==2.2.0", "openvino-genai==2026.4.1.0"),
+    "quantizers": ("torch==2.13.0", "llmcompressor==0.14.0.1", "auto-round==0.15.1"),
 }
 SENTENCEPIECE = "sentencepiece==0.2.1"
 
@@ -70,7 +71,7 @@ def build_peer(name: str, source: Path, cache: Path) -> Peer:
         if not (output / "genai_config.json").is_file():
             _call(genai_command(source, output, setting))
         return Peer(runtime, Path(sys.executable), output, model_bytes(output))
-    python = _environment(runtime, cache)
+    python = make_environment(runtime, cache)
     if runtime == "llama":
         file = output.with_suffix(".gguf")
         if not file.is_file():
@@ -94,8 +95,8 @@ def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
     ]
 
 
-def _environment(runtime: str, cache: Path) -> Path:
-    """Return the interpreter of the environment of a runtime."""
+def make_environment(runtime: str, cache: Path) -> Path:
+    """Return the interpreter of the environment of one of PINS, which is created on first use."""
     folder = (cache / f"env-{runtime}").resolve()
     python = folder / "bin" / "python"
     done = folder / "installed"

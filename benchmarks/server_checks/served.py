@@ -1,0 +1,155 @@
+"""Measure what servers compute from the demo at 4 bits: the same codes in three formats, and their logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from common.fidelity import cut_windows
+from common.quantizers import GROUPS, Scheme, measure, target
+from common.sources import checkpoint
+from llmc.servers.client import Request, ask
+from llmc.servers.environment import find_server
+
+from llmc.checkpoint import open_checkpoint
+from llmc.errors import ResourceError
+from server_checks.check import Check, Figures, MissingError, Settings
+
+#: The demo with weights off the 4-bit grid of its file.
+SOURCE = "rescaled"
+#: Targets of the formats that hold the same codes.
+_FORMATS = ("vllm-w4a16", "gptq-int4", "awq-int4")
+_RANKS = 3
+_SEQUENCES, _LENGTH = 4, 128
+_HERE = Path(__file__).parent
+
+
+def list_checks() -> list[Check]:
+    """Return the checks of servers, of the readers, of ranks and of faults."""
+    checks = [
+        Check("readers", "8 forms equal, bit for bit", run_readers, missed_readers),
+        Check("encodings", "the same codes in three formats: identical in vLLM", compare_formats, unequal),
+    ]
+    for runtime in ("transformers", "vllm", "deepspeed"):
+        goal = "<= 1e-3 in float32" if runtime == "transformers" else "measured; the gate is set by it"
+        checks.append(Check(f"logits/{runtime}", goal, partial(verify_logits, runtime)))
+    checks.append(Check("ranks", "<= 1e-4, each rank <= 0.45 of the memory", compare_ranks))
+    checks.append(Check("sabotage", "all caught", partial(run_program, "sabotage.py")))
+    return checks
+
+
+def build(name: str, settings: Settings, output: Path, extends: str, *options: str) -> Path:
+    """Build the demo by a target of 4-bit codes in symmetric groups, without scaled channels."""
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = Path(scratch)
+        (folder / "targets").mkdir()
+        document = target(name, Scheme(GROUPS[SOURCE]), extends)
+        (folder / "targets" / f"{name}.yaml").write_text(json.dumps(document))
+        command = [sys.executable, "-m", "llmc", "build", str(checkpoint(SOURCE, settings.cache))]
+        command += ["--target", name, "--path", str(folder), "--profile", "local", "--no-verify"]
+        measure([*command, "-o", str(output), *options], LLMC_CACHE=str(settings.cache / "llmc"))
+    return output
+
+
+def compare_formats(settings: Settings) -> Figures:
+    """Return the largest difference of vLLM's log-probabilities between formats that hold the same codes."""
+    try:
+        server = find_server("vllm")
+    except ResourceError as error:
+        raise MissingError(error.fact) from error
+    source = open_checkpoint(str(checkpoint(SOURCE, settings.cache)))
+    request = Request(sequences=cut_windows(source, _SEQUENCES, _LENGTH).tolist(), threads=1)
+    answers = []
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        for extends in _FORMATS:
+            folder = build(f"codes-{extends}", settings, Path(scratch) / extends, extends)
+            answer = ask(server, folder, request, Path(scratch))
+            if answer.log_probabilities is None:
+                raise RuntimeError(f"vLLM gave no log-probabilities of {extends}")
+            answers.append(np.concatenate(answer.log_probabilities))
+    differences = [float(np.abs(each - answers[0]).max()) for each in answers[1:]]
+    named = zip(_FORMATS[1:], differences, strict=True)
+    return {"vllm": server.version, "tokens": len(answers[0])} | {f"{n}, nats": d for n, d in named}
+
+
+def unequal(figures: Figures) -> str | None:
+    """Return which formats differ from the first, or None."""
+    apart = [name for name, value in figures.items() if name.endswith(", nats") and value != 0]
+    return f"not identical: {', '.join(apart)}" if apart else None
+
+
+def verify_logits(runtime: str, settings: Settings) -> Figures:
+    """Return what `llmc verify` measures of the demo in a runtime, against the artifact's own weights."""
+    options: list[str] = []
+    if runtime != "transformers":
+        try:
+            find_server(runtime)
+        except ResourceError as error:
+            raise MissingError(error.fact) from error
+        options = ["--runtime", runtime]
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = build("logits", settings, Path(scratch) / "artifact", "vllm-w4a16")
+        report = Path(scratch) / "report"
+        command = [sys.executable, "-m", "llmc", "verify", str(folder), "--report", str(report), *options]
+        result = subprocess.run(command, stdout=sys.stderr, check=False)
+        if not (report / "report.json").is_file():
+            raise RuntimeError(f"llmc verify ended with {result.returncode} and without a report")
+        measurements = json.loads((report / "report.json").read_text())["measurements"]
+    prefix = ("server.",) if options else ("prefill.", "decode.", "ragged.")
+    figures = {m["metric"]: m["value"] for m in measurements if m["metric"].startswith(prefix)}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def run_readers(settings: Settings) -> Figures:
+    """Return how many forms are equal in every reader of others, and what was not."""
+    options: list[str] = []
+    for name in ("modelopt", "edgellm"):
+        python = getattr(settings, name)
+        options += [] if python is None else [f"--{name}", str(python)]
+    options += [] if settings.peers is None else ["--auto-round", str(settings.peers)]
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        file = Path(scratch) / "comparisons.json"
+        run_program("readers.py", settings, *options, "--json", str(file))
+        comparisons = json.loads(file.read_text())
+    equal = {
+        c["form"] for c in comparisons if not c["reason"] and c["equal"] == c["matrices"] and not c["skipped"]
+    }
+    failed = [f"{c['form']} by {c['reader']}" for c in comparisons if c["form"] not in equal]
+    return {"forms": len(equal), "readings": len(comparisons), "unequal": ", ".join(failed) or "none"}
+
+
+def missed_readers(figures: Figures) -> str | None:
+    """Return why fewer than all forms were equal, or None."""
+    return None if figures["forms"] == 8 else f"{figures['forms']} of 8 forms: {figures['unequal']}"
+
+
+def compare_ranks(settings: Settings) -> Figures:
+    """Return the lines of ranks.py on the demo for three ranks."""
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = build("ranks", settings, Path(scratch) / "artifact", "vllm-w4a16", "--shards", str(_RANKS))
+        return run_program("ranks.py", settings, str(folder))
+
+
+def run_program(name: str, settings: Settings, *arguments: str) -> Figures:
+    """Return the last lines of a program beside this file.
+
+    Raises:
+        MissingError: There is no such program.
+        RuntimeError: It failed.
+    """
+    program = _HERE / name
+    if not program.is_file():
+        raise MissingError(f"{name} does not exist")
+    command = [sys.executable, str(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(
+            f"{name} ended with {result.returncode}: {(result.stdout + result.stderr)[-1500:]}"
+        )
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    return {f"line {number}": line for number, line in enumerate(lines[-12:], 1)}
