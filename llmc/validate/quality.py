@@ -26,6 +26,7 @@ from llmc.runtime.session import Session
 from llmc.validate.distribution import LEAST_LIKELY, TOP, Distribution, Distributions, log_softmax
 from llmc.validate.interval import mean_interval
 from llmc.validate.measure import measure, measured, require_comparable, unmeasured
+from llmc.validate.positions import ReferencePass
 from llmc.validate.questions import Question, ask_distributions, ask_divergence, read_divergence
 from llmc.validate.reference import Advance, Reference, quietly
 from llmc.validate.sensitivity import SensitiveReference, find_unstable
@@ -75,6 +76,12 @@ class Windows:
     def sampled(self, values: Array, count: int) -> Array:
         """Return the `values` (windows, …) of the windows of `sample(count)`."""
         return values[:: self._stride(count)]
+
+    @property
+    def reference_pass(self) -> ReferencePass:
+        """The pass over all windows that gives the logits of their measured tokens."""
+        length = int(self.tokens.shape[1])
+        return ReferencePass(self.tokens, (), np.arange(self.prefix - 1, length - 1))
 
     def questions(self) -> list[Question]:
         """Return what `measure_quality` asks the original."""

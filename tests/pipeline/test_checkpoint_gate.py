@@ -87,6 +87,18 @@ def test_a_good_checkpoint_passes(name: str, artifacts: dict[str, Path]) -> None
     assert largest < 1e-4
 
 
+def test_a_model_that_does_not_fit_is_read_layer_by_layer(
+    artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(artifacts["modelopt-nvfp4"], artifacts)[1]
+    monkeypatch.setattr("llmc.pipeline.steps.folder.is_large", lambda _: True)
+    checks, found = measure(artifacts["modelopt-nvfp4"], artifacts)
+    assert CheckStatus.FAIL not in checks.values()
+    assert "layer by layer with the weights that llmc reads" in found[M.PREFILL_MAX_ABS].where
+    assert "each text in one pass" in found[M.DECODE_MAX_ABS].where
+    assert found[M.TEXT_KL_MEAN].value == pytest.approx(whole[M.TEXT_KL_MEAN].value, rel=1e-3)
+
+
 @dataclass(frozen=True)
 class Fault:
     """A change of a good checkpoint, and the first check that it misses.

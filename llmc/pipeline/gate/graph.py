@@ -14,7 +14,7 @@ from llmc.machine import release_memory
 from llmc.pipeline.gate.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import open_rounding
-from llmc.pipeline.steps.folder import FolderSession, open_folder_session
+from llmc.pipeline.steps.folder import FolderSession, StreamedFolderSession, open_folder_session
 from llmc.pipeline.steps.original import is_large
 from llmc.runtime.arithmetic import Arithmetic
 from llmc.validate import generation
@@ -131,7 +131,7 @@ def measure_stepped(run: Run) -> None:
         run.found += _quality(run, model, rows, rounding)
     del model
     if subject.tasks is not None:
-        _measure_tasks(run, _open_executed(run))
+        _measure_tasks(run, _open_executed(run, any_text=True))
 
 
 def _compare_itself(run: Run) -> None:
@@ -181,16 +181,20 @@ def _quality(
     return measurements
 
 
-def _open_graph(run: Run, arithmetic: Arithmetic, slots: int | None = None) -> Rewindable:
+def _open_graph(
+    run: Run, arithmetic: Arithmetic, slots: int | None = None, *, any_text: bool = False
+) -> Rewindable:
     """Open a session of the graph, or of the checkpoint that is the artifact, on the CPU.
 
     Args:
         slots: Slots of the KV cache that are needed, if its length is fixed.
+        any_text: Whether other texts than those of the levels and of the windows will be run.
     """
     subject = run.subject
     if not subject.backend.writes_graph:
         exact = arithmetic is not Arithmetic.SERVED
-        return open_folder_session(subject.folder, subject.interface, exact=exact)
+        texts = () if any_text else (*run.plan.all_passes(), run.all_windows.reference_pass)
+        return open_folder_session(subject.folder, subject.interface, exact=exact, texts=texts)
     return subject.backend.open_graph(
         subject.folder,
         subject.interface,
@@ -289,19 +293,22 @@ def _measure_tasks(run: Run, model: Session) -> None:
             run.found.append(measure_tasks(model, run.original, run.tokenizer, run.subject.tasks))
 
 
-def _open_executed(run: Run, slots: int | None = None) -> Rewindable:
+def _open_executed(run: Run, slots: int | None = None, *, any_text: bool = False) -> Rewindable:
     """Open the artifact on its accelerator, or its graph on the CPU, in pieces of an engine's size.
 
     Args:
         slots: Slots of the KV cache that are needed; the graph gets no more.
+        any_text: As for `_open_graph`.
     """
     accelerated = run.subject.accelerated
-    return _open_graph(run, Arithmetic.SERVED, slots) if accelerated is None else accelerated.open()
+    if accelerated is not None:
+        return accelerated.open()
+    return _open_graph(run, Arithmetic.SERVED, slots, any_text=any_text)
 
 
 def _interface_of(run: Run, session: Rewindable) -> Measurement:
     """Measure INTERFACE for an opened artifact: what its loader did not read, for a checkpoint."""
-    if isinstance(session, FolderSession):
+    if isinstance(session, FolderSession | StreamedFolderSession):
         return mismatches(Metric.INTERFACE, session.problems, session.fine, session.where)
     return _interface_holds(run.subject.interface, session.where)
 

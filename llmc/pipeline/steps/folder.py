@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.errors import CheckpointError, ParityError
 from llmc.pipeline.steps.original import is_large
 from llmc.pipeline.steps.stored import open_folder
+from llmc.validate.ahead import AheadSession
 from llmc.validate.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from llmc.checkpoint.served import LoadedFolder
     from llmc.graph.interface import Interface
+    from llmc.validate.positions import ReferencePass
 
 
 class FolderSession(TorchSession):
@@ -30,12 +33,32 @@ class FolderSession(TorchSession):
         self.fine = loaded.fine
 
 
-def open_folder_session(folder: Path, interface: Interface, *, exact: bool) -> FolderSession:
+class StreamedFolderSession(AheadSession):
+    """A session of a folder that is read from disk layer by layer, for texts that are known in advance.
+
+    Args:
+        loaded: The folder.
+        interface: As for `FolderSession`.
+        texts: As for `AheadSession`.
+    """
+
+    def __init__(self, loaded: LoadedFolder, interface: Interface, texts: Sequence[ReferencePass]) -> None:
+        where = "; ".join(filter(None, [f"{loaded.library}, float32", loaded.note]))
+        super().__init__(loaded.model, interface, where, texts)
+        self.problems = loaded.problems
+        self.fine = loaded.fine
+
+
+def open_folder_session(
+    folder: Path, interface: Interface, *, exact: bool, texts: Sequence[ReferencePass] = ()
+) -> FolderSession | StreamedFolderSession:
     """Load the checkpoint in `folder`, whole if it fits into memory, otherwise layer by layer.
 
     Args:
         interface: The interface that the manifest states.
         exact: Whether activations stay in float, so that the artifact's weights are all that is rounded.
+        texts: Everything that the session will be fed, so that a model that is read layer by layer runs each
+            text once; empty if that is not known.
 
     Raises:
         ParityError: The folder cannot be read, or transformers cannot load it.
@@ -47,6 +70,8 @@ def open_folder_session(folder: Path, interface: Interface, *, exact: bool) -> F
     try:
         if is_large(checkpoint):
             loaded = stream_served(checkpoint, quantize_activations=not exact)
+            if texts:
+                return StreamedFolderSession(loaded, interface, texts)
         else:
             loaded = load_served(checkpoint, quantize_activations=not exact)
     except CheckpointError as error:
