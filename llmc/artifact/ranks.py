@@ -1,9 +1,10 @@
 """Define the record of a checkpoint that is split over the ranks of tensor parallelism.
 
-A rank has a file `model-rank-R-part-0.safetensors` in the artifact's folder, beside the whole weights. The
-names are those that vLLM's loader of `sharded_state` looks for
-(vllm/model_executor/model_loader/sharded_state_loader.py). `ranks.json` states of every tensor in these files
-of which boxes of which tensors of the folder it is made. A box is a start and a size along each axis.
+The folder `ranks` in the artifact has a file `model-rank-R-part-0.safetensors` for each rank. The names are
+those that vLLM's loader of `sharded_state` looks for
+(vllm/model_executor/model_loader/sharded_state_loader.py). `layout.json` states of every tensor in these
+files of which boxes of which tensors of the artifact it is made. A box is a start and a size along each axis.
+Beside them are copies of the artifact's own files, such as config.json, so that a server loads the folder.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from llmc.errors import CheckpointError
 from llmc.records import Record
 from llmc.strict_json import parse_json
 
-#: The name of the file that states the layout.
-LAYOUT = "ranks.json"
+#: The folder of the files of ranks. Servers read every safetensors file beside the whole weights.
+RANKS = "ranks"
+#: The file that states the layout.
+LAYOUT = f"{RANKS}/layout.json"
 #: Tensors up to this number of elements are repeated in the layout, so that every rank has them.
 SMALL = 16
+
+_MANIFEST = "manifest.json"
 
 Axes = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 def rank_file(rank: int) -> str:
-    """Return the name of the file of a rank, counted from 0."""
-    return f"model-rank-{rank}-part-0.safetensors"
+    """Return the path of the file of a rank, counted from 0, in the artifact."""
+    return f"{RANKS}/model-rank-{rank}-part-0.safetensors"
 
 
 class Piece(Record):
@@ -130,6 +135,12 @@ def read_layout(folder: Path) -> RankLayout | None:
         for name, piece in layout.pieces(rank):
             _require_inside(file, name, piece, layout, rank)
     return layout
+
+
+def beside(folder: Path) -> list[str]:
+    """Return the names of the files that every copy of a checkpoint has beside its weights, sorted."""
+    names = (file.name for file in folder.iterdir() if file.is_file())
+    return sorted(name for name in names if ".safetensors" not in name and name != _MANIFEST)
 
 
 def element_type(name: str) -> np.dtype[Any]:

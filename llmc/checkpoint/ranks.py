@@ -12,10 +12,12 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.artifact.ranks import (
     LAYOUT,
+    RANKS,
     Piece,
     RankLayout,
     RankTensor,
     SourceTensor,
+    beside,
     element_type,
     rank_file,
     read_layout,
@@ -127,6 +129,10 @@ def find_differences(folder: Path, whole: WeightStore) -> Iterator[str]:
         stated = layout.tensors.get(name)
         if stated is None or (stated.shape, element_type(stated.dtype)) != (info.shape, info.dtype.numpy()):
             yield f"{LAYOUT} does not state {name} as the weights have it"
+    for name in beside(folder):
+        copy = folder / RANKS / name
+        if not copy.is_file() or copy.read_bytes() != (folder / name).read_bytes():
+            yield f"{RANKS}/{name} is not the artifact's own"
     for rank, tensors in enumerate(layout.ranks):
         store = _open_rank(folder, layout, rank)
         for name, tensor in tensors.items():

@@ -6,8 +6,8 @@ Start it with one process for each rank, on GPUs or on CPUs:
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 3 deepspeed_launcher.py FOLDER --prompt "Name three rivers."
 
 The model is built without weights, `deepspeed.init_inference` cuts it, and each rank then reads the slices of
-its own parameters, from the file of its rank where `ranks.json` says that it has them, else from the files of
-other ranks or from the whole weights. No process holds the whole model.
+its own parameters, from the file of its rank where `layout.json` says that it has them, else from the files
+of other ranks or from the whole weights. No process holds the whole model.
 
 DeepSpeed has no kernels for the integers of these folders: weights of compressed-tensors (packed integers,
 int8, fp8), gptq and awq are dequantized when they are read, into `--dtype`, and activations are not
@@ -50,9 +50,10 @@ class Folder:
         self._pieces: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._values: dict[str, torch.Tensor] = {}
-        layout = path / "ranks.json"
-        if layout.is_file():
-            self._read_layout(json.loads(layout.read_text()), rank)
+        for folder in (path, path / "ranks"):
+            if (folder / "layout.json").is_file():
+                self._read_layout(folder, rank)
+                break
         for file in sorted(path.glob("*.safetensors")):
             if not file.name.startswith("model-rank-"):
                 for name in self._file(file.name).keys():  # noqa: SIM118 - not a mapping
@@ -64,7 +65,8 @@ class Folder:
         if not self.shapes:
             raise SystemExit(f"{path} has no weights in safetensors")
 
-    def _read_layout(self, layout: dict[str, Any], rank: int) -> None:
+    def _read_layout(self, folder: Path, rank: int) -> None:
+        layout = json.loads((folder / "layout.json").read_text())
         for name, tensor in layout["tensors"].items():
             self.shapes[name] = tuple(tensor["shape"])
             if tensor.get("values") is not None:
@@ -72,8 +74,8 @@ class Folder:
                 self._values[name] = values.reshape(tensor["shape"])
         ranks = layout["ranks"]
         for other in sorted(range(len(ranks)), key=lambda each: each != rank):
-            file = f"model-rank-{other}-part-0.safetensors"
-            if not (self._path / file).is_file():
+            file = str(folder / f"model-rank-{other}-part-0.safetensors")
+            if not Path(file).is_file():
                 continue
             for own, tensor in ranks[other].items():
                 for piece in tensor["pieces"]:

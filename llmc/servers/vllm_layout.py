@@ -181,8 +181,6 @@ def described(tensor: torch.Tensor) -> dict[str, Any]:
 def read(folder: Path) -> Any:
     """Yield names and tensors without data of a folder; small ones have their data."""
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name.startswith("model-rank-"):
-            continue
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 part = opened.get_slice(name)

@@ -19,7 +19,6 @@ from llmc.checkpoint.splits import split_tensors
 from llmc.errors import ResourceError
 from llmc.pipeline.steps.ranks import compare_ranks, run_ranks
 from tests.checkpoint.quantized_folders import compressed_config, pack_compressed, write_codes
-from tests.models import VOCAB_SIZE
 
 TOKENS = np.arange(16)[None]
 
@@ -43,7 +42,7 @@ def children() -> set[int]:
 
 
 def test_ranks_agree_with_the_whole_model(folder: Path) -> None:
-    found = compare_ranks(folder, 2, VOCAB_SIZE)
+    found = compare_ranks(folder, 2, TOKENS)
     assert found.max_abs <= 1e-4
     assert 0.5 < found.weights < 0.55
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
-from llmc.artifact.ranks import LAYOUT
+from llmc.artifact.ranks import RANKS
 from llmc.backends.base import Backend, Executable, Generated, Stage
 from llmc.backends.checkpoint.description import CONFIG, describe_folder, write_documents
 from llmc.backends.checkpoint.formats.choice import format_of
@@ -123,7 +123,7 @@ class CheckpointBackend(Backend):
         """See `Backend`."""
         stem, _, suffix = SINGLE.partition(".")
         weights = {name for name in manifest.files if name.startswith(stem) and f".{suffix}" in name}
-        return weights | ({LAYOUT} & manifest.files.keys())
+        return weights | {name for name in manifest.files if name.startswith(f"{RANKS}/")}
 
     def written_tensors(
         self, graph: Graph, target: Target, checkpoint: WrittenFrom

@@ -1,6 +1,7 @@
 """Write the file of every rank of tensor parallelism from the whole weights of a folder, tensor by tensor."""
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from llmc.arrays import Array
 from llmc.artifact.manifest import FileDigest
-from llmc.artifact.ranks import LAYOUT, Piece, RankLayout, RankTensor, element_type, rank_file
+from llmc.artifact.ranks import LAYOUT, RANKS, Piece, RankLayout, RankTensor, beside, element_type, rank_file
 from llmc.backends.checkpoint.writer import SINGLE, Progress, write_tensors
 from llmc.backends.written import WrittenTensors
 from llmc.graph.weights import WeightStore
@@ -21,29 +22,32 @@ from llmc.graph.weights import WeightStore
 def write_ranks(
     folder: Path, layout: RankLayout, whole: WeightStore, progress: Progress | None = None
 ) -> dict[str, FileDigest]:
-    """Write a file for every rank, and the layout.
+    """Write the folder `ranks`: a file for every rank, the layout, and copies of what is beside the weights.
 
     Two tensors of a rank are in memory at a time.
 
     Args:
-        folder: The folder of the whole weights.
+        folder: The folder of the whole weights, without its manifest.
         whole: These weights, under the names in their files.
         progress: Called with the bytes that are written of the current file, and in total.
 
     Returns:
-        Digest and size by file name.
+        Digest and size of weights and layout, by path in the folder.
 
     Raises:
         ResourceError: Disk or memory ran out.
         CheckpointError: The whole weights are damaged.
     """
     digests: dict[str, FileDigest] = {}
+    (folder / RANKS).mkdir()
     for rank, tensors in enumerate(layout.ranks):
         with TemporaryDirectory(dir=folder, prefix=".rank-") as scratch:
             parts = [_part(name, tensor, whole) for name, tensor in tensors.items()]
             written = write_tensors(parts, Path(scratch), progress, file_bytes=sys.maxsize)
             (Path(scratch) / SINGLE).replace(folder / rank_file(rank))
         digests[rank_file(rank)] = written[SINGLE]
+    for name in beside(folder):
+        shutil.copyfile(folder / name, folder / RANKS / name)
     text = (layout.model_dump_json() + "\n").encode()
     (folder / LAYOUT).write_bytes(text)
     digests[LAYOUT] = FileDigest(sha256=hashlib.sha256(text).hexdigest(), bytes=len(text))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llmc.artifact.ranks import read_layout
 from llmc.checkpoint.ranks import find_differences
 from llmc.checkpoint.safetensors import SafetensorsStore
@@ -15,6 +17,9 @@ from llmc.validate.measure import measured, mismatches
 
 if TYPE_CHECKING:
     from llmc.pipeline.gate.run import Run
+
+#: Tokens of the evaluation text that are computed.
+_TOKENS = 64
 
 _GATES = (
     Gate(
@@ -49,7 +54,7 @@ def measure_ranks(run: Run) -> None:
     fine = f"{ranks} ranks have slices of the whole weights, under the names of {layout.names}"
     run.found.append(mismatches(Metric.RANKS_EXACT, differences, fine, "bytes, from the files"))
     with run.progress.stage(f"{ranks} ranks"):
-        found = compare_ranks(folder, ranks, run.subject.interface.vocabulary)
+        found = compare_ranks(folder, ranks, np.asarray(run.tokens[:_TOKENS])[None])
     figures = {"weights_ratio": found.weights, "memory_ratio": found.growth}
     detail = (
         f"{ranks} processes over gloo, each with at most {found.weights:.3f} of the weights and "

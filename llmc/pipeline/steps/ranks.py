@@ -19,8 +19,6 @@ _POLL_SECONDS = 0.05
 _END_SECONDS = 5.0
 #: Longest time that the ranks may take to load and to compute.
 SECONDS = 1800.0
-#: Tokens of the sequence that ranks and whole model compute.
-_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,17 @@ class RankAgreement:
     growth: float
 
 
-def compare_ranks(
-    folder: Path, ranks: int, vocabulary: int, seed: int = 0, seconds: float = SECONDS
-) -> RankAgreement:
+def compare_ranks(folder: Path, ranks: int, tokens: Array, seconds: float = SECONDS) -> RankAgreement:
     """Compare the logits of ranks with those of the whole weights.
 
     Args:
         folder: A folder that is split over `ranks`.
-        vocabulary: Number of token ids to draw from.
+        tokens: Token ids, int64 (batch, length).
 
     Raises:
         ResourceError: A rank ended early, or all of them took too long.
         CheckpointError: A file is missing or damaged.
     """
-    tokens = np.random.default_rng(seed).integers(0, vocabulary, (1, _LENGTH))
     whole = run_ranks(folder, tokens, 1, seconds)
     split = run_ranks(folder, tokens, ranks, seconds)
     return RankAgreement(
