@@ -1,9 +1,9 @@
 """Read the weights of a graph that TensorRT Edge-LLM's exporter wrote, as its kernels compute with them.
 
-The layouts are those of release 0.11.0: `Int4GroupwiseGemmPluginV2` multiplies by (code - 8) * scale. Its
-codes lie in the order of the kernel's fragments: blocks of 128 outputs, of 64 inputs, of 16 inputs, halves of 64
-outputs, then 128 words of 32 bits, the t-th of which has outputs t // 4 and t // 4 + 32 and inputs
-2 * (t % 4) and the 1st, 8th and 9th after it.
+The layouts are those of release 0.11.0. `Int4GroupwiseGemmPluginV2` multiplies by (code - 8) * scale. Its
+codes lie in the order of the kernel's fragments: blocks of 128 outputs, of 64 inputs, of 16 inputs, halves of
+64 outputs, then 128 words of 32 bits, the t-th of which has outputs t // 4 and t // 4 + 32 and inputs
+2 * (t % 4) and the 1st, 8th and 9th after it. Matrices in fp8 and nvfp4 are inputs of `DequantizeLinear`.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,10 +34,14 @@ def exported_matrices(graph: Path) -> Mapping[str, Callable[[], Array]]:
         raise ParityError(f"{graph.name} of Edge-LLM is not an ONNX model: {error}") from error
     found: dict[str, Callable[[], Array]] = {}
     for node in nodes:
-        reader = _READERS.get(node.op_type)
-        weight = None if reader is None or len(node.inputs) < 2 else node.inputs[1]
-        if reader is not None and weight is not None and weight.name is not None:
-            module = weight.name.removeprefix(_PREFIX).rpartition(".")[0]
+        if node.op_type not in _READERS:
+            continue
+        place, reader = _READERS[node.op_type]
+        weight = node.inputs[place]
+        if weight is None or weight.const_value is None or weight.name is None:
+            continue
+        module, _, last = weight.name.removeprefix(_PREFIX).rpartition(".")
+        if last in ("weight", "qweight"):
             found[module] = lambda node=node, reader=reader: reader(node)  # type: ignore[misc]
     return found
 
@@ -80,4 +84,25 @@ def _constant(node: ir.Node, number: int) -> Array:
     return array
 
 
-_READERS: Mapping[str, Callable[[ir.Node], Array]] = {"Int4GroupwiseGemmPluginV2": _int4}
+def _dequantized(node: ir.Node) -> Array:
+    """Return codes times their scales: one, or one for each block, which in nvfp4 are codes in turn."""
+    codes = _constant(node, 0).astype(np.float32)
+    scale = node.inputs[1]
+    source = None if scale is None else scale.producer()
+    scales = _constant(node, 1).astype(np.float32) if source is None else _dequantized(source)
+    if scales.size == 1:
+        return codes * scales.reshape(())
+    if scales.ndim != 2 or codes.shape != (
+        len(scales),
+        scales.shape[1] * node.attributes["block_size"].as_int(),
+    ):
+        shapes = f"{codes.shape} codes and {scales.shape} scales"
+        raise ParityError(f"{node.name} of Edge-LLM's graph has {shapes}, which llmc does not read")
+    return codes * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+
+
+#: Which input of an operator is the weight, and what reads the node.
+_READERS: Mapping[str, tuple[int, Callable[[ir.Node], Array]]] = {
+    "Int4GroupwiseGemmPluginV2": (1, _int4),
+    "DequantizeLinear": (0, _dequantized),
+}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -66,6 +67,27 @@ def test_matrices_have_the_order_of_their_inputs(tmp_path: Path) -> None:
     assert list(found) == ["model.layers.0.mlp.up_proj"]
     ordered = (codes - 8.0) * np.repeat(scales.T.astype(np.float32), 64, axis=1)
     np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj"]()[:, order], ordered)
+
+
+def test_scales_of_nvfp4_are_codes_in_turn(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    codes = random.choice([-6.0, -1.5, 0.0, 0.5, 4.0], (8, 32)).astype(ml_dtypes.float4_e2m1fn)
+    scales = random.choice([0.5, 1.0, 448.0], (8, 2)).astype(ml_dtypes.float8_e4m3fn)
+    whole = np.float32(0.003)
+    name = "_model.model.layers.0.mlp.up_proj"
+    data = {f"{name}.weight": codes, f"{name}.weight_scale": scales, f"{name}.weight_scale_2": whole}
+    values = [ir.Value(name=n, const_value=ir.tensor(np.asarray(a), name=n)) for n, a in data.items()]
+    inner = ir.Node("", "DequantizeLinear", values[1:])
+    blocks = [ir.AttrInt64("block_size", 16), ir.AttrInt64("axis", -1)]
+    outer = ir.Node("", "DequantizeLinear", [values[0], inner.outputs[0]], blocks)
+    graph = ir.Graph([], [outer.outputs[0]], nodes=[inner, outer], opset_imports={"": 23})
+    for value in values:
+        graph.register_initializer(value)
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "model.onnx")
+    found = exported_matrices(tmp_path / "model.onnx")
+    assert list(found) == ["model.layers.0.mlp.up_proj"]
+    expected = codes.astype(np.float32) * np.repeat(scales.astype(np.float32) * whole, 16, axis=1)
+    np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj"](), expected)
 
 
 def test_a_damaged_graph_is_an_error(tmp_path: Path) -> None:
