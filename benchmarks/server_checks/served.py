@@ -13,11 +13,11 @@ import numpy as np
 from common.fidelity import cut_windows
 from common.quantizers import GROUPS, Scheme, measure, target
 from common.sources import checkpoint
-from llmc.servers.client import Request, ask
-from llmc.servers.environment import find_server
 
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import ResourceError
+from llmc.servers.client import Request, ask
+from llmc.servers.environment import find_server
 from server_checks.check import Check, Figures, MissingError, Settings
 
 #: The demo with weights off the 4-bit grid of its file.

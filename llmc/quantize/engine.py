@@ -103,7 +103,7 @@ def quantize_for_engine(
             size = _replace(graph, weight, scheme, outputs_first, peers.get(weight), scale)
         origin = None
         if tensor.rows is not None and is_stored(tensor.rows):
-            origin = MADE_FLOATS if scheme is None else "quantized again (engines have grids of their own)"
+            origin = MADE_FLOATS if scheme is None else "quantized again (its types have grids of their own)"
         stored.append(QuantizedTensor(name, role, shape, scheme, size, origin))
     return tuple(stored), tuple(floats)
 

@@ -1,6 +1,7 @@
 """Builds of checkpoints for servers: what is copied, renamed, quantized, scaled and refused."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from llmc.config import (
     WeightRule,
     WeightScheme,
 )
-from llmc.errors import ConfigError, UnsupportedError
+from llmc.errors import ConfigError, ResourceError, UnsupportedError
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -303,3 +304,16 @@ def test_fp8_and_nvfp4_are_mixed_by_rules(llama: Path, tmp_path: Path) -> None:
     assert kinds["down_proj"] == "FP8"
     assert kinds["q_proj"] == "NVFP4"
     assert json.loads((folder / "hf_quant_config.json").read_text())["quantization"]["quant_algo"]
+
+
+def test_the_library_of_the_gates_is_missed_before_any_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an empty path of imports, only the packages that are imported already are found."""
+    planned = plan(llama, tmp_path / "out").model_copy(update={"verify": True})
+    monkeypatch.delitem(sys.modules, "compressed_tensors", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ResourceError, match="compressed-tensors is not installed, by which") as caught:
+        build(planned, SilentProgress())
+    assert caught.value.hint == "pip install 'llmc[servers]', or build with --no-verify"
+    assert list(tmp_path.iterdir()) == []

@@ -140,7 +140,7 @@ def test_a_projection_in_float_stays_apart_from_its_quantized_neighbours(tmp_pat
     [
         ("cpu-fp32", "local", "made floats"),
         ("cuda-int4", "l4", "kept"),
-        ("tensorrt-int4", "h100-sxm", "quantized again (engines have grids of their own)"),
+        ("tensorrt-int4", "h100-sxm", "quantized again (its types have grids of their own)"),
     ],
 )
 def test_other_targets(target: str, profile: str, origin: str, tmp_path: Path) -> None:

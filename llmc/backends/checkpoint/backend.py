@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
 from llmc.artifact.ranks import RANKS
@@ -15,8 +16,8 @@ from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.backends.checkpoint.requirements import joined_weights, require_matrices
 from llmc.backends.checkpoint.writer import SINGLE, write_tensors
 from llmc.backends.special_tokens import GENERATION_CONFIG
-from llmc.config import BuildPlan, ServedCheckpoint, Target
-from llmc.errors import ConfigError, UnsupportedError
+from llmc.config import BuildPlan, CheckpointFormat, ServedCheckpoint, Target
+from llmc.errors import ConfigError, ResourceError, UnsupportedError
 from llmc.graph.interface import Interface
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from llmc.quantize.quantizer import Quantizer
     from llmc.runtime.session import Rewindable
 
+_READER = "compressed-tensors"
+_INSTALL = "pip install 'llmc[servers]'"
 _BY_SERVERS = "serve the folder by a server, such as vllm serve"
 
 
@@ -56,13 +59,23 @@ class CheckpointStage(Stage):
 class CheckpointBackend(Backend):
     """The backend for folders that servers load; transformers executes them for the gates."""
 
+    packages: ClassVar[Mapping[str, str]] = {
+        _READER: "transformers reads the folders of targets vllm-* by it; " + _INSTALL,
+    }
     served_by_genai = False
     serving_file = GENERATION_CONFIG
     graph_library = "transformers"
     writes_graph = False
 
     def prepare(self, plan: BuildPlan) -> Stage:
-        """See `Backend`."""
+        """See `Backend`; the gates need the library by which transformers reads the folder."""
+        by_reader = section_of(plan.target).format is CheckpointFormat.COMPRESSED_TENSORS
+        if by_reader and plan.verify and find_spec("compressed_tensors") is None:
+            raise ResourceError(
+                f"{_READER} is not installed, by which transformers reads what target {plan.target.name} "
+                "writes, for the gates",
+                hint=f"{_INSTALL}, or build with --no-verify",
+            )
         return CheckpointStage(plan.target)
 
     def switch_obstacle(self, target: Target, restart: int | None) -> str | None:
