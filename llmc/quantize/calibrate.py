@@ -153,6 +153,10 @@ class Calibrator:
             linear.register_forward_pre_hook(self._adder(stored, keep_going=bool(name)))
             for stored, linear in self._linears.items()
         ]
+        if (
+            not self._linears and not name
+        ):  # only layers are quantized: the head, a large matrix, need not run
+            handles.append(module.register_forward_pre_hook(_end_call))
         try:
             yield
         finally:
@@ -225,3 +229,7 @@ class Calibrator:
                 if factors is not None:
                     vectors[f"{first}.smoothing"] = factors
         return vectors
+
+
+def _end_call(*_: Any) -> None:
+    raise StopCallError

@@ -141,3 +141,17 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     model.get_parameter("model.layers.1.input_layernorm.weight").data[3] = torch.nan
     with pytest.raises(CheckpointError, match=r"inputs of model\.layers\.1\.self_attn\.q_proj\.weight"):
         _run(model, tmp_path)
+
+
+def test_the_head_does_not_run_if_only_layers_are_quantized(tmp_path: Path) -> None:
+    model = build_tiny_model("llama")
+    expected = _weights(_run(model, tmp_path / "all"), model)
+    hollow = build_hollow(model.config)
+    calls: list[str] = []
+    hollow.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    schemes = {n: s for n, s in _schemes(model).items() if n.startswith(LAYERS)}
+    calibrator = Calibrator(hollow, LAYERS, StateStore(model), TIED, schemes, np.float32, tmp_path / "layers")
+    found = _weights(calibrator.run(WINDOWS, lambda _: None), model)
+    assert calls == []
+    assert found.keys() == schemes.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
