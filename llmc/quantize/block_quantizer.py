@@ -11,6 +11,7 @@ from llmc.config import Dtype, Quantization, Target, WeightRole, WeightRule, Wei
 from llmc.quantize.awq import plan_channels
 from llmc.quantize.linear import plan_calibration, plan_matrices, quantize_weights, scale_type
 from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
+from llmc.quantize.served_experts import mark_experts
 from llmc.quantize.stored import origin_notes
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ class BlockQuantizer:
     Args:
         rules: The section.
         dtype: Type of activations, and of matrices that stay in float.
+        for_servers: Whether servers read the matrices, those of experts one by one.
     """
 
     rules: Quantization
     dtype: Dtype
+    for_servers: bool = False
 
     @classmethod
-    def of(cls, target: Target) -> BlockQuantizer:
+    def of(cls, target: Target, *, for_servers: bool = False) -> BlockQuantizer:
         """The quantizer of a target."""
-        return cls(target.quantize or Quantization(accuracy_level=0, rules=()), target.dtype)
+        rules = target.quantize or Quantization(accuracy_level=0, rules=())
+        return cls(rules, target.dtype, for_servers)
 
     @property
     def bits(self) -> float | None:
@@ -89,7 +93,9 @@ class BlockQuantizer:
     def apply(self, graph: Graph, observed: Observations) -> Quantized:
         """See `Quantizer`."""
         stored = quantize_weights(graph, self.rules, self.dtype, observed.weights)
-        return Quantized(stored.tensors, (*stored.notes, *origin_notes(stored.tensors)))
+        experts = mark_experts(graph, self.rules.rules) if self.for_servers else ()
+        tensors = (*stored.tensors, *experts)
+        return Quantized(tensors, (*stored.notes, *origin_notes(tensors)))
 
 
 def restate_rules(quantization: Quantization, records: Sequence[WeightRecord]) -> Quantization:

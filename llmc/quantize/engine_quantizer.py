@@ -10,6 +10,7 @@ from llmc.config import Dtype, Quantization, TypedWeights
 from llmc.quantize.activations import plan_inputs
 from llmc.quantize.engine import quantize_for_engine
 from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
+from llmc.quantize.served_experts import mark_experts
 from llmc.quantize.stored import origin_notes
 
 if TYPE_CHECKING:
@@ -83,5 +84,7 @@ class EngineQuantizer:
             self.section.least_activation_db,
             for_servers=self.for_servers,
         )
+        if self.for_servers:
+            tensors = (*tensors, *mark_experts(graph, self.section.weights))
         stay = [f"what {f.weight} is given stays in {self.dtype.value}: {f.reason}" for f in floats]
         return Quantized(tensors, (*stay, *origin_notes(tensors)), floats)

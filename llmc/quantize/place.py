@@ -10,6 +10,10 @@ from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
 CODED_AS = "llmc.coded_as"
 
 
+#: The key of the scheme of stacked experts, or None for float, in the `meta` of their initializer.
+EXPERTS_AS = "llmc.experts_as"
+
+
 @dataclass(frozen=True)
 class CodedAs:
     """What the codes of a matrix of a graph are.

@@ -317,3 +317,40 @@ def test_the_library_of_the_gates_is_missed_before_any_work(
         build(planned, SilentProgress())
     assert caught.value.hint == "pip install 'llmc[servers]', or build with --no-verify"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE, whose experts the files have one by one."""
+    folder = tmp_path_factory.mktemp("experts")
+    return save_tiny_model("qwen3_moe", folder, dtype=torch.bfloat16, tokenizer=True)
+
+
+def test_experts_are_written_one_by_one(experts: Path, tmp_path: Path) -> None:
+    router = WeightRule(role="router", scheme=None)
+    rules = (*FLOAT, router, WeightRule.model_validate({"scheme": {**BLOCKS, "block_size": 16}}))
+    folder = build_folder(plan(experts, tmp_path / "out", rules=rules))
+    after = tensors_of(folder)
+    assert "model.layers.1.mlp.experts.3.up_proj.weight_packed" in after.infos()
+    gate = "model.layers.1.mlp.gate.weight"
+    assert after.read(gate).tobytes() == tensors_of(experts).read(gate).tobytes()
+    assert "model.layers.1.mlp.gate" in config_of(folder)["quantization_config"]["ignore"]
+    original, back = (open_checkpoint(str(each)).tensors for each in (experts, folder))
+    for name in ("gate_up_proj", "down_proj"):
+        weight = f"model.layers.1.mlp.experts.{name}"
+        assert _snr(*(each.read(weight).astype(np.float32) for each in (original, back))) > 18
+    records = {record.name: record for record in open_artifact(folder).manifest.weights}
+    assert records["model.layers.1.mlp.experts.down_proj"].bits == 4
+
+
+def test_experts_in_fp8_have_a_scale_for_each_output(experts: Path, tmp_path: Path) -> None:
+    planned = plan(experts, tmp_path / "out", "vllm-fp8")
+    folder = build_folder(planned)
+    infos = tensors_of(folder).infos()
+    assert infos["model.layers.0.mlp.experts.0.down_proj.weight"].dtype.name == "FLOAT8E4M3FN"
+    assert infos["model.layers.0.mlp.experts.0.down_proj.weight_scale"].shape == (64, 1)
+
+
+def test_experts_that_need_calibration_are_refused(experts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="experts are not calibrated"):
+        build_folder(plan(experts, tmp_path / "out", "modelopt-nvfp4"))

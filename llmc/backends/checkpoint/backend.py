@@ -90,7 +90,7 @@ class CheckpointBackend(Backend):
         section = section_of(target)
         if section.weights:
             return EngineQuantizer(section, target.dtype, for_servers=True)
-        return BlockQuantizer.of(target)
+        return BlockQuantizer.of(target, for_servers=True)
 
     def joined_products(self, graph: Graph) -> Sequence[Sequence[str]]:
         """See `Backend`; servers join queries, keys and values, and the gate of an MLP with what it gates."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -10,10 +11,16 @@ from llmc.arrays import Array
 from llmc.backends.checkpoint.formats.base import CodedMatrix, Codes
 from llmc.config import CheckpointFormat, EngineScheme, WeightFormat, WeightScheme
 from llmc.errors import UnsupportedError
+from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
-from llmc.graph.weights import LazyWeight
+from llmc.graph.weights import LazyWeight, Rows
 from llmc.quantize.blocks import unpack, zero_level
-from llmc.quantize.place import CODED_AS, CodedAs
+from llmc.quantize.place import CODED_AS, EXPERTS_AS, CodedAs
+from llmc.quantize.served_experts import encode_expert, find_experts
+from llmc.quantize.stream import quantize_rows
+
+#: Formats whose readers have scales in float16 alone.
+_HALF = (CheckpointFormat.GPTQ, CheckpointFormat.AWQ)
 
 
 def coded_matrices(graph: Graph, form: CheckpointFormat) -> Iterator[CodedMatrix]:
@@ -36,9 +43,44 @@ def coded_matrices(graph: Graph, form: CheckpointFormat) -> Iterator[CodedMatrix
         yield CodedMatrix(tensor.sources[0], coded.shape, coded.scheme, read, coded.input_scale, kind)
 
 
+def expert_schemes(graph: Graph) -> dict[str, WeightScheme | EngineScheme]:
+    """Return the scheme of each stack of experts that is quantized, by its parameter."""
+    return {
+        lazy_of(weight).sources[0]: weight.meta[EXPERTS_AS]
+        for weight in find_experts(graph)
+        if weight.meta.get(EXPERTS_AS) is not None
+    }
+
+
+def expert_matrix(
+    module: str, rows: Rows, scheme: WeightScheme | EngineScheme, form: CheckpointFormat
+) -> CodedMatrix:
+    """Return the matrix (N, K) of one expert, whose codes are computed when they are read."""
+    outputs, inputs = rows.shape
+    if isinstance(scheme, EngineScheme):
+        typed = partial(_typed_expert, rows, scheme)
+        return CodedMatrix(module, (outputs, inputs), scheme, typed, None, ir.DataType.FLOAT)
+    kind = ir.DataType.FLOAT16 if form in _HALF else ir.DataType.BFLOAT16
+    read = partial(_expert, rows, scheme, kind, module)
+    return CodedMatrix(module, (outputs, inputs), scheme, read, None, kind)
+
+
+def _expert(rows: Rows, scheme: WeightScheme, scale_type: ir.DataType, name: str) -> Codes:
+    blocks = quantize_rows(rows, scheme, ml_dtypes.bfloat16, name=name)
+    members = {"codes": blocks.codes, "scales": blocks.scales}
+    if blocks.zero_points is not None:
+        members["zero_points"] = blocks.zero_points
+    outputs, inputs = rows.shape
+    return _integers(members, scheme, (outputs, inputs), scale_type)
+
+
+def _typed_expert(rows: Rows, scheme: EngineScheme) -> Codes:
+    return Codes(*encode_expert(rows, scheme))
+
+
 def _scale_type(graph: Graph, name: str, form: CheckpointFormat) -> ir.DataType:
     """Return the type of stored scales: float16 in the formats whose readers have no other."""
-    if form in (CheckpointFormat.GPTQ, CheckpointFormat.AWQ):
+    if form in _HALF:
         return ir.DataType.FLOAT16
     kind = graph.graph.initializers[f"{name}.scales"].dtype
     return ir.DataType.FLOAT if kind is None else kind

@@ -5,7 +5,7 @@ by the tensors of the format; a weight whose channels were scaled has new values
 are copied.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,12 +13,14 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.arrays import Array
-from llmc.backends.checkpoint.coded import coded_matrices
+from llmc.backends.checkpoint.coded import coded_matrices, expert_matrix, expert_schemes
 from llmc.backends.checkpoint.formats.base import CodedMatrix, Format
 from llmc.backends.written import WrittenFrom, WrittenTensors
 from llmc.config import ServedCheckpoint
 from llmc.errors import UnsupportedError
 from llmc.graph.files import FileTensors
+from llmc.graph.linear import find_linears
+from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import (
     CastRows,
@@ -67,6 +69,7 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
     names = {part.parameter: name for name, part in files.parts.items() if part.is_whole}
     coded = {matrix.module: matrix for matrix in coded_matrices(graph, section.format)}
     changed = {rows.sources[0]: rows for rows in _changed_rows(graph)}
+    experts = expert_schemes(graph)
     _require_files(files, {*coded, *changed})
     tensors: list[WrittenTensors] = []
     matrices: list[CodedMatrix] = []
@@ -74,12 +77,16 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
     for name, info in files.store.infos().items():
         part = files.parts.get(name)
         parameter = None if part is None or not part.is_whole else part.parameter
+        matrix = None
         if parameter in coded and names.get(parameter) == name:
             matrix = replace(coded[parameter], module=name.removesuffix(_WEIGHT))
+        elif part is not None and part.expert is not None and experts.get(part.parameter) is not None:
+            own, scheme = StoredRows(files.store, info), experts[part.parameter]
+            matrix = expert_matrix(name.removesuffix(_WEIGHT), own, scheme, section.format)
+        if matrix is not None:
             matrices.append(matrix)
             specs = {spec.name: (spec.dtype, spec.shape) for spec in form.specs(matrix)}
-            compute = partial(_encode, form, matrix)
-            tensors.append(WrittenTensors(specs, compute, parameter))
+            tensors.append(WrittenTensors(specs, partial(_encode, form, matrix), parameter))
             continue
         dtype = _written_type(info.dtype, checkpoint, keep=files.are_files and info.codes is None)
         if dtype is not info.dtype:
@@ -92,7 +99,9 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
         copied = CastRows(StoredRows(files.store, info), dtype)
         read = partial(read_all, copied)
         tensors.append(WrittenTensors(specs, partial(_named, name, read), rows=partial(_in_steps, copied)))
-    ignored = _float_modules(checkpoint, files, names, {matrix.module for matrix in matrices})
+    products = [lazy_of(linear.weight).sources[0] for linear in find_linears(graph)]
+    linears = (*checkpoint.linear_parameters(), *products)
+    ignored = _float_modules(linears, files, names, {matrix.module for matrix in matrices})
     return Contents(tuple(tensors), tuple(matrices), ignored, tuple(rounded))
 
 
@@ -170,14 +179,19 @@ def _written_type(stored: ir.DataType, checkpoint: WrittenFrom, *, keep: bool) -
 
 
 def _float_modules(
-    checkpoint: WrittenFrom, files: FileTensors, names: Mapping[str, str], coded: set[str]
+    linears: Sequence[str], files: FileTensors, names: Mapping[str, str], coded: set[str]
 ) -> tuple[str, ...]:
     """Return the linear modules without codes, by their names in the files, and in transformers if different.
 
     Matrices of experts, and those that transformers does not use, may be linear modules to a server.
+
+    Args:
+        linears: Parameters of linear layers and of products in the graph, routers among them.
+        names: Name in the files by parameter.
+        coded: Modules with codes.
     """
     found: dict[str, None] = {}
-    for parameter in checkpoint.linear_parameters():
+    for parameter in linears:
         name = names.get(parameter, parameter)
         if name.removesuffix(_WEIGHT) not in coded:
             found.update(dict.fromkeys((name, parameter)))
@@ -185,6 +199,7 @@ def _float_modules(
     for name in infos:
         part = files.parts.get(name)
         is_matrix = len(infos[name].shape) == 2 and name.endswith(_WEIGHT)
-        if is_matrix and (part is None or not part.is_whole):
+        is_other = part is None or not part.is_whole
+        if is_matrix and is_other and name.removesuffix(_WEIGHT) not in coded:
             found[name] = None
     return tuple(name.removesuffix(_WEIGHT) for name in found)

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.backends.checkpoint.formats.choice import format_of
-from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightRole, WeightScheme
+from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightRole, WeightScheme
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import lazy_of
-from llmc.graph.weights import LazyWeight
 from llmc.quantize.linear import plan_matrices
 from llmc.quantize.place import choose_scheme
+from llmc.quantize.served_experts import find_experts, scheme_of_experts
 
 if TYPE_CHECKING:
+    from llmc.backends.checkpoint.formats.base import Format
     from llmc.backends.written import WrittenFrom
     from llmc.graph.model import Graph
 
 _FLOAT = "give it a rule with scheme: null"
+#: The types of experts: their scales are of one output each, so that servers can join gate and up.
+_EXPERT_TYPES = (WeightFormat.INT8, WeightFormat.FP8)
 #: The last names of modules that servers join into one product (vLLM's `packed_modules_mapping`).
 _JOINED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
@@ -68,7 +71,7 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
                     hint=f"copy the target and change its rule, or {_FLOAT}",
                 )
         found += matrix.schemes
-    _require_experts(graph, target, section)
+    found += _require_experts(graph, target, section, form, checkpoint)
     _require_one_scheme({matrix.name: matrix for matrix in planned}, graph)
     mixed = form.mixed_refusal(found)
     if mixed is not None:
@@ -152,23 +155,50 @@ def _require_linear(matrix: PlannedMatrix, graph: Graph, linear: set[str]) -> No
     raise UnsupportedError(f"{matrix.source} {what}, and servers do not read it quantized", hint=_FLOAT)
 
 
-def _require_experts(graph: Graph, target: Target, section: ServedCheckpoint) -> None:
-    """Refuse rules that quantize the stacked matrices of experts.
+def _fits_experts(scheme: EngineScheme) -> bool:
+    """Return whether experts can have a scheme without calibration, and a scale for each output."""
+    return not scheme.needs_range and scheme.scale_per == "output" and scheme.format in _EXPERT_TYPES
+
+
+def _require_experts(
+    graph: Graph, target: Target, section: ServedCheckpoint, form: Format, checkpoint: WrittenFrom
+) -> list[WeightScheme | EngineScheme]:
+    """Require that the matrices of experts can be written one by one; return their schemes.
 
     Raises:
-        UnsupportedError: A rule quantizes them.
+        UnsupportedError: The files have them stacked, or their activations need calibration.
     """
-    for value in graph.graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, LazyWeight) or len(tensor.shape.numpy()) != 3:
+    files = checkpoint.file_tensors()
+    rules = section.weights if target.quantize is None else target.quantize.rules
+    schemes = []
+    for weight in find_experts(graph):
+        name = str(weight.name)
+        scheme = scheme_of_experts(rules, name)
+        if scheme is None:
             continue
-        name = str(value.name)
-        if target.quantize is None:
-            quantized = choose_scheme(section.weights, WeightRole.EXPERTS, name) is not None
-        else:
-            quantized = choose_scheme(target.quantize.rules, WeightRole.EXPERTS, name) is not None
-        if quantized:
+        source = lazy_of(weight).sources[0]
+        shapes = {
+            files.store.infos()[each].shape
+            for each, part in files.parts.items()
+            if part.parameter == source and part.expert is not None
+        }
+        if not shapes:
             raise UnsupportedError(
-                f"{name} holds the matrices of experts, which are not yet written quantized for servers",
-                hint="give experts a rule with scheme: null",
+                f"{source} holds the matrices of all experts of a layer, and servers read each of them",
+                hint="give experts a rule with scheme: null, or build from a folder that has them one by one",
             )
+        if isinstance(scheme, EngineScheme) and not _fits_experts(scheme):
+            raise UnsupportedError(
+                f"{source} cannot have {scheme.format.value} with activations {scheme.activations}: experts "
+                "are not calibrated",
+                hint="give experts a rule with scheme: null, or int8 or fp8 with activations dynamic",
+            )
+        for outputs, inputs in sorted(shapes):
+            refusal = form.refusal(scheme, (outputs, inputs))
+            if refusal is not None:
+                raise UnsupportedError(
+                    f"format {section.format.value} cannot hold the experts of {source}: {refusal}",
+                    hint="copy the target and change its rule, or give experts a rule with scheme: null",
+                )
+        schemes.append(scheme)
+    return schemes
