@@ -40,6 +40,7 @@ from llmc.quantize.formats import (
     ActivationScale,
     encode,
     encode_whole,
+    served_whole_scale,
     tensor_scale,
     whole_scale,
 )
@@ -126,15 +127,20 @@ def _find_peers(shared: SharedInput, rules: Sequence[EngineRule]) -> Iterator[tu
             by_scheme.setdefault(scheme, []).append(linear.weight)
     for weights in by_scheme.values():
         rows = [lazy_of(weight).rows for weight in weights]
-        together = _Peers(tuple(each for each in rows if each is not None))
+        together = _Peers(tuple(each for each in rows if each is not None), for_servers=True)
         yield from ((weight, together) for weight in weights)
 
 
 @dataclass(frozen=True, eq=False)
 class _Peers:
-    """Matrices that have one scale for all of their weights together."""
+    """Matrices that have one scale for all of their weights together.
+
+    Args:
+        for_servers: Whether that scale is for servers.
+    """
 
     rows: tuple[Rows, ...]
+    for_servers: bool = False
 
     @cached_property
     def peak(self) -> float:
@@ -371,7 +377,8 @@ class _Compute:
             return self._with_one_scale(chunks)
         whole = None
         if self.scheme.format is WeightFormat.NVFP4:
-            whole = whole_scale(self.peers.peak, self.dtype)
+            peak = self.peers.peak
+            whole = served_whole_scale(peak) if self.peers.for_servers else whole_scale(peak, self.dtype)
         for start, stop in chunks:
             weights = self._read(start, stop)
             block_codes, scale = encode(
@@ -393,7 +400,7 @@ class _Compute:
 
     def _with_one_scale(self, chunks: Sequence[tuple[int, int]]) -> Mapping[str, Array]:
         """Return the codes, and their one scale."""
-        scale = tensor_scale(self.peers.peak, self.scheme.format, self.dtype)
+        scale = tensor_scale(self.peers.peak, self.scheme.format)
         codes = np.concatenate([encode_whole(self._read(*c), self.scheme.format, scale) for c in chunks])
         if self.outputs_first == self.turned:
             codes = codes.T

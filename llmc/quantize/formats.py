@@ -48,9 +48,24 @@ def whole_scale(peak: float, scale_type: ir.DataType) -> Array:
     return _stored(np.float32(peak / (HIGHEST[WeightFormat.NVFP4] * HIGHEST[WeightFormat.FP8])), scale_type)
 
 
-def tensor_scale(peak: float, kind: WeightFormat, scale_type: ir.DataType) -> Array:
-    """Return the scale for all weights of a tensor whose largest magnitude is `peak`, as stored; a scalar."""
-    return _stored(np.float32(peak / HIGHEST[kind]), scale_type)
+def served_whole_scale(peak: float) -> Array:
+    """Return NVFP4's scale for a whole tensor as servers need it, float32, a scalar: a power of two.
+
+    It is at most twice `whole_scale`. Some servers store its inverse, some keep weights in bfloat16: with a
+    power of two, every one of them has the same weights, since a code times a scale in fp8 has 6 bits.
+    """
+    exact = peak / (HIGHEST[WeightFormat.NVFP4] * HIGHEST[WeightFormat.FP8])
+    return np.asarray(2.0 ** np.ceil(np.log2(exact)) if exact > 0 else 1.0, np.float32)
+
+
+def tensor_scale(peak: float, kind: WeightFormat) -> Array:
+    """Return the scale for all weights of a tensor whose largest magnitude is `peak`, float32, a scalar.
+
+    It has 8 significant bits, so that servers that convert it to bfloat16 or float16 have the same weights.
+    """
+    mantissa, exponent = np.frexp(peak / HIGHEST[kind])
+    short = np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
+    return np.asarray(short if peak > 0 else 1.0, np.float32)
 
 
 def encode_whole(weights: Array, kind: WeightFormat, scale: Array) -> Array:

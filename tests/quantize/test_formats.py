@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from llmc.config import WeightFormat
-from llmc.quantize.formats import ActivationScale, encode, whole_scale
+from llmc.quantize.formats import ActivationScale, encode, served_whole_scale, tensor_scale, whole_scale
 
 HALF = ir.DataType.FLOAT16
 WEIGHTS = np.random.default_rng(0).normal(size=(48, 128)).astype(np.float32)
@@ -76,3 +76,18 @@ def test_scales_of_activations() -> None:
     assert ActivationScale(WeightFormat.FP8, 448).stored(HALF) == 1
     assert ActivationScale(WeightFormat.NVFP4, 2688).stored(HALF) == 1
     assert ActivationScale(WeightFormat.INT8, 0).stored(HALF) == 1  # nothing but zeros was seen
+
+
+@pytest.mark.parametrize("peak", [1e-4, 0.37, 1.0, 2688.0, 3e4])
+def test_scales_for_servers_lose_nothing_in_16_bits(peak: float) -> None:
+    whole = served_whole_scale(peak)
+    assert np.frexp(whole)[0] == 0.5
+    assert whole / 2 < peak / 2688 <= whole
+    scale = tensor_scale(peak, WeightFormat.FP8)
+    assert scale == scale.astype(ml_dtypes.bfloat16)
+    assert peak / 448 <= scale < peak / 448 * (1 + 1 / 128)
+
+
+def test_a_matrix_of_zeros_has_a_scale_for_servers() -> None:
+    assert served_whole_scale(0.0) == 1
+    assert tensor_scale(0.0, WeightFormat.FP8) == 1
