@@ -39,11 +39,6 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class AwqLayout:
     """The gemm layout of AutoAWQ."""
 
-    @property
-    def shared_scales(self) -> bool:
-        """See `Format`."""
-        return False
-
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
         is_float = isinstance(scheme, WeightScheme) or scheme.activations == "float"

@@ -70,15 +70,6 @@ class FolderTensor(NamedTuple):
 class Format(Protocol):
     """A format of quantized checkpoints: the tensors of a matrix, and their declaration."""
 
-    @property
-    def shared_scales(self) -> bool:
-        """Whether matrices that read the same activation must have the same scale of a whole matrix.
-
-        Servers fuse them (q, k and v; gate and up) and keep one of their scales. It concerns `whole` of
-        nvfp4, and the scale of fp8 by tensor.
-        """
-        ...
-
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """Return why the format cannot hold a matrix (N, K); None if it can."""
         ...

@@ -52,11 +52,6 @@ class CompressedTensors:
 
     kv_cache: str | None = None
 
-    @property
-    def shared_scales(self) -> bool:
-        """See `Format`."""
-        return True
-
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
         return indivisible(scheme, shape)

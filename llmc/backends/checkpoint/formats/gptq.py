@@ -43,11 +43,6 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 class GptqLayout:
     """The format of AutoGPTQ and GPTQModel."""
 
-    @property
-    def shared_scales(self) -> bool:
-        """See `Format`."""
-        return False
-
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
         if not is_integer(scheme) or (isinstance(scheme, EngineScheme) and scheme.activations != "float"):

@@ -51,11 +51,6 @@ class ModelOpt:
 
     kv_cache: str | None = None
 
-    @property
-    def shared_scales(self) -> bool:
-        """See `Format`."""
-        return True
-
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
         if _algorithm(scheme) is None:
