@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,15 @@ def logits(ids: list[int]) -> np.ndarray:
     rows = np.zeros((len(ids) - 1, VOCABULARY), np.float32)
     rows[np.arange(len(ids) - 1), (np.array(ids[:-1]) + 1) % VOCABULARY] = 4.0
     return rows
+
+
+def load(folder: str) -> Any:
+    """Return a model that computes what llmc's own reader of the folder says."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from llmc.checkpoint import open_checkpoint
+    from llmc.validate.reference import TorchModel
+
+    return TorchModel(open_checkpoint(folder).fill_reference())
 
 
 def main(how: str) -> None:
@@ -48,14 +58,17 @@ def main(how: str) -> None:
         send("failure", phase="answer", kind="RuntimeError", message="no kernel")
         sys.exit(1)
     scratch = Path(request["scratch"])
+    model = load(request["folder"]) if how.startswith("model") else None
     names, own = [], []
     for number, ids in enumerate(request["sequences"]):
-        rows = logits(ids)
+        rows = logits(ids) if model is None else model.logits(np.array(ids[:-1]), keep=len(ids) - 1)
+        if how == "model-wrong":
+            rows = rows[:, ::-1].copy()
         if how == "nan":
             rows[0, 0] = np.nan
         if how == "short":
             rows = rows[:-1]
-        shifted = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+        shifted = (rows - np.log(np.exp(rows).sum(-1, keepdims=True))).astype(np.float32)
         np.save(scratch / f"l{number}.npy", rows)
         np.save(scratch / f"p{number}.npy", shifted[np.arange(len(rows)), ids[1 : len(rows) + 1]])
         names.append(f"l{number}.npy")
@@ -67,6 +80,12 @@ def main(how: str) -> None:
     greedy = [
         [(ids[-1] + 1 + i) % VOCABULARY for i in range(request["new_tokens"])] for ids in request["continue"]
     ]
+    if model is not None:
+        from llmc.checkpoint import open_checkpoint
+
+        tokenizer, new = open_checkpoint(request["folder"]).tokenizer(), request["new_tokens"]
+        token_ids = [tokenizer(text)["input_ids"] for text in request["prompts"]]
+        greedy = [model.greedy(np.array(ids), new).tolist() for ids in request["continue"]]
     send(
         "answer",
         token_ids=token_ids,
