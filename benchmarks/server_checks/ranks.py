@@ -1,11 +1,12 @@
 """Compare the ranks of a split checkpoint with one rank: by llmc, by vLLM and by DeepSpeed.
 
-    python benchmarks/server_checks/ranks.py FOLDER [--only llmc,vllm,deepspeed] [--dtype float32]
+    python benchmarks/server_checks/ranks.py FOLDER [--only llmc,vllm,vllm-split,deepspeed] [--dtype float32]
 
 FOLDER is an artifact built with --shards N, for vLLM with --shards-for vllm. The environments of vLLM and
 DeepSpeed are those of `llmc servers`. Each line has the largest difference of a logit (llmc, DeepSpeed) or of
-a log-probability (vLLM) between N ranks and one, the largest ratio of a rank's weights to those of one rank,
-and that of the memory which loading and running them took, where that is measured.
+a log-probability (vLLM) between N ranks and one (vllm-split: N ranks that split whole weights), the largest
+ratio of a rank's weights to those of one rank, and that of the memory which loading and running them took,
+where that is measured.
 """
 
 import argparse
@@ -42,14 +43,24 @@ def by_llmc(folder: Path, ranks: int, dtype: str) -> Row:
 
 def by_vllm(folder: Path, ranks: int, dtype: str) -> Row:
     """Measure vLLM with whole weights on one rank, and with sharded_state on all."""
+    return vllm_between(folder, dtype, 1, ranks)
+
+
+def by_vllm_split(folder: Path, ranks: int, dtype: str) -> Row:
+    """Measure vLLM on all ranks, with whole weights that it splits itself, and with sharded_state."""
+    return vllm_between(folder, dtype, ranks, ranks)
+
+
+def vllm_between(folder: Path, dtype: str, whole_ranks: int, ranks: int) -> Row:
+    """Measure vLLM with whole weights on some ranks, and with sharded_state on others."""
     python = find_server("vllm").command[0]
     program = Path(__file__).with_name("vllm_ranks.py")
     tokens = ",".join(str(each) for each in draw(folder)[0])
     answers: list[dict[str, Any]] = []
     with TemporaryDirectory() as scratch:
         output = Path(scratch) / "answer.json"
-        for count, load_format in ((1, "auto"), (ranks, "sharded_state")):
-            place = folder if count == 1 else folder / RANKS
+        for count, load_format in ((whole_ranks, "auto"), (ranks, "sharded_state")):
+            place = folder if load_format == "auto" else folder / RANKS
             asked = (str(place), str(count), load_format, dtype, str(output), tokens)
             call([python, "-P", "-B", str(program), *asked], {"VLLM_NO_USAGE_STATS": "1"})
             answers.append(json.loads(output.read_bytes()))
@@ -103,6 +114,7 @@ def call(command: Sequence[str], variables: dict[str, str]) -> None:
 MEASURES: dict[str, Callable[[Path, int, str], Row]] = {
     "llmc": by_llmc,
     "vllm": by_vllm,
+    "vllm-split": by_vllm_split,
     "deepspeed": by_deepspeed,
 }
 
