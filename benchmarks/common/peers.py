@@ -1,7 +1,7 @@
 """Build the same model with other tools, as their users build it.
 
 onnxruntime-genai's builder runs beside llmc. Each other tool has its own environment below the cache folder,
-which is created on first use with the versions in PINS; PIP_ARGS is passed to every pip install, as in the
+which is created on first use with the versions in RECIPES; PIP_ARGS is passed to every pip install, as in the
 Makefile.
 """
 
@@ -10,9 +10,12 @@ import shlex
 import subprocess
 import sys
 import tarfile
-import venv
 from dataclasses import dataclass
 from pathlib import Path
+
+from llmc.progress import PlainProgress
+from llmc.servers.environment import install_server, python_of
+from llmc.servers.recipes import PipCall, Recipe, install
 
 #: Settings of onnxruntime-genai's builder: precision and `key=value` of --extra_options. `int4` is block 32
 #: with int8 activations; `int4-tuned` adds what its documentation offers for speed.
@@ -38,10 +41,25 @@ NAMES = (
     *(f"llama-{name}" for name in LLAMA),
     *(f"openvino-{name}" for name in OPENVINO),
 )
-PINS = {
-    "llama": ("llama-cpp-python==0.3.36",),
-    "openvino": ("torch==2.13.0", "optimum-intel==2.2.0", "openvino-genai==2026.4.1.0"),
-    "quantizers": ("torch==2.13.0", "llmcompressor==0.14.0.1", "auto-round==0.15.1"),
+_LLAMA = "llama-cpp-python==0.3.36"
+#: No model here has vision, and torchvision for CUDA does not load beside torch for CPUs.
+RECIPES = {
+    "llama": Recipe("llama", "llama-cpp-python", "0.3.36", (install(_LLAMA),)),
+    "openvino": Recipe(
+        "openvino",
+        "openvino-genai",
+        "2026.4.1.0",
+        (
+            install("torch==2.13.0", "optimum-intel==2.2.0", "openvino-genai==2026.4.1.0"),
+            PipCall(("uninstall", "-y", "torchvision")),
+        ),
+    ),
+    "quantizers": Recipe(
+        "quantizers",
+        "llmcompressor",
+        "0.14.0.1",
+        (install("torch==2.13.0", "llmcompressor==0.14.0.1", "auto-round==0.15.1"),),
+    ),
 }
 SENTENCEPIECE = "sentencepiece==0.2.1"
 
@@ -96,19 +114,10 @@ def genai_command(checkpoint: Path, output: Path, setting: str) -> list[str]:
 
 
 def make_environment(runtime: str, cache: Path) -> Path:
-    """Return the interpreter of the environment of one of PINS, which is created on first use."""
+    """Return the interpreter of the environment of one of RECIPES, which is created on first use."""
     folder = (cache / f"env-{runtime}").resolve()
-    python = folder / "bin" / "python"
-    done = folder / "installed"
-    if not done.is_file():
-        venv.create(folder, with_pip=True, clear=True)
-        _pip(python, "install", *PINS[runtime])
-        if (
-            runtime == "openvino"
-        ):  # no model here has vision; a CUDA build does not load beside torch for CPUs
-            _pip(python, "uninstall", "-y", "torchvision")
-        done.touch()
-    return python
+    install_server(RECIPES[runtime], folder, PlainProgress(), pip_arguments=_pip_arguments())
+    return python_of(folder)
 
 
 def _gguf(python: Path, source: Path, cache: Path) -> Path:
@@ -117,7 +126,7 @@ def _gguf(python: Path, source: Path, cache: Path) -> Path:
     if not file.is_file():
         folder = cache / "llama-source"
         if not folder.is_dir():
-            _pip(python, "download", "--no-deps", "--no-binary", ":all:", *PINS["llama"], "-d", str(cache))
+            _pip(python, "download", "--no-deps", "--no-binary", ":all:", _LLAMA, "-d", str(cache))
             (archive,) = cache.glob("llama_cpp_python-*.tar.gz")
             _pip(python, "install", "--no-deps", "--target", str(cache / "llama-packages"), SENTENCEPIECE)
             with tarfile.open(archive) as packed:
@@ -143,8 +152,11 @@ def _quantize_gguf(python: Path, full: Path, setting: str, output: Path) -> None
 
 
 def _pip(python: Path, command: str, *arguments: str) -> None:
-    extra = [] if command == "uninstall" else shlex.split(os.environ.get("PIP_ARGS", ""))
-    _call([python, "-m", "pip", command, *arguments, *extra])
+    _call([python, "-m", "pip", command, *arguments, *_pip_arguments()])
+
+
+def _pip_arguments() -> list[str]:
+    return shlex.split(os.environ.get("PIP_ARGS", ""))
 
 
 def _call(command: list[str | Path], **environment: str) -> None:
