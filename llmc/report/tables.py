@@ -5,12 +5,10 @@ A figure is one column of `LAYOUTS`: its caption, and the function that reads it
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from llmc.artifact.latency import Latency
-from llmc.artifact.served import ServerRecord
-from llmc.config import Family, Metric
+from llmc.config import Metric
 from llmc.report.document import Report
 from llmc.report.figures import format_figure
 
@@ -49,10 +47,6 @@ class TableLayout:
     columns: Mapping[str, Callable[[Any], Cell]]
 
 
-def _server_figure(server: ServerRecord, metric: Metric) -> Cell:
-    return server.figures.get(metric.value)
-
-
 def _timed(entries: Callable[[Latency], Iterable[Any]]) -> Callable[[Report], Iterable[Any]]:
     """Return the entries of a report's latency; none if it was not measured."""
     return lambda report: () if report.latency is None else entries(report.latency)
@@ -69,11 +63,6 @@ LAYOUTS = (
             "where": lambda server: " ".join(filter(None, (server.where, server.dtype))) or None,
             "tensors taken": lambda server: None if server.taken is None else str(server.taken),
             "skipped": lambda server: None if server.skipped is None else str(server.skipped),
-            **{
-                metric.value.partition(".")[2]: partial(_server_figure, metric=metric)
-                for metric in Family.SERVER.metrics
-                if metric is not Metric.SERVER_SKIPPED
-            },
         },
     ),
     TableLayout(

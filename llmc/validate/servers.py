@@ -224,7 +224,7 @@ def _merge(metric: Metric, found: Mapping[str, Figures], reading: Sequence[str])
         return unmeasured(metric, MeasurementStatus.NOT_APPLICABLE, why, where)
     pick = max if metric.better.value == "less" else min
     worst = pick(values, key=lambda name: _order(values[name][0], metric))
-    detail = "; ".join(f"{name}: {words}" for name, (_, words) in values.items())
+    detail = "; ".join(f"{name}: {value:.4g}, {words}" for name, (value, words) in values.items())
     figures = {name: value for name, (value, _) in values.items()} if len(values) > 1 else None
     return measured(metric, values[worst][0], detail, where, figures)
 
