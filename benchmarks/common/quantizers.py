@@ -1,6 +1,6 @@
 """Quantize a checkpoint at 4 bits by group with llmc, llm-compressor or AutoRound, each in its own process.
 
-The two other tools have one environment below the cache folder, with the versions in `peers.PINS`.
+The two other tools have one environment below the cache folder, with the versions in `peers.RECIPES`.
 """
 
 import json

@@ -98,6 +98,12 @@ def test_a_server_that_is_not_installed_ends_before_the_gate(
         pipeline.verify(artifact, None, (), SilentProgress(), search=user, runtimes=runtimes)
 
 
+def test_a_server_that_reads_the_format_wrongly_is_not_started() -> None:
+    target = load_target("vllm-w4a16")
+    with pytest.raises(UnsupportedError, match="edgellm does not serve artifacts of target vllm-w4a16: "):
+        Runtimes(("edgellm",)).extras(target, target)
+
+
 def test_graphs_are_not_for_servers() -> None:
     target = load_target("cpu-fp32")
     with pytest.raises(UnsupportedError, match="artifacts of target cpu-fp32 are graphs, which vllm"):

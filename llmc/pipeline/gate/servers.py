@@ -19,8 +19,10 @@ from llmc.pipeline.gate.parity import Extra
 from llmc.pipeline.steps.stored import read_weights
 from llmc.servers.client import SECONDS, Answer, ask
 from llmc.servers.edgellm_graph import exported_matrices
-from llmc.servers.environment import Server, find_server, parse_environments
+from llmc.servers.environment import Server, find_server, known_recipe, parse_environments
 from llmc.servers.recipes import RECIPES
+from llmc.servers.support import why_not
+from llmc.servers.support_terms import Runtime
 from llmc.validate.servers import (
     Figures,
     Matrix,
@@ -127,7 +129,8 @@ class Runtimes:
         Raises:
             ConfigError: There is no such server.
             ResourceError: One is not installed.
-            UnsupportedError: The target's artifacts are not checkpoints, which servers load.
+            UnsupportedError: The target's artifacts are not checkpoints, or one of the servers is known to
+                refuse their format, or to read it wrongly.
         """
         stated = parse_environments(self.environments)
         if not self.names:
@@ -137,6 +140,12 @@ class Runtimes:
                 f"artifacts of target {target.name} are graphs, which {' and '.join(self.names)} cannot load",
                 hint="servers load artifacts of targets with backend checkpoint; llmc targets lists them",
             )
+        for name in (known_recipe(each).name for each in self.names):
+            if (reason := why_not(Runtime(name), target)) is not None:
+                raise UnsupportedError(
+                    f"{name} does not serve artifacts of target {target.name}: {reason}",
+                    hint=f"llmc check MODEL --target {target.name} --runtime {name} says what is known",
+                )
         found = tuple(find_server(name, stated.get(name)) for name in dict.fromkeys(self.names))
         return [Servers(found, self.seconds).extra(thresholds)]
 
