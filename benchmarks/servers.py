@@ -30,6 +30,7 @@ from pathlib import Path
 from common.machine import describe
 from common.options import add_cache, make_parser
 from gpu_checks.record import Identity, Outcome, Record, Status
+from gpu_checks.table import shorten
 from server_checks.check import Check, MissingError, Settings, versions
 from server_checks.plan import CHECKS
 
@@ -108,13 +109,9 @@ def print_table(checks: list[Check], outcomes: list[Outcome]) -> None:
     """Print one row of Markdown for each check."""
     print(f"{describe()}\n\n| measure | goal | figures |\n|---|---|---|")
     for check, outcome in zip(checks, outcomes, strict=True):
-        shown = "; ".join(f"{name} {_short(value)}" for name, value in outcome.figures.items())
+        shown = "; ".join(f"{name} {shorten(value)}" for name, value in outcome.figures.items())
         why = "" if outcome.why is None else f"{outcome.status.value}: {outcome.why}".replace("\n", " ")
         print(f"| {check.name} | {check.goal} | {'; '.join(part for part in (shown, why) if part)} |")
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
 
 def _describe(figures: dict[str, Any]) -> list[str]:
     shown = [
-        f"{name} {_short(value)}" for name, value in figures.items() if not isinstance(value, (list, dict))
+        f"{name} {shorten(value)}" for name, value in figures.items() if not isinstance(value, (list, dict))
     ]
     shown += [
         f"{name} {' '.join(f'{key} {count}' for key, count in value.items()) or 'none'}"
@@ -38,5 +38,6 @@ def _describe(figures: dict[str, Any]) -> list[str]:
     return shown[:_MOST]
 
 
-def _short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return a figure for people, with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
