@@ -78,6 +78,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sources = sources
         self._targets = {storage(each): (name, tuple(each.shape)) for name, each in parameters.items()}
         self.pieces: dict[str, dict[Box, dict[str, Any]]] = {}
+        self.values: dict[str, list[float]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -90,9 +91,10 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, name: str, shape: tuple[int, ...], operator: str, args: Any) -> None:
         box = box_of(args[0], shape)
-        if operator == "fill_" and not args[1]:
+        if operator == "zero_" or (operator == "fill_" and not args[1]):
             return
-        if operator == "zero_":
+        if operator == "fill_" and math.prod(box[1]) == math.prod(shape) <= _SMALL:  # a scalar that was read
+            self.values[name] = [float(args[1])] * math.prod(shape)
             return
         source = self._sources.get(storage(args[1])) if operator == "copy_" else None
         if source is None:
@@ -165,6 +167,7 @@ def layout(config: Any, tensors: list[tuple[str, torch.Tensor]]) -> dict[str, An
             found[name]["pieces"] = list(pieces.values())
         elif tensor.numel() <= _SMALL:
             found[name] = described(tensor)
+            found[name]["values"] = copies.values.get(name, found[name]["values"])
         else:
             raise NotCopiedError(f"{name} is in no file")
     return found

@@ -49,6 +49,13 @@ def test_padding_is_no_piece() -> None:
     assert len(record(load)) == 1
 
 
+def test_a_scalar_that_is_read_has_a_value() -> None:
+    parameter = torch.nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+    with Copies({}, {"p": parameter}) as copies:
+        parameter.data.fill_(0.5)
+    assert copies.values == {"p": [0.5]}
+
+
 @pytest.mark.parametrize(
     ("load", "reason"),
     [
