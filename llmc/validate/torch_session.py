@@ -23,6 +23,21 @@ from llmc.validate.attention import attention_by_rows
 from llmc.validate.reference import TorchModel
 
 
+def interface_in_transformers(interface: Interface, window: int | None) -> Interface:
+    """Return the interface of a traced graph as its model in transformers has it.
+
+    transformers counts a sliding window in slots of the cache, those of padding between tokens included, so
+    that the rows of a batch are padded on the left.
+
+    Args:
+        window: The config's sliding window in positions; None if it has none.
+    """
+    windows = window is not None or any(slot.window is not None for slot in interface.cache)
+    if not windows or interface.padding == "none":
+        return interface
+    return interface.model_copy(update={"padding": "left"})
+
+
 @dataclass(frozen=True)
 class TorchState:
     """A point of a sequence.

@@ -9,7 +9,7 @@ from llmc.arrays import Array
 from llmc.errors import ParityError
 from llmc.graph.interface import Interface, StateSlot
 from llmc.validate.reference import TorchModel
-from llmc.validate.torch_session import TorchSession
+from llmc.validate.torch_session import TorchSession, interface_in_transformers
 from tests.lowering import tiny
 from tests.models import build_tiny_model
 from tests.states import TYPES as STATES
@@ -80,6 +80,14 @@ def test_padded_rows_give_what_each_gives_alone(kind: str, side: str) -> None:
         whole = expected(model, TOKENS[row, : n + 2])
         actual = np.concatenate([first[row, mask[row] == 1], *(step[row] for step in steps)])
         assert apart(actual, whole) < ROUNDING
+
+
+def test_rows_beside_windows_are_padded_on_the_left() -> None:
+    stated = interface()
+    assert interface_in_transformers(stated, None) == stated
+    assert interface_in_transformers(stated, 8).padding == "left"
+    alone = stated.model_copy(update={"padding": "none"})
+    assert interface_in_transformers(alone, 8) == alone
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1", "mamba"])

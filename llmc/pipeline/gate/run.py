@@ -18,6 +18,7 @@ from llmc.validate.costs import model_costs
 from llmc.validate.drawing import BUDGET, Ground, plan_positions
 from llmc.validate.reference import sliding_window
 from llmc.validate.settings import Original, describe_original
+from llmc.validate.torch_session import interface_in_transformers
 
 if TYPE_CHECKING:
     from llmc.artifact.served import ServerRecord
@@ -129,14 +130,16 @@ class Run:
     def plan(self) -> Plan:
         """Return the positions that the parity levels compare."""
         subject, config = self.subject, self.subject.checkpoint.config
+        window = sliding_window(config)
+        interface = subject.interface
+        if not subject.backend.writes_graph:
+            interface = interface_in_transformers(interface, window)
         plain = count_plain_attention(subject.rebuilt.graph.graph)
         ground = Ground(
-            interface=subject.interface,
+            interface=interface,
             text=self.tokens,
-            costs=model_costs(
-                subject.interface, config, subject.compiled.reference_bytes() // 4, plain_layers=plain
-            ),
-            window=sliding_window(config),
+            costs=model_costs(interface, config, subject.compiled.reference_bytes() // 4, plain_layers=plain),
+            window=window,
             switches=rope_switches(config),
             lengths=trained_lengths(config),
             compiled=subject.backend.rounds_attention,
