@@ -28,7 +28,7 @@ def window_losses(source: Checkpoint, windows: np.ndarray) -> np.ndarray:
 
     A quantized checkpoint computes with the values that llmc's reader gives.
     """
-    model = TorchModel(source.load_reference())
+    model = TorchModel(source.fill_reference())
     losses = []
     for row in windows:
         likely = log_softmax(model.logits(row[:-1], keep=len(row) - 1))

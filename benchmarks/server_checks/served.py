@@ -17,7 +17,7 @@ from common.sources import checkpoint
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import ResourceError
 from llmc.servers.client import Request, ask
-from llmc.servers.environment import find_server
+from llmc.servers.environment import Server, find_server
 from server_checks.check import Check, Figures, MissingError, Settings
 
 #: The demo with weights off the 4-bit grid of its file.
@@ -39,7 +39,7 @@ def list_checks() -> list[Check]:
         goal = "<= 1e-3 in float32" if runtime == "transformers" else "measured; the gate is set by it"
         checks.append(Check(f"logits/{runtime}", goal, partial(verify_logits, runtime)))
     checks.append(Check("ranks", "<= 1e-4, each rank <= 0.45 of the memory", compare_ranks))
-    checks.append(Check("sabotage", "all caught", partial(run_program, "sabotage.py")))
+    checks.append(Check("sabotage", "all caught", damage))
     return checks
 
 
@@ -58,10 +58,7 @@ def build(name: str, settings: Settings, output: Path, extends: str, *options: s
 
 def compare_formats(settings: Settings) -> Figures:
     """Return the largest difference of vLLM's log-probabilities between formats that hold the same codes."""
-    try:
-        server = find_server("vllm")
-    except ResourceError as error:
-        raise MissingError(error.fact) from error
+    server = require_server("vllm")
     source = open_checkpoint(str(checkpoint(SOURCE, settings.cache)))
     request = Request(sequences=cut_windows(source, _SEQUENCES, _LENGTH).tolist(), threads=1)
     answers = []
@@ -87,10 +84,7 @@ def verify_logits(runtime: str, settings: Settings) -> Figures:
     """Return what `llmc verify` measures of the demo in a runtime, against the artifact's own weights."""
     options: list[str] = []
     if runtime != "transformers":
-        try:
-            find_server(runtime)
-        except ResourceError as error:
-            raise MissingError(error.fact) from error
+        require_server(runtime)
         options = ["--runtime", runtime]
     with TemporaryDirectory(dir=settings.cache) as scratch:
         folder = build("logits", settings, Path(scratch) / "artifact", "vllm-w4a16")
@@ -116,11 +110,10 @@ def run_readers(settings: Settings) -> Figures:
         file = Path(scratch) / "comparisons.json"
         run_program("readers.py", settings, *options, "--json", str(file))
         comparisons = json.loads(file.read_text())
-    equal = {
-        c["form"] for c in comparisons if not c["reason"] and c["equal"] == c["matrices"] and not c["skipped"]
-    }
-    failed = [f"{c['form']} by {c['reader']}" for c in comparisons if c["form"] not in equal]
-    return {"forms": len(equal), "readings": len(comparisons), "unequal": ", ".join(failed) or "none"}
+    failed = [c for c in comparisons if c["reason"] or not 0 < c["matrices"] == c["equal"] or c["skipped"]]
+    forms = {c["form"] for c in comparisons} - {c["form"] for c in failed}
+    named = ", ".join(f"{c['form']} by {c['reader']}" for c in failed)
+    return {"forms": len(forms), "readings": len(comparisons), "unequal": named or "none"}
 
 
 def missed_readers(figures: Figures) -> str | None:
@@ -133,6 +126,31 @@ def compare_ranks(settings: Settings) -> Figures:
     with TemporaryDirectory(dir=settings.cache) as scratch:
         folder = build("ranks", settings, Path(scratch) / "artifact", "vllm-w4a16", "--shards", str(_RANKS))
         return run_program("ranks.py", settings, str(folder))
+
+
+def damage(settings: Settings) -> Figures:
+    """Return the lines of sabotage.py on the demo in vLLM.
+
+    Raises:
+        MissingError: vLLM is not installed.
+        RuntimeError: A fault was not caught.
+    """
+    require_server("vllm")
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = build("sabotage", settings, Path(scratch) / "artifact", "vllm-w4a16")
+        return run_program("sabotage.py", settings, str(folder), str(checkpoint(SOURCE, settings.cache)))
+
+
+def require_server(name: str) -> Server:
+    """Return an installed server.
+
+    Raises:
+        MissingError: It is not installed.
+    """
+    try:
+        return find_server(name)
+    except ResourceError as error:
+        raise MissingError(error.fact) from error
 
 
 def run_program(name: str, settings: Settings, *arguments: str) -> Figures:
