@@ -45,6 +45,7 @@ class Request:
         new_tokens: Maximum number of new tokens.
         dtype: `auto` for the type that the checkpoint states, or `float32`.
         threads: Threads to compute with; None for the server's default.
+        gpu_only: Whether the server is known to need a GPU for the format: it is then enough that it reads.
     """
 
     sequences: Sequence[Sequence[int]] = ()
@@ -53,6 +54,7 @@ class Request:
     new_tokens: int = 16
     dtype: str = "auto"
     threads: int | None = None
+    gpu_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def _as_json(folder: Path, request: Request, scratch: Path) -> str:
             "new_tokens": request.new_tokens,
             "dtype": request.dtype,
             "threads": request.threads,
+            "gpu_only": request.gpu_only,
         }
     )
 

@@ -276,6 +276,18 @@ _IN_LMDEPLOY = {
     ),
 }
 
+_DEEPSPEED = VERSIONS[Runtime.DEEPSPEED]
+_IN_DEEPSPEED = {
+    (Runtime.DEEPSPEED, _CT): _all(
+        (MatrixKind.INT4, MatrixKind.INT8_DYNAMIC), SchemeSupport(_SERVED, _RAN, _DEEPSPEED)
+    ),
+    (Runtime.DEEPSPEED, _GPTQ): {
+        MatrixKind.INT4: SchemeSupport(
+            _REFUSED, _LOADED, _DEEPSPEED, "transformers, by which it loads, needs gptqmodel and optimum"
+        )
+    },
+}
+
 #: What each runtime does with the kinds of matrices in each format.
 SCHEMES: dict[tuple[Runtime, CheckpointFormat], dict[MatrixKind, SchemeSupport]] = {
     **_IN_TRANSFORMERS,
@@ -284,6 +296,7 @@ SCHEMES: dict[tuple[Runtime, CheckpointFormat], dict[MatrixKind, SchemeSupport]]
     **_IN_TENSORRT_LLM,
     **_IN_EDGELLM,
     **_IN_LMDEPLOY,
+    **_IN_DEEPSPEED,
 }
 
 _ONE_CACHE = "it reads no scales of the cache in this format"

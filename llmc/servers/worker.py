@@ -7,7 +7,8 @@ JSON for each event to what was standard output when it started. Libraries print
 
 A request has `folder` (the checkpoint), `scratch` (a folder for arrays), `sequences` (token ids whose
 log-probabilities are asked), `prompts` (texts to encode), `continue` (token ids to continue greedily),
-`new_tokens`, and `dtype` (`auto` for the checkpoint's own, or `float32`).
+`new_tokens`, `dtype` (`auto` for the checkpoint's own, or `float32`), `threads`, and `gpu_only`: then it is
+enough that the server reads the checkpoint.
 
 Events, each an object with `event`:
 

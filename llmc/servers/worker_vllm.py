@@ -37,19 +37,27 @@ def main(request: dict[str, Any], channel: Channel) -> None:
     count = _counting_loader()
     longest = max([1, *map(len, request["sequences"])])
     longest = max([longest, *(len(ids) + request["new_tokens"] for ids in request["continue"])])
-    model = vllm.LLM(
-        request["folder"],
-        dtype=request["dtype"],
-        load_format=_FORMAT,
-        max_model_len=longest + 1,
-        max_num_batched_tokens=max(longest + 1, 64),
-        max_num_seqs=1,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        enable_chunked_prefill=False,
-        disable_log_stats=True,
-        seed=0,
-    )
+    try:
+        model = vllm.LLM(
+            request["folder"],
+            dtype=request["dtype"],
+            load_format=_FORMAT,
+            max_model_len=longest + 1,
+            max_num_batched_tokens=max(longest + 1, 64),
+            max_num_seqs=1,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            enable_chunked_prefill=False,
+            disable_log_stats=True,
+            seed=0,
+        )
+    except Exception:
+        if not request["gpu_only"] or not count.finished:
+            raise
+        channel.loaded(count.taken, count.skipped, count.unfilled, "")
+        nothing = dict.fromkeys(("token_ids", "logits", "log_probabilities", "greedy", "products", "graph"))
+        channel.send("answer", **nothing)
+        return
     dtype = str(model.llm_engine.model_config.dtype).removeprefix("torch.")
     channel.loaded(count.taken, count.skipped, count.unfilled, dtype)
     tokenizer = model.get_tokenizer()
@@ -166,6 +174,7 @@ def _counting_loader() -> Any:
             self.skipped: list[str] = []
             self.unfilled: list[str] = []
             self.taken = 0
+            self.finished = False
             self._current: str | None = None
             self._took = False
             self._parameters: dict[int, list[Any]] = {}
@@ -192,6 +201,7 @@ def _counting_loader() -> Any:
 
         def finish(self) -> None:
             self._close()
+            self.finished = True
             self.unfilled = [name for name, size, filled in self._parameters.values() if filled < size]
             self._parameters.clear()
 

@@ -113,9 +113,9 @@ def test_shapes_are_a_matter_of_the_server() -> None:
 
 
 def test_a_server_that_was_not_tried_is_not_refused() -> None:
-    found = treatments(Runtime.DEEPSPEED, load_target("vllm-w4a16"))
+    found = treatments(Runtime.DEEPSPEED, load_target("vllm-nvfp4"))
     assert {treatment.status for treatment in found} == {Status.UNKNOWN}
-    assert why_not(Runtime.DEEPSPEED, load_target("vllm-w4a16")) is None
+    assert why_not(Runtime.DEEPSPEED, load_target("vllm-nvfp4")) is None
 
 
 def test_every_scheme_has_a_kind() -> None:

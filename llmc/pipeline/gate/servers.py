@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -21,8 +21,8 @@ from llmc.servers.client import SECONDS, Answer, ask
 from llmc.servers.edgellm_graph import exported_matrices
 from llmc.servers.environment import Server, find_server, known_recipe, parse_environments
 from llmc.servers.recipes import RECIPES
-from llmc.servers.support import why_not
-from llmc.servers.support_terms import Runtime
+from llmc.servers.support import treatments, why_not
+from llmc.servers.support_terms import Runtime, Status
 from llmc.validate.servers import (
     Figures,
     Matrix,
@@ -79,7 +79,7 @@ class Servers:
                         answers[title] = ask(
                             server,
                             run.subject.folder,
-                            request,
+                            replace(request, gpu_only=_needs_gpu(server, run.subject.target)),
                             scratch,
                             seconds=self.seconds,
                             advance=run.progress.advance,
@@ -148,6 +148,12 @@ class Runtimes:
                 )
         found = tuple(find_server(name, stated.get(name)) for name in dict.fromkeys(self.names))
         return [Servers(found, self.seconds).extra(thresholds)]
+
+
+def _needs_gpu(server: Server, target: Target) -> bool:
+    """Return whether a server is known to have no kernels for a CPU for what a target builds."""
+    found = treatments(Runtime(server.name), target)
+    return any(treatment.status is Status.GPU_ONLY for treatment in found)
 
 
 def _matrices(run: Run) -> Matrix:
