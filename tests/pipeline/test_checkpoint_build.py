@@ -245,6 +245,15 @@ def test_what_a_format_cannot_hold_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_the_cache_are_refused(llama: Path, tmp_path: Path) -> None:
+    planned = plan(llama, tmp_path / "out")
+    assert planned.target.checkpoint is not None
+    section = planned.target.checkpoint.model_copy(update={"kv_cache": "fp8", "calibration": TEXT})
+    target = planned.target.model_copy(update={"checkpoint": section})
+    with pytest.raises(UnsupportedError, match="asks for scales of a KV cache in fp8, which are not yet"):
+        build_folder(planned.model_copy(update={"target": target}))
+
+
 def test_an_embedding_is_refused(llama: Path, tmp_path: Path) -> None:
     rules = (WeightRule.model_validate({"scheme": BLOCKS}),)
     with pytest.raises(
