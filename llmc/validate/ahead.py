@@ -1,8 +1,9 @@
 """Answer the steps of a session by one pass over each text that is known in advance.
 
-A model that is streamed from disk reads all of its weights in every step. Its gates feed it texts that are
-fixed before, and in a causal model the logits after a token do not depend on how the tokens before it were
-cut into steps, nor on padding. So every text is run once, as the original's are.
+A model that is streamed from disk reads all of its weights in every step, and states of fixed size do not go
+back. The gates feed a model texts that are fixed before, and in a causal model the logits after a token do
+not depend on how the tokens before it were cut into steps, nor on padding. So every text is run once, as the
+original's are.
 """
 
 from collections.abc import Iterator, Sequence

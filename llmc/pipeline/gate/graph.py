@@ -14,7 +14,7 @@ from llmc.machine import release_memory
 from llmc.pipeline.gate.rounding import allow_own_rounding, bound_on_divergence
 from llmc.pipeline.gate.run import Run
 from llmc.pipeline.gate.subject import open_rounding
-from llmc.pipeline.steps.folder import FolderSession, StreamedFolderSession, open_folder_session
+from llmc.pipeline.steps.folder import FolderSession, KnownTextsSession, open_folder_session
 from llmc.pipeline.steps.original import is_large
 from llmc.runtime.arithmetic import Arithmetic
 from llmc.validate import generation
@@ -308,7 +308,7 @@ def _open_executed(run: Run, slots: int | None = None, *, any_text: bool = False
 
 def _interface_of(run: Run, session: Rewindable) -> Measurement:
     """Measure INTERFACE for an opened artifact: what its loader did not read, for a checkpoint."""
-    if isinstance(session, FolderSession | StreamedFolderSession):
+    if isinstance(session, FolderSession | KnownTextsSession):
         return mismatches(Metric.INTERFACE, session.problems, session.fine, session.where)
     return _interface_holds(run.subject.interface, session.where)
 

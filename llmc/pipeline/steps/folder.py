@@ -33,8 +33,8 @@ class FolderSession(TorchSession):
         self.fine = loaded.fine
 
 
-class StreamedFolderSession(AheadSession):
-    """A session of a folder that is read from disk layer by layer, for texts that are known in advance.
+class KnownTextsSession(AheadSession):
+    """A session of a folder for texts that are known in advance, each of which it runs once.
 
     Args:
         loaded: The folder.
@@ -51,14 +51,14 @@ class StreamedFolderSession(AheadSession):
 
 def open_folder_session(
     folder: Path, interface: Interface, *, exact: bool, texts: Sequence[ReferencePass] = ()
-) -> FolderSession | StreamedFolderSession:
+) -> FolderSession | KnownTextsSession:
     """Load the checkpoint in `folder`, whole if it fits into memory, otherwise layer by layer.
 
     Args:
         interface: The interface that the manifest states.
         exact: Whether activations stay in float, so that the artifact's weights are all that is rounded.
-        texts: Everything that the session will be fed, so that a model that is read layer by layer runs each
-            text once; empty if that is not known.
+        texts: Everything that the session will be fed; empty if that is not known. A model that is read layer
+            by layer, or has states of fixed size, then runs each text once.
 
     Raises:
         ParityError: The folder cannot be read, or transformers cannot load it.
@@ -68,12 +68,13 @@ def open_folder_session(
 
     checkpoint = open_folder(folder)
     try:
-        if is_large(checkpoint):
+        large = is_large(checkpoint)
+        if large:
             loaded = stream_served(checkpoint, quantize_activations=not exact)
-            if texts:
-                return StreamedFolderSession(loaded, interface, texts)
         else:
             loaded = load_served(checkpoint, quantize_activations=not exact)
     except CheckpointError as error:
         raise ParityError(error.fact) from error
+    if texts and (large or interface.states):
+        return KnownTextsSession(loaded, interface, texts)
     return FolderSession(loaded, interface)
