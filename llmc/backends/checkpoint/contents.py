@@ -16,7 +16,7 @@ from llmc.arrays import Array
 from llmc.backends.checkpoint.coded import coded_matrices, expert_matrix, expert_schemes
 from llmc.backends.checkpoint.formats.base import CodedMatrix, Format
 from llmc.backends.written import WrittenFrom, WrittenTensors
-from llmc.config import ServedCheckpoint
+from llmc.config import ServedCheckpoint, WeightRole
 from llmc.errors import UnsupportedError
 from llmc.graph.files import FileTensors
 from llmc.graph.linear import find_linears
@@ -99,7 +99,8 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
         copied = CastRows(StoredRows(files.store, info), dtype)
         read = partial(read_all, copied)
         tensors.append(WrittenTensors(specs, partial(_named, name, read), rows=partial(_in_steps, copied)))
-    products = [lazy_of(linear.weight).sources[0] for linear in find_linears(graph)]
+    inner = (linear for linear in find_linears(graph) if linear.role is not WeightRole.LM_HEAD)
+    products = [lazy_of(linear.weight).sources[0] for linear in inner]
     linears = (*checkpoint.linear_parameters(), *products)
     ignored = _float_modules(linears, files, names, {matrix.module for matrix in matrices})
     return Contents(tuple(tensors), tuple(matrices), ignored, tuple(rounded))
