@@ -363,3 +363,13 @@ def test_experts_in_fp8_have_a_scale_for_each_output(experts: Path, tmp_path: Pa
 def test_experts_that_need_calibration_are_refused(experts: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="experts are not calibrated"):
         build_folder(plan(experts, tmp_path / "out", "modelopt-nvfp4"))
+
+
+def test_scales_of_a_cache_are_refused(llama: Path, tmp_path: Path) -> None:
+    planned = plan(llama, tmp_path / "out")
+    section = planned.target.checkpoint
+    assert section is not None
+    cached = section.model_copy(update={"kv_cache": "fp8"})
+    target = planned.target.model_copy(update={"checkpoint": cached})
+    with pytest.raises(UnsupportedError, match="asks for scales of the KV cache, which are not calibrated"):
+        build_folder(planned.model_copy(update={"target": target}))
