@@ -292,12 +292,18 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     shapes: list[Any] = [None] * ranks
     mine = {n: tuple(p.shape) for n, p in engine.module.named_parameters(remove_duplicate=False)}
     torch.distributed.all_gather_object(shapes, mine)
+    kept: dict[tuple[Any, ...], torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             stored = tied.get(name, name)
             whole = weights.shape(stored)
             start = place(engine.module, name, whole, [every[name] for every in shapes], rank)
+            box = (stored, *start, *parameter.shape)
+            if box in kept:  # a tied head that has the embedding's box
+                parameter.data = kept[box]
+                continue
             parameter.copy_(weights.read(stored, start, list(parameter.shape)).to(dtype))
+            kept[box] = parameter.data
     return engine.module
 
 
