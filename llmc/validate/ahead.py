@@ -87,7 +87,8 @@ class AheadSession:
             for row, start, own in zip(self._rows, starts, tokens, strict=True)
         ]
         pairs = zip(self._rows, fed, strict=True)
-        if any(_beginning(row.tokens[None], own) is None for row, own in pairs):
+        same = all(_beginning(row.tokens[None], own) is not None for row, own in pairs)
+        if not same or not _knows(self._texts[self._rows[0].text], fed):
             self._rows = self._find(fed)  # texts may begin alike
         logits = self._blank(*tokens.shape)
         for number, start in enumerate(starts):
@@ -120,8 +121,8 @@ class AheadSession:
     def _find(self, prompts: Sequence[Array]) -> tuple[_Row, ...]:
         """Return the known row that begins with each prompt, all from one text.
 
-        Of several, the one whose first step is the shortest that holds the prompts is taken: beyond a switch
-        of rotary embeddings the first step decides what follows.
+        Of several, one that knows the logits after the prompts is taken, and of these the one whose first
+        step is the shortest that holds them: beyond a switch of rotary embeddings it decides what follows.
         """
         fitting = []
         for number, text in enumerate(self._texts):
@@ -130,10 +131,10 @@ class AheadSession:
             found = [_beginning(rows, prompt) for prompt in prompts]
             if first >= self._longest and all(row is not None for row in found):
                 known = (_Row(number, row, rows[row]) for row in found if row is not None)
-                fitting.append((first, number, tuple(known)))
+                fitting.append((not _knows(text, prompts), first, number, tuple(known)))
         if not fitting:
             raise ParityError("the tokens begin no text that is known in advance")
-        return min(fitting, key=lambda each: each[:2])[2]
+        return min(fitting, key=lambda each: each[:3])[3]
 
     def _known(self, row: int, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """Yield the positions in a range of a row whose logits are known, with them, (vocabulary,)."""
@@ -152,6 +153,11 @@ class AheadSession:
             tokens = np.stack([row.tokens for row in self._rows])
             self._kept[key] = self._model.logits_at(tokens, text.positions, pieces=text.pieces)
         return self._kept[key]
+
+
+def _knows(text: ReferencePass, prompts: Sequence[Array]) -> bool:
+    """Return whether the logits after each prompt will be known."""
+    return bool(np.isin([len(prompt) - 1 for prompt in prompts], text.positions).all())
 
 
 def _beginning(rows: Array, prompt: Array) -> int | None:

@@ -9,7 +9,16 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.errors import CheckpointError, ParityError
-from llmc.graph.weights import CastRows, CodeGrid, ConcatRows, Rows, ScaledRows, StoredRows, WeightStore
+from llmc.graph.weights import (
+    CastRows,
+    CodeGrid,
+    ConcatRows,
+    Rows,
+    ScaledRows,
+    StackGrid,
+    StoredRows,
+    WeightStore,
+)
 from llmc.validate.stored import BLOCK, Stored
 
 
@@ -35,7 +44,7 @@ def _stored(name: str, rows: Rows, store: WeightStore) -> Stored:
         rows.shape,
         _reader(lambda start, stop: np.atleast_1d(own.rows(start, stop)).astype(np.float32)),
         BLOCK if grid is None or grid.group_size == rows.shape[-1] else grid.group_size,
-        None if grid is None or not grid.even else _reader(_steps(grid, rows.shape[-1])),
+        None if grid is None or not grid.even else _reader(_steps(grid, rows.shape)),
     )
 
 
@@ -67,13 +76,18 @@ def _grid(rows: Any) -> CodeGrid | None:
         return None
     with _reading():
         grid = rows.info.codes()
-    return grid if isinstance(grid, CodeGrid) else None
+    if not isinstance(grid, CodeGrid) or grid.turned:
+        return None
+    return grid if len(rows.shape) == 2 or isinstance(grid, StackGrid) else None
 
 
-def _steps(grid: CodeGrid, inputs: int) -> Callable[[int, int], Array]:
+def _steps(grid: CodeGrid, shape: tuple[int, ...]) -> Callable[[int, int], Array]:
+    each = grid.outputs if isinstance(grid, StackGrid) else 1  # rows of codes for a row of the tensor
+
     def steps(start: int, stop: int) -> Array:
-        scales = grid.read(start, stop).scales.astype(np.float32)
-        return np.repeat(scales, grid.group_size, axis=1)[:, :inputs]
+        scales = grid.read(each * start, each * stop).scales.astype(np.float32)
+        wide = np.repeat(scales, grid.group_size, axis=1)[:, : shape[-1]]
+        return wide.reshape(stop - start, *shape[1:])
 
     return steps
 

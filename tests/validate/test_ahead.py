@@ -69,6 +69,15 @@ def test_texts_may_begin_alike(session: AheadSession) -> None:
     np.testing.assert_allclose(actual[0], expected(ALIKE.tokens[1, :12])[8:], atol=2e-5)
 
 
+def test_the_text_that_knows_the_logits_is_taken() -> None:
+    """A short text begins like a long one, and does not have the positions that are read."""
+    short = ReferencePass(TOKENS[0, :8], (), np.array([6]))
+    model = AheadSession(tiny("llama"), shaped(), "transformers", [short, LONG])
+    assert model.prefill(TOKENS[None, 0, :5], steps=4)[0, 4].any()
+    model.prefill(TOKENS[None, 0, :7], steps=4)
+    assert model.decode(TOKENS[None, 0, 7:10])[0, 2].any()
+
+
 def test_other_texts_are_refused(session: AheadSession) -> None:
     session.prefill(TOKENS[None, 0, :4], steps=4)
     with pytest.raises(ParityError, match="begin no text that is known in advance"):
