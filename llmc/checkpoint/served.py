@@ -66,8 +66,9 @@ def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> Loaded
     """
     quantization = checkpoint.quantization
     library = f"transformers {version('transformers')}"
-    if quantization is not None and quantization.method is not QuantMethod.COMPRESSED_TENSORS:
-        why = f"with the weights that llmc reads; it has no reader of {quantization.method} here"
+    lacks = _lack(checkpoint)
+    if lacks is not None:
+        why = f"with the weights that llmc reads; it {lacks}"
         return _rounding(checkpoint, checkpoint.fill_reference(), f"{library} {why}", quantize_activations)
     if quantization is not None:
         _require_package()
@@ -85,6 +86,18 @@ def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> Loaded
     problems = (*_unread(info, set(checkpoint.unused)), *agreed.problems)
     fine = f"transformers reads every tensor; {agreed.compared} parameters have the values that llmc reads"
     return LoadedFolder(model.eval(), library, problems, agreed.note, fine)
+
+
+def _lack(checkpoint: Checkpoint) -> str | None:
+    """Return what transformers' loader lacks to load the folder in float32 here; None if nothing."""
+    if checkpoint.quantization is None:
+        return None
+    if checkpoint.quantization.method is not QuantMethod.COMPRESSED_TENSORS:
+        return f"has no reader of {checkpoint.quantization.method} here"
+    infos = checkpoint.tensors.infos().values()
+    if any(len(info.shape) == 3 and info.codes is not None for info in infos):
+        return "does not stack experts that are quantized one by one"
+    return None
 
 
 def stream_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> LoadedFolder:
