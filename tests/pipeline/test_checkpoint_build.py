@@ -226,7 +226,10 @@ def test_an_activation_that_stays_in_float_keeps_its_products_in_float(llama: Pa
 def test_a_model_in_gguf_is_written_under_the_names_of_transformers(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     folder = build_folder(plan(file, tmp_path / "out"))
-    assert "model.layers.0.self_attn.q_proj.weight_packed" in tensors_of(folder).infos()
+    infos = tensors_of(folder).infos()
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in infos
+    assert infos["model.embed_tokens.weight"].dtype.name == "BFLOAT16"
+    assert infos["model.norm.weight"].dtype.name == "FLOAT"  # a tensor that the file has in float32
     assert config_of(folder)["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -240,9 +243,20 @@ def test_what_a_format_cannot_hold_is_refused(
     llama: Path, tmp_path: Path, scheme: Mapping[str, Any], message: str
 ) -> None:
     rules = (*FLOAT, WeightRule.model_validate({"scheme": {**BLOCKS, **scheme}}))
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(UnsupportedError, match=message) as caught:
         build_folder(plan(llama, tmp_path / "out", rules=rules))
+    assert str(caught.value.hint).startswith("copy the target and change its rule")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_names_the_target_that_can(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", tokenizer=True, intermediate_size=128)
+    planned = plan_build(
+        str(model), target="vllm-w4a16", profile="cpu-avx2", output=tmp_path / "out", verify=False
+    )
+    with pytest.raises(UnsupportedError, match="groups of 128 do not divide 64 inputs") as caught:
+        build_folder(planned)
+    assert caught.value.hint == "--target vllm-w4a16-g64 can"
 
 
 def test_scales_of_the_cache_are_refused(llama: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ class CheckpointBackend(Backend):
         contents = _contents(graph, target, checkpoint)
         if contents.rounded:
             progress.note(
-                f"write: {len(contents.rounded)} tensors are stored in the type of config.json, "
-                f"{str(checkpoint.config.dtype).removeprefix('torch.')}, first {contents.rounded[0]}"
+                f"write: {len(contents.rounded)} tensors are stored in another type than they are read in, "
+                f"first {contents.rounded[0]}"
             )
         progress.note(f"write: {describe_takers(target)}")
         return write_tensors(contents.tensors, folder, progress.advance)

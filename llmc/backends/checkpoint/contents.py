@@ -29,6 +29,7 @@ from llmc.graph.weights import (
     ScaledRows,
     ShiftedRows,
     StoredRows,
+    TensorInfo,
     read_all,
     row_chunks,
 )
@@ -88,7 +89,7 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
             specs = {spec.name: (spec.dtype, spec.shape) for spec in form.specs(matrix)}
             tensors.append(WrittenTensors(specs, partial(_encode, form, matrix), parameter))
             continue
-        dtype = _written_type(info.dtype, checkpoint, keep=files.are_files and info.codes is None)
+        dtype = _written_type(info, checkpoint, keep=files.are_files and info.codes is None)
         if dtype is not info.dtype:
             rounded.append(name)
         rows = changed.get(parameter) if parameter is not None else None
@@ -168,15 +169,20 @@ def _encode(form: Format, matrix: CodedMatrix) -> Mapping[str, Array]:
     return form.encode(matrix, matrix.read())
 
 
-def _written_type(stored: ir.DataType, checkpoint: WrittenFrom, *, keep: bool) -> ir.DataType:
-    """Return the type in which a tensor is written: that of the files, or of the config if they have none."""
-    named = str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch.")
-    kinds = {
-        "float32": ir.DataType.FLOAT,
-        "float16": ir.DataType.FLOAT16,
-        "bfloat16": ir.DataType.BFLOAT16,
-    }
-    return stored if keep or not stored.is_floating_point() else kinds.get(named, stored)
+def _written_type(info: TensorInfo, checkpoint: WrittenFrom, *, keep: bool) -> ir.DataType:
+    """Return the type in which a tensor is written: that of the files, or of the config if they have none.
+
+    Values that were dequantized are written in bfloat16 where the config names float32, as GGUF files
+    have it: servers compute in half precision, and would round them when they load.
+    """
+    if keep or not info.dtype.is_floating_point():
+        return info.dtype
+    match str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch."):
+        case "float16":
+            return ir.DataType.FLOAT16
+        case "bfloat16":
+            return ir.DataType.BFLOAT16
+    return info.dtype if info.codes is None else ir.DataType.BFLOAT16
 
 
 def _float_modules(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.backends.checkpoint.formats.choice import format_of
+from llmc.catalog import list_targets
 from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightRole, WeightScheme
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
@@ -75,7 +76,7 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
             if refusal is not None:
                 raise UnsupportedError(
                     f"format {section.format.value} cannot hold {matrix.source}: {refusal}",
-                    hint=f"copy the target and change its rule, or {_FLOAT}",
+                    hint=_advise(target, section, form, planned),
                 )
         found += matrix.schemes
     found += _require_experts(graph, target, section, form, checkpoint)
@@ -91,6 +92,18 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
             f"target {target.name} quantizes no matrix of this model",
             hint="its rules must match a linear layer: llmc targets show",
         )
+
+
+def _advise(target: Target, section: ServedCheckpoint, form: Format, planned: Sequence[PlannedMatrix]) -> str:
+    """Name a target that ships, writes the same format and can hold all matrices, or say what to change."""
+    for each in list_targets():
+        other, rules = each.document.checkpoint, each.document.quantize
+        if other != section or rules is None or each.document.name == target.name:
+            continue
+        schemes = [rule.scheme for rule in rules.rules if rule.scheme is not None]
+        if all(form.refusal(scheme, matrix.shape) is None for scheme in schemes for matrix in planned):
+            return f"--target {each.document.name} can"
+    return f"copy the target and change its rule, or {_FLOAT}"
 
 
 def joined_weights(graph: Graph) -> list[list[str]]:
