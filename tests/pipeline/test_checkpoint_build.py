@@ -264,7 +264,7 @@ def test_scales_of_the_cache_are_refused(llama: Path, tmp_path: Path) -> None:
     assert planned.target.checkpoint is not None
     section = planned.target.checkpoint.model_copy(update={"kv_cache": "fp8", "calibration": TEXT})
     target = planned.target.model_copy(update={"checkpoint": section})
-    with pytest.raises(UnsupportedError, match="asks for scales of a KV cache in fp8, which are not yet"):
+    with pytest.raises(UnsupportedError, match="asks for scales of the KV cache, which are not calibrated"):
         build_folder(planned.model_copy(update={"target": target}))
 
 

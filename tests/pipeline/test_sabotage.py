@@ -306,7 +306,7 @@ def test_an_original_larger_than_memory_gives_the_same_numbers(
     whole = verify(artifacts["int4"], None, text, SilentProgress()).report
     loaded: list[str] = []
     monkeypatch.setattr(Checkpoint, "fill_reference", lambda *_: loaded.append("whole"))
-    monkeypatch.setattr("llmc.pipeline.gate.subject.available_memory", lambda: 1000)
+    monkeypatch.setattr("llmc.pipeline.steps.original.available_memory", lambda: 1000)
     monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     streamed = verify(artifacts["int4"], None, text, SilentProgress()).report
     assert loaded == []

@@ -52,20 +52,13 @@ def require_matrices(graph: Graph, target: Target, checkpoint: WrittenFrom) -> N
         graph: The graph after its passes, before quantization.
 
     Raises:
-        UnsupportedError: A matrix cannot be held, servers do not read it quantized, or scales of the KV cache
-            are asked for.
+        UnsupportedError: A matrix cannot be held, or servers do not read it quantized.
         ConfigError: The target has no section checkpoint, or none of its rules applies.
     """
     section = target.checkpoint
     if section is None:
         raise ConfigError(f"target {target.name} has no section checkpoint, which backend checkpoint needs")
     form = format_of(section)
-    if section.kv_cache is not None:
-        raise UnsupportedError(
-            f"target {target.name} asks for scales of a KV cache in {section.kv_cache}, which are not yet "
-            "calibrated",
-            hint="leave kv_cache out; vLLM takes --kv-cache-dtype fp8 without scales of the folder",
-        )
     linear = set(checkpoint.linear_parameters())
     found: list[WeightScheme | EngineScheme] = []
     planned = list(planned_matrices(graph, target, section))
