@@ -10,7 +10,6 @@ import typer
 from llmc.cli.options import Environments, Json
 from llmc.cli.text import examples, open_progress
 
-_PYTHON = sys.executable
 _app = typer.Typer(
     help="Show or make the environments of the servers that `llmc verify --runtime` asks.",
     epilog=examples(
@@ -60,7 +59,7 @@ def install(
             help="Interpreter to make the environment from.",
             show_default="the one that runs llmc",
         ),
-    ] = _PYTHON,
+    ] = sys.executable,
     pip_args: Annotated[
         str,
         typer.Option(
