@@ -102,7 +102,7 @@ def optimum_cli(folder: Path, cwd: Path, *arguments: str) -> subprocess.Complete
 def test_optimum_cli_has_the_command(unpacked: Path, tmp_path: Path) -> None:
     answer = optimum_cli(unpacked, tmp_path, "llmc", "targets", "--json")
     assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout)[0]["name"] == "cpu-fp32"
+    assert "cpu-fp32" in [target["name"] for target in json.loads(answer.stdout)]
 
 
 def test_optimum_cli_hands_on_options_errors_and_codes(unpacked: Path, tmp_path: Path) -> None:
