@@ -16,7 +16,16 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
-from llmc.graph.weights import CastRows, ConcatRows, ExpertRows, Rows, ScaledRows, StoredRows, row_chunks
+from llmc.graph.weights import (
+    CastRows,
+    ConcatRows,
+    ExpertRows,
+    Rows,
+    ScaledRows,
+    ShiftedRows,
+    StoredRows,
+    row_chunks,
+)
 from llmc.validate.measure import measured, unmeasured
 from llmc.validate.reference import Advance, quietly
 from llmc.validate.stored import Stored
@@ -98,23 +107,31 @@ def compare_weights(
     return WeightParity(tuple(measurements), digest.hexdigest() if changed else "", tuple(changed), unread)
 
 
-def parameters(rows: Rows, array: Array) -> Iterator[tuple[str, Array]]:
+def parameters(rows: Rows, array: Array, *, scaled: bool = False) -> Iterator[tuple[str, Array]]:
     """Yield the checkpoint's parameters that a tensor of the artifact is made of, with their values in it.
 
-    A tensor that is computed from a parameter (a norm's 1 + weight) yields none.
+    A tensor that is computed from a parameter (a norm's 1 + weight) yields none, unless its channels are
+    scaled: then the artifact stores other values, which its type rounds.
+
+    Args:
+        scaled: Whether channels of the tensor that has `rows` in it are scaled.
     """
     match rows:
         case StoredRows():
             yield rows.info.name, array
         case CastRows():
-            yield from parameters(rows.inner, array)
+            yield from parameters(rows.inner, array, scaled=scaled)
+        case ShiftedRows() if scaled:
+            yield from parameters(rows.inner, array - np.float32(rows.shift), scaled=True)
         case ConcatRows():
             start = 0
             for part in rows.parts:
-                yield from parameters(part, array[start : start + part.shape[0]])
+                yield from parameters(part, array[start : start + part.shape[0]], scaled=scaled)
                 start += part.shape[0]
-        case ExpertRows() | ScaledRows():
-            yield from parameters(rows.inner, rows.undo(array))
+        case ExpertRows():
+            yield from parameters(rows.inner, rows.undo(array), scaled=scaled)
+        case ScaledRows():
+            yield from parameters(rows.inner, rows.undo(array), scaled=True)
 
 
 def _narrows(rows: Rows) -> bool:

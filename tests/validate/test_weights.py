@@ -11,9 +11,9 @@ from onnx import helper, numpy_helper
 
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Metric
-from llmc.graph.weights import StoredRows, TensorInfo
+from llmc.graph.weights import ScaledRows, ShiftedRows, StoredRows, TensorInfo
 from llmc.validate.stored import Stored, read_stored
-from llmc.validate.weights import compare_weights
+from llmc.validate.weights import compare_weights, parameters
 
 #: The first block of each output is so quiet beside the second that 8 bits with one scale take it to zero.
 LOUD = np.where(np.arange(64) < 32, 1e-4, 1.0).astype(np.float32)
@@ -79,3 +79,14 @@ def test_a_weight_without_axes_is_read_whole() -> None:
     tensor = Stored((), lambda start, stop: np.full(1, 0.5, np.float32)[start:stop])
     whole = tensor.whole()
     assert (whole.shape, float(whole)) == ((), 0.5)
+
+
+def test_a_scaled_norm_has_the_value_that_the_artifact_rounds() -> None:
+    """Gemma's norms compute with 1 + weight; scaled, they are other values, which bfloat16 rounds."""
+    gain, info = WEIGHTS[0], TensorInfo("w", WEIGHTS[0].shape, ir.DataType.FLOAT)
+    factors = np.linspace(0.5, 1.5, gain.size, dtype=np.float32)
+    shifted = ShiftedRows(StoredRows(Store(), info), 1.0, ir.DataType.FLOAT)
+    rounded = ((1 + gain) * factors - 1).astype(ml_dtypes.bfloat16).astype(np.float32)
+    found = dict(parameters(ScaledRows(shifted, factors, 0), rounded + 1))
+    np.testing.assert_allclose(found["w"], (rounded + 1) / factors - 1, atol=1e-6)
+    assert not dict(parameters(shifted, gain + 1)), "unscaled, the original's own value is exact"
