@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact.provenance import code_digest
 from llmc.artifact.store.cache import StageCache, default_cache_folder
 from llmc.artifact.store.folder import Artifact, open_artifact
 from llmc.errors import ConfigError
@@ -62,6 +63,7 @@ def remember(
         "torch": version("torch"),
         "transformers": version("transformers"),
         "arithmetic": "float32 eager",
+        "code": code_digest("llmc.validate.weights", "llmc.graph.weights") if weights_digest else "",
     }
     cache = StageCache(default_cache_folder() / "reference", CACHE_BYTES)
     config = checkpoint.config
