@@ -28,7 +28,7 @@ def plan_build(
     seed: int | None = None,
     budget: float | None = None,
     shards: int | None = None,
-    shards_for: Literal["vllm", "transformers"] = "vllm",
+    shards_for: Literal["vllm", "transformers"] | None = None,
 ) -> BuildPlan:
     """Resolve names to a target and a profile; ConfigError if one is unknown or they do not match.
 
@@ -44,7 +44,7 @@ def plan_build(
         seed: Seed of the positions that the gate verifies; None for the artifact's own.
         budget: Seconds of the forecast that decides how many positions are drawn; None for the default.
         shards: Ranks of tensor parallelism for which files are written; None for none.
-        shards_for: Whose names the tensors of ranks have.
+        shards_for: Whose names the tensors of ranks have; None for vLLM's.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty", hint="name a folder, a hub id, a GGUF file or demo")
@@ -62,6 +62,11 @@ def plan_build(
             f"target {target} writes a graph, which --shards does not split",
             hint="targets with backend checkpoint are split; llmc targets lists them",
         )
+    if shards is None and shards_for is not None:
+        raise ConfigError(
+            f"--shards-for {shards_for} names tensors of ranks, and no ranks are asked for",
+            hint="give their number by --shards N",
+        )
     first, *also = (load_profile_for(resolved, name, path) for name in names)
     return BuildPlan(
         model=model,
@@ -78,7 +83,7 @@ def plan_build(
         seed=seed,
         budget=budget,
         shards=shards,
-        shards_for=shards_for,
+        shards_for=shards_for or "vllm",
     )
 
 

@@ -57,9 +57,10 @@ Shards = Annotated[
     ),
 ]
 ShardsFor = Annotated[
-    Literal["vllm", "transformers"],
+    Literal["vllm", "transformers"] | None,
     typer.Option(
-        help="Whose names the tensors of ranks have: vLLM's (asks an installed vLLM), or transformers'."
+        help="Whose names the tensors of ranks have: vLLM's (asks an installed vLLM), or transformers'. "
+        "Default: vllm",
     ),
 ]
 Resume = Annotated[
@@ -102,7 +103,7 @@ def build(
     seed: Seed = None,
     budget: Budget = None,
     shards: Shards = None,
-    shards_for: ShardsFor = "vllm",
+    shards_for: ShardsFor = None,
     path: SearchPath = None,
     as_json: Json = False,
 ) -> None:

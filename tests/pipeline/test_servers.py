@@ -9,7 +9,7 @@ from llmc.artifact.served import Deed
 from llmc.artifact.verdict import CheckStatus
 from llmc.catalog import load_target
 from llmc.config import Family, Metric
-from llmc.errors import ResourceError, UnsupportedError
+from llmc.errors import ConfigError, ResourceError, UnsupportedError
 from llmc.pipeline.gate.servers import Runtimes, records_of_all
 from llmc.pipeline.result import GateReport
 from llmc.plan import plan_build
@@ -109,3 +109,9 @@ def test_graphs_are_not_for_servers() -> None:
     with pytest.raises(UnsupportedError, match="artifacts of target cpu-fp32 are graphs, which vllm"):
         Runtimes(("vllm",)).extras(target, target)
     assert records_of_all((), target) == ()
+
+
+def test_an_environment_without_its_server_is_refused(tmp_path: Path) -> None:
+    target = load_target("vllm-w8a8")
+    with pytest.raises(ConfigError, match="--environment names the environment of vllm, which is not asked"):
+        Runtimes((), (f"vllm={tmp_path}",)).extras(target, target)

@@ -75,3 +75,8 @@ def test_names_of_vllm_need_vllm(llama: Path, tmp_path: Path, monkeypatch: pytes
 def test_graphs_are_not_split(llama: Path) -> None:
     with pytest.raises(ConfigError, match="target cpu-int4 writes a graph"):
         plan_build(str(llama), target="cpu-int4", profile="cpu-avx2", shards=2)
+
+
+def test_names_of_ranks_need_their_number(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="--shards-for vllm names tensors of ranks, and no ranks"):
+        plan_build(str(llama), target="vllm-w4a16", profile="cpu-avx2", shards_for="vllm")

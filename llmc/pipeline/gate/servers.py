@@ -13,7 +13,7 @@ from llmc.artifact.served import Deed, ServerRecord
 from llmc.backends import backend_of
 from llmc.config import Family, Target
 from llmc.data import prompts
-from llmc.errors import ParityError, UnsupportedError
+from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.gate.parity import Extra
 from llmc.pipeline.steps.stored import read_weights
@@ -127,13 +127,18 @@ class Runtimes:
             thresholds: The target whose gates apply.
 
         Raises:
-            ConfigError: There is no such server.
+            ConfigError: There is no such server, or only its environment is named.
             ResourceError: One is not installed.
             UnsupportedError: The target's artifacts are not checkpoints, or one of the servers is known to
                 refuse their format, or to read it wrongly.
         """
         stated = parse_environments(self.environments)
         if not self.names:
+            if stated:
+                raise ConfigError(
+                    f"--environment names the environment of {', '.join(stated)}, which is not asked",
+                    hint="ask a server by --runtime NAME",
+                )
             return []
         if backend_of(target).writes_graph:
             raise UnsupportedError(
