@@ -176,7 +176,7 @@ def run_program(name: str, settings: Settings, *arguments: str) -> Figures:
     """Return the last lines of a program beside this file.
 
     Raises:
-        MissingError: There is no such program.
+        MissingError: The program does not exist.
         RuntimeError: It failed.
     """
     program = _HERE / name

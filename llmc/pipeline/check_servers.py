@@ -89,7 +89,7 @@ def parse_runtimes(names: str) -> tuple[Runtime, ...]:
     known = {runtime.value: runtime for runtime in Runtime}
     for name in names.split(","):
         if name not in known:
-            raise ConfigError(f"there is no server {name}", hint=did_you_mean(name, known))
+            raise ConfigError(f"server {name} is unknown", hint=did_you_mean(name, known))
     return tuple(dict.fromkeys(known[name] for name in names.split(",")))
 
 

@@ -52,10 +52,10 @@ def known_recipe(name: str) -> Recipe:
     """Return the recipe of a server.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: The name is unknown.
     """
     if name not in RECIPES:
-        raise ConfigError(f"there is no server {name}", hint=did_you_mean(name, RECIPES))
+        raise ConfigError(f"server {name} is unknown", hint=did_you_mean(name, RECIPES))
     return RECIPES[name]
 
 
@@ -74,7 +74,7 @@ def parse_environments(stated: Sequence[str]) -> dict[str, Path]:
     """Read `NAME=FOLDER` options, the environments of servers by name.
 
     Raises:
-        ConfigError: One has another form, or there is no such server.
+        ConfigError: One has another form, or its server is unknown.
     """
     found = {}
     for each in stated:
@@ -93,7 +93,7 @@ def find_server(name: str, stated: Path | None = None) -> Server:
             that `install_server` made.
 
     Raises:
-        ConfigError: There is no such server.
+        ConfigError: The server is unknown.
         ResourceError: It is not installed, not completely, or too old.
     """
     recipe = known_recipe(name)

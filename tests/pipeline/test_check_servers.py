@@ -60,7 +60,7 @@ def test_a_model_whose_matrices_do_not_fit(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--target", "gptq-int4", "--runtime", "vlm"], "there is no server vlm"),
+        (["--target", "gptq-int4", "--runtime", "vlm"], "server vlm is unknown"),
         (["--target", "cpu-int8", "--runtime", "vllm"], "target cpu-int8 makes no checkpoint"),
         (["--target", "gptq-int4", "--runtime", "vllm", "--profile", "l4"], "--profile is for targets of"),
         (["demo", "--target", "tensorrt-fp16"], "--profile is missing"),

@@ -39,7 +39,7 @@ def test_options_name_environments(tmp_path: Path) -> None:
     assert parse_environments([f"vllm={tmp_path}"]) == {"vllm": tmp_path}
     with pytest.raises(ConfigError, match="is not NAME=FOLDER"):
         parse_environments(["vllm"])
-    with pytest.raises(ConfigError, match="there is no server vll"):
+    with pytest.raises(ConfigError, match="server vll is unknown"):
         parse_environments(["vll=x"])
 
 

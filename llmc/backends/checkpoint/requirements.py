@@ -115,7 +115,7 @@ def _require_one_scheme(planned: Mapping[str, PlannedMatrix], graph: Graph) -> N
     """Refuse products that servers join and that have different schemes, or some of them none.
 
     Raises:
-        UnsupportedError: There are such.
+        UnsupportedError: Two of them differ.
     """
     for names in joined_weights(graph):
         schemes = [planned[name].schemes if name in planned else None for name in names]

@@ -127,7 +127,7 @@ class Runtimes:
             thresholds: The target whose gates apply.
 
         Raises:
-            ConfigError: There is no such server, or only its environment is named.
+            ConfigError: A server is unknown, or only its environment is named.
             ResourceError: One is not installed.
             UnsupportedError: The target's artifacts are not checkpoints, or one of the servers is known to
                 refuse their format, or to read it wrongly.
