@@ -197,7 +197,7 @@ def merge_figures(found: Mapping[str, Figures], reading: Sequence[str]) -> tuple
 
     Args:
         found: The figures by server and version.
-        reading: Those of them that only read the checkpoint.
+        reading: The servers among them that only read the checkpoint.
     """
     return tuple(_merge(metric, found, reading) for metric in Family.SERVER.metrics)
 
