@@ -83,7 +83,7 @@ def test_a_checkpoint_runs_on_either_hardware() -> None:
         ({"quantize": {**BLOCKS, "scales": "activations"}}, "requires scales bfloat16 or float16"),
         ({"dtype": "float16"}, "requires dtype float32 and logits all"),
         ({"checkpoint": {"format": "exl2"}}, "Input should be 'compressed-tensors', 'gptq', 'awq' or"),
-        ({"checkpoint": {"format": "gptq", "kv_cache": "fp8"}}, "kv_cache need calibration"),
+        ({"checkpoint": {"format": "gptq", "kv_cache": "fp8"}}, "Extra inputs are not permitted"),
         ({"checkpoint": {"format": "gptq", "calibration": TEXT}}, "calibration is for rules that quantize"),
     ],
 )

@@ -1,7 +1,7 @@
 """Define the settings of a checkpoint for servers in a target: its format, and the types of its weights."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -25,19 +25,17 @@ class ServedCheckpoint(TypedWeights):
 
     Args:
         format: The format of the folder.
-        kv_cache: Type for whose KV cache scales are calibrated and written; None for none.
     """
 
     format: Annotated[CheckpointFormat, Field(strict=False)]
-    kv_cache: Literal["fp8"] | None = None
 
     @model_validator(mode="after")
     def _calibrated(self) -> "ServedCheckpoint":
         schemes = [rule.scheme for rule in self.weights if rule.scheme is not None]
-        needs = self.kv_cache is not None or any(scheme.needs_range for scheme in schemes)
+        needs = any(scheme.needs_range for scheme in schemes)
         if needs and self.calibration is None:
-            raise ValueError("static activations, those of nvfp4 and kv_cache need calibration")
+            raise ValueError("static activations and those of nvfp4 need calibration")
         quantizes = any(scheme.activations != "float" for scheme in schemes)
         if self.calibration is not None and not (needs or quantizes):
-            raise ValueError("calibration is for rules that quantize activations, and for kv_cache")
+            raise ValueError("calibration is for rules that quantize activations")
         return self

@@ -237,9 +237,6 @@ def _of_folder(runtime: Runtime, section: ServedCheckpoint, schemes: int) -> Ite
     where = VERSIONS[runtime]
     if schemes > 1:
         yield Treatment(runtime, "several schemes in one folder", row.mixed, row.mixed_reason, where)
-    if section.kv_cache is not None:
-        subject = f"a KV cache in {section.kv_cache}"
-        yield Treatment(runtime, subject, row.kv_cache, row.kv_cache_reason, where)
 
 
 def _of_shapes(

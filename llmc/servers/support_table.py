@@ -299,29 +299,18 @@ SCHEMES: dict[tuple[Runtime, CheckpointFormat], dict[MatrixKind, SchemeSupport]]
     **_IN_DEEPSPEED,
 }
 
-_ONE_CACHE = "it reads no scales of the cache in this format"
 #: What each runtime does with a whole folder in each format.
 FOLDERS: dict[tuple[Runtime, CheckpointFormat], FolderSupport] = {
-    (Runtime.TRANSFORMERS, _CT): FolderSupport(
-        _SERVED, kv_cache=_SERVED, kv_cache_reason="it keeps its cache in float"
-    ),
-    (Runtime.VLLM, _CT): FolderSupport(
-        _SERVED, "products that it fuses (q, k, v; gate, up) need one scheme", kv_cache=_SERVED
-    ),
-    (Runtime.VLLM, _GPTQ): FolderSupport(_GPU, "its kernels for CPUs have 4 bits", kv_cache=_UNKNOWN),
+    (Runtime.TRANSFORMERS, _CT): FolderSupport(_SERVED),
+    (Runtime.VLLM, _CT): FolderSupport(_SERVED, "products that it fuses (q, k, v; gate, up) need one scheme"),
+    (Runtime.VLLM, _GPTQ): FolderSupport(_GPU, "its kernels for CPUs have 4 bits"),
     (Runtime.VLLM, _MODELOPT): FolderSupport(
-        _GPU, "products that it fuses (q, k, v; gate, up) need one scheme", kv_cache=_GPU
+        _GPU, "products that it fuses (q, k, v; gate, up) need one scheme"
     ),
-    (Runtime.TENSORRT_LLM, _CT): FolderSupport(_GPU, kv_cache=_GPU),
-    (Runtime.TENSORRT_LLM, _MODELOPT): FolderSupport(_GPU, kv_cache=_GPU),
-    (Runtime.EDGELLM, _GPTQ): FolderSupport(
-        _REFUSED, "it has one number of bits for all matrices", _REFUSED, _ONE_CACHE
-    ),
-    (Runtime.EDGELLM, _MODELOPT): FolderSupport(_GPU, kv_cache=_GPU),
-    (Runtime.LMDEPLOY, _CT): FolderSupport(
-        _WRONG, "it reads the first group of the declaration alone", _REFUSED, _ONE_CACHE
-    ),
-    (Runtime.LMDEPLOY, _GPTQ): FolderSupport(
-        _REFUSED, "it has one number of bits for all matrices", _REFUSED, _ONE_CACHE
-    ),
+    (Runtime.TENSORRT_LLM, _CT): FolderSupport(_GPU),
+    (Runtime.TENSORRT_LLM, _MODELOPT): FolderSupport(_GPU),
+    (Runtime.EDGELLM, _GPTQ): FolderSupport(_REFUSED, "it has one number of bits for all matrices"),
+    (Runtime.EDGELLM, _MODELOPT): FolderSupport(_GPU),
+    (Runtime.LMDEPLOY, _CT): FolderSupport(_WRONG, "it reads the first group of the declaration alone"),
+    (Runtime.LMDEPLOY, _GPTQ): FolderSupport(_REFUSED, "it has one number of bits for all matrices"),
 }

@@ -75,9 +75,7 @@ class SchemeSupport:
 
 @dataclass(frozen=True)
 class FolderSupport:
-    """What a runtime does with several schemes in one folder of a format, and with scales of the KV cache."""
+    """What a runtime does with several schemes in one folder of a format."""
 
     mixed: Status
     mixed_reason: str = ""
-    kv_cache: Status = Status.UNKNOWN
-    kv_cache_reason: str = ""

@@ -259,15 +259,6 @@ def test_a_refusal_names_the_target_that_can(tmp_path: Path) -> None:
     assert caught.value.hint == "--target vllm-w4a16-g64 can"
 
 
-def test_scales_of_the_cache_are_refused(llama: Path, tmp_path: Path) -> None:
-    planned = plan(llama, tmp_path / "out")
-    assert planned.target.checkpoint is not None
-    section = planned.target.checkpoint.model_copy(update={"kv_cache": "fp8", "calibration": TEXT})
-    target = planned.target.model_copy(update={"checkpoint": section})
-    with pytest.raises(UnsupportedError, match="asks for scales of the KV cache, which are not calibrated"):
-        build_folder(planned.model_copy(update={"target": target}))
-
-
 def test_an_embedding_is_refused(llama: Path, tmp_path: Path) -> None:
     rules = (WeightRule.model_validate({"scheme": BLOCKS}),)
     with pytest.raises(
@@ -377,13 +368,3 @@ def test_experts_in_fp8_have_a_scale_for_each_output(experts: Path, tmp_path: Pa
 def test_experts_that_need_calibration_are_refused(experts: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="experts are not calibrated"):
         build_folder(plan(experts, tmp_path / "out", "modelopt-nvfp4"))
-
-
-def test_scales_of_a_cache_are_refused(llama: Path, tmp_path: Path) -> None:
-    planned = plan(llama, tmp_path / "out")
-    section = planned.target.checkpoint
-    assert section is not None
-    cached = section.model_copy(update={"kv_cache": "fp8"})
-    target = planned.target.model_copy(update={"checkpoint": cached})
-    with pytest.raises(UnsupportedError, match="asks for scales of the KV cache, which are not calibrated"):
-        build_folder(planned.model_copy(update={"target": target}))

@@ -31,13 +31,10 @@ def scheme(bits: int = 4, size: int = 128, *, symmetric: bool = True) -> WeightS
     return WeightScheme.model_validate(fields)
 
 
-def integers(form: str, *schemes: WeightScheme, kv_cache: bool = False) -> Target:
+def integers(form: str, *schemes: WeightScheme) -> Target:
     """A target of integers by group; each scheme has a rule."""
     base = load_target("vllm-w4a16").model_dump(mode="json")
     base["checkpoint"] |= {"format": form}
-    if kv_cache:
-        calibration = {"window_tokens": 64, "max_windows": 1}
-        base["checkpoint"] |= {"kv_cache": "fp8", "calibration": calibration}
     rules = [{"match": f"*{n}*", "scheme": each.model_dump(mode="json")} for n, each in enumerate(schemes)]
     base["quantize"] |= {"rules": rules, "calibration": None}
     return Target.model_validate_json(json.dumps(base))
@@ -86,7 +83,7 @@ def test_sizes_of_groups_are_a_matter_of_the_server() -> None:
     assert str(why_not(Runtime.LMDEPLOY, fine)).endswith("refused by lmdeploy: it takes groups of 128")
 
 
-def test_mixed_schemes_and_scales_of_the_cache() -> None:
+def test_mixed_schemes_in_a_folder() -> None:
     mixed = integers("gptq", scheme(4), scheme(8))
     found = {treatment.subject: treatment.status for treatment in treatments(Runtime.EDGELLM, mixed)}
     assert found == {
@@ -94,10 +91,6 @@ def test_mixed_schemes_and_scales_of_the_cache() -> None:
         "int8 weights by groups of 128": Status.REFUSED,
         "several schemes in one folder": Status.REFUSED,
     }
-    cached = integers("compressed-tensors", scheme(), kv_cache=True)
-    assert ("a KV cache in fp8", Status.SERVED) in [
-        (treatment.subject, treatment.status) for treatment in treatments(Runtime.VLLM, cached)
-    ]
 
 
 def test_shapes_are_a_matter_of_the_server() -> None:

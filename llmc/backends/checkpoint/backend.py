@@ -68,15 +68,7 @@ class CheckpointBackend(Backend):
     writes_graph = False
 
     def prepare(self, plan: BuildPlan) -> Stage:
-        """See `Backend`; the gates need the library by which transformers reads the folder.
-
-        Scales of a KV cache are refused, since nothing calibrates them.
-        """
-        if section_of(plan.target).kv_cache is not None:
-            raise UnsupportedError(
-                f"target {plan.target.name} asks for scales of the KV cache, which are not calibrated",
-                hint="leave kv_cache out; servers take an fp8 cache with a scale of 1 by an option",
-            )
+        """See `Backend`; the gates need the library by which transformers reads the folder."""
         by_reader = section_of(plan.target).format is CheckpointFormat.COMPRESSED_TENSORS
         if by_reader and plan.verify and find_spec("compressed_tensors") is None:
             raise ResourceError(

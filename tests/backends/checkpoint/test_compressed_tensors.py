@@ -107,21 +107,6 @@ def test_a_pattern_does_not_match_a_module_that_stays_in_float() -> None:
     assert config["config_groups"]["group_0"]["targets"] == [up.format(1), up.format(2)]
 
 
-def test_a_cache_in_fp8_is_declared() -> None:
-    config = CompressedTensors(kv_cache="fp8").config([matrix(blocks())], [])
-    scheme = config["kv_cache_scheme"]
-    assert (scheme["num_bits"], scheme["type"], scheme["strategy"], scheme["dynamic"]) == (
-        8,
-        "float",
-        "tensor",
-        False,
-    )
-    assert FORM.cache_scales("model.layers.0.self_attn") == (
-        "model.layers.0.self_attn.k_scale",
-        "model.layers.0.self_attn.v_scale",
-    )
-
-
 def test_groups_that_do_not_divide_are_refused_with_the_sizes_that_do() -> None:
     assert FORM.refusal(blocks(4, 128), (64, 576)) == (
         "groups of 128 do not divide 576 inputs; groups of 64 or 32 or 16 do"

@@ -14,7 +14,6 @@ from llmc.backends.checkpoint.formats.compressed_tensors import CompressedTensor
 from llmc.backends.checkpoint.formats.gptq import GptqLayout
 from llmc.backends.checkpoint.formats.modelopt import ModelOpt
 from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, WeightScheme
-from llmc.errors import UnsupportedError
 from tests.backends.checkpoint.coded import MODULE, blocks, matrix, read_back, typed, values, write
 
 Scheme = WeightScheme | EngineScheme
@@ -164,7 +163,7 @@ def test_modelopt_declares_one_algorithm_in_both_files() -> None:
 def test_modelopt_declares_mixed_precision_by_layer() -> None:
     eight, four = typed("fp8", "static", "tensor"), typed("nvfp4", "dynamic")
     coded = layer({"self_attn.o_proj": eight, "mlp.up_proj": four})
-    form = ModelOpt(kv_cache="fp8")
+    form = ModelOpt()
     layers = {
         "model.layers.0.self_attn.o_proj": {"quant_algo": "FP8"},
         "model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16},
@@ -172,12 +171,11 @@ def test_modelopt_declares_mixed_precision_by_layer() -> None:
     assert quantization(form, coded, ["lm_head"]) == {
         "quant_algo": "MIXED_PRECISION",
         "quantized_layers": layers,
-        "kv_cache_quant_algo": "FP8",
+        "kv_cache_quant_algo": None,
         "exclude_modules": ["lm_head"],
     }
     config = form.config(coded, ["lm_head"])
     assert (config["quant_algo"], config["quantized_layers"]) == ("MIXED_PRECISION", layers)
-    assert config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
     folder = read_back(form, *coded)
     for each in coded:
         np.testing.assert_array_equal(folder.store.read(f"{each.module}.weight"), values(each))
@@ -190,16 +188,8 @@ def test_modelopt_excludes_a_head_that_has_no_tensor() -> None:
     assert quantization(ModelOpt(), coded, [])["exclude_modules"] == []
 
 
-def test_names_of_scales_of_the_cache() -> None:
-    assert ModelOpt().cache_scales("model.layers.3.self_attn") == (
-        "model.layers.3.self_attn.k_proj.k_scale",
-        "model.layers.3.self_attn.v_proj.v_scale",
-    )
-
-
-def section(form: str, kv_cache: str | None = None) -> ServedCheckpoint:
-    calibration = None if kv_cache is None else {"window_tokens": 16, "max_windows": 1}
-    return ServedCheckpoint.model_validate({"format": form, "kv_cache": kv_cache, "calibration": calibration})
+def section(form: str) -> ServedCheckpoint:
+    return ServedCheckpoint.model_validate({"format": form})
 
 
 def test_every_format_has_an_encoder() -> None:
@@ -210,9 +200,3 @@ def test_every_format_has_an_encoder() -> None:
         "awq": AwqLayout,
         "modelopt": ModelOpt,
     }
-    assert format_of(section("modelopt", "fp8")) == ModelOpt(kv_cache="fp8")
-
-
-def test_a_cache_in_fp8_is_refused_where_the_format_cannot_declare_it() -> None:
-    with pytest.raises(UnsupportedError, match="format awq cannot declare a KV cache in fp8"):
-        format_of(section("awq", "fp8"))

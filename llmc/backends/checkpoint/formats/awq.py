@@ -77,10 +77,6 @@ class AwqLayout:
             f"{module}.scales": np.ascontiguousarray(stored_scales(matrix, codes.scales).T),
         }
 
-    def cache_scales(self, attention: str) -> tuple[str, str]:
-        """See `Format`."""
-        return f"{attention}.k_scale", f"{attention}.v_scale"
-
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         return {

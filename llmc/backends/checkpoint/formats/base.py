@@ -94,10 +94,6 @@ class Format(Protocol):
         """
         ...
 
-    def cache_scales(self, attention: str) -> tuple[str, str]:
-        """Return the names of the scales of keys and values in the cache of the module `attention`."""
-        ...
-
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """Return `quantization_config` of config.json.
 

@@ -44,13 +44,7 @@ VERSION = "0.19.0"
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """The format of compressed-tensors.
-
-    Args:
-        kv_cache: Type of the servers' KV cache, whose scales are in the folder; None for their own choice.
-    """
-
-    kv_cache: str | None = None
+    """The format of compressed-tensors."""
 
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
@@ -116,10 +110,6 @@ class CompressedTensors:
             tensors["weight_scale"] = scales.reshape(1) if is_per_tensor(scheme) else scales
         return {f"{module}.{part}": values for part, values in tensors.items()}
 
-    def cache_scales(self, attention: str) -> tuple[str, str]:
-        """See `Format`."""
-        return f"{attention}.k_scale", f"{attention}.v_scale"
-
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         by_scheme: dict[str, list[CodedMatrix]] = {}
@@ -137,7 +127,7 @@ class CompressedTensors:
             "format": next(iter(kinds)) if len(kinds) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": list(ignored),
-            "kv_cache_scheme": None if self.kv_cache is None else _arguments(8, "float", "tensor"),
+            "kv_cache_scheme": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
             "version": VERSION,

@@ -86,10 +86,6 @@ class GptqLayout:
             f"{module}.scales": np.ascontiguousarray(stored_scales(matrix, codes.scales).T),
         }
 
-    def cache_scales(self, attention: str) -> tuple[str, str]:
-        """See `Format`."""
-        return f"{attention}.k_scale", f"{attention}.v_scale"
-
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         first = dominant(matrices)

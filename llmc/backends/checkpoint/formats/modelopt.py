@@ -43,13 +43,7 @@ VERSION = "0.47.0"
 
 @dataclass(frozen=True)
 class ModelOpt:
-    """The format of ModelOpt.
-
-    Args:
-        kv_cache: Type of the servers' KV cache, whose scales are in the folder; None for their own choice.
-    """
-
-    kv_cache: str | None = None
+    """The format of ModelOpt."""
 
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
@@ -106,10 +100,6 @@ class ModelOpt:
             parts["weight_scale_2"] = np.asarray(codes.whole, np.float32).reshape(())
         return {f"{module}.{part}": values for part, values in parts.items()}
 
-    def cache_scales(self, attention: str) -> tuple[str, str]:
-        """See `Format`."""
-        return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
-
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         declared = self._declare(matrices, ignored)
@@ -123,12 +113,10 @@ class ModelOpt:
             f"group_{index}": {**_group(schemes[key]), "targets": sorted(names)}
             for index, (key, names) in enumerate(by_layer.items())
         }
-        cache = {} if self.kv_cache is None else {"kv_cache_scheme": _arguments(8, "float", None)}
         layers = declared.get("quantized_layers")
         return {
             "config_groups": groups,
             "ignore": declared["exclude_modules"],
-            **cache,
             "producer": {"name": "modelopt", "version": VERSION},
             "quant_algo": declared["quant_algo"],
             "quant_method": "modelopt",
@@ -158,8 +146,7 @@ class ModelOpt:
         fields: dict[str, Any] = distinct[0]
         if len(distinct) > 1:
             fields = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-        cache = None if self.kv_cache is None else self.kv_cache.upper()
-        return {**fields, "kv_cache_quant_algo": cache, "exclude_modules": excluded}
+        return {**fields, "kv_cache_quant_algo": None, "exclude_modules": excluded}
 
 
 def _algorithm(scheme: WeightScheme | EngineScheme) -> str | None:
