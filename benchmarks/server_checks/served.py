@@ -16,7 +16,8 @@ from common.sources import checkpoint
 
 from llmc.checkpoint import open_checkpoint
 from llmc.errors import ResourceError
-from llmc.servers.client import Request, ask
+from llmc.servers.answer import Request
+from llmc.servers.client import ask
 from llmc.servers.environment import Server, find_server
 from server_checks.check import Check, Figures, MissingError, Settings
 

@@ -17,7 +17,7 @@ from llmc.artifact.served import Deed, ServerRecord
 from llmc.artifact.verdict import Measurement, MeasurementStatus
 from llmc.config import Family, Metric
 from llmc.errors import ParityError
-from llmc.servers.client import Answer, Product, Request
+from llmc.servers.answer import Answer, Product, Request
 from llmc.validate.distribution import Distributions, log_softmax
 from llmc.validate.generation import fitting_prompts
 from llmc.validate.measure import measured, require_comparable, unmeasured

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmc.errors import LlmcError, ParityError, ResourceError, UnsupportedError
-from llmc.servers.client import Answer, Request, ask
+from llmc.servers.answer import Answer, Request
+from llmc.servers.client import ask
 from llmc.servers.environment import Server
 
 PROGRAM = Path(__file__).with_name("stand_in.py")

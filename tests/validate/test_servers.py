@@ -12,7 +12,7 @@ from llmc.artifact.served import Deed
 from llmc.artifact.verdict import MeasurementStatus
 from llmc.config import Metric
 from llmc.errors import ParityError
-from llmc.servers.client import Answer, Product
+from llmc.servers.answer import Answer, Product
 from llmc.validate.distribution import log_softmax
 from llmc.validate.reference import TorchModel
 from llmc.validate.servers import (

@@ -17,7 +17,8 @@ from llmc.errors import ConfigError, ParityError, UnsupportedError
 from llmc.machine import release_memory
 from llmc.pipeline.gate.parity import Extra
 from llmc.pipeline.steps.stored import read_weights
-from llmc.servers.client import SECONDS, Answer, ask
+from llmc.servers.answer import Answer
+from llmc.servers.client import SECONDS, ask
 from llmc.servers.edgellm_graph import exported_matrices
 from llmc.servers.environment import Server, find_server, known_recipe, parse_environments
 from llmc.servers.recipes import RECIPES
