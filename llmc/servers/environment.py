@@ -8,6 +8,7 @@ that are done, so that an interrupted installation is continued and never taken 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ def find_server(name: str, stated: Path | None = None) -> Server:
     """
     recipe = known_recipe(name)
     folder = environment_folder(recipe, stated)
-    hint = f"llmc servers install {name}"
+    hint = install_hint(recipe, stated)
     if not python_of(folder).exists():
         raise ResourceError(f"{name} is not installed: {folder} has no Python", hint=hint)
     if (left := unfinished_calls(recipe, folder)) and (folder / _DONE).exists():
@@ -114,6 +115,18 @@ def find_server(name: str, stated: Path | None = None) -> Server:
         )
     worker = Path(__file__).with_name("worker.py")
     return Server(name, version, (str(python_of(folder)), "-P", "-B", str(worker), name), recipe.executes)
+
+
+def install_hint(recipe: Recipe, stated: Path | None) -> str:
+    """Return the command that makes or continues an environment, elsewhere if llmc did not make the folder.
+
+    Args:
+        stated: The folder of the environment, where an option names it.
+    """
+    command, folder = f"llmc servers install {recipe.name}", environment_folder(recipe, stated)
+    if folder.exists() and not (folder / _DONE).is_file():
+        return f"{command} --environment {recipe.name}=FOLDER makes one in a folder that is empty"
+    return command if stated is None else f"{command} --environment {recipe.name}={shlex.quote(str(folder))}"
 
 
 @dataclass(frozen=True)
@@ -152,11 +165,10 @@ def list_servers(environments: Sequence[str] = ()) -> tuple[ServerState, ...]:
 def _look(recipe: Recipe, stated: Path | None) -> ServerState:
     folder = environment_folder(recipe, stated)
     if not folder.is_dir():
-        return ServerState(recipe, folder, "not installed", f"llmc servers install {recipe.name}")
+        return ServerState(recipe, folder, "not installed", install_hint(recipe, stated))
     if (folder / _DONE).is_file() and unfinished_calls(recipe, folder):
-        return ServerState(
-            recipe, folder, "incomplete", f"llmc servers install {recipe.name} continues in {folder}"
-        )
+        detail = f"{install_hint(recipe, stated)} continues in {folder}"
+        return ServerState(recipe, folder, "incomplete", detail)
     try:
         server = find_server(recipe.name, folder)
     except ResourceError as error:
@@ -183,23 +195,28 @@ def install_server(
         ConfigError: Something else lies in `folder`, or it cannot be written.
         ResourceError: Python or pip failed; the error has its last lines.
     """
-    with access_errors(folder):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with output_lock(folder.with_name(f".{folder.name}.lock"), folder):
-            _install(recipe, folder, progress, python, pip_arguments)
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"no environment can be made in {folder}: {error.strerror}",
+            hint=f"llmc servers install {recipe.name} --environment {recipe.name}=FOLDER makes it elsewhere",
+        ) from error
+    with access_errors(folder), output_lock(folder.with_name(f".{folder.name}.lock"), folder):
+        _install(recipe, folder, progress, python, pip_arguments)
 
 
 def _install(
     recipe: Recipe, folder: Path, progress: Progress, python: str, pip_arguments: Sequence[str]
 ) -> None:
-    if folder.exists() and any(folder.iterdir()) and not (folder / _DONE).is_file():
+    if any(folder.iterdir()) and not (folder / _DONE).is_file():
         raise ConfigError(
             f"{folder} exists, and llmc did not make it",
-            hint=f"name another folder, or let {variable_of(recipe)} name it where it is to be used as it is",
+            hint=f"{install_hint(recipe, folder)}; {variable_of(recipe)} names one that is used as it is",
         )
     done = _done(folder)
     if _MADE not in done:
-        folder.mkdir(exist_ok=True)
         _record(folder, done)
         with progress.stage(f"environment in {folder}"):
             _call([python, "-m", "venv", str(folder)], {}, f"{python} cannot make an environment")
@@ -211,7 +228,8 @@ def _install(
         extra = pip_arguments if call.arguments[0] == "install" else ()
         with progress.stage(call.title):
             command = [str(python_of(folder)), "-P", "-m", "pip", "--disable-pip-version-check", "--no-input"]
-            _call([*command, *call.arguments, *extra], call.variables, f"{call.title} failed")
+            hint = f"{install_hint(recipe, folder)} continues; --pip-args is for pip, such as an index"
+            _call([*command, *call.arguments, *extra], call.variables, f"{call.title} failed", hint=hint)
         done.append(digest)
         _record(folder, done)
 
@@ -260,17 +278,21 @@ def _record(folder: Path, done: Sequence[str]) -> None:
 
 
 def _call(
-    command: Sequence[str], variables: Mapping[str, str], failure: str, seconds: float = _PIP_SECONDS
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    failure: str,
+    seconds: float = _PIP_SECONDS,
+    hint: str | None = None,
 ) -> str:
     try:
         result = run_apart(command, Path.cwd(), seconds, clean_variables(variables))
     except subprocess.TimeoutExpired as error:
-        raise ResourceError(f"{failure}: it did not end within {seconds:.0f} s") from error
+        raise ResourceError(f"{failure}: it did not end within {seconds:.0f} s", hint=hint) from error
     except OSError as error:
         raise ResourceError(f"{failure}: {error.strerror}") from error
     if result.returncode != 0:
-        last = (result.stderr or result.stdout).strip().splitlines()[-3:]
-        raise ResourceError(f"{failure}: {' / '.join(line.strip() for line in last) or 'without a message'}")
+        last = [line.strip() for line in (result.stderr or result.stdout).strip().splitlines()[-3:]]
+        raise ResourceError(f"{failure}: {' / '.join(last) or 'without a message'}", hint=hint)
     return result.stdout
 
 

@@ -29,6 +29,7 @@ BROKEN = Recipe("local", "pip", "1", (*LOCAL.calls, PipCall(("no-such-command",)
 
 def test_an_environment_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path))
+    monkeypatch.delenv("LLMC_VLLM_ENVIRONMENT", raising=False)
     assert environment_folder(VLLM) == tmp_path / "servers" / "vllm"
     monkeypatch.setenv("LLMC_VLLM_ENVIRONMENT", str(tmp_path / "mine"))
     assert environment_folder(VLLM) == tmp_path / "mine"
@@ -55,7 +56,7 @@ def test_what_is_too_old_or_not_there_is_refused(tmp_path: Path, version: str, w
     folder = make_environment(tmp_path / "env", "well", version)
     with pytest.raises(ResourceError, match=words) as caught:
         find_server("vllm", folder)
-    assert caught.value.hint == "llmc servers install vllm"
+    assert "vllm=FOLDER makes one in a folder that is empty" in str(caught.value.hint)
 
 
 def test_a_server_that_is_not_installed_is_refused(tmp_path: Path) -> None:
@@ -65,8 +66,9 @@ def test_a_server_that_is_not_installed_is_refused(tmp_path: Path) -> None:
 
 def test_an_installation_continues_where_it_failed(tmp_path: Path) -> None:
     folder = tmp_path / "env"
-    with pytest.raises(ResourceError, match="no-such-command failed"):
+    with pytest.raises(ResourceError, match="no-such-command failed") as error:
         install_server(BROKEN, folder, PlainProgress())
+    assert f"--environment {BROKEN.name}={folder} continues" in str(error.value.hint)
     assert unfinished_calls(BROKEN, folder) == BROKEN.calls[2:]
     python_of(folder).with_name("marked").touch()
     install_server(LOCAL, folder, PlainProgress())
@@ -90,6 +92,19 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "env").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("place", ["/dev/null/env", "/proc/none/env", "/dev/null"])
+def test_a_place_for_no_folder_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match=f"no environment can be made in {place}: "):
+        install_server(LOCAL, Path(place), PlainProgress())
+
+
+def test_hints_name_the_folder_that_an_option_names(tmp_path: Path) -> None:
+    folder = tmp_path / "my env"
+    with pytest.raises(ResourceError, match="is not installed") as error:
+        find_server("vllm", folder)
+    assert error.value.hint == f"llmc servers install vllm --environment vllm='{folder}'"
+
+
 def test_an_interpreter_that_does_not_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot make an environment"):
         install_server(LOCAL, tmp_path / "env", PlainProgress(), python=str(tmp_path / "python"))
@@ -97,6 +112,8 @@ def test_an_interpreter_that_does_not_run_is_an_error(tmp_path: Path) -> None:
 
 def test_states_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    for name in ("EDGELLM", "DEEPSPEED"):
+        monkeypatch.delenv(f"LLMC_{name}_ENVIRONMENT", raising=False)
     folder = make_environment(tmp_path / "env", "well")
     listed = list_servers([f"vllm={folder}"])
     assert [(each.recipe.name, each.status) for each in listed] == [
