@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -187,3 +187,22 @@ def _towers_within(model: torch.nn.Module, inner: torch.nn.Module) -> Iterator[s
         parts = list(child.modules())
         if any(isinstance(part, PreTrainedModel) for part in parts) and tokens not in parts:
             yield name
+
+
+def watch_cache(cache: Any, change: Callable[[int, Any, Any], tuple[Any, Any]]) -> Any:
+    """Let `change` see and replace what a transformers cache is given to store; return the cache.
+
+    Keys are seen as layers store them: after their norm and rotary embedding.
+
+    Args:
+        cache: A transformers `Cache`.
+        change: Called with the number of a layer, its new keys and its new values, (batch, heads, sequence,
+            width) each; returns the keys and values that are stored and attended to.
+    """
+    store = cache.update
+
+    def update(keys: Any, values: Any, layer_idx: int, *rest: Any, **named: Any) -> Any:
+        return store(*change(int(layer_idx), keys, values), layer_idx, *rest, **named)
+
+    cache.update = update
+    return cache

@@ -32,10 +32,11 @@ def test_a_prompt_fits_the_cache() -> None:
         ("tensorrt-fp16", {"provider": "cpu"}, "backend tensorrt needs provider cuda"),
         ("cpu-int4", {"backend": "tensorrt", "provider": "cuda"}, "engine requires backend tensorrt"),
         ("cuda-fp16", {"dtype": "bfloat16"}, "bfloat16 requires backend tensorrt"),
-        ("cpu-int4", {"kv_cache": "int8"}, "kv_cache requires kernels: compiled"),
+        ("cpu-int4", {"kv_cache": "int8"}, "kv_cache requires kernels: compiled or backend"),
+        ("cpu-int4-compiled", {"kv_cache": "fp8"}, "in float32, float16 or int8, not fp8"),
         ("tensorrt-fp16", {"kernels": "compiled"}, "compiled requires backend onnxruntime and provider cpu"),
         ("cuda-fp16", {"kernels": "compiled"}, "compiled requires backend onnxruntime and provider cpu"),
-        ("cpu-int4-compiled", {"kv_cache": "int4"}, "Input should be 'float32', 'float16' or 'int8'"),
+        ("cpu-int4-compiled", {"kv_cache": "int4"}, "Input should be 'float32', 'float16', 'int8' or 'fp8'"),
         ("tensorrt-fp16", {"backend": "onnxruntime"}, "engine requires backend tensorrt"),
         (
             "tensorrt-fp16",
@@ -83,13 +84,27 @@ def test_a_checkpoint_runs_on_either_hardware() -> None:
         ({"quantize": {**BLOCKS, "scales": "activations"}}, "requires scales bfloat16 or float16"),
         ({"dtype": "float16"}, "requires dtype float32 and logits all"),
         ({"checkpoint": {"format": "exl2"}}, "Input should be 'compressed-tensors', 'gptq', 'awq' or"),
-        ({"checkpoint": {"format": "gptq", "kv_cache": "fp8"}}, "Extra inputs are not permitted"),
+        ({"kv_cache": "int8"}, "servers have a KV cache in fp8 or in the type of activations, not in int8"),
+        ({"kv_cache": "fp8"}, "needs a calibration text: state checkpoint.calibration"),
+        ({"kv_cache": "fp8", "checkpoint": {"format": "gptq"}}, "format gptq has no scales of a KV cache"),
+        ({"kv_cache": "fp8", "checkpoint": {"format": "awq"}}, "format awq has no scales of a KV cache"),
         ({"checkpoint": {"format": "gptq", "calibration": TEXT}}, "calibration is for rules that quantize"),
     ],
 )
 def test_a_checkpoint_and_its_fields(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         checkpoint_target(**changes)
+
+
+def test_the_text_of_a_cache_is_that_of_the_section_or_of_the_weights() -> None:
+    stated = checkpoint_target(kv_cache="fp8", checkpoint={"format": "modelopt", "calibration": TEXT})
+    gptq = [{"scheme": {"bits": 4, "block_size": 32, "symmetric": True, "method": "gptq"}}]
+    rules = {**BLOCKS, "rules": gptq, "calibration": TEXT}
+    for target in (stated, checkpoint_target(kv_cache="fp8", quantize=rules)):
+        assert target.cache_text is not None
+        assert target.cache_text.model_dump() == TEXT
+    assert checkpoint_target().cache_text is None
+    assert load_target("cpu-int4-compiled-kv8").cache_text is None
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

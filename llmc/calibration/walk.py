@@ -157,13 +157,17 @@ class LayerWalk:
         import torch
 
         try:
-            return self.model(input_ids=torch.from_numpy(row[None].copy()), use_cache=False)
+            return self.model(input_ids=torch.from_numpy(row[None].copy()), **self.over())
         except StopCallError:
             return None
         except Exception as error:  # transformers' model code raises any error if it cannot be walked
             raise UnsupportedError(
                 f"the model cannot be run layer by layer: {type(error).__name__}: {error}"
             ) from error
+
+    def over(self) -> dict[str, Any]:
+        """Return what the model is told about a KV cache: that it needs none."""
+        return {"use_cache": False}
 
     def _file(self, stem: str) -> Path:
         return self._folder / f"{stem}.safetensors"

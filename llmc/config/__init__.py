@@ -49,11 +49,16 @@ class Dtype(StrEnum):
 
 
 class CacheType(StrEnum):
-    """The element type of the KV cache of compiled kernels; int8 has a scale per token and head."""
+    """The element type of a KV cache.
+
+    Compiled kernels have float32, float16 and int8, which has a scale per token and head. Checkpoints for
+    servers have fp8 (E4M3), with one scale for the keys of a layer and one for its values.
+    """
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 class Gate(Strict):
@@ -229,7 +234,9 @@ class Target(Strict):
 
     Args:
         kernels: `compiled` generates operators for the model and the profile's CPU, where possible.
-        kv_cache: Element type of the KV cache, for `compiled` kernels only; otherwise it is `dtype`.
+        kv_cache: Element type of the KV cache, for `compiled` kernels and checkpoints only; otherwise it is
+            `dtype`, or a choice of the server. A checkpoint has the scales of fp8, which the target's
+            calibration text decides.
         prune: Parts to leave out of the model; parity is measured to the pruned model, quality to the
             original.
         lookup: Number of tokens that onnxruntime-genai drafts per step by prompt lookup, whoever serves the
@@ -261,6 +268,14 @@ class Target(Strict):
         return ProfileKind.GPU if self.provider is Provider.CUDA else ProfileKind.CPU
 
     @property
+    def cache_text(self) -> CalibrationText | None:
+        """The text that decides the scales of a KV cache in fp8; None for a target without such scales."""
+        if self.kv_cache is not CacheType.FP8 or self.checkpoint is None:
+            return None
+        by_weights = None if self.quantize is None else self.quantize.calibration
+        return self.checkpoint.calibration or by_weights
+
+    @property
     def platform(self) -> tuple[str, str, str]:
         """What executes the artifact: targets that share it differ in passes, precision and gates."""
         kind = self.kernels if self.checkpoint is None else self.checkpoint.format.value
@@ -278,8 +293,13 @@ class Target(Strict):
             )
         if self.backend is not BackendName.TENSORRT and self.dtype is Dtype.BFLOAT16:
             raise ValueError("bfloat16 requires backend tensorrt; onnxruntime lacks kernels for it")
-        if self.kv_cache is not None and self.kernels != "compiled":
-            raise ValueError("kv_cache requires kernels: compiled; otherwise its type is dtype")
+        compiled, served = self.kernels == "compiled", self.backend is BackendName.CHECKPOINT
+        if self.kv_cache is not None and not compiled and not served:
+            raise ValueError(
+                "kv_cache requires kernels: compiled or backend checkpoint; otherwise its type is dtype"
+            )
+        if self.kv_cache is CacheType.FP8 and not served:
+            raise ValueError("compiled kernels have a KV cache in float32, float16 or int8, not fp8")
         if self.kernels == "compiled" and (
             self.backend is not BackendName.ONNXRUNTIME or self.provider is not Provider.CPU
         ):
@@ -309,7 +329,26 @@ class Target(Strict):
             raise ValueError(
                 "backend checkpoint requires dtype float32 and logits all; its floats keep their own type"
             )
+        self._require_cache_scales(self.checkpoint)
         return self
+
+    def _require_cache_scales(self, section: ServedCheckpoint) -> None:
+        """Raise ValueError unless the format has the scales of the KV cache, and a text decides them."""
+        if self.kv_cache is None:
+            if section.calibration is not None and not section.quantizes_activations:
+                raise ValueError("calibration is for rules that quantize activations, and for kv_cache")
+            return
+        if self.kv_cache is not CacheType.FP8:
+            raise ValueError(
+                f"servers have a KV cache in fp8 or in the type of activations, not in {self.kv_cache.value}"
+            )
+        if not section.format.has_cache_scales:
+            raise ValueError(
+                f"format {section.format.value} has no scales of a KV cache, which compressed-tensors and "
+                "modelopt have"
+            )
+        if self.cache_text is None:
+            raise ValueError("kv_cache: fp8 needs a calibration text: state checkpoint.calibration")
 
 
 class BuildPlan(Strict):

@@ -16,6 +16,11 @@ class CheckpointFormat(StrEnum):
     AWQ = "awq"
     MODELOPT = "modelopt"
 
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether servers read scales of a KV cache in this format."""
+        return self in (CheckpointFormat.COMPRESSED_TENSORS, CheckpointFormat.MODELOPT)
+
 
 class ServedCheckpoint(TypedWeights):
     """The form of a Hugging Face folder that servers load.
@@ -32,10 +37,6 @@ class ServedCheckpoint(TypedWeights):
     @model_validator(mode="after")
     def _calibrated(self) -> "ServedCheckpoint":
         schemes = [rule.scheme for rule in self.weights if rule.scheme is not None]
-        needs = any(scheme.needs_range for scheme in schemes)
-        if needs and self.calibration is None:
+        if self.calibration is None and any(scheme.needs_range for scheme in schemes):
             raise ValueError("static activations and those of nvfp4 need calibration")
-        quantizes = any(scheme.activations != "float" for scheme in schemes)
-        if self.calibration is not None and not (needs or quantizes):
-            raise ValueError("calibration is for rules that quantize activations")
         return self

@@ -110,6 +110,11 @@ class TypedWeights(Strict):
     calibration: CalibrationText | None = None
     least_activation_db: float | None = None
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether a rule quantizes activations."""
+        return any(rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights)
+
 
 class Engine(TypedWeights):
     """The sizes and types for which a TensorRT engine is built.
@@ -134,10 +139,7 @@ class Engine(TypedWeights):
                 )
             if scheme.scale_per == "tensor":
                 raise ValueError("an engine has a scale of fp8 per output feature, not per tensor")
-        quantizes_activations = any(
-            rule.scheme is not None and rule.scheme.activations != "float" for rule in self.weights
-        )
-        if quantizes_activations != (self.calibration is not None):
+        if self.quantizes_activations != (self.calibration is not None):
             raise ValueError("give calibration if and only if a rule quantizes activations")
         if self.prefill.most > self.kv_capacity:
             raise ValueError(

@@ -41,12 +41,12 @@ class EngineQuantizer:
     @property
     def scales_channels(self) -> bool:
         """See `Quantizer`."""
-        return self.section.calibration is not None
+        return self.observes_inputs
 
     @property
     def observes_inputs(self) -> bool:
         """See `Quantizer`."""
-        return self.section.calibration is not None
+        return self.section.calibration is not None and self.section.quantizes_activations
 
     @property
     def unsolved(self) -> Quantization | None:
@@ -67,7 +67,7 @@ class EngineQuantizer:
 
     def input_needs(self, graph: Graph) -> InputNeeds | None:
         """See `Quantizer`."""
-        text = self.section.calibration
+        text = self.section.calibration if self.observes_inputs else None
         return None if text is None else InputNeeds(text, plan_inputs(graph, self.section.weights))
 
     def calibrated(self, graph: Graph, needs: WeightNeeds) -> Iterator[str]:

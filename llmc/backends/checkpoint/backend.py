@@ -16,7 +16,7 @@ from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.backends.checkpoint.requirements import joined_weights, require_matrices
 from llmc.backends.checkpoint.writer import SINGLE, write_tensors
 from llmc.backends.special_tokens import GENERATION_CONFIG
-from llmc.config import BuildPlan, CheckpointFormat, ServedCheckpoint, Target
+from llmc.config import BuildPlan, CacheType, CheckpointFormat, ServedCheckpoint, Target
 from llmc.errors import ConfigError, ResourceError, UnsupportedError
 from llmc.graph.interface import Interface
 from llmc.progress import Progress
@@ -26,6 +26,7 @@ from llmc.servers.support import describe_takers
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
     from llmc.backends.checkpoint.contents import Contents
+    from llmc.backends.checkpoint.formats.base import Format
     from llmc.backends.written import WrittenFrom, WrittenTensors
     from llmc.graph.model import Graph
     from llmc.quantize.quantizer import Quantizer
@@ -49,6 +50,7 @@ class CheckpointStage(Stage):
 
     def require_graph(self, graph: Graph, checkpoint: WrittenFrom) -> None:
         """See `Stage`; matrices that the format cannot hold are refused."""
+        _require_cache(graph, self.target, checkpoint)
         require_matrices(graph, self.target, checkpoint)
 
     def lower(self, graph: Graph, folder: Path, progress: Progress) -> KernelRecord | None:
@@ -124,7 +126,7 @@ class CheckpointBackend(Backend):
     ) -> None:
         """Write config.json, generation_config.json and the files that the format has beside them."""
         contents = _contents(graph, target, checkpoint)
-        documents = describe_folder(section_of(target), contents, checkpoint)
+        documents = describe_folder(_form(target), contents, checkpoint)
         vocabulary = graph.interface().vocabulary
         write_documents(folder, documents, checkpoint.config, generation_config, vocabulary)
 
@@ -188,11 +190,34 @@ def section_of(target: Target) -> ServedCheckpoint:
     return target.checkpoint
 
 
+def _require_cache(graph: Graph, target: Target, checkpoint: WrittenFrom) -> None:
+    """Require that the format and servers have scales for the KV cache, if the target asks for them.
+
+    Raises:
+        UnsupportedError: They do not, or the target asks for another type of cache than fp8.
+    """
+    from llmc.quantize.cache_scales import plan_cache
+
+    if target.kv_cache is None:
+        return
+    if target.kv_cache is not CacheType.FP8 or target.cache_text is None:
+        raise UnsupportedError(
+            f"target {target.name} asks for a KV cache in {target.kv_cache.value} "
+            f"{'without' if target.cache_text is None else 'on'} a calibration text, and servers have fp8",
+            hint="use kv_cache: fp8 with checkpoint.calibration, or leave kv_cache out",
+        )
+    _form(target)
+    plan_cache(graph, checkpoint.config)
+
+
 def _contents(graph: Graph, target: Target, checkpoint: WrittenFrom) -> Contents:
     from llmc.backends.checkpoint.contents import plan_contents
 
-    section = section_of(target)
-    return plan_contents(graph, section, format_of(section), checkpoint)
+    return plan_contents(graph, section_of(target), _form(target), checkpoint)
+
+
+def _form(target: Target) -> Format:
+    return format_of(section_of(target), fp8_cache=target.kv_cache is CacheType.FP8)
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

@@ -5,6 +5,7 @@ by the tensors of the format; a weight whose channels were scaled has new values
 are copied.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,8 +34,11 @@ from llmc.graph.weights import (
     read_all,
     row_chunks,
 )
+from llmc.quantize.cache_scales import cache_scales, module_of
 
 _WEIGHT = ".weight"
+#: The names of scales of a quantized KV cache.
+_CACHE_SCALE = re.compile(r"\.(k|v|q|kv|prob|k_cache|v_cache|kv_cache)_(scale|zero_point|scaling_factor)$")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
     rounded: list[str] = []
     for name, info in files.store.infos().items():
         part = files.parts.get(name)
+        if part is None and _CACHE_SCALE.search(name):
+            continue  # of the original's own cache; the folder declares another, or none
         parameter = None if part is None or not part.is_whole else part.parameter
         matrix = None
         if parameter in coded and names.get(parameter) == name:
@@ -100,11 +106,28 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
         copied = CastRows(StoredRows(files.store, info), dtype)
         read = partial(read_all, copied)
         tensors.append(WrittenTensors(specs, partial(_named, name, read), rows=partial(_in_steps, copied)))
+    tensors += _cache_tensors(graph, form, files)
     inner = (linear for linear in find_linears(graph) if linear.role is not WeightRole.LM_HEAD)
     products = [lazy_of(linear.weight).sources[0] for linear in inner]
     linears = (*checkpoint.linear_parameters(), *products)
     ignored = _float_modules(linears, files, names, {matrix.module for matrix in matrices})
     return Contents(tuple(tensors), tuple(matrices), ignored, tuple(rounded))
+
+
+def _cache_tensors(graph: Graph, form: Format, files: FileTensors) -> Iterator[WrittenTensors]:
+    """Yield the scales of the KV cache of each layer, beside its matrices in the files."""
+    stored: dict[str, str] = {}
+    for name, part in files.parts.items():
+        stored.setdefault(part.parameter, name)
+    for scales in cache_scales(graph):
+        name = stored.get(scales.weight, scales.weight)
+        values = form.cache_tensors(module_of(name), scales.keys, scales.values)
+        specs = {each: (ir.DataType.FLOAT, value.shape) for each, value in values.items()}
+        yield WrittenTensors(specs, partial(_given, values))
+
+
+def _given(values: Mapping[str, Array]) -> Mapping[str, Array]:
+    return values
 
 
 def _require_files(files: FileTensors, parameters: set[str]) -> None:

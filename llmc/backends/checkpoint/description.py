@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact.store.disk import space_errors
-from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.backends.special_tokens import GENERATION_CONFIG, special_tokens
 
 if TYPE_CHECKING:
     from llmc.backends.checkpoint.contents import Contents
+    from llmc.backends.checkpoint.formats.base import Format
     from llmc.backends.written import WrittenFrom
-    from llmc.config import ServedCheckpoint
 
 CONFIG = "config.json"
 _QUANTIZATION = "quantization_config"
 
 
-def describe_folder(section: ServedCheckpoint, contents: Contents, checkpoint: WrittenFrom) -> dict[str, Any]:
+def describe_folder(form: Format, contents: Contents, checkpoint: WrittenFrom) -> dict[str, Any]:
     """Return config.json with the declaration of the quantized matrices, and the documents beside it.
 
     Args:
-        section: The section `checkpoint` of the target.
+        form: The format of the folder.
 
     Returns:
         A JSON document by file name.
@@ -34,7 +33,6 @@ def describe_folder(section: ServedCheckpoint, contents: Contents, checkpoint: W
     fields.pop("compression_config", None)
     if not contents.matrices:
         return {CONFIG: fields}
-    form = format_of(section)
     fields[_QUANTIZATION] = form.config(contents.matrices, contents.ignored)
     return {CONFIG: fields, **form.side_files(contents.matrices, contents.ignored)}
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 _WHERE = "numpy, from the files"
 _NOT_APPLICABLE = MeasurementStatus.NOT_APPLICABLE
 _FOREIGN = "the original is not the model that the artifact was built from"
-#: Ends of the names of tensors of a checkpoint: those that calibration of activations decides, those that do
-#: not depend on codes, and those that do not where codes are symmetric.
-_INPUT_SCALES = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+#: Ends of the names of tensors of a checkpoint: those that calibration of activations decides, those that
+#: calibration of the KV cache decides, those that do not depend on codes, and those that do not where codes
+#: are symmetric.
+_INPUT_SCALES = (".input_scale", ".input_global_scale")
+_CACHE_SCALES = (".k_scale", ".v_scale")
 _SHAPES = (".g_idx", ".weight_shape")
 _ZERO_POINTS = (".qzeros", ".weight_zero_point")
 
@@ -100,6 +102,8 @@ def _unknown_tensors(subject: Subject) -> Callable[[str, str | None], bool]:
 
     def is_unknown(name: str, weight: str | None) -> bool:
         if not rebuilt.complete and name.endswith(_INPUT_SCALES):
+            return True
+        if not rebuilt.cache_known and name.endswith(_CACHE_SCALES):
             return True
         if weight not in calibrated or name.endswith(_SHAPES):
             return False

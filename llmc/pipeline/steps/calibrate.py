@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
     from llmc.quantize.activations import Activations, InputPlan
+    from llmc.quantize.cache_scales import CachePeaks
     from llmc.quantize.calibrate import Calibration
     from llmc.quantize.quantizer import InputNeeds, Observations, Quantizer, WeightNeeds
 
@@ -34,6 +35,8 @@ _CODE = {
     "calibration": ("calibration", "quantize"),
     "pruning": ("calibration", "prune"),
 }
+#: The purpose of a calibration of the KV cache.
+_CACHE = "cache"
 #: Text for the overflow check of a float16 target without calibration of its own.
 _OVERFLOW_TEXT = CalibrationText(window_tokens=256, max_windows=4)
 #: Largest finite number of float16 (IEEE 754 binary16).
@@ -166,6 +169,42 @@ def _recall_inputs(checkpoint: Checkpoint, needs: InputNeeds) -> Activations | N
     subject = _plan(checkpoint, needs.text, "activations", _input_facts(needs.plans))
     files = finished_files(subject.folder, len(subject.layers))
     return None if files is None else read_activations(files)
+
+
+def observe_cache(checkpoint: Checkpoint, text: CalibrationText, progress: Progress) -> dict[int, CachePeaks]:
+    """Run the original over calibration text to measure what its layers store in their KV cache.
+
+    Returns:
+        Largest magnitudes of keys and values, by the number of the layer.
+
+    Raises:
+        As `observe`.
+    """
+    from llmc.quantize.cache_scales import CacheWalk
+
+    tied = dict(checkpoint.tied)
+
+    def work() -> dict[int, CachePeaks]:
+        subject = prepare(checkpoint, text, _CACHE, {})
+        walk = CacheWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
+        return walk.run_peaks(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+
+    with progress.stage("calibrate the KV cache"):
+        return walking(work)
+
+
+def recall_cache(checkpoint: Checkpoint, text: CalibrationText) -> dict[int, CachePeaks] | None:
+    """Return the result of `observe_cache` if it is completely cached, otherwise None.
+
+    Raises:
+        UnsupportedError: The model cannot be run layer by layer.
+    """
+    from llmc.calibration.walk import finished_files
+    from llmc.quantize.cache_scales import read_peaks
+
+    subject = _plan(checkpoint, text, _CACHE, {})
+    files = finished_files(subject.folder, len(subject.layers))
+    return None if files is None else read_peaks(files)
 
 
 def _input_facts(plans: Sequence[InputPlan]) -> dict[str, Any]:

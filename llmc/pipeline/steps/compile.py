@@ -18,7 +18,7 @@ from llmc.graph.model import Graph
 from llmc.graph.report import PassReport
 from llmc.graph.weights import LazyWeight, Rows
 from llmc.pipeline.steps.allocate import allocate_bits
-from llmc.pipeline.steps.calibrate import look_for_overflow, observe
+from llmc.pipeline.steps.calibrate import look_for_overflow, observe, observe_cache
 from llmc.pipeline.steps.context import limit_context
 from llmc.progress import Progress
 
@@ -136,6 +136,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
     """
     from llmc.graph.verify import verify_graph
     from llmc.quantize.activations import Activations
+    from llmc.quantize.cache_scales import mark_cache
     from llmc.quantize.fold import scale_graph
 
     lowered = lower_graph(checkpoint, target, progress)
@@ -151,6 +152,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
             rules = allocate_bits(checkpoint, graph, quantizer.unsolved, target.dtype, progress, joined)
             quantizer = quantizer.solved(rules)
     observed = observe(checkpoint, graph, quantizer, target.dtype, progress)
+    if target.cache_text is not None:
+        mark_cache(graph, checkpoint.config, observe_cache(checkpoint, target.cache_text, progress))
     with progress.stage("quantize"):
         scale_graph(graph, observed.smoothing)
         sources = graph_sources(graph)

@@ -11,7 +11,7 @@ from llmc import __version__
 from llmc.artifact.provenance import tool_versions
 from llmc.backends import backend_of
 from llmc.config import Target
-from llmc.pipeline.steps.calibrate import recall
+from llmc.pipeline.steps.calibrate import recall, recall_cache
 from llmc.pipeline.steps.compile import (
     graph_sources,
     lower_graph,
@@ -43,6 +43,7 @@ class Rebuilt:
         calibrated: Names in `sources` of matrices whose codes are unknown here, such as matrices quantized on
             calibration text whose results are not cached.
         complete: Whether the nodes are known too; they are not if calibration decides on activations.
+        cache_known: Whether the scales of the KV cache are known, if the artifact has any.
         lowered: The result of the backend's `lower`, such as the program of compiled kernels.
         smoothing: Divisors of the channels of activations, if the calibration is cached.
         records: How every matrix is stored, as recorded in the manifest.
@@ -53,6 +54,7 @@ class Rebuilt:
     sources: Mapping[str, Rows]
     calibrated: frozenset[str] = frozenset()
     complete: bool = True
+    cache_known: bool = True
     lowered: Any = None
     smoothing: Mapping[str, Array] | None = None
     records: tuple[WeightRecord, ...] = ()
@@ -78,6 +80,7 @@ def rebuild(
         ParityError: The artifact's record of the changes to its weights cannot be read.
     """
     from llmc.quantize.activations import read_smoothing
+    from llmc.quantize.cache_scales import mark_cache
     from llmc.quantize.fold import scale_graph
 
     lowered = lower_graph(checkpoint, target, progress)
@@ -93,6 +96,9 @@ def rebuild(
         if quantizer.scales_channels:
             scale_graph(graph, observed.smoothing if recalled else read_smoothing(folder))
         sources = graph_sources(graph)
+        peaks = None if target.cache_text is None else recall_cache(checkpoint, target.cache_text)
+        if target.cache_text is not None:
+            mark_cache(graph, checkpoint.config, peaks)
         tensors = quantizer.apply(graph, observed).tensors
         program = backend.lower(graph, target)
     return Rebuilt(
@@ -100,6 +106,7 @@ def rebuild(
         sources,
         calibrated,
         complete=input_needs is None or observed.inputs is not None,
+        cache_known=target.cache_text is None or peaks is not None,
         lowered=program,
         smoothing=observed.smoothing if recalled and quantizer.scales_channels else None,
         records=weight_records(tensors, target.dtype),

@@ -107,6 +107,19 @@ def test_a_pattern_does_not_match_a_module_that_stays_in_float() -> None:
     assert config["config_groups"]["group_0"]["targets"] == [up.format(1), up.format(2)]
 
 
+def test_a_cache_in_fp8_is_declared() -> None:
+    form = CompressedTensors(fp8_cache=True)
+    scheme = form.config([matrix(blocks())], [])["kv_cache_scheme"]
+    stated = {key: scheme[key] for key in ("num_bits", "type", "strategy", "dynamic", "symmetric")}
+    expected = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    assert stated == expected
+    scales = form.cache_tensors("model.layers.0.self_attn", 0.5, 0.25)
+    assert {name: value.tolist() for name, value in scales.items()} == {
+        "model.layers.0.self_attn.k_scale": [0.5],
+        "model.layers.0.self_attn.v_scale": [0.25],
+    }
+
+
 def test_groups_that_do_not_divide_are_refused_with_the_sizes_that_do() -> None:
     assert FORM.refusal(blocks(4, 128), (64, 576)) == (
         "groups of 128 do not divide 576 inputs; groups of 64 or 32 or 16 do"

@@ -14,6 +14,7 @@ from llmc.backends.checkpoint.formats.compressed_tensors import CompressedTensor
 from llmc.backends.checkpoint.formats.gptq import GptqLayout
 from llmc.backends.checkpoint.formats.modelopt import ModelOpt
 from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, WeightScheme
+from llmc.errors import UnsupportedError
 from tests.backends.checkpoint.coded import MODULE, blocks, matrix, read_back, typed, values, write
 
 Scheme = WeightScheme | EngineScheme
@@ -188,6 +189,18 @@ def test_modelopt_excludes_a_head_that_has_no_tensor() -> None:
     assert quantization(ModelOpt(), coded, [])["exclude_modules"] == []
 
 
+def test_modelopt_declares_a_cache_in_fp8_in_both_files() -> None:
+    form = ModelOpt(fp8_cache=True)
+    coded = layer({"self_attn.o_proj": typed("fp8", "static", "tensor")})
+    assert quantization(form, coded, [])["kv_cache_quant_algo"] == "FP8"
+    assert form.config(coded, [])["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    scales = form.cache_tensors("model.layers.3.self_attn", 0.5, 0.25)
+    assert {name: (value.shape, float(value)) for name, value in scales.items()} == {
+        "model.layers.3.self_attn.k_proj.k_scale": ((), 0.5),
+        "model.layers.3.self_attn.v_proj.v_scale": ((), 0.25),
+    }
+
+
 def section(form: str) -> ServedCheckpoint:
     return ServedCheckpoint.model_validate({"format": form})
 
@@ -200,3 +213,9 @@ def test_every_format_has_an_encoder() -> None:
         "awq": AwqLayout,
         "modelopt": ModelOpt,
     }
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_a_cache_in_fp8_is_refused_where_readers_take_no_scales(form: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"format {form} has no scales of a KV cache"):
+        format_of(section(form), fp8_cache=True)

@@ -77,6 +77,10 @@ class AwqLayout:
             f"{module}.scales": np.ascontiguousarray(stored_scales(matrix, codes.scales).T),
         }
 
+    def cache_tensors(self, attention: str, keys: float, values: float) -> dict[str, Array]:
+        """Return nothing: readers of this format take no scales of a KV cache."""
+        return {}
+
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         return {

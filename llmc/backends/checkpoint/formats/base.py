@@ -94,6 +94,13 @@ class Format(Protocol):
         """
         ...
 
+    def cache_tensors(self, attention: str, keys: float, values: float) -> dict[str, Array]:
+        """Return the tensors with the scales of the KV cache of the module `attention`.
+
+        Only formats with `has_cache_scales` have any.
+        """
+        ...
+
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """Return `quantization_config` of config.json.
 

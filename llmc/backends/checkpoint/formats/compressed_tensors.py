@@ -9,6 +9,7 @@
   `weight_scale` E4M3 (N, K / 16); `weight_global_scale` float32 (1,), by which scales are divided.
 
 Static activations have `input_scale` (1,); those of nvfp4 have its inverse, `input_global_scale` (1,).
+A KV cache in fp8 has `k_scale` and `v_scale` (1,) of the attention module, float32.
 Source: compressed_tensors 0.19.0, compressors/*/base.py and quantization/quant_args.py.
 """
 
@@ -44,7 +45,13 @@ VERSION = "0.19.0"
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """The format of compressed-tensors."""
+    """The format of compressed-tensors.
+
+    Args:
+        fp8_cache: Whether the folder has scales of a KV cache in fp8.
+    """
+
+    fp8_cache: bool = False
 
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
@@ -110,6 +117,11 @@ class CompressedTensors:
             tensors["weight_scale"] = scales.reshape(1) if is_per_tensor(scheme) else scales
         return {f"{module}.{part}": values for part, values in tensors.items()}
 
+    def cache_tensors(self, attention: str, keys: float, values: float) -> dict[str, Array]:
+        """See `Format`."""
+        scales = {"k_scale": keys, "v_scale": values}
+        return {f"{attention}.{part}": np.array([scale], np.float32) for part, scale in scales.items()}
+
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         by_scheme: dict[str, list[CodedMatrix]] = {}
@@ -127,7 +139,7 @@ class CompressedTensors:
             "format": next(iter(kinds)) if len(kinds) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": list(ignored),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _arguments(8, "float", "tensor") if self.fp8_cache else None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
             "version": VERSION,

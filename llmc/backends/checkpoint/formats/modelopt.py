@@ -7,6 +7,8 @@
 - W4A16_AWQ: `weight` uint8 (N / 2, K) of signed 4-bit codes, the even output in the low half; `weight_scale`
   (N, groups).
 
+A KV cache in fp8 has `k_proj.k_scale` and `v_proj.v_scale` of the attention module, float32 scalars.
+
 Folders with several of them have MIXED_PRECISION, and the algorithm of each module in `quantized_layers`.
 config.json and hf_quant_config.json declare the same: some readers know only the one or the other.
 Source: modelopt 0.47.0, `torch/export/quant_utils.py` and `convert_hf_config.py`.
@@ -43,7 +45,13 @@ VERSION = "0.47.0"
 
 @dataclass(frozen=True)
 class ModelOpt:
-    """The format of ModelOpt."""
+    """The format of ModelOpt.
+
+    Args:
+        fp8_cache: Whether the folder has scales of a KV cache in fp8.
+    """
+
+    fp8_cache: bool = False
 
     def refusal(self, scheme: WeightScheme | EngineScheme, shape: tuple[int, int]) -> str | None:
         """See `Format`."""
@@ -100,6 +108,11 @@ class ModelOpt:
             parts["weight_scale_2"] = np.asarray(codes.whole, np.float32).reshape(())
         return {f"{module}.{part}": values for part, values in parts.items()}
 
+    def cache_tensors(self, attention: str, keys: float, values: float) -> dict[str, Array]:
+        """See `Format`; the names are the same where one matrix computes queries, keys and values."""
+        scales = {"k_proj.k_scale": keys, "v_proj.v_scale": values}
+        return {f"{attention}.{part}": np.array(scale, np.float32) for part, scale in scales.items()}
+
     def config(self, matrices: Sequence[CodedMatrix], ignored: Sequence[str]) -> dict[str, Any]:
         """See `Format`."""
         declared = self._declare(matrices, ignored)
@@ -117,6 +130,7 @@ class ModelOpt:
         return {
             "config_groups": groups,
             "ignore": declared["exclude_modules"],
+            **({"kv_cache_scheme": _arguments(8, "float", None)} if self.fp8_cache else {}),
             "producer": {"name": "modelopt", "version": VERSION},
             "quant_algo": declared["quant_algo"],
             "quant_method": "modelopt",
@@ -146,7 +160,8 @@ class ModelOpt:
         fields: dict[str, Any] = distinct[0]
         if len(distinct) > 1:
             fields = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-        return {**fields, "kv_cache_quant_algo": None, "exclude_modules": excluded}
+        cache = "FP8" if self.fp8_cache else None
+        return {**fields, "kv_cache_quant_algo": cache, "exclude_modules": excluded}
 
 
 def _algorithm(scheme: WeightScheme | EngineScheme) -> str | None:
