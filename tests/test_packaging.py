@@ -13,6 +13,7 @@ import pytest
 
 import llmc
 from llmc.runtime.libraries import LIBRARIES
+from llmc.servers.recipes import RECIPES
 
 ROOT = Path(llmc.__file__).parent.parent
 WHEEL = f"llmc-{llmc.__version__}-py3-none-any.whl"
@@ -64,6 +65,14 @@ def test_the_wheel_carries_what_ships(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"llmc", "optimum", f"llmc-{llmc.__version__}.dist-info"}
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
+
+
+def test_the_wheel_carries_the_programs_of_servers(wheel: Path) -> None:
+    """Their environments execute these as files, so that no import of llmc would miss one."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    programs = {f"worker_{server}.py" for server in RECIPES}
+    programs |= {file.name for file in (ROOT / "llmc" / "servers").glob("*.py")}
+    assert {f"llmc/servers/{program}" for program in programs} <= names
 
 
 def test_a_wheel_finds_them(unpacked: Path, tmp_path: Path) -> None:
