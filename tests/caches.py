@@ -1,20 +1,24 @@
 """A cache of each test's own, which shares entries that depend on nothing but their key with all tests.
 
 A trace is keyed by the model's configuration and the code that traced it, the answers of a tokenizer by its
-files and the question. Each costs seconds, and the tests of one run share them. Answers of models stay with
-a test.
+files and the question, a compiled library by its sources and the compiler. Each costs seconds, and the tests
+of one run share them. Answers of models stay with a test.
 """
 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.artifact.store.cache import StageCache
 from llmc.config import Dtype
 
+if TYPE_CHECKING:
+    from llmc.graph.model import Graph
+
 #: The variable that names the folder that the tests of one run share, in every process of it.
 SHARED = "LLMC_SHARED_TESTS"
-_PARTS = ("traces", "tokenizers")
+_PARTS = ("traces", "tokenizers", "libraries")
 
 
 def share() -> tempfile.TemporaryDirectory[str] | None:
@@ -49,3 +53,10 @@ def shared_trace(config: object, dtype: Dtype) -> bytes:
         data = dump_graph(trace_model(config, dtype))
         cache.put(key, data)
     return data
+
+
+def traced_graph(config: object, dtype: Dtype) -> "Graph":
+    """Return the graph of a configuration from `shared_trace`."""
+    from llmc.graph.serial import load_graph
+
+    return load_graph(shared_trace(config, dtype))

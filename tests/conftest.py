@@ -1,6 +1,7 @@
 """`--without-torch` runs the tests that need none of the heavy packages, and fails if torch is imported."""
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -20,7 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     from tests.caches import share
 
-    folder = share()  # before xdist starts its processes, which take the name of the folder along
+    # Before xdist starts its processes, which take the variables along. Threads that wait for each other's
+    # small products cost more than they give, and the processes of xdist fill the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = share()
     if folder is not None:
         config.add_cleanup(folder.cleanup)
 

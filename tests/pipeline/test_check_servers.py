@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmc.cli import main
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 
 
@@ -40,7 +41,7 @@ def test_what_is_read_wrongly_has_exit_code_3(capsys: pytest.CaptureFixture[str]
 def test_a_model_whose_matrices_do_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model", hidden_size=96, intermediate_size=128)
     code, out, _ = _call(capsys, str(model), "--target", "gptq-int4", "--runtime", "edgellm", "--json")
     assert code == 3

@@ -31,6 +31,7 @@ from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.activations import SMOOTHING
+from tests.caches import own_cache
 from tests.checkpoint.tiny_gguf import write_gguf
 from tests.models import save_tiny_model
 
@@ -41,7 +42,7 @@ BLOCKS = {"bits": 4, "block_size": 32, "symmetric": True, "method": "rtn"}
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path_factory.getbasetemp() / "checkpoint-cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path_factory.getbasetemp() / "checkpoint-cache"))
 
 
 def plan(model: Path, output: Path, target: str = "vllm-w4a16", **quantize: Any) -> BuildPlan:

@@ -18,6 +18,7 @@ from llmc.pipeline import run as run_artifact
 from llmc.pipeline import verify as verify_artifact
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 
 from .sabotage import copy_artifact, edit_json, reseal
@@ -51,7 +52,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
     }
     model = save_tiny_model("llama", root / "model", dtype=torch.bfloat16, tokenizer=True, **sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMC_CACHE", str(root / "cache"))
+        patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
         built = {}
         for name in TARGETS:
             plan = plan_build(str(model), target=name, profile="local", output=root / name, verify=False)
@@ -274,7 +275,7 @@ def test_faults_of_codes_that_calibration_decided(
     name: str, artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another machine does not have what calibration observed."""
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
     folder = copy_artifact(artifacts["vllm-w4a16"], tmp_path / "broken")
     FAULTS[name].apply(folder)
     reseal(folder)
@@ -288,7 +289,7 @@ def test_zero_points_off_by_one_without_the_calibration(
     artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readers of symmetric codes may not look at zero points, but calibration does not decide them."""
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
 
     def lower(stored: Tensors) -> None:
         for name in [name for name in stored if name.endswith(".qzeros")]:

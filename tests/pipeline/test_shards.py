@@ -14,12 +14,13 @@ from llmc.errors import ConfigError, ResourceError
 from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
+from tests.caches import own_cache
 from tests.models import save_tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE", str(tmp_path_factory.getbasetemp() / "shards-cache"))
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path_factory.getbasetemp() / "shards-cache"))
 
 
 @pytest.fixture(scope="module")

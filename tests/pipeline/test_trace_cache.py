@@ -8,9 +8,9 @@ import pytest
 from llmc.checkpoint import open_checkpoint
 from llmc.config import Dtype
 from llmc.graph.model import Graph
-from llmc.pipeline.steps.compile import trace
+from llmc.pipeline.steps.compile import trace, trace_key
 from llmc.progress import SilentProgress
-from tests.models import save_tiny_model
+from tests.models import save_tiny_model, tiny_config
 
 
 def _floats(graph: Graph) -> list[float]:
@@ -25,3 +25,20 @@ def test_floats_are_those_of_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     traced, cached = (_floats(trace(checkpoint, Dtype.FLOAT32, SilentProgress())) for _ in range(2))
     assert 0 < traced[0] < 1e-4  # an epsilon that is not exact in float32
     assert traced == cached
+
+
+def test_a_trace_does_not_depend_on_how_weights_are_stored() -> None:
+    config = tiny_config("llama")
+    key = trace_key(config, Dtype.FLOAT32)
+    config.dtype, config.architectures = "float16", ["LlamaForCausalLM"]
+    assert trace_key(config, Dtype.FLOAT32) == key
+    assert trace_key(config, Dtype.FLOAT16) != key
+
+
+def test_a_trace_depends_on_the_class_that_is_built() -> None:
+    keys = set()
+    for architecture in ("Emu3ForCausalLM", "Emu3ForConditionalGeneration"):
+        config = tiny_config("emu3")
+        config.architectures = [architecture]
+        keys.add(trace_key(config, Dtype.FLOAT32))
+    assert len(keys) == 2

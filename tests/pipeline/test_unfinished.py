@@ -12,6 +12,7 @@ from llmc.errors import ResourceError
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import PlainProgress, SilentProgress
+from tests.caches import own_cache
 from tests.models import EOS, save_tiny_model
 
 
@@ -24,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setenv("LLMC_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("LLMC_CACHE", own_cache(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
 

@@ -14,6 +14,7 @@ from llmc.graph.model import Graph
 from llmc.graph.serial import dump_graph, load_graph
 from llmc.trace import trace_model
 from llmc.trace.kernels import kernel_name
+from tests.caches import traced_graph
 from tests.models import build_tiny_model
 from tests.state_store import StateStore
 from tests.states import FULL, LINEAR, TYPES, difference
@@ -22,7 +23,7 @@ from tests.states import FULL, LINEAR, TYPES, difference
 @pytest.fixture(scope="module", params=TYPES)
 def traced(request: pytest.FixtureRequest) -> tuple[str, Any, Graph]:
     model = build_tiny_model(request.param, **TYPES[request.param][0])
-    return request.param, model, trace_model(model.config, Dtype.FLOAT32)
+    return request.param, model, traced_graph(model.config, Dtype.FLOAT32)
 
 
 def test_a_canonical_graph_has_the_numbers_of_one_pass(traced: tuple[str, Any, Graph]) -> None:

@@ -13,6 +13,7 @@ from llmc.graph.model import Graph, layer_of
 from llmc.graph.recurrence import is_recurrence
 from llmc.graph.serial import dump_graph, load_graph
 from llmc.trace import trace_model
+from tests.caches import traced_graph
 from tests.models import build_tiny_model
 from tests.state_store import StateStore
 from tests.states import difference
@@ -33,7 +34,7 @@ TYPES = {
 @pytest.fixture(scope="module", params=TYPES)
 def traced(request: pytest.FixtureRequest) -> tuple[str, Any, Graph]:
     model = build_tiny_model(request.param)
-    return request.param, model, trace_model(model.config, Dtype.FLOAT32)
+    return request.param, model, traced_graph(model.config, Dtype.FLOAT32)
 
 
 def test_a_graph_has_the_numbers_of_one_pass(traced: tuple[str, Any, Graph]) -> None:

@@ -21,6 +21,7 @@ from llmc.trace import capture, trace_model
 from llmc.trace.layer_index import LayerIndex
 from llmc.trace.positions import first_position
 from llmc.trace.stamp import NotStampableError, check_indices
+from tests.caches import traced_graph
 from tests.models import build_tiny_model, tiny_config, tiny_multimodal_fields
 from tests.state_store import StateStore, run_steps
 
@@ -36,7 +37,7 @@ def _trace_and_compare(model_type: str, **overrides: Any) -> tuple[Graph, float]
     """
     model = build_tiny_model(model_type, **overrides)
     model.set_attn_implementation("eager")
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph = traced_graph(model.config, Dtype.FLOAT32)
     towers = beside_language_model(model, list(model.state_dict()))
     assert set(graph.bind(StateStore(model), {})) == {name for names in towers.values() for name in names}
     random = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_canonical_graph_has_the_models_numbers(model_type: str) -> None:
 def test_attention_that_cannot_be_captured_is_traced_as_the_model_computes_it(
     model_type: str, reason: str
 ) -> None:
-    graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
+    graph = traced_graph(tiny_config(model_type), Dtype.FLOAT32)
     assert any(reason in note for note in graph.notes)
     assert not [n for n in graph.graph if n.domain == DIALECT]
     assert [s.layer for s in graph.cache] == [0, 1, 2]
@@ -95,7 +96,7 @@ def test_attention_that_cannot_be_captured_is_traced_as_the_model_computes_it(
 def test_padding_and_positions_are_read_off_the_graph(
     model_type: str, padding: str, positions: int | None
 ) -> None:
-    graph = trace_model(tiny_config(model_type), Dtype.FLOAT32)
+    graph = traced_graph(tiny_config(model_type), Dtype.FLOAT32)
     assert graph.padding == padding
     assert positions is None or graph.max_length == positions
 
@@ -165,7 +166,7 @@ def test_windows_and_chunks_count_real_tokens_wherever_the_padding_is(
 ) -> None:
     """The same row padded on the left, in the middle of its prompt and on the right has the same logits."""
     model = build_tiny_model(model_type, **overrides)
-    graph = trace_model(model.config, Dtype.FLOAT32)
+    graph = traced_graph(model.config, Dtype.FLOAT32)
     graph.bind(StateStore(model), {})
     real = np.random.default_rng(0).integers(3, 250, 17)
     mask = np.ones((4, 21), np.int64)
@@ -297,7 +298,7 @@ def test_nothing_of_the_machine_that_traces_is_left() -> None:
 
 
 def test_positions_are_an_input_only_where_the_model_reads_them() -> None:
-    assert trace_model(tiny_config("llama"), Dtype.FLOAT32).interface().position_ids
+    assert traced_graph(tiny_config("llama"), Dtype.FLOAT32).interface().position_ids
     config = tiny_config("smollm3", no_rope_layers=[0, 0, 0])
     assert not trace_model(config, Dtype.FLOAT32).interface().position_ids
 
@@ -310,7 +311,7 @@ def test_a_layer_that_runs_twice_has_a_slot_for_each_run() -> None:
 
 
 def test_half_precision_is_traced_as_such() -> None:
-    graph = trace_model(tiny_config("llama"), Dtype.FLOAT16)
+    graph = traced_graph(tiny_config("llama"), Dtype.FLOAT16)
     interface = graph.interface()
     assert {s.dtype for s in interface.outputs} == {"float16"}
     assert {v.dtype for v in graph.unbound()} == {ir.DataType.FLOAT16}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmc.architecture import auto_class
 from llmc.arrays import Array
 from llmc.artifact.manifest import Declined, PassRecord, WeightRecord
 from llmc.artifact.provenance import code_digest, tool_versions
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from llmc.quantize.activations import Activations
     from llmc.quantize.place import QuantizedTensor
     from llmc.quantize.quantizer import FloatInput
+
+
+#: Fields of a configuration that change nothing in a trace.
+_NOT_TRACED = frozenset({"architectures", "dtype"})
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,15 @@ def trace(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Graph:
 
 
 def trace_key(config: Any, dtype: Dtype) -> str:
-    """Compute the cache key of a trace: configuration, type, versions of tracing tools, and llmc's code."""
+    """Compute the cache key of a trace: configuration, type, versions of tracing tools, and llmc's code.
+
+    The type that weights are stored in is left out, since `dtype` replaces it, and the names of classes in
+    `architectures`, since a trace depends only on the class that is built.
+    """
+    fields = json.loads(config.to_json_string(use_diff=False))
     facts = {
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "architecture": type(config).__name__,
+        "config": {name: value for name, value in fields.items() if name not in _NOT_TRACED},
+        "architecture": [type(config).__name__, auto_class(config).__name__],
         "dtype": dtype.value,
         "tools": tool_versions(),
         "code": code_digest("llmc.architecture", "llmc.trace", "llmc.graph"),
