@@ -168,7 +168,7 @@ def _load_target(file: Path, path: Path | None) -> Target:
 
 
 def _extension(path: Path | None) -> Extension:
-    """Return how a target is merged with the one that it extends: gates by their metric."""
+    """Return how a target is merged with the target that it extends: gates by their metric."""
 
     def find(name: str, file: Path) -> Path:
         beside = [file.parent / (name + suffix) for suffix in (".yaml", ".yml")]

@@ -16,7 +16,7 @@ class EvaluationText(Record):
 
     Args:
         text: The whole text.
-        names: The files that it was read from, `-` for standard input; none for the one that ships.
+        names: The files that it was read from, `-` for standard input; none for the text that ships.
     """
 
     text: str

@@ -118,7 +118,7 @@ def gpu_memory_in_use() -> int:
     require_gpu()
     driver, context = _load_driver(), ctypes.c_void_p()
     device = _ask_number(driver, "cuDeviceGet", 0)
-    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # the one that runtimes use
+    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # the context that runtimes use
     _check(driver, "cuDevicePrimaryCtxRetain", retained)
     _check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -143,7 +143,7 @@ def _load_driver() -> Any:
             return None
         raise ResourceError(
             f"the library of NVIDIA's driver does not load: {error}",
-            hint="it must be the one that the driver installed, for this processor: see LD_LIBRARY_PATH",
+            hint="it must be the library that the driver installed, for this processor: see LD_LIBRARY_PATH",
         ) from error
 
 

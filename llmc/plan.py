@@ -34,7 +34,7 @@ def plan_build(
 
     Args:
         profile: One name, or several separated by commas.
-        eval_text: The text that the gate measures quality on; None for the one that ships.
+        eval_text: The text that the gate measures quality on; None for the text that ships.
         output: Directory of the artifact; None for `artifacts/<model>/<target>@<profile>`.
         path: Folder of the user's own targets and profiles, searched first.
         chat_template: File with a Jinja template that replaces the checkpoint's own.
@@ -91,7 +91,7 @@ def read_eval_text(names: Sequence[str], *, verify: bool) -> EvaluationText:
     """Read the evaluation text of a build, once for every plan that is made of the request.
 
     Args:
-        names: Files of evaluation text, `-` for standard input; none for the one that ships.
+        names: Files of evaluation text, `-` for standard input; none for the text that ships.
         verify: Whether the gates are to run; if not, the files must be there and are not read.
 
     Raises:

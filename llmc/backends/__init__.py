@@ -1,4 +1,4 @@
-"""Implement the backends, a folder each, and select the one of a target.
+"""Implement the backends, a folder each, and select a target's backend.
 
 A backend is an `llmc.backends.base.Backend`. To add one, write its folder and name its class here, twice.
 """

@@ -1,7 +1,7 @@
 """Define what the pipeline asks of a backend, and the answers that most backends share.
 
 A backend turns a quantized graph into the files of an artifact, and executes them. `llmc.backends.backend_of`
-returns the one of a target; code outside of `llmc.backends` and `llmc.config` never asks which one it is.
+returns a target's backend; code outside of `llmc.backends` and `llmc.config` never asks which one it is.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Generated:
     """The text that an artifact generated.
 
     Args:
-        tokens: Number of new tokens, without the one that ends the text.
+        tokens: Number of new tokens, without the token that ends the text.
         steps: Number of model runs that chose them.
         drafted: Number of tokens that prompt lookup drafted.
         accepted: Number of drafted tokens that the model chose too.

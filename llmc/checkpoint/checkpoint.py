@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The short name of the model: that of the hub repository, folder, or GGUF file without suffix."""
+        """The short name of the model, by its hub repository, folder, or GGUF file without suffix."""
         return location.short_name(self.ref, self.path)
 
     def digest(self) -> str:

@@ -124,7 +124,7 @@ def convert_store(raw: WeightStore, model: PreTrainedModel, mapping: list[Any]) 
     """Expose the tensors of `raw` under the names of `model`, and check them against it.
 
     Raises:
-        CheckpointError: A tensor is missing, or its shape differs from the one that the config implies.
+        CheckpointError: A tensor is missing, or its shape differs from the shape that the config implies.
         UnsupportedError: A tensor holds integers where the model has floats.
     """
     expected = dict(model.state_dict())

@@ -189,7 +189,7 @@ class GgufRotary:
 
 
 def read_rotary(header: GgufHeader) -> GgufRotary:
-    """Read the rotary embedding of the model; if layers differ, the one of its global layers.
+    """Read the rotary embedding of the model; if layers differ, the embedding of its global layers.
 
     Raises:
         CheckpointError: A tensor of factors does not fit.

@@ -25,7 +25,7 @@ def refuse_contradiction(file: str, fields: Mapping[str, Any]) -> None:
         if old and new and _OLD_NAMES.get(old, old) != _OLD_NAMES.get(new, new):
             raise CheckpointError(
                 f"{place} of {file} says type {old} and rope_type {new}",
-                hint="keep only the one that the model was trained with",
+                hint="keep only the settings that the model was trained with",
             )
 
 

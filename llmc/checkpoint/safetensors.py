@@ -182,7 +182,7 @@ def _unread_shards(folder: Path) -> tuple[str, ...]:
 
 
 def _check_placed(shard: Path, shard_tensors: Mapping[str, _Stored], tensors: Mapping[str, _Stored]) -> None:
-    """Check that every tensor of a shard is the one that the index refers to.
+    """Check that every tensor of a shard is the tensor that the index refers to.
 
     Raises:
         CheckpointError: The index does not list it, or assigns it to another file with other values.

@@ -56,7 +56,7 @@ def _not_one_model(model: PreTrainedModel) -> UnsupportedError:
     parts = {n: part for n, part in model.named_children() if isinstance(part, PreTrainedModel)}
     writers = [n for n, p in parts.items() if type(p).__name__ in generates_text(p.config.model_type)]
     listed = ", ".join(f"{name}: {type(part).__name__}" for name, part in parts.items())
-    part = " or ".join(writers) or "the one that generates text"
+    part = " or ".join(writers) or "the part that generates text"
     return UnsupportedError(
         f"{type(model).__name__} holds several models ({listed}) and has no forward pass of its own",
         hint=f"load it with transformers, save {part} as a folder of its own, and build that",

@@ -104,7 +104,7 @@ Environments = Annotated[
     typer.Option(
         "--environment",
         metavar="NAME=FOLDER",
-        help="Folder of a server's environment, if not the one that `llmc servers install` makes; can be "
+        help="Folder of a server's environment, if not the folder that `llmc servers install` makes; can be "
         "repeated.",
     ),
 ]

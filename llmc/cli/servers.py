@@ -50,14 +50,14 @@ def show(environment: Environments = None, as_json: Json = False) -> None:
 @_app.command(epilog=examples("llmc servers install vllm", "llmc servers install edgellm --python python3"))
 def install(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="vllm, edgellm or deepspeed.", show_default=False)
+        str, typer.Argument(metavar="NAME", help="A server that `llmc servers` lists.", show_default=False)
     ],
     python: Annotated[
         str,
         typer.Option(
             metavar="EXE",
             help="Interpreter to make the environment from.",
-            show_default="the one that runs llmc",
+            show_default="the interpreter that runs llmc",
         ),
     ] = sys.executable,
     pip_args: Annotated[

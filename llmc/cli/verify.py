@@ -79,8 +79,8 @@ def verify(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Also load ARTIFACT, a checkpoint, by this server in its own environment and hold what it "
-            "computes to the gates: vllm, edgellm or deepspeed; can be repeated.",
+            help="Also load ARTIFACT, a checkpoint, by this server, which `llmc servers` lists, in its own "
+            "environment, and hold what it computes to the gates; can be repeated.",
         ),
     ] = None,
     environment: Environments = None,

@@ -82,7 +82,7 @@ def bench(
 
     Args:
         path: An artifact.
-        against: The original; None for the one that the manifest names.
+        against: The original; None for the model that the manifest names.
         force: Accept an original that the artifact was not built from.
         folder: Folder for the report in all its formats; None to write none.
         previous: An earlier artifact, timed alternately with this one.
@@ -166,7 +166,7 @@ def _threads(manifest: Manifest) -> int:
 
 
 def _host_profile(manifest: Manifest) -> Profile:
-    """Return the profile whose bandwidth bounds the latency; on a GPU, the one of the GPU that CUDA uses.
+    """Return the profile whose bandwidth bounds the latency; on a GPU, the profile of the GPU that CUDA uses.
 
     A GPU that no profile lists has no bandwidth.
     """

@@ -88,7 +88,7 @@ def bisect(
 
     Args:
         path: An artifact.
-        against: The original; None for the one that the manifest names.
+        against: The original; None for the model that the manifest names.
         force: Accept an original that the artifact was not built from.
         adapter: As `open_pair`.
 

@@ -237,7 +237,7 @@ def _unread_notes(checkpoint: Checkpoint, unread: Sequence[str], text_only: str 
 
 
 def _require_fit(plan: BuildPlan) -> None:
-    """Require that the profile's kind of hardware is the one that the target runs on."""
+    """Require that the profile's kind of hardware is what the target runs on."""
     hardware = plan.target.hardware
     if hardware is not None and plan.profile.kind is not hardware:
         raise ConfigError(
@@ -250,7 +250,7 @@ def _require_fit(plan: BuildPlan) -> None:
 def _write_activations(compiled: Compiled, folder: Path) -> None:
     """Write the statistics of activations, if there are any, as activations.json in `folder`.
 
-    Peaks are those of the original's modules in float32; ratios are those of quantized activations, in dB.
+    Peaks are taken of the original's modules in float32, ratios of quantized activations, in dB.
     """
     activations = compiled.activations
     if not activations.peaks:

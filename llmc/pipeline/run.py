@@ -36,7 +36,7 @@ class RunResult(Record):
     """A generated text.
 
     Args:
-        tokens: Number of new tokens, without the one that ends the text.
+        tokens: Number of new tokens, without the token that ends the text.
         steps: Number of model runs that chose them.
         tokens_per_step: Tokens divided by steps; 0 if the text is empty.
         lookup: Outcome of prompt lookup; None without it.

@@ -69,7 +69,7 @@ def verify(
     Args:
         each_pass: Run the graph before and after every pass as well.
         path: An artifact.
-        against: The original; None for the one that the manifest names.
+        against: The original; None for the model that the manifest names.
         adapter: As `open_pair`.
         eval_text: Files with the user's text; empty for the built-in text.
         force: Accept an original that the artifact was not built from.
@@ -78,7 +78,7 @@ def verify(
         tasks: Multiple-choice tasks of lm-evaluation-harness, by name or YAML file.
         task_items: Largest number of items of each task.
         every: Measure everything even if a check that reads only files has missed its gate.
-        target: Target whose gates are checked, by name or YAML file; None for the one that the manifest
+        target: Target whose gates are checked, by name or YAML file; None for the target that the manifest
             names.
         search: The user's folder of targets, searched before the built-in ones.
         own_gates: Allow the artifact's own gates to differ, and check them if no target is named.

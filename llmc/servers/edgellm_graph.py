@@ -1,6 +1,6 @@
 """Read the weights of a graph that TensorRT Edge-LLM's exporter wrote, as its kernels compute with them.
 
-The layouts are those of release 0.11.0. `Int4GroupwiseGemmPluginV2` multiplies by (code - 8) * scale. Its
+The layouts are taken from release 0.11.0. `Int4GroupwiseGemmPluginV2` multiplies by (code - 8) * scale. Its
 codes lie in the order of the kernel's fragments: blocks of 128 outputs, of 64 inputs, of 16 inputs, halves of
 64 outputs, then 128 words of 32 bits, the t-th of which has outputs t // 4 and t // 4 + 32 and inputs
 2 * (t % 4) and the 1st, 8th and 9th after it. Matrices in fp8 and nvfp4 are inputs of `DequantizeLinear`.

@@ -90,8 +90,8 @@ def find_server(name: str, stated: Path | None = None) -> Server:
     """Return an installed server.
 
     Args:
-        stated: The folder of its environment; None for the one that the user's variable names, or the one
-            that `install_server` made.
+        stated: The folder of its environment; None for the folder that the user's variable names, or
+            the folder that `install_server` made.
 
     Raises:
         ConfigError: The server is unknown.

@@ -22,7 +22,7 @@ def ask_vllm(
 ) -> RankLayout:
     """Ask an installed vLLM which box of which tensor each rank of tensor parallelism loads.
 
-    Nothing but headers and small tensors of the folder is read. The layout is that of this version of vLLM.
+    Nothing but headers and small tensors of the folder is read. The layout belongs to this version of vLLM.
 
     Args:
         folder: A Hugging Face folder that vLLM serves.

@@ -37,7 +37,7 @@ class Recipe:
 
     Args:
         name: Name of the server.
-        package: The distribution whose version is that of the server.
+        package: The distribution whose version is the server's.
         version: The version that the recipe installs; an older one is refused.
         calls: Calls of pip, in order.
         executes: Whether the server computes on a CPU; one that does not only reads the checkpoint there.

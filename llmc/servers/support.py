@@ -89,7 +89,7 @@ def _section_of(target: Target) -> ServedCheckpoint:
     if target.checkpoint is None:
         raise ConfigError(
             f"target {target.name} makes no checkpoint, so no server loads what it builds",
-            hint="llmc targets lists those of backend checkpoint",
+            hint="llmc targets lists the targets of backend checkpoint",
         )
     return target.checkpoint
 

@@ -2,7 +2,7 @@
 
 Runtimes allocate keys and values alike. Tensors that are not alike are therefore stored as the two halves of
 one: values of another width behind the keys, and the keys of an index (sparse attention as in DeepSeek-V3.2)
-in a slot of their own, whose number is that of a layer behind the last one.
+in a slot of their own, which is numbered like a layer behind the last one.
 """
 
 from __future__ import annotations

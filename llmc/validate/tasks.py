@@ -89,7 +89,7 @@ def load_tasks(names: Sequence[str], items: int | None) -> Tasks:
 def measure_tasks(model: Session, reference: Reference, tokenizer: Any, tasks: Tasks) -> Measurement:
     """Measure TASK_ACCURACY_CHANGE: accuracy of the artifact minus the original's, over all tasks' items.
 
-    The interval is that of the mean of the items' differences: both sides answer the same items, so that
+    The interval is taken of the mean of the items' differences: both sides answer the same items, so that
     items that are hard for both do not widen it.
 
     Args:

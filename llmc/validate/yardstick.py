@@ -75,7 +75,7 @@ def round_blocks(weights: Array, rounding: Rounding) -> Array:
 
 
 def compare_with_rounding(artifact: Array, rounding: Array, where: str) -> Measurement:
-    """Measure TEXT_KL_RATIO: the artifact's KL divergence over that of plain rounding, on the same windows.
+    """Measure TEXT_KL_RATIO: the artifact's KL divergence over plain rounding's, on the same windows.
 
     Args:
         artifact: Mean KL divergence of each window, nats per token.

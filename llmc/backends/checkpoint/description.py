@@ -62,7 +62,7 @@ def write_documents(
 
 
 def _original_fields(checkpoint: WrittenFrom) -> dict[str, Any]:
-    """Return the fields of the original's config.json; those of its configuration where it has no such file.
+    """Return the fields of the original's config.json, or of its configuration where it has no such file.
 
     A GGUF file has none, and a model that was pruned or adapted may have other sizes.
     """

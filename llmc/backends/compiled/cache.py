@@ -41,7 +41,7 @@ def choose_type(graph: Graph, wanted: CacheType, reasons: Mapping[ir.Node, str])
     else:
         layer, why = next(iter(outside.items()))
         graph.notes.append(
-            f"the KV cache stays in float32, not {wanted.value}: ONNX Runtime reads that of "
+            f"the KV cache stays in float32, not {wanted.value}: ONNX Runtime reads the cache of "
             f"{len(outside)} of {len(graph.cache)} layers; in layer {layer}, {why}"
         )
     return CacheType.FLOAT32

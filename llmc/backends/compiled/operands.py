@@ -157,7 +157,7 @@ def codes_of(node: ir.Node) -> ir.Value:
 def scales_of(node: ir.Node) -> list[ir.Value]:
     """Return the scales and, if there are any, zero points of a product or an embedding, as stored.
 
-    If their type differs from that of the activations, a Cast follows them.
+    If their type differs from the activations' type, a Cast follows them.
     """
     return [behind(value, "Cast") for value in node.inputs[2:4] if value is not None]
 

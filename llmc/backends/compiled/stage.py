@@ -86,7 +86,7 @@ def compile_again(record: KernelRecord, source: KernelSource) -> bytes | None:
     """Compile the library of an artifact's kernels here; None if this machine lacks their compiler.
 
     Args:
-        source: The program, which must be the one of the record.
+        source: The program, which must be the recorded program.
     """
     from llmc.backends.compiled.lower import compile_source
 

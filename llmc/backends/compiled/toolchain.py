@@ -26,7 +26,7 @@ _NAMES = ("c++", "g++", "clang++")
 _SECONDS = 600.0
 _LINK = ("-shared", "-s")
 _HINT = "pip install 'llmc[compile]' or install g++ or clang++; LLMC_CXX names another compiler"
-#: Newest version of glibc that cross-compiled libraries may require: that of the wheels of ONNX Runtime.
+#: Newest version of glibc that cross-compiled libraries may require: the version of ONNX Runtime's wheels.
 _GLIBC = "2.28"
 
 

@@ -77,7 +77,7 @@ def generate_tokens(folder: Path, ids: Sequence[int], max_new: int, lookup: int 
         lookup: As for `generate_text`.
 
     Returns:
-        The new tokens, without the one that ends the sequence.
+        The new tokens, without the token that ends the sequence.
 
     Raises:
         ConfigError: The folder cannot be served, no token is requested, or `ids` are empty or longer

@@ -1,4 +1,4 @@
-"""Load an engine onto its GPU, and require that it is the one that was recorded."""
+"""Load an engine onto its GPU, and require that it is the engine that was recorded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_engine(trt: Any, runtime: Any, path: Path, log: BuildLog) -> Any:
         reason = log.reason() if file.error is None else str(file.error.strerror)
         raise ResourceError(
             f"TensorRT cannot load {path.name}: {reason}",
-            hint="llmc verify checks whether the file is the one that was built",
+            hint="llmc verify checks whether the file is the engine that was built",
         )
     return engine
 

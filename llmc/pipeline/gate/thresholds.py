@@ -1,7 +1,7 @@
 """Choose the thresholds for an artifact: built-in ones or those that the user names, never its own.
 
-The manifest says which target the artifact was built for. Its gates are compared with those of the target of
-that name; an artifact whose thresholds differ from its target's misses `gates.mismatches`.
+The manifest says which target the artifact was built for. Its gates are compared with the gates of the
+target of that name; an artifact whose thresholds differ from its target's misses `gates.mismatches`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def choose_thresholds(
     """Choose the gates that apply to an artifact.
 
     Args:
-        named: Target whose gates the user chose, by name or YAML file; None for the one that the manifest
+        named: Target whose gates the user chose, by name or YAML file; None for the target that the manifest
             names.
         path: The user's folder of targets, searched before the built-in ones.
         own: Allow the artifact's own gates to differ, and apply them if no target is named.

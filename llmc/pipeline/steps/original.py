@@ -76,7 +76,7 @@ def open_pair(
     """Open an artifact and the original to compare it with, and compute the original's digest.
 
     Args:
-        against: The original; None for the one that the manifest names.
+        against: The original; None for the model that the manifest names.
         force: Accept an original whose digest differs from the manifest's.
         adapter: Adapter to merge into the original: a folder or hub id, `none` for no adapter; None for the
             one that the manifest names.

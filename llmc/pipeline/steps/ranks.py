@@ -43,7 +43,7 @@ class RankAgreement:
     Args:
         max_abs: Largest difference of a logit.
         weights: Largest ratio of a rank's bytes of weights to those of the whole model.
-        growth: Largest ratio of the memory that a rank's weights and run took to that of the whole model.
+        growth: Largest ratio of the memory that a rank's weights and run took to the whole model's.
     """
 
     max_abs: float
