@@ -103,11 +103,12 @@ class Checkpoint:
         digest = digest_files([file for file in files if file.is_file()])
         return digest if not self.altered else hashlib.sha256(f"{digest}{self.altered}".encode()).hexdigest()
 
-    def text_only_note(self, unread: Sequence[str]) -> str | None:
+    def text_only_note(self, unread: Sequence[str], *, copied: bool = False) -> str | None:
         """Describe in one sentence which modules of other modalities are left out; None if there are none.
 
         Args:
             unread: Names of tensors that the model's graph does not read.
+            copied: Whether the artifact holds them all the same, for servers.
         """
         left = set(unread)
         counts = {module: len(left.intersection(names)) for module, names in self.beside.items()}
@@ -115,7 +116,8 @@ class Checkpoint:
         if not modules:
             return None
         listed = " and ".join(filter(None, [", ".join(modules[:-1]), modules[-1]]))
-        return f"text only: {sum(counts.values())} tensors of {listed} are left out"
+        what = "copied and not verified" if copied else "left out"
+        return f"text only: {sum(counts.values())} tensors of {listed} are {what}"
 
     def require_tokenizer(self) -> None:
         """Check that there is a tokenizer before starting any long work.

@@ -36,11 +36,11 @@ def own_files(store: WeightStore) -> FileTensors:
 
 
 def linear_parameters(model: Any) -> tuple[str, ...]:
-    """Return the names of the weights of all `torch.nn.Linear` of a model."""
+    """Return the names of the weights of all `torch.nn.Linear` of a model, derived classes included."""
     import torch
 
     return tuple(
-        f"{name}.weight" for name, module in model.named_modules() if type(module) is torch.nn.Linear
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     )
 
 

@@ -132,7 +132,8 @@ def _write(
     text = write_text(opened, plan, folder, progress)
     pruned = prune(opened, plan.target, progress)
     compiled = compile_graph(pruned.checkpoint, plan.target, prepared, progress)
-    checkpoint = _note_unread(opened, compiled, progress)
+    copied = not backend_of(plan.target).writes_graph
+    checkpoint = _note_unread(opened, compiled, progress, copied=copied)
     kernels = prepared.lower(compiled.graph, folder, progress)
     files = _write_model(plan, pruned.checkpoint, compiled, folder, progress)
     files |= write_shards(plan, folder, progress)
@@ -173,9 +174,13 @@ def _write(
     return Built(manifest, forecasts, subject if gated else None, pruned.record)
 
 
-def _note_unread(opened: Checkpoint, compiled: Compiled, progress: Progress) -> Checkpoint:
-    """Report what the graph does not read; return the checkpoint with the note on towers among its notes."""
-    text_only = opened.text_only_note(compiled.unread)
+def _note_unread(opened: Checkpoint, compiled: Compiled, progress: Progress, *, copied: bool) -> Checkpoint:
+    """Report what the graph does not read; return the checkpoint with the note on towers among its notes.
+
+    Args:
+        copied: Whether the artifact holds the tensors all the same.
+    """
+    text_only = opened.text_only_note(compiled.unread, copied=copied)
     for note in _unread_notes(opened, compiled.unread, text_only):
         progress.note(note)
     return replace(opened, notes=(*opened.notes, *filter(None, [text_only])))

@@ -21,7 +21,7 @@ from llmc.config import (
 )
 from llmc.errors import UnsupportedError
 from llmc.pipeline import build, verify
-from llmc.pipeline.steps.calibrate import cut_text, look_for_overflow
+from llmc.pipeline.steps.calibrate import cut_text, look_for_overflow, prepare
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.activations import SMOOTHING
@@ -125,6 +125,13 @@ def test_windows_fit_the_model() -> None:
     assert cut_text(list(range(500)), (1,), text, None).shape == (4, 64)
     assert cut_text(list(range(500)), (1,), text, 48).shape == (4, 48)
     assert cut_text(list(range(20)), (1,), text, None).shape == (1, 21)
+
+
+def test_windows_fit_a_model_that_states_its_positions_by_another_name(tmp_path: Path) -> None:
+    """MPT has max_seq_len, beyond which its own code fails."""
+    model = save_tiny_model("mpt", tmp_path / "model", tokenizer=True, eos_token_id=EOS)
+    text = CalibrationText(window_tokens=512, max_windows=1)
+    assert prepare(open_checkpoint(str(model)), text, "test", {}).windows.shape == (1, 256)
 
 
 def test_calibration_goes_with_quantized_activations() -> None:

@@ -16,6 +16,7 @@ from llmc.artifact.manifest import State
 from llmc.artifact.store.folder import open_artifact
 from llmc.backends.checkpoint.writer import INDEX, SINGLE
 from llmc.checkpoint import open_checkpoint
+from llmc.checkpoint.files import linear_parameters
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.config import (
     Allocation,
@@ -31,9 +32,10 @@ from llmc.pipeline import build
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from llmc.quantize.activations import SMOOTHING
+from tests.architectures import build_on_meta
 from tests.caches import own_cache
 from tests.checkpoint.tiny_gguf import write_gguf
-from tests.models import save_tiny_model
+from tests.models import save_tiny_model, tiny_config
 
 TEXT = CalibrationText(window_tokens=32, max_windows=8)
 FLOAT = (WeightRule(role="embedding", scheme=None), WeightRule(role="lm_head", scheme=None))
@@ -274,6 +276,12 @@ def test_inputs_that_come_first_are_refused(tmp_path: Path) -> None:
         UnsupportedError, match=r"c_attn\.weight has its inputs first, and servers do not read"
     ):
         build_folder(plan(model, tmp_path / "out"))
+
+
+def test_a_class_that_derives_from_linear_is_a_linear_layer() -> None:
+    """Falcon's own class multiplies as its parent does."""
+    parameters = linear_parameters(build_on_meta(tiny_config("falcon")))
+    assert "transformer.h.0.self_attention.query_key_value.weight" in parameters
 
 
 def test_a_target_that_quantizes_nothing_is_refused(llama: Path, tmp_path: Path) -> None:

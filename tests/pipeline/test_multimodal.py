@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 from llmc.architecture import building, is_multimodal
 from llmc.artifact.manifest import State
 from llmc.checkpoint import open_checkpoint
+from llmc.checkpoint.safetensors import SafetensorsStore
+from llmc.checkpoint.served import load_served
 from llmc.pipeline import build, verify
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
@@ -120,3 +122,27 @@ def test_towers_within_the_language_model_are_named_as_one(tmp_path: Path) -> No
     said = f"text only: {len(within)} tensors of model.embed_tokens_extend are left out"
     assert checkpoint.text_only_note(within) == said
     assert checkpoint.text_only_note(["model.norm.weight"]) is None
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_vl"])
+def test_a_checkpoint_for_servers_keeps_the_towers_and_is_read_under_the_names_of_its_files(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files say language_model.model.layers for Gemma 3, transformers model.language_model.layers."""
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
+    fields = tiny_multimodal_fields(model_type)
+    model = save_tiny_model(model_type, tmp_path / "model", tokenizer=True, eos_token_id=EOS, **fields)
+    (model / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
+    notes = Notes()
+    out = tmp_path / "out"
+    plan = plan_build(str(model), target="vllm-fp8", profile="local", output=out, verify=False)
+    manifest = build(plan, notes).manifest
+    loaded = load_served(open_checkpoint(str(out)), quantize_activations=False)
+    assert (loaded.problems, "compressed-tensors" in loaded.library) == ((), True)
+    assert any("are copied and not verified" in note for note in manifest.model.notes)
+    before, after = (SafetensorsStore.open(folder) for folder in (model, out))
+    towers = [name for name in before.infos() if "vis" in name]
+    assert towers
+    assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in towers)
+    name = "preprocessor_config.json"
+    assert (out / name).read_bytes() == (model / name).read_bytes()

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from llmc.artifact.manifest import FileDigest, KernelRecord, Manifest
 from llmc.artifact.ranks import RANKS
 from llmc.backends.base import Backend, Executable, Generated, Stage
-from llmc.backends.checkpoint.description import CONFIG, describe_folder, write_documents
+from llmc.backends.checkpoint.description import (
+    CONFIG,
+    PROCESSORS,
+    copy_processors,
+    describe_folder,
+    write_documents,
+)
 from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.backends.checkpoint.requirements import joined_weights, require_matrices
 from llmc.backends.checkpoint.writer import SINGLE, write_tensors
@@ -112,6 +118,11 @@ class CheckpointBackend(Backend):
                 f"write: {len(contents.rounded)} tensors are stored in another type than they are read in, "
                 f"first {contents.rounded[0]}"
             )
+        if contents.unused:
+            progress.note(
+                f"write: {len(contents.unused)} tensors that transformers does not use are copied "
+                f"for servers and not verified, first {contents.unused[0]}"
+            )
         progress.note(f"write: {describe_takers(target)}")
         return write_tensors(contents.tensors, folder, progress.advance)
 
@@ -129,10 +140,11 @@ class CheckpointBackend(Backend):
         documents = describe_folder(_form(target), contents, checkpoint)
         vocabulary = graph.interface().vocabulary
         write_documents(folder, documents, checkpoint.config, generation_config, vocabulary)
+        copy_processors(checkpoint.path, folder)
 
     def serves_by(self, name: str) -> bool:
         """See `Backend`."""
-        return name in (GENERATION_CONFIG, CONFIG, "hf_quant_config.json")
+        return name in (GENERATION_CONFIG, CONFIG, "hf_quant_config.json", *PROCESSORS)
 
     def own_files(self, manifest: Manifest) -> set[str]:
         """See `Backend`."""

@@ -50,12 +50,14 @@ class Contents:
         matrices: The quantized matrices among them.
         ignored: Names of the linear modules that stay in float.
         rounded: Names of tensors whose values do not all fit the type in which they are written.
+        unused: Names of tensors that are copied although transformers' model has no parameter for them.
     """
 
     tensors: tuple[WrittenTensors, ...]
     matrices: tuple[CodedMatrix, ...]
     ignored: tuple[str, ...]
     rounded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpoint: WrittenFrom) -> Contents:
@@ -86,7 +88,8 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
         parameter = None if part is None or not part.is_whole else part.parameter
         matrix = None
         if parameter in coded and names.get(parameter) == name:
-            matrix = replace(coded[parameter], module=name.removesuffix(_WEIGHT))
+            module, alias = name.removesuffix(_WEIGHT), parameter.removesuffix(_WEIGHT)
+            matrix = replace(coded[parameter], module=module, alias=alias)
         elif part is not None and part.expert is not None and experts.get(part.parameter) is not None:
             own, scheme = StoredRows(files.store, info), experts[part.parameter]
             matrix = expert_matrix(name.removesuffix(_WEIGHT), own, scheme, section.format)
@@ -111,7 +114,8 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
     products = [lazy_of(linear.weight).sources[0] for linear in inner]
     linears = (*checkpoint.linear_parameters(), *products)
     ignored = _float_modules(linears, files, names, {matrix.module for matrix in matrices})
-    return Contents(tuple(tensors), tuple(matrices), ignored, tuple(rounded))
+    unused = tuple(name for name in files.store.infos() if name not in files.parts)
+    return Contents(tuple(tensors), tuple(matrices), ignored, tuple(rounded), unused)
 
 
 def _cache_tensors(graph: Graph, form: Format, files: FileTensors) -> Iterator[WrittenTensors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from llmc.backends.written import WrittenFrom
 
 CONFIG = "config.json"
+#: What a server needs besides to read images, sound and video for a model with towers.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _QUANTIZATION = "quantization_config"
 
 
@@ -59,6 +62,18 @@ def write_documents(
         for name, document in {**documents, GENERATION_CONFIG: settings}.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def copy_processors(source: Path, folder: Path) -> None:
+    """Copy the settings of the original's processors into `folder`; a text model, or a GGUF file, has none.
+
+    Args:
+        source: The original's folder or file.
+    """
+    with space_errors(folder):
+        for name in PROCESSORS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
 
 
 def _original_fields(checkpoint: WrittenFrom) -> dict[str, Any]:

@@ -294,11 +294,11 @@ def _plan(
 ) -> PreparedModel:
     """Do what `prepare` does without creating the folder."""
     from llmc.checkpoint.skeleton import build_hollow
+    from llmc.trace.positions import stated_positions
     from llmc.trace.stamp import find_layers
 
     tokens, start = tokenize(checkpoint.tokenizer(), calibration_text())
-    config = checkpoint.config.get_text_config(decoder=True)
-    windows = cut_text(tokens, start, text, getattr(config, "max_position_embeddings", None))
+    windows = cut_text(tokens, start, text, stated_positions(checkpoint.config))
     model = build_hollow(checkpoint.config)
     layers = find_layers(model, checkpoint.config.get_text_config(), stamp=False).names
     if not layers:

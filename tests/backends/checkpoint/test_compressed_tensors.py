@@ -1,6 +1,7 @@
 """Folders of compressed-tensors, read by the library itself and by llmc's own reader."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -77,7 +78,7 @@ def test_one_scheme_is_declared_by_patterns_of_names() -> None:
     config = FORM.config([matrix(blocks(4, 32), module=name) for name in names], ["lm_head"])
     assert list(config["config_groups"]) == ["group_0"]
     targets = config["config_groups"]["group_0"]["targets"]
-    assert targets == [rf"re:model\.layers\.\d+\.mlp\.{part}_proj$" for part in ("up", "down")]
+    assert targets == [rf"re:(.*\.)?layers\.\d+\.mlp\.{part}_proj$" for part in ("up", "down")]
     assert all(any(re.match(t.removeprefix("re:"), name) for t in targets) for name in names)
     assert (config["format"], config["ignore"]) == ("pack-quantized", ["lm_head"])
 
@@ -92,7 +93,7 @@ def test_mixed_schemes_are_declared_by_name_where_a_pattern_would_match_another(
     config = FORM.config(coded, [])
     assert config["format"] == "mixed-precision"
     assert [group["targets"] for group in config["config_groups"].values()] == [
-        [r"re:model\.layers\.\d+\.mlp\.up_proj$", down.format(0), down.format(1)],
+        [r"re:(.*\.)?layers\.\d+\.mlp\.up_proj$", down.format(0), down.format(1)],
         [down.format(2)],
     ]
     assert [group["format"] for group in config["config_groups"].values()] == [
@@ -118,6 +119,23 @@ def test_a_cache_in_fp8_is_declared() -> None:
         "model.layers.0.self_attn.k_scale": [0.5],
         "model.layers.0.self_attn.v_scale": [0.25],
     }
+
+
+def test_a_module_is_declared_under_the_names_of_files_transformers_and_servers() -> None:
+    """A pattern leaves open what is before the layers; exact names are written in both spellings."""
+    up = "{}.layers.{}.mlp.up_proj"
+    coded = [
+        replace(
+            matrix(blocks(), module=up.format("language_model.model", n)), alias=up.format("model.text", n)
+        )
+        for n in (0, 1)
+    ]
+    (target,) = FORM.config(coded, ["vision.layers.0.fc"])["config_groups"]["group_0"]["targets"]
+    for prefix in ("language_model.model", "model.text", "model", "a.server"):
+        assert re.match(target.removeprefix("re:"), up.format(prefix, 0))
+    assert not re.match(target.removeprefix("re:"), "model.sublayers.0.mlp.up_proj")
+    targets = FORM.config(coded, [up.format("vision", 0)])["config_groups"]["group_0"]["targets"]
+    assert targets == [name for each in coded for name in each.names]
 
 
 def test_groups_that_do_not_divide_are_refused_with_the_sizes_that_do() -> None:

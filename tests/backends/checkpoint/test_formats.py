@@ -127,15 +127,26 @@ def test_gptq_declares_other_bits_by_the_names_of_fused_products_too() -> None:
     coded = layer({**attention, **mlp, "self_attn.o_proj": narrow})
     config = GptqLayout().config(coded, ["lm_head", "model.layers.0.mlp.router"])
     assert (config["bits"], config["group_size"], config["lm_head"]) == (4, 32, False)
-    fused = r"+:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$"
+    fused = r"+:(.*\.)?layers\.0\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$"
     assert config["dynamic"] == {
         fused: {"bits": 8, "group_size": 64},
-        r"-:model\.layers\.0\.mlp\.router$": {},
+        r"-:(.*\.)?layers\.0\.mlp\.router$": {},
     }
     assert re.match(fused.removeprefix("+:"), "model.layers.0.self_attn.qkv_proj")
     folder = read_back(GptqLayout(), *coded)
     for each in coded:
         np.testing.assert_array_equal(folder.store.read(f"{each.module}.weight"), values(each))
+
+
+def test_gptq_excludes_the_fused_product_of_modules_in_float_wherever_the_layers_are() -> None:
+    text, tower = "model.layers.{}.self_attn.{}_proj", "vision.layers.{}.self_attn.{}_proj"
+    coded = [made(blocks(4, 32), text.format(1, part)) for part in "qkv"]
+    kept = [text.format(0, part) for part in "qkv"]
+    dynamic = GptqLayout().config(coded, [*kept, *(tower.format(1, part) for part in "qkv")])["dynamic"]
+    assert dynamic == {
+        r"-:(.*\.)?layers\.0\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$": {},
+        r"-:vision\.layers\.1\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$": {},
+    }
 
 
 def quantization(form: Format, coded: list[CodedMatrix], ignored: list[str]) -> dict[str, Any]:

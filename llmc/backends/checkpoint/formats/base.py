@@ -49,6 +49,7 @@ class CodedMatrix:
         input_scale: Scale of the products' activation: the code of an activation is its value divided by it.
             None if activations are not quantized, or by token at run time.
         scale_type: Type in which scales of groups and outputs are stored; it must represent them exactly.
+        alias: Name of the module in transformers; empty if it is `module`.
     """
 
     module: str
@@ -57,6 +58,12 @@ class CodedMatrix:
     read: Callable[[], Codes]
     input_scale: float | None = None
     scale_type: ir.DataType = ir.DataType.FLOAT16
+    alias: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the module in the folder, and in transformers if it is another."""
+        return (self.module,) if self.alias in ("", self.module) else (self.module, self.alias)
 
 
 class FolderTensor(NamedTuple):
@@ -252,19 +259,35 @@ def pack_halves(codes: Array) -> Array:
     return packed
 
 
-def name_patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return `re:` patterns that match the names of all `modules`, and none of `others`.
+def open_name(module: str) -> str | None:
+    """Return the name of a module from the list of layers on; None if it is in no list.
 
-    A pattern leaves the numbers of layers and experts open; where it would match one of `others`, the exact
-    names stand in its place. Readers match a pattern from the start of a name, as `re.match`.
+    What is before the list differs between the files, transformers and servers: the same layers are
+    `language_model.model.layers`, `model.language_model.layers` and `model.layers`.
     """
-    by_pattern: dict[str, list[str]] = {}
-    for module in modules:
-        parts = (r"\d+" if part.isdigit() else re.escape(part) for part in module.split("."))
-        by_pattern.setdefault(r"\.".join(parts) + "$", []).append(module)
+    parts = module.split(".")
+    numbered = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if numbered is None else ".".join(parts[max(numbered - 1, 0) :])
+
+
+def name_patterns(matrices: Iterable[CodedMatrix], others: Iterable[str]) -> list[str]:
+    """Return `re:` patterns that match the names of all `matrices`, and none of `others`.
+
+    A pattern leaves open what is before the list of layers, and the numbers of layers and experts; where it
+    would match one of `others`, the exact names stand in its place, in the folder and in transformers.
+    Readers match a pattern from the start of a name, as `re.match`.
+    """
+    by_pattern: dict[str, list[CodedMatrix]] = {}
+    for matrix in matrices:
+        parts = (open_name(matrix.module) or matrix.module).split(".")
+        tail = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts)
+        by_pattern.setdefault(rf"(.*\.)?{tail}$", []).append(matrix)
     different = tuple(others)
     targets = []
-    for pattern, names in by_pattern.items():
-        is_exact = any(re.match(pattern, other) for other in different) or len(names) == 1
-        targets += names if is_exact else [f"re:{pattern}"]
+    for pattern, members in by_pattern.items():
+        matches = re.compile(pattern).match
+        if len(members) > 1 and not any(map(matches, different)):
+            targets.append(f"re:{pattern}")
+        else:
+            targets += [name for member in members for name in member.names]
     return targets

@@ -129,9 +129,9 @@ class CompressedTensors:
             by_scheme.setdefault(repr(_group(matrix.scheme)), []).append(matrix)
         groups = {}
         for index, members in enumerate(by_scheme.values()):
-            names = [member.module for member in members]
-            others = [m.module for m in matrices if m.module not in set(names)]
-            targets = name_patterns(names, (*others, *ignored))
+            own = {member.module for member in members}
+            others = [name for m in matrices if m.module not in own for name in m.names]
+            targets = name_patterns(members, (*others, *ignored))
             groups[f"group_{index}"] = {"targets": targets, **_group(members[0].scheme)}
         kinds = {group["format"] for group in groups.values()}
         return {

@@ -10,7 +10,7 @@ Source: GPTQModel's `utils/model.py` (convert_gptq_v1_to_v2_format); vLLM 0.32, 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from llmc.backends.checkpoint.formats.base import (
     group_of,
     indivisible,
     is_integer,
+    open_name,
     pack_words,
     scale_shape,
     stored_scales,
@@ -37,6 +38,8 @@ from llmc.config import CheckpointFormat, EngineScheme, WeightScheme
 
 #: Products that servers fuse, by the name of the product that they make of them.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+#: Stands for the fields of a module that stays in float.
+_FLOAT: dict[str, Any] = {"bits": None}
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,13 @@ class GptqLayout:
         """See `Format`."""
         first = dominant(matrices)
         symmetric, name = first.symmetric, CheckpointFormat.GPTQ.value
-        names = {matrix.module: _fields(matrix.scheme) for matrix in matrices}
-        other: dict[str, dict[str, Any]] = {}
-        for pattern, fields in _patterns(names).items():
-            if fields != _fields(first):
-                other[f"+:{pattern}"] = fields
-        for module in ignored:
-            if module != "lm_head":
-                other[f"-:{re.escape(module)}$"] = {}
+        names = {name: _fields(matrix.scheme) for matrix in matrices for name in matrix.names}
+        kept = {module: _FLOAT for module in ignored if module != "lm_head"}
+        other = {
+            f"{'-' if fields is _FLOAT else '+'}:{pattern}": {} if fields is _FLOAT else fields
+            for pattern, fields in _patterns({**names, **kept}).items()
+            if fields != _fields(first)
+        }
         return {
             **_fields(first),
             "checkpoint_format": name if symmetric else f"{name}_v2",
@@ -124,11 +126,17 @@ def _fields(scheme: WeightScheme | EngineScheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": -1 if group is None else group}
 
 
-def _patterns(names: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a pattern for the name of each matrix; those that servers fuse have one pattern for all.
+def _patterns(names: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a pattern for the name of each module; modules that servers fuse have one pattern for all.
 
-    vLLM matches the name of the fused product alone.
+    vLLM matches the name of the fused product alone. What is before the list of layers is left open, unless
+    the pattern would match a module with other fields.
     """
+    ends: dict[str, set[str]] = {}
+    for name, fields in names.items():
+        words = name.split(".")
+        for first in range(len(words)):
+            ends.setdefault(".".join(words[first:]), set()).add(repr(fields))
     patterns = {}
     for name, fields in names.items():
         parent, _, last = name.rpartition(".")
@@ -137,5 +145,11 @@ def _patterns(names: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if last in parts and all(names.get(f"{parent}.{part}") == fields for part in parts):
                 alternatives = [*parts, fused]
         ending = alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"
-        patterns[f"{re.escape(parent)}\\.{ending}$" if parent else f"{re.escape(last)}$"] = fields
+        start, tail = "", name
+        if (opened := open_name(name)) is not None and all(
+            ends.get(f"{opened.rpartition('.')[0]}.{each}", set()) <= {repr(fields)} for each in alternatives
+        ):
+            start, tail = r"(.*\.)?", opened
+        parent = tail.rpartition(".")[0]
+        patterns[f"{start}{re.escape(parent)}\\.{ending}$" if parent else f"{re.escape(last)}$"] = fields
     return patterns
