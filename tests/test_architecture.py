@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": BASE | {"graph", "artifact"},
     "servers": STATION,
     **dict.fromkeys(STATIONS, STATION),
+    "checkpoint": STATION | {"calibration"},
     "passes": STATION | {"runtime"},
     "validate": STATION | {"runtime", "servers"},
     **{station: STATION | {"calibration", "threads"} for station in ("prune", "quantize")},

@@ -13,20 +13,24 @@ Source: modelopt 0.47.0, `torch/quantization/tensor_quant.py` and `torch/export/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from llmc.calibration.expert_products import visiting_experts
 from llmc.checkpoint.safetensors import SafetensorsStore
+from llmc.graph.files import FilePart
 
 if TYPE_CHECKING:
     import torch
 
     from llmc.checkpoint.checkpoint import Checkpoint
 
+#: Returns the inputs of a product as a server computes with them.
+Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
 _FP8_MAX, _FP4_MAX, _BLOCK = 448.0, 6.0, 16
 
 
@@ -37,18 +41,44 @@ def quantize_inputs(model: Any, checkpoint: Checkpoint) -> int:
         The number of layers that do.
     """
     count = 0
-    for count, (parameter, rounding) in enumerate(_roundings(checkpoint), 1):  # noqa: B007 - the last is kept
-        module = model.get_submodule(parameter.removesuffix(".weight"))
-        module.register_forward_pre_hook(partial(_before, rounding))
+    experts: dict[str, dict[str, dict[int, Rounding]]] = {}
+    for count, (part, rounding) in enumerate(_roundings(checkpoint), 1):  # noqa: B007 - the last is kept
+        if part.expert is None:
+            module = model.get_submodule(part.parameter.removesuffix(".weight"))
+            module.register_forward_pre_hook(partial(_before, rounding))
+        else:
+            owner, _, stack = part.parameter.rpartition(".")
+            experts.setdefault(owner, {}).setdefault(stack, {})[part.expert] = rounding
+    for owner, stacks in experts.items():
+        module = model.get_submodule(owner)
+        module.forward = partial(_round_experts, module, module.forward, stacks)
     return count
+
+
+def _round_experts(
+    module: Any,
+    forward: Callable[..., Any],
+    roundings: Mapping[str, Mapping[int, Rounding]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a module with stacked experts, each of which rounds what it reads."""
+
+    def visit(stack: str, expert: int, rows: torch.Tensor) -> torch.Tensor | None:
+        rounding = roundings[stack].get(expert)
+        return None if rounding is None else rounding(rows)
+
+    stacks = {name: module.get_parameter(name) for name in roundings}
+    with visiting_experts(stacks, visit):
+        return forward(*args, **kwargs)
 
 
 def _before(rounding: Callable[[torch.Tensor], torch.Tensor], module: Any, inputs: tuple[Any, ...]) -> Any:
     return (rounding(inputs[0]), *inputs[1:])
 
 
-def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """Yield the weight of each layer whose inputs are quantized, and what rounds them."""
+def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[FilePart, Rounding]]:
+    """Yield each matrix whose inputs are quantized, and what rounds them."""
     stored = SafetensorsStore.open(checkpoint.path)
     infos = stored.infos()
     for name, part in checkpoint.file_tensors().parts.items():
@@ -59,9 +89,9 @@ def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[torch.Te
         if scale is not None:
             value = float(np.asarray(stored.read(scale.name), np.float32).reshape(-1)[0])
             small = infos[name].dtype is ir.DataType.UINT8
-            yield part.parameter, partial(_round_blocks if small else _round_whole, scale=value)
+            yield part, partial(_round_blocks if small else _round_whole, scale=value)
         elif infos[name].dtype is ir.DataType.FLOAT8E4M3FN:
-            yield part.parameter, _round_tokens
+            yield part, _round_tokens
 
 
 def _round_whole(values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -7,7 +7,6 @@ the candidate exponents a, and of no division, the one is chosen whose products 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,10 @@ from llmc.config import EngineRule, WeightFormat
 from llmc.errors import CheckpointError, ParityError
 from llmc.graph.linear import Linear
 from llmc.graph.model import Graph
+from llmc.quantize.expert_inputs import ExpertInput, ExpertInputs, ExpertRange, read_expert_ranges
 from llmc.quantize.fold import SharedInput, find_shared_inputs
-from llmc.quantize.formats import HIGHEST, NVFP4_BLOCK
 from llmc.quantize.place import choose_scheme
+from llmc.quantize.rounding import fake_quantize, fake_weights, noise_db, relative_noise
 
 if TYPE_CHECKING:
     import torch
@@ -80,10 +80,12 @@ class Activations:
     Args:
         ranges: Ranges by the first of the weights that read the activation.
         peaks: Largest magnitude of the result of each module of the model, by its name.
+        experts: Ranges of what experts read, by the stacked parameter.
     """
 
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
     peaks: Mapping[str, float] = field(default_factory=dict)
+    experts: Mapping[str, ExpertRange] = field(default_factory=dict)
 
     @property
     def smoothing(self) -> dict[str, Array]:
@@ -125,12 +127,18 @@ class ActivationTask:
             to.
         layers: Names of the decoder layers.
         windows: Number of windows of the text.
+        experts: Stacks of experts whose activations are to be quantized.
     """
 
     changes = False
 
     def __init__(
-        self, plans: Iterable[InputPlan], tied: Mapping[str, str], layers: Sequence[str], windows: int
+        self,
+        plans: Iterable[InputPlan],
+        tied: Mapping[str, str],
+        layers: Sequence[str],
+        windows: int,
+        experts: Sequence[ExpertInput] = (),
     ) -> None:
         self._plans = tuple(plans)
         self._tied = tied
@@ -138,6 +146,7 @@ class ActivationTask:
         self._rows = -(-_SAMPLE // windows)
         self._seen: dict[str, _Observed] = {}
         self._peaks: dict[str, float] = {}
+        self._experts = ExpertInputs(experts)
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
@@ -154,7 +163,8 @@ class ActivationTask:
             if name or not f"{path}.".startswith(self._inside):
                 handles.append(each.register_forward_hook(self._peak(path)))
         try:
-            yield
+            with self._experts.watch(name, module):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -187,7 +197,7 @@ class ActivationTask:
             data[f"{first}.snr_db"] = np.array([calibrated.snr_db])
             if calibrated.smoothing is not None:
                 data[f"{first}.smoothing"] = calibrated.smoothing
-        return data
+        return data | self._experts.conclude()
 
 
 def read_activations(files: Sequence[Path]) -> Activations:
@@ -205,7 +215,7 @@ def read_activations(files: Sequence[Path]) -> Activations:
         )
         for first in firsts
     }
-    return Activations(ranges, peaks)
+    return Activations(ranges, peaks, read_expert_ranges(data))
 
 
 def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
@@ -287,17 +297,13 @@ class _Observed:
             divided, peak = self._divide(rows, smoothing)
             scaled = weights if smoothing is None else weights * smoothing
             product = self._quantize(divided, peak) @ fake_weights(scaled, self._plan.kind).T
-            error = float(_relative(expected, product).mean())
+            error = float(relative_noise(expected, product).mean())
             if best is None or error < best[0]:
                 best = (error, smoothing)
         smoothing = best[1] if best is not None else None
         divided, peak = self._divide(rows, smoothing)
-        noise = float(_relative(divided, self._quantize(divided, peak)).mean())
-        return InputRange(
-            peak,
-            None if smoothing is None else smoothing.numpy(),
-            -10 * math.log10(noise) if noise > 0 else 200.0,
-        )
+        snr_db = noise_db(divided, self._quantize(divided, peak))
+        return InputRange(peak, None if smoothing is None else smoothing.numpy(), snr_db)
 
     def _quantize(self, rows: torch.Tensor, peak: float) -> torch.Tensor:
         kind = self._plan.kind
@@ -309,49 +315,3 @@ class _Observed:
         if channels is None or smoothing is None:
             return rows, 0.0 if channels is None else float(channels.max())
         return rows / smoothing, float((channels / smoothing).max())
-
-
-def _relative(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
-    """Return the energy of each token's difference, relative to the token's energy."""
-    return ((expected - actual) ** 2).sum(1) / (expected**2).sum(1).clamp(min=1e-20)
-
-
-def fake_quantize(x: torch.Tensor, kind: WeightFormat, peak: float) -> torch.Tensor:
-    """Return activations (tokens, K) quantized and dequantized, with the range that `peak` gives."""
-    import torch
-
-    if peak == 0:
-        return x
-    high = HIGHEST[kind]
-    if kind is not WeightFormat.NVFP4:
-        return _cast(x / (peak / high), kind) * (peak / high)
-    whole = peak / (high * HIGHEST[WeightFormat.FP8])
-    blocks = x.reshape(len(x), -1, NVFP4_BLOCK)
-    scale = _cast(blocks.abs().amax(2, keepdim=True) / high / whole, WeightFormat.FP8) * whole
-    scale = torch.where(scale == 0, torch.full_like(scale, whole), scale)
-    return (_cast(blocks / scale, kind) * scale).reshape(x.shape)
-
-
-def fake_weights(weights: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
-    """Return weights (N, K), or tokens with own scales, quantized with scales that just span each row."""
-    if kind is WeightFormat.NVFP4:
-        return fake_quantize(weights, kind, float(weights.abs().max()))
-    scale = weights.abs().amax(1, keepdim=True).clamp(min=1e-12) / HIGHEST[kind]
-    return _cast(weights / scale, kind) * scale
-
-
-def _cast(codes: torch.Tensor, kind: WeightFormat) -> torch.Tensor:
-    """Return the nearest codes of a type, float32."""
-    import torch
-
-    high = HIGHEST[kind]
-    codes = codes.clamp(-high, high)
-    if kind is WeightFormat.FP8:
-        return codes.to(torch.float8_e4m3fn).float()
-    if (
-        kind is WeightFormat.NVFP4
-    ):  # 0, 0.5, 1, 1.5, 2, 3, 4, 6: steps of 0.5 below 2, of 1 below 4, then of 2
-        size = codes.abs()
-        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-        return torch.sign(codes) * torch.round(size / step) * step
-    return codes.round()

@@ -8,10 +8,11 @@ from glob import escape
 from typing import TYPE_CHECKING
 
 from llmc.config import Dtype, Quantization, Target, WeightRole, WeightRule, WeightScheme
+from llmc.graph.match import lazy_of
 from llmc.quantize.awq import plan_channels
 from llmc.quantize.linear import plan_calibration, plan_matrices, quantize_weights, scale_type
 from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
-from llmc.quantize.served_experts import mark_experts
+from llmc.quantize.served_experts import find_experts, mark_experts, plan_expert_codes
 from llmc.quantize.stored import origin_notes
 
 if TYPE_CHECKING:
@@ -74,11 +75,15 @@ class BlockQuantizer:
     def weight_needs(self, graph: Graph) -> WeightNeeds | None:
         """See `Quantizer`."""
         schemes = plan_calibration(graph, self.rules, self.dtype)
-        if self.rules.calibration is None or not schemes:
+        experts = self._calibrated_experts(graph)
+        if self.rules.calibration is None or not (schemes or experts):
             return None
         channels = plan_channels(graph, schemes) if self.rules.scale_channels else ()
         kind = scale_type(self.rules, self.dtype)
-        return WeightNeeds(self.rules.calibration, kind, schemes, tuple(channels))
+        return WeightNeeds(self.rules.calibration, kind, schemes, tuple(channels), experts)
+
+    def _calibrated_experts(self, graph: Graph) -> dict[str, WeightScheme]:
+        return plan_expert_codes(graph, self.rules.rules) if self.for_servers else {}
 
     def input_needs(self, graph: Graph) -> InputNeeds | None:
         """See `Quantizer`."""
@@ -89,13 +94,20 @@ class BlockQuantizer:
         for plan in plan_matrices(graph, self.rules, self.dtype):
             if needs.schemes.keys() & set(plan.sources):
                 yield plan.name
+        for weight in find_experts(graph) if needs.experts else ():
+            if lazy_of(weight).sources[0] in needs.experts:
+                yield str(weight.name)
 
     def apply(self, graph: Graph, observed: Observations) -> Quantized:
         """See `Quantizer`."""
         stored = quantize_weights(graph, self.rules, self.dtype, observed.weights)
-        experts = mark_experts(graph, self.rules.rules) if self.for_servers else ()
+        if not self.for_servers:
+            return Quantized(stored.tensors, (*stored.notes, *origin_notes(stored.tensors)))
+        codes = None if observed.weights is None else observed.weights.experts
+        experts, _ = mark_experts(graph, self.rules.rules, codes=codes)
         tensors = (*stored.tensors, *experts)
-        return Quantized(tensors, (*stored.notes, *origin_notes(tensors)))
+        notes = () if codes is None else tuple(codes.describe())
+        return Quantized(tensors, (*stored.notes, *notes, *origin_notes(tensors)))
 
 
 def restate_rules(quantization: Quantization, records: Sequence[WeightRecord]) -> Quantization:

@@ -20,6 +20,7 @@ from llmc.config import WeightScheme
 from llmc.graph.weights import WeightStore
 from llmc.quantize.awq import ChannelPlan, divide_outputs, search_channels
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
+from llmc.quantize.calibrate_experts import CalibratedExperts, ExpertCalibrator, read_calibrated_experts
 from llmc.quantize.methods import find_calibrated
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Calibration:
         widths: Number of input features of each.
         smoothing: Factors that channels of activations were divided by first, by the first of the weights
             that read the activation.
+        experts: The matrices of experts.
     """
 
     files: Mapping[str, Path]
     schemes: Mapping[str, WeightScheme]
     widths: Mapping[str, int]
     smoothing: Mapping[str, Array] = field(default_factory=dict)
+    experts: CalibratedExperts = field(default_factory=CalibratedExperts)
 
     def join(
         self, sources: Sequence[str], shape: tuple[int, int], scheme: WeightScheme
@@ -64,12 +67,17 @@ class Calibration:
         return PackedBlocks(codes, scales, zeros, shape[1], scheme)
 
 
-def read_calibration(paths: Sequence[Path], schemes: Mapping[str, WeightScheme]) -> Calibration:
+def read_calibration(
+    paths: Sequence[Path],
+    schemes: Mapping[str, WeightScheme],
+    experts: Mapping[str, WeightScheme] | None = None,
+) -> Calibration:
     """Read the files that a `Calibrator` wrote.
 
     Args:
         paths: Its files, layer by layer and for the head.
         schemes: The scheme by which each tensor of the checkpoint was to be quantized.
+        experts: The scheme of each stack of experts; None for no experts.
     """
     from safetensors import safe_open
 
@@ -84,7 +92,7 @@ def read_calibration(paths: Sequence[Path], schemes: Mapping[str, WeightScheme])
                     files[name], widths[name] = path, int(file.get_tensor(key)[0])
                 elif key.endswith(".smoothing"):
                     smoothing[key.removesuffix(".smoothing")] = file.get_tensor(key)
-    return Calibration(files, schemes, widths, smoothing)
+    return Calibration(files, schemes, widths, smoothing, read_calibrated_experts(paths, experts or {}))
 
 
 class Calibrator:
@@ -100,6 +108,7 @@ class Calibrator:
         scale_type: Type of the stored scales.
         folder: Folder in which finished layers are stored, and found again.
         channels: Activations whose channels are scaled first if that reduces the error.
+        experts: Scheme of each stacked parameter of experts, (experts, N, K).
     """
 
     changes = True
@@ -114,6 +123,7 @@ class Calibrator:
         scale_type: ScaleType,
         folder: Path,
         channels: Sequence[ChannelPlan] = (),
+        experts: Mapping[str, WeightScheme] | None = None,
     ) -> None:
         self.model = model
         self._walk = LayerWalk(model, layers, store, tied, folder)
@@ -122,6 +132,8 @@ class Calibrator:
         self._schemes = schemes
         self._scale_type = scale_type
         self._channels = channels
+        self._expert_schemes = experts or {}
+        self._experts = ExpertCalibrator(self._expert_schemes, scale_type, folder)
         self._linears: dict[str, torch.nn.Linear] = {}
         self._hessians: dict[str, torch.Tensor] = {}
         self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -138,7 +150,7 @@ class Calibrator:
             CheckpointError: Weights or activations are not finite.
             ResourceError: Disk full.
         """
-        return read_calibration(self._walk.run(windows, self, note), self._schemes)
+        return read_calibration(self._walk.run(windows, self, note), self._schemes, self._expert_schemes)
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
@@ -158,7 +170,8 @@ class Calibrator:
         ):  # only layers are quantized: the head, a large matrix, need not run
             handles.append(module.register_forward_pre_hook(_end_call))
         try:
-            yield
+            with self._experts.watch(name, module):
+                yield
         finally:
             self._latest = None
             for handle in handles:
@@ -212,7 +225,7 @@ class Calibrator:
                 if array is not None:
                     data[f"{stored}.{member}"] = array
             data[f"{stored}.width"] = np.array([blocks.in_features])
-        return data
+        return data | self._experts.conclude()
 
     def _search_channels(self) -> dict[str, Array]:
         """Return the factors that channels of the layer's activations are divided by, as they are stored."""

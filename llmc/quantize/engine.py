@@ -33,6 +33,7 @@ from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, Rows, WeightGroup, row_chunks
 from llmc.quantize.activations import InputRange, quantized_products
+from llmc.quantize.expert_inputs import ExpertRange
 from llmc.quantize.fold import SharedInput, find_shared_inputs
 from llmc.quantize.formats import (
     NVFP4_BLOCK,
@@ -74,7 +75,7 @@ def quantize_for_engine(
     floats: list[FloatInput] = []
     unquantized: set[ir.Value] = set()
     input_scales: dict[ir.Value, float] = {}
-    peers: dict[ir.Value, _Peers] = {}
+    peers: dict[ir.Value, Peers] = {}
     for shared in find_shared_inputs(graph):
         if for_servers:
             peers.update(_find_peers(shared, rules))
@@ -83,7 +84,7 @@ def quantize_for_engine(
             continue
         quantized = changed(shared, linears=linears)
         calibrated = InputRange(1.0, None, 0.0) if ranges is None else ranges.get(quantized.sources[0])
-        stays = None if ranges is None else _why_float(calibrated, kind, least_activation_db)
+        stays = None if ranges is None else why_float(calibrated, kind, least_activation_db)
         if calibrated is None or stays is not None:
             floats.append(FloatInput(quantized.sources[0], stays or ""))
             unquantized.update(linear.weight for linear in linears if for_servers)
@@ -109,7 +110,9 @@ def quantize_for_engine(
     return tuple(stored), tuple(floats)
 
 
-def _why_float(calibrated: InputRange | None, kind: WeightFormat, least_db: float | None) -> str | None:
+def why_float(
+    calibrated: InputRange | ExpertRange | None, kind: WeightFormat, least_db: float | None
+) -> str | None:
     """Return why an activation stays in float; None if it can be quantized."""
     if calibrated is None:
         return "calibration did not see its input"
@@ -118,7 +121,7 @@ def _why_float(calibrated: InputRange | None, kind: WeightFormat, least_db: floa
     return None
 
 
-def _find_peers(shared: SharedInput, rules: Sequence[EngineRule]) -> Iterator[tuple[ir.Value, "_Peers"]]:
+def _find_peers(shared: SharedInput, rules: Sequence[EngineRule]) -> Iterator[tuple[ir.Value, "Peers"]]:
     """Yield each weight that reads an activation, with all those that have its scheme."""
     by_scheme: dict[EngineScheme, list[ir.Value]] = {}
     for linear in shared.linears:
@@ -127,12 +130,12 @@ def _find_peers(shared: SharedInput, rules: Sequence[EngineRule]) -> Iterator[tu
             by_scheme.setdefault(scheme, []).append(linear.weight)
     for weights in by_scheme.values():
         rows = [lazy_of(weight).rows for weight in weights]
-        together = _Peers(tuple(each for each in rows if each is not None), for_servers=True)
+        together = Peers(tuple(each for each in rows if each is not None), for_servers=True)
         yield from ((weight, together) for weight in weights)
 
 
 @dataclass(frozen=True, eq=False)
-class _Peers:
+class Peers:
     """Matrices that have one scale for all of their weights together.
 
     Args:
@@ -237,7 +240,7 @@ def _replace(
     weight: ir.Value,
     scheme: EngineScheme,
     outputs_first: bool,
-    peers: _Peers | None,
+    peers: Peers | None,
     input_scale: float | None,
 ) -> int:
     """Replace `weight` by codes, scales and their product; return the bytes of codes and scales.
@@ -270,7 +273,7 @@ def _replace(
         scale_shape = (outputs,)
     else:
         scale_shape = (outputs, inputs // block) if outputs_first else (inputs // block, outputs)
-    peers = peers or _Peers((tensor.rows,))
+    peers = peers or Peers((tensor.rows,))
     compute = _Compute(tensor.rows, scheme, outputs_first, dtype, name, transposed, peers)
     group = WeightGroup(tensor.rows.sources, compute)
     codes_shape = tensor.rows.shape[::-1] if transposed else tensor.rows.shape
@@ -367,7 +370,7 @@ class _Compute:
     dtype: ir.DataType
     name: str
     turned: bool
-    peers: _Peers
+    peers: Peers
 
     def __call__(self) -> Mapping[str, Array]:
         codes, scales = [], []

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from llmc.config import Dtype, Quantization, TypedWeights
 from llmc.quantize.activations import plan_inputs
 from llmc.quantize.engine import quantize_for_engine
+from llmc.quantize.expert_inputs import describe_tokens
 from llmc.quantize.quantizer import InputNeeds, Observations, Quantized, WeightNeeds
-from llmc.quantize.served_experts import mark_experts
+from llmc.quantize.served_experts import mark_experts, plan_expert_inputs
 from llmc.quantize.stored import origin_notes
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ class EngineQuantizer:
     def input_needs(self, graph: Graph) -> InputNeeds | None:
         """See `Quantizer`."""
         text = self.section.calibration if self.observes_inputs else None
-        return None if text is None else InputNeeds(text, plan_inputs(graph, self.section.weights))
+        if text is None:
+            return None
+        rules = self.section.weights
+        experts = plan_expert_inputs(graph, rules) if self.for_servers else ()
+        return InputNeeds(text, plan_inputs(graph, rules), experts)
 
     def calibrated(self, graph: Graph, needs: WeightNeeds) -> Iterator[str]:
         """See `Quantizer`."""
@@ -84,7 +89,13 @@ class EngineQuantizer:
             self.section.least_activation_db,
             for_servers=self.for_servers,
         )
+        notes: list[str] = []
         if self.for_servers:
-            tensors = (*tensors, *mark_experts(graph, self.section.weights))
+            experts = None if observed.inputs is None else observed.inputs.experts
+            marked, beside = mark_experts(
+                graph, self.section.weights, experts, self.section.least_activation_db
+            )
+            tensors, floats = (*tensors, *marked), (*floats, *beside)
+            notes += describe_tokens(experts or {})
         stay = [f"what {f.weight} is given stays in {self.dtype.value}: {f.reason}" for f in floats]
-        return Quantized(tensors, (*stay, *origin_notes(tensors)), floats)
+        return Quantized(tensors, (*stay, *notes, *origin_notes(tensors)), floats)

@@ -1,17 +1,39 @@
 """Choose the scheme of a weight by the rules, and record how it is stored."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from llmc.config import EngineScheme, Rule, Scheme, WeightRole, WeightScheme
+
+if TYPE_CHECKING:
+    from llmc.quantize.blocks import PackedBlocks
 
 #: The key of `CodedAs` in the `meta` of the initializer that holds the codes of a matrix.
 CODED_AS = "llmc.coded_as"
 
 
-#: The key of the scheme of stacked experts, or None for float, in the `meta` of their initializer.
+#: The key of `ExpertsAs`, or None for float, in the `meta` of the initializer of stacked experts.
 EXPERTS_AS = "llmc.experts_as"
+
+
+@dataclass(frozen=True)
+class ExpertsAs:
+    """How each matrix of a stack of experts is stored.
+
+    Args:
+        input_scale: Scale by which servers quantize what an expert reads, the same for all experts of the
+            stack; None if there is none.
+        calibrated: Whether codes may come from calibration.
+        codes: Returns the codes of some outputs of an expert's matrix from calibration, by its index, the
+            outputs and the number of inputs; None if it was not calibrated.
+    """
+
+    scheme: WeightScheme | EngineScheme
+    input_scale: float | None = None
+    calibrated: bool = False
+    codes: Callable[[int, tuple[int, int], int], "PackedBlocks | None"] | None = None
 
 
 @dataclass(frozen=True)

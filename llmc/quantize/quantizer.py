@@ -15,6 +15,7 @@ from llmc.config import CalibrationText, Quantization, WeightScheme
 from llmc.quantize.activations import Activations, InputPlan
 from llmc.quantize.awq import ChannelPlan
 from llmc.quantize.blocks import ScaleType
+from llmc.quantize.expert_inputs import ExpertInput
 from llmc.quantize.place import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class WeightNeeds:
         scale_type: Type of the stored scales.
         schemes: How each tensor of the checkpoint is quantized.
         channels: Activations whose channels are scaled first where that helps.
+        experts: How each stacked parameter of experts is quantized.
     """
 
     text: CalibrationText
     scale_type: ScaleType
     schemes: Mapping[str, WeightScheme]
     channels: tuple[ChannelPlan, ...]
+    experts: Mapping[str, WeightScheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class InputNeeds:
     Args:
         text: The calibration text.
         plans: The activations.
+        experts: Stacks of experts whose activations are observed, too.
     """
 
     text: CalibrationText
     plans: tuple[InputPlan, ...]
+    experts: tuple[ExpertInput, ...] = ()
 
 
 @dataclass(frozen=True)

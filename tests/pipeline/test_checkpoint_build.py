@@ -372,8 +372,3 @@ def test_experts_in_fp8_have_a_scale_for_each_output(experts: Path, tmp_path: Pa
     infos = tensors_of(folder).infos()
     assert infos["model.layers.0.mlp.experts.0.down_proj.weight"].dtype.name == "FLOAT8E4M3FN"
     assert infos["model.layers.0.mlp.experts.0.down_proj.weight_scale"].shape == (64, 1)
-
-
-def test_experts_that_need_calibration_are_refused(experts: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="experts are not calibrated"):
-        build_folder(plan(experts, tmp_path / "out", "modelopt-nvfp4"))

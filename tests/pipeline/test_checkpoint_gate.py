@@ -30,6 +30,8 @@ FILE = "model.safetensors"
 #: A random model of two layers loses more to few bits than the targets allow a trained one.
 LOOSE = (M.TEXT_KL_MEAN, M.TEXT_TOP1, M.TEXT_KL_RATIO, M.WEIGHTS_BLOCK_SNR)
 TARGETS = ("vllm-w4a16", "vllm-w8a8", "vllm-nvfp4", "gptq-int4", "awq-int4", "modelopt-fp8", "modelopt-nvfp4")
+#: Targets of a mixture of experts, by the name of the artifact.
+MIXTURES = {"experts": "vllm-w4a16", "experts-nvfp4": "modelopt-nvfp4"}
 ATTENTION = "model.layers.1.self_attn."
 MLP = "model.layers.0.mlp."
 
@@ -53,9 +55,17 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pa
     model = save_tiny_model("llama", root / "model", dtype=torch.bfloat16, tokenizer=True, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMC_CACHE", own_cache(root / "cache"))
+        sizes |= {"moe_intermediate_size": 128, "mlp_only_layers": []}
+        mixture = save_tiny_model("qwen3_moe", root / "moe", dtype=torch.bfloat16, tokenizer=True, **sizes)
         built = {}
-        for name in TARGETS:
-            plan = plan_build(str(model), target=name, profile="local", output=root / name, verify=False)
+        for name, source in {**dict.fromkeys(TARGETS, model), **dict.fromkeys(MIXTURES, mixture)}.items():
+            plan = plan_build(
+                str(source),
+                target=MIXTURES.get(name, name),
+                profile="local",
+                output=root / name,
+                verify=False,
+            )
             gates: list[Gate] = [gate for gate in plan.target.gates if gate.metric not in LOOSE]
             target = plan.target.model_copy(update={"gates": tuple(gates)})
             built[name] = build(plan.model_copy(update={"target": target}), SilentProgress()).path
@@ -86,6 +96,16 @@ def test_a_good_checkpoint_passes(name: str, artifacts: dict[str, Path]) -> None
     largest = found[M.PREFILL_MAX_ABS].value
     assert largest is not None
     assert largest < 1e-4
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_good_mixture_of_experts_passes(name: str, artifacts: dict[str, Path]) -> None:
+    checks, found = measure(artifacts[name], artifacts)
+    missed = {m for m, status in checks.items() if status in (CheckStatus.FAIL, CheckStatus.NOT_MEASURED)}
+    assert missed == set()
+    assert found[M.WEIGHTS_EXACT].detail.endswith("tensors of the files equal those of a build, bit for bit")
+    where = found[M.PREFILL_MAX_ABS].where
+    assert "with the weights that llmc reads" in where
 
 
 def test_a_model_that_does_not_fit_is_read_layer_by_layer(
@@ -191,6 +211,7 @@ def other_theta(folder: Path) -> None:
 
 
 SCALE = f"{MLP}up_proj.weight_scale"
+EXPERTS = f"{MLP}experts"
 GROUP = ("config_groups", "group_0", "weights")
 FAULTS = {
     "scales off by 2 %": Fault("vllm-w4a16", tensors(scale(SCALE, 1.02)), M.WEIGHTS_EXACT, SCALE),
@@ -202,6 +223,30 @@ FAULTS = {
     ),
     "zero points off by one": Fault(
         "gptq-int4", tensors(flip(f"{ATTENTION}k_proj.qzeros", 1)), M.WEIGHTS_EXACT, "qzeros differs in 1 of"
+    ),
+    "an expert's scale off by 2 %": Fault(
+        "experts",
+        tensors(scale(f"{EXPERTS}.2.down_proj.weight_scale", 1.02)),
+        M.WEIGHTS_EXACT,
+        "experts.2.down_proj.weight_scale differs",
+    ),
+    "two experts swapped": Fault(
+        "experts",
+        tensors(swap(f"{EXPERTS}.1", f"{EXPERTS}.3")),
+        M.WEIGHTS_EXACT,
+        "experts.1.down_proj.weight_packed differs",
+    ),
+    "gate and up of an expert swapped": Fault(
+        "experts-nvfp4",
+        tensors(swap(f"{EXPERTS}.0.gate_proj", f"{EXPERTS}.0.up_proj")),
+        M.WEIGHTS_EXACT,
+        "experts.0.gate_proj.weight differs",
+    ),
+    "an expert's input scale": Fault(
+        "experts-nvfp4",
+        tensors(scale(f"{EXPERTS}.3.up_proj.input_scale", 1.02)),
+        M.WEIGHTS_EXACT,
+        "experts.3.up_proj.input_scale differs",
     ),
     "a word of awq": Fault(
         "awq-int4", tensors(flip(f"{MLP}down_proj.qweight", 4)), M.WEIGHTS_EXACT, "qweight differs in 1 of"
@@ -267,6 +312,7 @@ def test_a_broken_checkpoint_misses_the_right_check(
 UNSEEN = {
     "scales off by 2 %": (M.WEIGHTS_EXACT, "has a gain of 1.0"),
     "layers swapped": (M.WEIGHTS_EXACT, "has a gain of"),
+    "two experts swapped": (M.WEIGHTS_EXACT, "experts"),
 }
 
 
@@ -276,7 +322,7 @@ def test_faults_of_codes_that_calibration_decided(
 ) -> None:
     """Another machine does not have what calibration observed."""
     monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
-    folder = copy_artifact(artifacts["vllm-w4a16"], tmp_path / "broken")
+    folder = copy_artifact(artifacts[FAULTS[name].target], tmp_path / "broken")
     FAULTS[name].apply(folder)
     reseal(folder)
     checks, found = measure(folder, artifacts)

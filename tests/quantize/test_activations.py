@@ -17,12 +17,12 @@ from llmc.quantize.activations import (
     Activations,
     ActivationTask,
     InputPlan,
-    fake_quantize,
     plan_inputs,
     read_activations,
     read_smoothing,
     write_smoothing,
 )
+from llmc.quantize.rounding import fake_quantize
 from tests.lowering import lower
 from tests.models import build_tiny_model
 from tests.state_store import StateStore

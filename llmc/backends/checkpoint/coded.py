@@ -1,6 +1,6 @@
 """Take the codes of a quantized graph, one matrix at a time, as a format of checkpoints encodes them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import ml_dtypes
@@ -11,11 +11,12 @@ from llmc.arrays import Array
 from llmc.backends.checkpoint.formats.base import CodedMatrix, Codes
 from llmc.config import CheckpointFormat, EngineScheme, WeightFormat, WeightScheme
 from llmc.errors import UnsupportedError
+from llmc.graph.files import FilePart
 from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import LazyWeight, Rows
-from llmc.quantize.blocks import unpack, zero_level
-from llmc.quantize.place import CODED_AS, EXPERTS_AS, CodedAs
+from llmc.quantize.blocks import PackedBlocks, unpack, zero_level
+from llmc.quantize.place import CODED_AS, EXPERTS_AS, CodedAs, ExpertsAs
 from llmc.quantize.served_experts import encode_expert, find_experts
 from llmc.quantize.stream import quantize_rows
 
@@ -43,8 +44,8 @@ def coded_matrices(graph: Graph, form: CheckpointFormat) -> Iterator[CodedMatrix
         yield CodedMatrix(tensor.sources[0], coded.shape, coded.scheme, read, coded.input_scale, kind)
 
 
-def expert_schemes(graph: Graph) -> dict[str, WeightScheme | EngineScheme]:
-    """Return the scheme of each stack of experts that is quantized, by its parameter."""
+def stored_experts(graph: Graph) -> dict[str, ExpertsAs]:
+    """Return how each stack of experts that is quantized is stored, by its parameter."""
     return {
         lazy_of(weight).sources[0]: weight.meta[EXPERTS_AS]
         for weight in find_experts(graph)
@@ -53,20 +54,38 @@ def expert_schemes(graph: Graph) -> dict[str, WeightScheme | EngineScheme]:
 
 
 def expert_matrix(
-    module: str, rows: Rows, scheme: WeightScheme | EngineScheme, form: CheckpointFormat
+    module: str, rows: Rows, part: FilePart, stored: ExpertsAs, joined: Sequence[Rows], form: CheckpointFormat
 ) -> CodedMatrix:
-    """Return the matrix (N, K) of one expert, whose codes are computed when they are read."""
+    """Return the matrix (N, K) of one expert, whose codes are computed when they are read.
+
+    Args:
+        part: Its place in the stack.
+        joined: The matrices that servers join with it, itself among them.
+    """
     outputs, inputs = rows.shape
-    if isinstance(scheme, EngineScheme):
-        typed = partial(_typed_expert, rows, scheme)
-        return CodedMatrix(module, (outputs, inputs), scheme, typed, None, ir.DataType.FLOAT)
+    scheme = stored.scheme
     kind = ir.DataType.FLOAT16 if form in _HALF else ir.DataType.BFLOAT16
-    read = partial(_expert, rows, scheme, kind, module)
+    if isinstance(scheme, EngineScheme):
+        typed = partial(_typed_expert, rows, scheme, tuple(joined), module)
+        kind = kind if scheme.block_size is not None else ir.DataType.FLOAT
+        return CodedMatrix(module, (outputs, inputs), scheme, typed, stored.input_scale, kind)
+    calibrated = None
+    if stored.codes is not None and part.expert is not None and part.rows is not None:
+        calibrated = partial(stored.codes, part.expert, part.rows, inputs)
+    read = partial(_expert, rows, scheme, kind, module, calibrated)
     return CodedMatrix(module, (outputs, inputs), scheme, read, None, kind)
 
 
-def _expert(rows: Rows, scheme: WeightScheme, scale_type: ir.DataType, name: str) -> Codes:
-    blocks = quantize_rows(rows, scheme, ml_dtypes.bfloat16, name=name)
+def _expert(
+    rows: Rows,
+    scheme: WeightScheme,
+    scale_type: ir.DataType,
+    name: str,
+    calibrated: Callable[[], PackedBlocks | None] | None,
+) -> Codes:
+    blocks = None if calibrated is None else calibrated()
+    if blocks is None:
+        blocks = quantize_rows(rows, scheme, ml_dtypes.bfloat16, name=name)
     members = {"codes": blocks.codes, "scales": blocks.scales}
     if blocks.zero_points is not None:
         members["zero_points"] = blocks.zero_points
@@ -74,8 +93,9 @@ def _expert(rows: Rows, scheme: WeightScheme, scale_type: ir.DataType, name: str
     return _integers(members, scheme, (outputs, inputs), scale_type)
 
 
-def _typed_expert(rows: Rows, scheme: EngineScheme) -> Codes:
-    return Codes(*encode_expert(rows, scheme))
+def _typed_expert(rows: Rows, scheme: EngineScheme, joined: Sequence[Rows], name: str) -> Codes:
+    codes, scales, *whole = encode_expert(rows, scheme, joined, name)
+    return Codes(codes, scales, None, whole[0] if whole else None)
 
 
 def _scale_type(graph: Graph, name: str, form: CheckpointFormat) -> ir.DataType:

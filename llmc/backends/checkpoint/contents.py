@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.arrays import Array
-from llmc.backends.checkpoint.coded import coded_matrices, expert_matrix, expert_schemes
+from llmc.backends.checkpoint.coded import coded_matrices, expert_matrix, stored_experts
 from llmc.backends.checkpoint.formats.base import CodedMatrix, Format
 from llmc.backends.written import WrittenFrom, WrittenTensors
 from llmc.config import ServedCheckpoint, WeightRole
@@ -76,7 +76,7 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
     names = {part.parameter: name for name, part in files.parts.items() if part.is_whole}
     coded = {matrix.module: matrix for matrix in coded_matrices(graph, section.format)}
     changed = {rows.sources[0]: rows for rows in _changed_rows(graph)}
-    experts = expert_schemes(graph)
+    experts, joined = stored_experts(graph), _joined_experts(files)
     _require_files(files, {*coded, *changed})
     tensors: list[WrittenTensors] = []
     matrices: list[CodedMatrix] = []
@@ -91,8 +91,10 @@ def plan_contents(graph: Graph, section: ServedCheckpoint, form: Format, checkpo
             module, alias = name.removesuffix(_WEIGHT), parameter.removesuffix(_WEIGHT)
             matrix = replace(coded[parameter], module=module, alias=alias)
         elif part is not None and part.expert is not None and experts.get(part.parameter) is not None:
-            own, scheme = StoredRows(files.store, info), experts[part.parameter]
-            matrix = expert_matrix(name.removesuffix(_WEIGHT), own, scheme, section.format)
+            own, stored = StoredRows(files.store, info), experts[part.parameter]
+            peers = joined[part.parameter, part.expert]
+            matrix = expert_matrix(name.removesuffix(_WEIGHT), own, part, stored, peers, section.format)
+            parameter = part.parameter if stored.calibrated else None
         if matrix is not None:
             matrices.append(matrix)
             specs = {spec.name: (spec.dtype, spec.shape) for spec in form.specs(matrix)}
@@ -132,6 +134,16 @@ def _cache_tensors(graph: Graph, form: Format, files: FileTensors) -> Iterator[W
 
 def _given(values: Mapping[str, Array]) -> Mapping[str, Array]:
     return values
+
+
+def _joined_experts(files: FileTensors) -> dict[tuple[str, int], list[Rows]]:
+    """Return the matrices of the files that make up one expert's matrix of a stack, such as gate and up."""
+    joined: dict[tuple[str, int], list[Rows]] = {}
+    for name, part in files.parts.items():
+        if part.expert is not None:
+            rows = StoredRows(files.store, files.store.infos()[name])
+            joined.setdefault((part.parameter, part.expert), []).append(rows)
+    return joined
 
 
 def _require_files(files: FileTensors, parameters: set[str]) -> None:

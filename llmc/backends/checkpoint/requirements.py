@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 
 from llmc.backends.checkpoint.formats.choice import format_of
 from llmc.catalog import list_targets
-from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightRole, WeightScheme
+from llmc.config import EngineScheme, ServedCheckpoint, Target, WeightRole, WeightScheme
 from llmc.errors import ConfigError, UnsupportedError
 from llmc.graph.linear import find_embeddings, find_linears
 from llmc.graph.match import lazy_of
 from llmc.quantize.linear import plan_matrices
 from llmc.quantize.place import choose_scheme
-from llmc.quantize.served_experts import find_experts, scheme_of_experts
+from llmc.quantize.served_experts import Rules, expert_layers, find_experts, scheme_of_experts
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from llmc.backends.checkpoint.formats.base import Format
     from llmc.backends.written import WrittenFrom
+    from llmc.graph.files import FileTensors
     from llmc.graph.model import Graph
 
 _FLOAT = "give it a rule with scheme: null"
-#: The types of experts: their scales are of one output each, so that servers can join gate and up.
-_EXPERT_TYPES = (WeightFormat.INT8, WeightFormat.FP8)
 #: The last names of modules that servers join into one product (vLLM's `packed_modules_mapping`).
 _JOINED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
@@ -168,50 +169,71 @@ def _require_linear(matrix: PlannedMatrix, graph: Graph, linear: set[str]) -> No
     raise UnsupportedError(f"{matrix.source} {what}, and servers do not read it quantized", hint=_FLOAT)
 
 
-def _fits_experts(scheme: EngineScheme) -> bool:
-    """Return whether experts can have a scheme without calibration, and a scale for each output."""
-    return not scheme.needs_range and scheme.scale_per == "output" and scheme.format in _EXPERT_TYPES
-
-
 def _require_experts(
     graph: Graph, target: Target, section: ServedCheckpoint, form: Format, checkpoint: WrittenFrom
 ) -> list[WeightScheme | EngineScheme]:
     """Require that the matrices of experts can be written one by one; return their schemes.
 
     Raises:
-        UnsupportedError: The files have them stacked, or their activations need calibration.
+        UnsupportedError: The files have them stacked, or the matrices of a layer have different schemes.
     """
-    files = checkpoint.file_tensors()
-    rules = section.weights if target.quantize is None else target.quantize.rules
-    schemes = []
+    rules = _rules_of(target, section)
+    for layer in expert_layers(graph):
+        _require_one_scheme_of_experts(layer, rules)
+    planned = list(planned_experts(graph, target, section, checkpoint.file_tensors()))
+    found = {each.source for each in planned}
     for weight in find_experts(graph):
-        name = str(weight.name)
-        scheme = scheme_of_experts(rules, name)
-        if scheme is None:
-            continue
         source = lazy_of(weight).sources[0]
-        shapes = {
-            files.store.infos()[each].shape
-            for each, part in files.parts.items()
-            if part.parameter == source and part.expert is not None
-        }
-        if not shapes:
+        if scheme_of_experts(rules, str(weight.name)) is not None and source not in found:
             raise UnsupportedError(
                 f"{source} holds the matrices of all experts of a layer, and servers read each of them",
                 hint="give experts a rule with scheme: null, or build from a folder that has them one by one",
             )
-        if isinstance(scheme, EngineScheme) and not _fits_experts(scheme):
+    for matrix in planned:
+        refusal = form.refusal(matrix.schemes[0], matrix.shape)
+        if refusal is not None:
             raise UnsupportedError(
-                f"{source} cannot have {scheme.format.value} with activations {scheme.activations}: experts "
-                "are not calibrated",
-                hint="give experts a rule with scheme: null, or int8 or fp8 with activations dynamic",
+                f"format {section.format.value} cannot hold the experts of {matrix.source}: {refusal}",
+                hint="copy the target and change its rule, or give experts a rule with scheme: null",
             )
-        for outputs, inputs in sorted(shapes):
-            refusal = form.refusal(scheme, (outputs, inputs))
-            if refusal is not None:
-                raise UnsupportedError(
-                    f"format {section.format.value} cannot hold the experts of {source}: {refusal}",
-                    hint="copy the target and change its rule, or give experts a rule with scheme: null",
-                )
-        schemes.append(scheme)
-    return schemes
+    return [matrix.schemes[0] for matrix in planned]
+
+
+def planned_experts(
+    graph: Graph, target: Target, section: ServedCheckpoint, files: FileTensors
+) -> Iterator[PlannedMatrix]:
+    """Yield the shapes of experts' matrices that the rules of a target quantize, each stack's in turn.
+
+    A stack whose matrices the files do not have one by one is left out.
+    """
+    rules, infos = _rules_of(target, section), files.store.infos()
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for name, part in files.parts.items():
+        if part.expert is not None:
+            shapes.setdefault(part.parameter, set()).add(infos[name].shape)
+    for weight in find_experts(graph):
+        source, scheme = lazy_of(weight).sources[0], scheme_of_experts(rules, str(weight.name))
+        if scheme is not None:
+            for outputs, inputs in sorted(shapes.get(source, ())):
+                yield PlannedMatrix(str(weight.name), source, (outputs, inputs), (scheme,))
+
+
+def _rules_of(target: Target, section: ServedCheckpoint) -> Rules:
+    return section.weights if target.quantize is None else target.quantize.rules
+
+
+def _require_one_scheme_of_experts(layer: Sequence[ir.Value], rules: Rules) -> None:
+    """Refuse a layer of experts whose stacks have different schemes: servers have one method for all of it.
+
+    Raises:
+        UnsupportedError: Two of them differ.
+    """
+    names = [str(weight.name) for weight in layer]
+    schemes = [scheme_of_experts(rules, name) for name in names]
+    other = next((name for name, each in zip(names, schemes, strict=True) if each != schemes[0]), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"servers compute {names[0]} and {other} by one method, and the target's rules store them "
+            "differently",
+            hint="give them one rule",
+        )

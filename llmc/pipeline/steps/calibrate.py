@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,7 @@ from llmc.progress import Progress
 if TYPE_CHECKING:
     from llmc.checkpoint import Checkpoint
     from llmc.graph.model import Graph
-    from llmc.quantize.activations import Activations, InputPlan
+    from llmc.quantize.activations import Activations
     from llmc.quantize.cache_scales import CachePeaks
     from llmc.quantize.calibrate import Calibration
     from llmc.quantize.quantizer import InputNeeds, Observations, Quantizer, WeightNeeds
@@ -66,7 +66,7 @@ def observe(
     if weight_needs is not None or input_needs is not None:
         with progress.stage("calibrate"):
             if input_needs is not None:
-                inputs = observe_inputs(checkpoint, input_needs.text, input_needs.plans, progress)
+                inputs = observe_inputs(checkpoint, input_needs, progress)
                 require_range(inputs, dtype, progress)
             if weight_needs is not None:
                 weights = calibrate_weights(checkpoint, weight_needs, progress)
@@ -108,6 +108,7 @@ def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Prog
             needs.scale_type,
             subject.folder,
             needs.channels,
+            needs.experts,
         )
         return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
 
@@ -121,7 +122,7 @@ def _recall_weights(checkpoint: Checkpoint, needs: WeightNeeds) -> Calibration |
 
     subject = _plan(checkpoint, needs.text, "weights", _facts(needs))
     files = finished_files(subject.folder, len(subject.layers))
-    return None if files is None else read_calibration(files, needs.schemes)
+    return None if files is None else read_calibration(files, needs.schemes, needs.experts)
 
 
 def _facts(needs: WeightNeeds) -> dict[str, Any]:
@@ -132,16 +133,12 @@ def _facts(needs: WeightNeeds) -> dict[str, Any]:
         "scales": np.dtype(needs.scale_type).name,
         "schemes": {name: scheme.model_dump() for name, scheme in sorted(needs.schemes.items())},
         "channels": [[*plan.sources] for plan in needs.channels],
+        "experts": {name: scheme.model_dump() for name, scheme in sorted(needs.experts.items())},
     }
 
 
-def observe_inputs(
-    checkpoint: Checkpoint, text: CalibrationText, plans: Sequence[InputPlan], progress: Progress
-) -> Activations:
+def observe_inputs(checkpoint: Checkpoint, needs: InputNeeds, progress: Progress) -> Activations:
     """Run the original over calibration text to measure ranges of activations and peaks of all modules.
-
-    Args:
-        plans: Activations to quantize.
 
     Raises:
         As `observe`.
@@ -152,9 +149,9 @@ def observe_inputs(
     tied = dict(checkpoint.tied)
 
     def work() -> Activations:
-        subject = prepare(checkpoint, text, "activations", _input_facts(plans))
+        subject = prepare(checkpoint, needs.text, "activations", _input_facts(needs))
         walk = LayerWalk(subject.model, subject.layers, checkpoint.tensors, tied, subject.folder)
-        task = ActivationTask(plans, tied, subject.layers, len(subject.windows))
+        task = ActivationTask(needs.plans, tied, subject.layers, len(subject.windows), needs.experts)
         files = walk.run(subject.windows, task, lambda line: progress.note(f"calibrate: {line}"))
         return read_activations(files)
 
@@ -166,7 +163,7 @@ def _recall_inputs(checkpoint: Checkpoint, needs: InputNeeds) -> Activations | N
     from llmc.calibration.walk import finished_files
     from llmc.quantize.activations import read_activations
 
-    subject = _plan(checkpoint, needs.text, "activations", _input_facts(needs.plans))
+    subject = _plan(checkpoint, needs.text, "activations", _input_facts(needs))
     files = finished_files(subject.folder, len(subject.layers))
     return None if files is None else read_activations(files)
 
@@ -207,8 +204,9 @@ def recall_cache(checkpoint: Checkpoint, text: CalibrationText) -> dict[int, Cac
     return None if files is None else read_peaks(files)
 
 
-def _input_facts(plans: Sequence[InputPlan]) -> dict[str, Any]:
-    return {"plans": [[*plan.sources, plan.kind.value, plan.foldable, plan.by_token] for plan in plans]}
+def _input_facts(needs: InputNeeds) -> dict[str, Any]:
+    plans = [[*plan.sources, plan.kind.value, plan.foldable, plan.by_token] for plan in needs.plans]
+    return {"plans": plans, "experts": [[plan.parameter, plan.kind.value] for plan in needs.experts]}
 
 
 def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) -> Activations:
@@ -219,12 +217,13 @@ def look_for_overflow(checkpoint: Checkpoint, dtype: Dtype, progress: Progress) 
         CheckpointError: Weights or activations are not finite.
     """
     from llmc.quantize.activations import Activations
+    from llmc.quantize.quantizer import InputNeeds
 
     if dtype is not Dtype.FLOAT16:
         return Activations()
     with progress.stage("overflow"):
         try:
-            activations = observe_inputs(checkpoint, _OVERFLOW_TEXT, (), progress)
+            activations = observe_inputs(checkpoint, InputNeeds(_OVERFLOW_TEXT, ()), progress)
         except UnsupportedError as error:
             progress.note(f"overflow: the range of float16 was not checked: {error.fact}")
             return Activations()
