@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from llmc.config import ServedCheckpoint, Target
 from llmc.errors import ConfigError, LlmcError, UnsupportedError, count_names, did_you_mean
 from llmc.progress import Progress
 from llmc.records import Record
-from llmc.servers.support import Matrix, Treatment, schemes_of, treatments
+from llmc.servers.support import Matrix, schemes_of, treatments
+from llmc.servers.support_models import of_model
 from llmc.servers.support_table import VERSIONS
-from llmc.servers.support_terms import Runtime, Status
+from llmc.servers.support_terms import Runtime, Status, Treatment
 
 
 class ServerFinding(Record):
@@ -115,8 +117,11 @@ def check_servers(
     matrices: tuple[Matrix, ...] = ()
     obstacles: tuple[str, ...] = ()
     if model is not None:
-        architecture, matrices, obstacles = _of_model(target, section, model, adapter, progress)
+        architecture, matrices, obstacles, config = _of_model(target, section, model, adapter, progress)
         found = {runtime: treatments(runtime, target, matrices) for runtime in runtimes}
+        for runtime in runtimes:
+            refused_model = of_model(runtime, config)
+            found[runtime] += () if refused_model is None else (refused_model,)
     form = format_of(section)
     refused: dict[str, list[str]] = {}
     for matrix in matrices:
@@ -141,20 +146,23 @@ def check_servers(
 
 def _of_model(
     target: Target, section: ServedCheckpoint, model: str, adapter: str | None, progress: Progress
-) -> tuple[str, tuple[Matrix, ...], tuple[str, ...]]:
-    """Return the architecture, the matrices that the target quantizes, and why it cannot be lowered."""
-    from llmc.backends.checkpoint.requirements import planned_matrices
+) -> tuple[str, tuple[Matrix, ...], tuple[str, ...], Any]:
+    """Return the architecture, the quantized matrices, why the target cannot be lowered, and the config."""
+    from llmc.backends.checkpoint.requirements import planned_experts, planned_matrices
     from llmc.checkpoint import open_checkpoint
     from llmc.pipeline.steps.compile import lower_graph
 
     checkpoint = open_checkpoint(model, adapter)
+    config = checkpoint.config.get_text_config(decoder=True)
     try:
         graph = lower_graph(checkpoint, target, progress).graph
     except UnsupportedError as error:
-        return checkpoint.architecture, (), (error.fact,)
+        return checkpoint.architecture, (), (error.fact,), config
     planned = planned_matrices(graph, target, section)
     matrices = [Matrix(each.source, each.shape, scheme) for each in planned for scheme in each.schemes]
-    return checkpoint.architecture, tuple(matrices), ()
+    experts = planned_experts(graph, target, section, checkpoint.file_tensors())
+    matrices += [Matrix(each.source, each.shape, each.schemes[0], is_expert=True) for each in experts]
+    return checkpoint.architecture, tuple(matrices), (), config
 
 
 def _findings(found: Sequence[Treatment]) -> tuple[ServerFinding, ...]:

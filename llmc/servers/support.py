@@ -5,14 +5,15 @@ to it. What a server does with a scheme was seen by running it, by letting it lo
 its source; each row says which.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
 from llmc.errors import ConfigError, count_names
+from llmc.servers.support_experts import EXPERTS
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
-from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, SchemeSupport, Status
+from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, SchemeSupport, Status, Treatment
 
 
 @dataclass(frozen=True)
@@ -21,33 +22,14 @@ class Matrix:
 
     Args:
         name: Name of its parameter.
-        shape: (outputs, inputs).
+        shape: (outputs, inputs); of one expert's matrix for experts.
+        is_expert: Whether it is a matrix of experts.
     """
 
     name: str
     shape: tuple[int, int]
     scheme: WeightScheme | EngineScheme
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What a runtime does with a target, or with one of its schemes or matrices.
-
-    Args:
-        subject: The scheme, the matrix or the property that it is about.
-        where: Evidence and its place; empty where no row says anything.
-    """
-
-    runtime: Runtime
-    subject: str
-    status: Status
-    reason: str = ""
-    where: str = ""
-
-    @property
-    def refuses(self) -> bool:
-        """Whether the target must not be built for this runtime."""
-        return self.status in (Status.REFUSED, Status.WRONG)
+    is_expert: bool = False
 
 
 def kind_of(scheme: WeightScheme | EngineScheme) -> MatrixKind:
@@ -122,8 +104,19 @@ def treatments(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()
     return (
         *(_of_scheme(runtime, section, scheme) for scheme in schemes),
         *_of_folder(runtime, section, len(schemes)),
-        *_of_shapes(runtime, section, matrices),
+        *_of_shapes(runtime, section, (matrix for matrix in matrices if not matrix.is_expert)),
+        *_of_experts(runtime, section, matrices),
     )
+
+
+def of_experts(runtime: Runtime, target: Target, scheme: WeightScheme | EngineScheme) -> Treatment:
+    """Return what a runtime does with experts of a scheme.
+
+    Raises:
+        ConfigError: The target is not a checkpoint.
+    """
+    section = _section_of(target)
+    return _of_row(runtime, f"experts in {describe_kind(scheme)}", section, scheme, EXPERTS)
 
 
 def why_not(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()) -> str | None:
@@ -170,17 +163,19 @@ def describe_takers(target: Target) -> str:
     return line if not wrong else f"{line}; do not give it to {', '.join(wrong)}, which would read it wrongly"
 
 
-def markdown_table() -> str:
-    """Return the table of servers in Markdown, a row for each kind of matrices in each format.
+def markdown_table(
+    table: Mapping[tuple[Runtime, CheckpointFormat], Mapping[MatrixKind, SchemeSupport]] = SCHEMES,
+) -> str:
+    """Return a table of servers in Markdown, a row for each kind of matrices in each format.
 
     A cell has the status, how it was found, and what limits it.
     """
-    runtimes = [runtime for runtime in Runtime if any(of is runtime for of, _ in SCHEMES)]
+    runtimes = [runtime for runtime in Runtime if any(of is runtime for of, _ in table)]
     lines = ["| format | matrices | " + " | ".join(runtime.value for runtime in runtimes) + " |"]
     lines.append("|---" * (2 + len(runtimes)) + "|")
     for form in CheckpointFormat:
         for kind in MatrixKind:
-            rows = [SCHEMES.get((runtime, form), {}).get(kind) for runtime in runtimes]
+            rows = [table.get((runtime, form), {}).get(kind) for runtime in runtimes]
             if any(row is not None for row in rows):
                 cells = " | ".join("" if row is None else _cell(row) for row in rows)
                 lines.append(f"| {form.value} | {kind.value} | {cells} |")
@@ -188,15 +183,18 @@ def markdown_table() -> str:
 
 
 def write_table(file: str) -> None:
-    """Replace the table in a Markdown document, which begins with its first line that begins with `| format`.
+    """Replace the two tables in a Markdown document, each from a line that begins with `| format`.
 
     `make servers` calls it.
     """
     path = Path(file)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    first = next(n for n, line in enumerate(lines) if line.startswith("| format"))
-    last = next((n for n in range(first, len(lines)) if not lines[n].startswith("|")), len(lines))
-    path.write_text("\n".join([*lines[:first], markdown_table(), *lines[last:]]) + "\n", encoding="utf-8")
+    lines, written = path.read_text(encoding="utf-8").splitlines(), 0
+    for table in (markdown_table(), markdown_table(EXPERTS)):
+        first = next(n for n in range(written, len(lines)) if lines[n].startswith("| format"))
+        last = next((n for n in range(first, len(lines)) if not lines[n].startswith("|")), len(lines))
+        lines[first:last] = table.splitlines()
+        written = first + len(table.splitlines())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _cell(row: SchemeSupport) -> str:
@@ -215,8 +213,26 @@ _SAYS = {Status.REFUSED: "is refused by", Status.WRONG: "is read wrongly by"}
 
 
 def _of_scheme(runtime: Runtime, section: ServedCheckpoint, scheme: WeightScheme | EngineScheme) -> Treatment:
-    subject = describe_kind(scheme)
-    row = SCHEMES.get((runtime, section.format), {}).get(kind_of(scheme))
+    return _of_row(runtime, describe_kind(scheme), section, scheme, SCHEMES)
+
+
+def _of_experts(
+    runtime: Runtime, section: ServedCheckpoint, matrices: Iterable[Matrix]
+) -> Iterator[Treatment]:
+    """Yield what a runtime does with each scheme of the experts among the matrices."""
+    schemes = {describe_kind(matrix.scheme): matrix.scheme for matrix in matrices if matrix.is_expert}
+    for text, scheme in schemes.items():
+        yield _of_row(runtime, f"experts in {text}", section, scheme, EXPERTS)
+
+
+def _of_row(
+    runtime: Runtime,
+    subject: str,
+    section: ServedCheckpoint,
+    scheme: WeightScheme | EngineScheme,
+    table: Mapping[tuple[Runtime, CheckpointFormat], Mapping[MatrixKind, SchemeSupport]],
+) -> Treatment:
+    row = table.get((runtime, section.format), {}).get(kind_of(scheme))
     if row is None:
         return Treatment(
             runtime, subject, Status.UNKNOWN, f"it was not tried with format {section.format.value}"

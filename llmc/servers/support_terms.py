@@ -79,3 +79,24 @@ class FolderSupport:
 
     mixed: Status
     mixed_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a runtime does with a target, or with one of its schemes or matrices.
+
+    Args:
+        subject: The scheme, the matrix or the property that it is about.
+        where: Evidence and its place; empty where no row says anything.
+    """
+
+    runtime: Runtime
+    subject: str
+    status: Status
+    reason: str = ""
+    where: str = ""
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the target must not be built for this runtime."""
+        return self.status in (Status.REFUSED, Status.WRONG)

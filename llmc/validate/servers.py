@@ -192,14 +192,22 @@ def broken_server(error: ParityError) -> Figures:
     return dict.fromkeys(Family.SERVER.metrics, (math.nan, error.fact))
 
 
-def merge_figures(found: Mapping[str, Figures], reading: Sequence[str]) -> tuple[Measurement, ...]:
+def merge_figures(
+    found: Mapping[str, Figures], reading: Sequence[str], idle: Mapping[str, str] | None = None
+) -> tuple[Measurement, ...]:
     """Return one measurement for each metric: the worst of the servers, each named.
 
     Args:
         found: The figures by server and version.
         reading: The servers among them that only read the checkpoint.
+        idle: Why each server that was named was not started.
     """
-    return tuple(_merge(metric, found, reading) for metric in Family.SERVER.metrics)
+    return tuple(_merge(metric, found, reading, idle or {}) for metric in Family.SERVER.metrics)
+
+
+def idle_record(name: str, version: str) -> ServerRecord:
+    """Return the record of a server that was not started, since it cannot compute the artifact here."""
+    return ServerRecord(name=name, version=version, deed=Deed.NOT_ASKED)
 
 
 def server_record(answer: Answer, figures: Figures) -> ServerRecord:
@@ -216,11 +224,15 @@ def server_record(answer: Answer, figures: Figures) -> ServerRecord:
     )
 
 
-def _merge(metric: Metric, found: Mapping[str, Figures], reading: Sequence[str]) -> Measurement:
+def _merge(
+    metric: Metric, found: Mapping[str, Figures], reading: Sequence[str], idle: Mapping[str, str]
+) -> Measurement:
     values = {name: figures[metric] for name, figures in found.items() if metric in figures}
-    where = ", ".join(found)
+    where = ", ".join((*found, *idle))
     if not values:
-        why = f"{', '.join(reading)}: {Deed.READ}" if reading else "no server that was asked has it"
+        reasons = [f"{', '.join(reading)}: {Deed.READ}"] if reading else []
+        reasons += [f"{name}: {Deed.NOT_ASKED}, {reason}" for name, reason in idle.items()]
+        why = "; ".join(reasons) or "no server that was asked has it"
         return unmeasured(metric, MeasurementStatus.NOT_APPLICABLE, why, where)
     pick = max if metric.better.value == "less" else min
     worst = pick(values, key=lambda name: _order(values[name][0], metric))

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from llmc.catalog import list_targets, load_target
 from llmc.config import BackendName, CheckpointFormat, EngineScheme, Target, WeightScheme
@@ -12,12 +14,14 @@ from llmc.servers.support import (
     Matrix,
     describe_takers,
     kind_of,
+    of_experts,
     schemes_of,
     takers,
     treatments,
     why_not,
     write_table,
 )
+from llmc.servers.support_models import of_model
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
 from llmc.servers.support_terms import MatrixKind, Runtime, Status
 
@@ -135,3 +139,33 @@ def test_the_documentation_has_the_table(tmp_path: Path) -> None:
     copy.write_text(published.read_text(encoding="utf-8"), encoding="utf-8")
     write_table(str(copy))
     assert copy.read_text(encoding="utf-8") == published.read_text(encoding="utf-8"), "make servers writes it"
+
+
+def test_servers_differ_in_what_they_do_with_experts() -> None:
+    target = load_target("vllm-fp8")
+    (scheme,) = schemes_of(target)
+    experts = Matrix("model.layers.0.mlp.experts.gate_up_proj", (64, 64), scheme, is_expert=True)
+    (dense,) = treatments(Runtime.VLLM, target)
+    assert dense.status is Status.SERVED
+    found = treatments(Runtime.VLLM, target, [experts, experts])[-1]
+    assert found == of_experts(Runtime.VLLM, target, scheme)
+    assert found.subject == "experts in fp8, activations by token"
+    assert found.status is Status.GPU_ONLY
+    assert "no kernel for such experts" in found.reason
+    assert of_experts(Runtime.LMDEPLOY, target, scheme).status is Status.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"max_window_layers": 1, "use_sliding_window": True}, True),
+        ({"max_window_layers": 3, "use_sliding_window": True}, False),
+        ({"max_window_layers": 1, "use_sliding_window": False}, False),
+    ],
+)
+def test_vllm_refuses_a_window_in_some_layers_of_qwen3(fields: dict[str, Any], refused: bool) -> None:
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=3, sliding_window=8, **fields)
+    found = of_model(Runtime.VLLM, config)
+    assert (found is not None) == refused
+    assert found is None or found.refuses
+    assert of_model(Runtime.SGLANG, config) is None

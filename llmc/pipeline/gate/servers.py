@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from platform import machine
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from llmc.arrays import Array
 from llmc.artifact.served import Deed, ServerRecord
 from llmc.backends import backend_of
-from llmc.config import Family, Target
+from llmc.config import Family, Target, WeightRole
 from llmc.data import prompts
 from llmc.errors import ConfigError, ParityError, UnsupportedError
-from llmc.machine import release_memory
+from llmc.machine import detect_cpu, detect_gpu, release_memory
 from llmc.pipeline.gate.parity import Extra
 from llmc.pipeline.steps.stored import read_weights
 from llmc.servers.answer import Answer
@@ -22,12 +23,14 @@ from llmc.servers.client import SECONDS, ask
 from llmc.servers.edgellm_graph import exported_matrices
 from llmc.servers.environment import Server, find_server, known_recipe, parse_environments
 from llmc.servers.recipes import RECIPES
-from llmc.servers.support import treatments, why_not
+from llmc.servers.support import of_experts, schemes_of, treatments, why_not
+from llmc.servers.support_models import of_model
 from llmc.servers.support_terms import Runtime, Status
 from llmc.validate.servers import (
     Figures,
     Matrix,
     broken_server,
+    idle_record,
     measure_exported,
     measure_server,
     merge_figures,
@@ -70,8 +73,14 @@ class Servers:
         request = questions.request(run.subject.threads)
         answers: dict[str, Answer] = {}
         found: dict[str, Figures] = {}
+        idle: dict[str, str] = {}
         with TemporaryDirectory(prefix="llmc-servers-") as temporary:
             for server in self.servers:
+                if (why := _why_idle(server, run)) is not None:
+                    idle[server.name] = why
+                    run.servers.append(idle_record(server.name, server.version))
+                    run.progress.note(f"{server.name} was not started: {why}")
+                    continue
                 scratch = Path(temporary) / server.name
                 scratch.mkdir()
                 title = f"{server.name} {server.version}"
@@ -103,7 +112,7 @@ class Servers:
                     found[title] |= measure_exported(exported, matrix, _quantized(run))
                 run.servers.append(server_record(answer, found[title]))
         reading = [title for title, answer in answers.items() if answer.logits is None]
-        run.found += merge_figures(found, reading)
+        run.found += merge_figures(found, reading, idle)
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,30 @@ def _needs_gpu(server: Server, target: Target) -> bool:
     """Return whether a server is known to have no kernels for a CPU for what a target builds."""
     found = treatments(Runtime(server.name), target)
     return any(treatment.status is Status.GPU_ONLY for treatment in found)
+
+
+def _why_idle(server: Server, run: Run) -> str | None:
+    """Return why a server is known to end while it loads the artifact; None if nothing is known."""
+    refused = of_model(Runtime(server.name), run.subject.compiled.config.get_text_config(decoder=True))
+    if refused is not None:
+        return f"{refused.subject}: {refused.reason} [{refused.where}]"
+    return _no_kernels(server, run)
+
+
+def _no_kernels(server: Server, run: Run) -> str | None:
+    """Return why a server cannot compute the artifact's experts on this machine; None if nothing is known.
+
+    vLLM ends while it loads, before it has read any tensor; its kernels for some experts need AMX on x86.
+    """
+    subject = run.subject
+    coded = any(record.role is WeightRole.EXPERTS and record.bits < 16 for record in subject.weights)
+    if not coded or server.name != Runtime.VLLM.value or detect_gpu() is not None:
+        return None
+    if machine() != "x86_64" or "amx_tile" in detect_cpu().isa:
+        return None
+    found = (of_experts(Runtime.VLLM, subject.target, scheme) for scheme in schemes_of(subject.target))
+    first = next((each for each in found if each.status is Status.GPU_ONLY), None)
+    return None if first is None else f"{first.subject}: {first.reason} [{first.where}]"
 
 
 def _matrices(run: Run) -> Matrix:
