@@ -6,7 +6,9 @@ is padded with zeros. A weight is stored as `code` in 0..2**bits-1 and read back
 GatherBlockQuantized define it; without stored zero points both use 2**(bits-1).
 
 The methods work on *columns*, float32 (block_size, n): each block is a column, so that every NumPy
-operation runs along contiguous memory and a reduction over a block is an addition of rows.
+operation runs along contiguous memory and a reduction over a block is an addition of rows. A method that only
+needs the extremes of a block may have it in several adjacent columns, *lanes*: elements that lie side by side
+are then moved at once.
 """
 
 from dataclasses import dataclass
@@ -49,26 +51,49 @@ class PackedBlocks:
 
 
 class Workspace:
-    """The buffers that are reused from step to step, float32 (block_size, n).
+    """The buffers that are reused from step to step, float32 (block_size / lanes, n * lanes).
 
-    `importance` is the weight of the square of each element's error; None if all have the same weight.
+    Column j * lanes + k holds elements k, lanes + k, 2 * lanes + k … of block j.
+
+    Args:
+        blocks: n, the largest number of blocks.
+        importance: Weight of the square of each element's error; None if all have the same weight.
+        lanes: Number of adjacent columns of a block; sums over a block need it in a single column. If there
+            are several, all buffers are the same one.
     """
 
-    def __init__(self, block_size: int, columns: int, importance: Array | None = None) -> None:
-        shape = (block_size, columns)
+    def __init__(
+        self, block_size: int, blocks: int, importance: Array | None = None, *, lanes: int = 1
+    ) -> None:
+        shape = (block_size // lanes, blocks * lanes)
+        self.lanes = lanes
         self.columns = np.empty(shape, np.float32)
-        self.scaled = np.empty(shape, np.float32)
-        self.levels = np.empty(shape, np.float32)
+        self.scaled = np.empty(shape, np.float32) if lanes == 1 else self.columns
+        self.levels = np.empty(shape, np.float32) if lanes == 1 else self.columns
         self.importance = importance
 
-    def narrow(self, columns: int) -> "Workspace":
-        """Return the same buffers cut to the first `columns` columns."""
+    def narrow(self, blocks: int) -> "Workspace":
+        """Return the same buffers cut to the first `blocks` blocks."""
         view = object.__new__(Workspace)
+        columns = blocks * self.lanes
+        view.lanes = self.lanes
         view.columns = self.columns[:, :columns]
         view.scaled = self.scaled[:, :columns]
         view.levels = self.levels[:, :columns]
         view.importance = None if self.importance is None else self.importance[:, :columns]
         return view
+
+    def extremes(self) -> tuple[Array, Array]:
+        """Return the lowest and the highest value of each block, float32 (n,)."""
+        low = np.minimum.reduce(self.columns, axis=0)
+        high = np.maximum.reduce(self.columns, axis=0)
+        for _ in range(self.lanes.bit_length() - 1):
+            low, high = np.minimum(low[0::2], low[1::2]), np.maximum(high[0::2], high[1::2])
+        return low, high
+
+    def widen(self, values: Array) -> Array:
+        """Return the value of each block, (n,), for each of its columns, (n * lanes,)."""
+        return values if self.lanes == 1 else np.repeat(values, self.lanes)
 
     def dot(self, first: Array, second: Array) -> Array:
         """Sum the products of two buffers over each block, weighted by importance, float32 (n,)."""
@@ -104,14 +129,15 @@ def round_to_levels(work: Workspace, inverse: Array, zero: Array, scheme: Weight
         inverse: 1 / scale, float32 (n,).
         zero: Zero points, float32 (n,); not read for symmetric schemes.
     """
-    np.multiply(work.columns, inverse, out=work.scaled)
+    np.multiply(work.columns, work.widen(inverse), out=work.scaled)
     np.rint(work.scaled, out=work.levels)
     middle = zero_level(scheme)
     if scheme.symmetric:
         np.clip(work.levels, -middle, middle - 1, out=work.levels)
     else:
-        np.maximum(work.levels, -zero, out=work.levels)
-        np.minimum(work.levels, 2 * middle - 1 - zero, out=work.levels)
+        lowest = -work.widen(zero)
+        np.maximum(work.levels, lowest, out=work.levels)
+        np.minimum(work.levels, lowest + (2 * middle - 1), out=work.levels)
 
 
 def invert(scale: Array) -> Array:

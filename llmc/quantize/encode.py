@@ -18,6 +18,9 @@ from llmc.quantize.blocks import (
 )
 from llmc.quantize.methods import find_handler
 
+#: A type for the elements that are moved at once, by their bytes.
+_UNITS = {n: np.dtype(kind) for n, kind in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))}
+
 
 class Encoder:
     """The encoder of one quantized matrix (N, K), which it fills in parts; parts may run in several threads.
@@ -60,20 +63,28 @@ class Encoder:
         blocks = self._scales.shape[1]
         size = self.scheme.block_size
         padded = blocks * size
-        step = max(1, STEP // padded)
+        lanes = self._lanes(weights.dtype)
+        step = max(1, (STEP if lanes == 1 else 2 * STEP) // padded)  # one buffer instead of three
         most = min(step, len(weights))
         important = None if self._importance is None else np.tile(self._importance, (1, most))
-        work = Workspace(size, most * blocks, important)
-        buffer = np.zeros((min(step, len(weights)), padded), np.float32)
+        work = Workspace(size, most * blocks, important, lanes=lanes)
+        unit = _UNITS[lanes * weights.dtype.itemsize]
+        turned = np.empty((size // lanes, most * blocks), unit)
+        buffer = None if padded == self.in_features else np.zeros((most, padded), weights.dtype)
         for first in range(0, len(weights), step):
-            part = weights[first : first + step]
+            part = np.ascontiguousarray(weights[first : first + step])
             rows = len(part)
-            buffer[:rows, : self.in_features] = part
-            part_work = work.narrow(rows * blocks)
-            np.copyto(part_work.columns, buffer[:rows].reshape(-1, size).T)
+            if buffer is not None:
+                buffer[:rows, : self.in_features] = part
+                part = buffer[:rows]
+            part_work, part_turned = work.narrow(rows * blocks), turned[:, : rows * blocks]
+            np.copyto(part_turned, part.reshape(-1, size).view(unit).T)
+            np.copyto(part_work.columns, part_turned.view(weights.dtype))
             codes, scale, zero = self._encode(part_work, f"outputs {start + first}:{start + first + rows}")
             here = slice(start + first, start + first + rows)
-            self._codes[here].reshape(rows * blocks, -1)[:] = codes.T
+            stored = self._codes[here].reshape(rows * blocks, -1)
+            bytes_of_unit = codes.shape[1] // (rows * blocks)
+            stored.view(_UNITS[bytes_of_unit])[:] = codes.view(_UNITS[bytes_of_unit]).T
             self._scales[here].reshape(-1)[:] = scale
             if self._zeros is not None:
                 self._zeros[here].reshape(-1)[:] = zero
@@ -103,8 +114,19 @@ class Encoder:
         zeros = None if self._zeros is None else pack(self._zeros, self.scheme.bits)
         return PackedBlocks(self._codes, self._scales, zeros, self.in_features, self.scheme)
 
+    def _lanes(self, dtype: np.dtype) -> int:
+        """Return the number of columns of a block: elements of 16 bytes, if the method allows."""
+        if not self._handler.only_extremes or self._importance is not None:
+            return 1
+        return min(16 // dtype.itemsize, self.scheme.block_size)
+
     def _encode(self, work: Workspace, where: str) -> tuple[Array, Array, Array]:
-        """Return packed codes uint8 (bytes, n), scales and zero points float32 (n,) of `work.columns`."""
+        """Return packed codes, scales and zero points of `work.columns`.
+
+        Returns:
+            Codes uint8 (units, n * bytes), units of adjacent codes of each block; with one lane, (bytes of a
+            block, n). Scales and zero points float32 (n,).
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             scale, zero = self._handler.fit(work, self.scheme, self._scale_type)
             if not np.isfinite(scale).all():
@@ -115,12 +137,16 @@ class Encoder:
                 )
             round_to_levels(work, invert(scale), zero, self.scheme)
         levels = work.levels
-        levels += np.float32(zero_level(self.scheme)) if self.scheme.symmetric else zero
+        levels += np.float32(zero_level(self.scheme)) if self.scheme.symmetric else work.widen(zero)
         if self.scheme.bits == 8:
             return levels.astype(np.uint8), scale, zero
-        pairs = np.multiply(levels[1::2], np.float32(16), out=work.scaled[: len(levels) // 2])
-        pairs += levels[0::2]
-        return pairs.astype(np.uint8), scale, zero
+        if work.lanes == 1:
+            pairs = np.multiply(levels[1::2], np.float32(16), out=work.scaled[: len(levels) // 2])
+            pairs += levels[0::2]
+            return pairs.astype(np.uint8), scale, zero
+        both = levels.astype(np.uint8).view("<u2")  # the code of the even element in the lower byte
+        high = both >> np.uint16(4)
+        return np.bitwise_or(both, high, out=high).astype(np.uint8), scale, zero
 
 
 def quantize_blocks(

@@ -1,11 +1,13 @@
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from llmc.config import WeightScheme
 from llmc.errors import CheckpointError
 from llmc.quantize.blocks import PackedBlocks, dequantize_blocks, pack, unpack
 from llmc.quantize.encode import Encoder, quantize_blocks
@@ -178,15 +180,29 @@ def test_packing_has_the_low_bits_first(bits: int, count: int) -> None:
 @pytest.mark.parametrize("size", [16, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_inputs_first_gives_the_same_codes(size: int, symmetric: bool) -> None:
-    weights = normal(37, 200)
     important = np.linspace(0.1, 3, 200, dtype=np.float32)
-    kind = scheme(4, size, symmetric, "mse")
+    require_same_codes(normal(37, 200), scheme(4, size, symmetric, "mse"), important)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_in_several_columns_have_the_same_codes(kind: type, bits: int, symmetric: bool) -> None:
+    for width in (200, 256):
+        weights = normal(37, width).astype(kind)
+        weights[3] = 0
+        require_same_codes(weights, scheme(bits, 64, symmetric, "rtn"))
+
+
+def require_same_codes(weights: Array, kind: WeightScheme, important: Array | None = None) -> None:
+    """The codes of whole rows are those of one block of inputs after the other."""
     expected = quantize_blocks(weights, kind, importance=important)
-    encoder = Encoder("w", 37, 200, kind, np.float32, important)
-    for block in range(-(-200 // size)):
+    encoder = Encoder("w", *weights.shape, kind, np.float32, important)
+    size = kind.block_size
+    for block in range(-(-weights.shape[1] // size)):
         encoder.encode_inputs(block, weights.T[block * size : (block + 1) * size])
     found = encoder.finish()
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_array_equal(found.scales, expected.scales)
-    if not symmetric:
+    if not kind.symmetric:
         np.testing.assert_array_equal(found.zero_points, expected.zero_points)

@@ -122,18 +122,17 @@ def _integers(
     with np.errstate(over="ignore"):
         scales = members["scales"].astype(scale_type.numpy())
     blocks = scales.shape[1]
-    packed = members["codes"].reshape(outputs, blocks, -1)
-    codes = unpack(packed, scheme.bits, scheme.block_size).reshape(outputs, -1)[:, :inputs]
+    codes = members["codes"].reshape(outputs, blocks, -1)
     zeros = members.get("zero_points")
     zeros = None if zeros is None else unpack(zeros, scheme.bits, blocks)
     empty = scales == 0
     if empty.any():
-        codes = codes.copy()
         zero = np.full(scales.shape, zero_level(scheme), np.uint8) if zeros is None else zeros
         scales[empty] = 1
-        wide = np.repeat(empty, scheme.block_size, axis=1)[:, :inputs]
-        codes[wide] = np.repeat(zero, scheme.block_size, axis=1)[:, :inputs][wide]
-    return Codes(codes, scales, zeros)
+        pair = zero[empty] if scheme.bits == 8 else zero[empty] * np.uint8(17)  # the same code twice
+        codes = codes.copy()
+        codes[empty] = pair[:, None]
+    return Codes(codes.reshape(outputs, -1)[:, : inputs * scheme.bits // 8], scales, zeros)
 
 
 def _typed(members: Mapping[str, Array], scheme: EngineScheme, coded: CodedAs) -> Codes:

@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache
+from typing import ClassVar
 
 from llmc.arrays import Array
 from llmc.config import Method, WeightScheme
@@ -20,9 +21,12 @@ class Handler(ABC):
 
     Args:
         method: The config class that this handler belongs to.
+        only_extremes: Whether `fit` needs the extremes of a block alone, so that a block may have several
+            columns.
     """
 
     method: type[Method]
+    only_extremes: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:

@@ -31,8 +31,7 @@ def span_columns(work: Workspace, scheme: WeightScheme) -> BlockRange:
     used, whereas amax / (2**(bits-1) - 1) leaves one idle. In an asymmetric scheme the range from the lowest
     to the highest value, widened to include 0, is cut into 2**bits - 1 steps.
     """
-    high = np.maximum.reduce(work.columns, axis=0)
-    low = np.minimum.reduce(work.columns, axis=0)
+    low, high = work.extremes()
     middle = zero_level(scheme)
     if scheme.symmetric:
         scale = low
@@ -64,6 +63,7 @@ class RoundToNearestHandler(Handler):
     """The handler of `RoundToNearest`."""
 
     method = RoundToNearest
+    only_extremes = True
 
     def fit(self, work: Workspace, scheme: WeightScheme, scale_type: ScaleType) -> tuple[Array, Array]:
         return fit_rtn(work, scheme, scale_type)

@@ -9,11 +9,19 @@ import numpy as np
 import onnx_ir as ir
 
 from llmc.arrays import Array
-from llmc.backends.checkpoint.formats.base import CodedMatrix, Codes, Format, is_integer, scale_shape
+from llmc.backends.checkpoint.formats.base import (
+    CodedMatrix,
+    Codes,
+    Format,
+    is_integer,
+    scale_shape,
+    unsigned_codes,
+)
 from llmc.checkpoint.declared import Declaration
 from llmc.checkpoint.quantized import QuantizedFolder, read_quantized
 from llmc.config import EngineScheme, WeightFormat, WeightScheme
 from llmc.graph.weights import TensorInfo
+from llmc.quantize.blocks import pack
 
 MODULE = "model.layers.0.mlp.up_proj"
 
@@ -40,7 +48,7 @@ def draw(scheme: WeightScheme | EngineScheme, shape: tuple[int, int], seed: int 
     if isinstance(scheme, WeightScheme):
         codes = rng.integers(0, 1 << scheme.bits, shape).astype(np.uint8)
         zeros = None if scheme.symmetric else rng.integers(0, 1 << scheme.bits, groups).astype(np.uint8)
-        return Codes(codes, scales.astype(np.float16), zeros)
+        return Codes(pack(codes, scheme.bits), scales.astype(np.float16), zeros)
     if scheme.format is WeightFormat.INT8:
         return Codes(rng.integers(-127, 128, shape).astype(np.int8), scales)
     if scheme.format is WeightFormat.FP8:
@@ -65,12 +73,14 @@ def matrix(
 def values(coded: CodedMatrix) -> Array:
     """The matrix as floats, computed from its codes, float32 (N, K)."""
     codes = coded.read()
-    numbers = codes.codes.astype(np.float32)
+    is_packed = codes.codes.dtype == np.uint8
+    numbers = unsigned_codes(coded, codes) if is_packed else codes.codes
+    numbers = numbers.astype(np.float32)
     spread = coded.shape[1] // scale_shape(coded)[1]
     scales = np.repeat(codes.scales.astype(np.float32), spread, axis=1)
     if codes.whole is not None:
         scales = scales * np.float32(codes.whole)
-    if codes.codes.dtype == np.uint8:
+    if is_packed:
         zero = np.float32(1 << (coded.scheme.bits - 1))
         zeros = zero if codes.zero_points is None else np.repeat(codes.zero_points, spread, axis=1)
         numbers -= zeros

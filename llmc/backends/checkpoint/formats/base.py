@@ -5,7 +5,7 @@ A matrix is a linear layer (N outputs, K inputs) of integer codes by group of in
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from llmc.arrays import Array
 from llmc.config import EngineScheme, WeightFormat, WeightScheme
 from llmc.errors import CheckpointError
+from llmc.quantize.blocks import pack, unpack
 
 #: Number of inputs that share a scale in NVFP4.
 NVFP4_GROUP = 16
@@ -25,7 +26,8 @@ class Codes(NamedTuple):
     """The codes of one matrix (N, K).
 
     Args:
-        codes: (N, K): uint8 of integers 0..2**bits - 1, or int8, float8_e4m3fn or float4_e2m1fn of ml_dtypes.
+        codes: Integers 0..2**bits - 1, packed low bits first, uint8 (N, K * bits / 8); or int8, float8_e4m3fn
+            or float4_e2m1fn of ml_dtypes, (N, K).
         scales: (N, groups), (N, 1) or, for a scale per tensor, (1, 1), float; float8_e4m3fn (N, K / 16) for
             nvfp4.
         zero_points: uint8 (N, groups); None if all are 2**(bits - 1), or 0 for signed codes.
@@ -185,17 +187,15 @@ def checked(matrix: CodedMatrix, codes: Codes) -> Codes:
     Raises:
         CheckpointError: A shape differs, or a scale is 0, not finite, or of a sign that it cannot have.
     """
-    expected = scale_shape(matrix)
-    parts: Mapping[str, tuple[Array | None, tuple[int, int]]] = {
-        "codes": (codes.codes, matrix.shape),
-        "scales": (codes.scales, expected),
-        "zero points": (codes.zero_points, expected),
-    }
-    for name, (array, shape) in parts.items():
-        if array is not None and array.shape != shape:
-            raise CheckpointError(
-                f"{matrix.module} has {name} of shape {list(array.shape)}, not {list(shape)}"
-            )
+    rows, width = codes.codes.shape
+    per_byte = 8 // matrix.scheme.bits if codes.codes.dtype == np.uint8 else 1
+    found = {"codes": (rows, width * per_byte), "scales": codes.scales.shape}
+    if codes.zero_points is not None:
+        found["zero points"] = codes.zero_points.shape
+    for name, shape in found.items():
+        declared = matrix.shape if name == "codes" else scale_shape(matrix)
+        if shape != declared:
+            raise CheckpointError(f"{matrix.module} has {name} of shape {list(shape)}, not {list(declared)}")
     if not matrix.scheme.symmetric and codes.zero_points is None:
         raise CheckpointError(f"{matrix.module} has no zero points, although its scheme is not symmetric")
     scales = codes.scales.astype(np.float32)
@@ -232,10 +232,18 @@ def stored_scales(matrix: CodedMatrix, scales: Array) -> Array:
 
 def unsigned_codes(matrix: CodedMatrix, codes: Codes) -> Array:
     """Return integer codes as uint8 0..2**bits - 1, (N, K)."""
+    bits = matrix.scheme.bits
     if codes.codes.dtype == np.uint8:
-        return codes.codes
-    signed: Array = codes.codes.astype(np.int16) + np.int16(1 << (matrix.scheme.bits - 1))
+        return unpack(codes.codes, bits, matrix.shape[1])
+    signed: Array = codes.codes.astype(np.int16) + np.int16(1 << (bits - 1))
     return signed.astype(np.uint8)
+
+
+def code_words(matrix: CodedMatrix, codes: Codes) -> Array:
+    """Return integer codes in words along the inputs as `pack_words` does, int32 (N, ceil(K * bits / 32))."""
+    if codes.codes.dtype == np.uint8:
+        return _words(codes.codes)
+    return pack_words(unsigned_codes(matrix, codes), matrix.scheme.bits)
 
 
 def pack_words(codes: Array, bits: int) -> Array:
@@ -244,11 +252,14 @@ def pack_words(codes: Array, bits: int) -> Array:
     Returns:
         int32 (n, ceil(count * bits / 32)).
     """
-    per_word = 32 // bits
-    rows, count = codes.shape
-    padded = np.zeros((rows, -(-count // per_word) * per_word), np.uint8)
-    padded[:, :count] = codes
-    octets = padded if bits == 8 else padded[:, 0::2] | (padded[:, 1::2] << np.uint8(4))
+    return _words(pack(codes, bits))
+
+
+def _words(octets: Array) -> Array:
+    """Return bytes (n, count) as words int32 (n, ceil(count / 4)), the first byte lowest."""
+    rows, count = octets.shape
+    if count % 4:
+        octets = np.concatenate([octets, np.zeros((rows, -count % 4), np.uint8)], axis=1)
     return np.ascontiguousarray(octets).view(np.dtype("<i4"))
 
 

@@ -26,6 +26,7 @@ from llmc.backends.checkpoint.formats.base import (
     Codes,
     FolderTensor,
     checked,
+    code_words,
     group_of,
     indivisible,
     is_integer,
@@ -35,7 +36,6 @@ from llmc.backends.checkpoint.formats.base import (
     pack_words,
     scale_shape,
     stored_scales,
-    unsigned_codes,
 )
 from llmc.config import EngineScheme, WeightFormat, WeightScheme
 
@@ -97,7 +97,7 @@ class CompressedTensors:
         kind = _kind(scheme)
         tensors: dict[str, Array] = {}
         if kind == "pack-quantized":
-            tensors["weight_packed"] = pack_words(unsigned_codes(matrix, codes), scheme.bits)
+            tensors["weight_packed"] = code_words(matrix, codes)
             tensors["weight_scale"] = stored_scales(matrix, codes.scales)
             tensors["weight_shape"] = np.array(matrix.shape, np.int64)
             if not scheme.symmetric and codes.zero_points is not None:

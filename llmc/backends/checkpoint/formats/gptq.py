@@ -23,6 +23,7 @@ from llmc.backends.checkpoint.formats.base import (
     Codes,
     FolderTensor,
     checked,
+    code_words,
     describe_scheme,
     dominant,
     group_of,
@@ -32,7 +33,6 @@ from llmc.backends.checkpoint.formats.base import (
     pack_words,
     scale_shape,
     stored_scales,
-    unsigned_codes,
 )
 from llmc.config import CheckpointFormat, EngineScheme, WeightScheme
 
@@ -80,7 +80,7 @@ class GptqLayout:
         zeros = codes.zero_points
         if zeros is None:
             zeros = np.full(groups, 1 << (bits - 1), np.uint8)
-        words = pack_words(unsigned_codes(matrix, codes), bits)
+        words = code_words(matrix, codes)
         inputs = np.arange(matrix.shape[1], dtype=np.int32)
         return {
             f"{module}.g_idx": inputs // np.int32(matrix.shape[1] // groups[1]),
