@@ -5,9 +5,10 @@ Start it with one process for each rank, on GPUs or on CPUs:
     deepspeed --num_gpus 2 deepspeed_launcher.py FOLDER --prompt "Name three rivers."
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 3 deepspeed_launcher.py FOLDER --prompt "Name three rivers."
 
-The model is built without weights, `deepspeed.init_inference` cuts it, and each rank then reads the slices of
-its own parameters, from the file of its rank where `layout.json` says that it has them, else from the files
-of other ranks or from the whole weights. No process holds the whole model.
+The model is built without weights. The output head and the embedding are cut by tokens, which AutoTP leaves
+whole, `deepspeed.init_inference` cuts the layers, and each rank then reads the slices of its own parameters,
+from the file of its rank where `layout.json` says that it has them, else from the files of other ranks or
+from the whole weights. No process holds the whole model.
 
 DeepSpeed has no kernels for the integers of these folders: weights of compressed-tensors (packed integers,
 int8, fp8), gptq and awq are dequantized when they are read, into `--dtype`, and activations are not
@@ -23,7 +24,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import torch  # noqa: TID253 - this is a program, which nothing imports
 from safetensors import safe_open
 
 #: Layers of AutoTP whose weight is a range of rows or of columns, and what they leave whole.
-_RANGES = {"Linear", "LinearLayer", "LinearAllreduce", "LmHeadLinearAllreduce", "Embedding"}
+_RANGES = {"Linear", "LinearLayer", "LinearAllreduce", "LmHeadLinearAllreduce"}
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -103,7 +104,9 @@ class Folder:
                 continue
             there = [c + a - b for c, a, b in zip(piece["at"], low, piece["start"], strict=True)]
             part = self._file(file).get_slice(own)
-            values = part[_index(there, extent)] if there else self._file(file).get_tensor(own)
+            values: torch.Tensor = part[_index(there, extent)] if there else self._file(file).get_tensor(own)
+            if extent == list(size):
+                return values
             found = values.new_zeros(size) if found is None else found
             found[here] = values
             missing[here] = False
@@ -263,26 +266,78 @@ def put_memory(model: Any) -> None:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
-def load(path: Path, dtype: torch.dtype) -> Any:
-    """Build the model of a folder, cut by AutoTP, with this rank's weights."""
-    import deepspeed
+def cut_vocabulary(model: Any) -> None:
+    """Cut a linear head and an embedding by tokens, tied or not, where each rank has at least one token.
+
+    The head becomes DeepSpeed's layer whose ranks gather their outputs.
+    """
     import deepspeed.comm as dist
+    from deepspeed.module_inject.layers import LinearLayer
+
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    group, rank, ranks = dist.get_world_group(), dist.get_rank(), dist.get_world_size()
+    if ranks == 1 or type(head) is not torch.nn.Linear or not isinstance(table, torch.nn.Embedding):
+        return
+    if min(head.out_features, table.num_embeddings) < ranks:
+        return
+    tokens = table.num_embeddings
+    counts = [tokens // ranks + (each < tokens % ranks) for each in range(ranks)]
+    model.set_output_embeddings(LinearLayer(head, group, gather_output=True, name="lm_head"))
+    cut_table(
+        table, sum(counts[:rank]), counts[rank], lambda rows: dist.inference_all_reduce(rows, group=group)
+    )
+
+
+def cut_table(table: torch.nn.Embedding, start: int, count: int, add_up: Callable[[Any], Any]) -> None:
+    """Leave an embedding a range of its tokens; it keeps its own code, such as a scale of its rows.
+
+    The rows of other tokens are zero, and `add_up` puts the sum over all ranks into a tensor.
+    """
+    if table.weight.shape[0] != count:  # a tied head has not cut it
+        table.weight.data = table.weight.data[start : start + count]
+    table.num_embeddings, table.padding_idx = count, None
+    foreign: list[torch.Tensor] = []
+
+    def look_up(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        own = inputs[0] - start
+        foreign.append((own < 0) | (own >= count))
+        return own.masked_fill(foreign[-1], 0), *inputs[1:]
+
+    def complete(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        rows = output.masked_fill(foreign.pop()[..., None], 0)
+        add_up(rows)
+        return rows
+
+    table.register_forward_pre_hook(look_up)
+    table.register_forward_hook(complete)
+
+
+def build(path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any] | None]:
+    """Build the model of a folder with parameters that take no memory; return it and how codes are stored."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-
     config = AutoConfig.from_pretrained(path)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    weights = Weights(Folder(path, rank), quantization)
     with hollow():
         model = auto.from_config(config, dtype=dtype)
     model.eval()
     put_nothing(model)
+    return model, quantization
+
+
+def load(path: Path, model: Any, quantization: dict[str, Any] | None) -> Any:
+    """Cut a model by AutoTP, and fill it with this rank's weights."""
+    import deepspeed
+    import deepspeed.comm as dist
+
+    rank, ranks, dtype, config = dist.get_rank(), dist.get_world_size(), model.dtype, model.config
+    weights = Weights(Folder(path, rank), quantization)
     tied = dict(model._tied_weights_keys or {}) if config.get_text_config().tie_word_embeddings else {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cut_vocabulary(model)
     engine = deepspeed.init_inference(
         model, tensor_parallel={"tp_size": ranks}, dtype=dtype, replace_with_kernel_inject=False
     )
@@ -299,10 +354,10 @@ def load(path: Path, dtype: torch.dtype) -> Any:
             whole = weights.shape(stored)
             start = place(engine.module, name, whole, [every[name] for every in shapes], rank)
             box = (stored, *start, *parameter.shape)
-            if box in kept:  # a tied head that has the embedding's box
+            if box in kept:  # a tied head has the embedding's box
                 parameter.data = kept[box]
                 continue
-            parameter.copy_(weights.read(stored, start, list(parameter.shape)).to(dtype))
+            parameter.copy_(weights.read(stored, start, list(parameter.shape)))
             kept[box] = parameter.data
     return engine.module
 
@@ -314,7 +369,7 @@ def place(
     layer = model.get_submodule(name.rpartition(".")[0])
     if every[rank] == tuple(whole):
         return [0] * len(whole)
-    if type(layer).__name__ not in _RANGES:
+    if type(layer).__name__ not in _RANGES and not isinstance(layer, torch.nn.Embedding):
         raise SystemExit(
             f"AutoTP cuts {name} as {type(layer).__name__}, which is not a range of rows or columns"
         )
@@ -347,8 +402,10 @@ def main() -> None:
 
     on_cpu = get_accelerator().device_name() == "cpu"
     deepspeed.init_distributed("gloo" if on_cpu else get_accelerator().communication_backend_name())
-    rank, before = dist.get_rank(), peak()
-    model = load(arguments.folder.absolute(), getattr(torch, arguments.dtype))
+    folder, rank = arguments.folder.absolute(), dist.get_rank()
+    empty, quantization = build(folder, getattr(torch, arguments.dtype))
+    before = peak()  # with all code of the model, and nothing of its weights
+    model = load(folder, empty, quantization)
     device = get_accelerator().current_device_name()
     held = {each.data_ptr(): each.nbytes for each in model.parameters()}
     with torch.no_grad():

@@ -1,11 +1,13 @@
-"""The launcher for DeepSpeed reads every rank's slices, dequantized; AutoTP itself is run by a benchmark."""
+"""The launcher for DeepSpeed cuts embeddings and reads every rank's slices; AutoTP is run by a benchmark."""
 
+import copy
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from llmc.arrays import Array
 from llmc.backends.checkpoint.shards import write_ranks
@@ -13,7 +15,7 @@ from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.checkpoint.skeleton import build_skeleton
 from llmc.checkpoint.splits import split_tensors
-from llmc.servers.deepspeed_launcher import Folder, Weights, hollow, place, put_memory, put_nothing
+from llmc.servers.deepspeed_launcher import Folder, Weights, cut_table, hollow, place, put_memory, put_nothing
 from tests.checkpoint.quantized_folders import (
     Pack,
     compressed_config,
@@ -97,6 +99,23 @@ def test_a_model_takes_no_memory_until_it_is_filled() -> None:
     put_nothing(small)
     put_memory(small)
     assert small.weight.untyped_storage().nbytes() == 24
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, Gemma3TextScaledWordEmbedding])
+def test_an_embedding_is_the_sum_over_ranks(kind: type[torch.nn.Embedding]) -> None:
+    """Eleven tokens are cut into ranges of 4, 4 and 3; a scale of rows, and the padding token, stay right."""
+    torch.manual_seed(0)
+    scale = {} if kind is torch.nn.Embedding else {"embed_scale": 3.0}
+    whole = kind(11, 6, padding_idx=0, **scale)
+    tokens, parts = torch.arange(11).reshape(1, 11).flip(1), list[torch.Tensor]()
+    for start, count in ((0, 4), (4, 4), (8, 3)):
+        part = copy.deepcopy(whole)
+        cut_table(part, start, count, parts.append)
+        part(tokens[:, :5])
+        part(tokens)
+        assert part.weight.shape == (count, 6)
+    torch.testing.assert_close(torch.stack(parts[1::2]).sum(0), whole(tokens))
+    torch.testing.assert_close(torch.stack(parts[::2]).sum(0), whole(tokens[:, :5]))
 
 
 def test_the_place_of_a_slice_is_known_from_all_ranks() -> None:
