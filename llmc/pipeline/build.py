@@ -255,17 +255,19 @@ def _require_fit(plan: BuildPlan) -> None:
 def _write_activations(compiled: Compiled, folder: Path) -> None:
     """Write the statistics of activations, if there are any, as activations.json in `folder`.
 
-    Peaks are taken of the original's modules in float32, ratios of quantized activations, in dB.
+    Peaks are taken of the original's modules in float32, ranges and ratios, in dB, of quantized activations.
     """
     activations = compiled.activations
     if not activations.peaks:
         return
-    facts = {
+    facts: dict[str, object] = {
         "peaks": dict(sorted(activations.peaks.items(), key=lambda item: -item[1])),
         "snr_db": {name: each.snr_db for name, each in activations.ranges.items()},
         "smoothed": [name for name, each in activations.ranges.items() if each.smoothing is not None],
         "float": {each.weight: each.reason for each in compiled.floats},
     }
+    if not activations.experts:  # from these alone, verify computes the scales again
+        facts["ranges"] = {name: each.peak for name, each in activations.ranges.items()}
     text = json.dumps(facts, indent=2)
     (folder / "activations.json").write_text(text + "\n", encoding="utf-8")
 

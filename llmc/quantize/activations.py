@@ -7,6 +7,7 @@ the candidate exponents a, and of no division, the one is chosen whose products 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -230,6 +231,17 @@ def write_smoothing(folder: Path, vectors: Mapping[str, Array]) -> None:
     with space_errors(folder):
         (folder / SMOOTHING).parent.mkdir(exist_ok=True)
         (folder / SMOOTHING).write_bytes(save(dict(vectors)))
+
+
+def read_ranges(folder: Path) -> Activations | None:
+    """Read the ranges that the build of an artifact recorded in its reports; None if it did not."""
+    try:
+        facts = json.loads((folder / "reports" / "activations.json").read_text(encoding="utf-8"))
+        pairs = {str(name): float(peak) for name, peak in facts["ranges"].items()}
+        ratios = {name: float(facts["snr_db"][name]) for name in pairs}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Activations({name: InputRange(peak, None, ratios[name]) for name, peak in pairs.items()})
 
 
 def read_smoothing(folder: Path) -> dict[str, Array]:

@@ -206,6 +206,15 @@ def truncate(folder: Path) -> None:
     (folder / FILE).write_bytes(data[:-100])
 
 
+def add_old(name: str) -> Callable[[Path], None]:
+    """Return what leaves a file of an earlier folder beside the weights."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).write_text("{}")
+
+    return apply
+
+
 def other_theta(folder: Path) -> None:
     edit_json(folder / "config.json", lambda data: data["rope_parameters"].update(rope_theta=5e4))
 
@@ -277,6 +286,12 @@ FAULTS = {
         "vllm-w4a16", tensors(rename(SCALE, f"{SCALE}s")), M.WEIGHTS_EXACT, f"{SCALE} is missing"
     ),
     "a truncated file": Fault("vllm-w4a16", truncate, M.WEIGHTS_EXACT, FILE),
+    **{
+        f"{name} of an earlier folder": Fault(
+            "vllm-w8a8", add_old(name), M.WEIGHTS_EXACT, f"{name} is not written by a build"
+        )
+        for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    },
     "another group size": Fault(
         "vllm-w4a16",
         config(*GROUP, "group_size", value=64),
@@ -313,6 +328,7 @@ UNSEEN = {
     "scales off by 2 %": (M.WEIGHTS_EXACT, "has a gain of 1.0"),
     "layers swapped": (M.WEIGHTS_EXACT, "has a gain of"),
     "two experts swapped": (M.WEIGHTS_EXACT, "experts"),
+    "an input scale": (M.WEIGHTS_EXACT, "input_scale differs"),
 }
 
 

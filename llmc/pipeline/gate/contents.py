@@ -12,6 +12,9 @@ from llmc.pipeline.steps.stored import read_weights
 from llmc.validate.measure import broken, unmeasured
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llmc.checkpoint.safetensors import SafetensorsStore
     from llmc.pipeline.gate.subject import Subject
     from llmc.progress import Progress
     from llmc.validate.weights import WeightParity
@@ -81,7 +84,7 @@ def _measure_files(subject: Subject, progress: Progress) -> tuple[Measurement, .
             stored,
             subject.backend.written_tensors(rebuilt.graph, subject.target, subject.compiled),
             _unknown_tensors(subject),
-            [*_compare_smoothing(subject), *_strangers(subject)],
+            [*_compare_smoothing(subject), *_strangers(subject), *_unread_files(stored, subject.folder)],
             progress.advance,
         )
     except ParityError as error:
@@ -110,6 +113,20 @@ def _unknown_tensors(subject: Subject) -> Callable[[str, str | None], bool]:
         return not (weight in symmetric and name.endswith(_ZERO_POINTS))
 
     return is_unknown
+
+
+def _unread_files(stored: SafetensorsStore, folder: Path) -> list[str]:
+    """Describe files beside the weights that a build does not write, and from which servers load instead.
+
+    vLLM reads every safetensors file, but those alone that an index names, whether they exist or not.
+    """
+    from llmc.checkpoint.safetensors import INDEX
+
+    read = {file.name for file in stored.files}
+    strange = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in read]
+    if len(read) == 1 and (folder / INDEX).exists():
+        strange.append(INDEX)
+    return [f"{name} is not written by a build" for name in strange]
 
 
 def _strangers(subject: Subject) -> list[str]:

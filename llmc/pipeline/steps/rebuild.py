@@ -79,7 +79,7 @@ def rebuild(
         CheckpointError: As `compile_graph`.
         ParityError: The artifact's record of the changes to its weights cannot be read.
     """
-    from llmc.quantize.activations import read_smoothing
+    from llmc.quantize.activations import read_ranges, read_smoothing
     from llmc.quantize.cache_scales import mark_cache
     from llmc.quantize.fold import scale_graph
 
@@ -93,6 +93,8 @@ def rebuild(
         if weight_needs is not None and observed.weights is None:
             calibrated = frozenset(quantizer.calibrated(graph, weight_needs))
         recalled = observed.weights is not None or observed.inputs is not None
+        if input_needs is not None and observed.inputs is None and not backend.writes_graph:
+            observed = replace(observed, inputs=read_ranges(folder))
         if quantizer.scales_channels:
             scale_graph(graph, observed.smoothing if recalled else read_smoothing(folder))
         sources = graph_sources(graph)
