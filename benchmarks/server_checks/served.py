@@ -27,6 +27,14 @@ SOURCE = "rescaled"
 _FORMATS = ("vllm-w4a16", "gptq-int4", "awq-int4")
 #: The target that ships and divides the demo's inputs, whose gates `llmc verify` knows.
 _SHIPPED = "vllm-w4a16-g64"
+#: Targets whose folders are damaged and given to `llmc verify`.
+_DAMAGED = (
+    *("vllm-w4a16", "vllm-w8a8", "vllm-fp8", "vllm-nvfp4"),
+    *("gptq-int4", "awq-int4", "modelopt-fp8", "modelopt-nvfp4"),
+)
+#: Faults that change what a server computes without a reason to refuse the folder.
+_SERVED = "nothing,scales of one matrix 2 % off,all scales 2 % off,a tensor renamed,a tensor added,"
+_SERVED += "zero points or codes of one matrix one off,two tokens exchanged"
 #: What ranks.py compares, and in which type: vLLM has no kernel for 4 bits in float32.
 _BY_RANKS = (("llmc", "float32"), ("deepspeed", "float32"), ("vllm-split", "bfloat16"))
 _RANKS = 3
@@ -44,13 +52,14 @@ def list_checks() -> list[Check]:
         goal = "<= 1e-3 in float32" if runtime == "transformers" else "measured; the gate is set by it"
         checks.append(Check(f"logits/{runtime}", goal, partial(verify_logits, runtime), unmeasured))
     checks.append(Check("ranks", "<= 1e-4, each rank <= 0.45 of the memory", compare_ranks))
-    checks.append(Check("sabotage", "all caught", damage))
+    checks += [Check(f"sabotage/{name}", "all caught", partial(damage_form, name)) for name in _DAMAGED]
+    checks.append(Check("sabotage/served", "all caught by vLLM", damage_served))
     return checks
 
 
-def build(settings: Settings, output: Path, name: str, *options: str) -> Path:
-    """Build the demo by a target, without its gates."""
-    command = [sys.executable, "-m", "llmc", "build", str(checkpoint(SOURCE, settings.cache))]
+def build(settings: Settings, output: Path, name: str, *options: str, source: str = SOURCE) -> Path:
+    """Build a model by a target, without its gates."""
+    command = [sys.executable, "-m", "llmc", "build", str(checkpoint(source, settings.cache))]
     command += ["--target", name, "--profile", "local", "--no-verify", "-o", str(output), *options]
     measure(command, LLMC_CACHE=str(settings.cache / "llmc"))
     return output
@@ -148,7 +157,18 @@ def compare_ranks(settings: Settings) -> Figures:
         return {f"{by}, {line}": value for by, lines in found.items() for line, value in lines.items()}
 
 
-def damage(settings: Settings) -> Figures:
+def damage_form(target: str, settings: Settings) -> Figures:
+    """Return the lines of sabotage.py on a small model, by `llmc verify` on a machine that did not build it.
+
+    Raises:
+        RuntimeError: A fault was not caught.
+    """
+    with TemporaryDirectory(dir=settings.cache) as scratch:
+        folder = build(settings, Path(scratch) / "artifact", target, source="small")
+        return run_program("sabotage.py", settings, str(folder), str(checkpoint("small", settings.cache)))
+
+
+def damage_served(settings: Settings) -> Figures:
     """Return the lines of sabotage.py on the demo in vLLM.
 
     Raises:
@@ -158,7 +178,8 @@ def damage(settings: Settings) -> Figures:
     require_server("vllm")
     with TemporaryDirectory(dir=settings.cache) as scratch:
         folder = build(settings, Path(scratch) / "artifact", _SHIPPED)
-        return run_program("sabotage.py", settings, str(folder), str(checkpoint(SOURCE, settings.cache)))
+        asked = (str(folder), str(checkpoint(SOURCE, settings.cache)), "--runtime", "vllm", "--only", _SERVED)
+        return run_program("sabotage.py", settings, *asked)
 
 
 def require_server(name: str) -> Server:
@@ -190,4 +211,4 @@ def run_program(name: str, settings: Settings, *arguments: str) -> Figures:
             f"{name} ended with {result.returncode}: {(result.stdout + result.stderr)[-1500:]}"
         )
     lines = [line for line in result.stdout.splitlines() if line.strip()]
-    return {f"line {number}": line for number, line in enumerate(lines[-12:], 1)}
+    return {f"line {number}": line for number, line in enumerate(lines[-24:], 1)}
