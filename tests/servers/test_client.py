@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import LlmcError, ParityError, ResourceError, UnsupportedError
+from llmc.servers import client
 from llmc.servers.answer import Answer, Request
 from llmc.servers.client import ask
 from llmc.servers.environment import Server
@@ -24,7 +25,8 @@ def answer(how: str, folder: Path, seconds: float = 60.0) -> Answer:
     return ask(stand_in(how), folder, REQUEST, folder, seconds=seconds)
 
 
-def test_an_answer_has_what_was_asked(tmp_path: Path) -> None:
+def test_an_answer_has_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "packages that the server must not find")
     seen: list[tuple[int, int]] = []
     found = ask(stand_in("well"), tmp_path, REQUEST, tmp_path, advance=lambda *step: seen.append(step))
     assert (found.version, found.where, found.dtype, found.taken) == ("9.1", "CPU", "bfloat16", 12)
@@ -47,13 +49,24 @@ def test_an_answer_has_what_was_asked(tmp_path: Path) -> None:
         ("babble", ParityError, "does not speak the protocol: b'Loading weights: 100%'"),
         ("short", ParityError, "l0.npy with shape (1, 32) and type float32 for 2 positions"),
         ("fewer", ParityError, "gave 0 texts for 1"),
+        ("broken", ResourceError, "vllm 9.1 does not start: ImportError: No module named 'vllm'"),
+        ("unloaded", ParityError, "answered without loading the checkpoint"),
+        ("double", ParityError, "l0.npy with shape (2, 32) and type float64 for 2 positions"),
+        ("long", ParityError, "gave tokens [6, 7, 8, 9] for 3 new ones"),
+        ("beyond", ParityError, "gave token 32 of 32"),
+        ("prompts", ParityError, "gave 1 encoded prompts for 2"),
+        ("rows", ParityError, "gave 1 rows of outputs for 2 of inputs"),
+        ("outside", ParityError, "gave no array ../outside.npy: "),
     ],
 )
 def test_a_bad_server_is_an_error_that_quotes_it(
     how: str, kind: type[LlmcError], words: str, tmp_path: Path
 ) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    np.save(tmp_path / "outside.npy", np.zeros((2, 32), np.float32))
     with pytest.raises(kind) as caught:
-        answer(how, tmp_path)
+        answer(how, scratch)
     assert words in str(caught.value)
 
 
@@ -62,6 +75,30 @@ def test_a_server_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"vllm 9\.1 gave no answer within 1 s"):
         answer("silent", tmp_path, seconds=1.0)
     assert time.monotonic() - began < 9
+
+
+def test_no_child_of_a_server_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="gave no answer"):
+        answer("child", tmp_path, seconds=3.0)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 9
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists that is more than an exit code that nobody has read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_line_without_an_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_LINE_BYTES", 1024)
+    with pytest.raises(ParityError, match="writes a line without an end"):
+        answer("endless", tmp_path)
 
 
 def test_a_server_that_does_not_end_has_answered(tmp_path: Path) -> None:

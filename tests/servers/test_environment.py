@@ -76,6 +76,16 @@ def test_an_installation_continues_where_it_failed(tmp_path: Path) -> None:
     assert python_of(folder).with_name("marked").exists()
 
 
+def test_arguments_go_to_calls_that_install(tmp_path: Path) -> None:
+    """pip refuses the argument, and only an installation gets it."""
+    calls = (PipCall(("check",)), PipCall(("install", "pip")))
+    with pytest.raises(ResourceError, match=r"pip install pip failed.*no such option: --no-such-option"):
+        install_server(
+            Recipe("local", "pip", "1", calls), tmp_path, PlainProgress(), pip_arguments=("--no-such-option",)
+        )
+    assert unfinished_calls(Recipe("local", "pip", "1", calls), tmp_path) == calls[1:]
+
+
 def test_an_incomplete_environment_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     folder = make_environment(tmp_path / "env", "well")
     (folder / "llmc-installed.json").write_text('["environment"]\n')

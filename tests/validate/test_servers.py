@@ -99,6 +99,7 @@ def test_skipped_and_unfilled_tensors_count(
     bad = replace(answer, skipped=("a.weight_packed",), unfilled=("a.weight", "b.weight"))
     value, detail = measure_server(bad, questions, model, model, matrices(model))[Metric.SERVER_SKIPPED]
     assert (value, detail) == (3, "12 tensors taken, 3 not, the first a.weight_packed")
+    assert server_record(bad, {}).skipped == 3
 
 
 def test_another_tokenizer_is_named(answer: Answer, questions: ServerQuestions, model: TorchModel) -> None:
@@ -125,6 +126,29 @@ def test_other_text_has_a_gap(answer: Answer, questions: ServerQuestions, model:
     assert answer.greedy is not None
     greedy = (tuple((token + 1) % 100 for token in answer.greedy[0]), *answer.greedy[1:])
     assert figures(replace(answer, greedy=greedy), questions, model)["greedy_gap"] > 0.01
+
+
+def test_a_text_that_ends_too_early_has_a_gap(
+    answer: Answer, questions: ServerQuestions, model: TorchModel
+) -> None:
+    assert answer.greedy is not None
+    assert len(answer.greedy[0]) > 3
+    ended = replace(answer, greedy=((*answer.greedy[0][:2], END), *answer.greedy[1:]))
+    assert figures(ended, questions, model)["greedy_gap"] > 0.01
+
+
+def test_a_better_server_has_a_smaller_ratio(
+    answer: Answer, questions: ServerQuestions, model: TorchModel
+) -> None:
+    """Logits that favour the text's own tokens raise its probability."""
+    assert answer.logits is not None
+    logits = tuple(rows.copy() for rows in answer.logits)
+    for rows, ids in zip(logits, questions.sequences, strict=True):
+        rows[np.arange(len(rows)), ids[1:]] += 1
+    pairs = zip(logits, questions.sequences, strict=True)
+    own = tuple(log_softmax(rows.copy())[np.arange(len(rows)), ids[1:]] for rows, ids in pairs)
+    found = figures(replace(answer, logits=logits, log_probabilities=own), questions, model)
+    assert found["perplexity_ratio"] < 0.5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -210,6 +234,11 @@ def test_exported_weights_are_compared(model: TorchModel) -> None:
     assert measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS][0] == 0
     lost = measure_exported({names[0]: exported[names[0]]}, read, names)[Metric.SERVER_WEIGHTS]
     assert lost == (1, f"1 matrices of the exported graph, 1 different: {names[1]} is not in the graph")
+    exported[names[1]] = lambda: read(names[1]) * np.nan
+    assert measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS][0] == 1
+    exported[names[1]] = lambda: read(names[1]).T
+    value, detail = measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS]
+    assert (value, f"{names[1]} has shape" in detail) == (1, True)
     exported[names[1]] = lambda: 1.02 * read(names[1])
     value, detail = measure_exported(exported, read, names)[Metric.SERVER_WEIGHTS]
     assert value == 1
