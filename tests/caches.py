@@ -22,13 +22,17 @@ _PARTS = ("traces", "tokenizers", "libraries")
 
 
 def share() -> tempfile.TemporaryDirectory[str] | None:
-    """Make the folder that the tests of a run share, and tell later processes its name; None if told."""
+    """Make the folder that the tests of a run share, and tell later processes its name; None if told.
+
+    Tests that name no cache of their own use one in it, and never the user's.
+    """
     if SHARED in os.environ:
         return None
     folder = tempfile.TemporaryDirectory(prefix="llmc-tests-")
     os.environ[SHARED] = folder.name
     for part in _PARTS:
         (Path(folder.name) / part).mkdir()
+    os.environ["LLMC_CACHE"] = own_cache(Path(folder.name) / "cache")
     return folder
 
 

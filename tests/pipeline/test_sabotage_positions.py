@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,13 @@ from .sabotage_positions import CONTEXT, FAULTS, Fault, save_long_model
 
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
 TARGETS = ("cpu-fp32", "cpu-int4", "cpu-int4-compiled")
+#: Faults that are tried on every target: its own kernels compute with what is wrong, or differ in the step.
+EVERYWHERE = {
+    "every step past 180 tokens",
+    "rotary tables reversed from 900 on",
+    "pieces of 8",
+    "one token id read as another",
+}
 LEVELS = {"prefill", "chunks", "decode", "ragged"}
 
 
@@ -66,8 +74,15 @@ def test_the_whole_context_of_a_good_artifact_is_verified(target: str, root: Pat
     assert (found.value, found.figures["compared"], found.figures["seed"]) == (CONTEXT, CONTEXT, 7)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def cases() -> Iterator[Any]:
+    """Every fault with the targets that it is tried on; those that only negate logits take turns."""
+    for number, fault in enumerate(FAULTS):
+        turn = number % len(TARGETS)
+        for target in TARGETS if fault.name in EVERYWHERE else TARGETS[turn : turn + 1]:
+            yield pytest.param(fault, target, id=f"{fault.name}-{target}")
+
+
+@pytest.mark.parametrize(("fault", "target"), tuple(cases()))
 def test_a_fault_somewhere_in_the_context_is_caught(
     fault: Fault, target: str, root: Path, tmp_path: Path
 ) -> None:
