@@ -1,17 +1,15 @@
 """Describe the machine at hand as the profile `local`."""
 
-import ctypes
 import gc
 import math
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 from llmc.gpu import Gpu, gpus
-from llmc.memory import total_memory
+from llmc.memory import total_memory, trim_heap
 from llmc.profile import Profile, ProfileKind
 
 LOCAL = "local"
@@ -144,10 +142,7 @@ def _resident_bytes() -> int | None:
 def collect_garbage() -> None:
     """Do what `release_memory` does, whether or not it is worth its time."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 def usable_cores() -> int | None:

@@ -5,7 +5,9 @@ A control group limits the total memory of its processes, and so does every grou
 used there, but Linux reclaims them when memory is short, so that they are free; pages of tmpfs are not.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,16 @@ def available_memory(root: Path = _ROOT) -> int | None:
         return None
     bounds = (*_group_bounds(root), *_process_bounds(root))
     return max(0, min([stated, *(bound.limit - bound.used for bound in bounds)]))
+
+
+def trim_heap() -> None:
+    """Return blocks that were freed to the system.
+
+    glibc keeps those below 32 MB for itself. Does nothing if the C library has no `malloc_trim`.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def total_memory(root: Path = _ROOT) -> int | None:

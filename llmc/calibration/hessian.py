@@ -1,5 +1,7 @@
 """Process the Hessian H = sum(x x') of a linear layer's inputs: damp it, factorize it, derive importance."""
 
+from functools import cached_property
+
 import numpy as np
 
 from llmc.arrays import Array
@@ -9,8 +11,45 @@ from llmc.errors import CheckpointError, ConfigError
 DAMPING = 0.01
 
 
-def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Array, Array, Array]:
-    """Return the order of input features, the upper Cholesky factor of H^-1 in that order, and H damped.
+class InputHessian:
+    """The Hessian of an input, factorized once for all matrices that read it.
+
+    Args:
+        matrix: sum of x x' over tokens, (K, K).
+        name: Name of a matrix that reads the input, in errors.
+    """
+
+    def __init__(self, matrix: Array, name: str) -> None:
+        self.matrix = matrix
+        self._name = name
+
+    @cached_property
+    def factor(self) -> tuple[Array, Array]:
+        """The activation order of the features, and the transpose of `factorize`'s factor, float32 (K, K)."""
+        order, upper = factorize(self.matrix, self._name)
+        return order, np.ascontiguousarray(upper.T, np.float32)
+
+    @cached_property
+    def damped(self) -> Array:
+        """H as `damp` returns it, float32 (K, K)."""
+        return damp(self.matrix, self._name, np.float32)
+
+    @cached_property
+    def sorted(self) -> Array:
+        """`damped` in the order of `factor`, float32 (K, K)."""
+        order = self.factor[0]
+        return np.ascontiguousarray(self.damped[np.ix_(order, order)])
+
+
+def sum_of_squares(inputs: Array) -> Array:
+    """Return x'x of inputs (tokens, K), (K, K) in their type."""
+    # NumPy recognizes the product of a matrix with its own transpose, and computes half of it (syrk).
+    product: Array = inputs.T @ inputs
+    return product
+
+
+def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Array, Array]:
+    """Return the order of input features, and the upper Cholesky factor of H^-1 in that order, H damped.
 
     Args:
         hessian: sum of x x' over tokens, (K, K).
@@ -21,28 +60,42 @@ def factorize(hessian: Array, name: str, order: Array | None = None) -> tuple[Ar
         CheckpointError: An activation is not finite.
         ConfigError: H cannot be factorized.
     """
-    import torch
-
-    matrix = damp(hessian, name)
     if order is None:
         order = np.argsort(-np.diagonal(hessian).astype(np.float64), kind="stable")
     # With H = R R' and R upper triangular, which is the Cholesky factor of H read from its far end, the
     # inverse of H is U' U with U = R^-1.
-    backwards = torch.from_numpy(matrix[np.ix_(order[::-1], order[::-1])])
-    lower, failed = torch.linalg.cholesky_ex(backwards)
-    if int(failed):
+    backwards = damp(hessian, name, np.float32)[np.ix_(order[::-1], order[::-1])]
+    lower, failed = _invert_root(backwards)
+    if failed:
+        lower, failed = _invert_root(damp(hessian, name)[np.ix_(order[::-1], order[::-1])])
+    if failed:
         raise ConfigError(
-            f"the calibration text does not determine {name}: its Hessian of {len(matrix)} features "
+            f"the calibration text does not determine {name}: its Hessian of {len(hessian)} features "
             "is singular",
             hint="use a longer calibration text",
         )
-    one = torch.eye(len(matrix), dtype=torch.float64)
-    inverse: Array = torch.linalg.solve_triangular(lower, one, upper=False).numpy()
-    return order, inverse[::-1, ::-1], matrix
+    return order, lower[::-1, ::-1]
 
 
-def damp(hessian: Array, name: str) -> Array:
-    """Add DAMPING of the mean to the diagonal of H, and 1 where the text does not use a feature; float64.
+def _invert_root(matrix: Array) -> tuple[Array, int]:
+    """Return the inverse of the lower Cholesky factor of a matrix, which is overwritten, and 0 on success."""
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    root, invert = get_lapack_funcs(("potrf", "trtri"), (matrix,))
+    # LAPACK reads matrices by columns, and this one is symmetric.
+    lower, failed = root(matrix.T, lower=1, clean=1, overwrite_a=1)
+    if not failed:
+        lower, failed = invert(lower, lower=1, overwrite_c=1)
+    return lower, failed
+
+
+def damp(hessian: Array, name: str, element: type[np.float64] | type[np.float32] = np.float64) -> Array:
+    """Add DAMPING of the mean to the diagonal of H, and 1 where the text does not use a feature.
+
+    Args:
+        hessian: As for `factorize`.
+        name: Name of the matrix in errors.
+        element: Type of the result's numbers.
 
     Raises:
         CheckpointError: An activation is not finite.
@@ -52,8 +105,8 @@ def damp(hessian: Array, name: str) -> Array:
             f"the inputs of {name} on the calibration text are not all finite",
             hint="the checkpoint is damaged, or needs a target without calibration",
         )
-    matrix: Array = hessian.astype(np.float64)
-    diagonal = np.diagonal(matrix).copy()
+    matrix: Array = hessian.astype(element)
+    diagonal = np.diagonal(hessian).astype(np.float64)
     damping = DAMPING * float(diagonal.mean())
     matrix[np.diag_indices_from(matrix)] += damping + np.where(diagonal <= 0, 1.0, 0.0)
     return matrix

@@ -18,8 +18,9 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.artifact.store.disk import space_errors
-from llmc.errors import ConfigError, UnsupportedError
+from llmc.errors import ConfigError, LlmcError, UnsupportedError
 from llmc.graph.weights import WeightStore
+from llmc.memory import trim_heap
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,11 @@ class LayerTask(Protocol):
 
     Args:
         changes: Whether `conclude` changes weights: later layers then see the results of the changed layers.
+        together: Whether all windows run in one call of the model, if `can_run_together` says so.
     """
 
     changes: bool
+    together: bool
 
     def watch(self, name: str, module: torch.nn.Module) -> AbstractContextManager[None]:
         """Observe `module`, called `name` in the model, which runs over every window within this context."""
@@ -112,54 +115,62 @@ class LayerWalk:
         done = self._finished()
         if done:
             note(f"{done} of {len(self.layers)} layers were calibrated before")
+        together = task.together and all(can_run_together(layer) for layer in self.layers)
+        batches = [windows] if together else [row[None] for row in windows]
         with torch.inference_mode():
             self._load_outside()
             states = self._load_states(done) if done else None
             for index in range(done, len(self.layers)):
-                states = self._walk_layer(index, windows, states, task)
+                states = self._walk_layer(index, batches, states, task)
             if not self._file(_HEAD).is_file():
-                self._walk_head(windows, states, task)
+                self._walk_head(batches, states, task)
         return [self._file(f"layer-{i}") for i in range(len(self.layers))] + [self._file(_HEAD)]
 
-    def _walk_layer(self, index: int, windows: Array, states: list[Any] | None, task: LayerTask) -> list[Any]:
+    def _walk_layer(
+        self, index: int, batches: Sequence[Array], states: list[Any] | None, task: LayerTask
+    ) -> list[Any]:
         layer, name = self.layers[index], self._names[index]
         parameters = [f"{name}.{n}" for n, _ in layer.named_parameters()]
         self._load(parameters)
         with task.watch(name, layer):
-            passes = [self._pass(layer, row, _at(states, i)) for i, row in enumerate(windows)]
+            passes = [self._pass(layer, rows, _at(states, i)) for i, rows in enumerate(batches)]
         self._keep(f"layer-{index}", task.conclude(name, layer))
         if task.changes:
-            passes = [self._pass(layer, row, passes[i][0]) for i, row in enumerate(windows)]
+            passes = [self._pass(layer, rows, passes[i][0]) for i, rows in enumerate(batches)]
         results = [result for _, result in passes]
         self._unload(parameters)
         layer.forward = _PassOn(isinstance(results[0], tuple))
         following = [r[0] if isinstance(r, tuple) else r for r in results]
         self._save_states(index + 1, following)
+        del passes, results
+        trim_heap()
         return following
 
-    def _walk_head(self, windows: Array, states: list[Any] | None, task: LayerTask) -> None:
+    def _walk_head(self, batches: Sequence[Array], states: list[Any] | None, task: LayerTask) -> None:
         """Run the model with every layer passing its input through, to observe the other modules."""
         last = self.layers[-1]
         with task.watch("", self.model):
-            for i, row in enumerate(windows):
+            for i, rows in enumerate(batches):
                 with replacing_input(last, _at(states, i)):
-                    self._call(row)
+                    self._call(rows)
         self._keep(_HEAD, task.conclude("", self.model))
 
-    def _pass(self, layer: Any, row: Array, state: Any) -> tuple[Any, Any]:
-        """Return the input of `layer` for one window (`state` if it is known) and its result."""
+    def _pass(self, layer: Any, rows: Array, state: Any) -> tuple[Any, Any]:
+        """Return the input of `layer` for some windows (`state` if it is known) and its result."""
         with replacing_input(layer, state), _stopping_behind(layer) as seen:
-            self._call(row)
+            self._call(rows)
         return seen[0]
 
-    def _call(self, row: Array) -> Any:
+    def _call(self, rows: Array) -> Any:
         """Return the model's result; None if a task ended the call."""
         import torch
 
         try:
-            return self.model(input_ids=torch.from_numpy(row[None].copy()), **self.over())
+            return self.model(input_ids=torch.from_numpy(rows.copy()), **self.over())
         except StopCallError:
             return None
+        except LlmcError:  # the task's
+            raise
         except Exception as error:  # transformers' model code raises any error if it cannot be walked
             raise UnsupportedError(
                 f"the model cannot be run layer by layer: {type(error).__name__}: {error}"
@@ -240,6 +251,18 @@ class LayerWalk:
             _place(
                 self.model, name, torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
             )
+
+
+def can_run_together(layer: torch.nn.Module) -> bool:
+    """Whether a layer's matrices are all linear layers, so that a batch of windows takes little memory.
+
+    Layers with states of their own (Mamba) hold large intermediate results of each token, and stacked experts
+    are no linear layers.
+    """
+    import torch
+
+    owners = (m for m in layer.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False)))
+    return all(isinstance(owner, torch.nn.Linear) for owner in owners)
 
 
 def named_linears(

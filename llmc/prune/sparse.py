@@ -48,7 +48,7 @@ def sparsify(weights: Array, hessian: Array, name: str, *, repair: bool) -> Arra
         squares = np.square(sparse) * np.diagonal(damp(hessian, name)).astype(np.float32)
         sparse[_least(squares.T).T] = 0
         return sparse
-    _, upper, _ = factorize(hessian, name, np.arange(inputs))
+    _, upper = factorize(hessian, name, np.arange(inputs))
     factor = np.ascontiguousarray(upper, np.float32)
 
     def compensate(first: int) -> None:

@@ -39,6 +39,7 @@ class InfluenceTask:
     """The layer task that measures how much each layer turns the hidden states: INFLUENCE, float64 (1,)."""
 
     changes = False
+    together = False
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -91,6 +92,7 @@ class UnitTask:
     """
 
     changes = True
+    together = False
 
     def __init__(
         self, choices: Mapping[str, Sequence[UnitChoice]], dtypes: Mapping[str, np.dtype], *, repair: bool
@@ -147,6 +149,7 @@ class SparseTask:
     """
 
     changes = True
+    together = False
 
     def __init__(
         self, matrices: Mapping[str, Mapping[str, bool]], dtypes: Mapping[str, np.dtype], *, repair: bool

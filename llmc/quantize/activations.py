@@ -132,6 +132,7 @@ class ActivationTask:
     """
 
     changes = False
+    together = False
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ error and H = sum(x x'), that is the sum of D H D' over outputs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from llmc.config import WeightScheme
 from llmc.graph.match import lazy_of
 from llmc.graph.model import Graph
 from llmc.graph.weights import CastRows, ConcatRows
-from llmc.quantize.blocks import PackedBlocks, dequantize_blocks
+from llmc.quantize.blocks import dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
 from llmc.quantize.fold import Factor, find_shared_inputs
 
@@ -113,11 +113,11 @@ def search_channels(
     return best
 
 
-def divide_outputs(blocks: PackedBlocks, start: int, stop: int, factors: Array) -> PackedBlocks:
-    """Return the codes of the same matrix with outputs start:stop divided by `factors` (stop - start,)."""
-    scales = blocks.scales.astype(np.float32)
-    scales[start:stop] /= factors[:, None]
-    return replace(blocks, scales=scales.astype(blocks.scales.dtype))
+def divide_outputs(scales: Array, start: int, stop: int, factors: Array) -> Array:
+    """Return scales (N, blocks) with those of outputs start:stop divided by `factors` (stop - start,)."""
+    divided = scales.astype(np.float32)
+    divided[start:stop] /= factors[:, None]
+    return divided.astype(scales.dtype)
 
 
 def _floored(values: Array) -> Array:

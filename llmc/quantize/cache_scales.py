@@ -103,6 +103,7 @@ class CacheTask:
     """The layer task that measures peaks of keys and values; see `LayerTask`."""
 
     changes = False
+    together = False
 
     def __init__(self) -> None:
         self._peaks: dict[str, float] = {}

@@ -1,7 +1,9 @@
-"""Run calibrated methods over a walk: each layer is quantized with the inputs it gets in the quantized model.
+"""Run calibrated methods over a walk: matrices are quantized with the inputs they get in the quantized model.
 
-The hidden states continue through the quantized layer, so that later layers compensate the error of earlier
-ones.
+The windows run through a layer together where that is possible (`can_run_together`), and a matrix is
+quantized the moment its inputs are known: whatever reads its outputs, in the same layer and in later ones,
+compensates its error, and the model runs once. Otherwise windows run one by one, the layer is quantized
+behind the last one, and runs again.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmc.arrays import Array
-from llmc.calibration.walk import LayerWalk, StopCallError, named_linears
+from llmc.calibration.hessian import InputHessian, sum_of_squares
+from llmc.calibration.walk import LayerWalk, StopCallError, can_run_together, named_linears
 from llmc.config import WeightScheme
 from llmc.graph.weights import WeightStore
+from llmc.memory import trim_heap
 from llmc.quantize.awq import ChannelPlan, divide_outputs, search_channels
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
 from llmc.quantize.calibrate_experts import CalibratedExperts, ExpertCalibrator, read_calibrated_experts
@@ -111,7 +115,7 @@ class Calibrator:
         experts: Scheme of each stacked parameter of experts, (experts, N, K).
     """
 
-    changes = True
+    together = True
 
     def __init__(
         self,
@@ -134,9 +138,12 @@ class Calibrator:
         self._channels = channels
         self._expert_schemes = experts or {}
         self._experts = ExpertCalibrator(self._expert_schemes, scale_type, folder)
+        self._at_once = all(can_run_together(model.get_submodule(name)) for name in layers)
+        self.changes = not self._at_once
         self._linears: dict[str, torch.nn.Linear] = {}
-        self._hessians: dict[str, torch.Tensor] = {}
-        self._latest: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._hessians: dict[str, InputHessian] = {}
+        self._latest: tuple[torch.Tensor, InputHessian] | None = None
+        self._data: dict[str, Array] = {}
 
     def run(self, windows: Array, note: Callable[[str], None]) -> Calibration:
         """Quantize every layer, then the head, continuing after the last layer that is on disk.
@@ -154,21 +161,20 @@ class Calibrator:
 
     @contextmanager
     def watch(self, name: str, module: torch.nn.Module) -> Iterator[None]:
-        """Accumulate sum(x x') of the inputs of linear layers within this context, (K, K) float32."""
+        """Compute the Hessians of the inputs of linear layers within this context, and quantize at once."""
         self._hessians = {}
+        self._data = {}
         self._linears = {
             stored: linear
             for stored, (path, linear) in named_linears(name, module, self._tied).items()
             if stored in self._schemes and (name or not path.startswith(self._inside))
         }
         handles = [
-            linear.register_forward_pre_hook(self._adder(stored, keep_going=bool(name)))
+            linear.register_forward_pre_hook(self._adder(stored, in_layer=bool(name)))
             for stored, linear in self._linears.items()
         ]
-        if (
-            not self._linears and not name
-        ):  # only layers are quantized: the head, a large matrix, need not run
-            handles.append(module.register_forward_pre_hook(_end_call))
+        if not name and (head := self._needless()):
+            handles.append(head.register_forward_pre_hook(_end_call))
         try:
             with self._experts.watch(name, module):
                 yield
@@ -177,71 +183,88 @@ class Calibrator:
             for handle in handles:
                 handle.remove()
 
-    def _adder(self, name: str, *, keep_going: bool) -> Callable[..., None]:
+    def _needless(self) -> torch.nn.Module | None:
+        """Return what need not run: the head, a large matrix, or the model if only layers are quantized."""
+        whole: torch.nn.Module = self.model
+        head: torch.nn.Module | None = self.model.get_output_embeddings()
+        if not self._linears:
+            return whole
+        return None if head in self._linears.values() else head
+
+    def _adder(self, name: str, *, in_layer: bool) -> Callable[..., None]:
         def add(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            product = self._product(args[0])
-            total = self._hessians.get(name)
-            self._hessians[name] = product.clone() if total is None else total.add_(product)
-            if not keep_going:
+            if not (in_layer and self._at_once):
+                found, before = self._hessian(args[0], name), self._hessians.get(name)
+                total = found.matrix if before is None else before.matrix + found.matrix
+                self._hessians[name] = InputHessian(total, name)
+            elif f"{name}.width" not in self._data:  # it runs for the first time, on all windows
+                self._quantize(name, self._hessian(args[0], name))
+            if not in_layer:
                 raise StopCallError
 
         return add
 
-    def _product(self, activation: torch.Tensor) -> torch.Tensor:
-        """Return x' x of an activation, computed once for all layers that read it one after another."""
+    def _hessian(self, activation: torch.Tensor, name: str) -> InputHessian:
+        """Return the Hessian of an activation, computed once for layers that read it one after another."""
         if self._latest is None or self._latest[0] is not activation:
-            x = activation.reshape(-1, activation.shape[-1]).float()
-            self._latest = (activation, x.T @ x)
+            self._latest = None
+            trim_heap()  # blocks of many sizes, freed in another order, would take a multiple of their memory
+            x = activation.reshape(-1, activation.shape[-1]).float().numpy()
+            self._latest = (activation, InputHessian(sum_of_squares(x), name))
         return self._latest[1]
 
     def conclude(self, name: str, module: torch.nn.Module) -> Mapping[str, Array]:
-        """Return codes, scales and zero points of the layer's matrices, and set the layer to their values."""
+        """Return codes, scales and zero points of the layer's matrices, which have their values by then."""
+        for stored in self._linears:  # a layer that was never called is left out: its inputs are unknown
+            if stored in self._hessians:
+                self._quantize(stored, self._hessians[stored])
+        for plan in self._channels:
+            factors = self._data.get(f"{plan.sources[0]}.smoothing")
+            if factors is None:
+                continue
+            for part in plan.divided:
+                scales = f"{part.source}.scales"
+                self._data[scales] = divide_outputs(self._data[scales], part.start, part.stop, factors)
+        return self._data | self._experts.conclude()
+
+    def _quantize(self, stored: str, hessian: InputHessian) -> None:
+        """Quantize a matrix by the Hessian of its inputs, and give the layer its values."""
         import torch
 
-        data = self._search_channels()
-        multiplied = {s: p for p in self._channels if f"{p.sources[0]}.smoothing" in data for s in p.sources}
-        divided = {d.source: (d, p) for p in multiplied.values() for d in p.divided}
-        for stored, linear in self._linears.items():
-            if stored not in self._hessians:  # the layer was never called: its inputs are unknown
-                continue
-            hessian = self._hessians[stored].numpy()
-            weights = linear.weight.numpy()
-            factors = None
-            if stored in multiplied:
-                factors = data[f"{multiplied[stored].sources[0]}.smoothing"]
-                weights, hessian = weights * factors, hessian / np.outer(factors, factors)
-            scheme = self._schemes[stored]
-            blocks = find_calibrated(scheme).calibrate(weights, hessian, scheme, self._scale_type, stored)
-            read_back = dequantize_blocks(blocks)
-            if factors is not None:
-                read_back /= factors
-            linear.weight = torch.nn.Parameter(torch.from_numpy(read_back), requires_grad=False)
-            if stored in divided:
-                part, plan = divided[stored]
-                own = data[f"{plan.sources[0]}.smoothing"]
-                blocks = divide_outputs(blocks, part.start, part.stop, own)
-            for member in _MEMBERS:
-                array = getattr(blocks, member)
-                if array is not None:
-                    data[f"{stored}.{member}"] = array
-            data[f"{stored}.width"] = np.array([blocks.in_features])
-        return data | self._experts.conclude()
+        linear, scheme = self._linears[stored], self._schemes[stored]
+        weights = linear.weight.numpy()
+        factors = self._factors(stored, hessian)
+        if factors is not None:
+            weights = weights * factors
+            hessian = InputHessian(hessian.matrix / np.outer(factors, factors), stored)
+        blocks = find_calibrated(scheme).calibrate(weights, hessian, scheme, self._scale_type, stored)
+        read_back = dequantize_blocks(blocks)
+        if factors is not None:
+            read_back /= factors
+        linear.weight = torch.nn.Parameter(torch.from_numpy(read_back), requires_grad=False)
+        for member in _MEMBERS:
+            array = getattr(blocks, member)
+            if array is not None:
+                self._data[f"{stored}.{member}"] = array
+        self._data[f"{stored}.width"] = np.array([blocks.in_features])
 
-    def _search_channels(self) -> dict[str, Array]:
-        """Return the factors that channels of the layer's activations are divided by, as they are stored."""
-        vectors: dict[str, Array] = {}
+    def _factors(self, stored: str, hessian: InputHessian) -> Array | None:
+        """Return the factors that the channels of a matrix's input are divided by; None without any.
+
+        They are searched for the first of the matrices that read the input, while all of them are in float.
+        """
         for plan in self._channels:
-            if all(s in self._linears and s in self._hessians for s in plan.sources):
-                first = plan.sources[0]
-                factors = search_channels(
-                    [self._linears[s].weight.numpy() for s in plan.sources],
-                    self._hessians[first].numpy(),
-                    [self._schemes[s] for s in plan.sources],
-                    first,
-                )
+            key = f"{plan.sources[0]}.smoothing"
+            if stored not in plan.sources or any(s not in self._linears for s in plan.sources):
+                continue
+            if key not in self._data and not any(f"{s}.width" in self._data for s in plan.sources):
+                weights = [self._linears[s].weight.numpy() for s in plan.sources]
+                schemes = [self._schemes[s] for s in plan.sources]
+                factors = search_channels(weights, hessian.matrix, schemes, plan.sources[0])
                 if factors is not None:
-                    vectors[f"{first}.smoothing"] = factors
-        return vectors
+                    self._data[key] = factors
+            return self._data.get(key)
+        return None
 
 
 def _end_call(*_: Any) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from llmc.arrays import Array
 from llmc.artifact.store.disk import space_errors
 from llmc.calibration.expert_products import stacked_parameters, visiting_experts
+from llmc.calibration.hessian import InputHessian
 from llmc.config import WeightScheme
 from llmc.quantize.blocks import PackedBlocks, ScaleType, dequantize_blocks
 from llmc.quantize.encode import quantize_blocks
@@ -115,7 +116,8 @@ class ExpertCalibrator:
             start = scheme.model_copy(update={"method": scheme.method.uncalibrated()})
             return quantize_blocks(weights, start, self._scale_type, name), False
         hessian = self._hessian(parameter, expert, weights.shape[1])
-        return find_calibrated(scheme).calibrate(weights, hessian, scheme, self._scale_type, name), True
+        inputs = InputHessian(hessian, name)
+        return find_calibrated(scheme).calibrate(weights, inputs, scheme, self._scale_type, name), True
 
     def _hessian(self, parameter: str, expert: int, features: int) -> Array:
         """Return sum(x x') of the rows that an expert read, shrunk towards its diagonal, (K, K) float32."""

@@ -41,6 +41,7 @@ class _Nothing:
     """The layer task of a walk that computes only the hidden states."""
 
     changes = False
+    together = False
 
     def watch(self, name: str, module: torch.nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

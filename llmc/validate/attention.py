@@ -106,12 +106,20 @@ def _eager_of(module: Any) -> Callable[..., Any]:
 
 
 def _is_plain(module: Any, rest: dict[str, Any]) -> bool:
-    """Whether a module attends by the code of transformers' llama, which PyTorch's fused attention equals."""
+    """Whether a module attends by code of transformers' that PyTorch's fused attention equals."""
+    from transformers.models.gemma3 import modeling_gemma3
     from transformers.models.llama import modeling_llama
 
-    own, plain = (f.__code__ for f in (_eager_of(module), modeling_llama.eager_attention_forward))
-    same = (own.co_code, own.co_consts, own.co_names) == (plain.co_code, plain.co_consts, plain.co_names)
-    return same and all(rest.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    own = _code(_eager_of(module))
+    # gemma's has a scale of its own if none is given, and a cap of scores if one is.
+    plain = own in {_code(known.eager_attention_forward) for known in (modeling_llama, modeling_gemma3)}
+    absent = all(rest.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    return plain and absent and rest.get("scaling") is not None
+
+
+def _code(function: Callable[..., Any]) -> tuple[Any, ...]:
+    code = function.__code__
+    return code.co_code, code.co_consts, code.co_names
 
 
 def _fused(module: Any, query: Any, key: Any, value: Any, mask: Any, **rest: Any) -> Any:

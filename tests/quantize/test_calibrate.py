@@ -74,16 +74,19 @@ def _inputs_of(model: Any, name: str) -> Array:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_each_layer_sees_the_quantized_ones_before_it(model_type: str, tmp_path: Path) -> None:
+def test_each_matrix_sees_the_quantized_ones_before_it(model_type: str, tmp_path: Path) -> None:
     model = build_tiny_model(model_type, tie_word_embeddings=True)
     model.set_attn_implementation("eager")
     found = _weights(_run(model, tmp_path), model)
     assert set(found) == set(_schemes(model))
-    # The second layer's inputs come from the first one as it was quantized; its own weights are still float.
-    for name, weight in found.items():
-        if name.startswith("model.layers.0."):
-            model.get_parameter(name).data.copy_(torch.from_numpy(weight))
-    for name in ("self_attn.q_proj", "mlp.up_proj"):
+    # Inputs come from what was quantized before, in layers before and in the same one; the rest is in float.
+    for name, before in (
+        ("self_attn.q_proj", "model.layers.0."),
+        ("mlp.up_proj", "model.layers.1.self_attn."),
+    ):
+        for changed, weight in found.items():
+            if changed.startswith(before):
+                model.get_parameter(changed).data.copy_(torch.from_numpy(weight))
         inputs = _inputs_of(model, f"model.layers.1.{name}")
         weight = model.get_parameter(f"model.layers.1.{name}.weight").detach().numpy()
         blocks = quantize_gptq(weight, inputs.T @ inputs, KIND, np.float32, name)

@@ -96,6 +96,7 @@ def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Prog
         As `observe`.
     """
     from llmc.quantize.calibrate import Calibrator
+    from llmc.validate.attention import attention_by_rows
 
     def work() -> Calibration:
         subject = prepare(checkpoint, needs.text, "weights", _facts(needs))
@@ -110,7 +111,9 @@ def calibrate_weights(checkpoint: Checkpoint, needs: WeightNeeds, progress: Prog
             needs.channels,
             needs.experts,
         )
-        return calibrator.run(subject.windows, lambda line: progress.note(f"calibrate: {line}"))
+        windows = subject.windows
+        with attention_by_rows(subject.model, windows.size, windows.shape[1]):
+            return calibrator.run(windows, lambda line: progress.note(f"calibrate: {line}"))
 
     return walking(work)
 

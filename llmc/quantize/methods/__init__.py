@@ -11,6 +11,7 @@ from functools import cache
 from typing import ClassVar
 
 from llmc.arrays import Array
+from llmc.calibration.hessian import InputHessian
 from llmc.config import Method, WeightScheme
 from llmc.errors import ConfigError
 from llmc.quantize.blocks import PackedBlocks, ScaleType, Workspace
@@ -45,9 +46,9 @@ class CalibratedHandler(Handler):
 
     @abstractmethod
     def calibrate(
-        self, weights: Array, hessian: Array, scheme: WeightScheme, scale_type: ScaleType, name: str
+        self, weights: Array, hessian: InputHessian, scheme: WeightScheme, scale_type: ScaleType, name: str
     ) -> PackedBlocks:
-        """Quantize a matrix (N, K) by the Hessian sum(x x') of its inputs, (K, K).
+        """Quantize a matrix (N, K) by the Hessian of its inputs.
 
         Raises:
             CheckpointError: A weight, scale or activation is not finite.
