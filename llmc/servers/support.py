@@ -131,34 +131,40 @@ def why_not(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()) -
     return None
 
 
-def takers(target: Target) -> dict[Status, tuple[Runtime, ...]]:
+def takers(target: Target, matrices: Sequence[Matrix] = ()) -> dict[Status, tuple[Runtime, ...]]:
     """Return the runtimes that load all of a target: those that compute on a CPU, and those on a GPU only.
+
+    Args:
+        matrices: As for `treatments`.
 
     Raises:
         ConfigError: The target is not a checkpoint.
     """
     by_status: dict[Status, tuple[Runtime, ...]] = {Status.SERVED: (), Status.GPU_ONLY: ()}
     for runtime in Runtime:
-        found = {treatment.status for treatment in treatments(runtime, target)}
+        found = {treatment.status for treatment in treatments(runtime, target, matrices)}
         if found <= {Status.SERVED, Status.GPU_ONLY}:
             status = Status.GPU_ONLY if Status.GPU_ONLY in found else Status.SERVED
             by_status[status] += (runtime,)
     return by_status
 
 
-def describe_takers(target: Target) -> str:
+def describe_takers(target: Target, matrices: Sequence[Matrix] = ()) -> str:
     """Return one line on the servers that take what a target builds, and on those that read it wrongly.
+
+    Args:
+        matrices: As for `treatments`.
 
     Raises:
         ConfigError: The target is not a checkpoint.
     """
-    found = takers(target)
+    found = takers(target, matrices)
     here, gpu = (", ".join(found[status]) or "none" for status in (Status.SERVED, Status.GPU_ONLY))
     line = f"servers that take it: {here} on a CPU; {gpu} on a GPU only"
     wrong = [
         runtime
         for runtime in Runtime
-        if any(treatment.status is Status.WRONG for treatment in treatments(runtime, target))
+        if any(treatment.status is Status.WRONG for treatment in treatments(runtime, target, matrices))
     ]
     return line if not wrong else f"{line}; do not give it to {', '.join(wrong)}, which would read it wrongly"
 

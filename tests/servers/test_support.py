@@ -130,7 +130,7 @@ def test_every_scheme_has_a_kind() -> None:
 def test_a_target_of_another_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="target cpu-int8 makes no checkpoint") as caught:
         schemes_of(load_target("cpu-int8"))
-    assert caught.value.hint == "llmc targets lists those of backend checkpoint"
+    assert caught.value.hint == "llmc targets lists the targets of backend checkpoint"
 
 
 def test_the_documentation_has_the_table(tmp_path: Path) -> None:
@@ -153,6 +153,9 @@ def test_servers_differ_in_what_they_do_with_experts() -> None:
     assert found.status is Status.GPU_ONLY
     assert "no kernel for such experts" in found.reason
     assert of_experts(Runtime.LMDEPLOY, target, scheme).status is Status.UNKNOWN
+    assert Runtime.VLLM in takers(target)[Status.SERVED]
+    assert takers(target, [experts])[Status.GPU_ONLY] == (Runtime.VLLM,)
+    assert "do not give it to edgellm" in describe_takers(target, [experts])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from llmc.errors import ConfigError, ResourceError, UnsupportedError
 from llmc.graph.interface import Interface
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
-from llmc.servers.support import describe_takers
+from llmc.servers.support import Matrix, describe_takers
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
@@ -123,7 +123,7 @@ class CheckpointBackend(Backend):
                 f"write: {len(contents.unused)} tensors that transformers does not use are copied "
                 f"for servers and not verified, first {contents.unused[0]}"
             )
-        progress.note(f"write: {describe_takers(target)}")
+        progress.note(f"write: {describe_takers(target, _experts(graph))}")
         return write_tensors(contents.tensors, folder, progress.advance)
 
     def write_serving(
@@ -230,6 +230,14 @@ def _contents(graph: Graph, target: Target, checkpoint: WrittenFrom) -> Contents
 
 def _form(target: Target) -> Format:
     return format_of(section_of(target), fp8_cache=target.kv_cache is CacheType.FP8)
+
+
+def _experts(graph: Graph) -> list[Matrix]:
+    """Return the stacks of experts that are quantized, for the table of servers."""
+    from llmc.backends.checkpoint.coded import stored_experts
+
+    stacks = stored_experts(graph).items()
+    return [Matrix(name, (0, 0), stored.scheme, is_expert=True) for name, stored in stacks]
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
