@@ -1,26 +1,34 @@
-"""Quantize the activations of a model's linear layers as a folder in ModelOpt's format declares them.
+"""Quantize the activations of a model's linear layers and experts as its folder declares them.
 
-transformers does not know the format. This repeats its arithmetic in float32: an activation is rounded to
-the codes that a server computes with, and multiplied by its scale again.
+transformers does not know ModelOpt's format, and does not stack experts in the format of compressed-tensors.
+This repeats their arithmetic in float32: an activation is rounded to the codes that a server computes with,
+and multiplied by its scale again. ModelOpt has these algorithms:
 
 - FP8: one scale of all activations of a layer, `input_scale`; FP8_PER_CHANNEL_PER_TOKEN: one by token, its
   largest magnitude over 448.
 - NVFP4: E2M1 values in blocks of 16 with a scale in E4M3, the block's largest magnitude over 6, within
   `input_scale`.
 
+compressed-tensors has the same, with `input_global_scale`, the inverse, for NVFP4, and int8 with one scale or
+one by token, its largest magnitude over 127, as vLLM computes it.
+
 Source: modelopt 0.47.0, `torch/quantization/tensor_quant.py` and `torch/export/quant_utils.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from llmc.calibration.expert_products import visiting_experts
+from llmc.checkpoint.quantization import QuantMethod
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.graph.files import FilePart
 
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 
 #: Returns the inputs of a product as a server computes with them.
 Rounding = Callable[["torch.Tensor"], "torch.Tensor"]
-_FP8_MAX, _FP4_MAX, _BLOCK = 448.0, 6.0, 16
+_FP8_MAX, _INT8_MAX, _FP4_MAX, _BLOCK = 448.0, 127.0, 6.0, 16
 
 
 def quantize_inputs(model: Any, checkpoint: Checkpoint) -> int:
@@ -80,8 +88,13 @@ def _before(rounding: Callable[[torch.Tensor], torch.Tensor], module: Any, input
 def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[FilePart, Rounding]]:
     """Yield each matrix whose inputs are quantized, and what rounds them."""
     stored = SafetensorsStore.open(checkpoint.path)
+    parts = checkpoint.file_tensors().parts
+    method = None if checkpoint.quantization is None else checkpoint.quantization.method
+    if method is QuantMethod.COMPRESSED_TENSORS:
+        yield from _declared_roundings(checkpoint.path, stored, parts)
+        return
     infos = stored.infos()
-    for name, part in checkpoint.file_tensors().parts.items():
+    for name, part in parts.items():
         module, _, own = name.rpartition(".")
         if own != "weight" or name not in infos:
             continue
@@ -94,19 +107,56 @@ def _roundings(checkpoint: Checkpoint) -> Iterator[tuple[FilePart, Rounding]]:
             yield part, _round_tokens
 
 
-def _round_whole(values: torch.Tensor, scale: float) -> torch.Tensor:
-    return _fp8(values / scale) * scale
+def _declared_roundings(
+    folder: Path, stored: SafetensorsStore, parts: Mapping[str, FilePart]
+) -> Iterator[tuple[FilePart, Rounding]]:
+    """Yield the same for compressed-tensors, whose config.json has the activations of groups of modules."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    groups = [each for each in config["config_groups"].values() if each.get("input_activations")]
+    infos = stored.infos()
+    for name, part in parts.items():
+        module, _, own = name.rpartition(".")
+        group = next((each for each in groups if _is_target(module, each["targets"])), None)
+        if own != "weight" or group is None or _is_target(module, config.get("ignore") or ()):
+            continue
+        given = group["input_activations"]
+        is_integer = given["type"] == "int"
+        scale = infos.get(f"{module}.input_scale") or infos.get(f"{module}.input_global_scale")
+        value = (
+            None if scale is None else float(np.asarray(stored.read(scale.name), np.float32).reshape(-1)[0])
+        )
+        if given["num_bits"] == 4 and value is not None:
+            yield part, partial(_round_blocks, scale=1 / value)
+        elif given["dynamic"] is True:
+            yield part, partial(_round_tokens, is_integer=is_integer)
+        elif value is not None:
+            yield part, partial(_round_whole, scale=value, is_integer=is_integer)
 
 
-def _round_tokens(values: torch.Tensor) -> torch.Tensor:
-    scales = (values.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp(min=1e-12)
-    return _fp8(values / scales) * scales
+def _is_target(module: str, targets: Iterable[str]) -> bool:
+    """Return whether one of the names, or patterns after `re:`, is that of a module."""
+    patterns = (each[3:] if each.startswith("re:") else f"{re.escape(each)}$" for each in targets)
+    return any(re.match(pattern, module) for pattern in patterns)
+
+
+def _round_whole(values: torch.Tensor, scale: float, *, is_integer: bool = False) -> torch.Tensor:
+    return (_int8 if is_integer else _fp8)(values / scale) * scale
+
+
+def _round_tokens(values: torch.Tensor, *, is_integer: bool = False) -> torch.Tensor:
+    highest = _INT8_MAX if is_integer else _FP8_MAX
+    scales = (values.abs().amax(-1, keepdim=True) / highest).clamp(min=1e-12)
+    return (_int8 if is_integer else _fp8)(values / scales) * scales
 
 
 def _round_blocks(values: torch.Tensor, scale: float) -> torch.Tensor:
     blocks = values.reshape(*values.shape[:-1], -1, _BLOCK)
     scales = _fp8(blocks.abs().amax(-1, keepdim=True) / _FP4_MAX / scale) * scale
     return (_fp4(blocks / scales.clamp(min=1e-30)) * scales).flatten(-2)
+
+
+def _int8(values: torch.Tensor) -> torch.Tensor:
+    return values.round().clamp(-_INT8_MAX - 1, _INT8_MAX)
 
 
 def _fp8(values: torch.Tensor) -> torch.Tensor:

@@ -111,11 +111,9 @@ def _rounding(checkpoint: Checkpoint, model: Any, library: str, quantize_activat
     """Return a model that has the weights that llmc reads, and say what its activations are."""
     note = ""
     if quantize_activations and checkpoint.quantization is not None:
-        if checkpoint.quantization.method is QuantMethod.MODELOPT:
-            if count := quantize_inputs(model, checkpoint):
-                note = f"llmc rounds what {count} layers read as the folder declares"
-        elif checkpoint.quantization.method is QuantMethod.COMPRESSED_TENSORS:
-            note = "activations stay in float32"
+        methods = (QuantMethod.MODELOPT, QuantMethod.COMPRESSED_TENSORS)
+        if checkpoint.quantization.method in methods and (count := quantize_inputs(model, checkpoint)):
+            note = f"llmc rounds what {count} matrices are multiplied with as the folder declares"
     return LoadedFolder(model, library, note=note)
 
 
