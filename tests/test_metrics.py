@@ -38,6 +38,7 @@ RIGHT_AND_RUINED = {
     "window.max_abs": (1e-6, 9.0),
     "cache.kl_mean": (1e-6, 5.0),
     "cache.kl_max": (1e-6, 5.0),
+    "cache.scale_ratio": (1.0, 9.0),
     "rounding.kl_mean": (1e-6, 5.0),
     "rounding.kl_ratio": (1.0, 50.0),
     "rounding.noise_ratio": (0.01, 2.0),

@@ -9,7 +9,7 @@ bits, and does not know ModelOpt: such a folder runs with the weights that llmc 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ import numpy as np
 from llmc.architecture import auto_class
 from llmc.arrays import Array
 from llmc.checkpoint.activations import quantize_inputs
+from llmc.checkpoint.cache_rounding import CacheRounding, round_cache
 from llmc.checkpoint.configuration import from_pretrained, loading
 from llmc.checkpoint.quantization import QuantMethod
 from llmc.errors import ResourceError, count_names
@@ -46,6 +47,7 @@ class LoadedFolder:
             sentence each.
         note: What the loader rounded, or what was not computed as the format says; empty if nothing.
         fine: What was compared.
+        cache: The rounding of keys and values; None if they stay in float.
     """
 
     model: PreTrainedModel
@@ -53,12 +55,18 @@ class LoadedFolder:
     problems: tuple[str, ...] = ()
     note: str = ""
     fine: str = "llmc's own reader reads every tensor"
+    cache: CacheRounding | None = None
 
 
-def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> LoadedFolder:
+def load_served(
+    checkpoint: Checkpoint, *, quantize_activations: bool, quantize_cache: bool = False
+) -> LoadedFolder:
     """Load the folder of `checkpoint` with transformers; activations are quantized as it declares, or not.
 
     With activations in float, parameters that the loader rounds have their values before rounding.
+
+    Args:
+        quantize_cache: Whether keys and values are rounded as the folder declares.
 
     Raises:
         ResourceError: The package that reads the format is not installed.
@@ -69,23 +77,37 @@ def load_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> Loaded
     lacks = _lack(checkpoint)
     if lacks is not None:
         why = f"with the weights that llmc reads; it {lacks}"
-        return _rounding(checkpoint, checkpoint.fill_reference(), f"{library} {why}", quantize_activations)
+        library = f"{library} {why}"
+        loaded = _rounding(checkpoint, checkpoint.fill_reference(), library, quantize_activations)
+        return _with_cache(loaded, checkpoint) if quantize_cache else loaded
     if quantization is not None:
         _require_package()
         library += f", {_PACKAGE} {version(_PACKAGE)}"
-    loaded: tuple[Any, Mapping[str, Any]] = from_pretrained(
+    pair: tuple[Any, Mapping[str, Any]] = from_pretrained(
         checkpoint.path, auto_class(checkpoint.config), attn_implementation="eager", output_loading_info=True
     )
-    model, info = loaded
+    model, info = pair
     narrow = frozenset[str]() if quantization is None else _decompress(model, checkpoint.path)
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
-            module.quantization_enabled = quantize_activations
+            is_cache = hasattr(module, "kv_cache")  # llmc rounds keys and values, whatever the release does
+            module.quantization_enabled = quantize_activations and not is_cache
     model.requires_grad_(False)
     agreed = _agree(model, checkpoint, narrow, exact=not quantize_activations)
     problems = (*_unread(info, set(checkpoint.unused)), *agreed.problems)
     fine = f"transformers reads every tensor; {agreed.compared} parameters have the values that llmc reads"
-    return LoadedFolder(model.eval(), library, problems, agreed.note, fine)
+    folder = LoadedFolder(model.eval(), library, problems, agreed.note, fine)
+    return _with_cache(folder, checkpoint) if quantize_cache else folder
+
+
+def _with_cache(loaded: LoadedFolder, checkpoint: Checkpoint) -> LoadedFolder:
+    """Let the model round keys and values as the folder declares, and say so."""
+    cache = round_cache(loaded.model, checkpoint)
+    if cache is None:
+        return loaded
+    note = f"llmc rounds keys and values of {len(cache.scales)} layers to fp8 as the folder declares"
+    note = "; ".join(filter(None, [loaded.note, note]))
+    return replace(loaded, problems=(*loaded.problems, *cache.problems), note=note, cache=cache)
 
 
 def _lack(checkpoint: Checkpoint) -> str | None:
@@ -100,11 +122,14 @@ def _lack(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def stream_served(checkpoint: Checkpoint, *, quantize_activations: bool) -> LoadedFolder:
+def stream_served(
+    checkpoint: Checkpoint, *, quantize_activations: bool, quantize_cache: bool = False
+) -> LoadedFolder:
     """Run the folder of `checkpoint` layer by layer, with the weights that llmc reads."""
     library = f"transformers {version('transformers')} layer by layer with the weights that llmc reads"
     library += "; its own loader would need more memory than is free"
-    return _rounding(checkpoint, checkpoint.stream_reference({}), library, quantize_activations)
+    loaded = _rounding(checkpoint, checkpoint.stream_reference({}), library, quantize_activations)
+    return _with_cache(loaded, checkpoint) if quantize_cache else loaded
 
 
 def _rounding(checkpoint: Checkpoint, model: Any, library: str, quantize_activations: bool) -> LoadedFolder:

@@ -31,6 +31,7 @@ class Unit(StrEnum):
     TO_SPREAD = "difference / standard deviation of the logits"
     TO_POSITION = "worst position / median position"
     TO_MAGNITUDE = "difference / magnitude"
+    TO_RANGE = "scale / scale that spans the text, or its inverse"
     TO_TOKEN = "worst token / median token"
     CHANGE = "artifact - original"
 
@@ -60,6 +61,7 @@ class Family(Enum):
     PASSES = "the graph before and after each pass"
     PARITY = "logits, level by level", True
     CACHE = "attention as it is served", True
+    SCALES = "scales of the KV cache"
     ROUNDING = "the program as it is served beside the one in float32", True
     TEXT = "quality on text", False, True
     TASK = "quality on a task"
@@ -108,6 +110,7 @@ class Metric(StrEnum):
     WINDOW_MAX_ABS = "window.max_abs", Unit.LOGITS, _LESS, Family.PARITY
     CACHE_KL_MEAN = "cache.kl_mean", Unit.NATS, _LESS, Family.CACHE
     CACHE_KL_MAX = "cache.kl_max", Unit.NATS, _LESS, Family.CACHE
+    CACHE_SCALE_RATIO = "cache.scale_ratio", Unit.TO_RANGE, _LESS, Family.SCALES
     ROUNDING_KL_MEAN = "rounding.kl_mean", Unit.NATS, _LESS, Family.ROUNDING
     ROUNDING_KL_RATIO = "rounding.kl_ratio", Unit.TO_NOISE, _LESS, Family.ROUNDING
     ROUNDING_NOISE_RATIO = "rounding.noise_ratio", Unit.TO_SPREAD, _LESS, Family.ROUNDING

@@ -205,7 +205,7 @@ def mark_cache(graph: Graph, config: Any, peaks: Mapping[int, CachePeaks] | None
             raise UnsupportedError(
                 f"layer {layer} stored no keys and values when the model was run layer by layer", hint=_FLOAT
             )
-        scales.append(CacheScales(weight, scale_of(seen.keys), scale_of(seen.values)))
+        scales.append(CacheScales(weight, cache_scale_of(seen.keys), cache_scale_of(seen.values)))
     graph.graph.meta[CACHE_SCALES] = tuple(scales)
 
 
@@ -215,7 +215,7 @@ def cache_scales(graph: Graph) -> tuple[CacheScales, ...]:
     return found
 
 
-def scale_of(peak: float) -> float:
+def cache_scale_of(peak: float) -> float:
     """Return the scale of keys or values whose largest magnitude is `peak`; 1 if they are all zero."""
     return float(tensor_scale(peak, WeightFormat.FP8))
 

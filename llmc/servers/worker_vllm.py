@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 _FORMAT = "llmc-counted"
+#: Scales of the KV cache, which vLLM has for every layer if the folder states them for one.
+_CACHE_SCALES = ("k_scale", "v_scale")
 
 
 def main(request: dict[str, Any], channel: Channel) -> None:
@@ -159,6 +161,19 @@ def _in_order(groups: Any) -> bool:
     return size > 0 and torch.equal(groups.cpu(), torch.arange(len(groups), dtype=groups.dtype) // size)
 
 
+def _unfilled(entries: list[list[Any]], defaults: set[str]) -> list[str]:
+    """Return the parameters that were not filled; scales of the KV cache only if the folder states some.
+
+    Args:
+        entries: Name, number of elements, and number of elements that were written, of each parameter.
+        defaults: Names of those for which vLLM has values of its own.
+    """
+    kinds = {name: name.rpartition(".")[2] for name, _, _ in entries}
+    stated = {kinds[name] for name, _, filled in entries if filled} & {*_CACHE_SCALES}
+    missing = [name for name, size, filled in entries if filled < size]
+    return [name for name in missing if name not in defaults or kinds[name] in stated]
+
+
 def _counting_loader() -> Any:
     """Register a loader that watches what is written into parameters, and return what it counts."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,12 +193,13 @@ def _counting_loader() -> Any:
             self._current: str | None = None
             self._took = False
             self._parameters: dict[int, list[Any]] = {}
+            self._defaults: set[str] = set()
 
         def follow(self, model: Any) -> None:
             for name, parameter in model.named_parameters():
                 module = model.get_submodule(name.rpartition(".")[0])
                 if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
-                    continue  # vLLM has defaults for them; a checkpoint states them for a quantized cache
+                    self._defaults.add(name)  # a checkpoint states them for a quantized cache only
                 self._parameters[parameter.untyped_storage().data_ptr()] = [name, parameter.numel(), 0]
 
         def tensors(self, given: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -202,7 +218,7 @@ def _counting_loader() -> Any:
         def finish(self) -> None:
             self._close()
             self.finished = True
-            self.unfilled = [name for name, size, filled in self._parameters.values() if filled < size]
+            self.unfilled = _unfilled([*self._parameters.values()], self._defaults)
             self._parameters.clear()
 
         def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:

@@ -16,10 +16,10 @@ from llmc.graph.serial import load_graph
 from llmc.quantize.cache_scales import (
     CachePeaks,
     CacheWalk,
+    cache_scale_of,
     cache_scales,
     mark_cache,
     plan_cache,
-    scale_of,
 )
 from tests.caches import shared_trace
 from tests.models import build_tiny_model
@@ -69,10 +69,10 @@ def test_keys_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_scales_span_the_peak_with_8_significant_bits() -> None:
     for peak in np.random.default_rng(0).uniform(1e-3, 400, 50):
-        scale = scale_of(peak)
+        scale = cache_scale_of(peak)
         assert 1 <= 448 * scale / peak < 1 + 2**-7
         assert scale == float(torch.tensor(scale).bfloat16()) == float(torch.tensor(scale).half())
-    assert scale_of(0.0) == 1
+    assert cache_scale_of(0.0) == 1
 
 
 def test_each_layer_with_a_cache_has_scales_at_its_attention() -> None:

@@ -120,6 +120,11 @@ def measure_stepped(run: Run) -> None:
             levels = _levels(run, graph)
     del graph
     release_memory()
+    if run.plan.cache_steps and not run.weights.unread and not subject.backend.writes_graph:
+        with run.progress.stage("cache"):
+            run.found += _measure_cache(run)
+        run.own.release()
+        release_memory()
     model = _open_executed(run, slots=run.windows.tokens.shape[1])
     if subject.accelerated is not None:
         with run.progress.stage("engine"):
@@ -192,9 +197,11 @@ def _open_graph(
     """
     subject = run.subject
     if not subject.backend.writes_graph:
-        exact = arithmetic is not Arithmetic.SERVED
+        exact, rounds_cache = arithmetic is not Arithmetic.SERVED, arithmetic is not Arithmetic.EXACT
         texts = () if any_text else (*run.plan.all_passes(), run.all_windows.reference_pass)
-        return open_folder_session(subject.folder, subject.interface, exact=exact, texts=texts)
+        return open_folder_session(
+            subject.folder, subject.interface, exact=exact, rounds_cache=rounds_cache, texts=texts
+        )
     return subject.backend.open_graph(
         subject.folder,
         subject.interface,
@@ -211,7 +218,16 @@ def _measure_cache(run: Run) -> tuple[Measurement, ...]:
     from llmc.validate.served_attention import measure_cache
 
     model = _open_graph(run, Arithmetic.PRODUCTS)
-    return measure_cache(Counted(model, run.plan.runs_of_cache, run.progress.advance), run.own, run.plan)
+    counted = Counted(model, run.plan.runs_of_cache, run.progress.advance)
+    found = measure_cache(counted, run.own, run.plan)
+    rounding = model.rounding if isinstance(model, FolderSession | KnownTextsSession) else None
+    if rounding is None:
+        return found
+    ratios = rounding.ratios()
+    worst = max(ratios, key=lambda place: ratios[place])
+    detail = f"scales of {len(rounding.scales)} layers on the long sequence of the gate; the worst: {worst}"
+    detail = "; ".join((detail, *rounding.problems))
+    return (*found, measured(Metric.CACHE_SCALE_RATIO, ratios[worst], detail, model.where))
 
 
 def _compare_levels(run: Run) -> tuple[Measurement, ...]:

@@ -142,7 +142,7 @@ class Run:
             window=window,
             switches=rope_switches(config),
             lengths=trained_lengths(config),
-            compiled=subject.backend.rounds_attention,
+            compiled=subject.backend.rounds_attention or subject.target.cache_text is not None,
             padding=subject.checkpoint.padding,
         )
         return plan_positions(ground, subject.seed, BUDGET if subject.budget is None else subject.budget)

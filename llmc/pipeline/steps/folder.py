@@ -31,6 +31,7 @@ class FolderSession(TorchSession):
         super().__init__(loaded.model, interface, where)
         self.problems = loaded.problems
         self.fine = loaded.fine
+        self.rounding = loaded.cache
 
 
 class KnownTextsSession(AheadSession):
@@ -47,16 +48,23 @@ class KnownTextsSession(AheadSession):
         super().__init__(loaded.model, interface, where, texts)
         self.problems = loaded.problems
         self.fine = loaded.fine
+        self.rounding = loaded.cache
 
 
 def open_folder_session(
-    folder: Path, interface: Interface, *, exact: bool, texts: Sequence[ReferencePass] = ()
+    folder: Path,
+    interface: Interface,
+    *,
+    exact: bool,
+    rounds_cache: bool = False,
+    texts: Sequence[ReferencePass] = (),
 ) -> FolderSession | KnownTextsSession:
     """Load the checkpoint in `folder`, whole if it fits into memory, otherwise layer by layer.
 
     Args:
         interface: The interface that the manifest states.
         exact: Whether activations stay in float, so that the artifact's weights are all that is rounded.
+        rounds_cache: Whether keys and values are rounded as the folder declares, if it does.
         texts: Everything that the session will be fed; empty if that is not known. A model that is read layer
             by layer, or has states of fixed size, then runs each text once.
 
@@ -70,9 +78,9 @@ def open_folder_session(
     try:
         large = is_large(checkpoint)
         if large:
-            loaded = stream_served(checkpoint, quantize_activations=not exact)
+            loaded = stream_served(checkpoint, quantize_activations=not exact, quantize_cache=rounds_cache)
         else:
-            loaded = load_served(checkpoint, quantize_activations=not exact)
+            loaded = load_served(checkpoint, quantize_activations=not exact, quantize_cache=rounds_cache)
     except CheckpointError as error:
         raise ParityError(error.fact) from error
     if texts and (large or interface.states):
