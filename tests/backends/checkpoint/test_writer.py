@@ -1,6 +1,7 @@
 """Safetensors files as they are written: what safetensors reads back, offsets, several files, refusals."""
 
 import json
+import resource
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -128,3 +129,16 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(ResourceError, match="bytes free, but the build writes"):
         write_tensors([large], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_full_disk_in_the_middle_of_a_file_is_a_resource_error(is_streamed: bool, tmp_path: Path) -> None:
+    rows = np.ones((1024, 16), np.float32)
+    large = streamed("large", rows, 64) if is_streamed else group(large=rows)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(ResourceError, match=r"model\.safetensors cannot be written: File too large"):
+            write_tensors([large], tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
