@@ -13,6 +13,7 @@ measured" if an environment is missing.
     logits      transformers, vLLM and DeepSpeed against the artifact's own weights (`llmc verify --runtime`)
     quality     dNLL at 4 bits by group, against llm-compressor's GPTQ and AutoRound
     cost        wall time and peak memory of those builds, in turn
+    stream      a build of 8 B parameters beside reading and writing its bytes (server_checks/stream.py)
     ranks       three ranks of the demo against one (server_checks/ranks.py)
     sabotage    faults of folders by `llmc verify`, and of the served path by vLLM (server_checks/sabotage.py)
 
