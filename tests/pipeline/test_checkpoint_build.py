@@ -297,6 +297,15 @@ def test_rules_that_part_what_servers_join_are_refused(llama: Path, tmp_path: Pa
         build_folder(plan(llama, tmp_path / "out", rules=rules))
 
 
+def test_products_that_servers_join_by_other_names_are_not_parted_either(tmp_path: Path) -> None:
+    """The MLP of LFM2 has w1 and w3 in the place of gate_proj and up_proj."""
+    model = save_tiny_model("lfm2", tmp_path / "lfm2", tokenizer=True)
+    rules = (*FLOAT, WeightRule(match="*.w3.weight", scheme=None))
+    rules = (*rules, WeightRule.model_validate({"scheme": BLOCKS}))
+    with pytest.raises(UnsupportedError, match=r"servers join .*\.w1\.weight and .*\.w3\.weight, and the"):
+        build_folder(plan(model, tmp_path / "out", rules=rules))
+
+
 def test_bits_are_allocated_to_what_servers_join_together(llama: Path, tmp_path: Path) -> None:
     wide = WeightScheme.model_validate({**BLOCKS, "bits": 8})
     text = CalibrationText(window_tokens=32, max_windows=8)

@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from llmc.graph.model import Graph
 
 _FLOAT = "give it a rule with scheme: null"
-#: The last names of modules that servers join into one product (vLLM's `packed_modules_mapping`).
-_JOINED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+#: The last names of modules that servers join into one product (`packed_modules_mapping` of vLLM 0.32).
+_JOINED = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"c_fc_0", "c_fc_1"}),
+    frozenset({"in_proj_qkv", "in_proj_z"}),
+    frozenset({"in_proj_b", "in_proj_a"}),
+)
 
 
 @dataclass(frozen=True)

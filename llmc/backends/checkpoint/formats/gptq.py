@@ -37,7 +37,16 @@ from llmc.backends.checkpoint.formats.base import (
 from llmc.config import CheckpointFormat, EngineScheme, WeightScheme
 
 #: Products that servers fuse, by the name of the product that they make of them.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("qkv_proj", ("query", "key", "value")),
+    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("gate_up_proj", ("c_fc_0", "c_fc_1")),
+    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
+    ("in_proj_ba", ("in_proj_b", "in_proj_a")),
+)
 #: Stands for the fields of a module that stays in float.
 _FLOAT: dict[str, Any] = {"bits": None}
 
@@ -141,7 +150,7 @@ def _patterns(names: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, fields in names.items():
         parent, _, last = name.rpartition(".")
         alternatives = [last]
-        for fused, parts in _FUSED.items():
+        for fused, parts in _FUSED:
             if last in parts and all(names.get(f"{parent}.{part}") == fields for part in parts):
                 alternatives = [*parts, fused]
         ending = alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"
