@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from llmc.architecture import values_by_layer
 from llmc.arrays import Array
 from llmc.artifact.store.disk import space_errors
 from llmc.errors import ConfigError, LlmcError, UnsupportedError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Minimum number of calibration tokens.
 LEAST_TOKENS = 256
+#: Maximum bytes of an activation of all calibration windows.
+TOGETHER_BYTES = 1 << 30
 _STATES = "states"
 _HEAD = "head"
 
@@ -42,7 +45,7 @@ class LayerTask(Protocol):
 
     Args:
         changes: Whether `conclude` changes weights: later layers then see the results of the changed layers.
-        together: Whether all windows run in one call of the model, if `can_run_together` says so.
+        together: Whether all windows run in one call of the model, if `LayerWalk.runs_together` says so.
     """
 
     changes: bool
@@ -115,7 +118,7 @@ class LayerWalk:
         done = self._finished()
         if done:
             note(f"{done} of {len(self.layers)} layers were calibrated before")
-        together = task.together and all(can_run_together(layer) for layer in self.layers)
+        together = task.together and self.runs_together(windows)
         batches = [windows] if together else [row[None] for row in windows]
         with torch.inference_mode():
             self._load_outside()
@@ -125,6 +128,16 @@ class LayerWalk:
             if not self._file(_HEAD).is_file():
                 self._walk_head(batches, states, task)
         return [self._file(f"layer-{i}") for i in range(len(self.layers))] + [self._file(_HEAD)]
+
+    def runs_together(self, windows: Array) -> bool:
+        """Whether all windows run in one call: layers are linear, and results of a call take TOGETHER_BYTES.
+
+        Those are the widest activation, and the scores of attention where it is computed as a whole.
+        """
+        heads = max(int(each or 1) for each in values_by_layer(self.model.config, "num_attention_heads"))
+        widest = max(map(_largest_width, self.layers))
+        fits = 4 * windows.size * max(widest, heads * windows.shape[1]) <= TOGETHER_BYTES
+        return fits and all(map(_is_linear, self.layers))
 
     def _walk_layer(
         self, index: int, batches: Sequence[Array], states: list[Any] | None, task: LayerTask
@@ -253,8 +266,8 @@ class LayerWalk:
             )
 
 
-def can_run_together(layer: torch.nn.Module) -> bool:
-    """Whether a layer's matrices are all linear layers, so that a batch of windows takes little memory.
+def _is_linear(layer: torch.nn.Module) -> bool:
+    """Whether all matrices of a layer are linear layers.
 
     Layers with states of their own (Mamba) hold large intermediate results of each token, and stacked experts
     are no linear layers.
@@ -263,6 +276,11 @@ def can_run_together(layer: torch.nn.Module) -> bool:
 
     owners = (m for m in layer.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False)))
     return all(isinstance(owner, torch.nn.Linear) for owner in owners)
+
+
+def _largest_width(layer: torch.nn.Module) -> int:
+    """Return the largest number of features of an activation that a matrix of the layer reads or writes."""
+    return max((max(p.shape) for p in layer.parameters() if p.ndim > 1), default=0)
 
 
 def named_linears(

@@ -1,6 +1,6 @@
 """Run calibrated methods over a walk: matrices are quantized with the inputs they get in the quantized model.
 
-The windows run through a layer together where that is possible (`can_run_together`), and a matrix is
+The windows run through a layer together where that is possible (`LayerWalk.runs_together`), and a matrix is
 quantized the moment its inputs are known: whatever reads its outputs, in the same layer and in later ones,
 compensates its error, and the model runs once. Otherwise windows run one by one, the layer is quantized
 behind the last one, and runs again.
@@ -18,7 +18,7 @@ import numpy as np
 
 from llmc.arrays import Array
 from llmc.calibration.hessian import InputHessian, sum_of_squares
-from llmc.calibration.walk import LayerWalk, StopCallError, can_run_together, named_linears
+from llmc.calibration.walk import LayerWalk, StopCallError, named_linears
 from llmc.config import WeightScheme
 from llmc.graph.weights import WeightStore
 from llmc.memory import trim_heap
@@ -138,8 +138,8 @@ class Calibrator:
         self._channels = channels
         self._expert_schemes = experts or {}
         self._experts = ExpertCalibrator(self._expert_schemes, scale_type, folder)
-        self._at_once = all(can_run_together(model.get_submodule(name)) for name in layers)
-        self.changes = not self._at_once
+        self._at_once = False
+        self.changes = True
         self._linears: dict[str, torch.nn.Linear] = {}
         self._hessians: dict[str, InputHessian] = {}
         self._latest: tuple[torch.Tensor, InputHessian] | None = None
@@ -157,6 +157,8 @@ class Calibrator:
             CheckpointError: Weights or activations are not finite.
             ResourceError: Disk full.
         """
+        self._at_once = self._walk.runs_together(windows)
+        self.changes = not self._at_once
         return read_calibration(self._walk.run(windows, self, note), self._schemes, self._expert_schemes)
 
     @contextmanager

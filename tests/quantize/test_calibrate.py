@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmc.calibration import walk
 from llmc.checkpoint.skeleton import build_hollow
 from llmc.config import WeightScheme
 from llmc.errors import CheckpointError, ConfigError
@@ -93,6 +94,26 @@ def test_each_matrix_sees_the_quantized_ones_before_it(model_type: str, tmp_path
         # Scales are fitted to sums over tokens, which the other way adds in another order.
         same = np.isclose(dequantize_blocks(blocks), found[f"model.layers.1.{name}.weight"], rtol=1e-4)
         assert same.mean() >= 0.99
+
+
+def test_windows_run_one_by_one_where_their_activations_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_tiny_model("llama", tie_word_embeddings=True)
+    together = _weights(_run(model, tmp_path / "together"), model)
+    widest = max(max(p.shape) for n, p in model.named_parameters() if "layers" in n and p.ndim > 1)
+    scores = model.config.num_attention_heads * WINDOWS.shape[1]
+    monkeypatch.setattr(walk, "TOGETHER_BYTES", 4 * WINDOWS.size * max(widest, scores) - 1)
+    alone = _calibrator(model, StateStore(model), tmp_path / "alone")
+    lengths: list[tuple[int, ...]] = []
+    alone.model.register_forward_pre_hook(
+        lambda _, args, named: lengths.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    found = _weights(alone.run(WINDOWS, lambda _: None), model)
+    assert set(lengths) == {(1, WINDOWS.shape[1])}
+    # A matrix of the first layer that reads what no matrix before it changes has the same codes.
+    first = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_allclose(found[first], together[first], rtol=1e-4, atol=1e-6)
 
 
 def test_a_killed_calibration_goes_on_where_it_stopped(tmp_path: Path) -> None:
