@@ -90,6 +90,15 @@ def scale_graph(graph: Graph, vectors: Mapping[str, Array]) -> None:
             scale_channels(shared, factors)
 
 
+def describe_scaling(count: int) -> str:
+    """Return a sentence on activations whose channels are scaled, for people who compare weights."""
+    return (
+        f"the channels of {count} activations are scaled (SmoothQuant, AWQ): norms and other weights in "
+        "front of them are divided by factors and the weights that read them multiplied, so that "
+        "products are the same and these weights are not the checkpoint's"
+    )
+
+
 def _scale(weight: ir.Value, factors: Array, axis: int) -> None:
     tensor = lazy_of(weight)
     if tensor.rows is not None:

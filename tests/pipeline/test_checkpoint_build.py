@@ -36,6 +36,7 @@ from tests.architectures import build_on_meta
 from tests.caches import own_cache
 from tests.checkpoint.tiny_gguf import write_gguf
 from tests.models import save_tiny_model, tiny_config
+from tests.notes import Notes
 
 TEXT = CalibrationText(window_tokens=32, max_windows=8)
 FLOAT = (WeightRule(role="embedding", scheme=None), WeightRule(role="lm_head", scheme=None))
@@ -147,8 +148,11 @@ def test_a_head_that_is_tied_is_not_written_twice(tmp_path: Path) -> None:
 def test_scaled_norms_are_written_in_their_type(llama: Path, tmp_path: Path) -> None:
     rules = (*FLOAT, WeightRule.model_validate({"scheme": {**BLOCKS, "method": "gptq"}}))
     changes = {"rules": rules, "calibration": TEXT, "scale_channels": True}
-    folder = build_folder(plan(llama, tmp_path / "out", **changes))
+    notes = Notes()
+    build(plan(llama, folder := tmp_path / "out", **changes), notes)
     vectors = load_file(folder / SMOOTHING)
+    scaled = f"quantize: the channels of {len(vectors)} activations are scaled"
+    assert any(note.startswith(scaled) for note in notes.notes)
     before, after = tensors_of(llama), tensors_of(folder)
     name = "model.layers.1.input_layernorm.weight"
     factors = vectors["model.layers.1.self_attn.q_proj.weight"]

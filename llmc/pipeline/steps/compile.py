@@ -147,7 +147,7 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
     from llmc.graph.verify import verify_graph
     from llmc.quantize.activations import Activations
     from llmc.quantize.cache_scales import mark_cache
-    from llmc.quantize.fold import scale_graph
+    from llmc.quantize.fold import describe_scaling, scale_graph
 
     lowered = lower_graph(checkpoint, target, progress)
     graph = lowered.graph
@@ -166,6 +166,8 @@ def compile_graph(checkpoint: Checkpoint, target: Target, stage: Stage, progress
         mark_cache(graph, checkpoint.config, observe_cache(checkpoint, target.cache_text, progress))
     with progress.stage("quantize"):
         scale_graph(graph, observed.smoothing)
+        if observed.smoothing:
+            progress.note(f"quantize: {describe_scaling(len(observed.smoothing))}")
         sources = graph_sources(graph)
         quantized = quantizer.apply(graph, observed)
         for note in quantized.notes:
