@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE | {"memory", "backends", "runtime", "children", "servers"},
     "graph": BASE,
     "artifact": BASE | {"graph"},
-    "calibration": BASE | {"graph", "artifact"},
+    "calibration": BASE | {"architecture", "graph", "artifact"},
     "runtime": BASE | {"graph", "artifact"},
     "servers": STATION,
     **dict.fromkeys(STATIONS, STATION),
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": STATION | {"runtime", "quantize", "catalog", "machine", "servers"},
     "pipeline": BASE
     | {
+        "architecture",
         "graph",
         "artifact",
         "data",

@@ -312,7 +312,7 @@ def cut_table(table: torch.nn.Embedding, start: int, count: int, add_up: Callabl
     table.register_forward_hook(complete)
 
 
-def build(path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any] | None]:
+def build_empty(path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any] | None]:
     """Build the model of a folder with parameters that take no memory; return it and how codes are stored."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -403,7 +403,7 @@ def main() -> None:
     on_cpu = get_accelerator().device_name() == "cpu"
     deepspeed.init_distributed("gloo" if on_cpu else get_accelerator().communication_backend_name())
     folder, rank = arguments.folder.absolute(), dist.get_rank()
-    empty, quantization = build(folder, getattr(torch, arguments.dtype))
+    empty, quantization = build_empty(folder, getattr(torch, arguments.dtype))
     before = peak()  # with all code of the model, and nothing of its weights
     model = load(folder, empty, quantization)
     device = get_accelerator().current_device_name()
