@@ -171,7 +171,7 @@ class SensitivityWalk(LayerWalk):
     def _logits(self, row: Array, state: Any) -> torch.Tensor:
         """Return logits (length, vocabulary) float32."""
         with replacing_input(self.layers[-1], state):
-            result: torch.Tensor = self._call(row).logits[0].float()
+            result: torch.Tensor = self._call(row[None]).logits[0].float()
         return result
 
     def _go_back(self, index: int, windows: Array) -> tuple[dict[str, Array], list[torch.Tensor]]:
@@ -197,7 +197,7 @@ class SensitivityWalk(LayerWalk):
         for i, row in enumerate(windows):
             leaf = None if states is None else states[i].requires_grad_()
             with torch.enable_grad(), _probing(linears) as probes:
-                _, result = self._pass(layer, row, leaf)
+                _, result = self._pass(layer, row[None], leaf)
                 hidden = result[0] if isinstance(result, tuple) else result
                 variables = [probe for _, _, probe in probes]
                 if leaf is not None:
