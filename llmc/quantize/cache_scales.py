@@ -113,7 +113,7 @@ class CacheTask:
         for kind, tensor in (("keys", keys), ("values", values)):
             name = f"{layer}.{kind}"
             peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-            self._peaks[name] = float(np.fmax(self._peaks.get(name, 0.0), peak)) if peak == peak else peak
+            self._peaks[name] = float(np.maximum(self._peaks.get(name, 0.0), peak))  # NaN stays
         return keys, values
 
     @contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from llmc.arrays import Array
 from llmc.checkpoint.skeleton import build_hollow
 from llmc.config import Dtype
 from llmc.errors import CheckpointError, UnsupportedError
@@ -28,10 +29,10 @@ from tests.state_store import StateStore
 WINDOWS = np.random.default_rng(0).integers(3, 250, (6, 48))
 
 
-def _walk(model: Any, folder: Path) -> dict[int, CachePeaks]:
+def _walk(model: Any, folder: Path, windows: Array = WINDOWS) -> dict[int, CachePeaks]:
     layers = tuple(f"model.layers.{i}" for i in range(model.config.num_hidden_layers))
     walk = CacheWalk(build_hollow(model.config), layers, StateStore(model), {}, folder)
-    return walk.run_peaks(WINDOWS, lambda _: None)
+    return walk.run_peaks(windows, lambda _: None)
 
 
 def _graph(model_type: str) -> tuple[Graph, Any]:
@@ -65,6 +66,16 @@ def test_keys_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         model.get_parameter("model.layers.1.self_attn.k_proj.weight")[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="layer 1 has keys on the calibration text that are not all"):
         _walk(model, tmp_path)
+
+
+def test_one_window_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = build_tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[255] = torch.nan
+    windows = WINDOWS.copy()
+    windows[0, 5] = 255
+    with pytest.raises(CheckpointError, match="layer 0 has keys on the calibration text that are not all"):
+        _walk(model, tmp_path, windows)
 
 
 def test_scales_span_the_peak_with_8_significant_bits() -> None:
