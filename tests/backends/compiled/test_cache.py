@@ -264,6 +264,6 @@ def test_one_layer_without_kernels_keeps_every_cache_in_float32(smooth: str, lay
     why = "it has a smooth softmax"
     assert made.outside == (("GroupQueryAttention", why, 1),)
     assert graph.notes == [
-        f"the KV cache stays in float32, not int8: ONNX Runtime reads that of {layers}, "
+        f"the KV cache stays in float32, not int8: ONNX Runtime reads the cache of {layers}, "
         f"attention stays outside of kernels: {why}"
     ]

@@ -28,6 +28,6 @@ def test_attention_in_plain_operators_stays_in_float32() -> None:
     assert graph.notes[before:] == []
     assert choose(graph, CacheType.INT8) is CacheType.FLOAT32
     assert graph.notes[before:] == [
-        "the KV cache stays in float32, not int8: ONNX Runtime reads that of 3 of 3 layers; in layer 0, "
+        "the KV cache stays in float32, not int8: ONNX Runtime reads the cache of 3 of 3 layers; in layer 0, "
         "attention is in plain operators"
     ]
