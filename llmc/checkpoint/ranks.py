@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +45,7 @@ class RankStore:
     def __init__(self, layout: RankLayout, stores: Mapping[int, SafetensorsStore]) -> None:
         self.files = tuple(file for store in stores.values() for file in store.files)
         self.notes: tuple[str, ...] = ()
-        self._layout, self._stores = layout, stores
+        self.layout, self._stores = layout, stores
         self._places: dict[str, list[tuple[int, str, Piece]]] = {}
         for rank in stores:
             for name, piece in layout.pieces(rank):
@@ -79,7 +80,7 @@ class RankStore:
         return self._infos
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        tensor = self._layout.tensors[name]
+        tensor = self.layout.tensors[name]
         low, high = row_range(tensor.shape, start, stop)
         if tensor.values is not None:
             whole = np.array(tensor.values).astype(element_type(tensor.dtype)).reshape(tensor.shape)
@@ -117,27 +118,51 @@ def _open_rank(folder: Path, layout: RankLayout, rank: int) -> SafetensorsStore:
 
 
 def find_differences(folder: Path, whole: WeightStore) -> Iterator[str]:
-    """Describe every tensor of a rank whose bytes are not those of the whole weights, as one sentence each.
+    """Describe as one sentence each what a rank's file does not have from the whole weights.
 
-    Tensors are read some rows at a time.
+    These are tensors with other bytes, elements that the layout leaves at zero and that are not zero, what
+    the layout states otherwise than the weights have it, and files that a build does not write: servers read
+    every part of a rank that they find. Tensors are read some rows at a time.
 
     Raises:
         CheckpointError: As `RankStore.open`.
     """
-    layout = RankStore.open(folder)._layout  # opens and checks every file
-    for name, info in whole.infos().items():
-        stated = layout.tensors.get(name)
-        if stated is None or (stated.shape, element_type(stated.dtype)) != (info.shape, info.dtype.numpy()):
-            yield f"{LAYOUT} does not state {name} as the weights have it"
-    for name in beside(folder):
-        copy = folder / RANKS / name
-        if not copy.is_file() or copy.read_bytes() != (folder / name).read_bytes():
-            yield f"{RANKS}/{name} is not the artifact's own"
+    layout = RankStore.open(folder).layout  # opens and checks every file
+    differing = {name for name in (*whole.infos(), *layout.tensors) if not _stated(name, layout, whole)}
+    yield from (f"{LAYOUT} does not state {name} as the weights have it" for name in sorted(differing))
+    yield from _other_files(folder, layout)
     for rank, tensors in enumerate(layout.ranks):
         store = _open_rank(folder, layout, rank)
         for name, tensor in tensors.items():
-            if not _equal(name, tensor, store, whole, layout.tensors):
+            comparable = differing.isdisjoint(piece.source for piece in tensor.pieces)
+            if not comparable or not _equal(name, tensor, store, whole, layout.tensors):
                 yield f"rank {rank} has another {name} than the whole weights"
+
+
+def _stated(name: str, layout: RankLayout, whole: WeightStore) -> bool:
+    """Return whether the layout states a tensor, and its values if it has them, as the weights do."""
+    stated, info = layout.tensors.get(name), whole.infos().get(name)
+    if stated is None or info is None:
+        return False
+    dtype = element_type(stated.dtype)
+    if (stated.shape, dtype) != (info.shape, info.dtype.numpy()):
+        return False
+    return (
+        stated.values is None or np.array(stated.values).astype(dtype).tobytes() == whole.read(name).tobytes()
+    )
+
+
+def _other_files(folder: Path, layout: RankLayout) -> Iterator[str]:
+    """Describe copies that are not the artifact's own files, and files that a build does not write."""
+    copies = beside(folder)
+    for name in copies:
+        copy = folder / RANKS / name
+        if not copy.is_file() or copy.read_bytes() != (folder / name).read_bytes():
+            yield f"{RANKS}/{name} is not the artifact's own"
+    known = {f"{RANKS}/{name}" for name in copies} | {rank_file(rank) for rank in range(len(layout.ranks))}
+    for file in sorted((folder / RANKS).iterdir()):
+        if f"{RANKS}/{file.name}" not in known | {LAYOUT}:
+            yield f"{RANKS}/{file.name} is not written by a build"
 
 
 def _equal(
@@ -150,11 +175,22 @@ def _equal(
     if tensor.values is not None:
         stated = np.array(tensor.values).astype(element_type(tensor.dtype))
         return stated.tobytes() == store.read(name).tobytes()
-    return all(
+    same = all(
         ours.tobytes() == theirs.tobytes()
         for piece in tensor.pieces
         for ours, theirs in _both(name, piece, store, whole, len(sources[piece.source].shape))
     )
+    return same and _zero_between(name, tensor, store)
+
+
+def _zero_between(name: str, tensor: RankTensor, store: SafetensorsStore) -> bool:
+    """Return whether the elements of a rank's tensor that no piece covers are zero."""
+    if sum(math.prod(piece.extent) for piece in tensor.pieces) == math.prod(tensor.shape):
+        return True
+    rest = np.array(store.read(name))
+    for piece in tensor.pieces:
+        rest[piece.place] = 0
+    return not any(rest.tobytes())
 
 
 def _both(

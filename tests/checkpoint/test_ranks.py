@@ -1,12 +1,14 @@
 """Checkpoints are split over ranks by the model's own plan, and every rank has its exact part."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmc.artifact.ranks import LAYOUT, RankLayout, rank_file
+from llmc.artifact.ranks import LAYOUT, Piece, RankLayout, RankTensor, SourceTensor, rank_file
 from llmc.backends.checkpoint.shards import write_ranks
 from llmc.checkpoint import open_checkpoint
 from llmc.checkpoint.ranks import RankStore, find_differences
@@ -79,6 +81,62 @@ def test_exchanged_ranks_are_found(tmp_path: Path) -> None:
     found = list(find_differences(tmp_path, SafetensorsStore.open(tmp_path)))
     assert "rank 0 has another model.layers.0.mlp.down_proj.weight than the whole weights" in found
     assert not any("norm" in sentence for sentence in found)
+
+
+def stale_part(folder: Path) -> None:
+    shutil.copy(folder / rank_file(0), folder / rank_file(0).replace("part-0", "part-1"))
+
+
+def stale_rank(folder: Path) -> None:
+    shutil.copy(folder / rank_file(1), folder / rank_file(2))
+
+
+def lost_source(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (stale_part, "ranks/model-rank-0-part-1.safetensors is not written by a build"),
+        (stale_rank, "ranks/model-rank-2-part-0.safetensors is not written by a build"),
+        (lost_source, "ranks/layout.json does not state model.norm.weight as the weights have it"),
+    ],
+)
+def test_what_an_earlier_build_left_is_found(
+    tmp_path: Path, change: Callable[[Path], None], sentence: str
+) -> None:
+    save_tiny_model("llama", tmp_path, tokenizer=True)
+    split(tmp_path, 2)
+    change(tmp_path)
+    assert sentence in list(find_differences(tmp_path, SafetensorsStore.open(tmp_path)))
+
+
+def test_padding_and_small_values_are_compared(tmp_path: Path) -> None:
+    whole = {"padded": np.ones((3, 2), np.float32), "small": np.ones(2, np.float32)}
+    pieces = (Piece(source="padded", start=(0, 0), size=(3, 2), at=(0, 0), extent=(3, 2)),)
+    rank = {"padded": RankTensor(dtype="float32", shape=(4, 2), pieces=pieces)}
+
+    def differences(small: float, padding: float) -> list[str]:
+        sources = {
+            "padded": SourceTensor(dtype="float32", shape=(3, 2)),
+            "small": SourceTensor(dtype="float32", shape=(2,), values=(1.0, small)),
+        }
+        folder = tmp_path / f"{small}-{padding}"
+        folder.mkdir()
+        save_file(whole, folder / "model.safetensors")
+        store = SafetensorsStore.open(folder)
+        write_ranks(folder, RankLayout(names="none", tensors=sources, ranks=(rank,)), store)
+        stored = load_file(folder / rank_file(0))
+        stored["padded"][3] = padding
+        save_file(stored, folder / rank_file(0))
+        return list(find_differences(folder, store))
+
+    assert differences(1.0, 0.0) == []
+    assert differences(1.0, 0.5) == ["rank 0 has another padded than the whole weights"]
+    assert differences(2.0, 0.0) == ["ranks/layout.json does not state small as the weights have it"]
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from llmc.artifact.ranks import LAYOUT, rank_file, read_layout
+from llmc.artifact.ranks import LAYOUT, RANKS, rank_file, read_layout
 from llmc.artifact.store.folder import open_artifact
 from llmc.artifact.store.integrity import find_damage
 from llmc.checkpoint.ranks import find_differences
 from llmc.checkpoint.safetensors import SafetensorsStore
-from llmc.config import BuildPlan, WeightRule
+from llmc.config import BuildPlan, Family, WeightRule
 from llmc.errors import ConfigError, ResourceError
 from llmc.pipeline import build
+from llmc.pipeline.gate.ranks import rank_extras
 from llmc.plan import plan_build
 from llmc.progress import SilentProgress
 from tests.caches import own_cache
@@ -58,6 +59,12 @@ def test_a_build_writes_a_file_for_each_rank(llama: Path, tmp_path: Path) -> Non
     assert layout.ranks[1][f"{module}.weight_packed"].shape == (64, 6)
     assert layout.ranks[1][f"{module}.weight_scale"].shape == (64, 3)
     assert list(find_differences(artifact.path, SafetensorsStore.open(artifact.path))) == []
+
+
+def test_a_lost_layout_does_not_skip_the_ranks(tmp_path: Path) -> None:
+    assert rank_extras(tmp_path) == []
+    (tmp_path / RANKS).mkdir()
+    assert [extra.metrics for extra in rank_extras(tmp_path)] == [Family.RANKS.metrics]
 
 
 def test_groups_that_do_not_divide_are_refused_before_any_work(llama: Path, tmp_path: Path) -> None:

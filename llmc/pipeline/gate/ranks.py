@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmc.artifact.ranks import read_layout
-from llmc.checkpoint.ranks import find_differences
+from llmc.artifact.ranks import RANKS
+from llmc.checkpoint.ranks import RankStore, find_differences
 from llmc.checkpoint.safetensors import SafetensorsStore
 from llmc.config import Family, Gate, Metric
 from llmc.pipeline.gate.parity import Extra
@@ -36,8 +36,8 @@ _GATES = (
 
 
 def rank_extras(folder: Path) -> list[Extra]:
-    """Return the step of the gate that measures the ranks of an artifact; none if it is not split."""
-    if read_layout(folder) is None:
+    """Return the step of the gate that measures ranks; none if the artifact has no folder of them."""
+    if not (folder / RANKS).exists():
         return []
     return [Extra(Family.RANKS.metrics, _GATES, measure_ranks)]
 
@@ -45,9 +45,7 @@ def rank_extras(folder: Path) -> list[Extra]:
 def measure_ranks(run: Run) -> None:
     """Measure RANKS_EXACT and RANKS_MAX_ABS."""
     folder = run.subject.folder
-    layout = read_layout(folder)
-    if layout is None:
-        return
+    layout = RankStore.open(folder).layout
     ranks = len(layout.ranks)
     with run.progress.stage("files of ranks"):
         differences = tuple(find_differences(folder, SafetensorsStore.open(folder)))
