@@ -10,7 +10,7 @@ from llmc.errors import ConfigError, LlmcError, UnsupportedError, count_names, d
 from llmc.progress import Progress
 from llmc.records import Record
 from llmc.servers.support import Matrix, schemes_of, treatments
-from llmc.servers.support_models import of_model
+from llmc.servers.support_models import ServedModel, of_model
 from llmc.servers.support_table import VERSIONS
 from llmc.servers.support_terms import Runtime, Status, Treatment
 
@@ -119,9 +119,9 @@ def check_servers(
     if model is not None:
         architecture, matrices, obstacles, config = _of_model(target, section, model, adapter, progress)
         found = {runtime: treatments(runtime, target, matrices) for runtime in runtimes}
+        served = ServedModel(config, architecture, tuple(matrix.name for matrix in matrices))
         for runtime in runtimes:
-            refused_model = of_model(runtime, config)
-            found[runtime] += () if refused_model is None else (refused_model,)
+            found[runtime] += of_model(runtime, served)
     form = format_of(section)
     refused: dict[str, list[str]] = {}
     for matrix in matrices:

@@ -12,6 +12,7 @@ from pathlib import Path
 from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
 from llmc.errors import ConfigError, count_names
 from llmc.servers.support_experts import EXPERTS
+from llmc.servers.support_models import ServedModel, of_model
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
 from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, SchemeSupport, Status, Treatment
 
@@ -131,34 +132,39 @@ def why_not(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()) -
     return None
 
 
-def takers(target: Target, matrices: Sequence[Matrix] = ()) -> dict[Status, tuple[Runtime, ...]]:
+def takers(
+    target: Target, matrices: Sequence[Matrix] = (), model: ServedModel | None = None
+) -> dict[Status, tuple[Runtime, ...]]:
     """Return the runtimes that load all of a target: those that compute on a CPU, and those on a GPU only.
 
     Args:
         matrices: As for `treatments`.
+        model: The model; None to ask about the target alone.
 
     Raises:
         ConfigError: The target is not a checkpoint.
     """
     by_status: dict[Status, tuple[Runtime, ...]] = {Status.SERVED: (), Status.GPU_ONLY: ()}
     for runtime in Runtime:
-        found = {treatment.status for treatment in treatments(runtime, target, matrices)}
+        of_this = () if model is None else of_model(runtime, model)
+        found = {each.status for each in (*treatments(runtime, target, matrices), *of_this)}
         if found <= {Status.SERVED, Status.GPU_ONLY}:
             status = Status.GPU_ONLY if Status.GPU_ONLY in found else Status.SERVED
             by_status[status] += (runtime,)
     return by_status
 
 
-def describe_takers(target: Target, matrices: Sequence[Matrix] = ()) -> str:
+def describe_takers(target: Target, matrices: Sequence[Matrix] = (), model: ServedModel | None = None) -> str:
     """Return one line on the servers that take what a target builds, and on those that read it wrongly.
 
     Args:
         matrices: As for `treatments`.
+        model: As for `takers`.
 
     Raises:
         ConfigError: The target is not a checkpoint.
     """
-    found = takers(target, matrices)
+    found = takers(target, matrices, model)
     here, gpu = (", ".join(found[status]) or "none" for status in (Status.SERVED, Status.GPU_ONLY))
     line = f"servers that take it: {here} on a CPU; {gpu} on a GPU only"
     wrong = [
@@ -189,14 +195,14 @@ def markdown_table(
 
 
 def write_table(file: str) -> None:
-    """Replace the two tables in a Markdown document, each from a line that begins with `| format`.
+    """Replace the two tables in a Markdown document, each from a line that begins with `| format | matrices`.
 
     `make servers` calls it.
     """
     path = Path(file)
     lines, written = path.read_text(encoding="utf-8").splitlines(), 0
     for table in (markdown_table(), markdown_table(EXPERTS)):
-        first = next(n for n in range(written, len(lines)) if lines[n].startswith("| format"))
+        first = next(n for n in range(written, len(lines)) if lines[n].startswith("| format | matrices"))
         last = next((n for n in range(first, len(lines)) if not lines[n].startswith("|")), len(lines))
         lines[first:last] = table.splitlines()
         written = first + len(table.splitlines())

@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoConfig
 
 from llmc.catalog import list_targets, load_target
-from llmc.config import BackendName, CheckpointFormat, EngineScheme, Target, WeightScheme
+from llmc.config import BackendName, CheckpointFormat, EngineScheme, Target, WeightRole, WeightScheme
 from llmc.errors import ConfigError
+from llmc.quantize.place import choose_scheme
 from llmc.servers.support import (
     Matrix,
     describe_takers,
@@ -21,7 +22,7 @@ from llmc.servers.support import (
     why_not,
     write_table,
 )
-from llmc.servers.support_models import of_model
+from llmc.servers.support_models import ServedModel, of_model
 from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
 from llmc.servers.support_terms import MatrixKind, Runtime, Status
 
@@ -159,16 +160,46 @@ def test_servers_differ_in_what_they_do_with_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "refused"),
+    ("kind", "fields", "refused"),
     [
-        ({"max_window_layers": 1, "use_sliding_window": True}, True),
-        ({"max_window_layers": 3, "use_sliding_window": True}, False),
-        ({"max_window_layers": 1, "use_sliding_window": False}, False),
+        ("qwen3", {"max_window_layers": 1, "use_sliding_window": True}, "max_window_layers, 1"),
+        ("qwen3", {"max_window_layers": 3, "use_sliding_window": True}, None),
+        ("qwen3", {"max_window_layers": 1, "use_sliding_window": False}, None),
+        ("falcon", {"hidden_size": 64, "ffn_hidden_size": 128}, "an MLP of 256, and it has 128"),
+        ("falcon", {"hidden_size": 64}, None),
+        ("lfm2", {}, "config.json lacks conv_dim and block_dim"),
+        ("lfm2", {"conv_dim": 64, "block_dim": 64}, None),
+        ("deepseek_v3", {}, "config.json lacks topk_method"),
+        ("deepseek_v3", {"topk_method": "noaux_tc"}, None),
     ],
 )
-def test_vllm_refuses_a_window_in_some_layers_of_qwen3(fields: dict[str, Any], refused: bool) -> None:
-    config = AutoConfig.for_model("qwen3", num_hidden_layers=3, sliding_window=8, **fields)
-    found = of_model(Runtime.VLLM, config)
-    assert (found is not None) == refused
-    assert found is None or found.refuses
-    assert of_model(Runtime.SGLANG, config) is None
+def test_vllm_refuses_models_by_their_settings(
+    kind: str, fields: dict[str, Any], refused: str | None
+) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=3, sliding_window=8, **fields)
+    found = of_model(Runtime.VLLM, ServedModel(config))
+    assert [each.refuses for each in found] == ([] if refused is None else [True])
+    assert refused is None or refused in found[0].reason
+    assert of_model(Runtime.SGLANG, ServedModel(config)) == ()
+
+
+def test_vllm_has_modules_that_it_keeps_in_float() -> None:
+    jamba, qwen = (AutoConfig.for_model(kind) for kind in ("jamba", "qwen3_next"))
+    names = ("layers.0.mamba.in_proj", "layers.0.mlp.shared_expert_gate", "layers.1.mamba.in_proj")
+    refused = of_model(Runtime.VLLM, ServedModel(qwen, quantized=names))
+    assert [each.subject for each in refused] == ["layers.0.mlp.shared_expert_gate"]
+    refused = of_model(Runtime.VLLM, ServedModel(jamba, quantized=names[::2]))
+    assert [each.status for each in refused] == [Status.REFUSED, Status.GPU_ONLY]
+    assert 'match: "*.mamba.*"' in refused[0].reason
+    target = load_target("vllm-fp8")
+    assert Runtime.VLLM in takers(target, (), ServedModel(qwen))[Status.SERVED]
+    assert Runtime.VLLM in takers(target, (), ServedModel(jamba))[Status.GPU_ONLY]
+    unknown = ServedModel(AutoConfig.for_model("mpt"), "MptForCausalLM")
+    assert Runtime.VLLM not in sum(takers(target, (), unknown).values(), ())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_that_ship_keep_the_gate_of_shared_experts(name: str) -> None:
+    target = load_target(name)
+    rules = target.checkpoint.weights if target.quantize is None else target.quantize.rules  # type: ignore[union-attr]
+    assert choose_scheme(rules, WeightRole.LINEAR, "model.layers.0.mlp.shared_expert_gate.weight") is None

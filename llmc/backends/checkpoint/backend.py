@@ -28,6 +28,7 @@ from llmc.graph.interface import Interface
 from llmc.progress import Progress
 from llmc.runtime.arithmetic import Arithmetic
 from llmc.servers.support import Matrix, describe_takers
+from llmc.servers.support_models import ServedModel
 
 if TYPE_CHECKING:
     from llmc.artifact.store.folder import Artifact
@@ -123,7 +124,9 @@ class CheckpointBackend(Backend):
                 f"write: {len(contents.unused)} tensors that transformers does not use are copied "
                 f"for servers and not verified, first {contents.unused[0]}"
             )
-        progress.note(f"write: {describe_takers(target, _experts(graph))}")
+        progress.note(
+            f"write: {describe_takers(target, _experts(graph), _served(graph, target, checkpoint))}"
+        )
         return write_tensors(contents.tensors, folder, progress.advance)
 
     def write_serving(
@@ -238,6 +241,15 @@ def _experts(graph: Graph) -> list[Matrix]:
 
     stacks = stored_experts(graph).items()
     return [Matrix(name, (0, 0), stored.scheme, is_expert=True) for name, stored in stacks]
+
+
+def _served(graph: Graph, target: Target, checkpoint: WrittenFrom) -> ServedModel:
+    """Return what servers read of the model that is written."""
+    from llmc.backends.checkpoint.coded import coded_matrices
+
+    coded = coded_matrices(graph, section_of(target).format)
+    config = checkpoint.config.get_text_config(decoder=True)
+    return ServedModel(config, checkpoint.architecture, tuple(each.module for each in coded))
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

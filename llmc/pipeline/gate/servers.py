@@ -24,7 +24,7 @@ from llmc.servers.edgellm_graph import exported_matrices
 from llmc.servers.environment import Server, find_server, known_recipe, parse_environments
 from llmc.servers.recipes import RECIPES
 from llmc.servers.support import of_experts, schemes_of, treatments, why_not
-from llmc.servers.support_models import of_model
+from llmc.servers.support_models import ServedModel, of_model
 from llmc.servers.support_terms import Runtime, Status
 from llmc.validate.servers import (
     Figures,
@@ -173,9 +173,12 @@ def _needs_gpu(server: Server, target: Target) -> bool:
 
 def _why_idle(server: Server, run: Run) -> str | None:
     """Return why a server is known to end while it loads the artifact; None if nothing is known."""
-    refused = of_model(Runtime(server.name), run.subject.compiled.config.get_text_config(decoder=True))
-    if refused is not None:
-        return f"{refused.subject}: {refused.reason} [{refused.where}]"
+    compiled = run.subject.compiled
+    config = compiled.config.get_text_config(decoder=True)
+    model = ServedModel(config, compiled.architecture, tuple(_quantized(run)))
+    for found in of_model(Runtime(server.name), model):
+        if found.refuses or (found.status is Status.GPU_ONLY and detect_gpu() is None):
+            return f"{found.subject}: {found.reason} [{found.where}]"
     return _no_kernels(server, run)
 
 
