@@ -234,6 +234,17 @@ def test_a_mounted_file_system_is_no_output(build: Build) -> None:
         build(Path("/proc"), b"one")
 
 
+def test_a_folder_that_takes_no_files_is_no_output(build: Build) -> None:
+    with pytest.raises(ConfigError, match="/proc takes no new files"):
+        build(Path("/proc/artifact"), b"1")
+
+
+@pytest.mark.parametrize("length", [255, 300])
+def test_a_name_that_is_too_long_is_no_output(tmp_path: Path, build: Build, length: int) -> None:
+    with pytest.raises(ConfigError, match="cannot be written: File name too long"):
+        build(tmp_path / ("x" * length), b"1")
+
+
 def test_too_little_space_is_told_before_writing(tmp_path: Path) -> None:
     fact = r"has [\d,]+ bytes free, but the build writes 1,152,921,504,606,846,976"
     with pytest.raises(ResourceError, match=fact) as caught, staging(tmp_path / "model", 1 << 60):

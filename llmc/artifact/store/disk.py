@@ -12,7 +12,7 @@ from llmc.errors import ConfigError, ResourceError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: EXDEV: a folder from a container's image cannot be renamed.
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENAMETOOLONG}
 _HINT = "free some space, or choose another place for the output"
 #: The form in which libraries written in Rust (safetensors, tokenizers) quote the operating system.
 _QUOTED = re.compile(r"\(os error (\d+)\)")
@@ -59,10 +59,10 @@ def _error_number(error: Exception) -> int:
 
 @contextmanager
 def access_errors(path: Path) -> Iterator[None]:
-    """Convert a lack of write permission into a typed error.
+    """Convert a lack of write permission, or a name that is too long, into a typed error.
 
     Raises:
-        ConfigError: No permission, or a read-only file system.
+        ConfigError: No permission, a read-only file system, or a name that is too long for it.
     """
     try:
         yield

@@ -107,7 +107,9 @@ def staging(output: Path, needed: int = 0) -> Iterator[Staging]:
     output = output.resolve()
     if not output.name:
         raise ConfigError(f"{output} cannot be an output directory", hint="name a directory below it")
-    if output.is_mount():
+    with access_errors(output):
+        is_mount = output.is_mount()
+    if is_mount:
         raise ConfigError(
             f"output {output} is a mount point, which cannot be replaced atomically",
             hint="name a directory below it",

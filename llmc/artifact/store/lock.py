@@ -29,7 +29,8 @@ def output_lock(lock: Path, output: Path) -> Iterator[None]:
     A file that llmc did not write is left unchanged, and no link is followed.
 
     Raises:
-        ConfigError: Another process, named by its id, uses the output; or `lock` is not a lock file.
+        ConfigError: Another process, named by its id, uses the output; `lock` is not a lock file; or its
+            folder takes no new files.
     """
     descriptor = _acquire(lock, output)
     try:
@@ -60,6 +61,10 @@ def _open(lock: Path) -> tuple[int, bool]:
             return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
             pass
+        except FileNotFoundError as error:  # the kernel's own file systems, such as /proc
+            raise ConfigError(
+                f"{lock.parent} takes no new files", hint="choose a folder on another file system"
+            ) from error
         try:
             descriptor = os.open(lock, flags)
         except FileNotFoundError:  # its holder removed it meanwhile
