@@ -9,8 +9,10 @@ the servers' arithmetic in float32, for both formats that have scales.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,6 +103,22 @@ def round_cache(model: Any, checkpoint: Checkpoint) -> CacheRounding | None:
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     return rounding
+
+
+def stored_scales(folder: Path) -> dict[int, tuple[float, float]]:
+    """Return the scales of keys and of values that the files of a folder have, by layer; 1 for one of a pair
+    that they lack.
+
+    The number of the layer is the last in the name of its attention module.
+    """
+    stored = SafetensorsStore.open(folder)
+    found: dict[int, list[float]] = {}
+    for name in stored.infos():
+        kind, layer = name.rpartition(".")[2], re.findall(r"\d+", name)
+        if kind in ("k_scale", "v_scale") and layer:
+            value = float(np.asarray(stored.read(name), np.float32).reshape(-1)[0])
+            found.setdefault(int(layer[-1]), [1.0, 1.0])[kind == "v_scale"] = value
+    return {layer: (keys, values) for layer, (keys, values) in found.items()}
 
 
 def _read(model: Any, checkpoint: Checkpoint, names: tuple[str, str]) -> CacheRounding:

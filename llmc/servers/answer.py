@@ -1,6 +1,6 @@
 """Define what a server is asked about a checkpoint, and what it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,8 @@ class Answer:
         greedy: New token ids after each of `continued`, with the end token if it chose one.
         products: What its matrices compute; None if it does not execute, or does not tell.
         graph: The ONNX file that it exported; None if it exports none.
+        cache_scales: The scales of keys and values with which its modules of attention compute; none of those
+            that cache in float. None if it does not tell.
     """
 
     server: str
@@ -78,3 +80,4 @@ class Answer:
     greedy: tuple[tuple[int, ...], ...] | None
     products: tuple[Product, ...] | None = None
     graph: Path | None = None
+    cache_scales: Mapping[str, tuple[float, float]] | None = None

@@ -65,6 +65,7 @@ class _Answer(Record):
     greedy: tuple[tuple[int, ...], ...] | None
     products: tuple[_Product, ...] | None = None
     graph: str | None
+    cache_scales: dict[str, tuple[float, float]] | None = None
 
 
 class _Failure(Record):
@@ -322,6 +323,7 @@ def _read(server: Server, request: Request, heard: _Heard, scratch: Path) -> Ans
         greedy=answer.greedy,
         products=_products(server, scratch, answer.products),
         graph=None if answer.graph is None else _graph(server, scratch, answer.graph),
+        cache_scales=answer.cache_scales,
     )
 
 

@@ -9,11 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.config import CheckpointFormat, EngineScheme, ServedCheckpoint, Target, WeightFormat, WeightScheme
+from llmc.config import (
+    CacheType,
+    CheckpointFormat,
+    EngineScheme,
+    ServedCheckpoint,
+    Target,
+    WeightFormat,
+    WeightScheme,
+)
 from llmc.errors import ConfigError, count_names
 from llmc.servers.support_experts import EXPERTS
 from llmc.servers.support_models import ServedModel, of_model
-from llmc.servers.support_table import FOLDERS, SCHEMES, VERSIONS
+from llmc.servers.support_table import CACHES, FOLDERS, SCHEMES, VERSIONS
 from llmc.servers.support_terms import FolderSupport, MatrixKind, Runtime, SchemeSupport, Status, Treatment
 
 
@@ -105,6 +113,7 @@ def treatments(runtime: Runtime, target: Target, matrices: Sequence[Matrix] = ()
     return (
         *(_of_scheme(runtime, section, scheme) for scheme in schemes),
         *_of_folder(runtime, section, len(schemes)),
+        *_of_cache(runtime, target, section),
         *_of_shapes(runtime, section, (matrix for matrix in matrices if not matrix.is_expert)),
         *_of_experts(runtime, section, matrices),
     )
@@ -265,6 +274,17 @@ def _of_folder(runtime: Runtime, section: ServedCheckpoint, schemes: int) -> Ite
     where = VERSIONS[runtime]
     if schemes > 1:
         yield Treatment(runtime, "several schemes in one folder", row.mixed, row.mixed_reason, where)
+
+
+def _of_cache(runtime: Runtime, target: Target, section: ServedCheckpoint) -> Iterator[Treatment]:
+    """Yield what a runtime does with the scales of a KV cache in fp8, if the target has them."""
+    if target.kv_cache is not CacheType.FP8:
+        return
+    subject, row = "scales of a KV cache in fp8", CACHES.get((runtime, section.format))
+    if row is None:
+        yield Treatment(runtime, subject, Status.UNKNOWN, "they were not tried")
+    else:
+        yield Treatment(runtime, subject, row.status, row.reason, f"{row.evidence.value}: {row.where}")
 
 
 def _of_shapes(

@@ -180,6 +180,26 @@ _IN_SGLANG = {
     ),
 }
 
+_ATTENTION = "vllm/model_executor/layers/quantization/kv_cache.py"
+#: What runtimes do with the scales of a KV cache in fp8.
+CACHES = {
+    (Runtime.TRANSFORMERS, _CT): SchemeSupport(
+        _SERVED, _RAN, _TRANSFORMERS, "it loads the scales and keeps its cache in float"
+    ),
+    (Runtime.VLLM, _CT): SchemeSupport(_SERVED, _RAN, _VLLM, "on a CPU it needs AVX-512 or AMX"),
+    (Runtime.VLLM, _MODELOPT): SchemeSupport(_SERVED, _SOURCE, _ATTENTION),
+    (Runtime.SGLANG, _CT): SchemeSupport(_GPU, _SOURCE, f"{_SGLANG}/kv_cache.py"),
+    (Runtime.SGLANG, _MODELOPT): SchemeSupport(_GPU, _SOURCE, f"{_SGLANG}/kv_cache.py"),
+    (Runtime.TENSORRT_LLM, _CT): SchemeSupport(
+        _WRONG,
+        _SOURCE,
+        "tensorrt_llm/_torch/modules/linear.py",
+        "it has a cache in fp8 as declared, looks for scales in projections only, and takes 1",
+    ),
+    (Runtime.TENSORRT_LLM, _MODELOPT): SchemeSupport(_GPU, _SOURCE, "tensorrt_llm/_torch/modules/linear.py"),
+    (Runtime.EDGELLM, _MODELOPT): SchemeSupport(_GPU, _SOURCE, "tensorrt_edgellm/onnx/export.py"),
+}
+
 _NO_READER = "it has no reader of this format"
 _IN_TENSORRT_LLM = {
     (Runtime.TENSORRT_LLM, _CT): {

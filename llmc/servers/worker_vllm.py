@@ -82,7 +82,17 @@ def main(request: dict[str, Any], channel: Channel) -> None:
         greedy=greedy,
         products=_products(model, model.llm_engine.model_config.dtype, request["scratch"], channel),
         graph=None,
+        cache_scales=model.apply_model(_cache_scales)[0],
     )
+
+
+def _cache_scales(inner: Any) -> dict[str, tuple[float, float]]:
+    """Return the scales of keys and values by module of attention; none of modules that cache in float."""
+    return {
+        name: (float(module._k_scale_float), float(module._v_scale_float))
+        for name, module in inner.named_modules()
+        if hasattr(module, "_k_scale_float") and str(module.kv_cache_dtype).startswith("fp8")
+    }
 
 
 def _score(model: Any, ids: list[int]) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ where the format says so.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,24 +126,39 @@ def plan_questions(
 
 
 def measure_server(
-    answer: Answer, questions: ServerQuestions, original: Reference, own: Reference, matrix: Matrix
+    answer: Answer,
+    questions: ServerQuestions,
+    original: Reference,
+    own: Reference,
+    matrix: Matrix,
+    scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> Figures:
     """Return the figures of one server; NaN for those that its answer is not good for.
 
-    SERVER_SKIPPED counts the tensors of the files that the server did not take, and its parameters that none
-    filled. SERVER_TOKENIZER is the share of texts that its tokenizer encodes as the original's does.
-    SERVER_LOGPROB is the largest difference of the log-probability of a text's own token, and SERVER_KL_MEAN
-    the mean KL divergence, both from the original with the artifact's own weights; SERVER_PERPLEXITY_RATIO is
-    the ratio to the unmodified original's. SERVER_PRODUCT is the largest error of an output of a matrix, in
-    multiples of the length of the artifact's own weights for it. SERVER_GREEDY_GAP is the largest margin, in
-    logits, by which the original with the artifact's weights prefers another token than one of the server's
-    greedy text.
+    SERVER_SKIPPED counts the tensors of the files that the server did not take, its parameters that none
+    filled, and the layers that cache keys and values by other scales than those of the files.
+    SERVER_TOKENIZER is the share of texts that its tokenizer encodes as the original's does. SERVER_LOGPROB
+    is the largest difference of the log-probability of a text's own token, and SERVER_KL_MEAN the mean KL
+    divergence, both from the original with the artifact's own weights; SERVER_PERPLEXITY_RATIO is the ratio
+    to the unmodified original's. SERVER_PRODUCT is the largest error of an output of a matrix, in multiples
+    of the length of the artifact's own weights for it. SERVER_GREEDY_GAP is the largest margin, in logits,
+    by which the original with the artifact's weights prefers another token than one of the server's greedy
+    text.
 
     Args:
         matrix: Reads the artifact's own weights.
+        scales: The scales of keys and values in the files, by layer; None if they have none.
     """
-    missing = (*answer.skipped, *answer.unfilled)
+    other = _other_scales(answer, scales or {})
+    missing = (*answer.skipped, *answer.unfilled, *other)
     named = f"{answer.taken} tensors taken"
+    if scales:
+        known = (
+            "which it does not tell" if answer.cache_scales is None else f"{len(other)} not as in the files"
+        )
+        if answer.logits is None:
+            known = "read, not executed"
+        named += f", scales of the KV cache of {len(scales)} layers, {known}"
     if missing:
         named += f", {len(missing)} not, the first {missing[0]}"
     figures: Figures = {Metric.SERVER_SKIPPED: (float(len(missing)), named)}
@@ -158,6 +174,18 @@ def measure_server(
     except ParityError as error:
         figures |= dict.fromkeys(_ARITHMETIC, (math.nan, error.fact))
     return figures
+
+
+def _other_scales(answer: Answer, scales: Mapping[int, tuple[float, float]]) -> list[str]:
+    """Say of each layer whose KV cache a server has other scales for than the files, which they are."""
+    if answer.cache_scales is None:
+        return []
+    used = {int(re.findall(r"\d+", name)[-1]): pair for name, pair in answer.cache_scales.items()}
+    return [
+        f"the KV cache of layer {layer}, whose scales are {used.get(layer, 'none')} and {pair} in the files"
+        for layer, pair in sorted(scales.items())
+        if used.get(layer) != pair
+    ]
 
 
 def measure_exported(

@@ -28,8 +28,11 @@ Tensors = dict[str, torch.Tensor]
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
 FILE = "model.safetensors"
 #: A random model of two layers loses more to few bits than the targets allow a trained one.
-LOOSE = (M.TEXT_KL_MEAN, M.TEXT_TOP1, M.TEXT_KL_RATIO, M.WEIGHTS_BLOCK_SNR)
-TARGETS = ("vllm-w4a16", "vllm-w8a8", "vllm-nvfp4", "gptq-int4", "awq-int4", "modelopt-fp8", "modelopt-nvfp4")
+LOOSE = (M.TEXT_KL_MEAN, M.TEXT_TOP1, M.TEXT_KL_RATIO, M.WEIGHTS_BLOCK_SNR, M.CACHE_KL_MEAN, M.CACHE_KL_MAX)
+TARGETS = (
+    *("vllm-w4a16", "vllm-w8a8", "vllm-nvfp4", "gptq-int4", "awq-int4", "modelopt-nvfp4"),
+    *("vllm-fp8-kv8", "modelopt-fp8-kv8"),
+)
 #: Targets of a mixture of experts, by the name of the artifact.
 MIXTURES = {"experts": "vllm-w4a16", "experts-nvfp4": "modelopt-nvfp4"}
 ATTENTION = "model.layers.1.self_attn."
@@ -96,6 +99,10 @@ def test_a_good_checkpoint_passes(name: str, artifacts: dict[str, Path]) -> None
     largest = found[M.PREFILL_MAX_ABS].value
     assert largest is not None
     assert largest < 1e-4
+    assert (M.CACHE_SCALE_RATIO in checks) == name.endswith("kv8")
+    if name.endswith("kv8"):
+        assert found[M.CACHE_SCALE_RATIO].detail.startswith("scales of 2 layers")
+        assert (found[M.CACHE_KL_MEAN].value or 0) > 0
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -185,6 +192,13 @@ def swap(first: str, second: str) -> Callable[[Tensors], None]:
     return change
 
 
+def exchange(first: str, second: str) -> Callable[[Tensors], None]:
+    def change(stored: Tensors) -> None:
+        stored[first], stored[second] = stored[second], stored[first]
+
+    return change
+
+
 def rename(name: str, other: str) -> Callable[[Tensors], None]:
     def change(stored: Tensors) -> None:
         stored[other] = stored.pop(name)
@@ -266,8 +280,35 @@ FAULTS = {
         M.WEIGHTS_EXACT,
         "weight differs in 1 of",
     ),
+    "the scale of keys": Fault(
+        "vllm-fp8-kv8",
+        tensors(scale(f"{ATTENTION}k_scale", 1.02)),
+        M.WEIGHTS_EXACT,
+        f"{ATTENTION}k_scale differs",
+    ),
+    "keys and values swapped": Fault(
+        "vllm-fp8-kv8",
+        tensors(exchange(f"{ATTENTION}k_scale", f"{ATTENTION}v_scale")),
+        M.WEIGHTS_EXACT,
+        f"{ATTENTION}k_scale differs",
+    ),
+    "scales of another layer": Fault(
+        "modelopt-fp8-kv8",
+        tensors(exchange(f"{ATTENTION}k_proj.k_scale", "model.layers.0.self_attn.k_proj.k_scale")),
+        M.WEIGHTS_EXACT,
+        "self_attn.k_proj.k_scale differs",
+    ),
+    "no scale of values": Fault(
+        "modelopt-fp8-kv8",
+        tensors(lambda stored: stored.pop(f"{ATTENTION}v_proj.v_scale")),
+        M.WEIGHTS_EXACT,
+        f"{ATTENTION}v_proj.v_scale is missing",
+    ),
+    "no declaration of the cache": Fault(
+        "vllm-fp8-kv8", config("kv_cache_scheme", value=None), M.SERVING, "kv_cache_scheme"
+    ),
     "an input scale": Fault(
-        "modelopt-fp8",
+        "modelopt-fp8-kv8",
         tensors(scale(f"{MLP}down_proj.input_scale", 1.02)),
         M.WEIGHTS_EXACT,
         "input_scale differs",
@@ -329,6 +370,7 @@ UNSEEN = {
     "layers swapped": (M.WEIGHTS_EXACT, "has a gain of"),
     "two experts swapped": (M.WEIGHTS_EXACT, "experts"),
     "an input scale": (M.WEIGHTS_EXACT, "input_scale differs"),
+    "no scale of values": (M.WEIGHTS_EXACT, "v_proj.v_scale is missing"),
 }
 
 
@@ -345,6 +387,20 @@ def test_faults_of_codes_that_calibration_decided(
     metric, said = UNSEEN[name]
     assert checks[metric] is CheckStatus.FAIL
     assert said in found[metric].detail
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_cache_scale_far_off_without_the_calibration(
+    factor: float, artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMC_CACHE", own_cache(tmp_path / "cache"))
+    folder = copy_artifact(artifacts["vllm-fp8-kv8"], tmp_path / "broken")
+    tensors(scale(f"{ATTENTION}v_scale", factor))(folder)
+    reseal(folder)
+    checks, found = measure(folder, artifacts)
+    assert checks[M.WEIGHTS_EXACT] is CheckStatus.PASS
+    assert checks[M.CACHE_SCALE_RATIO] is CheckStatus.FAIL
+    assert "the worst: values of layer 1" in found[M.CACHE_SCALE_RATIO].detail
 
 
 def test_zero_points_off_by_one_without_the_calibration(

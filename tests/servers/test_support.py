@@ -74,6 +74,14 @@ def test_what_a_server_reads_wrongly_is_refused() -> None:
     assert why_not(Runtime.EDGELLM, load_target("gptq-int4")) is None
 
 
+def test_scales_of_the_cache_are_a_matter_of_the_server() -> None:
+    said = why_not(Runtime.TENSORRT_LLM, load_target("vllm-fp8-kv8"))
+    assert str(said).startswith("scales of a KV cache in fp8 is read wrongly by tensorrt-llm: it has a cache")
+    for name, runtime in (("vllm-fp8", Runtime.TENSORRT_LLM), ("modelopt-fp8-kv8", Runtime.TENSORRT_LLM)):
+        assert why_not(runtime, load_target(name)) is None
+    assert takers(load_target("vllm-fp8-kv8"))[Status.SERVED] == (Runtime.TRANSFORMERS, Runtime.VLLM)
+
+
 def test_zero_points_are_a_matter_of_the_server() -> None:
     asymmetric = integers("awq", scheme(symmetric=False))
     assert why_not(Runtime.VLLM, asymmetric) is None

@@ -102,6 +102,28 @@ def test_skipped_and_unfilled_tensors_count(
     assert server_record(bad, {}).skipped == 3
 
 
+def test_other_scales_of_the_cache_count(
+    answer: Answer, questions: ServerQuestions, model: TorchModel
+) -> None:
+    scales = {0: (0.5, 0.25), 1: (0.75, 0.125)}
+
+    def skipped(given: Answer) -> tuple[float, str]:
+        found = measure_server(given, questions, model, model, matrices(model), scales)
+        return found[Metric.SERVER_SKIPPED]
+
+    told = {"model.layers.0.self_attn.attn": (0.5, 0.25), "model.layers.1.self_attn.attn": (0.75, 0.125)}
+    same = "12 tensors taken, scales of the KV cache of 2 layers"
+    assert skipped(replace(answer, cache_scales=told)) == (0, f"{same}, 0 not as in the files")
+    value, detail = skipped(
+        replace(answer, cache_scales={**told, "model.layers.1.self_attn.attn": (0.75, 1)})
+    )
+    assert value == 1
+    assert "layer 1, whose scales are (0.75, 1) and (0.75, 0.125) in the files" in detail
+    assert skipped(replace(answer, cache_scales={}))[0] == 2
+    assert skipped(answer) == (0, f"{same}, which it does not tell")
+    assert skipped(replace(answer, logits=None)) == (0, f"{same}, read, not executed")
+
+
 def test_another_tokenizer_is_named(answer: Answer, questions: ServerQuestions, model: TorchModel) -> None:
     token_ids = ((1, *questions.ids[0]), *questions.ids[1:])
     bad = replace(answer, token_ids=token_ids)
