@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from llmc.calibration.hessian import InputHessian
 from llmc.catalog import load_target
 from llmc.config import METHODS, CalibrationText, Method, Quantization, WeightRole, WeightRule, WeightScheme
 from llmc.document import render_document
@@ -53,11 +54,11 @@ class FlatHandler(CalibratedHandler):
     method = Flat
 
     def calibrate(
-        self, weights: Array, hessian: Array, scheme: WeightScheme, scale_type: ScaleType, name: str
+        self, weights: Array, hessian: InputHessian, scheme: WeightScheme, scale_type: ScaleType, name: str
     ) -> PackedBlocks:
         start = quantize_blocks(weights, scheme, scale_type, name)
         codes = pack(np.full((*start.scales.shape, scheme.block_size), CODE, np.uint8), scheme.bits)
-        scales = np.full_like(start.scales, np.diagonal(hessian).mean() * 1e-6)
+        scales = np.full_like(start.scales, np.diagonal(hessian.matrix).mean() * 1e-6)
         return PackedBlocks(codes, scales, start.zero_points, start.in_features, scheme)
 
 
