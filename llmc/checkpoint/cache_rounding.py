@@ -105,7 +105,7 @@ def round_cache(model: Any, checkpoint: Checkpoint) -> CacheRounding | None:
     return rounding
 
 
-def stored_scales(folder: Path) -> dict[int, tuple[float, float]]:
+def read_cache_scales(folder: Path) -> dict[int, tuple[float, float]]:
     """Return the scales of keys and of values that the files of a folder have, by layer; 1 for one of a pair
     that they lack.
 

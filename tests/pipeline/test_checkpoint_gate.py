@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from llmc.artifact.verdict import CheckStatus, Measurement
 from llmc.config import Gate, Metric
@@ -21,12 +20,26 @@ from llmc.progress import SilentProgress
 from tests.caches import own_cache
 from tests.models import save_tiny_model
 
-from .sabotage import copy_artifact, edit_json, reseal
+from .sabotage import copy_artifact, reseal
+from .sabotage_checkpoint import (
+    FILE,
+    Tensors,
+    add,
+    add_old,
+    config,
+    exchange,
+    flip,
+    other_theta,
+    other_tokenizer,
+    rename,
+    scale,
+    swap,
+    tensors,
+    truncate,
+)
 
 M = Metric
-Tensors = dict[str, torch.Tensor]
 TEXT = "The river bends twice before the mill; a compiler reads a model and writes a program. " * 40
-FILE = "model.safetensors"
 #: A random model of two layers loses more to few bits than the targets allow a trained one.
 LOOSE = (M.TEXT_KL_MEAN, M.TEXT_TOP1, M.TEXT_KL_RATIO, M.WEIGHTS_BLOCK_SNR, M.CACHE_KL_MEAN, M.CACHE_KL_MAX)
 TARGETS = (
@@ -142,95 +155,6 @@ class Fault:
     apply: Callable[[Path], None]
     metric: Metric
     said: str
-
-
-def tensors(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
-    """Return what changes the tensors of a folder."""
-
-    def apply(folder: Path) -> None:
-        stored = load_file(folder / FILE)
-        change(stored)
-        save_file({name: t.contiguous() for name, t in stored.items()}, folder / FILE, {"format": "pt"})
-
-    return apply
-
-
-def config(*place: str, value: Any) -> Callable[[Path], None]:
-    """Return what sets a field of quantization_config."""
-
-    def change(data: Any) -> None:
-        data = data["quantization_config"]
-        for key in place[:-1]:
-            data = data[key]
-        data[place[-1]] = value
-
-    return lambda folder: edit_json(folder / "config.json", change)
-
-
-def scale(name: str, factor: float) -> Callable[[Tensors], None]:
-    def change(stored: Tensors) -> None:
-        stored[name] = (stored[name].float() * factor).to(stored[name].dtype)
-
-    return change
-
-
-def flip(name: str, bit: int) -> Callable[[Tensors], None]:
-    def change(stored: Tensors) -> None:
-        stored[name].view(-1)[7] ^= bit
-
-    return change
-
-
-def swap(first: str, second: str) -> Callable[[Tensors], None]:
-    """Exchange all tensors of two modules."""
-
-    def change(stored: Tensors) -> None:
-        for name in [name for name in stored if name.startswith(f"{first}.")]:
-            other = name.replace(first, second)
-            stored[name], stored[other] = stored[other], stored[name]
-
-    return change
-
-
-def exchange(first: str, second: str) -> Callable[[Tensors], None]:
-    def change(stored: Tensors) -> None:
-        stored[first], stored[second] = stored[second], stored[first]
-
-    return change
-
-
-def rename(name: str, other: str) -> Callable[[Tensors], None]:
-    def change(stored: Tensors) -> None:
-        stored[other] = stored.pop(name)
-
-    return change
-
-
-def add(stored: Tensors) -> None:
-    stored["model.layers.0.mlp.extra.weight"] = torch.ones(4, 4)
-
-
-def other_tokenizer(folder: Path) -> None:
-    """The tokenizer of a model of the same vocabulary, which joins no characters."""
-    edit_json(folder / "tokenizer.json", lambda data: data["model"].update(merges=[]))
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / FILE).read_bytes()
-    (folder / FILE).write_bytes(data[:-100])
-
-
-def add_old(name: str) -> Callable[[Path], None]:
-    """Return what leaves a file of an earlier folder beside the weights."""
-
-    def apply(folder: Path) -> None:
-        (folder / name).write_text("{}")
-
-    return apply
-
-
-def other_theta(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda data: data["rope_parameters"].update(rope_theta=5e4))
 
 
 SCALE = f"{MLP}up_proj.weight_scale"

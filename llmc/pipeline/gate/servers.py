@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmc.arrays import Array
 from llmc.artifact.served import Deed, ServerRecord
 from llmc.backends import backend_of
-from llmc.checkpoint.cache_rounding import stored_scales
+from llmc.checkpoint.cache_rounding import read_cache_scales
 from llmc.config import Family, Target, WeightRole
 from llmc.data import prompts
 from llmc.errors import ConfigError, ParityError, UnsupportedError
@@ -105,7 +105,7 @@ class Servers:
                 run.own.prepare([*known, *questions.followed(list(answers.values()))], run.progress.advance)
                 run.own.release()
                 run.original.release()
-            matrix, scales = _matrices(run), stored_scales(run.subject.folder)
+            matrix, scales = _matrices(run), read_cache_scales(run.subject.folder)
             for title, answer in answers.items():
                 found[title] = measure_server(answer, questions, run.original, run.own, matrix, scales)
                 if answer.graph is not None:
